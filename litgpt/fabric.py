@@ -1,0 +1,66 @@
+"""Where and in what number format a model runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from litgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+PRECISIONS = {
+    "32-true": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "16-true": torch.float16,
+    "bf16-mixed": torch.float32,
+    "16-mixed": torch.float32,
+}
+
+
+def default_device() -> torch.device:
+    """The first CUDA device if there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def default_precision(device: torch.device) -> str:
+    """bf16-true where the device multiplies bf16 matrices natively (Ampere and later, AVX512-BF16, AMX), else 32-true."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        native = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
+    return "bf16-true" if native else "32-true"
+
+
+def backbone_dtype(precision: str) -> torch.dtype:
+    """The dtype of the backbone's weights. Raises UserError for an unknown precision."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def make_fabric(precision: str, devices: int | str, num_nodes: int, loggers: Any = None) -> Fabric:
+    """A Fabric for the machine's accelerator, without its precision plugin's casts.
+
+    Fabric's "bf16-true" would cast the adapters too, which stay fp32; the backbone is cast when it is loaded, and only the "-mixed"
+    precisions need Fabric's autocast.
+    """
+    from lightning.fabric import Fabric
+
+    backbone_dtype(precision)
+    mixed = precision.endswith("-mixed")
+    if num_nodes < 1:
+        raise UserError(f"num_nodes is {num_nodes}: at least 1 is needed")
+    try:
+        return Fabric(
+            accelerator="auto",
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision if mixed else "32-true",  # type: ignore[arg-type]
+            loggers=loggers,
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"devices {devices!r}, num_nodes {num_nodes}, precision {precision!r} do not fit this machine: {error}") from None
