@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from litgpt.checkpoint import load_weights, require_checkpoint
+from litgpt.config import Config
+from litgpt.convert.names import HF_LLAMA, HF_NEOX, rows
+from litgpt.convert.to_litgpt import convert_to_litgpt
+from litgpt.errors import UserError
+from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer
+
+LLAMA_SIZES = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+NEOX_SIZES = {key: value for key, value in LLAMA_SIZES.items() if key != "num_key_value_heads"} | {"hidden_size": 64}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def llama(**changes: object) -> transformers.PreTrainedModel:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA_SIZES, "tie_word_embeddings": False, **changes}))
+
+
+MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+    "llama grouped": llama,
+    "llama tied": lambda: llama(tie_word_embeddings=True),
+    "llama 3.1 rope": lambda: llama(rope_parameters=LLAMA3_ROPE),
+    "llama linear rope": lambda: llama(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+    "llama own head size": lambda: llama(head_dim=16),
+    "mistral window": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA_SIZES, sliding_window=5)),
+    "neox quarter rotary": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            **NEOX_SIZES, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+        )
+    ),
+    "neox sequential": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**NEOX_SIZES, use_parallel_residual=False)),
+}
+
+
+def build(kind: str = "llama grouped") -> transformers.PreTrainedModel:
+    """A model with random weights, biases and norms included: zeros and ones would hide mistakes."""
+    torch.manual_seed(3)
+    model = MODELS[kind]()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.0 if parameter.dim() > 1 else 0.5, std=0.2)
+    return model.eval()
+
+
+def loaded(folder: Path) -> GPT:
+    model = GPT(Config.from_checkpoint(folder))
+    model.load_state_dict(load_weights(folder / "lit_model.pth"))
+    return model.float().eval()
+
+
+@torch.inference_mode()
+def assert_same_logits(reference: transformers.PreTrainedModel, folder: Path) -> None:
+    tokens = torch.randint(0, LLAMA_SIZES["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+    expected = reference(tokens).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(loaded(folder)(tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_equal_those_of_transformers(tmp_path: Path, kind: str) -> None:
+    model = build(kind)
+    model.save_pretrained(tmp_path / "hf")
+    convert_to_litgpt(tmp_path / "hf", tmp_path / "lit")
+    assert_same_logits(model, tmp_path / "lit")
+
+
+def test_in_place_from_shards(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    model = build()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    write_tiny_tokenizer(tmp_path)
+    convert_to_litgpt(tmp_path)
+    assert str(tmp_path) in capsys.readouterr().out
+    assert require_checkpoint(tmp_path) == tmp_path
+    assert_same_logits(model, tmp_path)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_bin_files(tmp_path: Path, sharded: bool) -> None:
+    model = build("neox quarter rotary")
+    model.config.save_pretrained(tmp_path)
+    state = model.state_dict()
+    state["embed_out.weight"] = state.pop("lm_head.weight")  # its name in every published file; transformers 5 renames it in memory
+    state["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 4, 4)  # buffers that old files hold
+    state["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+    if sharded:
+        names = list(state)
+        shards = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+        for file, keys in shards.items():
+            torch.save({key: state[key] for key in keys}, tmp_path / file)
+        index = {"weight_map": {key: file for file, keys in shards.items() for key in keys}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    convert_to_litgpt(tmp_path)
+    assert_same_logits(model, tmp_path)
+
+
+def test_tokenizer_and_generation_files_come_along(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    source, target = tmp_path / "hf", tmp_path / "new" / "lit"
+    build().save_pretrained(source)
+    write_tiny_tokenizer(source)
+    convert_to_litgpt(source, target)
+    assert {file.name for file in target.iterdir()} == {
+        *("lit_model.pth", "model_config.yaml", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    }
+    assert Tokenizer(target).ids("the task") == Tokenizer(source).ids("the task")
+    assert not (source / "lit_model.pth").exists()
+
+
+def test_dtype_is_kept_or_changed(tmp_path: Path) -> None:
+    build().to(torch.float16).save_pretrained(tmp_path / "hf")
+    convert_to_litgpt(tmp_path / "hf", tmp_path / "same")
+    convert_to_litgpt(tmp_path / "hf", tmp_path / "other", dtype="bfloat16")
+    assert {w.dtype for w in load_weights(tmp_path / "same" / "lit_model.pth").values()} == {torch.float16}
+    assert {w.dtype for w in load_weights(tmp_path / "other" / "lit_model.pth").values()} == {torch.bfloat16}
+
+
+def test_a_tied_head_is_stored_once_under_both_keys(tmp_path: Path) -> None:
+    build("llama tied").save_pretrained(tmp_path)
+    convert_to_litgpt(tmp_path)
+    weights = load_weights(tmp_path / "lit_model.pth")
+    assert weights["lm_head.weight"].data_ptr() == weights["transformer.wte.weight"].data_ptr()
+
+
+def test_qkv_rows_are_all_q_then_k_then_v(tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    convert_to_litgpt(tmp_path)
+    attention = model.model.layers[1].self_attn
+    expected = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    assert torch.equal(load_weights(tmp_path / "lit_model.pth")["transformer.h.1.attn.qkv.weight"], expected)
+
+
+def test_rows_are_a_permutation_for_every_family() -> None:
+    config = Config(n_head=4, n_query_groups=2, n_embd=32, padded_vocab_size=8, vocab_size=8)
+    for parts in (("q", "k", "v"), ("q by pair", "k by pair", "v")):
+        assert sorted(torch.cat([rows(part, config) for part in parts]).tolist()) == list(range(64))
+    neox = rows("qkv by head", Config(n_head=2, n_embd=4, padded_vocab_size=8, vocab_size=8))
+    assert neox.tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]  # head 0: q, k, v; head 1: q, k, v
+    assert rows("q by pair", Config(n_head=1, n_embd=4, padded_vocab_size=8, vocab_size=8)).tolist() == [0, 2, 1, 3]
+
+
+def test_tables_read_both_ways() -> None:
+    for table in (HF_LLAMA, HF_NEOX):
+        assert len(set(table.values())) == len(table)
+
+
+def test_names(tmp_path: Path) -> None:
+    """A folder that bears a model's name takes that model's settings if they fit, config.json's if not; --model_name has to fit."""
+    sizes = {"vocab_size": 50304, "hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 512}
+    config = transformers.GPTNeoXConfig(**sizes, max_position_embeddings=512)
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "pythia-14m")
+    convert_to_litgpt(tmp_path / "pythia-14m")
+    named = Config.from_checkpoint(tmp_path / "pythia-14m")
+    assert named == Config.from_name("pythia-14m") and named.vocab_size == 50254
+
+    shutil.copytree(tmp_path / "pythia-14m", tmp_path / "mine")
+    convert_to_litgpt(tmp_path / "mine")
+    assert Config.from_checkpoint(tmp_path / "mine").name == "mine"
+    convert_to_litgpt(tmp_path / "mine", model_name="EleutherAI/pythia-14m")
+    assert Config.from_checkpoint(tmp_path / "mine") == named
+    with pytest.raises(UserError, match="n_layer is 6, expected 24"):
+        convert_to_litgpt(tmp_path / "mine", model_name="pythia-410m")
+
+    (tmp_path / "mine").rename(tmp_path / "pythia-70m")
+    convert_to_litgpt(tmp_path / "pythia-70m")
+    assert Config.from_checkpoint(tmp_path / "pythia-70m").n_embd == 128
+
+
+def test_every_misfit_is_in_one_message(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    del state["model.norm.weight"]
+    for i in range(3):
+        del state[f"model.layers.{i}.mlp.up_proj.weight"]
+    state["model.layers.2.self_attn.q_proj.bias"] = torch.zeros(32)
+    state["extra.weight"] = torch.zeros(1)
+    state["lm_head.weight"] = torch.zeros(79, 32)
+    save_file(state, file)
+    with pytest.raises(UserError) as caught:
+        convert_to_litgpt(tmp_path)
+    message = str(caught.value)
+    assert "missing: model.layers.{0..2}.mlp.up_proj.weight, model.norm.weight" in message
+    assert "unknown: extra.weight, model.layers.2.self_attn.q_proj.bias" in message
+    assert "shape (79, 32) where (80, 32) is expected: lm_head.weight" in message
+    assert not (tmp_path / "lit_model.pth").exists()
+
+
+def test_a_missing_head_is_only_fine_when_tied(tmp_path: Path) -> None:
+    build("llama tied").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"missing: lm_head\.weight"):
+        convert_to_litgpt(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a\\b.safetensors", "", "..", "model.pkl"])
+def test_shards_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "hf"
+    build().save_pretrained(folder)
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(UserError, match="only plain .safetensors file names"):
+        convert_to_litgpt(folder)
+
+
+def test_missing_shards_and_broken_indexes_are_named(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        convert_to_litgpt(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(UserError, match=r"lacks model-1\.safetensors, model-2\.safetensors"):
+        convert_to_litgpt(tmp_path)
+    for content in ("{}", "[", '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
+        with pytest.raises(UserError, match=r"index\.json"):
+            convert_to_litgpt(tmp_path)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("unpickled",)
+
+
+def test_broken_and_hostile_weight_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 5, 100, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"model\.safetensors"):
+            convert_to_litgpt(tmp_path)
+    file.unlink()
+    torch.save({"lm_head.weight": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        convert_to_litgpt(tmp_path)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bloom"}, "model_type 'bloom' is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised with 'gptq'"),
+        ({"num_hidden_layers": 10**9}, "1000000000 blocks"),
+        ({"hidden_size": 2**40}, "does not fit|impossible"),
+        ({"num_hidden_layers": 2}, "unknown: model.layers.2.input_layernorm.weight"),
+    ],
+)
+def test_unsupported_settings(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    build().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        convert_to_litgpt(tmp_path)
+
+
+def test_wrong_sources(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        convert_to_litgpt(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        convert_to_litgpt(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"")
+    with pytest.raises(UserError, match=r"name one of them, such as .*model\.gguf"):
+        convert_to_litgpt(tmp_path)
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "hf")
+    (tmp_path / "lit").mkdir()
+    (tmp_path / "lit" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        convert_to_litgpt(tmp_path / "hf", tmp_path / "lit")
+    assert [file.name for file in (tmp_path / "lit").iterdir()] == ["mine.txt"]

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+
+from litgpt.errors import UserError
+from litgpt.tokenizer import Tokenizer
+
+WriteTokenizer = Callable[[Path], Path]
+TEXTS = ["Hello world, the year 2024 isn't", "  two  blanks\n\n\ttab", "naïve 日本語 👩‍👩‍👧 ∑", "<|im_start|>user\nhi<|im_end|>\n", ""]
+
+
+def rewrite(folder: Path, name: str, **changes: object) -> Path:
+    content = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return folder
+
+
+def sentencepiece_dir(folder: Path, post_processor: bool = True) -> Path:
+    """A Llama-like tokenizer: blanks as U+2581, bytes as fall-back, BOS added by the post-processor."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"helowrd",
+        "▁h",
+        "el",
+        "▁w",
+        "or",
+        "ld",
+        "lo",
+        "▁hel",
+        "▁hello",
+    ]
+    merges = [("▁", "h"), ("▁", "w"), ("e", "l"), ("l", "o"), ("o", "r"), ("l", "d"), ("▁h", "el"), ("▁hel", "lo")]
+    tokenizer = Backend(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)],
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    if post_processor:
+        tokenizer.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", 1)])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+    return folder
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_equal_those_of_transformers(tiny_tokenizer_dir: Path, text: str) -> None:
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tiny_tokenizer_dir / "tokenizer.json"))
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    assert tokenizer.ids(text) == reference.encode(text)
+    assert tokenizer.vocab_size == len(reference)
+    assert tokenizer.decode(tokenizer.ids(text), skip_special_tokens=False) == text
+    assert tokenizer.decode(torch.tensor(tokenizer.ids(text))) == reference.decode(reference.encode(text), skip_special_tokens=True)
+
+
+def test_special_tokens_in_the_text_are_one_id_and_left_out_of_the_answer(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    ids = tokenizer.ids("<|im_start|>user<|im_end|>")
+    assert ids[0] == 1 and ids[-1] == 2
+    assert tokenizer.decode(ids) == "user"
+    assert tokenizer.token_to_id("<|im_end|>") == 2 and tokenizer.token_to_id("no such token") is None
+
+
+def test_bos_and_eos_follow_the_files(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    folder = write_tiny_tokenizer(tmp_path / "t")
+    plain = Tokenizer(folder)
+    assert (plain.bos_id, plain.eos_id, plain.use_bos, plain.stop_ids) == (0, 2, False, {2})
+    assert plain.ids("a", bos=True, eos=True) == [0, *plain.ids("a"), 2]
+
+    adding = Tokenizer(rewrite(folder, "tokenizer_config.json", add_bos_token=True))
+    assert adding.use_bos and adding.ids("a") == [0, *plain.ids("a")]
+    assert adding.ids("a", bos=False) == plain.ids("a")
+    assert adding.ids("<|endoftext|>a") == [0, *plain.ids("a")], "BOS must not be doubled"
+
+    rewrite(folder, "tokenizer_config.json", bos_token=None, eos_token=None, add_bos_token=None)
+    rewrite(folder, "generation_config.json", bos_token_id=1, eos_token_id=[2, 0])
+    from_generation = Tokenizer(folder)
+    assert (from_generation.bos_id, from_generation.eos_id, from_generation.stop_ids, from_generation.use_bos) == (1, 2, {0, 2}, False)
+    assert from_generation.special_tokens["eos_token"] == "<|im_end|>"
+
+
+def test_without_any_bos_asking_for_it_is_an_error(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    folder = write_tiny_tokenizer(tmp_path)
+    rewrite(folder, "tokenizer_config.json", bos_token=None, add_bos_token=True)
+    (folder / "generation_config.json").unlink()
+    tokenizer = Tokenizer(folder)
+    assert not tokenizer.use_bos and tokenizer.bos_id is None
+    with pytest.raises(UserError, match="bos_token"):
+        tokenizer.ids("a", bos=True)
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "setting", "expected"), [(True, None, True), (False, None, False), (True, False, False), (False, True, True)]
+)
+def test_use_bos_is_what_is_said_else_what_the_post_processor_does(
+    tmp_path: Path, post_processor: bool, setting: bool | None, expected: bool
+) -> None:
+    folder = rewrite(sentencepiece_dir(tmp_path, post_processor), "tokenizer_config.json", add_bos_token=setting)
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.bos_id == 1 and tokenizer.use_bos is expected
+    assert tokenizer.ids("hello").count(1) == expected
+    assert tokenizer.ids("<s>hello").count(1) == 1
+
+
+def test_encode_is_a_cut_tensor(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    ids = tokenizer.ids("write a response")
+    encoded = tokenizer.encode("write a response", eos=True, max_length=len(ids))
+    assert encoded.dtype == torch.int64 and encoded.tolist() == ids
+    assert tokenizer.encode("write a response", eos=True).tolist() == [*ids, 2]
+
+
+def test_offsets_cover_the_text_in_order(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    text = "<|im_start|>the answer: ∑"
+    ids, offsets = tokenizer.ids_with_offsets(text)
+    assert ids == tokenizer.ids(text)
+    assert offsets[0] == (0, len("<|im_start|>")) and offsets[-1][1] == len(text)
+    ascii_pieces = [(i, span) for i, span in zip(ids, offsets, strict=True) if span[1] <= text.index("∑")]
+    assert all(tokenizer.decode([i], skip_special_tokens=False) == text[slice(*span)] for i, span in ascii_pieces)
+
+
+@given(st.text(max_size=60))
+def test_stream_of_bytes_joins_to_the_text(tiny_tokenizer_dir: Path, text: str) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    ids = tokenizer.ids(text)
+    pieces = list(tokenizer.decode_stream(iter(ids)))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.text(alphabet="hello wrd é日🎉", max_size=40))
+def test_stream_of_sentencepiece_keeps_the_blanks(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    folder = tmp_path_factory.getbasetemp() / "sentencepiece"
+    tokenizer = Tokenizer(folder if folder.is_dir() else sentencepiece_dir(folder))
+    assert "".join(tokenizer.decode_stream(torch.tensor(tokenizer.ids(text)))) == tokenizer.decode(tokenizer.ids(text)) == text
+
+
+def test_a_stream_that_ends_inside_a_character_gives_up_what_it_has(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    ids = tokenizer.ids("a∑")
+    assert len(ids) == 4, "one token a byte, or the test tests nothing"
+    assert list(tokenizer.decode_stream(ids)) == ["a", "∑"]
+    assert "".join(tokenizer.decode_stream(ids[:-1])) == tokenizer.decode(ids[:-1])
+
+
+def test_chat_template_is_found_wherever_it_is(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    folder = write_tiny_tokenizer(tmp_path)
+    assert (Tokenizer(folder).chat_template or "").startswith("{% for")
+    rewrite(folder, "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}])
+    assert Tokenizer(folder).chat_template == "d"
+    rewrite(folder, "tokenizer_config.json", chat_template=None)
+    assert Tokenizer(folder).chat_template is None
+    (folder / "chat_template.jinja").write_text("file")
+    assert Tokenizer(folder).chat_template == "file"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, write_tiny_tokenizer: WriteTokenizer) -> None:
+    (write_tiny_tokenizer(tmp_path) / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        Tokenizer(tmp_path)
+
+
+def test_missing_tokenizers_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match="only tokenizer.model"):
+        Tokenizer(tmp_path)
+
+
+def test_smollm2_known_ids(smollm2_dir: Path) -> None:
+    tokenizer = Tokenizer(smollm2_dir)
+    assert tokenizer.ids("Hello world, the year 2024 isn't") == [19556, 905, 28, 260, 713, 216, 34, 32, 34, 36, 3247, 982]
+    assert not tokenizer.use_bos and tokenizer.stop_ids == {2}
+    assert "".join(tokenizer.decode_stream(tokenizer.ids("naïve 日本語 👩‍👩‍👧"))) == "naïve 日本語 👩‍👩‍👧"
