@@ -1,0 +1,9 @@
+"""Data modules: where training samples come from. Importing this loads no heavy library."""
+
+from litgpt.data.alpaca import Alpaca
+from litgpt.data.alpaca_2k import Alpaca2k
+from litgpt.data.base import DataModule, Sample, Splits
+from litgpt.data.json_data import JSON
+from litgpt.data.python_docs import PythonDocs
+
+__all__ = ["JSON", "Alpaca", "Alpaca2k", "DataModule", "PythonDocs", "Sample", "Splits"]

@@ -1,0 +1,75 @@
+"""The Alpaca data: 52,000 instructions, in the cleaned version (huggingface.co/datasets/yahma/alpaca-cleaned)."""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from litgpt.checkpoint import write_text
+from litgpt.data.base import DataModule, Record
+from litgpt.data.json_data import read_records
+from litgpt.errors import UserError
+
+
+@dataclass
+class Alpaca(DataModule):
+    """52,000 instruction / input / output records, downloaded from the Hugging Face hub once."""
+
+    val_split_fraction: float | None = 0.03865
+    """Share of the samples that is kept for validation: 2,000 of them."""
+    download_dir: Path = Path("./data/alpaca")
+    """Folder for the downloaded file."""
+
+    repo_id: ClassVar[str] = "yahma/alpaca-cleaned"
+    repo_file: ClassVar[str] = "alpaca_data_cleaned.json"
+    file_name: ClassVar[str] = "alpaca_data_cleaned_archive.json"
+
+    @property
+    def source(self) -> str:
+        return str(self.file)
+
+    @property
+    def file(self) -> Path:
+        """Where the records lie."""
+        return Path(self.download_dir).expanduser() / self.file_name
+
+    def prepare_data(self) -> None:
+        """Download the records unless they are there. Raises UserError that says which file to put where."""
+        if not self.file.is_file():
+            by_hand = self.file.with_name(self.repo_file)
+            rows = _read(by_hand) if by_hand.is_file() else self._download()
+            write_text(self.file, json.dumps(rows, ensure_ascii=False, indent=1))
+
+    def records(self) -> tuple[list[Record], list[Record] | None]:
+        self.prepare_data()
+        return read_records(self.file), None
+
+    def _download(self) -> list[Any]:
+        from huggingface_hub import hf_hub_download
+
+        folder = Path(tempfile.mkdtemp(prefix="alpaca-"))
+        try:
+            return _read(Path(hf_hub_download(self.repo_id, self.repo_file, repo_type="dataset", local_dir=folder)))
+        except UserError:
+            raise
+        except Exception as error:  # the hub's client raises errors of several libraries
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise UserError(
+                f"{self.repo_file} of the dataset {self.repo_id} could not be downloaded ({reason[:200]}). Without a network, put that "
+                f"file, or its records as a JSON list named {self.file_name}, into {self.file.parent}"
+            ) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(file: Path) -> list[Any]:
+    """The rows of a .json or .parquet file."""
+    if file.suffix == ".json":
+        return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{file.name} is a parquet file, and reading it needs pyarrow: pip install pyarrow") from None
+    return parquet.read_table(file).to_pylist()

@@ -1,0 +1,186 @@
+"""Your own data: a .json or .jsonl file, or a folder with a training and a validation file."""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litgpt.data.base import DataModule, Record
+from litgpt.errors import UserError
+
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+"""Keys of question and answer, in the order they are looked for."""
+CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+"""Key of a conversation -> the keys of a turn's speaker and text."""
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+SUFFIXES = (".json", ".jsonl")
+SHOWN = 3
+"""Bad records that an error message shows."""
+
+
+@dataclass
+class JSON(DataModule):
+    """Records of a .json file (a list), a .jsonl file (one a line), or a folder with train.json(l) and val.json(l).
+
+    A record has `instruction`, `output` and perhaps `input`; or `prompt` and `completion` (or `response`); or `messages`, a list of
+    `{"role", "content"}`; or `conversations`, a list of `{"from": "human" | "gpt" | "system", "value"}`.
+    """
+
+    json_path: Path | None = None
+    """The file, or the folder with train.json(l) and val.json(l)."""
+    val_split_fraction: float | None = None
+    """Share of a file's samples that is kept for validation. Default: 0.1. A folder has its own validation file, leave it unset."""
+
+    @property
+    def source(self) -> str:
+        return str(self.json_path)
+
+    def records(self) -> tuple[list[Record], list[Record] | None]:
+        """Read and check everything. Raises UserError that names file, line or record, and what is wrong."""
+        if self.json_path is None:
+            raise UserError("data.json_path is missing: name a .json or .jsonl file, or a folder with train.json and val.json")
+        path = Path(self.json_path).expanduser()
+        if not path.is_dir():
+            return read_records(path), None
+        train, val = _find_file(path, ("train",)), _find_file(path, ("val", "validation", "valid", "test"))
+        if self.val_split_fraction is not None:
+            raise UserError(f"data.val_split_fraction is set, but {path} has its own validation file {val.name}: leave one of them out")
+        return read_records(train), read_records(val)
+
+
+def _find_file(folder: Path, stems: tuple[str, ...]) -> Path:
+    for stem in stems:
+        found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
+        if len(found) > 1:
+            raise UserError(f"{folder} has both {found[0].name} and {found[1].name}: remove one")
+        if found:
+            return found[0]
+    raise UserError(
+        f"{folder} has no {stems[0]}.json or {stems[0]}.jsonl: a data folder needs a train and a val file. "
+        "To split one file, give the file itself as data.json_path"
+    )
+
+
+def read_records(path: Path) -> list[Record]:
+    """The checked records of a .json or .jsonl file."""
+    checked: list[Record] = []
+    problems: list[str] = []
+    for where, entry in _read_entries(path):
+        try:
+            checked.append(check_record(entry))
+        except UserError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        more = f"; and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
+        raise UserError(f"{path}, {'; '.join(problems[:SHOWN])}{more}")
+    return checked
+
+
+def _read_entries(path: Path) -> list[tuple[str, Any]]:
+    """(place, parsed value) of each record."""
+    text = _read_text(path)
+    if path.suffix == ".jsonl":
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [(f"line {n}", _parse(line, path, n)) for n, line in lines]
+    content = _parse(text, path)
+    if not isinstance(content, list):
+        raise UserError(
+            f"{path} holds {_kind(content)}, a list of records is needed: [{{...}}, {{...}}]; or one record a line in a .jsonl file"
+        )
+    if not content:
+        raise UserError(f"{path} holds an empty list: add records")
+    return [(f"record {n}", entry) for n, entry in enumerate(content, 1)]
+
+
+def _read_text(path: Path) -> str:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: a .json or .jsonl file is needed, or a folder with train.json and val.json")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check data.json_path") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text (byte {raw[error.start]:#04x}): save the file as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty: add records")
+    return text
+
+
+def _parse(text: str, path: Path, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = ""
+        if line is None and error.msg == "Extra data":
+            hint = ". If it holds one record a line, name it .jsonl"
+        elif line == 1 and text.strip() in ("[", "{"):
+            hint = ". If it holds one list over many lines, name it .json"
+        raise UserError(f"{path}, line {line or error.lineno}, column {error.colno}: not valid JSON: {error.msg}{hint}") from None
+    except RecursionError:
+        raise UserError(f"{path}, line {line or 1}: not usable JSON: nested too deeply") from None
+
+
+def check_record(entry: Any) -> Record:
+    """A record in one of the two forms the loader knows; UserError that names the key."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{_kind(entry)}, an object with keys is needed")
+    for key, names in CONVERSATIONS.items():
+        if key in entry:
+            return {"messages": _check_turns(entry[key], key, *names)}
+    for question, answer in PAIRS:
+        if question in entry and answer in entry:
+            extra = entry.get("input")
+            return {
+                "instruction": _check_text(entry[question], question),
+                "input": _check_text("" if extra is None else extra, "input"),
+                "output": _check_text(entry[answer], answer),
+            }
+    raise UserError(_missing_keys(list(entry)))
+
+
+def _missing_keys(found: list[str]) -> str:
+    """Say which key lacks, judged by the pair that fits best, and which one was perhaps meant."""
+    pair = max(PAIRS, key=lambda pair: sum(key in found for key in pair))
+    missing = [key for key in pair if key not in found]
+    message = f"no key {' and no key '.join(map(repr, missing))}; it has {', '.join(map(repr, found)) or 'no keys'}"
+    for key in missing:
+        near = difflib.get_close_matches(key, [name for name in found if name not in pair], n=1)
+        if near:
+            message += f" (is {near[0]!r} meant to be {key!r}?)"
+    return message
+
+
+def _check_text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{key!r} is {_kind(value)}, a text is needed")
+    return value
+
+
+def _check_turns(turns: Any, key: str, role_key: str, text_key: str) -> list[dict[str, str]]:
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{key!r} is {'an empty list' if turns == [] else _kind(turns)}, a list of turns is needed")
+    messages = []
+    for n, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
+            raise UserError(f"turn {n} of {key!r} needs the keys {role_key!r} and {text_key!r}")
+        role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None:
+            raise UserError(f"turn {n} of {key!r}: {role_key!r} is {turn[role_key]!r}, one of {', '.join(ROLES)} is needed")
+        if role == "system" and n > 1:
+            raise UserError(f"turn {n} of {key!r} is a system message: it can only be the first")
+        messages.append({"role": role, "content": _check_text(turn[text_key], text_key)})
+    if all(message["role"] != "assistant" for message in messages):
+        raise UserError(f"{key!r} has no turn of the assistant, so there is nothing to learn")
+    return messages
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is called."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names[type(value)]

@@ -1,0 +1,161 @@
+"""Files of the user's own: the forms that are read, and an error for each way to get one wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from litgpt import prompts
+from litgpt.data import JSON
+from litgpt.errors import UserError
+from litgpt.tokenizer import Tokenizer
+
+RECORD = {"instruction": "Hi", "input": "", "output": "Hello"}
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"instruction": "Hi", "output": "Hello"}, RECORD),
+        ({"instruction": "Hi", "input": None, "output": "Hello", "id": 7}, RECORD),
+        ({"instruction": "Hi", "input": "x", "output": "Hello"}, {**RECORD, "input": "x"}),
+        ({"prompt": "Hi", "completion": "Hello"}, RECORD),
+        ({"prompt": "Hi", "response": "Hello"}, RECORD),
+        ({"question": "Hi", "answer": "Hello"}, RECORD),
+        (
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            {
+                "messages": [
+                    {"role": "system", "content": "S"},
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Hello"},
+                ]
+            },
+        ),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_forms(entry: dict[str, Any], expected: dict[str, Any], suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"data{suffix}", [entry] * 3 if suffix == ".json" else f"{json.dumps(entry)}\n\n" * 3)
+    assert JSON(json_path=path).records() == ([expected] * 3, None)
+
+
+def test_byte_order_mark_and_line_separators(tmp_path: Path) -> None:
+    entry = {"instruction": "a\u2028b", "output": "c\u0085d"}
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(entry, ensure_ascii=False).encode() + b"\r\n" + json.dumps(entry).encode())
+    train, _ = JSON(json_path=path).records()
+    assert [record["instruction"] for record in train] == ["a\u2028b"] * 2
+
+
+def test_folder_has_its_own_validation(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    write(tmp_path / "train.json", [RECORD] * 4)
+    write(tmp_path / "val.jsonl", json.dumps({**RECORD, "output": "Bye"}) + "\n")
+    splits = JSON(json_path=tmp_path).splits(Tokenizer(tiny_tokenizer_dir), prompts.ChatML())
+    assert (len(splits.train), len(splits.val)) == (4, 1)
+    assert splits.examples[0]["output"] == "Bye"
+    with pytest.raises(UserError, match="val_split_fraction is set"):
+        JSON(json_path=tmp_path, val_split_fraction=0.1).records()
+
+
+def test_file_is_split_by_default(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    path = write(tmp_path / "data.json", [RECORD] * 40)
+    splits = JSON(json_path=path).splits(Tokenizer(tiny_tokenizer_dir), prompts.ChatML())
+    assert (len(splits.train), len(splits.val)) == (36, 4)
+
+
+TURN = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", "a.json is empty"),
+        ("a.jsonl", " \n\n", "a.jsonl is empty"),
+        ("a.json", "[]", "empty list"),
+        ("a.json", '[\n{"instruction": "x",}]', "a.json, line 2, column"),
+        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{"instruction": \n', "a.jsonl, line 2, column"),
+        ("a.json", '{"instruction": "x", "output": "y"}\n{"instruction": "x", "output": "y"}', "name it .jsonl"),
+        ("a.jsonl", "[\n" + json.dumps(RECORD) + "\n]", "name it .json"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.json", {"data": [RECORD]}, "holds an object, a list of records is needed"),
+        ("a.json", "3", "holds a number"),
+        ("a.json", [RECORD, "text"], "record 2: a text, an object with keys is needed"),
+        ("a.jsonl", "\n[1]\n", "line 2: a list"),
+        ("a.json", [{"instruction": "x"}], "record 1: no key 'output'; it has 'instruction'"),
+        (
+            "a.json",
+            [RECORD, {"instruction": "x", "outptu": "y"}],
+            "record 2: no key 'output'; it has 'instruction', 'outptu' (is 'outptu' meant",
+        ),
+        ("a.json", [{}], "record 1: no key 'instruction' and no key 'output'; it has no keys"),
+        ("a.json", [{"instruction": "x", "output": 4}], "record 1: 'output' is a number, a text is needed"),
+        ("a.json", [{"instruction": ["x"], "output": "4"}], "'instruction' is a list"),
+        ("a.json", [{"instruction": "x", "output": None}], "'output' is null"),
+        ("a.json", [{**RECORD, "input": 4}], "'input' is a number"),
+        ("a.json", [{"messages": []}], "'messages' is an empty list"),
+        ("a.json", [{"messages": "Hi"}], "'messages' is a text"),
+        ("a.json", [{"messages": [{"from": "human"}]}], "turn 1 of 'messages' needs the keys 'role' and 'content'"),
+        ("a.json", [{"messages": [{"role": "robot", "content": "x"}]}], "'role' is 'robot', one of system, user"),
+        ("a.json", [{"messages": [TURN, {"role": "system", "content": "x"}]}], "turn 2 of 'messages' is a system message"),
+        ("a.json", [{"messages": [TURN]}], "no turn of the assistant"),
+        ("a.json", [{"messages": [{"role": "user", "content": 3}]}], "'content' is a number"),
+        ("a.json", [3] * 12, "and 9 more"),
+        ("a.csv", "x", "a .json or .jsonl file is needed"),
+    ],
+)
+def test_broken_file(name: str, content: Any, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError) as error:
+        JSON(json_path=path).records()
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[\n{"instruction": "na\xefve"}]')
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        JSON(json_path=path).records()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no train.json or train.jsonl"),
+        ({"train.json": [RECORD]}, "has no val.json"),
+        ({"train.json": [RECORD], "train.jsonl": json.dumps(RECORD)}, "both train.json and train.jsonl"),
+    ],
+)
+def test_broken_folder(files: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        write(tmp_path / name, content)
+    with pytest.raises(UserError, match=message):
+        JSON(json_path=tmp_path).records()
+
+
+def test_no_path() -> None:
+    with pytest.raises(UserError, match="data.json_path is missing"):
+        JSON().records()
+    with pytest.raises(UserError, match="/nowhere/a.json does not exist"):
+        JSON(json_path=Path("/nowhere/a.json")).records()
+
+
+def test_errors_of_single_records_name_file_and_record(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    turns = [TURN, {"role": "assistant", "content": "a"}] * 2
+    path = write(tmp_path / "a.json", [RECORD, {"messages": turns}])
+    with pytest.raises(UserError, match="a.json, record 2: the prompt style 'alpaca' has no form for conversations"):
+        JSON(json_path=path).splits(Tokenizer(tiny_tokenizer_dir), prompts.Alpaca())

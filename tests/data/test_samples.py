@@ -1,0 +1,271 @@
+"""Loss masks checked by decoding what they cover; cutting, dropping, splitting and the report."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from litgpt import prompts
+from litgpt.data import DataModule
+from litgpt.data.base import loss_mask, render
+from litgpt.errors import UserError
+from litgpt.prompts import ChatTemplate, PromptStyle
+from litgpt.tokenizer import Tokenizer
+
+
+@dataclass
+class Given(DataModule):
+    """Records that a test hands over."""
+
+    train: list[dict[str, Any]] = field(default_factory=list)
+    val: list[dict[str, Any]] | None = None
+
+    def records(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        return self.train, self.val
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir: Path) -> Tokenizer:
+    return Tokenizer(tiny_tokenizer_dir)
+
+
+@pytest.fixture
+def bos_tokenizer(write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path) -> Tokenizer:
+    """The same tokenizer, of a checkpoint that asks for BOS (<|endoftext|>, 0)."""
+    folder = write_tiny_tokenizer(tmp_path / "bos")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
+    return Tokenizer(folder)
+
+
+def pair(question: str, answer: str, extra: str = "") -> dict[str, str]:
+    return {"instruction": question, "input": extra, "output": answer}
+
+
+def one_sample(
+    record: dict[str, Any], tokenizer: Tokenizer, style: PromptStyle, mask_prompt: bool = True, length: int | None = None
+) -> Any:
+    data = Given(mask_prompt=mask_prompt, train=[record], val=[record])
+    return data.splits(tokenizer, style, length).train[0]
+
+
+def full_text(sample: Any, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(list(sample.input_ids), skip_special_tokens=False)
+
+
+def learned(sample: Any, tokenizer: Tokenizer) -> list[str]:
+    """The texts of the runs of tokens that carry loss."""
+    runs: list[list[int]] = []
+    previous = 0
+    for token, loss in zip(sample.input_ids, sample.loss_mask, strict=True):
+        if loss and not previous:
+            runs.append([])
+        if loss:
+            runs[-1].append(token)
+        previous = loss
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+
+
+def own_template(tokenizer: Tokenizer) -> ChatTemplate:
+    style = ChatTemplate.from_tokenizer(tokenizer)
+    assert style is not None
+    return style
+
+
+def test_alpaca_learns_answer_and_eos(tokenizer: Tokenizer) -> None:
+    sample = one_sample(pair("Add.", "It is 4.\n", extra="2 + 2"), tokenizer, prompts.Alpaca())
+    assert learned(sample, tokenizer) == ["It is 4.\n<|im_end|>"]
+    assert full_text(sample, tokenizer) == prompts.Alpaca().apply("Add.", input="2 + 2") + "It is 4.\n<|im_end|>"
+    assert isinstance(sample.input_ids, array)
+    assert sample.input_ids.typecode == "i"
+
+
+def test_without_mask_everything_but_the_first_token_is_learned(tokenizer: Tokenizer, bos_tokenizer: Tokenizer) -> None:
+    for each in (tokenizer, bos_tokenizer):
+        sample = one_sample(pair("Hi", "Hello"), each, prompts.Alpaca(), mask_prompt=False)
+        assert sample.loss_mask == bytes([0] + [1] * (len(sample.input_ids) - 1))
+
+
+@pytest.mark.parametrize("style", [prompts.ChatML(), prompts.SmolLM2(), "template"])
+def test_chat_learns_answer_and_end_of_turn(style: Any, tokenizer: Tokenizer) -> None:
+    style = own_template(tokenizer) if style == "template" else style
+    sample = one_sample(pair("Hi", "Hello\nyou", extra="there"), tokenizer, style)
+    assert learned(sample, tokenizer) == ["Hello\nyou<|im_end|>"]
+    assert full_text(sample, tokenizer) == style.apply("Hi", input="there") + "Hello\nyou<|im_end|>"  # no newline behind it
+
+
+def test_style_whose_marker_is_no_token_ends_with_eos(tokenizer: Tokenizer) -> None:
+    sample = one_sample(pair("Hi", "Hello"), tokenizer, prompts.Llama2())
+    assert learned(sample, tokenizer) == [" Hello<|im_end|>"]
+    assert "[INST] Hi" not in learned(sample, tokenizer)[0]
+    sample = one_sample(pair("Hi", "Hello"), tokenizer, prompts.OLMo())  # its own marker is a token here
+    assert learned(sample, tokenizer) == ["Hello<|endoftext|>"]
+
+
+def test_template_without_marker_ends_with_eos(tokenizer: Tokenizer) -> None:
+    style = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    sample = one_sample(pair("Hi", "Hello"), tokenizer, style)
+    assert full_text(sample, tokenizer) == "user: Hi\nassistant: Hello<|im_end|>"
+    assert learned(sample, tokenizer) == ["Hello<|im_end|>"]
+
+
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello, friend"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "See you\n\nsoon"},
+]
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+@pytest.mark.parametrize("style", ["chatml", "template"])
+def test_conversation_learns_the_assistants_turns_only(style: str, mask_prompt: bool, tokenizer: Tokenizer) -> None:
+    chosen = own_template(tokenizer) if style == "template" else PromptStyle.from_name(style)
+    sample = one_sample({"messages": CHAT}, tokenizer, chosen, mask_prompt)
+    assert learned(sample, tokenizer) == ["Hello, friend<|im_end|>", "See you\n\nsoon<|im_end|>"]
+    assert full_text(sample, tokenizer) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello, friend<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nSee you\n\nsoon<|im_end|>"
+    )
+
+
+def test_llama2_conversation(tokenizer: Tokenizer) -> None:
+    sample = one_sample({"messages": CHAT}, tokenizer, prompts.Llama2())
+    assert learned(sample, tokenizer) == [" Hello, friend</s>", " See you\n\nsoon</s><|im_end|>"]  # </s> is no token here
+
+
+def test_what_follows_the_last_reply_is_left_out(tokenizer: Tokenizer) -> None:
+    sample = one_sample({"messages": CHAT[:4]}, tokenizer, prompts.ChatML())
+    assert full_text(sample, tokenizer).endswith("Hello, friend<|im_end|>")
+
+
+def test_training_prompt_is_the_generation_prompt(tokenizer: Tokenizer, bos_tokenizer: Tokenizer) -> None:
+    """What comes before the first learned token is exactly what generation feeds to the model."""
+    for each in (tokenizer, bos_tokenizer):
+        for style in (prompts.Alpaca(), prompts.ChatML(), prompts.Llama3(), own_template(each)):
+            sample = one_sample(pair("Hi", "Hello"), each, style)
+            first = sample.loss_mask.index(1)
+            assert list(sample.input_ids[:first]) == each.ids(style.apply("Hi"))
+
+
+def test_bos_once(bos_tokenizer: Tokenizer) -> None:
+    sample = one_sample(pair("Hi", "Hello"), bos_tokenizer, prompts.Alpaca())
+    assert list(sample.input_ids[:2]) == [0, *bos_tokenizer.ids("B", bos=False)]
+    sample = one_sample(pair("Hi", "Hello"), bos_tokenizer, prompts.OLMo())  # its text starts with <|endoftext|>, the BOS here
+    assert sample.input_ids[0] == 0
+    assert sample.input_ids[1] != 0
+
+
+def test_eos_is_not_doubled(tokenizer: Tokenizer) -> None:
+    sample = one_sample(pair("Hi", "Hello<|im_end|>"), tokenizer, prompts.Alpaca())
+    assert list(sample.input_ids).count(2) == 1
+
+
+def test_conversation_of_one_turn_fits_any_style(tokenizer: Tokenizer) -> None:
+    sample = one_sample({"messages": CHAT[1:3]}, tokenizer, prompts.Alpaca())
+    assert full_text(sample, tokenizer) == prompts.Alpaca().apply("Hi") + "Hello, friend<|im_end|>"
+    sample = one_sample({"messages": CHAT[:3]}, tokenizer, prompts.Alpaca())
+    assert full_text(sample, tokenizer).startswith("Be kind.\n\n### Instruction:\nHi")
+    with pytest.raises(UserError, match='record 1: .*"chatml"'):
+        one_sample({"messages": CHAT}, tokenizer, prompts.Alpaca())
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # earlier replies are shortened once later messages follow
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and not loop.last %}{{ m.content[:3] }}{% else %}{{ m.content }}"
+        "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        # the generation prompt opens a block that a finished reply does not have
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: <think>\n{% endif %}",
+    ],
+)
+def test_template_that_rewrites_history_is_refused(template: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError) as error:
+        one_sample({"messages": CHAT}, tokenizer, ChatTemplate(template))
+    assert "record 1" in str(error.value)
+    assert "differently once" in str(error.value)
+    assert "chatml" in str(error.value)
+
+
+def test_token_across_the_boundary_is_learned() -> None:
+    #        ab     cd     ef      (trimmed blank)  \n
+    offsets = [(0, 2), (2, 4), (4, 6), (6, 6), (6, 7)]
+    assert loss_mask(offsets, [(3, 6)]) == bytes([0, 1, 1, 1, 0])
+    assert loss_mask(offsets, [(0, 2), (4, 5)]) == bytes([1, 0, 0, 0, 0])
+
+
+def test_characters_of_several_tokens(tokenizer: Tokenizer) -> None:
+    sample = one_sample(pair("Grüße", "日本 🎉 ñ"), tokenizer, prompts.Alpaca())
+    assert learned(sample, tokenizer) == ["日本 🎉 ñ<|im_end|>"]
+
+
+def test_render_spans_are_characters(tokenizer: Tokenizer) -> None:
+    text, spans = render({"messages": CHAT}, prompts.ChatML(), tokenizer)
+    assert [text[start:end] for start, end in spans] == ["Hello, friend<|im_end|>", "See you\n\nsoon<|im_end|>"]
+
+
+def test_report_counts_what_was_cut_and_dropped(tokenizer: Tokenizer) -> None:
+    style = prompts.Default()
+    lengths = [len(tokenizer.ids(text)) for text in ("qqqq", "zzzz")]
+    assert lengths == [4, 4]
+    train = [pair("qqqq", "zzzz"), pair("qqqq", "zzzz" * 5), pair("qqqq" * 9, "zzzz"), pair("qqqq", " "), pair("qqqq", "")]
+    data = Given(mask_prompt=True, train=train, val=[pair("qqqq", "zzzz")])
+    splits = data.splits(tokenizer, style, 16)
+    assert splits.report == (
+        "2 train and 1 validation samples, 11 tokens on average (longest 16), 1 cut to 16, "
+        "2 dropped: empty answer, 1 dropped: no answer token left"
+    )
+    assert [len(sample.input_ids) for sample in splits.train] == [9, 16]
+    assert list(splits.train[1].input_ids) == tokenizer.ids("qqqq" + "zzzz" * 3)
+    assert splits.examples == [pair("qqqq", "zzzz")]
+
+
+def test_split_is_seeded_and_complete(tokenizer: Tokenizer) -> None:
+    records = [pair(f"question {i}", f"answer {i}") for i in range(50)]
+
+    def ids(seed: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        splits = Given(seed=seed, val_split_fraction=0.2, train=records).splits(tokenizer, prompts.Default())
+        return [tuple(sample.input_ids) for sample in splits.train], [tuple(sample.input_ids) for sample in splits.val]
+
+    train, val = ids(1)
+    assert (len(train), len(val)) == (40, 10)
+    assert len(set(train) | set(val)) == 50
+    assert ids(1) == (train, val)
+    assert ids(2) != (train, val)
+
+
+def test_examples_belong_to_the_validation_samples(tokenizer: Tokenizer) -> None:
+    records = [pair(f"question {i}", "" if i % 3 else f"answer {i}") for i in range(30)]
+    splits = Given(val_split_fraction=0.5, train=records).splits(tokenizer, prompts.Default())
+    texts = [full_text(sample, tokenizer) for sample in splits.val]
+    assert texts == [f"{record['instruction']}{record['output']}<|im_end|>" for record in splits.examples]
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "message"),
+    [
+        ({"train": []}, None, "Given holds no records"),
+        ({"train": [pair("a", "b")]}, None, "holds one record"),
+        ({"train": [pair("a", "b")] * 9, "val_split_fraction": 1.5}, None, "data.val_split_fraction is 1.5"),
+        ({"train": [pair("a", "b")] * 9, "val_split_fraction": 0.0}, None, "data.val_split_fraction is 0.0"),
+        ({"train": [pair("a", "b")], "val": []}, None, "the validation set is empty"),
+        ({"train": [pair("a", "")] * 9}, None, "answers are empty"),
+        ({"train": [pair("a" * 99, "b")] * 9, "mask_prompt": True}, 16, "fill max_seq_length (16)"),
+        ({"train": [pair("a", "b")], "val": [pair("a", " ")]}, None, "none of the 1 validation records is left"),
+        ({"train": [pair("a", "b")] * 9}, 1, "max_seq_length is 1"),
+    ],
+)
+def test_nothing_to_train_on(settings: dict[str, Any], length: int | None, message: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError) as error:
+        Given(**settings).splits(tokenizer, prompts.Default(), length)
+    assert message in str(error.value)

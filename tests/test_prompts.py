@@ -1,0 +1,334 @@
+"""Prompt styles against hand-written texts of the models' cards, chat templates against transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from litgpt import prompts
+from litgpt.errors import UserError
+from litgpt.prompts import ChatML, ChatTemplate, PromptStyle, load_prompt_style, resolve_prompt_style, save_prompt_style
+from litgpt.tokenizer import Tokenizer
+
+NAMES = sorted(style.name for style in prompts._styles())
+
+KNOWN = {
+    "default": "Hi",
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nHi\n\n### Response:\n"
+    ),
+    "codellama": "[INST] Hi [/INST]",
+    "mistral": "<s>[INST] Hi [/INST]",
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful assistant.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "tinyllama": (
+        "<|system|>\nYou are a friendly chatbot who always gives helpful, detailed, and polite answers.</s>\n"
+        "<|user|>\nHi</s>\n<|assistant|>\n"
+    ),
+    "phi-3": "<|system|>\nYou are a helpful assistant.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n",
+    "phi-2": "Instruct: Hi\nOutput:",
+    "gemma": "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+    "stablelm-zephyr": "<|user|>\nHi<|endoftext|>\n<|assistant|>\n",
+    "chatml": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "smollm2": (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "qwen2.5": (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "vicuna": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+        "answers to the user's questions. USER: Hi ASSISTANT:"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_prompt_text(name: str) -> None:
+    assert PromptStyle.from_name(name).apply("Hi") == KNOWN[name]
+
+
+def test_llama2_is_metas_form() -> None:
+    text = PromptStyle.from_name("llama2").apply("Hi", sys_prompt="Be brief.")
+    assert text == "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"
+    default = PromptStyle.from_name("llama2").apply("Hi")
+    assert default.startswith("[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.")
+    assert default.endswith("please don't share false information.\n<</SYS>>\n\nHi [/INST]")
+    assert PromptStyle.from_name("llama2").apply("Hi", sys_prompt="") == "[INST] Hi [/INST]"
+
+
+def test_llama2_conversation() -> None:
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    expected = "[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST] b</s><s>[INST] c [/INST]"
+    assert prompts.Llama2().render(messages, add_generation_prompt=True) == expected
+
+
+def test_alpaca_with_input_and_system() -> None:
+    text = prompts.Alpaca().apply("Add {prompt}", input="2 {system} 2")
+    assert text.startswith("Below is an instruction that describes a task, paired with an input that provides further context. Write")
+    assert text.endswith("\n\n### Instruction:\nAdd {prompt}\n\n### Input:\n2 {system} 2\n\n### Response:\n")
+    assert prompts.Alpaca().apply("Hi", sys_prompt="S") == "S\n\n### Instruction:\nHi\n\n### Response:\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_style_carries_prompt_and_input(name: str) -> None:
+    text = PromptStyle.from_name(name).apply("THE PROMPT {}", input="THE INPUT {}")
+    assert text.index("THE PROMPT {}") < text.index("THE INPUT {}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    style = PromptStyle.from_name(name)
+    save_prompt_style(style, tmp_path)
+    loaded = load_prompt_style(tmp_path)
+    assert type(loaded) is type(style)
+    assert loaded.apply("Hi") == style.apply("Hi")
+    assert resolve_prompt_style(None, tmp_path).apply("Hi") == style.apply("Hi")
+
+
+def test_save_keeps_the_system_message(tmp_path: Path) -> None:
+    save_prompt_style(ChatML("Speak French."), tmp_path)
+    assert yaml.safe_load((tmp_path / "prompt_style.yaml").read_text()) == {
+        "class_path": "litgpt.prompts.ChatML",
+        "init_args": {"system_message": "Speak French."},
+    }
+    assert "Speak French." in load_prompt_style(tmp_path).apply("Hi")
+
+
+@pytest.mark.parametrize(
+    "name", ["Alpaca", "FLAN", "Longform", "Llama2", "Llama3", "TinyLlama", "CodeLlama", "Phi3", "Gemma", "SmolLM2", "Qwen2_5"]
+)
+def test_upstream_file_loads(name: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt_style.yaml").write_text(f"class_path: litgpt.prompts.{name}\ninit_args: {{}}\n")
+    assert type(load_prompt_style(tmp_path)) is getattr(prompts, name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("class_path: os.system\n", "no prompt style is named 'os.system'"),
+        ("class_path: litgpt.prompts.Path\n", "no prompt style is named"),
+        ("class_path: litgpt.prompts.Alpacca\n", "did you mean 'alpaca'"),
+        ("class_path: litgpt.prompts.Alpaca\ninit_args: {x: 1}\n", "do not fit litgpt.prompts.Alpaca"),
+        ("!!python/object/apply:os.system [ls]\n", "not valid YAML"),
+        ("- 1\n", "expected `class_path"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
+def test_broken_style_file(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt_style.yaml").write_text(content)
+    with pytest.raises(UserError) as error:
+        load_prompt_style(tmp_path)
+    assert message in str(error.value)
+    assert "prompt_style.yaml" in str(error.value)
+
+
+def test_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'tinyllama'"):
+        PromptStyle.from_name("TinyLama")
+
+
+def test_resolve_order(write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path / "checkpoint")
+    (folder / "model_config.yaml").write_text("name: Llama-2-7b-chat-hf\n")
+    tokenizer = Tokenizer(folder)
+    assert isinstance(resolve_prompt_style(None, folder, tokenizer), ChatTemplate)
+    assert isinstance(resolve_prompt_style("chat", folder, tokenizer), ChatTemplate)
+    assert isinstance(resolve_prompt_style("flan", folder, tokenizer), prompts.FLAN)
+    save_prompt_style(prompts.Gemma(), folder)
+    assert isinstance(resolve_prompt_style(None, folder, tokenizer), prompts.Gemma)
+    (folder / "prompt_style.yaml").unlink()
+
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert isinstance(resolve_prompt_style(None, folder), prompts.Llama2)
+    (folder / "model_config.yaml").write_text("name: pythia-160m\n")
+    assert isinstance(resolve_prompt_style(None, folder), prompts.Alpaca)
+    assert isinstance(resolve_prompt_style(None, folder, fallback="default"), prompts.Default)
+    with pytest.raises(UserError, match="has no chat template"):
+        resolve_prompt_style("chat", folder)
+
+
+@pytest.mark.parametrize("form", ["text", "list", "file"])
+def test_chat_template_is_read_again_from_the_folder(form: str, write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path / "checkpoint")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = settings.pop("chat_template")
+    expected = ChatTemplate(template).apply("Hi")
+    if form == "file":
+        (folder / "chat_template.jinja").write_text(template)
+    else:
+        named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+        settings["chat_template"] = template if form == "text" else named
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    style = resolve_prompt_style("chat", folder)
+    save_prompt_style(style, folder)
+    assert (folder / "prompt_style.yaml").read_text() == "class_path: litgpt.prompts.ChatTemplate\n"
+    assert load_prompt_style(folder).apply("Hi") == style.apply("Hi") == expected == KNOWN["chatml"]
+
+
+@pytest.mark.parametrize(
+    ("model", "style"),
+    [
+        ("Llama-2-7b-chat-hf", "Llama2"),
+        ("Llama-2-7b-hf", "Default"),
+        ("Llama-3.2-1B-Instruct", "Llama3"),
+        ("Llama-3.2-1B", "Default"),
+        ("tiny-llama-1.1b-chat", "TinyLlama"),
+        ("tiny-llama-1.1b", "Default"),
+        ("SmolLM2-135M-Instruct", "SmolLM2"),
+        ("SmolLM2-135M", "Default"),
+        ("CodeLlama-7b-Instruct-hf", "CodeLlama"),
+        ("Mistral-7B-Instruct-v0.3", "Mistral"),
+        ("Mixtral-8x7B-Instruct-v0.1", "Mistral"),
+        ("pythia-160m", "Default"),
+        ("Phi-3-mini-4k-instruct", "Phi3"),
+        ("Gemma-2-2b-it", "Gemma"),
+        ("Gemma-2-2b", "Default"),
+        ("Qwen2.5-0.5B-Instruct", "Qwen2_5"),
+        ("stablelm-zephyr-3b", "StableLMZephyr"),
+    ],
+)
+def test_style_by_model_name(model: str, style: str) -> None:
+    assert type(PromptStyle.from_config(SimpleNamespace(name=model))).__name__ == style
+
+
+def test_stop_tokens(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    assert PromptStyle.from_name("alpaca").stop_tokens(tokenizer) == ([2],)
+    assert PromptStyle.from_name("olmo").stop_tokens(tokenizer) == ([0], [2])  # <|endoftext|> ends its turns
+    assert PromptStyle.from_name("llama3").stop_tokens(tokenizer) == ([2],)  # <|eot_id|> is unknown here
+
+
+# --- Chat templates ---
+
+CONVERSATION = [
+    {"role": "system", "content": "Be <brief> & kind."},
+    {"role": "user", "content": "  What is 1 + 1?  "},
+    {"role": "assistant", "content": "It is 2."},
+    {"role": "user", "content": "And 2 + 2?\n"},
+    {"role": "assistant", "content": "4"},
+]
+TEMPLATES = {
+    "namespace and trimming": (
+        "{%- set ns = namespace(n=0) %}\n{{- bos_token }}\n{%- for m in messages %}\n    {%- set ns.n = ns.n + 1 %}\n"
+        "    {{- '[' ~ ns.n ~ '] ' + m['role'] + ': ' + m.content | trim + eos_token }}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n    {{- '[assistant]' }}\n{%- endif %}\n"
+    ),
+    "loop controls": (
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{% if loop.index > 3 %}{% break %}{% endif %}"
+        "{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.length }}{{ loop.previtem is defined }}{{ m.content }}|{% endfor %}"
+    ),
+    "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}",
+    "blocks": "{% for m in messages %}\n  {% if m.role == 'user' %}\n  <u>{{ m.content }}</u>\n  {% endif %}\n{% endfor %}\nend\n",
+    "macro and filters": (
+        "{% macro say(m) -%}{{ m.role | upper }}={{ m.content | replace('2', 'two') }};{%- endmacro %}"
+        "{% for m in messages | selectattr('role', 'ne', 'system') if m.content %}{{ say(m) }}{% else %}none{% endfor %}"
+        "{{ range(3) | list }}{{ messages[1:][0].content.strip().split(' ')[-1] }}{{ 'x' * 3 }}{{ 2 ** 5 }}{{ missing }}"
+    ),
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "tools": "{% if tools is not none %}tools{% else %}plain{% endif %}{{ documents is none }}",
+}
+
+
+def render_with_transformers(template: str, messages: list[dict[str, str]], generation: bool, **tokens: str) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=generation, **tokens)
+    return rendered[0]
+
+
+@pytest.mark.parametrize("generation", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_equals_transformers(name: str, generation: bool) -> None:
+    ours = ChatTemplate(TEMPLATES[name], "<s>", "</s>").render(CONVERSATION, generation)
+    assert ours == render_with_transformers(TEMPLATES[name], CONVERSATION, generation, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def smollm2_template(smollm2_gguf: Path) -> str:
+    from gguf import GGUFReader
+
+    return GGUFReader(smollm2_gguf).fields["tokenizer.chat_template"].contents()
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4, 5])
+def test_smollm2_template_equals_transformers(turns: int, smollm2_template: str) -> None:
+    template = smollm2_template
+    for messages in (CONVERSATION[:turns], CONVERSATION[1 : turns + 1]):
+        ours = ChatTemplate(template).render(messages, True)
+        assert ours == render_with_transformers(template, messages, True)
+        assert ours == prompts.SmolLM2().render(messages, True)
+
+
+def test_a_clock_that_stands_still() -> None:
+    style = ChatTemplate("{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}")
+    first = style.render([])
+    time.sleep(0.01)
+    assert style.render([]) == first
+    assert first.startswith(time.strftime("%Y-"))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append.__globals__ }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
+        ("{% set x = messages.append(1) %}", "is unsafe"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 200,000 steps"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}", "more than 200,000 steps"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ range(10 ** 9) }}", "Range too big"),
+        ("{{ 'x' * 10 ** 12 }}", "characters"),
+        ("{{ 9 ** 9 ** 9 }}", "huge power"),
+        (
+            "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+            "more than 10,000,000 characters",
+        ),
+        ("{% for i in range(9999) %}{{ 'x' * 5000 }}{% endfor %}", "more than 10,000,000 characters"),
+        ("{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}", "recursive loops"),
+        ("{% for m in messages %}\n{{ m.content }", "line 2"),
+        ("{{ raise_exception('Conversation roles must alternate') }}", "Conversation roles must alternate"),
+        ("{{ messages[0].nothing.there }}", "has no attribute"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_template_is_refused(template: str, message: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(UserError) as error:
+        ChatTemplate(template, source="folder/chat_template.jinja").render(CONVERSATION)
+    assert message in str(error.value)
+    assert "folder/chat_template.jinja" in str(error.value)
+    assert time.perf_counter() - start < 20  # a bound on the unbounded, not a benchmark
+
+
+def test_huge_template_is_refused() -> None:
+    with pytest.raises(UserError, match="200,000"):
+        ChatTemplate("x" * 200_001)
+
+
+def test_light_import() -> None:
+    heavy = "{'torch', 'numpy', 'jinja2', 'tokenizers', 'transformers', 'lightning', 'rich', 'huggingface_hub'}"
+    code = f"import sys, litgpt.prompts, litgpt.data; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
