@@ -30,7 +30,7 @@ class Positions:
     """Where the T input positions stand, worked out once per forward pass and used by every block."""
 
     cos: torch.Tensor
-    """(T, n/2), fp32"""
+    """(T, n/2), in the dtype that attention runs in"""
     sin: torch.Tensor
     mask: torch.Tensor | None
     """(T, K), true where attention is allowed; None: causal over exactly the T positions, or everything if T = 1"""
@@ -124,15 +124,22 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T > self.max_seq_length:
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
+        dtype = self._compute_dtype(idx.device)
         if input_pos is None:
-            cos, sin = self.rope(T, idx.device)
+            cos, sin = (table.to(dtype) for table in self.rope(T, idx.device))
             return Positions(cos, sin, None, self._window_mask(torch.arange(T, device=idx.device), T), None, T)
         end = int(input_pos.max()) + 1 if end is None else end
-        cos, sin = self.rope(end, idx.device)
+        cos, sin = (table[input_pos].to(dtype) for table in self.rope(end, idx.device))
         mask = None
         if T not in (1, end):
             mask = torch.arange(end, device=idx.device) <= input_pos[:, None]
-        return Positions(cos[input_pos], sin[input_pos], mask, self._window_mask(input_pos, end), input_pos, end)
+        return Positions(cos, sin, mask, self._window_mask(input_pos, end), input_pos, end)
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What linear layers give: autocast's dtype, or the weights'."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return cast("torch.Tensor", self.transformer["wte"].weight).dtype
 
     def _window_mask(self, places: torch.Tensor, end: int) -> torch.Tensor | None:
         """(T, K): causal, and no further back than the window; None where the window hides nothing."""
@@ -239,6 +246,13 @@ class KVCache:
         self.k[:B].index_copy_(2, index, k.to(self.k.dtype))
         self.v[:B].index_copy_(2, index, v.to(self.v.dtype))
         return self.k[:B, :, :end].to(k.dtype), self.v[:B, :, :end].to(v.dtype)
+
+    def repeat(self, batch: int, length: int) -> KVCache:
+        """A new cache of `batch` rows and `length` positions that begins with what this one (of one row) holds."""
+        _, groups, filled, head_size = self.k.shape
+        new = KVCache((batch, groups, length, head_size), self.k.device, self.k.dtype)
+        new.k[:, :, :filled], new.v[:, :, :filled] = self.k, self.v
+        return new
 
 
 class GptNeoxMLP(nn.Module):

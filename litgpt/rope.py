@@ -48,8 +48,7 @@ class RotaryTable:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first n dimensions of x (..., T, h) by the angles of (T, n/2); the rest passes. Computed in fp32, x's dtype returned."""
+    """Turn the first n dimensions of x (..., T, h) by the angles of (T, n/2), in x's dtype if cos and sin have it; the rest passes."""
     half = cos.size(-1)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

@@ -1,0 +1,107 @@
+"""What differs between the ways to fine-tune: how the model is built, what is trained, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litgpt import checkpoint
+from litgpt.errors import UserError
+from litgpt.lora import GPT, Skip2LoRA, lora_filter, mark_only_lora_as_trainable
+from litgpt.lora import Config as LoRAConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune; the loop and the job know no other difference."""
+
+    config: Callable[[Path], LoRAConfig]
+    """the model's config, adapters included, for a checkpoint folder"""
+    prepare: Callable[[GPT], None]
+    """sets what is trained, on a model with its base weights"""
+    save: Callable[[GPT, Path], None]
+    """writes the trained weights into a folder"""
+    finish: Callable[[GPT, Path], None]
+    """adds to the final folder what only it has; may change the model"""
+
+    def build(self, checkpoint_dir: Path, dtype: torch.dtype) -> GPT:
+        """The model on the CPU: the backbone in `dtype`, what is trained marked. Raises UserError if the checkpoint does not fit."""
+        with torch.device("meta"):
+            model = GPT(self.config(checkpoint_dir))
+        path = checkpoint_dir / checkpoint.WEIGHTS
+        checkpoint.load_base(model, checkpoint.load_weights(path), dtype, path)
+        self.prepare(model)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
+        return model
+
+
+def adapters(settings: dict[str, Any]) -> Method:
+    """LoRA and Skip2-LoRA, by the adapter settings of `litgpt.lora.Config`."""
+
+    def save(model: GPT, folder: Path) -> None:
+        weights = {name: p.detach().cpu() for name, p in model.named_parameters() if lora_filter(name)}
+        checkpoint.save_weights({"model": weights}, folder / checkpoint.ADAPTER_WEIGHTS)  # type: ignore[dict-item]
+
+    def finish(model: GPT, folder: Path) -> None:
+        if not any(isinstance(module, Skip2LoRA) for module in model.modules()):
+            from litgpt.finetune.merge import merged_weights
+
+            checkpoint.save_weights(merged_weights(model), folder / checkpoint.WEIGHTS)
+
+    return Method(lambda folder: LoRAConfig.from_checkpoint(folder, **settings), mark_only_lora_as_trainable, save, finish)
+
+
+def full(tie_embeddings: bool | None = None) -> Method:
+    """Every weight is trained, in the dtype that it is loaded in. The head shares the embedding as asked, or as the checkpoint has it."""
+
+    def prepare(model: GPT) -> None:
+        head: Any = model.lm_head
+        embedding: Any = model.transformer["wte"]
+        if tie_embeddings:
+            head.weight = embedding.weight
+        elif tie_embeddings is False and head.weight is embedding.weight:
+            head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+
+    def save(model: GPT, folder: Path) -> None:
+        checkpoint.save_weights({name: value.detach().cpu() for name, value in model.state_dict().items()}, folder / checkpoint.WEIGHTS)
+
+    return Method(LoRAConfig.from_checkpoint, prepare, save, lambda model, folder: None)
+
+
+def describe(model: GPT, lora_flags: list[str]) -> list[str]:
+    """Lines that say what is trained and what runs frozen."""
+    config, total = model.config, sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines = [f"parameters: {trained:,} trainable of {total:,} ({100 * trained / total:.3f} %)"]
+    if model.cut is None:
+        return lines
+    taps, behind = config.taps, config.lora_blocks
+    if taps:
+        norm = "" if config.skip2lora_norm == "none" else ", normalised"
+        lines.append(f"Skip2-LoRA: outputs of blocks {_ranges(taps)}{norm}, rank {config.skip2lora_r}, to {config.skip2lora_output_layer}")
+        layers = [f"blocks {_ranges(behind)}"] if behind else []
+        layers += ["lm_head"] if config.lora_head and config.lora_r else []
+        where = " and ".join(layers) if layers else "none there"
+        if lora_flags:
+            lines.append(f"LoRA ({', '.join(lora_flags)}) applies to layers behind {config.skip2lora_output_layer}'s input only: {where}")
+    frozen = min(model.cut, config.n_layer)
+    if frozen:
+        lines.append(f"frozen, run without gradients: the embedding and blocks 0-{frozen - 1} of {config.n_layer}")
+    return lines
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) -> "0-2, 5" """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+

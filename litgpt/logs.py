@@ -1,0 +1,116 @@
+"""What a run tells: metrics to files and loggers, progress to the terminal, the summary at the end."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litgpt.args import LogArgs
+from litgpt.errors import UserError
+
+COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")
+PLAIN_LINES = 20
+"""progress lines of a phase where there is no terminal"""
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far, in GiB: allocated on a CUDA device, resident for the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricLoggers:
+    """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is another one."""
+
+    def __init__(self, out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any]) -> None:
+        from lightning.fabric.loggers import CSVLogger, TensorBoardLogger
+
+        self.csv = CSVLogger(out_dir, "logs", 0, flush_logs_every_n_steps=1)
+        self.others: list[Any] = [TensorBoardLogger(out_dir, "logs", 0)]
+        if name not in ("csv", "tensorboard"):
+            self.others.append(_remote_logger(out_dir, name, log))
+            self.others[-1].log_hyperparams(hyperparameters)
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        """One row of `COLUMNS`; what was not measured at this step stays empty."""
+        self.csv.log_metrics({key: metrics.get(key) for key in COLUMNS}, step)  # type: ignore[misc]
+        for logger in self.others:
+            logger.log_metrics(metrics, step)
+
+    def close(self) -> None:
+        for logger in (self.csv, *self.others):
+            logger.finalize("success")
+
+
+def _remote_logger(out_dir: Path, name: str, log: LogArgs) -> Any:
+    from lightning.pytorch import loggers
+
+    try:
+        if name == "wandb":
+            return loggers.WandbLogger(project=log.project, name=log.run, group=log.group, save_dir=out_dir)
+        if name == "mlflow":
+            return loggers.MLFlowLogger(experiment_name=log.project or "litgpt", run_name=log.run)
+        settings = {"name": log.run, "teamspace": log.teamspace, "metadata": log.metadata, "checkpoint_name": log.checkpoint_name}
+        return loggers.LitLogger(root_dir=out_dir, log_model=log.log_model, save_logs=log.save_logs, **settings)
+    except ModuleNotFoundError as error:
+        raise UserError(f"logger_name {name!r} needs a package that is not installed ({error.name or name}): pip install it") from None
+
+
+class Console:
+    """Lines and progress on standard error; silent on all processes but the first. A bar with an ETA on a terminal, plain lines elsewhere."""
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+        self.is_terminal = active and sys.stderr.isatty()
+        self._bar: Any = None
+
+    def say(self, text: str) -> None:
+        """A line."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self.active:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Callable[..., None]]:
+        """Gives a function `(done, total, note="")`; total None where the end is not known."""
+        if self.is_terminal:
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            with Progress(*columns, TextColumn("{task.fields[note]}"), console=RichConsole(stderr=True)) as self._bar:
+                task = self._bar.add_task(title, total=None, note="")
+                yield lambda done, total, note="": self._bar.update(task, completed=done, total=total, note=note)
+            self._bar = None
+        else:
+            yield self._lines(title)
+
+    def _lines(self, title: str) -> Callable[..., None]:
+        start, shown = time.perf_counter(), 0
+
+        def update(done: int, total: int | None, note: str = "") -> None:
+            nonlocal shown
+            if done != total and done - shown < (total or 200) / PLAIN_LINES:
+                return
+            shown = done
+            seconds = time.perf_counter() - start
+            left = f", {(total - done) * seconds / max(done, 1):.0f} s left" if total else ""
+            self.say(f"{title} {done}{f' of {total}' if total else ''}  {seconds:.0f} s{left}  {note}".rstrip())
+
+        return update
+
+
+def summary(title: str, rows: dict[str, str]) -> str:
+    """A table of two columns as plain text."""
+    width = max(map(len, rows))
+    return "\n".join((title, *(f"  {key:<{width}}  {value}" for key, value in rows.items())))

@@ -1,0 +1,103 @@
+"""Cross-entropy at the positions that carry loss, in chunks, never with all logits at once.
+
+N positions, d `n_embd`, V `padded_vocab_size`, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 32 * 2**20
+"""for a chunk's logits; fewer rows make the matrix products slow, more rows only cost memory"""
+BLOCK_ELEMENTS = 8 * 49152
+"""of logits whose softmax is taken at a time on a CPU: in fp32 they stay in its cache"""
+
+
+class HeadLoss:
+    """Sum over positions of -log softmax(head(h))[target], fp32, for hidden states h (N, d) and targets (N,).
+
+    A frozen linear head takes the short way: the gradient for h, dh = (softmax - onehot) W, is made in the forward pass, chunk by
+    chunk, and no gradient for W. Memory is C x V logits whatever N is. A head that is trained itself, or carries LoRA, goes through
+    autograd with each chunk's logits computed again in the backward pass.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+        self._logits = torch.empty(0)
+
+    def __call__(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Scalar, fp32 (fp64 for fp64 input); a sum, for the caller to divide by its number of tokens."""
+        head = self.head
+        if isinstance(head, nn.Linear) and not head.weight.requires_grad:
+            device = hidden.device.type
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, self)
+            return _FrozenHead.apply(hidden, head.weight, head.bias, targets, self)
+        rows = max(1, CHUNK_BYTES // (self._width() * hidden.element_size()))
+        losses = [checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)]
+        return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
+
+    def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
+
+    def _width(self) -> int:
+        linear: Any = getattr(self.head, "linear", self.head)
+        return linear.out_features
+
+    def buffer(self, rows: int, like: torch.Tensor, width: int) -> torch.Tensor:
+        """(rows, V) for logits, allocated once: fresh pages would cost as much as the matrix product that fills them."""
+        have = self._logits
+        if have.dtype != like.dtype or have.device != like.device or have.dim() != 2 or have.size(1) != width or have.size(0) < rows:
+            self._logits = torch.empty(rows, width, dtype=like.dtype, device=like.device)
+        return self._logits[:rows]
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, owner: HeadLoss) -> torch.Tensor:
+        N, V = hidden.size(0), weight.size(0)
+        rows = max(1, min(N, CHUNK_BYTES // (V * hidden.element_size())))
+        wanted = hidden.requires_grad
+        gradient = torch.empty_like(hidden) if wanted else hidden
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for start in range(0, N, rows):
+            here = slice(start, min(start + rows, N))
+            logits = owner.buffer(rows, hidden, V)[: here.stop - start]
+            torch.mm(hidden[here], weight.t(), out=logits)  # (C, V)
+            if bias is not None:
+                logits += bias
+            total += cross_entropy_(logits, targets[here], total.dtype, wanted)
+            if wanted:
+                torch.mm(logits, weight, out=gradient[here])  # (C, d)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None, None
+
+
+def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype, gradient: bool) -> torch.Tensor:
+    """The sum of -log softmax(logits)[target] in the `wide` dtype; with `gradient`, logits (C, V) become softmax - onehot(targets).
+
+    On a CPU a few rows are done at a time, so that they stay in the processor's cache.
+    """
+    C, V = logits.shape
+    rows = C if logits.is_cuda else max(1, min(C, BLOCK_ELEMENTS // V))
+    block = torch.empty(rows, V, dtype=wide, device=logits.device)
+    chosen = torch.empty(C, 1, dtype=wide, device=logits.device)
+    for start in range(0, C, rows):
+        part, target = logits[start : start + rows], targets[start : start + rows, None]
+        log_p = torch.log_softmax(part, dim=-1, dtype=wide, out=block[: part.size(0)])
+        chosen[start : start + rows] = log_p.gather(1, target)
+        if gradient:
+            p = log_p.exp_()
+            part.copy_(p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target)))
+    return -chosen.sum()

@@ -1,0 +1,58 @@
+"""The optimizer and the learning rate."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from litgpt.args import require_allowed_class
+from litgpt.errors import UserError
+
+
+def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer from a name of `torch.optim` or `{"class_path": ..., "init_args": {...}}`; its fused form where it has one.
+
+    Raises UserError for unknown or forbidden classes and arguments that do not fit.
+    """
+    if isinstance(spec, str):
+        spec = {"class_path": spec}
+    path, settings = str(spec.get("class_path", "")), dict(spec.get("init_args") or {})
+    if "." not in path:
+        path = f"torch.optim.{path}"
+    require_allowed_class(path, "optimizer")
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise UserError(f"optimizer: {path} cannot be imported: {error}") from None
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        names = [key for key, value in vars(torch.optim).items() if inspect.isclass(value)]
+        near = difflib.get_close_matches(name, names, n=1)
+        raise UserError(f"optimizer: {path} is not an optimizer" + (f"; do you mean {near[0]}?" if near else ""))
+    accepted = inspect.signature(found).parameters
+    wrong = [key for key in settings if key not in accepted]
+    if wrong:
+        raise UserError(f"optimizer: {name} has no argument {', '.join(wrong)}; it has {', '.join(k for k in accepted if k != 'params')}")
+    if "fused" in accepted and "fused" not in settings and not {"foreach", "differentiable"} & settings.keys():
+        settings["fused"] = True
+    if isinstance(settings.get("betas"), list):
+        settings["betas"] = tuple(settings["betas"])
+    try:
+        return found(list(parameters), **settings)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"optimizer: {name} refuses its arguments: {error}") from None
+
+
+def learning_rate(step: int, peak: float, warmup: int, total: int, minimum: float) -> float:
+    """The rate of step 0, 1, ... total-1: rising linearly to `peak` over `warmup` steps, then half a cosine down to `minimum`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    floor = min(minimum, peak)
+    share = (step - warmup) / max(1, total - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
