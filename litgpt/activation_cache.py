@@ -159,7 +159,13 @@ class CacheSettings:
 
 
 def activations(
-    model: GPT, samples: Sequence[Sample], indices: Sequence[int], name: str, settings: CacheSettings, device: torch.device, progress: Progress
+    model: GPT,
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    name: str,
+    settings: CacheSettings,
+    device: torch.device,
+    progress: Progress,
 ) -> Activations:
     """A cache of the samples' activations, filled or found on disk; `Recompute` where the settings or the machine do not allow one.
 

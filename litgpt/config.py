@@ -200,9 +200,8 @@ class Config:
             if not isinstance(hf, dict):
                 raise UserError(f"{where} holds no JSON object")
         try:
-            values = catalog.from_hf(hf)
+            return cls(**{**catalog.from_hf(hf), **overrides})
         except KeyError as error:
             raise UserError(f"{where} lacks the key {error}") from None
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(f"{where}: {error}") from None
-        return cls(**{**values, **overrides})

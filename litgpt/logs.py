@@ -32,7 +32,8 @@ class MetricLoggers:
     """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is another one."""
 
     def __init__(self, out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any]) -> None:
-        from lightning.fabric.loggers import CSVLogger, TensorBoardLogger
+        from lightning.fabric.loggers.csv_logs import CSVLogger
+        from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
         self.csv = CSVLogger(out_dir, "logs", 0, flush_logs_every_n_steps=1)
         self.others: list[Any] = [TensorBoardLogger(out_dir, "logs", 0)]
@@ -59,14 +60,14 @@ def _remote_logger(out_dir: Path, name: str, log: LogArgs) -> Any:
             return loggers.WandbLogger(project=log.project, name=log.run, group=log.group, save_dir=out_dir)
         if name == "mlflow":
             return loggers.MLFlowLogger(experiment_name=log.project or "litgpt", run_name=log.run)
-        settings = {"name": log.run, "teamspace": log.teamspace, "metadata": log.metadata, "checkpoint_name": log.checkpoint_name}
-        return loggers.LitLogger(root_dir=out_dir, log_model=log.log_model, save_logs=log.save_logs, **settings)
+        settings: dict[str, Any] = {"teamspace": log.teamspace, "metadata": log.metadata, "checkpoint_name": log.checkpoint_name}
+        return loggers.LitLogger(root_dir=out_dir, name=log.run, log_model=log.log_model, save_logs=log.save_logs, **settings)
     except ModuleNotFoundError as error:
         raise UserError(f"logger_name {name!r} needs a package that is not installed ({error.name or name}): pip install it") from None
 
 
 class Console:
-    """Lines and progress on standard error; silent on all processes but the first. A bar with an ETA on a terminal, plain lines elsewhere."""
+    """Lines and progress on standard error, of the first process only: a bar with an ETA on a terminal, plain lines elsewhere."""
 
     def __init__(self, active: bool = True) -> None:
         self.active = active

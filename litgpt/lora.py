@@ -60,7 +60,7 @@ class Config(base.Config):
     """The blocks that get LoRA; all (behind the cut) unless given. Same forms as `skip2lora_block_indices`."""
     skip2lora_enabled: bool = False
     skip2lora_block_indices: BlockIndices = None
-    """S, the tapped blocks: ints (negative from the end), "all", "last:6", "every:5" or names "transformer.h.3"; the last 6 unless given."""
+    """S, the tapped blocks: ints (negative from the end), "all", "last:6", "every:5" or names "transformer.h.3"; else the last 6."""
     skip2lora_output_layer: str = LM_HEAD
     """The layer whose input the sum joins: "lm_head", "transformer.ln_f" or "transformer.h.m"."""
     skip2lora_norm: str = "rms"

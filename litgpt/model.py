@@ -122,7 +122,7 @@ class GPT(nn.Module):
     def positions(self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, end: int | None = None) -> Positions:
         """Rotary tables and masks for input (B, T)."""
         T = idx.size(1)
-        if T > self.max_seq_length:
+        if self.max_seq_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
         dtype = self._compute_dtype(idx.device)
         if input_pos is None:

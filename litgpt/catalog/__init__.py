@@ -34,7 +34,7 @@ def find(name: str) -> dict[str, Any] | None:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """Config fields for the content of a Hugging Face config.json. Raises ValueError for what is not supported, KeyError for a missing key."""
+    """Config fields for the content of a Hugging Face config.json. ValueError for what is unsupported, KeyError for a missing key."""
     kind = hf.get("model_type")
     if kind not in _ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(sorted(_ARCHITECTURES))}")

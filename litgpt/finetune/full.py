@@ -1,7 +1,7 @@
 """`litgpt finetune_full`: train every weight. Light, so that the command line answers before torch is loaded."""
 
 from pathlib import Path
-from typing import Dict, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import DataModule
@@ -20,7 +20,7 @@ def setup(
     ),
     eval: EvalArgs = EvalArgs(interval=600, max_new_tokens=100, max_iters=100),
     log: LogArgs = LogArgs(),
-    optimizer: Union[str, Dict] = "AdamW",
+    optimizer: Union[str, dict[str, Any]] = "AdamW",
     logger_name: Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"] = "csv",
     seed: int = 1337,
     access_token: Optional[str] = None,
@@ -31,7 +31,8 @@ def setup(
     Args:
         checkpoint_dir: Folder of the base model.
         out_dir: Folder for checkpoints and logs.
-        precision: Number format: bf16-true, 32-true, bf16-mixed, 16-true, 16-mixed. Default: bf16-true where the processor has it, else 32-true.
+        precision: Number format: bf16-true, 32-true, bf16-mixed, 16-true, 16-mixed. Default: bf16-true where the processor has it,
+            else 32-true.
         devices: How many devices to train on, or "auto".
         num_nodes: How many machines to train on.
         data: Training data, for example JSON, Alpaca2k or PythonDocs.

@@ -71,7 +71,7 @@ def run(job: Job, method: Method) -> dict[str, Any]:
     fabric.launch()
     fabric.seed_everything(job.seed, verbose=False)
     console = Console(fabric.global_rank == 0)
-    world = World(fabric.global_rank, fabric.world_size, lambda t: fabric.all_reduce(t, reduce_op="sum") if fabric.world_size > 1 else t)  # type: ignore[return-value]
+    world = World(fabric.global_rank, fabric.world_size, lambda tensor: _sum(fabric, tensor))
 
     tokenizer = Tokenizer(base)
     style = resolve_prompt_style(job.data.prompt_style, base, tokenizer)
@@ -139,6 +139,11 @@ def _earlier(out_dir: Path) -> list[Path]:
 def _clear(out_dir: Path) -> None:
     for path in _earlier(out_dir):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sum(fabric: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor added up over all processes."""
+    return fabric.all_reduce(tensor, reduce_op="sum") if fabric.world_size > 1 else tensor
 
 
 def _splits(job: Job, fabric: Any, tokenizer: Tokenizer, style: PromptStyle, base: Path) -> Splits:

@@ -16,8 +16,8 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data.base import Sample
 from litgpt.errors import UserError
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb
-from litgpt.loss import HeadLoss
 from litgpt.lora import GPT
+from litgpt.loss import HeadLoss
 from litgpt.optim import learning_rate
 
 
@@ -178,8 +178,8 @@ class Loop:
         mean = self.world.sum(total).item()
         if not math.isfinite(mean):
             raise UserError(
-                f"the loss is {mean} in a batch with samples {rows[:8]}: lower the learning rate, set train.max_norm, or use another precision. "
-                "The weights were not changed by this step"
+                f"the loss is {mean} in a batch with samples {rows[:8]}: lower the learning rate, set train.max_norm, or use another "
+                "precision. The weights were not changed by this step"
             )
         self._share_gradients()
         if self.train.max_norm is not None:

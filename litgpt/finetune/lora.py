@@ -1,13 +1,13 @@
 """`litgpt finetune` (`finetune_lora`): LoRA and Skip2-LoRA. Light, so that the command line answers before torch is loaded."""
 
 from pathlib import Path
-from typing import Dict, List, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import DataModule
 from litgpt.errors import UserError
 
-BlockIndices = Optional[Union[str, int, List[Union[int, str]]]]
+BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
 LORA_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
 
 
@@ -45,7 +45,7 @@ def setup(
     ),
     log: LogArgs = LogArgs(),
     eval: EvalArgs = EvalArgs(interval=100, max_new_tokens=100, max_iters=100),
-    optimizer: Union[str, Dict] = "AdamW",
+    optimizer: Union[str, dict[str, Any]] = "AdamW",
     logger_name: Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"] = "csv",
     seed: int = 1337,
     access_token: Optional[str] = None,
@@ -56,7 +56,8 @@ def setup(
     Args:
         checkpoint_dir: Folder of the base model.
         out_dir: Folder for checkpoints and logs.
-        precision: Number format: bf16-true, 32-true, bf16-mixed, 16-true, 16-mixed. Default: bf16-true where the processor has it, else 32-true.
+        precision: Number format: bf16-true, 32-true, bf16-mixed, 16-true, 16-mixed. Default: bf16-true where the processor has it,
+            else 32-true.
         quantize: Quantise the frozen weights (not available yet).
         devices: How many devices to train on, or "auto".
         num_nodes: How many machines to train on.
@@ -69,8 +70,8 @@ def setup(
         lora_projection: LoRA on attention's output projections.
         lora_mlp: LoRA on the MLPs' layers.
         lora_head: LoRA on the output head.
-        lora_block_indices: Blocks that get LoRA, in the forms of skip2lora_block_indices. What lies before the first of them runs frozen and is
-            cached. Default: all.
+        lora_block_indices: Blocks that get LoRA, in the forms of skip2lora_block_indices. What lies before the first of them runs
+            frozen and is cached. Default: all.
         skip2lora_enabled: Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only.
         skip2lora_block_indices: Blocks to tap: [0, 1, -1], all, last:6, every:5 or names such as transformer.h.3. Default: the last 6.
         skip2lora_positions: Older name of skip2lora_block_indices.

@@ -104,4 +104,3 @@ def _ranges(numbers: tuple[int, ...]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-

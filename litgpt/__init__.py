@@ -1,0 +1,36 @@
+"""LitGPT-compatible fine-tuning with Skip2-LoRA built in. Names load on first use, so that `import litgpt` does not load torch."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from litgpt.api import LLM as LLM
+    from litgpt.config import Config as Config
+    from litgpt.model import GPT as GPT
+    from litgpt.prompts import PromptStyle as PromptStyle
+    from litgpt.tokenizer import Tokenizer as Tokenizer
+
+__version__ = "0.6.0+skip2lora"
+
+_HOME = {
+    "GPT": "litgpt.model",
+    "Config": "litgpt.config",
+    "LLM": "litgpt.api",
+    "PromptStyle": "litgpt.prompts",
+    "Tokenizer": "litgpt.tokenizer",
+}
+_MODULES = ("config", "data", "lora", "model", "prompts", "tokenizer")
+
+__all__ = ["GPT", "LLM", "Config", "PromptStyle", "Tokenizer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"litgpt.{name}")
+    raise AttributeError(f"module 'litgpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_MODULES})

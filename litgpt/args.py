@@ -1,0 +1,162 @@
+"""The groups of settings that every training command shares: `train.*`, `eval.*`, `log.*`.
+
+The string below each field is its help text on the command line. A value that makes no sense is a `UserError` naming the key.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from litgpt.errors import UserError
+
+DEFAULT_WARMUP_STEPS = 100
+
+ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")
+"""Where a class named by a YAML file or on the command line may come from."""
+
+
+@dataclass
+class TrainArgs:
+    """How long to train, in what batches, and how the learning rate moves."""
+
+    save_interval: Optional[int] = 1000
+    """Optimizer steps between checkpoints. null saves only the final one."""
+    log_interval: int = 1
+    """Optimizer steps between lines in the log."""
+    global_batch_size: int = 16
+    """Samples per optimizer step, over all devices."""
+    micro_batch_size: int = 4
+    """Samples per forward pass on one device. The rest of the global batch is accumulated."""
+    lr_warmup_steps: Optional[int] = DEFAULT_WARMUP_STEPS
+    """Optimizer steps in which the learning rate rises from 0. null: see lr_warmup_fraction, or no warm-up."""
+    lr_warmup_fraction: Optional[float] = None
+    """Warm-up as a share (0 to 1) of all steps. Give this or lr_warmup_steps, not both."""
+    epochs: Optional[int] = 5
+    """Passes over the training samples."""
+    max_tokens: Optional[int] = None
+    """Stop after this many tokens, over all devices."""
+    max_steps: Optional[int] = None
+    """Stop after this many optimizer steps."""
+    max_time: Optional[float] = None
+    """Stop after this many seconds of training."""
+    max_seq_length: Optional[int] = None
+    """Cut samples to this many tokens. null: what the model can read."""
+    tie_embeddings: Optional[bool] = None
+    """Share one weight between the token embedding and the output head. null: as the checkpoint has it."""
+    max_norm: Optional[float] = None
+    """Clip gradients to this norm. null: no clipping."""
+    min_lr: float = 6e-5
+    """Learning rate at the end of the cosine decay."""
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, 1, "save_interval", "log_interval", "global_batch_size", "micro_batch_size")
+        _at_least("train", self, 1, "epochs", "max_tokens", "max_steps", "max_seq_length")
+        _at_least("train", self, 0, "lr_warmup_steps", "lr_warmup_fraction", "min_lr")
+        _above_zero("train", self, "max_time", "max_norm")
+        if self.global_batch_size % self.micro_batch_size:
+            raise UserError(
+                f"train.global_batch_size ({self.global_batch_size}) must be a multiple of train.micro_batch_size"
+                f" ({self.micro_batch_size}): change one of them"
+            )
+        if self.epochs is None and self.max_tokens is None and self.max_steps is None and self.max_time is None:
+            raise UserError("training would never end: set one of train.epochs, train.max_steps, train.max_tokens, train.max_time")
+        if self.lr_warmup_fraction is not None:
+            self._prefer_warmup_fraction(self.lr_warmup_fraction)
+
+    def _prefer_warmup_fraction(self, fraction: float) -> None:
+        """A fraction turns off the default number of steps, and contradicts any other number."""
+        if fraction > 1:
+            raise UserError(f"train.lr_warmup_fraction must be between 0 and 1, but is {fraction}")
+        if self.lr_warmup_steps not in (None, DEFAULT_WARMUP_STEPS):
+            raise UserError(
+                f"train.lr_warmup_steps ({self.lr_warmup_steps}) and train.lr_warmup_fraction ({fraction}) are both given: leave one out"
+            )
+        self.lr_warmup_steps = None
+
+
+@dataclass
+class EvalArgs:
+    """When and on how much to validate."""
+
+    interval: int = 600
+    """Optimizer steps between validations."""
+    max_new_tokens: Optional[int] = None
+    """Length of the sample answer that is generated at each validation. null: none is generated."""
+    max_iters: int = 100
+    """Batches per validation at most."""
+    initial_validation: bool = False
+    """Validate before the first step."""
+    final_validation: bool = True
+    """Validate after the last step."""
+    evaluate_example: Union[int, str] = "first"
+    """The validation sample to answer: "first", "random" or its number, counted from 0."""
+
+    def __post_init__(self) -> None:
+        _at_least("eval", self, 1, "interval", "max_iters")
+        _at_least("eval", self, 0, "max_new_tokens")
+        example = self.evaluate_example
+        if example not in ("first", "random") and (isinstance(example, str) or example < 0):
+            raise UserError(f'eval.evaluate_example must be "first", "random" or a number from 0, but is {example!r}')
+
+
+@dataclass
+class LogArgs:
+    """Names and extras for the loggers that have them (wandb, mlflow, litlogger)."""
+
+    project: Optional[str] = None
+    """Project to log to."""
+    run: Optional[str] = None
+    """Name of this run."""
+    group: Optional[str] = None
+    """Name of a group of runs."""
+    teamspace: Optional[str] = None
+    """Teamspace of the run (litlogger)."""
+    metadata: Optional[dict[str, Any]] = None
+    """Anything to store with the run."""
+    log_model: bool = False
+    """Store the checkpoints with the run (litlogger)."""
+    save_logs: bool = True
+    """Store the terminal output with the run (litlogger)."""
+    checkpoint_name: Optional[str] = None
+    """Name of the stored checkpoints (litlogger)."""
+
+
+def require_allowed_class(class_path: Any, place: str) -> None:
+    """UserError unless the dotted name `class_path`, found at `place`, may be imported. To call before any import of it."""
+    named = isinstance(class_path, str) and all(part.isidentifier() for part in class_path.split("."))
+    if not named or not class_path.startswith(ALLOWED_CLASSES):
+        raise UserError(f"{place}: the class {class_path!r} is not allowed, only those of {', '.join(ALLOWED_CLASSES)}")
+
+
+def as_config(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A command's arguments as plain YAML values that `--config` reads back, for `hyperparameters.yaml`. Never the access token."""
+    return {name: _plain(value) for name, value in arguments.items() if name != "access_token"}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        if isinstance(value, (TrainArgs, EvalArgs, LogArgs)):
+            return fields
+        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": fields}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _at_least(group: str, args: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{group}.{name} must be at least {least}, but is {value}")
+
+
+def _above_zero(group: str, args: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{group}.{name} must be above 0, but is {value}")

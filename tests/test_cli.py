@@ -1,0 +1,556 @@
+"""The command line: how words become arguments, what a mistake looks like, what it may import, and how a process ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import pytest
+import yaml
+
+from litgpt import __version__
+from litgpt.__main__ import COMMANDS, load, main
+from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config, require_allowed_class
+from litgpt.command_line import Keys, UsageError, _parser, parse
+from litgpt.data import JSON, Alpaca2k, PythonDocs
+from litgpt.errors import UserError
+
+HEAVY = {"torch", "lightning", "transformers", "numpy", "rich", "tokenizers", "jinja2", "safetensors", "gguf"}
+
+
+def finetune(*words: str) -> dict[str, Any]:
+    return parse("litgpt finetune", load("finetune"), list(words))
+
+
+def error(*words: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        finetune(*words)
+    return str(caught.value)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """A YAML file as a user would write it."""
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        """
+checkpoint_dir: checkpoints/base
+lora_r: 4
+data:
+  class_path: litgpt.data.JSON
+  init_args:
+    json_path: train.json
+    seed: 7
+train:
+  epochs: 2
+  min_lr: 1e-5
+optimizer:
+  class_path: torch.optim.AdamW
+  init_args:
+    lr: 2e-3
+    betas: [0.9, 0.95]
+"""
+    )
+    return str(file)
+
+
+# The table
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    table = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", table, re.MULTILINE) for name in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"litgpt {__version__}\n"
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetun"]) == 2
+    assert "did you mean 'finetune'" in capsys.readouterr().err.lower()
+    assert main([]) == 2
+
+
+def test_help_without_heavy_imports() -> None:
+    """The table needs nothing but the standard library; a command's help and its parse errors not torch."""
+    script = f"""
+import contextlib, io, sys
+before = set(sys.modules)
+from litgpt.__main__ import COMMANDS, main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    main(["--help"])
+    table = {{name.split(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names)
+    for name in COMMANDS:
+        assert main([name, "--no_such_key", "1"]) == 2
+        try:
+            main([name, "--help"])
+        except SystemExit as end:
+            assert end.code == 0
+assert table == {{"litgpt"}}, table
+assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every key has a help text."""
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: litgpt {name} [CONFIG.yaml]" in text and "<class" not in text
+    actions = _parser(name, Keys(load(name)))._actions
+    assert [action.dest for action in actions if not action.help] == []
+
+
+# Words to arguments
+
+
+def test_a_checkpoint_and_data(tmp_path: Path) -> None:
+    given = finetune("checkpoints/base", "--data", "JSON", "--data.json_path", "my.json", "--max_steps", "10")
+    assert given["checkpoint_dir"] == Path("checkpoints/base")
+    assert given["data"] == JSON(json_path=Path("my.json"))
+    assert given["train"].max_steps == 10 and given["train"].epochs == 5
+    assert given["eval"] == EvalArgs(interval=100, max_new_tokens=100, max_iters=100) and given["log"] == LogArgs()
+
+
+def test_the_order_of_words_does_not_matter() -> None:
+    given = finetune("--max_steps=10", "--data.json_path=my.json", "c", "--data=JSON")
+    assert given == finetune("c", "--data", "JSON", "--data.json_path", "my.json", "--train.max_steps", "10")
+
+
+@pytest.mark.parametrize("words", [["{}"], ["--config", "{}"], ["--config={}"]])
+def test_a_yaml_file(config: str, words: list[str]) -> None:
+    given = finetune(*(word.format(config) for word in words))
+    assert given["checkpoint_dir"] == Path("checkpoints/base") and given["lora_r"] == 4
+    assert given["data"] == JSON(json_path=Path("train.json"), seed=7)
+    assert given["train"].epochs == 2 and given["train"].min_lr == 1e-5
+    assert given["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-3, "betas": [0.9, 0.95]}}
+
+
+def test_the_command_line_counts_more_than_the_file(config: str) -> None:
+    given = finetune("--epochs", "9", "other/base", "--data.seed", "8", config, "--lora_r", "16")
+    assert given["checkpoint_dir"] == Path("other/base") and given["lora_r"] == 16
+    assert given["train"].epochs == 9 and given["train"].min_lr == 1e-5
+    assert given["data"] == JSON(json_path=Path("train.json"), seed=8)
+
+
+def test_another_class_keeps_what_fits(config: str) -> None:
+    assert finetune(config, "--data", "PythonDocs", "--data.max_samples", "50")["data"] == PythonDocs(seed=7, max_samples=50)
+
+
+def test_a_later_file_counts_more(config: str, tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("train: {epochs: 3}\ndata: {init_args: {seed: 9}}\n")
+    given = finetune(config, str(tmp_path / "more.yaml"))
+    assert (given["train"].epochs, given["train"].min_lr) == (3, 1e-5)
+    assert given["data"] == JSON(json_path=Path("train.json"), seed=9)
+
+
+def test_one_argument_of_the_optimizer(config: str) -> None:
+    for key in ("--optimizer.lr", "--optimizer.init_args.lr"):
+        assert finetune(config, key, "1e-4")["optimizer"]["init_args"] == {"lr": 1e-4, "betas": [0.9, 0.95]}
+    assert finetune("c", "--optimizer.lr", "1e-4")["optimizer"] == {"class_path": "AdamW", "init_args": {"lr": 1e-4}}
+    assert finetune(config, "--optimizer", "SGD", "--optimizer.lr", "1")["optimizer"] == {"class_path": "SGD", "init_args": {"lr": 1}}
+    assert finetune(config, "--optimizer", "torch.optim.SGD")["optimizer"] == {"class_path": "torch.optim.SGD"}
+    assert finetune("c", "--optimizer", "SGD")["optimizer"] in ("SGD", {"class_path": "SGD"})
+
+
+@pytest.mark.parametrize("key", ["skip2lora_block_indices", "skip2lora_positions", "lora_block_indices"])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[0, 1, 2, 3]", [0, 1, 2, 3]),
+        ("[-1]", [-1]),
+        ("3", 3),
+        ("-1", -1),
+        ("last:6", "last:6"),
+        ("every:5", "every:5"),
+        ("all", "all"),
+        ("transformer.h.3", "transformer.h.3"),
+        ('["transformer.h.0", 4]', ["transformer.h.0", 4]),
+        ("null", None),
+    ],
+)
+def test_block_indices(key: str, text: str, value: object, tmp_path: Path) -> None:
+    """The same on the command line and in a file."""
+    file = tmp_path / "blocks.yaml"
+    file.write_text(f"checkpoint_dir: c\n{key}: {text}\n")
+    assert finetune("c", f"--{key}", text)[key] == value
+    assert finetune(str(file))[key] == value
+
+
+def test_a_flag_without_a_value_is_true() -> None:
+    assert finetune("c", "--overwrite")["overwrite"] is True
+    assert finetune("--overwrite", "--skip2lora_enabled", "false", "c")["overwrite"] is True
+
+
+def test_groups_and_classes_may_come_whole(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("epochs: 7\n")
+    (tmp_path / "data.yaml").write_text("class_path: JSON\ninit_args: {json_path: a.json}\n")
+    given = finetune("c", "--train", str(tmp_path / "train.yaml"), "--data", str(tmp_path / "data.yaml"), "--max_steps", "3")
+    assert (given["train"].epochs, given["train"].max_steps) == (7, 3) and given["data"] == JSON(json_path=Path("a.json"))
+    given = finetune("c", "--train", "{epochs: 7}", "--data", "{class_path: litgpt.data.JSON, init_args: {json_path: a.json}}")
+    assert given["train"].epochs == 7 and given["data"] == JSON(json_path=Path("a.json"))
+
+
+def test_what_is_saved_can_be_read_back(config: str, tmp_path: Path) -> None:
+    given = finetune(config, "--access_token", "sesame", "--log.metadata", '{"a": 1, "when": "2e-3"}', "--skip2lora_positions", "[0, -1]")
+    saved = tmp_path / "hyperparameters.yaml"
+    saved.write_text(yaml.safe_dump(as_config(given)))
+    assert "sesame" not in saved.read_text()
+    assert finetune(str(saved)) == {**given, "access_token": None}
+
+
+def test_warmup_as_a_fraction_replaces_the_default_number_of_steps() -> None:
+    train = finetune("c", "--lr_warmup_fraction", "0.1")["train"]
+    assert (train.lr_warmup_fraction, train.lr_warmup_steps) == (0.1, None)
+
+
+# LitGPT's own files: every key of its LoRA YAMLs, with values as they stand there.
+
+UPSTREAM = """
+checkpoint_dir: checkpoints/{checkpoint}
+out_dir: out/finetune/lora-{name}
+precision: bf16-true
+quantize:
+devices: 1
+num_nodes: 1
+lora_r: {r}
+lora_alpha: 16
+lora_dropout: 0.05
+lora_query: true
+lora_key: {every}
+lora_value: true
+lora_projection: {every}
+lora_mlp: {every}
+lora_head: {every}
+data:
+  class_path: litgpt.data.Alpaca2k
+  init_args:
+    mask_prompt: false
+    val_split_fraction: 0.05
+    prompt_style: alpaca
+    ignore_index: -100
+    seed: 42
+    num_workers: 4
+    download_dir: data/alpaca2k
+train:
+  save_interval: 200
+  log_interval: 1
+  global_batch_size: {batch}
+  micro_batch_size: {micro}
+  lr_warmup_steps: 10
+  lr_warmup_fraction:
+  epochs: {epochs}
+  max_tokens:
+  max_steps:
+  max_time:
+  max_seq_length: 512
+  tie_embeddings:
+  max_norm:
+  min_lr: 6.0e-05
+eval:
+  interval: 100
+  max_new_tokens: 100
+  max_iters: 100
+  initial_validation: false
+  final_validation: true
+  evaluate_example: first
+log:
+  project:
+  run:
+  group:
+  teamspace:
+  metadata:
+  log_model: false
+  save_logs: true
+  checkpoint_name:
+logger_name: csv
+seed: 1337
+optimizer:
+  class_path: torch.optim.AdamW
+  init_args:
+    lr: 0.0002
+    weight_decay: 0.0
+    betas:
+      - 0.9
+      - 0.95
+"""
+UPSTREAM_MODELS = {
+    "llama2-7b": dict(checkpoint="meta-llama/Llama-2-7b-hf", r=32, every="false", batch=8, micro=2, epochs=4),
+    "tiny-llama-1.1b": dict(
+        checkpoint="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", r=32, every="true", batch=8, micro=8, epochs=3
+    ),
+    "phi-2": dict(checkpoint="microsoft/phi-2", r=8, every="true", batch=8, micro=4, epochs=1),
+}
+
+
+@pytest.mark.parametrize("name", UPSTREAM_MODELS)
+def test_upstream_yaml(name: str, tmp_path: Path) -> None:
+    model = UPSTREAM_MODELS[name]
+    file = tmp_path / "lora.yaml"
+    file.write_text(UPSTREAM.format(name=name, **model))
+    given = finetune(str(file))
+    assert given["checkpoint_dir"] == Path("checkpoints") / str(model["checkpoint"]) and given["lora_r"] == model["r"]
+    assert given["data"] == Alpaca2k(val_split_fraction=0.05, prompt_style="alpaca", download_dir=Path("data/alpaca2k"))
+    assert (given["train"].global_batch_size, given["train"].micro_batch_size) == (8, model["micro"])
+    assert (given["train"].epochs, given["train"].lr_warmup_steps, given["train"].min_lr) == (model["epochs"], 10, 6e-5)
+    assert given["optimizer"]["init_args"] == {"lr": 2e-4, "weight_decay": 0.0, "betas": [0.9, 0.95]}
+    keys = yaml.safe_load(file.read_text())
+    assert all(name in vars(TrainArgs()) for name in keys["train"]) and keys["train"].keys() == vars(TrainArgs()).keys()
+    assert keys["eval"].keys() == vars(EvalArgs()).keys() and keys["log"].keys() == vars(LogArgs()).keys()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["checkpoint_dir is missing"]),
+        (["c", "--trian.epochs", "3", "--max_stps", "4", "--lora_rr=3"], ["train.epochs", "mean max_steps", "mean lora_r"]),
+        (["c", "--train.epochs", "abc"], ["--train.epochs: 'abc' is not an integer or null"]),
+        (["c", "--epochs", "1.5"], ["--train.epochs: '1.5'"]),
+        (["c", "--lora_r", "many"], ["--lora_r: 'many' is not an integer"]),
+        (["c", "--lora_query", "maybe"], ["--lora_query: 'maybe' is not true or false"]),
+        (["c", "--quantize", "int4"], ["--quantize: 'int4' is not one of bnb.nf4, "]),
+        (["c", "--skip2lora_norm", "layer"], ["'layer' is not one of rms, none"]),
+        (["c", "--data", "Jsn"], ["--data: there is no 'Jsn' (did you mean JSON?)", "PythonDocs"]),
+        (["c", "--data", "litgpt.data.Jsn"], ["did you mean JSON?"]),
+        (["c", "--data", "litgpt.nothing.JSON"], ["there is no 'litgpt.nothing.JSON'"]),
+        (["c", "--data", "litgpt.errors.UserError"], ["there is no 'litgpt.errors.UserError'"]),
+        (["c", "--data.json_path", "x"], ["--data.json_path needs --data with one of JSON"]),
+        (["c", "--data", "JSON", "--data.jsn_path", "x"], ["JSON has no 'jsn_path' (did you mean json_path?)"]),
+        (["c", "--data", "JSON", "--data.seed", "x"], ["--data.seed: 'x' is not an integer"]),
+        (["c", "--data", "5"], ["there is no '5'"]),
+        (["c", "--train", "5"], ["--train needs keys below it"]),
+        (["c", "--max_steps"], ["--max_steps needs a value"]),
+        (["c", "--max_steps", "--overwrite"], ["--max_steps needs a value"]),
+        (["c", "--config"], ["--config needs a value"]),
+        (["c", "-x"], ["'-x' is not understood"]),
+        (["c", "0", "1"], ["'0' stands alone", "'[0, 1, 2]'"]),
+        (["c", "--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
+        (["c", "--epochs", "0"], ["train.epochs must be at least 1, but is 0"]),
+    ],
+)
+def test_mistakes_on_the_command_line(words: list[str], parts: list[str]) -> None:
+    message = error(*words)
+    assert all(part in message for part in parts), message
+    assert len(message.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["f.yaml is empty"]),
+        ("[1, 2]", ["f.yaml holds a list"]),
+        ("checkpoint_dir: c\ntrain: [1\nlora_r: 2\n", ["f.yaml, line 3", "not valid YAML"]),
+        ("checkpoint_dir: !!python/object/apply:os.system [id]", ["f.yaml, line 1", "os.system"]),
+        ("trian:\n  epochs: 3\n", ["f.yaml: trian is not a known key (did you mean train?)"]),
+        ("train: {epoch: 3}\neval: {intervall: 2}\nfoo: 1", ["train.epochs?", "eval.interval?", "f.yaml: foo is not a known key"]),
+        ("max_steps: 3", ["f.yaml: max_steps is not a known key (did you mean train.max_steps?)"]),
+        ("config: x.yaml", ["config is not a known key"]),
+        ("1: 2", ["f.yaml: 1 is not a known key"]),
+        ("train:\n  epochs: abc", ["f.yaml: train.epochs: 'abc' is not an integer or null"]),
+        ("train:", ["f.yaml: train needs keys below it, such as train.save_interval"]),
+        ("train: [1]", ["f.yaml: train needs keys below it"]),
+        ("lora_query: 1", ["f.yaml: lora_query: 1 is not true or false"]),
+        ("checkpoint_dir: 5", ["f.yaml: checkpoint_dir: 5 is not a path"]),
+        ("data: {json_path: x}", ["f.yaml: data takes a class_path and the mapping init_args"]),
+        ("data: {class_path: JSON, init_args: {jsn_path: x}}", ["f.yaml: data.init_args.jsn_path: JSON has no 'jsn_path'"]),
+        ("data: {class_path: JSON, init_args: {seed: x}}", ["f.yaml: data.init_args.seed: 'x' is not an integer"]),
+        ("data: {class_path: JSON, init_args: [x]}", ["f.yaml: data takes a class_path and the mapping init_args"]),
+        ("data: {init_args: {seed: 1}}", ["f.yaml: data.init_args.seed needs --data with one of"]),
+        ("optimizer: 3", ["f.yaml: optimizer: expected the name of a class, not 3"]),
+        ("skip2lora_positions: {a: 1}", ["f.yaml: skip2lora_positions: {'a': 1} is not"]),
+        ("train: {global_batch_size: 8, micro_batch_size: 3}", ["train.global_batch_size (8)", "train.micro_batch_size (3)"]),
+    ],
+)
+def test_mistakes_in_a_file(text: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f.yaml").write_text(text)
+    message = error("f.yaml", "--checkpoint_dir", "c")
+    assert all(part in message for part in parts), message
+    assert len(message.splitlines()) <= 3
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "binary.yaml cannot be read" in error(str(tmp_path / "binary.yaml"))
+    (tmp_path / "folder.yaml").mkdir()
+    assert "folder.yaml cannot be read" in error(str(tmp_path / "folder.yaml"))
+
+
+def test_a_mistake_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "c", "--epochs", "abc"]) == 2
+    assert capsys.readouterr() == ("", "Error: --train.epochs: 'abc' is not an integer or null\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        (dict(epochs=0), "train.epochs"),
+        (dict(max_steps=-1), "train.max_steps"),
+        (dict(save_interval=0), "train.save_interval"),
+        (dict(micro_batch_size=0), "train.micro_batch_size"),
+        (dict(global_batch_size=2, micro_batch_size=4), "train.micro_batch_size"),
+        (dict(global_batch_size=6, micro_batch_size=4), "multiple of train.micro_batch_size"),
+        (dict(max_norm=0.0), "train.max_norm"),
+        (dict(max_norm=float("nan")), "train.max_norm"),
+        (dict(min_lr=-1.0), "train.min_lr"),
+        (dict(max_time=0.0), "train.max_time"),
+        (dict(epochs=None), "would never end"),
+        (dict(lr_warmup_fraction=1.5), "between 0 and 1"),
+        (dict(lr_warmup_steps=7, lr_warmup_fraction=0.1), "both given"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError, match=re.escape(part)):
+        TrainArgs(**settings)
+
+
+def test_eval_settings_that_make_no_sense() -> None:
+    for settings in (
+        dict(interval=0),
+        dict(max_iters=0),
+        dict(max_new_tokens=-1),
+        dict(evaluate_example="last"),
+        dict(evaluate_example=-1),
+    ):
+        with pytest.raises(UserError, match=f"eval.{next(iter(settings))}"):
+            EvalArgs(**settings)
+    assert finetune("c", "--eval.evaluate_example", "3")["eval"].evaluate_example == 3
+
+
+# Classes by name
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that module `trap_module`, importable, writes when it is imported or its class is made."""
+    sprung = tmp_path / "sprung"
+    (tmp_path / "trap_module.py").write_text(f"open({str(sprung)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return sprung
+
+
+@pytest.mark.parametrize(
+    "target", ["trap_module.Trap", "os.system", "subprocess.Popen", "builtins.eval", "litgpt_evil.X", "torch.optimX.Y"]
+)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "data: {{class_path: {0}, init_args: {{args: id}}}}",
+        "data: {0}",
+        "optimizer: {{class_path: {0}}}",
+        "optimizer: {0}",
+        "log: {{metadata: {{x: [{{class_path: {0}}}]}}}}",
+        "data: {{class_path: JSON, init_args: {{json_path: {{class_path: {0}}}}}}}",
+    ],
+)
+def test_foreign_classes_are_refused_before_any_import(target: str, place: str, trap: Path, tmp_path: Path) -> None:
+    text = place.format(target)
+    file = tmp_path / "attack.yaml"
+    file.write_text(f"checkpoint_dir: c\n{text}\n")
+    key = text.partition(":")[0]
+    assert "is not allowed" in error(str(file))
+    if key != "log":
+        assert "is not allowed" in error("c", f"--{key}", text.partition(": ")[2])
+        assert "is not allowed" in error("c", f"--{key}.class_path", target)
+    assert "is not allowed" in error("c", "--data.help", target)
+    assert not trap.exists() and "trap_module" not in sys.modules
+
+
+def test_the_parser_itself_refuses_them_too(trap: Path) -> None:
+    """Behind our own check, jsonargparse is told the same: a way around the first lock does not open the second."""
+    parser = _parser("litgpt finetune", Keys(load("finetune")))
+    with pytest.raises(jsonargparse.ArgumentError, match="not allowed"):
+        parser.parse_args(["--checkpoint_dir=c", "--data=trap_module.Trap"])
+    assert not trap.exists()
+
+
+def test_allowed_classes() -> None:
+    for name in ("litgpt.data.JSON", "torch.optim.AdamW", "bitsandbytes.optim.PagedAdamW8bit"):
+        require_allowed_class(name, "x")
+    for name in ("torch.hub.load", "litgpt", "litgpt.", "torch.optim.", "torch.optim.x y", None, ["torch.optim.AdamW"]):
+        with pytest.raises(UserError, match="not allowed"):
+            require_allowed_class(name, "x")
+
+
+# Secrets
+
+
+def test_the_access_token_is_never_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    secret = "hf_sesame"
+    with pytest.raises(SystemExit):
+        main(["finetune", "c", "--access_token", secret, "--max_steps", "3", "--print_config"])
+    printed = capsys.readouterr().out
+    shown = yaml.safe_load(printed)
+    assert shown["access_token"] == "***" and shown["train"]["max_steps"] == 3 and shown["checkpoint_dir"] == "c"
+    (tmp_path / "f.yaml").write_text(f"access_token: [{secret}]\n")
+    for words in (["--trian", "1"], ["--lora_r", "x"], ["x"], [str(tmp_path / "f.yaml")], ["--data", "trap.X"]):
+        assert main(["finetune", "c", "--access_token", secret, *words]) == 2
+        assert main(["generate", "c", "--access_token", secret, *words]) == 2
+    output = "".join(capsys.readouterr())
+    assert secret not in printed + output and output.count("Error") == 10
+
+
+# How a process ends
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(outcome: BaseException | None) -> int:
+        def command(checkpoint_dir: str) -> None:
+            if outcome:
+                raise outcome
+
+        monkeypatch.setattr("litgpt.__main__.load", lambda name: command)
+        return main(["finetune", "c"])
+
+    assert run(None) == 0
+    assert run(UserError("no file x")) == 1
+    assert capsys.readouterr().err == "Error: no file x\n"
+    assert run(KeyboardInterrupt()) == 130
+    for bug in (ValueError("a bug"), KeyError("a bug")):
+        with pytest.raises(type(bug)):
+            run(bug)
+
+
+def test_sigterm_cleans_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned = []
+
+    def command(checkpoint_dir: str) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr("litgpt.__main__.load", lambda name: command)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        main(["finetune", "c"])
+    assert end.value.code == 143 and cleaned and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_process_of_its_own() -> None:
+    """Once for real: the module runs as a program, and its exit code and output reach the shell."""
+    command = [sys.executable, "-m", "litgpt", "finetune", "checkpoints/base"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert (done.returncode, done.stdout) == (1, "") and re.fullmatch(r"Error: no data.*\n", done.stderr)
+
+
+def test_json_is_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(json.dumps({"checkpoint_dir": "c", "train": {"min_lr": 1e-07}}))
+    assert finetune(str(file))["train"].min_lr == 1e-7

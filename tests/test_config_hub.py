@@ -1,0 +1,119 @@
+"""Every YAML of config_hub: read by the real command line, short, without restated defaults, and with the parameter count it states."""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from litgpt import data
+from litgpt.__main__ import load
+from litgpt.command_line import parse
+from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
+
+ROOT = Path(__file__).parent.parent / "config_hub" / "finetune"
+FILES = sorted(ROOT.rglob("*.yaml"))
+NAMES = [str(file.relative_to(ROOT)) for file in FILES]
+PRESETS = ("lora", "skip2lora", "skip2lora_tail")
+MODELS = ("llama-3.2-1B", "pythia-160m", "smollm2-135m", "tiny-llama")
+
+
+class Shape(NamedTuple):
+    """What a trainable count depends on: blocks, width, width of k and of v, layers of the MLP and their inner width."""
+
+    blocks: int
+    d: int
+    kv: int
+    mlp_layers: int
+    inner: int
+
+
+SHAPES = {
+    "llama-2-7b": Shape(32, 4096, 4096, 3, 11008),
+    "llama-3.2-1B": Shape(16, 2048, 512, 3, 8192),
+    "pythia-160m": Shape(12, 768, 768, 2, 3072),
+    "smollm2-135m": Shape(30, 576, 192, 3, 1536),
+    "tiny-llama": Shape(22, 2048, 256, 3, 5632),
+}
+
+
+def test_the_files_that_are_promised_are_there() -> None:
+    llama = [f"llama-2-7b/{name}.yaml" for name in ("lora", "lora_baseline", "skip2lora", "skip2lora_4blocks", "skip2lora_6blocks")]
+    assert sorted(llama + [f"{model}/{preset}.yaml" for model in MODELS for preset in PRESETS]) == NAMES
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_short_and_says_what_it_is_for(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    assert len(lines) <= 25
+    assert [line.startswith("#") for line in lines] == [True] + [False] * (len(lines) - 1)
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_restates_no_default(file: Path) -> None:
+    settings = yaml.safe_load(file.read_text())
+    parameters = inspect.signature(load("finetune")).parameters
+    for key, value in settings.items():
+        default = parameters[key].default
+        if key in ("train", "eval", "log"):
+            for name, item in value.items():
+                assert item != getattr(default, name), f"{key}.{name}"
+        elif key == "data":
+            fields = {field.name: field.default for field in dataclasses.fields(getattr(data, value["class_path"].rpartition(".")[2]))}
+            for name, item in value["init_args"].items():
+                assert item != fields[name], f"data.{name}"
+        elif key not in ("checkpoint_dir", "out_dir"):
+            assert value != default, key
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_trainable_parameters(file: Path) -> None:
+    """Closed form: an adapter of rank r from a to b features has r (a + b) parameters; q, k and v each have their own."""
+    model, preset = file.parent.name, file.stem
+    blocks, d, kv, mlp_layers, inner = SHAPES[model]
+    every_layer = 8 * ((d + d) + 2 * (d + kv) + (d + d) + mlp_layers * (d + inner))
+    arguments = parse("litgpt finetune", load("finetune"), [str(file)])
+    if preset == "lora":
+        expected = blocks * every_layer
+    elif preset == "lora_baseline":
+        expected = blocks * 8 * ((d + d) + (d + kv))
+    elif preset == "skip2lora_tail":
+        cut = int(re.fullmatch(r"transformer\.h\.(\d+)", arguments["skip2lora_output_layer"])[1])
+        every = int(re.fullmatch(r"every:(\d+)", arguments["skip2lora_block_indices"])[1])
+        assert blocks / 2 < cut < blocks
+        expected = (blocks - cut) * every_layer + -(-cut // every) * 2 * 8 * d
+    else:
+        expected = {"skip2lora_4blocks": 4}.get(preset, 6) * 2 * 16 * d
+
+    assert _trainable(arguments) == expected
+    stated = re.search(r"([\d.]+) M trainable", file.read_text())[1]
+    assert stated == f"{expected / 1e6:.{len(stated.partition('.')[2])}f}"
+
+
+@pytest.mark.parametrize(("blocks", "count"), [("[0, 1, 2, 3]", 524_288), ("[0, 1, 2, 3, 4, 5]", 786_432)])
+def test_the_evaluation_guide(blocks: str, count: int) -> None:
+    """Its commands for 4 and 6 blocks, with the counts it states."""
+    command = [str(ROOT / "llama-2-7b/skip2lora.yaml"), "--out_dir", "out/finetune/x", "--skip2lora_block_indices", blocks]
+    arguments = parse("litgpt finetune", load("finetune"), [*command, "--max_steps", "10"])
+    assert arguments["out_dir"] == Path("out/finetune/x") and arguments["train"].max_steps == 10
+    assert _trainable(arguments) == count
+
+
+def test_the_presets_compared_by_the_guide_differ_in_the_adapter_only() -> None:
+    compared = [
+        parse("litgpt finetune", load("finetune"), [str(ROOT / f"llama-2-7b/{name}.yaml")]) for name in ("lora_baseline", "skip2lora")
+    ]
+    for key in ("checkpoint_dir", "data", "train", "eval", "seed"):
+        assert compared[0][key] == compared[1][key]
+
+
+def _trainable(arguments: dict[str, Any]) -> int:
+    adapters = {key: value for key, value in arguments.items() if key in Config.adapter_fields()}
+    with torch.device("meta"):
+        model = GPT(Config.from_name(arguments["checkpoint_dir"].name, **adapters))
+    mark_only_lora_as_trainable(model)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
