@@ -1,0 +1,88 @@
+"""`litgpt generate`: one prompt, answered once or several times."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+from litgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from litgpt.api import LLM
+
+
+def main(
+    checkpoint_dir: Path,
+    prompt: str = "What food do llamas eat?",
+    *,
+    sys_prompt: Optional[str] = None,
+    num_samples: int = 1,
+    max_new_tokens: int = 50,
+    top_k: Optional[int] = 50,
+    top_p: float = 1.0,
+    temperature: float = 0.8,
+    precision: Optional[str] = None,
+    seed: int = 1234,
+) -> None:
+    """Answer a prompt. The answer goes to standard output as it is made, figures about it to standard error.
+
+    Args:
+        checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA).
+        prompt: The question, without the prompt style's wrapping.
+        sys_prompt: System text, instead of the prompt style's own.
+        num_samples: How many answers to draw.
+        max_new_tokens: Longest answer in tokens.
+        top_k: Draw among this many of the most probable tokens. null: among all.
+        top_p: Draw among the most probable tokens that hold this much probability together.
+        temperature: Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token.
+        precision: Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true.
+        seed: Random seed. The same seed gives the same answers.
+    """
+    if num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}: at least 1 is needed")
+    llm = open_model(checkpoint_dir, precision)
+    generator = llm.generator(seed)
+    text = llm.prompt_style.apply(prompt, sys_prompt=sys_prompt)
+    for _ in range(num_samples):
+        ids = Metered(llm.complete(text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
+        for piece in llm.tokenizer.decode_stream(ids):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        print(f"{ids}, peak memory {_peak_memory_gb(llm):.2f} GiB", file=sys.stderr)
+
+
+def open_model(checkpoint_dir: Path, precision: Optional[str]) -> "LLM":
+    """Load the checkpoint, and say on standard error what it is."""
+    start = time.perf_counter()
+    from litgpt.api import LLM
+
+    llm = LLM.load(checkpoint_dir, precision=precision)
+    kind, device = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
+    print(f"{llm.config.name}, {kind} on {device}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return llm
+
+
+class Metered:
+    """Ids as they come, counted and timed."""
+
+    def __init__(self, ids: Iterator[int]) -> None:
+        self.ids = ids
+        self.count = 0
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[int]:
+        start = time.perf_counter()
+        for token in self.ids:
+            self.count += 1
+            self.seconds = time.perf_counter() - start
+            yield token
+
+    def __str__(self) -> str:
+        return f"{self.count} tokens in {self.seconds:.2f} s, {self.count / max(self.seconds, 1e-9):.1f} tokens/s"
+
+
+def _peak_memory_gb(llm: "LLM") -> float:
+    from litgpt.logs import peak_memory_gb
+
+    return peak_memory_gb(next(llm.model.parameters()).device)

@@ -1,0 +1,126 @@
+"""`litgpt chat`: a conversation in the terminal, or with lines from a pipe."""
+
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from litgpt.errors import UserError
+from litgpt.generate.base import Metered, open_model
+
+if TYPE_CHECKING:
+    from litgpt.api import LLM
+    from litgpt.prompts import Message
+
+SUBMIT = "!submit"
+
+
+def main(
+    checkpoint_dir: Path,
+    *,
+    max_new_tokens: int = 512,
+    top_k: Optional[int] = 50,
+    top_p: float = 1.0,
+    temperature: float = 0.8,
+    precision: Optional[str] = None,
+    multiline: bool = False,
+    seed: int = 1234,
+) -> None:
+    """Talk to a model. An empty line or Ctrl-D ends; Ctrl-C stops the answer that is being written.
+
+    Args:
+        checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA).
+        max_new_tokens: Longest answer in tokens.
+        top_k: Draw among this many of the most probable tokens. null: among all.
+        top_p: Draw among the most probable tokens that hold this much probability together.
+        temperature: Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token.
+        precision: Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true.
+        multiline: A message may have several lines and ends with a line that says !submit.
+        seed: Random seed. The same seed and messages give the same answers.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
+    llm = open_model(checkpoint_dir, precision)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": llm.generator(seed)}
+    conversation = Conversation(llm, max_new_tokens, sampling)
+    if conversation.render is None:
+        _note(f"prompt style {llm.prompt_style.name!r} has no turns: each message is answered by itself")
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (editing and history for input())
+
+        end = f"a line {SUBMIT} sends, an empty message ends" if multiline else "an empty line ends"
+        print(f"Talk to {llm.config.name}; {end}, Ctrl-C stops an answer.")
+    while message := _read(multiline):
+        conversation.answer(message)
+
+
+class Conversation:
+    """The turns so far. The oldest are forgotten when they no longer fit the model's context."""
+
+    def __init__(self, llm: "LLM", max_new_tokens: int, sampling: Any) -> None:
+        self.llm = llm
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
+        self.turns: list[Message] = []
+        self.render: Any = getattr(llm.prompt_style, "render", None)
+
+    def answer(self, message: str) -> None:
+        """Print the answer to a message as it is made, and remember both."""
+        turns = [*self.turns, {"role": "user", "content": message}]
+        text, room, forgotten = self._fit(turns)
+        limit = self.llm.model.max_seq_length
+        if room < 1:
+            _note(f"this message has no room in the model's {limit} tokens: nothing was sent")
+            return
+        if forgotten:
+            _note(f"the conversation is longer than the model's {limit} tokens: the first {forgotten} messages and answers are forgotten")
+        if sys.stdin.isatty():
+            print(">> Reply: ", end="", flush=True)
+        reply = ""
+        with closing(self.llm.complete(text, min(self.max_new_tokens, room), **self.sampling)) as tokens:
+            ids = Metered(tokens)
+            try:
+                for piece in self.llm.tokenizer.decode_stream(ids):
+                    print(piece, end="", flush=True)
+                    reply += piece
+            except KeyboardInterrupt:
+                _note("stopped")
+        print(flush=True)
+        _note(str(ids))
+        if self.render is not None and reply.strip():
+            self.turns = [*turns[2 * forgotten :], {"role": "assistant", "content": reply.strip()}]
+
+    def _fit(self, turns: "list[Message]") -> "tuple[str, int, int]":
+        """The prompt text, how many tokens its answer may have, and how many turns at the start were left out for a fair answer to fit."""
+        limit = self.llm.model.max_seq_length
+        wanted = min(self.max_new_tokens, limit // 4)
+        for start in range(0, len(turns), 2):
+            if self.render is None:
+                text: str = self.llm.prompt_style.apply(turns[-1]["content"])
+            else:
+                text = self.render(turns[start:], add_generation_prompt=True)
+            room = limit - len(self.llm.tokenizer.ids(text))
+            if room >= wanted:
+                break
+        return text, room, start // 2
+
+
+def _read(multiline: bool) -> str:
+    """The next message; empty at the end of input."""
+    prompt = ">> Prompt: " if sys.stdin.isatty() else ""
+    lines: list[str] = []
+    while True:
+        try:
+            line = input("" if lines else prompt)
+        except EOFError:
+            break
+        if not multiline:
+            return line.strip()
+        if line.strip() == SUBMIT:
+            break
+        lines.append(line)
+    return "\n".join(lines).strip()
+
+
+def _note(text: str) -> None:
+    print(f"[{text}]", file=sys.stderr, flush=True)

@@ -1,0 +1,133 @@
+"""Token by token: how the next one is drawn, the decoding loop with its key/value cache, and where an answer stops.
+
+T prompt tokens, V `padded_vocab_size`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+
+import torch
+
+from litgpt.errors import UserError
+from litgpt.model import GPT
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """One token id (1,) for the last row of logits (..., V).
+
+    p = softmax(logits / temperature) over the `top_k` most probable tokens; of these the fewest, most probable first, whose p add up to
+    `top_p` or more (nucleus sampling, arXiv 1904.09751). `temperature` 0 takes the most probable token.
+    """
+    scores = logits.reshape(-1, logits.size(-1))[-1].float()  # (V,)
+    if temperature == 0:
+        return scores.argmax(dim=-1, keepdim=True)
+    ids = None
+    if top_k is not None and top_k < scores.numel():
+        scores, ids = scores.topk(top_k)  # sorted
+    elif top_p < 1:
+        scores, ids = scores.sort(descending=True)
+    p = ((scores - scores.max()) / temperature).softmax(dim=-1)  # the difference stays finite however small the temperature
+    if top_p < 1:
+        before = p.cumsum(dim=-1) - p
+        before[0] = -1.0  # the most probable always stays
+        p = p.masked_fill(before >= top_p, 0.0)
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return drawn if ids is None else ids[drawn]
+
+
+def generate(
+    model: GPT,
+    prompt: torch.Tensor,
+    max_returned_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[Sequence[int]] = (),
+    generator: torch.Generator | None = None,
+) -> Generator[int, None, None]:
+    """The ids that follow `prompt` (T,), one by one, until prompt and answer have `max_returned_tokens` tokens or a stop sequence comes.
+
+    A stop sequence is not part of the answer. `generator` makes the draws repeatable. The model is in eval mode meanwhile, and holds a
+    key/value cache until the last id; one answer at a time. Raises UserError, before anything runs, for settings and lengths that do
+    not fit.
+    """
+    _check(model, prompt, max_returned_tokens, temperature, top_k, top_p)
+
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        return sample(logits, temperature, top_k, top_p, generator)
+
+    def answer() -> Generator[int, None, None]:
+        with closing(_decode(model, prompt, max_returned_tokens, draw)) as ids:
+            yield from until_stop(ids, stop_tokens)
+
+    return answer()
+
+
+def _check(model: GPT, prompt: torch.Tensor, length: int, temperature: float, top_k: int | None, top_p: float) -> None:
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature is {temperature}: 0 (always the most probable token) or a positive number is needed")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}: at least 1 token must remain (null for all)")
+    if not 0 <= top_p <= 1:
+        raise UserError(f"top_p is {top_p}: a probability from 0 to 1 is needed")
+    T, V, limit = prompt.numel(), model.config.V, model.max_seq_length
+    if T == 0:
+        raise UserError("the prompt is empty: there is nothing to continue")
+    if int(prompt.max()) >= V:
+        raise UserError(f"the prompt holds token id {int(prompt.max())}, the model knows {V}: this tokenizer belongs to another model")
+    if length <= T:
+        raise UserError(f"max_returned_tokens is {length}, the prompt alone has {T} tokens: ask for at least 1 new token")
+    if length > limit:
+        raise UserError(
+            f"prompt and answer are {T} + {length - T} = {length} tokens, the model reads at most {limit}: "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+
+
+@torch.inference_mode()
+def _decode(model: GPT, prompt: torch.Tensor, length: int, draw: Callable[[torch.Tensor], torch.Tensor]) -> Generator[int, None, None]:
+    """Ids without end but `length`. Each pass computes the logits of its last position only."""
+    first, was_training = model.blocks[0].attn, model.training
+    idx = prompt.view(1, -1).to(next(model.parameters()).device)
+    model.eval()
+    model.set_kv_cache(1, length - 1)  # the last id is not fed back
+    own = first.kv_cache
+    try:
+        for end in range(prompt.numel(), length):
+            if first.kv_cache is not own:
+                raise UserError("another answer was begun on this model before this one was complete: take one after the other")
+            pos = model.positions(idx, torch.arange(end - idx.size(1), end, device=idx.device), end)
+            x, taps = model.prefix(idx, pos)
+            idx = draw(model.lm_head(model.tail(x, taps, pos)[:, -1])).view(1, 1)
+            yield int(idx)
+    finally:
+        if first.kv_cache is own:
+            model.clear_kv_cache()
+        model.train(was_training)
+
+
+def until_stop(ids: Iterable[int], stop_tokens: Sequence[Sequence[int]]) -> Iterator[int]:
+    """The ids before the first stop sequence. One that may begin a stop sequence is held back until that is decided."""
+    stops = [list(stop) for stop in stop_tokens if len(stop)]
+    held: list[int] = []
+    for token in ids:
+        held.append(token)
+        ended = max((len(stop) for stop in stops if held[-len(stop) :] == stop), default=0)
+        if ended:
+            yield from held[:-ended]
+            return
+        begun = max((n for stop in stops for n in range(1, len(stop)) if held[-n:] == stop[:n]), default=0)
+        ready = len(held) - begun
+        yield from held[:ready]
+        del held[:ready]
+    yield from held

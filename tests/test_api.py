@@ -1,0 +1,174 @@
+"""`litgpt.LLM`: from every kind of folder, whole and streamed, seeded; and the real model's answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import litgpt
+from litgpt import checkpoint
+from litgpt.api import LLM, inference_dtype
+from litgpt.errors import UserError
+from litgpt.prompts import Alpaca, ChatTemplate, save_prompt_style
+
+WriteTokenizer = Callable[[Path], Path]
+SKIP: dict[str, Any] = {"lora_r": 3, "skip2lora_enabled": True, "skip2lora_block_indices": [0, 1, 2, 3, 4]}
+
+
+@pytest.fixture
+def base(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> Path:
+    return tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+
+
+def adapter(base: Path, **settings: Any) -> Path:
+    model = tiny.move_adapters(tiny.tiny(**{**tiny.SPEAKING, **settings}))
+    return tiny.write_adapter(base.parent / "adapter", base, model, **settings)
+
+
+def load(folder: Path) -> LLM:
+    return LLM.load(folder, precision="32-true", device="cpu")
+
+
+def test_generate_is_greedy_text_of_the_chat_prompt(base: Path) -> None:
+    """Prompt through the chat template, argmax by full passes, until the template's end of turn."""
+    llm = load(base)
+    text = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    ids = llm.tokenizer.encode(text)
+    new: list[int] = []
+    with torch.no_grad():
+        while len(new) < 30:
+            token = int(llm.model(torch.cat((ids, torch.tensor(new, dtype=torch.long)))[None])[0, -1].argmax())
+            if token == 2:
+                break
+            new.append(token)
+    assert llm.generate("why?", sys_prompt="Be short.", max_new_tokens=30, temperature=0.0) == llm.tokenizer.decode(new)
+    got = llm.generate("why?", "Be short.", 30, temperature=0.0, return_as_token_ids=True)
+    assert isinstance(got, torch.Tensor) and got.tolist() == new
+    assert list(llm.generate("why?", "Be short.", 30, temperature=0.0, return_as_token_ids=True, stream=True)) == new
+    assert llm.generate("why?", max_new_tokens=30, temperature=0.0) != llm.tokenizer.decode(new)  # the system text counts
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_streamed_pieces_make_the_whole(base: Path, seed: int) -> None:
+    """A random model speaks broken UTF-8; the pieces still join to the text."""
+    llm = load(base)
+    whole = llm.generate("hello", max_new_tokens=60, seed=seed)
+    pieces = list(llm.generate("hello", max_new_tokens=60, seed=seed, stream=True))
+    assert "".join(pieces) == whole and len(pieces) > 5  # type: ignore[arg-type]
+
+
+def test_a_seed_repeats_the_answer(base: Path) -> None:
+    llm = load(base)
+
+    def run(seed: int | None) -> str:
+        return llm.generate("hello", max_new_tokens=40, seed=seed)
+
+    assert run(1) == run(1) == load(base).generate("hello", max_new_tokens=40, seed=1)
+    assert run(1) != run(2)
+    assert run(None) != run(None)
+
+
+def test_every_kind_of_folder(base: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    lora_settings: dict[str, Any] = {"lora_r": 3, **tiny.ALL_LORA}
+    answers = {}
+    for kind, settings in {"lora": lora_settings, "skip2lora": SKIP}.items():
+        folder = adapter(base, **settings)
+        llm = load(folder)
+        assert llm.config.name == "tiny" and llm.model is not None
+        answers[kind] = llm.generate("hello", max_new_tokens=20, temperature=0.0)
+        if kind == "lora":
+            from litgpt.finetune.merge import merge_lora
+
+            merge_lora(folder)
+            assert load(folder).generate("hello", max_new_tokens=20, temperature=0.0) == answers[kind]
+        shutil.rmtree(folder)
+    answers["base"] = load(base).generate("hello", max_new_tokens=20, temperature=0.0)
+    assert len(set(answers.values())) == 3
+
+
+def test_tokenizer_and_style_of_an_adapter_folder(base: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    """Its own files count; where it has none, the base's do."""
+    folder = adapter(base, **SKIP)
+    assert isinstance(load(folder).prompt_style, ChatTemplate)  # the base's template
+    save_prompt_style(Alpaca(), folder)
+    assert isinstance(load(folder).prompt_style, Alpaca)
+    write_tiny_tokenizer(folder)
+    (folder / "prompt_style.yaml").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "Q {{ messages[0].content }} A"}))
+    assert load(folder).prompt_style.apply("why?") == "Q why? A"
+
+
+def test_no_template_means_the_prompt_alone(base: Path) -> None:
+    (base / "tokenizer_config.json").unlink()
+    llm = load(base)
+    assert llm.prompt_style.apply("Once upon") == "Once upon"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 1000}, r"the model reads at most 256"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+        ({"top_k": -1, "stream": True}, "top_k is -1"),
+    ],
+)
+def test_refusals(base: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(base).generate("hello", **settings)
+
+
+def test_load_refusals(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        LLM.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="precision 'fp8' is unknown"):
+        LLM.load(base, precision="fp8")
+
+
+def test_precisions(base: Path) -> None:
+    names = ("32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
+    half, brain = torch.float16, torch.bfloat16
+    assert [inference_dtype(name) for name in names] == [torch.float32, brain, half, brain, half]
+    llm = LLM.load(base, precision="bf16-true", device="cpu")
+    assert llm.model.transformer["wte"].weight.dtype == brain
+    assert llm.generate("hello", max_new_tokens=5, temperature=0.0)
+
+
+def test_foreign_tokenizer_is_noticed(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    folder = tiny.write_base(tmp_path / "small", write_tiny_tokenizer, vocab_size=30, padded_vocab_size=30)
+    with pytest.raises(UserError, match="belongs to another model"):
+        load(folder).generate("hello")
+
+
+def test_lazy_name() -> None:
+    assert litgpt.LLM is LLM
+
+
+def test_smollm2_knows_the_capital(smollm2_dir: Path) -> None:
+    llm = LLM.load(smollm2_dir, precision="32-true", device="cpu")
+    text = llm.tokenizer.decode(list(llm.complete("The capital of France is", 2, temperature=0.0)))
+    assert text.startswith(" Paris")
+    answer = llm.generate("What is the capital of France? Answer with one word.", max_new_tokens=30, temperature=0.0)
+    assert "Paris" in answer and "<|im_end|>" not in answer
+
+
+def test_smollm2_greedy_text_of_transformers(smollm2_dir: Path) -> None:
+    """The same weights in transformers continue a text by the same 20 tokens."""
+    import transformers
+
+    config = checkpoint.Config.from_checkpoint(smollm2_dir)
+    hf = tiny.hf_of(config, checkpoint.load_weights(smollm2_dir / "lit_model.pth"))
+    llm = LLM.load(smollm2_dir, precision="32-true", device="cpu")
+    prompt = llm.tokenizer.encode("Gravity is")[None]
+    settings = transformers.GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0)
+    want = hf.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)[0, prompt.size(1) :].tolist()
+    assert list(llm.complete("Gravity is", 20, temperature=0.0)) == want

@@ -1,0 +1,347 @@
+"""Folders that appear whole or not at all, weights that are tensors and nothing else, adapters that fit their base."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import stat
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from litgpt import checkpoint, lora
+from litgpt.config import Config
+from litgpt.errors import UserError
+
+WriteTokenizer = Callable[[Path], Path]
+
+# --- Folders and files ---
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_new_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "final"
+    with checkpoint.new_folder(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("1")
+        assert folder.parent == target.parent and not target.exists()
+    assert (target / "sub" / "a").read_text() == "1"
+    assert left_in(target.parent) == ["final"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_new_folder_leaves_nothing_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), checkpoint.new_folder(tmp_path / "final") as folder:
+        (folder / "a").write_text("half")
+        raise error
+    assert left_in(tmp_path) == []
+
+
+def test_new_folder_keeps_what_is_there(tmp_path: Path) -> None:
+    target = tmp_path / "final"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(UserError, match="exists already") as caught, checkpoint.new_folder(target):
+        raise AssertionError("not reached")
+    assert str(target) in str(caught.value)
+    with pytest.raises(RuntimeError), checkpoint.new_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("half")
+        raise RuntimeError
+    assert left_in(target) == ["old"] and left_in(tmp_path) == ["final"]
+    with checkpoint.new_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert left_in(target) == ["new"] and left_in(tmp_path) == ["final"]
+
+
+def test_new_folder_takes_an_empty_one_and_refuses_a_file(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with checkpoint.new_folder(tmp_path / "empty") as folder:
+        (folder / "a").write_text("1")
+    assert left_in(tmp_path / "empty") == ["a"]
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=str(target)), checkpoint.new_folder(target):
+            pass
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    """While one file is written over and over, every read finds one of the whole contents."""
+    file, texts = tmp_path / "a.yaml", ["a" * 300_000, "b" * 300_000]
+    checkpoint.write_text(file, texts[0])
+    seen, stop = set(), threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add(file.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(30):
+        checkpoint.write_text(file, texts[i % 2])
+        time.sleep(0.001)
+    stop.set()
+    reader.join()
+    assert seen <= set(texts)
+    assert left_in(tmp_path) == ["a.yaml"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "lit_model.pth"
+    checkpoint.save_weights({"a": torch.ones(2)}, file)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        checkpoint.save_weights({"a": torch.zeros(2)}, file)
+    assert checkpoint.load_weights(file)["a"].tolist() == [1, 1]
+
+
+# --- Weights ---
+
+
+def test_weights_round_trip(tmp_path: Path) -> None:
+    shared = torch.randn(3, 4).bfloat16()
+    weights = {"a": shared, "b": torch.randn(2), "c": shared}
+    checkpoint.save_weights(weights, tmp_path / "w.pth")
+    back = checkpoint.load_weights(tmp_path / "w.pth")
+    assert all(torch.equal(back[key], weights[key]) and back[key].dtype == weights[key].dtype for key in weights)
+    assert back["a"].data_ptr() == back["c"].data_ptr()  # stored once, one tensor again
+    checkpoint.save_weights({"model": weights}, tmp_path / "m.pth")  # type: ignore[dict-item]
+    assert checkpoint.load_weights(tmp_path / "m.pth").keys() == weights.keys()
+
+
+class Attack:
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.proof),))
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    proof, file = tmp_path / "proof", tmp_path / "w.pth"
+    for write in (lambda: torch.save({"a": Attack(proof)}, file), lambda: file.write_bytes(pickle.dumps({"a": Attack(proof)}))):
+        write()
+        with pytest.raises(UserError, match="not a readable checkpoint") as caught:
+            checkpoint.load_weights(file)
+        assert str(file) in str(caught.value)
+        assert not proof.exists()
+    pickle.loads(file.read_bytes())
+    assert proof.exists()  # the attack is a real one
+
+
+def test_broken_weights(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    with pytest.raises(UserError, match="w.pth is missing"):
+        checkpoint.load_weights(file)
+    checkpoint.save_weights({"a": torch.randn(100, 100)}, file)
+    whole = file.read_bytes()
+    for content in (b"", b"not a checkpoint", whole[:-1000], whole[: len(whole) // 2], whole[:100]):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="w.pth is not a readable checkpoint") as caught:
+            checkpoint.load_weights(file)
+        assert "\n" not in str(caught.value)
+    for foreign in ([1, 2], {"a": 1}, {"a": torch.ones(1), "b": {"c": torch.ones(1)}}, torch.ones(3)):
+        torch.save(foreign, file)
+        with pytest.raises(UserError, match="w.pth holds no state dict"):
+            checkpoint.load_weights(file)
+
+
+# --- Checkpoint folders ---
+
+
+def test_require_checkpoint_names_what_is_missing(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        checkpoint.require_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"lacks lit_model\.pth, model_config\.yaml, tokenizer\.json$"):
+        checkpoint.require_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="litgpt convert_to_litgpt"):
+        checkpoint.require_checkpoint(tmp_path)
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    assert checkpoint.require_checkpoint(base) == base
+    (base / "model_config.yaml").unlink()
+    with pytest.raises(UserError, match=r"lacks model_config\.yaml$"):
+        checkpoint.require_checkpoint(base)
+
+
+def test_tokenizer_files_are_copied(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    (tmp_path / "to").mkdir()
+    checkpoint.copy_tokenizer_files(tiny_tokenizer_dir, tmp_path / "to")
+    assert left_in(tmp_path / "to") == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_saved_config_is_litgpts(tmp_path: Path) -> None:
+    """No adapter settings in model_config.yaml."""
+    config = lora.Config(**tiny.TINY, lora_r=4, lora_query=True)
+    checkpoint.save_config(config, tmp_path)
+    values = yaml.safe_load((tmp_path / "model_config.yaml").read_text())
+    assert values["n_layer"] == 5 and not any("lora" in key for key in values)
+    assert Config.from_checkpoint(tmp_path) == Config(**tiny.TINY)
+
+
+# --- The base into a model ---
+
+
+def on_meta(**settings: Any) -> Any:
+    with torch.device("meta"):
+        return lora.GPT(lora.Config(**{**tiny.TINY, **settings}))
+
+
+def test_load_base_lists_everything() -> None:
+    weights = tiny.tiny().state_dict()
+    weights["transformer.h.3.mlp.fc_3.weight"] = weights.pop("transformer.h.3.mlp.fc_1.weight")
+    del weights["transformer.ln_f.weight"]
+    weights["transformer.h.0.attn.qkv.weight"] = torch.zeros(60, 32)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_base(on_meta(), weights, torch.float32, "some/lit_model.pth")
+    message = str(caught.value)
+    for part in (
+        "some/lit_model.pth does not fit model 'tiny'",
+        "transformer.h.3.mlp.fc_1.weight is missing",
+        "transformer.ln_f.weight is missing",
+        "transformer.h.3.mlp.fc_3.weight is unknown",
+        "transformer.h.0.attn.qkv.weight has shape (60, 32), not (64, 32)",
+    ):
+        assert part in message, message
+
+
+@pytest.mark.parametrize("tied", ["one tensor", "no head", "equal values only"])
+def test_tied_heads(tied: str) -> None:
+    """The head is the embedding if the file says so; a head of its own stays one."""
+    weights = tiny.tiny().state_dict()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    if tied == "no head":
+        del weights["lm_head.weight"]
+    if tied == "equal values only":
+        weights["lm_head.weight"] = weights["lm_head.weight"].clone()
+    for settings in ({}, {"lora_r": 2, "lora_head": True}):
+        model = on_meta(**settings)
+        checkpoint.load_base(model, weights, torch.bfloat16, "file")
+        head = getattr(model.lm_head, "linear", model.lm_head)
+        assert head.weight.dtype == torch.bfloat16
+        assert (head.weight is model.transformer.wte.weight) == (tied != "equal values only")
+        assert torch.equal(head.weight, weights["transformer.wte.weight"].bfloat16())
+
+
+def test_adapters_are_fresh_and_fp32_after_load_base() -> None:
+    model = on_meta(lora_r=2, skip2lora_enabled=True, **tiny.ALL_LORA)
+    checkpoint.load_base(model, tiny.tiny().state_dict(), torch.bfloat16, "file")
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == "cpu"
+        assert parameter.dtype == (torch.float32 if lora.lora_filter(name) else torch.bfloat16)
+        assert (parameter.abs().max() == 0) == name.endswith("lora_B"), name
+
+
+def test_load_adapter_lists_everything() -> None:
+    model = tiny.tiny(lora_r=3, lora_query=True, lora_value=True, n_layer=2)
+    weights = {name: value for name, value in model.state_dict().items() if lora.lora_filter(name)}
+    del weights["transformer.h.0.attn.qkv.lora_A"]
+    weights["transformer.h.1.attn.qkv.lora_A"] = torch.zeros(9, 32)
+    weights["transformer.h.1.attn.proj.lora_A"] = torch.zeros(3, 32)
+    before = model.transformer.h[0].attn.qkv.lora_B.clone()
+    weights["transformer.h.0.attn.qkv.lora_B"] = before + 1
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_adapter(model, weights, "some/lit_model.pth.lora")
+    for part in (
+        "some/lit_model.pth.lora",
+        "transformer.h.0.attn.qkv.lora_A is missing",
+        "transformer.h.1.attn.qkv.lora_A has shape (9, 32), not (6, 32)",
+        "transformer.h.1.attn.proj.lora_A is not in the model",
+    ):
+        assert part in str(caught.value)
+    assert torch.equal(model.transformer.h[0].attn.qkv.lora_B, before)  # nothing was loaded
+
+
+# --- Save, load, same logits ---
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_r": 3, "lora_alpha": 7, **tiny.ALL_LORA},
+    "lora in late blocks": {"lora_r": 3, "lora_query": True, "lora_block_indices": "last:2"},
+    "skip2lora": {"lora_r": 3, "skip2lora_enabled": True, "skip2lora_block_indices": [0, 1, 2, 3]},
+    "skip2lora by older name": {"lora_r": 3, "skip2lora_enabled": True, "skip2lora_positions": ["transformer.h.1", "transformer.h.4"]},
+    "skip2lora before block 3": {
+        "lora_r": 3,
+        "skip2lora_enabled": True,
+        "skip2lora_r": 2,
+        "skip2lora_alpha": 9,
+        "skip2lora_norm": "none",
+        "skip2lora_output_layer": "transformer.h.3",
+        **tiny.ALL_LORA,
+    },
+}
+
+
+def build(settings: dict[str, Any]) -> Any:
+    own = {{"skip2lora_positions": "skip2lora_block_indices"}.get(key, key): value for key, value in settings.items()}
+    return tiny.move_adapters(tiny.tiny(**{**tiny.SPEAKING, **own}))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapter_folder_gives_the_same_logits(kind: str, tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    model = build(ADAPTERS[kind])
+    folder = tiny.write_adapter(tmp_path / "adapter", base, model, **ADAPTERS[kind])
+    (folder / "hyperparameters.yaml").write_text((folder / "hyperparameters.yaml").read_text() + "train: {epochs: 3}\nseed: 1\n")
+    assert checkpoint.is_adapter_folder(folder) and not checkpoint.is_adapter_folder(base)
+    loaded = checkpoint.load_model(folder, torch.float32)
+    idx = tiny.ids(2, 15, V=320)
+    with torch.no_grad():
+        assert torch.equal(loaded(idx), model(idx))
+        plain = checkpoint.load_model(base, torch.float32)
+        assert (plain(idx) - model(idx)).abs().max() > 0.01
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_adapter_with_another_base(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    settings = {"lora_r": 3, "lora_query": True}
+    folder = tiny.write_adapter(tmp_path / "adapter", tmp_path / "moved", build(settings), **settings)
+    with pytest.raises(UserError, match="correct checkpoint_dir") as caught:
+        checkpoint.load_model(folder, torch.float32)
+    assert str(tmp_path / "moved") in str(caught.value) and "hyperparameters.yaml" in str(caught.value)
+    idx = tiny.ids(1, 9, V=320)
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load_model(folder, torch.float32, base=base)(idx), build(settings)(idx))
+
+
+@pytest.mark.parametrize("text", [None, "", "- 1", "a: [", "lora_r: 3", "checkpoint_dir: null", "just text"])
+def test_broken_hyperparameters(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "hyperparameters.yaml").write_text(text)
+    for base in (None, tmp_path):
+        if base is not None and text in ("lora_r: 3", "checkpoint_dir: null"):
+            assert checkpoint.adapter_settings(tmp_path, base)[0] == base
+            continue
+        with pytest.raises(UserError, match=r"hyperparameters\.yaml must hold"):
+            checkpoint.adapter_settings(tmp_path, base)
+
+
+def test_settings_and_adapter_must_agree(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    model = build({"lora_r": 3, "lora_query": True})
+    folder = tiny.write_adapter(tmp_path / "adapter", base, model, lora_r=4, lora_query=True)
+    with pytest.raises(UserError, match=r"lit_model\.pth\.lora does not fit the adapter settings .* has shape \(3, 32\), not \(4, 32\)"):
+        checkpoint.load_model(folder, torch.float32)
+
+
+def test_merged_weights_win_over_the_adapter(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    """A folder with both, as plain LoRA leaves it, is an ordinary checkpoint: its base may be gone."""
+    folder = tiny.write_base(tmp_path / "final", write_tiny_tokenizer)
+    checkpoint.save_weights({"model": {}}, folder / "lit_model.pth.lora")  # type: ignore[dict-item]
+    assert not checkpoint.is_adapter_folder(folder)
+    assert isinstance(checkpoint.load_model(folder, torch.bfloat16), lora.GPT)

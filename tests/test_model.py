@@ -1,0 +1,227 @@
+"""The base model against transformers' logits, and against itself: cached, padded, windowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.testing import assert_close
+
+from litgpt.config import Config
+from litgpt.model import GPT
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: tiny.hf_llama(),
+    "llama multi-head": lambda: tiny.hf_llama(num_key_value_heads=4),
+    "llama multi-query": lambda: tiny.hf_llama(num_key_value_heads=1),
+    "llama tied": lambda: tiny.hf_llama(tie_word_embeddings=True),
+    "llama wide heads": lambda: tiny.hf_llama(head_dim=12),
+    "llama large eps": lambda: tiny.hf_llama(rms_norm_eps=0.3),
+    "llama rope theta": lambda: tiny.hf_llama(rope_theta=500.0),
+    "llama 3.1 rope": lambda: tiny.hf_llama(rope_scaling=tiny.LLAMA3_ROPE, rope_theta=100.0),
+    "llama linear rope": lambda: tiny.hf_llama(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "llama linear rope, a fraction": lambda: tiny.hf_llama(rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "mistral": lambda: tiny.hf_mistral(),
+    "mistral window": lambda: tiny.hf_mistral(sliding_window=7),
+    "mistral window of the whole sequence": lambda: tiny.hf_mistral(sliding_window=40),
+    "neox": lambda: tiny.hf_neox(),
+    "neox sequential": lambda: tiny.hf_neox(use_parallel_residual=False),
+    "neox full rotary": lambda: tiny.hf_neox(rotary_pct=1.0),
+    "neox tanh gelu": lambda: tiny.hf_neox(hidden_act="gelu_pytorch_tanh"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_logits_against_transformers(family: str) -> None:
+    hf = FAMILIES[family]()
+    idx = tiny.ids(2, 40)
+    want = hf(idx).logits
+    got = tiny.from_hf(hf)(idx)
+    assert got.shape == (2, 40, 101)
+    assert want.std() > 0.5  # the comparison would say little about a model that says nothing
+    assert_close(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("plain", "changed"),
+    [
+        ("llama", "llama 3.1 rope"),
+        ("llama", "llama linear rope"),
+        ("llama", "llama large eps"),
+        ("mistral", "mistral window"),
+        ("neox", "neox sequential"),
+        ("neox", "neox full rotary"),
+        ("neox", "neox tanh gelu"),
+    ],
+)
+@torch.inference_mode()
+def test_families_differ_where_they_should(plain: str, changed: str) -> None:
+    """Without this, an option that neither side applied would pass the comparison above."""
+    idx = tiny.ids(1, 40)
+    difference = (tiny.from_hf(FAMILIES[plain]())(idx) - tiny.from_hf(FAMILIES[changed]())(idx)).abs().max()
+    assert difference > (1e-4 if changed == "neox tanh gelu" else 1e-2)
+
+
+@torch.inference_mode()
+def test_tied_head_is_one_tensor() -> None:
+    _, weights = tiny.converted(tiny.hf_llama(tie_word_embeddings=True))
+    assert weights["lm_head.weight"].data_ptr() == weights["transformer.wte.weight"].data_ptr()
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "global": {},
+    "window": {"sliding_window_size": 6},
+    "window in some blocks": {"sliding_window_size": 6, "sliding_window_indices": [1, 0, 1, 0, 0]},
+    "neox": {
+        "n_query_groups": 4,
+        "norm_class_name": "LayerNorm",
+        "mlp_class_name": "GptNeoxMLP",
+        "bias": True,
+        "parallel_residual": True,
+        "rotary_percentage": 0.25,
+    },
+    "one norm for both": {"norm_class_name": "LayerNorm", "parallel_residual": True, "shared_attention_norm": True},
+    "llama 3.1 rope": {"rope_adjustments": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 16}},
+}
+SKIPS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "at lm_head": {"skip2lora_enabled": True, "lora_r": 3},
+    "at ln_f": {"skip2lora_enabled": True, "lora_r": 3, "skip2lora_output_layer": "transformer.ln_f", "skip2lora_norm": "none"},
+    "at block 2": {"skip2lora_enabled": True, "lora_r": 3, "skip2lora_output_layer": "transformer.h.2", **tiny.ALL_LORA},
+}
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("window", WINDOWS)
+@torch.inference_mode()
+def test_cached_decoding_equals_full_pass(window: str, skip: str) -> None:
+    model = tiny.move_adapters(tiny.tiny(**WINDOWS[window], **SKIPS[skip]))
+    idx = tiny.ids(2, 20)
+    full = model(idx)
+    assert full.std() > 0.3
+    model.set_kv_cache(batch_size=2, max_seq_length=20)
+    pieces = [model(idx[:, :9], torch.arange(9), 9)]
+    pieces.append(model(idx[:, 9:13], torch.arange(9, 13)))  # several at once on top of a cache
+    pieces += [model(idx[:, t : t + 1], torch.tensor([t]), t + 1) for t in range(13, 20)]
+    assert_close(torch.cat(pieces, dim=1), full, **CLOSE)
+    model.clear_kv_cache()
+    assert all(block.attn.kv_cache is None for block in model.blocks)
+    assert_close(model(idx), full, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_window_hides_what_lies_further_back() -> None:
+    """A change of token 0 reaches position t in one block only if t < window."""
+    model = tiny.tiny(n_layer=1, sliding_window_size=6)
+    idx = tiny.ids(1, 20)
+    other = idx.clone()
+    other[0, 0] = (other[0, 0] + 1) % 101
+    moved = (model(idx) - model(other)).abs().amax(dim=(0, 2)) > 0
+    assert moved.tolist() == [True] * 6 + [False] * 14
+
+
+@torch.inference_mode()
+def test_causal() -> None:
+    model = tiny.tiny()
+    idx = tiny.ids(1, 20)
+    other = idx.clone()
+    other[0, 12] = (other[0, 12] + 1) % 101
+    moved = (model(idx) - model(other)).abs().amax(dim=(0, 2)) > 0
+    assert moved.tolist() == [False] * 12 + [True] * 8
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@torch.inference_mode()
+def test_right_padded_batch_equals_single(skip: str) -> None:
+    model = tiny.move_adapters(tiny.tiny(**SKIPS[skip]))
+    lengths = [17, 5, 11]
+    rows = [tiny.ids(1, length, seed=length)[0] for length in lengths]
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+    together = model(batch)
+    for row, logits in zip(rows, together, strict=True):
+        assert_close(logits[: len(row)], model(row[None])[0], **CLOSE)
+
+
+def test_too_long_and_no_cache() -> None:
+    model = tiny.tiny(n_layer=1, block_size=8)
+    with pytest.raises(ValueError, match="9 tokens is longer than max_seq_length, 8"):
+        model(tiny.ids(1, 9))
+    with pytest.raises(ValueError, match="set_kv_cache"):
+        model(tiny.ids(1, 2), torch.arange(2))
+    model.set_kv_cache(1, 4)
+    with pytest.raises(ValueError, match=r"position 4 .* cache of 4"):
+        model(tiny.ids(1, 1), torch.tensor([4]))
+
+
+def test_training_after_inference_mode() -> None:
+    """Rotary tables made under inference_mode must not poison a later backward pass."""
+    model = tiny.tiny(n_layer=2)
+    with torch.inference_mode():
+        model(tiny.ids(1, 10))
+    model(tiny.ids(1, 10)).sum().backward()
+    assert model.transformer["wte"].weight.grad.abs().sum() > 0
+
+
+def test_bf16_close_to_fp32() -> None:
+    model = tiny.tiny()
+    idx = tiny.ids(1, 30)
+    with torch.inference_mode():
+        exact = model(idx)
+        rough = model.bfloat16()(idx)
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).std() < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "tied"),
+    [  # from the models' own cards and safetensors headers
+        ("Llama-2-7b-hf", 6_738_415_616, False),
+        ("Llama-3-8B", 8_030_261_248, False),
+        ("Llama-3.2-1B", 1_235_814_400, True),
+        ("tiny-llama-1.1b", 1_100_048_384, False),
+        ("SmolLM2-135M", 134_515_008, True),
+        ("SmolLM2-360M", 361_821_120, True),
+        ("SmolLM2-1.7B", 1_711_376_384, True),
+        ("Mistral-7B-v0.1", 7_241_732_096, False),
+        ("Mistral-7B-v0.3", 7_248_023_552, False),
+        ("pythia-160m", 162_322_944, False),
+        ("pythia-1b", 1_011_781_632, False),
+        ("pythia-6.9b", 6_857_302_016, False),
+    ],
+)
+def test_parameter_counts(name: str, count: int, tied: bool) -> None:
+    with torch.device("meta"):
+        model = GPT(Config.from_name(name))
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert counted - (model.lm_head.weight.numel() if tied else 0) == count
+
+
+def test_state_dict_keys() -> None:
+    """LitGPT's names, all of them."""
+    llama = tiny.tiny(n_layer=1).state_dict()
+    block = ["norm_1", "attn.qkv", "attn.proj", "norm_2", "mlp.fc_1", "mlp.fc_2", "mlp.proj"]
+    ends = ["lm_head.weight", "transformer.wte.weight", "transformer.ln_f.weight"]
+    assert set(llama) == {*ends, *(f"transformer.h.0.{part}.weight" for part in block)}
+    assert llama["transformer.h.0.attn.qkv.weight"].shape == (32 + 16 + 16, 32)
+    neox = tiny.tiny(n_layer=1, **WINDOWS["neox"]).state_dict()
+    block = ["norm_1", "attn.qkv", "attn.proj", "norm_2", "mlp.fc", "mlp.proj"]
+    both = [f"transformer.h.0.{part}" for part in block] + ["transformer.ln_f"]
+    assert set(neox) == {"lm_head.weight", "transformer.wte.weight", *(f"{part}.{kind}" for part in both for kind in ("weight", "bias"))}
+
+
+@torch.inference_mode()
+def test_smollm2_against_transformers(smollm2_dir: Path) -> None:
+    """The real model: transformers, given the same weights, computes the same logits."""
+    from litgpt.checkpoint import load_model, load_weights
+    from litgpt.tokenizer import Tokenizer
+
+    idx = Tokenizer(smollm2_dir).encode("The capital of France is Paris, and that of Spain is")[None]
+    want = tiny.hf_of(Config.from_checkpoint(smollm2_dir), load_weights(smollm2_dir / "lit_model.pth"))(idx).logits
+    got = load_model(smollm2_dir, torch.float32)(idx)
+    assert_close(got, want, rtol=1e-3, atol=1e-3)

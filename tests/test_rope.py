@@ -1,0 +1,90 @@
+"""Rotary tables against transformers' and against complex multiplication."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.testing import assert_close
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from litgpt.config import Config
+from litgpt.rope import RotaryTable, frequencies, rotate
+
+
+def config(**changes: object) -> Config:
+    return Config(**{**tiny.TINY, **changes})
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("base", [10_000, 500_000])
+def test_llama3_frequencies_against_transformers(factor: float, base: int) -> None:
+    """With the real sizes of Llama 3.1 and 3.2: long, short and mixed waves all occur."""
+    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    hf = LlamaConfig(
+        hidden_size=4096,
+        num_attention_heads=32,
+        rope_theta=float(base),
+        rope_scaling={"rope_type": "llama3", "original_max_position_embeddings": 8192, **scaling},
+    )
+    want, _ = ROPE_INIT_FUNCTIONS["llama3"](hf, torch.device("cpu"))
+    ours = config(n_embd=4096, n_head=32, rope_base=base, rope_adjustments={**scaling, "original_max_seq_len": 8192})
+    got = frequencies(ours)
+    assert_close(got, want, rtol=1e-6, atol=0)
+    plain = frequencies(config(n_embd=4096, n_head=32, rope_base=base))
+    ratio = plain / got
+    assert (ratio < 1.001).any() and (ratio > factor * 0.999).any() and ((ratio > 1.1) & (ratio < factor * 0.9)).any()
+
+
+def test_rotation_is_complex_multiplication() -> None:
+    """(first + i second) * exp(i position theta), half-split; the dimensions behind the first n pass."""
+    ours = config(rotary_percentage=0.5)  # n 4 of h 8
+    x = torch.randn(2, 3, 11, 8, generator=torch.Generator().manual_seed(0))
+    got = rotate(x, *RotaryTable(ours)(11, torch.device("cpu")))
+    theta = torch.tensor([1.0, 10_000**-0.5])
+    turn = torch.polar(torch.ones(11, 2), torch.arange(11.0)[:, None] * theta)
+    want = torch.complex(x[..., :2], x[..., 2:4]) * turn
+    assert_close(got, torch.cat((want.real, want.imag, x[..., 4:]), dim=-1))
+
+
+def test_scores_depend_on_the_distance_alone() -> None:
+    table = RotaryTable(config())
+    cos, sin = table(30, torch.device("cpu"))
+    q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))
+
+    def score(m: int, n: int) -> torch.Tensor:
+        return (rotate(q, cos[m : m + 1], sin[m : m + 1]) * rotate(k, cos[n : n + 1], sin[n : n + 1])).sum()
+
+    assert_close(score(5, 2), score(27, 24), rtol=1e-5, atol=1e-5)
+    assert (score(5, 2) - score(5, 3)).abs() > 1e-3
+
+
+def test_condensed_positions() -> None:
+    """rope_condense_ratio 4: position 8 is turned as position 2 is without it."""
+    cpu = torch.device("cpu")
+    cos, sin = RotaryTable(config(rope_condense_ratio=4))(9, cpu)
+    plain_cos, plain_sin = RotaryTable(config())(9, cpu)
+    assert_close((cos[8], sin[8]), (plain_cos[2], plain_sin[2]))
+
+
+def test_table_grows_and_keeps_its_values() -> None:
+    table = RotaryTable(config(block_size=100))
+    short = table(3, torch.device("cpu"))
+    long = table(80, torch.device("cpu"))
+    assert long[0].shape == (80, 4)
+    assert_close((long[0][:3], long[1][:3]), short, rtol=0, atol=0)
+    assert table(80, torch.device("cpu"))[0].data_ptr() == long[0].data_ptr()  # made once
+
+
+def test_angles_are_fp32_whatever_the_model() -> None:
+    """bf16 rounds position 1001 to 1000: angles computed in it would be off by up to a radian. Only cos and sin may be rounded."""
+    model = tiny.tiny(n_layer=1, block_size=2000).bfloat16()
+    pos = model.positions(tiny.ids(1, 1003))
+    assert pos.cos.dtype == pos.sin.dtype == torch.bfloat16
+    exact = torch.outer(torch.arange(1003, dtype=torch.float64), 10_000 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8))
+    assert_close(pos.cos.double(), exact.cos(), rtol=0, atol=2**-8)
+    assert_close(pos.sin.double(), exact.sin(), rtol=0, atol=2**-8)
+    x = torch.randn(1, 1003, 8, generator=torch.Generator().manual_seed(0))
+    cos, sin = RotaryTable(model.config)(1003, torch.device("cpu"))
+    assert_close(rotate(x.bfloat16(), pos.cos, pos.sin).float(), rotate(x, cos, sin), rtol=0, atol=0.05)
