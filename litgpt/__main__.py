@@ -5,6 +5,7 @@ Exit codes: 0, 1 a `UserError`, 2 bad arguments, 130 Ctrl-C, 143 SIGTERM. Any ot
 
 import difflib
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -69,6 +70,12 @@ def _run(name: str, argv: list[str]) -> int:
         return 2
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing is flushed into the broken pipe at exit)
+        return 1
+    except OSError as error:
+        print(f"Error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

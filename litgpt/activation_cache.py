@@ -24,6 +24,7 @@ import torch
 
 from litgpt.checkpoint import new_folder, write_text
 from litgpt.data.base import Sample
+from litgpt.errors import UserError
 from litgpt.model import GPT, KVCache
 
 FORMAT = 1
@@ -40,10 +41,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Features:
-    """What the tail needs of a batch: x and S taps, (N, d) or (B, T, d) each; targets (N,); `at` (B, T) marks the N positions, or None."""
+    """What the tail needs of a batch: x (N, d) and taps (N, S, d), or (B, T, d) and (B, T, S, d); targets (N,).
+
+    `at` (B, T) marks the N positions; None where only they are there.
+    """
 
     x: torch.Tensor
-    taps: list[torch.Tensor]
+    taps: torch.Tensor
     targets: torch.Tensor
     at: torch.Tensor | None
 
@@ -86,7 +90,7 @@ class Recompute:
         ids, at, targets = collate([self.samples[i] for i in indices], self.device)
         x, taps = self.model.prefix(ids)
         if is_flat(self.model):
-            return Features(x[at], [tap[at] for tap in taps], targets, None)
+            return Features(x[at], taps[at], targets, None)
         return Features(x, taps, targets, at)
 
 
@@ -121,10 +125,11 @@ def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: t
 
 
 class ActivationCache:
-    """Rows (R, S + 1, d) in memory or in a memory-mapped file, and where each sample's rows are."""
+    """Rows (R, S + 1, d) in memory or in a memory-mapped file, and where each sample's rows are. Features have the model's dtype."""
 
-    def __init__(self, store: torch.Tensor, plan: Plan, samples: Sequence[Sample], flat: bool, device: torch.device) -> None:
-        self.store, self.samples, self.flat, self.device = store, samples, flat, device
+    def __init__(self, store: torch.Tensor, plan: Plan, samples: Sequence[Sample], model: GPT, device: torch.device) -> None:
+        self.store, self.samples, self.flat, self.device = store, samples, is_flat(model), device
+        self.dtype = model.dtype
         ends = torch.tensor(plan.counts).cumsum(0).tolist()
         self.rows = {i: (end - count, end) for i, count, end in zip(plan.indices, plan.counts, ends, strict=True)}
 
@@ -132,11 +137,11 @@ class ActivationCache:
         slabs = [self.store[slice(*self.rows[i])] for i in indices]
         chosen = [self.samples[i] for i in indices]
         if self.flat:
-            rows = torch.cat(slabs).to(self.device, non_blocking=True)  # (N, S + 1, d)
-            return Features(rows[:, 0], list(rows[:, 1:].unbind(1)), _targets(chosen).to(self.device), None)
+            rows = torch.cat(slabs).to(self.device, self.dtype, non_blocking=True)  # (N, S + 1, d)
+            return Features(rows[:, 0], rows[:, 1:], _targets(chosen).to(self.device), None)
         _, at, targets = collate(chosen, self.device)
-        rows = torch.nn.utils.rnn.pad_sequence(slabs, batch_first=True).to(self.device, non_blocking=True)  # (B, T, S + 1, d)
-        return Features(rows[:, :, 0], list(rows[:, :, 1:].unbind(2)), targets, at)
+        rows = torch.nn.utils.rnn.pad_sequence(slabs, batch_first=True).to(self.device, self.dtype, non_blocking=True)  # (B, T, S + 1, d)
+        return Features(rows[:, :, 0], rows[:, :, 1:], targets, at)
 
 
 def _targets(samples: Sequence[Sample]) -> torch.Tensor:
@@ -171,7 +176,7 @@ def activations(
 
     "auto" takes memory if the cache fits `MEMORY_SHARE` of what is free, else disk. A disk that is too full is said and not fatal.
     """
-    if settings.mode == "off" or model.cut in (None, 0):
+    if settings.mode == "off" or model.cut in (None, 0) or not indices:
         return Recompute(model, samples, device)
     layout = plan(model, samples, indices, settings.dtype)
     need, free = layout.nbytes, psutil.virtual_memory().available
@@ -180,20 +185,20 @@ def activations(
         kind = "memory" if need <= MEMORY_SHARE * free else "disk"
     rows = f"{layout.shape[0]:,} positions x {layout.width[0]} x {layout.width[1]}"
     settings.say(f"{name} cache: {_gib(need)} for {rows}, {WHERE[kind]}; free memory {_gib(free)}")
-    flat = is_flat(model)
     if kind == "memory":
         if need > free:
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return Recompute(model, samples, device)
         store = torch.empty(layout.shape, dtype=layout.dtype)
         fill(model, samples, layout, store, device, progress)
-        return ActivationCache(store, layout, samples, flat, device)
+        return ActivationCache(store, layout, samples, model, device)
     try:
         store = _on_disk(model, samples, layout, settings, device, progress, name)
-    except OSError as error:
-        settings.say(f"{name} cache: {settings.folder} cannot hold it ({error.strerror}), activations are computed again for every batch")
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or error
+        settings.say(f"{name} cache: {settings.folder} cannot hold it ({reason}), activations are computed again for every batch")
         return Recompute(model, samples, device)
-    return ActivationCache(store, layout, samples, flat, device)
+    return ActivationCache(store, layout, samples, model, device)
 
 
 def _gib(count: float) -> str:
@@ -247,30 +252,30 @@ def _stack(model: GPT, ids: torch.Tensor, start: int) -> torch.Tensor:
     if model.blocks[0].attn.kv_cache is not None:
         place = torch.arange(start, start + ids.size(1), device=ids.device)
     x, taps = model.prefix(ids, model.positions(ids, place))
-    return torch.stack((x, *taps), dim=2)
+    return torch.cat((x[:, :, None], taps), dim=2)
 
 
 def _run_head(model: GPT, sample: Sample, head: int, device: torch.device) -> tuple[torch.Tensor, list[KVCache]]:
     """The rows (head, S + 1, d) of the shared first tokens, and their keys and values in every frozen block."""
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    model.set_kv_cache(1, head, device, dtype)
+    model.set_kv_cache(1, head, device, model.compute_dtype(device))
     ids = torch.tensor(sample.input_ids[:head], device=device)
     rows = _stack(model, ids[None], 0)[0]
     return rows, [block.attn.kv_cache for block in model.blocks[: model.cut] if block.attn.kv_cache is not None]
 
 
-def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan) -> str:
-    """Everything that a cached value depends on: prefix weights and config, cut, taps, dtype, tokens, masks, format."""
+def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> str:
+    """Everything that a cached value depends on: prefix weights and config, cut, taps, dtypes, tokens, masks, format."""
     digest = hashlib.sha256()
     norms = [block.skip2lora.norm_eps for block in model.tapped_blocks]
     taps = [i for i, block in enumerate(model.blocks) if block.skip2lora is not None]
-    facts = [FORMAT, torch.__version__, model.config.base_dict(), model.cut, taps, norms, str(layout.dtype), layout.shape]
+    dtypes = [str(dtype) for dtype in (layout.dtype, model.dtype, model.compute_dtype(device))]
+    facts = [FORMAT, torch.__version__, model.config.base_dict(), model.cut, taps, norms, dtypes, layout.shape]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     first_trained = min(model.cut or 0, model.config.n_layer)
     parts = [model.transformer["wte"], *model.blocks[:first_trained], model.transformer["ln_f"]]
     for part in parts:
         for name, value in part.state_dict().items():
-            if "lora_" not in name:
+            if not name.startswith("skip2lora"):
                 digest.update(f"{name} {value.dtype}".encode())
                 digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy())
     for i in layout.indices:
@@ -283,13 +288,13 @@ def _on_disk(
     model: GPT, samples: Sequence[Sample], layout: Plan, settings: CacheSettings, device: torch.device, progress: Progress, name: str
 ) -> torch.Tensor:
     """The store in `folder/<fingerprint>/`: used if it is there and whole, else filled. Raises OSError if it cannot be written."""
-    key = fingerprint(model, samples, layout)
+    key = fingerprint(model, samples, layout, device)
     folder = settings.folder / key[:32]
     data, index = folder / "activations.bin", folder / "index.json"
-    if index.is_file():
-        if _is_whole(data, index, key, layout.nbytes):
-            settings.say(f"{name} cache: {folder} is reused")
-            return _map(data, layout)
+    if _is_whole(data, index, key, layout.nbytes):
+        settings.say(f"{name} cache: {folder} is reused")
+        return _map(data, layout)
+    if folder.exists():
         settings.say(f"{name} cache: {folder} is damaged and is made again")
     settings.folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(settings.folder).free < layout.nbytes:

@@ -101,6 +101,12 @@ def save_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
     temporary.replace(path)
 
 
+def on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU; those that share memory, such as a tied head and embedding, still do."""
+    moved: dict[int, torch.Tensor] = {}
+    return {name: moved.setdefault(value.data_ptr(), value.detach().cpu()) for name, value in weights.items()}
+
+
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a `.pth` file, memory-mapped on the CPU; a `{"model": {...}}` envelope is opened.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import resource
 import sys
 import time
@@ -32,23 +33,27 @@ class MetricLoggers:
     """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is another one."""
 
     def __init__(self, out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any]) -> None:
-        from lightning.fabric.loggers.csv_logs import CSVLogger
         from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-        self.csv = CSVLogger(out_dir, "logs", 0, flush_logs_every_n_steps=1)
-        self.others: list[Any] = [TensorBoardLogger(out_dir, "logs", 0)]
+        self.csv = out_dir / "logs" / "version_0" / "metrics.csv"
+        self.loggers: list[Any] = [TensorBoardLogger(out_dir, "logs", 0)]
         if name not in ("csv", "tensorboard"):
-            self.others.append(_remote_logger(out_dir, name, log))
-            self.others[-1].log_hyperparams(hyperparameters)
+            self.loggers.append(_remote_logger(out_dir, name, log))
+            self.loggers[-1].log_hyperparams(hyperparameters)
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        """One row of `COLUMNS`; what was not measured at this step stays empty."""
-        self.csv.log_metrics({key: metrics.get(key) for key in COLUMNS}, step)  # type: ignore[misc]
-        for logger in self.others:
+        """One row of `COLUMNS`, in the file at once; what was not measured at this step stays empty."""
+        self.csv.parent.mkdir(parents=True, exist_ok=True)
+        with self.csv.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(metrics)
+        for logger in self.loggers:
             logger.log_metrics(metrics, step)
 
     def close(self) -> None:
-        for logger in (self.csv, *self.others):
+        for logger in self.loggers:
             logger.finalize("success")
 
 
@@ -89,10 +94,12 @@ class Console:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            with Progress(*columns, TextColumn("{task.fields[note]}"), console=RichConsole(stderr=True)) as self._bar:
-                task = self._bar.add_task(title, total=None, note="")
-                yield lambda done, total, note="": self._bar.update(task, completed=done, total=total, note=note)
-            self._bar = None
+            try:
+                with Progress(*columns, TextColumn("{task.fields[note]}"), console=RichConsole(stderr=True)) as self._bar:
+                    task = self._bar.add_task(title, total=None, note="")
+                    yield lambda done, total, note="": self._bar.update(task, completed=done, total=total, note=note)
+            finally:
+                self._bar = None
         else:
             yield self._lines(title)
 

@@ -69,6 +69,8 @@ class Config(base.Config):
     """Rank, alpha and dropout of Skip2-LoRA's adapters: `lora_r`, `lora_alpha`, `lora_dropout` unless given."""
     skip2lora_alpha: int | None = None
     skip2lora_dropout: float | None = None
+    skip2lora_warmup_steps: int = 0
+    """Steps in which ordinary LoRA is trained on every block first, without taps; what lies before the cut is then frozen with it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,13 +80,19 @@ class Config(base.Config):
         if self.skip2lora_norm not in ("rms", "none"):
             raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
         for key in ("lora_r", "skip2lora_r"):
-            if getattr(self, key) < 0:
-                raise UserError(f"{key} is {getattr(self, key)}: a rank is at least 1")
+            rank = getattr(self, key)
+            if not isinstance(rank, int) or rank < 0:
+                raise UserError(f"{key} is {rank!r}: a rank is a whole number from 1")
         for key in ("lora_dropout", "skip2lora_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"{key} is {getattr(self, key)}: a probability from 0 to below 1 is needed")
+            share = getattr(self, key)
+            if not isinstance(share, int | float) or not 0 <= share < 1:
+                raise UserError(f"{key} is {share!r}: a probability from 0 to below 1 is needed")
         if self.skip2lora_enabled and self.skip2lora_r == 0:
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
+        if self.skip2lora_warmup_steps < 0:
+            raise UserError(f"skip2lora_warmup_steps is {self.skip2lora_warmup_steps}: give 0 (none) or more")
+        if self.skip2lora_warmup_steps and not (self.skip2lora_enabled and self._lora_in_blocks):
+            raise UserError("skip2lora_warmup_steps needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
         _ = self.taps, self.lora_blocks  # a wrong block index is reported here, not later
 
     @property
@@ -132,8 +140,8 @@ class Config(base.Config):
 
     @property
     def lora_blocks(self) -> tuple[int, ...]:
-        """The blocks whose linear layers get LoRA, sorted: `lora_block_indices`, behind the cut if Skip2-LoRA makes one."""
-        first = min(self._output_layer, self.n_layer) if self.skip2lora_enabled else 0
+        """The blocks whose linear layers get LoRA, sorted: `lora_block_indices`; behind the cut if Skip2-LoRA makes one from the start."""
+        first = min(self._output_layer, self.n_layer) if self.skip2lora_enabled and not self.skip2lora_warmup_steps else 0
         behind = range(first, self.n_layer)
         if self.lora_block_indices is None:
             return tuple(behind) if self._lora_in_blocks else ()
@@ -145,6 +153,11 @@ class Config(base.Config):
                 "what runs before it is frozen and gets no gradient, so LoRA there would learn nothing. Name later blocks"
             )
         return blocks if self._lora_in_blocks else ()
+
+    @property
+    def warmup_cut(self) -> int:
+        """The cut while LoRA is warmed up: the first block that has it."""
+        return self.lora_blocks[0]
 
     @classmethod
     def adapter_fields(cls) -> set[str]:
@@ -193,6 +206,27 @@ def resolve_blocks(spec: BlockIndices, n_layer: int, available: range, key: str)
     return tuple(sorted(blocks))
 
 
+class Dropout(nn.Module):
+    """Zero with probability p, else x / (1 - p). On a CPU 16 random bits decide for each element, p to the nearest 1/65536.
+
+    torch draws a CPU's Bernoulli variables one by one, which takes longer than an adapter's matrix products; 64 bits at once do not.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
+        count, dropped = x.numel(), round(self.p * 2**16)
+        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1).view(torch.int16)[:count].view(x.shape)
+        return x * (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
 class LoRALayer(nn.Module):
     """What every adapter has: A (r, in) Kaiming-uniform, B (out, r) zero, dropout on its input, and the factor alpha / r.
 
@@ -208,7 +242,7 @@ class LoRALayer(nn.Module):
             raise ValueError(f"a rank of {r} makes no sense")
         self.r = r
         self.lora_alpha = lora_alpha
-        self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.lora_dropout = Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.scaling = lora_alpha / r if r else 0.0
 
     def _make(self, a: tuple[int, int], b: tuple[int, int]) -> None:
@@ -368,6 +402,16 @@ class GPT(base_model.GPT):
                 config.norm_eps if config.skip2lora_norm == "rms" else None,
             )
 
+    def skip_sum(self, taps: torch.Tensor) -> torch.Tensor:
+        """s = sum over S of D_i for taps (..., S, d): (..., d), fp32. All adapters in two matrix products."""
+        adapters = [block.skip2lora for block in self.tapped_blocks]
+        a = torch.stack([adapter.lora_A for adapter in adapters])  # (S, r, d)
+        b = torch.cat([adapter.lora_B for adapter in adapters], dim=1) * adapters[0].scaling  # (d, S r)
+        with torch.autocast(taps.device.type, enabled=False):
+            t = adapters[0].lora_dropout(taps).to(a.dtype).flatten(0, -3)  # (N, S, d)
+            low = torch.bmm(t.transpose(0, 1), a.transpose(1, 2))  # (S, N, r)
+            return F.linear(low.transpose(0, 1).flatten(1), b).unflatten(0, taps.shape[:-2])
+
 
 def _adapt(linear: Any, adapter: dict[str, Any]) -> LoRALinear:
     return LoRALinear(linear.in_features, linear.out_features, linear=linear, **adapter)
@@ -396,9 +440,32 @@ def lora_filter(key: str, value: Any = None) -> bool:
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Freeze everything but the adapters' A and B."""
+    """Freeze everything but the adapters' A and B that gradients reach: not LoRA in front of the cut, which was trained in a warm-up."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(lora_filter(name))
+    if isinstance(model, GPT):
+        for block in model.blocks[: model.cut or 0]:
+            block.attn.requires_grad_(False)
+            block.mlp.requires_grad_(False)
+
+
+def start_warmup(model: GPT) -> None:
+    """Move the cut to the first block with LoRA and train all LoRA, Skip2-LoRA's adapters not yet."""
+    model.cut = model.config.warmup_cut
+    mark_only_lora_as_trainable(model)
+    for block in model.blocks:
+        if block.skip2lora is not None:
+            block.skip2lora.requires_grad_(False)
+
+
+def end_warmup(model: GPT) -> None:
+    """Put the cut where the config has it; LoRA in front of it is frozen from now on, without dropout, as if part of the backbone."""
+    model.cut = model.config.cut
+    mark_only_lora_as_trainable(model)
+    for block in model.blocks[: model.cut]:
+        for layer in (*block.attn.modules(), *block.mlp.modules()):
+            if isinstance(layer, LoRALayer):
+                layer.lora_dropout = nn.Identity()
 
 
 def merge_lora_weights(model: nn.Module) -> None:

@@ -44,7 +44,8 @@ class HeadLoss:
         return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
 
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
+        logits = self.head(hidden)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
     def _width(self) -> int:
         linear: Any = getattr(self.head, "linear", self.head)

@@ -74,57 +74,56 @@ class GPT(nn.Module):
         return self._forward_impl(idx, self.positions(idx, input_pos, input_pos_maxp1))
 
     def _forward_impl(self, idx: torch.Tensor, pos: Positions) -> torch.Tensor:
-        x, taps = self.prefix(idx, pos)  # (B, T, d), S times (B, T, d)
+        x, taps = self.prefix(idx, pos)  # (B, T, d), (B, T, S, d)
         x = self.tail(x, taps, pos)  # (B, T, d)
         return self.lm_head(x)  # (B, T, V)
 
-    def prefix(self, idx: torch.Tensor, pos: Positions | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Everything before the cut: its output (B, T, d), and the normalised outputs of the tapped blocks, (B, T, d) each.
+    def prefix(self, idx: torch.Tensor, pos: Positions | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything before the cut: its output (B, T, d), and the normalised outputs of the tapped blocks (B, T, S, d).
 
         Below a cut nothing is trained, so no graph is recorded and no activation is kept.
         """
         pos = pos or self.positions(idx)
+        cut, taps = self.cut or 0, []
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut is None):
             x = self.transformer["wte"](idx)
-            return self._run(x, 0, self.cut or 0, pos)
+            for block in self.blocks[:cut]:
+                x = block(x, pos)
+                if block.skip2lora is not None:
+                    taps.append(block.skip2lora.tap(x))
+            if cut > self.config.n_layer:
+                x = self.transformer["ln_f"](x)
+        return x, torch.stack(taps, dim=-2) if taps else x.new_empty(*x.shape[:-1], 0, x.size(-1))
 
-    def tail(self, x: torch.Tensor, taps: Sequence[torch.Tensor], pos: Positions | None = None) -> torch.Tensor:
+    def tail(self, x: torch.Tensor, taps: torch.Tensor, pos: Positions | None = None) -> torch.Tensor:
         """Everything from the cut up to `lm_head`'s input, (B, T, d): the adapters' sum joins x first.
 
-        With the cut at `ln_f` or `lm_head` positions are independent: x may be (N, d), any N positions.
+        With the cut at `ln_f` or `lm_head` positions are independent: x may be (N, d) with taps (N, S, d), any N positions.
         """
-        if taps:
-            s = sum(block.skip2lora(tap) for block, tap in zip(self.tapped_blocks, taps, strict=True))  # (..., d), fp32
-            x = (x + s).to(x.dtype)
         cut = self.cut or 0
-        if cut < self.config.n_layer and pos is None:
-            pos = self.positions(x[..., 0])
-        x, _ = self._run(x, cut, self.config.n_layer + 1, pos)
-        return x
+        if taps.size(-2):
+            x = (x + self.skip_sum(taps)).to(x.dtype)
+        if cut < self.config.n_layer:
+            pos = pos or self.positions(x[..., 0])
+            for block in self.blocks[cut:]:
+                x = block(x, pos)
+        return x if cut > self.config.n_layer else self.transformer["ln_f"](x)
 
-    def _run(self, x: torch.Tensor, first: int, last: int, pos: Positions | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Layers first ... last-1, `lm_head` excepted, and the taps met on the way."""
-        taps = []
-        for block in self.blocks[first:last]:
-            assert pos is not None
-            x = block(x, pos)
-            if block.skip2lora is not None:
-                taps.append(block.skip2lora.tap(x))
-        if first <= self.config.n_layer < last:
-            x = self.transformer["ln_f"](x)
-        return x, taps
+    def skip_sum(self, taps: torch.Tensor) -> torch.Tensor:
+        """s of taps (..., S, d): `litgpt.lora.GPT` has adapters that make it."""
+        raise NotImplementedError
 
     @property
     def tapped_blocks(self) -> list[Block]:
-        """The blocks in S, in order."""
-        return [block for block in self.blocks if block.skip2lora is not None]
+        """The blocks in S, in order: those before the cut that have an adapter."""
+        return [block for block in self.blocks[: self.cut or 0] if block.skip2lora is not None]
 
     def positions(self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, end: int | None = None) -> Positions:
         """Rotary tables and masks for input (B, T)."""
         T = idx.size(1)
         if self.max_seq_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
-        dtype = self._compute_dtype(idx.device)
+        dtype = self.compute_dtype(idx.device)
         if input_pos is None:
             cos, sin = (table.to(dtype) for table in self.rope(T, idx.device))
             return Positions(cos, sin, None, self._window_mask(torch.arange(T, device=idx.device), T), None, T)
@@ -135,11 +134,14 @@ class GPT(nn.Module):
             mask = torch.arange(end, device=idx.device) <= input_pos[:, None]
         return Positions(cos, sin, mask, self._window_mask(input_pos, end), input_pos, end)
 
-    def _compute_dtype(self, device: torch.device) -> torch.dtype:
-        """What linear layers give: autocast's dtype, or the weights'."""
-        if torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's; adapters are fp32 whatever it is."""
         return cast("torch.Tensor", self.transformer["wte"].weight).dtype
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What linear layers give: autocast's dtype, or the weights'."""
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
 
     def _window_mask(self, places: torch.Tensor, end: int) -> torch.Tensor | None:
         """(T, K): causal, and no further back than the window; None where the window hides nothing."""

@@ -14,6 +14,9 @@ import torch
 from litgpt.args import require_allowed_class
 from litgpt.errors import UserError
 
+UNUSABLE = ("LBFGS", "SparseAdam")
+"""the first evaluates the loss itself, the second takes sparse gradients only"""
+
 
 def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """An optimizer from a name of `torch.optim` or `{"class_path": ..., "init_args": {...}}`; its fused form where it has one.
@@ -35,6 +38,8 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
         names = [key for key, value in vars(torch.optim).items() if inspect.isclass(value)]
         near = difflib.get_close_matches(name, names, n=1)
         raise UserError(f"optimizer: {path} is not an optimizer" + (f"; do you mean {near[0]}?" if near else ""))
+    if found.__name__ in UNUSABLE:
+        raise UserError(f"optimizer: {found.__name__} does not work with this training loop: choose another, for example AdamW")
     accepted = inspect.signature(found).parameters
     wrong = [key for key in settings if key not in accepted]
     if wrong:

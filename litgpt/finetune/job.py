@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -24,9 +25,13 @@ from litgpt.fabric import backbone_dtype, default_device, default_precision, mak
 from litgpt.finetune.loop import Batches, Loop, State, World
 from litgpt.finetune.method import Method, describe
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, summary
+from litgpt.lora import GPT, end_warmup, start_warmup
 from litgpt.optim import make_optimizer
 from litgpt.prompts import PromptStyle, resolve_prompt_style, save_prompt_style
 from litgpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 @dataclass
@@ -64,15 +69,15 @@ def run(job: Job, method: Method) -> dict[str, Any]:
     """Do the job; the figures of its report. Raises UserError before anything is written if a setting, file or checkpoint is wrong."""
     started = time.perf_counter()
     base = checkpoint.require_checkpoint(job.checkpoint_dir)
-    _require_fresh(job.out_dir, job.overwrite)
+    _require_place(job.out_dir, job.overwrite, base)
     precision = job.precision or default_precision(default_device())
     dtype = backbone_dtype(precision)
+    _cache_dtype(job.cache_dtype, dtype)
     fabric = make_fabric(precision, job.devices, job.num_nodes)
+    _per_rank(job.train, fabric.world_size)
     fabric.launch()
     fabric.seed_everything(job.seed, verbose=False)
     console = Console(fabric.global_rank == 0)
-    world = World(fabric.global_rank, fabric.world_size, lambda tensor: _sum(fabric, tensor))
-
     tokenizer = Tokenizer(base)
     style = resolve_prompt_style(job.data.prompt_style, base, tokenizer)
     splits = _splits(job, fabric, tokenizer, style, base)
@@ -82,39 +87,27 @@ def run(job: Job, method: Method) -> dict[str, Any]:
     model.max_seq_length = _max_seq_length(job, model.config)
     for line in (f"{model.config.name}, {precision} on {fabric.device}", *describe(model, job.notes)):
         console.say(line)
-    optimizer = make_optimizer(job.optimizer, [p for p in model.parameters() if p.requires_grad])
-
-    batches = Batches(splits.train, _per_rank(job.train, world.size), world, job.seed)
-    own_val = list(range(world.rank, len(splits.val), world.size))
-    val_batches = _chunks(own_val, job.train.micro_batch_size)[: job.eval.max_iters]
+    make_optimizer(job.optimizer, model.parameters())  # wrong settings show before anything is written
     answer = _answerer(job, model, tokenizer, style, splits.examples, console)
+    log = MetricLoggers(job.out_dir, job.logger_name, job.log, job.hyperparameters) if fabric.global_rank == 0 else None
     if fabric.global_rank == 0 and job.overwrite:
         _clear(job.out_dir)
-    log = MetricLoggers(job.out_dir, job.logger_name, job.log, job.hyperparameters) if fabric.global_rank == 0 else None
-    keep = _keeper(job, model, fabric.device, console, fabric.autocast)
-    train_rows, val_rows = batches.owned(world.rank), [i for batch in val_batches for i in batch]
-    repeats = job.train.epochs != 1 and (job.train.max_steps is None or job.train.max_steps > batches.per_epoch)
-    loop = Loop(
-        model=model,
-        optimizer=optimizer,
-        train=job.train,
-        eval=job.eval,
-        batches=batches,
-        activations=keep(splits.train, train_rows, "training", repeats),
-        val_batches=val_batches,
-        val_activations=keep(splits.val, val_rows, "validation", True),
-        world=world,
-        device=fabric.device,
-        autocast=fabric.autocast,
-        log=log,
-        console=console,
-        save=lambda step: _save(job, method, model, base, style, job.out_dir / f"step-{step:06d}", fabric),
-        answer=answer,
-    )
-    state = loop.run()
+
+    def save(name: str, finish: bool = False) -> None:
+        _save(job, method, model, base, style, job.out_dir / name, fabric, finish)
+
+    stage = _Stage(job, model, splits, fabric, log, console, lambda step: save(f"step-{step:06d}"), answer)
+    state, warmup = State(), model.config.skip2lora_warmup_steps
+    if warmup:
+        start_warmup(model)
+        train = replace(job.train, max_steps=warmup, epochs=None, max_tokens=None, max_time=None)
+        stage.loop(train, "off").run(state, "warm-up")
+        end_warmup(model)
+    loop = stage.loop(job.train, job.cache_mode)
+    loop.run(state)
     model.eval()
     report = _report(state, loop, model, time.perf_counter() - started, fabric.device)
-    _save(job, method, model, base, style, job.out_dir / "final", fabric, final=True)
+    save("final", finish=True)
     if log is not None:
         log.close()
         checkpoint.write_text(job.out_dir / "report.json", json.dumps(report, indent=2) + "\n")
@@ -122,13 +115,67 @@ def run(job: Job, method: Method) -> dict[str, Any]:
     return report
 
 
-def _require_fresh(out_dir: Path, overwrite: bool) -> None:
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"out_dir {out_dir} is a file: name a folder")
+@dataclass
+class _Stage:
+    """What all loops of a job share."""
+
+    job: Job
+    model: GPT
+    splits: Splits
+    fabric: Fabric
+    log: MetricLoggers | None
+    console: Console
+    save: Callable[[int], None]
+    answer: Callable[[], None]
+
+    def loop(self, train: TrainArgs, cache_mode: str) -> Loop:
+        """A loop over what is trainable in the model now, its activations cached if they are needed more than once."""
+        fabric = self.fabric
+        world = World(fabric.global_rank, fabric.world_size, lambda tensor: _sum(fabric, tensor))
+        batches = Batches(self.splits.train, _per_rank(train, world.size), world, self.job.seed)
+        own_val = list(range(world.rank, len(self.splits.val), world.size))
+        val_batches = _chunks(own_val, train.micro_batch_size)[: self.job.eval.max_iters]
+        repeats = train.epochs != 1 and (train.max_steps is None or train.max_steps > batches.per_epoch)
+        train_mode = "off" if cache_mode == "auto" and not repeats else cache_mode
+        return Loop(
+            model=self.model,
+            optimizer=make_optimizer(self.job.optimizer, [p for p in self.model.parameters() if p.requires_grad]),
+            train=train,
+            eval=self.job.eval,
+            batches=batches,
+            activations=self._activations(self.splits.train, batches.owned(world.rank), "training", train_mode),
+            val_batches=val_batches,
+            val_activations=self._activations(self.splits.val, [i for rows in val_batches for i in rows], "validation", cache_mode),
+            world=world,
+            device=fabric.device,
+            autocast=fabric.autocast,
+            log=self.log,
+            console=self.console,
+            save=self.save,
+            answer=self.answer,
+        )
+
+    def _activations(self, samples: list[Sample], rows: list[int], name: str, mode: str) -> Activations:
+        folder = self.job.cache_dir or self.job.out_dir.parent / "activation_cache"
+        dtype = _cache_dtype(self.job.cache_dtype, self.model.dtype)
+        settings = CacheSettings(mode, folder, dtype, self.console.say)
+        with self.console.progress(f"{name} cache") as progress, self.fabric.autocast():
+            return activations(self.model, samples, rows, name, settings, self.fabric.device, progress)
+
+
+def _require_place(out_dir: Path, overwrite: bool, base: Path) -> None:
+    """UserError unless the run can be written to `out_dir`, and `base` stays."""
+    nearest = next(path for path in (out_dir, *out_dir.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise UserError(f"out_dir {out_dir} is no place for a folder: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"out_dir {out_dir} cannot be written to: you may not write to {nearest}")
     earlier = _earlier(out_dir)
     if earlier and not overwrite:
         names = ", ".join(path.name for path in earlier)
         raise UserError(f"out_dir {out_dir} holds an earlier run ({names}): give another --out_dir, or --overwrite true to replace it")
+    if any(base.resolve().is_relative_to(path.resolve()) for path in earlier):
+        raise UserError(f"checkpoint_dir {base} is part of the run that --overwrite true would replace: give another --out_dir")
 
 
 def _earlier(out_dir: Path) -> list[Path]:
@@ -167,20 +214,6 @@ def _chunks(rows: list[int], size: int) -> list[list[int]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _keeper(job: Job, model: Any, device: torch.device, console: Console, autocast: Callable[[], Any]) -> Callable[..., Activations]:
-    """Makes the source of activations for a set of samples: a cache if they are needed more than once, and it is not switched off."""
-    folder = job.cache_dir or job.out_dir.parent / "activation_cache"
-    dtype = _cache_dtype(job.cache_dtype, next(model.parameters()).dtype)
-
-    def keep(samples: list[Sample], rows: list[int], name: str, repeats: bool) -> Activations:
-        mode = "off" if job.cache_mode == "auto" and not repeats else job.cache_mode
-        settings = CacheSettings(mode, folder, dtype, console.say)
-        with console.progress(f"{name} cache") as progress, autocast():
-            return activations(model, samples, rows, name, settings, device, progress)
-
-    return keep
-
-
 def _cache_dtype(name: str | None, backbone: torch.dtype) -> torch.dtype:
     """The dtype asked for; the backbone's, which loses nothing, if none is."""
     known = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -208,7 +241,7 @@ def _answerer(
             return
         from litgpt.generate.engine import generate
 
-        ids = torch.tensor(tokenizer.ids(prompt), device=model.lm_head.weight.device)
+        ids = torch.tensor(tokenizer.ids(prompt))
         room = min(len(ids) + length, model.max_seq_length)
         if room > len(ids):
             tokens = list(generate(model, ids, room, temperature=0.0, stop_tokens=style.stop_tokens(tokenizer)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,7 @@ class Loop:
     """shows what the model answers to the example"""
 
     def __post_init__(self) -> None:
+        self.start = 0
         self.head_loss = HeadLoss(self.model.lm_head)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -121,35 +123,39 @@ class Loop:
             known.append(math.ceil(train.max_tokens * self.batches.per_epoch / an_epoch))
         return min(known) if known else None
 
-    def run(self) -> State:
-        """Train until the first limit is reached."""
-        state = State()
-        if self.eval.initial_validation:
-            self._validate(state)
-        with self.console.progress("training") as progress:
-            for rows, loss_tokens, tokens in self._steps(state):
+    def run(self, state: State | None = None, title: str = "training") -> State:
+        """Train until the first limit is reached, going on from `state`; the limits count from there."""
+        state = state or State()
+        self.start, tokens_before, began = state.step, state.tokens, time.perf_counter()
+        if self.eval.initial_validation and not state.losses:
+            self._log(state, self._validate(state))
+        with self.console.progress(title) as progress:
+            for rows, loss_tokens, tokens in self._batches():
                 start = time.perf_counter()
-                rate = self._set_learning_rate(state.step)
+                rate = self._set_learning_rate(state.step - self.start)
                 loss = self._step(rows, loss_tokens)
                 elapsed = time.perf_counter() - start
                 state.step += 1
                 state.tokens += tokens
                 state.seconds += elapsed
-                self._after_step(state, loss, rate, elapsed, tokens, progress)
-        if self.eval.final_validation and (not state.losses or state.losses[-1][0] != state.step):
-            self._validate(state)
+                last = self._is_over(state.step - self.start, state.tokens - tokens_before, time.perf_counter() - began)
+                self._after_step(state, last, loss, rate, elapsed, tokens, progress)
+                if last:
+                    break
         return state
 
-    def _steps(self, state: State) -> Iterator[tuple[list[int], int, int]]:
-        train, epoch, start = self.train, 0, time.perf_counter()
-        while train.epochs is None or epoch < train.epochs:
-            for batch in self.batches.epoch(epoch):
-                out_of_time = train.max_time is not None and self._any(time.perf_counter() - start >= train.max_time)
-                out_of_steps = train.max_steps is not None and state.step >= train.max_steps
-                if out_of_time or out_of_steps or (train.max_tokens is not None and state.tokens >= train.max_tokens):
-                    return
-                yield batch
-            epoch += 1
+    def _batches(self) -> Iterator[tuple[list[int], int, int]]:
+        """The batches of epoch after epoch, without end."""
+        for epoch in itertools.count():
+            yield from self.batches.epoch(epoch)
+
+    def _is_over(self, steps: int, tokens: int, seconds: float) -> bool:
+        """Whether a limit is reached."""
+        train = self.train
+        out_of_epochs = train.epochs is not None and steps >= train.epochs * self.batches.per_epoch
+        out_of_steps = train.max_steps is not None and steps >= train.max_steps
+        out_of_tokens = train.max_tokens is not None and tokens >= train.max_tokens
+        return out_of_epochs or out_of_steps or out_of_tokens or (train.max_time is not None and self._any(seconds >= train.max_time))
 
     def _any(self, flag: bool) -> bool:
         """Whether any process says so: all must stop at the same step."""
@@ -206,7 +212,9 @@ class Loop:
         for p, part in zip(self.trained, flat.split([g.numel() for g in grads]), strict=True):
             p.grad = part.view_as(p)
 
-    def _after_step(self, state: State, loss: float, rate: float, elapsed: float, tokens: int, progress: Callable[..., None]) -> None:
+    def _after_step(
+        self, state: State, last: bool, loss: float, rate: float, elapsed: float, tokens: int, progress: Callable[..., None]
+    ) -> None:
         step = state.step
         row = {
             "train_loss": loss,
@@ -215,19 +223,23 @@ class Loop:
             "tokens_per_second": tokens / elapsed,
             "peak_memory_gb": peak_memory_gb(self.device),
         }
-        progress(step, self.total_steps, f"epoch {self._epoch(step):.2f}  loss {loss:.3f}")
-        validate = step % self.eval.interval == 0
+        progress(step - self.start, self.total_steps, f"epoch {self._epoch(step):.2f}  loss {loss:.3f}")
+        validate = step % self.eval.interval == 0 or (last and self.eval.final_validation)
         if validate:
-            row.update(self._validate(state, log=False))
-        if self.log and (validate or step % self.train.log_interval == 0):
-            self.log(step, {"step": step, "epoch": self._epoch(step), **row})
+            row.update(self._validate(state))
+        if validate or step % self.train.log_interval == 0:
+            self._log(state, row)
         if self.train.save_interval and step % self.train.save_interval == 0:
             self.save(step)
 
     def _epoch(self, step: int) -> float:
         return round(step / self.batches.per_epoch, 4)
 
-    def _validate(self, state: State, log: bool = True) -> dict[str, float]:
+    def _log(self, state: State, row: dict[str, float]) -> None:
+        if self.log:
+            self.log(state.step, {"step": state.step, "epoch": self._epoch(state.step), **row})
+
+    def _validate(self, state: State) -> dict[str, float]:
         """Mean loss per token over the validation samples, and its perplexity."""
         self.model.eval()
         sums = torch.zeros(2, device=self.device)
@@ -240,8 +252,6 @@ class Loop:
         state.losses.append((state.step, loss))
         result = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
         self.console.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {result['val_ppl']:.2f}")
-        if self.log and log:
-            self.log(state.step, {"step": state.step, "epoch": self._epoch(state.step), **result})
         self.answer()
         return result
 

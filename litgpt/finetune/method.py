@@ -68,7 +68,7 @@ def full(tie_embeddings: bool | None = None) -> Method:
             head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
 
     def save(model: GPT, folder: Path) -> None:
-        checkpoint.save_weights({name: value.detach().cpu() for name, value in model.state_dict().items()}, folder / checkpoint.WEIGHTS)
+        checkpoint.save_weights(checkpoint.on_cpu(model.state_dict()), folder / checkpoint.WEIGHTS)
 
     return Method(LoRAConfig.from_checkpoint, prepare, save, lambda model, folder: None)
 
@@ -80,16 +80,18 @@ def describe(model: GPT, lora_flags: list[str]) -> list[str]:
     lines = [f"parameters: {trained:,} trainable of {total:,} ({100 * trained / total:.3f} %)"]
     if model.cut is None:
         return lines
-    taps, behind = config.taps, config.lora_blocks
+    frozen = min(model.cut, config.n_layer)
+    taps, behind = config.taps, tuple(block for block in config.lora_blocks if block >= frozen)
+    if config.skip2lora_warmup_steps:
+        lines.append(f"LoRA warm-up: {config.skip2lora_warmup_steps} steps on blocks {_ranges(config.lora_blocks)}")
     if taps:
         norm = "" if config.skip2lora_norm == "none" else ", normalised"
         lines.append(f"Skip2-LoRA: outputs of blocks {_ranges(taps)}{norm}, rank {config.skip2lora_r}, to {config.skip2lora_output_layer}")
         layers = [f"blocks {_ranges(behind)}"] if behind else []
         layers += ["lm_head"] if config.lora_head and config.lora_r else []
         where = " and ".join(layers) if layers else "none there"
-        if lora_flags:
+        if lora_flags and not config.skip2lora_warmup_steps:
             lines.append(f"LoRA ({', '.join(lora_flags)}) applies to layers behind {config.skip2lora_output_layer}'s input only: {where}")
-    frozen = min(model.cut, config.n_layer)
     if frozen:
         lines.append(f"frozen, run without gradients: the embedding and blocks 0-{frozen - 1} of {config.n_layer}")
     return lines
