@@ -87,7 +87,10 @@ def test_trainable_parameters(file: Path) -> None:
         assert blocks / 2 < cut < blocks
         expected = (blocks - cut) * every_layer + -(-cut // every) * 2 * 8 * d
     else:
-        expected = {"skip2lora_4blocks": 4}.get(preset, 6) * 2 * 16 * d
+        taps = {"skip2lora_4blocks": 4, "skip2lora_6blocks": 6}.get(preset) or {"all": blocks, "last:6": 6}[
+            arguments["skip2lora_block_indices"]
+        ]
+        expected = taps * 2 * 16 * d
 
     assert _trainable(arguments) == expected
     stated = re.search(r"([\d.]+) M trainable", file.read_text())[1]
