@@ -252,16 +252,22 @@ def _answerer(
 
 
 def _save(job: Job, method: Method, model: Any, base: Path, style: PromptStyle, folder: Path, fabric: Any, final: bool = False) -> None:
-    """Write a checkpoint folder, whole or not at all."""
-    if fabric.global_rank == 0:
-        with checkpoint.new_folder(folder) as temporary:
-            method.save(model, temporary)
-            checkpoint.save_config(model.config, temporary)
-            checkpoint.write_text(temporary / "hyperparameters.yaml", yaml.safe_dump(job.hyperparameters, sort_keys=False))
-            checkpoint.copy_tokenizer_files(base, temporary)
-            save_prompt_style(style, temporary)
-            if final:
-                method.finish(model, temporary)
+    """Write a checkpoint folder, whole or not at all. Raises UserError if the disk is full."""
+    try:
+        if fabric.global_rank == 0:
+            with checkpoint.new_folder(folder) as temporary:
+                method.save(model, temporary)
+                checkpoint.save_config(model.config, temporary)
+                checkpoint.write_text(temporary / "hyperparameters.yaml", yaml.safe_dump(job.hyperparameters, sort_keys=False))
+                checkpoint.copy_tokenizer_files(base, temporary)
+                save_prompt_style(style, temporary)
+                if final:
+                    method.finish(model, temporary)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the one behind the other
+        if isinstance(cause, OSError):
+            raise UserError(f"{folder} cannot be written: {cause.strerror}") from None
+        raise
     fabric.barrier()
 
 

@@ -182,14 +182,16 @@ class Loop:
             loss.backward()
             total += loss.detach()
         mean = self.world.sum(total).item()
-        if not math.isfinite(mean):
-            raise UserError(
-                f"the loss is {mean} in a batch with samples {rows[:8]}: lower the learning rate, set train.max_norm, or use another "
-                "precision. The weights were not changed by this step"
-            )
         self._share_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        for name, value in (("loss", mean), ("gradient's norm", norm.item())):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {name} is {value} in a batch with samples {rows[:8]}: lower the learning rate, set train.max_norm, or use another "
+                    "precision. The weights were not changed by this step"
+                )
         if self.train.max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.train.max_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.train.max_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return mean

@@ -1,0 +1,182 @@
+"""The metrics file read back by the csv module, the events by TensorBoard, and what the terminal shows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litgpt.args import LogArgs
+from litgpt.errors import UserError
+from litgpt.logs import COLUMNS, PLAIN_LINES, Console, MetricLoggers, peak_memory_gb, summary
+
+STEPS = {
+    0: {"step": 0, "epoch": 0.0, "val_loss": 3.5, "val_ppl": 33.1},
+    1: {"step": 1, "epoch": 0.5, "train_loss": 3.25, "learning_rate": 1e-4, "step_time": 0.5, "tokens_per_second": 90.0},
+    2: {"step": 2, "epoch": 1.0, "train_loss": 3.0, "val_loss": 2.75, "val_ppl": 15.6, "peak_memory_gb": 0.5},
+}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """`logs/version_0` after three steps."""
+    log = MetricLoggers(tmp_path / "out", "csv", LogArgs(), {})
+    for step, row in STEPS.items():
+        log(step, row)
+    log.close()
+    return tmp_path / "out" / "logs" / "version_0"
+
+
+def test_metrics_file_has_the_columns_in_their_order_and_empty_cells_for_what_was_not_measured(written: Path) -> None:
+    with (written / "metrics.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    names = ["step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb"]
+    assert head == names == list(COLUMNS)
+    assert len(rows) == 3
+    for cells, row in zip(rows, STEPS.values(), strict=True):
+        assert {name: float(cell) for name, cell in zip(head, cells, strict=True) if cell} == row
+        assert len(cells) == len(names)
+
+
+def test_rows_are_on_disk_at_once(tmp_path: Path) -> None:
+    log = MetricLoggers(tmp_path, "csv", LogArgs(), {})
+    for done, (step, row) in enumerate(STEPS.items(), 1):
+        log(step, row)
+        assert len((tmp_path / "logs/version_0/metrics.csv").read_text().splitlines()) == 1 + done
+
+
+def test_tensorboard_reads_the_same_values(written: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(written)).Reload()
+    for name in ("train_loss", "val_loss", "learning_rate"):
+        expected = [(step, row[name]) for step, row in STEPS.items() if name in row]
+        assert [(e.step, pytest.approx(e.value)) for e in events.Scalars(name)] == expected
+
+
+def test_nothing_is_written_before_the_first_row(tmp_path: Path) -> None:
+    MetricLoggers(tmp_path / "out", "tensorboard", LogArgs(), {})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "litlogger"])
+def test_a_logger_without_its_package_says_which(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch import loggers
+
+    def missing(*args: Any, **kwargs: Any) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    cls = {"wandb": "WandbLogger", "mlflow": "MLFlowLogger", "litlogger": "LitLogger"}[name]
+    monkeypatch.setattr(loggers, cls, missing)
+    with pytest.raises(UserError, match=f"logger_name '{name}' needs a package that is not installed .*pip install"):
+        MetricLoggers(tmp_path / "out", name, LogArgs(), {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_remote_logger_gets_the_settings_and_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch import loggers
+
+    calls: list[Any] = []
+
+    class Fake:
+        def __init__(self, **settings: Any) -> None:
+            calls.append(settings)
+
+        def log_hyperparams(self, values: dict[str, Any]) -> None:
+            calls.append(values)
+
+        def log_metrics(self, row: dict[str, float], step: int) -> None:
+            calls.append((step, row))
+
+        def finalize(self, status: str) -> None:
+            calls.append(status)
+
+    monkeypatch.setattr(loggers, "WandbLogger", Fake)
+    log = MetricLoggers(tmp_path, "wandb", LogArgs(project="p", run="r", group="g"), {"seed": 1})
+    log(1, STEPS[1])
+    log.close()
+    settings, hyperparameters, row, status = calls
+    assert {key: settings[key] for key in ("project", "name", "group")} == {"project": "p", "name": "r", "group": "g"}
+    assert (hyperparameters, row, status) == ({"seed": 1}, (1, STEPS[1]), "success")
+
+
+# --- the terminal ---
+
+
+def test_progress_without_a_terminal_is_a_few_plain_lines_and_the_last_is_among_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console().progress("training") as progress:
+        for done in range(1, 1001):
+            progress(done, 1000, f"loss {done}")
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert not out
+    assert PLAIN_LINES / 2 <= len(lines) <= PLAIN_LINES + 1
+    assert lines[-1].startswith("training 1000 of 1000") and lines[-1].endswith("loss 1000")
+    assert all(" s left" in line for line in lines)
+
+
+def test_progress_towards_an_unknown_end_is_plain_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console().progress("training") as progress:
+        for done in range(1, 101):
+            progress(done, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and "left" not in lines[0] and "of" not in lines[0]
+
+
+def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(active=False)
+    console.say("hello")
+    with console.progress("training") as progress:
+        progress(1, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    console = Console()
+    with console.progress("training") as progress:
+        progress(3, 7, "loss 1.25")
+        console.say("step 3: [b]brackets[/b] stay")
+        progress(7, 7, "loss 1.00")
+    console.say("after")
+    text = terminal.getvalue()
+    assert "3/7" in text.replace(" ", "") or "7/7" in text.replace(" ", "")
+    assert "loss 1.00" in text and "step 3: [b]brackets[/b] stay" in text
+    assert text.endswith("after\n")
+
+
+def test_a_bar_that_ends_in_an_error_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console()
+    with pytest.raises(UserError), console.progress("training"):
+        raise UserError("stop")
+    console.say("after")
+    assert terminal.getvalue().endswith("after\n")
+    assert console._bar is None
+
+
+def test_summary_is_two_aligned_columns() -> None:
+    assert summary("done", {"a": "1", "longer": "2"}) == "done\n  a       1\n  longer  2"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_peak_memory_is_what_the_kernel_counts() -> None:
+    block = bytearray(b"1") * (64 * 2**20)
+    measured = peak_memory_gb(torch.device("cpu"))
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    assert measured == pytest.approx(int(line.split()[1]) / 2**20, rel=0.02)
+    assert measured > len(block) / 2**30

@@ -1,0 +1,154 @@
+"""The learning rate against torch's own schedulers, and which optimizers a name can and cannot make."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from litgpt.errors import UserError
+from litgpt.optim import learning_rate, make_optimizer
+
+PEAK, LOW = 1e-3, 1e-4
+
+
+def weights() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (5,))]
+
+
+# --- the schedule ---
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (1, 10), (4, 20), (19, 20)])
+def test_rate_is_that_of_torchs_schedulers(warmup: int, total: int) -> None:
+    optimizer = torch.optim.SGD(weights(), lr=PEAK)
+    rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / max(1, warmup))
+    fall = torch.optim.SGD(weights(), lr=PEAK)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(fall, T_max=total - warmup, eta_min=LOW)
+    for step in range(total):
+        expected = rise.get_last_lr()[0] if step < warmup else cosine.get_last_lr()[0]
+        assert learning_rate(step, PEAK, warmup, total, LOW) == pytest.approx(expected, rel=1e-9)
+        optimizer.step()
+        fall.step()
+        rise.step()
+        if step >= warmup:
+            cosine.step()
+
+
+def test_landmarks_of_the_schedule() -> None:
+    def rate(step: int) -> float:
+        return learning_rate(step, PEAK, 10, 110, LOW)
+
+    assert [rate(step) for step in (0, 4, 9)] == pytest.approx([PEAK / 10, PEAK / 2, PEAK])
+    assert rate(10) == PEAK
+    assert rate(60) == pytest.approx((PEAK + LOW) / 2)
+    assert rate(35) == pytest.approx(LOW + (PEAK - LOW) * (2 + math.sqrt(2)) / 4)
+    assert rate(110) == pytest.approx(LOW)
+    assert rate(1000) == pytest.approx(LOW)
+
+
+def test_a_run_shorter_than_its_warmup_never_falls() -> None:
+    rates = [learning_rate(step, PEAK, 10, 5, LOW) for step in range(5)]
+    assert rates == pytest.approx([PEAK * n / 10 for n in (1, 2, 3, 4, 5)])
+
+
+def test_a_minimum_above_the_peak_does_not_raise_the_rate() -> None:
+    assert [learning_rate(step, PEAK, 0, 5, 10 * PEAK) for step in range(6)] == pytest.approx([PEAK] * 6)
+
+
+# --- the optimizer ---
+
+
+@pytest.mark.parametrize(
+    ("spec", "cls", "expected"),
+    [
+        ("AdamW", torch.optim.AdamW, {"lr": 1e-3}),
+        ("torch.optim.SGD", torch.optim.SGD, {"momentum": 0}),
+        ({"class_path": "Adam", "init_args": {"lr": 2e-3}}, torch.optim.Adam, {"lr": 2e-3}),
+        (
+            {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.0002, "weight_decay": 0.1, "betas": [0.9, 0.95]}},
+            torch.optim.AdamW,
+            {"lr": 2e-4, "weight_decay": 0.1, "betas": (0.9, 0.95)},
+        ),
+        ({"class_path": "torch.optim.adamw.AdamW"}, torch.optim.AdamW, {}),
+        ({"class_path": "RMSprop", "init_args": None}, torch.optim.RMSprop, {"alpha": 0.99}),
+    ],
+)
+def test_names_and_mappings_make_the_optimizer_that_they_say(spec: Any, cls: type, expected: dict[str, Any]) -> None:
+    parameters = weights()
+    optimizer = make_optimizer(spec, iter(parameters))
+    assert type(optimizer) is cls
+    (group,) = optimizer.param_groups
+    assert {key: group[key] for key in expected} == expected
+    assert [id(p) for p in group["params"]] == [id(p) for p in parameters]
+
+
+def test_the_callers_mapping_stays_as_it_was() -> None:
+    spec = {"class_path": "AdamW", "init_args": {"lr": 1e-2, "betas": [0.8, 0.9]}}
+    make_optimizer(spec, weights())
+    assert spec == {"class_path": "AdamW", "init_args": {"lr": 1e-2, "betas": [0.8, 0.9]}}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
+def test_the_fused_step_is_the_plain_one(name: str) -> None:
+    fused = make_optimizer({"class_path": name, "init_args": {"lr": 0.05, "weight_decay": 0.1}}, weights())
+    plain = getattr(torch.optim, name)(weights(), lr=0.05, weight_decay=0.1, foreach=False, fused=False)
+    assert fused.param_groups[0]["fused"] is True
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        for one, other in zip(fused.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        fused.step()
+        plain.step()
+    assert_close(fused.param_groups[0]["params"], plain.param_groups[0]["params"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
+def test_a_form_that_the_user_chose_is_kept(settings: dict[str, bool]) -> None:
+    group = make_optimizer({"class_path": "AdamW", "init_args": settings}, weights()).param_groups[0]
+    assert not group["fused"] and all(group[key] is value for key, value in settings.items())
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("os.system", "not allowed"),
+        ("subprocess.Popen", "not allowed"),
+        ("torch.save", "not allowed"),
+        ("torch.optimus.AdamW", "not allowed"),
+        ("torch.optim.os.system", "torch.optim.os"),
+        ("torch.optim.AdamW.__init__", "torch.optim.AdamW"),
+        ("torch.optim.lr_scheduler.StepLR", "is not an optimizer"),
+        ("torch.optim.AdanW", "do you mean AdamW?"),
+        ("", "optimizer"),
+        ({}, "optimizer"),
+        ({"init_args": {"lr": 1.0}}, "optimizer"),
+        ({"class_path": "AdamW", "init_args": {"lrr": 1.0, "beta": 2}}, "AdamW has no argument lrr, beta; it has lr, betas"),
+        ({"class_path": "AdamW", "init_args": {"lr": -1.0}}, "AdamW refuses its arguments: Invalid learning rate"),
+        ({"class_path": "AdamW", "init_args": {"betas": 3}}, "AdamW refuses its arguments"),
+        ({"class_path": "AdamW", "init_args": {"lr": "fast"}}, "AdamW refuses its arguments"),
+        ("torch.optim.Optimizer", "refuses its arguments"),
+        ("LBFGS", "LBFGS"),
+        ("SparseAdam", "SparseAdam"),
+    ],
+)
+def test_what_is_no_usable_optimizer_is_refused_by_name(spec: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_optimizer(spec, weights())
+    assert message in str(caught.value) and "optimizer" in str(caught.value)
+
+
+def test_a_forbidden_class_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "harmful_optimizer.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Harm: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in ("harmful_optimizer.Harm", "torch.optim.AdamW.harmful_optimizer.Harm", "torch.optim..harmful_optimizer.Harm"):
+        with pytest.raises(UserError):
+            make_optimizer(path, weights())
+    assert not (tmp_path / "imported").exists() and "harmful_optimizer" not in sys.modules
