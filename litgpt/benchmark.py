@@ -1,0 +1,243 @@
+"""One configuration measured: parameters, the parts of a training step, filling the cache, peak memory, and the limits beside them.
+
+A step is a real one: sequences of T tokens with next-token loss at the last share of the positions, AdamW on the adapters. The frozen
+head's gradient for its input is made together with the loss (`litgpt.loss`), so it counts as forward, for all configurations alike.
+
+N loss positions of a batch, B sequences, T positions, d `n_embd`, V `padded_vocab_size`, C rows of a chunk of logits.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import torch
+
+from litgpt import checkpoint
+from litgpt.activation_cache import FILL_TOKENS, ActivationCache, Activations, CacheSettings, Recompute, activations, collate
+from litgpt.data.base import Sample
+from litgpt.errors import UserError
+from litgpt.fabric import backbone_dtype
+from litgpt.logs import peak_memory_gb
+from litgpt.lora import GPT, Config, lora_filter, mark_only_lora_as_trainable
+from litgpt.loss import CHUNK_BYTES, HeadLoss
+from litgpt.model import GPT as BaseGPT
+from litgpt.optim import make_optimizer
+
+BATCHES = 4
+"""different ones, taken in turn"""
+FILLS = 2
+"""timed passes that fill the cache, after one that is not timed"""
+TIED = ("SmolLM2", "Llama-3.2")
+"""named models whose checkpoints share one weight between embedding and head; a checkpoint folder says so itself"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, the same for every configuration."""
+
+    model: str
+    batch_size: int
+    seq_length: int
+    loss_share: float
+    iterations: int
+    warmup: int
+    precision: str
+    device: str
+    lora_r: int
+
+    @property
+    def loss_positions(self) -> int:
+        """of a sequence"""
+        return max(1, round(self.loss_share * self.seq_length))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if not self.precision.endswith("-mixed"):
+            return nullcontext()
+        kind = torch.bfloat16 if self.precision.startswith("bf16") else torch.float16
+        return torch.autocast(torch.device(self.device).type, dtype=kind)
+
+
+def model_config(model: str, adapter: dict[str, Any] | None = None) -> Config:
+    """The config of a named model or a checkpoint folder. Raises UserError for an unknown one, and for adapters that do not fit."""
+    if Path(model).is_dir():
+        return Config.from_checkpoint(model, **adapter or {})
+    return Config.from_name(model, **adapter or {})
+
+
+def count(settings: Settings, adapter: dict[str, Any]) -> dict[str, Any]:
+    """`parameters` of a model without values."""
+    with torch.device("meta"):
+        model = GPT(model_config(settings.model, adapter))
+    if Path(settings.model).is_dir():
+        weights = checkpoint.load_weights(Path(settings.model) / checkpoint.WEIGHTS)
+        embedding = weights["transformer.wte.weight"]
+        tied = weights.get("lm_head.weight", embedding).data_ptr() == embedding.data_ptr()
+    else:
+        tied = model.config.name.startswith(TIED)
+    if tied:
+        head: Any = model.lm_head
+        getattr(head, "linear", head).weight = model.transformer["wte"].weight
+    return parameters(model)
+
+
+def parameters(model: GPT) -> dict[str, Any]:
+    """Counts; `ratio` is trainable over total, in percent."""
+    mark_only_lora_as_trainable(model)
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lora = sum(p.numel() for name, p in model.named_parameters() if lora_filter(name))
+    return {"total": total, "trainable": trainable, "lora": lora, "ratio": 100 * trainable / total}
+
+
+def build(settings: Settings, adapter: dict[str, Any]) -> GPT:
+    """The model on its device: the checkpoint's weights, or random ones, the same for every configuration."""
+    config, dtype = model_config(settings.model, adapter), backbone_dtype(settings.precision)
+    source = Path(settings.model) / checkpoint.WEIGHTS
+    weights = checkpoint.load_weights(source) if Path(settings.model).is_dir() else random_weights(config, dtype, settings.device)
+    with torch.device("meta"):
+        model = GPT(config)
+    checkpoint.load_base(model, weights, dtype, source)
+    mark_only_lora_as_trainable(model)
+    return model.to(settings.device)
+
+
+def random_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """N(0, 0.02) matrices, norms of 1, biases of 0."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in BaseGPT(config).state_dict().items()}
+    weights = {name: torch.full(shape, float(not name.endswith("bias")), dtype=dtype, device=device) for name, shape in shapes.items()}
+    for value in weights.values():
+        if value.dim() == 2:
+            value.normal_(std=0.02)
+    if config.name.startswith(TIED):
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return weights
+
+
+def random_samples(settings: Settings, vocab_size: int) -> list[Sample]:
+    """Sequences with `seq_length` inputs each, loss at the last of them."""
+    random, length = Random(0), settings.seq_length + 1
+    mask = bytearray(length - settings.loss_positions) + bytearray(b"\1") * settings.loss_positions
+    return [Sample(array("i", random.choices(range(vocab_size), k=length)), mask) for _ in range(BATCHES * settings.batch_size)]
+
+
+def clock(device: str) -> float:
+    """Seconds, once all work that was given to the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def time_steps(model: GPT, source: Activations, settings: Settings, beside: Callable[[], None] | None = None) -> dict[str, Any]:
+    """Milliseconds of training steps and their parts, and of `beside`, which runs after each; the first and the last step's loss."""
+    optimizer = make_optimizer("AdamW", [p for p in model.parameters() if p.requires_grad])
+    head_loss, device = HeadLoss(model.lm_head), settings.device
+    times: dict[str, list[float]] = {"forward_ms": [], "backward_ms": [], "step_ms": [], "products_ms": []}
+    losses = []
+    model.train()
+    for i in range(settings.warmup + settings.iterations):
+        first = i % BATCHES * settings.batch_size
+        start = clock(device)
+        with settings.autocast():
+            features = source(range(first, first + settings.batch_size))
+            hidden = model.tail(features.x, features.taps)  # (N, d) or (B, T, d)
+            hidden = hidden if features.at is None else hidden[features.at]  # (N, d)
+            loss = head_loss(hidden, features.targets) / len(features.targets)
+        forward = clock(device)
+        loss.backward()
+        backward = clock(device)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        end = clock(device)
+        losses.append(loss.item())
+        between = clock(device)
+        if beside is not None:
+            beside()
+        parts = (forward - start, backward - forward, end - start, clock(device) - between)
+        for values, seconds in zip(times.values(), parts, strict=True):
+            values.append(1000 * seconds)
+    if beside is None:
+        del times["products_ms"]
+    named = {name: summary(values[settings.warmup :]) for name, values in times.items()}
+    return {**named, "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    middle = {"mean": statistics.fmean(values), "median": statistics.median(values)}
+    return {**middle, "min": min(values), "max": max(values), "std": spread}
+
+
+def head_products(model: GPT, settings: Settings) -> Callable[[], None]:
+    """The two matrix products that no cached step can do without, N rows in the chunks that the loss takes, into memory that is there."""
+    head: Any = getattr(model.lm_head, "linear", model.lm_head)
+    with settings.autocast():
+        dtype = model.compute_dtype(torch.device(settings.device))
+    weight = head.weight.detach().to(dtype)  # (V, d)
+    N = settings.batch_size * settings.loss_positions
+    hidden = torch.randn(N, weight.size(1), device=weight.device).to(dtype)
+    rows = max(1, min(N, CHUNK_BYTES // (weight.size(0) * weight.element_size())))
+    logits, out = weight.new_empty(rows, weight.size(0)), torch.empty_like(hidden)
+
+    def run() -> None:
+        for part, target in zip(hidden.split(rows), out.split(rows), strict=True):
+            torch.mm(part, weight.t(), out=logits[: len(part)])  # (C, V)
+            torch.mm(logits[: len(part)], weight, out=target)  # (C, d)
+
+    return run
+
+
+@torch.no_grad()
+def bare_forward(model: GPT, samples: Sequence[Sample], settings: Settings) -> None:
+    """Embedding, blocks and last norm in the batches of the filling pass, nothing kept."""
+    device = torch.device(settings.device)
+    size = max(1, FILL_TOKENS["cpu" if device.type == "cpu" else "cuda"] // settings.seq_length)
+    for first in range(0, len(samples), size):
+        ids, _, _ = collate(samples[first : first + size], device)
+        x, pos = model.transformer["wte"](ids), model.positions(ids)
+        for block in model.blocks:
+            x = block(x, pos)
+        model.transformer["ln_f"](x)
+
+
+def fill_cache(model: GPT, samples: list[Sample], settings: Settings) -> tuple[Activations, dict[str, Any]]:
+    """A cache in memory, and the milliseconds that a sample takes, beside the bare forward pass."""
+    keep = CacheSettings("memory", Path(), model.dtype, lambda text: None)
+    device, filled, bare = torch.device(settings.device), [], []
+    for _ in range(1 + FILLS):
+        with settings.autocast():
+            start = clock(settings.device)
+            cache = activations(model, samples, range(len(samples)), "", keep, device, lambda done, total: None)
+            middle = clock(settings.device)
+            bare_forward(model, samples, settings)
+        filled.append(1000 * (middle - start) / len(samples))
+        bare.append(1000 * (clock(settings.device) - middle) / len(samples))
+    if not isinstance(cache, ActivationCache):
+        raise UserError("there is not enough memory for the activation cache: lower --batch_size or --seq_length")
+    size = cache.store.nbytes / len(samples) / 1024
+    return cache, {"fill_ms": summary(filled[1:]), "bare_forward_ms": summary(bare[1:]), "cache_kib_per_sample": size}
+
+
+def measure(settings: Settings, adapter: dict[str, Any], cached: bool) -> dict[str, Any]:
+    """Everything about one configuration without, or with, the cache in memory. To be called once in a process, for the peak is its own."""
+    device = torch.device(settings.device)
+    model = build(settings, adapter)
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    samples = random_samples(settings, model.config.vocab_size)
+    result = {"parameters": parameters(model), "loaded_memory_gb": held / 2**30, "threads": torch.get_num_threads()}
+    if cached:
+        cache, filled = fill_cache(model, samples, settings)
+        result |= filled | time_steps(model, cache, settings, head_products(model, settings))
+    else:
+        result |= time_steps(model, Recompute(model, samples, device), settings)
+    return {**result, "peak_memory_gb": peak_memory_gb(device)}
