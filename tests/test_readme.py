@@ -18,6 +18,7 @@ from litgpt.command_line import parse
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND_LINES = re.findall(r"^    (litgpt .+)$", README, re.MULTILINE)
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -38,7 +39,7 @@ def test_own_data_in_three_lines(
     model = tmp_path / "path" / "to" / "model"
     tiny.hf_llama(vocab_size=512, max_position_embeddings=128).save_pretrained(model)
     write_tiny_tokenizer(model)
-    records = [{"instruction": f"Say {word}.", "output": word} for word in "one two three four five six seven eight nine ten".split()]
+    records = [{"instruction": f"Say {word}.", "output": word} for word in WORDS]
     Path("my.json").write_text(json.dumps(records), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("Say one.\n"))
     for line in lines:
