@@ -187,8 +187,8 @@ class Loop:
         for name, value in (("loss", mean), ("gradient's norm", norm.item())):
             if not math.isfinite(value):
                 raise UserError(
-                    f"the {name} is {value} in a batch with samples {rows[:8]}: lower the learning rate, set train.max_norm, or use another "
-                    "precision. The weights were not changed by this step"
+                    f"the {name} is {value} in a batch with samples {rows[:8]}: lower the learning rate, set train.max_norm, or use "
+                    "another precision. The weights were not changed by this step"
                 )
         if self.train.max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.train.max_norm, norm)
