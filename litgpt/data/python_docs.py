@@ -3,15 +3,20 @@
     math.radians -> {"instruction": "What does the Python function `math.radians(x, /)` do?",
                      "output": "Convert angle x from degrees to radians."}
 
-The packages are imported, so their import code runs. The result depends on their versions and on nothing else.
+The packages are imported, so their import code runs: in an interpreter of its own, since what this one has imported may have added to
+them (transformers gives `logging.Logger` new methods). The result depends on their versions and on nothing else.
 """
 
+import hashlib
 import importlib
 import inspect
 import io
+import json
+import os
 import pkgutil
-import random
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -81,11 +86,12 @@ class PythonDocs(DataModule):
             raise UserError("data.packages is an empty list: name importable packages, for example [json, numpy]")
         if self.max_samples is not None and self.max_samples < 2:
             raise UserError(f"data.max_samples is {self.max_samples}: at least 2 are needed, one of them for validation")
-        entries, self.unreadable = collect(packages, self.min_answer_chars, self.max_answer_chars)
+        entries, self.unreadable = collect_apart(packages, self.min_answer_chars, self.max_answer_chars)
         if not entries:
             raise UserError(f"data.packages: no public function or class of {', '.join(packages)} has a docstring that can be used")
         if self.max_samples is not None and self.max_samples < len(entries):
-            entries = sorted(random.Random(self.seed).sample(entries, self.max_samples))
+            # by a hash of the name, so that one object more or less does not change the whole choice
+            entries = sorted(sorted(entries, key=lambda entry: _lot(self.seed, entry.name))[: self.max_samples])
         return [_record(entry) for entry in entries], None
 
     def notes(self) -> list[str]:
@@ -95,6 +101,42 @@ class PythonDocs(DataModule):
 def _record(entry: Entry) -> Record:
     question = f"What does the Python {entry.kind} `{entry.name}{entry.signature}` do?"
     return {"instruction": question, "input": "", "output": entry.answer}
+
+
+def _lot(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()
+
+
+def collect_apart(packages: list[str], min_chars: int, max_chars: int) -> tuple[list[Entry], list[str]]:
+    """`collect` in a fresh interpreter. Raises UserError if a package cannot be imported, or its import ends the interpreter."""
+    result = subprocess.run(
+        [sys.executable, "-c", "from litgpt.data.python_docs import answer_request; answer_request()"],
+        input=json.dumps([packages, min_chars, max_chars]),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"data.packages: importing {', '.join(packages)[:200]} ended the interpreter ({result.returncode}): {reason}")
+    answer = json.loads(result.stdout.splitlines()[-1])
+    if isinstance(answer, str):
+        raise UserError(answer)
+    entries, unreadable = answer
+    return [Entry(*entry) for entry in entries], unreadable
+
+
+def answer_request() -> None:
+    """The other side of `collect_apart`: a JSON line in, a JSON line out, a string where it is a UserError's message."""
+    out = sys.stdout
+    try:
+        answer: Any = collect(*json.loads(sys.stdin.read()))
+    except UserError as error:
+        answer = str(error)
+    out.write("\n" + json.dumps(answer) + "\n")
+    out.flush()
 
 
 def collect(packages: list[str], min_chars: int, max_chars: int) -> tuple[list[Entry], list[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt.data import PythonDocs
+from litgpt.data import PythonDocs, python_docs
 from litgpt.data.python_docs import first_paragraph
 from litgpt.errors import UserError
 
@@ -255,3 +255,31 @@ def test_errors(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as error:
         PythonDocs(**settings).records()  # type: ignore[arg-type]
     assert message in str(error.value)
+
+
+def test_what_is_imported_here_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers does: a package that adds documented functions to another one's classes."""
+    before = PythonDocs(packages=["logging"]).records()
+    import logging
+
+    def announce(self: object) -> None:
+        """Say something that no logger of the standard library says."""
+
+    monkeypatch.setattr(logging.Logger, "announce", announce, raising=False)
+    assert PythonDocs(packages=["logging"]).records() == before
+
+
+def test_an_import_that_ends_the_interpreter_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deadly_package.py").write_text("import os\nos._exit(7)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="deadly_package ended the interpreter"):
+        PythonDocs(packages=["deadly_package"]).records()
+
+
+def test_one_object_less_changes_one_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [python_docs.Entry(f"m.f{i}", "function", "()", f"Does number {i}.") for i in range(100)]
+    chosen = []
+    for found in (entries, entries[:50] + entries[51:]):
+        monkeypatch.setattr(python_docs, "collect_apart", lambda *_, found=found: (found, []))
+        chosen.append({record["instruction"] for record in PythonDocs(max_samples=60).records()[0]})
+    assert len(chosen[0] - chosen[1]) <= 1
