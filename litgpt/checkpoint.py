@@ -103,8 +103,9 @@ def save_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
 
 def on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors on the CPU; those that share memory, such as a tied head and embedding, still do."""
-    moved: dict[int, torch.Tensor] = {}
-    return {name: moved.setdefault(value.data_ptr(), value.detach().cpu()) for name, value in weights.items()}
+    shared = {value.data_ptr(): value for value in weights.values()}
+    moved = {place: value.detach().cpu() for place, value in shared.items()}
+    return {name: moved[value.data_ptr()] for name, value in weights.items()}
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:

@@ -67,9 +67,10 @@ class _FrozenHead(torch.autograd.Function):
         wanted = hidden.requires_grad
         gradient = torch.empty_like(hidden) if wanted else hidden
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        buffer = owner.buffer(rows, hidden, V)
         for start in range(0, N, rows):
             here = slice(start, min(start + rows, N))
-            logits = owner.buffer(rows, hidden, V)[: here.stop - start]
+            logits = buffer[: here.stop - start]
             torch.mm(hidden[here], weight.t(), out=logits)  # (C, V)
             if bias is not None:
                 logits += bias
