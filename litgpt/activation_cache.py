@@ -22,10 +22,12 @@ from typing import Protocol
 import psutil
 import torch
 
-from litgpt.checkpoint import new_folder, write_text
+from litgpt.checkpoint import new_folder, remove_leftovers, write_text
 from litgpt.data.base import Sample
 from litgpt.errors import UserError
+from litgpt.files import read_json
 from litgpt.model import GPT, KVCache
+from litgpt.rope import is_long
 
 FORMAT = 1
 MEMORY_SHARE = 0.5
@@ -189,7 +191,11 @@ def activations(
         if need > free:
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return Recompute(model, samples, device)
-        store = torch.empty(layout.shape, dtype=layout.dtype)
+        try:
+            store = torch.empty(layout.shape, dtype=layout.dtype)
+        except (RuntimeError, MemoryError):
+            settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
+            return Recompute(model, samples, device)
         fill(model, samples, layout, store, device, progress)
         return ActivationCache(store, layout, samples, model, device)
     try:
@@ -269,11 +275,12 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: tor
     norms = [block.skip2lora.norm_eps for block in model.tapped_blocks]
     taps = [i for i, block in enumerate(model.blocks) if block.skip2lora is not None]
     dtypes = [str(dtype) for dtype in (layout.dtype, model.dtype, model.compute_dtype(device))]
-    facts = [FORMAT, torch.__version__, model.config.base_dict(), model.cut, taps, norms, dtypes, layout.shape]
+    long = is_long(model.config, model.reach)
+    facts = [FORMAT, torch.__version__, model.config.base_dict(), model.cut, taps, norms, dtypes, layout.shape, long]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     first_trained = min(model.cut or 0, model.config.n_layer)
-    parts = [model.transformer["wte"], *model.blocks[:first_trained], model.transformer["ln_f"]]
-    for part in parts:
+    parts = [module for name, module in model.transformer.items() if name != "h"]  # embeddings and ln_f
+    for part in (*parts, *model.blocks[:first_trained]):
         for name, value in part.state_dict().items():
             if not name.startswith("skip2lora"):
                 digest.update(f"{name} {value.dtype}".encode())
@@ -291,6 +298,7 @@ def _on_disk(
     key = fingerprint(model, samples, layout, device)
     folder = settings.folder / key[:32]
     data, index = folder / "activations.bin", folder / "index.json"
+    remove_leftovers(settings.folder)
     if _is_whole(data, index, key, layout.nbytes):
         settings.say(f"{name} cache: {folder} is reused")
         return _map(data, layout)
@@ -299,7 +307,7 @@ def _on_disk(
     settings.folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(settings.folder).free < layout.nbytes:
         raise OSError(28, f"{_gib(layout.nbytes)} are needed and {_gib(shutil.disk_usage(settings.folder).free)} are free")
-    with new_folder(folder, overwrite=True) as temporary:
+    with new_folder(folder, overwrite=True, manifest=False) as temporary:  # index.json is its manifest
         file = temporary / data.name
         with file.open("wb") as handle:
             if hasattr(os, "posix_fallocate"):
@@ -320,7 +328,7 @@ def _map(file: Path, layout: Plan) -> torch.Tensor:
 
 def _is_whole(data: Path, index: Path, key: str, nbytes: int) -> bool:
     try:
-        facts = json.loads(index.read_text(encoding="utf-8"))
+        facts = read_json(index)
         same = facts["fingerprint"] == key and facts["bytes"] == nbytes == data.stat().st_size
         return same and facts["sha256"] == _digest(data)
     except (OSError, ValueError, KeyError, TypeError):

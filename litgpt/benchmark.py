@@ -141,7 +141,7 @@ def clock(device: str) -> float:
 def time_steps(model: GPT, source: Activations, settings: Settings, beside: Callable[[], None] | None = None) -> dict[str, Any]:
     """Milliseconds of training steps and their parts, and of `beside`, which runs after each; the first and the last step's loss."""
     optimizer = make_optimizer("AdamW", [p for p in model.parameters() if p.requires_grad])
-    head_loss, device = HeadLoss(model.lm_head), settings.device
+    head_loss, device = HeadLoss(model.lm_head, model.config.logits_scaling, model.config.final_logit_softcapping), settings.device
     times: dict[str, list[float]] = {"forward_ms": [], "backward_ms": [], "step_ms": [], "products_ms": []}
     losses = []
     model.train()
@@ -204,7 +204,8 @@ def bare_forward(model: GPT, samples: Sequence[Sample], settings: Settings) -> N
     size = max(1, FILL_TOKENS["cpu" if device.type == "cpu" else "cuda"] // settings.seq_length)
     for first in range(0, len(samples), size):
         ids, _, _ = collate(samples[first : first + size], device)
-        x, pos = model.transformer["wte"](ids), model.positions(ids)
+        pos = model.positions(ids)
+        x = model.embed(ids, pos)
         for block in model.blocks:
             x = block(x, pos)
         model.transformer["ln_f"](x)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
 from litgpt.config import Config
 from litgpt.errors import UserError
+from litgpt.files import read_yaml
 
 if TYPE_CHECKING:
     import torch
 
+    from litgpt.lora import GPT as LoRAGPT
+    from litgpt.lora import Config as LoRAConfig
     from litgpt.model import GPT
 
 WEIGHTS = "lit_model.pth"
@@ -30,6 +39,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+MANIFEST = "manifest.json"
+"""sizes and sha256 of a folder's files, written last: a training checkpoint without a valid one is none"""
+MANIFEST_FORMAT = 1
 
 
 def _sync(path: Path) -> None:
@@ -40,12 +52,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def lock(folder: str | Path) -> int:
+    """A descriptor that holds the folder's lock until it is closed, or its process ends in whatever way.
+
+    Raises BlockingIOError if another process holds it, another OSError where the file system knows no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 @contextmanager
-def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True) -> Iterator[Path]:
     """A folder that appears whole or not at all.
 
-    Yields a temporary sibling of `path`; when the block ends its files are flushed to disk and it is renamed to `path`. On an error
-    it is removed and an existing `path` stays as it was. Raises UserError if `path` exists with content and `overwrite` is false.
+    Yields a temporary sibling of `path`; when the block ends a manifest of its files is written, all is flushed to disk and it is renamed
+    to `path`. On an error it is removed and an existing `path` stays as it was; what a killed process leaves, `remove_leftovers` removes.
+    Raises UserError if `path` exists with content and `overwrite` is false.
     """
     path = Path(os.path.abspath(path))
     if path.exists() and not path.is_dir():
@@ -54,25 +81,101 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(f"{path} exists already: name another folder, or move it away")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        remove_leftovers(path.parent)
+        temporary, locks = _temporary_folder(path)
     except OSError as error:
         raise UserError(f"{path} cannot be made: {error.strerror}") from None
     try:
         temporary.chmod(0o755)
         yield temporary
-        for file in temporary.rglob("*"):
+        inside = list(temporary.rglob("*"))
+        for file in inside:
             if file.is_file():
                 _sync(file)
-        old = None
-        if path.exists():
-            old = path.with_name(f"{temporary.name}.old")
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
-        if old is not None:
-            shutil.rmtree(old)
+        if manifest:
+            write_manifest(temporary)
+        for folder in (*(entry for entry in inside if entry.is_dir()), temporary):
+            _sync(folder)
+        _put_in_place(temporary, path, locks)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        for descriptor in locks:
+            os.close(descriptor)
+
+
+def _temporary_folder(path: Path) -> tuple[Path, list[int]]:
+    """A new sibling of `path` and the descriptors that hold its lock, if the file system knows locks."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.litgpt-", suffix=".tmp", dir=path.parent))
+        try:
+            held = lock(temporary)
+        except (BlockingIOError, FileNotFoundError):  # another process takes it for a leftover in this very moment
+            continue
+        except OSError:
+            return temporary, []
+        if temporary.exists():
+            return temporary, [held]
+        os.close(held)
+
+
+def _put_in_place(temporary: Path, path: Path, locks: list[int]) -> None:
+    """Rename `temporary` to `path`; what stood there is kept aside until then."""
+    old = None
+    if path.exists():
+        old = path.with_name(f"{temporary.name}.old")
+        with suppress(OSError):
+            locks.append(lock(path))
+        path.rename(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if old is not None:
+            old.rename(path)
+        raise
+    _sync(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary folders in `folder` whose process was killed. A folder that had been put aside for one of them comes back."""
+    for left in sorted(Path(folder).glob(".*.litgpt-*.tmp*")):
+        match = re.fullmatch(r"\.(.+)\.litgpt-\w+\.tmp(\.old)?", left.name)
+        if match is None or left.is_symlink() or not left.is_dir():
+            continue
+        try:
+            held = lock(left)
+        except OSError:  # its process lives, or nobody can tell
+            continue
+        with suppress(OSError):
+            if match[2] and not left.with_name(match[1]).exists():
+                left.rename(left.with_name(match[1]))
+            else:
+                shutil.rmtree(left)
+        os.close(held)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that, whenever the process is killed, it is there whole or not at all."""
+    doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.litgpt-", suffix=".tmp", dir=path.parent))
+    path.rename(doomed)  # an empty folder may be renamed over
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is written under a temporary name, flushed to disk and renamed to `path`; removed on an error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -80,25 +183,81 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file under a temporary name, flush it to disk, rename it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _new_file(path) as file:
+        file.write(text.encode())
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
     """Write a state dict under a temporary name, flush it to disk, rename it."""
     import torch
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with _new_file(Path(path)) as file:
         torch.save(weights, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+def digest(file: Path) -> str:
+    """The sha256 of a file's content."""
+    found = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(2**22):
+            found.update(block)
+    return found.hexdigest()
+
+
+def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write size and sha256 of the folder's files to its manifest; with `names`, put those files into the manifest that is there."""
+    if names is None:
+        names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        files = {}
+    else:
+        files = read_manifest(folder) or {}
+    for name in names:
+        if name != MANIFEST:
+            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
+    write_text(folder / MANIFEST, json.dumps({"litgpt_manifest": MANIFEST_FORMAT, "files": files}, indent=1) + "\n")
+
+
+def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]] | None:
+    """File name -> its `bytes` and `sha256`; None where there is no manifest of ours, or a broken one."""
+    try:
+        content = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        files = content["files"]
+        known = content["litgpt_manifest"] == MANIFEST_FORMAT
+        plain = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in files)
+        complete = all(isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str) for facts in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return files if known and plain and complete else None
+
+
+def damages(folder: str | Path, names: Iterable[str] | None = None, contents: bool = False) -> list[str]:
+    """What the folder's manifest and its files disagree in: sizes, and with `contents` the sha256 too. Empty if it is whole.
+
+    `names`: the files to look at, if the manifest has them. Default: all of the manifest.
+    """
+    folder = Path(folder)
+    files = read_manifest(folder)
+    if files is None:
+        return [f"{MANIFEST} is missing or broken"]
+    found = []
+    for name in files if names is None else [name for name in names if name in files]:
+        file, facts = folder / name, files[name]
+        try:
+            if not file.is_file():
+                found.append(f"{name} is missing")
+            elif (size := file.stat().st_size) != facts["bytes"]:
+                found.append(f"{name} has {size:,} bytes, not {facts['bytes']:,}")
+            elif contents and digest(file) != facts["sha256"]:
+                found.append(f"{name} is not what was written (its sha256 differs)")
+        except OSError as error:
+            found.append(f"{name} cannot be read: {error.strerror}")
+    return found
+
+
+def require_whole(folder: str | Path, *names: str) -> None:
+    """UserError if files of these names do not have the size that the folder's manifest gives. A folder without a manifest passes."""
+    if read_manifest(folder) is not None and (found := damages(folder, names)):
+        raise UserError(f"{folder} is damaged: {'; '.join(found)}. Copy or make it again (its {MANIFEST} says what it should hold)")
 
 
 def on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -106,6 +265,12 @@ def on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     shared = {value.data_ptr(): value for value in weights.values()}
     moved = {place: value.detach().cpu() for place, value in shared.items()}
     return {name: moved[value.data_ptr()] for name, value in weights.items()}
+
+
+def is_mappable(path: Path) -> bool:
+    """Whether a torch file is a zip, as torch writes them since 1.6 (2020): an older one is read into memory as a whole."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -119,15 +284,44 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _refuse_compressed(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a foreign file's pickle
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable(path))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "Weights only load failed" in reason:
+            reason = "it holds other Python objects, which could run code: they are not loaded"
         raise UserError(f"{path} is not a readable checkpoint (truncated, or not made of plain tensors): {reason[:200]}") from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no state dict of tensors")
+    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
+        raise UserError(f"{path} holds no state dict of tensors: it is not what its name says, copy or convert it again")
+    for name, value in content.items():
+        if reason := _not_plain(value):
+            raise UserError(f"{path}: {name} {reason}: save it as an ordinary tensor")
     return content
+
+
+def _refuse_compressed(path: Path) -> None:
+    """ValueError for a zip with packed entries, a kilobyte of which can fill the memory. torch's own are never packed."""
+    if is_mappable(path):
+        with zipfile.ZipFile(path) as content:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in content.infolist()):
+                raise ValueError("its entries are compressed")
+
+
+def _not_plain(value: torch.Tensor) -> str:
+    """Why a tensor is not a dense one with all its numbers in the file; "" if it is."""
+    import torch
+
+    if value.layout != torch.strided or value.is_quantized:
+        return "is not a dense tensor"
+    if value.is_meta:
+        return "has a shape but no data"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return "has more elements than numbers are stored"  # an expanded scalar would fill the memory when it is copied
+    return ""
 
 
 def save_config(config: Config, folder: str | Path) -> None:
@@ -148,15 +342,36 @@ def require_checkpoint(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist: make one with `litgpt convert_to_litgpt`, or check the path")
-    missing = [name for name in (WEIGHTS, "model_config.yaml") if not (folder / name).is_file()]
+    missing = [
+        f"{name} (a folder has this name)" if (folder / name).is_dir() else name
+        for name in (WEIGHTS, "model_config.yaml")
+        if not (folder / name).is_file()
+    ]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         missing.append("tokenizer.json")
     if missing:
-        hint = ""
+        hint = ": copy what is missing, or convert the model again with `litgpt convert_to_litgpt`"
         if (folder / "config.json").is_file():
             hint = f": it looks like a Hugging Face folder, convert it with `litgpt convert_to_litgpt {folder}`"
         raise UserError(f"checkpoint folder {folder} lacks {', '.join(missing)}{hint}")
+    require_whole(folder, WEIGHTS)
     return folder
+
+
+def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: str | Path) -> LoRAGPT:
+    """A model on the meta device, for `load_base`. Raises UserError for a config whose sizes `weights` cannot have, or no machine."""
+    import torch
+
+    from litgpt.lora import GPT
+
+    if config.n_layer > len(weights):
+        raise UserError(f"{source} holds {len(weights)} tensors, too few for the {config.n_layer} blocks (n_layer) of model_config.yaml")
+    try:
+        with torch.device("meta"):
+            return GPT(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{source} cannot be of the sizes that model_config.yaml gives (n_embd {config.n_embd} ...): {reason}") from None
 
 
 def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: str | Path) -> None:
@@ -167,9 +382,12 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     """
     import torch
 
+    from litgpt.convert.own import is_old, modernised
     from litgpt.lora import LoRALayer, lora_filter
 
     config = model.config
+    if is_old(weights):
+        weights = modernised(weights, config, str(source))
     embedding, output = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
     tied = embedding is not None and (output is None or output.data_ptr() == embedding.data_ptr())
     if tied:
@@ -182,6 +400,7 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
         for name, value in weights.items()
         if name in wanted and value.shape != wanted[name]
     ]
+    problems += [f"{name} has {value.dtype} numbers, not floating ones" for name, value in weights.items() if not value.is_floating_point()]
     if problems:
         raise UserError(f"{source} does not fit model {config.name!r}: {'; '.join(problems)}")
     cast = {name: value.to(dtype) for name, value in weights.items() if not (tied and name == "lm_head.weight")}
@@ -207,31 +426,38 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
             problems.append(f"{name} is not in the model")
         elif value.shape != own[name].shape:
             problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
+        elif not value.is_floating_point():
+            problems.append(f"{name} has {value.dtype} numbers, not floating ones")
     if problems:
         raise UserError(f"{source} does not fit the adapter settings beside it: {'; '.join(problems)}")
     for name, value in weights.items():
         own[name].data.copy_(value)
 
 
-def adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
+def read_adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
     """The base checkpoint's folder and the adapter settings (`lora_*`, `skip2lora_*`) of an adapter folder.
 
-    Both stand in its `hyperparameters.yaml`, as LitGPT has it; `base` counts more. Raises UserError if they do not, or the base is
-    not there.
+    Both stand in its `hyperparameters.yaml`, as LitGPT has it; `base` counts more. Raises UserError if they do not.
     """
     from litgpt.lora import Config as LoRAConfig
 
     file = Path(folder) / "hyperparameters.yaml"
-    try:
-        values = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-        base = Path(base or values["checkpoint_dir"])
-    except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError):
-        raise UserError(f"{file} must hold the adapter's settings and its base's checkpoint_dir, and does not") from None
-    if not base.is_dir():
-        raise UserError(f"{file} names {base} as the adapter's base checkpoint, and there is no such folder: correct checkpoint_dir there")
+    values = read_yaml(file, "is missing: an adapter folder holds it")
+    if not isinstance(values, dict) or not (base or isinstance(values.get("checkpoint_dir"), str)):
+        raise UserError(f"{file} must hold the adapter's settings and its base's checkpoint_dir, and does not")
+    base = Path(base or values["checkpoint_dir"])
     settings = {key: value for key, value in values.items() if key in LoRAConfig.adapter_fields()}
     if values.get("skip2lora_positions") is not None:
         settings["skip2lora_block_indices"] = values["skip2lora_positions"]
+    return base, settings
+
+
+def adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """The same, for an adapter that is to run: raises UserError too if the base is not there."""
+    base, settings = read_adapter_settings(folder, base)
+    if not base.is_dir():
+        file = Path(folder) / "hyperparameters.yaml"
+        raise UserError(f"{file} names {base} as the adapter's base checkpoint, and there is no such folder: correct checkpoint_dir there")
     return base, settings
 
 
@@ -240,23 +466,36 @@ def is_adapter_folder(folder: str | Path) -> bool:
     return (Path(folder) / ADAPTER_WEIGHTS).is_file() and not (Path(folder) / WEIGHTS).is_file()
 
 
-def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu", base: str | Path | None = None) -> GPT:
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    base: str | Path | None = None,
+    quantize: str | None = None,
+) -> GPT:
     """A model ready to run (eval mode, nothing trainable) from a base or merged checkpoint, or from an adapter folder and its base.
 
-    `base`: the adapter's base checkpoint, if it is not where hyperparameters.yaml says.
+    `base`: the adapter's base checkpoint, if it is not where hyperparameters.yaml says. `quantize`: a mode of `litgpt.quantize`.
     """
-    import torch
-
-    from litgpt.lora import GPT as LoRAGPT
     from litgpt.lora import Config as LoRAConfig
 
     adapter = is_adapter_folder(folder)
+    require_whole(folder, ADAPTER_WEIGHTS, WEIGHTS)
     base, settings = adapter_settings(folder, base) if adapter else (Path(folder), {})
     require_checkpoint(base)
-    config = LoRAConfig.from_checkpoint(base, **settings)
-    with torch.device("meta"):
-        model = LoRAGPT(config)
-    load_base(model, load_weights(base / WEIGHTS), dtype, base / WEIGHTS)
+    config = LoRAConfig.from_checkpoint(base)
+    if adapter:
+        try:
+            config = LoRAConfig.from_checkpoint(base, **settings)
+        except UserError as error:
+            raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
+    weights = load_weights(base / WEIGHTS)
+    model = empty_model(config, weights, base / WEIGHTS)
+    load_base(model, weights, dtype, base / WEIGHTS)
     if adapter:
         load_adapter(model, load_weights(Path(folder) / ADAPTER_WEIGHTS), Path(folder) / ADAPTER_WEIGHTS)
+    if quantize is not None:
+        from litgpt.quantize import quantise
+
+        quantise(model, quantize)
     return model.to(device).eval().requires_grad_(False)

@@ -3,48 +3,63 @@
 from __future__ import annotations
 
 import difflib
-import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from litgpt import catalog
 from litgpt.errors import UserError
+from litgpt.files import read_json, read_yaml
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, TypeIs
 
 # LitGPT's fields for architectures that this package does not build, with the value that means "not used".
 UNSUPPORTED_FIELDS: dict[str, Any] = {
-    "norm_qk": False,
-    "norm_qk_type": "default",
-    "post_attention_norm": False,
-    "post_mlp_norm": False,
-    "norm_1": True,
-    "norm_2": True,
-    "attention_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "scale_embeddings": False,
     "rope_interleave": False,
-    "moe_intermediate_size": None,
-    "n_expert": 0,
     "n_shared_expert": None,
     "n_expert_groups": None,
     "n_topk_groups": None,
     "n_topk_scores_per_group": None,
-    "n_expert_per_token": 0,
     "first_k_dense_replace": None,
     "routed_scaling_factor": 1.0,
-    "norm_topk_prob": False,
     "latent_attention": None,
-    "rope_local_base_freq": None,
-    "rope_indices": None,
 }
 
-OPTIONAL_SIZES = ("padded_vocab_size", "head_size", "n_query_groups", "intermediate_size", "sliding_window_size")
+OPTIONAL_SIZES = ("padded_vocab_size", "head_size", "n_query_groups", "intermediate_size", "moe_intermediate_size", "sliding_window_size")
 SIZES = ("block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
+MOST_SIZE, MOST_BLOCKS = 2**31 - 1, 10_000
+"""so that a broken file's sizes overflow nothing, and no machine is busy for hours with making blocks"""
+OPTIONAL_FACTORS = ("attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq")
+FACTORS = (
+    "norm_eps",
+    "rope_base",
+    "rope_condense_ratio",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    *OPTIONAL_FACTORS,
+)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "norm_class_name": ("LayerNorm", "RMSNorm"),
+    "norm_qk_type": ("default", "olmo2"),
+    "mlp_class_name": ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"),
+    "gelu_approximate": ("none", "tanh"),
+}
+PER_BLOCK: dict[str, tuple[int, ...]] = {"sliding_window_indices": (0, 1), "rope_indices": (-1, 0, 1)}
+"""The lists with an entry for each block, and the values that they may hold."""
+ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"),
+    "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
+    "longrope": ("short_factor", "long_factor", "original_max_seq_len", "attention_factor"),
+}
+"""What `rope_adjustments` holds for each kind of scaling."""
+
+
+def _is_positive(value: Any) -> TypeIs[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 @dataclass
@@ -64,6 +79,19 @@ class Config:
     """Rows of the embedding; `vocab_size` rounded up to `padding_multiple` unless given."""
     norm_class_name: str = "LayerNorm"
     norm_eps: float = 1e-5
+    norm_affine: bool = True
+    """Norms have weights; OLMo 1's LayerNorm has none. LitGPT has no such field and goes by the name, see `from_file`."""
+    norm_1: bool = True
+    """Normalise attention's input, and `norm_2` the MLP's. OLMo 2 normalises outputs only (`post_attention_norm`, `post_mlp_norm`)."""
+    norm_2: bool = True
+    norm_qk: bool = False
+    """Normalise queries and keys."""
+    norm_qk_type: str = "default"
+    """"default": each head by itself over h; "olmo2": all heads together."""
+    post_attention_norm: bool = False
+    """Normalise attention's output before it joins the residual stream."""
+    post_mlp_norm: bool = False
+    """Normalise the MLP's output before it joins the residual stream."""
     parallel_residual: bool = True
     shared_attention_norm: bool = False
     """With `parallel_residual`: the MLP reads `norm_1`'s output, and there is no `norm_2`."""
@@ -73,29 +101,48 @@ class Config:
     """Key/value heads: `n_head` is multi-head, 1 multi-query, in between grouped-query attention."""
     attn_bias: bool = False
     """Bias on q, k and v (`bias` switches all the other linear layers, and implies this one)."""
-    attention_scores_scalar: int | None = None
+    attention_scores_scalar: float | None = None
     """Scores are divided by its square root; `head_size` unless given."""
+    attention_logit_softcapping: float | None = None
+    """c: scores become c tanh(scores / c), before the mask."""
     sliding_window_size: int | None = None
     sliding_window_indices: list[int] | None = None
     """Per block: 1 where the window applies, 0 where attention is global. All blocks unless given."""
     rope_base: int = 10000
     rotary_percentage: float = 0.25
     rope_condense_ratio: int = 1
-    rope_adjustments: dict[str, float] | None = None
-    """Llama 3.1's scaling: factor, low_freq_factor, high_freq_factor, original_max_seq_len."""
+    rope_adjustments: dict[str, Any] | None = None
+    """Scaling of the rotary frequencies, see `litgpt.rope`."""
+    rope_local_base_freq: float | None = None
+    """The rotary base of the blocks that `rope_indices` marks with 1 (without scaling)."""
+    rope_indices: list[int] | None = None
+    """Per block: 0 for `rope_base` with `rope_adjustments`, 1 for `rope_local_base_freq`, -1 for no rotation at all (SmolLM3)."""
+    learned_positions: bool = False
+    """Add a trained vector per position to the embeddings instead of rotating queries and keys (GPT-2)."""
     intermediate_size: int | None = None
+    moe_intermediate_size: int | None = None
+    """The width of each expert, where it is not `intermediate_size`."""
     bias: bool = True
     mlp_class_name: str = "GptNeoxMLP"
     gelu_approximate: str = "none"
+    n_expert: int = 0
+    n_expert_per_token: int = 0
+    norm_topk_prob: bool = True
+    """Scale the chosen experts' weights to sum 1. LitGPT's LLaMAMoE always does: its field of this name is for routers not built here."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the router's load-balancing loss in training."""
+    scale_embeddings: bool = False
+    """Multiply the embeddings by sqrt(n_embd) (Gemma)."""
+    embedding_multiplier: float = 1.0
+    """Granite's scalars: on the embeddings, on what a block adds to the residual stream, and what the logits are divided by."""
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     lm_head_bias: bool = False
+    final_logit_softcapping: float | None = None
+    """c: logits become c tanh(logits / c)."""
 
     def __post_init__(self) -> None:
-        for key in SIZES:
-            value = getattr(self, key)
-            if value is None and key in OPTIONAL_SIZES:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{key} is {value!r}: a whole number from 1 is needed")
+        self._check_values()
         if self.head_size is None:
             if self.n_embd % self.n_head:
                 raise UserError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): give head_size")
@@ -113,9 +160,94 @@ class Config:
             self.intermediate_size = 4 * self.n_embd
         if self.sliding_window_size is not None and self.sliding_window_indices is None:
             self.sliding_window_indices = [1] * self.n_layer
-        for key, known in (("norm_class_name", ("LayerNorm", "RMSNorm")), ("mlp_class_name", ("GptNeoxMLP", "LLaMAMLP"))):
+        if self.shared_attention_norm and not self.parallel_residual:
+            raise UserError("shared_attention_norm is true: only blocks with parallel_residual can share their norm")
+        if self.mlp_class_name == "LLaMAMoE" and not 1 <= self.n_expert_per_token <= self.n_expert:
+            raise UserError(
+                f"LLaMAMoE with n_expert {self.n_expert} and n_expert_per_token {self.n_expert_per_token}: "
+                "a token needs at least 1 expert and at most all of them"
+            )
+        self._check_blocks()
+        self._check_rope()
+
+    def _check_values(self) -> None:
+        """UserError for the first field that is no size, no positive number, or names something unknown."""
+        for key in SIZES:
+            value = getattr(self, key)
+            if value is None and key in OPTIONAL_SIZES:
+                continue
+            limit = MOST_BLOCKS if key == "n_layer" else MOST_SIZE
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                raise UserError(f"{key} is {repr(value)[:60]}: a whole number from 1 to {limit} is needed")
+        for flag in fields(self):
+            if flag.type == "bool" and not isinstance(getattr(self, flag.name), bool):
+                raise UserError(f"{flag.name} is {getattr(self, flag.name)!r}: true or false is needed")
+        for key in FACTORS:
+            value = getattr(self, key)
+            if not (value is None and key in OPTIONAL_FACTORS) and not _is_positive(value):
+                raise UserError(f"{key} is {value!r}: a positive number is needed")
+        for key, known in CHOICES.items():
             if getattr(self, key) not in known:
                 raise UserError(f"{key} {getattr(self, key)!r} of model {self.name!r} is not supported: only {', '.join(known)} are")
+        for key in ("n_expert", "n_expert_per_token"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise UserError(f"{key} is {value!r}: a whole number from 0 is needed")
+        for key, most in (("rotary_percentage", 1.0), ("router_aux_loss_coef", math.inf)):
+            value = getattr(self, key)
+            if (not _is_positive(value) and value != 0) or value > most:
+                raise UserError(f"{key} is {value!r}: a number from 0{'' if most == math.inf else ' to 1'} is needed")
+
+    def _check_blocks(self) -> None:
+        """UserError for a list of one entry per block that has the wrong length or entries."""
+        for key, known in PER_BLOCK.items():
+            entries = getattr(self, key)
+            if entries is None:
+                continue
+            if not isinstance(entries, list | tuple) or len(entries) != self.n_layer:
+                length = f"{len(entries)} entries" if isinstance(entries, list | tuple) else "no list"
+                raise UserError(f"{key} has {length}: one for each of the {self.n_layer} blocks (n_layer) is needed")
+            wrong = [entry for entry in entries if entry not in known]
+            if wrong:
+                raise UserError(f"{key} holds {wrong[0]!r}: its entries are {', '.join(map(str, known))}")
+        if self.rope_indices and 1 in self.rope_indices and self.rope_local_base_freq is None:
+            raise UserError("rope_indices marks blocks with 1, which need rope_local_base_freq")
+
+    def _check_rope(self) -> None:
+        """UserError for keys and values of `rope_adjustments` that no kind of scaling has."""
+        if self.rope_n_elem % 2:
+            raise UserError(
+                f"rotary_percentage {self.rotary_percentage} of head_size {self.head_size} is {self.rope_n_elem}: pairs are rotated"
+            )
+        given = self.rope_adjustments
+        if given is None:
+            return
+        if not isinstance(given, dict):
+            raise UserError(f"rope_adjustments is {given!r}: a mapping is needed")
+        kind = self.rope_kind
+        if kind not in ROPE_KEYS:
+            raise UserError(f"rope_adjustments: rope_type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
+        keys = ROPE_KEYS[kind]
+        optional = ("rope_type", "truncate") if kind == "yarn" else ("rope_type",)
+        problems = [f"{key} is missing" for key in keys if key not in given]
+        problems += [f"{key} is not known" for key in given if key not in (*keys, *optional)]
+        for key in (key for key in keys if key in given):
+            value = given[key]
+            if key.endswith("_factor") and kind == "longrope" and key != "attention_factor":
+                size = self.rope_n_elem // 2
+                if not isinstance(value, list | tuple) or len(value) != size or not all(map(_is_positive, value)):
+                    problems.append(f"{key} must list {size} positive numbers, one for each rotated pair")
+            elif not _is_positive(value):
+                problems.append(f"{key} is {value!r}, a positive number is needed")
+        if problems:
+            raise UserError(f"rope_adjustments for {kind} scaling: {'; '.join(problems)}. Its keys are {', '.join(keys)}")
+
+    @property
+    def rope_kind(self) -> str | None:
+        """The kind of scaling that `rope_adjustments` asks for, a key of ROPE_KEYS: what its `rope_type` says, else by its keys."""
+        if self.rope_adjustments is None:
+            return None
+        return self.rope_adjustments.get("rope_type") or ("linear" if set(self.rope_adjustments) <= {"factor"} else "llama3")
 
     @property
     def rope_n_elem(self) -> int:
@@ -136,6 +268,11 @@ class Config:
         kv = self.head_size * self.n_query_groups
         return self.head_size * self.n_head, kv, kv
 
+    @property
+    def unit_offset(self) -> bool:
+        """Whether every RMSNorm multiplies by 1 + weight: Gemma's, whose MLP tells it apart."""
+        return self.mlp_class_name == "GemmaMLP"
+
     def base_dict(self) -> dict[str, Any]:
         """The base model's fields, as LitGPT writes them to `model_config.yaml` (without adapters' settings)."""
         names = {f.name for f in fields(Config)}
@@ -149,28 +286,29 @@ class Config:
             near = difflib.get_close_matches(name.rsplit("/", 1)[-1], catalog.names(), n=3, cutoff=0.5)
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise UserError(f"no model is named {name!r}{hint}. A Hugging Face folder needs no name: its config.json is read")
-        return cls(**{**found, **overrides})
+        # of a shorter model the first blocks are left
+        blocks = {key: found[key][: overrides.get("n_layer")] for key in PER_BLOCK if found.get(key)}
+        return cls(**{**found, **blocks, **overrides})
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> Self:
         """A `model_config.yaml`, ours or LitGPT's. Raises UserError for unknown fields and unsupported architectures."""
         path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: a checkpoint folder holds it") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not readable YAML: {error}") from None
+        values = read_yaml(path, "is missing: a checkpoint folder holds it")
         if not isinstance(values, dict):
             raise UserError(f"{path} holds no settings: convert the checkpoint again")
         known = {f.name for f in fields(cls)}
         problems = []
+        if not UNSUPPORTED_FIELDS.keys().isdisjoint(values):  # LitGPT wrote it
+            values.pop("norm_topk_prob", None)
+            values["norm_affine"] = values.get("norm_class_name") != "LayerNorm" or "OLMo" not in str(values.get("name"))
         for key in [key for key in values if key not in known]:
             value = values.pop(key)
             if key not in UNSUPPORTED_FIELDS:
-                problems.append(f"unknown field {key!r}")
+                near = difflib.get_close_matches(str(key), known, n=1)
+                problems.append(f"unknown field {str(key)[:60]!r}" + (f" (did you mean {near[0]}?)" if near else ""))
             elif value != UNSUPPORTED_FIELDS[key]:
-                problems.append(f"{key}: {value!r} is not supported")
+                problems.append(f"{key}: {repr(value)[:60]} is not supported")
         if problems:
             raise UserError(f"{path}: {'; '.join(problems)}")
         try:
@@ -190,15 +328,7 @@ class Config:
         if isinstance(source, dict):
             where, hf = "the Hugging Face config", source
         else:
-            where = str(source)
-            try:
-                hf = json.loads(Path(source).read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise UserError(f"{where} is missing: a Hugging Face folder holds it") from None
-            except ValueError as error:
-                raise UserError(f"{where} is not valid JSON: {error}") from None
-            if not isinstance(hf, dict):
-                raise UserError(f"{where} holds no JSON object")
+            where, hf = str(source), read_json(source, "is missing: a Hugging Face folder holds it")
         try:
             return cls(**{**catalog.from_hf(hf), **overrides})
         except KeyError as error:

@@ -40,6 +40,7 @@ __all__ = [
 BlockIndices = int | str | list[int | str] | tuple[int | str, ...] | None
 LM_HEAD, LN_F = "lm_head", "transformer.ln_f"
 DEFAULT_TAPS = 6
+MAX_RANK = 2**16
 ADAPTER_PARAMETERS = ("lora_A", "lora_B")
 
 
@@ -81,15 +82,19 @@ class Config(base.Config):
             raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
         for key in ("lora_r", "skip2lora_r"):
             rank = getattr(self, key)
-            if not isinstance(rank, int) or rank < 0:
-                raise UserError(f"{key} is {rank!r}: a rank is a whole number from 1")
+            if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= MAX_RANK:
+                raise UserError(f"{key} is {repr(rank)[:60]}: a rank is a whole number from 1 to {MAX_RANK}")
+        for key in ("lora_alpha", "skip2lora_alpha"):
+            alpha = getattr(self, key)
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+                raise UserError(f"{key} is {alpha!r}: a number is needed")
         for key in ("lora_dropout", "skip2lora_dropout"):
             share = getattr(self, key)
             if not isinstance(share, int | float) or not 0 <= share < 1:
                 raise UserError(f"{key} is {share!r}: a probability from 0 to below 1 is needed")
         if self.skip2lora_enabled and self.skip2lora_r == 0:
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
-        if self.skip2lora_warmup_steps < 0:
+        if not isinstance(self.skip2lora_warmup_steps, int) or self.skip2lora_warmup_steps < 0:
             raise UserError(f"skip2lora_warmup_steps is {self.skip2lora_warmup_steps}: give 0 (none) or more")
         if self.skip2lora_warmup_steps and not (self.skip2lora_enabled and self._lora_in_blocks):
             raise UserError("skip2lora_warmup_steps needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
@@ -109,7 +114,7 @@ class Config(base.Config):
         name = self.skip2lora_output_layer
         if name in (LM_HEAD, LN_F):
             return self.n_layer + (name == LM_HEAD)
-        match = re.fullmatch(r"transformer\.h\.(\d+)", name)
+        match = re.fullmatch(r"transformer\.h\.([0-9]{1,9})", str(name))
         if match is None or not 1 <= int(match[1]) < self.n_layer:
             blocks = f"'transformer.h.1' to 'transformer.h.{self.n_layer - 1}'"
             raise UserError(f"skip2lora_output_layer is {name!r}: choose '{LM_HEAD}', '{LN_F}' or {blocks} for this model")
@@ -178,7 +183,7 @@ def resolve_blocks(spec: BlockIndices, n_layer: int, available: range, key: str)
     if isinstance(spec, str) and not spec.startswith("transformer.h."):
         last = list(available)
         form, _, count = spec.partition(":")
-        number = int(count) if count.isascii() and count.isdigit() else 0
+        number = int(count) if re.fullmatch("[0-9]{1,9}", count) else 0
         if spec == "all" and last:
             return tuple(last)
         if form == "last" and 1 <= number <= len(last):
@@ -186,20 +191,23 @@ def resolve_blocks(spec: BlockIndices, n_layer: int, available: range, key: str)
         if form == "every" and 1 <= number <= len(last):
             return tuple(sorted(last[::-1][::number]))
         forms = "a list such as [0, 1, -1], 'all', 'last:6' or 'every:5'"
-        raise UserError(f"{key} is {spec!r}: give {forms}, with a number from 1 to the {len(last)} blocks there are")
+        raise UserError(f"{key} is {spec[:60]!r}: give {forms}, with a number from 1 to the {len(last)} blocks there are")
+    if spec is not None and not isinstance(spec, int | str | list | tuple):
+        raise UserError(f"{key} is {str(spec)[:60]}: give a list of block numbers such as [0, 1, -1]")
     entries = [spec] if isinstance(spec, int | str) else list(spec or ())
     blocks, wrong = [], []
     for entry in entries:
-        match = re.fullmatch(r"transformer\.h\.(\d+)", entry) if isinstance(entry, str) else None
+        match = re.fullmatch(r"transformer\.h\.([0-9]{1,9})", entry) if isinstance(entry, str) else None
         index = int(match[1]) if match else entry
         if not isinstance(index, int) or isinstance(index, bool) or not -n_layer <= index < n_layer:
             wrong.append(entry)
         else:
             blocks.append(index % n_layer)
     if wrong:
-        raise UserError(f"{key} names {', '.join(map(repr, wrong))}: this model has blocks 0 to {n_layer - 1} (-1 is the last)")
+        named = ", ".join(repr(entry)[:60] for entry in wrong[:6]) + (", ..." if len(wrong) > 6 else "")
+        raise UserError(f"{key} names {named}: this model has blocks 0 to {n_layer - 1} (-1 is the last)")
     if not blocks:
-        raise UserError(f"{key} names no block")
+        raise UserError(f"{key} names no block: name at least one, such as [-1]")
     twice = sorted({block for block in blocks if blocks.count(block) > 1})
     if twice:
         raise UserError(f"{key} names {_blocks(twice)} twice")
@@ -428,10 +436,11 @@ def attach_lora(block: Block, config: Config, adapter: dict[str, Any]) -> None:
         attention.qkv = LoRAQKVLinear(qkv.in_features, qkv.out_features, *heads, enable_lora=parts, linear=qkv, **adapter)  # type: ignore[arg-type]
     if config.lora_projection:
         attention.proj = _adapt(attention.proj, adapter)
-    if config.lora_mlp:
-        for name, layer in list(mlp.named_children()):
-            if isinstance(layer, nn.Linear):
-                setattr(mlp, name, _adapt(layer, adapter))
+    if config.lora_mlp:  # a mixture's router and experts included
+        for parent in list(mlp.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(parent, name, _adapt(layer, adapter))
 
 
 def lora_filter(key: str, value: Any = None) -> bool:

@@ -1,6 +1,7 @@
 """Cross-entropy at the positions that carry loss, in chunks, never with all logits at once.
 
-N positions, d `n_embd`, V `padded_vocab_size`, C rows of a chunk.
+N positions, d `n_embd`, V `padded_vocab_size`, C rows of a chunk. z are the head's outputs, y = c tanh(z / (s c)) the logits, with the
+divisor s and the cap c of `litgpt.model.finish_logits`; without them y = z.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from litgpt.model import finish_logits
+
 CHUNK_BYTES = 32 * 2**20
 """for a chunk's logits; fewer rows make the matrix products slow, more rows only cost memory"""
 BLOCK_ELEMENTS = 8 * 49152
@@ -19,15 +22,15 @@ BLOCK_ELEMENTS = 8 * 49152
 
 
 class HeadLoss:
-    """Sum over positions of -log softmax(head(h))[target], fp32, for hidden states h (N, d) and targets (N,).
+    """Sum over positions of -log softmax(y)[target], fp32, for hidden states h (N, d), z = head(h), and targets (N,).
 
-    A frozen linear head takes the short way: the gradient for h, dh = (softmax - onehot) W, is made in the forward pass, chunk by
-    chunk, and no gradient for W. Memory is C x V logits whatever N is. A head that is trained itself, or carries LoRA, goes through
+    A frozen linear head takes the short way: the gradient for h, dh = ((softmax(y) - onehot) dy/dz) W, is made in the forward pass, chunk
+    by chunk, and no gradient for W. Memory is C x V logits whatever N is. A head that is trained itself, or carries LoRA, goes through
     autograd with each chunk's logits computed again in the backward pass.
     """
 
-    def __init__(self, head: nn.Module) -> None:
-        self.head = head
+    def __init__(self, head: nn.Module, divisor: float = 1.0, cap: float | None = None) -> None:
+        self.head, self.divisor, self.cap = head, divisor, cap
         self._logits = torch.empty(0)
 
     def __call__(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -44,7 +47,7 @@ class HeadLoss:
         return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
 
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self.head(hidden)
+        logits = finish_logits(self.head(hidden), self.divisor, self.cap)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
     def _width(self) -> int:
@@ -74,7 +77,7 @@ class _FrozenHead(torch.autograd.Function):
             torch.mm(hidden[here], weight.t(), out=logits)  # (C, V)
             if bias is not None:
                 logits += bias
-            total += cross_entropy_(logits, targets[here], total.dtype, wanted)
+            total += cross_entropy_(logits, targets[here], total.dtype, wanted, owner.divisor, owner.cap)
             if wanted:
                 torch.mm(logits, weight, out=gradient[here])  # (C, d)
         ctx.save_for_backward(gradient)
@@ -86,8 +89,12 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, None, None, None
 
 
-def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype, gradient: bool) -> torch.Tensor:
-    """The sum of -log softmax(logits)[target] in the `wide` dtype; with `gradient`, logits (C, V) become softmax - onehot(targets).
+def cross_entropy_(
+    logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype, gradient: bool, divisor: float = 1.0, cap: float | None = None
+) -> torch.Tensor:
+    """The sum of -log softmax(y)[target] in the `wide` dtype, for z = `logits` (C, V).
+
+    With `gradient` z's gradient replaces it: (softmax(y) - onehot(target)) dy/dz, where dy/dz = (1 - (y / c)^2) / s.
 
     On a CPU a few rows are done at a time, so that they stay in the processor's cache.
     """
@@ -97,9 +104,13 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtyp
     chosen = torch.empty(C, 1, dtype=wide, device=logits.device)
     for start in range(0, C, rows):
         part, target = logits[start : start + rows], targets[start : start + rows, None]
-        log_p = torch.log_softmax(part, dim=-1, dtype=wide, out=block[: part.size(0)])
+        y = part if divisor == 1 and cap is None else finish_logits(part.to(wide), divisor, cap)
+        log_p = torch.log_softmax(y, dim=-1, dtype=wide, out=block[: part.size(0)])
         chosen[start : start + rows] = log_p.gather(1, target)
         if gradient:
             p = log_p.exp_()
-            part.copy_(p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target)))
+            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+            if cap is not None:
+                p.mul_(1 - (y / cap).square_())
+            part.copy_(p if divisor == 1 else p.div_(divisor))
     return -chosen.sum()

@@ -1,7 +1,7 @@
 """The decoder: GPT, its blocks, attention and MLPs, with LitGPT's state-dict keys.
 
 Letters in shapes: B batch, T positions of the input, K positions attended to, d `n_embd`, V `padded_vocab_size`, L `n_layer`,
-H heads, G key/value heads, h head size, m `intermediate_size`, S the tapped blocks.
+H heads, G key/value heads, h head size, m `intermediate_size`, S the tapped blocks, E experts, N = B T tokens.
 
 The layers are numbered as they run: blocks 0 ... L-1, then `ln_f` is L and `lm_head` is L+1. `GPT.cut` is a number of that kind:
 
@@ -13,7 +13,7 @@ The layers are numbered as they run: blocks 0 ... L-1, then `ln_f` is L and `lm_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,9 +29,8 @@ from litgpt.rope import RotaryTable, rotate
 class Positions:
     """Where the T input positions stand, worked out once per forward pass and used by every block."""
 
-    cos: torch.Tensor
-    """(T, n/2), in the dtype that attention runs in"""
-    sin: torch.Tensor
+    rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    """cos and sin, (T, n/2) each, in the dtype that attention runs in: of `rope_base`, then of `rope_local_base_freq` if there is one"""
     mask: torch.Tensor | None
     """(T, K), true where attention is allowed; None: causal over exactly the T positions, or everything if T = 1"""
     window_mask: torch.Tensor | None
@@ -56,8 +55,15 @@ class GPT(nn.Module):
                 "ln_f": norm(config),
             }
         )
+        if config.learned_positions:
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.max_seq_length = config.block_size
-        self.rope = RotaryTable(config)
+        self.rope = [] if config.learned_positions else [RotaryTable(config)]
+        if config.rope_indices and 1 in config.rope_indices:
+            self.rope.append(RotaryTable(config, local=True))
+        self.reach = 0
+        """LongRoPE takes its factors for sequences at least so long (else those for the length at hand, or for the cache's): training sets
+        it to its longest sample, so that what the model makes of a sample does not depend on the others in its batch"""
         self.cut: int | None = None
         """the first layer that gradients reach; None: everything is trained, the embedding included"""
 
@@ -76,7 +82,23 @@ class GPT(nn.Module):
     def _forward_impl(self, idx: torch.Tensor, pos: Positions) -> torch.Tensor:
         x, taps = self.prefix(idx, pos)  # (B, T, d), (B, T, S, d)
         x = self.tail(x, taps, pos)  # (B, T, d)
-        return self.lm_head(x)  # (B, T, V)
+        return self.logits(x)  # (B, T, V)
+
+    def embed(self, idx: torch.Tensor, pos: Positions) -> torch.Tensor:
+        """(B, T) -> (B, T, d): the embeddings, scaled and with learned positions added where the family does that."""
+        x, config = self.transformer["wte"](idx), self.config
+        if config.scale_embeddings:
+            x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)  # rounded to the dtype, as in Gemma's own code
+        if config.embedding_multiplier != 1:
+            x = x * config.embedding_multiplier
+        if config.learned_positions:
+            places = torch.arange(idx.size(1), device=idx.device) if pos.index is None else pos.index
+            x = x + self.transformer["wpe"](places)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """`lm_head` of the tail's output (..., d), and what the family does to its result: (..., V)."""
+        return finish_logits(self.lm_head(x), self.config.logits_scaling, self.config.final_logit_softcapping)
 
     def prefix(self, idx: torch.Tensor, pos: Positions | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything before the cut: its output (B, T, d), and the normalised outputs of the tapped blocks (B, T, S, d).
@@ -86,7 +108,7 @@ class GPT(nn.Module):
         pos = pos or self.positions(idx)
         cut, taps = self.cut or 0, []
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut is None):
-            x = self.transformer["wte"](idx)
+            x = self.embed(idx, pos)
             for block in self.blocks[:cut]:
                 x = block(x, pos)
                 if block.skip2lora is not None:
@@ -123,16 +145,28 @@ class GPT(nn.Module):
         T = idx.size(1)
         if self.max_seq_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
-        dtype = self.compute_dtype(idx.device)
+        device = idx.device
         if input_pos is None:
-            cos, sin = (table.to(dtype) for table in self.rope(T, idx.device))
-            return Positions(cos, sin, None, self._window_mask(torch.arange(T, device=idx.device), T), None, T)
-        end = int(input_pos.max()) + 1 if end is None else end
-        cos, sin = (table[input_pos].to(dtype) for table in self.rope(end, idx.device))
+            places, end, reach = torch.arange(T, device=device), T, T
+        else:
+            cache = self.blocks[0].attn.kv_cache
+            end = int(input_pos.max()) + 1 if end is None else end
+            places, reach = input_pos, end if cache is None else cache.k.size(2)
         mask = None
-        if T not in (1, end):
-            mask = torch.arange(end, device=idx.device) <= input_pos[:, None]
-        return Positions(cos, sin, mask, self._window_mask(input_pos, end), input_pos, end)
+        if T > 1 and (end != T or self.config.attention_logit_softcapping is not None):
+            mask = torch.arange(end, device=device) <= places[:, None]
+        return Positions(self._rotary(input_pos, end, reach, device), mask, self._window_mask(places, end), input_pos, end)
+
+    def _rotary(
+        self, input_pos: torch.Tensor | None, end: int, reach: int, device: torch.device
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        dtype, found = self.compute_dtype(device), []
+        for table in self.rope:
+            cos, sin = table(end, device, max(reach, self.reach))
+            if input_pos is not None:
+                cos, sin = cos[input_pos], sin[input_pos]
+            found.append((cos.to(dtype), sin.to(dtype)))
+        return tuple(found)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,6 +184,23 @@ class GPT(nn.Module):
             return None
         distance = places[:, None] - torch.arange(end, device=places.device)
         return (distance >= 0) & (distance < window)
+
+    def auxiliary_loss(self, lengths: Sequence[int]) -> torch.Tensor | None:
+        """`router_aux_loss_coef` times `load_balance` over the tokens and routers of the tail's last training pass, once per pass.
+
+        `lengths`: tokens in each of the B rows, the rest is padding. None where no router ran in the tail or the config has no weight.
+        Routers in the prefix are frozen, and so is what they read: they have no part in it.
+        """
+        kept: list[torch.Tensor] = []
+        for mlp in (block.mlp for block in self.blocks):
+            if isinstance(mlp, LLaMAMoE) and mlp.router_logits is not None:
+                kept.append(mlp.router_logits)
+                mlp.router_logits = None  # the graph is not kept
+        if not kept:
+            return None
+        real = torch.arange(kept[0].size(1)) < torch.tensor(lengths)[:, None]  # (B, T)
+        logits = torch.cat([each[real.to(each.device)] for each in kept])
+        return self.config.router_aux_loss_coef * load_balance(logits, self.config.n_expert_per_token)
 
     def set_kv_cache(
         self,
@@ -173,30 +224,41 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder block.
+    """One decoder block, with c = `residual_multiplier` (1 but for Granite).
 
-    Sequential residual:  y = x + attn(norm_1(x));  out = y + mlp(norm_2(y))
-    Parallel residual:    out = x + attn(norm_1(x)) + mlp(norm_2(x)),  with norm_1 for both if the norm is shared
+    Sequential residual:  y = x + c attn(norm_1(x));  out = y + c mlp(norm_2(y))
+    Parallel residual:    out = x + c attn(norm_1(x)) + c mlp(norm_2(x)),  with norm_1 for both if the norm is shared
+
+    Where the config says so norm_1 or norm_2 is the identity, and `post_attention_norm` or `post_mlp_norm` comes behind attn or mlp.
     """
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__()
-        self.parallel_residual = config.parallel_residual
-        self.norm_1 = norm(config)
+        self.parallel_residual, self.residual_multiplier = config.parallel_residual, config.residual_multiplier
+        self.norm_1 = norm(config) if config.norm_1 else nn.Identity()
         self.attn = CausalSelfAttention(config, block_idx)
-        self.norm_2 = None if config.shared_attention_norm else norm(config)
+        self.post_attention_norm = norm(config) if config.post_attention_norm else None
+        self.norm_2 = None if config.shared_attention_norm else norm(config) if config.norm_2 else nn.Identity()
         self.mlp: nn.Module = MLPS[config.mlp_class_name](config)
+        self.post_mlp_norm = norm(config) if config.post_mlp_norm else None
         self.skip2lora: Any = None
         """a `litgpt.lora.Skip2LoRA` where this block's output is tapped"""
 
     def forward(self, x: torch.Tensor, pos: Positions) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)"""
         normed = self.norm_1(x)
-        attended = self.attn(normed, pos)
-        if self.parallel_residual:
-            return x + attended + self.mlp(normed if self.norm_2 is None else self.norm_2(x))
-        x = x + attended
-        return x + self.mlp(x if self.norm_2 is None else self.norm_2(x))
+        attended = self._ready(self.attn(normed, pos), self.post_attention_norm)
+        if not self.parallel_residual:
+            x = x + attended
+        if self.norm_2 is not None:
+            normed = self.norm_2(x)
+        changed = self._ready(self.mlp(normed), self.post_mlp_norm)
+        return x + attended + changed if self.parallel_residual else x + changed
+
+    def _ready(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+        """What joins the residual stream of attention's or the MLP's output x."""
+        x = x if norm is None else norm(x)
+        return x if self.residual_multiplier == 1 else x * self.residual_multiplier
 
 
 class CausalSelfAttention(nn.Module):
@@ -210,17 +272,29 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.qkv = nn.Linear(config.n_embd, sum(config.qkv_sizes), bias=config.bias or config.attn_bias)
         self.proj = nn.Linear(config.qkv_sizes[0], config.n_embd, bias=config.bias)
+        self.norm_q = self.norm_k = None
+        if config.norm_qk:
+            per_head, sizes = config.norm_qk_type == "default", config.qkv_sizes
+            self.norm_q, self.norm_k = (norm(config, config.head_size if per_head else size) for size in sizes[:2])
         windows = config.sliding_window_indices
         self.windowed = config.sliding_window_size is not None and windows is not None and bool(windows[block_idx])
+        self.rotary = -1 if config.learned_positions else config.rope_indices[block_idx] if config.rope_indices else 0
+        """which of `Positions.rotary` turns q and k; -1: none"""
         self.scale = (config.attention_scores_scalar or config.head_size or 1) ** -0.5
+        self.softcap = config.attention_logit_softcapping
         self.kv_cache: KVCache | None = None
 
     def forward(self, x: torch.Tensor, pos: Positions) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)"""
         B, T, _ = x.shape
         h = self.config.head_size
-        q, k, v = (part.view(B, T, -1, h).transpose(1, 2) for part in self.qkv(x).split(self.config.qkv_sizes, dim=-1))
-        q, k = rotate(q, pos.cos, pos.sin), rotate(k, pos.cos, pos.sin)  # (B, H, T, h), (B, G, T, h)
+        q, k, v = self.qkv(x).split(self.config.qkv_sizes, dim=-1)
+        if self.norm_q is not None and self.norm_k is not None:  # over h or, "olmo2", over H h and G h
+            q, k = (norm(part.view(B, T, -1, norm.weight.numel())) for norm, part in ((self.norm_q, q), (self.norm_k, k)))
+        q, k, v = (part.view(B, T, -1, h).transpose(1, 2) for part in (q, k, v))  # (B, H, T, h), (B, G, T, h)
+        if self.rotary >= 0:
+            cos, sin = pos.rotary[self.rotary]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if pos.index is not None:
             if self.kv_cache is None:
                 raise ValueError("input_pos needs a key/value cache: call set_kv_cache first")
@@ -228,9 +302,26 @@ class CausalSelfAttention(nn.Module):
         mask = pos.mask
         if self.windowed and pos.window_mask is not None:
             mask = pos.window_mask
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
+        if self.softcap is not None:
+            y = capped_attention(q, k, v, mask, self.scale, self.softcap)
+        else:
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H h) -> (B, T, d)
+
+
+def capped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, cap: float
+) -> torch.Tensor:
+    """softmax(mask(cap tanh(scale q k^T / cap))) v, the softmax in fp32, for q (B, H, T, h), k and v (B, G, K, h): (B, H, T, h).
+
+    torch's fused attention has no place for the cap (Gemma 2, arXiv 2408.00118).
+    """
+    grouped = q.unflatten(1, (k.size(1), -1))  # (B, G, H/G, T, h)
+    scores = torch.tanh(grouped @ k[:, :, None].transpose(-2, -1) * (scale / cap)) * cap  # (B, G, H/G, T, K)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
 class KVCache:
@@ -273,36 +364,104 @@ class GptNeoxMLP(nn.Module):
 
 
 class LLaMAMLP(nn.Module):
-    """SwiGLU, arXiv 2002.05202: proj(silu(fc_1(x)) * fc_2(x))"""
+    """SwiGLU, arXiv 2002.05202: proj(silu(fc_1(x)) * fc_2(x)); m is `intermediate_size` unless given."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, m: int | None = None) -> None:
         super().__init__()
-        assert config.intermediate_size is not None
-        self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
-        self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        m = m or config.intermediate_size
+        assert m is not None
+        self.fc_1 = nn.Linear(config.n_embd, m, bias=config.bias)
+        self.fc_2 = nn.Linear(config.n_embd, m, bias=config.bias)
+        self.proj = nn.Linear(m, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, d) -> (B, T, m) -> (B, T, d)"""
+        """(..., d) -> (..., m) -> (..., d)"""
         return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
 
 
-MLPS: dict[str, type[nn.Module]] = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP}
+class GemmaMLP(LLaMAMLP):
+    """GeGLU, arXiv 2002.05202: proj(gelu(fc_1(x)) * fc_2(x))"""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.approximate = config.gelu_approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., m) -> (..., d)"""
+        return self.proj(F.gelu(self.fc_1(x), approximate=self.approximate) * self.fc_2(x))
+
+
+class LLaMAMoE(nn.Module):
+    """A sparse mixture of E experts (Mixtral, arXiv 2401.04088): the sum over the k experts e of a token with the largest p_e of
+    w_e expert_e(x), p = softmax(gate(x)) in fp32, w = p scaled to sum 1 over the k, or w = p without `norm_topk_prob`.
+
+    Each expert runs once, over all its tokens. In training with `router_aux_loss_coef` the gate's logits are kept for
+    `GPT.auxiliary_loss`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.experts = nn.ModuleList(LLaMAMLP(config, config.moe_intermediate_size) for _ in range(config.n_expert))
+        self.router_logits: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, d) -> (B, T, d)"""
+        k = self.config.n_expert_per_token
+        router = self.gate(x)  # (B, T, E)
+        if self.training and self.config.router_aux_loss_coef and torch.is_grad_enabled():
+            self.router_logits = router
+        weights, chosen = router.softmax(-1, dtype=torch.float32).flatten(0, -2).topk(k)  # (N, k) each
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)  # (N k): pairs of token and expert, by expert
+        counts = chosen.flatten().bincount(minlength=self.config.n_expert).tolist()
+        parts = x.flatten(0, -2)[order // k].split(counts)
+        done = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if part.size(0)])  # (N k, d)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        each = done[back].unflatten(0, (-1, k))  # (N, k, d)
+        return (each * weights.to(each.dtype)[..., None]).sum(1).view_as(x)
+
+
+def load_balance(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """E sum_e f_e P_e for router logits (N, E): f_e the share of tokens that expert e is chosen for, one of k, P_e its mean probability.
+
+    It is k where all experts serve alike, more where they do not; fp32. Switch Transformer, arXiv 2101.03961 (4) to (6), for k choices.
+    """
+    p = logits.softmax(-1, dtype=torch.float32)
+    chosen = p.topk(k).indices.flatten()
+    f = chosen.bincount(minlength=p.size(-1)) / p.size(0)  # (E,)
+    return p.size(-1) * (f * p.mean(0)).sum()
+
+
+MLPS: dict[str, Callable[[Config], nn.Module]] = {
+    "GptNeoxMLP": GptNeoxMLP,
+    "LLaMAMLP": LLaMAMLP,
+    "GemmaMLP": GemmaMLP,
+    "LLaMAMoE": LLaMAMoE,
+}
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, arXiv 1910.07467; the quotient in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight, arXiv 1910.07467; the quotient in fp32.
 
-    def __init__(self, size: int, eps: float) -> None:
+    With `unit_offset` (Gemma) the factor is 1 + weight, and the whole product is in fp32.
+    """
+
+    def __init__(self, size: int, eps: float, unit_offset: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps, self.unit_offset = eps, unit_offset
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., d)"""
+        if self.unit_offset:
+            return (rms_normalise(x.float(), self.eps) * (1 + self.weight.float())).to(x.dtype)
         return rms_normalise(x, self.eps) * self.weight
 
 
@@ -312,8 +471,16 @@ def rms_normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def norm(config: Config) -> nn.Module:
-    """The norm that the config names, over d."""
+def norm(config: Config, size: int | None = None) -> Any:
+    """The norm that the config names, over `size` (default: d)."""
+    size = size or config.n_embd
     if config.norm_class_name == "RMSNorm":
-        return RMSNorm(config.n_embd, config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        return RMSNorm(size, config.norm_eps, config.unit_offset)
+    return nn.LayerNorm(size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+
+
+def finish_logits(logits: torch.Tensor, divisor: float, cap: float | None) -> torch.Tensor:
+    """cap tanh(logits / divisor / cap); no tanh without a cap."""
+    if divisor != 1:
+        logits = logits / divisor
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -44,6 +44,8 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
     wrong = [key for key in settings if key not in accepted]
     if wrong:
         raise UserError(f"optimizer: {name} has no argument {', '.join(wrong)}; it has {', '.join(k for k in accepted if k != 'params')}")
+    for key, value in settings.items():
+        _require_kind(f"optimizer: {name} refuses its arguments: {key}", value, accepted[key].default)
     if "fused" in accepted and "fused" not in settings and not {"foreach", "differentiable"} & settings.keys():
         settings["fused"] = True
     if isinstance(settings.get("betas"), list):
@@ -52,6 +54,26 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
         return found(list(parameters), **settings)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"optimizer: {name} refuses its arguments: {error}") from None
+
+
+def _require_kind(what: str, value: Any, default: Any) -> None:
+    """UserError unless `value` is, like `default`, a finite number, a flag, or as many numbers."""
+    if isinstance(default, bool):
+        fits, needed = isinstance(value, bool), "true or false"
+    elif isinstance(default, (int, float)):
+        fits, needed = _is_number(value), "a finite number"
+    elif isinstance(default, tuple):
+        fits = isinstance(value, (list, tuple)) and len(value) == len(default)
+        fits = fits and all(_is_number(item) or (item is None and number is None) for item, number in zip(value, default, strict=True))
+        needed = f"a list of {len(default)} finite numbers"
+    else:
+        return
+    if not fits:
+        raise UserError(f"{what} is {value!r}, {needed} is needed, such as {default}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int, minimum: float) -> float:

@@ -1,6 +1,16 @@
 """Rotary position embedding: RoFormer, arXiv 2104.09864, in the half-split form of GPT-NeoX and Llama.
 
-n is `rope_n_elem`, T positions, h the head size.
+n is `rope_n_elem`, T positions, h the head size. Without scaling theta_j = base^(-2j/n) for the pairs j = 0 ... n/2-1, and pair j of
+position p is turned by the angle p theta_j. `rope_adjustments` changes theta, by the kind (`Config.rope_kind`):
+
+    linear    theta_j / factor
+    llama3    waves longer than original_max_seq_len / low_freq_factor are slowed by `factor`, those shorter than
+              original_max_seq_len / high_freq_factor stay, in between the two are mixed linearly in the frequency
+    yarn      arXiv 2309.00071: pairs that turn more than beta_fast times over original_max_seq_len stay, those that turn less than
+              beta_slow times are slowed by `factor`, in between the two are mixed linearly in j
+    longrope  arXiv 2402.13753: theta_j / short_factor_j, or / long_factor_j where the sequence is longer than original_max_seq_len
+
+YaRN and LongRoPE also multiply cos and sin by `attention_factor`. `rope_condense_ratio` divides all positions.
 """
 
 from __future__ import annotations
@@ -12,39 +22,81 @@ import torch
 from litgpt.config import Config
 
 
-def frequencies(config: Config) -> torch.Tensor:
-    """theta_j = rope_base^(-2j/n), fp32, (n/2,); with `rope_adjustments` scaled as Llama 3.1 does.
-
-    Waves longer than original_max_seq_len / low_freq_factor positions are slowed by `factor`, those shorter than
-    original_max_seq_len / high_freq_factor stay, in between the two are mixed linearly in the frequency.
-    """
-    n = config.rope_n_elem
-    theta = config.rope_base ** -(torch.arange(0, n, 2, dtype=torch.float32) / n)
-    scaling = config.rope_adjustments
-    if scaling is None:
+def frequencies(config: Config, reach: int = 0) -> torch.Tensor:
+    """theta of `rope_base` with its scaling, fp32, (n/2,), for sequences of up to `reach` positions (only LongRoPE's depend on it)."""
+    theta, kind, scaling = plain_frequencies(config, config.rope_base), config.rope_kind, config.rope_adjustments
+    if kind is None or scaling is None:
         return theta
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_seq_len"] * theta / (2 * math.pi)  # full turns over the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * theta + (1 - keep) * theta / scaling["factor"]
+    if kind == "longrope":
+        return theta / torch.tensor(scaling["long_factor" if is_long(config, reach) else "short_factor"], dtype=torch.float32)
+    slow = theta / scaling["factor"]
+    if kind == "linear":
+        return slow
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_seq_len"] * theta / (2 * math.pi)  # full turns over the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    else:
+        keep = _yarn_share(config, scaling)
+    return keep * theta + (1 - keep) * slow
+
+
+def plain_frequencies(config: Config, base: float) -> torch.Tensor:
+    """theta_j = base^(-2j/n), fp32, (n/2,)"""
+    n = config.rope_n_elem
+    return base ** -(torch.arange(0, n, 2, dtype=torch.float32) / n)
+
+
+def _yarn_share(config: Config, scaling: dict[str, float]) -> torch.Tensor:
+    """How much of each pair's own frequency YaRN keeps, (n/2,): 1 up to the pair that turns beta_fast times, 0 from beta_slow's on.
+
+    The two ends are rounded outward to whole pairs unless `truncate` is false.
+    """
+    n, base, length = config.rope_n_elem, config.rope_base, scaling["original_max_seq_len"]
+    first, last = (n * math.log(length / (2 * math.pi * scaling[key])) / (2 * math.log(base)) for key in ("beta_fast", "beta_slow"))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, n - 1)
+    return 1 - ((torch.arange(n // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)).clamp(0, 1)
+
+
+def is_long(config: Config, reach: int) -> bool:
+    """Whether LongRoPE takes its long factors for sequences of up to `reach` positions."""
+    return config.rope_kind == "longrope" and reach > (config.rope_adjustments or {})["original_max_seq_len"]
 
 
 class RotaryTable:
-    """cos and sin of position * frequency, made once per device and grown on demand. Not a module: checkpoints do not hold it."""
+    """cos and sin of position * frequency, made once per device and grown on demand. Not a module: checkpoints do not hold it.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self._cos = self._sin = torch.empty(0, 0)
+    `local`: with `rope_local_base_freq` and no scaling.
+    """
 
-    def __call__(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for the positions 0 ... length-1, fp32, (length, n/2) each."""
-        if self._cos.size(0) < length or self._cos.device != device:
-            size = max(length, min(2 * self._cos.size(0), self.config.block_size))
+    def __init__(self, config: Config, local: bool = False) -> None:
+        self.config, self.local = config, local
+        self._tables: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, length: int, device: torch.device, reach: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for the positions 0 ... length-1, fp32, (length, n/2) each, in sequences of up to `reach` (or `length`)."""
+        reach = max(reach, length)
+        long = is_long(self.config, reach)
+        cos, sin = self._tables.get(long) or (torch.empty(0, 0),) * 2
+        if cos.size(0) < length or cos.device != device:
+            size = max(length, min(2 * cos.size(0), self.config.block_size))
             with torch.inference_mode(False):  # a table made while generating must serve training too
-                positions = torch.arange(size, dtype=torch.float32) / self.config.rope_condense_ratio
-                angles = torch.outer(positions, frequencies(self.config))
-                self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
-        return self._cos[:length], self._sin[:length]
+                cos, sin = (table.to(device) for table in self._make(size, reach))
+            self._tables[long] = cos, sin
+        return cos[:length], sin[:length]
+
+    def _make(self, size: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.config
+        positions = torch.arange(size, dtype=torch.float32)
+        if self.local:
+            assert config.rope_local_base_freq is not None
+            angles = torch.outer(positions, plain_frequencies(config, config.rope_local_base_freq))
+            return angles.cos(), angles.sin()
+        angles = torch.outer(positions / config.rope_condense_ratio, frequencies(config, reach))
+        factor = (config.rope_adjustments or {}).get("attention_factor", 1.0)
+        return (angles.cos(), angles.sin()) if factor == 1 else (angles.cos() * factor, angles.sin() * factor)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,35 @@ def test_defaults_and_derived_sizes() -> None:
         ({"n_embd": 30, "n_head": 4}, ["n_embd", "30", "n_head", "4"]),
         ({"n_head": 6, "n_embd": 60, "n_query_groups": 4}, ["n_head", "6", "n_query_groups", "4"]),
         ({"mlp_class_name": "LLaMAMLP"}, ["LLaMAMLP", "intermediate_size"]),
-        ({"mlp_class_name": "LLaMAMoE", "intermediate_size": 8, "name": "mixtral"}, ["mlp_class_name", "LLaMAMoE", "mixtral", "LLaMAMLP"]),
+        ({"mlp_class_name": "DeepMLP", "name": "deep"}, ["mlp_class_name", "DeepMLP", "deep", "LLaMAMLP"]),
         ({"norm_class_name": "GroupNorm"}, ["norm_class_name", "GroupNorm", "RMSNorm"]),
+        ({"norm_qk_type": "olmo3"}, ["norm_qk_type", "olmo3"]),
+        ({"gelu_approximate": "erf"}, ["gelu_approximate", "erf", "tanh"]),
+        ({"mlp_class_name": "LLaMAMoE", "intermediate_size": 8}, ["n_expert 0", "n_expert_per_token 0"]),
+        ({"mlp_class_name": "LLaMAMoE", "intermediate_size": 8, "n_expert": 4, "n_expert_per_token": 5}, ["n_expert 4", "5"]),
+        ({"n_expert": -1}, ["n_expert", "-1"]),
+        ({"moe_intermediate_size": 0}, ["moe_intermediate_size", "0"]),
+        ({"shared_attention_norm": True, "parallel_residual": False}, ["shared_attention_norm", "parallel_residual"]),
+        ({"n_layer": 3, "sliding_window_size": 8, "sliding_window_indices": [1, 0]}, ["sliding_window_indices", "2 entries", "3 blocks"]),
+        ({"n_layer": 2, "sliding_window_indices": "10"}, ["sliding_window_indices", "2 blocks"]),
+        ({"n_layer": 2, "rope_indices": [0, 2]}, ["rope_indices", "2", "-1, 0, 1"]),
+        ({"n_layer": 2, "rope_indices": [0, 1]}, ["rope_indices", "rope_local_base_freq"]),
+        ({"norm_eps": "small"}, ["norm_eps", "small"]),
+        ({"rope_base": 0}, ["rope_base", "0"]),
+        ({"final_logit_softcapping": -30.0}, ["final_logit_softcapping", "-30.0"]),
+        ({"attention_scores_scalar": float("nan")}, ["attention_scores_scalar", "nan"]),
+        ({"rotary_percentage": 1.5}, ["rotary_percentage", "1.5"]),
+        ({"router_aux_loss_coef": "x"}, ["router_aux_loss_coef", "'x'"]),
+        ({"n_embd": 64, "n_head": 8, "rotary_percentage": 0.4}, ["rotary_percentage", "0.4", "3"]),
+        ({"rope_adjustments": 8.0}, ["rope_adjustments", "8.0"]),
+        ({"rope_adjustments": {"factor": 0}}, ["rope_adjustments", "factor is 0"]),
+        (
+            {"rope_adjustments": {"factor": 8.0, "low_freq_factor": 1.0, "colour": 1}},
+            ["high_freq_factor is missing", "colour is not known"],
+        ),
+        ({"rope_adjustments": {"rope_type": "ntk", "factor": 8.0}}, ["rope_adjustments", "ntk", "yarn"]),
+        ({"rope_adjustments": {"rope_type": "yarn", "factor": 8.0}}, ["beta_fast is missing", "attention_factor is missing"]),
+        ({"rope_adjustments": {"rope_type": "longrope", "short_factor": [1.0]}}, ["short_factor must list 16", "long_factor is missing"]),
     ],
 )
 def test_impossible_settings(settings: dict[str, Any], words: list[str]) -> None:
@@ -50,6 +77,7 @@ def test_from_name() -> None:
     assert config.hf_config == {"org": "meta-llama", "name": "Llama-2-7b-hf"}
     assert Config.from_name("meta-llama/Llama-2-7b-hf") == Config.from_name("Llama-2-7b-hf")
     assert Config.from_name("meta-llama/Meta-Llama-3-8B").name == "Llama-3-8B"  # by the hub's name
+    assert Config.from_name("Gemma-2-2b", n_layer=3).sliding_window_indices == [1, 0, 1]  # of its first blocks
 
 
 @pytest.mark.parametrize("name", ["Lama-2-7b-hf", "someone/Llama-2-7b-hf", "meta-llama/Llama-2-7b"])
@@ -63,7 +91,6 @@ def test_every_named_model_is_consistent() -> None:
     for name in catalog.names():
         config = Config.from_name(name)
         assert config.name == name
-        assert config.head_size is not None and config.head_size * config.n_head == config.n_embd
         assert config.rope_n_elem % 2 == 0
 
 
@@ -172,7 +199,7 @@ def test_from_hf_reads_old_and_new_rotary_keys() -> None:
         ({"hidden_act": "relu"}, ["hidden_act", "relu", "silu"]),
         ({"attention_bias": True}, ["attention_bias", "True"]),
         ({"mlp_bias": True}, ["mlp_bias", "True"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "llama3"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "llama3"]),
     ],
 )
 def test_from_hf_refuses(changes: dict[str, Any], words: list[str], tmp_path: Path) -> None:
@@ -191,7 +218,7 @@ def test_from_hf_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not valid JSON"):
         Config.from_hf(file)
     file.write_text('{"model_type": "llama", "hidden_size": 8}')
-    with pytest.raises(UserError, match="lacks the key 'max_position_embeddings'"):
+    with pytest.raises(UserError, match="lacks the keys 'max_position_embeddings'"):
         Config.from_hf(file)
     file.write_text("[1, 2]")
     with pytest.raises(UserError, match=r"config\.json"):
@@ -219,16 +246,28 @@ def test_litgpt_file_with_unused_fields(tmp_path: Path) -> None:
     assert Config.from_checkpoint(tmp_path) == Config(**tiny.TINY)
 
 
+def test_what_litgpts_files_mean_without_saying_it(tmp_path: Path) -> None:
+    """Its experts' weights always sum to 1 whatever `norm_topk_prob` says, and its OLMo has norms without weights."""
+    file = tmp_path / "model_config.yaml"
+    fields = {**tiny.TINY, "norm_topk_prob": False, "norm_class_name": "LayerNorm", "name": "OLMo-1B-hf"}
+    file.write_text(yaml.safe_dump({**fields, "n_shared_expert": None}))
+    litgpts = Config.from_file(file)
+    assert litgpts.norm_topk_prob and not litgpts.norm_affine
+    file.write_text(yaml.safe_dump({**fields, "norm_affine": True}))
+    own = Config.from_file(file)
+    assert own.norm_affine and not own.norm_topk_prob
+
+
 def test_file_lists_every_problem(tmp_path: Path) -> None:
     file = tmp_path / "model_config.yaml"
-    file.write_text(yaml.safe_dump({**tiny.TINY, "n_expert": 8, "final_logit_softcapping": 30.0, "colour": "red", "n_layers": 3}))
+    file.write_text(yaml.safe_dump({**tiny.TINY, "n_shared_expert": 2, "rope_interleave": True, "colour": "red", "n_layers": 3}))
     with pytest.raises(UserError) as caught:
         Config.from_file(file)
     message = str(caught.value)
     for part in (
         str(file),
-        "n_expert: 8 is not supported",
-        "final_logit_softcapping: 30.0",
+        "n_shared_expert: 2 is not supported",
+        "rope_interleave: True",
         "unknown field 'colour'",
         "unknown field 'n_layers'",
     ):
@@ -236,7 +275,7 @@ def test_file_lists_every_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "is missing"), ("a: [", "not readable YAML"), ("", "holds no settings"), ("- 1", "no settings")]
+    ("text", "words"), [(None, "is missing"), ("a: [", "not valid YAML"), ("", "holds no settings"), ("- 1", "no settings")]
 )
 def test_broken_files(text: str | None, words: str, tmp_path: Path) -> None:
     file = tmp_path / "model_config.yaml"

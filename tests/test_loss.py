@@ -132,6 +132,45 @@ def test_one_buffer_serves_batches_of_any_size_and_losses_that_wait_for_backward
     assert_close(gradients(total, *states), gradients(expected, *states))
 
 
+# --- logits that are divided and capped ---
+
+FINISHES = [(2.5, None), (1.0, 1.5), (2.5, 1.5)]
+
+
+def finished(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, divisor: float, cap: float | None) -> torch.Tensor:
+    logits = head(hidden) / divisor
+    return F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize(("divisor", "cap"), FINISHES)
+def test_gradient_through_divisor_and_cap_is_that_of_finite_differences(
+    monkeypatch: pytest.MonkeyPatch, divisor: float, cap: float | None, chunk: int
+) -> None:
+    hidden, head, targets = problem(dtype=torch.float64, bias=True)
+    set_rows(monkeypatch, chunk, 2, itemsize=8)
+    assert torch.autograd.gradcheck(lambda h: HeadLoss(head, divisor, cap)(h, targets) * 0.37, hidden)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trained", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("divisor", "cap"), FINISHES)
+def test_divisor_and_cap_are_plain_autograds(divisor: float, cap: float | None, dtype: torch.dtype, kind: str) -> None:
+    """bf16 is compared with fp32 on the same numbers."""
+    torch.manual_seed(0)
+    hidden, head, targets = problem(n=50, d=16, v=33, dtype=dtype, bias=True)
+    head.requires_grad_(kind == "trained")
+    wide, exact = hidden.detach().float().requires_grad_(), _float(head)
+    expected = finished(wide, exact, targets, divisor, cap)
+    adapted = LoRALinear(16, 33, r=2, linear=head) if kind == "lora" else head  # B is zero
+    loss = HeadLoss(adapted, divisor, cap)(hidden, targets)
+    (gradient,), (wanted,) = gradients(loss, hidden), gradients(expected, wide)
+    precision = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_close(loss, expected, rtol=precision, atol=0)
+    assert (gradient.float() - wanted).norm() < precision * wanted.norm()
+    assert (wanted - gradients(reference(wide, exact, targets), wide)[0]).norm() > 0.1 * wanted.norm()
+
+
 # --- a head that is trained ---
 
 

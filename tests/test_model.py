@@ -9,9 +9,13 @@ import pytest
 import tiny
 import torch
 from torch.testing import assert_close
+from transformers import GPT2Config
 
 from litgpt.config import Config
-from litgpt.model import GPT
+from litgpt.lora import GPT as LoRAGPT
+from litgpt.lora import Config as LoRAConfig
+from litgpt.lora import lora_filter
+from litgpt.model import GPT, capped_attention
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -213,6 +217,76 @@ def test_state_dict_keys() -> None:
     block = ["norm_1", "attn.qkv", "attn.proj", "norm_2", "mlp.fc", "mlp.proj"]
     both = [f"transformer.h.0.{part}" for part in block] + ["transformer.ln_f"]
     assert set(neox) == {"lm_head.weight", "transformer.wte.weight", *(f"{part}.{kind}" for part in both for kind in ("weight", "bias"))}
+
+
+FAMILY_KEYS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "Qwen 3": (
+        {"norm_qk": True, "head_size": 12},
+        {"transformer.h.0.attn.norm_q.weight": (12,), "transformer.h.0.attn.norm_k.weight": (12,)},
+    ),
+    "OLMo 2": (
+        {"norm_qk": True, "norm_qk_type": "olmo2", "norm_1": False, "norm_2": False, "post_attention_norm": True, "post_mlp_norm": True},
+        {
+            "transformer.h.0.attn.norm_q.weight": (32,),
+            "transformer.h.0.attn.norm_k.weight": (16,),
+            "transformer.h.0.post_attention_norm.weight": (32,),
+            "transformer.h.0.post_mlp_norm.weight": (32,),
+        },
+    ),
+    "Gemma 2": (
+        {"mlp_class_name": "GemmaMLP", "post_attention_norm": True, "post_mlp_norm": True},
+        {"transformer.h.0.post_attention_norm.weight": (32,), "transformer.h.0.post_mlp_norm.weight": (32,)},
+    ),
+    "Qwen 2": ({"attn_bias": True}, {"transformer.h.0.attn.qkv.bias": (64,)}),
+    "Mixtral": (
+        {"mlp_class_name": "LLaMAMoE", "n_expert": 2, "n_expert_per_token": 1, "moe_intermediate_size": 24},
+        {
+            "transformer.h.0.mlp.gate.weight": (2, 32),
+            **{f"transformer.h.0.mlp.experts.{e}.{part}.weight": (24, 32) for e in (0, 1) for part in ("fc_1", "fc_2")},
+            **{f"transformer.h.0.mlp.experts.{e}.proj.weight": (32, 24) for e in (0, 1)},
+        },
+    ),
+    "GPT-2": ({"learned_positions": True}, {"transformer.wpe.weight": (64, 32)}),
+    "Phi": ({"lm_head_bias": True}, {"lm_head.bias": (101,)}),
+    "OLMo": ({"norm_class_name": "LayerNorm", "norm_affine": False}, {}),
+}
+REPLACED = {
+    "Mixtral": ("mlp.fc_1.weight", "mlp.fc_2.weight", "mlp.proj.weight"),
+    "OLMo 2": ("norm_1.weight", "norm_2.weight"),
+    "OLMo": ("norm_1.weight", "norm_2.weight", "ln_f.weight"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_KEYS)
+def test_state_dict_keys_of_the_families(family: str) -> None:
+    """What each adds to llama's keys, or has in their place: LitGPT's names and shapes, and wpe for GPT-2."""
+    settings, added = FAMILY_KEYS[family]
+    llama = {key for key in tiny.tiny(n_layer=1).state_dict() if not key.endswith(REPLACED.get(family, ("-",)))}
+    got = {key: tuple(value.shape) for key, value in tiny.tiny(n_layer=1, **settings).state_dict().items()}
+    assert {key: shape for key, shape in got.items() if key not in llama} == added
+    assert llama <= got.keys()
+
+
+def test_gpt2_and_its_lora_tutorial() -> None:
+    """124,439,808 parameters (the head is the embedding), and 998,024 more with LoRA r 8 on q, k, v, projection and head."""
+    fields = Config.from_hf(GPT2Config().to_dict()).base_dict()
+    flags = dict.fromkeys(("lora_query", "lora_key", "lora_value", "lora_projection", "lora_head"), True)
+    with torch.device("meta"):
+        model = LoRAGPT(LoRAConfig(**fields, lora_r=8, **flags))
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    adapters = sum(count for name, count in counts.items() if lora_filter(name))
+    assert adapters == 998_024
+    assert sum(counts.values()) - adapters - counts["lm_head.linear.weight"] == 124_439_808
+
+
+@torch.inference_mode()
+def test_capped_attention_is_torchs_where_the_cap_is_far_away() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 8, generator=generator) for heads in (6, 2, 2))
+    mask = torch.ones(9, 9).tril().bool()
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    assert_close(capped_attention(q, k, v, mask, 0.3, 1e3), want, rtol=1e-4, atol=1e-5)
+    assert (capped_attention(q, k, v, mask, 0.3, 0.5) - want).abs().max() > 0.1
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from torch.testing import assert_close
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt.config import Config
@@ -35,6 +35,65 @@ def test_llama3_frequencies_against_transformers(factor: float, base: int) -> No
     plain = frequencies(config(n_embd=4096, n_head=32, rope_base=base))
     ratio = plain / got
     assert (ratio < 1.001).any() and (ratio > factor * 0.999).any() and ((ratio > 1.1) & (ratio < factor * 0.9)).any()
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize(
+    ("factor", "original", "base", "fast", "slow"), [(4.0, 32768, 1_000_000, 32.0, 1.0), (40.0, 4096, 10_000, 32.0, 1.0)]
+)
+def test_yarn_frequencies_against_transformers(factor: float, original: int, base: int, fast: float, slow: float, truncate: bool) -> None:
+    """With the sizes of Qwen 2.5 and of DeepSeek: pairs that stay, that are slowed, and in between."""
+    scaling = {"factor": factor, "beta_fast": fast, "beta_slow": slow, "truncate": truncate}
+    hf = LlamaConfig(
+        hidden_size=4096,
+        num_attention_heads=32,
+        max_position_embeddings=int(factor * original),
+        rope_parameters={"rope_type": "yarn", "rope_theta": float(base), "original_max_position_embeddings": original, **scaling},
+    )
+    want, amplitude = ROPE_INIT_FUNCTIONS["yarn"](hf, torch.device("cpu"))
+    adjustments = {"rope_type": "yarn", **scaling, "original_max_seq_len": original, "attention_factor": amplitude}
+    ours = config(n_embd=4096, n_head=32, rope_base=base, rope_adjustments=adjustments)
+    got = frequencies(ours)
+    assert_close(got, want, rtol=1e-5, atol=0)
+    ratio = frequencies(config(n_embd=4096, n_head=32, rope_base=base)) / got
+    assert (ratio < 1.001).any() and (ratio > factor * 0.999).any() and ((ratio > 1.1) & (ratio < factor * 0.9)).any()
+    cos, sin = RotaryTable(ours)(50, torch.device("cpu"))
+    assert_close(cos.square() + sin.square(), torch.full_like(cos, amplitude**2))
+
+
+def test_longrope_frequencies_against_transformers() -> None:
+    """Phi 3's sizes; up to 4096 positions the short factors, beyond them the long ones, and cos and sin longer by the same factor."""
+    generator = torch.Generator().manual_seed(0)
+    short, long = (1 + torch.rand(48, generator=generator)).tolist(), (1 + 60 * torch.rand(48, generator=generator)).tolist()
+    hf = Phi3Config(
+        hidden_size=3072,
+        num_attention_heads=32,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": short,
+            "long_factor": long,
+            "original_max_position_embeddings": 4096,
+        },
+    )
+    adjustments = {"rope_type": "longrope", "short_factor": short, "long_factor": long, "original_max_seq_len": 4096}
+    for length in (4096, 4097):
+        want, amplitude = ROPE_INIT_FUNCTIONS["longrope"](hf, torch.device("cpu"), seq_len=length)
+        ours = config(n_embd=3072, n_head=32, rope_adjustments={**adjustments, "attention_factor": amplitude})
+        assert_close(frequencies(ours, length), want, rtol=1e-6, atol=0)
+        cos, sin = RotaryTable(ours)(9, torch.device("cpu"), length)
+        angles = torch.outer(torch.arange(9.0), want)
+        assert_close((cos, sin), (angles.cos() * amplitude, angles.sin() * amplitude))
+
+
+def test_linear_frequencies_and_a_local_base() -> None:
+    ours = config(rope_base=500, rope_adjustments={"factor": 8.0}, rope_local_base_freq=70.0)
+    assert_close(frequencies(ours), 500 ** -(torch.arange(0, 8, 2) / 8) / 8)
+    cos, sin = RotaryTable(ours, local=True)(5, torch.device("cpu"))
+    angles = torch.outer(torch.arange(5.0), 70 ** -(torch.arange(0, 8, 2) / 8))
+    assert_close((cos, sin), (angles.cos(), angles.sin()))
 
 
 def test_rotation_is_complex_multiplication() -> None:
@@ -80,11 +139,11 @@ def test_table_grows_and_keeps_its_values() -> None:
 def test_angles_are_fp32_whatever_the_model() -> None:
     """bf16 rounds position 1001 to 1000: angles computed in it would be off by up to a radian. Only cos and sin may be rounded."""
     model = tiny.tiny(n_layer=1, block_size=2000).bfloat16()
-    pos = model.positions(tiny.ids(1, 1003))
-    assert pos.cos.dtype == pos.sin.dtype == torch.bfloat16
+    ((rough_cos, rough_sin),) = model.positions(tiny.ids(1, 1003)).rotary
+    assert rough_cos.dtype == rough_sin.dtype == torch.bfloat16
     exact = torch.outer(torch.arange(1003, dtype=torch.float64), 10_000 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8))
-    assert_close(pos.cos.double(), exact.cos(), rtol=0, atol=2**-8)
-    assert_close(pos.sin.double(), exact.sin(), rtol=0, atol=2**-8)
+    assert_close(rough_cos.double(), exact.cos(), rtol=0, atol=2**-8)
+    assert_close(rough_sin.double(), exact.sin(), rtol=0, atol=2**-8)
     x = torch.randn(1, 1003, 8, generator=torch.Generator().manual_seed(0))
     cos, sin = RotaryTable(model.config)(1003, torch.device("cpu"))
-    assert_close(rotate(x.bfloat16(), pos.cos, pos.sin).float(), rotate(x, cos, sin), rtol=0, atol=0.05)
+    assert_close(rotate(x.bfloat16(), rough_cos, rough_sin).float(), rotate(x, cos, sin), rtol=0, atol=0.05)

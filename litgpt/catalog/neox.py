@@ -1,10 +1,12 @@
-"""GPT-NeoX: Pythia. LayerNorm, parallel residual, rotary on a quarter of each head, biases, untied head."""
+"""GPT-NeoX: Pythia, StableLM alpha. LayerNorm, parallel residual, rotary on a quarter of each head, biases, untied head."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from litgpt.catalog._rows import expand, require, rope_fields
+from litgpt.catalog._architecture import Architecture, Key, activation, sizes, without
+from litgpt.catalog._rope import rope
+from litgpt.catalog._rows import expand
 
 _PYTHIA = {"block_size": 2048, "padding_multiple": 128}
 _SIZES: dict[str, dict[str, Any]] = {
@@ -21,30 +23,35 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 _NOT_DEDUPED = ("14m", "31m")
 
+_STABLECODE = {"padded_vocab_size": 49152, "n_layer": 32, "n_embd": 2560}
+
 MODELS = [
     *expand("EleutherAI", _PYTHIA, {f"pythia-{size}": row for size, row in _SIZES.items()}),
     *expand("EleutherAI", _PYTHIA, {f"pythia-{size}-deduped": row for size, row in _SIZES.items() if size not in _NOT_DEDUPED}),
+    *expand(
+        "EleutherAI",
+        {"block_size": 2048, "padded_vocab_size": 50432},
+        {"gpt-neox-20b": {"n_layer": 44, "n_head": 64, "n_embd": 6144, "gelu_approximate": "tanh"}},
+    ),
+    *expand(
+        "stabilityai",
+        {},
+        {
+            "stablelm-base-alpha-3b stablelm-tuned-alpha-3b": {},
+            "stablelm-base-alpha-7b stablelm-tuned-alpha-7b": {"n_head": 48, "n_embd": 6144, "padding_multiple": 256},
+            "stablecode-completion-alpha-3b": {**_STABLECODE, "block_size": 16384},
+            "stablecode-completion-alpha-3b-4k stablecode-instruct-alpha-3b": _STABLECODE,
+        },
+    ),
 ]
 
+_KEYS = sizes(layer_norm_eps=Key("norm_eps", 1e-5), use_parallel_residual=Key("parallel_residual", True))
 
-def _from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    activation = require(hf, "hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh"), "gelu")
-    require(hf, "attention_bias", (True,), True)
-    rotary = (hf.get("rope_parameters") or {}).get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
-    return {
-        "block_size": hf["max_position_embeddings"],
-        "vocab_size": hf["vocab_size"],
-        "padded_vocab_size": hf["vocab_size"],
-        "n_layer": hf["num_hidden_layers"],
-        "n_head": hf["num_attention_heads"],
-        "n_embd": hf["hidden_size"],
-        "intermediate_size": hf["intermediate_size"],
-        "norm_eps": hf["layer_norm_eps"],
-        "rotary_percentage": rotary,
-        "parallel_residual": hf.get("use_parallel_residual", True),
-        "gelu_approximate": "none" if activation == "gelu" else "tanh",
-        **rope_fields(hf),
-    }
-
-
-ARCHITECTURES = {"gpt_neox": _from_hf}
+ARCHITECTURES = {
+    "gpt_neox": Architecture(
+        "GPTNeoXForCausalLM",
+        without(_KEYS, "num_key_value_heads", "head_dim"),
+        accepts={"attention_bias": (True,)},
+        aspects=(activation("hidden_act", "gelu"), rope(partial=0.25, theta_key="rotary_emb_base", partial_key="rotary_pct")),
+    )
+}

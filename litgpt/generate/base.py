@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
+from litgpt.args import Quantization
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,12 +24,14 @@ def main(
     top_p: float = 1.0,
     temperature: float = 0.8,
     precision: Optional[str] = None,
+    quantize: Optional[Quantization] = None,
     seed: int = 1234,
 ) -> None:
     """Answer a prompt. The answer goes to standard output as it is made, figures about it to standard error.
 
     Args:
-        checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA).
+        checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA). A Hugging Face folder or a GGUF file
+            is converted on first use.
         prompt: The question, without the prompt style's wrapping.
         sys_prompt: System text, instead of the prompt style's own.
         num_samples: How many answers to draw.
@@ -37,11 +40,12 @@ def main(
         top_p: Draw among the most probable tokens that hold this much probability together.
         temperature: Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token.
         precision: Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true.
+        quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU).
         seed: Random seed. The same seed gives the same answers.
     """
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}: at least 1 is needed")
-    llm = open_model(checkpoint_dir, precision)
+    llm = open_model(checkpoint_dir, precision, quantize)
     generator = llm.generator(seed)
     text = llm.prompt_style.apply(prompt, sys_prompt=sys_prompt)
     for _ in range(num_samples):
@@ -52,13 +56,14 @@ def main(
         print(f"{ids}, peak memory {_peak_memory_gb(llm):.2f} GiB", file=sys.stderr)
 
 
-def open_model(checkpoint_dir: Path, precision: Optional[str]) -> "LLM":
+def open_model(checkpoint_dir: Path, precision: Optional[str], quantize: Optional[Quantization] = None) -> "LLM":
     """Load the checkpoint, and say on standard error what it is."""
     start = time.perf_counter()
     from litgpt.api import LLM
 
-    llm = LLM.load(checkpoint_dir, precision=precision)
+    llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize)
     kind, device = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
+    kind = f"{kind}, {quantize}" if quantize else kind
     print(f"{llm.config.name}, {kind} on {device}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return llm
 

@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from litgpt.args import Quantization
 from litgpt.errors import UserError
 from litgpt.generate.base import Metered, open_model
 
@@ -23,24 +24,27 @@ def main(
     top_p: float = 1.0,
     temperature: float = 0.8,
     precision: Optional[str] = None,
+    quantize: Optional[Quantization] = None,
     multiline: bool = False,
     seed: int = 1234,
 ) -> None:
     """Talk to a model. An empty line or Ctrl-D ends; Ctrl-C stops the answer that is being written.
 
     Args:
-        checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA).
+        checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA). A Hugging Face folder or a GGUF file
+            is converted on first use.
         max_new_tokens: Longest answer in tokens.
         top_k: Draw among this many of the most probable tokens. null: among all.
         top_p: Draw among the most probable tokens that hold this much probability together.
         temperature: Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token.
         precision: Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true.
+        quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU).
         multiline: A message may have several lines and ends with a line that says !submit.
         seed: Random seed. The same seed and messages give the same answers.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
-    llm = open_model(checkpoint_dir, precision)
+    llm = open_model(checkpoint_dir, precision, quantize)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": llm.generator(seed)}
     conversation = Conversation(llm, max_new_tokens, sampling)
     if conversation.render is None:

@@ -108,7 +108,7 @@ def _decode(model: GPT, prompt: torch.Tensor, length: int, draw: Callable[[torch
                 raise UserError("another answer was begun on this model before this one was complete: take one after the other")
             pos = model.positions(idx, torch.arange(end - idx.size(1), end, device=idx.device), end)
             x, taps = model.prefix(idx, pos)
-            idx = draw(model.lm_head(model.tail(x, taps, pos)[:, -1])).view(1, 1)
+            idx = draw(model.logits(model.tail(x, taps, pos)[:, -1])).view(1, 1)
             yield int(idx)
     finally:
         if first.kv_cache is own:
