@@ -3,86 +3,59 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litgpt.checkpoint import write_text
 from litgpt.config import Config
+from litgpt.convert.gguf_config import padding
+from litgpt.convert.gguf_pre import CUTS, pre_tokenizer
+from litgpt.convert.gguf_reader import Settings
 from litgpt.errors import UserError
 
-if TYPE_CHECKING:
-    import tokenizers
-
-    from litgpt.convert.gguf import Settings
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of tokenizer.ggml.token_type"""
-
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# tokenizer.ggml.pre -> how text is cut before the merges: by a pattern, "gpt-2": by ByteLevel's own, "digits": single digits, then the same
-SPLITS = {
-    "default": "gpt-2",
-    "gpt-2": "gpt-2",
-    "olmo": "gpt-2",
-    "smollm": "digits",
-    "starcoder": "digits",
-    "refact": "digits",
-    "command-r": "digits",
-    "llama-bpe": LLAMA3_SPLIT,
-    "llama3": LLAMA3_SPLIT,
-    "llama-v3": LLAMA3_SPLIT,
-    "falcon3": LLAMA3_SPLIT,
-    "smaug-bpe": LLAMA3_SPLIT,
-    "tekken": TEKKEN_SPLIT,
-}
-# A word that is a token as it stands is taken whole, whatever the merges say.
-WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
-BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+BLANK = "▁"
+"""SentencePiece's blank"""
+PHI_3_PLAIN = ("<s>", "<|endoftext|>")
+ENDS = ("eos", "eot", "eom")
+"""tokenizer.ggml.<name>_token_id of the tokens that end an answer"""
 
 
 def write_tokenizer(settings: Settings, config: Config, folder: Path) -> None:
     """Write the three files into `folder`. Raises UserError for tokenizers that cannot be built."""
+    import tokenizers
+
     kind = settings.get("tokenizer.ggml.model", str)
     if kind not in ("gpt2", "llama"):
         raise UserError(
-            f"{settings.path}: tokenizer.ggml.model is {kind!r}, supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
+            f"{settings.path}: tokenizer.ggml.model is {kind!r}, supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece)"
         )
-    tokens: list[str] = settings.get("tokenizer.ggml.tokens", list)
-    if not all(isinstance(token, str) for token in tokens):
-        raise UserError(f"{settings.path}: tokenizer.ggml.tokens holds other things than texts")
-    special = {name: _token_id(settings, name, len(tokens)) for name in ("bos", "eos", "eot", "unknown", "padding")}
+    tokens, kinds = _vocabulary(settings, kind)
+    special = {name: _token_id(settings, name, len(tokens)) for name in (*ENDS, "bos", "unknown", "padding")}
+    made = _byte_level(settings, tokens) if kind == "gpt2" else _sentencepiece(settings, tokens, kinds, special["unknown"])
+    strips = kind == "llama" and settings.values.get("general.architecture") == "phi3"
+    made["added_tokens"] = _added(tokens, kinds, (CONTROL, UNKNOWN) if kind == "llama" else (CONTROL,), strips)
+    pre = settings.get("tokenizer.ggml.pre", str, "default")
+    by_default = kind == "llama" or CUTS[pre].bos
+    add_bos = special["bos"] is not None and settings.get("tokenizer.ggml.add_bos_token", bool, by_default)
+    if add_bos:
+        made["post_processor"] = _bos_first(tokens[special["bos"] or 0], special["bos"])
     try:
-        backend = _byte_level(settings, tokens) if kind == "gpt2" else _sentencepiece(settings, tokens, special["unknown"])
-    except UserError:
-        raise
+        backend = tokenizers.Tokenizer.from_str(json.dumps(made, ensure_ascii=False))
     except Exception as error:  # the library raises plain Exception, for instance for a merge that makes no token
         raise UserError(f"{settings.path}: the tokenizer cannot be built: {error}") from None
-    _add_special(backend, settings, tokens, kind)
-    pre = settings.get("tokenizer.ggml.pre", str, "default")
-    add_bos = settings.get("tokenizer.ggml.add_bos_token", bool, kind == "llama" or pre in BOS_BY_DEFAULT)
-    if special["bos"] is None:
-        add_bos = False
-    elif add_bos:
-        _put_first(backend, tokens[special["bos"]], special["bos"])
 
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     tokenizer_config: dict[str, Any] = {
-        f"{name}_token": tokens[number]
-        for name, number in zip(("bos", "eos", "unk", "pad"), (special[key] for key in ("bos", "eos", "unknown", "padding")), strict=True)
-        if number is not None
+        f"{name}_token": tokens[number] for key, name in names.items() if (number := special[key]) is not None
     }
     tokenizer_config |= {"add_bos_token": add_bos, "clean_up_tokenization_spaces": False, "model_max_length": config.block_size}
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if "tokenizer.chat_template" in settings.values:
         tokenizer_config["chat_template"] = settings.get("tokenizer.chat_template", str)
-    ends = [number for number in dict.fromkeys((special["eos"], special["eot"])) if number is not None]
+    ends = [number for number in dict.fromkeys(special[name] for name in ENDS) if number is not None]
     generation = {"bos_token_id": special["bos"], "eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": special["padding"]}
     backend.save(str(folder / "tokenizer.json"))
     write_text(folder / "tokenizer_config.json", _dump(tokenizer_config))
@@ -93,6 +66,38 @@ def _dump(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
+def _vocabulary(settings: Settings, model: str) -> tuple[list[str], list[int]]:
+    """The tokens and their types (normal if the file does not say), without those that only fill up the embedding.
+
+    What a user defined in SentencePiece is looked for in the text as it is: with blanks.
+    """
+    tokens: list[str] = settings.get("tokenizer.ggml.tokens", list)
+    if not all(isinstance(token, str) for token in tokens):
+        raise UserError(f"{settings.path}: tokenizer.ggml.tokens holds other things than texts")
+    given = _numbers(settings, "tokenizer.ggml.token_type", len(tokens), NORMAL)
+    size = len(tokens) - padding(tokens)
+    tokens, kinds = tokens[:size], [int(kind) for kind in given[:size]]
+    if model == "llama":
+        known = set(tokens)
+        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+            if kind == USER_DEFINED and (text := token.replace(BLANK, " ")) not in known:
+                tokens[number] = text
+    return tokens, kinds
+
+
+def _numbers(settings: Settings, key: str, size: int, default: float | None = None) -> Sequence[Any]:
+    """An array with a number for each token."""
+    import numpy as np
+
+    if key not in settings.values and default is not None:
+        return [default] * size
+    given = settings.get(key, np.ndarray)
+    if len(given) != size:
+        raise UserError(f"{settings.path}: {len(given)} entries in {key} for {size} tokens")
+    numbers: list[Any] = given.tolist()
+    return numbers
+
+
 def _token_id(settings: Settings, name: str, size: int) -> int | None:
     """tokenizer.ggml.<name>_token_id; None if the file does not say, or says -1 (also written without a sign)."""
     key = f"tokenizer.ggml.{name}_token_id"
@@ -101,97 +106,84 @@ def _token_id(settings: Settings, name: str, size: int) -> int | None:
         return None
     if not 0 <= number < size:
         raise UserError(f"{settings.path}: {key} is {number}, but there are {size} tokens")
-    return number
+    return int(number)
 
 
-def _byte_level(settings: Settings, tokens: list[str]) -> tokenizers.Tokenizer:
+def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **settings: Any) -> dict[str, Any]:
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in merges], **settings}
+
+
+def _byte_level(settings: Settings, tokens: list[str]) -> dict[str, Any]:
     """GPT-2's scheme: the bytes of the text, written as printable characters, are cut by a pattern and merged."""
-    from tokenizers import Regex, Tokenizer, decoders, models
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
-
     pre = settings.get("tokenizer.ggml.pre", str, "default")
-    if pre not in SPLITS:
-        raise UserError(f"{settings.path}: tokenizer.ggml.pre is {pre!r}, supported are {', '.join(SPLITS)}")
+    if pre not in CUTS:
+        raise UserError(f"{settings.path}: tokenizer.ggml.pre is {pre!r}, supported are {', '.join(CUTS)}")
     merges = settings.get("tokenizer.ggml.merges", list)
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [tuple(str(merge).split(" ")) for merge in merges]
     if bad := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
         raise UserError(f"{settings.path}: tokenizer.ggml.merges holds {bad[0]!r}, which is not two tokens")
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre in WHOLE_WORDS))
-    split = SPLITS[pre]
-    if split in ("gpt-2", "digits"):
-        whole_text = ByteLevel(add_prefix_space=False, use_regex=True)
-        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), whole_text]) if split == "digits" else whole_text
-    else:
-        cut = Split(Regex(split), behavior="isolated")
-        backend.pre_tokenizer = Sequence([cut, ByteLevel(add_prefix_space=False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    return backend
+    return {
+        "model": _bpe(tokens, pairs, ignore_merges=CUTS[pre].whole_words),  # type: ignore[arg-type]
+        "normalizer": {"type": "NFC"} if CUTS[pre].nfc else None,
+        "pre_tokenizer": pre_tokenizer(CUTS[pre]),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    }
 
 
-def _sentencepiece(settings: Settings, tokens: list[str], unknown: int | None) -> tokenizers.Tokenizer:
-    """SentencePiece BPE: blanks become U+2581, the neighbours whose union has the best score merge first, unknown characters become bytes.
+def _sentencepiece(settings: Settings, tokens: list[str], kinds: list[int], unknown: int | None) -> dict[str, Any]:
+    """SentencePiece: blanks become U+2581, the neighbours whose union has the best score merge first, unknown characters become bytes."""
+    scores = _numbers(settings, "tokenizer.ggml.scores", len(settings.get("tokenizer.ggml.tokens", list)))
+    normal = {token: float(score) for token, kind, score in zip(tokens, kinds, scores, strict=False) if kind == NORMAL}
+    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    first = {"type": "Prepend", "prepend": BLANK}
+    words = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    prefix = settings.get("tokenizer.ggml.add_space_prefix", bool, True)
+    unk = None if unknown is None else tokens[unknown]
+    return {
+        "model": _bpe(tokens, ranked_merges(normal), unk_token=unk, fuse_unk=True, byte_fallback=True),
+        "normalizer": {"type": "Sequence", "normalizers": [first, blanks]} if prefix else blanks,
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [*words, strip] if prefix else words},
+    }
 
-    Every way to cut a token into two tokens is a merge; they are ranked by the score of the union, best first.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = settings.values.get("tokenizer.ggml.scores")
-    kinds = _token_types(settings, len(tokens))
-    if scores is None or len(scores) != len(tokens):
-        raise UserError(f"{settings.path}: tokenizer.ggml.scores needs one score for each of the {len(tokens)} tokens")
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    mergeable = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
+def ranked_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to put two tokens together to a token, by the score of the union, best first; of equal ones the earlier token."""
     ranked = []
-    for token in mergeable:
-        score = float(scores[vocabulary[token]])
+    for number, (token, score) in enumerate(scores.items()):
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
-            if left in mergeable and right in mergeable:
-                ranked.append((-score, vocabulary[token], cut, (left, right)))
-    ranked.sort()
-    prefix = settings.get("tokenizer.ggml.add_space_prefix", bool, True)
-    backend = Tokenizer(
-        models.BPE(
-            vocabulary,
-            [pair for *_, pair in ranked],
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    blanks = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blanks]) if prefix else blanks
-    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return backend
+            if left in scores and right in scores:
+                ranked.append((-score, number, cut, (left, right)))
+    return [pair for *_, pair in sorted(ranked)]
 
 
-def _token_types(settings: Settings, size: int) -> list[int]:
-    """tokenizer.ggml.token_type; all normal if the file does not say."""
-    kinds = settings.values.get("tokenizer.ggml.token_type")
-    if kinds is None:
-        return [NORMAL] * size
-    if len(kinds) != size:
-        raise UserError(f"{settings.path}: {len(kinds)} entries in tokenizer.ggml.token_type for {size} tokens")
-    return [int(kind) for kind in kinds]
+def _added(tokens: list[str], kinds: list[int], control: tuple[int, ...], strips: bool) -> list[dict[str, Any]]:
+    """Tokens that are found in the text before it is cut: control tokens (left out when decoding) and user-defined ones (kept).
+
+    `strips`: control tokens take the blanks behind them, all but PHI_3_PLAIN. Files do not say so; llama.cpp too knows it of Phi 3 only.
+    """
+    return [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": strips and kind == CONTROL and token not in PHI_3_PLAIN,
+            "normalized": False,
+            "special": kind in control,
+        }
+        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if token and kind in (*control, USER_DEFINED)
+    ]
 
 
-def _add_special(backend: tokenizers.Tokenizer, settings: Settings, tokens: list[str], kind: str) -> None:
-    """Tokens that are found in the text before it is cut: control tokens (left out when decoding) and user-defined ones (kept)."""
-    from tokenizers import AddedToken
-
-    kinds = _token_types(settings, len(tokens))
-    control = (CONTROL, UNKNOWN) if kind == "llama" else (CONTROL,)
-    pairs = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if token]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, kind in pairs if kind in control])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token, kind in pairs if kind == USER_DEFINED])
-
-
-def _put_first(backend: tokenizers.Tokenizer, token: str, number: int) -> None:
+def _bos_first(token: str, number: int | None) -> dict[str, Any]:
     """BOS before every text, as transformers' post-processors do it."""
-    from tokenizers import processors
-
-    backend.post_processor = processors.TemplateProcessing(
-        single=[token, "$A"], pair=[token, "$A", token, "$B:1"], special_tokens=[(token, number)]
-    )
+    bos = [{"SpecialToken": {"id": token, "type_id": place}} for place in (0, 1)]
+    text = [{"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB")]
+    special = {token: {"id": token, "ids": [number], "tokens": [token]}}
+    pair = [bos[0], text[0], bos[1], text[1]]
+    return {"type": "TemplateProcessing", "single": [bos[0], text[0]], "pair": pair, "special_tokens": special}

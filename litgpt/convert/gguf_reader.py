@@ -1,0 +1,229 @@
+"""The header of a GGUF file, checked, and its tensors.
+
+It is read here, not by the `gguf` library: every count, length and offset is compared with the size of the file before it is used, so a
+broken or hostile file is one clear message. Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantised tensors are turned into
+numbers by `gguf.quants.dequantize`.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from litgpt.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""struct codes of the value types that have a fixed size"""
+STRING, ARRAY = 8, 9
+CHUNK = 2**22
+"""Numbers that are turned into fp32 at a time."""
+
+
+class Tensor(NamedTuple):
+    """A tensor in the file, bounds checked. `shape` is torch's order: rows first."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    size: int
+
+
+class Reader:
+    """The header of a GGUF file: `metadata` (arrays of numbers as numpy arrays) and `tensors`.
+
+    Raises UserError for everything that is not a whole, little-endian GGUF file of version 2 or 3.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import numpy as np
+
+        self.path = path
+        self._at = 0
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else None
+        self._data = np.frombuffer(self._map or b"", np.uint8)
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._read()
+
+    def fail(self, found: str) -> UserError:
+        """The error for what was found, located."""
+        return UserError(f"{self.path}: {found} (GGUF, byte {self._at} of {len(self._data)})")
+
+    def _take(self, size: int) -> np.ndarray:
+        """The next `size` bytes."""
+        if size > len(self._data) - self._at:
+            raise self.fail(f"the file ends here, but {size} more bytes are announced; it is truncated or broken, download it again")
+        self._at += size
+        return self._data[self._at - size : self._at]
+
+    def _number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)).tobytes())[0]
+
+    def _count(self, least: int) -> int:
+        """A count of entries that take at least `least` bytes each."""
+        count = self._number("Q")
+        if count * least > len(self._data) - self._at:
+            raise self.fail(f"{count} entries are announced, more than the rest of the file can hold; it is truncated or broken")
+        return count
+
+    def _string(self) -> str:
+        try:
+            return self._take(self._count(1)).tobytes().decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.fail("a text is not UTF-8") from None
+
+    def _value(self, kind: int, in_array: bool = False) -> Any:
+        if kind in SCALARS:
+            return self._number(SCALARS[kind])
+        if kind == STRING:
+            return self._string()
+        if kind != ARRAY or in_array:
+            raise self.fail(f"value type {kind}{' in an array' if in_array else ''} is not supported")
+        kind = self._number("I")
+        if kind in SCALARS:
+            import numpy as np
+
+            dtype = np.dtype("<" + SCALARS[kind])
+            return self._take(self._count(dtype.itemsize) * dtype.itemsize).view(dtype)
+        return [self._value(kind, in_array=True) for _ in range(self._count(8))]
+
+    def _read(self) -> None:
+        magic = self._data[:4].tobytes()
+        if magic != b"GGUF":
+            raise self.fail(f"a GGUF file starts with b'GGUF', this one with {magic!r}")
+        self._at = 4
+        version = self._number("I")
+        if version not in (2, 3):
+            found = "big-endian data" if version & 0xFFFF == 0 and version else f"version {version}"
+            raise self.fail(f"{found} found, supported are versions 2 and 3, little-endian")
+        n_tensors, n_values = self._count(24), self._count(13)  # each tensor's and each value's entry is at least that long
+        for _ in range(n_values):
+            key = self._string()
+            if key in self.metadata:
+                raise self.fail(f"the key {key!r} occurs twice")
+            self.metadata[key] = self._value(self._number("I"))
+        entries = [self._tensor_entry() for _ in range(n_tensors)]
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+            raise self.fail(f"general.alignment is {alignment!r}, a power of two from 8 on is expected")
+        start = -(-self._at // alignment) * alignment
+        for name, dims, kind, offset in entries:
+            self._place(name, dims, kind, offset, start, alignment)
+
+    def _tensor_entry(self) -> tuple[str, list[int], int, int]:
+        name, n_dims = self._string(), self._number("I")
+        if not 1 <= n_dims <= 4:
+            raise self.fail(f"tensor {name!r} has {n_dims} dimensions, 1 to 4 are possible")
+        return name, [self._number("Q") for _ in range(n_dims)], self._number("I"), self._number("Q")
+
+    def _place(self, name: str, dims: list[int], kind: int, offset: int, start: int, alignment: int) -> None:
+        """Check one tensor's entry against the file and keep it."""
+        from gguf import GGML_QUANT_SIZES
+
+        if name in self.tensors:
+            raise self.fail(f"tensor {name!r} occurs twice")
+        sizes = {int(known): value for known, value in GGML_QUANT_SIZES.items()}
+        if kind not in sizes:
+            raise self.fail(f"tensor {name!r} has the unknown type {kind}")
+        block, block_bytes = sizes[kind]
+        if min(dims) < 1 or dims[0] % block:
+            raise self.fail(f"tensor {name!r} has the impossible dimensions {dims}")
+        size = math.prod(dims) // block * block_bytes
+        if offset % alignment or start + offset + size > len(self._data):
+            raise self.fail(
+                f"tensor {name!r} lies at the bytes {start + offset} to {start + offset + size}: truncated or broken, download it again"
+            )
+        self.tensors[name] = Tensor(tuple(reversed(dims)), kind, start + offset, size)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def array(self, name: str) -> np.ndarray:
+        """The numbers of a tensor, fp32."""
+        return self.load(name).numpy()
+
+    def load(self, name: str, dtype: torch.dtype | None = None, part: int | None = None, parts: int = 1) -> torch.Tensor:
+        """A tensor in `dtype` (None: fp32), or one of the `parts` along its first dimension. fp32 is taken for CHUNK numbers at a time."""
+        import numpy as np
+        import torch
+        from gguf import GGMLQuantizationType, dequantize
+
+        tensor = self.tensors[name]
+        shape = tensor.shape if part is None else tensor.shape[1:]
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        content = self._data[tensor.start : tensor.start + tensor.size].reshape(rows * parts, -1)[rows * (part or 0) :][:rows]
+        numbers = torch.empty(rows, columns, dtype=dtype or torch.float32)
+        step = max(1, CHUNK // columns)
+        for start in range(0, rows, step):
+            with np.errstate(all="ignore"):  # broken scales give nan, which is the file's
+                chunk = _owned(dequantize(content[start : start + step], GGMLQuantizationType(tensor.kind)))
+            numbers[start : start + step] = torch.from_numpy(chunk)
+            self._release()
+        return numbers.view(shape)
+
+    def _release(self) -> None:
+        """Let go of the pages that were read: they count as this process's memory until others want it."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _owned(array: np.ndarray) -> np.ndarray:
+    """fp32, and memory that torch may take."""
+    import numpy as np
+
+    return np.require(array, np.float32, "W")
+
+
+class Source(Protocol):
+    """What says which model a file holds: a file's header, or the plan of one."""
+
+    path: Path
+    metadata: dict[str, Any]
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def array(self, name: str) -> np.ndarray: ...
+
+
+class Settings:
+    """Typed access to a GGUF file's metadata: `settings.size("llama.block_count")`. A value of the wrong type is a UserError."""
+
+    def __init__(self, source: Source) -> None:
+        self.path = source.path
+        self.values: Mapping[str, Any] = source.metadata
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        value = self.values.get(key, default)
+        if value is None:
+            raise UserError(f"{self.path} has no {key}")
+        if not isinstance(value, kind):
+            raise UserError(f"{self.path}: {key} is {str(value)[:100]}, which is not supported")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self.get(key, int, default)
+        if value < 1:
+            raise UserError(f"{self.path}: {key} is {value}")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A positive number. Stored as fp32, meant as the shortest decimal that rounds to it: 9.99999974e-06 is 1e-05."""
+        import numpy as np
+
+        value = float(str(np.float32(self.get(key, (int, float), default))))
+        if not 0 < value < math.inf:
+            raise UserError(f"{self.path}: {key} is {value}")
+        return value

@@ -1,0 +1,1 @@
+"""Our adapters in other libraries' models."""
