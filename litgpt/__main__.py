@@ -1,6 +1,7 @@
 """The command line: which function a command runs, and how its failures end. Nothing heavy is imported until a command needs it.
 
-Exit codes: 0, 1 a `UserError`, 2 bad arguments, 130 Ctrl-C, 143 SIGTERM. Any other exception is a bug and keeps its traceback.
+Exit codes: 0, 1 a `UserError`, 2 bad arguments, 3 a loss that is no number, 4 out of memory, 130 Ctrl-C, 143 SIGTERM. Any other
+exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -10,12 +11,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NamedTuple, Optional
 
 from litgpt import __version__
-from litgpt.errors import UserError
+from litgpt.errors import Stopped, UserError, printable
+
+LONGEST_ERROR = 2000
+"""characters of a message"""
 
 
 class Command(NamedTuple):
@@ -30,9 +34,16 @@ COMMANDS = {
     "finetune_full": Command("litgpt.finetune.full:setup", "Tune all weights of a model."),
     "generate": Command("litgpt.generate.base:main", "Answer one prompt with a checkpoint or an adapter."),
     "chat": Command("litgpt.generate.chat:main", "Talk to a checkpoint or an adapter."),
+    "download": Command("litgpt.download:download_from_hub", "Get a model from the Hugging Face hub."),
+    "validate": Command("litgpt.validate:validate", "Check a checkpoint or an adapter, and what memory it needs."),
     "convert_to_litgpt": Command(
         "litgpt.convert.to_litgpt:convert_to_litgpt", "Make a checkpoint from a GGUF file or a Hugging Face folder."
     ),
+    "convert_from_litgpt": Command(
+        "litgpt.convert.from_litgpt:convert_from_litgpt", "Make a folder that transformers loads from a checkpoint."
+    ),
+    "convert_to_gguf": Command("litgpt.convert.to_gguf:convert_to_gguf", "Make a GGUF file, for llama.cpp, from a checkpoint."),
+    "convert_adapter": Command("litgpt.convert.adapter:convert_adapter", "Make a PEFT or a portable Skip2-LoRA adapter, or read one."),
     "merge_lora": Command("litgpt.finetune.merge:merge_lora", "Fold a LoRA adapter into the weights of its base."),
 }
 
@@ -53,7 +64,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        print(f"Error: there is no command {name!r}.{hint} `litgpt --help` lists them.", file=sys.stderr)
+        _say_error(f"there is no command {name!r}.{hint} `litgpt --help` lists them.")
         return 2
     with _exit_on_sigterm():
         return _run(name, rest)
@@ -66,21 +77,32 @@ def _run(name: str, argv: list[str]) -> int:
         function = load(name)
         function(**parse(f"litgpt {name}", function, argv))
     except UsageError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        _say_error(str(error))
         return 2
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+        _say_error(str(error))
+        return error.exit_code
+    except Stopped as stop:
+        with suppress(OSError):  # the terminal may be gone
+            print(f"{signal.Signals(stop.signum).name}: {stop.message or 'stopped before anything was written'}.", file=sys.stderr)
+        return 128 + stop.signum
     except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing is flushed into the broken pipe at exit)
         return 1
     except OSError as error:
-        print(f"Error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        _say_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
         return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
     return 0
+
+
+def _say_error(message: str) -> None:
+    """Print it, no longer than a person reads."""
+    text = printable(message)
+    more = f" ... ({len(text) - LONGEST_ERROR:,} more characters)" if len(text) > LONGEST_ERROR else ""
+    print(f"Error: {text[:LONGEST_ERROR]}{more}", file=sys.stderr)
 
 
 def load(name: str) -> Callable[..., object]:

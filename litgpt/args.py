@@ -7,12 +7,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from litgpt.errors import UserError
 
 DEFAULT_WARMUP_STEPS = 100
 
+Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "int8"]
+"""How frozen weights are stored, see `litgpt.quantize`."""
 ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")
 """Where a class named by a YAML file or on the command line may come from."""
 
@@ -22,7 +24,13 @@ class TrainArgs:
     """How long to train, in what batches, and how the learning rate moves."""
 
     save_interval: Optional[int] = 1000
-    """Optimizer steps between checkpoints. null saves only the final one."""
+    """Optimizer steps between checkpoints that stay. null: the final one only."""
+    save_every_minutes: Optional[float] = 30
+    """Minutes between checkpoints to resume from, besides save_interval's. Each is removed when the next checkpoint is whole."""
+    keep_last: Optional[int] = None
+    """Keep only so many of save_interval's checkpoints, the newest. null keeps all."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest validation loss, in best/."""
     log_interval: int = 1
     """Optimizer steps between lines in the log."""
     global_batch_size: int = 16
@@ -49,12 +57,14 @@ class TrainArgs:
     """Clip gradients to this norm. null: no clipping."""
     min_lr: float = 6e-5
     """Learning rate at the end of the cosine decay."""
+    skip_nonfinite: bool = False
+    """Leave out a step whose loss or gradient is not a number and go on. Otherwise the run saves what it has and stops (exit code 3)."""
 
     def __post_init__(self) -> None:
-        _at_least("train", self, 1, "save_interval", "log_interval", "global_batch_size", "micro_batch_size")
+        _at_least("train", self, 1, "save_interval", "keep_last", "log_interval", "global_batch_size", "micro_batch_size")
         _at_least("train", self, 1, "epochs", "max_tokens", "max_steps", "max_seq_length")
         _at_least("train", self, 0, "lr_warmup_steps", "lr_warmup_fraction", "min_lr")
-        _above_zero("train", self, "max_time", "max_norm")
+        _above_zero("train", self, "max_time", "max_norm", "save_every_minutes")
         if self.global_batch_size % self.micro_batch_size:
             raise UserError(
                 f"train.global_batch_size ({self.global_batch_size}) must be a multiple of train.micro_batch_size"
@@ -92,9 +102,11 @@ class EvalArgs:
     """Validate after the last step."""
     evaluate_example: Union[int, str] = "first"
     """The validation sample to answer: "first", "random" or its number, counted from 0."""
+    patience: Optional[int] = None
+    """Stop after this many validations in a row without a lower loss. null: never."""
 
     def __post_init__(self) -> None:
-        _at_least("eval", self, 1, "interval", "max_iters")
+        _at_least("eval", self, 1, "interval", "max_iters", "patience")
         _at_least("eval", self, 0, "max_new_tokens")
         example = self.evaluate_example
         if example not in ("first", "random") and (isinstance(example, str) or example < 0):

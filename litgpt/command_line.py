@@ -26,10 +26,10 @@ from typing import Any, NamedTuple, Union
 
 import docstring_parser
 import jsonargparse
-import yaml
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs, require_allowed_class
 from litgpt.errors import UserError
+from litgpt.files import parse_yaml, read_yaml
 
 GROUPS = (TrainArgs, EvalArgs, LogArgs)
 SECRET = "access_token"
@@ -87,7 +87,10 @@ def _parse(prog: str, keys: "Keys", argv: list[str]) -> dict[str, Any]:
         parsed = parser.parse_args([*options, *words.flags])
     except jsonargparse.ArgumentError as error:
         raise UsageError(_explain(str(error), given, {**keys.types, **_argument_types(classes)})) from None
-    return {name: value for name, value in parser.instantiate(parsed).items() if name in keys.parameters}
+    values = {name: value for name, value in parser.instantiate(parsed).items() if name in keys.parameters}
+    if not 0 <= (values.get("seed") or 0) < 2**32:
+        raise UsageError(f"seed is {values['seed']}: a number from 0 to {2**32 - 1} is needed")
+    return values
 
 
 class Keys:
@@ -96,6 +99,9 @@ class Keys:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.parameters = inspect.signature(function).parameters
+        required = [name for name, parameter in self.parameters.items() if parameter.default is parameter.empty]
+        self.bare = list(dict.fromkeys([next(iter(self.parameters)), *required]))
+        """Keys whose values may stand without a name, in this order: the first, and all without a default."""
         self.types: dict[str, Any] = {}
         self.groups: list[str] = []
         self.classes: dict[str, type] = {}
@@ -126,7 +132,7 @@ class Keys:
         """The settings of a YAML mapping, one for each key that ends in a value."""
         for key, value in settings.items():
             setting = Setting(str(key), value, file)
-            _check_class_paths(value, setting.place)
+            _check_value(value, setting.place)
             if key in self.groups:
                 if not isinstance(value, dict):
                     one = next(name for name in self.types if name.startswith(f"{key}."))
@@ -151,8 +157,7 @@ class Keys:
             value = _yaml_value(text)
             if isinstance(value, dict) or key in self.groups:
                 return list(self.flatten({key: value}))
-        if "class_path" in text:
-            _check_class_paths(_yaml_value(text), option.place)
+        _check_value(_yaml_value(text) if "class_path" in text else text, option.place)
         return [option]
 
     def check(self, given: list[Setting]) -> dict[str, type]:
@@ -168,6 +173,8 @@ class Keys:
             elif root in self.classes and argument.split(".")[0] not in _init_types(chosen[root]):
                 near = _nearest(argument, _init_types(chosen[root]))
                 problems.append(f"{setting.place}: {chosen[root].__name__} has no {argument!r}{near}")
+            elif setting.value == "" and _takes_path(self.types.get(setting.key)):
+                problems.append(f"{setting.place} is empty: name a file or a folder, or leave it out")
             elif root not in self.classes and not self.takes(setting.key):
                 bare = [name.partition(".")[2] for name in self.types if name.startswith("train.") and not setting.file]
                 problems.append(f"{setting.place} is not a known key{_nearest(setting.key, [*self.types, *self.groups, *bare])}")
@@ -233,17 +240,19 @@ def _split(argv: list[str], keys: Keys) -> _Words:
             raise UsageError(f"{word!r} is not understood: keys are written --key value")
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
-        elif not equals and keys.types.get(key) is bool:
+        elif not equals and bool in (keys.types.get(key), *typing.get_args(keys.types.get(key))[:1]):
             value = "true"
-        elif not equals and (keys.takes(key) or key == "config"):
+        elif not equals and keys.takes(key):
             raise UsageError(f"--{name} needs a value")
+        if key == "config" and not value:
+            raise UsageError("--config needs a value: name a YAML file")
         if key == "config":
             words.files.append(value)
         else:
             words.options.append(Setting(key, value))
-    if len(free) > 1:
-        raise UsageError(f"{free[1]!r} stands alone: values are written --key value, and a list in quotes: '[0, 1, 2]'")
-    words.options[:0] = [Setting(next(iter(keys.parameters)), value) for value in free]
+    if len(free) > len(keys.bare):
+        raise UsageError(f"{free[len(keys.bare)]!r} stands alone: values are written --key value, and a list in quotes: '[0, 1, 2]'")
+    words.options[:0] = [Setting(name, value) for name, value in zip(keys.bare, free, strict=False)]
     words.options.sort(key=lambda option: option.root in keys.classes and option.argument not in ("", "class_path"))
     return words
 
@@ -279,21 +288,13 @@ def _parser(prog: str, keys: Keys) -> _Parser:
         import_path_denylist=["*"],  # a second lock behind require_allowed_class; recipes are never imported here
         import_path_allowlist=["litgpt"],
     )
-    first = next(iter(keys.parameters)).upper()
-    usage = f"{prog} [CONFIG.yaml] [{first}] [--KEY VALUE ...]"
+    usage = " ".join([prog, "[CONFIG.yaml]", *(f"[{name.upper()}]" for name in keys.bare), "[--KEY VALUE ...]"])
     parser = _Parser(prog=prog, exit_on_error=False, usage=usage, formatter_class=_Help)
     parser.add_argument("--config", action="config", help="A YAML file of these keys. The command line counts more.")
     for base in keys.classes.values():
         _known_classes(base)
     parser.add_function_arguments(keys.function)
     return parser
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 2e-3 for a string; here it is a number, as in jsonargparse."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def _text(value: Any) -> str:
@@ -303,37 +304,31 @@ def _text(value: Any) -> str:
 def _yaml_value(text: str) -> Any:
     """What `text` means as YAML; `text` itself where it means nothing."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        return parse_yaml(text, "")
+    except UserError:
         return text
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
-    try:
-        settings = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UsageError(f"the config file {file} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the config file {file} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        raise UsageError(f"{file}{f', line {mark.line + 1}' if mark else ''}: not valid YAML: {problem or error}") from None
+    settings = read_yaml(file)
     if not isinstance(settings, dict):
         found = "is empty" if settings is None else f"holds a {type(settings).__name__}"
         raise UsageError(f"the config file {file} {found}: it needs lines such as `checkpoint_dir: DIR`")
     return settings
 
 
-def _check_class_paths(value: Any, place: str) -> None:
-    """Refuse every class_path below `value` that the allow-list does not name."""
+def _check_value(value: Any, place: str) -> None:
+    """Refuse every class_path below `value` that the allow-list does not name, and texts that no file's name can hold."""
     if isinstance(value, dict):
         if "." in str(value.get("class_path", "")):
             require_allowed_class(value["class_path"], f"{place}.class_path")
         for key, item in value.items():
-            _check_class_paths(item, f"{place}.{key}")
+            _check_value(item, f"{place}.{key}")
     elif isinstance(value, list):
         for item in value:
-            _check_class_paths(item, place)
+            _check_value(item, place)
+    elif isinstance(value, str) and "\0" in value:
+        raise UsageError(f"{place} holds a zero byte: leave it out")
 
 
 def _known_classes(base: type) -> dict[str, type]:
@@ -405,6 +400,10 @@ def _describe(kind: Any) -> str:
 
 def _is_mapping(kind: Any) -> bool:
     return dict in (kind, typing.get_origin(kind)) or any(_is_mapping(option) for option in typing.get_args(kind) if option is not kind)
+
+
+def _takes_path(kind: Any) -> bool:
+    return Path in (kind, *typing.get_args(kind))
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

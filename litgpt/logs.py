@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from litgpt.args import LogArgs
+from litgpt.checkpoint import write_text
 from litgpt.errors import UserError
 
 COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")
@@ -30,16 +32,22 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class MetricLoggers:
-    """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is another one."""
+    """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is another one.
 
-    def __init__(self, out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any]) -> None:
+    A run that goes on after step `resumed_at` goes on in the same files, and what they hold of later steps is dropped.
+    """
+
+    def __init__(self, out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any], resumed_at: int | None = None) -> None:
         from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
         self.csv = out_dir / "logs" / "version_0" / "metrics.csv"
-        self.loggers: list[Any] = [TensorBoardLogger(out_dir, "logs", 0)]
+        purge: dict[str, Any] = {} if resumed_at is None else {"purge_step": resumed_at + 1}
+        self.loggers: list[Any] = [TensorBoardLogger(out_dir, "logs", 0, **purge)]
         if name not in ("csv", "tensorboard"):
             self.loggers.append(_remote_logger(out_dir, name, log))
             self.loggers[-1].log_hyperparams(hyperparameters)
+        if resumed_at is not None and self.csv.is_file():
+            write_text(self.csv, rows_until(self.csv.read_text(encoding="utf-8", errors="replace"), resumed_at))
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         """One row of `COLUMNS`, in the file at once; what was not measured at this step stays empty."""
@@ -52,9 +60,28 @@ class MetricLoggers:
         for logger in self.loggers:
             logger.log_metrics(metrics, step)
 
+    def flush(self) -> None:
+        """Flush the rows to disk, so that no checkpoint is ahead of them."""
+        if self.csv.is_file():
+            with self.csv.open("rb") as file:
+                os.fsync(file.fileno())
+            self.loggers[0].experiment.flush()
+
     def close(self) -> None:
         for logger in self.loggers:
             logger.finalize("success")
+
+
+def rows_until(text: str, step: int) -> str:
+    """The head of a metrics file and its rows up to a step, without a row that was only half written."""
+    head, *rows = text.splitlines(keepends=True) or [""]
+    cells = [row.split(",") for row in rows]
+    kept = [
+        row
+        for row, (first, *rest) in zip(rows, cells, strict=True)
+        if row.endswith("\n") and len(rest) == len(COLUMNS) - 1 and first.isdigit() and int(first) <= step
+    ]
+    return "".join((head, *kept))
 
 
 def _remote_logger(out_dir: Path, name: str, log: LogArgs) -> Any:
@@ -80,15 +107,16 @@ class Console:
         self._bar: Any = None
 
     def say(self, text: str) -> None:
-        """A line."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        elif self.active:
-            print(text, file=sys.stderr, flush=True)
+        """A line. Nobody left to read it is no reason to end a run."""
+        with suppress(OSError):
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            elif self.active:
+                print(text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Callable[..., None]]:
-        """Gives a function `(done, total, note="")`; total None where the end is not known."""
+    def progress(self, title: str, begun: int = 0) -> Iterator[Callable[..., None]]:
+        """Gives a function `(done, total, note="")`; total None where the end is not known. `begun`: what was done before."""
         if self.is_terminal:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -96,15 +124,15 @@ class Console:
             columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             try:
                 with Progress(*columns, TextColumn("{task.fields[note]}"), console=RichConsole(stderr=True)) as self._bar:
-                    task = self._bar.add_task(title, total=None, note="")
+                    task = self._bar.add_task(title, total=None, completed=begun, note="")
                     yield lambda done, total, note="": self._bar.update(task, completed=done, total=total, note=note)
             finally:
                 self._bar = None
         else:
-            yield self._lines(title)
+            yield self._lines(title, begun)
 
-    def _lines(self, title: str) -> Callable[..., None]:
-        start, shown = time.perf_counter(), 0
+    def _lines(self, title: str, begun: int) -> Callable[..., None]:
+        start, shown = time.perf_counter(), begun
 
         def update(done: int, total: int | None, note: str = "") -> None:
             nonlocal shown
@@ -112,7 +140,7 @@ class Console:
                 return
             shown = done
             seconds = time.perf_counter() - start
-            left = f", {(total - done) * seconds / max(done, 1):.0f} s left" if total else ""
+            left = f", {(total - done) * seconds / max(done - begun, 1):.0f} s left" if total else ""
             self.say(f"{title} {done}{f' of {total}' if total else ''}  {seconds:.0f} s{left}  {note}".rstrip())
 
         return update

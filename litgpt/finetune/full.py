@@ -25,11 +25,13 @@ def setup(
     seed: int = 1337,
     access_token: Optional[str] = None,
     overwrite: bool = False,
+    resume: Union[bool, Literal["auto"], Path] = False,
+    dry_run: bool = False,
 ) -> None:
     """Fine-tune all weights of a model.
 
     Args:
-        checkpoint_dir: Folder of the base model.
+        checkpoint_dir: The base model: a checkpoint folder, or a Hugging Face folder or GGUF file, converted on first use.
         out_dir: Folder for checkpoints and logs.
         precision: Number format: bf16-true, 32-true, bf16-mixed, 16-true, 16-mixed. Default: bf16-true where the processor has it,
             else 32-true.
@@ -44,12 +46,19 @@ def setup(
         seed: Random seed. The same seed gives the same curve on a CPU.
         access_token: Hugging Face token for gated data.
         overwrite: Replace an earlier run in out_dir.
+        resume: Go on with the run in out_dir: true from its newest whole checkpoint, auto from there or anew if there is no run, or a
+            step-* folder of it.
+        dry_run: Check everything, show a sample with its loss mask, and estimate steps, memory and time. Writes nothing.
     """
-    arguments = {**locals(), "checkpoint_dir": Path(checkpoint_dir).resolve()}
+    arguments = {**locals()}
     if data is None:
         raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
 
+    from litgpt.convert.open import open_checkpoint
+    from litgpt.finetune.dry_run import dry_run as rehearse
     from litgpt.finetune.job import Job, run
     from litgpt.finetune.method import full
 
-    run(Job.of(arguments), full(train.tie_embeddings))
+    arguments["checkpoint_dir"] = open_checkpoint(checkpoint_dir, convert=not dry_run).resolve()
+
+    (rehearse if dry_run else run)(Job.of(arguments), full(train.tie_embeddings))

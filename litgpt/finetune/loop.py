@@ -7,15 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from litgpt.activation_cache import Activations
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data.base import Sample
-from litgpt.errors import UserError
+from litgpt.errors import NonFiniteError, UserError
+from litgpt.finetune.signals import Signals
+from litgpt.finetune.state import Phase, State, random_states
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb
 from litgpt.lora import GPT
 from litgpt.loss import HeadLoss
@@ -67,16 +69,19 @@ class Batches:
             yield orders[self.world.rank][start : start + self.per_rank], loss_tokens, tokens
 
 
-@dataclass
-class State:
-    """How far the run is."""
+def samples_per_rank(train: TrainArgs, processes: int) -> int:
+    """Samples of one process in a global batch. Raises UserError if they cannot be shared out."""
+    if train.global_batch_size % processes:
+        raise UserError(f"train.global_batch_size {train.global_batch_size} is not a multiple of the {processes} devices")
+    return train.global_batch_size // processes
 
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    """spent in training steps"""
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    """(step, validation loss)"""
+
+class Saves(Protocol):
+    """What the loop asks of `litgpt.finetune.saver.Checkpoints`."""
+
+    def step(self, state: State, optimizer: torch.optim.Optimizer, device: torch.device, kept: bool) -> object: ...
+
+    def best(self, state: State) -> None: ...
 
 
 @dataclass
@@ -96,16 +101,17 @@ class Loop:
     autocast: Callable[[], AbstractContextManager[Any]]
     log: MetricLoggers | None
     console: Console
-    save: Callable[[int], None]
+    checkpoints: Saves
+    signals: Signals
     answer: Callable[[], None]
     """shows what the model answers to the example"""
 
     def __post_init__(self) -> None:
-        self.start = 0
-        self.head_loss = HeadLoss(self.model.lm_head)
+        self.head_loss = HeadLoss(self.model.lm_head, self.model.config.logits_scaling, self.model.config.final_logit_softcapping)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = self._total_steps()
+        self.saved_at = time.perf_counter()
         warmup = self.train.lr_warmup_steps or 0
         if self.train.lr_warmup_fraction is not None and self.total_steps:
             warmup = round(self.train.lr_warmup_fraction * self.total_steps)
@@ -124,41 +130,83 @@ class Loop:
         return min(known) if known else None
 
     def run(self, state: State | None = None, title: str = "training") -> State:
-        """Train until the first limit is reached, going on from `state`; the limits count from there."""
+        """Train until the first limit is reached, going on from `state`; the limits count from where its phase began.
+
+        Raises Stopped, between two steps, if a signal came; NonFiniteError before a step that cannot be taken.
+        """
         state = state or State()
-        self.start, tokens_before, began = state.step, state.tokens, time.perf_counter()
-        if self.eval.initial_validation and not state.losses:
-            self._log(state, self._validate(state))
-        with self.console.progress(title) as progress:
-            for rows, loss_tokens, tokens in self._batches():
-                start = time.perf_counter()
-                rate = self._set_learning_rate(state.step - self.start)
-                loss = self._step(rows, loss_tokens)
-                elapsed = time.perf_counter() - start
-                state.step += 1
-                state.tokens += tokens
-                state.seconds += elapsed
-                last = self._is_over(state.step - self.start, state.tokens - tokens_before, time.perf_counter() - began)
-                self._after_step(state, last, loss, rate, elapsed, tokens, progress)
-                if last:
-                    break
+        phase = state.phase = state.phase or Phase(state.step, state.tokens)
+        with self.signals.held(), self.console.progress(title, state.step - phase.step) as progress:
+            if state.pending is not None:
+                self._finish_step(state, state.pending, validate=True)
+            elif self.eval.initial_validation and not state.losses:
+                self._log(state, self._validate(state))
+            batches = self._batches(state.step - phase.step)
+            over = state.step > phase.step and (self._is_over(state) or self._is_out_of_patience(state))
+            while not over:
+                over = self._advance(state, next(batches), progress)
+            self._stop_if_asked()
+        state.phase = None
         return state
 
-    def _batches(self) -> Iterator[tuple[list[int], int, int]]:
-        """The batches of epoch after epoch, without end."""
-        for epoch in itertools.count():
-            yield from self.batches.epoch(epoch)
+    def _batches(self, done: int) -> Iterator[tuple[list[int], int, int]]:
+        """The batches of epoch after epoch, without end, after the first `done`."""
+        first, done = divmod(done, self.batches.per_epoch)
+        for epoch in itertools.count(first):
+            yield from itertools.islice(self.batches.epoch(epoch), done if epoch == first else 0, None)
 
-    def _is_over(self, steps: int, tokens: int, seconds: float) -> bool:
+    def _advance(self, state: State, batch: tuple[list[int], int, int], progress: Callable[..., None]) -> bool:
+        """One step and what follows it; whether it was the last."""
+        rows, loss_tokens, tokens = batch
+        phase = state.phase
+        assert phase is not None
+        start = time.perf_counter()
+        rate = self._set_learning_rate(state.step - phase.step)
+        state.random = random_states(self.device)
+        loss = self.step(state, rows, loss_tokens)
+        state.random = None
+        elapsed = time.perf_counter() - start
+        state.seconds += elapsed
+        state.tokens += tokens
+        row = {
+            "train_loss": loss,
+            "learning_rate": rate,
+            "step_time": elapsed,
+            "tokens_per_second": tokens / elapsed,
+            "peak_memory_gb": peak_memory_gb(self.device),
+        }
+        progress(state.step - phase.step, self.total_steps, f"epoch {self._epoch(state.step):.2f}  loss {loss:.3f}")
+        over = self._is_over(state)
+        self._finish_step(state, row, state.step % self.eval.interval == 0 or (over and self.eval.final_validation))
+        return over or self._is_out_of_patience(state)
+
+    def _is_over(self, state: State) -> bool:
         """Whether a limit is reached."""
-        train = self.train
+        train, phase = self.train, state.phase
+        assert phase is not None
+        steps, tokens = state.step - phase.step, state.tokens - phase.tokens
         out_of_epochs = train.epochs is not None and steps >= train.epochs * self.batches.per_epoch
         out_of_steps = train.max_steps is not None and steps >= train.max_steps
         out_of_tokens = train.max_tokens is not None and tokens >= train.max_tokens
-        return out_of_epochs or out_of_steps or out_of_tokens or (train.max_time is not None and self._any(seconds >= train.max_time))
+        out_of_time = train.max_time is not None and self._any(phase.clock.seconds >= train.max_time)
+        return out_of_epochs or out_of_steps or out_of_tokens or out_of_time
+
+    def _is_out_of_patience(self, state: State) -> bool:
+        """Whether the last validations of this phase, `eval.patience` of them, did not lower the loss."""
+        if self.eval.patience is None or state.best is None or state.phase is None:
+            return False
+        since = max(state.best[0], state.phase.step)
+        in_vain = sum(step > since for step, _ in state.losses)
+        if in_vain >= self.eval.patience:
+            self.console.say(
+                f"step {state.step}: no better validation loss than {state.best[1]:.4f} in {in_vain} validations: training ends"
+            )
+        return in_vain >= self.eval.patience
 
     def _any(self, flag: bool) -> bool:
-        """Whether any process says so: all must stop at the same step."""
+        """Whether any process says so: all must do the same at the same step."""
+        if self.world.size == 1:
+            return flag
         return bool(self.world.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def _set_learning_rate(self, step: int) -> float:
@@ -169,11 +217,11 @@ class Loop:
                 group["lr"] = learning_rate(step, peak, self.warmup, self.total_steps, self.train.min_lr)
         return self.optimizer.param_groups[0]["lr"]
 
-    def _step(self, rows: list[int], loss_tokens: int) -> float:
+    def step(self, state: State, rows: list[int], loss_tokens: int) -> float:
         """One optimizer step over the samples `rows`; the mean loss per token of the global batch.
 
         Each micro-batch's sum of losses is divided by the loss tokens of the whole global batch, so accumulation, and several processes,
-        give the gradient of one large batch.
+        give the gradient of one large batch. A step whose loss or gradient is no number is not taken.
         """
         self.model.train()
         total = torch.zeros((), device=self.device)
@@ -184,26 +232,47 @@ class Loop:
         mean = self.world.sum(total).item()
         self._share_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        for name, value in (("loss", mean), ("gradient's norm", norm.item())):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"the {name} is {value} in a batch with samples {rows[:8]}: lower the learning rate, set train.max_norm, or use "
-                    "another precision. The weights were not changed by this step"
-                )
-        if self.train.max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.trained, self.train.max_norm, norm)
-        self.optimizer.step()
+        if self._is_finite(state, rows, {"loss": mean, "gradient's norm": norm.item()}):
+            if self.train.max_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.trained, self.train.max_norm, norm)
+            state.consistent = False
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.consistent = True
         return mean
 
+    def _is_finite(self, state: State, rows: list[int], values: dict[str, float]) -> bool:
+        """Whether the step can be taken. If not, NonFiniteError, or with `train.skip_nonfinite` a line and a count."""
+        wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if not wrong:
+            return True
+        at = f"step {state.step + 1}: {wrong[0]} in a batch with samples {rows[:8]}"
+        if not self.train.skip_nonfinite:
+            remedy = (
+                "lower the learning rate, set train.max_norm, or use another precision; train.skip_nonfinite true leaves such steps out"
+            )
+            raise NonFiniteError(f"{at}: {remedy}. The weights were not changed by this step", self._culprits(rows) or rows)
+        state.skipped += 1
+        self.console.say(f"{at}: the step is left out")
+        return False
+
+    @torch.no_grad()
+    def _culprits(self, rows: list[int]) -> list[int]:
+        """The samples whose loss alone is no number."""
+        self.model.eval()
+        return [i for i in rows if not math.isfinite(self._loss(self.activations, [i]).item())]
+
     def _loss(self, activations: Activations, rows: Sequence[int]) -> torch.Tensor:
-        """Sum of the losses at the loss positions of these samples."""
+        """Sum of the losses at the loss positions of these samples. In training the loss of the tail's routers joins each of them."""
         with self.autocast():
             features = activations(rows)
             hidden = self.model.tail(features.x, features.taps)  # (N, d) or (B, T, d)
             if features.at is not None:
                 hidden = hidden[features.at]  # (N, d)
-            return self.head_loss(hidden, features.targets)
+            loss = self.head_loss(hidden, features.targets)
+            auxiliary = self.model.auxiliary_loss([len(activations.samples[i].input_ids) - 1 for i in rows])
+            return loss if auxiliary is None else loss + len(features.targets) * auxiliary
 
     def _share_gradients(self) -> None:
         """Add the gradients of all processes."""
@@ -214,25 +283,35 @@ class Loop:
         for p, part in zip(self.trained, flat.split([g.numel() for g in grads]), strict=True):
             p.grad = part.view_as(p)
 
-    def _after_step(
-        self, state: State, last: bool, loss: float, rate: float, elapsed: float, tokens: int, progress: Callable[..., None]
-    ) -> None:
-        step = state.step
-        row = {
-            "train_loss": loss,
-            "learning_rate": rate,
-            "step_time": elapsed,
-            "tokens_per_second": tokens / elapsed,
-            "peak_memory_gb": peak_memory_gb(self.device),
-        }
-        progress(step - self.start, self.total_steps, f"epoch {self._epoch(step):.2f}  loss {loss:.3f}")
-        validate = step % self.eval.interval == 0 or (last and self.eval.final_validation)
+    def _finish_step(self, state: State, row: dict[str, float], validate: bool) -> None:
+        """What follows the step that gave the metrics `row`: validate, log, save. Raises Stopped if a signal came."""
         if validate:
-            row.update(self._validate(state))
-        if validate or step % self.train.log_interval == 0:
+            state.pending = row
+            row = {**row, **self._validate(state)}
+            state.pending = None
+        if validate or state.step % self.train.log_interval == 0:
             self._log(state, row)
-        if self.train.save_interval and step % self.train.save_interval == 0:
-            self.save(step)
+        minutes = self.train.save_every_minutes
+        late = minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
+        if self.train.save_interval and state.step % self.train.save_interval == 0:
+            self.checkpoints.step(state, self.optimizer, self.device, kept=True)
+            self.saved_at = time.perf_counter()
+        elif self._any(late):
+            self._save_by_the_clock(state)
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Raises Stopped if a signal came to any process."""
+        if self._any(self.signals.asked is not None):
+            self.signals.stop()
+
+    def _save_by_the_clock(self, state: State) -> None:
+        """A checkpoint besides those asked for: the run goes on without it if the disk is full."""
+        self.saved_at = time.perf_counter()
+        try:
+            self.checkpoints.step(state, self.optimizer, self.device, kept=False)
+        except UserError as error:
+            self.console.say(f"step {state.step}: {error}")
 
     def _epoch(self, step: int) -> float:
         return round(step / self.batches.per_epoch, 4)
@@ -242,16 +321,22 @@ class Loop:
             self.log(state.step, {"step": state.step, "epoch": self._epoch(state.step), **row})
 
     def _validate(self, state: State) -> dict[str, float]:
-        """Mean loss per token over the validation samples, and its perplexity."""
+        """Mean loss per token over the validation samples, and its perplexity. Raises Stopped if a signal comes."""
         self.model.eval()
         sums = torch.zeros(2, device=self.device)
         with torch.no_grad():
             for rows in self.val_batches:
+                if self.signals.asked is not None:
+                    break
                 sums[0] += self._loss(self.val_activations, rows)
                 sums[1] += sum(sum(self.val_samples[i].loss_mask) for i in rows)
+        self._stop_if_asked()
         loss, count = self.world.sum(sums).tolist()
         loss /= count
-        state.losses.append((state.step, loss))
+        state.losses = [*(earlier for earlier in state.losses if earlier[0] != state.step), (state.step, loss)]
+        if state.improves(loss):
+            state.best = (state.step, loss)
+            self.checkpoints.best(state)
         result = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
         self.console.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {result['val_ppl']:.2f}")
         self.answer()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.args import EvalArgs, LogArgs, Quantization, TrainArgs
 from litgpt.data import DataModule
 from litgpt.errors import UserError
 
@@ -15,7 +15,7 @@ def setup(
     checkpoint_dir: Path,
     out_dir: Path = Path("out/finetune/lora"),
     precision: Optional[str] = None,
-    quantize: Optional[Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training"]] = None,
+    quantize: Optional[Quantization] = None,
     devices: Union[int, str] = 1,
     num_nodes: int = 1,
     lora_r: int = 8,
@@ -51,15 +51,17 @@ def setup(
     seed: int = 1337,
     access_token: Optional[str] = None,
     overwrite: bool = False,
+    resume: Union[bool, Literal["auto"], Path] = False,
+    dry_run: bool = False,
 ) -> None:
     """Fine-tune a model with LoRA or Skip2-LoRA.
 
     Args:
-        checkpoint_dir: Folder of the base model.
+        checkpoint_dir: The base model: a checkpoint folder, or a Hugging Face folder or GGUF file, converted on first use.
         out_dir: Folder for checkpoints and logs.
         precision: Number format: bf16-true, 32-true, bf16-mixed, 16-true, 16-mixed. Default: bf16-true where the processor has it,
             else 32-true.
-        quantize: Quantise the frozen weights (not available yet).
+        quantize: Keep the frozen weights in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, also named bnb.int8-training).
         devices: How many devices to train on, or "auto".
         num_nodes: How many machines to train on.
         lora_r: Rank of the adapters.
@@ -96,24 +98,28 @@ def setup(
         seed: Random seed. The same seed gives the same curve on a CPU.
         access_token: Hugging Face token for gated data.
         overwrite: Replace an earlier run in out_dir.
+        resume: Go on with the run in out_dir: true from its newest whole checkpoint, auto from there or anew if there is no run, or a
+            step-* folder of it.
+        dry_run: Check everything, show a sample with its loss mask, and estimate steps, memory and time. Writes nothing.
     """
-    arguments = {**locals(), "checkpoint_dir": Path(checkpoint_dir).resolve()}
+    arguments = {**locals()}
     if skip2lora_positions is not None:
         if skip2lora_block_indices is not None:
             raise UserError("skip2lora_positions is the older name of skip2lora_block_indices: give one of them")
         arguments["skip2lora_block_indices"] = skip2lora_positions
     del arguments["skip2lora_positions"]
-    if quantize is not None:
-        raise UserError(f"quantize {quantize!r} is not available yet: leave it out")
     if train.tie_embeddings is not None:
         raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
     if data is None:
         raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
 
+    from litgpt.convert.open import open_checkpoint
+    from litgpt.finetune.dry_run import dry_run as rehearse
     from litgpt.finetune.job import Job, run
     from litgpt.finetune.method import adapters
     from litgpt.lora import Config
 
+    arguments["checkpoint_dir"] = open_checkpoint(checkpoint_dir, convert=not dry_run).resolve()
     own = Config.adapter_fields()
     job = Job.of(
         arguments,
@@ -122,4 +128,4 @@ def setup(
         cache_dir=skip2lora_cache_dir,
         cache_dtype=skip2lora_cache_dtype,
     )
-    run(job, adapters({key: value for key, value in arguments.items() if key in own}))
+    (rehearse if dry_run else run)(job, adapters({key: value for key, value in arguments.items() if key in own}, quantize))

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-import yaml
-
 from litgpt import checkpoint
 from litgpt.config import Config
+from litgpt.convert.open import open_checkpoint
 from litgpt.errors import UserError
+from litgpt.files import read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +27,12 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
     if (folder / checkpoint.WEIGHTS).exists():
         raise UserError(f"{folder / checkpoint.WEIGHTS} exists already: move it away to merge again")
     if pretrained_checkpoint_dir is not None:
-        checkpoint.require_checkpoint(pretrained_checkpoint_dir)
+        pretrained_checkpoint_dir = checkpoint.require_checkpoint(open_checkpoint(pretrained_checkpoint_dir))
     base, _ = checkpoint.adapter_settings(folder, pretrained_checkpoint_dir)
 
     from litgpt.fabric import backbone_dtype, default_device, default_precision
 
-    trained_in = yaml.safe_load((folder / "hyperparameters.yaml").read_text(encoding="utf-8")).get("precision")
+    trained_in = read_yaml(folder / "hyperparameters.yaml").get("precision")
     dtype = backbone_dtype(precision or trained_in or default_precision(default_device()))
     weights = merged_weights(checkpoint.load_model(folder, dtype, base=base))
     if not (folder / "model_config.yaml").is_file():
@@ -40,6 +40,8 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         checkpoint.copy_tokenizer_files(base, folder)
     checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)
+    if checkpoint.read_manifest(folder) is not None:
+        checkpoint.write_manifest(folder, [checkpoint.WEIGHTS])
     print(f"wrote {folder / checkpoint.WEIGHTS}")
 
 

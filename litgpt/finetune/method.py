@@ -13,6 +13,7 @@ from litgpt import checkpoint
 from litgpt.errors import UserError
 from litgpt.lora import GPT, Skip2LoRA, lora_filter, mark_only_lora_as_trainable
 from litgpt.lora import Config as LoRAConfig
+from litgpt.quantize import count, is_quantised, quantise
 
 
 @dataclass(frozen=True)
@@ -25,35 +26,47 @@ class Method:
     """sets what is trained, on a model with its base weights"""
     save: Callable[[GPT, Path], None]
     """writes the trained weights into a folder"""
+    load: Callable[[GPT, Path], None]
+    """gives a model the trained weights of a folder that `save` wrote"""
     finish: Callable[[GPT, Path], None]
     """adds to the final folder what only it has; may change the model"""
 
     def build(self, checkpoint_dir: Path, dtype: torch.dtype) -> GPT:
         """The model on the CPU: the backbone in `dtype`, what is trained marked. Raises UserError if the checkpoint does not fit."""
-        with torch.device("meta"):
-            model = GPT(self.config(checkpoint_dir))
-        path = checkpoint_dir / checkpoint.WEIGHTS
-        checkpoint.load_base(model, checkpoint.load_weights(path), dtype, path)
+        config, path = self.config(checkpoint_dir), checkpoint_dir / checkpoint.WEIGHTS
+        weights = checkpoint.load_weights(path)
+        model = checkpoint.empty_model(config, weights, path)
+        checkpoint.load_base(model, weights, dtype, path)
         self.prepare(model)
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
         return model
 
 
-def adapters(settings: dict[str, Any]) -> Method:
-    """LoRA and Skip2-LoRA, by the adapter settings of `litgpt.lora.Config`."""
+def adapters(settings: dict[str, Any], quantize: str | None = None) -> Method:
+    """LoRA and Skip2-LoRA, by the adapter settings of `litgpt.lora.Config`; `quantize`: how frozen weights are kept."""
+
+    def prepare(model: GPT) -> None:
+        if quantize is not None:
+            quantise(model, quantize)
+        mark_only_lora_as_trainable(model)
 
     def save(model: GPT, folder: Path) -> None:
         weights = {name: p.detach().cpu() for name, p in model.named_parameters() if lora_filter(name)}
         checkpoint.save_weights({"model": weights}, folder / checkpoint.ADAPTER_WEIGHTS)  # type: ignore[dict-item]
 
+    def load(model: GPT, folder: Path) -> None:
+        file = folder / checkpoint.ADAPTER_WEIGHTS
+        checkpoint.load_adapter(model, checkpoint.load_weights(file), file)
+
     def finish(model: GPT, folder: Path) -> None:
         if not any(isinstance(module, Skip2LoRA) for module in model.modules()):
             from litgpt.finetune.merge import merged_weights
 
-            checkpoint.save_weights(merged_weights(model), folder / checkpoint.WEIGHTS)
+            whole = checkpoint.load_model(folder, model.dtype) if is_quantised(model) else model  # folded into the base as it was given
+            checkpoint.save_weights(merged_weights(whole), folder / checkpoint.WEIGHTS)
 
-    return Method(lambda folder: LoRAConfig.from_checkpoint(folder, **settings), mark_only_lora_as_trainable, save, finish)
+    return Method(lambda folder: LoRAConfig.from_checkpoint(folder, **settings), prepare, save, load, finish)
 
 
 def full(tie_embeddings: bool | None = None) -> Method:
@@ -70,12 +83,15 @@ def full(tie_embeddings: bool | None = None) -> Method:
     def save(model: GPT, folder: Path) -> None:
         checkpoint.save_weights(checkpoint.on_cpu(model.state_dict()), folder / checkpoint.WEIGHTS)
 
-    return Method(LoRAConfig.from_checkpoint, prepare, save, lambda model, folder: None)
+    def load(model: GPT, folder: Path) -> None:
+        model.load_state_dict(checkpoint.load_weights(folder / checkpoint.WEIGHTS))
+
+    return Method(LoRAConfig.from_checkpoint, prepare, save, load, lambda model, folder: None)
 
 
 def describe(model: GPT, lora_flags: list[str]) -> list[str]:
     """Lines that say what is trained and what runs frozen."""
-    config, total = model.config, sum(p.numel() for p in model.parameters())
+    config, total = model.config, count(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [f"parameters: {trained:,} trainable of {total:,} ({100 * trained / total:.3f} %)"]
     if model.cut is None:

@@ -35,7 +35,16 @@ SETTINGS = {
 }
 """18 training samples: 3 steps an epoch, 6 in all."""
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-CHECKPOINT_FILES = {"model_config.yaml", "hyperparameters.yaml", "prompt_style.yaml"} | TOKENIZER_FILES
+CHECKPOINT_FILES = {"model_config.yaml", "hyperparameters.yaml", "prompt_style.yaml", "manifest.json"} | TOKENIZER_FILES
+TRAINING_STATE = {"training_state.json", "training_state.safetensors"}
+
+
+def run_files(weights: str) -> set[str]:
+    """The files of a run of `SETTINGS`, TensorBoard's events and merged weights excepted."""
+    steps = ("step-000002", "step-000004", "step-000006")
+    expected = {f"{folder}/{name}" for folder in (*steps, "best", "final") for name in CHECKPOINT_FILES | {weights}}
+    expected |= {f"{folder}/{name}" for folder in steps for name in TRAINING_STATE}
+    return expected | {"best/report.json", "final/report.json", "report.json", "logs/version_0/metrics.csv"}
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from finetune_runs import CHECKPOINT_FILES, Run, finetune, load, plain_loss, val_samples
+from finetune_runs import Run, finetune, load, plain_loss, val_samples
 
 from litgpt import checkpoint
 
@@ -49,9 +49,7 @@ def is_tied(folder: Path) -> bool:
 
 def test_a_run_leaves_exactly_these_files(run: Run) -> None:
     assert run.code == 0, run.err
-    folders = ("step-000002", "step-000004", "step-000006", "final")
-    expected = {f"{folder}/{name}" for folder in folders for name in CHECKPOINT_FILES | {"lit_model.pth"}}
-    expected |= {"report.json", "logs/version_0/metrics.csv"}
+    expected = finetune_runs.run_files("lit_model.pth")
     found = set(finetune_runs.files(run.out_dir))
     events = {name for name in found if name.startswith("logs/version_0/events.out.tfevents.")}
     assert len(events) == 1 and found - events == expected
@@ -137,9 +135,9 @@ def test_a_second_run_is_refused_and_one_that_would_replace_its_own_base_too(run
     assert finetune("finetune_full", base, data, out, train__max_steps=1).code == 0
     before = finetune_runs.files(tmp_path)
     again = finetune("finetune_full", base, data, out, train__max_steps=1)
-    assert again.code == 1 and "holds an earlier run (final, logs, report.json)" in again.err
+    assert again.code == 1 and "holds an earlier run (best, final, logs, report.json)" in again.err
     own = finetune("finetune_full", out / "final", data, out, train__max_steps=1, overwrite=True)
-    assert own.code == 1 and f"checkpoint_dir {out / 'final'} is part of the run that --overwrite true would replace" in own.err
+    assert own.code == 1 and f"checkpoint_dir {out / 'final'} is part of the run in out_dir, which would be replaced" in own.err
     assert finetune_runs.files(tmp_path) == before
     further = finetune("finetune_full", out / "final", data, tmp_path / "further", train__max_steps=1)
     assert further.code == 0

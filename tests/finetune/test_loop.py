@@ -22,10 +22,12 @@ from torch.testing import assert_close
 from litgpt.activation_cache import ActivationCache, CacheSettings, Recompute, activations
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data.base import Sample
-from litgpt.errors import UserError
+from litgpt.errors import NonFiniteError, Stopped
 from litgpt.finetune import loop as loop_module
 from litgpt.finetune.loop import Batches, Loop, World
 from litgpt.finetune.method import full
+from litgpt.finetune.signals import Signals
+from litgpt.finetune.state import State
 from litgpt.logs import Console
 from litgpt.lora import lora_filter, mark_only_lora_as_trainable
 
@@ -85,6 +87,23 @@ class Log:
         self.rows.append(row)
 
 
+class Saved:
+    """The checkpoints that the loop asks for: (step, kept), and "best" with its step; `act` is called with each step."""
+
+    def __init__(self, act: Callable[[int], None] = lambda step: None) -> None:
+        self.asked: list[tuple[int, bool]] = []
+        self.bests: list[tuple[int, float]] = []
+        self.act = act
+
+    def step(self, state: State, optimizer: Any, device: Any, kept: bool) -> None:
+        self.asked.append((state.step, kept))
+        self.act(state.step)
+
+    def best(self, state: State) -> None:
+        assert state.best is not None
+        self.bests.append(state.best)
+
+
 def column(loop: Loop, name: str) -> list[float]:
     return [row[name] for row in logged(loop) if name in row]
 
@@ -104,7 +123,8 @@ def make_loop(
     world: World = ALONE,
     seed: int = 1,
     source: Any = None,
-    save: Callable[[int], None] = lambda step: None,
+    saved: Saved | None = None,
+    signals: Signals | None = None,
     answer: Callable[[], None] = lambda: None,
     **train: Any,
 ) -> Loop:
@@ -126,7 +146,8 @@ def make_loop(
         autocast=contextlib.nullcontext,
         log=Log(),  # type: ignore[arg-type]
         console=Console(active=False),
-        save=save,
+        checkpoints=saved or Saved(),
+        signals=signals or Signals(),
         answer=answer,
     )
 
@@ -200,6 +221,14 @@ def test_the_order_depends_on_epoch_and_seed_alone() -> None:
     assert len({tuple(order(seed, epoch)) for seed, epoch in itertools.product((1, 2), (0, 1, 2))}) == 6
 
 
+@pytest.mark.parametrize("count", [7, 8, 3])
+def test_a_loop_that_goes_on_takes_the_batches_that_were_left(count: int) -> None:
+    loop = make_loop(make_model(), make_samples(count))
+    every = list(itertools.islice(loop._batches(0), 9))
+    for done in range(9):
+        assert list(itertools.islice(loop._batches(done), 9 - done)) == every[done:]
+
+
 # --- a step ---
 
 
@@ -258,8 +287,8 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_move(value: float) ->
             before.update(snapshot(model))
             model.lm_head.weight.data[7, 3] = value
 
-    loop = make_loop(model, samples, save=spoil, save_interval=1, epochs=3)
-    with pytest.raises(UserError, match="the loss is (nan|inf) in a batch with samples .*lower the learning rate"):
+    loop = make_loop(model, samples, saved=Saved(spoil), save_interval=1, epochs=3)
+    with pytest.raises(NonFiniteError, match="the loss is (nan|inf) in a batch with samples .*lower the learning rate"):
         loop.run()
     assert len(logged(loop)) == 1
     assert before and all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if lora_filter(name))
@@ -271,7 +300,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_move() -> None:
     before = snapshot(model)
     next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient + math.inf)
     loop = make_loop(model, samples, epochs=1)
-    with pytest.raises(UserError, match="the gradient's norm is (nan|inf) in a batch"):
+    with pytest.raises(NonFiniteError, match="the gradient's norm is (nan|inf) in a batch"):
         loop.run()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -502,17 +531,17 @@ def test_validation_comes_by_interval_first_and_last_and_each_step_is_logged_onc
 
 
 def test_rows_and_checkpoints_come_by_their_intervals() -> None:
-    saved: list[int] = []
+    saved = Saved()
     loop = make_loop(
         make_model(),
         make_samples(28),
         eval=EvalArgs(interval=5, final_validation=False),
         log_interval=3,
         save_interval=2,
-        save=saved.append,
+        saved=saved,
     )
     loop.run()
-    assert saved == [2, 4, 6]
+    assert saved.asked == [(2, True), (4, True), (6, True)]
     assert [row["step"] for row in logged(loop)] == [3, 5, 6]
     assert [row["epoch"] for row in logged(loop)] == [pytest.approx(n / 7, abs=1e-4) for n in (3, 5, 6)]
 
@@ -529,6 +558,55 @@ def test_validation_needs_no_gradients_and_drops_nothing() -> None:
         exact = by_hand(model, samples, range(len(samples))).item()
     assert column(loop, "val_loss")[-1] == pytest.approx(exact, rel=1e-5)
     assert modes == [False, False] and not hook.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps", "best"), [([5, 4, 3, 2], 4, [1, 2, 3, 4]), ([5, 6, 5, 9], 3, [1]), ([5, 4, math.nan, 4], 4, [1, 2])]
+)
+def test_the_best_is_kept_and_patience_ends_the_run(
+    losses: list[float], steps: int, best: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a patience of 2; the loss before the first step does not count."""
+    saved = Saved()
+    evaluate = EvalArgs(interval=1, patience=2, initial_validation=True)
+    loop = make_loop(make_model(), make_samples(16), eval=evaluate, saved=saved)
+    told = iter([1.0, *losses])
+    loop.world = World(0, 1, lambda tensor: torch.tensor([next(told), 1.0]) if tensor.numel() == 2 else tensor)
+    state = loop.run()
+    assert state.step == steps and [step for step, _ in saved.bests] == best
+
+
+def test_a_signal_ends_the_run_between_two_steps() -> None:
+    signals, saved = Signals(), Saved(lambda step: setattr(signals, "asked", 15 if step == 2 else None))
+    loop = make_loop(make_model(), make_samples(16), saved=saved, save_interval=1, signals=signals)
+    with pytest.raises(Stopped) as caught:
+        loop.run(state := State())
+    assert caught.value.code == 143 and state.step == 2 and state.pending is None and state.consistent
+
+
+def test_a_signal_in_a_validation_leaves_it_pending_and_the_rest_of_the_step_is_done_later() -> None:
+    samples, signals = make_samples(16), Signals()
+    evaluate = EvalArgs(interval=2)
+    whole = make_loop(make_model(), samples, eval=evaluate)
+    whole.run()
+    loop = make_loop(make_model(), samples, eval=evaluate, signals=signals)
+    source = loop.val_activations
+
+    def signalled(rows: Any) -> Any:
+        signals.asked = 2
+        return source(rows)
+
+    signalled.samples = source.samples  # type: ignore[attr-defined]
+    loop.val_activations = signalled  # type: ignore[assignment]
+    with pytest.raises(Stopped):
+        loop.run(state := State())
+    assert state.pending is not None and state.step == 2 and len(logged(loop)) == 1 and not state.losses
+    signals.asked, loop.val_activations = None, source
+    loop.run(state)
+    drop = ("step_time", "tokens_per_second", "peak_memory_gb")
+    assert [{k: v for k, v in row.items() if k not in drop} for row in logged(loop)] == [
+        {k: v for k, v in row.items() if k not in drop} for row in logged(whole)
+    ]
 
 
 # --- several processes ---
