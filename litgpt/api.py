@@ -10,6 +10,7 @@ import torch
 
 from litgpt import checkpoint
 from litgpt.config import Config
+from litgpt.convert.open import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.fabric import backbone_dtype, default_device, default_precision
 from litgpt.generate import engine
@@ -31,15 +32,23 @@ class LLM:
         self.prompt_style = prompt_style
 
     @classmethod
-    def load(cls, model: str | Path, *, precision: str | None = None, device: torch.device | str | None = None) -> LLM:
-        """Open a checkpoint folder: a base model, a merged one, or an adapter (LoRA or Skip2-LoRA), whose base is found through it.
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        precision: str | None = None,
+        device: torch.device | str | None = None,
+        quantize: str | None = None,
+    ) -> LLM:
+        """Open a checkpoint: a base model, a merged one, or an adapter (LoRA or Skip2-LoRA), whose base is found through it. Hugging Face
+        folders and GGUF files are converted on first use (`litgpt.convert.open`).
 
-        `precision`: bf16-true where the device has it, else 32-true, unless given. `device`: the first GPU, or the CPU. Raises UserError
-        for folders that cannot be opened.
+        `precision`: bf16-true where the device has it, else 32-true, unless given. `device`: the first GPU, or the CPU. `quantize`: a mode
+        of `litgpt.quantize`. Raises UserError for folders that cannot be opened.
         """
-        folder = Path(model)
+        folder = open_checkpoint(model)
         target = torch.device(device) if device is not None else default_device()
-        loaded = checkpoint.load_model(folder, inference_dtype(precision or default_precision(target)), target)
+        loaded = checkpoint.load_model(folder, inference_dtype(precision or default_precision(target)), target, quantize=quantize)
         home = folder
         if checkpoint.is_adapter_folder(folder) and not (folder / "tokenizer.json").is_file():
             home, _ = checkpoint.adapter_settings(folder)

@@ -37,7 +37,7 @@ def default_precision(device: torch.device) -> str:
 
 def backbone_dtype(precision: str) -> torch.dtype:
     """The dtype of the backbone's weights. Raises UserError for an unknown precision."""
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
 
@@ -63,4 +63,5 @@ def make_fabric(precision: str, devices: int | str, num_nodes: int, loggers: Any
             loggers=loggers,
         )
     except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"devices {devices!r}, num_nodes {num_nodes}, precision {precision!r} do not fit this machine: {error}") from None
+        found = f"devices {devices!r}, num_nodes {num_nodes}, precision {precision!r}"
+        raise UserError(f'{found} do not fit this machine: {error} Give devices a number from 1, or "auto"') from None

@@ -1,0 +1,243 @@
+"""`litgpt download`: a model of the Hugging Face hub into `checkpoints/ORG/NAME`, converted. Only the files that are needed."""
+
+import difflib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Optional
+
+from litgpt import catalog
+from litgpt.checkpoint import TOKENIZER_FILES
+from litgpt.convert.hf import WEIGHT_FILES, read_json
+from litgpt.convert.open import HOME, HUB_NAME, convert, open_checkpoint
+from litgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoSibling
+
+SETTINGS = ("config.json", *TOKENIZER_FILES)
+"""fetched where the model has them"""
+OPTIONAL = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+def download_from_hub(
+    repo_id: str,
+    access_token: Optional[str] = None,
+    tokenizer_only: bool = False,
+    convert_checkpoint: bool = True,
+    dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None,
+    checkpoint_dir: Path = HOME,
+    model_name: Optional[str] = None,
+) -> None:
+    """Download a model from the Hugging Face hub and convert it. An interrupted download goes on where it stopped.
+
+    Args:
+        repo_id: The model's name on the hub, ORG/NAME, or "list" for the models whose settings are known by name.
+        access_token: Hugging Face token, for models that need one. Default: HF_TOKEN in the environment, or the saved login.
+        tokenizer_only: Fetch the tokenizer and the settings, no weights.
+        convert_checkpoint: Add lit_model.pth and model_config.yaml, so that the folder is a checkpoint folder.
+        dtype: The number format of the converted weights. Default: the model's own.
+        checkpoint_dir: The folder that gets ORG/NAME.
+        model_name: Take the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
+    """
+    if repo_id == "list":
+        print("\n".join(hub_names()))
+        return
+    if not HUB_NAME.fullmatch(repo_id):
+        by_name = {name.partition("/")[2].lower(): name for name in hub_names()}
+        near = [by_name[name] for name in difflib.get_close_matches(repo_id.lower(), by_name, n=3)]
+        hint = f", such as {', '.join(near)}" if near else ""
+        raise UserError(f"{repo_id!r} is no name of a model on the hub: give ORG/NAME{hint} (`litgpt download list` prints those known)")
+    folder = Path(checkpoint_dir) / repo_id
+    fetch(repo_id, folder, access_token, tokenizer_only)
+    if tokenizer_only or not convert_checkpoint:
+        print(f"{repo_id} is in {folder}")
+        return
+    if dtype or model_name:
+        convert(folder, folder, model_name, dtype, replace=True)
+    else:
+        open_checkpoint(folder)
+    print(f"{repo_id} is in {folder}, ready as a checkpoint_dir")
+
+
+def hub_names() -> list[str]:
+    """ORG/NAME of every model in the catalogue, sorted."""
+    rows = [(catalog.find(name) or {})["hf_config"] for name in catalog.names()]
+    return sorted({f"{row['org']}/{row['name']}" for row in rows}, key=str.lower)
+
+
+def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer_only: bool = False) -> None:
+    """Get the files that a conversion needs into `folder`, those that are there already excepted. Raises UserError, with what is missing,
+    if the hub does not give them, and rather than replace a file that is another than the hub's."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import huggingface_hub
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=access_token)
+    with _explained(api, repo_id, folder, tokenizer_only):
+        info = api.model_info(repo_id, files_metadata=True)
+        files = {file.rfilename: file for file in info.siblings or []}
+        names = [name for name in SETTINGS if name in files]
+        weights = None if tokenizer_only else choose_weights(repo_id, list(files))
+
+        def get(names: list[str]) -> None:
+            wanted = [files[name] for name in names if not _is_there(folder / name, files[name])]
+            _require_room(folder, sum(file.size or 0 for file in wanted))
+            for file in wanted:
+                url = huggingface_hub.hf_hub_url(repo_id, file.rfilename, revision=info.sha, endpoint=api.endpoint)
+                _get(url, file, folder, access_token)
+
+        with _alone_in(folder):
+            get(names if weights is None else [*names, weights])
+            if weights is not None and weights.endswith(".index.json"):
+                get(_parts(repo_id, folder / weights, files))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time downloads into the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) -> None:
+    """Download a file under a temporary name, from where an earlier try stopped; compare its digest, rename it.
+
+    huggingface_hub's own download begins a file again in every process (as of 2.4).
+    """
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    digest = _digest_of(file)
+    partial = folder / f".{file.rfilename}.{(digest or 'unknown')[:12]}.part"
+    with partial.open("ab") as content:
+        headers = build_hf_headers(token=access_token)
+        have = content.tell()
+        if have != file.size or not have:
+            http_get(url, content, resume_size=have, headers=headers, expected_size=file.size, displayed_filename=file.rfilename)
+        content.flush()
+        os.fsync(content.fileno())
+    if digest is not None and _digest(partial, file) != digest:
+        partial.unlink()
+        raise UserError(f"{url} came with another content than the hub announces (digest {digest}): try again")
+    partial.replace(folder / file.rfilename)
+
+
+def _is_there(place: Path, file: "RepoSibling") -> bool:
+    """Whether the file is there already. UserError if another one is in its place."""
+    if not place.exists():
+        return False
+    if place.stat().st_size == file.size and _digest(place, file) == (_digest_of(file) or _digest(place, file)):
+        return True
+    raise UserError(f"{place} is another file than the hub's: move it away to download, or leave the folder as it is and use it")
+
+
+def _digest_of(file: "RepoSibling") -> str | None:
+    """What the hub says: SHA-256 of a large file, git's object name of a small one."""
+    return file.lfs.sha256 if file.lfs is not None else file.blob_id
+
+
+def _digest(place: Path, file: "RepoSibling") -> str:
+    digest = hashlib.sha256() if file.lfs is not None else hashlib.sha1(f"blob {place.stat().st_size}\0".encode(), usedforsecurity=False)
+    with place.open("rb") as content:
+        while block := content.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def choose_weights(repo_id: str, names: list[str]) -> str:
+    """The weight file to get, or its index. UserError if there is none that can be read."""
+    for name in WEIGHT_FILES:
+        if name in names:
+            return name
+    found = sorted(name for name in names if name.endswith((".gguf", ".safetensors", ".bin", ".pth", ".h5", ".msgpack")))
+    held = f"it holds {', '.join(found[:4])}{' and more' if len(found) > 4 else ''}" if found else "it holds no weights"
+    by_hand = "; get one of the .gguf files by hand and give its path as checkpoint_dir"
+    raise UserError(
+        f"{repo_id} has none of {', '.join(WEIGHT_FILES)}: {held}{by_hand if any(name.endswith('.gguf') for name in found) else ''}"
+    )
+
+
+def _parts(repo_id: str, index: Path, files: dict[str, "RepoSibling"]) -> list[str]:
+    """The files that an index names. UserError if the hub does not have them all; `files` holds no folders' names outside the model's."""
+    weight_map = read_json(index).get("weight_map")
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    if not names or (missing := [name for name in names if name not in files or "/" in name]):
+        raise UserError(f"{repo_id} on the hub is broken: its {index.name} names {', '.join(missing) if names else 'no files'}, not there")
+    return names
+
+
+def _require_room(folder: Path, need: int) -> None:
+    if need > (free := shutil.disk_usage(folder).free):
+        raise UserError(f"{folder} needs {_gb(need)}, and {_gb(free)} are free there: make room, or name another --checkpoint_dir")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+@contextmanager
+def _explained(api: "HfApi", repo_id: str, folder: Path, tokenizer_only: bool) -> Iterator[None]:
+    """What went wrong with the hub or the disk, and what to do, as one UserError. Out of reach is fine if all files are there already."""
+    from huggingface_hub import errors
+
+    page, secret = f"{api.endpoint}/{repo_id}", "give --access_token, or HF_TOKEN in the environment"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise UserError(f"{page} is gated: accept its terms there, then {secret}") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{page} does not exist, or is private: check the name, or {secret}") from None
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        if isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
+            raise UserError(f"{folder} cannot be written to: {error.strerror}. After that is mended the download goes on") from None
+        reason = _reason(error)
+        if not (missing := missing_files(folder, tokenizer_only)):
+            print(f"{page} cannot be reached ({reason}): going on with the files in {folder}", file=sys.stderr)
+            return
+        raise UserError(
+            f"{page} cannot be downloaded ({reason}). Try again, it goes on where it stopped; or get by hand, from a browser or another "
+            f"machine, into {folder}: {', '.join(missing)}, and as far as it has them {', '.join(OPTIONAL)}"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without the web library's advice."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"HTTP status {status}" if status else text[:200]
+
+
+def missing_files(folder: Path, tokenizer_only: bool) -> list[str]:
+    """What a checkpoint needs and the folder lacks."""
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if tokenizer_only:
+        return missing
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if weights is None:
+        missing.append("model.safetensors (or model.safetensors.index.json and the files that it names)")
+    elif weights.name.endswith(".index.json"):
+        names = read_json(weights).get("weight_map")
+        parts = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
+        missing += [name for name in parts if not (folder / name).is_file()]
+    return missing

@@ -1,0 +1,105 @@
+"""How much memory fine-tuning takes, worked out from a config; nothing is run.
+
+n tokens in a micro-batch, w bytes of a backbone number, N numbers in the base, P in the adapters; d, H, G, h, m, V as in `litgpt.model`, S
+taps, L' blocks that gradients cross. Bytes:
+
+    weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a number
+    training      3 w N for all weights    the gradient and AdamW's two moments
+                  16 P for adapters        themselves, gradient and moments, fp32
+    activations   n (L' + 1) A + n F + C
+      A  a block, what autograd keeps of it for a token:
+           w 3 (H + G) h + 4 H             qkv, the rotated q and k, attention's output and log-sums
+           4 d for each norm               fp32, and w d more where its weight learns; w d for LayerNorm
+           w 3 m                           of a gated MLP, w m without a gate; for each of a mixture's experts in use
+           w i                             inputs of the layers that learn, i wide; twice for adapters with dropout
+      F  w 2 d + (2 w + 4) S d             the hidden state and its gradient; the taps
+      C  a chunk of logits                 4 of them where the head learns (`litgpt.loss`)
+
+One block more than L' is for what lives while a block runs. Python and torch come on top: `PROCESS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from litgpt import lora
+from litgpt.loss import CHUNK_BYTES
+from litgpt.model import Block, LLaMAMoE, RMSNorm
+from litgpt.quantize import GROUP, frozen_linears
+
+NF4_BYTES = 0.5 + 4 / GROUP
+PROCESS = 0.45 * 2**30
+
+
+class Memory(NamedTuple):
+    """What a method trains, in numbers, and takes, in bytes."""
+
+    trained: int
+    weights: int
+    training: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.training + self.activations
+
+
+def estimate(
+    config: lora.Config, batch: int, length: int, *, tied: bool = False, width: int = 2, full: bool = False, nf4: bool = False
+) -> Memory:
+    """What fine-tuning the adapters of `config` takes, or with `full` all weights, for a micro-batch (batch, length).
+
+    `tied`: head and embedding are one tensor. `width`: bytes of a number, 2 for bf16.
+    """
+    with torch.device("meta"):
+        model = lora.GPT(config)
+    lora.mark_only_lora_as_trainable(model)
+    named = dict(model.named_parameters())
+    adapters = sum(p.numel() for name, p in named.items() if lora.lora_filter(name))
+    base = sum(p.numel() for name, p in named.items() if not lora.lora_filter(name)) - tied * config.V * config.n_embd
+    quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 else 0
+    weights = width * (base - quantised) + NF4_BYTES * quantised
+    crossed = model.blocks if full or model.cut is None else model.blocks[model.cut :]
+    n, d = batch * length, config.n_embd
+    kept = sum(kept_by_block(block, width, full) for block in (*crossed, model.blocks[-1]))
+    head = d * (2 * width + (2 * width + 4) * len(config.taps))
+    chunks = CHUNK_BYTES * (4 if full or (config.lora_r and config.lora_head) else 1)
+    training = 3 * width * base if full else 16 * adapters
+    return Memory(base if full else adapters, int(weights), training, int(n * (kept + head) + chunks))
+
+
+def kept_by_block(block: Block, width: int, full: bool) -> float:
+    """A: bytes for a token."""
+    attention: Any = block.attn
+    config = attention.config
+    numbers: float = (
+        3 * (config.n_head + config.n_query_groups) * config.head_size + learning_inputs(attention, full) + mlp_numbers(block.mlp, full)
+    )
+    d = config.n_embd
+    for norm in block.modules():
+        if isinstance(norm, RMSNorm):
+            numbers += d * (4 / width + full)  # in fp32, and what the weight multiplies
+        elif isinstance(norm, nn.LayerNorm):
+            numbers += d
+    return width * numbers + 4 * config.n_head
+
+
+def mlp_numbers(mlp: Any, full: bool) -> int:
+    if isinstance(mlp, LLaMAMoE):
+        return mlp.config.n_expert_per_token * mlp_numbers(mlp.experts[0], full)
+    width = getattr(mlp.proj, "linear", mlp.proj).in_features  # m, an expert's own
+    return (3 if hasattr(mlp, "fc_1") else 1) * width + learning_inputs(mlp, full)
+
+
+def learning_inputs(part: nn.Module, full: bool) -> int:
+    """What the linear layers that learn keep of their inputs, in numbers for a token."""
+    if full:
+        return sum(linear.in_features for linear in part.modules() if isinstance(linear, nn.Linear))
+    total = 0
+    for layer in part.modules():
+        if isinstance(layer, lora.LoRALinear) and layer.r and layer.lora_A.requires_grad:
+            total += layer.linear.in_features * (1 if isinstance(layer.lora_dropout, nn.Identity) else 2)
+    return total

@@ -1,0 +1,210 @@
+"""Frozen linear layers in 4 or 8 bits, under LoRA and Skip2-LoRA, and for answering.
+
+W (out, in) is stored as small integers with scales; a pass over x makes W' in the compute dtype again, for the layer at hand only:
+
+    y = x W'^T + b        dx = dy W'        no gradient for W', which is never trained
+
+    bnb.nf4, bnb.fp4      16 levels (normal-float of QLoRA, arXiv 2305.14314, or float), a scale for 64 neighbours: 4.5 bits a number
+    bnb.nf4-dq, -fp4-dq   the scales in 8 bits too ("double quantisation"): 4.13 bits
+    bnb.int8-training     W'_ij = q_ij s_i, q_i = round(127 W_i / max |W_i|), s_i = max |W_i| / 127, row by row as in LLM.int8()
+    int8                  the same (arXiv 2208.07339); x stays as it is, where bitsandbytes quantises it too
+
+The linear layers of the blocks are quantised. The head, which bitsandbytes leaves alone as well and which is the embedding in many models,
+the embedding, norms and a router stay in the compute dtype. bitsandbytes is needed for 4 bits only, on the CPU and on CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litgpt.errors import UserError
+from litgpt.lora import GPT
+
+FOUR_BITS = {"bnb.nf4": ("nf4", False), "bnb.nf4-dq": ("nf4", True), "bnb.fp4": ("fp4", False), "bnb.fp4-dq": ("fp4", True)}
+"""mode -> the 16 levels, and whether the scales are quantised"""
+EIGHT_BITS = ("bnb.int8-training", "int8")
+GROUP = 64
+"""numbers that share a scale"""
+FEW_ROWS = 4
+"""of x, up to which a CPU multiplies by 8-bit weights faster than by bf16 (measured, benchmarks/quantized.py)"""
+
+
+class QuantisedLinear(nn.Module):
+    """y = x W'^T + b. A subclass stores W in buffers, which move and are digested with the model, and makes W' of them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W' (out, in)"""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)"""
+        y = _Multiply.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class _Multiply(torch.autograd.Function):
+    """x W'^T; W' is made again for the gradient instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantisedLinear) -> torch.Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return F.linear(x.to(dtype), layer.dense(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (grad @ ctx.layer.dense(grad.dtype)).to(ctx.dtype), None
+
+
+class Int8Linear(QuantisedLinear):
+    """8-bit rows."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach().float()
+        largest = weight.abs().amax(dim=1, keepdim=True)  # (out, 1)
+        self.register_buffer("quantised", (weight * (127 / largest.clamp(min=1e-30))).round().to(torch.int8))
+        self.register_buffer("scales", largest[:, 0] / 127)
+
+    quantised: torch.Tensor
+    scales: torch.Tensor
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.quantised.to(dtype) * self.scales.to(dtype)[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._is_short(x):
+            y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.quantised, self.scales.to(x.dtype)).unflatten(
+                0, x.shape[:-1]
+            )
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
+
+    def _is_short(self, x: torch.Tensor) -> bool:
+        """Whether torch's own 8-bit product can take x, and is the faster way. It does not check that it reads whole vectors: a width of
+        40 in bf16 is a segmentation fault (torch 2.13)."""
+        fits = (
+            x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and self.in_features % 64 == 0 and not torch.is_autocast_enabled("cpu")
+        )
+        return fits and x.numel() <= FEW_ROWS * self.in_features and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+class Linear4bit(QuantisedLinear):
+    """16 levels, packed and unpacked by bitsandbytes."""
+
+    def __init__(self, linear: nn.Linear, levels: str, double: bool) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach()
+        self.levels, self.dtype = levels, weight.dtype
+        functional = bitsandbytes().functional
+        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=GROUP, quant_type=levels, compress_statistics=double)
+        stored = {"packed": packed, "scales": state.absmax, "code": state.code}
+        if double:
+            inner = state.state2
+            self.inner_group = inner.blocksize
+            stored |= {"offset": state.offset.reshape(1), "inner_scales": inner.absmax, "inner_code": inner.code}
+        self.nested = double
+        for name, value in stored.items():
+            self.register_buffer(name, value)
+
+    def state(self) -> Any:
+        """What bitsandbytes needs beside the packed numbers."""
+        State, buffers = bitsandbytes().functional.QuantState, dict(self.named_buffers())
+        inner: dict[str, Any] = {}
+        if self.nested:
+            nested = State(absmax=buffers["inner_scales"], code=buffers["inner_code"], blocksize=self.inner_group, dtype=torch.float32)
+            inner = {"offset": buffers["offset"][0], "state2": nested}
+        return State(
+            absmax=buffers["scales"],
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=buffers["code"],
+            blocksize=GROUP,
+            quant_type=self.levels,
+            dtype=self.dtype,
+            **inner,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda and not torch.is_grad_enabled() and x.numel() == self.in_features:
+            return self.one_row(x)
+        return super().forward(x)
+
+    def one_row(self, x: torch.Tensor) -> torch.Tensor:
+        """For a single x (..., in), without making W'."""
+        return bitsandbytes().matmul_4bit(x, self.get_buffer("packed").t(), self.state(), bias=self.bias)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        weight: torch.Tensor = bitsandbytes().functional.dequantize_4bit(self.get_buffer("packed"), self.state())
+        return weight.to(dtype)
+
+
+def quantise(model: GPT, mode: str) -> None:
+    """Replace the frozen linear layers of the model's blocks, in place. Adapters around them stay. Raises UserError for an unknown mode,
+    and for 4 bits without bitsandbytes."""
+    if mode not in (*FOUR_BITS, *EIGHT_BITS):
+        raise UserError(f"quantize is {mode!r}: choose one of {', '.join((*FOUR_BITS, *EIGHT_BITS))}")
+    if mode in FOUR_BITS:
+        bitsandbytes()
+    for parent, name, linear in frozen_linears(model):
+        new = Linear4bit(linear, *FOUR_BITS[mode]) if mode in FOUR_BITS else Int8Linear(linear)
+        setattr(parent, name, new.train(linear.training))
+
+
+def frozen_linears(model: GPT) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The layers to quantise: each with the module that holds it, and its name there."""
+    found = []
+    for block in model.blocks:
+        for name, linear in block.named_modules():
+            if isinstance(linear, nn.Linear) and "gate" not in name.split("."):
+                found.append((block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear))
+    return found
+
+
+def is_quantised(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantisedLinear) for module in model.modules())
+
+
+def count(model: nn.Module) -> int:
+    """Numbers in the model's weights, those that are stored quantised included."""
+    hidden = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, QuantisedLinear))
+    return hidden + sum(parameter.numel() for parameter in model.parameters())
+
+
+def bitsandbytes() -> Any:
+    """The library. UserError if it is not there, or is not made for this machine.
+
+    On some CPUs its import looks for the package `kernels` to fetch compiled code from a hub: that is not let happen.
+    """
+    if found := sys.modules.get("bitsandbytes"):
+        return found
+    with contextlib.ExitStack() as stack:
+        before = sys.modules.get("kernels")
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+        stack.callback(lambda: sys.modules.update(kernels=before) if before else sys.modules.pop("kernels", None))
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        stack.callback(logging.disable, disabled)
+        try:
+            return importlib.import_module("bitsandbytes")
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = (
+                "is not installed: `pip install bitsandbytes`" if isinstance(error, ModuleNotFoundError) else f"cannot be used: {error}"
+            )
+            raise UserError(f"quantize: the package bitsandbytes {reason}. --quantize int8 does without") from None

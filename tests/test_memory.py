@@ -1,0 +1,96 @@
+"""The estimate of memory against what autograd really keeps, and against counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from litgpt import lora
+from litgpt.loss import CHUNK_BYTES
+from litgpt.memory import NF4_BYTES, estimate, kept_by_block
+
+ALL = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp")}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "norm_class_name": "RMSNorm",
+        "mlp_class_name": "LLaMAMLP",
+        "n_query_groups": 2,
+        "bias": False,
+        "parallel_residual": False,
+        "rotary_percentage": 1.0,
+        "intermediate_size": 384,
+    },
+    "neox": {"intermediate_size": 512},
+}
+FAMILIES["moe"] = {**FAMILIES["llama"], "mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora_r": 4, "lora_query": True, "lora_value": True},
+    "lora on all, dropout": {"lora_r": 4, "lora_dropout": 0.1, **ALL},
+}
+
+
+def config(family: str, n_layer: int = 2, **settings: Any) -> lora.Config:
+    return lora.Config(n_layer=n_layer, n_embd=128, n_head=4, vocab_size=64, padded_vocab_size=64, **FAMILIES[family], **settings)
+
+
+def saved(config: lora.Config, dtype: torch.dtype, full: bool) -> float:
+    """Bytes that autograd keeps for a token, parameters excepted."""
+    model = lora.GPT(config).to(dtype).train()
+    if not full:
+        lora.mark_only_lora_as_trainable(model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    idx = tiny.ids(2, 64, 64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = model.tail(*model.prefix(idx))
+    assert result.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / idx.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_keeps_what_the_formula_says(family: str, method: str, dtype: torch.dtype) -> None:
+    """Two more blocks keep twice A more."""
+    full = method == "full"
+    two, four = (saved(config(family, n, **METHODS[method]), dtype, full) for n in (2, 4))
+    model = lora.GPT(config(family, **METHODS[method]))
+    lora.mark_only_lora_as_trainable(model)
+    assert kept_by_block(model.blocks[-1], dtype.itemsize, full) == pytest.approx((four - two) / 2, rel=0.15)
+
+
+def test_weights_and_training() -> None:
+    settings = METHODS["lora"]
+    numbers = sum(p.numel() for p in lora.GPT(config("llama")).parameters())
+    adapters = sum(p.numel() for name, p in lora.GPT(config("llama", **settings)).named_parameters() if lora.lora_filter(name))
+    need = estimate(config("llama", **settings), 2, 8, width=4)
+    assert (need.trained, need.weights, need.training) == (adapters, 4 * numbers, 16 * adapters)
+    assert need.total == need.weights + need.training + need.activations
+    full = estimate(config("llama"), 2, 8, full=True)
+    assert (full.trained, full.weights, full.training) == (numbers, 2 * numbers, 6 * numbers)
+    assert estimate(config("llama"), 2, 8, full=True, tied=True).trained == numbers - 64 * 128
+    linear = 2 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 384)
+    quantised = estimate(config("llama", **settings), 2, 8, nf4=True)
+    assert quantised.weights == 2 * (numbers - linear) + NF4_BYTES * linear
+
+
+def test_skip2lora_keeps_nothing_of_the_blocks() -> None:
+    """Whatever their number: the activations of one frozen block at a time, the taps, a chunk of logits."""
+    skip = {"lora_r": 4, "skip2lora_enabled": True, "skip2lora_block_indices": [0, 1]}
+    few, many = (estimate(config("llama", n, **skip), 4, 16) for n in (2, 8))
+    assert few.activations == many.activations
+    model = lora.GPT(config("llama", **skip))
+    lora.mark_only_lora_as_trainable(model)
+    assert few.activations == 64 * (kept_by_block(model.blocks[-1], 2, False) + 128 * (4 + 8 * 2)) + CHUNK_BYTES
+    late = estimate(config("llama", 8, lora_r=4, lora_query=True, lora_block_indices=[6, 7]), 4, 16)
+    assert late.activations == pytest.approx(few.activations + 64 * (2 * kept_by_block(model.blocks[-1], 2, False) - 128 * 16), rel=0.05)
