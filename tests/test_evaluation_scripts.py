@@ -102,7 +102,7 @@ def test_what_each_run_measured(compared: tuple[Path, int], words: list[str]) ->
         assert list(curve) == [0, 2, 4] and curve[0] == report["initial_val_loss"] and measured["best_val_loss"] == min(curve.values())
         assert run["settings"]["checkpoint_dir"] == words[3] and run["settings"]["train"]["max_steps"] == 4
         assert run["command"].startswith("litgpt finetune ") and "***" in run["command"]
-        assert sorted(path.name for path in (out_dir / name).iterdir()) == ["final", "logs", "report.json"]
+        assert sorted(path.name for path in (out_dir / name).iterdir()) == ["best", "final", "logs", "report.json"]
 
 
 def test_wall_time_of_a_validation(compared: tuple[Path, int]) -> None:
@@ -162,7 +162,7 @@ def test_an_earlier_run_is_not_taken_for_this_one(
 
 def test_a_process_of_its_own(evaluate: Any, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = evaluate.litgpt(["finetune", "nowhere.yaml"])
-    assert code == 2 and evaluate.error_line(f"{said}\nbye") == "Error: the config file nowhere.yaml does not exist"
+    assert code == 2 and evaluate.error_line(f"{said}\nbye") == "Error: nowhere.yaml does not exist: check the path"
     assert "nowhere.yaml does not exist" in capsys.readouterr().out
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 
 from litgpt.args import LogArgs
 from litgpt.errors import UserError
-from litgpt.logs import COLUMNS, PLAIN_LINES, Console, MetricLoggers, peak_memory_gb, summary
+from litgpt.logs import COLUMNS, PLAIN_LINES, Console, MetricLoggers, peak_memory_gb, rows_until, summary
 
 STEPS = {
     0: {"step": 0, "epoch": 0.0, "val_loss": 3.5, "val_ppl": 33.1},
@@ -105,6 +107,52 @@ def test_a_remote_logger_gets_the_settings_and_the_rows(tmp_path: Path, monkeypa
     assert (hyperparameters, row, status) == ({"seed": 1}, (1, STEPS[1]), "success")
 
 
+# --- a run that goes on ---
+
+
+def test_rows_of_later_steps_are_dropped_and_the_run_goes_on_in_the_same_files(written: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    head, *rows = (written / "metrics.csv").read_text().splitlines(keepends=True)
+    log = MetricLoggers(written.parents[1], "csv", LogArgs(), {}, resumed_at=1)
+    assert (written / "metrics.csv").read_text() == "".join((head, *rows[:2]))
+    log(2, {**STEPS[2], "train_loss": 2.5})
+    log.close()
+    again = (written / "metrics.csv").read_text().splitlines(keepends=True)
+    assert again[:3] == [head, *rows[:2]] and again[3].startswith("2,1.0,2.5,") and len(again) == 4
+    events = EventAccumulator(str(written)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(1, 3.25), (2, 2.5)]
+
+
+@pytest.mark.parametrize("tail", ["", "2", "2,1.0,3", "2,1.0,3.0,,,,,,", "x,1,1,1,1,1,1,1,1\n", "2,1.0\n", "\n"])
+def test_a_row_that_was_half_written_is_dropped(tail: str) -> None:
+    rows = ["step," + "x," * 7 + "peak_memory_gb\n", "0,0.0,,3.5,33.1,,,,\n", "1,0.5,3.25,,,0.1,0.5,90.0,\n"]
+    assert rows_until("".join(rows) + tail, 2) == "".join(rows)
+    assert rows_until("".join(rows) + "2,1.0,3.0,,,,,,\n", 2).endswith("\n2,1.0,3.0,,,,,,\n")
+    assert rows_until("", 2) == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_rows_are_flushed_to_disk_when_a_checkpoint_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricLoggers(tmp_path, "csv", LogArgs(), {})
+    log.flush()
+    assert not list(tmp_path.iterdir()), "nothing was written yet"
+    log(1, STEPS[1])
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    log.flush()
+    assert str(log.csv) in flushed
+
+
+def test_nobody_left_to_read_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    Console().say("hello")
+
+
 # --- the terminal ---
 
 
@@ -118,6 +166,16 @@ def test_progress_without_a_terminal_is_a_few_plain_lines_and_the_last_is_among_
     assert PLAIN_LINES / 2 <= len(lines) <= PLAIN_LINES + 1
     assert lines[-1].startswith("training 1000 of 1000") and lines[-1].endswith("loss 1000")
     assert all(" s left" in line for line in lines)
+
+
+def test_the_time_left_of_a_run_that_goes_on_counts_from_where_it_went_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    with Console().progress("training", begun=900) as progress:
+        progress(950, 1000)
+    assert "training 950 of 1000  10 s, 10 s left" in capsys.readouterr().err
 
 
 def test_progress_towards_an_unknown_end_is_plain_too(capsys: pytest.CaptureFixture[str]) -> None:

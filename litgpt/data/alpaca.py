@@ -11,6 +11,7 @@ from litgpt.checkpoint import write_text
 from litgpt.data.base import DataModule, Record
 from litgpt.data.json_data import read_records
 from litgpt.errors import UserError
+from litgpt.files import parse_json, read_text
 
 
 @dataclass
@@ -35,9 +36,12 @@ class Alpaca(DataModule):
         """Where the records lie."""
         return Path(self.download_dir).expanduser() / self.file_name
 
+    def is_ready(self) -> bool:
+        return self.file.is_file()
+
     def prepare_data(self) -> None:
         """Download the records unless they are there. Raises UserError that says which file to put where."""
-        if not self.file.is_file():
+        if not self.is_ready():
             by_hand = self.file.with_name(self.repo_file)
             rows = _read(by_hand) if by_hand.is_file() else self._download()
             write_text(self.file, json.dumps(rows, ensure_ascii=False, indent=1))
@@ -67,7 +71,7 @@ class Alpaca(DataModule):
 def _read(file: Path) -> list[Any]:
     """The rows of a .json or .parquet file."""
     if file.suffix == ".json":
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(read_text(file, most=None), str(file))
     try:
         from pyarrow import parquet
     except ImportError:

@@ -73,6 +73,10 @@ class DataModule(ABC):
     def prepare_data(self) -> None:  # noqa: B027 - most sources need nothing
         """Download what is needed, if it is not there. To be called by one process."""
 
+    def is_ready(self) -> bool:
+        """Whether `prepare_data` has nothing to do."""
+        return True
+
     @abstractmethod
     def records(self) -> tuple[list[Record], list[Record] | None]:
         """Training and validation records; None for the latter: to be split off."""
@@ -87,7 +91,7 @@ class DataModule(ABC):
         Raises UserError if a split has no sample, or a record does not fit the prompt style.
         """
         if max_seq_length is not None and max_seq_length < 2:
-            raise UserError(f"max_seq_length is {max_seq_length}: a sample needs at least 2 tokens")
+            raise UserError(f"train.max_seq_length is {max_seq_length}: a sample needs at least 2 tokens")
         train, val = self.records()
         if not train:
             raise UserError(f"{self.source} holds no records")

@@ -1,13 +1,14 @@
 """Your own data: a .json or .jsonl file, or a folder with a training and a validation file."""
 
 import difflib
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from litgpt.data.base import DataModule, Record
 from litgpt.errors import UserError
+from litgpt.files import parse_json, read_text
 
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 """Keys of question and answer, in the order they are looked for."""
@@ -15,6 +16,7 @@ CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "val
 """Key of a conversation -> the keys of a turn's speaker and text."""
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 SUFFIXES = (".json", ".jsonl")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SHOWN = 3
 """Bad records that an error message shows."""
 
@@ -96,34 +98,19 @@ def _read_entries(path: Path) -> list[tuple[str, Any]]:
 def _read_text(path: Path) -> str:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: a .json or .jsonl file is needed, or a folder with train.json and val.json")
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check data.json_path") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text (byte {raw[error.start]:#04x}): save the file as UTF-8") from None
+    text = read_text(path, "does not exist: check data.json_path", most=None)
     if not text.strip():
         raise UserError(f"{path} is empty: add records")
     return text
 
 
 def _parse(text: str, path: Path, line: int | None = None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = ""
-        if line is None and error.msg == "Extra data":
-            hint = ". If it holds one record a line, name it .jsonl"
-        elif line == 1 and text.strip() in ("[", "{"):
-            hint = ". If it holds one list over many lines, name it .json"
-        raise UserError(f"{path}, line {line or error.lineno}, column {error.colno}: not valid JSON: {error.msg}{hint}") from None
-    except RecursionError:
-        raise UserError(f"{path}, line {line or 1}: not usable JSON: nested too deeply") from None
+    hint = ""
+    if line is None and re.match(r"\s*\{.*\}\s*\n\s*\{", text):
+        hint = ". If it holds one record a line, name it .jsonl"
+    elif line == 1 and text.strip() in ("[", "{"):
+        hint = ". If it holds one list over many lines, name it .json"
+    return parse_json(text, str(path), line, hint)
 
 
 def check_record(entry: Any) -> Record:
@@ -148,7 +135,8 @@ def _missing_keys(found: list[str]) -> str:
     """Say which key lacks, judged by the pair that fits best, and which one was perhaps meant."""
     pair = max(PAIRS, key=lambda pair: sum(key in found for key in pair))
     missing = [key for key in pair if key not in found]
-    message = f"no key {' and no key '.join(map(repr, missing))}; it has {', '.join(map(repr, found)) or 'no keys'}"
+    shown = ", ".join(repr(key)[:60] for key in found[:12]) + (", ..." if len(found) > 12 else "")
+    message = f"no key {' and no key '.join(map(repr, missing))}; it has {shown or 'no keys'}"
     for key in missing:
         near = difflib.get_close_matches(key, [name for name in found if name not in pair], n=1)
         if near:
@@ -159,6 +147,8 @@ def _missing_keys(found: list[str]) -> str:
 def _check_text(value: Any, key: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{key!r} is {_kind(value)}, a text is needed")
+    if LONE_SURROGATE.search(value):
+        raise UserError(f"{key!r} holds half of a character (a lone surrogate, such as \\ud800): write the whole character")
     return value
 
 
@@ -171,7 +161,7 @@ def _check_turns(turns: Any, key: str, role_key: str, text_key: str) -> list[dic
             raise UserError(f"turn {n} of {key!r} needs the keys {role_key!r} and {text_key!r}")
         role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
         if role is None:
-            raise UserError(f"turn {n} of {key!r}: {role_key!r} is {turn[role_key]!r}, one of {', '.join(ROLES)} is needed")
+            raise UserError(f"turn {n} of {key!r}: {role_key!r} is {repr(turn[role_key])[:60]}, one of {', '.join(ROLES)} is needed")
         if role == "system" and n > 1:
             raise UserError(f"turn {n} of {key!r} is a system message: it can only be the first")
         messages.append({"role": role, "content": _check_text(turn[text_key], text_key)})

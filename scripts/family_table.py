@@ -1,0 +1,89 @@
+"""docs/families.md from the tests: runs them and writes which family passes what. --check compares it with the tests there are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "docs" / "families.md"
+COLUMNS = {
+    "forward": ("families/test_parity.py", ("test_logits", "test_cached_decoding", "test_right_padded_batch")),
+    "LoRA": ("families/test_adapters.py", ("test_lora_gradients_are_those_of_the_merged_weights", "test_lora_cached_decoding")),
+    "Skip2-LoRA": (
+        "families/test_adapters.py",
+        ("test_skip2lora_against_hooks_on_transformers", "test_a_cached_step_is_an_uncached_one"),
+    ),
+    "HF in, out": ("convert/test_round_trip.py", ("test_hf_to_litgpt_to_hf",)),
+    "GGUF in, out": ("convert/test_gguf_families.py", ("test_there_and_back_and_into_transformers",)),
+    "PEFT": ("convert/test_peft.py", ("test_peft_computes_the_same", "test_ours_there_and_back")),
+    "hooks on transformers": ("integrations/test_transformers.py", ("test_logits_equal_ours",)),
+}
+HEAD = """# Families
+
+Made by `python scripts/family_table.py` from the tests, which compare tiny random models with transformers, PEFT and the gguf library.
+`yes`: the column's tests pass for it; `-`: it is not among them.
+
+- forward: logits, at once and through the key/value cache, in padded batches, beyond windows
+- LoRA, Skip2-LoRA: gradients, cached decoding, training from cached activations
+- HF in, out: Hugging Face to litgpt and back, every tensor bit for bit
+- GGUF in, out: to a GGUF file and back; transformers reads it
+- PEFT: adapters to PEFT's format and back; hooks: `litgpt.integrations.transformers`
+
+"""
+
+
+class Recorder:
+    """For each column and family: whether all of its tests passed, or were found if they are collected only."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], bool] = {}
+        self.cells: dict[str, tuple[str, str]] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            name = getattr(item, "originalname", "")
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            family = params.get("family") or params.get("case")
+            for column, (file, functions) in COLUMNS.items():
+                if name in functions and family and item.nodeid.split("::")[0].endswith(file):
+                    self.cells[item.nodeid] = (column, family)
+                    self.found[column, family] = True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        cell = self.cells.get(report.nodeid)
+        if cell and not report.passed:
+            self.found[cell] = False
+
+    def table(self) -> str:
+        families = dict.fromkeys(family for _, family in self.found)
+        lines = [f"| family | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
+        words = {True: "yes", False: "**fails**", None: "-"}
+        for family in sorted(families):
+            cells = (words[self.found.get((column, family))] for column in COLUMNS)
+            lines.append(f"| {family} | {' | '.join(cells)} |")
+        return HEAD + "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare docs/families.md with the tests that there are")
+    check = parser.parse_args().check
+    recorder = Recorder()
+    files = dict.fromkeys(str(ROOT / "tests" / file) for file, _ in COLUMNS.values())
+    options = ["--collect-only"] if check else []
+    code = pytest.main([*files, "-q", "--no-header", *options], plugins=[recorder])
+    if check:
+        if code == 0 and TABLE.read_text(encoding="utf-8") == recorder.table():
+            return 0
+        print(f"{TABLE} is not what the tests give: run python scripts/family_table.py", file=sys.stderr)
+        return 1
+    TABLE.write_text(recorder.table(), encoding="utf-8")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
