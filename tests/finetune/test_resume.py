@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import finetune_runs
+import psutil
 import pytest
 import tiny
 import torch
@@ -179,6 +180,28 @@ def test_settings_that_do_not_touch_the_curve_may_change(
     assert run.code == 0, run.err
     assert curve(run) == curve(whole("Skip2-LoRA, no cache"))
     assert [path.name for path in out_dir.glob("step-*")] == ["step-000005"]
+
+
+def test_the_cache_may_move_from_memory_to_the_disk(
+    whole: Callable[[str], Run], base: Path, data: Path, tmp_path: Path, stop_at: list[int]
+) -> None:
+    stop_at[:] = [3]
+    settings = {**SKIP, **QUIET}
+    assert finetune("finetune", base, data, tmp_path / "out", **settings, skip2lora_cache="memory").code == 143
+    stop_at.clear()
+    run = finetune("finetune", base, data, tmp_path / "out", **settings, skip2lora_cache="disk", resume=True)
+    assert run.code == 0 and "on disk" in run.err, run.err
+    assert_same(run, whole("Skip2-LoRA, cache in memory"))
+
+
+def test_a_cache_that_no_longer_fits_is_said(base: Path, data: Path, tmp_path: Path, stop_at: list[int], monkeypatch: Any) -> None:
+    stop_at[:] = [3]
+    settings = {**SKIP, **QUIET, "skip2lora_cache": "memory"}
+    assert finetune("finetune", base, data, tmp_path / "out", **settings).code == 143
+    stop_at.clear()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0, total=2**30))
+    run = finetune("finetune", base, data, tmp_path / "out", **settings, resume=True)
+    assert run.code == 0 and "training activations are computed for every batch, unlike before: the figures may differ" in run.err
 
 
 def test_a_finished_run_says_so_and_changes_nothing(whole: Callable[[str], Run], base: Path, data: Path, tmp_path: Path) -> None:

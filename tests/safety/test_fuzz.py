@@ -376,6 +376,7 @@ TEMPLATE = st.lists(st.tuples(st.sampled_from(STATEMENTS), EXPRESSION).map(lambd
 
 
 @examples(150, 3000)
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_chat_templates(count: int) -> None:
     pieces = [
         "{{",
@@ -406,7 +407,8 @@ def test_chat_templates(count: int) -> None:
 
     def check(source: str) -> None:
         text = ChatTemplate("{% set ns = namespace(x='ab') %}{% set x = 'abc' %}" + source).render(messages)
-        assert len(text) <= MAX_SIZE and "<class" not in text and "object at 0x" not in text.replace("<jinja2", "")
+        own = text.replace("<class 'jinja2.", "").replace("<class 'dict'>", "")  # of the globals that a template may use
+        assert len(text) <= MAX_SIZE and "<class" not in own and "<built-in" not in own and "<module" not in own
 
     fuzz(count, TEMPLATE.map("".join) | raw, check)
 
