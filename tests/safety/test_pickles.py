@@ -151,14 +151,13 @@ READ_ON_RESUMING = ("lit_model.pth.lora", "training_state.json", "training_state
 
 
 def test_training_state_is_not_unpickled(place: Place) -> None:
-    """A run's checkpoint with each file a pickle in turn, its manifest made to fit: resuming is refused, or leaves the file alone."""
+    """A run's checkpoint with its files a pickle in turn, its manifest made to fit: resuming is refused, or leaves the file alone."""
     words = fine_tune(place, place.base(), "--max_steps", 2, "--save_interval", 1, "--eval.max_new_tokens", 0)
     assert run(words).code == 0
     shutil.copytree("out/step-000001", "kept")
     shutil.rmtree("out")
-    names = sorted(file.name for file in Path("kept").iterdir())
-    assert set(READ_ON_RESUMING) <= set(names)
-    for name in names:
+    assert set(READ_ON_RESUMING) <= {file.name for file in Path("kept").iterdir()}
+    for name in (*READ_ON_RESUMING, "hyperparameters.yaml"):
         for kind in ("zip", "pickle"):
             shutil.copytree("kept", "out/step-000001")
             Path("out/step-000001", name).write_bytes(packed({"model": ATTACKS["os.system"]}, kind))
