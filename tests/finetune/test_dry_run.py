@@ -45,10 +45,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["lora", "skip2lora", "no cache", "tail", "warm-up", "full"],
 )
 def test_writes_nothing(command: str, settings: dict[str, object], base: Path, data: Path, tmp_path: Path) -> None:
-    before = files(base.parent), files(data.parent)
+    before = files(base), files(data.parent)
     dry = finetune(command, base, data, tmp_path / "out", dry_run=True, **settings)
     assert dry.code == 0, dry.err
-    assert (files(base.parent), files(data.parent)) == before
+    assert (files(base), files(data.parent)) == before
     assert not list(tmp_path.iterdir())
 
 
