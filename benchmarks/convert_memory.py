@@ -3,7 +3,8 @@
     python benchmarks/convert_memory.py [--gib 1.0] [--dir /tmp]
 
 A random Llama in bfloat16, in four shards, is made on the fly. Each conversion runs in a process of its own; this one reads
-/proc/PID/status every few milliseconds while it does, and takes off what the process held before (Python, torch, a model of one small block). Two figures:
+/proc/PID/status every few milliseconds while it does, and takes off what the process held before (Python, torch, a model of one small
+block). Two figures:
 RssAnon is memory that is the process's own; RssAnon + RssFile counts pages of files that it has mapped too, which the kernel takes
 back whenever it needs them. Linux only.
 """
