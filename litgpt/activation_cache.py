@@ -4,17 +4,19 @@ The prefix (`litgpt.model`: everything before the cut) never changes, so its out
 either. `Recompute` runs it for every batch; `ActivationCache` runs it once and keeps the results (Skip-Cache, arXiv 2410.21073). Both
 give the same `Features`, from which the tail and the loss go on.
 
-Letters: B samples of a batch, T positions, d `n_embd`, S taps, R rows of the cache. A sample of n tokens has n - 1 inputs. Where
-the tail treats positions independently (cut at `ln_f` or `lm_head`) only those whose next token carries loss are kept, N of them.
+Letters: N rows of a packed batch (`litgpt.packing`), n of them with loss, P shared by all its samples, d `n_embd`, S taps, R rows of the
+cache. Where the tail treats positions independently (cut at `ln_f` or `lm_head`) only those with loss are kept; elsewhere all, the first
+positions that all samples share only once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,20 +24,21 @@ from typing import Protocol
 import psutil
 import torch
 
+from litgpt.batch import loss_targets, pack, shared_head
 from litgpt.checkpoint import new_folder, remove_leftovers, write_text
 from litgpt.data.base import Sample
 from litgpt.errors import UserError
 from litgpt.files import read_json
-from litgpt.model import GPT, KVCache
+from litgpt.model import GPT, Positions
 from litgpt.rope import is_long
 
-FORMAT = 1
+FORMAT = 2
 MEMORY_SHARE = 0.5
 """of the free memory that a cache may take"""
 FILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 """in a batch of the filling pass: on a CPU its activations should stay in the processor's cache"""
-SHORTEST_HEAD = 8
-"""tokens that all samples must share for their keys and values to be computed once"""
+HEAD_SHARE = 8
+"""so many times the tokens that all samples begin with are in a batch of the filling pass, in which those are computed once"""
 
 WHERE = {"memory": "in memory", "disk": "on disk"}
 Progress = Callable[[int, int], None]
@@ -43,15 +46,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Features:
-    """What the tail needs of a batch: x (N, d) and taps (N, S, d), or (B, T, d) and (B, T, S, d); targets (N,).
-
-    `at` (B, T) marks the N positions; None where only they are there.
-    """
+    """What the tail needs of a batch: x (n, d) and taps (n, S, d) where only positions with loss count, else (N, d) and (N, S, d)."""
 
     x: torch.Tensor
     taps: torch.Tensor
     targets: torch.Tensor
-    at: torch.Tensor | None
+    """(n,)"""
+    at: torch.Tensor | None = None
+    """(n,): the rows with loss; None where only they are there"""
+    pos: Positions | None = None
+    """of the N rows"""
 
 
 class Activations(Protocol):
@@ -67,19 +71,9 @@ def is_flat(model: GPT) -> bool:
     return model.cut is not None and model.cut >= model.config.n_layer
 
 
-def collate(samples: Sequence[Sample], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs (B, T), padded on the right, which causal attention never looks at; loss positions (B, T); their targets (N,)."""
-    T = max(len(sample.input_ids) for sample in samples) - 1
-    ids = torch.zeros(len(samples), T, dtype=torch.long)
-    at = torch.zeros(len(samples), T, dtype=torch.bool)
-    targets = []
-    for row, sample in enumerate(samples):
-        tokens = torch.frombuffer(sample.input_ids, dtype=torch.int32)
-        mask = torch.frombuffer(sample.loss_mask, dtype=torch.bool)[1:]
-        ids[row, : len(tokens) - 1] = tokens[:-1]
-        at[row, : len(mask)] = mask
-        targets.append(tokens[1:][mask])
-    return ids.to(device), at.to(device), torch.cat(targets).long().to(device)
+def common_head(model: GPT, samples: Sequence[Sample]) -> int:
+    """P: the tokens that all samples begin with, which a batch computes once. 0 where a router is trained to balance the load of tokens."""
+    return 0 if model.config.router_aux_loss_coef else shared_head(samples)
 
 
 class Recompute:
@@ -87,13 +81,14 @@ class Recompute:
 
     def __init__(self, model: GPT, samples: Sequence[Sample], device: torch.device) -> None:
         self.model, self.samples, self.device = model, samples, device
+        self.head = common_head(model, samples)
 
     def __call__(self, indices: Sequence[int]) -> Features:
-        ids, at, targets = collate([self.samples[i] for i in indices], self.device)
-        x, taps = self.model.prefix(ids)
+        batch = pack([self.samples[i] for i in indices], self.device, self.head)
+        pos = self.model.packed_positions(batch.packing)
         if is_flat(self.model):
-            return Features(x[at], taps[at], targets, None)
-        return Features(x, taps, targets, at)
+            return Features(*self.model.prefix(batch.ids, pos, batch.at), batch.targets)
+        return Features(*self.model.prefix(batch.ids, pos), batch.targets, batch.at, pos)
 
 
 @dataclass(frozen=True)
@@ -102,6 +97,10 @@ class Plan:
 
     indices: list[int]
     """the samples, as the caller numbers them"""
+    head: int
+    """P"""
+    first: int
+    """rows that serve all samples, the first of the cache: P, or 0 where only positions with loss are kept"""
     counts: list[int]
     """rows per sample"""
     width: tuple[int, int]
@@ -111,46 +110,47 @@ class Plan:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(R, S + 1, d)"""
-        return sum(self.counts), *self.width
+        return self.first + sum(self.counts), *self.width
 
     @property
     def nbytes(self) -> int:
         rows, parts, d = self.shape
         return rows * parts * d * self.dtype.itemsize
 
+    @property
+    def slices(self) -> dict[int, slice]:
+        """Where each sample's rows are."""
+        ends = list(itertools.accumulate(self.counts, initial=self.first))
+        return {i: slice(*ends[k : k + 2]) for k, i in enumerate(self.indices)}
+
 
 def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: torch.dtype) -> Plan:
     """The cache that these samples need."""
-    flat = is_flat(model)
-    counts = [sum(samples[i].loss_mask) if flat else len(samples[i].input_ids) - 1 for i in indices]
-    return Plan(list(indices), counts, (len(model.tapped_blocks) + 1, model.config.n_embd), dtype)
+    width, head = (len(model.tapped_blocks) + 1, model.config.n_embd), common_head(model, samples)
+    if is_flat(model):
+        return Plan(list(indices), head, 0, [sum(samples[i].loss_mask) for i in indices], width, dtype)
+    return Plan(list(indices), head, head, [len(samples[i].input_ids) - 1 - head for i in indices], width, dtype)
 
 
 class ActivationCache:
     """Rows (R, S + 1, d) in memory or in a memory-mapped file, and where each sample's rows are. Features have the model's dtype."""
 
     def __init__(self, store: torch.Tensor, plan: Plan, samples: Sequence[Sample], model: GPT, device: torch.device) -> None:
-        self.store, self.samples, self.flat, self.device = store, samples, is_flat(model), device
-        self.dtype = model.dtype
-        ends = torch.tensor(plan.counts).cumsum(0).tolist()
-        self.rows = {i: (end - count, end) for i, count, end in zip(plan.indices, plan.counts, ends, strict=True)}
+        self.store, self.plan, self.samples, self.model, self.device = store, plan, samples, model, device
+        self.slices = plan.slices
 
     def __call__(self, indices: Sequence[int]) -> Features:
-        slabs = [self.store[slice(*self.rows[i])] for i in indices]
         chosen = [self.samples[i] for i in indices]
-        if self.flat:
-            rows = torch.cat(slabs).to(self.device, self.dtype, non_blocking=True)  # (N, S + 1, d)
-            return Features(rows[:, 0], rows[:, 1:], _targets(chosen).to(self.device), None)
-        _, at, targets = collate(chosen, self.device)
-        rows = torch.nn.utils.rnn.pad_sequence(slabs, batch_first=True).to(self.device, self.dtype, non_blocking=True)  # (B, T, S + 1, d)
-        return Features(rows[:, :, 0], rows[:, :, 1:], targets, at)
+        slabs = [self.store[self.slices[i]] for i in indices]
+        if is_flat(self.model):
+            return Features(*self._parts(slabs), loss_targets(chosen).to(self.device))
+        batch = pack(chosen, self.device, self.plan.head)
+        parts = self._parts([self.store[: self.plan.first], *slabs])
+        return Features(*parts, batch.targets, batch.at, self.model.packed_positions(batch.packing))
 
-
-def _targets(samples: Sequence[Sample]) -> torch.Tensor:
-    parts = [
-        torch.frombuffer(s.input_ids, dtype=torch.int32)[torch.frombuffer(s.loss_mask, dtype=torch.bool)] for s in samples
-    ]  # the first token never carries loss
-    return torch.cat(parts).long()
+    def _parts(self, slabs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.cat(slabs).to(self.device, self.model.dtype, non_blocking=True)  # (N, S + 1, d)
+        return rows[:, 0], rows[:, 1:]
 
 
 @dataclass
@@ -213,60 +213,44 @@ def _gib(count: float) -> str:
 
 @torch.no_grad()
 def fill(model: GPT, samples: Sequence[Sample], layout: Plan, store: torch.Tensor, device: torch.device, progress: Progress) -> None:
-    """Run the prefix over all samples, longest first, in large batches, and write the rows into `store` (R, S + 1, d).
-
-    A head of tokens that all samples share (the prompt template's) is run once; its keys and values serve all of them.
-    """
-    flat, was_training = is_flat(model), model.training
+    """Run the prefix over all samples, longest first, in large batches, and write the rows into `store` (R, S + 1, d)."""
+    was_training, slices, done = model.training, layout.slices, 0
     model.eval()
-    starts = [0, *torch.tensor(layout.counts).cumsum(0).tolist()]
-    order = sorted(range(len(layout.indices)), key=lambda k: -len(samples[layout.indices[k]].input_ids))
-    head = shared_head([samples[i] for i in layout.indices])
-    head_rows, head_cache = _run_head(model, samples[layout.indices[0]], head, device) if head else (None, [])
-    tokens = FILL_TOKENS["cpu" if device.type == "cpu" else "cuda"]
-    done = 0
-    while done < len(order):
-        width = len(samples[layout.indices[order[done]]].input_ids) - 1 - head
-        batch = order[done : done + max(1, tokens // width)]
-        ids, at, _ = collate([samples[layout.indices[k]] for k in batch], device)
-        for block, cache in zip(model.blocks, head_cache, strict=False):
-            block.attn.kv_cache = cache.repeat(len(batch), ids.size(1))
-        rows = _stack(model, ids[:, head:], head)  # (B, T - head, S + 1, d)
-        for b, k in enumerate(batch):
-            keep = at[b] if flat else torch.arange(at.size(1), device=device) < layout.counts[k]
-            whole = rows[b] if head_rows is None else torch.cat((head_rows, rows[b]))
-            store[starts[k] : starts[k + 1]] = whole[keep].to(store.dtype).cpu()
-        done += len(batch)
+    order = sorted(layout.indices, key=lambda i: -len(samples[i].input_ids))
+    for indices in fill_batches(samples, order, layout.head, device):
+        rows = _rows(model, [samples[i] for i in indices], layout, device)
+        start = layout.first
+        store[:start] = rows[:start]
+        for i in indices:
+            own = store[slices[i]]
+            own.copy_(rows[start : start + len(own)])
+            start += len(own)
+        done += len(indices)
         progress(done, len(order))
-    model.clear_kv_cache()
     model.train(was_training)
 
 
-def shared_head(samples: Sequence[Sample]) -> int:
-    """How many first tokens all samples have in common, each keeping at least one input after them; 0 if too few to be worth it."""
-    first, last = min(s.input_ids for s in samples), max(s.input_ids for s in samples)
-    limit = min(len(s.input_ids) for s in samples) - 2
-    common = 0
-    while common < limit and first[common] == last[common]:
-        common += 1
-    return common if common >= SHORTEST_HEAD and len(samples) > 1 else 0
+def _rows(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> torch.Tensor:
+    """x and the taps of a batch, (n, S + 1, d) or (N, S + 1, d), on the CPU in the cache's dtype."""
+    batch = pack(samples, device, layout.head)
+    x, taps = model.prefix(batch.ids, model.packed_positions(batch.packing), batch.at if is_flat(model) else None)
+    return torch.cat((x[:, None], taps), dim=1).to(layout.dtype).cpu()
 
 
-def _stack(model: GPT, ids: torch.Tensor, start: int) -> torch.Tensor:
-    """x and the taps of inputs (B, T) that stand at `start` and after: (B, T, S + 1, d)."""
-    place = None
-    if model.blocks[0].attn.kv_cache is not None:
-        place = torch.arange(start, start + ids.size(1), device=ids.device)
-    x, taps = model.prefix(ids, model.positions(ids, place))
-    return torch.cat((x[:, :, None], taps), dim=2)
-
-
-def _run_head(model: GPT, sample: Sample, head: int, device: torch.device) -> tuple[torch.Tensor, list[KVCache]]:
-    """The rows (head, S + 1, d) of the shared first tokens, and their keys and values in every frozen block."""
-    model.set_kv_cache(1, head, device, model.compute_dtype(device))
-    ids = torch.tensor(sample.input_ids[:head], device=device)
-    rows = _stack(model, ids[None], 0)[0]
-    return rows, [block.attn.kv_cache for block in model.blocks[: model.cut] if block.attn.kv_cache is not None]
+def fill_batches(samples: Sequence[Sample], order: Sequence[int], head: int, device: torch.device) -> Iterator[list[int]]:
+    """Batches of so many tokens that what is the same in all of them weighs little, none larger than one sample needs."""
+    limit = max(FILL_TOKENS["cpu" if device.type == "cpu" else "cuda"], HEAD_SHARE * head)
+    batch: list[int] = []
+    tokens = 0
+    for i in order:
+        own = len(samples[i].input_ids) - 1 - head
+        if batch and tokens + own > limit:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += own
+    if batch:
+        yield batch
 
 
 def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> str:

@@ -51,6 +51,10 @@ class TrainArgs:
     """Stop after this many seconds of training."""
     max_seq_length: Optional[int] = None
     """Cut samples to this many tokens. null: what the model can read."""
+    group_by_length: bool = False
+    """Make batches of samples of like length, which take less memory. Their order stays random."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the blocks that gradients cross, and run each block again in the backward pass: less memory, more time."""
     tie_embeddings: Optional[bool] = None
     """Share one weight between the token embedding and the output head. null: as the checkpoint has it."""
     max_norm: Optional[float] = None

@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from litgpt import checkpoint
-from litgpt.activation_cache import FILL_TOKENS, ActivationCache, Activations, CacheSettings, Recompute, activations, collate
+from litgpt.activation_cache import FILL_TOKENS, ActivationCache, Activations, CacheSettings, Recompute, activations
 from litgpt.data.base import Sample
 from litgpt.errors import UserError
 from litgpt.fabric import backbone_dtype
@@ -150,7 +150,7 @@ def time_steps(model: GPT, source: Activations, settings: Settings, beside: Call
         start = clock(device)
         with settings.autocast():
             features = source(range(first, first + settings.batch_size))
-            hidden = model.tail(features.x, features.taps)  # (N, d) or (B, T, d)
+            hidden = model.tail(features.x, features.taps, features.pos)
             hidden = hidden if features.at is None else hidden[features.at]  # (N, d)
             loss = head_loss(hidden, features.targets) / len(features.targets)
         forward = clock(device)
@@ -203,7 +203,8 @@ def bare_forward(model: GPT, samples: Sequence[Sample], settings: Settings) -> N
     device = torch.device(settings.device)
     size = max(1, FILL_TOKENS["cpu" if device.type == "cpu" else "cuda"] // settings.seq_length)
     for first in range(0, len(samples), size):
-        ids, _, _ = collate(samples[first : first + size], device)
+        ids = torch.stack([torch.frombuffer(sample.input_ids, dtype=torch.int32)[:-1] for sample in samples[first : first + size]])
+        ids = ids.long().to(device)  # (B, T), all of one length
         pos = model.positions(ids)
         x = model.embed(ids, pos)
         for block in model.blocks:

@@ -21,10 +21,16 @@ BLOCK_ELEMENTS = 8 * 49152
 """of logits whose softmax is taken at a time on a CPU: in fp32 they stay in its cache"""
 
 
-class HeadLoss:
-    """Sum over positions of -log softmax(y)[target], fp32, for hidden states h (N, d), z = head(h), and targets (N,).
+IGNORED = -100
+"""a target that has no loss, as in `torch.nn.functional.cross_entropy`"""
 
-    A frozen linear head takes the short way: the gradient for h, dh = ((softmax(y) - onehot) dy/dz) W, is made in the forward pass, chunk
+
+class HeadLoss:
+    """Sum over positions of -w log softmax(y)[target], fp32, for hidden states h (N, d), z = head(h), and targets (N,).
+
+    The weights w (N,) are 1 unless given, and 0 where the target is `IGNORED`.
+
+    A frozen linear head takes the short way: the gradient for h, dh = (w (softmax(y) - onehot) dy/dz) W, is made in the forward pass, chunk
     by chunk, and no gradient for W. Memory is C x V logits whatever N is. A head that is trained itself, or carries LoRA, goes through
     autograd with each chunk's logits computed again in the backward pass.
     """
@@ -33,22 +39,25 @@ class HeadLoss:
         self.head, self.divisor, self.cap = head, divisor, cap
         self._logits = torch.empty(0)
 
-    def __call__(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Scalar, fp32 (fp64 for fp64 input); a sum, for the caller to divide by its number of tokens."""
+    def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Scalar, fp32 (fp64 for fp64 input); a sum, for the caller to divide by its number of tokens, or by the sum of its weights."""
         head = self.head
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
             device = hidden.device.type
             if torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
-                return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, self)
-            return _FrozenHead.apply(hidden, head.weight, head.bias, targets, self)
+                return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, weights, self)
+            return _FrozenHead.apply(hidden, head.weight, head.bias, targets, weights, self)
         rows = max(1, CHUNK_BYTES // (self._width() * hidden.element_size()))
-        losses = [checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)]
+        each = targets.new_ones(len(targets)) if weights is None else weights
+        parts = zip(hidden.split(rows), targets.split(rows), each.split(rows), strict=True)
+        losses = [checkpoint(self._chunk, *part, use_reentrant=False) for part in parts]
         return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
 
-    def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = finish_logits(self.head(hidden), self.divisor, self.cap)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none") * weights).sum()
 
     def _width(self) -> int:
         linear: Any = getattr(self.head, "linear", self.head)
@@ -64,7 +73,9 @@ class HeadLoss:
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, owner: HeadLoss) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, weights: Any, owner: HeadLoss
+    ) -> torch.Tensor:
         N, V = hidden.size(0), weight.size(0)
         rows = max(1, min(N, CHUNK_BYTES // (V * hidden.element_size())))
         wanted = hidden.requires_grad
@@ -77,7 +88,8 @@ class _FrozenHead(torch.autograd.Function):
             torch.mm(hidden[here], weight.t(), out=logits)  # (C, V)
             if bias is not None:
                 logits += bias
-            total += cross_entropy_(logits, targets[here], total.dtype, wanted, owner.divisor, owner.cap)
+            each = None if weights is None else weights[here, None]
+            total += cross_entropy_(logits, targets[here], total.dtype, wanted, owner.divisor, owner.cap, each)
             if wanted:
                 torch.mm(logits, weight, out=gradient[here])  # (C, d)
         ctx.save_for_backward(gradient)
@@ -86,18 +98,29 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None
+        return gradient * grad.to(gradient.dtype), None, None, None, None, None
 
 
 def cross_entropy_(
-    logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype, gradient: bool, divisor: float = 1.0, cap: float | None = None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    wide: torch.dtype,
+    gradient: bool,
+    divisor: float = 1.0,
+    cap: float | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sum of -log softmax(y)[target] in the `wide` dtype, for z = `logits` (C, V).
+    """The sum of -w log softmax(y)[target] in the `wide` dtype, for z = `logits` (C, V) and weights (C, 1), 1 unless given.
 
-    With `gradient` z's gradient replaces it: (softmax(y) - onehot(target)) dy/dz, where dy/dz = (1 - (y / c)^2) / s.
+    With `gradient` z's gradient replaces it: w (softmax(y) - onehot(target)) dy/dz, where dy/dz = (1 - (y / c)^2) / s. A target that is
+    `IGNORED` has no loss and no gradient.
 
     On a CPU a few rows are done at a time, so that they stay in the processor's cache.
     """
+    if bool((targets == IGNORED).any()):
+        kept = (targets != IGNORED)[:, None]
+        weights = kept.to(wide) if weights is None else torch.where(kept, weights, 0)
+        targets = torch.where(kept[:, 0], targets, 0)
     C, V = logits.shape
     rows = C if logits.is_cuda else max(1, min(C, BLOCK_ELEMENTS // V))
     block = torch.empty(rows, V, dtype=wide, device=logits.device)
@@ -112,5 +135,7 @@ def cross_entropy_(
             p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
             if cap is not None:
                 p.mul_(1 - (y / cap).square_())
+            if weights is not None:
+                p.mul_(weights[start : start + rows])
             part.copy_(p if divisor == 1 else p.div_(divisor))
-    return -chosen.sum()
+    return -(chosen if weights is None else chosen * weights).sum()

@@ -1,7 +1,7 @@
 """The decoder: GPT, its blocks, attention and MLPs, with LitGPT's state-dict keys.
 
 Letters in shapes: B batch, T positions of the input, K positions attended to, d `n_embd`, V `padded_vocab_size`, L `n_layer`,
-H heads, G key/value heads, h head size, m `intermediate_size`, S the tapped blocks, E experts, N = B T tokens.
+H heads, G key/value heads, h head size, m `intermediate_size`, S the tapped blocks, E experts, N rows: B T, or those of a packed batch.
 
 The layers are numbered as they run: blocks 0 ... L-1, then `ln_f` is L and `lm_head` is L+1. `GPT.cut` is a number of that kind:
 
@@ -9,19 +9,23 @@ The layers are numbered as they run: blocks 0 ... L-1, then `ln_f` is L and `lm_
                      |       |                        ^
                      taps of the blocks in S -> adapters
            \\________ prefix: frozen ________/  \\________________ tail: gradients _____________/
+
+Training packs a batch into N rows without padding (`litgpt.packing`): x is then (N, d) instead of (B, T, d), all the way to the loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from litgpt.config import Config
+from litgpt.packing import Packing
 from litgpt.rope import RotaryTable, rotate
 
 
@@ -39,6 +43,10 @@ class Positions:
     """(T,), places in the key/value cache; None without a cache"""
     end: int
     """K"""
+    packing: Packing | None = None
+    """how x (N, d) is packed; the fields above are then those of the samples' own T positions, which attend to K = P + T"""
+    head: Positions | None = None
+    """of the P shared positions among themselves, if there are any"""
 
 
 class GPT(nn.Module):
@@ -66,6 +74,8 @@ class GPT(nn.Module):
         it to its longest sample, so that what the model makes of a sample does not depend on the others in its batch"""
         self.cut: int | None = None
         """the first layer that gradients reach; None: everything is trained, the embedding included"""
+        self.activation_checkpointing = False
+        """keep only the inputs of the tail's blocks, and run each again in the backward pass"""
 
     @property
     def blocks(self) -> list[Block]:
@@ -85,14 +95,16 @@ class GPT(nn.Module):
         return self.logits(x)  # (B, T, V)
 
     def embed(self, idx: torch.Tensor, pos: Positions) -> torch.Tensor:
-        """(B, T) -> (B, T, d): the embeddings, scaled and with learned positions added where the family does that."""
+        """(B, T) -> (B, T, d), or (N,) -> (N, d): the embeddings, scaled and with learned positions added where the family does that."""
         x, config = self.transformer["wte"](idx), self.config
         if config.scale_embeddings:
             x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)  # rounded to the dtype, as in Gemma's own code
         if config.embedding_multiplier != 1:
             x = x * config.embedding_multiplier
         if config.learned_positions:
-            places = torch.arange(idx.size(1), device=idx.device) if pos.index is None else pos.index
+            places = pos.index
+            if places is None:
+                places = torch.arange(idx.size(-1), device=idx.device) if pos.packing is None else pos.packing.positions
             x = x + self.transformer["wpe"](places)
         return x
 
@@ -100,9 +112,12 @@ class GPT(nn.Module):
         """`lm_head` of the tail's output (..., d), and what the family does to its result: (..., V)."""
         return finish_logits(self.lm_head(x), self.config.logits_scaling, self.config.final_logit_softcapping)
 
-    def prefix(self, idx: torch.Tensor, pos: Positions | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def prefix(
+        self, idx: torch.Tensor, pos: Positions | None = None, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything before the cut: its output (B, T, d), and the normalised outputs of the tapped blocks (B, T, S, d).
 
+        Of a packed batch (N,) with positions `pos`: (N, d) and (N, S, d); with `rows` (n,) only those rows, (n, d) and (n, S, d).
         Below a cut nothing is trained, so no graph is recorded and no activation is kept.
         """
         pos = pos or self.positions(idx)
@@ -112,7 +127,8 @@ class GPT(nn.Module):
             for block in self.blocks[:cut]:
                 x = block(x, pos)
                 if block.skip2lora is not None:
-                    taps.append(block.skip2lora.tap(x))
+                    taps.append(block.skip2lora.tap(x if rows is None else x[rows]))
+            x = x if rows is None else x[rows]
             if cut > self.config.n_layer:
                 x = self.transformer["ln_f"](x)
         return x, torch.stack(taps, dim=-2) if taps else x.new_empty(*x.shape[:-1], 0, x.size(-1))
@@ -120,15 +136,17 @@ class GPT(nn.Module):
     def tail(self, x: torch.Tensor, taps: torch.Tensor, pos: Positions | None = None) -> torch.Tensor:
         """Everything from the cut up to `lm_head`'s input, (B, T, d): the adapters' sum joins x first.
 
-        With the cut at `ln_f` or `lm_head` positions are independent: x may be (N, d) with taps (N, S, d), any N positions.
+        x may be packed, (N, d) with taps (N, S, d) and positions `pos`. With the cut at `ln_f` or `lm_head` positions are independent:
+        any rows will do.
         """
         cut = self.cut or 0
         if taps.size(-2):
             x = (x + self.skip_sum(taps)).to(x.dtype)
         if cut < self.config.n_layer:
             pos = pos or self.positions(x[..., 0])
+            again = self.activation_checkpointing and torch.is_grad_enabled()
             for block in self.blocks[cut:]:
-                x = block(x, pos)
+                x = checkpoint(block, x, pos, use_reentrant=False) if again else block(x, pos)
         return x if cut > self.config.n_layer else self.transformer["ln_f"](x)
 
     def skip_sum(self, taps: torch.Tensor) -> torch.Tensor:
@@ -142,31 +160,34 @@ class GPT(nn.Module):
 
     def positions(self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, end: int | None = None) -> Positions:
         """Rotary tables and masks for input (B, T)."""
-        T = idx.size(1)
+        T, device = idx.size(1), idx.device
+        self._require_room(T)
+        if input_pos is None:
+            return self._at(torch.arange(T, device=device), T, T)
+        end = int(input_pos.max()) + 1 if end is None else end
+        cache = self.blocks[0].attn.kv_cache
+        return replace(self._at(input_pos, end, end if cache is None else cache.k.size(2)), index=input_pos)
+
+    def packed_positions(self, packing: Packing) -> Positions:
+        """The same for a packed batch (N,)."""
+        P, end, device = packing.head, packing.head + packing.width, packing.rows.device
+        self._require_room(end)
+        head = self._at(torch.arange(P, device=device), P, end) if P else None
+        return replace(self._at(torch.arange(P, end, device=device), end, end), packing=packing, head=head)
+
+    def _require_room(self, T: int) -> None:
         if self.max_seq_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
-        device = idx.device
-        if input_pos is None:
-            places, end, reach = torch.arange(T, device=device), T, T
-        else:
-            cache = self.blocks[0].attn.kv_cache
-            end = int(input_pos.max()) + 1 if end is None else end
-            places, reach = input_pos, end if cache is None else cache.k.size(2)
+
+    def _at(self, places: torch.Tensor, end: int, reach: int) -> Positions:
+        """For inputs at `places` (T,), each of which attends to what is not behind it among the first `end` positions."""
+        T, dtype = places.size(0), self.compute_dtype(places.device)
+        tables = (table(end, places.device, max(reach, self.reach)) for table in self.rope)
+        rotary = tuple((cos[places].to(dtype), sin[places].to(dtype)) for cos, sin in tables)
         mask = None
         if T > 1 and (end != T or self.config.attention_logit_softcapping is not None):
-            mask = torch.arange(end, device=device) <= places[:, None]
-        return Positions(self._rotary(input_pos, end, reach, device), mask, self._window_mask(places, end), input_pos, end)
-
-    def _rotary(
-        self, input_pos: torch.Tensor | None, end: int, reach: int, device: torch.device
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        dtype, found = self.compute_dtype(device), []
-        for table in self.rope:
-            cos, sin = table(end, device, max(reach, self.reach))
-            if input_pos is not None:
-                cos, sin = cos[input_pos], sin[input_pos]
-            found.append((cos.to(dtype), sin.to(dtype)))
-        return tuple(found)
+            mask = torch.arange(end, device=places.device) <= places[:, None]
+        return Positions(rotary, mask, self._window_mask(places, end), None, end)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,22 +206,18 @@ class GPT(nn.Module):
         distance = places[:, None] - torch.arange(end, device=places.device)
         return (distance >= 0) & (distance < window)
 
-    def auxiliary_loss(self, lengths: Sequence[int]) -> torch.Tensor | None:
-        """`router_aux_loss_coef` times `load_balance` over the tokens and routers of the tail's last training pass, once per pass.
+    def auxiliary_loss(self) -> torch.Tensor | None:
+        """`router_aux_loss_coef` times `load_balance` over all tokens and routers of the tail's last training pass, once per pass.
 
-        `lengths`: tokens in each of the B rows, the rest is padding. None where no router ran in the tail or the config has no weight.
-        Routers in the prefix are frozen, and so is what they read: they have no part in it.
+        None where no router ran in the tail or the config has no weight. Routers in the prefix are frozen, and so is what they read: they
+        have no part in it.
         """
         kept: list[torch.Tensor] = []
         for mlp in (block.mlp for block in self.blocks):
             if isinstance(mlp, LLaMAMoE) and mlp.router_logits is not None:
-                kept.append(mlp.router_logits)
+                kept.append(mlp.router_logits.flatten(0, -2))
                 mlp.router_logits = None  # the graph is not kept
-        if not kept:
-            return None
-        real = torch.arange(kept[0].size(1)) < torch.tensor(lengths)[:, None]  # (B, T)
-        logits = torch.cat([each[real.to(each.device)] for each in kept])
-        return self.config.router_aux_loss_coef * load_balance(logits, self.config.n_expert_per_token)
+        return self.config.router_aux_loss_coef * load_balance(torch.cat(kept), self.config.n_expert_per_token) if kept else None
 
     def set_kv_cache(
         self,
@@ -285,29 +302,47 @@ class CausalSelfAttention(nn.Module):
         self.kv_cache: KVCache | None = None
 
     def forward(self, x: torch.Tensor, pos: Positions) -> torch.Tensor:
-        """(B, T, d) -> (B, T, d)"""
-        B, T, _ = x.shape
+        """(B, T, d) -> (B, T, d), or packed (N, d) -> (N, d)"""
+        qkv = self.qkv(x)
+        if pos.packing is None:
+            q, k, v = self._heads(qkv, pos)
+            if pos.index is not None:
+                if self.kv_cache is None:
+                    raise ValueError("input_pos needs a key/value cache: call set_kv_cache first")
+                k, v = self.kv_cache(pos.index, k, v, pos.end)  # (B, G, K, h)
+            return self.proj(self._attend(q, k, v, pos))
+        shared, own = pos.packing.spread(qkv)  # (1, P, ...), (B, T, ...)
+        q, k, v = self._heads(own, pos)
+        if pos.head is None:
+            return self.proj(pos.packing.gather(None, self._attend(q, k, v, pos)))
+        head = self._heads(shared, pos.head)
+        k, v = (torch.cat((first.expand(k.size(0), -1, -1, -1), rest), dim=2) for first, rest in zip(head[1:], (k, v), strict=True))
+        return self.proj(pos.packing.gather(self._attend(*head, pos.head), self._attend(q, k, v, pos)))
+
+    def _heads(self, qkv: torch.Tensor, pos: Positions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, (H + 2 G) h) -> q (B, H, T, h), k and v (B, G, T, h), q and k normalised and turned."""
+        B, T, _ = qkv.shape
         h = self.config.head_size
-        q, k, v = self.qkv(x).split(self.config.qkv_sizes, dim=-1)
+        q, k, v = qkv.split(self.config.qkv_sizes, dim=-1)
         if self.norm_q is not None and self.norm_k is not None:  # over h or, "olmo2", over H h and G h
             q, k = (norm(part.view(B, T, -1, norm.weight.numel())) for norm, part in ((self.norm_q, q), (self.norm_k, k)))
-        q, k, v = (part.view(B, T, -1, h).transpose(1, 2) for part in (q, k, v))  # (B, H, T, h), (B, G, T, h)
+        q, k, v = (part.view(B, T, -1, h).transpose(1, 2) for part in (q, k, v))
         if self.rotary >= 0:
             cos, sin = pos.rotary[self.rotary]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if pos.index is not None:
-            if self.kv_cache is None:
-                raise ValueError("input_pos needs a key/value cache: call set_kv_cache first")
-            k, v = self.kv_cache(pos.index, k, v, pos.end)  # (B, G, K, h)
+        return q, k, v
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: Positions) -> torch.Tensor:
+        """q (B, H, T, h), k and v (B, G, K, h) -> (B, T, H h)"""
         mask = pos.mask
         if self.windowed and pos.window_mask is not None:
             mask = pos.window_mask
         if self.softcap is not None:
             y = capped_attention(q, k, v, mask, self.scale, self.softcap)
         else:
-            causal = mask is None and T > 1
+            causal = mask is None and q.size(2) > 1
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H h) -> (B, T, d)
+        return y.transpose(1, 2).flatten(2)
 
 
 def capped_attention(
@@ -339,13 +374,6 @@ class KVCache:
         self.k[:B].index_copy_(2, index, k.to(self.k.dtype))
         self.v[:B].index_copy_(2, index, v.to(self.v.dtype))
         return self.k[:B, :, :end].to(k.dtype), self.v[:B, :, :end].to(v.dtype)
-
-    def repeat(self, batch: int, length: int) -> KVCache:
-        """A new cache of `batch` rows and `length` positions that begins with what this one (of one row) holds."""
-        _, groups, filled, head_size = self.k.shape
-        new = KVCache((batch, groups, length, head_size), self.k.device, self.k.dtype)
-        new.k[:, :, :filled], new.v[:, :, :filled] = self.k, self.v
-        return new
 
 
 class GptNeoxMLP(nn.Module):
@@ -410,8 +438,8 @@ class LLaMAMoE(nn.Module):
         """(B, T, d) -> (B, T, d)"""
         k = self.config.n_expert_per_token
         router = self.gate(x)  # (B, T, E)
-        if self.training and self.config.router_aux_loss_coef and torch.is_grad_enabled():
-            self.router_logits = router
+        wanted = self.training and self.config.router_aux_loss_coef and torch.is_grad_enabled()
+        self.router_logits = router if wanted else None
         weights, chosen = router.softmax(-1, dtype=torch.float32).flatten(0, -2).topk(k)  # (N, k) each
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -466,8 +494,8 @@ class RMSNorm(nn.Module):
 
 
 def rms_normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x over its root mean square along the last dimension, computed in fp32, x's dtype returned."""
-    wide = x.float()
+    """x over its root mean square along the last dimension, computed in fp32 (fp64 for fp64), x's dtype returned."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 

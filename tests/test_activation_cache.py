@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from litgpt import activation_cache
-from litgpt.activation_cache import ActivationCache, CacheSettings, Recompute, activations, collate, fingerprint, is_flat, plan, shared_head
+from litgpt.activation_cache import ActivationCache, CacheSettings, Recompute, activations, fingerprint, is_flat, plan
+from litgpt.batch import SHORTEST_HEAD, pack, shared_head
 from litgpt.data.base import Sample
 from litgpt.lora import end_warmup, lora_filter, mark_only_lora_as_trainable, start_warmup
 from litgpt.loss import HeadLoss
@@ -104,7 +105,7 @@ def keep(
 def outcome(model: Any, source: Any, rows: list[int]) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
     """Features, loss and gradients of a batch, the way the loop takes them."""
     features = source(rows)
-    hidden = model.tail(features.x, features.taps)
+    hidden = model.tail(features.x, features.taps, features.pos)
     hidden = hidden if features.at is None else hidden[features.at]
     loss = HeadLoss(model.lm_head)(hidden, features.targets) / 7
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -113,12 +114,8 @@ def outcome(model: Any, source: Any, rows: list[int]) -> tuple[Any, torch.Tensor
 
 def assert_same(one: Any, other: Any) -> None:
     (a, loss_a, gradients_a), (b, loss_b, gradients_b) = one, other
-    pairs = [(a.x, b.x), (a.taps, b.taps)]
-    for x, y in pairs:
-        if a.at is not None:
-            real = a.at.cumsum(1) < a.at.sum(1, keepdim=True)  # up to the last loss position: padding behind it may differ
-            x, y = x[real | a.at], y[real | a.at]
-        assert_close(x, y, **CLOSE)
+    assert_close(a.x, b.x, **CLOSE)
+    assert_close(a.taps, b.taps, **CLOSE)
     assert torch.equal(a.targets, b.targets)
     assert (a.at is None) == (b.at is None) and (a.at is None or torch.equal(a.at, b.at))
     assert_close(loss_a, loss_b, **CLOSE)
@@ -156,6 +153,7 @@ def test_the_same_for_other_architectures(cut: str, shape: dict[str, Any], monke
 @pytest.mark.parametrize("head", [0, 8])
 def test_the_size_of_the_filling_batches_changes_nothing(head: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(activation_cache.FILL_TOKENS, "cpu", tokens)
+    monkeypatch.setattr(activation_cache, "HEAD_SHARE", 0)
     model, samples, calls = make_model("block"), make_samples(head=head), []
     cache, _ = keep(model, samples, progress=lambda done, total: calls.append((done, total)))
     rows = list(range(len(samples)))
@@ -183,13 +181,12 @@ def test_features_are_what_hooks_on_the_blocks_see(cut: str, cached: bool) -> No
         layers = {**seen, model.config.n_layer: ln_f(seen[model.config.n_layer - 1]).detach()}
         keep_rows = torch.tensor(list(sample.loss_mask[1:]), dtype=torch.bool) if is_flat(model) else slice(None)
         features = source([number])
-        x = features.x if is_flat(model) else features.x[0]
-        assert_close(x, layers[model.cut - 1][keep_rows], **CLOSE)
+        assert_close(features.x, layers[model.cut - 1][keep_rows], **CLOSE)
         for tap, index in zip(features.taps.unbind(-2), model.config.taps, strict=True):
-            expected = seen[index]
+            expected = layers[index]
             if model.config.skip2lora_norm == "rms":
                 expected = expected / (expected.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()
-            assert_close(tap if is_flat(model) else tap[0], expected[keep_rows], **CLOSE)
+            assert_close(tap, expected[keep_rows], **CLOSE)
         assert features.targets.tolist() == [t for t, on in zip(sample.input_ids, sample.loss_mask, strict=True) if on]
     for hook in hooks:
         hook.remove()
@@ -220,8 +217,7 @@ def test_a_bf16_cache_holds_the_rounded_values_and_serves_an_fp32_model(cut: str
     rows = [4, 2]
     (cached, loss, gradients), (exact, expected, right) = outcome(model, cache, rows), outcome(model, Recompute(model, samples, CPU), rows)
     assert cached.x.dtype == torch.float32
-    real = slice(None) if cached.at is None else cached.at
-    assert_close(cached.x[real], exact.x[real].bfloat16().float(), rtol=1e-2, atol=1e-5)
+    assert_close(cached.x, exact.x.bfloat16().float(), rtol=1e-2, atol=1e-5)
     assert_close(loss, expected, rtol=1e-2, atol=0)
     assert all((gradients[name] - right[name]).norm() < 0.05 * right[name].norm() for name in right)
 
@@ -284,12 +280,17 @@ def test_a_process_without_samples_needs_no_cache(mode: str, tmp_path: Path) -> 
     assert isinstance(keep(make_model(), make_samples(), tmp_path, mode, rows=[])[0], Recompute)
 
 
-def test_collate_pads_on_the_right_and_keeps_targets_in_row_order() -> None:
-    samples = [Sample(array("i", [5, 6, 7]), bytearray([0, 0, 1])), Sample(array("i", [1, 2, 3, 4]), bytearray([0, 1, 0, 1]))]
-    ids, at, targets = collate(samples, CPU)
-    assert ids.tolist() == [[5, 6, 0], [1, 2, 3]]
-    assert at.tolist() == [[False, True, False], [True, False, True]]
-    assert targets.tolist() == [7, 2, 4] and targets.dtype == torch.long
+def test_rows_stand_sample_after_sample_behind_what_they_share() -> None:
+    samples = [
+        Sample(array("i", [9, 8, 5, 6, 7]), bytearray([0, 1, 1, 0, 1])),
+        Sample(array("i", [9, 8, 1, 2, 3, 4]), bytearray([0, 0, 1, 1, 0, 1])),
+    ]
+    batch = pack(samples, CPU, 2)
+    assert batch.ids.tolist() == [9, 8, 5, 6, 1, 2, 3] and batch.packing.positions.tolist() == [0, 1, 2, 3, 2, 3, 4]
+    assert batch.at.tolist() == [0, 1, 3, 1, 4, 6], "a shared row with loss counts for each sample"
+    assert batch.targets.tolist() == [8, 5, 7, 1, 2, 4] and batch.targets.dtype == torch.long
+    alone = pack(samples[1:], CPU, 0)
+    assert alone.ids.tolist() == [9, 8, 1, 2, 3] and not alone.packing.is_ragged and alone.packing.lengths == (5,)
 
 
 @given(st.integers(0, 12), st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=8), min_size=1, max_size=4))
@@ -298,17 +299,19 @@ def test_shared_head_is_the_common_prefix_that_leaves_every_sample_an_input(comm
     head = shared_head([Sample(array("i", row), bytearray(len(row))) for row in rows])
     equal = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
     common = min(len(list(equal)), min(len(row) for row in rows) - 2)
-    assert head == (common if common >= activation_cache.SHORTEST_HEAD and len(rows) > 1 else 0)
+    assert head == (common if common >= SHORTEST_HEAD and len(rows) > 1 else 0)
 
 
 # --- size ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", [0, 8])
 @pytest.mark.parametrize(("cut", "parts"), [("lm_head", 3), ("block", 3), ("LoRA in late blocks", 1)])
-def test_the_planned_bytes_are_the_real_ones(cut: str, parts: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    model, samples = make_model(cut), make_samples()
-    positions = sum(sum(s.loss_mask) for s in samples) if is_flat(model) else sum(length - 1 for length in LENGTHS)
+def test_the_planned_bytes_are_the_real_ones(cut: str, parts: int, head: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, samples = make_model(cut), make_samples(head=head)
+    everything = head + sum(length - 1 - head for length in LENGTHS)  # what all share is kept once
+    positions = sum(sum(s.loss_mask) for s in samples) if is_flat(model) else everything
     layout = plan(model, samples, range(len(samples)), dtype)
     assert layout.nbytes == positions * parts * 32 * dtype.itemsize
     memory, said = keep(model, samples, dtype=dtype)

@@ -95,7 +95,7 @@ def _loop(ready: Prepared, train: TrainArgs) -> Loop:
         optimizer=make_optimizer(ready.job.optimizer, [p for p in model.parameters() if p.requires_grad]),
         train=train,
         eval=ready.job.eval,
-        batches=Batches(samples.train, samples_per_rank(train, 1), world, ready.job.seed),
+        batches=Batches(samples.train, samples_per_rank(train, 1), world, ready.job.seed, train.group_by_length),
         activations=Recompute(model, samples.train, device),
         val_batches=[],
         val_activations=Recompute(model, samples.val, device),

@@ -130,6 +130,7 @@ def prepare(job: Job, method: Method) -> Prepared:
         model = method.build(base, dtype)
         model.to(fabric.device)
     _require_known_ids(splits, model.config, base)
+    model.activation_checkpointing = job.train.activation_checkpointing
     model.max_seq_length = _max_seq_length(job, model.config)
     model.reach = max(len(sample.input_ids) - 1 for sample in (*splits.train, *splits.val))
     for line in (f"{model.config.name}, {precision} on {fabric.device}", *describe(model, job.notes)):

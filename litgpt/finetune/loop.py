@@ -23,6 +23,9 @@ from litgpt.lora import GPT
 from litgpt.loss import HeadLoss
 from litgpt.optim import learning_rate
 
+SORTED_BATCHES = 50
+"""with `train.group_by_length`, among so many samples are sorted: more make batches more alike, and less random"""
+
 
 @dataclass(frozen=True)
 class World:
@@ -46,6 +49,8 @@ class Batches:
     """samples of one rank in a global batch"""
     world: World
     seed: int
+    by_length: bool = False
+    """whether a batch has samples of like length"""
 
     def owned(self, rank: int) -> list[int]:
         return list(range(rank, len(self.samples), self.world.size))
@@ -61,12 +66,23 @@ class Batches:
         for rank in range(self.world.size):
             own = self.owned(rank)
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch + 7_919 * rank)
-            orders.append([own[i] for i in torch.randperm(len(own), generator=generator)])
+            order = [own[i] for i in torch.randperm(len(own), generator=generator)]
+            orders.append(self._alike(order, generator) if self.by_length else order)
         for start in range(0, self.per_epoch * self.per_rank, self.per_rank):
             everyone = [i for order in orders for i in order[start : start + self.per_rank]]
             loss_tokens = sum(sum(self.samples[i].loss_mask) for i in everyone)
             tokens = sum(len(self.samples[i].input_ids) - 1 for i in everyone)
             yield orders[self.world.rank][start : start + self.per_rank], loss_tokens, tokens
+
+    def _alike(self, order: list[int], generator: torch.Generator) -> list[int]:
+        """The order with samples sorted by length in every `SORTED_BATCHES` batches, these shuffled; what is over stays last."""
+        size = self.per_rank
+        whole = len(order) // size * size
+        batches = []
+        for start in range(0, whole, SORTED_BATCHES * size):
+            part = sorted(order[start : min(start + SORTED_BATCHES * size, whole)], key=lambda i: len(self.samples[i].input_ids))
+            batches += [part[k : k + size] for k in range(0, len(part), size)]
+        return [i for k in torch.randperm(len(batches), generator=generator) for i in batches[k]] + order[whole:]
 
 
 def samples_per_rank(train: TrainArgs, processes: int) -> int:
@@ -267,11 +283,11 @@ class Loop:
         """Sum of the losses at the loss positions of these samples. In training the loss of the tail's routers joins each of them."""
         with self.autocast():
             features = activations(rows)
-            hidden = self.model.tail(features.x, features.taps)  # (N, d) or (B, T, d)
+            hidden = self.model.tail(features.x, features.taps, features.pos)
             if features.at is not None:
-                hidden = hidden[features.at]  # (N, d)
+                hidden = hidden[features.at]  # (n, d)
             loss = self.head_loss(hidden, features.targets)
-            auxiliary = self.model.auxiliary_loss([len(activations.samples[i].input_ids) - 1 for i in rows])
+            auxiliary = self.model.auxiliary_loss()
             return loss if auxiliary is None else loss + len(features.targets) * auxiliary
 
     def _share_gradients(self) -> None:

@@ -142,7 +142,7 @@ class Session:
     def _make_loop(self, train: TrainArgs, evaluation: EvalArgs, cache_mode: str) -> Loop:
         """A loop over what is trainable in the model now, its activations cached if they are needed more than once."""
         splits, world, seed = self.ready.splits, self.world, self.job.seed
-        batches = Batches(splits.train, samples_per_rank(train, world.size), world, seed)
+        batches = Batches(splits.train, samples_per_rank(train, world.size), world, seed, train.group_by_length)
         own_val = list(range(world.rank, len(splits.val), world.size))
         val_batches = _chunks(own_val, train.micro_batch_size)[: evaluation.max_iters]
         train_mode = training_cache(cache_mode, train, batches)

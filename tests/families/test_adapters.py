@@ -188,7 +188,7 @@ def make_samples() -> list[Sample]:
 def batch_loss(model: Any, source: Any, rows: list[int]) -> torch.Tensor:
     """As in the training loop."""
     features = source(rows)
-    hidden = model.tail(features.x, features.taps)
+    hidden = model.tail(features.x, features.taps, features.pos)
     hidden = hidden if features.at is None else hidden[features.at]
     head = HeadLoss(model.lm_head, model.config.logits_scaling, model.config.final_logit_softcapping)
     return head(hidden, features.targets)

@@ -12,9 +12,10 @@ import tiny
 import torch
 import torch.nn.functional as F
 from families import configs
+from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
-from litgpt.activation_cache import Recompute, collate
+from litgpt.activation_cache import Recompute
 from litgpt.config import Config
 from litgpt.data.base import Sample
 from litgpt.finetune.loop import Loop
@@ -86,8 +87,11 @@ def test_training_loss_against_transformers(family: str) -> None:
     hf, _, _ = configs.pair(family)
     model = configs.ours(family, lora_r=0).train()
     samples = make_samples()
-    ids, at, targets = collate(samples, CPU)
-    real = torch.arange(ids.size(1)) < torch.tensor([len(sample.input_ids) - 1 for sample in samples])[:, None]
+    rows = [torch.tensor(sample.input_ids) for sample in samples]
+    ids, real = (pad_sequence(part, batch_first=True) for part in ([row[:-1] for row in rows], [torch.ones(len(row) - 1) for row in rows]))
+    masks = [torch.tensor(list(sample.loss_mask)).bool() for sample in samples]
+    at = pad_sequence([mask[1:] for mask in masks], batch_first=True)
+    targets = torch.cat([row[mask] for row, mask in zip(rows, masks, strict=True)]).long()
     theirs = hf(ids, attention_mask=real.long(), output_router_logits=True)
     auxiliary = hf.config.router_aux_loss_coef * theirs.aux_loss
     want = F.cross_entropy(theirs.logits[at], targets) + auxiliary
@@ -116,25 +120,25 @@ def test_only_routers_behind_the_cut_have_a_part() -> None:
     model(idx)
     assert model.blocks[0].mlp.router_logits is None
     behind = torch.cat([routed[number].flatten(0, 1) for number in (1, 2)])
-    auxiliary = model.auxiliary_loss([20, 20])
+    auxiliary = model.auxiliary_loss()
     assert_close(auxiliary, 0.2 * load_balance(behind, 2))
     assert torch.autograd.grad(auxiliary, model.blocks[0].skip2lora.lora_B)[0].abs().max() > 0
-    assert model.auxiliary_loss([20, 20]) is None  # taken once
+    assert model.auxiliary_loss() is None  # taken once
 
     flat = configs.ours("mixtral", skip2lora_enabled=True, lora_r=3).train()
     flat(idx)
-    assert flat.auxiliary_loss([20, 20]) is None  # cut at lm_head
+    assert flat.auxiliary_loss() is None  # cut at lm_head
 
 
 def test_no_router_loss_outside_training_or_without_a_weight() -> None:
     idx = tiny.ids(1, 9)
     model = configs.ours("mixtral")
     model(idx)
-    assert model.auxiliary_loss([9]) is None
+    assert model.auxiliary_loss() is None
     with torch.no_grad():
         model.train()(idx)
-    assert model.auxiliary_loss([9]) is None
+    assert model.auxiliary_loss() is None
     model.config.router_aux_loss_coef = 0.0
     model(idx)
-    assert model.auxiliary_loss([9]) is None
-    assert configs.ours("llama").auxiliary_loss([9]) is None
+    assert model.auxiliary_loss() is None
+    assert configs.ours("llama").auxiliary_loss() is None

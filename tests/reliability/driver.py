@@ -70,7 +70,7 @@ def watch(events: Events) -> None:
         (Loop, "_loss"),
         (Loop, "step"),
         (Loop, "_validate"),
-        (activation_cache, "_stack"),
+        (activation_cache, "_rows"),
         (checkpoint, "write_manifest"),
         (logs.MetricLoggers, "__call__"),
     ):

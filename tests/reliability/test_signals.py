@@ -63,7 +63,7 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on_from_there(
 def test_while_the_cache_is_filled_there_is_nothing_to_lose(
     number: signal.Signals, bench: Bench, driver: Driver, reference: Any, tmp_path: Path
 ) -> None:
-    stopped = driver.run(bench.argv(tmp_path / "out", **DISK), ["_stack", 3], number=number)
+    stopped = driver.run(bench.argv(tmp_path / "out", **DISK), ["_rows", 1], number=number)
     assert stopped.status == CODES[number], stopped.err
     assert stopped.err.rstrip().endswith(f"{number.name}: stopped after step 0: nothing is lost, run the same command again.")
     assert [path.name for path in tmp_path.iterdir()] == ["activation_cache"] and not list((tmp_path / "activation_cache").iterdir())
@@ -73,7 +73,7 @@ def test_while_the_cache_is_filled_there_is_nothing_to_lose(
 
 def test_the_warm_up_is_saved_before_the_cache_is_filled(bench: Bench, driver: Driver, reference: Any, tmp_path: Path) -> None:
     out_dir, settings = tmp_path / "out", {**JOBS["warm-up"], "train.save_interval": 1000}
-    stopped = driver.run(bench.argv(out_dir, **settings), ["_stack", 3], number=signal.SIGTERM)
+    stopped = driver.run(bench.argv(out_dir, **settings), ["_rows", 3], number=signal.SIGTERM)
     assert stopped.status == 143 and "stopped after step 2: " in stopped.err, stopped.err
     assert [path.name for path in out_dir.glob("step-*")] == ["step-000002"]
     ended = driver.run(bench.argv(out_dir, **settings, resume=True))

@@ -1,0 +1,111 @@
+"""Packed batches against each sample alone: logits, loss and gradients, for the shapes that attention comes in."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from litgpt.activation_cache import Recompute
+from litgpt.batch import pack
+from litgpt.data.base import Sample
+from litgpt.packing import Packing
+
+CPU = torch.device("cpu")
+SHAPES: dict[str, dict[str, Any]] = {
+    "grouped heads": {},
+    "window": {"sliding_window_size": 5, "sliding_window_indices": [1, 0, 1, 1, 0]},
+    "window over the head only": {"sliding_window_size": 12},
+    "soft cap": {"attention_logit_softcapping": 3.0},
+    "learned positions": {"learned_positions": True},
+    "parallel": {"parallel_residual": True, "bias": True, "norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP"},
+    "q and k normalised": {"norm_qk": True},
+}
+
+
+def samples_of(lengths: list[int], head: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(3)
+    common, samples = torch.randint(101, (head,), generator=generator).tolist(), []
+    for number, length in enumerate(lengths):
+        own = [number, *torch.randint(101, (length - head - 1,), generator=generator).tolist()]
+        samples.append(Sample(array("i", common + own), bytearray([0] + [1] * (length - 1))))
+    return samples
+
+
+def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize("lengths", [[15, 22, 11], [12, 12], [30, 11, 12, 13, 11], [17]])
+@pytest.mark.parametrize("head", [0, 9])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_are_those_of_each_sample_alone(shape: str, head: int, lengths: list[int]) -> None:
+    """In double precision, every weight trained, positions of the shared head with loss too: they count once for each sample."""
+    model = tiny.tiny(**SHAPES[shape]).double()
+    samples = samples_of(lengths, head)
+    batch = pack(samples, CPU, head)
+    pos = model.packed_positions(batch.packing)
+    assert len(batch.ids) == (head if len(lengths) > 1 else 0) + sum(length - 1 - (head if len(lengths) > 1 else 0) for length in lengths)
+    hidden = model.tail(*model.prefix(batch.ids, pos), pos)
+    packed = F.cross_entropy(model.logits(hidden)[batch.at], batch.targets, reduction="sum")
+    alone = torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        ids = torch.tensor(sample.input_ids).long()
+        alone = alone + F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="sum")
+    fp32 = shape == "soft cap"  # its softmax is in fp32
+    assert_close(packed, alone, rtol=1e-6 if fp32 else 1e-12, atol=0)
+    for mine, theirs in zip(gradients(model, packed), gradients(model, alone), strict=True):
+        assert_close(mine, theirs, rtol=1e-3 if fp32 else 1e-9, atol=1e-5 if fp32 else 1e-11)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 4), st.integers(1, 3))
+def test_rows_come_back_from_the_padded_form(lengths: list[int], head: int, columns: int) -> None:
+    packing = Packing.of(lengths, head, CPU)
+    x = torch.randn(head + sum(lengths), columns)
+    first, own = packing.spread(x)
+    assert first.shape == (1, head, columns) and own.shape == (len(lengths), max(lengths), columns)
+    start = head
+    for b, length in enumerate(lengths):
+        assert torch.equal(own[b, :length], x[start : start + length])
+        start += length
+    assert torch.equal(packing.gather(first if head else None, own), x)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_activation_checkpointing_changes_memory_not_gradients(family: str) -> None:
+    """Only the blocks' inputs are kept for the backward pass, and each block runs once more in it; the routers' loss too."""
+    from families import configs
+
+    adapters = {"lora_r": 3, "lora_dropout": 0.3, **tiny.ALL_LORA}
+    found = {}
+    for again in (False, True):
+        model = tiny.move_adapters(configs.ours(family, **adapters)).train()
+        model.activation_checkpointing = again
+        calls = []
+        model.blocks[1].attn.qkv.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        features = Recompute(model, samples_of([20, 15, 12], 9), CPU)([0, 1, 2])
+        torch.manual_seed(5)
+        loss = model.tail(features.x, features.taps, features.pos).square().mean()
+        auxiliary = model.auxiliary_loss()
+        loss = loss if auxiliary is None else loss + auxiliary
+        found[again] = (
+            loss.detach(),
+            [torch.zeros(()) if g is None else g for g in torch.autograd.grad(loss, trained(model), allow_unused=True)],
+        )
+        assert len(calls) == 1 + again
+        model.eval()
+        with torch.no_grad():
+            model.tail(features.x, features.taps, features.pos)
+        assert model.auxiliary_loss() is None, "what the backward pass ran again leaves nothing behind"
+    assert_close(found[True], found[False])
+
+
+def trained(model: Any) -> list[torch.nn.Parameter]:
+    return [p for name, p in model.named_parameters() if "lora_" in name]
