@@ -11,6 +11,7 @@ import resource
 import shutil
 import sys
 import tempfile
+import time
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -328,9 +329,32 @@ def test_auto_takes_memory_up_to_its_share(spare: int, where: str, tmp_path: Pat
     need = plan(model, samples, range(len(samples)), torch.float32).nbytes
     free = need / activation_cache.MEMORY_SHARE + spare
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(time, "perf_counter", clock([1, 2]))
     cache, said = keep(model, samples, tmp_path, "auto")
     assert isinstance(cache, ActivationCache)
     assert ("in memory" in said) == (where == "memory") and any(tmp_path.iterdir()) == (where == "disk")
+
+
+def clock(seconds: list[float]) -> Callable[[], float]:
+    """A clock by which reading, then computing, takes so many seconds."""
+    times = iter([0, seconds[0], 0, seconds[1]])
+    return lambda: next(times)
+
+
+@pytest.mark.parametrize(("reads", "computes"), [(1, 2), (2, 1)])
+def test_auto_reads_from_a_disk_only_what_takes_longer_to_compute(
+    reads: float, computes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, samples = make_model("block"), make_samples(head=8)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(time, "perf_counter", clock([7 * reads, 7 * computes]))
+    source, said = keep(model, samples, tmp_path, "auto")
+    assert isinstance(source, ActivationCache) == (reads < computes)
+    assert f"reading takes {reads}000.00 ms a sample, computing {computes}000.00 ms" in said
+    assert ("computed again for every batch" in said) == (reads > computes)
+    outcome(model, source, [1, 3])
+    source, said = keep(model, samples, tmp_path, "disk")
+    assert isinstance(source, ActivationCache) and "reading takes" not in said, "whoever asks for a disk gets it"
 
 
 def test_memory_that_does_not_suffice_is_said_and_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:

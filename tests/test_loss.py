@@ -171,6 +171,36 @@ def test_divisor_and_cap_are_plain_autograds(divisor: float, cap: float | None, 
     assert (wanted - gradients(reference(wide, exact, targets), wide)[0]).norm() > 0.1 * wanted.norm()
 
 
+# --- weights, and targets that are ignored ---
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trained"])
+@pytest.mark.parametrize(("divisor", "cap"), [(1.0, None), (2.0, 1.5)])
+def test_weights_and_ignored_targets_against_finite_differences_and_torch(
+    monkeypatch: pytest.MonkeyPatch, divisor: float, cap: float | None, kind: str
+) -> None:
+    hidden, head, targets = problem(dtype=torch.float64, bias=True)
+    set_rows(monkeypatch, 3, 2, itemsize=8)
+    head.requires_grad_(kind == "trained")
+    weights = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 3.0, 0.25], dtype=torch.float64)
+    targets[4] = loss_module.IGNORED
+    loss = HeadLoss(head, divisor, cap)
+    assert torch.autograd.gradcheck(lambda h: loss(h, targets, weights) * 0.37, hidden)
+    logits = head(hidden) / divisor
+    each = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="none")
+    assert each[4] == 0
+    assert_close(loss(hidden, targets, weights), (each * weights).sum())
+    assert_close(loss(hidden, targets), each.sum())
+    assert_close(gradients(loss(hidden, targets, weights), hidden), gradients((each * weights).sum(), hidden))
+    assert torch.equal(gradients(loss(hidden, targets), hidden)[0][4], torch.zeros(D, dtype=torch.float64))
+
+
+def test_a_batch_whose_targets_are_all_ignored_has_no_loss() -> None:
+    hidden, head, targets = problem()
+    loss = HeadLoss(head)(hidden, torch.full_like(targets, loss_module.IGNORED))
+    assert loss == 0 and not gradients(loss, hidden)[0].any()
+
+
 # --- a head that is trained ---
 
 

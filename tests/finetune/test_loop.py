@@ -222,6 +222,31 @@ def test_the_order_depends_on_epoch_and_seed_alone() -> None:
     assert len({tuple(order(seed, epoch)) for seed, epoch in itertools.product((1, 2), (0, 1, 2))}) == 6
 
 
+@pytest.mark.parametrize(("count", "per_rank", "size"), [(100, 4, 1), (103, 4, 1), (90, 3, 2), (3, 4, 1)])
+def test_batches_of_like_length_hold_every_sample_once_in_a_random_order(count: int, per_rank: int, size: int) -> None:
+    samples = [tiny_sample(10 + 7 * i % 61) for i in range(count)]
+
+    def spread(by_length: bool, epoch: int) -> tuple[list[int], float]:
+        order, widths = [], []
+        for rank in range(size):
+            for rows, _, _ in Batches(samples, per_rank, World(rank, size, lambda t: t), 3, by_length).epoch(epoch):
+                order += rows
+                lengths = [len(samples[i].input_ids) for i in rows]
+                widths += [max(lengths) - min(lengths)] if len(rows) == per_rank else []
+        return order, sum(widths)
+
+    (first, width), (second, _), (_, random_width) = spread(True, 0), spread(True, 1), spread(False, 0)
+    assert sorted(first) == sorted(second) == list(range(count))
+    if count > 3:
+        assert first != second and width < 0.2 * random_width
+        lengths = [len(samples[i].input_ids) for i in first]
+        assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
+
+
+def tiny_sample(length: int) -> Sample:
+    return Sample(array("i", range(length)), bytearray([0] + [1] * (length - 1)))
+
+
 @pytest.mark.parametrize("count", [7, 8, 3])
 def test_a_loop_that_goes_on_takes_the_batches_that_were_left(count: int) -> None:
     loop = make_loop(make_model(), make_samples(count))
