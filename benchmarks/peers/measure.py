@@ -1,0 +1,162 @@
+"""One peer in a process of its own: time, memory, and what it left."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import upstream_venv, who
+from benchmarks.peers.job import Job
+from benchmarks.peers.who import Peer
+from litgpt import results
+from litgpt.errors import UserError
+
+LOOK = 0.05
+"""seconds between two looks at a process's memory"""
+ADAPTERS = ("lit_model.pth.lora", "adapter_model.safetensors")
+RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that has ended."""
+
+    code: int
+    began: float
+    """by time.time(), as files' dates are"""
+    seconds: float
+    peak_gb: float
+    """most memory resident, pages of mapped files included, GiB"""
+    own_gb: float | None
+    """most memory of its own, without such pages, which the system can take back; None where /proc is not Linux's"""
+
+
+def run(words: list[str], log: Path, environment: dict[str, str]) -> Process:
+    """Run it to its end, what it says in `log`. An interrupt ends it too."""
+    own: float | None = None
+    with log.open("wb") as said:
+        began = time.time()
+        child = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+                own = max(filter(None, (own, anonymous(child.pid))), default=None)
+                time.sleep(LOOK)
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+        seconds = time.time() - began
+    child.returncode = os.waitstatus_to_exitcode(ended[1])
+    return Process(child.returncode, began, seconds, ended[2].ru_maxrss * RESIDENT_UNIT / 2**30, own)
+
+
+def anonymous(pid: int) -> float | None:
+    """RssAnon of a process, in GiB."""
+    try:
+        found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) / 2**20 if found else None
+
+
+def measure(peer: Peer, job: Job, out: Path, measured_epochs: int | None) -> dict[str, Any]:
+    """Do the job once; the peer's record, without losses. Raises UserError if it does not end well."""
+    folder = out / "runs" / peer.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if peer.kind == "upstream":
+        upstream_venv.make(out)
+        upstream_venv.convert(out, out / "hf" / Path(job.checkpoint).name)
+    epochs = min(measured_epochs or job.epochs, job.epochs) if peer.slow else job.epochs
+    words = who.command(peer, job, out, folder, epochs)
+    process = run(words, folder / "log.txt", surroundings(peer))
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    if process.code:
+        raise UserError(f"exit code {process.code}: {last_words(folder / 'log.txt')} (all it said: {folder / 'log.txt'})")
+    seconds, losses, versions = steps(peer, folder)
+    return {"command": words, "versions": versions, **figures(peer, job, process, seconds), "first_loss": losses[0]} | {
+        "checkpoints": checkpoints(folder / "run", process.began, seconds)
+    }
+
+
+def surroundings(peer: Peer) -> dict[str, str]:
+    """Environment variables: this project on the path of its own peers only; nothing asks a hub for anything."""
+    found = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    found.pop("PYTHONPATH", None)
+    return found | ({"PYTHONPATH": str(who.ROOT)} if peer.kind == "litgpt" else {})
+
+
+def last_words(log: Path) -> str:
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def steps(peer: Peer, folder: Path) -> tuple[list[float], list[float], dict[str, str]]:
+    """Seconds and loss of each optimizer step, and versions of packages. UserError if there was none."""
+    if peer.kind == "litgpt":
+        metrics = results.read_metrics(folder / "run")
+        seconds, losses = ([value for _, value in metrics.get(key, [])] for key in ("step_time", "train_loss"))
+        versions: dict[str, str] = {}
+    else:
+        content = results.read_json(folder / "steps.json", "the peer's driver writes it")
+        seconds, losses, versions = content["seconds"], content["losses"], content["versions"]
+    if not seconds or len(seconds) != len(losses):
+        raise UserError(f"{folder} tells the time of {len(seconds)} steps and the loss of {len(losses)}")
+    return seconds, losses, versions
+
+
+def figures(peer: Peer, job: Job, process: Process, seconds: list[float]) -> dict[str, Any]:
+    """What follows from a run's duration and its steps'. Seconds, GiB; tokens without padding."""
+    size = job.steps_per_epoch
+    epoch_seconds = [sum(seconds[i : i + size]) for i in range(0, len(seconds) - size + 1, size)]
+    training = sum(seconds)
+    done = len(seconds) / size
+    epochs = done if peer.own_schedule else job.epochs
+    return {
+        "epochs": epochs,
+        "measured_epochs": done,
+        "wall_seconds": process.seconds,
+        "total_seconds": extrapolate(process.seconds, training, done, epochs),
+        "training_seconds": training,
+        "epoch_seconds": epoch_seconds,
+        "median_epoch_seconds": statistics.median(epoch_seconds) if epoch_seconds else None,
+        "steps": len(seconds),
+        "steps_per_second": len(seconds) / training,
+        "tokens_per_second": done * job.tokens / training,
+        "peak_memory_gb": process.peak_gb,
+        "own_memory_gb": process.own_gb,
+    }
+
+
+def extrapolate(wall: float, training: float, done: float, epochs: float) -> float:
+    """Seconds of a run of `epochs`, of which `done` took `training` seconds of the `wall` seconds: the rest is spent once."""
+    return wall - training + training * epochs / done
+
+
+def checkpoints(folder: Path, began: float, seconds: list[float]) -> list[dict[str, Any]]:
+    """The adapters that a run left, in the order of their steps; times are those at which they were written.
+
+    The final folder counts if no other has the last step's. UserError if there is none.
+    """
+    files = {file.parent.name: file for name in ADAPTERS for file in folder.glob(f"*/{name}")}
+    found = {len(seconds): files["final"]} if "final" in files else {}
+    found |= {int(match[1]): file for name, file in files.items() if (match := re.fullmatch(r"(?:step|checkpoint)-(\d+)", name))}
+    if not found:
+        raise UserError(f"{folder} has no checkpoint")
+    return [
+        {
+            "step": step,
+            "wall_seconds": file.stat().st_mtime - began,
+            "training_seconds": sum(seconds[:step]),
+            "folder": str(file.parent),
+        }
+        for step, file in sorted(found.items())
+    ]
