@@ -10,6 +10,7 @@ the tail treats positions independently (cut at `ln_f` or `lm_head`) only those 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -132,11 +133,13 @@ class ActivationCache:
     def __init__(self, store: torch.Tensor, plan: Plan, samples: Sequence[Sample], model: GPT, device: torch.device) -> None:
         self.store, self.samples, self.flat, self.device = store, samples, is_flat(model), device
         self.dtype = model.dtype
+        self.parts: torch.Tensor | None = None
+        """what is read of a row: x, which is 0, and taps from 1 on; None: all"""
         ends = torch.tensor(plan.counts).cumsum(0).tolist()
         self.rows = {i: (end - count, end) for i, count, end in zip(plan.indices, plan.counts, ends, strict=True)}
 
     def __call__(self, indices: Sequence[int]) -> Features:
-        slabs = [self.store[slice(*self.rows[i])] for i in indices]
+        slabs = [self._read(slice(*self.rows[i])) for i in indices]
         chosen = [self.samples[i] for i in indices]
         if self.flat:
             rows = torch.cat(slabs).to(self.device, self.dtype, non_blocking=True)  # (N, S + 1, d)
@@ -144,6 +147,16 @@ class ActivationCache:
         _, at, targets = collate(chosen, self.device)
         rows = torch.nn.utils.rnn.pad_sequence(slabs, batch_first=True).to(self.device, self.dtype, non_blocking=True)  # (B, T, S + 1, d)
         return Features(rows[:, :, 0], rows[:, :, 1:], targets, at)
+
+    def _read(self, rows: slice) -> torch.Tensor:
+        """(n, S + 1, d)"""
+        return self.store[rows] if self.parts is None else self.store[rows].index_select(1, self.parts)
+
+    def narrowed(self, taps: Sequence[int]) -> ActivationCache:
+        """The same cache, of which x and these of the S taps alone, counted from 0, are read."""
+        view = copy.copy(self)
+        view.parts = torch.tensor([0, *(1 + tap for tap in taps)])
+        return view
 
 
 def _targets(samples: Sequence[Sample]) -> torch.Tensor:
