@@ -204,7 +204,7 @@ class Keys:
         root, _, key = setting.key.partition(".")
         value = setting.value if setting.file else _yaml_value(str(setting.value))
         if not key:
-            return [f"{setting.place} needs keys below it and a list of values for each, such as {root}.lora_r '[4, 8]'"]
+            return [f"{setting.place} needs keys below it and a list of values for each, such as --{root}.lora_r '[4, 8]'"]
         if key.partition(".")[0] in self.grids or not (self.takes(key) or key.partition(".")[0] in self.classes):
             return [f"{setting.place} is not a known key{_nearest(setting.key, [f'{root}.{name}' for name in self.types])}"]
         if not isinstance(value, list) or not value:
@@ -216,7 +216,7 @@ class Keys:
         converted: Grid = {}
         for key, values in grid.items():
             parser = jsonargparse.ArgumentParser(exit_on_error=False)
-            parser.add_argument("--value", type=self.types.get(key, Any))
+            parser.add_argument("--value", type=Any if key in self.classes else self.types.get(key, Any))
             try:
                 converted[key] = [parser.parse_object({"value": value}).value for value in values]
             except jsonargparse.ArgumentError:

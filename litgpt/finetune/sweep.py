@@ -35,6 +35,7 @@ def setup(**arguments: Any) -> None:
     grid, samples = arguments.pop("grid"), arguments.pop("samples")
     arguments = checked(arguments)
     _require_shareable(arguments)
+    arguments["resume"] = arguments["resume"] and "auto"
     variants = expand(arguments, grid, samples)
 
     from litgpt.convert.open import open_checkpoint
@@ -73,5 +74,5 @@ def _require_shareable(arguments: dict[str, Any]) -> None:
         )
     if str(arguments["devices"]) != "1" or arguments["num_nodes"] != 1:
         raise UserError("devices, num_nodes: a sweep trains its settings one after the other on one device: leave them out")
-    if arguments["resume"] not in (True, False) and str(arguments["resume"]) != "auto":
+    if str(arguments["resume"]) not in ("True", "False", "auto"):
         raise UserError(f"resume is {arguments['resume']}: a sweep is gone on with by --resume auto, in its out_dir")

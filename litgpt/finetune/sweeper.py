@@ -4,6 +4,7 @@ that trains new adapters on the same frozen weights, in its own folder."""
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,17 @@ def sweep(arguments: dict[str, Any], variants: list[Variant]) -> None:
         whose = _identity(ready, arguments, list(variants[0].values))
         if before is not None and (changes := whose.changes(before["identity"])):
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
-        loaded = clock.seconds
+        spent = {"load_seconds": clock.seconds}
         if waiting:
             ready.shared = SharedActivations.fill(ready, _validated(trials, ready))
-        table.facts = _facts(ready, arguments, whose, {"load_seconds": loaded, "cache_seconds": clock.seconds - loaded})
+            spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
+        table.facts = {**(before or {}), **_facts(ready, arguments, whose), **spent}
         place.make(resumed)
         table.save()
         for number, trial in enumerate(waiting, 1):
             ready.console.say(f"[{number}/{len(waiting)}] {trial.variant.name}")
             _train(trial, ready, table)
-    _conclude(table, clock, len(waiting))
+    _conclude(table, clock.seconds, spent, len(waiting))
 
 
 def dry_run(arguments: dict[str, Any], variants: list[Variant]) -> None:
@@ -216,17 +218,12 @@ def _identity(ready: Prepared, arguments: dict[str, Any], varying: list[str]) ->
     return identity(settings, {"precision": ready.precision}, ready.base, config, splits.train, splits.val)
 
 
-def _facts(ready: Prepared, arguments: dict[str, Any], whose: Identity, seconds: dict[str, float]) -> dict[str, Any]:
-    cache = None
+def _facts(ready: Prepared, arguments: dict[str, Any], whose: Identity) -> dict[str, Any]:
+    """Of sweep.json: what is the same for all settings."""
+    facts = {"settings": as_config(arguments), "identity": whose.facts(), "environment": environment(ready.fabric.device)}
     if ready.shared is not None:
-        cache = {"blocks": list(ready.shared.blocks), "bytes": sum(each.store.nbytes for each in ready.shared.caches.values())}
-    return {
-        "settings": as_config(arguments),
-        "identity": whose.facts(),
-        "environment": environment(ready.fabric.device),
-        "cache": cache,
-        **seconds,
-    }
+        facts["cache"] = {"blocks": list(ready.shared.blocks), "bytes": sum(each.store.nbytes for each in ready.shared.caches.values())}
+    return facts
 
 
 def _train(trial: Trial, ready: Prepared, table: Table) -> None:
@@ -249,14 +246,16 @@ def _train(trial: Trial, ready: Prepared, table: Table) -> None:
         table.save()
 
 
-def _conclude(table: Table, clock: Stopwatch, trained: int) -> None:
+def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: int) -> None:
     """Print the table and the best setting. UserError if a setting failed."""
-    spent = table.facts["load_seconds"], table.facts["cache_seconds"]
-    each = f", {(clock.seconds - sum(spent)) / trained:.1f} s a setting" if trained else ""
-    print(f"\n{trained} settings in {clock.seconds:.1f} s: loading {spent[0]:.1f} s, filling the cache {spent[1]:.1f} s{each}\n{table}")
+    parts = "nothing was left to train"
+    if trained:
+        each = (seconds - sum(spent.values())) / trained
+        parts = f"loading {spent['load_seconds']:.1f}, filling the cache {spent['cache_seconds']:.1f}, then {each:.1f} for each setting"
+    print(f"\n{trained} settings trained in {seconds:.1f} s: {parts}\n{table}")
     best = table.ranked[0]
     if (loss := table.loss(best)) is not None and math.isfinite(loss):
-        print(f"\nbest: {best.variant.name}, validation loss {loss:.4f}\n  litgpt chat {table.folder(best)}")
+        print(f"\nbest: {best.variant.name}, validation loss {loss:.4f}\n  litgpt chat {shlex.quote(str(table.folder(best)))}")
     print(f"all figures: {table.out_dir / sweep_table.CSV}")
     if failed := table.of(FAILED):
         reasons = "; ".join(f"{outcome.variant.name}: {outcome.reason}" for outcome in failed[:3])

@@ -27,7 +27,7 @@ SKIP: dict[str, Any] = {"skip2lora_enabled": True, "lora_dropout": 0.1, "eval__m
 BLOCK: dict[str, Any] = {**SKIP, "lora_r": 2, "skip2lora_output_layer": "transformer.h.3", "skip2lora_block_indices": "[0, 2]"}
 SWEEPS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "lm_head": (SKIP, {"lora_r": [2, 4], "skip2lora_block_indices": ["last:2", [0, 2]]}),
-    "a block": (BLOCK, {"skip2lora_enabled": [True, False], "lora_mlp": [True]}),
+    "a block": ({**BLOCK, "lora_block_indices": "[3, 4]"}, {"skip2lora_enabled": [True, False], "lora_mlp": [True]}),
     "learning": (
         {**BLOCK, "skip2lora_cache": "disk", "train__keep_best": False, "samples": 3},
         {"optimizer.lr": [0.01, 3e-3], "seed": [1, 2], "train.global_batch_size": [6, 9], "train.micro_batch_size": [3]},
