@@ -31,6 +31,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "finetune": Command("litgpt.finetune.lora:setup", "Tune a model with LoRA or Skip2-LoRA."),
     "finetune_lora": Command("litgpt.finetune.lora:setup", "The same."),
+    "sweep": Command("litgpt.finetune.sweep:setup", "Tune a model with many settings of LoRA or Skip2-LoRA, from one activation cache."),
     "finetune_full": Command("litgpt.finetune.full:setup", "Tune all weights of a model."),
     "generate": Command("litgpt.generate.base:main", "Answer one prompt with a checkpoint or an adapter."),
     "chat": Command("litgpt.generate.chat:main", "Talk to a checkpoint or an adapter."),

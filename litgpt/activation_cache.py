@@ -11,6 +11,7 @@ positions that all samples share only once.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -142,19 +143,31 @@ class ActivationCache:
     def __init__(self, store: torch.Tensor, plan: Plan, samples: Sequence[Sample], model: GPT, device: torch.device) -> None:
         self.store, self.plan, self.samples, self.model, self.device = store, plan, samples, model, device
         self.slices = plan.slices
+        self.parts: torch.Tensor | None = None
+        """what is read of a row: x, which is 0, and taps from 1 on; None: all"""
 
     def __call__(self, indices: Sequence[int]) -> Features:
         chosen = [self.samples[i] for i in indices]
-        slabs = [self.store[self.slices[i]] for i in indices]
+        slabs = [self._read(self.slices[i]) for i in indices]
         if is_flat(self.model):
-            return Features(*self._parts(slabs), loss_targets(chosen).to(self.device))
+            return Features(*self._split(slabs), loss_targets(chosen).to(self.device))
         batch = pack(chosen, self.device, self.plan.head)
-        parts = self._parts([self.store[: self.plan.first], *slabs])
-        return Features(*parts, batch.targets, batch.at, self.model.packed_positions(batch.packing))
+        split = self._split([self._read(slice(self.plan.first)), *slabs])
+        return Features(*split, batch.targets, batch.at, self.model.packed_positions(batch.packing))
 
-    def _parts(self, slabs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, rows: slice) -> torch.Tensor:
+        """(n, S + 1, d)"""
+        return self.store[rows] if self.parts is None else self.store[rows].index_select(1, self.parts)
+
+    def _split(self, slabs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.cat(slabs).to(self.device, self.model.dtype, non_blocking=True)  # (N, S + 1, d)
         return rows[:, 0], rows[:, 1:]
+
+    def narrowed(self, taps: Sequence[int]) -> ActivationCache:
+        """The same cache, of which x and these of the S taps alone, counted from 0, are read."""
+        view = copy.copy(self)
+        view.parts = torch.tensor([0, *(1 + tap for tap in taps)])
+        return view
 
 
 @dataclass

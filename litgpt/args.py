@@ -15,6 +15,8 @@ DEFAULT_WARMUP_STEPS = 100
 
 Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "int8"]
 """How frozen weights are stored, see `litgpt.quantize`."""
+Grid = dict[str, list[Any]]
+"""Lists of values for other keys, all combinations of which are tried."""
 ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")
 """Where a class named by a YAML file or on the command line may come from."""
 

@@ -380,10 +380,8 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     The head and the embedding share one tensor if they do in `weights`. Raises UserError that lists every missing, unknown and
     misshapen weight.
     """
-    import torch
-
     from litgpt.convert.own import is_old, modernised
-    from litgpt.lora import LoRALayer, lora_filter
+    from litgpt.lora import lora_filter, renew_adapters
 
     config = model.config
     if is_old(weights):
@@ -408,11 +406,7 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     head: Any = model.lm_head
     if tied:
         getattr(head, "linear", head).weight = model.transformer["wte"].weight
-    for module in model.modules():
-        if isinstance(module, LoRALayer) and module.r:
-            module.lora_A = torch.nn.Parameter(torch.empty(module.lora_A.shape))
-            module.lora_B = torch.nn.Parameter(torch.empty(module.lora_B.shape))
-            module.reset_parameters()
+    renew_adapters(model)
 
 
 def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) -> None:

@@ -4,11 +4,12 @@
 
 FILE.yaml is `--config FILE.yaml`; VALUE is the function's first parameter; a `train.*` key may leave `train.` out; what the command line
 says counts more than a file, wherever it stands. Every key is checked before jsonargparse sees it, so that all unknown ones are reported at
-once, and no class outside the allow-list is ever imported. Three kinds of parameter are told apart from plain ones by their annotation:
+once, and no class outside the allow-list is ever imported. Four kinds of parameter are told apart from plain ones by their annotation:
 
     a group   settings of litgpt.args                 train: TrainArgs            --train.epochs 3
     a class   one of litgpt, chosen by its name       data: Optional[DataModule]  --data JSON --data.json_path my.json
     a recipe  a class for the function to make        optimizer: Union[str, Dict] --optimizer.lr 2e-3
+    a grid    lists of values for the other keys      grid: Optional[Grid]        --grid.lora_r '[4, 8]'
 """
 
 import argparse
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple, Union
 import docstring_parser
 import jsonargparse
 
-from litgpt.args import EvalArgs, LogArgs, TrainArgs, require_allowed_class
+from litgpt.args import EvalArgs, Grid, LogArgs, TrainArgs, require_allowed_class
 from litgpt.errors import UserError
 from litgpt.files import parse_yaml, read_yaml
 
@@ -79,8 +80,9 @@ def _parse(prog: str, keys: "Keys", argv: list[str]) -> dict[str, Any]:
     given = from_files + [setting for option in words.options for setting in keys.flatten_option(option)]
     classes = keys.check(given)
     parser = _parser(prog, keys)
-    config = keys.merge([setting for setting in given if setting.file or setting.root in keys.recipes])
-    options = [f"--{key}={_text(value)}" for key, value, file in given if not file and key.partition(".")[0] not in keys.recipes]
+    merged = (*keys.recipes, *keys.grids)
+    config = keys.merge([setting for setting in given if setting.file or setting.root in merged])
+    options = [f"--{key}={_text(value)}" for key, value, file in given if not file and key.partition(".")[0] not in merged]
     if config:
         options.insert(0, f"--config={json.dumps(config, default=str)}")
     try:
@@ -88,8 +90,13 @@ def _parse(prog: str, keys: "Keys", argv: list[str]) -> dict[str, Any]:
     except jsonargparse.ArgumentError as error:
         raise UsageError(_explain(str(error), given, {**keys.types, **_argument_types(classes)})) from None
     values = {name: value for name, value in parser.instantiate(parsed).items() if name in keys.parameters}
-    if not 0 <= (values.get("seed") or 0) < 2**32:
-        raise UsageError(f"seed is {values['seed']}: a number from 0 to {2**32 - 1} is needed")
+    seeds = [values.get("seed") or 0]
+    for name in keys.grids:
+        values[name] = keys.convert(name, values[name] or {})
+        seeds += values[name].get("seed", [])
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"seed is {seed}: a number from 0 to {2**32 - 1} is needed")
     return values
 
 
@@ -107,6 +114,7 @@ class Keys:
         self.classes: dict[str, type] = {}
         """Key -> the base of the classes to choose from."""
         self.recipes: list[str] = []
+        self.grids: list[str] = []
         for name, hint in typing.get_type_hints(function).items():
             options = typing.get_args(hint) or (hint,)
             bases = [option for option in options if isinstance(option, type) and option.__module__.startswith("litgpt.")]
@@ -115,13 +123,18 @@ class Keys:
                 self.types.update({f"{name}.{field}": kind for field, kind in typing.get_type_hints(hint).items()})
             elif name in self.parameters:
                 self.types[name] = hint
-                if bases:
+                if Grid in options:
+                    self.grids.append(name)
+                elif bases:
                     self.classes[name] = bases[0]
                 elif str in options and any(map(_is_mapping, options)):
                     self.recipes.append(name)
 
     def full(self, name: str) -> str:
-        """`max_steps` -> `train.max_steps`, unless the function has a `max_steps` of its own."""
+        """`max_steps` -> `train.max_steps`, unless the function has a `max_steps` of its own; in a grid too."""
+        root, _, rest = name.partition(".")
+        if root in self.grids and rest:
+            return f"{root}.{self.full(rest)}"
         return f"train.{name}" if name not in self.parameters and f"train.{name}" in self.types else name
 
     def takes(self, key: str) -> bool:
@@ -138,6 +151,8 @@ class Keys:
                     one = next(name for name in self.types if name.startswith(f"{key}."))
                     raise UsageError(f"{setting.place} needs keys below it, such as {one}")
                 yield from (Setting(f"{key}.{name}", item, file) for name, item in value.items())
+            elif key in self.grids and isinstance(value, dict):
+                yield from (Setting(self.full(f"{key}.{name}"), item, file) for name, item in _leaves(value))
             elif key in (*self.classes, *self.recipes) and isinstance(value, dict):
                 arguments = value.get("init_args") or {}
                 if not isinstance(arguments, dict) or set(value) - {"class_path", "init_args"}:
@@ -151,7 +166,7 @@ class Keys:
     def flatten_option(self, option: Setting) -> list[Setting]:
         """The same for an option, which may name a file or hold inline YAML where a mapping is expected."""
         key, text, _ = option
-        if key in (*self.groups, *self.classes, *self.recipes):
+        if key in (*self.groups, *self.classes, *self.recipes, *self.grids):
             if text.endswith(YAML_ENDINGS):
                 return list(self.flatten({key: _read_yaml(text)}, text))
             value = _yaml_value(text)
@@ -175,12 +190,39 @@ class Keys:
                 problems.append(f"{setting.place}: {chosen[root].__name__} has no {argument!r}{near}")
             elif setting.value == "" and _takes_path(self.types.get(setting.key)):
                 problems.append(f"{setting.place} is empty: name a file or a folder, or leave it out")
+            elif root in self.grids:
+                problems += self._grid_problems(setting)
             elif root not in self.classes and not self.takes(setting.key):
                 bare = [name.partition(".")[2] for name in self.types if name.startswith("train.") and not setting.file]
                 problems.append(f"{setting.place} is not a known key{_nearest(setting.key, [*self.types, *self.groups, *bare])}")
         if problems:
             raise UsageError("\n       ".join(problems))
         return chosen
+
+    def _grid_problems(self, setting: Setting) -> list[str]:
+        """What is wrong with one list of values, its values' types excepted."""
+        root, _, key = setting.key.partition(".")
+        value = setting.value if setting.file else _yaml_value(str(setting.value))
+        if not key:
+            return [f"{setting.place} needs keys below it and a list of values for each, such as --{root}.lora_r '[4, 8]'"]
+        if key.partition(".")[0] in self.grids or not (self.takes(key) or key.partition(".")[0] in self.classes):
+            return [f"{setting.place} is not a known key{_nearest(setting.key, [f'{root}.{name}' for name in self.types])}"]
+        if not isinstance(value, list) or not value:
+            return [f"{setting.place}: {_text(value)[:60]!r} is not a list of values to try, such as '[4, 8]'"]
+        return []
+
+    def convert(self, name: str, grid: Grid) -> Grid:
+        """The lists of the grid `name`, each value as its key takes it. Raises UsageError for the first that it does not take."""
+        converted: Grid = {}
+        for key, values in grid.items():
+            parser = jsonargparse.ArgumentParser(exit_on_error=False)
+            parser.add_argument("--value", type=Any if key in self.classes else self.types.get(key, Any))
+            try:
+                converted[key] = [parser.parse_object({"value": value}).value for value in values]
+            except jsonargparse.ArgumentError:
+                kind = _describe(self.types[key])
+                raise UsageError(f"{name}.{key}: {json.dumps(values, default=str)[:200]}: each value must be {kind}") from None
+        return converted
 
     def _choose(self, setting: Setting, chosen: dict[str, type]) -> None:
         """Note the class that `setting` names. It is imported only after the allow-list has let it pass; a recipe's never is."""
@@ -199,7 +241,7 @@ class Keys:
         for setting in settings:
             root, argument = setting.root, setting.argument
             value = setting.value if setting.file else _yaml_value(str(setting.value))
-            if root in self.groups:
+            if root in self.groups or (root in self.grids and argument):
                 config.setdefault(root, {})[argument] = value
             elif root not in (*self.classes, *self.recipes) or (value is None and not argument):
                 config[root] = value
@@ -295,6 +337,15 @@ def _parser(prog: str, keys: Keys) -> _Parser:
         _known_classes(base)
     parser.add_function_arguments(keys.function)
     return parser
+
+
+def _leaves(settings: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"optimizer": {"lr": [1]}}` -> `("optimizer.lr", [1])`"""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _text(value: Any) -> str:

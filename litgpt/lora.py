@@ -393,7 +393,17 @@ class GPT(base_model.GPT):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.cut = config.cut
+        self.adapt(config)
+
+    def adapt(self, config: Config) -> None:
+        """Put on the adapters that `config` asks for, in place of those that are there. The layers below them stay what they are."""
+        self.config, self.cut = config, config.cut
+        for parent in list(self.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, LoRALinear):
+                    setattr(parent, name, child.linear)
+        for block in self.blocks:
+            block.skip2lora = None
         adapter = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
         for index in config.lora_blocks:
             attach_lora(self.blocks[index], config, adapter)
@@ -439,7 +449,7 @@ def attach_lora(block: Block, config: Config, adapter: dict[str, Any]) -> None:
     if config.lora_mlp:  # a mixture's router and experts included
         for parent in list(mlp.modules()):
             for name, layer in list(parent.named_children()):
-                if isinstance(layer, nn.Linear):
+                if hasattr(layer, "in_features"):  # linear, quantised or not
                     setattr(parent, name, _adapt(layer, adapter))
 
 
@@ -456,6 +466,15 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
         for block in model.blocks[: model.cut or 0]:
             block.attn.requires_grad_(False)
             block.mlp.requires_grad_(False)
+
+
+def renew_adapters(model: nn.Module) -> None:
+    """Give every adapter fresh fp32 values on the CPU, drawn in the order of the modules: a seed gives the same ones to equal models."""
+    for module in model.modules():
+        if isinstance(module, LoRALayer) and module.r:
+            module.lora_A = nn.Parameter(torch.empty(module.lora_A.shape))
+            module.lora_B = nn.Parameter(torch.empty(module.lora_B.shape))
+            module.reset_parameters()
 
 
 def start_warmup(model: GPT) -> None:

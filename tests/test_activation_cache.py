@@ -267,6 +267,18 @@ def test_filling_leaves_the_model_as_it_was() -> None:
         assert all(block.attn.kv_cache is None for block in model.blocks)
 
 
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+@pytest.mark.parametrize("cut", ["lm_head", "block"])
+def test_a_narrowed_cache_is_that_of_a_model_with_fewer_taps(cut: str, mode: str, tmp_path: Path) -> None:
+    samples = make_samples(head=9)
+    wide, _ = keep(make_model(cut, skip2lora_block_indices=[0, 1, 2]), samples, tmp_path, mode)
+    for taps in ([0, 2], [1], [0, 1, 2]):
+        own, _ = keep(make_model(cut, skip2lora_block_indices=taps), samples, tmp_path, mode)
+        got, want = wide.narrowed(taps)([3, 1]), own([3, 1])
+        assert torch.equal(got.x, want.x) and torch.equal(got.taps, want.taps) and torch.equal(got.targets, want.targets)
+    assert wide.narrowed([])([0]).taps.size(-2) == 0 and wide([0]).taps.size(-2) == 3
+
+
 def test_only_the_samples_asked_for_are_cached() -> None:
     model, samples = make_model(), make_samples()
     cache, _ = keep(model, samples, rows=[5, 0, 2])

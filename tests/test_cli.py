@@ -194,6 +194,23 @@ def test_a_flag_without_a_value_is_true() -> None:
     assert finetune("--overwrite", "--skip2lora_enabled", "false", "c")["overwrite"] is True
 
 
+def test_a_grid(tmp_path: Path) -> None:
+    """Option by option, inline, and nested or flat in a file; short names and types as of the keys themselves; the later one counts."""
+    blocks = ["all", "last:6", [0, 1]]
+    expected = {"lora_dropout": [0.0, 0.1], "skip2lora_block_indices": blocks, "optimizer.lr": [5e-4], "train.epochs": [1, 2]}
+    file = tmp_path / "grid.yaml"
+    nested = {"lora_dropout": [0, 0.1], "skip2lora_block_indices": blocks, "optimizer": {"lr": ["5e-4"]}, "train.epochs": [1, 2]}
+    file.write_text(json.dumps({"checkpoint_dir": "c", "grid": nested}).replace('"5e-4"', "5e-4"))
+    words = ["--grid.lora_dropout", "[0, 0.1]", "--grid.skip2lora_block_indices", "[all, last:6, [0, 1]]", "--grid.optimizer.lr", "[5e-4]"]
+    inline = "{lora_dropout: [0, 0.1], skip2lora_block_indices: [all, last:6, [0, 1]], optimizer: {lr: [5e-4]}, epochs: [1, 2]}"
+    for given in (["c", *words, "--grid.epochs", "[1, 2]"], [str(file)], ["c", "--grid", inline]):
+        found = parse("litgpt sweep", load("sweep"), given)["grid"]
+        assert found == expected and isinstance(found["lora_dropout"][0], float)
+    assert parse("litgpt sweep", load("sweep"), [str(file), "--grid.optimizer.lr", "[1]"])["grid"] == {**expected, "optimizer.lr": [1]}
+    given = parse("litgpt sweep", load("sweep"), ["c"])
+    assert given.pop("grid") == {} and given.pop("samples") is None and given.keys() == finetune("c").keys()
+
+
 def test_groups_and_classes_may_come_whole(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("epochs: 7\n")
     (tmp_path / "data.yaml").write_text("class_path: JSON\ninit_args: {json_path: a.json}\n")

@@ -218,7 +218,7 @@ def test_the_guides_commands_are_understood(evaluate: Any, tmp_path: Path, monke
     assert loop
     commands = [f"{loop[2]}{name}{loop[3]}" for name in loop[1].split()]
     commands += [line.strip() for line in text.splitlines() if re.match("    (litgpt|python) ", line)]
-    assert len(commands) == 3 + 14
+    assert len(commands) == 3 + 15
     for command_line in commands:
         program, target, *rest = shlex.split(command_line)
         if program == "litgpt":

@@ -228,6 +228,40 @@ def test_fresh_values() -> None:
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_other_adapters_on_the_same_layers(quantized: bool) -> None:
+    """The adapters are those of a new model, the frozen weights are not even copied, and without adapters the base is left."""
+    from litgpt.quantize import quantise
+
+    settings: list[dict[str, Any]] = [
+        {**tiny.ALL_LORA, "lora_r": 2, "mlp_class_name": "LLaMAMoE", "n_expert": 3, "n_expert_per_token": 1, "moe_intermediate_size": 64},
+        {"skip2lora_enabled": True, "lora_r": 3, "lora_mlp": True, "skip2lora_output_layer": "transformer.h.2"},
+        {"skip2lora_enabled": True, "lora_r": 1, "skip2lora_block_indices": "all"},
+        {},
+    ]
+    shape = {key: value for key, value in settings[0].items() if not key.startswith("lora")}
+    model = tiny.tiny(**settings[0])
+    if quantized:
+        quantise(model, "int8")
+    frozen = {name.replace(".linear.", "."): value for name, value in model.state_dict().items() if not lora_filter(name)}
+    for adapter in [*settings[1:], settings[0]]:
+        model.adapt(lora.Config(**{**tiny.TINY, **shape, **adapter}))
+        lora.renew_adapters(model)
+        fresh = tiny.tiny(**{**shape, **adapter})
+        if quantized:
+            quantise(fresh, "int8")
+        now, want = model.state_dict(), fresh.state_dict()
+        assert {name: value.shape for name, value in now.items()} == {name: value.shape for name, value in want.items()}
+        assert model.cut == fresh.cut and [type(module) for module in model.modules()] == [type(module) for module in fresh.modules()]
+        kept = {name.replace(".linear.", "."): value for name, value in now.items() if not lora_filter(name)}
+        assert all(value.data_ptr() == frozen[name].data_ptr() for name, value in kept.items()) and kept.keys() == frozen.keys()
+    torch.manual_seed(5)
+    lora.renew_adapters(model)
+    torch.manual_seed(5)
+    lora.renew_adapters(fresh)
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items() if lora_filter(name))
+
+
 # --- Skip2-LoRA: what it computes ---
 
 

@@ -47,15 +47,15 @@ def dry_run(job: Job, method: Method) -> None:
     """
     base = checkpoint.require_checkpoint(job.checkpoint_dir)
     Place(job.out_dir, job.resume, job.overwrite, base).check()
-    if not job.data.is_ready():
-        raise UserError(f"data: {job.data.source} is not there and would be downloaded, but a dry run writes nothing: run without it once")
+    require_data(job)
     ready = prepare(replace(job, devices=1, num_nodes=1), method)
+    ready.tell()
     show_sample(ready.splits.train[0], ready.tokenizer)
     model, lines = ready.model, {}
     warmup = model.config.skip2lora_warmup_steps
     if warmup:
         start_warmup(model)
-        loop = _loop(ready, replace(job.train, max_steps=warmup, epochs=None))
+        loop = rehearsed(ready, replace(job.train, max_steps=warmup, epochs=None))
         seconds, _ = _time(loop, _first(loop))
         lines["warm-up"] = f"{warmup:,} steps of about {seconds:.2f} s: {_duration(warmup * seconds)}"
         end_warmup(model)
@@ -64,6 +64,12 @@ def dry_run(job: Job, method: Method) -> None:
     lines["memory measured here"] = f"{peak_memory_gb(ready.fabric.device):.2f} GiB at most, in these few steps"
     print(summary("what the run would take", lines))
     print("dry run: nothing was written")
+
+
+def require_data(job: Job) -> None:
+    """UserError for data that are not there yet."""
+    if not job.data.is_ready():
+        raise UserError(f"data: {job.data.source} is not there and would be downloaded, but a dry run writes nothing: run without it once")
 
 
 def show_sample(sample: Sample, tokenizer: Tokenizer) -> None:
@@ -85,7 +91,7 @@ def _shown(part: str) -> str:
     return text if len(text) <= LONGEST_PART else f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
-def _loop(ready: Prepared, train: TrainArgs) -> Loop:
+def rehearsed(ready: Prepared, train: TrainArgs) -> Loop:
     """The loop that a run would have, on this one device, computing every activation anew."""
     model, device, samples = ready.model, ready.fabric.device, ready.splits
     world = World(0, 1, lambda tensor: tensor)
@@ -133,7 +139,7 @@ def _first(loop: Loop) -> list[Batch]:
 def _costs(ready: Prepared) -> dict[str, str]:
     """Steps, seconds with and without a cache, and the cache's bytes beside what is free."""
     job, splits, model = ready.job, ready.splits, ready.model
-    loop = _loop(ready, job.train)
+    loop = rehearsed(ready, job.train)
     plain, batches = _time(loop, _first(loop))
     per_epoch, total = loop.batches.per_epoch, loop.total_steps
     steps = f"{per_epoch:,} an epoch" if total is None else f"{total:,} ({total / per_epoch:.4g} epochs of {per_epoch:,})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,6 +33,8 @@ from litgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+    from litgpt.finetune.shared import SharedActivations
 
 CACHE_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -86,28 +88,39 @@ class Prepared:
     example: Record
     """the validation record to answer"""
     cache_dtype: torch.dtype
+    shared: SharedActivations | None = None
+    """activations that are there already; None: the run makes its own"""
+
+    def tell(self) -> None:
+        """Say what is trained on what."""
+        for line in (f"{self.model.config.name}, {self.precision} on {self.fabric.device}", *describe(self.model, self.job.notes)):
+            self.console.say(line)
 
 
-def run(job: Job, method: Method) -> dict[str, Any]:
-    """Do the job; the figures of its report. Raises UserError before anything is written if a setting, file or checkpoint is wrong."""
+def run(job: Job, method: Method, ready: Callable[[Job, Method], Prepared] | None = None) -> dict[str, Any]:
+    """Do the job; the figures of its report. Raises UserError before anything is written if a setting, file or checkpoint is wrong.
+
+    `ready`: what reads data and model, if it is not `prepare`.
+    """
     from lightning.fabric.utilities.rank_zero import rank_zero_only  # set when it is imported, from the launcher's variables
 
     clock, is_first = Stopwatch(), not getattr(rank_zero_only, "rank", 0)
     base = checkpoint.require_checkpoint(job.checkpoint_dir)
     with Signals() as signals, Place(job.out_dir, job.resume, job.overwrite, base, is_first) as place:
         if place.is_finished:
-            return _already_finished(job.out_dir, is_first)
+            Console(is_first).say(f"{job.out_dir / 'final'} is there: this run is finished, nothing is left to do")
+            return finished_report(job.out_dir, is_first)
         point = place.resume_point(Console(is_first).say)
-        ready = prepare(job, method)
-        return Session(ready, place, signals, clock, read(point) if point else None).run()
+        prepared = (ready or prepare)(job, method)
+        prepared.tell()
+        return Session(prepared, place, signals, clock, read(point) if point else None).run()
 
 
-def _already_finished(out_dir: Path, is_first: bool) -> dict[str, Any]:
+def finished_report(out_dir: Path, is_first: bool = True) -> dict[str, Any]:
     """The report of the run that has ended there."""
     report = read_json(out_dir / "final" / REPORT)
     if is_first and not (out_dir / REPORT).is_file():  # it was killed between the two
         checkpoint.write_text(out_dir / REPORT, as_json(report))
-    Console(is_first).say(f"{out_dir / 'final'} is there: this run is finished, nothing is left to do")
     return report
 
 
@@ -133,8 +146,6 @@ def prepare(job: Job, method: Method) -> Prepared:
     model.activation_checkpointing = job.train.activation_checkpointing
     model.max_seq_length = _max_seq_length(job, model.config)
     model.reach = max(len(sample.input_ids) - 1 for sample in (*splits.train, *splits.val))
-    for line in (f"{model.config.name}, {precision} on {fabric.device}", *describe(model, job.notes)):
-        console.say(line)
     make_optimizer(job.optimizer, model.parameters())  # wrong settings show before anything is written
     example = _example(job, splits.examples)
     return Prepared(job, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype)

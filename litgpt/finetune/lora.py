@@ -1,11 +1,15 @@
 """`litgpt finetune` (`finetune_lora`): LoRA and Skip2-LoRA. Light, so that the command line answers before torch is loaded."""
 
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 from litgpt.args import EvalArgs, LogArgs, Quantization, TrainArgs
 from litgpt.data import DataModule
 from litgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from litgpt.finetune.job import Job
+    from litgpt.finetune.method import Method
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
 LORA_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
@@ -102,30 +106,43 @@ def setup(
             step-* folder of it.
         dry_run: Check everything, show a sample with its loss mask, and estimate steps, memory and time. Writes nothing.
     """
-    arguments = {**locals()}
-    if skip2lora_positions is not None:
-        if skip2lora_block_indices is not None:
-            raise UserError("skip2lora_positions is the older name of skip2lora_block_indices: give one of them")
-        arguments["skip2lora_block_indices"] = skip2lora_positions
-    del arguments["skip2lora_positions"]
-    if train.tie_embeddings is not None:
-        raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
-    if data is None:
-        raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
+    arguments = checked({**locals()})
 
     from litgpt.convert.open import open_checkpoint
     from litgpt.finetune.dry_run import dry_run as rehearse
-    from litgpt.finetune.job import Job, run
+    from litgpt.finetune.job import run
+
+    arguments["checkpoint_dir"] = open_checkpoint(checkpoint_dir, convert=not dry_run).resolve()
+    (rehearse if dry_run else run)(*job_of(arguments))
+
+
+def checked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `setup` under their newer names. Raises UserError for those that are missing or have no place here."""
+    arguments = {**arguments}
+    positions = arguments.pop("skip2lora_positions")
+    if positions is not None:
+        if arguments["skip2lora_block_indices"] is not None:
+            raise UserError("skip2lora_positions is the older name of skip2lora_block_indices: give one of them")
+        arguments["skip2lora_block_indices"] = positions
+    if arguments["train"].tie_embeddings is not None:
+        raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
+    if arguments["data"] is None:
+        raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
+    return arguments
+
+
+def job_of(arguments: dict[str, Any]) -> tuple["Job", "Method"]:
+    """What `checked` arguments, their checkpoint opened, ask for."""
+    from litgpt.finetune.job import Job
     from litgpt.finetune.method import adapters
     from litgpt.lora import Config
 
-    arguments["checkpoint_dir"] = open_checkpoint(checkpoint_dir, convert=not dry_run).resolve()
     own = Config.adapter_fields()
     job = Job.of(
         arguments,
         notes=[flag for flag in LORA_FLAGS if arguments[flag]],
-        cache_mode=skip2lora_cache,
-        cache_dir=skip2lora_cache_dir,
-        cache_dtype=skip2lora_cache_dtype,
+        cache_mode=arguments["skip2lora_cache"],
+        cache_dir=arguments["skip2lora_cache_dir"],
+        cache_dtype=arguments["skip2lora_cache_dtype"],
     )
-    (rehearse if dry_run else run)(job, adapters({key: value for key, value in arguments.items() if key in own}, quantize))
+    return job, adapters({key: value for key, value in arguments.items() if key in own}, arguments["quantize"])

@@ -11,7 +11,7 @@ import torch
 
 from litgpt import checkpoint
 from litgpt.errors import UserError
-from litgpt.lora import GPT, Skip2LoRA, lora_filter, mark_only_lora_as_trainable
+from litgpt.lora import GPT, Skip2LoRA, lora_filter, mark_only_lora_as_trainable, renew_adapters
 from litgpt.lora import Config as LoRAConfig
 from litgpt.quantize import count, is_quantised, quantise
 
@@ -37,10 +37,20 @@ class Method:
         weights = checkpoint.load_weights(path)
         model = checkpoint.empty_model(config, weights, path)
         checkpoint.load_base(model, weights, dtype, path)
+        self._mark(model)
+        return model
+
+    def rebuild(self, model: GPT, checkpoint_dir: Path) -> None:
+        """Make of a model that a method of this kind has built what `build` would: new adapters, on the frozen weights that it has."""
+        with torch.device("meta"):
+            model.adapt(self.config(checkpoint_dir))
+        renew_adapters(model)
+        self._mark(model)
+
+    def _mark(self, model: GPT) -> None:
         self.prepare(model)
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
-        return model
 
 
 def adapters(settings: dict[str, Any], quantize: str | None = None) -> Method:
@@ -99,11 +109,11 @@ def describe(model: GPT, lora_flags: list[str]) -> list[str]:
     frozen = min(model.cut, config.n_layer)
     taps, behind = config.taps, tuple(block for block in config.lora_blocks if block >= frozen)
     if config.skip2lora_warmup_steps:
-        lines.append(f"LoRA warm-up: {config.skip2lora_warmup_steps} steps on blocks {_ranges(config.lora_blocks)}")
+        lines.append(f"LoRA warm-up: {config.skip2lora_warmup_steps} steps on blocks {ranges(config.lora_blocks)}")
     if taps:
         norm = "" if config.skip2lora_norm == "none" else ", normalised"
-        lines.append(f"Skip2-LoRA: outputs of blocks {_ranges(taps)}{norm}, rank {config.skip2lora_r}, to {config.skip2lora_output_layer}")
-        layers = [f"blocks {_ranges(behind)}"] if behind else []
+        lines.append(f"Skip2-LoRA: outputs of blocks {ranges(taps)}{norm}, rank {config.skip2lora_r}, to {config.skip2lora_output_layer}")
+        layers = [f"blocks {ranges(behind)}"] if behind else []
         layers += ["lm_head"] if config.lora_head and config.lora_r else []
         where = " and ".join(layers) if layers else "none there"
         if lora_flags and not config.skip2lora_warmup_steps:
@@ -113,7 +123,7 @@ def describe(model: GPT, lora_flags: list[str]) -> list[str]:
     return lines
 
 
-def _ranges(numbers: tuple[int, ...]) -> str:
+def ranges(numbers: tuple[int, ...]) -> str:
     """(0, 1, 2, 5) -> "0-2, 5" """
     runs: list[list[int]] = []
     for number in numbers:

@@ -185,9 +185,10 @@ class Session:
         self.saved = None
 
     def _activations(self, samples: list[Sample], rows: list[int], name: str, mode: str) -> Activations:
-        settings = CacheSettings(mode, cache_folder(self.job), self.ready.cache_dtype, self.console.say)
-        with self.console.progress(f"{name} cache") as progress, self.fabric.autocast():
-            made = activations(self.model, samples, rows, name, settings, self.device, progress)
+        if self.ready.shared is not None:
+            made: Activations = self.ready.shared.view(name, self.model.config.taps)
+        else:
+            made = fill_or_recompute(self.ready, samples, rows, name, mode)
         self.cached[name] = isinstance(made, ActivationCache)
         return made
 
@@ -296,6 +297,13 @@ def training_cache(mode: str, train: TrainArgs, batches: Batches) -> str:
     """Where the training samples' activations are kept: "auto" keeps them only if they are needed more than once."""
     repeats = train.epochs != 1 and (train.max_steps is None or train.max_steps > batches.per_epoch)
     return "off" if mode == "auto" and not repeats else mode
+
+
+def fill_or_recompute(ready: Prepared, samples: list[Sample], rows: list[int], name: str, mode: str) -> Activations:
+    """`litgpt.activation_cache.activations` for what is ready, its progress shown."""
+    settings = CacheSettings(mode, cache_folder(ready.job), ready.cache_dtype, ready.console.say)
+    with ready.console.progress(f"{name} cache") as progress, ready.fabric.autocast():
+        return activations(ready.model, samples, rows, name, settings, ready.fabric.device, progress)
 
 
 def cache_folder(job: Job) -> Path:

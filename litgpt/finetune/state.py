@@ -6,6 +6,7 @@ random generators' states. Neither can run code when it is read. The weights sta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -159,13 +160,17 @@ def identity(
         flat.update({f"{key}.{name}": item for name, item in value.items()} if key in ("train", "eval") else {key: value})
     settings = {key: value for key, value in flat.items() if key not in MAY_CHANGE}
     whole = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    whole.update(_weights_digest(base / checkpoint.WEIGHTS).encode())
+    status = (base / checkpoint.WEIGHTS).stat()
+    whole.update(_weights_digest(base / checkpoint.WEIGHTS, status.st_size, status.st_mtime_ns).encode())
     return Identity({**settings, **resolved}, whole.hexdigest(), _samples_digest(train), _samples_digest(val))
 
 
-def _weights_digest(file: Path) -> str:
-    """Tells a weights file from another one by its size and its content at `SPOTS` places, which is quick however large it is."""
-    size = file.stat().st_size
+@functools.lru_cache(maxsize=1)
+def _weights_digest(file: Path, size: int, changed: int) -> str:
+    """Tells a weights file from another one by its size and its content at `SPOTS` places, which is quick however large it is.
+
+    `changed`: when it was, for a file that was looked at before not to be read again.
+    """
     found = hashlib.sha256(str(size).encode())
     with file.open("rb") as handle:
         for start in (*range(0, size, max(SPOT, size // SPOTS)), max(0, size - SPOT)):

@@ -49,6 +49,7 @@ def test_a_checkpoint_that_is_none(name: str, what: str, place: Place) -> None:
     words: list[Any] = [name, f"--{first}={given}"]
     if "data" in keys.classes:
         words += ["--data", "JSON", "--data.json_path", place.data()]
+    words += ["--grid.lora_r", "[4]"] if keys.grids else []
     for key in ("out_dir", "output_dir"):
         words += [f"--{key}", "out"] if key in keys.parameters else []
     before = tree(place.folder)

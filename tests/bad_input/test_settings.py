@@ -16,7 +16,7 @@ def command(name: str, *more: Any) -> Callable[[Place], list[Any]]:
 
     def words(place: Place) -> list[Any]:
         base = place.base()
-        if name.startswith("finetune"):
+        if name.startswith(("finetune", "sweep")):
             place.data()
             return [name, base, *JSON, "--out_dir", "out", *more]
         return [name, base, *more]
@@ -63,6 +63,7 @@ UNKNOWN = {
         "Precision": "precision",
         "sead": "seed",
     },
+    "sweep": {"grid.lora_rank": "grid.lora_r", "grid.train.epoch": "grid.train.epochs", "gird": "grid", "sample": "samples"},
     "finetune_full": {"checkpointdir": "checkpoint_dir", "train.tie_embedding": "train.tie_embeddings", "over_write": "overwrite"},
     "generate": {"promt": "prompt", "max_new_token": "max_new_tokens", "topk": "top_k", "temprature": "temperature"},
     "chat": {"temperatur": "temperature", "top-p": "top_p"},
@@ -115,6 +116,20 @@ COMMAND_LINE = [
     Case("chat precision", command("chat", "--precision", "fp16"), "precision 'fp16'", "16-true"),
     Case("full without data", lambda place: ["finetune_full", place.base()], "no data", "--data JSON --data.json_path"),
     Case("full with LoRA's key", command("finetune_full", "--lora_r", "4"), "--lora_r", "not a known key", 2),
+    Case("no grid", command("sweep"), "no grid", "--grid.lora_r '[4, 8, 16]'"),
+    Case("a grid as a number", command("sweep", "--grid", "3"), "--grid needs keys below it", "--grid.lora_r '[4, 8]'", 2),
+    Case("a grid of one value", command("sweep", "--grid.lora_r", "8"), "--grid.lora_r: '8' is not a list", "such as '[4, 8]'", 2),
+    Case("a grid of no value", command("sweep", "--grid.lora_r", "[]"), "--grid.lora_r: '[]' is not a list", "such as '[4, 8]'", 2),
+    Case("a grid of text", command("sweep", "--grid.lora_r", "[4, x]"), 'grid.lora_r: [4, "x"]', "each value must be an integer", 2),
+    Case("a grid of seeds", command("sweep", "--grid.seed", "[1, -1]"), "seed is -1", "from 0 to 4294967295", 2),
+    Case("a value twice", command("sweep", "--grid.lora_r", "[4, 4]"), "grid.lora_r names 4 twice", "leave one out"),
+    Case("a grid of data", command("sweep", "--grid.data", "[JSON]"), "data cannot vary", "These may vary: lora_r,"),
+    Case(
+        "a grid of a class", command("sweep", "--grid.optimizer", "[{class_path: os.system}]"), "'os.system' is not allowed", "litgpt.", 2
+    ),
+    Case("a grid of a grid", command("sweep", "--grid.grid.lora_r", "[4]"), "--grid.grid.lora_r is not a known key", "grid.lora_r?", 2),
+    Case("no samples", command("sweep", "--grid.lora_r", "[4]", "--samples", "0"), "samples is 0", "at least 1"),
+    Case("a sweep of nothing frozen", command("sweep", "--grid.lora_r", "[2, 4]"), "none is frozen", "skip2lora_enabled"),
     # values of training
     tune("lora_r", -1, "from 1 to 65536"),
     tune("lora_r", 10**9, "from 1 to 65536"),
@@ -226,6 +241,8 @@ YAML = [
         2,
     ),
     Case("both names", yaml("skip2lora_positions: [0]\nskip2lora_block_indices: [1]\n"), "skip2lora_positions", "give one of them"),
+    Case("a grid as a list", yaml("grid: [4]\n", "sweep"), "f.yaml: grid needs keys below it", "--grid.lora_r '[4, 8]'", 2),
+    Case("a grid of numbers", yaml("grid: {optimizer: {lr: 4}}\n", "sweep"), "f.yaml: grid.optimizer.lr: '4'", "such as '[4, 8]'", 2),
     Case("a missing checkpoint", yaml("checkpoint_dir: nowhere\n"), "nowhere does not exist", "convert_to_litgpt"),
     Case("a file as the checkpoint", yaml("checkpoint_dir: data.json\nlora_r: 4\n"), "data.json", "folder"),
 ]
