@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,8 @@ def words_of(run: Run, repeat: int, out_dir: Path, args: argparse.Namespace, ext
     return [*words, *run.overrides, *extra]
 
 
-def litgpt(words: list[str]) -> tuple[int, str]:
-    """`litgpt WORDS` in a process of its own: its exit code, and the last lines of what it said, which is shown as it comes."""
+def litgpt(words: list[str], hear: Callable[[str], None] | None = None) -> tuple[int, str]:
+    """`litgpt WORDS` in a process of its own: its exit code, and the last lines of what it said, which is shown, and heard, as it comes."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "litgpt", *words]
     said: deque[str] = deque(maxlen=40)
@@ -143,6 +144,8 @@ def litgpt(words: list[str]) -> tuple[int, str]:
         for line in child.stdout:
             print(f"  {line}", end="", flush=True)
             said.append(line)
+            if hear is not None:
+                hear(line)
     return child.returncode, "".join(said)
 
 

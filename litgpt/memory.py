@@ -6,7 +6,7 @@ taps, L' blocks that gradients cross. Bytes:
     weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a number
     training      3 w N for all weights    the gradient and AdamW's two moments
                   16 P for adapters        themselves, gradient and moments, fp32
-    activations   n (L' + 1) A + n F + C
+    activations   n (L' + 1) A + n F + C            with checkpointing n (L' w d + A) + n F + C
       A  a block, what autograd keeps of it for a token:
            w 3 (H + G) h + 4 H             qkv, the rotated q and k, attention's output and log-sums
            4 d for each norm               fp32, and w d more where its weight learns; w d for LayerNorm
@@ -15,7 +15,8 @@ taps, L' blocks that gradients cross. Bytes:
       F  w 2 d + (2 w + 4) S d             the hidden state and its gradient; the taps
       C  a chunk of logits                 4 of them where the head learns (`litgpt.loss`)
 
-One block more than L' is for what lives while a block runs. Python and torch come on top: `PROCESS`.
+One block more than L' is for what lives while a block runs. With activation checkpointing only a block's input is kept, and A is there
+for one block at a time, the one that is run again. Python and torch come on top: `PROCESS`.
 """
 
 from __future__ import annotations
@@ -48,11 +49,19 @@ class Memory(NamedTuple):
 
 
 def estimate(
-    config: lora.Config, batch: int, length: int, *, tied: bool = False, width: int = 2, full: bool = False, nf4: bool = False
+    config: lora.Config,
+    batch: int,
+    length: int,
+    *,
+    tied: bool = False,
+    width: int = 2,
+    full: bool = False,
+    nf4: bool = False,
+    checkpointing: bool = False,
 ) -> Memory:
     """What fine-tuning the adapters of `config` takes, or with `full` all weights, for a micro-batch (batch, length).
 
-    `tied`: head and embedding are one tensor. `width`: bytes of a number, 2 for bf16.
+    `tied`: head and embedding are one tensor. `width`: bytes of a number, 2 for bf16. `checkpointing`: `train.activation_checkpointing`.
     """
     with torch.device("meta"):
         model = lora.GPT(config)
@@ -64,7 +73,8 @@ def estimate(
     weights = width * (base - quantised) + NF4_BYTES * quantised
     crossed = model.blocks if full or model.cut is None else model.blocks[model.cut :]
     n, d = batch * length, config.n_embd
-    kept = sum(kept_by_block(block, width, full) for block in (*crossed, model.blocks[-1]))
+    blocks = [kept_by_block(block, width, full) for block in (*crossed, model.blocks[-1])]
+    kept = len(crossed) * width * d + max(blocks) if checkpointing else sum(blocks)
     head = d * (2 * width + (2 * width + 4) * len(config.taps))
     chunks = CHUNK_BYTES * (4 if full or (config.lora_r and config.lora_head) else 1)
     training = 3 * width * base if full else 16 * adapters

@@ -222,7 +222,7 @@ def val_curve(folder: Path, total_seconds: float | None) -> list[tuple[int, floa
     validating are all counted. The time is None where events or `total_seconds` are missing.
     """
     losses = read_metrics(folder).get("val_loss", [])
-    written = _event_times(folder / METRICS) if total_seconds else {}
+    written = event_times(folder, "val_loss") if total_seconds else {}
     last = written.get(losses[-1][0], math.nan) if losses else math.nan
     curve = []
     for step, loss in losses:
@@ -231,16 +231,17 @@ def val_curve(folder: Path, total_seconds: float | None) -> list[tuple[int, floa
     return curve
 
 
-def _event_times(folder: Path) -> dict[int, float]:
+def event_times(folder: Path, column: str) -> dict[int, float]:
+    """Step -> when a run wrote a value of that column, in seconds since 1970, from TensorBoard's events; {} without them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    if not any(folder.glob("events.out.tfevents.*")):
+    if not any((folder / METRICS).glob("events.out.tfevents.*")):
         return {}
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(folder / METRICS), size_guidance={"scalars": 0})
     events.Reload()
-    if "val_loss" not in events.Tags()["scalars"]:
+    if column not in events.Tags()["scalars"]:
         return {}
-    return {event.step: event.wall_time for event in events.Scalars("val_loss")}
+    return {event.step: event.wall_time for event in events.Scalars(column)}
 
 
 def read_comparison(path: Path) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from litgpt import lora
 from litgpt.loss import CHUNK_BYTES
@@ -37,9 +39,12 @@ def config(family: str, n_layer: int = 2, **settings: Any) -> lora.Config:
     return lora.Config(n_layer=n_layer, n_embd=128, n_head=4, vocab_size=64, padded_vocab_size=64, **FAMILIES[family], **settings)
 
 
-def saved(config: lora.Config, dtype: torch.dtype, full: bool) -> float:
+def saved(config: lora.Config, dtype: torch.dtype, full: bool, checkpointing: bool = False) -> float:
     """Bytes that autograd keeps for a token, parameters excepted."""
     model = lora.GPT(config).to(dtype).train()
+    if checkpointing:
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if not full:
         lora.mark_only_lora_as_trainable(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -94,3 +99,19 @@ def test_skip2lora_keeps_nothing_of_the_blocks() -> None:
     assert few.activations == 64 * (kept_by_block(model.blocks[-1], 2, False) + 128 * (4 + 8 * 2)) + CHUNK_BYTES
     late = estimate(config("llama", 8, lora_r=4, lora_query=True, lora_block_indices=[6, 7]), 4, 16)
     assert late.activations == pytest.approx(few.activations + 64 * (2 * kept_by_block(model.blocks[-1], 2, False) - 128 * 16), rel=0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_keeps_the_blocks_inputs(method: str) -> None:
+    """Two more blocks keep w d more each for a token; A is there once, whatever their number."""
+    full, width, d = method == "full", 4, 128
+    two, four = (saved(config("llama", n, **METHODS[method]), torch.float32, full, checkpointing=True) for n in (2, 4))
+    assert four - two == 2 * width * d
+    settings = {"width": width, "full": full}
+    few, many = (estimate(config("llama", n, **METHODS[method]), 4, 16, checkpointing=True, **settings) for n in (2, 8))
+    assert many.activations - few.activations == 64 * 6 * width * d
+    model = lora.GPT(config("llama", **METHODS[method]))
+    lora.mark_only_lora_as_trainable(model)
+    plain = estimate(config("llama", **METHODS[method]), 4, 16, **settings)
+    assert plain.activations - few.activations == 64 * 2 * (kept_by_block(model.blocks[-1], width, full) - width * d)
+    assert plain.weights == few.weights and plain.training == few.training

