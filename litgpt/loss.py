@@ -123,19 +123,25 @@ def cross_entropy_(
         targets = torch.where(kept[:, 0], targets, 0)
     C, V = logits.shape
     rows = C if logits.is_cuda else max(1, min(C, BLOCK_ELEMENTS // V))
-    block = torch.empty(rows, V, dtype=wide, device=logits.device)
-    chosen = torch.empty(C, 1, dtype=wide, device=logits.device)
+    plain = divisor == 1 and cap is None
+    in_place = gradient and plain and logits.dtype == wide
+    block = logits if in_place else torch.empty(rows, V, dtype=wide, device=logits.device)
+    losses = torch.empty(C, 1, dtype=wide, device=logits.device)
     for start in range(0, C, rows):
         part, target = logits[start : start + rows], targets[start : start + rows, None]
-        y = part if divisor == 1 and cap is None else finish_logits(part.to(wide), divisor, cap)
-        log_p = torch.log_softmax(y, dim=-1, dtype=wide, out=block[: part.size(0)])
-        chosen[start : start + rows] = log_p.gather(1, target)
-        if gradient:
-            p = log_p.exp_()
-            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
-            if cap is not None:
-                p.mul_(1 - (y / cap).square_())
-            if weights is not None:
-                p.mul_(weights[start : start + rows])
+        y = part.to(wide) if plain else finish_logits(part.to(wide), divisor, cap)
+        chosen = y.gather(1, target)
+        if not gradient:
+            losses[start : start + rows] = y.logsumexp(-1, keepdim=True) - chosen
+            continue
+        top = y.amax(-1, keepdim=True)
+        p = torch.softmax(y, dim=-1, out=part if in_place else block[: part.size(0)])
+        losses[start : start + rows] = top - p.amax(-1, keepdim=True).log_() - chosen  # the largest p is 1 / sum exp(y - top), at least 1 / V
+        p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+        if cap is not None:
+            p.mul_(1 - (y / cap).square_())
+        if weights is not None:
+            p.mul_(weights[start : start + rows])
+        if not in_place:
             part.copy_(p if divisor == 1 else p.div_(divisor))
-    return -(chosen if weights is None else chosen * weights).sum()
+    return (losses if weights is None else losses * weights).sum()
