@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ MEASURED = (
     *("steps", "epochs", "skipped_steps", "train_seconds", "total_seconds"),
 )
 """Columns from a run's report.json."""
+SHOWN = (
+    ("parameters", "trainable_parameters", ","),
+    ("loss before", "initial_val_loss", ".4f"),
+    ("best", "best_val_loss", ".4f"),
+    ("at step", "best_step", ","),
+    ("after", "final_val_loss", ".4f"),
+    ("steps", "steps", ","),
+    ("seconds", "total_seconds", ".1f"),
+)
+"""Those on the terminal: title, name, format."""
 WAITING, FINISHED, FAILED, STOPPED = "waiting", "finished", "failed", "stopped"
 
 
@@ -73,8 +84,9 @@ class Table:
         return text.getvalue()
 
     def loss(self, outcome: Outcome) -> float | None:
-        """The validation loss that a setting is judged by: that of the checkpoint in its `folder`."""
-        return outcome.figures.get("best_val_loss" if self.keep_best else "final_val_loss")
+        """The validation loss that a setting is judged by: that of the checkpoint in its `folder`. None if it is no number."""
+        loss = outcome.figures.get("best_val_loss" if self.keep_best else "final_val_loss")
+        return loss if loss is not None and math.isfinite(loss) else None
 
     def folder(self, outcome: Outcome) -> Path:
         """Where the weights of that loss are."""
@@ -87,20 +99,16 @@ class Table:
     @property
     def ranked(self) -> list[Outcome]:
         """The lowest loss first; then those without one."""
-        losses = [(self.loss(outcome), outcome) for outcome in self.outcomes]
-        measured = sorted((pair for pair in losses if pair[0] is not None), key=lambda pair: pair[0] or 0.0)
-        return [outcome for _, outcome in (*measured, *(pair for pair in losses if pair[0] is None))]
+        losses = [math.inf if (loss := self.loss(outcome)) is None else loss for outcome in self.outcomes]
+        return [self.outcomes[i] for i in sorted(range(len(losses)), key=losses.__getitem__)]
 
     def __str__(self) -> str:
         """A line for each setting, the best one first."""
-        rows: list[tuple[str, ...]] = [("setting", "parameters", "loss before", "best", "at step", "after", "steps", "seconds", "")]
+        rows: list[tuple[str, ...]] = [("setting", *(title for title, _, _ in SHOWN), "")]
         for outcome in self.ranked:
-            figures = outcome.figures
-            losses = [_number(figures.get(name), ".4f") for name in ("initial_val_loss", "best_val_loss", "final_val_loss")]
-            cells = [_number(figures.get(name), form) for name, form in (("trainable_parameters", ","), ("best_step", ","), ("steps", ","))]
+            values = [(outcome.figures.get(name), form) for _, name, form in SHOWN]
             note = "" if outcome.status == FINISHED else f"{outcome.status}: {outcome.reason}".rstrip(": ")
-            seconds = _number(figures.get("total_seconds"), ".1f")
-            rows.append((outcome.variant.name, cells[0], losses[0], losses[1], cells[1], losses[2], cells[2], seconds, note))
+            rows.append((outcome.variant.name, *("" if value is None else format(value, form) for value, form in values), note))
         return aligned(rows)
 
 
@@ -112,7 +120,3 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)), last]
         lines.append("  ".join(("", *cells)).rstrip())
     return "\n".join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

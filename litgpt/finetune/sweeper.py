@@ -3,7 +3,6 @@ that trains new adapters on the same frozen weights, in its own folder."""
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,9 +175,15 @@ def _prepare(trials: list[Trial], out_dir: Path) -> Prepared:
 
 
 def _validated(trials: list[Trial], ready: Prepared) -> int:
-    """How many validation samples the settings need."""
-    asked = max(trial.job.eval.max_iters * trial.job.train.micro_batch_size for trial in trials)
-    return min(asked, len(ready.splits.val))
+    """How many validation samples the settings need. Says so if it is not the same number for all."""
+    batches, most = trials[0].job.eval.max_iters, len(ready.splits.val)
+    asked = {min(most, batches * trial.job.train.micro_batch_size) for trial in trials}
+    if len(asked) > 1:
+        told = (
+            f"eval.max_iters {batches} batches of train.micro_batch_size are {' or '.join(f'{count:,}' for count in sorted(asked))} samples"
+        )
+        ready.console.say(f"validation losses are not of the same samples: {told}. Raise eval.max_iters to compare them")
+    return max(asked)
 
 
 def _adapted(ready: Prepared, job: Job, method: Method) -> Prepared:
@@ -254,7 +259,7 @@ def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: in
         parts = f"loading {spent['load_seconds']:.1f}, filling the cache {spent['cache_seconds']:.1f}, then {each:.1f} for each setting"
     print(f"\n{trained} settings trained in {seconds:.1f} s: {parts}\n{table}")
     best = table.ranked[0]
-    if (loss := table.loss(best)) is not None and math.isfinite(loss):
+    if (loss := table.loss(best)) is not None:
         print(f"\nbest: {best.variant.name}, validation loss {loss:.4f}\n  litgpt chat {shlex.quote(str(table.folder(best)))}")
     print(f"all figures: {table.out_dir / sweep_table.CSV}")
     if failed := table.of(FAILED):

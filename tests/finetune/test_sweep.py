@@ -179,6 +179,14 @@ def test_the_best_comes_first(base: Path, data: Path, tmp_path: Path, capsys: py
     assert f"best: {lines[0]}," in out and f"litgpt chat {tmp_path / 'out' / lines[0] / 'final'}\n" in out
 
 
+def test_losses_of_different_samples_are_pointed_out(base: Path, data: Path, tmp_path: Path) -> None:
+    """Two validation samples: one batch of one is half of them."""
+    values = {"train.micro_batch_size": [1, 2]}
+    few = sweep(base, data, tmp_path / "few", values, eval__max_iters=1, dry_run=True, **SKIP)
+    assert few.code == 0 and "not of the same samples: eval.max_iters 1 batches of train.micro_batch_size are 1 or 2 samples" in few.err
+    assert "not of the same samples" not in sweep(base, data, tmp_path / "all", values, eval__max_iters=2, dry_run=True, **SKIP).err
+
+
 # --- refused ---
 
 
