@@ -136,7 +136,7 @@ def cross_entropy_(
             continue
         top = y.amax(-1, keepdim=True)
         p = torch.softmax(y, dim=-1, out=part if in_place else block[: part.size(0)])
-        losses[start : start + rows] = top - p.amax(-1, keepdim=True).log_() - chosen  # the largest p is 1 / sum exp(y - top), at least 1 / V
+        losses[start : start + rows] = top - p.amax(-1, keepdim=True).log_() - chosen  # max p = 1 / sum exp(y - top)
         p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
         if cap is not None:
             p.mul_(1 - (y / cap).square_())
