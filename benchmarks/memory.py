@@ -7,8 +7,8 @@ steps   The peak of a training step over B x 512 tokens with random weights, eac
 runs    Real `litgpt finetune` runs of SmolLM2-135M with the settings of `make demo`, and over 8 x 512 tokens: what Skip2-LoRA with its
         cache on disk takes of what LoRA takes, in all and above the loaded model.
 
-A process's peak is that of its resident memory since the model was loaded. `own` leaves out pages of mapped files, a cache on disk among
-them, which the kernel takes back when it needs them. Results: OUT/memory.json and OUT/memory.md. Linux only.
+A peak is that of resident memory: a step's since the model was loaded, a run's from its start to its end. `own` leaves out pages of mapped
+files, a cache on disk among them, which the kernel takes back when it needs them. Results: OUT/memory.json and OUT/memory.md. Linux only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,9 @@ def watched(words: list[str]) -> dict[str, Any]:
         reader = threading.Thread(target=read)
         reader.start()
         while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            own = held(child.pid)[0]
-            found["own"], found["peak"] = max(found["own"], own), max(found["peak"], peak_since(str(child.pid)))
+            with suppress(KeyError, FileNotFoundError):  # it ends while it is looked at
+                found["own"] = max(found["own"], held(child.pid)[0])
+                found["peak"] = max(found["peak"], peak_since(str(child.pid)))
             time.sleep(0.01)
         reader.join()
     if child.returncode:

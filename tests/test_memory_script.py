@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from litgpt import lora, results
+from litgpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -67,3 +71,24 @@ def test_a_step_is_measured(memory: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     found = memory.measured("pythia-14m", "Skip2-LoRA", 1, "32-true")
     assert found["peak"] > found["loaded"] > 4 * 14e6 and found["step_ms"] > 0
     assert "nonesuch" in memory.measured("nonesuch", "LoRA", 1, "32-true")["error"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_a_run_is_watched(
+    memory: Any, write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On long data: every sample fills the length, the question comes first and has `PROMPT` tokens."""
+    monkeypatch.setattr(memory, "LENGTH", 24)
+    monkeypatch.setattr(memory, "PROMPT", 10)
+    base, short = tiny.write_base(tmp_path / "base", write_tiny_tokenizer), tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"instruction": f"say {i}", "output": f"number {i}"}) + "\n" for i in range(240)))
+    monkeypatch.setattr(memory.wordnet, "prepare", lambda folder, samples: short)
+    file = memory.long_data(tmp_path, base, 4)
+    tokenizer = Tokenizer(base)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(records) == 4 and all(len(tokenizer.ids(r["instruction"] + r["output"])) > 34 for r in records)
+    words = ["finetune", str(base), "--data", "JSON", "--data.json_path", str(file), "--precision", "32-true", "--max_steps", "1"]
+    words += ["--train.max_seq_length", "40", "--out_dir", str(tmp_path / "run"), *memory.RUNS["Skip2-LoRA"]]
+    found = memory.watched([*words, "--skip2lora_cache_dir", str(tmp_path / "cache")])
+    assert 0 < found["loaded"] <= found["peak"] and 0 < found["own"] <= found["peak"]
+    assert memory.watched(["finetune", str(tmp_path / "none")])["error"].startswith("Error: ")
