@@ -188,6 +188,7 @@ def _memory(ready: Prepared) -> str:
         tied=head.weight is model.transformer["wte"].weight,
         width=model.dtype.itemsize,
         full=model.cut is None,
+        checkpointing=ready.job.train.activation_checkpointing,
         nf4=str(ready.job.hyperparameters.get("quantize")).startswith(("bnb.nf4", "bnb.fp4")),
     )
     return (

@@ -21,6 +21,7 @@ VARYING = (
     *("lora_r", "lora_alpha", "lora_dropout", *LORA_FLAGS, "lora_block_indices"),
     *("skip2lora_enabled", "skip2lora_block_indices", "skip2lora_r", "skip2lora_alpha", "skip2lora_dropout", "optimizer", "seed"),
     *("train.epochs", "train.max_steps", "train.max_tokens", "train.max_time", "train.global_batch_size", "train.micro_batch_size"),
+    "train.group_by_length",
     *("train.lr_warmup_steps", "train.lr_warmup_fraction", "train.min_lr", "train.max_norm", "train.skip_nonfinite", "eval.patience"),
 )
 """Keys that change neither the data nor what the frozen layers make of them; and all of `optimizer.*`."""
