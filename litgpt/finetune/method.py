@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from litgpt import checkpoint
+from litgpt.block_choice import Choice
 from litgpt.errors import UserError
 from litgpt.lora import GPT, Skip2LoRA, lora_filter, mark_only_lora_as_trainable
 from litgpt.lora import Config as LoRAConfig
@@ -99,11 +100,11 @@ def describe(model: GPT, lora_flags: list[str]) -> list[str]:
     frozen = min(model.cut, config.n_layer)
     taps, behind = config.taps, tuple(block for block in config.lora_blocks if block >= frozen)
     if config.skip2lora_warmup_steps:
-        lines.append(f"LoRA warm-up: {config.skip2lora_warmup_steps} steps on blocks {_ranges(config.lora_blocks)}")
+        lines.append(f"LoRA warm-up: {config.skip2lora_warmup_steps} steps on blocks {ranges(config.lora_blocks)}")
     if taps:
         norm = "" if config.skip2lora_norm == "none" else ", normalised"
-        lines.append(f"Skip2-LoRA: outputs of blocks {_ranges(taps)}{norm}, rank {config.skip2lora_r}, to {config.skip2lora_output_layer}")
-        layers = [f"blocks {_ranges(behind)}"] if behind else []
+        lines.append(f"Skip2-LoRA: outputs of blocks {ranges(taps)}{norm}, rank {config.skip2lora_r}, to {config.skip2lora_output_layer}")
+        layers = [f"blocks {ranges(behind)}"] if behind else []
         layers += ["lm_head"] if config.lora_head and config.lora_r else []
         where = " and ".join(layers) if layers else "none there"
         if lora_flags and not config.skip2lora_warmup_steps:
@@ -113,7 +114,17 @@ def describe(model: GPT, lora_flags: list[str]) -> list[str]:
     return lines
 
 
-def _ranges(numbers: tuple[int, ...]) -> str:
+def describe_choice(choice: Choice, candidates: tuple[int, ...], seconds: float) -> str:
+    """A line that says which blocks `auto` chose, and why."""
+    found = f"skip2lora_block_indices auto: blocks {ranges(choice.blocks)} of {ranges(candidates)}"
+    looked_at = f"{choice.samples:,} samples, {choice.rows:,} positions, {seconds:.0f} s"
+    if choice.value <= 0:
+        return f"{found}, the last, as the sample tells nothing about which are better; {looked_at}"
+    others = ", ".join(f"{name} {100 * value:.2f} %" for name, value in choice.rules.items())
+    return f"{found}, which predict {100 * choice.value:.2f} % of the loss's gradient on samples not fitted ({others}); {looked_at}"
+
+
+def ranges(numbers: tuple[int, ...]) -> str:
     """(0, 1, 2, 5) -> "0-2, 5" """
     runs: list[list[int]] = []
     for number in numbers:
