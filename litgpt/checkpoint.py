@@ -11,14 +11,14 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from litgpt.config import Config
+from litgpt.config import CHOSEN_TAPS, Config
 from litgpt.errors import UserError
 from litgpt.files import read_yaml
 
@@ -324,9 +324,16 @@ def _not_plain(value: torch.Tensor) -> str:
     return ""
 
 
-def save_config(config: Config, folder: str | Path) -> None:
-    """Write `model_config.yaml` with the base model's fields."""
-    write_text(Path(folder) / "model_config.yaml", yaml.safe_dump(config.base_dict(), sort_keys=False))
+def save_config(config: Config, folder: str | Path, chosen: Sequence[int] | None = None) -> None:
+    """Write `model_config.yaml` with the base model's fields, and the blocks that `skip2lora_block_indices: auto` chose if it did."""
+    taps = {} if chosen is None else {CHOSEN_TAPS: list(chosen)}
+    write_text(Path(folder) / "model_config.yaml", yaml.safe_dump({**config.base_dict(), **taps}, sort_keys=False))
+
+
+def chosen_taps(folder: str | Path) -> list[int] | None:
+    """The blocks that `auto` chose for the adapter in this folder, if its `model_config.yaml` names any."""
+    values = read_yaml(Path(folder) / "model_config.yaml", f"is missing: it names the blocks that {CHOSEN_TAPS} auto chose")
+    return values.get(CHOSEN_TAPS) if isinstance(values, dict) else None
 
 
 def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
@@ -431,7 +438,8 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
 def read_adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
     """The base checkpoint's folder and the adapter settings (`lora_*`, `skip2lora_*`) of an adapter folder.
 
-    Both stand in its `hyperparameters.yaml`, as LitGPT has it; `base` counts more. Raises UserError if they do not.
+    Both stand in its `hyperparameters.yaml`, as LitGPT has it; `base` counts more. Blocks that "auto" chose stand in `model_config.yaml`.
+    Raises UserError if they do not.
     """
     from litgpt.lora import Config as LoRAConfig
 
@@ -442,7 +450,12 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
     base = Path(base or values["checkpoint_dir"])
     settings = {key: value for key, value in values.items() if key in LoRAConfig.adapter_fields()}
     if values.get("skip2lora_positions") is not None:
-        settings["skip2lora_block_indices"] = values["skip2lora_positions"]
+        settings[CHOSEN_TAPS] = values["skip2lora_positions"]
+    if str(settings.get(CHOSEN_TAPS)).startswith("auto"):
+        settings[CHOSEN_TAPS] = chosen_taps(folder)
+        if not isinstance(settings[CHOSEN_TAPS], list):
+            named = Path(folder) / "model_config.yaml"
+            raise UserError(f"{named} must name the blocks that auto chose, in {CHOSEN_TAPS}, and does not: name them in {file}")
     return base, settings
 
 

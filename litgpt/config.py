@@ -47,6 +47,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mlp_class_name": ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"),
     "gelu_approximate": ("none", "tanh"),
 }
+CHOSEN_TAPS = "skip2lora_block_indices"
+"""In an adapter's `model_config.yaml`: the blocks that `auto` chose, which the base model alone has no use for."""
 PER_BLOCK: dict[str, tuple[int, ...]] = {"sliding_window_indices": (0, 1), "rope_indices": (-1, 0, 1)}
 """The lists with an entry for each block, and the values that they may hold."""
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
@@ -298,6 +300,8 @@ class Config:
         if not isinstance(values, dict):
             raise UserError(f"{path} holds no settings: convert the checkpoint again")
         known = {f.name for f in fields(cls)}
+        if CHOSEN_TAPS not in known:
+            values.pop(CHOSEN_TAPS, None)
         problems = []
         if not UNSUPPORTED_FIELDS.keys().isdisjoint(values):  # LitGPT wrote it
             values.pop("norm_topk_prob", None)

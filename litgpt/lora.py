@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ __all__ = [
 BlockIndices = int | str | list[int | str] | tuple[int | str, ...] | None
 LM_HEAD, LN_F = "lm_head", "transformer.ln_f"
 DEFAULT_TAPS = 6
+AUTO = re.compile("auto(?::([0-9]{1,9}))?")
 MAX_RANK = 2**16
 ADAPTER_PARAMETERS = ("lora_A", "lora_B")
 
@@ -61,7 +63,10 @@ class Config(base.Config):
     """The blocks that get LoRA; all (behind the cut) unless given. Same forms as `skip2lora_block_indices`."""
     skip2lora_enabled: bool = False
     skip2lora_block_indices: BlockIndices = None
-    """S, the tapped blocks: ints (negative from the end), "all", "last:6", "every:5" or names "transformer.h.3"; else the last 6."""
+    """S, the tapped blocks: ints (negative from the end), "all", "last:6", "every:5" or names "transformer.h.3"; else the last 6.
+
+    With "auto" or "auto:4" every candidate is tapped until `litgpt.block_choice` has chosen 6 or 4 of them and `keep_taps` keeps those.
+    """
     skip2lora_output_layer: str = LM_HEAD
     """The layer whose input the sum joins: "lm_head", "transformer.ln_f" or "transformer.h.m"."""
     skip2lora_norm: str = "rms"
@@ -129,6 +134,8 @@ class Config(base.Config):
         spec = self.skip2lora_block_indices
         if spec is None:
             spec = f"last:{min(DEFAULT_TAPS, prefix)}"
+        elif self.taps_to_choose:
+            spec = "all"
         blocks = resolve_blocks(spec, self.n_layer, range(prefix), "skip2lora_block_indices")
         late = [block for block in blocks if block >= prefix]
         if late:
@@ -137,6 +144,14 @@ class Config(base.Config):
                 f"{self.skip2lora_output_layer!r}: its output cannot be added there. Name blocks 0 to {prefix - 1}, or a later output layer"
             )
         return blocks
+
+    @property
+    def taps_to_choose(self) -> int | None:
+        """How many taps training has to choose: N for "auto:N", 6 (or all, if there are fewer) for "auto"; None where they are named."""
+        prefix = min(self._output_layer, self.n_layer)
+        match = AUTO.fullmatch(str(self.skip2lora_block_indices)) if self.skip2lora_enabled else None
+        count = int(match[1] or min(DEFAULT_TAPS, prefix)) if match else 0
+        return count if 1 <= count <= prefix else None
 
     @property
     def _lora_in_blocks(self) -> bool:
@@ -190,7 +205,8 @@ def resolve_blocks(spec: BlockIndices, n_layer: int, available: range, key: str)
             return tuple(last[-number:])
         if form == "every" and 1 <= number <= len(last):
             return tuple(sorted(last[::-1][::number]))
-        forms = "a list such as [0, 1, -1], 'all', 'last:6' or 'every:5'"
+        auto = ", 'every:5' or 'auto:6'" if key == "skip2lora_block_indices" else " or 'every:5'"
+        forms = f"a list such as [0, 1, -1], 'all', 'last:6'{auto}"
         raise UserError(f"{key} is {spec[:60]!r}: give {forms}, with a number from 1 to the {len(last)} blocks there are")
     if spec is not None and not isinstance(spec, int | str | list | tuple):
         raise UserError(f"{key} is {str(spec)[:60]}: give a list of block numbers such as [0, 1, -1]")
@@ -494,6 +510,14 @@ def end_warmup(model: GPT) -> None:
         for layer in (*block.attn.modules(), *block.mlp.modules()):
             if isinstance(layer, LoRALayer):
                 layer.lora_dropout = nn.Identity()
+
+
+def keep_taps(model: GPT, blocks: Sequence[int]) -> None:
+    """Of a model that taps more, tap these blocks only; its config names them from now on."""
+    model.config = replace(model.config, skip2lora_block_indices=list(blocks))
+    for index, block in enumerate(model.blocks):
+        if index not in model.config.taps:
+            block.skip2lora = None
 
 
 def merge_lora_weights(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from litgpt import checkpoint
 from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config
+from litgpt.block_choice import choose
 from litgpt.config import Config
 from litgpt.data.base import DataModule, Record, Splits
 from litgpt.errors import UserError
@@ -19,14 +20,14 @@ from litgpt.fabric import backbone_dtype, default_device, default_precision, mak
 from litgpt.files import read_json
 from litgpt.finetune.faults import ends_together, is_out_of_memory, out_of_memory
 from litgpt.finetune.loop import samples_per_rank
-from litgpt.finetune.method import Method, describe
+from litgpt.finetune.method import Method, describe, describe_choice
 from litgpt.finetune.place import Place, Resume
 from litgpt.finetune.report import REPORT, as_json
 from litgpt.finetune.session import Session
 from litgpt.finetune.signals import Signals
 from litgpt.finetune.state import Stopwatch, read
 from litgpt.logs import Console
-from litgpt.lora import GPT
+from litgpt.lora import GPT, keep_taps
 from litgpt.optim import make_optimizer
 from litgpt.prompts import PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
@@ -88,6 +89,8 @@ class Prepared:
     example: Record
     """the validation record to answer"""
     cache_dtype: torch.dtype
+    chosen: list[int] | None = None
+    """the tapped blocks, if `auto` chose them"""
     shared: SharedActivations | None = None
     """activations that are there already; None: the run makes its own"""
 
@@ -111,7 +114,7 @@ def run(job: Job, method: Method, ready: Callable[[Job, Method], Prepared] | Non
             Console(is_first).say(f"{job.out_dir / 'final'} is there: this run is finished, nothing is left to do")
             return finished_report(job.out_dir, is_first)
         point = place.resume_point(Console(is_first).say)
-        prepared = (ready or prepare)(job, method)
+        prepared = ready(job, method) if ready else prepare(job, method, point)
         prepared.tell()
         return Session(prepared, place, signals, clock, read(point) if point else None).run()
 
@@ -124,8 +127,11 @@ def finished_report(out_dir: Path, is_first: bool = True) -> dict[str, Any]:
     return report
 
 
-def prepare(job: Job, method: Method) -> Prepared:
-    """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong."""
+def prepare(job: Job, method: Method, point: Path | None = None) -> Prepared:
+    """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
+
+    `point`: the checkpoint that the run goes on from, if it does, with the blocks that were chosen for it.
+    """
     base = checkpoint.require_checkpoint(job.checkpoint_dir)
     precision = job.precision or default_precision(default_device())
     dtype = backbone_dtype(precision)
@@ -135,7 +141,7 @@ def prepare(job: Job, method: Method) -> Prepared:
     fabric.launch()
     fabric.seed_everything(job.seed, verbose=False)
     console = Console(fabric.global_rank == 0)
-    with ends_together(fabric), _memory_explained(fabric.device):
+    with ends_together(fabric), _memory_explained(fabric.device, "while data and model were read"):
         tokenizer = Tokenizer(base)
         style = resolve_prompt_style(job.data.prompt_style, base, tokenizer)
         splits = _splits(job, fabric, tokenizer, style, base)
@@ -146,20 +152,40 @@ def prepare(job: Job, method: Method) -> Prepared:
     model.activation_checkpointing = job.train.activation_checkpointing
     model.max_seq_length = _max_seq_length(job, model.config)
     model.reach = max(len(sample.input_ids) - 1 for sample in (*splits.train, *splits.val))
-    make_optimizer(job.optimizer, model.parameters())  # wrong settings show before anything is written
+    make_optimizer(job.optimizer, model.parameters())  # wrong settings show before anything is computed or written
     example = _example(job, splits.examples)
-    return Prepared(job, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype)
+    chosen = None
+    if model.config.taps_to_choose:
+        with ends_together(fabric), _memory_explained(fabric.device, "while blocks were chosen"):
+            chosen = checkpoint.chosen_taps(point) if point else _choose_taps(job, model, splits, fabric, console)
+        if chosen:
+            keep_taps(model, chosen)
+    return Prepared(job, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype, chosen)
+
+
+def _choose_taps(job: Job, model: GPT, splits: Splits, fabric: Fabric, console: Console) -> list[int]:
+    """The blocks that the first process chooses for all, and a line that says why."""
+    count, candidates = model.config.taps_to_choose, model.config.taps
+    assert count is not None
+    blocks = list(candidates)
+    if fabric.global_rank == 0 and count < len(candidates):
+        clock = Stopwatch()
+        with console.progress("choosing blocks") as progress, fabric.autocast():
+            choice = choose(model, splits.train, count, job.train.micro_batch_size, job.seed, progress)
+        console.say(describe_choice(choice, candidates, clock.seconds))
+        blocks = list(choice.blocks)
+    return fabric.broadcast(blocks)
 
 
 @contextmanager
-def _memory_explained(device: torch.device) -> Iterator[None]:
+def _memory_explained(device: torch.device, where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         remedies = ["A smaller model, or --precision bf16-true, needs less"]
-        raise out_of_memory(error, "while data and model were read", device, remedies) from None
+        raise out_of_memory(error, where, device, remedies) from None
 
 
 def _splits(job: Job, fabric: Fabric, tokenizer: Tokenizer, style: PromptStyle, base: Path) -> Splits:

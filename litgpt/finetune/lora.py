@@ -80,7 +80,8 @@ def setup(
         lora_block_indices: Blocks that get LoRA, in the forms of skip2lora_block_indices. What lies before the first of them runs
             frozen and is cached. Default: all.
         skip2lora_enabled: Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only.
-        skip2lora_block_indices: Blocks to tap: [0, 1, -1], all, last:6, every:5 or names such as transformer.h.3. Default: the last 6.
+        skip2lora_block_indices: Blocks to tap: [0, 1, -1], all, last:6, every:5 or names such as transformer.h.3. auto:6 (or auto) has 6
+            chosen before training, from what all blocks give for a sample of the training data. Default: the last 6.
         skip2lora_positions: Older name of skip2lora_block_indices.
         skip2lora_output_layer: The layer whose input the adapters' sum joins: lm_head, transformer.ln_f or transformer.h.M.
         skip2lora_norm: rms divides a block's output by its root mean square before its adapter, none does not.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from litgpt import checkpoint
+from litgpt.block_choice import Choice
 from litgpt.errors import UserError
 from litgpt.lora import GPT, Skip2LoRA, lora_filter, mark_only_lora_as_trainable, renew_adapters
 from litgpt.lora import Config as LoRAConfig
@@ -121,6 +122,16 @@ def describe(model: GPT, lora_flags: list[str]) -> list[str]:
     if frozen:
         lines.append(f"frozen, run without gradients: the embedding and blocks 0-{frozen - 1} of {config.n_layer}")
     return lines
+
+
+def describe_choice(choice: Choice, candidates: tuple[int, ...], seconds: float) -> str:
+    """A line that says which blocks `auto` chose, and why."""
+    found = f"skip2lora_block_indices auto: blocks {ranges(choice.blocks)} of {ranges(candidates)}"
+    looked_at = f"{choice.samples:,} samples, {choice.rows:,} positions, {seconds:.0f} s"
+    if choice.value <= 0:
+        return f"{found}, the last, as the sample tells nothing about which are better; {looked_at}"
+    others = ", ".join(f"{name} {100 * value:.2f} %" for name, value in choice.rules.items())
+    return f"{found}, which predict {100 * choice.value:.2f} % of the loss's gradient on samples not fitted ({others}); {looked_at}"
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

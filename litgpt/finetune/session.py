@@ -238,7 +238,7 @@ class Session:
     def _write(self, folder: Path) -> None:
         """What every checkpoint holds."""
         self.ready.method.save(self.model, folder)
-        checkpoint.save_config(self.model.config, folder)
+        checkpoint.save_config(self.model.config, folder, self.ready.chosen)
         checkpoint.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(self.job.hyperparameters, sort_keys=False))
         checkpoint.copy_tokenizer_files(self.ready.base, folder)
         save_prompt_style(self.ready.style, folder)

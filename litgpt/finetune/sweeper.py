@@ -129,6 +129,11 @@ def _trials(arguments: dict[str, Any], variants: list[Variant]) -> list[Trial]:
             job, method = job_of(variant.arguments)
             config = method.config(base)
             make_optimizer(job.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+            if config.taps_to_choose:
+                raise UserError(
+                    "skip2lora_block_indices auto chooses for one run alone: name the blocks here, such as those that "
+                    "`litgpt finetune ... --dry_run true` says it chose"
+                )
             if config.cut is None:
                 raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
         except UserError as error:

@@ -346,3 +346,9 @@ def test_every_key_that_may_vary_is_one() -> None:
     from litgpt.finetune.sweep import setup
 
     assert set(grid.VARYING) <= Keys(setup).types.keys()
+
+
+def test_blocks_that_a_run_would_choose_are_not_for_a_sweep(base: Path, data: Path, tmp_path: Path) -> None:
+    """All settings share one cache: a choice for each would not be the one that the run alone makes."""
+    run = sweep(base, data, tmp_path / "out", {"lora_r": [2, 3]}, **SKIP, skip2lora_block_indices="auto:2")
+    assert run.code == 1 and "auto chooses for one run alone" in run.err and not (tmp_path / "out").exists()

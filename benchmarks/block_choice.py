@@ -1,0 +1,170 @@
+"""Which blocks to tap: validation losses of `auto`, of simple rules and of random sets, trained from one cache of all blocks.
+
+    python benchmarks/block_choice.py CHECKPOINT [--samples 1000] [--epochs 3] [--counts 4 6] [--random 3] [--seeds 1] [--out FILE.json]
+
+The data are PythonDocs' docstrings, a tenth held out. All blocks' outputs are computed once; each set of blocks then trains its adapters
+with the same loop, seeds and order of samples, so that only the blocks differ. `predicted` is what `auto` goes by: the share of the loss's
+gradient that the blocks predict on samples not fitted (`litgpt.block_choice`). The JSON file is written after each run, and the same
+command goes on where it was stopped. Only losses are measured, so other work on the machine does no harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from litgpt.activation_cache import Activations, CacheSettings, Features, activations  # noqa: E402
+from litgpt.args import EvalArgs, TrainArgs  # noqa: E402
+from litgpt.block_choice import Evidence, choose, gather  # noqa: E402
+from litgpt.convert.open import open_checkpoint  # noqa: E402
+from litgpt.data import PythonDocs  # noqa: E402
+from litgpt.data.base import Splits  # noqa: E402
+from litgpt.finetune.loop import Batches, Loop, World  # noqa: E402
+from litgpt.finetune.method import adapters, ranges  # noqa: E402
+from litgpt.finetune.signals import Signals  # noqa: E402
+from litgpt.logs import Console  # noqa: E402
+from litgpt.optim import make_optimizer  # noqa: E402
+from litgpt.prompts import resolve_prompt_style  # noqa: E402
+from litgpt.tokenizer import Tokenizer  # noqa: E402
+
+CPU = torch.device("cpu")
+BATCH, WARMUP, SEED = 8, 20, 1337
+
+
+@dataclass
+class Part:
+    """Activations with some of their taps."""
+
+    whole: Activations
+    blocks: list[int]
+
+    @property
+    def samples(self) -> Any:
+        return self.whole.samples
+
+    def __call__(self, indices: Any) -> Features:
+        features = self.whole(indices)
+        return replace(features, taps=features.taps[:, self.blocks])
+
+
+class Unsaved:
+    """Checkpoints that are not written."""
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def best(self, state: Any) -> None:
+        pass
+
+
+def settings(blocks: Any, rank: int) -> dict[str, Any]:
+    return {"skip2lora_enabled": True, "skip2lora_block_indices": blocks, "lora_r": rank, "lora_alpha": rank}
+
+
+def cached(model: Any, splits: Splits, console: Console) -> dict[str, Activations]:
+    made = {}
+    for name, samples in (("training", splits.train), ("validation", splits.val)):
+        with console.progress(f"{name} cache") as progress:
+            options = CacheSettings("memory", Path(), model.dtype, console.say)
+            made[name] = activations(model, samples, range(len(samples)), name, options, CPU, progress)
+    return made
+
+
+def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Splits, caches: dict[str, Activations], seed: int) -> float:
+    """The validation loss after training adapters on these blocks."""
+    torch.manual_seed(seed)
+    model = adapters(settings(blocks, given.rank)).build(base, torch.float32)
+    val = list(range(len(splits.val)))
+    world = World(0, 1, lambda tensor: tensor)
+    spec = {"class_path": "torch.optim.AdamW", "init_args": {"lr": given.lr}}
+    size = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "lr_warmup_steps": WARMUP}
+    loop = Loop(
+        model=model,
+        optimizer=make_optimizer(spec, [p for p in model.parameters() if p.requires_grad]),
+        train=TrainArgs(epochs=given.epochs, save_interval=None, save_every_minutes=None, **size),
+        eval=EvalArgs(interval=10**9, max_new_tokens=0),
+        batches=Batches(splits.train, BATCH, world, seed),
+        activations=Part(caches["training"], blocks),
+        val_batches=[val[i : i + 4 * BATCH] for i in range(0, len(val), 4 * BATCH)],
+        val_activations=Part(caches["validation"], blocks),
+        world=world,
+        device=CPU,
+        autocast=contextlib.nullcontext,
+        log=None,
+        console=Console(active=False),
+        checkpoints=Unsaved(),
+        signals=Signals(),
+        answer=lambda: None,
+    )
+    return loop.run().losses[-1][1]
+
+
+def contenders(model: Any, splits: Splits, given: argparse.Namespace) -> dict[str, list[int]]:
+    """Name -> blocks."""
+    L = model.config.n_layer
+    everything, draw = list(range(L)), random.Random(0)
+    found: dict[str, list[int]] = {}
+    for k in given.counts:
+        found[f"auto:{k}"] = list(choose(model, splits.train, k, BATCH, SEED, lambda done, total: None).blocks)
+        found[f"first {k}"] = everything[:k]
+        found[f"last:{k}"] = everything[-k:]
+        found[f"evenly spaced {k}"] = sorted(everything[:: -(L // k)][:k])
+        for number in range(given.random):
+            found[f"random {k}, {number + 1}"] = sorted(draw.sample(everything, k))
+    return {**found, "all": everything}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--counts", type=int, nargs="+", default=[4, 6])
+    parser.add_argument("--random", type=int, default=3, help="random sets for each count")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each set, whose mean is shown")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/block_choice.json"))
+    given = parser.parse_args()
+    base, console = open_checkpoint(given.checkpoint).resolve(), Console()
+    tokenizer = Tokenizer(base)
+    splits = PythonDocs(max_samples=given.samples).splits(tokenizer, resolve_prompt_style(None, base, tokenizer))
+    console.say(splits.report)
+    torch.manual_seed(SEED)
+    model = adapters(settings("all", given.rank)).build(base, torch.float32)
+    sets = contenders(model, splits, given)
+    evidence = Evidence(gather(model, splits.train[:256], BATCH, SEED, lambda done, total: None))
+    of_runs = {key: getattr(given, key) for key in ("samples", "epochs", "seeds", "rank", "lr")}
+    facts = {"command": " ".join(["python", *sys.argv]), "machine": platform.platform(), "torch": torch.__version__, "settings": of_runs}
+    found = json.loads(given.out.read_text()) if given.out.is_file() else {"settings": of_runs, "runs": {}}
+    if found["settings"] != of_runs:
+        raise SystemExit(f"{given.out} has runs with other settings ({found['settings']}): name another --out")
+    kept = {name: run for name, run in found["runs"].items() if run["blocks"] == sets.get(name)}
+    caches = cached(model, splits, console) if sets.keys() - kept.keys() else {}
+    print("| blocks | | predicted | validation loss |\n|---|---|---|---|", flush=True)
+    for name, blocks in sets.items():
+        if name not in kept:
+            losses = [tuned(base, blocks, given, splits, caches, SEED + number) for number in range(given.seeds)]
+            kept[name] = {"blocks": blocks, "predicted": evidence.explained(blocks), "losses": losses}
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.write_text(json.dumps({**facts, "date": time.strftime("%Y-%m-%d"), "runs": kept}, indent=2) + "\n")
+        row = kept[name]
+        loss = sum(row["losses"]) / len(row["losses"])
+        print(f"| {name} | {ranges(tuple(blocks))} | {100 * row['predicted']:.2f} % | {loss:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
