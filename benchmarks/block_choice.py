@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from litgpt.activation_cache import Activations, CacheSettings, Features, activations  # noqa: E402
 from litgpt.args import EvalArgs, TrainArgs  # noqa: E402
-from litgpt.block_choice import Evidence, choose, gather  # noqa: E402
+from litgpt.block_choice import SAMPLES, Evidence, draw, gather, select  # noqa: E402
 from litgpt.convert.open import open_checkpoint  # noqa: E402
 from litgpt.data import PythonDocs  # noqa: E402
 from litgpt.data.base import Splits  # noqa: E402
@@ -112,13 +112,12 @@ def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Spli
     return loop.run().losses[-1][1]
 
 
-def contenders(model: Any, splits: Splits, given: argparse.Namespace) -> dict[str, list[int]]:
-    """Name -> blocks."""
-    L = model.config.n_layer
+def contenders(parts: Any, L: int, given: argparse.Namespace) -> dict[str, list[int]]:
+    """Name -> blocks of 0 to L - 1; `parts` is what `auto` looks at."""
     everything, draw = list(range(L)), random.Random(0)
     found: dict[str, list[int]] = {}
     for k in given.counts:
-        found[f"auto:{k}"] = list(choose(model, splits.train, k, BATCH, SEED, lambda done, total: None).blocks)
+        found[f"auto:{k}"] = list(select(parts, everything, k, SAMPLES).blocks)
         found[f"first {k}"] = everything[:k]
         found[f"last:{k}"] = everything[-k:]
         found[f"evenly spaced {k}"] = sorted(everything[:: -(L // k)][:k])
@@ -145,8 +144,8 @@ def main() -> None:
     console.say(splits.report)
     torch.manual_seed(SEED)
     model = adapters(settings("all", given.rank)).build(base, torch.float32)
-    sets = contenders(model, splits, given)
-    evidence = Evidence(gather(model, splits.train[:256], BATCH, SEED, lambda done, total: None))
+    parts = gather(model, draw(splits.train, SEED), BATCH, SEED, lambda done, total: None)
+    sets, evidence = contenders(parts, model.config.n_layer, given), Evidence(parts)
     of_runs = {key: getattr(given, key) for key in ("samples", "epochs", "seeds", "rank", "lr")}
     facts = {"command": " ".join(["python", *sys.argv]), "machine": platform.platform(), "torch": torch.__version__, "settings": of_runs}
     found = json.loads(given.out.read_text()) if given.out.is_file() else {"settings": of_runs, "runs": {}}
