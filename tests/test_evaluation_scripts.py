@@ -218,13 +218,17 @@ def test_the_guides_commands_are_understood(evaluate: Any, tmp_path: Path, monke
     assert loop
     commands = [f"{loop[2]}{name}{loop[3]}" for name in loop[1].split()]
     commands += [line.strip() for line in text.splitlines() if re.match("    (litgpt|python) ", line)]
-    assert len(commands) == 3 + 15
+    assert len(commands) == 3 + 20
     for command_line in commands:
         program, target, *rest = shlex.split(command_line)
         if program == "litgpt":
             parse(target, command(target), rest)
         elif target == "benchmark_skip2lora.py":
             benchmark.settings_of(benchmark.arguments().parse_args(rest))
+        elif "benchmarks" in shlex.join([target, *rest]):
+            file = ROOT / target if target != "-m" else ROOT / rest.pop(0).replace(".", "/") / "__main__.py"
+            flags = [word for word in rest if word.startswith("--")]
+            assert file.is_file() and all(f'"{flag}"' in file.read_text() for flag in flags), command_line
         elif target == "analyze_results.py":
             assert rest in (["out/finetune"], ["out/finetune/llama-2-7b"])
         else:
