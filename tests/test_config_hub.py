@@ -18,7 +18,7 @@ from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 ROOT = Path(__file__).parent.parent / "config_hub" / "finetune"
 FILES = sorted(ROOT.rglob("*.yaml"))
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
-PRESETS = ("lora", "skip2lora", "skip2lora_tail", "skip2lora_warmup")
+PRESETS = ("lora", "skip2lora", "skip2lora_tail")
 MODELS = ("llama-3.2-1B", "pythia-160m", "smollm2-135m", "tiny-llama")
 
 
