@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ import yaml
 
 from litgpt import catalog, checkpoint, results
 from litgpt.__main__ import load
-from litgpt.benchmark import Settings, count, measure, model_config
+from litgpt.benchmark import Settings, count, in_worker, measure, model_config
 from litgpt.command_line import parse
 from litgpt.errors import UserError
 from litgpt.fabric import backbone_dtype, default_device, default_precision
@@ -80,13 +79,7 @@ def _preset(name: str) -> Path:
 
 def isolated(settings: Settings, adapter: dict[str, Any], cached: bool) -> dict[str, Any]:
     """`measure` in a process of its own; {"error": ...} if that fails."""
-    job = json.dumps({"settings": asdict(settings), "adapter": adapter, "cached": cached})
-    done = subprocess.run([sys.executable, __file__, "--worker", job], capture_output=True, text=True)
-    if done.returncode < 0:
-        return {"error": f"killed by signal {-done.returncode}, perhaps for want of memory"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_worker(__file__, {"settings": asdict(settings), "adapter": adapter, "cached": cached})
 
 
 def run(settings: Settings, chosen: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

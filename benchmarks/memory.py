@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,7 @@ import wordnet  # noqa: E402
 from convert_memory import held  # noqa: E402
 
 from litgpt import checkpoint, lora, results  # noqa: E402
-from litgpt.args import TrainArgs  # noqa: E402
-from litgpt.benchmark import TIED, Settings  # noqa: E402
+from litgpt.benchmark import TIED, Settings, in_worker  # noqa: E402
 from litgpt.errors import UserError  # noqa: E402
 from litgpt.fabric import backbone_dtype, default_device, default_precision  # noqa: E402
 from litgpt.memory import PROCESS, estimate  # noqa: E402
@@ -95,8 +94,7 @@ def step(job: dict[str, Any]) -> dict[str, float]:
 
     settings, (adapter, checkpointing) = Settings(**job["settings"]), METHODS[job["method"]]
     model: Any = benchmark.build(settings, adapter)
-    if checkpointing:
-        model.activation_checkpointing = True
+    model.activation_checkpointing = checkpointing
     samples = benchmark.random_samples(settings, model.config.vocab_size)
     loaded = held(os.getpid())[1]
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back, see proc(5)
@@ -107,17 +105,7 @@ def step(job: dict[str, Any]) -> dict[str, float]:
 def measured(model: str, method: str, batch: int, precision: str) -> dict[str, Any]:
     """`step` in a process of its own; {"error": ...} if that fails."""
     settings = Settings(model, batch, LENGTH, 0.25, 1, 1, precision, "cpu", 8)
-    job = json.dumps({"settings": asdict(settings), "method": method})
-    done = subprocess.run([sys.executable, __file__, "--worker", job], capture_output=True, text=True)
-    if done.returncode < 0:
-        return {"error": f"killed by signal {-done.returncode}, perhaps for want of memory"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def can_checkpoint() -> bool:
-    return "activation_checkpointing" in {field.name for field in fields(TrainArgs)}
+    return in_worker(__file__, {"settings": asdict(settings), "method": method})
 
 
 def steps(models: list[str], batches: list[int], precision: str, gib: float) -> list[dict[str, Any]]:
@@ -125,11 +113,10 @@ def steps(models: list[str], batches: list[int], precision: str, gib: float) -> 
     width, rows = backbone_dtype(precision).itemsize, []
     for model in models:
         for batch in batches:
-            for method, (_, checkpointing) in METHODS.items():
+            for method in METHODS:
                 row: dict[str, Any] = {"model": model, "batch": batch, "method": method}
                 row["computed"], row["computed_bf16"] = computed(model, method, batch, width), computed(model, method, batch, 2)
-                possible = can_checkpoint() or not checkpointing
-                if row["computed"] <= gib * 2**30 and possible:
+                if row["computed"] <= gib * 2**30:
                     row |= measured(model, method, batch, precision)
                     told = row.get("error") or f"{row['peak'] / 2**30:.2f} GiB, {row['computed'] / 2**30:.2f} computed"
                     print(f"{model}, {batch} x {LENGTH}, {method}: {told}", flush=True)
@@ -200,8 +187,6 @@ def runs(base: Path, out: Path, precision: str) -> list[dict[str, Any]]:
     rows = []
     for title, data in work.items():
         for method, keys in RUNS.items():
-            if "checkpointing" in method and not can_checkpoint():
-                continue
             folder = out / "run"
             cache = ["--skip2lora_cache_dir", str(folder / "cache")]
             row = {

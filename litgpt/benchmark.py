@@ -8,7 +8,10 @@ N loss positions of a batch, B sequences, T positions, d `n_embd`, V `padded_voc
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -228,6 +231,16 @@ def fill_cache(model: GPT, samples: list[Sample], settings: Settings) -> tuple[A
         raise UserError("there is not enough memory for the activation cache: lower --batch_size or --seq_length")
     size = cache.store.nbytes / len(samples) / 1024
     return cache, {"fill_ms": summary(filled[1:]), "bare_forward_ms": summary(bare[1:]), "cache_kib_per_sample": size}
+
+
+def in_worker(script: str, job: dict[str, Any]) -> dict[str, Any]:
+    """What `script --worker JOB` prints last, in a process of its own; {"error": ...} if that fails."""
+    done = subprocess.run([sys.executable, script, "--worker", json.dumps(job)], capture_output=True, text=True)
+    if done.returncode < 0:
+        return {"error": f"killed by signal {-done.returncode}, perhaps for want of memory"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(settings: Settings, adapter: dict[str, Any], cached: bool) -> dict[str, Any]:

@@ -80,6 +80,10 @@ class _FrozenHead(torch.autograd.Function):
         rows = max(1, min(N, CHUNK_BYTES // (V * hidden.element_size())))
         wanted = hidden.requires_grad
         gradient = torch.empty_like(hidden) if wanted else hidden
+        if bool((targets == IGNORED).any()):
+            kept = targets != IGNORED
+            weights = kept.to(torch.float32) if weights is None else torch.where(kept, weights, 0)
+            targets = torch.where(kept, targets, 0)
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         buffer = owner.buffer(rows, hidden, V)
         for start in range(0, N, rows):
@@ -112,15 +116,10 @@ def cross_entropy_(
 ) -> torch.Tensor:
     """The sum of -w log softmax(y)[target] in the `wide` dtype, for z = `logits` (C, V) and weights (C, 1), 1 unless given.
 
-    With `gradient` z's gradient replaces it: w (softmax(y) - onehot(target)) dy/dz, where dy/dz = (1 - (y / c)^2) / s. A target that is
-    `IGNORED` has no loss and no gradient.
+    With `gradient` z's gradient replaces it: w (softmax(y) - onehot(target)) dy/dz, where dy/dz = (1 - (y / c)^2) / s.
 
     On a CPU a few rows are done at a time, so that they stay in the processor's cache.
     """
-    if bool((targets == IGNORED).any()):
-        kept = (targets != IGNORED)[:, None]
-        weights = kept.to(wide) if weights is None else torch.where(kept, weights, 0)
-        targets = torch.where(kept[:, 0], targets, 0)
     C, V = logits.shape
     rows = C if logits.is_cuda else max(1, min(C, BLOCK_ELEMENTS // V))
     plain = divisor == 1 and cap is None

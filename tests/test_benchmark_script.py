@@ -179,9 +179,7 @@ def test_a_process_of_its_own(script: Any, settings: benchmark.Settings) -> None
 
 @pytest.mark.parametrize(("code", "error"), [(1, "Error: no"), (-9, "killed by signal 9, perhaps for want of memory")])
 def test_a_process_that_fails(script: Any, settings: benchmark.Settings, code: int, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        script.subprocess, "run", lambda *args, **more: subprocess.CompletedProcess(args, code, "", "a warning\nError: no\n")
-    )
+    monkeypatch.setattr(subprocess, "run", lambda *args, **more: subprocess.CompletedProcess(args, code, "", "a warning\nError: no\n"))
     assert script.isolated(settings, {}, False) == {"error": error}
 
 
