@@ -75,12 +75,9 @@ def settings(blocks: Any, rank: int) -> dict[str, Any]:
 
 
 def cached(model: Any, splits: Splits, console: Console) -> dict[str, Activations]:
-    made = {}
-    for name, samples in (("training", splits.train), ("validation", splits.val)):
-        with console.progress(f"{name} cache") as progress:
-            options = CacheSettings("memory", Path(), model.dtype, console.say)
-            made[name] = activations(model, samples, range(len(samples)), name, options, CPU, progress)
-    return made
+    options = CacheSettings("memory", Path(), model.dtype, console.say, console.progress)
+    both = {"training": splits.train, "validation": splits.val}
+    return {name: activations(model, samples, range(len(samples)), name, options, CPU) for name, samples in both.items()}
 
 
 def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Splits, caches: dict[str, Activations], seed: int) -> float:

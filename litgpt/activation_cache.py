@@ -15,10 +15,9 @@ import copy
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,10 +26,8 @@ import psutil
 import torch
 
 from litgpt.batch import loss_targets, pack, shared_head
-from litgpt.checkpoint import new_folder, remove_leftovers, write_text
+from litgpt.cache_file import Contents, forget, open_store
 from litgpt.data.base import Sample
-from litgpt.errors import UserError
-from litgpt.files import read_json
 from litgpt.model import GPT, Positions
 from litgpt.rope import is_long
 
@@ -179,7 +176,9 @@ class CacheSettings:
     folder: Path
     """for caches on disk, one folder each"""
     dtype: torch.dtype
-    say: Callable[[str], None]
+    say: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int], AbstractContextManager[Progress]] = lambda title, begun: nullcontext(lambda done, total: None)
+    """shows under a title how far the filling has come, so many samples being there before"""
 
 
 def activations(
@@ -189,7 +188,6 @@ def activations(
     name: str,
     settings: CacheSettings,
     device: torch.device,
-    progress: Progress,
 ) -> Activations:
     """A cache of the samples' activations, filled or found on disk; `Recompute` where the settings or the machine do not allow one.
 
@@ -214,12 +212,13 @@ def activations(
         except (RuntimeError, MemoryError):
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return Recompute(model, samples, device)
-        fill(model, samples, layout, store, device, progress)
+        with settings.progress(f"{name} cache", 0) as progress:
+            fill(model, samples, layout, store, device, progress)
         return ActivationCache(store, layout, samples, model, device)
     try:
-        store = _on_disk(model, samples, layout, settings, device, progress, name)
-    except (OSError, UserError) as error:
-        reason = getattr(error, "strerror", None) or error
+        store = _on_disk(model, samples, layout, settings, device, name)
+    except OSError as error:
+        reason = error.strerror or error
         settings.say(f"{name} cache: {settings.folder} cannot hold it ({reason}), activations are computed again for every batch")
         return Recompute(model, samples, device)
     cache = ActivationCache(store, layout, samples, model, device)
@@ -246,12 +245,13 @@ def _gib(count: float) -> str:
 
 
 @torch.no_grad()
-def fill(model: GPT, samples: Sequence[Sample], layout: Plan, store: torch.Tensor, device: torch.device, progress: Progress) -> None:
-    """Run the prefix over all samples, longest first, in large batches, and write the rows into `store` (R, S + 1, d)."""
-    was_training, slices, done = model.training, layout.slices, 0
+def fill(
+    model: GPT, samples: Sequence[Sample], layout: Plan, store: torch.Tensor, device: torch.device, progress: Progress, done: int = 0
+) -> None:
+    """Run the prefix over all samples but the first `done`, in large batches, and write the rows into `store` (R, S + 1, d)."""
+    was_training, slices, order = model.training, layout.slices, fill_order(samples, layout)
     model.eval()
-    order = sorted(layout.indices, key=lambda i: -len(samples[i].input_ids))
-    for indices in fill_batches(samples, order, layout.head, device):
+    for indices in fill_batches(samples, order[done:], layout.head, device):
         rows = _rows(model, [samples[i] for i in indices], layout, device)
         start = layout.first
         store[:start] = rows[:start]
@@ -262,6 +262,11 @@ def fill(model: GPT, samples: Sequence[Sample], layout: Plan, store: torch.Tenso
         done += len(indices)
         progress(done, len(order))
     model.train(was_training)
+
+
+def fill_order(samples: Sequence[Sample], layout: Plan) -> list[int]:
+    """The samples of the cache, longest first."""
+    return sorted(layout.indices, key=lambda i: -len(samples[i].input_ids))
 
 
 def _rows(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> torch.Tensor:
@@ -309,62 +314,22 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: tor
     return digest.hexdigest()
 
 
-def _on_disk(
-    model: GPT, samples: Sequence[Sample], layout: Plan, settings: CacheSettings, device: torch.device, progress: Progress, name: str
-) -> torch.Tensor:
-    """The store in `folder/<fingerprint>/`: used if it is there and whole, else filled. Raises OSError if it cannot be written."""
-    key = fingerprint(model, samples, layout, device)
-    folder = settings.folder / key[:32]
-    data, index = folder / "activations.bin", folder / "index.json"
-    remove_leftovers(settings.folder)
-    if _is_whole(data, index, key, layout.nbytes):
-        settings.say(f"{name} cache: {folder} is reused")
-        return _map(data, layout)
-    if folder.exists():
-        settings.say(f"{name} cache: {folder} is damaged and is made again")
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(settings.folder).free < layout.nbytes:
-        raise OSError(28, f"{_gib(layout.nbytes)} are needed and {_gib(shutil.disk_usage(settings.folder).free)} are free")
-    with new_folder(folder, overwrite=True, manifest=False) as temporary:  # index.json is its manifest
-        file = temporary / data.name
-        with file.open("wb") as handle:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, layout.nbytes)  # a full disk shows here, not as a crash in the mapped file
-            else:
-                handle.truncate(layout.nbytes)
-        store = _map(file, layout)
-        fill(model, samples, layout, store, device, progress)
-        write_text(temporary / index.name, json.dumps({"fingerprint": key, "bytes": layout.nbytes, "sha256": _digest(file)}))
-        del store
+def _on_disk(model: GPT, samples: Sequence[Sample], layout: Plan, settings: CacheSettings, device: torch.device, name: str) -> torch.Tensor:
+    """The store in the cache's folder: found there, or filled. Raises OSError if it cannot be written."""
+
+    def complete(store: torch.Tensor, done: int, advance: Callable[[int], None]) -> None:
+        with settings.progress(f"{name} cache", done) as show:
+
+            def progress(count: int, total: int) -> None:
+                advance(count)
+                show(count, total)
+
+            fill(model, samples, layout, store, device, progress, done)
+
+    slices = layout.slices
+    spans = [slices[i] for i in fill_order(samples, layout)]
+    contents = Contents(fingerprint(model, samples, layout, device), layout.shape, layout.dtype, spans, slice(layout.first))
+    store = open_store(settings.folder, contents, complete, lambda text: settings.say(f"{name} cache: {text}"))
     if settings.mode == "auto":
-        _forget(data)
-    return _map(data, layout)
-
-
-def _forget(file: Path) -> None:
-    """Have the system drop what it holds of a file in memory, so that reading it is timed as it will be when memory is short."""
-    if hasattr(os, "posix_fadvise"):
-        with file.open("rb") as handle:
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _map(file: Path, layout: Plan) -> torch.Tensor:
-    rows, parts, d = layout.shape
-    return torch.from_file(str(file), shared=True, size=rows * parts * d, dtype=layout.dtype).view(layout.shape)
-
-
-def _is_whole(data: Path, index: Path, key: str, nbytes: int) -> bool:
-    try:
-        facts = read_json(index)
-        same = facts["fingerprint"] == key and facts["bytes"] == nbytes == data.stat().st_size
-        return same and facts["sha256"] == _digest(data)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+        forget(settings.folder, contents)
+    return store

@@ -217,12 +217,12 @@ def bare_forward(model: GPT, samples: Sequence[Sample], settings: Settings) -> N
 
 def fill_cache(model: GPT, samples: list[Sample], settings: Settings) -> tuple[Activations, dict[str, Any]]:
     """A cache in memory, and the milliseconds that a sample takes, beside the bare forward pass."""
-    keep = CacheSettings("memory", Path(), model.dtype, lambda text: None)
+    keep = CacheSettings("memory", Path(), model.dtype)
     device, filled, bare = torch.device(settings.device), [], []
     for _ in range(1 + FILLS):
         with settings.autocast():
             start = clock(settings.device)
-            cache = activations(model, samples, range(len(samples)), "", keep, device, lambda done, total: None)
+            cache = activations(model, samples, range(len(samples)), "", keep, device)
             middle = clock(settings.device)
             bare_forward(model, samples, settings)
         filled.append(1000 * (middle - start) / len(samples))

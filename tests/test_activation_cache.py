@@ -10,10 +10,12 @@ import os
 import resource
 import shutil
 import sys
-import tempfile
+import threading
 import time
 from array import array
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from litgpt import activation_cache
+from litgpt import activation_cache, cache_file
 from litgpt.activation_cache import ActivationCache, CacheSettings, Recompute, activations, fingerprint, is_flat, plan
 from litgpt.batch import SHORTEST_HEAD, pack, shared_head
 from litgpt.data.base import Sample
@@ -100,7 +102,8 @@ def keep(
     """Activations of samples, and what was said on the way."""
     said = Heard()
     indices = list(range(len(samples))) if rows is None else rows
-    return activations(model, samples, indices, "training", CacheSettings(mode, folder, dtype, said.append), CPU, progress), said
+    settings = CacheSettings(mode, folder, dtype, said.append, lambda title, begun: nullcontext(progress))
+    return activations(model, samples, indices, "training", settings, CPU), said
 
 
 def outcome(model: Any, source: Any, rows: list[int]) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
@@ -610,22 +613,123 @@ def test_a_permission_error_is_said_and_not_fatal(tmp_path: Path, monkeypatch: p
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     model, samples = make_model(), make_samples()
     assert_falls_back(*keep(model, samples, tmp_path, "disk"), model, samples, "Permission denied")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_an_interrupted_fill_leaves_no_folder(error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# --- a filling that was broken off ---
+
+
+def broken_off(model: Any, samples: list[Sample], folder: Path, monkeypatch: pytest.MonkeyPatch, error: Any = KeyboardInterrupt) -> Path:
+    """What is left of a filling, a batch for each sample, that ended after three."""
     monkeypatch.setitem(activation_cache.FILL_TOKENS, "cpu", 1)
-    model, samples = make_model(), make_samples()
+    monkeypatch.setattr(activation_cache, "HEAD_SHARE", 0)
 
     def stop(done: int, total: int) -> None:
         if done == 3:
-            assert len(list(tmp_path.iterdir())) == 1
             raise error
 
     with pytest.raises(error):
-        keep(model, samples, tmp_path, "disk", progress=stop)
-    assert not any(tmp_path.iterdir())
-    assert isinstance(keep(model, samples, tmp_path, "disk")[0], ActivationCache)
+        keep(model, samples, folder, "disk", progress=stop)
+    (begun,) = folder.iterdir()
+    assert begun.suffix == ".begun"
+    return begun
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+@pytest.mark.parametrize("cut", ["lm_head", "block"])
+def test_a_filling_that_was_broken_off_is_gone_on_with(
+    cut: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, samples = make_model(cut), make_samples(head=8)
+    begun = broken_off(model, samples, tmp_path, monkeypatch, error)
+    calls = count_prefix_calls(model)
+    shown: list[tuple[int, int]] = []
+    cache, said = keep(model, samples, tmp_path, "disk", progress=lambda done, total: shown.append((done, total)))
+    assert f"{begun} has 3 of 7 samples" in said
+    assert shown == [(4, 7), (5, 7), (6, 7), (7, 7)] and len(calls) == 4
+    assert torch.equal(cache.store, keep(model, samples)[0].store)
+    assert [path.name for path in tmp_path.iterdir()] == [begun.stem]
+    assert "is reused" in keep(model, samples, tmp_path, "disk")[1]
+
+
+def test_a_killed_filling_loses_what_came_after_its_last_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the folder as it is in the midst of filling, as a kill leaves it."""
+    model, samples = make_model(), make_samples()
+    monkeypatch.setitem(activation_cache.FILL_TOKENS, "cpu", 1)
+    copy = tmp_path / "copy"
+
+    def note_until_two(done: int, total: int) -> None:
+        monkeypatch.setattr(cache_file, "SAVE_SECONDS", 0 if done < 2 else 3600)
+        if done == 5:
+            shutil.copytree(tmp_path / "first", copy)
+
+    right, _ = keep(model, samples, tmp_path / "first", "disk", progress=note_until_two)
+    shown: list[int] = []
+    cache, said = keep(model, samples, copy, "disk", progress=lambda done, total: shown.append(done))
+    assert "has 2 of 7 samples" in said and shown == [3, 4, 5, 6, 7]
+    assert torch.equal(cache.store, right.store)
+
+
+def cut_off(begun: Path) -> None:
+    os.truncate(begun / "activations.bin", 100)
+
+
+def flip_a_filled_bit(begun: Path) -> None:
+    data = (begun / "activations.bin").read_bytes()
+    at = next(i for i, byte in enumerate(data) if byte)
+    (begun / "activations.bin").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+
+
+def claim(**facts: Any) -> Callable[[Path], None]:
+    def change(begun: Path) -> None:
+        file = begun / "progress.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
+
+    return change
+
+
+def garbled_progress(begun: Path) -> None:
+    (begun / "progress.json").write_text("{")
+
+
+DAMAGES = [cut_off, flip_a_filled_bit, garbled_progress, claim(samples=4), claim(samples=10**9), claim(samples="3"), claim(samples=-1)]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, claim(fingerprint="0" * 64), claim(sha256=None)])
+def test_a_damaged_filling_is_begun_again(damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = make_model(), make_samples()
+    damage(broken_off(model, samples, tmp_path, monkeypatch))
+    shown: list[int] = []
+    cache, said = keep(model, samples, tmp_path, "disk", progress=lambda done, total: shown.append(done))
+    assert "is damaged and is begun again" in said and shown == [1, 2, 3, 4, 5, 6, 7]
+    assert torch.equal(cache.store, keep(model, samples)[0].store)
+
+
+def test_a_filling_whose_note_is_missing_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = make_model(), make_samples()
+    (broken_off(model, samples, tmp_path, monkeypatch) / "progress.json").unlink()
+    cache, _ = keep(model, samples, tmp_path, "disk")
+    assert torch.equal(cache.store, keep(model, samples)[0].store)
+
+
+def test_a_run_waits_for_another_one_that_fills_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one is a thread: a lock belongs to a descriptor, so it holds against the same process too."""
+    samples, filling, go_on = make_samples(), threading.Event(), threading.Event()
+
+    def hold(done: int, total: int) -> None:
+        filling.set()
+        assert go_on.wait(60)
+
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(keep, make_model(), samples, tmp_path, "disk", progress=hold)
+        assert filling.wait(60)
+        later = make_model()
+        calls, said = count_prefix_calls(later), Heard()
+        settings = CacheSettings("disk", tmp_path, torch.float32, said.append)
+        monkeypatch.setattr(cache_file.time, "sleep", lambda seconds: go_on.set())
+        cache = activations(later, samples, range(len(samples)), "training", settings, CPU)
+    assert "another run is filling" in said and "is reused" in said and not calls
+    assert isinstance(cache, ActivationCache) and torch.equal(cache.store, first.result()[0].store)
+    assert len(list(tmp_path.iterdir())) == 1

@@ -164,9 +164,9 @@ def _costs(ready: Prepared) -> dict[str, str]:
 
 
 def _cached(ready: Prepared, rows: list[int]) -> Activations:
-    settings = CacheSettings("memory", Path(), ready.cache_dtype, lambda text: None)
+    settings = CacheSettings("memory", Path(), ready.cache_dtype)
     with ready.fabric.autocast():
-        return activations(ready.model, ready.splits.train, rows, "training", settings, ready.fabric.device, lambda done, total: None)
+        return activations(ready.model, ready.splits.train, rows, "training", settings, ready.fabric.device)
 
 
 def _tokens(samples: list[Sample], rows: Any) -> int:

@@ -301,9 +301,9 @@ def training_cache(mode: str, train: TrainArgs, batches: Batches) -> str:
 
 def fill_or_recompute(ready: Prepared, samples: list[Sample], rows: list[int], name: str, mode: str) -> Activations:
     """`litgpt.activation_cache.activations` for what is ready, its progress shown."""
-    settings = CacheSettings(mode, cache_folder(ready.job), ready.cache_dtype, ready.console.say)
-    with ready.console.progress(f"{name} cache") as progress, ready.fabric.autocast():
-        return activations(ready.model, samples, rows, name, settings, ready.fabric.device, progress)
+    settings = CacheSettings(mode, cache_folder(ready.job), ready.cache_dtype, ready.console.say, ready.console.progress)
+    with ready.fabric.autocast():
+        return activations(ready.model, samples, rows, name, settings, ready.fabric.device)
 
 
 def cache_folder(job: Job) -> Path:

@@ -202,9 +202,7 @@ def test_a_cached_step_is_an_uncached_one(family: str, cut: str) -> None:
     model = configs.ours(family, **TAILS[cut])
     adapters, samples = trained(model), make_samples()
     model.reach = 29
-    cache = activations(
-        model, samples, range(3), "", CacheSettings("memory", Path(), torch.float32, lambda text: None), CPU, lambda *_: None
-    )
+    cache = activations(model, samples, range(3), "", CacheSettings("memory", Path(), torch.float32), CPU)
     assert isinstance(cache, ActivationCache)
     expected = torch.zeros(())
     for i in (0, 2):

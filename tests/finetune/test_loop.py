@@ -395,8 +395,8 @@ def test_a_run_repeated_is_the_same_bit_for_bit_and_another_seed_is_another_run(
 @pytest.mark.parametrize("method", CUTS)
 def test_cached_and_recomputed_runs_have_the_same_curve(method: str, mode: str, tmp_path: Path) -> None:
     def cache(model: Any, samples: list[Sample]) -> ActivationCache:
-        settings = CacheSettings(mode, tmp_path, torch.float32, lambda text: None)
-        source = activations(model, samples, range(len(samples)), "training", settings, CPU, lambda done, total: None)
+        settings = CacheSettings(mode, tmp_path, torch.float32)
+        source = activations(model, samples, range(len(samples)), "training", settings, CPU)
         assert isinstance(source, ActivationCache)
         return source
 

@@ -56,8 +56,10 @@ def watch(events: Events) -> None:
     """Every step, micro-batch, batch of the cache's filling, and every call that makes something last on the disk."""
     import torch
 
-    from litgpt import activation_cache, checkpoint, logs
+    from litgpt import activation_cache, cache_file, checkpoint, logs
     from litgpt.finetune.loop import Loop
+
+    cache_file.SAVE_SECONDS = 0.0  # after each batch, so that there is something to go on with
 
     for owner, name in (
         (os, "fsync"),
