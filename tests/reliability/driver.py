@@ -127,7 +127,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it,
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one of nohup this
     for name in ("finetune.lora", "finetune.full", "finetune.job", "generate.engine", "command_line", "convert.open", "finetune.merge"):
         importlib.import_module(f"litgpt.{name}")
     for name in ("lightning.fabric.loggers.tensorboard", "torch.utils.tensorboard", "safetensors.torch", "tokenizers", "jinja2"):

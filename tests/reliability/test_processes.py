@@ -21,7 +21,14 @@ FAULTY = str(Path(__file__).with_name("faulty.py"))
 
 def start(argv: list[str], script: str | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, *([script] if script else ["-m", "litgpt"]), *argv]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environ())
+    kept: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environ()}
+    return subprocess.Popen(command, preexec_fn=heed_signals, **kept)
+
+
+def heed_signals() -> None:
+    """Even if the tests run under nohup or in a shell's background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen[str], timeout: float = 120) -> Ended:
