@@ -51,6 +51,7 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 """adapter settings, and whether activations are recomputed"""
 BATCHES, LENGTH = (1, 4), 512
+LOSS_SHARE = 0.25
 MEMORIES = (8, 16, 24, 40, 80)
 """GB"""
 CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -76,7 +77,10 @@ def computed(model: str, method: str, batch: int, width: int) -> float:
     adapter, checkpointing = METHODS[method]
     config = lora.Config.from_name(model, **adapter)
     tied = config.name.startswith(TIED)
-    return estimate(config, batch, LENGTH, tied=tied, width=width, checkpointing=checkpointing).total + PROCESS
+    return (
+        estimate(config, batch * LENGTH, round(LOSS_SHARE * batch * LENGTH), tied=tied, width=width, checkpointing=checkpointing).total
+        + PROCESS
+    )
 
 
 def peak_since(process: str = "self") -> int:
@@ -104,7 +108,7 @@ def step(job: dict[str, Any]) -> dict[str, float]:
 
 def measured(model: str, method: str, batch: int, precision: str) -> dict[str, Any]:
     """`step` in a process of its own; {"error": ...} if that fails."""
-    settings = Settings(model, batch, LENGTH, 0.25, 1, 1, precision, "cpu", 8)
+    settings = Settings(model, batch, LENGTH, LOSS_SHARE, 1, 1, precision, "cpu", 8)
     return in_worker(__file__, {"settings": asdict(settings), "method": method})
 
 

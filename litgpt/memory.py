@@ -1,18 +1,19 @@
 """How much memory fine-tuning takes, worked out from a config; nothing is run.
 
-n tokens in a micro-batch, w bytes of a backbone number, N numbers in the base, P in the adapters; d, H, G, h, m, V as in `litgpt.model`, S
-taps, L' blocks that gradients cross. Bytes:
+n tokens in a micro-batch, l of them with loss, w bytes of a backbone number, N numbers in the base, P in the adapters; d, H, G, h, m, V as in
+`litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
 
     weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a number
     training      3 w N for all weights    the gradient and AdamW's two moments
                   16 P for adapters        themselves, gradient and moments, fp32
-    activations   n (L' + 1) A + n F + C            with checkpointing n (L' w d + A) + n F + C
+    activations   n (L' + 1) A + f F + C            with checkpointing n (L' w d + A) + f F + C
       A  a block, what autograd keeps of it for a token:
            w 3 (H + G) h + 4 H             qkv, the rotated q and k, attention's output and log-sums
            4 d for each norm               fp32, and w d more where its weight learns; w d for LayerNorm
            w 3 m                           of a gated MLP, w m without a gate; for each of a mixture's experts in use
            w i                             inputs of the layers that learn, i wide; twice for adapters with dropout
-      F  w 2 d + (2 w + 4) S d             the hidden state and its gradient; the taps
+      F  w 2 d + (2 w + 4) S d             the hidden state and its gradient; the taps, at f = l positions with the cut at ln_f or
+                                           lm_head, else at f = n
       C  a chunk of logits                 4 of them where the head learns (`litgpt.loss`)
 
 One block more than L' is for what lives while a block runs. With activation checkpointing only a block's input is kept, and A is there
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from litgpt import lora
+from litgpt.activation_cache import is_flat
 from litgpt.loss import CHUNK_BYTES
 from litgpt.model import Block, LLaMAMoE, RMSNorm
 from litgpt.quantize import GROUP, frozen_linears
@@ -50,8 +52,8 @@ class Memory(NamedTuple):
 
 def estimate(
     config: lora.Config,
-    batch: int,
-    length: int,
+    tokens: int,
+    loss_tokens: int | None = None,
     *,
     tied: bool = False,
     width: int = 2,
@@ -59,9 +61,10 @@ def estimate(
     nf4: bool = False,
     checkpointing: bool = False,
 ) -> Memory:
-    """What fine-tuning the adapters of `config` takes, or with `full` all weights, for a micro-batch (batch, length).
+    """What fine-tuning the adapters of `config` takes, or with `full` all weights, for a micro-batch of so many tokens.
 
-    `tied`: head and embedding are one tensor. `width`: bytes of a number, 2 for bf16. `checkpointing`: `train.activation_checkpointing`.
+    What samples share counts once (`litgpt.packing`). `loss_tokens`: how many of them carry loss, all if it is not given. `tied`: head and
+    embedding are one tensor. `width`: bytes of a number, 2 for bf16. `checkpointing`: `train.activation_checkpointing`.
     """
     with torch.device("meta"):
         model = lora.GPT(config)
@@ -72,13 +75,14 @@ def estimate(
     quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 else 0
     weights = width * (base - quantised) + NF4_BYTES * quantised
     crossed = model.blocks if full or model.cut is None else model.blocks[model.cut :]
-    n, d = batch * length, config.n_embd
+    n, d = tokens, config.n_embd
+    handed_on = loss_tokens if is_flat(model) and loss_tokens is not None else n
     blocks = [kept_by_block(block, width, full) for block in (*crossed, model.blocks[-1])]
     kept = len(crossed) * width * d + max(blocks) if checkpointing else sum(blocks)
     head = d * (2 * width + (2 * width + 4) * len(config.taps))
     chunks = CHUNK_BYTES * (4 if full or (config.lora_r and config.lora_head) else 1)
     training = 3 * width * base if full else 16 * adapters
-    return Memory(base if full else adapters, int(weights), training, int(n * (kept + head) + chunks))
+    return Memory(base if full else adapters, int(weights), training, int(n * kept + handed_on * head + chunks))
 
 
 def kept_by_block(block: Block, width: int, full: bool) -> float:

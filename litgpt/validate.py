@@ -250,7 +250,7 @@ def _print_memory(folder: Path) -> None:
     title = f"memory to fine-tune it in bf16-true, micro-batches of {BATCH} x {length} tokens"
     table = Table("method", "trained", "weights", "training", "activations", "total", title=title, title_justify="left")
     for name, adapter_settings, arguments in methods:
-        need = estimate(LoRAConfig.from_checkpoint(base, **adapter_settings), BATCH, length, tied=tied, **arguments)
+        need = estimate(LoRAConfig.from_checkpoint(base, **adapter_settings), BATCH * length, tied=tied, **arguments)
         sizes = (need.weights, need.training, need.activations, need.total + PROCESS)
         table.add_row(name, f"{need.trained:,}", *map(_size, sizes))
     for column in table.columns[1:]:

@@ -78,26 +78,30 @@ def test_weights_and_training() -> None:
     settings = METHODS["lora"]
     numbers = sum(p.numel() for p in lora.GPT(config("llama")).parameters())
     adapters = sum(p.numel() for name, p in lora.GPT(config("llama", **settings)).named_parameters() if lora.lora_filter(name))
-    need = estimate(config("llama", **settings), 2, 8, width=4)
+    need = estimate(config("llama", **settings), 16, width=4)
     assert (need.trained, need.weights, need.training) == (adapters, 4 * numbers, 16 * adapters)
     assert need.total == need.weights + need.training + need.activations
-    full = estimate(config("llama"), 2, 8, full=True)
+    full = estimate(config("llama"), 16, full=True)
     assert (full.trained, full.weights, full.training) == (numbers, 2 * numbers, 6 * numbers)
-    assert estimate(config("llama"), 2, 8, full=True, tied=True).trained == numbers - 64 * 128
+    assert estimate(config("llama"), 16, full=True, tied=True).trained == numbers - 64 * 128
     linear = 2 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 384)
-    quantised = estimate(config("llama", **settings), 2, 8, nf4=True)
+    quantised = estimate(config("llama", **settings), 16, nf4=True)
     assert quantised.weights == 2 * (numbers - linear) + NF4_BYTES * linear
 
 
 def test_skip2lora_keeps_nothing_of_the_blocks() -> None:
     """Whatever their number: the activations of one frozen block at a time, the taps, a chunk of logits."""
     skip = {"lora_r": 4, "skip2lora_enabled": True, "skip2lora_block_indices": [0, 1]}
-    few, many = (estimate(config("llama", n, **skip), 4, 16) for n in (2, 8))
+    few, many = (estimate(config("llama", n, **skip), 64) for n in (2, 8))
     assert few.activations == many.activations
     model = lora.GPT(config("llama", **skip))
     lora.mark_only_lora_as_trainable(model)
     assert few.activations == 64 * (kept_by_block(model.blocks[-1], 2, False) + 128 * (4 + 8 * 2)) + CHUNK_BYTES
-    late = estimate(config("llama", 8, lora_r=4, lora_query=True, lora_block_indices=[6, 7]), 4, 16)
+    few_with_loss = estimate(config("llama", 2, **skip), 64, 10)
+    assert few.activations - few_with_loss.activations == 54 * 128 * (4 + 8 * 2)
+    into_a_block = config("llama", 8, **skip, skip2lora_output_layer="transformer.h.6")
+    assert estimate(into_a_block, 64, 10) == estimate(into_a_block, 64), "it hands on every position"
+    late = estimate(config("llama", 8, lora_r=4, lora_query=True, lora_block_indices=[6, 7]), 64)
     assert late.activations == pytest.approx(few.activations + 64 * (2 * kept_by_block(model.blocks[-1], 2, False) - 128 * 16), rel=0.05)
 
 
@@ -108,10 +112,10 @@ def test_checkpointing_keeps_the_blocks_inputs(method: str) -> None:
     two, four = (saved(config("llama", n, **METHODS[method]), torch.float32, full, checkpointing=True) for n in (2, 4))
     assert four - two == 2 * width * d
     settings = {"width": width, "full": full}
-    few, many = (estimate(config("llama", n, **METHODS[method]), 4, 16, checkpointing=True, **settings) for n in (2, 8))
+    few, many = (estimate(config("llama", n, **METHODS[method]), 64, checkpointing=True, **settings) for n in (2, 8))
     assert many.activations - few.activations == 64 * 6 * width * d
     model = lora.GPT(config("llama", **METHODS[method]))
     lora.mark_only_lora_as_trainable(model)
-    plain = estimate(config("llama", **METHODS[method]), 4, 16, **settings)
+    plain = estimate(config("llama", **METHODS[method]), 64, **settings)
     assert plain.activations - few.activations == 64 * 2 * (kept_by_block(model.blocks[-1], width, full) - width * d)
     assert plain.weights == few.weights and plain.training == few.training

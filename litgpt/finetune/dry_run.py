@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 
 from litgpt import checkpoint
-from litgpt.activation_cache import Activations, CacheSettings, Recompute, activations, plan
+from litgpt.activation_cache import Activations, CacheSettings, Recompute, activations, common_head, plan
 from litgpt.args import TrainArgs
 from litgpt.data.base import Sample
 from litgpt.errors import UserError, printable
@@ -176,16 +177,18 @@ def _tokens(samples: list[Sample], rows: Any) -> int:
 def _memory(ready: Prepared) -> str:
     """`litgpt.memory`'s estimate for this job: in the warm-up, if there is one, LoRA reaches every block."""
     model: Any = ready.model
-    config, batch = model.config, ready.job.train.micro_batch_size
-    length = max(len(sample.input_ids) for sample in ready.splits.train) - 1
+    config, samples, batch = model.config, ready.splits.train, ready.job.train.micro_batch_size
+    head = common_head(model, samples)
+    tokens = head + sum(heapq.nlargest(batch, (len(sample.input_ids) - 1 - head for sample in samples)))
+    loss_tokens = sum(heapq.nlargest(batch, (sum(sample.loss_mask) for sample in samples)))
     if config.skip2lora_warmup_steps:
         config = replace(config, skip2lora_enabled=False, skip2lora_warmup_steps=0)
-    head = getattr(model.lm_head, "linear", model.lm_head)
+    lm_head = getattr(model.lm_head, "linear", model.lm_head)
     found = estimate(
         config,
-        batch,
-        length,
-        tied=head.weight is model.transformer["wte"].weight,
+        tokens,
+        loss_tokens,
+        tied=lm_head.weight is model.transformer["wte"].weight,
         width=model.dtype.itemsize,
         full=model.cut is None,
         checkpointing=ready.job.train.activation_checkpointing,
@@ -193,7 +196,7 @@ def _memory(ready: Prepared) -> str:
     )
     return (
         f"about {_gib(found.total + PROCESS)} without the cache: weights {_gib(found.weights)}, what is trained {_gib(found.training)}, "
-        f"activations {_gib(found.activations)} for {batch} x {length:,} tokens, the program {_gib(PROCESS)}"
+        f"activations {_gib(found.activations)} for {tokens:,} tokens in a micro-batch, the program {_gib(PROCESS)}"
     )
 
 

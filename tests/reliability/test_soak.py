@@ -44,8 +44,7 @@ def test_thousands_of_steps_take_no_more_memory_and_open_files_than_hundreds(ben
     assert len(seen) > 20
     quarter = len(seen) // 4
     first, last = seen[:quarter], seen[-quarter:]
-    memory = [sorted(rss for rss, _, _ in part)[quarter // 2] for part in (first, last)]
-    assert memory[1] < memory[0] + 16, f"{memory} MiB"
-    for kind in (1, 2):
-        assert max(sample[kind] for sample in last) <= max(sample[kind] for sample in first) + 1
+    before, after = ([sorted(values)[quarter // 2] for values in zip(*part, strict=True)] for part in (first, last))
+    assert after[0] < before[0] + 16, f"{before[0]} MiB, then {after[0]}"
+    assert after[1:] == before[1:], "open files and threads, most of the time: a checkpoint that is being saved has some open"
     assert sorted(path.name for path in out_dir.glob("step-*")) == [f"step-{STEPS - 50:06d}", f"step-{STEPS:06d}"]
