@@ -1,7 +1,7 @@
 """How much memory fine-tuning takes, worked out from a config; nothing is run.
 
-n tokens in a micro-batch, l of them with loss, w bytes of a backbone number, N numbers in the base, P in the adapters; d, H, G, h, m, V as in
-`litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
+n tokens in a micro-batch, l of them with loss, w bytes of a backbone number, N numbers in the base, P in the adapters; d, H, G, h, m, V
+as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
 
     weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a number
     training      3 w N for all weights    the gradient and AdamW's two moments
