@@ -6,13 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import finetune_runs
 import pytest
-import tiny
 import torch
 import yaml
 from finetune_runs import Run, finetune, load, plain_loss, val_samples
@@ -24,16 +22,6 @@ from litgpt.finetune.state import State
 
 RUN: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "auto:2", "lora_r": 4, "eval__max_new_tokens": 0}
 OUTPUT_LAYERS = ("lm_head", "transformer.ln_f", "transformer.h.3")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finetune_runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
 
 
 @pytest.fixture(scope="module", params=OUTPUT_LAYERS)

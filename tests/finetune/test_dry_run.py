@@ -22,16 +22,6 @@ SKIP2 = {"lora_r": 4, "lora_query": False, "lora_value": False, "skip2lora_enabl
 TAIL = {"lora_r": 4, "skip2lora_enabled": True, "skip2lora_output_layer": "transformer.h.1", "skip2lora_block_indices": "[0]"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finetune_runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
-
-
 @pytest.mark.parametrize(
     ("command", "settings"),
     [

@@ -18,22 +18,12 @@ HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def tied_base(base: Path, tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
     """The same with one weight for embedding and head."""
     folder = tiny.write_base(tmp_path_factory.mktemp("tied"), write_tiny_tokenizer)
     weights = checkpoint.load_weights(base / "lit_model.pth")
     checkpoint.save_weights({**weights, HEAD: weights[EMBEDDING]}, folder / "lit_model.pth")
     return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finetune_runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
 
 
 @pytest.fixture(scope="module")

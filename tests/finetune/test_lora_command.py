@@ -42,16 +42,6 @@ RATE_OF_A = 4 * 32
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finetune_runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
-
-
-@pytest.fixture(scope="module")
 def made(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     """The run of a method, made once. Do not write into its folder."""
     runs: dict[str, Run] = {}

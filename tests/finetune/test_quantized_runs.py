@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import finetune_runs
 import pytest
-import tiny
 import torch
 import yaml
 
@@ -25,16 +23,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "tail": {**SKIP, "skip2lora_output_layer": "transformer.h.2"},
     "warm-up": {**SKIP, "skip2lora_warmup_steps": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finetune_runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
 
 
 @pytest.mark.parametrize("method", METHODS)

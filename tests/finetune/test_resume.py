@@ -14,7 +14,6 @@ from typing import Any
 import finetune_runs
 import psutil
 import pytest
-import tiny
 import torch
 import yaml
 from finetune_runs import Run, finetune
@@ -35,16 +34,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CURVE = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate")
 CLOCKS = ("train_seconds", "total_seconds", "tokens_per_second", "peak_memory_gb")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finetune_runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
 
 
 @pytest.fixture(scope="module")
