@@ -48,12 +48,14 @@ RISE = 0.05
 START, FILL, CACHED, CROSSED = 12.0, 60.0, 12.0, 4.6
 """Seconds, roughly, on two cores in 32-true: loading; for 1,000 samples: filling a cache, a cached epoch, and what each block that
 gradients cross adds to an epoch. What was measured corrects their sum."""
+WARM_LR = 1e-3
+"""of LoRA's warm-up; the cached epochs behind it have the setting's own"""
 ALL_LINEAR = {"lora_query": True, "lora_key": True, "lora_value": True, "lora_projection": True, "lora_mlp": True}
 NO_LORA = {"lora_query": False, "lora_value": False}
 FIRST = (
-    "all_1e-3", "lora_all_5e-4", "warm0.5_head_1e-3", "cut22_lora_1e-3", "warm0.5_cut26_5e-4", "last6", "lora_qv_5e-4",
-    "warm0.25_head_1e-3", "warm1_head_5e-4", "cut26_lora_1e-3", "lora_all_1e-3", "auto", "warm0.5_cut22_5e-4", "all_2e-3",
-    "warm0.25_cut22_1e-3", "every5", "first6_raw", "lora_qv_1e-3", "cut28_lora_1e-3", "ln_f",
+    "all_1e-3", "lora_all_5e-4", "warm0.5_head_3e-4", "warm1_head_3e-4", "cut22_lora_1e-3", "warm0.5_cut22_5e-4", "lora_all_1e-3",
+    "last6", "lora_qv_1e-3", "warm0.25_head_3e-4", "cut26_lora_1e-3", "warm1_cut26_2e-4", "warm0.5_cut26_5e-4", "auto", "every5",
+    "first6_raw", "cut28_lora_1e-3", "ln_f", "lora_qv_5e-4", "all_2e-3",
 )  # fmt: skip
 """in this order; the other settings follow"""
 
@@ -99,7 +101,7 @@ def tail(blocks: int) -> dict[str, Any]:
 
 def settings() -> list[Setting]:
     """All of them, those of `FIRST` in front."""
-    rates = {"2e-4": 2e-4, "5e-4": 5e-4, "1e-3": 1e-3}
+    rates = {"2e-4": 2e-4, "3e-4": 3e-4, "5e-4": 5e-4, "1e-3": 1e-3}
     made = [
         skip("first6_raw", [0, 1, 2, 3, 4, 5], keys={"skip2lora_norm": "none"}),
         skip("every5", "every:5"),
@@ -115,12 +117,14 @@ def settings() -> list[Setting]:
         for rate in ("1e-3", "5e-4"):
             made.append(skip(f"{cut}_lora_{rate}", **tail(blocks), lr=rates[rate], epochs=4, group=cut, keys=ALL_LINEAR))
     for kind, flags in (("qv", {}), ("all", ALL_LINEAR)):
-        made += [Setting(f"lora_{kind}_{rate}", lr, 2, {"lora_r": 8, **flags}, crossed=BLOCKS) for rate, lr in rates.items()]
-    for blocks in (0, 4, 8):
+        grid = ("2e-4", "5e-4", "1e-3")
+        made += [Setting(f"lora_{kind}_{rate}", rates[rate], 2, {"lora_r": 8, **flags}, crossed=BLOCKS) for rate in grid]
+    for blocks, later, rank in ((0, ("1e-3", "3e-4"), 32), (4, ("5e-4", "2e-4"), 16), (8, ("5e-4", "2e-4"), 16)):
         for share in (0.25, 0.5, 1, 2):
-            for rate in ("1e-3", "5e-4"):
+            for rate in later:
                 name = f"warm{share:g}_{f'cut{BLOCKS - blocks}' if blocks else 'head'}_{rate}"
-                made.append(skip(name, **tail(blocks), lr=rates[rate], epochs=4, warmup=share, keys=ALL_LINEAR))
+                keys = {**ALL_LINEAR, "skip2lora_r": rank, "skip2lora_warmup_lr": WARM_LR}
+                made.append(skip(name, **tail(blocks), lr=rates[rate], epochs=4, warmup=share, keys=keys))
     return sorted(made, key=lambda setting: FIRST.index(setting.name) if setting.name in FIRST else len(FIRST))
 
 

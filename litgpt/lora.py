@@ -77,6 +77,8 @@ class Config(base.Config):
     skip2lora_dropout: float | None = None
     skip2lora_warmup_steps: int = 0
     """Steps in which ordinary LoRA is trained on every block first, without taps; what lies before the cut is then frozen with it."""
+    skip2lora_warmup_lr: float | None = None
+    """Peak learning rate of these steps, the optimizer's unless given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +105,9 @@ class Config(base.Config):
             raise UserError(f"skip2lora_warmup_steps is {self.skip2lora_warmup_steps}: give 0 (none) or more")
         if self.skip2lora_warmup_steps and not (self.skip2lora_enabled and self._lora_in_blocks):
             raise UserError("skip2lora_warmup_steps needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
+        rate = self.skip2lora_warmup_lr
+        if rate is not None and not (isinstance(rate, int | float) and math.isfinite(rate) and rate > 0):
+            raise UserError(f"skip2lora_warmup_lr is {rate!r}: a learning rate is a number above 0")
         _ = self.taps, self.lora_blocks  # a wrong block index is reported here, not later
 
     @property

@@ -123,11 +123,12 @@ class Session:
 
     def _train(self) -> Loop:
         """The phases: LoRA's warm-up if there is one, then training."""
-        state, warmup = self.state, self.model.config.skip2lora_warmup_steps
+        state, config = self.state, self.model.config
+        warmup = config.skip2lora_warmup_steps
         if state.step < warmup or (state.step == warmup and state.pending is not None):
             start_warmup(self.model)
             train = replace(self.job.train, max_steps=warmup, epochs=None, max_tokens=None, max_time=None)
-            self._make_loop(train, replace(self.job.eval, patience=None), "off").run(state, "warm-up")
+            self._make_loop(train, replace(self.job.eval, patience=None), "off", config.skip2lora_warmup_lr).run(state, "warm-up")
         if warmup:
             end_warmup(self.model)
             self.loop = None
@@ -139,17 +140,23 @@ class Session:
         loop.run(state)
         return loop
 
-    def _make_loop(self, train: TrainArgs, evaluation: EvalArgs, cache_mode: str) -> Loop:
-        """A loop over what is trainable in the model now, its activations cached if they are needed more than once."""
+    def _make_loop(self, train: TrainArgs, evaluation: EvalArgs, cache_mode: str, lr: float | None = None) -> Loop:
+        """A loop over what is trainable in the model now, its activations cached if they are needed more than once.
+
+        `lr`: the peak learning rate, if it is not the optimizer's own.
+        """
         splits, world, seed = self.ready.splits, self.world, self.job.seed
         batches = Batches(splits.train, samples_per_rank(train, world.size), world, seed, train.group_by_length)
         own_val = list(range(world.rank, len(splits.val), world.size))
         val_batches = _chunks(own_val, train.micro_batch_size)[: evaluation.max_iters]
         train_mode = training_cache(cache_mode, train, batches)
+        optimizer = make_optimizer(self.job.optimizer, [p for p in self.model.parameters() if p.requires_grad])
+        for group in optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
         self.is_filling = True
         loop = Loop(
             model=self.model,
-            optimizer=make_optimizer(self.job.optimizer, [p for p in self.model.parameters() if p.requires_grad]),
+            optimizer=optimizer,
             train=train,
             eval=evaluation,
             batches=batches,

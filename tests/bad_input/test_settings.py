@@ -195,6 +195,12 @@ COMMAND_LINE = [
         "skip2lora_warmup_steps",
         "give 0 (none) or more",
     ),
+    Case(
+        "warm-up that goes nowhere",
+        command("finetune", "--skip2lora_enabled", "--skip2lora_warmup_steps", "5", "--skip2lora_warmup_lr", "0"),
+        "skip2lora_warmup_lr is 0.0",
+        "a number above 0",
+    ),
 ]
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))

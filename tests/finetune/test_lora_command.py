@@ -181,11 +181,13 @@ def test_the_model_config_is_the_bases_and_the_tokenizer_comes_along(made: Calla
 
 
 def test_a_warm_up_trains_lora_first_and_freezes_it_before_the_cut(base: Path, data: Path, tmp_path: Path) -> None:
-    settings = {**METHODS["block"], "skip2lora_warmup_steps": 2, "lora_dropout": 0.2}
+    settings = {**METHODS["block"], "skip2lora_warmup_steps": 2, "skip2lora_warmup_lr": 0.05, "lora_dropout": 0.2}
     runs = {mode: finetune("finetune", base, data, tmp_path / mode, **settings, skip2lora_cache=mode) for mode in ("memory", "off")}
     run = runs["memory"]
     assert run.code == 0, run.err
     assert [int(row["step"]) for row in run.rows()] == list(range(9)) and run.report["steps"] == 8
+    rates = run.column("learning_rate")
+    assert (max(rates[:2]), max(rates[2:])) == (0.05, 0.02), rates
     first, second, last = (load(run.out_dir / name / "lit_model.pth.lora")["model"] for name in ("step-000002", "step-000004", "final"))
     for name in last:
         before_the_cut = name.startswith(tuple(f"transformer.h.{i}." for i in range(3))) and "skip2lora" not in name
