@@ -130,8 +130,11 @@ def _complete(begun: Path, contents: Contents, fill: Fill, say: Say) -> None:
         progress.restore(say)
         try:
             fill(progress.store, progress.done, progress.advance)
-        finally:
-            progress.save()
+        except BaseException:
+            with suppress(OSError):
+                progress.save()
+            raise
+        progress.save()
     write_text(begun / INDEX, json.dumps({"fingerprint": contents.key, "bytes": contents.nbytes, "sha256": digest(data)}))
 
 
