@@ -53,9 +53,9 @@ WARM_LR = 1e-3
 ALL_LINEAR = {"lora_query": True, "lora_key": True, "lora_value": True, "lora_projection": True, "lora_mlp": True}
 NO_LORA = {"lora_query": False, "lora_value": False}
 FIRST = (
-    "all_1e-3", "lora_all_5e-4", "warm0.5_head_3e-4", "warm1_head_3e-4", "cut22_lora_1e-3", "warm0.5_cut22_5e-4", "lora_all_1e-3",
-    "last6", "lora_qv_1e-3", "warm0.25_head_3e-4", "cut26_lora_1e-3", "warm1_cut26_2e-4", "warm0.5_cut26_5e-4", "auto", "every5",
-    "first6_raw", "cut28_lora_1e-3", "ln_f", "lora_qv_5e-4", "all_2e-3",
+    "all_1e-3", "lora_all_5e-4", "warm0.5_head_3e-4", "warm1_head_3e-4", "cut22_lora_1e-3", "lora_all_1e-3", "all_10_epochs", "last6",
+    "lora_qv_1e-3", "warm0.25_head_3e-4", "warm0.5_cut22_5e-4", "cut26_lora_1e-3", "every5", "auto", "first6_raw", "ln_f",
+    "warm1_cut26_2e-4", "cut28_lora_1e-3", "lora_qv_5e-4", "all_2e-3",
 )  # fmt: skip
 """in this order; the other settings follow"""
 
@@ -85,7 +85,7 @@ class Setting:
         return START + work * samples / 1000
 
 
-def skip(name: str, taps: Any, cut: str = "lm_head", *, lr: float = 1e-3, epochs: int = 10, **more: Any) -> Setting:
+def skip(name: str, taps: Any, cut: str = "lm_head", *, lr: float = 1e-3, epochs: int = 3, **more: Any) -> Setting:
     """Skip2-LoRA from `taps` to `cut`; `more`: other fields and, in `keys`, other keys."""
     keys = {"skip2lora_enabled": True, "skip2lora_r": 16, "skip2lora_block_indices": taps, "skip2lora_output_layer": cut}
     keys |= {"lora_r": 8, **NO_LORA, **more.pop("keys", {})}
@@ -109,22 +109,24 @@ def settings() -> list[Setting]:
         skip("auto", "auto"),
         skip("all_1e-3", "all", group="head"),
         skip("all_2e-3", "all", group="head", lr=2e-3),
+        skip("all_10_epochs", "all", group="head", epochs=10),
         skip("ln_f", "all", "transformer.ln_f"),
     ]
     for blocks in (2, 4, 8):
         cut = f"cut{BLOCKS - blocks}"
-        made.append(skip(cut, **tail(blocks), epochs=6, group=cut))
+        made.append(skip(cut, **tail(blocks), group=cut))
         for rate in ("1e-3", "5e-4"):
-            made.append(skip(f"{cut}_lora_{rate}", **tail(blocks), lr=rates[rate], epochs=4, group=cut, keys=ALL_LINEAR))
+            made.append(skip(f"{cut}_lora_{rate}", **tail(blocks), lr=rates[rate], group=cut, keys=ALL_LINEAR))
     for kind, flags in (("qv", {}), ("all", ALL_LINEAR)):
         grid = ("2e-4", "5e-4", "1e-3")
         made += [Setting(f"lora_{kind}_{rate}", rates[rate], 2, {"lora_r": 8, **flags}, crossed=BLOCKS) for rate in grid]
-    for blocks, later, rank in ((0, ("1e-3", "3e-4"), 32), (4, ("5e-4", "2e-4"), 16), (8, ("5e-4", "2e-4"), 16)):
+    wide = {"skip2lora_r": 32, "skip2lora_alpha": 64}
+    for blocks, later, more in ((0, ("1e-3", "3e-4"), wide), (4, ("5e-4", "2e-4"), {}), (8, ("5e-4", "2e-4"), {})):
         for share in (0.25, 0.5, 1, 2):
             for rate in later:
                 name = f"warm{share:g}_{f'cut{BLOCKS - blocks}' if blocks else 'head'}_{rate}"
-                keys = {**ALL_LINEAR, "skip2lora_r": rank, "skip2lora_warmup_lr": WARM_LR}
-                made.append(skip(name, **tail(blocks), lr=rates[rate], epochs=4, warmup=share, keys=keys))
+                keys = {**ALL_LINEAR, **more, "skip2lora_warmup_lr": WARM_LR}
+                made.append(skip(name, **tail(blocks), lr=rates[rate], warmup=share, keys=keys))
     return sorted(made, key=lambda setting: FIRST.index(setting.name) if setting.name in FIRST else len(FIRST))
 
 
