@@ -18,7 +18,8 @@ from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 ROOT = Path(__file__).parent.parent / "config_hub" / "finetune"
 FILES = sorted(ROOT.rglob("*.yaml"))
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
-PRESETS = ("lora", "skip2lora", "skip2lora_tail")
+PRESETS = ("lora", "skip2lora", "skip2lora_tail", "skip2lora_warmup")
+LLAMA_2 = ("lora", "lora_baseline", "skip2lora", "skip2lora_4blocks", "skip2lora_6blocks", "skip2lora_warmup")
 MODELS = ("llama-3.2-1B", "pythia-160m", "smollm2-135m", "tiny-llama")
 
 
@@ -42,7 +43,7 @@ SHAPES = {
 
 
 def test_the_files_that_are_promised_are_there() -> None:
-    llama = [f"llama-2-7b/{name}.yaml" for name in ("lora", "lora_baseline", "skip2lora", "skip2lora_4blocks", "skip2lora_6blocks")]
+    llama = [f"llama-2-7b/{name}.yaml" for name in LLAMA_2]
     assert sorted(llama + [f"{model}/{preset}.yaml" for model in MODELS for preset in PRESETS]) == NAMES
 
 
@@ -87,10 +88,10 @@ def test_trainable_parameters(file: Path) -> None:
         assert blocks / 2 < cut < blocks
         expected = (blocks - cut) * every_layer + -(-cut // every) * 2 * 8 * d
     else:
-        taps = {"skip2lora_4blocks": 4, "skip2lora_6blocks": 6}.get(preset) or {"all": blocks, "last:6": 6}[
+        taps = {"skip2lora_4blocks": 4, "skip2lora_6blocks": 6}.get(preset) or {"all": blocks, "last:6": 6, None: 6}[
             arguments["skip2lora_block_indices"]
         ]
-        expected = taps * 2 * 16 * d
+        expected = taps * 2 * (32 if preset == "skip2lora_warmup" else 16) * d  # after the warm-up
 
     assert _trainable(arguments) == expected
     stated = re.search(r"([\d.]+) M trainable", file.read_text())[1]
