@@ -50,7 +50,7 @@ ITERATIONS = {"cpu": 5, "cuda": 10}
 def configurations(model: str, lora_r: int) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Name -> adapter settings, from `litgpt finetune`'s defaults and config_hub's skip2lora.yaml; notes on what does not fit the model."""
     # After a LoRA warm-up, if the preset has one: by then that LoRA is part of the backbone.
-    preset = {**_finetune_settings(str(_preset(model_config(model).name))), "skip2lora_warmup_steps": 0}
+    preset = {**_finetune_settings(str(_preset(model_config(model).name))), "skip2lora_warmup_steps": 0, "skip2lora_warmup_epochs": 0.0}
     wanted = {LORA: {**_finetune_settings("DIR"), "lora_r": lora_r}}
     wanted |= {f"Skip2-LoRA ({n} blocks)": {**preset, "skip2lora_block_indices": list(range(n))} for n in FIRST_BLOCKS}
     wanted[RECOMMENDED] = preset

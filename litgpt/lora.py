@@ -77,6 +77,8 @@ class Config(base.Config):
     skip2lora_dropout: float | None = None
     skip2lora_warmup_steps: int = 0
     """Steps in which ordinary LoRA is trained on every block first, without taps; what lies before the cut is then frozen with it."""
+    skip2lora_warmup_epochs: float = 0.0
+    """The same in epochs; one of the two may be given."""
     skip2lora_warmup_lr: float | None = None
     """Peak learning rate of these steps, the optimizer's unless given."""
 
@@ -103,8 +105,14 @@ class Config(base.Config):
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
         if not isinstance(self.skip2lora_warmup_steps, int) or self.skip2lora_warmup_steps < 0:
             raise UserError(f"skip2lora_warmup_steps is {self.skip2lora_warmup_steps}: give 0 (none) or more")
-        if self.skip2lora_warmup_steps and not (self.skip2lora_enabled and self._lora_in_blocks):
-            raise UserError("skip2lora_warmup_steps needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
+        epochs = self.skip2lora_warmup_epochs
+        if not isinstance(epochs, int | float) or not 0 <= epochs < math.inf:
+            raise UserError(f"skip2lora_warmup_epochs is {epochs}: give 0 (none) or more, such as 0.5")
+        if self.skip2lora_warmup_steps and epochs:
+            raise UserError("skip2lora_warmup_steps and skip2lora_warmup_epochs say the same in two ways: give one of them")
+        if self.has_warmup and not (self.skip2lora_enabled and self._lora_in_blocks):
+            key = "skip2lora_warmup_steps" if self.skip2lora_warmup_steps else "skip2lora_warmup_epochs"
+            raise UserError(f"{key} needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
         rate = self.skip2lora_warmup_lr
         if rate is not None and not (isinstance(rate, int | float) and math.isfinite(rate) and rate > 0):
             raise UserError(f"skip2lora_warmup_lr is {rate!r}: a learning rate is a number above 0")
@@ -166,7 +174,7 @@ class Config(base.Config):
     @property
     def lora_blocks(self) -> tuple[int, ...]:
         """The blocks whose linear layers get LoRA, sorted: `lora_block_indices`; behind the cut if Skip2-LoRA makes one from the start."""
-        first = min(self._output_layer, self.n_layer) if self.skip2lora_enabled and not self.skip2lora_warmup_steps else 0
+        first = min(self._output_layer, self.n_layer) if self.skip2lora_enabled and not self.has_warmup else 0
         behind = range(first, self.n_layer)
         if self.lora_block_indices is None:
             return tuple(behind) if self._lora_in_blocks else ()
@@ -178,6 +186,15 @@ class Config(base.Config):
                 "what runs before it is frozen and gets no gradient, so LoRA there would learn nothing. Name later blocks"
             )
         return blocks if self._lora_in_blocks else ()
+
+    @property
+    def has_warmup(self) -> bool:
+        """Whether LoRA is trained on every block first."""
+        return bool(self.skip2lora_warmup_steps or self.skip2lora_warmup_epochs)
+
+    def warmup_steps(self, per_epoch: int) -> int:
+        """How many steps that takes, where an epoch has `per_epoch`."""
+        return self.skip2lora_warmup_steps or math.ceil(self.skip2lora_warmup_epochs * per_epoch)
 
     @property
     def warmup_cut(self) -> int:

@@ -53,7 +53,7 @@ def dry_run(job: Job, method: Method) -> None:
     ready.tell()
     show_sample(ready.splits.train[0], ready.tokenizer)
     model, lines = ready.model, {}
-    warmup = model.config.skip2lora_warmup_steps
+    warmup = model.config.warmup_steps(math.ceil(len(ready.splits.train) / samples_per_rank(job.train, 1)))
     if warmup:
         start_warmup(model)
         loop = rehearsed(ready, replace(job.train, max_steps=warmup, epochs=None))
@@ -181,8 +181,8 @@ def _memory(ready: Prepared) -> str:
     head = common_head(model, samples)
     tokens = head + sum(heapq.nlargest(batch, (len(sample.input_ids) - 1 - head for sample in samples)))
     loss_tokens = sum(heapq.nlargest(batch, (sum(sample.loss_mask) for sample in samples)))
-    if config.skip2lora_warmup_steps:
-        config = replace(config, skip2lora_enabled=False, skip2lora_warmup_steps=0)
+    if config.has_warmup:
+        config = replace(config, skip2lora_enabled=False, skip2lora_warmup_steps=0, skip2lora_warmup_epochs=0)
     lm_head = getattr(model.lm_head, "linear", model.lm_head)
     found = estimate(
         config,

@@ -41,6 +41,7 @@ def setup(
     skip2lora_alpha: Optional[int] = None,
     skip2lora_dropout: Optional[float] = None,
     skip2lora_warmup_steps: int = 0,
+    skip2lora_warmup_epochs: float = 0.0,
     skip2lora_warmup_lr: Optional[float] = None,
     skip2lora_cache: Literal["auto", "memory", "disk", "off"] = "auto",
     skip2lora_cache_dir: Optional[Path] = None,
@@ -91,7 +92,8 @@ def setup(
         skip2lora_dropout: Their dropout. Default: lora_dropout.
         skip2lora_warmup_steps: Train ordinary LoRA on every block for this many steps first (besides train.epochs and max_steps), then
             freeze it with the blocks before the output layer. Slower to start, better.
-        skip2lora_warmup_lr: The learning rate of these steps. Default: the optimizer's.
+        skip2lora_warmup_epochs: The same in epochs, 0.5 or 1 for example, in place of steps.
+        skip2lora_warmup_lr: The learning rate of the warm-up. Default: the optimizer's.
         skip2lora_cache: Where the frozen blocks' activations are kept for the epochs after the first: memory, disk, off, or auto (memory if
             they fit half of what is free, else disk).
         skip2lora_cache_dir: Folder for caches on disk. Default: activation_cache beside out_dir.

@@ -109,15 +109,16 @@ def describe(model: GPT, lora_flags: list[str]) -> list[str]:
         return lines
     frozen = min(model.cut, config.n_layer)
     taps, behind = config.taps, tuple(block for block in config.lora_blocks if block >= frozen)
-    if config.skip2lora_warmup_steps:
-        lines.append(f"LoRA warm-up: {config.skip2lora_warmup_steps} steps on blocks {ranges(config.lora_blocks)}")
+    if config.has_warmup:
+        length = f"{config.skip2lora_warmup_steps} steps" if config.skip2lora_warmup_steps else f"{config.skip2lora_warmup_epochs:g} epochs"
+        lines.append(f"LoRA warm-up: {length} on blocks {ranges(config.lora_blocks)}")
     if taps:
         norm = "" if config.skip2lora_norm == "none" else ", normalised"
         lines.append(f"Skip2-LoRA: outputs of blocks {ranges(taps)}{norm}, rank {config.skip2lora_r}, to {config.skip2lora_output_layer}")
         layers = [f"blocks {ranges(behind)}"] if behind else []
         layers += ["lm_head"] if config.lora_head and config.lora_r else []
         where = " and ".join(layers) if layers else "none there"
-        if lora_flags and not config.skip2lora_warmup_steps:
+        if lora_flags and not config.has_warmup:
             lines.append(f"LoRA ({', '.join(lora_flags)}) applies to layers behind {config.skip2lora_output_layer}'s input only: {where}")
     if frozen:
         lines.append(f"frozen, run without gradients: the embedding and blocks 0-{frozen - 1} of {config.n_layer}")

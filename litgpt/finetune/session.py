@@ -124,7 +124,7 @@ class Session:
     def _train(self) -> Loop:
         """The phases: LoRA's warm-up if there is one, then training."""
         state, config = self.state, self.model.config
-        warmup = config.skip2lora_warmup_steps
+        warmup = config.warmup_steps(self._batches(self.job.train).per_epoch)
         if state.step < warmup or (state.step == warmup and state.pending is not None):
             start_warmup(self.model)
             train = replace(self.job.train, max_steps=warmup, epochs=None, max_tokens=None, max_time=None)
@@ -140,13 +140,16 @@ class Session:
         loop.run(state)
         return loop
 
+    def _batches(self, train: TrainArgs) -> Batches:
+        rows = samples_per_rank(train, self.world.size)
+        return Batches(self.ready.splits.train, rows, self.world, self.job.seed, train.group_by_length)
+
     def _make_loop(self, train: TrainArgs, evaluation: EvalArgs, cache_mode: str, lr: float | None = None) -> Loop:
         """A loop over what is trainable in the model now, its activations cached if they are needed more than once.
 
         `lr`: the peak learning rate, if it is not the optimizer's own.
         """
-        splits, world, seed = self.ready.splits, self.world, self.job.seed
-        batches = Batches(splits.train, samples_per_rank(train, world.size), world, seed, train.group_by_length)
+        splits, world, batches = self.ready.splits, self.world, self._batches(train)
         own_val = list(range(world.rank, len(splits.val), world.size))
         val_batches = _chunks(own_val, train.micro_batch_size)[: evaluation.max_iters]
         train_mode = training_cache(cache_mode, train, batches)

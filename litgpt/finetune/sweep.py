@@ -67,9 +67,9 @@ def _require_shareable(arguments: dict[str, Any]) -> None:
     """Raises UserError for arguments with which activations cannot be shared, or a sweep makes no sense."""
     if arguments["skip2lora_cache"] == "off":
         raise UserError("skip2lora_cache is off: the settings of a sweep are trained from one cache. Leave it out, or give memory or disk")
-    if arguments["skip2lora_warmup_steps"]:
+    if key := next((key for key in ("skip2lora_warmup_steps", "skip2lora_warmup_epochs") if arguments[key]), None):
         raise UserError(
-            "skip2lora_warmup_steps: a warm-up changes what the frozen blocks compute, for each setting anew, so nothing could be shared. "
+            f"{key}: a warm-up changes what the frozen blocks compute, for each setting anew, so nothing could be shared. "
             "Train LoRA alone once (litgpt finetune, --max_steps) and sweep from its final folder as checkpoint_dir, which has it merged"
         )
     if str(arguments["devices"]) != "1" or arguments["num_nodes"] != 1:

@@ -196,6 +196,18 @@ COMMAND_LINE = [
         "give 0 (none) or more",
     ),
     Case(
+        "warm-up twice",
+        command("finetune", "--skip2lora_enabled", "--skip2lora_warmup_steps", "5", "--skip2lora_warmup_epochs", "0.5"),
+        "skip2lora_warmup_steps and skip2lora_warmup_epochs",
+        "give one of them",
+    ),
+    Case(
+        "negative warm-up in epochs",
+        command("finetune", "--skip2lora_enabled", "--skip2lora_warmup_epochs", "-1"),
+        "skip2lora_warmup_epochs is -1.0",
+        "such as 0.5",
+    ),
+    Case(
         "warm-up that goes nowhere",
         command("finetune", "--skip2lora_enabled", "--skip2lora_warmup_steps", "5", "--skip2lora_warmup_lr", "0"),
         "skip2lora_warmup_lr is 0.0",

@@ -180,8 +180,10 @@ def test_the_model_config_is_the_bases_and_the_tokenizer_comes_along(made: Calla
     assert "ChatTemplate" in (run.final / "prompt_style.yaml").read_text()
 
 
-def test_a_warm_up_trains_lora_first_and_freezes_it_before_the_cut(base: Path, data: Path, tmp_path: Path) -> None:
-    settings = {**METHODS["block"], "skip2lora_warmup_steps": 2, "skip2lora_warmup_lr": 0.05, "lora_dropout": 0.2}
+@pytest.mark.parametrize("by", ["steps", "epochs"])
+def test_a_warm_up_trains_lora_first_and_freezes_it_before_the_cut(by: str, base: Path, data: Path, tmp_path: Path) -> None:
+    length = {"skip2lora_warmup_steps": 2} if by == "steps" else {"skip2lora_warmup_epochs": 0.6}  # of 3 steps
+    settings = {**METHODS["block"], **length, "skip2lora_warmup_lr": 0.05, "lora_dropout": 0.2}
     runs = {mode: finetune("finetune", base, data, tmp_path / mode, **settings, skip2lora_cache=mode) for mode in ("memory", "off")}
     run = runs["memory"]
     assert run.code == 0, run.err
