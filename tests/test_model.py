@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +300,34 @@ def test_smollm2_against_transformers(smollm2_dir: Path) -> None:
     want = tiny.hf_of(Config.from_checkpoint(smollm2_dir), load_weights(smollm2_dir / "lit_model.pth"))(idx).logits
     got = load_model(smollm2_dir, torch.float32)(idx)
     assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("limit", [8, 7])
+def test_short_bf16_attention_is_trained_in_fp32(precision: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where gradients are wanted, up to the limit; gradients are those of fp32 to bf16's precision, on both sides of it."""
+    reference = tiny.move_adapters(tiny.tiny(lora_r=4, lora_query=True, lora_value=True))
+    model = copy.deepcopy(reference) if precision == "bf16-mixed" else copy.deepcopy(reference).bfloat16()
+    idx, seen = tiny.ids(2, 8), []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = original(q, *args, **kwargs)
+        seen.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr("litgpt.model.FP32_ATTENTION", limit)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+    with autocast:
+        logits = model(idx)
+    logits.float().square().mean().backward()
+    assert set(seen) == {torch.float32 if limit == 8 else torch.bfloat16}
+    seen.clear()
+    with autocast, torch.no_grad():
+        model(idx)
+    assert set(seen) == {torch.bfloat16}
+    reference(idx).square().mean().backward()
+    for (name, got), want in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if lora_filter(name):
+            assert (got.grad.float() - want.grad).norm() < 0.05 * want.grad.norm(), name
