@@ -53,8 +53,8 @@ WARM_LR = 1e-3
 ALL_LINEAR = {"lora_query": True, "lora_key": True, "lora_value": True, "lora_projection": True, "lora_mlp": True}
 NO_LORA = {"lora_query": False, "lora_value": False}
 FIRST = (
-    "all_1e-3", "lora_all_5e-4", "warm0.5_head_3e-4", "warm1_head_3e-4", "cut22_lora_1e-3", "lora_all_1e-3", "all_10_epochs", "last6",
-    "lora_qv_1e-3", "warm0.25_head_3e-4", "warm0.5_cut22_5e-4", "cut26_lora_1e-3", "every5", "auto", "first6_raw", "ln_f",
+    "all_1e-3", "lora_all_5e-4", "warm1_head_1e-4", "warm0.5_head_1e-4", "cut22_lora_1e-3", "lora_all_1e-3", "all_10_epochs", "last6",
+    "lora_qv_1e-3", "warm1_head_3e-4", "warm0.5_cut22_5e-4", "cut26_lora_1e-3", "every5", "auto", "first6_raw", "ln_f",
     "warm1_cut26_2e-4", "cut28_lora_1e-3", "lora_qv_5e-4", "all_2e-3",
 )  # fmt: skip
 """in this order; the other settings follow"""
@@ -101,7 +101,7 @@ def tail(blocks: int) -> dict[str, Any]:
 
 def settings() -> list[Setting]:
     """All of them, those of `FIRST` in front."""
-    rates = {"2e-4": 2e-4, "3e-4": 3e-4, "5e-4": 5e-4, "1e-3": 1e-3}
+    rates = {"1e-4": 1e-4, "2e-4": 2e-4, "3e-4": 3e-4, "5e-4": 5e-4, "1e-3": 1e-3}
     made = [
         skip("first6_raw", [0, 1, 2, 3, 4, 5], keys={"skip2lora_norm": "none"}),
         skip("every5", "every:5"),
@@ -121,7 +121,7 @@ def settings() -> list[Setting]:
         grid = ("2e-4", "5e-4", "1e-3")
         made += [Setting(f"lora_{kind}_{rate}", rates[rate], 2, {"lora_r": 8, **flags}, crossed=BLOCKS) for rate in grid]
     wide = {"skip2lora_r": 32, "skip2lora_alpha": 64}
-    for blocks, later, more in ((0, ("1e-3", "3e-4"), wide), (4, ("5e-4", "2e-4"), {}), (8, ("5e-4", "2e-4"), {})):
+    for blocks, later, more in ((0, ("1e-4", "3e-4"), wide), (4, ("5e-4", "2e-4"), {}), (8, ("5e-4", "2e-4"), {})):
         for share in (0.25, 0.5, 1, 2):
             for rate in later:
                 name = f"warm{share:g}_{f'cut{BLOCKS - blocks}' if blocks else 'head'}_{rate}"

@@ -259,13 +259,13 @@ def test_whole_runs(
     index = [f"{word} n 1 0 1 0 {i:08}" for i, word in enumerate(words)]
     package(tmp_path / "data", quality.wordnet, {**FILES, "data.noun": data, "index.noun": index})
     monkeypatch.setattr(quality, "litgpt", in_this_process)
-    names = ["all_?e-3", "lora_qv_5e-4", "warm0.5_head_1e-3", "cut26"]
+    names = ["all_?e-3", "lora_qv_5e-4", "warm0.5_head_1e-4", "cut26"]
     where = ["--samples", "20", "--checkpoint_dir", str(base), "--precision", "32-true", "--out", str(tmp_path / "out")]
     assert quality.main(["--data", "wordnet", *where, "--settings", *names]) == 0
     content = json.loads((tmp_path / "out" / "wordnet" / "results.json").read_text())
     runs = content["runs"]
     assert [name for name, run in runs.items() if run["status"] == "failed"] == ["cut26"] and "transformer.h.26" in runs["cut26"]["error"]
-    first, second, lora, warm = (runs[name] for name in ("all_1e-3", "all_2e-3", "lora_qv_5e-4", "warm0.5_head_1e-3"))
+    first, second, lora, warm = (runs[name] for name in ("all_1e-3", "all_2e-3", "lora_qv_5e-4", "warm0.5_head_1e-4"))
     assert (first["fill_borrowed"], second["fill_borrowed"]) == (False, True)
     assert first["fill_seconds"] == second["fill_seconds"] > 0 and lora["fill_seconds"] == 0 and warm["fill_seconds"] > 0
     assert [point["step"] for point in first["points"]] == list(range(0, 10, 3)) and [p["step"] for p in lora["points"]] == [3, 6]
