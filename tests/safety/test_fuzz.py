@@ -14,6 +14,7 @@ from typing import Any
 
 import places
 import pytest
+import torch
 import worlds
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from places import World, bounded
 
 from litgpt import command_line
 from litgpt.__main__ import load
-from litgpt.activation_cache import _is_whole
+from litgpt.cache_file import Contents, _is_whole, _map, _Progress
 from litgpt.checkpoint import read_manifest
 from litgpt.config import Config
 from litgpt.convert.hf import open_weights
@@ -318,22 +319,38 @@ def test_cache_header_and_manifest(count: int, tmp_path: Path) -> None:
     """What a cache's index or a folder's manifest says is believed where it is true, and nothing it says raises."""
     import hashlib
 
-    data, index = tmp_path / "activations.bin", tmp_path / "index.json"
+    data, index, note = (tmp_path / name for name in ("activations.bin", "index.json", "progress.json"))
     data.write_bytes(b"1234")
-    good = {"fingerprint": "key", "bytes": 4, "sha256": hashlib.sha256(b"1234").hexdigest()}
+    digest = hashlib.sha256(b"1234").hexdigest()
+    good, begun = {"fingerprint": "key", "bytes": 4, "sha256": digest}, {"fingerprint": "key", "samples": 1, "sha256": digest}
+    contents = Contents("key", (1, 1, 1), torch.float32, [slice(0, 1)], slice(0))
+    store = _map(data, contents)
+
+    def gone_on_with() -> bool:
+        progress = _Progress(tmp_path, contents, store, -1)
+        progress.restore(lambda text: None)
+        return bool(progress.done)
+
     index.write_text(json.dumps(good))
-    assert _is_whole(data, index, "key", 4)
+    note.write_text(json.dumps(begun))
+    assert _is_whole(tmp_path, contents) and gone_on_with()
     manifest = {"litgpt_manifest": 1, "files": {"a": {"bytes": 1, "sha256": "x"}}}
-    content = (spoilt(good) | spoilt(manifest) | JSON).map(json.dumps) | st.text(max_size=40) | st.sampled_from(["[" * 100_000, "9" * 5000])
+    content = (
+        (spoilt(good) | spoilt(begun) | spoilt(manifest) | JSON).map(json.dumps)
+        | st.text(max_size=40)
+        | st.sampled_from(["[" * 100_000, "9" * 5000])
+    )
 
     def check(text: str) -> None:
-        for file in (index, tmp_path / "manifest.json"):
+        for file in (index, note, tmp_path / "manifest.json"):
             file.write_text(text, encoding="utf-8", errors="surrogatepass")
         try:
-            says_so = {key: json.loads(text).get(key) for key in good} == good
+            said = json.loads(text)
+            says_so = {key: said.get(key) for key in good} == good
         except (ValueError, AttributeError, RecursionError):
-            says_so = False
-        assert _is_whole(data, index, "key", 4) is says_so
+            said, says_so = None, False
+        assert _is_whole(tmp_path, contents) is says_so
+        assert not gone_on_with() or said == begun
         files = read_manifest(tmp_path)
         assert files is None or all("/" not in name[:1] and ".." not in name.split("/") for name in files)
 
