@@ -15,6 +15,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -116,8 +117,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        rows, parts, d = self.shape
-        return rows * parts * d * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def slices(self) -> dict[int, slice]:

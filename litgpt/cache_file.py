@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -47,8 +48,7 @@ class Contents:
 
     @property
     def nbytes(self) -> int:
-        rows, parts, d = self.shape
-        return rows * parts * d * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Fill(Protocol):

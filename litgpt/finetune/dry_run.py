@@ -53,7 +53,7 @@ def dry_run(job: Job, method: Method) -> None:
     ready.tell()
     show_sample(ready.splits.train[0], ready.tokenizer)
     model, lines = ready.model, {}
-    warmup = model.config.warmup_steps(math.ceil(len(ready.splits.train) / samples_per_rank(job.train, 1)))
+    warmup = model.config.warmup_steps(_batches(ready, job.train).per_epoch)
     if warmup:
         start_warmup(model)
         loop = rehearsed(ready, replace(job.train, max_steps=warmup, epochs=None))
@@ -94,19 +94,18 @@ def _shown(part: str) -> str:
 
 def rehearsed(ready: Prepared, train: TrainArgs) -> Loop:
     """The loop that a run would have, on this one device, computing every activation anew."""
-    model, device, samples = ready.model, ready.fabric.device, ready.splits
-    world = World(0, 1, lambda tensor: tensor)
+    model, device, samples, batches = ready.model, ready.fabric.device, ready.splits, _batches(ready, train)
     nothing: Any = None  # is ever saved
     return Loop(
         model=model,
         optimizer=make_optimizer(ready.job.optimizer, [p for p in model.parameters() if p.requires_grad]),
         train=train,
         eval=ready.job.eval,
-        batches=Batches(samples.train, samples_per_rank(train, 1), world, ready.job.seed, train.group_by_length),
+        batches=batches,
         activations=Recompute(model, samples.train, device),
         val_batches=[],
         val_activations=Recompute(model, samples.val, device),
-        world=world,
+        world=batches.world,
         device=device,
         autocast=ready.fabric.autocast,
         log=None,
@@ -115,6 +114,11 @@ def rehearsed(ready: Prepared, train: TrainArgs) -> Loop:
         signals=Signals(),
         answer=lambda: None,
     )
+
+
+def _batches(ready: Prepared, train: TrainArgs) -> Batches:
+    world = World(0, 1, lambda tensor: tensor)
+    return Batches(ready.splits.train, samples_per_rank(train, 1), world, ready.job.seed, train.group_by_length)
 
 
 def _time(loop: Loop, batches: list[Batch]) -> tuple[float, list[Batch]]:

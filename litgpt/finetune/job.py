@@ -100,7 +100,7 @@ class Prepared:
             self.console.say(line)
 
 
-def run(job: Job, method: Method, ready: Callable[[Job, Method], Prepared] | None = None) -> dict[str, Any]:
+def run(job: Job, method: Method, ready: Callable[[], Prepared] | None = None) -> dict[str, Any]:
     """Do the job; the figures of its report. Raises UserError before anything is written if a setting, file or checkpoint is wrong.
 
     `ready`: what reads data and model, if it is not `prepare`.
@@ -114,7 +114,7 @@ def run(job: Job, method: Method, ready: Callable[[Job, Method], Prepared] | Non
             Console(is_first).say(f"{job.out_dir / 'final'} is there: this run is finished, nothing is left to do")
             return finished_report(job.out_dir, is_first)
         point = place.resume_point(Console(is_first).say)
-        prepared = ready(job, method) if ready else prepare(job, method, point)
+        prepared = ready() if ready else prepare(job, method, point)
         prepared.tell()
         return Session(prepared, place, signals, clock, read(point) if point else None).run()
 
@@ -155,22 +155,25 @@ def prepare(job: Job, method: Method, point: Path | None = None) -> Prepared:
     make_optimizer(job.optimizer, model.parameters())  # wrong settings show before anything is computed or written
     example = _example(job, splits.examples)
     chosen = None
-    if model.config.taps_to_choose:
-        with ends_together(fabric), _memory_explained(fabric.device, "while blocks were chosen"):
-            chosen = checkpoint.chosen_taps(point) if point else _choose_taps(job, model, splits, fabric, console)
+    if count := model.config.taps_to_choose:
+        with ends_together(fabric):
+            chosen = checkpoint.chosen_taps(point) if point else choose_taps(job, model, count, splits, fabric, console)
         if chosen:
             keep_taps(model, chosen)
     return Prepared(job, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype, chosen)
 
 
-def _choose_taps(job: Job, model: GPT, splits: Splits, fabric: Fabric, console: Console) -> list[int]:
-    """The blocks that the first process chooses for all, and a line that says why."""
-    count, candidates = model.config.taps_to_choose, model.config.taps
-    assert count is not None
+def choose_taps(job: Job, model: GPT, count: int, splits: Splits, fabric: Fabric, console: Console) -> list[int]:
+    """The `count` of the tapped blocks that the first process chooses for all, and a line that says why."""
+    candidates = model.config.taps
     blocks = list(candidates)
     if fabric.global_rank == 0 and count < len(candidates):
         clock = Stopwatch()
-        with console.progress("choosing blocks") as progress, fabric.autocast():
+        with (
+            _memory_explained(fabric.device, "while blocks were chosen"),
+            console.progress("choosing blocks") as progress,
+            fabric.autocast(),
+        ):
             choice = choose(model, splits.train, count, job.train.micro_batch_size, job.seed, progress)
         console.say(describe_choice(choice, candidates, clock.seconds))
         blocks = list(choice.blocks)

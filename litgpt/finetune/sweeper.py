@@ -18,7 +18,7 @@ from litgpt.files import read_json
 from litgpt.finetune import sweep_table
 from litgpt.finetune.dry_run import rehearsed, require_data
 from litgpt.finetune.grid import Variant
-from litgpt.finetune.job import Job, Prepared, finished_report, prepare, run
+from litgpt.finetune.job import Job, Prepared, choose_taps, finished_report, prepare, run
 from litgpt.finetune.lora import job_of
 from litgpt.finetune.method import Method, ranges
 from litgpt.finetune.place import Place
@@ -27,7 +27,7 @@ from litgpt.finetune.signals import Signals
 from litgpt.finetune.state import Identity, Stopwatch, environment, identity
 from litgpt.finetune.sweep_table import FAILED, FINISHED, STOPPED, WAITING, Outcome, Table, aligned
 from litgpt.logs import Console
-from litgpt.lora import GPT, Config
+from litgpt.lora import GPT, Config, keep_taps
 from litgpt.optim import make_optimizer
 
 RESUME = "the same command with --resume auto goes on"
@@ -41,6 +41,8 @@ class Trial:
     job: Job
     method: Method
     config: Config
+    chosen: list[int] | None = None
+    """the tapped blocks, if they were left to `auto`"""
 
 
 class _Quiet(Console):
@@ -60,7 +62,7 @@ def sweep(arguments: dict[str, Any], variants: list[Variant]) -> None:
         table = Table(out_dir, [_outcome(variant, resumed) for variant in variants], trials[0].job.train.keep_best)
         names = {outcome.variant.name for outcome in table.of(WAITING)}
         waiting = [trial for trial in trials if trial.variant.name in names]
-        ready = _prepare(trials, out_dir)
+        ready = _prepare(trials, out_dir, (before or {}).get("chosen"))
         _introduce(ready, table, len(waiting))
         whose = _identity(ready, arguments, list(variants[0].values))
         if before is not None and (changes := whose.changes(before["identity"])):
@@ -69,7 +71,7 @@ def sweep(arguments: dict[str, Any], variants: list[Variant]) -> None:
         if waiting:
             ready.shared = SharedActivations.fill(ready, _validated(trials, ready))
             spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
-        table.facts = {**(before or {}), **_facts(ready, arguments, whose), **spent}
+        table.facts = {**(before or {}), **_facts(ready, trials, arguments, whose), **spent}
         place.make(resumed)
         table.save()
         for number, trial in enumerate(waiting, 1):
@@ -91,7 +93,7 @@ def dry_run(arguments: dict[str, Any], variants: list[Variant]) -> None:
     steps = {}
     rows: list[tuple[str, ...]] = [("setting", "parameters", "steps", "")]
     for trial in trials:
-        loop = rehearsed(_adapted(ready, trial.job, trial.method), trial.job.train)
+        loop = rehearsed(_adapted(ready, trial), trial.job.train)
         steps[trial.variant.name] = loop.total_steps
         known = "" if loop.total_steps is None else f"{loop.total_steps:,}"
         rows.append((trial.variant.name, f"{sum(p.numel() for p in loop.trained):,}", known, ""))
@@ -129,11 +131,6 @@ def _trials(arguments: dict[str, Any], variants: list[Variant]) -> list[Trial]:
             job, method = job_of(variant.arguments)
             config = method.config(base)
             make_optimizer(job.optimizer, [torch.nn.Parameter(torch.zeros(1))])
-            if config.taps_to_choose:
-                raise UserError(
-                    "skip2lora_block_indices auto chooses for one run alone: name the blocks here, such as those that "
-                    "`litgpt finetune ... --dry_run true` says it chose"
-                )
             if config.cut is None:
                 raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
         except UserError as error:
@@ -171,12 +168,35 @@ def _layer(config: Config) -> str:
     return f"block {cut}" if cut < config.n_layer else "ln_f" if cut == config.n_layer else "lm_head"
 
 
-def _prepare(trials: list[Trial], out_dir: Path) -> Prepared:
-    """Data and model, read once; the model has the taps of all settings."""
-    taps = sorted({block for trial in trials for block in trial.config.taps})
+def _prepare(trials: list[Trial], out_dir: Path, known: Any = None) -> Prepared:
+    """Data and model, read once; the model has the taps of all settings. `known`: blocks chosen in an earlier session, by setting."""
     widest = next((trial for trial in trials if trial.config.taps), trials[0])
+    taps = _taps(trials)
     _, method = job_of({**widest.variant.arguments, **({"skip2lora_block_indices": taps} if taps else {})})
-    return prepare(replace(widest.job, out_dir=out_dir), method)
+    ready = prepare(replace(widest.job, out_dir=out_dir), method)
+    _choose(trials, ready, known if isinstance(known, dict) else {})
+    if taps:
+        keep_taps(ready.model, _taps(trials))
+    return ready
+
+
+def _taps(trials: list[Trial]) -> list[int]:
+    """The blocks that any of the settings taps: every candidate where `auto` has yet to choose."""
+    return sorted({block for trial in trials for block in trial.chosen or trial.config.taps})
+
+
+def _choose(trials: list[Trial], ready: Prepared, known: dict[str, Any]) -> None:
+    """Give each setting that leaves its blocks to `auto` those that its own run would choose."""
+    choices: dict[tuple[int, int, int], list[int]] = {}
+    for trial in trials:
+        if count := trial.config.taps_to_choose:
+            blocks = known.get(trial.variant.name)
+            if not isinstance(blocks, list) or len(blocks) != count or not all(block in trial.config.taps for block in blocks):
+                key = count, trial.job.train.micro_batch_size, trial.job.seed
+                if key not in choices:
+                    choices[key] = choose_taps(trial.job, ready.model, count, ready.splits, ready.fabric, ready.console)
+                blocks = choices[key]
+            trial.chosen = blocks
 
 
 def _validated(trials: list[Trial], ready: Prepared) -> int:
@@ -191,12 +211,14 @@ def _validated(trials: list[Trial], ready: Prepared) -> int:
     return max(asked)
 
 
-def _adapted(ready: Prepared, job: Job, method: Method) -> Prepared:
-    """What `prepare` would give for the job: its adapters, drawn with its seed, on the model that is there."""
-    ready.fabric.seed_everything(job.seed, verbose=False)
-    method.rebuild(ready.model, ready.base)
+def _adapted(ready: Prepared, trial: Trial) -> Prepared:
+    """What `prepare` would give for the setting: its adapters, drawn with its seed, on the model that is there."""
+    ready.fabric.seed_everything(trial.job.seed, verbose=False)
+    trial.method.rebuild(ready.model, ready.base)
     ready.model.to(ready.fabric.device)
-    return replace(ready, job=job, method=method, console=_Quiet())
+    if trial.chosen is not None:
+        keep_taps(ready.model, trial.chosen)
+    return replace(ready, job=trial.job, method=trial.method, console=_Quiet(), chosen=trial.chosen)
 
 
 def _outcome(variant: Variant, resumed: bool) -> Outcome:
@@ -228,9 +250,11 @@ def _identity(ready: Prepared, arguments: dict[str, Any], varying: list[str]) ->
     return identity(settings, {"precision": ready.precision}, ready.base, config, splits.train, splits.val)
 
 
-def _facts(ready: Prepared, arguments: dict[str, Any], whose: Identity) -> dict[str, Any]:
-    """Of sweep.json: what is the same for all settings."""
+def _facts(ready: Prepared, trials: list[Trial], arguments: dict[str, Any], whose: Identity) -> dict[str, Any]:
+    """Of sweep.json: what is the same for all settings, and the blocks that were chosen for those with `auto`."""
     facts = {"settings": as_config(arguments), "identity": whose.facts(), "environment": environment(ready.fabric.device)}
+    if chosen := {trial.variant.name: trial.chosen for trial in trials if trial.chosen is not None}:
+        facts["chosen"] = chosen
     if ready.shared is not None:
         facts["cache"] = {"blocks": list(ready.shared.blocks), "bytes": sum(each.store.nbytes for each in ready.shared.caches.values())}
     return facts
@@ -240,7 +264,7 @@ def _train(trial: Trial, ready: Prepared, table: Table) -> None:
     """Train one setting and note what became of it. Raises Stopped, saying how to go on."""
     outcome = next(outcome for outcome in table.outcomes if outcome.variant is trial.variant)
     try:
-        outcome.figures = run(trial.job, trial.method, lambda job, method: _adapted(ready, job, method))
+        outcome.figures = run(trial.job, trial.method, lambda: _adapted(ready, trial))
         outcome.status = FINISHED
         loss = table.loss(outcome)
         told = "not validated" if loss is None else f"validation loss {loss:.4f}"

@@ -31,6 +31,7 @@ SWEEPS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
         {**BLOCK, "skip2lora_cache": "disk", "train__keep_best": False, "samples": 3},
         {"optimizer.lr": [0.01, 3e-3], "seed": [1, 2], "train.global_batch_size": [6, 9], "train.micro_batch_size": [3]},
     ),
+    "auto": ({**SKIP, "lora_r": 2}, {"skip2lora_block_indices": ["auto:2", "auto:1", "last:3"], "seed": [1, 2]}),
     "late LoRA": ({"lora_block_indices": "last:2", "lora_key": True, "eval__max_new_tokens": 0}, {"lora_r": [2, 3], "lora_alpha": [4]}),
     "8 bits": ({**BLOCK, "quantize": "int8"}, {"lora_mlp": [True, False]}),
 }
@@ -83,8 +84,11 @@ def test_each_setting_is_the_run_of_its_own(name: str, made: Callable[[str], Run
             assert swept.column(column) == run.column(column)
         for key in ("final_val_loss", "best_val_loss", "steps", "trainable_parameters", "total_parameters"):
             assert swept.report[key] == run.report[key]
-        plans = [yaml.safe_load((each.final / "hyperparameters.yaml").read_text()) for each in (run, swept)]
-        assert {**plans[0], "out_dir": 0} == {**plans[1], "out_dir": 0}
+        plans, models = (
+            [yaml.safe_load((each.final / file).read_text()) for each in (run, swept)]
+            for file in ("hyperparameters.yaml", "model_config.yaml")
+        )
+        assert {**plans[0], "out_dir": 0} == {**plans[1], "out_dir": 0} and models[0] == models[1]
 
 
 def test_the_runs_differ(made: Callable[[str], Run]) -> None:
@@ -338,7 +342,35 @@ def test_every_key_that_may_vary_is_one() -> None:
     assert set(grid.VARYING) <= Keys(setup).types.keys()
 
 
-def test_blocks_that_a_run_would_choose_are_not_for_a_sweep(base: Path, data: Path, tmp_path: Path) -> None:
-    """All settings share one cache: a choice for each would not be the one that the run alone makes."""
-    run = sweep(base, data, tmp_path / "out", {"lora_r": [2, 3]}, **SKIP, skip2lora_block_indices="auto:2")
-    assert run.code == 1 and "auto chooses for one run alone" in run.err and not (tmp_path / "out").exists()
+# --- blocks left to auto ---
+
+
+def test_the_sweep_says_which_blocks_were_chosen(made: Callable[[str], Run]) -> None:
+    run = made("auto")
+    facts, found = json.loads((run.out_dir / "sweep.json").read_text()), {row["setting"] for row in rows(run.out_dir)}
+    assert facts["chosen"].keys() == {name for name in found if "auto" in name}
+    assert all(len(blocks) == (2 if "auto-2" in name else 1) for name, blocks in facts["chosen"].items())
+    tapped = {block for blocks in facts["chosen"].values() for block in blocks} | {2, 3, 4}
+    assert set(facts["cache"]["blocks"]) == tapped  # no more than is trained on
+    assert run.err.count("skip2lora_block_indices auto: blocks ") == 4
+
+
+def test_blocks_are_chosen_once(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all settings that would choose the same, and not again by a session that goes on."""
+    settings = {**SKIP, "skip2lora_block_indices": "auto:2"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", failing_at(4, interrupt))
+        stopped = sweep(base, data, tmp_path, {"lora_r": [2, 4]}, **settings)
+    assert stopped.code == 130 and stopped.err.count("auto: blocks ") == 1
+    monkeypatch.setattr("litgpt.finetune.job.choose", None)  # choosing again would fail
+    assert sweep(base, data, tmp_path, {"lora_r": [2, 4]}, resume="auto", **settings).code == 0
+
+
+@pytest.mark.parametrize("broken", [5, ["x"], [[0], [1]], [0, 1, 2], [99, 1]])
+def test_chosen_blocks_that_cannot_be_are_chosen_anew(broken: Any, base: Path, data: Path, tmp_path: Path) -> None:
+    settings = {**SKIP, "skip2lora_block_indices": "auto:2"}
+    assert sweep(base, data, tmp_path, {"lora_r": [2]}, **settings).code == 0
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chosen": {"lora_r=2": broken}}))
+    run = sweep(base, data, tmp_path, {"lora_r": [2]}, resume="auto", **settings)
+    assert run.code == 0 and run.err.count("auto: blocks ") == 1
