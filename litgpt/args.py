@@ -85,9 +85,10 @@ class TrainArgs:
         """A fraction turns off the default number of steps, and contradicts any other number."""
         if fraction > 1:
             raise UserError(f"train.lr_warmup_fraction must be between 0 and 1, but is {fraction}")
-        if self.lr_warmup_steps not in (None, DEFAULT_WARMUP_STEPS):
+        if self.lr_warmup_steps not in (None, 0, DEFAULT_WARMUP_STEPS):
             raise UserError(
-                f"train.lr_warmup_steps ({self.lr_warmup_steps}) and train.lr_warmup_fraction ({fraction}) are both given: leave one out"
+                f"train.lr_warmup_steps ({self.lr_warmup_steps}) and train.lr_warmup_fraction ({fraction}) are both given: leave one out; "
+                "--train.lr_warmup_steps 0 takes back what a YAML file has"
             )
         self.lr_warmup_steps = None
 

@@ -229,8 +229,9 @@ def test_what_is_saved_can_be_read_back(config: str, tmp_path: Path) -> None:
 
 
 def test_warmup_as_a_fraction_replaces_the_default_number_of_steps() -> None:
-    train = finetune("c", "--lr_warmup_fraction", "0.1")["train"]
-    assert (train.lr_warmup_fraction, train.lr_warmup_steps) == (0.1, None)
+    for words in ([], ["--lr_warmup_steps", "0"]):
+        train = finetune("c", *words, "--lr_warmup_fraction", "0.1")["train"]
+        assert (train.lr_warmup_fraction, train.lr_warmup_steps) == (0.1, None)
 
 
 # LitGPT's own files: every key of its LoRA YAMLs, with values as they stand there.
