@@ -117,9 +117,9 @@ def settings() -> list[Setting]:
         made.append(skip(cut, **tail(blocks), group=cut))
         for rate in ("1e-3", "5e-4"):
             made.append(skip(f"{cut}_lora_{rate}", **tail(blocks), lr=rates[rate], group=cut, keys=ALL_LINEAR))
-    for kind, flags in (("qv", {}), ("all", ALL_LINEAR)):
+    for kind, flags, epochs in (("qv", {}, 2), ("all", ALL_LINEAR, 2), ("all_4_epochs", ALL_LINEAR, 4)):
         grid = ("2e-4", "5e-4", "1e-3")
-        made += [Setting(f"lora_{kind}_{rate}", rates[rate], 2, {"lora_r": 8, **flags}, crossed=BLOCKS) for rate in grid]
+        made += [Setting(f"lora_{kind}_{rate}", rates[rate], epochs, {"lora_r": 8, **flags}, crossed=BLOCKS) for rate in grid]
     wide = {"skip2lora_r": 32, "skip2lora_alpha": 64}
     for blocks, later, more in ((0, ("1e-4", "3e-4"), wide), (4, ("5e-4", "2e-4"), {}), (8, ("5e-4", "2e-4"), {})):
         for share in (0.25, 0.5, 1, 2):

@@ -121,7 +121,7 @@ def test_settings_are_what_their_names_say(quality: Any) -> None:
     """Its cut, and with it what gradients cross, and its cache's group follow from the config that a setting makes."""
     known = quality.settings()
     names = [setting.name for setting in known]
-    assert len(set(names)) == len(names) == 47 and set(quality.FIRST) <= set(names) and names[: len(quality.FIRST)] == list(quality.FIRST)
+    assert len(set(names)) == len(names) == 50 and set(quality.FIRST) <= set(names) and names[: len(quality.FIRST)] == list(quality.FIRST)
     groups: dict[str, set[Any]] = {}
     for setting in known:
         if setting.name == "auto":
