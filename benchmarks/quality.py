@@ -101,7 +101,6 @@ def tail(blocks: int) -> dict[str, Any]:
 
 def settings() -> list[Setting]:
     """All of them, those of `FIRST` in front."""
-    rates = {"1e-4": 1e-4, "2e-4": 2e-4, "3e-4": 3e-4, "5e-4": 5e-4, "1e-3": 1e-3}
     made = [
         skip("first6_raw", [0, 1, 2, 3, 4, 5], keys={"skip2lora_norm": "none"}),
         skip("every5", "every:5"),
@@ -116,17 +115,17 @@ def settings() -> list[Setting]:
         cut = f"cut{BLOCKS - blocks}"
         made.append(skip(cut, **tail(blocks), group=cut))
         for rate in ("1e-3", "5e-4"):
-            made.append(skip(f"{cut}_lora_{rate}", **tail(blocks), lr=rates[rate], group=cut, keys=ALL_LINEAR))
+            made.append(skip(f"{cut}_lora_{rate}", **tail(blocks), lr=float(rate), group=cut, keys=ALL_LINEAR))
     for kind, flags, epochs in (("qv", {}, 2), ("all", ALL_LINEAR, 2), ("all_4_epochs", ALL_LINEAR, 4)):
         grid = ("2e-4", "5e-4", "1e-3")
-        made += [Setting(f"lora_{kind}_{rate}", rates[rate], epochs, {"lora_r": 8, **flags}, crossed=BLOCKS) for rate in grid]
+        made += [Setting(f"lora_{kind}_{rate}", float(rate), epochs, {"lora_r": 8, **flags}, crossed=BLOCKS) for rate in grid]
     wide = {"skip2lora_r": 32, "skip2lora_alpha": 64}
     for blocks, later, more in ((0, ("1e-4", "3e-4"), wide), (4, ("5e-4", "2e-4"), {}), (8, ("5e-4", "2e-4"), {})):
         for share in (0.25, 0.5, 1, 2):
             for rate in later:
                 name = f"warm{share:g}_{f'cut{BLOCKS - blocks}' if blocks else 'head'}_{rate}"
                 keys = {**ALL_LINEAR, **more, "skip2lora_warmup_lr": WARM_LR}
-                made.append(skip(name, **tail(blocks), lr=rates[rate], warmup=share, keys=keys))
+                made.append(skip(name, **tail(blocks), lr=float(rate), warmup=share, keys=keys))
     return sorted(made, key=lambda setting: FIRST.index(setting.name) if setting.name in FIRST else len(FIRST))
 
 
