@@ -26,7 +26,7 @@ slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow tests/reliability tests/safety
+	$(BIN)/python -m pytest -m slow tests/robustness
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

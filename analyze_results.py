@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litgpt import checkpoint, results
+from litgpt import atomic, results
 from litgpt.errors import UserError
 from litgpt.results import Part, Picture, Sections, Table, as_html, as_markdown, less, percent
 
@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.out or (args.results if args.results.is_dir() else args.results.parent) / "report"
         sections = report(content, args.baseline, args.benchmark or (BENCHMARK if BENCHMARK.is_file() else None), folder)
         for name, text in (("report.md", as_markdown(TITLE, sections)), ("report.html", as_html(TITLE, sections))):
-            checkpoint.write_text(folder / name, text)
+            atomic.write_text(folder / name, text)
             print(f"wrote {folder / name}")
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)

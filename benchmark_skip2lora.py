@@ -21,12 +21,13 @@ from typing import Any
 import torch
 import yaml
 
-from litgpt import catalog, checkpoint, results
+from litgpt import atomic, results
+from litgpt import families as catalog
 from litgpt.__main__ import load
 from litgpt.benchmark import Settings, count, in_worker, measure, model_config
-from litgpt.command_line import parse
+from litgpt.cli import parse
+from litgpt.device import backbone_dtype, default_device, default_precision
 from litgpt.errors import UserError
-from litgpt.fabric import backbone_dtype, default_device, default_precision
 from litgpt.lora import Config
 from litgpt.results import less, percent, text_table
 
@@ -321,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
             "configurations": measured,
             "comparison": compared,
         }
-        checkpoint.write_text(args.out / "benchmark_results.json", json.dumps({"format": 1, **content}, indent=2) + "\n")
+        atomic.write_text(args.out / "benchmark_results.json", json.dumps({"format": 1, **content}, indent=2) + "\n")
         print(f"wrote {args.out / 'benchmark_results.json'}")
         picture(measured, args.out / "benchmark_skip2lora.png")
     except UserError as error:

@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from litgpt import checkpoint, results
+from litgpt import atomic, checkpoint, results
 from litgpt.errors import UserError
 from litgpt.finetune.lora import setup
 
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
             for run in runs:
                 name = run.name if repeat == 1 else f"{run.name}.{repeat}"
                 records.append(do(run, repeat, args.out_dir / name, args, extra))
-                checkpoint.write_text(file, json.dumps({**common, "runs": records}, indent=2) + "\n")
+                atomic.write_text(file, json.dumps({**common, "runs": records}, indent=2) + "\n")
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

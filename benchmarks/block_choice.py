@@ -4,7 +4,7 @@
 
 The data are PythonDocs' docstrings, a tenth held out. All blocks' outputs are computed once; each set of blocks then trains its adapters
 with the same loop, seeds and order of samples, so that only the blocks differ. `predicted` is what `auto` goes by: the share of the loss's
-gradient that the blocks predict on samples not fitted (`litgpt.block_choice`). The JSON file is written after each run, and the same
+gradient that the blocks predict on samples not fitted (`litgpt.activations.choose`). The JSON file is written after each run, and the same
 command goes on where it was stopped. Only losses are measured, so other work on the machine does no harm.
 """
 
@@ -26,19 +26,19 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from litgpt.activation_cache import Activations, CacheSettings, Features, activations  # noqa: E402
+from litgpt.activations.cache import Activations, CacheSettings, Features, activations  # noqa: E402
+from litgpt.activations.choose import SAMPLES, Evidence, draw, gather, select  # noqa: E402
 from litgpt.args import EvalArgs, TrainArgs  # noqa: E402
-from litgpt.block_choice import SAMPLES, Evidence, draw, gather, select  # noqa: E402
-from litgpt.convert.open import open_checkpoint  # noqa: E402
+from litgpt.convert.resolve import open_checkpoint  # noqa: E402
 from litgpt.data import PythonDocs  # noqa: E402
 from litgpt.data.base import Splits  # noqa: E402
-from litgpt.finetune.loop import Batches, Loop, World  # noqa: E402
-from litgpt.finetune.method import adapters, ranges  # noqa: E402
-from litgpt.finetune.signals import Signals  # noqa: E402
 from litgpt.logs import Console  # noqa: E402
 from litgpt.optim import make_optimizer  # noqa: E402
 from litgpt.prompts import resolve_prompt_style  # noqa: E402
 from litgpt.tokenizer import Tokenizer  # noqa: E402
+from litgpt.train.interrupts import Signals  # noqa: E402
+from litgpt.train.loop import Batches, Loop, World  # noqa: E402
+from litgpt.train.methods import adapters, ranges  # noqa: E402
 
 CPU = torch.device("cpu")
 BATCH, WARMUP, SEED = 8, 20, 1337

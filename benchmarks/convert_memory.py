@@ -25,7 +25,9 @@ CHILD = """
 import sys, time
 from pathlib import Path
 import safetensors.torch, torch
-from litgpt.convert import from_litgpt, hf, own, writer
+from litgpt.convert import from_litgpt, hf
+from litgpt.convert import litgpt as own
+from litgpt.convert import write as writer
 from litgpt.convert.names import HF_LLAMA, assemble, shapes
 from litgpt import checkpoint, config
 kind, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])

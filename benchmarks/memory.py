@@ -32,10 +32,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import wordnet  # noqa: E402
 from convert_memory import held  # noqa: E402
 
-from litgpt import checkpoint, lora, results  # noqa: E402
+from litgpt import atomic, lora, results  # noqa: E402
 from litgpt.benchmark import TIED, Settings, in_worker  # noqa: E402
+from litgpt.device import backbone_dtype, default_device, default_precision  # noqa: E402
 from litgpt.errors import UserError  # noqa: E402
-from litgpt.fabric import backbone_dtype, default_device, default_precision  # noqa: E402
 from litgpt.memory import PROCESS, estimate  # noqa: E402
 from litgpt.results import Part, Sections, Table  # noqa: E402
 
@@ -94,7 +94,7 @@ def step(job: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from litgpt import benchmark
-    from litgpt.activation_cache import Recompute
+    from litgpt.activations.cache import Recompute
 
     settings, (adapter, checkpointing) = Settings(**job["settings"]), METHODS[job["method"]]
     model: Any = benchmark.build(settings, adapter)
@@ -148,7 +148,7 @@ def long_data(folder: Path, base: Path, samples: int) -> Path:
             raise UserError(f"sample {number} has only {len(ids)} tokens")
         parts = (tokenizer.decode(list(part)) for part in (ids[:PROMPT], ids[PROMPT:]))
         records.append(dict(zip(("instruction", "output"), parts, strict=True)))
-    checkpoint.write_text(file, "".join(json.dumps(record) + "\n" for record in records))
+    atomic.write_text(file, "".join(json.dumps(record) + "\n" for record in records))
     return file
 
 
@@ -200,7 +200,7 @@ def runs(base: Path, out: Path, precision: str) -> list[dict[str, Any]]:
             }
             if "error" not in row:
                 row["step_ms"] = 1000 * statistics.median(seconds for _, seconds in results.read_metrics(folder)["step_time"])
-            checkpoint.remove_folder(folder)
+            atomic.remove_folder(folder)
             told = row.get("error") or f"{row['peak'] / 2**30:.2f} GiB, loaded {row['loaded'] / 2**30:.2f}"
             print(f"{title}, {method}: {told}", flush=True)
             rows.append(row)
@@ -282,8 +282,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     text = results.as_markdown("Memory", found)
-    checkpoint.write_text(args.out / "memory.json", json.dumps(content, indent=2) + "\n")
-    checkpoint.write_text(args.out / "memory.md", text)
+    atomic.write_text(args.out / "memory.json", json.dumps(content, indent=2) + "\n")
+    atomic.write_text(args.out / "memory.md", text)
     print(f"\n{text}\nwrote {args.out / 'memory.json'}, {args.out / 'memory.md'}")
     return 0
 

@@ -34,9 +34,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import wordnet  # noqa: E402
 
 from evaluate_skip2lora_comparison import error_line, litgpt, shown  # noqa: E402
-from litgpt import checkpoint, results  # noqa: E402
+from litgpt import atomic, checkpoint, results  # noqa: E402
+from litgpt.device import default_device, default_precision  # noqa: E402
 from litgpt.errors import UserError  # noqa: E402
-from litgpt.fabric import default_device, default_precision  # noqa: E402
 from litgpt.results import Part, Picture, Sections, Table  # noqa: E402
 
 CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -178,7 +178,7 @@ class Study:
         return content["runs"]
 
     def write(self, runs: dict[str, dict[str, Any]]) -> None:
-        checkpoint.write_text(self.file, json.dumps({"format": 1, "study": self.facts, "runs": runs}, indent=2) + "\n")
+        atomic.write_text(self.file, json.dumps({"format": 1, "study": self.facts, "runs": runs}, indent=2) + "\n")
 
     def data_words(self) -> list[str]:
         val = self.samples // 5
@@ -433,7 +433,7 @@ def report(study: Study, runs: dict[str, dict[str, Any]]) -> None:
     if file := picture(study, runs):
         found["Settings"].append(Picture("validation loss over seconds", file))
     text = results.as_markdown(f"Loss against time: {study.data}", found)
-    checkpoint.write_text(study.folder / "quality.md", text)
+    atomic.write_text(study.folder / "quality.md", text)
     print(f"\n{text}\nwrote {study.file}, {study.folder / 'quality.md'}", flush=True)
 
 

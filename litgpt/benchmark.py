@@ -25,15 +25,15 @@ import psutil
 import torch
 
 from litgpt import checkpoint
-from litgpt.activation_cache import FILL_TOKENS, ActivationCache, Activations, CacheSettings, Recompute, activations
-from litgpt.data.base import Sample
+from litgpt.activations.cache import FILL_TOKENS, ActivationCache, Activations, CacheSettings, Recompute, activations
+from litgpt.device import backbone_dtype
 from litgpt.errors import UserError
-from litgpt.fabric import backbone_dtype
 from litgpt.logs import peak_memory_gb
 from litgpt.lora import GPT, Config, lora_filter, mark_only_lora_as_trainable
 from litgpt.loss import CHUNK_BYTES, HeadLoss
 from litgpt.model import GPT as BaseGPT
 from litgpt.optim import make_optimizer
+from litgpt.sample import Sample
 
 BATCHES = 4
 """different ones, taken in turn"""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt import catalog
+from litgpt import families as catalog
 from litgpt.errors import UserError
 from litgpt.files import read_json, read_yaml
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
-from litgpt import catalog
+from litgpt import families as catalog
 from litgpt.checkpoint import TOKENIZER_FILES
 from litgpt.convert.hf import WEIGHT_FILES, read_json
-from litgpt.convert.open import HOME, HUB_NAME, convert, open_checkpoint
+from litgpt.convert.resolve import HOME, HUB_NAME, convert, open_checkpoint
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:

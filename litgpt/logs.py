@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from litgpt.args import LogArgs
-from litgpt.checkpoint import write_text
+from litgpt.atomic import write_text
 from litgpt.errors import UserError
 
 COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")

@@ -65,7 +65,7 @@ class Config(base.Config):
     skip2lora_block_indices: BlockIndices = None
     """S, the tapped blocks: ints (negative from the end), "all", "last:6", "every:5" or names "transformer.h.3"; else the last 6.
 
-    With "auto" or "auto:4" every candidate is tapped until `litgpt.block_choice` has chosen 6 or 4 of them and `keep_taps` keeps those.
+    With "auto" or "auto:4" every candidate is tapped until `activations.choose` has chosen 6 or 4 of them and `keep_taps` keeps those.
     """
     skip2lora_output_layer: str = LM_HEAD
     """The layer whose input the sum joins: "lm_head", "transformer.ln_f" or "transformer.h.m"."""

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from litgpt import lora
-from litgpt.activation_cache import is_flat
+from litgpt.activations.cache import is_flat
 from litgpt.loss import CHUNK_BYTES
 from litgpt.model import Block, LLaMAMoE, RMSNorm
 from litgpt.quantize import GROUP, frozen_linears

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
-from litgpt.checkpoint import write_text
+from litgpt.atomic import write_text
 from litgpt.errors import UserError
 from litgpt.files import read_yaml
 
@@ -418,7 +418,7 @@ class ChatTemplate(PromptStyle):
         """The conversation as text. UserError if the template refuses it, is broken, or exceeds the bounds."""
         pieces, length = [], 0
         try:
-            from litgpt.sandbox import MAX_SIZE, Sandbox
+            from litgpt.templates import MAX_SIZE, Sandbox
 
             if self._compiled is None:
                 self._compiled = Sandbox(self._now).from_string(self.template)

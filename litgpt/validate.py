@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from litgpt import checkpoint
+from litgpt import atomic, checkpoint
 from litgpt.config import Config
 from litgpt.errors import UserError
 
@@ -53,7 +53,7 @@ def validate(checkpoint_dir: Path) -> None:
     Args:
         checkpoint_dir: A base model, a merged model or an adapter. A Hugging Face folder or a GGUF file is converted first.
     """
-    from litgpt.convert.open import open_checkpoint
+    from litgpt.convert.resolve import open_checkpoint
 
     folder = open_checkpoint(checkpoint_dir)
     if not folder.is_dir():
@@ -113,9 +113,9 @@ def files(folder: Path, needed: tuple[str, ...]) -> tuple[str, list[str]]:
 
 def manifest(folder: Path) -> tuple[str, list[str]]:
     """The files against the sizes and digests that were written with them."""
-    if not (folder / checkpoint.MANIFEST).is_file():
+    if not (folder / atomic.MANIFEST).is_file():
         return "none", []
-    return f"{len(checkpoint.read_manifest(folder) or ())} files compared", checkpoint.damages(folder, contents=True)
+    return f"{len(atomic.read_manifest(folder) or ())} files compared", atomic.damages(folder, contents=True)
 
 
 def describe(config: Config) -> str:

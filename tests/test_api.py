@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 import litgpt
@@ -17,6 +16,7 @@ from litgpt import checkpoint
 from litgpt.api import LLM, inference_dtype
 from litgpt.errors import UserError
 from litgpt.prompts import Alpaca, ChatTemplate, save_prompt_style
+from tests.helpers import tiny
 
 WriteTokenizer = Callable[[Path], Path]
 SKIP: dict[str, Any] = {"lora_r": 3, "skip2lora_enabled": True, "skip2lora_block_indices": [0, 1, 2, 3, 4]}
@@ -84,7 +84,7 @@ def test_every_kind_of_folder(base: Path, write_tiny_tokenizer: WriteTokenizer) 
         assert llm.config.name == "tiny" and llm.model is not None
         answers[kind] = llm.generate("hello", max_new_tokens=20, temperature=0.0)
         if kind == "lora":
-            from litgpt.finetune.merge import merge_lora
+            from litgpt.convert.merge import merge_lora
 
             merge_lora(folder)
             assert load(folder).generate("hello", max_new_tokens=20, temperature=0.0) == answers[kind]

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import yaml
 
-from litgpt import checkpoint, lora
+from litgpt import atomic, checkpoint, lora
 from litgpt.config import Config
 from litgpt.errors import UserError
+from tests.helpers import tiny
 
 WriteTokenizer = Callable[[Path], Path]
 
@@ -36,7 +36,7 @@ def left_in(folder: Path) -> list[str]:
 
 def test_new_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "final"
-    with checkpoint.new_folder(target) as folder:
+    with atomic.new_folder(target) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("1")
         assert folder.parent == target.parent and not target.exists()
@@ -47,7 +47,7 @@ def test_new_folder_appears_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_new_folder_leaves_nothing_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), checkpoint.new_folder(tmp_path / "final") as folder:
+    with pytest.raises(error), atomic.new_folder(tmp_path / "final") as folder:
         (folder / "a").write_text("half")
         raise error
     assert left_in(tmp_path) == []
@@ -57,26 +57,26 @@ def test_new_folder_keeps_what_is_there(tmp_path: Path) -> None:
     target = tmp_path / "final"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(UserError, match="exists already") as caught, checkpoint.new_folder(target):
+    with pytest.raises(UserError, match="exists already") as caught, atomic.new_folder(target):
         raise AssertionError("not reached")
     assert str(target) in str(caught.value)
-    with pytest.raises(RuntimeError), checkpoint.new_folder(target, overwrite=True) as folder:
+    with pytest.raises(RuntimeError), atomic.new_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("half")
         raise RuntimeError
     assert left_in(target) == ["old"] and left_in(tmp_path) == ["final"]
-    with checkpoint.new_folder(target, overwrite=True) as folder:
+    with atomic.new_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert left_in(target) == ["manifest.json", "new"] and left_in(tmp_path) == ["final"]
 
 
 def test_new_folder_takes_an_empty_one_and_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with checkpoint.new_folder(tmp_path / "empty") as folder:
+    with atomic.new_folder(tmp_path / "empty") as folder:
         (folder / "a").write_text("1")
     assert left_in(tmp_path / "empty") == ["a", "manifest.json"]
     (tmp_path / "file").write_text("x")
     for target in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=str(target)), checkpoint.new_folder(target):
+        with pytest.raises(UserError, match=str(target)), atomic.new_folder(target):
             pass
     assert (tmp_path / "file").read_text() == "x"
 
@@ -84,7 +84,7 @@ def test_new_folder_takes_an_empty_one_and_refuses_a_file(tmp_path: Path) -> Non
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     """While one file is written over and over, every read finds one of the whole contents."""
     file, texts = tmp_path / "a.yaml", ["a" * 300_000, "b" * 300_000]
-    checkpoint.write_text(file, texts[0])
+    atomic.write_text(file, texts[0])
     seen, stop = set(), threading.Event()
 
     def read() -> None:
@@ -94,7 +94,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     for i in range(30):
-        checkpoint.write_text(file, texts[i % 2])
+        atomic.write_text(file, texts[i % 2])
         time.sleep(0.001)
     stop.set()
     reader.join()
@@ -120,7 +120,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 def filled(folder: Path) -> Path:
     """A folder with two files and a manifest."""
-    with checkpoint.new_folder(folder) as new:
+    with atomic.new_folder(folder) as new:
         (new / "a.bin").write_bytes(bytes(range(256)) * 100)
         (new / "sub").mkdir()
         (new / "sub" / "b.txt").write_text("text")
@@ -133,15 +133,15 @@ def test_the_manifest_has_sizes_and_digests_as_sha256sum_gives_them(tmp_path: Pa
     assert {name: facts["bytes"] for name, facts in files.items()} == {"a.bin": 25600, "sub/b.txt": 4}
     for name, facts in files.items():
         assert facts["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    assert checkpoint.damages(folder) == checkpoint.damages(folder, contents=True) == []
+    assert atomic.damages(folder) == atomic.damages(folder, contents=True) == []
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 25599, 25601])
 def test_another_size_shows_without_reading(length: int, tmp_path: Path) -> None:
     folder = filled(tmp_path / "final")
     os.truncate(folder / "a.bin", length)
-    assert checkpoint.damages(folder) == [f"a.bin has {length:,} bytes, not 25,600"]
-    assert checkpoint.damages(folder, ["sub/b.txt", "unlisted"]) == []
+    assert atomic.damages(folder) == [f"a.bin has {length:,} bytes, not 25,600"]
+    assert atomic.damages(folder, ["sub/b.txt", "unlisted"]) == []
 
 
 @pytest.mark.parametrize("offset", [0, 12345, 25599])
@@ -152,8 +152,8 @@ def test_a_flipped_bit_shows_when_contents_are_compared(offset: int, tmp_path: P
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ 16]))
-    assert checkpoint.damages(folder) == []
-    assert checkpoint.damages(folder, contents=True) == ["a.bin is not what was written (its sha256 differs)"]
+    assert atomic.damages(folder) == []
+    assert atomic.damages(folder, contents=True) == ["a.bin is not what was written (its sha256 differs)"]
 
 
 def test_all_damages_are_listed(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_all_damages_are_listed(tmp_path: Path) -> None:
     (folder / "a.bin").unlink()
     (folder / "a.bin").symlink_to("a.bin")
     shutil.rmtree(folder / "sub")
-    assert checkpoint.damages(folder) == ["a.bin is missing", "sub/b.txt is missing"]
+    assert atomic.damages(folder) == ["a.bin is missing", "sub/b.txt is missing"]
 
 
 @pytest.mark.parametrize(
@@ -185,17 +185,17 @@ def test_a_broken_or_foreign_manifest_is_none(text: str, tmp_path: Path) -> None
     """No training checkpoint then; a base checkpoint is still read, as upstream's has none."""
     folder = filled(tmp_path / "final")
     (folder / "manifest.json").write_text(text)
-    assert checkpoint.read_manifest(folder) is None and checkpoint.damages(folder) == ["manifest.json is missing or broken"]
-    checkpoint.require_whole(folder, "a.bin")
+    assert atomic.read_manifest(folder) is None and atomic.damages(folder) == ["manifest.json is missing or broken"]
+    atomic.require_whole(folder, "a.bin")
 
 
 def test_files_can_be_added(tmp_path: Path) -> None:
     folder = filled(tmp_path / "final")
     (folder / "c.txt").write_text("more")
     (folder / "a.bin").write_text("changed")
-    checkpoint.write_manifest(folder, ["c.txt"])
-    assert set(checkpoint.read_manifest(folder) or ()) == {"a.bin", "sub/b.txt", "c.txt"}
-    assert checkpoint.damages(folder) == ["a.bin has 7 bytes, not 25,600"], "what was there is not blessed anew"
+    atomic.write_manifest(folder, ["c.txt"])
+    assert set(atomic.read_manifest(folder) or ()) == {"a.bin", "sub/b.txt", "c.txt"}
+    assert atomic.damages(folder) == ["a.bin has 7 bytes, not 25,600"], "what was there is not blessed anew"
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.2, 0.5, 0.9, 0.999])
@@ -203,7 +203,7 @@ def test_a_truncated_base_is_one_message_with_and_without_a_manifest(
     share: float, tmp_path: Path, write_tiny_tokenizer: WriteTokenizer
 ) -> None:
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
-    checkpoint.write_manifest(base)
+    atomic.write_manifest(base)
     file = base / "lit_model.pth"
     size = file.stat().st_size
     os.truncate(file, int(size * share))
@@ -219,7 +219,7 @@ def test_a_truncated_base_is_one_message_with_and_without_a_manifest(
 def test_changed_settings_do_not_stop_a_base_from_loading(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
     """Only weights are compared: generation_config.json is the user's to change."""
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
-    checkpoint.write_manifest(base)
+    atomic.write_manifest(base)
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     checkpoint.load_model(base, torch.float32)
 
@@ -240,7 +240,7 @@ def test_everything_is_flushed_before_the_rename_and_the_manifest_comes_last(tmp
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "rename", lambda path, to: (calls.append(("rename", Path(to).name)), rename(path, to))[1])
     monkeypatch.setattr(Path, "replace", lambda path, to: (calls.append(("replace", Path(to).name)), replace(path, to))[1])
-    with checkpoint.new_folder(tmp_path / "final") as folder:
+    with atomic.new_folder(tmp_path / "final") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a.bin").write_text("unflushed")
     first = calls.index(("fsync", ".manifest.json.tmp"))
@@ -257,8 +257,8 @@ def test_everything_is_flushed_before_the_rename_and_the_manifest_comes_last(tmp
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from litgpt import checkpoint
-with checkpoint.new_folder(sys.argv[1], overwrite=True) as folder:
+from litgpt import atomic, checkpoint
+with atomic.new_folder(sys.argv[1], overwrite=True) as folder:
     (folder / "new").write_text("half")
     if sys.argv[2] == "between":
         rename = Path.rename
@@ -280,24 +280,24 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_are_
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     (temporary,) = [path for path in tmp_path.glob(".final.litgpt-*.tmp") if path.is_dir()]
-    checkpoint.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     assert (temporary / "new").exists(), "its process lives"
     process.kill()
     process.communicate()
-    checkpoint.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     assert left_in(tmp_path) == [".final.litgpt-notes.tmp", ".mine.tmp"]
 
 
 def test_a_folder_put_aside_comes_back_if_its_successor_never_came(tmp_path: Path) -> None:
     target = tmp_path / "final"
-    with checkpoint.new_folder(target) as folder:
+    with atomic.new_folder(target) as folder:
         (folder / "old").write_text("old")
     command = [sys.executable, "-c", KILLED, str(target), "between"]
     assert subprocess.run(command, cwd=Path(__file__).parents[1]).returncode == -9
     assert not target.exists() and len(list(tmp_path.iterdir())) == 2
-    checkpoint.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     assert left_in(tmp_path) == ["final"] and (target / "old").read_text() == "old"
-    assert checkpoint.damages(target, contents=True) == []
+    assert atomic.damages(target, contents=True) == []
 
 
 def test_a_new_folder_clears_what_is_left_beside_it(tmp_path: Path) -> None:
@@ -311,9 +311,9 @@ def test_a_removed_folder_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     folder = filled(tmp_path / "step-000001")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # killed before anything in it is removed
-        checkpoint.remove_folder(folder)
+        atomic.remove_folder(folder)
     assert not folder.exists()
-    checkpoint.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     assert left_in(tmp_path) == []
 
 

@@ -16,7 +16,7 @@ import yaml
 from litgpt import __version__
 from litgpt.__main__ import COMMANDS, load, main
 from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config, require_allowed_class
-from litgpt.command_line import Keys, UsageError, _parser, parse
+from litgpt.cli import Keys, UsageError, _parser, parse
 from litgpt.data import JSON, Alpaca2k, PythonDocs
 from litgpt.errors import UserError
 

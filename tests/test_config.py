@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 
-from litgpt import catalog
+from litgpt import families as catalog
 from litgpt.config import Config
 from litgpt.errors import UserError
+from tests.helpers import tiny
 
 
 def test_defaults_and_derived_sizes() -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from litgpt import data
 from litgpt.__main__ import load
-from litgpt.command_line import parse
+from litgpt.cli import parse
 from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 
 ROOT = Path(__file__).parent.parent / "config_hub" / "finetune"

@@ -9,15 +9,15 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fake_hub
 import pytest
-import tiny
 import transformers
-from fake_hub import Hub
 
-from litgpt import catalog, checkpoint, download
+from litgpt import checkpoint, download
+from litgpt import families as catalog
 from litgpt.__main__ import main
 from litgpt.checkpoint import Config
+from tests.helpers import fake_hub, tiny
+from tests.helpers.fake_hub import Hub
 
 TOKEN = "hf_" + "secret" * 5
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

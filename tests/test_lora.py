@@ -9,7 +9,6 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
@@ -18,6 +17,7 @@ from litgpt import lora
 from litgpt import model as base_model
 from litgpt.errors import UserError
 from litgpt.lora import LoRALinear, LoRAQKVLinear, Skip2LoRA, lora_filter, mark_only_lora_as_trainable, merge_lora_weights, resolve_blocks
+from tests.helpers import tiny
 
 OUTPUT_LAYERS = ("lm_head", "transformer.ln_f", "transformer.h.3")
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

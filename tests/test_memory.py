@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from litgpt import lora
 from litgpt.loss import CHUNK_BYTES
 from litgpt.memory import NF4_BYTES, estimate, kept_by_block
+from tests.helpers import tiny
 
 ALL = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp")}
 FAMILIES: dict[str, dict[str, Any]] = {

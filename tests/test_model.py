@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch.testing import assert_close
 from transformers import GPT2Config
@@ -17,6 +16,7 @@ from litgpt.lora import GPT as LoRAGPT
 from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import lora_filter
 from litgpt.model import GPT, capped_attention
+from tests.helpers import tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 

@@ -6,17 +6,16 @@ from array import array
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from litgpt.activation_cache import Recompute
-from litgpt.batch import pack
-from litgpt.data.base import Sample
-from litgpt.packing import Packing
+from litgpt.activations.cache import Recompute
+from litgpt.packing import Packing, pack
+from litgpt.sample import Sample
+from tests.helpers import tiny
 
 CPU = torch.device("cpu")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -81,7 +80,7 @@ def test_rows_come_back_from_the_padded_form(lengths: list[int], head: int, colu
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_activation_checkpointing_changes_memory_not_gradients(family: str) -> None:
     """Only the blocks' inputs are kept for the backward pass, and each block runs once more in it; the routers' loss too."""
-    from families import configs
+    from tests.helpers import family_configs as configs
 
     adapters = {"lora_r": 3, "lora_dropout": 0.3, **tiny.ALL_LORA}
     found = {}

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
 from litgpt import LLM, lora, quantize
 from litgpt.__main__ import main
-from litgpt.activation_cache import fingerprint, plan
-from litgpt.data.base import Sample
+from litgpt.activations.cache import fingerprint, plan
 from litgpt.errors import UserError
 from litgpt.quantize import Int8Linear, Linear4bit, QuantisedLinear, count, quantise
+from litgpt.sample import Sample
+from tests.helpers import tiny
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed: pip install bitsandbytes")

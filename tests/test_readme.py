@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 
 from litgpt.__main__ import COMMANDS, load, main
-from litgpt.command_line import parse
+from litgpt.cli import parse
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, Phi3Config
@@ -11,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt.config import Config
 from litgpt.rope import RotaryTable, frequencies, rotate
+from tests.helpers import tiny
 
 
 def config(**changes: object) -> Config:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import yaml
 
-from litgpt import checkpoint, validate
+from litgpt import atomic, checkpoint, validate
 from litgpt.__main__ import main
+from tests.helpers import tiny
 
 LLAMA = {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "bias": False, "parallel_residual": False}
 ADAPTER: dict[str, Any] = {"lora_r": 2, "lora_query": True, "skip2lora_enabled": True}
@@ -99,7 +99,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["prompt style: 'two' is not in the conversation", "prompt style: 'three'"],
     ),
     "not as the manifest says": (
-        lambda folder: (checkpoint.write_manifest(folder), (folder / "tokenizer.json").open("a").write(" ")),
+        lambda folder: (atomic.write_manifest(folder), (folder / "tokenizer.json").open("a").write(" ")),
         ["manifest: tokenizer.json has"],
     ),
     "a broken manifest": (lambda folder: (folder / "manifest.json").write_text("[]"), ["manifest: manifest.json is missing or broken"]),

@@ -31,7 +31,7 @@ from benchmarks.peers import evaluate, report
 from benchmarks.peers.job import Job, prepare, require_same
 from benchmarks.peers.measure import measure
 from benchmarks.peers.who import PEERS, ROOT, Peer, choose
-from litgpt.checkpoint import write_text
+from litgpt.atomic import write_text
 from litgpt.errors import UserError
 from litgpt.results import read_json
 

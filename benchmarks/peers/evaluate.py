@@ -46,7 +46,7 @@ def load(base: Path, folder: Path, precision: str) -> Any:
     """The model with the folder's adapter; PEFT's by way of `litgpt convert_adapter`."""
     from litgpt.checkpoint import load_model
     from litgpt.convert.adapter import PEFT, convert_adapter
-    from litgpt.fabric import backbone_dtype
+    from litgpt.device import backbone_dtype
 
     dtype = backbone_dtype(precision)
     if not (folder / PEFT).is_file():

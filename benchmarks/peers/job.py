@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from litgpt.checkpoint import write_text
+from litgpt.atomic import write_text
 from litgpt.errors import UserError
 
 BATCH = 8
@@ -60,8 +60,8 @@ def prepare(checkpoint: Path, out: Path, samples: int, epochs: int, precision: s
     """
     if samples < 2 * BATCH:
         raise UserError(f"--samples {samples}: a schedule needs two batches of {BATCH}, {2 * BATCH} samples, at least")
-    from litgpt.convert.open import open_checkpoint
-    from litgpt.fabric import backbone_dtype, default_device, default_precision
+    from litgpt.convert.resolve import open_checkpoint
+    from litgpt.device import backbone_dtype, default_device, default_precision
     from litgpt.results import environment
 
     base = open_checkpoint(checkpoint).resolve()
@@ -117,8 +117,8 @@ def orders(train: list[dict[str, list[int]]], epochs: int) -> list[list[int]]:
     """The order in which `litgpt finetune` goes through the samples, epoch by epoch: the other peers follow it."""
     from array import array
 
-    from litgpt.data.base import Sample
-    from litgpt.finetune.loop import Batches, World
+    from litgpt.sample import Sample
+    from litgpt.train.loop import Batches, World
 
     samples = [Sample(array("i", sample["input_ids"]), bytearray(sample["loss_mask"])) for sample in train]
     batches = Batches(samples, BATCH, World(0, 1, lambda tensor: tensor), SEED)

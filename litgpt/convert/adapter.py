@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import yaml
 
-from litgpt import checkpoint
+from litgpt import atomic, checkpoint
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,10 +30,11 @@ def convert_adapter(adapter_dir: Path, output_dir: Path, checkpoint_dir: Optiona
         output_dir: The new folder.
         checkpoint_dir: Folder of the base model. Needed for a PEFT or portable folder; for litgpt's own if the base has moved.
     """
-    from litgpt.convert import peft, skip2lora
+    from litgpt.convert import peft
+    from litgpt.convert import portable as skip2lora
     from litgpt.convert.card import base_name, write_card
     from litgpt.convert.from_litgpt import hf_settings
-    from litgpt.convert.open import open_checkpoint
+    from litgpt.convert.resolve import open_checkpoint
 
     source, target = Path(adapter_dir), Path(output_dir)
     kind = kind_of(source)
@@ -41,7 +42,7 @@ def convert_adapter(adapter_dir: Path, output_dir: Path, checkpoint_dir: Optiona
         raise UserError(f"{source} does not hold its base model: give --checkpoint_dir, a checkpoint folder of it")
     if checkpoint_dir is not None:
         checkpoint_dir = checkpoint.require_checkpoint(open_checkpoint(checkpoint_dir))
-    with checkpoint.new_folder(target, manifest=kind != LITGPT) as folder:
+    with atomic.new_folder(target, manifest=kind != LITGPT) as folder:
         if kind == LITGPT:
             config, weights = read_adapter(source, checkpoint_dir)
             known = base_name(source), hf_settings(config, checkpoint_dir or source)["model_type"]
@@ -73,7 +74,7 @@ def read_adapter(folder: Path, base: Optional[Path] = None) -> "tuple[LoRAConfig
 
     Raises UserError for broken files, and weights that are not those of the settings.
     """
-    from litgpt.convert.skip2lora import require_all
+    from litgpt.convert.portable import require_all
     from litgpt.lora import Config
 
     settings = checkpoint.read_adapter_settings(folder)[1]
@@ -86,7 +87,7 @@ def read_adapter(folder: Path, base: Optional[Path] = None) -> "tuple[LoRAConfig
 
 def write_adapter(folder: Path, base: Path, settings: dict[str, Any], weights: "dict[str, Tensor]") -> None:
     """What `litgpt finetune` leaves: an adapter of the checkpoint `base`. Raises UserError if it does not fit."""
-    from litgpt.convert.skip2lora import require_all
+    from litgpt.convert.portable import require_all
     from litgpt.lora import Config
     from litgpt.prompts import resolve_prompt_style, save_prompt_style
     from litgpt.tokenizer import Tokenizer
@@ -96,6 +97,6 @@ def write_adapter(folder: Path, base: Path, settings: dict[str, Any], weights: "
     checkpoint.save_weights({"model": weights}, folder / LITGPT)  # type: ignore[dict-item]
     checkpoint.save_config(config, folder)
     hyperparameters = {"checkpoint_dir": str(base.resolve()), **settings}
-    checkpoint.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(hyperparameters, sort_keys=False))
+    atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(hyperparameters, sort_keys=False))
     checkpoint.copy_tokenizer_files(base, folder)
     save_prompt_style(resolve_prompt_style(None, base, Tokenizer(base)), folder)

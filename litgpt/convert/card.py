@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from litgpt import __version__, checkpoint, files, results
+from litgpt import __version__, atomic, files, results
 from litgpt.config import Config
 from litgpt.errors import UserError
 
@@ -75,7 +75,7 @@ def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) 
     if (source / "prompt_style.yaml").is_file() and kind != "model":
         sections["Use"].append("Prompts were put in the form that prompt_style.yaml names.")
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{results.as_markdown(title[0].upper() + title[1:], sections)}"
-    checkpoint.write_text(folder / "README.md", text)
+    atomic.write_text(folder / "README.md", text)
 
 
 def base_name(source: Path, settings: dict[str, Any] | None = None) -> str:

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
-from litgpt import catalog, checkpoint, files
+from litgpt import atomic, checkpoint, files
+from litgpt import families as catalog
 from litgpt.config import Config
 from litgpt.errors import UserError
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from litgpt.convert.names import Slot
-    from litgpt.convert.writer import Pending
+    from litgpt.convert.write import Pending
 
 NOT_KEPT = ("torch_dtype", "_name_or_path", "auto_map")
 """keys of a config.json that are not so any more, or point to files that are not there"""
@@ -39,19 +40,19 @@ def convert_from_litgpt(
         max_shard_size: The largest weight file, such as 500MB or 5GB; more than that becomes several files and their index.
     """
     largest = parse_size(max_shard_size)
-    from litgpt.convert.open import open_checkpoint
+    from litgpt.convert.resolve import open_checkpoint
 
     source, target = require_whole_model(open_checkpoint(checkpoint_dir)), Path(output_dir)
     import torch
 
     from litgpt.convert.card import write_card
-    from litgpt.convert.writer import write_sharded
+    from litgpt.convert.write import write_sharded
 
-    with checkpoint.new_folder(target, manifest=False) as folder:
+    with atomic.new_folder(target, manifest=False) as folder:
         settings, tensors = model_to_hf(source, None if dtype is None else getattr(torch, dtype))
         checkpoint.copy_tokenizer_files(source, folder)
         _complete_tokenizer(source, folder, settings)
-        checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+        atomic.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
         write_sharded(tensors, folder, largest)
         write_card(folder, source, "model", target.name)
     size = sum(pending.nbytes for pending in tensors.values())
@@ -90,9 +91,9 @@ def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> "tuple[d
 
     Raises UserError for a model that no class of transformers computes, and for weights that do not fit it.
     """
+    from litgpt.convert.litgpt import is_tied, open_own
     from litgpt.convert.names import stored_form, stored_shape
-    from litgpt.convert.own import is_tied, open_own
-    from litgpt.convert.writer import Pending
+    from litgpt.convert.write import Pending
 
     config, file = Config.from_checkpoint(source), source / checkpoint.WEIGHTS
     settings = hf_settings(config, source)
@@ -120,8 +121,8 @@ def to_hf_tensors(
 
     `model_type`: the architecture to name them for; default: the config's own. Raises UserError if there is none.
     """
+    from litgpt.convert.litgpt import is_tied
     from litgpt.convert.names import stored_form
-    from litgpt.convert.own import is_tied
 
     for name, slot in hf_slots(config, model_type or hf_settings(config)["model_type"], is_tied(weights)).items():
         yield name, stored_form(slot, config, weights)
@@ -173,9 +174,7 @@ def _complete_tokenizer(source: Path, folder: Path, settings: dict[str, Any]) ->
     file = folder / "tokenizer_config.json"
     stated = files.read_json(file) if file.is_file() else {}
     if (folder / "tokenizer.json").is_file() and "tokenizer_class" not in stated:
-        checkpoint.write_text(
-            file, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **stated}, indent=2, ensure_ascii=False) + "\n"
-        )
+        atomic.write_text(file, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **stated}, indent=2, ensure_ascii=False) + "\n")
     if not (folder / "tokenizer.json").is_file():
         return
     tokenizer = Tokenizer(source)
@@ -184,4 +183,4 @@ def _complete_tokenizer(source: Path, folder: Path, settings: dict[str, Any]) ->
         if settings.get(key) is None:
             settings[key] = value
     if not (folder / "generation_config.json").is_file():
-        checkpoint.write_text(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        atomic.write_text(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")

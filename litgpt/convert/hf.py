@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from litgpt import catalog, files
-from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, is_mappable, load_weights, new_folder, save_config
+from litgpt import families as catalog
+from litgpt import files
+from litgpt.atomic import new_folder
+from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, is_mappable, load_weights, save_config
 from litgpt.config import Config
 from litgpt.convert.names import IMAGES, TIED_BY_DEFAULT, Stored, fit, hf_table, summary
-from litgpt.convert.writer import write_pth
+from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:

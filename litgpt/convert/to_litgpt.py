@@ -22,7 +22,7 @@ def convert_to_litgpt(
         model_name: Take the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
         dtype: The number format of the stored weights. Without it: the source's; bfloat16 where the source is quantised.
     """
-    from litgpt.convert.open import HOME, convert, locate
+    from litgpt.convert.resolve import HOME, convert, locate
 
     given = source or checkpoint_dir
     if given is None:
@@ -30,7 +30,7 @@ def convert_to_litgpt(
     if is_own(given) and checkpoint_dir is not None and checkpoint_dir != given:
         import torch
 
-        from litgpt.convert.own import convert_own
+        from litgpt.convert.litgpt import convert_own
 
         target = checkpoint_dir
         config = convert_own(given, target, model_name, None if dtype is None else getattr(torch, dtype))
@@ -46,6 +46,6 @@ def convert_to_litgpt(
 def is_own(source: Path) -> bool:
     """Whether the source is a LitGPT `.pth` file, or a folder with one and no Hugging Face model."""
     from litgpt.checkpoint import WEIGHTS
-    from litgpt.convert.open import is_hf_folder
+    from litgpt.convert.resolve import is_hf_folder
 
     return source.suffix == ".pth" if source.is_file() else (source / WEIGHTS).is_file() and not is_hf_folder(source)

@@ -2,8 +2,9 @@
 
 from litgpt.data.alpaca import Alpaca
 from litgpt.data.alpaca_2k import Alpaca2k
-from litgpt.data.base import DataModule, Sample, Splits
+from litgpt.data.base import DataModule, Splits
 from litgpt.data.json_data import JSON
 from litgpt.data.python_docs import PythonDocs
+from litgpt.sample import Sample
 
 __all__ = ["JSON", "Alpaca", "Alpaca2k", "DataModule", "PythonDocs", "Sample", "Splits"]

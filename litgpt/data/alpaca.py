@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from litgpt.checkpoint import write_text
+from litgpt.atomic import write_text
 from litgpt.data.base import DataModule, Record
 from litgpt.data.json_data import read_records
 from litgpt.errors import UserError

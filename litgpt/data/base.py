@@ -13,22 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt.errors import UserError
+from litgpt.sample import Sample
 
 if TYPE_CHECKING:
     from litgpt.prompts import PromptStyle
     from litgpt.tokenizer import Tokenizer
 
 Record = dict[str, Any]
-
-
-@dataclass(slots=True)
-class Sample:
-    """One training sequence of T tokens."""
-
-    input_ids: "array[int]"
-    """array('i') of T ids."""
-    loss_mask: bytearray
-    """T bytes: 1 where this token is a target that carries loss. Never the first: nothing predicts it."""
 
 
 @dataclass(slots=True)

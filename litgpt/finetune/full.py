@@ -54,10 +54,10 @@ def setup(
     if data is None:
         raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
 
-    from litgpt.convert.open import open_checkpoint
-    from litgpt.finetune.dry_run import dry_run as rehearse
-    from litgpt.finetune.job import Job, run
-    from litgpt.finetune.method import full
+    from litgpt.convert.resolve import open_checkpoint
+    from litgpt.train.methods import full
+    from litgpt.train.rehearsal import dry_run as rehearse
+    from litgpt.train.run import Job, run
 
     arguments["checkpoint_dir"] = open_checkpoint(checkpoint_dir, convert=not dry_run).resolve()
 

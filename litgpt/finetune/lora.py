@@ -8,8 +8,8 @@ from litgpt.data import DataModule
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
-    from litgpt.finetune.job import Job
-    from litgpt.finetune.method import Method
+    from litgpt.train.methods import Method
+    from litgpt.train.run import Job
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
 LORA_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
@@ -113,9 +113,9 @@ def setup(
     """
     arguments = checked({**locals()})
 
-    from litgpt.convert.open import open_checkpoint
-    from litgpt.finetune.dry_run import dry_run as rehearse
-    from litgpt.finetune.job import run
+    from litgpt.convert.resolve import open_checkpoint
+    from litgpt.train.rehearsal import dry_run as rehearse
+    from litgpt.train.run import run
 
     arguments["checkpoint_dir"] = open_checkpoint(checkpoint_dir, convert=not dry_run).resolve()
     (rehearse if dry_run else run)(*job_of(arguments))
@@ -138,9 +138,9 @@ def checked(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def job_of(arguments: dict[str, Any]) -> tuple["Job", "Method"]:
     """What `checked` arguments, their checkpoint opened, ask for."""
-    from litgpt.finetune.job import Job
-    from litgpt.finetune.method import adapters
     from litgpt.lora import Config
+    from litgpt.train.methods import adapters
+    from litgpt.train.run import Job
 
     own = Config.adapter_fields()
     job = Job.of(

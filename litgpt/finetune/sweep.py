@@ -6,9 +6,9 @@ from typing import Any, Optional
 
 from litgpt.args import EvalArgs, Grid
 from litgpt.errors import UserError
-from litgpt.finetune.grid import expand
 from litgpt.finetune.lora import checked
 from litgpt.finetune.lora import setup as finetune
+from litgpt.train.grid import expand
 
 NEW: dict[str, tuple[Any, Any, str]] = {
     "out_dir": (Path, Path("out/finetune/sweep"), "Folder for the results, sweep.csv and sweep.json, and a folder for each setting's run."),
@@ -38,8 +38,8 @@ def setup(**arguments: Any) -> None:
     arguments["resume"] = arguments["resume"] and "auto"
     variants = expand(arguments, grid, samples)
 
-    from litgpt.convert.open import open_checkpoint
-    from litgpt.finetune.sweeper import dry_run, sweep
+    from litgpt.convert.resolve import open_checkpoint
+    from litgpt.train.sweep import dry_run, sweep
 
     base = open_checkpoint(arguments["checkpoint_dir"], convert=not arguments["dry_run"]).resolve()
     for settings in (arguments, *(variant.arguments for variant in variants if not variant.problem)):

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt.config import Config
-from litgpt.convert import adapter, names, peft, skip2lora
+from litgpt.convert import adapter, names, peft
+from litgpt.convert import portable as skip2lora
 from litgpt.errors import UserError
 from litgpt.model import rms_normalise
 

@@ -10,10 +10,8 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 import yaml
-from finetune.finetune_runs import finetune, write_data
 from torch.testing import assert_close
 
 from litgpt import checkpoint
@@ -24,6 +22,8 @@ from litgpt.errors import UserError
 from litgpt.generate.engine import generate
 from litgpt.integrations.transformers import load_skip2lora
 from litgpt.tokenizer import Tokenizer
+from tests.helpers import tiny
+from tests.helpers.runs import finetune, write_data
 
 LORA: dict[str, Any] = {"lora_r": 3, "lora_alpha": 7, "lora_dropout": 0.0, "lora_query": True, "lora_mlp": True}
 SKIP: dict[str, Any] = {"lora_r": 3, "skip2lora_enabled": True, "skip2lora_output_layer": "transformer.h.3", "lora_value": True}

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
-from finetune.finetune_runs import Run, finetune, write_data
 
 from litgpt.__main__ import load
 from litgpt.args import as_config
-from litgpt.command_line import parse
+from litgpt.cli import parse
 from litgpt.convert.card import command, write_card
+from tests.helpers import tiny
+from tests.helpers.runs import Run, finetune, write_data
 
 README = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [chat]\n---\n\n# The base\n"
 

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
-from families import configs
 from safetensors.torch import load_file, safe_open
 
-from litgpt import catalog, checkpoint
+from litgpt import checkpoint
+from litgpt import families as catalog
 from litgpt.__main__ import main
 from litgpt.config import Config
 from litgpt.convert.from_litgpt import convert_from_litgpt, hf_slots, parse_size, to_hf_tensors
+from litgpt.convert.merge import merge_lora
 from litgpt.convert.names import shapes
 from litgpt.errors import UserError
-from litgpt.finetune.merge import merge_lora
+from tests.helpers import family_configs as configs
+from tests.helpers import tiny
 
 WriteTokenizer = Callable[[Path], Path]
 

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
-from families import configs
 from safetensors.torch import load_file, safe_open, save_file
 
-from litgpt import catalog
+from litgpt import families as catalog
 from litgpt.checkpoint import load_weights, require_checkpoint
 from litgpt.config import Config
 from litgpt.convert import hf
@@ -21,6 +19,8 @@ from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
+from tests.helpers import family_configs as configs
+from tests.helpers import tiny
 
 LLAMA_SIZES = {
     "vocab_size": 80,

@@ -11,9 +11,7 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from families import configs
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -21,6 +19,8 @@ from litgpt import checkpoint, lora
 from litgpt.config import Config
 from litgpt.convert import peft as ours
 from litgpt.errors import UserError
+from tests.helpers import family_configs as configs
+from tests.helpers import tiny
 
 FAMILIES = (
     *("llama", "llama wide heads", "llama multi-query tied", "mistral", "mixtral", "gpt_neox", "falcon", "falcon new decoder", "stablelm"),

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import configs
 from safetensors.torch import load_file
 
 from litgpt.checkpoint import load_weights
 from litgpt.convert.from_litgpt import convert_from_litgpt
 from litgpt.convert.to_litgpt import convert_to_litgpt
+from tests.helpers import family_configs as configs
 
 FIRST = {kind: name for name, (kind, _) in reversed(configs.FAMILIES.items())}.values()
 """one entry of each class of transformers"""

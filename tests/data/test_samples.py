@@ -89,7 +89,7 @@ def test_alpaca_learns_answer_and_eos(tokenizer: Tokenizer) -> None:
 def test_without_mask_everything_but_the_first_token_is_learned(tokenizer: Tokenizer, bos_tokenizer: Tokenizer) -> None:
     for each in (tokenizer, bos_tokenizer):
         sample = one_sample(pair("Hi", "Hello"), each, prompts.Alpaca(), mask_prompt=False)
-        assert sample.loss_mask == bytes([0] + [1] * (len(sample.input_ids) - 1))
+        assert sample.loss_mask == bytes([0] + [1] * (sample.n_inputs))
 
 
 @pytest.mark.parametrize("style", [prompts.ChatML(), prompts.SmolLM2(), "template"])

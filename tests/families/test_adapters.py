@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from families import configs
 from torch.testing import assert_close
 
-from litgpt.activation_cache import ActivationCache, CacheSettings, Recompute, activations
-from litgpt.data.base import Sample
+from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations
 from litgpt.lora import LoRALinear, LoRAQKVLinear, lora_filter, mark_only_lora_as_trainable, merge_lora_weights
 from litgpt.loss import HeadLoss
+from litgpt.sample import Sample
+from tests.helpers import family_configs as configs
+from tests.helpers import tiny
 
 CPU = torch.device("cpu")
 LORA: dict[str, Any] = {"lora_r": 3, "lora_alpha": 5, **tiny.ALL_LORA}

@@ -8,20 +8,20 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from families import configs
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
-from litgpt.activation_cache import Recompute
+from litgpt.activations.cache import Recompute
 from litgpt.config import Config
-from litgpt.data.base import Sample
-from litgpt.finetune.loop import Loop
 from litgpt.lora import mark_only_lora_as_trainable
 from litgpt.loss import HeadLoss
 from litgpt.model import LLaMAMoE, load_balance
+from litgpt.sample import Sample
+from litgpt.train.loop import Loop
+from tests.helpers import family_configs as configs
+from tests.helpers import tiny
 
 MIXTURES = ["mixtral", "qwen3_moe", "qwen3_moe not normalised"]
 CPU = torch.device("cpu")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from families import configs
 
 from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.model import GPT
+from tests.helpers import family_configs as configs
+from tests.helpers import tiny
 
 LENGTH = 40
 SHORT = 6

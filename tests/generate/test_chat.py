@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.generate.chat import Conversation
 from litgpt.prompts import Alpaca, save_prompt_style
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "generator": None}

@@ -6,11 +6,11 @@ import random
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from litgpt.errors import UserError
 from litgpt.generate.engine import generate, sample, until_stop
+from tests.helpers import tiny
 
 
 def greedy(model: Any, prompt: torch.Tensor, length: int, **settings: Any) -> list[int]:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 
 from litgpt.__main__ import main
 from litgpt.api import LLM
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +86,7 @@ def test_as_a_process(base: Path) -> None:
     assert done.stdout.endswith("\n") and "5 tokens in" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["litgpt.generate.base", "litgpt.generate.chat", "litgpt.finetune.merge"])
+@pytest.mark.parametrize("module", ["litgpt.generate.base", "litgpt.generate.chat", "litgpt.convert.merge"])
 def test_command_modules_are_light(module: str) -> None:
     heavy = ("torch", "lightning", "transformers", "numpy", "rich", "tokenizers", "jinja2")
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"

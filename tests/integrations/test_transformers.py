@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
-from families import configs
 from torch.testing import assert_close
 
 from litgpt import checkpoint
-from litgpt.convert import skip2lora
+from litgpt.convert import portable as skip2lora
 from litgpt.errors import UserError
 from litgpt.generate.engine import generate
 from litgpt.integrations.transformers import load_skip2lora
+from tests.helpers import family_configs as configs
+from tests.helpers import tiny
 
 FAMILIES = (
     *("llama", "mistral", "mixtral", "gpt_neox", "gpt_neox sequential", "falcon", "falcon new decoder", "stablelm", "stablelm parallel"),

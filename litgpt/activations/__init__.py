@@ -1,0 +1,1 @@
+"""Activations of the frozen prefix: recomputed, cached, and used to choose blocks."""

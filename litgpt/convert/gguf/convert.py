@@ -1,0 +1,121 @@
+"""GGUF files into checkpoint folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litgpt import families as catalog
+from litgpt.atomic import new_folder
+from litgpt.checkpoint import WEIGHTS, save_config
+from litgpt.config import Config
+from litgpt.convert.gguf.config import QUANTISATION, differences, read_architecture, read_config
+from litgpt.convert.gguf.names import ROPE_FACTORS, has_offset, is_joined, is_paired, table
+from litgpt.convert.gguf.reader import Reader, Settings
+from litgpt.convert.gguf.tokenizer import write_tokenizer
+from litgpt.convert.names import Stored, fit, summary
+from litgpt.convert.write import write_pth
+from litgpt.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+ONLY_BY_NAME = ("sliding_window_size", "sliding_window_indices")
+"""Fields that some files do not state: the model's name does."""
+
+
+def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtype: torch.dtype | None = None) -> Config:
+    """Convert the file `source` into the checkpoint folder `target`, a tensor at a time.
+
+    `dtype` None: fp32 and fp16 files keep theirs; quantised weights become bf16, whose 8 significant bits are about what they carry.
+    Raises UserError for broken files and for what is not supported.
+    """
+    reader = Reader(source)
+    check_supported(reader)
+    config = choose_config(reader, model_name)
+    tied = "output.weight" not in reader.tensors
+    dtype = dtype or own_dtype(reader)
+    names = table(read_architecture(reader)[0], config, is_joined(reader.tensors))
+    with new_folder(target) as folder:
+        write_tokenizer(Settings(reader), config, folder)
+        save_config(config, folder)
+        write_pth(fit(dict(stored(reader, config, dtype)), names, config, str(source), tied, dtype), folder / WEIGHTS)
+    return config
+
+
+def check_supported(reader: Reader) -> None:
+    """UserError for other architectures, split files, and tensor types without a dequantiser."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    read_architecture(reader)
+    if Settings(reader).get("split.count", int, 0) > 1:
+        raise UserError(f"{reader.path} is one of several parts (split.count): join them with `llama-gguf-split --merge` first")
+    unsupported: dict[str, list[str]] = {}
+    for kind in map(GGMLQuantizationType, sorted({tensor.kind for tensor in reader.tensors.values()})):
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            unsupported[kind.name] = [name for name, tensor in reader.tensors.items() if tensor.kind == kind]
+    if unsupported:
+        found = "; ".join(f"{kind}: {summary(names)}" for kind, names in unsupported.items())
+        raise UserError(
+            f"{reader.path} has tensors of a type that cannot be read ({found}): use a file with a common type such as Q8_0 or Q4_K"
+        )
+
+
+def own_dtype(reader: Reader) -> torch.dtype:
+    """fp32 or fp16 if the matrices are stored so, else bf16. A router may be fp32 whatever the others are."""
+    import torch
+    from gguf import GGMLQuantizationType
+
+    matrices = [(name, tensor) for name, tensor in reader.tensors.items() if len(tensor.shape) > 1]
+    kinds = {GGMLQuantizationType(tensor.kind).name for name, tensor in matrices}
+    return torch.float32 if kinds == {"F32"} else torch.float16 if kinds <= {"F32", "F16"} else torch.bfloat16
+
+
+def choose_config(reader: Reader, model_name: str | None) -> Config:
+    """The named model that the file holds: the name given, else one that the file's name or general.name fits, else an own config."""
+    described = read_config(reader)
+    if model_name is not None:
+        named = Config.from_name(model_name)
+        if found := differences(named, described, ONLY_BY_NAME):
+            differing = ", ".join(f"{key} is {stated}, expected {expected}" for key, (expected, stated) in found.items())
+            raise UserError(f"{reader.path} is not of the model {model_name}: {differing}. Without --model_name it is converted as it is")
+        return named
+    by_lower = {name.lower(): name for name in catalog.names()}
+    for name in (QUANTISATION.sub("", reader.path.stem), described.name):
+        row = catalog.find(name) or catalog.find(by_lower.get(name.lower(), name))
+        if row and not differences(Config(**row), described, ONLY_BY_NAME):
+            return Config(**row)
+    return described
+
+
+def stored(reader: Reader, config: Config, dtype: torch.dtype) -> Iterator[tuple[str, Stored]]:
+    """Every weight under the names of `gguf_names.table`, with its shape and how to read it as LitGPT has it."""
+    for name, tensor in reader.tensors.items():
+        if name in ROPE_FACTORS:
+            continue
+        module, _, parameter = name.rpartition(".")
+        if not module.endswith("_exps") or len(tensor.shape) != 3 or tensor.shape[0] != config.n_expert:
+            yield name, Stored(tensor.shape, partial(_load, reader, config, name, dtype))
+            continue
+        for expert in range(config.n_expert):
+            load = partial(reader.load, name, dtype, expert, config.n_expert)
+            yield f"{module}.{expert}.{parameter}", Stored(tensor.shape[1:], load)
+
+
+def _load(reader: Reader, config: Config, name: str, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    module = name.rpartition(".")[0]
+    if has_offset(config, module):
+        return (reader.load(name, torch.float32) - 1).to(dtype)
+    weight = reader.load(name, dtype)
+    if is_paired(read_architecture(reader)[0], module):
+        assert config.head_size is not None
+        heads = weight.view(-1, config.head_size // 2, 2, *weight.shape[1:])  # (H, h/2, 2, ...)
+        weight = heads.transpose(1, 2).reshape(weight.shape)  # (H, 2, h/2, ...)
+    return weight

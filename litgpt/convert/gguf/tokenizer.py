@@ -1,0 +1,189 @@
+"""The tokenizer in a GGUF file's metadata (tokenizer.ggml.*) as tokenizer.json, tokenizer_config.json and generation_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from litgpt.atomic import write_text
+from litgpt.config import Config
+from litgpt.convert.gguf.config import padding
+from litgpt.convert.gguf.pretokenizers import CUTS, pre_tokenizer
+from litgpt.convert.gguf.reader import Settings
+from litgpt.errors import UserError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Values of tokenizer.ggml.token_type"""
+BLANK = "▁"
+"""SentencePiece's blank"""
+PHI_3_PLAIN = ("<s>", "<|endoftext|>")
+ENDS = ("eos", "eot", "eom")
+"""tokenizer.ggml.<name>_token_id of the tokens that end an answer"""
+
+
+def write_tokenizer(settings: Settings, config: Config, folder: Path) -> None:
+    """Write the three files into `folder`. Raises UserError for tokenizers that cannot be built."""
+    import tokenizers
+
+    kind = settings.get("tokenizer.ggml.model", str)
+    if kind not in ("gpt2", "llama"):
+        raise UserError(
+            f"{settings.path}: tokenizer.ggml.model is {kind!r}, supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece)"
+        )
+    tokens, kinds = _vocabulary(settings, kind)
+    special = {name: _token_id(settings, name, len(tokens)) for name in (*ENDS, "bos", "unknown", "padding")}
+    made = _byte_level(settings, tokens) if kind == "gpt2" else _sentencepiece(settings, tokens, kinds, special["unknown"])
+    strips = kind == "llama" and settings.values.get("general.architecture") == "phi3"
+    made["added_tokens"] = _added(tokens, kinds, (CONTROL, UNKNOWN) if kind == "llama" else (CONTROL,), strips)
+    pre = settings.get("tokenizer.ggml.pre", str, "default")
+    by_default = kind == "llama" or CUTS[pre].bos
+    add_bos = special["bos"] is not None and settings.get("tokenizer.ggml.add_bos_token", bool, by_default)
+    if add_bos:
+        made["post_processor"] = _bos_first(tokens[special["bos"] or 0], special["bos"])
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(made, ensure_ascii=False))
+    except Exception as error:  # the library raises plain Exception, for instance for a merge that makes no token
+        raise UserError(f"{settings.path}: the tokenizer cannot be built: {error}") from None
+
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    tokenizer_config: dict[str, Any] = {
+        f"{name}_token": tokens[number] for key, name in names.items() if (number := special[key]) is not None
+    }
+    tokenizer_config |= {"add_bos_token": add_bos, "clean_up_tokenization_spaces": False, "model_max_length": config.block_size}
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "tokenizer.chat_template" in settings.values:
+        tokenizer_config["chat_template"] = settings.get("tokenizer.chat_template", str)
+    ends = [number for number in dict.fromkeys(special[name] for name in ENDS) if number is not None]
+    generation = {"bos_token_id": special["bos"], "eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": special["padding"]}
+    backend.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer_config.json", _dump(tokenizer_config))
+    write_text(folder / "generation_config.json", _dump({key: value for key, value in generation.items() if value not in (None, [])}))
+
+
+def _dump(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _vocabulary(settings: Settings, model: str) -> tuple[list[str], list[int]]:
+    """The tokens and their types (normal if the file does not say), without those that only fill up the embedding.
+
+    What a user defined in SentencePiece is looked for in the text as it is: with blanks.
+    """
+    tokens: list[str] = settings.get("tokenizer.ggml.tokens", list)
+    if not all(isinstance(token, str) for token in tokens):
+        raise UserError(f"{settings.path}: tokenizer.ggml.tokens holds other things than texts")
+    given = _numbers(settings, "tokenizer.ggml.token_type", len(tokens), NORMAL)
+    size = len(tokens) - padding(tokens)
+    tokens, kinds = tokens[:size], [int(kind) for kind in given[:size]]
+    if model == "llama":
+        known = set(tokens)
+        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+            if kind == USER_DEFINED and (text := token.replace(BLANK, " ")) not in known:
+                tokens[number] = text
+    return tokens, kinds
+
+
+def _numbers(settings: Settings, key: str, size: int, default: float | None = None) -> Sequence[Any]:
+    """An array with a number for each token."""
+    import numpy as np
+
+    if key not in settings.values and default is not None:
+        return [default] * size
+    given = settings.get(key, np.ndarray)
+    if len(given) != size:
+        raise UserError(f"{settings.path}: {len(given)} entries in {key} for {size} tokens")
+    numbers: list[Any] = given.tolist()
+    return numbers
+
+
+def _token_id(settings: Settings, name: str, size: int) -> int | None:
+    """tokenizer.ggml.<name>_token_id; None if the file does not say, or says -1 (also written without a sign)."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    number = settings.get(key, int, -1)
+    if number in (-1, 2**32 - 1):
+        return None
+    if not 0 <= number < size:
+        raise UserError(f"{settings.path}: {key} is {number}, but there are {size} tokens")
+    return int(number)
+
+
+def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **settings: Any) -> dict[str, Any]:
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in merges], **settings}
+
+
+def _byte_level(settings: Settings, tokens: list[str]) -> dict[str, Any]:
+    """GPT-2's scheme: the bytes of the text, written as printable characters, are cut by a pattern and merged."""
+    pre = settings.get("tokenizer.ggml.pre", str, "default")
+    if pre not in CUTS:
+        raise UserError(f"{settings.path}: tokenizer.ggml.pre is {pre!r}, supported are {', '.join(CUTS)}")
+    merges = settings.get("tokenizer.ggml.merges", list)
+    pairs = [tuple(str(merge).split(" ")) for merge in merges]
+    if bad := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
+        raise UserError(f"{settings.path}: tokenizer.ggml.merges holds {bad[0]!r}, which is not two tokens")
+    return {
+        "model": _bpe(tokens, pairs, ignore_merges=CUTS[pre].whole_words),  # type: ignore[arg-type]
+        "normalizer": {"type": "NFC"} if CUTS[pre].nfc else None,
+        "pre_tokenizer": pre_tokenizer(CUTS[pre]),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    }
+
+
+def _sentencepiece(settings: Settings, tokens: list[str], kinds: list[int], unknown: int | None) -> dict[str, Any]:
+    """SentencePiece: blanks become U+2581, the neighbours whose union has the best score merge first, unknown characters become bytes."""
+    scores = _numbers(settings, "tokenizer.ggml.scores", len(settings.get("tokenizer.ggml.tokens", list)))
+    normal = {token: float(score) for token, kind, score in zip(tokens, kinds, scores, strict=False) if kind == NORMAL}
+    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    first = {"type": "Prepend", "prepend": BLANK}
+    words = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    prefix = settings.get("tokenizer.ggml.add_space_prefix", bool, True)
+    unk = None if unknown is None else tokens[unknown]
+    return {
+        "model": _bpe(tokens, ranked_merges(normal), unk_token=unk, fuse_unk=True, byte_fallback=True),
+        "normalizer": {"type": "Sequence", "normalizers": [first, blanks]} if prefix else blanks,
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [*words, strip] if prefix else words},
+    }
+
+
+def ranked_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to put two tokens together to a token, by the score of the union, best first; of equal ones the earlier token."""
+    ranked = []
+    for number, (token, score) in enumerate(scores.items()):
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in scores and right in scores:
+                ranked.append((-score, number, cut, (left, right)))
+    return [pair for *_, pair in sorted(ranked)]
+
+
+def _added(tokens: list[str], kinds: list[int], control: tuple[int, ...], strips: bool) -> list[dict[str, Any]]:
+    """Tokens that are found in the text before it is cut: control tokens (left out when decoding) and user-defined ones (kept).
+
+    `strips`: control tokens take the blanks behind them, all but PHI_3_PLAIN. Files do not say so; llama.cpp too knows it of Phi 3 only.
+    """
+    return [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": strips and kind == CONTROL and token not in PHI_3_PLAIN,
+            "normalized": False,
+            "special": kind in control,
+        }
+        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if token and kind in (*control, USER_DEFINED)
+    ]
+
+
+def _bos_first(token: str, number: int | None) -> dict[str, Any]:
+    """BOS before every text, as transformers' post-processors do it."""
+    bos = [{"SpecialToken": {"id": token, "type_id": place}} for place in (0, 1)]
+    text = [{"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB")]
+    special = {token: {"id": token, "ids": [number], "tokens": [token]}}
+    pair = [bos[0], text[0], bos[1], text[1]]
+    return {"type": "TemplateProcessing", "single": [bos[0], text[0]], "pair": pair, "special_tokens": special}

@@ -1,0 +1,218 @@
+"""Checkpoint folders into GGUF files."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from litgpt import checkpoint
+from litgpt.config import Config
+from litgpt.convert.from_litgpt import hf_settings
+from litgpt.convert.gguf.config import Plan, differences, plan, read_config
+from litgpt.convert.gguf.names import ARCHITECTURES, has_offset, is_paired, table
+from litgpt.convert.gguf.reader import CHUNK
+from litgpt.convert.gguf.vocabulary import vocabulary
+from litgpt.convert.litgpt import is_tied, open_own
+from litgpt.convert.names import Slot, shapes, slots, stored_form, stored_shape, summary
+from litgpt.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+"""Number formats by the names of `--dtype`."""
+ALWAYS_F32 = re.compile(r".*_norm(_2)?\.weight|.*\.ffn_gate_inp\.weight|position_embd\.weight|.*\.bias")
+"""As llama.cpp has it; so are all vectors."""
+
+
+class Group(NamedTuple):
+    """The LitGPT tensors that one GGUF tensor holds: one or, of experts, several, one behind the other."""
+
+    slots: list[Slot]
+    shape: tuple[int, ...]
+
+
+def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
+    """Write the checkpoint folder `source` to the file `target`, a tensor at a time, under another name until it is complete.
+
+    `dtype` None: the weights' own. Returns the architecture. Raises UserError for a model or a tokenizer that GGUF has no words for.
+    """
+    import torch
+
+    config, file = Config.from_checkpoint(source), source / checkpoint.WEIGHTS
+    loads = {key: load for keys, load in open_own(file, config).items() for key in keys}
+    weights = checkpoint.load_weights(file)
+    own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+    wanted, tied = TYPES[dtype or own.get(weights["transformer.wte.weight"].dtype, "f32")], is_tied(weights)
+    del weights
+    try:
+        hub = hf_settings(config, source)["model_type"]
+    except UserError:  # transformers has no such model
+        hub = ""
+    try:
+        made, groups = choose(config, vocabulary(source, config.V), target, tied, hub)
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(f"{source}: {error}") from None
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(temporary, made, groups, config, loads, wanted)
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}. Check the place, and that there is room") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return made.architecture
+
+
+def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, hub: str) -> tuple[Plan, dict[str, Group]]:
+    """The first architecture that computes what `config` computes, with the names of its tensors: the `hub`'s model type counts most.
+
+    `words`: the tokenizer's metadata. Raises ValueError that says how the nearest architecture differs.
+    """
+    ordered = sorted(ARCHITECTURES, key=lambda name: name != hub and hub not in ARCHITECTURES[name].hub)
+    keys = shapes(config, 6 * config.n_layer, config.name)
+    nearest: list[str] = []
+    for name in ordered:
+        groups = group(name, config, keys, tied)
+        made = plan(target, name, config, {tensor: entry.shape for tensor, entry in groups.items()}, words["tokenizer.ggml.tokens"])
+        made.metadata.update(words)
+        lacking = keys.keys() - {key for entry in groups.values() for slot in entry.slots for key in slot.keys} - {"lm_head.weight"}
+        lacking |= {tensor for tensor in (*groups, *made.arrays) if not has_tensor(name, tensor)}
+        problems = [f"no place for {summary(sorted(lacking))}"] if lacking else []
+        try:
+            found = differences(config, read_config(made))
+            problems += [f"{key} {stated!r} instead of {given!r}" for key, (given, stated) in found.items()]
+        except UserError as error:
+            problems.append(str(error).removeprefix(f"{target}: "))
+        if not problems:
+            return made, groups
+        if not nearest or len(problems) < len(nearest) - 1:
+            nearest = [name, *problems]
+    raise ValueError(f"no architecture of GGUF expresses this model; the nearest, {nearest[0]}, has {', '.join(nearest[1:])}")
+
+
+def unwindowed(architecture: str, source: Path) -> int | None:
+    """The size of a model's sliding window, if its context is longer and llama.cpp leaves it out; the file states it all the same."""
+    config = Config.from_checkpoint(source)
+    window = config.sliding_window_size if any(config.sliding_window_indices or ()) else None
+    return window if window is not None and window < config.block_size and not ARCHITECTURES[architecture].window_period else None
+
+
+def has_tensor(architecture: str, name: str) -> bool:
+    """Whether llama.cpp knows such a tensor of the architecture."""
+    from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
+
+    kind = next(kind for kind, text in MODEL_ARCH_NAMES.items() if text == architecture)
+    module = re.sub(r"^blk\.\d+\.", "blk.{bid}.", name.rpartition(".")[0])
+    return any(TENSOR_NAMES[tensor] == module for tensor in MODEL_TENSORS[kind])
+
+
+def group(architecture: str, config: Config, keys: Mapping[str, tuple[int, ...]], tied: bool) -> dict[str, Group]:
+    """What each tensor of the file holds; a head that is the embedding is left out."""
+    found: dict[str, list[Slot]] = {}
+    for name, slot in slots(table(architecture, config, ARCHITECTURES[architecture].joined), config, keys).items():
+        if not (tied and slot.key == "lm_head.weight"):
+            found.setdefault(re.sub(r"_exps\.\d+", "_exps", name), []).append(slot)
+    many = {name: (len(entry),) if "_exps." in name else () for name, entry in found.items()}
+    return {name: Group(entry, (*many[name], *stored_shape(entry[0], config, keys))) for name, entry in found.items()}
+
+
+def _write(
+    path: Path, made: Plan, groups: Mapping[str, Group], config: Config, loads: Mapping[str, Callable[[], torch.Tensor]], wanted: str
+) -> None:
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+
+    writer = GGUFWriter(path, made.architecture)
+    writer.add_file_type(LlamaFileType["ALL_F32" if wanted == "F32" else f"MOSTLY_{wanted}"])
+    if wanted == "Q8_0":
+        writer.add_quantization_version(2)
+    for key, value in made.metadata.items():
+        if key != "general.architecture":
+            _add(writer, key, value)
+    kinds = {name: GGMLQuantizationType[kind_of(name, entry.shape, wanted)] for name, entry in groups.items()}
+    for name, factors in made.arrays.items():
+        writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
+    for name, entry in groups.items():
+        block, size = GGML_QUANT_SIZES[kinds[name]]
+        in_bytes = (*entry.shape[:-1], entry.shape[-1] // block * size)
+        writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), math.prod(in_bytes), raw_dtype=kinds[name])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for factors in made.arrays.values():
+            writer.write_tensor_data(factors)
+        for name, entry in groups.items():
+            writer.write_tensor_data(encoded(stored(name, entry, made.architecture, config, loads), kinds[name], f"{made.path}: {name}"))
+        for file in writer.fout or ():
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        writer.close()
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    """A value by its Python type."""
+    adders: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    adders[type(value)](key, value)
+
+
+def kind_of(name: str, shape: tuple[int, ...], wanted: str) -> str:
+    """The number format of a tensor. Q8_0 takes rows of a multiple of 32 numbers; the others are F16 then, as llama.cpp has it."""
+    if len(shape) == 1 or ALWAYS_F32.fullmatch(name):
+        return "F32"
+    return "F16" if wanted == "Q8_0" and shape[-1] % 32 else wanted
+
+
+def stored(name: str, entry: Group, architecture: str, config: Config, loads: Mapping[str, Callable[[], torch.Tensor]]) -> torch.Tensor:
+    """A tensor as the file has it: the inverse of what `gguf.stored` does."""
+    import torch
+
+    module = name.rpartition(".")[0]
+    parts = [stored_form(slot, config, {key: loads[key]() for key in slot.keys}) for slot in entry.slots]
+    weight = parts[0] if len(parts) == 1 else torch.stack(parts)
+    if has_offset(config, module):
+        return weight.float() + 1
+    if is_paired(architecture, module):
+        assert config.head_size is not None
+        heads = weight.view(-1, 2, config.head_size // 2, *weight.shape[1:])  # (H, 2, h/2, ...)
+        return heads.transpose(1, 2).reshape(weight.shape)  # (H, h/2, 2, ...)
+    return weight.view(entry.shape)
+
+
+def encoded(weight: torch.Tensor, kind: GGMLQuantizationType, where: str) -> np.ndarray:
+    """The numbers in a file's format. Raises UserError, `where`, for a finite number that F16 cannot hold."""
+    import numpy as np
+    import torch
+    from gguf import GGML_QUANT_SIZES, quantize
+
+    if kind.name == "Q8_0":
+        block, size = GGML_QUANT_SIZES[kind]
+        rows = weight.reshape(-1, weight.shape[-1])
+        made = np.empty((rows.shape[0], rows.shape[1] // block * size), np.uint8)
+        step = max(1, CHUNK // rows.shape[1])
+        for start in range(0, len(rows), step):
+            made[start : start + step] = quantize(rows[start : start + step].float().numpy(), kind)
+        return made
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
+    cast = weight.to(dtype).contiguous()
+    if kind.name == "F16" and not torch.equal(cast.isfinite(), weight.isfinite()):
+        raise UserError(f"{where} holds numbers above 65504, the largest of F16: write the file with --dtype bf16 or f32")
+    numbers: np.ndarray = cast.view(torch.uint8).numpy()
+    return numbers

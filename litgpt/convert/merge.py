@@ -1,0 +1,56 @@
+"""`litgpt merge_lora`: LoRA adapters folded into the base's weights, so that the result is an ordinary checkpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+from litgpt import atomic, checkpoint
+from litgpt.config import Config
+from litgpt.convert.resolve import open_checkpoint
+from litgpt.errors import UserError
+from litgpt.files import read_yaml
+
+if TYPE_CHECKING:
+    import torch
+
+
+def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] = None, precision: Optional[str] = None) -> None:
+    """Fold a LoRA adapter into its base and write lit_model.pth beside the adapter.
+
+    Args:
+        checkpoint_dir: Folder of the adapter (lit_model.pth.lora and hyperparameters.yaml).
+        pretrained_checkpoint_dir: Folder of the base model. Default: the one that hyperparameters.yaml names.
+        precision: Number format of the merged weights. Default: the one that the adapter was trained in.
+    """
+    folder = Path(checkpoint_dir)
+    if not (folder / checkpoint.ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{folder} holds no adapter: {checkpoint.ADAPTER_WEIGHTS} is missing. Name a folder that `litgpt finetune` wrote")
+    if (folder / checkpoint.WEIGHTS).exists():
+        raise UserError(f"{folder / checkpoint.WEIGHTS} exists already: move it away to merge again")
+    if pretrained_checkpoint_dir is not None:
+        pretrained_checkpoint_dir = checkpoint.require_checkpoint(open_checkpoint(pretrained_checkpoint_dir))
+    base, _ = checkpoint.adapter_settings(folder, pretrained_checkpoint_dir)
+
+    from litgpt.device import backbone_dtype, default_device, default_precision
+
+    trained_in = read_yaml(folder / "hyperparameters.yaml").get("precision")
+    dtype = backbone_dtype(precision or trained_in or default_precision(default_device()))
+    weights = merged_weights(checkpoint.load_model(folder, dtype, base=base))
+    if not (folder / "model_config.yaml").is_file():
+        checkpoint.save_config(Config.from_checkpoint(base), folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        checkpoint.copy_tokenizer_files(base, folder)
+    checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)
+    if atomic.read_manifest(folder) is not None:
+        atomic.write_manifest(folder, [checkpoint.WEIGHTS])
+    print(f"wrote {folder / checkpoint.WEIGHTS}")
+
+
+def merged_weights(model: "torch.nn.Module") -> "dict[str, torch.Tensor]":
+    """Fold every LoRA of the model into its layer, in place, and return the base's state dict on the CPU; tied weights stay one tensor.
+
+    Raises UserError for Skip2-LoRA, before anything is changed.
+    """
+    from litgpt.lora import merge_lora_weights
+
+    merge_lora_weights(model)
+    return checkpoint.on_cpu(model.state_dict())

@@ -1,0 +1,163 @@
+"""Weight files written one tensor at a time, so that a model never has to be in memory whole: `.pth` and safetensors.
+
+Both go into a folder that `atomic.new_folder` makes: it flushes them to disk, and shows them when they are complete.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from zipfile import ZIP64_LIMIT, ZipFile, ZipInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from litgpt.convert.names import Plan
+
+PTH_ALIGNMENT, HEADER_ALIGNMENT = 64, 8
+"""bytes: where a record of a `.pth` file starts, and what the header of a safetensors file is filled up to"""
+PADDING = 0x4246
+"""the kind of zip field that torch fills up with"""
+
+
+class Pending(NamedTuple):
+    """A tensor that is still to be made."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        size = self.dtype.itemsize
+        for count in self.shape:
+            size *= count
+        return size
+
+
+class _Storage(NamedTuple):
+    """A record of a `.pth` file, as `torch.load` knows it: `data/<record>` holds so many numbers."""
+
+    kind: type
+    record: str
+    numbers: int
+
+
+class _Tensor:
+    """Pickles as the tensor that fills a record."""
+
+    def __init__(self, storage: _Storage, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+        self.parts: tuple[Any, ...] = (storage, 0, shape, stride, False, OrderedDict())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import torch
+
+        return torch._utils._rebuild_tensor_v2, self.parts
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
+        return ("storage", value.kind, value.record, "cpu", value.numbers) if isinstance(value, _Storage) else None
+
+
+def write_pth(plan: Plan, path: Path) -> None:
+    """Write the tensors that the plan makes, one after the other, to a file that `torch.load` reads as if `torch.save` had made it.
+
+    Layout: a zip, nothing compressed, with a record `data/<number>` for each tensor's bytes and the pickled state dict in `data.pkl`
+    (docs.pytorch.org/docs/stable/notes/serialization.html). torch's own writer of records ends the process if the disk is full.
+    """
+    import torch
+
+    kinds: dict[torch.dtype, Any] = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage}
+    kinds |= {torch.float16: torch.HalfStorage, torch.float64: torch.DoubleStorage}
+    with path.open("wb") as file, ZipFile(file, "w") as archive:
+        state: dict[str, _Tensor] = {}
+        for number, (keys, load) in enumerate(plan.items()):
+            tensor = load().contiguous()
+            _add(archive, file.tell(), f"data/{number}", as_bytes(tensor))
+            stored = _Tensor(_Storage(kinds[tensor.dtype], str(number), tensor.numel()), tuple(tensor.shape), tensor.stride())
+            state.update(dict.fromkeys(keys, stored))
+            del tensor  # before the next one is made
+        pickled = BytesIO()
+        _Pickler(pickled, protocol=2).dump(state)
+        for name, content in (("data.pkl", pickled.getbuffer()), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
+            _add(archive, file.tell(), name, content)
+
+
+def _add(archive: ZipFile, place: int, name: str, content: Any) -> None:
+    """Add a record at the byte `place`, its content aligned by a field that readers skip."""
+    record = ZipInfo(f"archive/{name}")
+    record.file_size = memoryview(content).nbytes
+    long = record.file_size > ZIP64_LIMIT // 2
+    before = place + 30 + len(record.filename) + (20 if long else 0) + 4  # the local header, its long sizes, the field's own head
+    record.extra = struct.pack("<HH", PADDING, -before % PTH_ALIGNMENT) + bytes(-before % PTH_ALIGNMENT)
+    with archive.open(record, "w", force_zip64=long) as target:
+        target.write(content)
+
+
+def as_bytes(tensor: torch.Tensor) -> Any:
+    """A contiguous tensor's bytes, not copied."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def write_safetensors(tensors: Mapping[str, Pending], path: Path) -> None:
+    """Write the tensors, one after the other, to one file.
+
+    Layout: the header's length (8 bytes), the header (JSON: dtype, shape and place of each tensor), the bytes
+    (github.com/huggingface/safetensors#format). Wide numbers come first, which aligns all of them.
+    """
+    import torch
+
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, pending in ordered:
+        start, end = end, end + pending.nbytes
+        header[name] = {"dtype": names[pending.dtype], "shape": pending.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, pending in ordered:
+            tensor = pending.load().contiguous()
+            assert tensor.dtype == pending.dtype and tuple(tensor.shape) == pending.shape, name
+            file.write(as_bytes(tensor))
+            del tensor  # before the next one is made
+
+
+def shards(tensors: Mapping[str, Pending], largest: int) -> list[dict[str, Pending]]:
+    """The tensors in order, in groups of at most `largest` bytes; a larger tensor is a group of its own."""
+    groups: list[dict[str, Pending]] = []
+    size = 0
+    for name, pending in tensors.items():
+        if not groups or size + pending.nbytes > largest:
+            groups.append({})
+            size = 0
+        groups[-1][name] = pending
+        size += pending.nbytes
+    return groups
+
+
+def write_sharded(tensors: Mapping[str, Pending], folder: Path, largest: int) -> None:
+    """model.safetensors, or its parts of at most `largest` bytes and their index, as transformers names them."""
+    groups = shards(tensors, largest)
+    names = ["model.safetensors"]
+    if len(groups) > 1:
+        names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+        index = {
+            "metadata": {"total_size": sum(pending.nbytes for pending in tensors.values())},
+            "weight_map": {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name, group in zip(names, groups, strict=True):
+        write_safetensors(group, folder / name)

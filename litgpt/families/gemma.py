@@ -1,0 +1,167 @@
+"""Gemma: scaled embeddings, GeGLU, RMSNorm by 1 + weight. From 2 on norms on outputs and local attention, in 3 two rotary bases."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, layer_types, read_layer_types, sizes
+from litgpt.families._rope import first, read_scaling, rope, settings, whole, write_scaling
+from litgpt.families._rows import expand, size
+from litgpt.families.llama import DECODER
+
+if TYPE_CHECKING:
+    from litgpt.config import Config
+
+_GEMMA = {**DECODER, "mlp_class_name": "GemmaMLP", "gelu_approximate": "tanh", "scale_embeddings": True}
+_GEMMA_2 = {**_GEMMA, "post_attention_norm": True, "post_mlp_norm": True}
+_GEMMA_3 = {**_GEMMA_2, "norm_qk": True}
+
+_1 = {**_GEMMA, "norm_eps": 1e-6, "vocab_size": 256000, "padding_multiple": 64, "head_size": 256}
+_CAPS = {"attention_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_2 = {**_GEMMA_2, **_CAPS, "norm_eps": 1e-6, "block_size": 8192, "vocab_size": 256000, "padded_vocab_size": 256000}
+_3 = {**_GEMMA_3, "norm_eps": 1e-6, "block_size": 131072, "rope_base": 1000000, "rope_local_base_freq": 10000}
+_IMAGES = {"rope_adjustments": {"factor": 8.0}, "vocab_size": 262144, "padded_vocab_size": 262208}
+
+
+def _2_size(head_size: int, scalar: int, row: dict[str, Any]) -> dict[str, Any]:
+    blocks = [int(i % 2 == 0) for i in range(row["n_layer"])]
+    windows = {"sliding_window_size": 4096, "sliding_window_indices": blocks}
+    return {**row, **windows, "head_size": head_size, "attention_scores_scalar": scalar}
+
+
+def _3_size(window: int, head_size: int, scalar: int, row: dict[str, Any]) -> dict[str, Any]:
+    blocks = [int((i + 1) % 6 != 0) for i in range(row["n_layer"])]
+    windows = {"sliding_window_size": window, "sliding_window_indices": blocks, "rope_indices": blocks}
+    return {**row, **windows, "head_size": head_size, "attention_scores_scalar": scalar}
+
+
+def _hub(*names: str) -> str:
+    """The hub spells these names in small letters."""
+    return " ".join(f"{name}={name.lower()}" for name in names)
+
+
+MODELS = [
+    *expand(
+        "google",
+        _1,
+        {
+            _hub("Gemma-2b", "Gemma-2b-it"): size(18, 8, 2048, 16384, 1),
+            _hub("Gemma-7b", "Gemma-7b-it", "CodeGemma-7b-it"): size(28, 16, 3072, 24576),
+        },
+    ),
+    *expand(
+        "google",
+        _2,
+        {
+            _hub("Gemma-2-2b", "Gemma-2-2b-it"): _2_size(256, 256, size(26, 8, 2304, 9216, 4)),
+            _hub("Gemma-2-9b", "Gemma-2-9b-it"): _2_size(256, 256, size(42, 16, 3584, 14336, 8)),
+            _hub("Gemma-2-27b", "Gemma-2-27b-it"): _2_size(128, 144, size(46, 32, 4608, 36864, 16)),
+        },
+    ),
+    *expand(
+        "google",
+        {**_3, "vocab_size": 262144, "padded_vocab_size": 262144},
+        {
+            _hub("Gemma-3-270m", "Gemma-3-270m-it"): {**_3_size(512, 256, 256, size(18, 4, 640, 2048, 1)), "block_size": 32768},
+            _hub("Gemma-3-1b-pt", "Gemma-3-1b-it"): _3_size(512, 256, 256, size(26, 4, 1152, 6912, 1)),
+        },
+    ),
+    *expand(
+        "google",
+        {**_3, **_IMAGES},
+        {
+            _hub("Gemma-3-4b-pt", "Gemma-3-4b-it"): _3_size(1024, 256, 256, size(34, 8, 2560, 10240, 4)),
+            _hub("Gemma-3-12b-pt", "Gemma-3-12b-it"): _3_size(1024, 256, 256, size(48, 16, 3840, 15360, 8)),
+            _hub("Gemma-3-27b-pt", "Gemma-3-27b-it"): _3_size(1024, 128, 168, size(62, 32, 5376, 21504, 16)),
+        },
+    ),
+]
+
+_ACCEPTS = {"attention_bias": (False,), "use_bidirectional_attention": (None, False)}
+_TANH = ("gelu_pytorch_tanh", None, "gelu_new")
+
+
+def _read_local(hf: Hf, period: int) -> Fields:
+    """Blocks with a window are all but every `period`-th."""
+    blocks = read_layer_types(hf, lambda i: (i + 1) % period != 0)
+    return {"sliding_window_size": hf.get("sliding_window", 4096), "sliding_window_indices": blocks}
+
+
+def _write_local(config: Config) -> dict[str, Any]:
+    return {"sliding_window": config.sliding_window_size, "layer_types": layer_types(config)}
+
+
+def _read_two_bases(hf: Hf) -> Fields:
+    """Local blocks have a base of their own, and no scaling."""
+    given = settings(hf)
+    if "full_attention" in given or "sliding_attention" in given:  # transformers 5
+        far, near = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+    else:
+        far, near = given, {}
+    if (kind := near.get("rope_type", "default")) != "default":
+        raise ValueError(f"rotary scaling {kind!r} of sliding_attention is not supported, only of full_attention")
+    for part in (far, near):
+        if part.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"partial_rotary_factor {part['partial_rotary_factor']!r} is not supported for this model_type, only 1.0 is")
+    scaling = read_scaling(far, far.get("original_max_position_embeddings"), hf)
+    if condense := scaling.pop("rope_condense_ratio", None):
+        scaling = {"rope_adjustments": {"factor": float(condense)}}
+    return {
+        "rope_base": whole(first(far.get("rope_theta"), hf.get("rope_theta"), 1000000)),
+        "rope_local_base_freq": whole(first(near.get("rope_theta"), hf.get("rope_local_base_freq"), 10000)),
+        **scaling,
+    }
+
+
+def _read_3(hf: Hf) -> Fields:
+    local = _read_local(hf, hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6)
+    return {**local, "rope_indices": local["sliding_window_indices"], **_read_two_bases(hf)}
+
+
+def _write_3(config: Config) -> dict[str, Any]:
+    bases = {"rope_theta": float(config.rope_base), "rope_local_base_freq": float(config.rope_local_base_freq or 10000)}
+    return {**_write_local(config), **bases, **write_scaling(config)}
+
+
+def _keys(**others: Key) -> dict[str, Key]:
+    return sizes(head_dim=Key("head_size", 256), rms_norm_eps=Key("norm_eps", 1e-6), **others)
+
+
+_SOFT_CAPPED = {
+    "query_pre_attn_scalar": Key("attention_scores_scalar", 256),
+    "attn_logit_softcapping": Key("attention_logit_softcapping", 50.0),
+    "final_logit_softcapping": Key("final_logit_softcapping", 30.0),
+}
+_TEXT_3 = {
+    "max_position_embeddings": Key("block_size", 131072),
+    "vocab_size": Key("padded_vocab_size", 262208),
+    "num_attention_heads": Key("n_head", 8),
+    "num_key_value_heads": Key("n_query_groups", 4),
+    "query_pre_attn_scalar": Key("attention_scores_scalar", 256),
+    "final_logit_softcapping": Key("final_logit_softcapping", None),
+}
+"""the files of the models with images leave out what is transformers' default"""
+
+ARCHITECTURES = {
+    "gemma": Architecture(
+        "GemmaForCausalLM",
+        _keys(),
+        _GEMMA,
+        {**_ACCEPTS, "hidden_act": ("gelu_pytorch_tanh", "gelu", "gelu_new"), "hidden_activation": (None, *_TANH)},
+        (rope(),),
+    ),
+    "gemma2": Architecture(
+        "Gemma2ForCausalLM",
+        _keys(**_SOFT_CAPPED),
+        _GEMMA_2,
+        {**_ACCEPTS, "hidden_activation": _TANH},
+        (Aspect(lambda hf: _read_local(hf, 2), _write_local), rope()),
+    ),
+    "gemma3_text": Architecture(
+        "Gemma3ForCausalLM",
+        _keys(**_TEXT_3),
+        _GEMMA_3,
+        {**_ACCEPTS, "hidden_activation": _TANH, "attn_logit_softcapping": (None,)},
+        (Aspect(_read_3, _write_3),),
+    ),
+}

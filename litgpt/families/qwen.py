@@ -1,0 +1,144 @@
+"""Qwen 1.5, 2, 2.5 and QwQ: Llama's decoder with biases on q, k and v. Qwen 3: without them, q and k normalised; dense or of experts."""
+
+from __future__ import annotations
+
+from litgpt.families._architecture import Architecture, Key, optional_window
+from litgpt.families._rope import rope
+from litgpt.families._rows import expand, size
+from litgpt.families.llama import DECODER, SILU, SIZES
+from litgpt.families.mistral import MOE
+
+_QWEN_2 = {**DECODER, "attn_bias": True}
+_QWEN_3 = {**DECODER, "norm_qk": True}
+_QWEN_3_MOE = {**MOE, "norm_qk": True}
+
+_VOCAB = {"vocab_size": 151643, "padded_vocab_size": 151936}
+_WIDE = {"vocab_size": 151643, "padded_vocab_size": 152064}
+_1_5 = {**_QWEN_2, "block_size": 32768, "rope_base": 1000000, "norm_eps": 1e-6, **_VOCAB}
+_2 = {**_1_5, "block_size": 131072}
+_3 = {**_QWEN_3, **_VOCAB, "norm_eps": 1e-6, "block_size": 40960, "rope_base": 1000000, "head_size": 128}
+_3_MOE = {**_QWEN_3_MOE, **_3, "mlp_class_name": "LLaMAMoE", "n_expert": 128, "n_expert_per_token": 8, "router_aux_loss_coef": 0.001}
+_05B = {**size(24, 14, 896, 4864, 2), "block_size": 32768}
+_15B = size(28, 12, 1536, 8960, 2)
+_3B = {**size(36, 16, 2048, 11008, 2), "block_size": 32768}
+_7B = {**size(28, 28, 3584, 18944, 4), **_WIDE}
+_14B = {**size(48, 40, 5120, 13824, 8), **_WIDE, "norm_eps": 1e-5}
+_32B = {**size(64, 40, 5120, 27648, 8), **_WIDE, "norm_eps": 1e-5}
+_72B = {**size(80, 64, 8192, 29568, 8), **_WIDE, "norm_eps": 1e-5}
+_4B_3 = size(36, 32, 2560, 9728, 8)
+_30B_3 = {**size(48, 32, 2048, 6144, 4), "moe_intermediate_size": 768}
+_235B_3 = {**size(94, 64, 4096, 12288, 4), "moe_intermediate_size": 1536}
+_32K = {"block_size": 32768}
+_4K = {"block_size": 4096, "rope_base": 10000}
+_1M = {"block_size": 1010000, "rope_base": 10000000, "norm_eps": 1e-5}
+_2507 = {"block_size": 262144}
+
+
+def _both(*names: str, ending: str = "Instruct") -> str:
+    """Base models and their instruction-tuned or chat versions."""
+    return " ".join(f"{name} {name}-{ending}" for name in names)
+
+
+MODELS = [
+    *expand(
+        "Qwen",
+        _1_5,
+        {
+            _both("Qwen1.5-0.5B", ending="Chat"): size(24, 16, 1024, 2816),
+            _both("Qwen1.5-1.8B", ending="Chat"): size(24, 16, 2048, 5504),
+            _both("Qwen1.5-4B", ending="Chat"): {**size(40, 20, 2560, 6912), "rope_base": 5000000},
+            _both("Qwen1.5-7B", ending="Chat"): size(32, 32, 4096, 11008),
+            _both("Qwen1.5-14B", ending="Chat"): {**size(40, 40, 5120, 13696), **_WIDE},
+        },
+    ),
+    *expand(
+        "Qwen",
+        _2,
+        {
+            "Qwen2-0.5B": {**_05B, "block_size": 131072},
+            "Qwen2-0.5B-Instruct": _05B,
+            "Qwen2-1.5B": _15B,
+            "Qwen2-1.5B-Instruct": {**_15B, **_32K},
+            "Qwen2-7B": _7B,
+            "Qwen2-7B-Instruct": {**_7B, **_32K},
+        },
+    ),
+    *expand(
+        "Qwen",
+        _2,
+        {
+            _both("Qwen2.5-0.5B", "Qwen2.5-Coder-0.5B"): _05B,
+            _both("Qwen2.5-1.5B"): _15B,
+            _both("Qwen2.5-3B", "Qwen2.5-Coder-3B"): _3B,
+            _both("Qwen2.5-7B"): _7B,
+            _both("Qwen2.5-14B"): _14B,
+            _both("Qwen2.5-32B") + " QwQ-32B": _32B,
+            _both("Qwen2.5-72B"): _72B,
+            _both("Qwen2.5-Coder-1.5B"): {**_15B, **_32K},
+            _both("Qwen2.5-Coder-7B"): {**_7B, **_32K},
+            _both("Qwen2.5-Coder-14B"): {**_14B, **_32K},
+            _both("Qwen2.5-Coder-32B") + " QwQ-32B-Preview": {**_32B, **_32K},
+            _both("Qwen2.5-Math-1.5B"): {**_15B, **_4K},
+            _both("Qwen2.5-Math-7B"): {**_7B, **_4K},
+            _both("Qwen2.5-Math-72B"): {**_72B, **_4K},
+            "Qwen2.5-7B-Instruct-1M": {**_7B, **_1M},
+            "Qwen2.5-14B-Instruct-1M": {**_14B, **_1M},
+        },
+    ),
+    *expand(
+        "deepseek-ai",
+        _2,
+        {
+            "R1-Distill-Qwen-1.5B=DeepSeek-R1-Distill-Qwen-1.5B": {**_15B, "rope_base": 10000},
+            "R1-Distill-Qwen-7B=DeepSeek-R1-Distill-Qwen-7B": {**_7B, "rope_base": 10000},
+            "R1-Distill-Qwen-14B=DeepSeek-R1-Distill-Qwen-14B": _14B,
+            "R1-Distill-Qwen-32B=DeepSeek-R1-Distill-Qwen-32B": _32B,
+        },
+    ),
+    *expand(
+        "Qwen",
+        _3,
+        {
+            "Qwen3-0.6B Qwen3-0.6B-Base": size(28, 16, 1024, 3072, 8),
+            "Qwen3-1.7B Qwen3-1.7B-Base": size(28, 16, 2048, 6144, 8),
+            "Qwen3-4B Qwen3-4B-Base": _4B_3,
+            "Qwen3-8B Qwen3-8B-Base": size(36, 32, 4096, 12288, 8),
+            "Qwen3-14B Qwen3-14B-Base": size(40, 40, 5120, 17408, 8),
+            "Qwen3-32B": size(64, 64, 5120, 25600, 8),
+            "Qwen3-4B-Thinking-2507 Qwen3-4B-Instruct-2507": {**_4B_3, **_2507, "rope_base": 5000000},
+        },
+    ),
+    *expand(
+        "Qwen",
+        _3_MOE,
+        {
+            "Qwen3-30B-A3B Qwen3-30B-A3B-Base": _30B_3,
+            "Qwen3-30B-A3B-Thinking-2507 Qwen3-30B-A3B-Instruct-2507": {**_30B_3, **_2507, "rope_base": 10000000},
+            "Qwen3-235B-A22B": _235B_3,
+            "Qwen3-235B-A22B-Thinking-2507 Qwen3-235B-A22B-Instruct-2507": {**_235B_3, **_2507, "rope_base": 5000000},
+        },
+    ),
+]
+
+_WINDOW = optional_window(lambda i, hf: i >= hf.get("max_window_layers", 28))
+_WINDOW_OF_ALL = optional_window(lambda i, hf: True)
+_EXPERTS = {
+    "num_experts num_local_experts": Key("n_expert", 128),
+    "num_experts_per_tok": Key("n_expert_per_token", 8),
+    "moe_intermediate_size": Key("moe_intermediate_size", 768),
+    "norm_topk_prob": Key("norm_topk_prob", False),
+    "router_aux_loss_coef": Key("router_aux_loss_coef", 0.001),
+}
+_ACCEPTS = {**SILU, "attention_bias": (False,)}
+
+ARCHITECTURES = {
+    "qwen2": Architecture("Qwen2ForCausalLM", SIZES, _QWEN_2, SILU, (_WINDOW, rope())),
+    "qwen3": Architecture("Qwen3ForCausalLM", {**SIZES, "head_dim": Key("head_size", 128)}, _QWEN_3, _ACCEPTS, (_WINDOW, rope())),
+    "qwen3_moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        {**SIZES, **_EXPERTS},
+        _QWEN_3_MOE,
+        {**_ACCEPTS, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+        (_WINDOW_OF_ALL, rope()),
+    ),
+}

@@ -1,0 +1,24 @@
+"""A training sample: token ids and which of them carry loss."""
+
+from array import array
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Sample:
+    """One training sequence of T tokens. Its first T - 1 tokens are the model's inputs."""
+
+    input_ids: "array[int]"
+    """array('i') of T ids"""
+    loss_mask: bytearray
+    """T bytes: 1 where this token is a target that carries loss. The first token never does: nothing predicts it."""
+
+    @property
+    def n_inputs(self) -> int:
+        """T - 1"""
+        return len(self.input_ids) - 1
+
+    @property
+    def n_targets(self) -> int:
+        """The number of tokens that carry loss."""
+        return sum(self.loss_mask)

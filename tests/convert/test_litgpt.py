@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litgpt.checkpoint import load_model, load_weights, save_config, save_weights
+from litgpt.config import Config
+from litgpt.convert.litgpt import convert_own
+from litgpt.convert.to_litgpt import convert_to_litgpt
+from litgpt.errors import UserError
+from tests.helpers import tiny
+
+H, G, h = 4, 2, 8
+
+
+def before_0_5(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict as LitGPT kept it once: for each key/value head its query heads, the key, the value."""
+    old = {}
+    for name, tensor in weights.items():
+        if ".attn.qkv." in name:
+            q, k, v = tensor.split([H * h, G * h, G * h])
+            parts = []
+            for group in range(G):
+                parts += [q[group * 2 * h : (group + 1) * 2 * h], k[group * h : (group + 1) * h], v[group * h : (group + 1) * h]]
+            name, tensor = name.replace(".attn.qkv.", ".attn.attn."), torch.cat(parts)
+        old[name] = tensor
+    return old
+
+
+@pytest.fixture
+def base(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
+    return tiny.write_base(tmp_path / "base", write_tiny_tokenizer, bias=True)
+
+
+def assert_equal(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    found = load_weights(folder / "lit_model.pth")
+    assert found.keys() == weights.keys()
+    assert all(found[name].dtype == weights[name].dtype and torch.equal(found[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("envelope", [False, True], ids=["plain", "in an envelope"])
+@pytest.mark.parametrize("layout", ["now", "before 0.5"])
+def test_pth_to_ours_to_pth(layout: str, envelope: bool, base: Path, tmp_path: Path) -> None:
+    weights = load_weights(base / "lit_model.pth")
+    stored: Any = before_0_5(weights) if layout == "before 0.5" else weights
+    (tmp_path / "given").mkdir()
+    save_config(Config.from_checkpoint(base), tmp_path / "given")
+    torch.save({"model": stored, "step": 3} if envelope else stored, tmp_path / "given" / "pretrained.pth")
+    convert_to_litgpt(tmp_path / "given" / "pretrained.pth", tmp_path / "lit")
+    assert_equal(tmp_path / "lit", weights)
+    convert_to_litgpt(tmp_path / "lit", tmp_path / "again")
+    assert_equal(tmp_path / "again", weights)
+    assert (tmp_path / "again" / "tokenizer.json").exists() is (tmp_path / "lit" / "tokenizer.json").exists()
+
+
+def test_an_older_checkpoint_runs_as_it_is(base: Path) -> None:
+    expected = load_model(base, torch.float32)(tiny.ids(1, 9))
+    save_weights(
+        before_0_5({name: tensor.clone() for name, tensor in load_weights(base / "lit_model.pth").items()}), base / "lit_model.pth"
+    )
+    (base / "manifest.json").unlink(missing_ok=True)
+    assert torch.equal(load_model(base, torch.float32)(tiny.ids(1, 9)), expected)
+
+
+def test_dtype_and_tied_head(base: Path, tmp_path: Path) -> None:
+    weights = {name: tensor.clone() for name, tensor in load_weights(base / "lit_model.pth").items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()  # LitGPT stores it twice
+    torch.save(weights, base / "lit_model.pth")
+    convert_own(base, tmp_path / "lit", dtype=torch.bfloat16)
+    found = load_weights(tmp_path / "lit" / "lit_model.pth")
+    assert found["lm_head.weight"].data_ptr() == found["transformer.wte.weight"].data_ptr()
+    assert all(torch.equal(found[name], weights[name].bfloat16()) for name in weights)
+
+
+def test_what_is_wrong_is_said_at_once(base: Path, tmp_path: Path) -> None:
+    weights = before_0_5(load_weights(base / "lit_model.pth"))
+    del weights["transformer.h.1.attn.attn.weight"], weights["transformer.h.2.attn.attn.weight"]
+    weights["extra"] = torch.zeros(2)
+    weights["transformer.ln_f.weight"] = torch.zeros(3)
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth says nothing about its model: give --model_name"):
+        convert_to_litgpt(tmp_path / "x.pth", tmp_path / "lit")
+    with pytest.raises(UserError, match="give --checkpoint_dir"):
+        convert_to_litgpt(tmp_path / "x.pth")
+    save_config(Config.from_checkpoint(base), tmp_path)
+    with pytest.raises(UserError) as caught:
+        convert_to_litgpt(tmp_path / "x.pth", tmp_path / "lit")
+    for part in ("missing: transformer.h.{1,2}.attn.attn.weight", "unknown: extra", "shape (3,) where (32,) is expected: transformer.ln_f"):
+        assert part in str(caught.value)
+    assert not (tmp_path / "lit").exists()
+
+
+def test_the_folder_to_convert_in_place_may_be_named_litgpts_way(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    tiny.hf_llama().save_pretrained(tmp_path / "hf")
+    write_tiny_tokenizer(tmp_path / "hf")
+    convert_to_litgpt(checkpoint_dir=tmp_path / "hf")
+    assert (tmp_path / "hf" / "lit_model.pth").is_file()
+    with pytest.raises(UserError, match="nothing to convert"):
+        convert_to_litgpt()

@@ -1,0 +1,137 @@
+"""`litgpt merge_lora`: the merged folder is a checkpoint of its own that computes what base and adapter computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.testing import assert_close
+
+from litgpt import checkpoint
+from litgpt.__main__ import main
+from litgpt.convert.merge import merge_lora, merged_weights
+from litgpt.errors import UserError
+from tests.helpers import tiny
+
+LORA: dict[str, Any] = {"lora_r": 3, "lora_alpha": 7, **tiny.ALL_LORA}
+SKIP: dict[str, Any] = {"lora_r": 3, "skip2lora_enabled": True}
+
+
+@pytest.fixture
+def base(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
+    return tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+
+
+def adapter(base: Path, **settings: Any) -> Path:
+    model = tiny.move_adapters(tiny.tiny(**{**tiny.SPEAKING, **settings}))
+    return tiny.write_adapter(base.parent / "adapter", base, model, **settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_merged_folder_stands_alone(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = adapter(base, **LORA)
+    idx = tiny.ids(2, 15, V=320)
+    with torch.no_grad():
+        want, plain = (checkpoint.load_model(path, torch.float32)(idx) for path in (folder, base))
+    assert main(["merge_lora", str(folder)]) == 0
+    assert str(folder / "lit_model.pth") in capsys.readouterr().out
+    assert checkpoint.load_weights(folder / "lit_model.pth").keys() == checkpoint.load_weights(base / "lit_model.pth").keys()
+    base.rename(base.parent / "gone")
+    with torch.no_grad():
+        got = checkpoint.load_model(folder, torch.float32)(idx)
+    assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert (got - plain).abs().max() > 0.05
+
+
+def test_a_base_elsewhere_and_another_precision(base: Path) -> None:
+    folder = adapter(base, **LORA)
+    moved = base.rename(base.parent / "moved")
+    with pytest.raises(UserError, match="no such folder"):
+        merge_lora(folder)
+    merge_lora(folder, moved, "bf16-true")
+    assert {value.dtype for value in checkpoint.load_weights(folder / "lit_model.pth").values()} == {torch.bfloat16}
+
+
+def test_precision_is_that_of_training(base: Path) -> None:
+    folder = adapter(base, **LORA)
+    values = yaml.safe_load((folder / "hyperparameters.yaml").read_text())
+    (folder / "hyperparameters.yaml").write_text(yaml.safe_dump({**values, "precision": "bf16-true"}))
+    merge_lora(folder)
+    assert {value.dtype for value in checkpoint.load_weights(folder / "lit_model.pth").values()} == {torch.bfloat16}
+
+
+def test_own_files_are_kept(base: Path, tmp_path: Path) -> None:
+    """An adapter folder's tokenizer may differ from its base's (an added token)."""
+    folder = adapter(base, **LORA)
+    (folder / "tokenizer.json").write_text("own")
+    merge_lora(folder)
+    assert (folder / "tokenizer.json").read_text() == "own"
+    assert (folder / "model_config.yaml").read_text() == (base / "model_config.yaml").read_text()
+
+
+def test_skip2lora_is_refused_and_nothing_written(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = adapter(base, **SKIP)
+    before = contents(folder)
+    assert main(["merge_lora", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error: Skip2-LoRA cannot be merged: its adapters add functions of earlier blocks' outputs")
+    assert contents(folder) == before
+
+
+def test_refusals(base: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no adapter: lit_model\.pth\.lora is missing") as caught:
+        merge_lora(base)
+    assert str(base) in str(caught.value)
+    folder = adapter(base, **LORA)
+    with pytest.raises(UserError, match="precision 'bf17' is unknown"):
+        merge_lora(folder, precision="bf17")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        merge_lora(folder, base.parent / "nowhere")
+    merge_lora(folder)
+    before = contents(folder)
+    with pytest.raises(UserError, match=r"lit_model\.pth exists already"):
+        merge_lora(folder)
+    assert contents(folder) == before
+
+
+def test_interrupted_merge_leaves_no_checkpoint(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = adapter(base, **LORA)
+    save = torch.save
+
+    def half(weights: Any, file: Any) -> None:
+        save(weights, file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        merge_lora(folder)
+    assert not (folder / "lit_model.pth").exists() and checkpoint.is_adapter_folder(folder)
+    monkeypatch.undo()
+    merge_lora(folder)
+    assert checkpoint.load_weights(folder / "lit_model.pth")
+
+
+def test_merged_weights_of_a_tied_model_stay_tied() -> None:
+    for flags, tied in (({"lora_query": True}, True), ({"lora_head": True}, False)):
+        with torch.device("meta"):
+            model = checkpoint_model(flags)
+        weights = tiny.tiny().state_dict()
+        del weights["lm_head.weight"]
+        checkpoint.load_base(model, weights, torch.float32, "file")
+        tiny.move_adapters(model)
+        merged = merged_weights(model)
+        same = merged["lm_head.weight"].data_ptr() == merged["transformer.wte.weight"].data_ptr()
+        assert same == tied
+
+
+def checkpoint_model(flags: dict[str, bool]) -> Any:
+    from litgpt import lora
+
+    return lora.GPT(lora.Config(**tiny.TINY, lora_r=3, **flags))

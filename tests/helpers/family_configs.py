@@ -1,0 +1,165 @@
+"""Every family that litgpt builds, as one tiny random model each: in transformers, and the same weights here.
+
+A new family is a new entry of FAMILIES. 3 or 4 blocks, d 32, 4 heads, V 101; windows (8 tokens) and the contexts that rotary scaling
+counts from (16 tokens) are shorter than the sequences of the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from litgpt import config as base_config
+from litgpt import lora, model
+from litgpt.convert.hf import open_weights
+from litgpt.convert.names import HF_TABLES, assemble
+from tests.helpers import tiny
+
+transformers.utils.logging.disable_progress_bar()
+
+WINDOW = 8
+ORIGINAL = 16
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+MULTI_HEAD = {"num_key_value_heads": 4}
+MOE = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.2}
+GEMMA = {"head_dim": 10, "tie_word_embeddings": True}
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def rope(kind: str, theta: float = 100.0, **scaling: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
+
+
+LLAMA_3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=ORIGINAL)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=1.5, beta_slow=0.2)
+LONG = rope(
+    "longrope", short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 3.5, 6.0], original_max_position_embeddings=ORIGINAL, factor=4.0
+)
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama multi-head": ("Llama", MULTI_HEAD),
+    "llama multi-query tied": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama wide heads": ("Llama", {"head_dim": 12}),
+    "llama 3.1": ("Llama", LLAMA_3),
+    "llama linear": ("Llama", rope("linear", factor=4.0)),
+    "llama yarn": ("Llama", YARN),
+    "llama yarn not truncated": ("Llama", rope(**{**YARN["rope_parameters"], "truncate": False, "kind": "yarn"})),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "mistral global": ("Mistral", {"sliding_window": None, "head_dim": 6}),
+    "mixtral": ("Mixtral", {**MOE, "num_local_experts": 4}),
+    "mixtral window": ("Mixtral", {**MOE, "num_local_experts": 5, "sliding_window": WINDOW}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "gpt_neox sequential": ("GPTNeoX", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "falcon": ("Falcon", {"tie_word_embeddings": True}),
+    "falcon new decoder": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": True}),
+    "stablelm": ("StableLm", {"use_qkv_bias": False}),
+    "stablelm biased": ("StableLm", {"use_qkv_bias": True, **MULTI_HEAD}),
+    "stablelm parallel": ("StableLm", {"use_parallel_residual": True}),
+    "phi": ("Phi", MULTI_HEAD),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "phi3 longrope": ("Phi3", {**LONG, "original_max_position_embeddings": ORIGINAL}),
+    "phi4 mini": ("Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.75}}),
+    "gemma": ("Gemma", GEMMA),
+    "gemma2": (
+        "Gemma2",
+        {
+            **GEMMA,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "layer_types": [LOCAL, GLOBAL, LOCAL],
+        },
+    ),
+    "gemma3": ("Gemma3Text", {**GEMMA, "sliding_window": WINDOW, "query_pre_attn_scalar": 20, "layer_types": [LOCAL, LOCAL, GLOBAL]}),
+    "gemma3 linear": (
+        "Gemma3Text",
+        {
+            **GEMMA,
+            "sliding_window": WINDOW,
+            "layer_types": [LOCAL, GLOBAL, LOCAL],
+            "rope_parameters": {
+                LOCAL: {"rope_type": "default", "rope_theta": 100.0},
+                GLOBAL: {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+            },
+        },
+    ),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 12}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**MOE, "num_experts": 5, "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 8, "decoder_sparse_step": 1},
+    ),
+    "qwen3_moe not normalised": (
+        "Qwen3Moe",
+        {**MOE, "num_experts": 4, "moe_intermediate_size": 24, "norm_topk_prob": False, "head_dim": 8},
+    ),
+    "olmo": ("Olmo", {}),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1], "tie_word_embeddings": True}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.5, "attention_multiplier": 0.2},
+    ),
+    "gpt2": ("GPT2", {"tie_word_embeddings": True}),
+}
+
+
+def hf_config(family: str, **changes: Any) -> Any:
+    kind, settings = FAMILIES[family]
+    return getattr(transformers, f"{kind}Config")(**{**SIZES, **settings, **changes})
+
+
+def hf_model(family: str, **changes: Any) -> Any:
+    """A transformers model with random weights, norms and biases included, in eval mode. `changes` to its config."""
+    hf = transformers.AutoModelForCausalLM.from_config(hf_config(family, **changes), attn_implementation="eager")
+    return tiny.randomise(hf)
+
+
+def converted(hf: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Config fields and LitGPT state dict of a transformers model, by way of the files that it writes."""
+    settings = hf.config.to_dict()
+    config = base_config.Config.from_hf(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        tensors = open_weights(Path(folder))
+        table = HF_TABLES[settings["model_type"]]
+        weights = assemble(tensors, table, config, "the test's model", bool(settings["tie_word_embeddings"]))
+        return config.base_dict(), {name: weight.clone() for name, weight in weights.items()}
+
+
+@functools.cache
+def pair(family: str) -> tuple[Any, dict[str, Any], dict[str, torch.Tensor]]:
+    """A family's transformers model, and the same as config fields and state dict here. Shared by all tests: not to be changed."""
+    with torch.inference_mode(False):  # a test in inference mode may ask first
+        hf = hf_model(family)
+        return hf, *converted(hf)
+
+
+def ours(family: str, **adapter: Any) -> Any:
+    """The family's model here; with adapter settings a `litgpt.lora.GPT`, whose B are zero. Its own weights, in eval mode."""
+    _, fields, weights = pair(family)
+    torch.manual_seed(0)
+    built: Any = lora.GPT(lora.Config(**fields, **adapter)) if adapter else model.GPT(base_config.Config(**fields))
+    missing, unknown = built.load_state_dict({name: weight.clone() for name, weight in weights.items()}, strict=False)
+    assert not unknown and all(lora.lora_filter(name) for name in missing), (missing, unknown)
+    return built.eval()

@@ -1,0 +1,32 @@
+"""`litgpt` with a fault in one of its processes: `faulty.py FAULT RANK ARGUMENT...`. Lightning starts the others with it too."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+FAULT, RANK = sys.argv[1], sys.argv[2]
+
+
+def faulty(loop: Any, state: Any, *args: Any) -> float:
+    if state.step == 2 and os.environ.get("LOCAL_RANK", "0") == RANK:
+        if FAULT == "memory":
+            raise MemoryError
+        if FAULT == "bug":
+            raise KeyError("a bug")
+        if FAULT == "killed":
+            os.kill(os.getpid(), 9)
+    if FAULT == "slow":
+        time.sleep(0.2)
+    return step(loop, state, *args)
+
+
+if __name__ == "__main__":
+    from litgpt.__main__ import main
+    from litgpt.train.loop import Loop
+
+    step = Loop.step
+    Loop.step = faulty  # type: ignore[method-assign]
+    sys.exit(main(sys.argv[3:]))

@@ -1,0 +1,123 @@
+"""True `python -m litgpt` processes, one or two of them: killed, signalled, and with a fault in one of two."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.helpers.jobs import ROOT, SKIP, Bench, Ended, assert_same, assert_sound, curve, environ, litgpt
+
+DISK: dict[str, Any] = {**SKIP, "skip2lora_cache": "disk", "train.save_interval": 1}
+FAULTY = str(Path(__file__).parents[2] / "helpers" / "faulty.py")
+
+
+def start(argv: list[str], script: str | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, *([script] if script else ["-m", "litgpt"]), *argv]
+    kept: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environ()}
+    return subprocess.Popen(command, preexec_fn=heed_signals, **kept)
+
+
+def heed_signals() -> None:
+    """Even if the tests run under nohup or in a shell's background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def end(process: subprocess.Popen[str], timeout: float = 120) -> Ended:
+    _, err = process.communicate(timeout=timeout)
+    return Ended(process.returncode, err)
+
+
+def wait_for_step(out_dir: Path, step: int, process: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Until metrics.csv has the step."""
+    began = time.monotonic()
+    while not (out_dir / "logs/version_0/metrics.csv").exists() or len(curve(out_dir)) <= step:
+        assert process.poll() is None and time.monotonic() - began < timeout, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_real_process_is_killed_signalled_and_killed_again(bench: Bench, tmp_path: Path) -> None:
+    out_dir, whole = tmp_path / "run" / "out", tmp_path / "whole" / "out"
+    assert litgpt(bench.argv(whole, **DISK, train__epochs=20)).status == 0
+    argv = bench.argv(out_dir, **DISK, train__epochs=20, resume="auto")
+    draw = random.Random(1)
+    for number, code in ((9, -9), (15, 143), (2, 130), (1, 129), (9, -9)):
+        process = start(argv)
+        wait_for_step(out_dir, max((int(row[0]) for row in curve(out_dir)), default=0) + 4 if (out_dir / "logs").exists() else 3, process)
+        time.sleep(draw.random() / 10)
+        process.send_signal(number)
+        ended = end(process)
+        assert ended.status == code, ended.err
+        assert_sound(out_dir)
+        if code > 0:
+            assert ended.err.rstrip().endswith("is whole, the same command with --resume true goes on from it.")
+    ended = litgpt(argv)
+    assert ended.status == 0, ended.err
+    assert_same(out_dir, whole)
+
+
+# --- two processes ---
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def two(bench: Bench, out_dir: Path, **settings: Any) -> list[str]:
+    return bench.argv(out_dir, **{**SKIP, "devices": 2, "skip2lora_cache": "memory", **settings})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "rank"), [("memory", 0), ("memory", 1), ("bug", 0), ("bug", 1), ("killed", 1)])
+def test_a_fault_in_one_of_two_processes_ends_both(fault: str, rank: int, bench: Bench, tmp_path: Path) -> None:
+    """The other does not wait for it in vain: neither process is there half a minute later."""
+    process = start([fault, str(rank), *two(bench, tmp_path / "out")], FAULTY)
+    family, began = {process.pid}, time.monotonic()
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family |= {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        assert time.monotonic() - began < 120
+        time.sleep(0.1)
+    ended = end(process)
+    assert ended.status != 0 and len(family) > 1, ended.err
+    if fault == "memory":
+        assert "Error: out of memory after step 2" in ended.err
+        assert f"Stopped: {tmp_path / 'out/step-000002'} is whole" in ended.err
+    ended_at = time.monotonic()
+    while any(is_alive(pid) for pid in family):
+        assert time.monotonic() - ended_at < 30
+        time.sleep(0.1)
+    assert_sound(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step_and_the_run_goes_on(
+    number: signal.Signals, bench: Bench, tmp_path: Path
+) -> None:
+    settings = {"train.epochs": 8, "train.save_interval": 1000}
+    whole = litgpt(two(bench, tmp_path / "whole", **settings))
+    assert whole.status == 0, whole.err
+    process = start(["slow", "0", *two(bench, tmp_path / "out", **settings)], FAULTY)
+    wait_for_step(tmp_path / "out", 3, process)
+    process.send_signal(number)
+    ended = end(process)
+    assert ended.status == 128 + number, ended.err
+    assert ended.err.count("is whole, the same command with --resume true goes on from it.") == 1, ended.err
+    assert_sound(tmp_path / "out")
+    after = litgpt(two(bench, tmp_path / "out", **settings, resume=True))
+    assert after.status == 0 and after.err.count("resumed from") == 1, after.err
+    assert_same(tmp_path / "out", tmp_path / "whole")

@@ -1,5 +1,0 @@
-"""The world of good files, which attacks start from."""
-
-from worlds import one_parser_for_all, place, world
-
-__all__ = ["one_parser_for_all", "place", "world"]

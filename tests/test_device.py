@@ -1,0 +1,98 @@
+"""Precisions by name, the default by what the processor can do, and a Fabric that leaves parameters alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litgpt.device import backbone_dtype, default_device, default_precision, make_fabric
+from litgpt.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("32-true", torch.float32),
+        ("bf16-true", torch.bfloat16),
+        ("16-true", torch.float16),
+        ("bf16-mixed", torch.float32),
+        ("16-mixed", torch.float32),
+    ],
+)
+def test_weights_have_the_dtype_of_the_precision(name: str, dtype: torch.dtype) -> None:
+    assert backbone_dtype(name) is dtype
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "64-true", "", "BF16-true"])
+def test_an_unknown_precision_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UserError, match="precision .* is unknown: choose one of 32-true, bf16-true, 16-true, bf16-mixed, 16-mixed"):
+        backbone_dtype(name)
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ({"avx512_bf16": True}, "bf16-true"),
+        ({"amx_bf16": True}, "bf16-true"),
+        ({"bf16": True}, "bf16-true"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "32-true"),
+        ({}, "32-true"),
+    ],
+)
+def test_the_default_is_bf16_where_the_processor_multiplies_it(
+    able: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert default_precision(CPU) == expected
+
+
+def test_the_default_here_agrees_with_the_kernels_flags() -> None:
+    if not Path("/proc/cpuinfo").exists():
+        pytest.skip("needs Linux")
+    flags = Path("/proc/cpuinfo").read_text().split()
+    if "avx512_bf16" not in flags and "amx_bf16" not in flags and "vendor_id" in flags:
+        assert default_precision(CPU) == "32-true"
+    elif "avx512_bf16" in flags:
+        assert default_precision(CPU) == "bf16-true"
+
+
+def test_the_default_device_is_the_one_there_is() -> None:
+    assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["32-true", "bf16-true", "bf16-mixed"])
+def test_fabric_autocasts_in_mixed_precision_only(name: str) -> None:
+    fabric = make_fabric(name, 1, 1)
+    weight = torch.ones(2, 2)
+    with fabric.autocast():
+        assert torch.is_autocast_enabled("cpu") == (name == "bf16-mixed")
+        assert (weight @ weight).dtype == (torch.bfloat16 if name == "bf16-mixed" else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["bf16-true", "bf16-mixed"])
+def test_fabric_leaves_parameters_and_new_tensors_in_fp32(name: str) -> None:
+    fabric = make_fabric(name, 1, 1)
+    with fabric.autocast():
+        assert torch.nn.Linear(2, 2).weight.dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("precision", "devices", "nodes", "message"),
+    [
+        ("fp8", 1, 1, "precision 'fp8' is unknown"),
+        ("32-true", 1, 0, "num_nodes is 0"),
+        ("32-true", 0, 1, "devices 0"),
+        ("32-true", -3, 1, "devices -3"),
+        ("32-true", "many", 1, "devices 'many'"),
+        ("32-true", "", 1, "devices ''"),
+    ],
+)
+def test_what_does_not_fit_the_machine_is_refused(precision: str, devices: Any, nodes: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_fabric(precision, devices, nodes)

@@ -1,0 +1,714 @@
+"""The loop against steps written out by hand, against transformers' loss, and against itself: accumulated, cached, repeated, in two
+processes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.errors import NonFiniteError, Stopped
+from litgpt.logs import Console
+from litgpt.lora import lora_filter, mark_only_lora_as_trainable
+from litgpt.sample import Sample
+from litgpt.train import loop as loop_module
+from litgpt.train.interrupts import Signals
+from litgpt.train.loop import Batches, Loop, World
+from litgpt.train.methods import full
+from litgpt.train.resume import State
+from tests.helpers import tiny
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, lambda tensor: tensor)
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
+RATE = 0.05
+
+SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": [0, 2], "lora_r": 3, "lora_alpha": 5}
+LAYERS = {"lora_query": True, "lora_value": True, "lora_mlp": True}
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {**tiny.ALL_LORA, "lora_r": 3},
+    "late LoRA": {**LAYERS, "lora_r": 3, "lora_block_indices": [3, 4]},
+    "lm_head": SKIP,
+    "ln_f": {**SKIP, "skip2lora_output_layer": "transformer.ln_f"},
+    "block": {**SKIP, **LAYERS, "skip2lora_output_layer": "transformer.h.3"},
+    "full": {},
+}
+CUTS = [name for name in METHODS if name not in ("LoRA", "full")]
+
+
+def make_samples(count: int, seed: int = 0) -> list[Sample]:
+    """Samples of 4 to 20 tokens with 1 to all of them carrying loss."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        length = int(torch.randint(4, 21, (), generator=generator))
+        learned = int(torch.randint(1, length, (), generator=generator))
+        ids = torch.randint(101, (length,), generator=generator).tolist()
+        samples.append(Sample(array("i", ids), bytearray([0] * (length - learned) + [1] * learned)))
+    return samples
+
+
+def make_model(method: str = "lm_head", **settings: Any) -> Any:
+    model = tiny.tiny(**{**METHODS[method], **settings})
+    if method != "full":
+        mark_only_lora_as_trainable(tiny.move_adapters(model, size=0.1))
+    return model
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def snapshot(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+class Log:
+    """The rows that the loop logs."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def __call__(self, step: int, row: dict[str, float]) -> None:
+        assert row["step"] == step
+        self.rows.append(row)
+
+
+class Saved:
+    """The checkpoints that the loop asks for: (step, kept), and "best" with its step; `act` is called with each step."""
+
+    def __init__(self, act: Callable[[int], None] = lambda step: None) -> None:
+        self.asked: list[tuple[int, bool]] = []
+        self.bests: list[tuple[int, float]] = []
+        self.act = act
+
+    def step(self, state: State, optimizer: Any, device: Any, kept: bool) -> None:
+        self.asked.append((state.step, kept))
+        self.act(state.step)
+
+    def best(self, state: State) -> None:
+        assert state.best is not None
+        self.bests.append(state.best)
+
+
+def column(loop: Loop, name: str) -> list[float]:
+    return [row[name] for row in logged(loop) if name in row]
+
+
+def logged(loop: Loop) -> list[dict[str, float]]:
+    log: Any = loop.log
+    return log.rows
+
+
+def make_loop(
+    model: Any,
+    samples: Sequence[Sample],
+    val: Sequence[Sample] = (),
+    *,
+    eval: EvalArgs | None = None,
+    optimizer: Callable[[list[Any]], Any] = lambda parameters: torch.optim.AdamW(parameters, lr=RATE),
+    world: World = ALONE,
+    seed: int = 1,
+    source: Any = None,
+    saved: Saved | None = None,
+    signals: Signals | None = None,
+    answer: Callable[[], None] = lambda: None,
+    **train: Any,
+) -> Loop:
+    """A loop over the samples; the same samples for validation unless others are given. Constant learning rate unless said otherwise."""
+    settings = {"global_batch_size": 4, "micro_batch_size": 2, "lr_warmup_steps": 0, "min_lr": RATE, "epochs": 1, "save_interval": None}
+    arguments = TrainArgs(**{**settings, **train})
+    own_val = list(range(world.rank, len(val or samples), world.size))
+    return Loop(
+        model=model,
+        optimizer=optimizer([p for p in model.parameters() if p.requires_grad]),
+        train=arguments,
+        eval=eval or EvalArgs(interval=10_000, final_validation=False),
+        batches=Batches(samples, arguments.global_batch_size // world.size, world, seed),
+        activations=source or Recompute(model, samples, CPU),
+        val_batches=[own_val[i : i + 3] for i in range(0, len(own_val), 3)],
+        val_activations=Recompute(model, val or samples, CPU),
+        world=world,
+        device=CPU,
+        autocast=contextlib.nullcontext,
+        log=Log(),  # type: ignore[arg-type]
+        console=Console(active=False),
+        checkpoints=saved or Saved(),
+        signals=signals or Signals(),
+        answer=answer,
+    )
+
+
+def by_hand(model: Any, samples: Sequence[Sample], rows: Sequence[int]) -> torch.Tensor:
+    """Mean loss per token of a batch: each sample alone through the whole model, targets that carry no loss ignored."""
+    total, count = torch.zeros(()), 0
+    for i in rows:
+        ids, mask = torch.tensor(samples[i].input_ids), torch.tensor(list(samples[i].loss_mask), dtype=torch.bool)
+        targets = torch.where(mask, ids, -100)[1:].long()
+        total = total + F.cross_entropy(model(ids[None, :-1])[0], targets, ignore_index=-100, reduction="sum")
+        count += int(mask.sum())
+    return total / count
+
+
+def train_by_hand(model: Any, samples: Sequence[Sample], batches: Sequence[Sequence[int]], optimizer: Any) -> list[float]:
+    model.train()
+    losses = []
+    for rows in batches:
+        loss = by_hand(model, samples, rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def record_gradients(loop: Loop) -> list[list[torch.Tensor]]:
+    """The gradients that each optimizer step sees."""
+    seen: list[list[torch.Tensor]] = []
+    step = loop.optimizer.step
+
+    def recording(*args: Any) -> Any:
+        seen.append([p.grad.clone() for p in loop.trained])
+        return step(*args)
+
+    loop.optimizer.step = recording  # type: ignore[method-assign,assignment]
+    return seen
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize(("count", "per_rank", "size"), [(10, 4, 1), (12, 4, 1), (11, 2, 2), (3, 2, 2), (7, 1, 3), (2, 4, 3)])
+def test_an_epoch_shows_every_sample_once_to_one_process(count: int, per_rank: int, size: int) -> None:
+    samples = make_samples(count)
+    ranks = [Batches(samples, per_rank, World(rank, size, lambda t: t), seed=3) for rank in range(size)]
+    for epoch in range(3):
+        steps = [list(batches.epoch(epoch)) for batches in ranks]
+        assert sorted(i for one in steps for rows, _, _ in one for i in rows) == list(range(count))
+        assert {len(one) for one in steps} == {ranks[0].per_epoch}
+        for at_once in zip(*steps, strict=True):
+            everyone = [i for rows, _, _ in at_once for i in rows]
+            assert {loss_tokens for _, loss_tokens, _ in at_once} == {sum(samples[i].n_targets for i in everyone)}
+            assert {tokens for _, _, tokens in at_once} == {sum(samples[i].n_inputs for i in everyone)}
+            assert 1 <= len(everyone) <= per_rank * size
+        for rank, one in enumerate(steps):
+            assert {i for rows, _, _ in one for i in rows} == set(ranks[0].owned(rank))
+
+
+def test_the_order_depends_on_epoch_and_seed_alone() -> None:
+    samples = make_samples(16)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        return [i for rows, _, _ in Batches(samples, 4, ALONE, seed).epoch(epoch) for i in rows]
+
+    torch.manual_seed(0)
+    first = order(1, 0)
+    torch.manual_seed(1)
+    assert order(1, 0) == first
+    assert len({tuple(order(seed, epoch)) for seed, epoch in itertools.product((1, 2), (0, 1, 2))}) == 6
+
+
+@pytest.mark.parametrize(("count", "per_rank", "size"), [(100, 4, 1), (103, 4, 1), (90, 3, 2), (3, 4, 1)])
+def test_batches_of_like_length_hold_every_sample_once_in_a_random_order(count: int, per_rank: int, size: int) -> None:
+    samples = [tiny_sample(10 + 7 * i % 61) for i in range(count)]
+
+    def spread(by_length: bool, epoch: int) -> tuple[list[int], float]:
+        order, widths = [], []
+        for rank in range(size):
+            for rows, _, _ in Batches(samples, per_rank, World(rank, size, lambda t: t), 3, by_length).epoch(epoch):
+                order += rows
+                lengths = [len(samples[i].input_ids) for i in rows]
+                widths += [max(lengths) - min(lengths)] if len(rows) == per_rank else []
+        return order, sum(widths)
+
+    (first, width), (second, _), (_, random_width) = spread(True, 0), spread(True, 1), spread(False, 0)
+    assert sorted(first) == sorted(second) == list(range(count))
+    if count > 3:
+        assert first != second and width < 0.2 * random_width
+        lengths = [len(samples[i].input_ids) for i in first]
+        assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
+
+
+def tiny_sample(length: int) -> Sample:
+    return Sample(array("i", range(length)), bytearray([0] + [1] * (length - 1)))
+
+
+@pytest.mark.parametrize("count", [7, 8, 3])
+def test_a_loop_that_goes_on_takes_the_batches_that_were_left(count: int) -> None:
+    loop = make_loop(make_model(), make_samples(count))
+    every = list(itertools.islice(loop._batches(0), 9))
+    for done in range(9):
+        assert list(itertools.islice(loop._batches(done), 9 - done)) == every[done:]
+
+
+# --- a step ---
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_equals_one_large_batch_done_by_hand(method: str, micro: int) -> None:
+    samples, model, other = make_samples(20), make_model(method), make_model(method)
+    adamw = partial(torch.optim.AdamW, lr=RATE, eps=1e-4)  # the usual 1e-8 makes full steps of rounding errors
+    loop = make_loop(model, samples, optimizer=adamw, global_batch_size=8, micro_batch_size=micro)
+    gradients = record_gradients(loop)
+    batches = [rows for rows, _, _ in loop.batches.epoch(0)]
+    assert [len(rows) for rows in batches] == [8, 8, 4]
+    first = by_hand(other, samples, batches[0])
+    assert_close(gradients_of(first, other), by_name(model, run(loop, gradients)[0]), **CLOSE)
+    losses = train_by_hand(other, samples, batches, adamw([p for p in other.parameters() if p.requires_grad]))
+    assert_close(column(loop, "train_loss"), losses, **CLOSE)
+    assert_close(trained(model), trained(other), rtol=1e-3, atol=1e-4)
+
+
+def gradients_of(loss: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
+    names = trained(model)
+    return dict(zip(names, torch.autograd.grad(loss, list(names.values())), strict=True))
+
+
+def by_name(model: Any, gradients: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(trained(model), gradients, strict=True))
+
+
+def run(loop: Loop, result: Any) -> Any:
+    loop.run()
+    return result
+
+
+def test_clipping_scales_the_gradients_to_the_norm() -> None:
+    samples, model, other = make_samples(8), make_model("block"), make_model("block")
+    loop = make_loop(model, samples, max_norm=0.01, max_steps=1)
+    exact = gradients_of(by_hand(other, samples, next(loop.batches.epoch(0))[0]), other)
+    norm = torch.stack([g.norm() for g in exact.values()]).norm()
+    assert norm > 0.1
+    (seen,) = run(loop, record_gradients(loop))
+    assert_close(by_name(model, seen), {name: g * 0.01 / norm for name, g in exact.items()}, rtol=1e-3, atol=1e-7)
+
+
+def test_gradients_below_the_norm_stay_as_they_are() -> None:
+    samples = make_samples(8)
+    plain, clipped = (make_loop(make_model(), samples, max_norm=norm, max_steps=1) for norm in (None, 1e6))
+    assert_close(run(plain, record_gradients(plain)), run(clipped, record_gradients(clipped)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_before_the_weights_move(value: float) -> None:
+    samples, model = make_samples(8), make_model()
+    before = {}
+
+    def spoil(step: int) -> None:
+        if step == 1:
+            before.update(snapshot(model))
+            model.lm_head.weight.data[7, 3] = value
+
+    loop = make_loop(model, samples, saved=Saved(spoil), save_interval=1, epochs=3)
+    with pytest.raises(NonFiniteError, match="the loss is (nan|inf) in a batch with samples .*lower the learning rate"):
+        loop.run()
+    assert len(logged(loop)) == 1
+    assert before and all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if lora_filter(name))
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_move() -> None:
+    """The loss is finite, what comes back is not."""
+    samples, model = make_samples(8), make_model()
+    before = snapshot(model)
+    next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient + math.inf)
+    loop = make_loop(model, samples, epochs=1)
+    with pytest.raises(NonFiniteError, match="the gradient's norm is (nan|inf) in a batch"):
+        loop.run()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- what moves ---
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+def test_adapters_move_all_of_them_and_nothing_else(method: str) -> None:
+    model = tiny.tiny(**METHODS[method])  # B is 0: the first step moves B, the second A too
+    mark_only_lora_as_trainable(model)
+    before = snapshot(model)
+    make_loop(model, make_samples(16), max_steps=3, epochs=1).run()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if lora_filter(name)} and moved
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_fine_tuning_moves_everything_and_keeps_a_tied_head_tied(tied: bool) -> None:
+    model = make_model("full")
+    full(tie_embeddings=tied).prepare(model)
+    before = snapshot(model)
+    make_loop(model, make_samples(16), max_steps=2).run()
+    after = model.state_dict()
+    assert all(not torch.equal(value, before[name]) for name, value in after.items())
+    same = torch.equal(after["lm_head.weight"], after["transformer.wte.weight"])
+    assert same == tied and (model.lm_head.weight is model.transformer["wte"].weight) == tied
+
+
+def test_a_tied_head_gets_the_gradient_of_both_its_uses() -> None:
+    samples, model, other = make_samples(8), make_model("full"), make_model("full")
+    for one in (model, other):
+        full(tie_embeddings=True).prepare(one)
+    loop = make_loop(model, samples, max_steps=1)
+    exact = gradients_of(by_hand(other, samples, next(loop.batches.epoch(0))[0]), other)
+    assert_close(by_name(model, run(loop, record_gradients(loop))[0]), exact, **CLOSE)
+
+
+# --- whole runs ---
+
+
+def curve(method: str = "block", seed: int = 1, source: Any = None, **settings: Any) -> tuple[list[float], list[float], Any]:
+    """Training losses, validation losses and final weights of a short run."""
+    samples, dropout = make_samples(14), settings.pop("lora_dropout", 0.0)
+    torch.manual_seed(seed)
+    model = make_model(method, lora_dropout=dropout) if method != "full" else make_model(method)
+    evaluate = EvalArgs(interval=2, initial_validation=True)
+    loop = make_loop(
+        model, samples, make_samples(5, seed=9), eval=evaluate, seed=seed, source=source and source(model, samples), **settings
+    )
+    loop.run()
+    return column(loop, "train_loss"), column(loop, "val_loss"), trained(model)
+
+
+@pytest.mark.parametrize("method", ["block", "full"])
+def test_a_run_repeated_is_the_same_bit_for_bit_and_another_seed_is_another_run(method: str) -> None:
+    dropout = {} if method == "full" else {"lora_dropout": 0.2}
+    first, again, other = (curve(method, seed, epochs=2, **dropout) for seed in (1, 1, 2))
+    assert len(first[0]) == 8 and len(first[1]) == 5
+    assert first[:2] == again[:2] and all(torch.equal(first[2][name], again[2][name]) for name in first[2])
+    assert first[0] != other[0]
+
+
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+@pytest.mark.parametrize("method", CUTS)
+def test_cached_and_recomputed_runs_have_the_same_curve(method: str, mode: str, tmp_path: Path) -> None:
+    def cache(model: Any, samples: list[Sample]) -> ActivationCache:
+        settings = CacheSettings(mode, tmp_path, torch.float32)
+        source = activations(model, samples, range(len(samples)), "training", settings, CPU)
+        assert isinstance(source, ActivationCache)
+        return source
+
+    cached, plain = curve(method, source=cache, epochs=3), curve(method, epochs=3)
+    assert len(plain[0]) == 12 and plain[0][-1] < plain[0][0]
+    assert_close(cached[:2], plain[:2], rtol=1e-4, atol=1e-5)
+    assert_close(cached[2], plain[2], rtol=1e-2, atol=1e-3)
+
+
+def test_losses_do_not_depend_on_the_size_of_the_micro_batch() -> None:
+    assert_close(curve(epochs=2, micro_batch_size=1)[:2], curve(epochs=2, micro_batch_size=4)[:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"epochs": 2}, 8),
+        ({"epochs": 2, "max_steps": 3}, 3),
+        ({"epochs": 1, "max_steps": 9}, 4),
+        ({"epochs": None, "max_steps": 9}, 9),
+        ({"epochs": 3, "max_time": 1e-9}, 1),
+        ({"epochs": 1, "max_time": 1e9}, 4),
+    ],
+)
+def test_the_first_limit_ends_the_run(limits: dict[str, Any], steps: int) -> None:
+    loop = make_loop(make_model(), make_samples(14), **limits)
+    state = loop.run()
+    assert state.step == steps == len(logged(loop))
+    assert [row["step"] for row in logged(loop)] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+def test_max_tokens_ends_the_run_with_the_step_that_reaches_it(epochs: int | None) -> None:
+    samples = make_samples(14)
+    sizes = [tokens for epoch in range(4) for _, _, tokens in Batches(samples, 4, ALONE, 1).epoch(epoch)]
+    for limit in (1, sizes[0], sizes[0] + 1, sum(sizes[:3])):
+        state = make_loop(make_model(), samples, epochs=epochs, max_tokens=limit).run()
+        assert state.tokens == sum(sizes[: state.step])
+        assert state.tokens >= limit > state.tokens - sizes[state.step - 1]
+    if epochs is None:
+        assert make_loop(make_model(), samples, epochs=None, max_tokens=sum(sizes[:9])).run().step == 9
+    else:
+        assert make_loop(make_model(), samples, epochs=1, max_tokens=10**9).run().step == 4
+
+
+def test_max_time_counts_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0.0, 1.0)
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(clock))
+    loop = make_loop(make_model(), make_samples(14), epochs=None, max_time=20.0)
+    state = loop.run()
+    assert 4 <= state.step <= 10  # two or three looks at the clock per step
+    assert state.seconds == state.step
+
+
+def test_a_second_loop_goes_on_from_the_first_ones_state_with_limits_and_schedule_of_its_own() -> None:
+    samples = make_samples(14)
+    evaluate = EvalArgs(interval=100, initial_validation=True)
+    settings: dict[str, Any] = {"eval": evaluate, "lr_warmup_steps": 2, "epochs": 9, "min_lr": 0.01}
+    first, second = make_loop(make_model(), samples, max_steps=3, **settings), make_loop(make_model(), samples, max_tokens=1, **settings)
+    third = make_loop(make_model(), samples, **{**settings, "epochs": 1})
+    state = first.run()
+    tokens = state.tokens
+    assert second.run(state) is state and state.step == 4 and state.tokens > tokens
+    third.run(state)
+    assert [row["step"] for loop in (first, second, third) for row in logged(loop)] == [0, *range(1, 9)]
+    assert [step for step, _ in state.losses] == [0, 3, 4, 8]
+    assert column(third, "learning_rate")[:2] == pytest.approx([RATE / 2, RATE]) == column(first, "learning_rate")[:2]
+
+
+# --- the learning rate of a run ---
+
+
+def rates(**train: Any) -> list[float]:
+    loop = make_loop(make_model(), make_samples(16), **{"min_lr": 0.01, **train})
+    loop.run()
+    return column(loop, "learning_rate")
+
+
+def test_warmup_and_cosine_span_the_run() -> None:
+    seen = rates(epochs=2, lr_warmup_steps=3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], RATE), 5, eta_min=0.01)
+    expected = []
+    for _ in range(5):
+        expected.append(cosine.get_last_lr()[0])
+        cosine.optimizer.step()
+        cosine.step()
+    assert seen == pytest.approx([RATE / 3, 2 * RATE / 3, RATE, *expected])
+
+
+def test_a_warmup_longer_than_the_run_ends_at_the_peak() -> None:
+    assert rates(max_steps=4, lr_warmup_steps=100) == pytest.approx([RATE * n / 4 for n in (1, 2, 3, 4)])
+
+
+def test_warmup_as_a_share_of_the_run() -> None:
+    assert rates(epochs=2, lr_warmup_steps=None, lr_warmup_fraction=0.5)[:5] == pytest.approx([RATE * n / 4 for n in (1, 2, 3, 4, 4)])
+
+
+def test_without_a_known_end_the_rate_stays_at_its_peak() -> None:
+    seen = rates(epochs=None, max_time=0.05, lr_warmup_steps=2)
+    assert seen[:1] == pytest.approx([RATE / 2]) and all(rate == pytest.approx(RATE) for rate in seen[1:])
+
+
+def test_every_group_keeps_its_own_peak() -> None:
+    def groups(parameters: list[Any]) -> Any:
+        return torch.optim.SGD([{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.02}], lr=1.0)
+
+    loop = make_loop(make_model(), make_samples(4), optimizer=groups, lr_warmup_steps=2, epochs=2)
+    seen = []
+    step = loop.optimizer.step
+    loop.optimizer.step = lambda: (seen.append([g["lr"] for g in loop.optimizer.param_groups]), step())  # type: ignore[method-assign]
+    loop.run()
+    assert seen == [pytest.approx([0.05, 0.01]), pytest.approx([0.1, 0.02])]
+
+
+# --- validation, saving ---
+
+
+@pytest.mark.parametrize("cut", ["lm_head", "block", "LoRA"])
+def test_validation_loss_is_transformers_mean_over_the_loss_tokens(cut: str) -> None:
+    hf = tiny.hf_llama(num_hidden_layers=5)
+    model = tiny.from_hf(hf, **METHODS[cut])  # B is 0: the adapters add nothing yet
+    mark_only_lora_as_trainable(model)
+    samples = make_samples(7, seed=4)
+    total, count = 0.0, 0
+    for sample in samples:
+        ids = torch.tensor(sample.input_ids)[None].long()
+        labels = torch.where(torch.tensor(list(sample.loss_mask)).bool(), ids[0], -100)[None]
+        learned = sample.n_targets
+        with torch.no_grad():
+            total += hf(input_ids=ids, labels=labels).loss.item() * learned
+        count += learned
+    loop = make_loop(model, make_samples(4), samples, eval=EvalArgs(initial_validation=True, final_validation=False))
+    loop.run()
+    first = logged(loop)[0]
+    assert first["step"] == 0
+    assert first["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert first["val_ppl"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "steps"),
+    [
+        (EvalArgs(interval=2, final_validation=False), [2, 4, 6]),
+        (EvalArgs(interval=2), [2, 4, 6, 7]),
+        (EvalArgs(interval=7), [7]),
+        (EvalArgs(interval=100, initial_validation=True), [0, 7]),
+        (EvalArgs(interval=100, final_validation=False), []),
+    ],
+)
+def test_validation_comes_by_interval_first_and_last_and_each_step_is_logged_once(evaluate: EvalArgs, steps: list[int]) -> None:
+    answered = []
+    loop = make_loop(make_model(), make_samples(28), eval=evaluate, answer=lambda: answered.append(1))
+    state = loop.run()
+    rows = logged(loop)
+    assert [step for step, _ in state.losses] == steps == [row["step"] for row in rows if "val_loss" in row]
+    assert [loss for _, loss in state.losses] == column(loop, "val_loss")
+    assert [row["step"] for row in rows] == [*([0] if 0 in steps else []), 1, 2, 3, 4, 5, 6, 7]
+    assert len(answered) == len(steps)
+
+
+def test_rows_and_checkpoints_come_by_their_intervals() -> None:
+    saved = Saved()
+    loop = make_loop(
+        make_model(),
+        make_samples(28),
+        eval=EvalArgs(interval=5, final_validation=False),
+        log_interval=3,
+        save_interval=2,
+        saved=saved,
+    )
+    loop.run()
+    assert saved.asked == [(2, True), (4, True), (6, True)]
+    assert [row["step"] for row in logged(loop)] == [3, 5, 6]
+    assert [row["epoch"] for row in logged(loop)] == [pytest.approx(n / 7, abs=1e-4) for n in (3, 5, 6)]
+
+
+def test_validation_needs_no_gradients_and_drops_nothing() -> None:
+    """With dropout 0.5 the validation loss is that of the whole model, and training goes on in training mode."""
+    samples, model = make_samples(9), make_model(lora_dropout=0.5)
+    modes = []
+    hook = model.lm_head.weight  # frozen: the loop must not make it trainable
+    loop = make_loop(model, samples, eval=EvalArgs(initial_validation=True), answer=lambda: modes.append(model.training))
+    loop.run()
+    model.eval()
+    with torch.no_grad():
+        exact = by_hand(model, samples, range(len(samples))).item()
+    assert column(loop, "val_loss")[-1] == pytest.approx(exact, rel=1e-5)
+    assert modes == [False, False] and not hook.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps", "best"), [([5, 4, 3, 2], 4, [1, 2, 3, 4]), ([5, 6, 5, 9], 3, [1]), ([5, 4, math.nan, 4], 4, [1, 2])]
+)
+def test_the_best_is_kept_and_patience_ends_the_run(
+    losses: list[float], steps: int, best: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a patience of 2; the loss before the first step does not count."""
+    saved = Saved()
+    evaluate = EvalArgs(interval=1, patience=2, initial_validation=True)
+    loop = make_loop(make_model(), make_samples(16), eval=evaluate, saved=saved)
+    told = iter([1.0, *losses])
+    loop.world = World(0, 1, lambda tensor: torch.tensor([next(told), 1.0]) if tensor.numel() == 2 else tensor)
+    state = loop.run()
+    assert state.step == steps and [step for step, _ in saved.bests] == best
+
+
+def test_a_signal_ends_the_run_between_two_steps() -> None:
+    signals, saved = Signals(), Saved(lambda step: setattr(signals, "asked", 15 if step == 2 else None))
+    loop = make_loop(make_model(), make_samples(16), saved=saved, save_interval=1, signals=signals)
+    with pytest.raises(Stopped) as caught:
+        loop.run(state := State())
+    assert caught.value.code == 143 and state.step == 2 and state.pending is None and state.consistent
+
+
+def test_a_signal_in_a_validation_leaves_it_pending_and_the_rest_of_the_step_is_done_later() -> None:
+    samples, signals = make_samples(16), Signals()
+    evaluate = EvalArgs(interval=2)
+    whole = make_loop(make_model(), samples, eval=evaluate)
+    whole.run()
+    loop = make_loop(make_model(), samples, eval=evaluate, signals=signals)
+    source = loop.val_activations
+
+    def signalled(rows: Any) -> Any:
+        signals.asked = 2
+        return source(rows)
+
+    signalled.samples = source.samples  # type: ignore[attr-defined]
+    loop.val_activations = signalled  # type: ignore[assignment]
+    with pytest.raises(Stopped):
+        loop.run(state := State())
+    assert state.pending is not None and state.step == 2 and len(logged(loop)) == 1 and not state.losses
+    signals.asked, loop.val_activations = None, source
+    loop.run(state)
+    drop = ("step_time", "tokens_per_second", "peak_memory_gb")
+    assert [{k: v for k, v in row.items() if k not in drop} for row in logged(loop)] == [
+        {k: v for k, v in row.items() if k not in drop} for row in logged(whole)
+    ]
+
+
+# --- several processes ---
+
+
+def in_processes(size: int, work: Callable[[World], Any]) -> list[Any]:
+    """Run `work` for each rank in a thread of its own; their sums meet at a barrier as in all-reduce."""
+    barrier, parts, results = threading.Barrier(size, timeout=60), [torch.empty(0)] * size, [None] * size
+
+    def add(rank: int, tensor: torch.Tensor) -> torch.Tensor:
+        parts[rank] = tensor.detach().clone()
+        barrier.wait()
+        total = torch.stack(parts).sum(0)
+        barrier.wait()
+        return total
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = work(World(rank, size, lambda tensor: add(rank, tensor)))
+        except BaseException as error:
+            results[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 15), (3, 7), (3, 2)])
+@pytest.mark.parametrize(("method", "max_norm"), [("lm_head", None), ("block", 0.5), ("full", None)])
+def test_several_processes_train_like_one_on_their_common_batches(method: str, max_norm: float | None, size: int, count: int) -> None:
+    samples, val = make_samples(count), make_samples(5, seed=9)
+    evaluate = EvalArgs(interval=1, final_validation=True)
+
+    def plain_steps(parameters: list[Any]) -> Any:
+        return torch.optim.SGD(parameters, lr=0.01)  # unlike AdamW's its steps show a wrong factor
+
+    def work(world: World) -> tuple[Any, Any, list[float], list[float]]:
+        settings = {"epochs": 2, "global_batch_size": 2 * size, "micro_batch_size": 1, "max_norm": max_norm}
+        loop = make_loop(make_model(method), samples, val, eval=evaluate, world=world, optimizer=plain_steps, **settings)
+        loop.run()
+        return loop.model, loop.batches, column(loop, "train_loss"), column(loop, "val_loss")
+
+    ranks = in_processes(size, work)
+    assert not [result for result in ranks if isinstance(result, BaseException)]
+    at_once = [zip(*(rank[1].epoch(epoch) for rank in ranks), strict=True) for epoch in range(2)]
+    batches = [[i for rows, _, _ in parts for i in rows] for steps in at_once for parts in steps]
+    other = make_model(method)
+    optimizer = plain_steps(list(trained(other).values()))
+    step = optimizer.step
+
+    def clipped_step() -> None:
+        torch.nn.utils.clip_grad_norm_(list(trained(other).values()), max_norm or torch.inf)
+        step()
+
+    optimizer.step = clipped_step
+    losses = train_by_hand(other, samples, batches, optimizer)
+    with torch.no_grad():
+        final = by_hand(other.eval(), val, range(5)).item()
+    for model, _, train_losses, val_losses in ranks:
+        assert_close(train_losses, losses, rtol=1e-4, atol=1e-5)
+        assert_close(trained(model), trained(other), rtol=1e-2, atol=1e-3)
+        assert val_losses[-1] == pytest.approx(final, rel=1e-3)
+        assert all(torch.equal(value, trained(ranks[0][0])[name]) for name, value in trained(model).items())
+
+
+def test_all_processes_stop_when_the_time_of_one_is_up() -> None:
+    def work(world: World) -> int:
+        loop = make_loop(make_model(), make_samples(8), world=world, epochs=None, max_time=1e9 if world.rank else 0.2)
+        return loop.run().step
+
+    began = time.perf_counter()
+    steps = in_processes(2, work)
+    assert steps[0] == steps[1] >= 1
+    assert time.perf_counter() - began < 30

@@ -1,0 +1,123 @@
+"""`--dry_run true` says what the run then does, and leaves every file as it was."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt.__main__ import main
+from litgpt.sample import Sample
+from litgpt.tokenizer import Tokenizer
+from litgpt.train.rehearsal import show_sample
+from tests.helpers import runs as finetune_runs
+from tests.helpers import tiny
+from tests.helpers.runs import files, finetune
+
+SKIP2 = {"lora_r": 4, "lora_query": False, "lora_value": False, "skip2lora_enabled": True, "skip2lora_block_indices": "all"}
+TAIL = {"lora_r": 4, "skip2lora_enabled": True, "skip2lora_output_layer": "transformer.h.1", "skip2lora_block_indices": "[0]"}
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("finetune", {}),
+        ("finetune", SKIP2),
+        ("finetune", {**SKIP2, "skip2lora_cache": "off"}),
+        ("finetune", TAIL),
+        ("finetune", {**SKIP2, "lora_query": True, "skip2lora_warmup_steps": 3}),
+        ("finetune_full", {}),
+    ],
+    ids=["lora", "skip2lora", "no cache", "tail", "warm-up", "full"],
+)
+def test_writes_nothing(command: str, settings: dict[str, object], base: Path, data: Path, tmp_path: Path) -> None:
+    before = files(base), files(data.parent)
+    dry = finetune(command, base, data, tmp_path / "out", dry_run=True, **settings)
+    assert dry.code == 0, dry.err
+    assert (files(base), files(data.parent)) == before
+    assert not list(tmp_path.iterdir())
+
+
+def report(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(argv) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def argv(base: Path, data: Path, out: Path, **settings: object) -> list[str]:
+    options = {**finetune_runs.SETTINGS, **settings}
+    given = [word for key, value in options.items() for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))]
+    return ["finetune", str(base), "--data", "JSON", "--data.json_path", str(data), "--out_dir", str(out), *given]
+
+
+def test_steps_and_cache_are_those_of_the_run(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litgpt.train.rehearsal._gib", lambda count: f"{count:.0f} bytes")
+    said = report([*argv(base, data, tmp_path / "out", **SKIP2), "--dry_run", "true"], capsys)
+    assert said.endswith("dry run: nothing was written\n")
+    run = finetune("finetune", base, data, tmp_path / "out", skip2lora_cache="disk", **SKIP2)
+    steps = re.search(r"steps +(\d+) \(", said)
+    assert steps and int(steps[1]) == run.report["steps"] == 6
+    size = sum(path.stat().st_size for path in (tmp_path / "activation_cache").rglob("activations.bin"))
+    assert re.search(rf"activation cache +{size} bytes", said) and size > 0
+    for line in ("a step", "a step from the cache", "memory", "memory measured here", "training"):
+        assert re.search(rf"^ +{line} +(about )?\d", said, re.MULTILINE), said
+    without = report([*argv(base, data, tmp_path / "other", skip2lora_cache="off", **SKIP2), "--dry_run", "true"], capsys)
+    assert "from the cache" not in without
+
+
+def test_the_sample_shows_what_carries_loss(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer(base)
+    question, answer = tokenizer.ids("one two"), tokenizer.ids("three")
+    show_sample(Sample(array("i", question + answer), bytearray([0] * len(question) + [1] * len(answer))), tokenizer)
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"{tokenizer.decode(question)}»{tokenizer.decode(answer)}«\n")
+
+
+def test_an_earlier_run_is_refused_as_by_the_run(base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "final").mkdir(parents=True)
+    dry = finetune("finetune", base, data, tmp_path / "out", dry_run=True)
+    assert dry.code == 1
+    assert "earlier run" in dry.err
+    assert "--overwrite" in dry.err
+
+
+def test_nothing_is_converted(data: Path, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    model = tmp_path / "model"
+    tiny.hf_llama(vocab_size=512, max_position_embeddings=128).save_pretrained(model)
+    write_tiny_tokenizer(model)
+    before = files(tmp_path)
+    dry = finetune("finetune", model, data, tmp_path / "out", dry_run=True)
+    assert dry.code == 1
+    assert f"litgpt convert_to_litgpt {model}" in dry.err
+    assert files(tmp_path) == before
+
+
+def test_nothing_is_downloaded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dry = finetune("finetune", base, None, tmp_path / "out", "--data", "Alpaca", dry_run=True)
+    assert dry.code == 1
+    assert "would be downloaded" in dry.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_measured_steps_are_real(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go through the loop's own step, with and without the cache."""
+    from litgpt.activations.cache import ActivationCache
+    from litgpt.train.loop import Loop
+
+    taken = []
+    real = Loop.step
+
+    def step(self: Loop, *args: object) -> float:
+        taken.append(isinstance(self.activations, ActivationCache))
+        return real(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Loop, "step", step)
+    assert finetune("finetune", base, data, tmp_path / "out", dry_run=True, **SKIP2).code == 0
+    assert taken == [False] * 3 + [True] * 3
+    assert torch.is_grad_enabled()

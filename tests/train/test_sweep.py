@@ -1,0 +1,376 @@
+"""`litgpt sweep`: each setting is the run that `litgpt finetune` makes of it, and the prefix runs once for all of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from litgpt.model import GPT
+from litgpt.train import grid
+from litgpt.train.loop import Loop
+from litgpt.train.resume import State
+from tests.helpers import runs as finetune_runs
+from tests.helpers.runs import Run, finetune, load
+from tests.helpers.worlds import one_parser_for_all  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_parser_for_all")
+SKIP: dict[str, Any] = {"skip2lora_enabled": True, "lora_dropout": 0.1, "eval__max_new_tokens": 0}
+BLOCK: dict[str, Any] = {**SKIP, "lora_r": 2, "skip2lora_output_layer": "transformer.h.3", "skip2lora_block_indices": "[0, 2]"}
+SWEEPS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
+    "lm_head": (SKIP, {"lora_r": [2, 4], "skip2lora_block_indices": ["last:2", [0, 2]]}),
+    "a block": ({**BLOCK, "lora_block_indices": "[3, 4]"}, {"skip2lora_enabled": [True, False], "lora_mlp": [True]}),
+    "learning": (
+        {**BLOCK, "skip2lora_cache": "disk", "train__keep_best": False, "samples": 3},
+        {"optimizer.lr": [0.01, 3e-3], "seed": [1, 2], "train.global_batch_size": [6, 9], "train.micro_batch_size": [3]},
+    ),
+    "auto": ({**SKIP, "lora_r": 2}, {"skip2lora_block_indices": ["auto:2", "auto:1", "last:3"], "seed": [1, 2]}),
+    "late LoRA": ({"lora_block_indices": "last:2", "lora_key": True, "eval__max_new_tokens": 0}, {"lora_r": [2, 3], "lora_alpha": [4]}),
+    "8 bits": ({**BLOCK, "quantize": "int8"}, {"lora_mlp": [True, False]}),
+}
+
+
+def sweep(base: Path, data: Path, out_dir: Path, values: dict[str, list[Any]], **settings: Any) -> Run:
+    words = [word for key, listed in values.items() for word in (f"--grid.{key}", json.dumps(listed))]
+    return finetune("sweep", base, data, out_dir, *words, **settings)
+
+
+def rows(out_dir: Path) -> list[dict[str, str]]:
+    with (out_dir / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def made(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """A sweep, made once. Do not write into its folder."""
+    runs: dict[str, Run] = {}
+
+    def run(name: str) -> Run:
+        if name not in runs:
+            settings, values = SWEEPS[name]
+            runs[name] = sweep(base, data, tmp_path_factory.mktemp("sweeps") / "out", values, **settings)
+            assert runs[name].code == 0, runs[name].err
+        return runs[name]
+
+    return run
+
+
+# --- each setting is the run of its own ---
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_each_setting_is_the_run_of_its_own(name: str, made: Callable[[str], Run], base: Path, data: Path, tmp_path: Path) -> None:
+    """Weights, losses and settings of `litgpt finetune`, bit for bit, for every combination."""
+    settings, values = SWEEPS[name]
+    found = rows(made(name).out_dir)
+    settings = {**settings}
+    assert len(found) == settings.pop("samples", math.prod(map(len, values.values())))
+    for row in found:
+        own = {key: row[key] for key in values}
+        run = finetune("finetune", base, data, tmp_path / row["setting"], *(f"--{key}={text}" for key, text in own.items()), **settings)
+        assert run.code == 0, run.err
+        swept = Run(0, "", made(name).out_dir / row["setting"])
+        expected, weights = (load(each.final / "lit_model.pth.lora")["model"] for each in (run, swept))
+        assert expected.keys() == weights.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
+        assert any(weights[key].count_nonzero() for key in weights if key.endswith("lora_B"))
+        for column in ("val_loss", "train_loss", "learning_rate"):
+            assert swept.column(column) == run.column(column)
+        for key in ("final_val_loss", "best_val_loss", "steps", "trainable_parameters", "total_parameters"):
+            assert swept.report[key] == run.report[key]
+        plans, models = (
+            [yaml.safe_load((each.final / file).read_text()) for each in (run, swept)]
+            for file in ("hyperparameters.yaml", "model_config.yaml")
+        )
+        assert {**plans[0], "out_dir": 0} == {**plans[1], "out_dir": 0} and models[0] == models[1]
+
+
+def test_the_runs_differ(made: Callable[[str], Run]) -> None:
+    """Or the comparison would show nothing."""
+    for name in SWEEPS:
+        losses = [row["final_val_loss"] for row in rows(made(name).out_dir)]
+        assert len(set(losses)) == len(losses)
+
+
+def test_the_prefix_runs_once(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens go through it for six settings of two epochs as for one."""
+    seen: list[int] = []
+    prefix = GPT.prefix
+    monkeypatch.setattr(GPT, "prefix", lambda model, idx, *rest: (seen.append(idx.numel()), prefix(model, idx, *rest))[1])
+    counts = []
+    for values in ({"lora_r": [2]}, SWEEPS["lm_head"][1]):
+        seen.clear()
+        assert sweep(base, data, tmp_path / str(len(counts)), values, **SKIP).code == 0
+        counts.append(sum(seen))
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_setting_is_a_run_like_others(made: Callable[[str], Run]) -> None:
+    """Its folder answers, and has a run's files; only the merged weights of plain LoRA are left to merge_lora."""
+    for name in ("lm_head", "late LoRA"):
+        out_dir = made(name).out_dir
+        run = out_dir / rows(out_dir)[0]["setting"]
+        files = {file for file in finetune_runs.files(run) if "tfevents" not in file}
+        assert files == finetune_runs.run_files("lit_model.pth.lora")
+        assert finetune_runs.call(["generate", str(run / "final"), "--prompt", "add 1 and 2", "--max_new_tokens", "3"], run).code == 0
+
+
+# --- what it tells ---
+
+
+def test_the_table(made: Callable[[str], Run], capsys: pytest.CaptureFixture[str]) -> None:
+    run = made("lm_head")
+    found = rows(run.out_dir)
+    assert [(row["lora_r"], row["skip2lora_block_indices"]) for row in found] == [
+        (r, blocks) for r in ("2", "4") for blocks in ("last:2", "[0, 2]")
+    ]
+    assert found[1]["setting"] == "lora_r=2,blocks=0-2"
+    for row in found:
+        folder = run.out_dir / row["setting"]
+        report = json.loads((folder / "report.json").read_text())
+        for key in ("initial_val_loss", "best_val_loss", "final_val_loss", "steps", "trainable_parameters", "total_seconds"):
+            assert float(row[key]) == report[key]
+        assert row["status"] == "finished" and row["reason"] == "" and Path(row["folder"]) in (folder / "best", folder / "final")
+        assert (
+            json.loads((Path(row["folder"]) / "report.json").read_text()).get("val_loss", report["final_val_loss"])
+            == report["best_val_loss"]
+        )
+    rank, blocks = 4, 2
+    assert int(found[3]["trainable_parameters"]) == 2 * 32 * rank * blocks
+    facts = json.loads((run.out_dir / "sweep.json").read_text())
+    assert facts["cache"]["blocks"] == [0, 2, 3, 4] and facts["cache_seconds"] > 0 and facts["environment"]["torch"] == torch.__version__
+    assert [each["grid"] for each in facts["runs"]][1] == {"lora_r": 2, "skip2lora_block_indices": [0, 2]}
+
+
+def test_the_best_comes_first(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from litgpt.__main__ import main
+
+    words = [
+        "--data",
+        "JSON",
+        "--data.json_path",
+        str(data),
+        "--lora_block_indices",
+        "last:1",
+        "--max_steps",
+        "4",
+        "--precision",
+        "32-true",
+    ]
+    code = main(["sweep", str(base), *words, "--out_dir", str(tmp_path / "out"), "--grid", "{optimizer: {lr: [1e-9, 0.05, 1e-3]}}"])
+    out = capsys.readouterr().out
+    assert code == 0
+    lines = [line.split()[0] for line in out.splitlines() if line.startswith("  lr=")]
+    losses = {row["setting"]: float(row["best_val_loss"]) for row in rows(tmp_path / "out")}
+    assert lines == sorted(losses, key=losses.__getitem__) and lines != list(losses)
+    assert f"best: {lines[0]}," in out and f"litgpt chat {tmp_path / 'out' / lines[0] / 'final'}\n" in out
+
+
+def test_losses_of_different_samples_are_pointed_out(base: Path, data: Path, tmp_path: Path) -> None:
+    """Two validation samples: one batch of one is half of them."""
+    values = {"train.micro_batch_size": [1, 2]}
+    few = sweep(base, data, tmp_path / "few", values, eval__max_iters=1, dry_run=True, **SKIP)
+    assert few.code == 0 and "not of the same samples: eval.max_iters 1 batches of train.micro_batch_size are 1 or 2 samples" in few.err
+    assert "not of the same samples" not in sweep(base, data, tmp_path / "all", values, eval__max_iters=2, dry_run=True, **SKIP).err
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize(
+    "key", ["checkpoint_dir", "precision", "quantize", "data.json_path", "skip2lora_output_layer", "skip2lora_norm", "train.max_seq_length"]
+)
+def test_what_the_cache_depends_on_cannot_vary(key: str, base: Path, data: Path, tmp_path: Path) -> None:
+    value = {"train.max_seq_length": 50, "skip2lora_norm": "rms", "quantize": "int8"}.get(key, "x")
+    run = sweep(base, data, tmp_path / "out", {key: [value], "lora_r": [2]}, **SKIP)
+    assert run.code == 1 and f"{key} cannot vary" in run.err and "computed once" in run.err and "lora_r, lora_alpha" in run.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "message"),
+    [
+        ({}, {"lora_r": [2, 4]}, "none is frozen"),
+        ({}, {"lora_block_indices": ["last:1", "last:2"]}, "lora_blocks=last-1 trains from block 4 on, lora_blocks=last-2 from block 3 on"),
+        ({"skip2lora_cache": "off", **SKIP}, {"lora_r": [2]}, "skip2lora_cache is off"),
+        ({"skip2lora_warmup_steps": 2, **SKIP}, {"lora_r": [2]}, "skip2lora_warmup_steps"),
+        ({"skip2lora_warmup_epochs": 1, **SKIP}, {"lora_r": [2]}, "skip2lora_warmup_epochs"),
+        ({"devices": 2, **SKIP}, {"lora_r": [2]}, "one device"),
+        ({"resume": "step-000002", **SKIP}, {"lora_r": [2]}, "--resume auto"),
+        (SKIP, {"lora_r": [-1, 0]}, "no setting of the grid can be trained. lora_r=-1: lora_r is -1"),
+        (SKIP, {"optimizer.lrr": [1]}, "AdamW has no argument lrr"),
+    ],
+)
+def test_what_cannot_be_swept(settings: Any, values: Any, message: str, base: Path, data: Path, tmp_path: Path) -> None:
+    run = sweep(base, data, tmp_path / "out", values, **settings)
+    assert run.code == 1 and message in run.err, run.err
+    assert not (tmp_path / "out").exists()
+
+
+# --- what goes wrong on the way ---
+
+
+def failing_at(number: int, error: Callable[[Loop], None]) -> Callable[..., float]:
+    """`Loop.step`, with something else in step `number` of the runs with rank 4."""
+    step = Loop.step
+
+    def broken(loop: Loop, state: State, rows: list[int], loss_tokens: int) -> float:
+        if state.step + 1 == number and loop.model.config.skip2lora_r == 4:
+            error(loop)
+        return step(loop, state, rows, loss_tokens)
+
+    return broken
+
+
+def poison(loop: Loop) -> None:
+    loop.trained[0].data.fill_(math.nan)
+
+
+def interrupt(loop: Loop) -> None:
+    loop.signals.asked = 2
+
+
+def test_a_setting_that_fails_does_not_end_the_sweep(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is no number, and values that do not go together."""
+    monkeypatch.setattr(Loop, "step", failing_at(3, poison))
+    run = sweep(base, data, tmp_path / "out", {"lora_r": [4, 2], "train.micro_batch_size": [2, 4]}, **SKIP)
+    found = {row["setting"]: row for row in rows(tmp_path / "out")}
+    assert [row["status"] for row in found.values()] == ["failed", "failed", "finished", "failed"]
+    assert "step 3: the loss is nan" in found["lora_r=4,micro_batch_size=2"]["reason"]
+    assert "must be a multiple of train.micro_batch_size" in found["lora_r=2,micro_batch_size=4"]["reason"]
+    assert run.code == 1 and "3 of 4 settings failed. lora_r=4,micro_batch_size=2: step 3" in run.err
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_stopped_sweep_goes_on(cache: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished settings are left alone, the one that was stopped is resumed, the rest is trained: all as if nothing had happened."""
+    values, settings = {"lora_r": [2, 4, 3]}, {**SKIP, "skip2lora_cache": cache}
+    whole, out = sweep(base, data, tmp_path / "whole", values, **settings), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", failing_at(4, interrupt))
+        stopped = sweep(base, data, out, values, **settings)
+    assert stopped.code == 130 and "1 of 3 settings are finished: the same command with --resume auto goes on" in stopped.err
+    assert [row["status"] for row in rows(out)] == ["finished", "stopped", "waiting"]
+    assert {path.name for path in (out / "lora_r=4").glob("step-*")} == {"step-000002", "step-000004"}
+    assert "earlier sweep" in sweep(base, data, out, values, **settings).err
+
+    before = finetune_runs.files(out / "lora_r=2")
+    trained: list[int] = []
+    step = Loop.step
+    monkeypatch.setattr(Loop, "step", lambda loop, state, *rest: (trained.append(state.step), step(loop, state, *rest))[1])
+    assert sweep(base, data, out, values, resume="auto", **settings).code == 0
+    assert trained == [4, 5, 0, 1, 2, 3, 4, 5]
+    assert finetune_runs.files(out / "lora_r=2") == before
+    assert [row["status"] for row in rows(out)] == ["finished"] * 3
+    for name in ("lora_r=2", "lora_r=4", "lora_r=3"):
+        ended, expected = (load(folder / name / "final/lit_model.pth.lora")["model"] for folder in (out, whole.out_dir))
+        assert all(torch.equal(ended[key], expected[key]) for key in expected)
+    trained.clear()
+    assert sweep(base, data, out, values, resume="auto", **settings).code == 0 and not trained
+
+
+def test_a_sweep_of_other_settings_is_not_gone_on_with(base: Path, data: Path, tmp_path: Path) -> None:
+    assert sweep(base, data, tmp_path, {"lora_r": [2]}, **SKIP).code == 0
+    run = sweep(base, data, tmp_path, {"lora_r": [2]}, resume="auto", train__epochs=3, **SKIP)
+    assert run.code == 1 and "another sweep: train.epochs was 2 and is 3" in run.err
+    wider = sweep(base, data, tmp_path, {"lora_r": [2, 4], "seed": [1337]}, resume="auto", **SKIP)
+    assert wider.code == 0 and [row["setting"] for row in rows(tmp_path)] == ["lora_r=2,seed=1337", "lora_r=4,seed=1337"]
+    assert sweep(base, data, tmp_path, {"lora_r": [2]}, overwrite=True, train__epochs=1, **SKIP).code == 0
+    assert [row["steps"] for row in rows(tmp_path)] == ["3"]
+
+
+def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", "JSON", "--data.json_path", str(data), "--skip2lora_enabled", "--precision", "32-true", "--global_batch_size", "6"]
+    from litgpt.__main__ import main
+
+    argv = ["sweep", str(base), *words, "--grid.lora_r", "[2, 4, -1]", "--grid.epochs", "[1, 3]", "--out_dir", str(tmp_path / "out")]
+    assert main([*argv, "--dry_run", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "6 settings, 24 steps in all; 0.00 GiB of activations, computed once" in out
+    shown = [line.split()[:3] for line in out.splitlines() if line.startswith("  lora_r=")]
+    assert ["lora_r=2,epochs=1", f"{2 * 2 * 32 * 5}", "3"] in shown and ["lora_r=4,epochs=3", f"{2 * 4 * 32 * 5:,}", "9"] in shown
+    assert "lora_r=-1,epochs=1" in out and "lora_r is -1" in out and "nothing was written" in out
+    assert not list(tmp_path.iterdir())
+
+
+# --- the grid ---
+
+ARGUMENTS: dict[str, Any] = {"out_dir": Path("out"), "seed": 1, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1.0, "eps": 1e-6}}}
+
+
+def test_the_optimizer_and_its_arguments() -> None:
+    variants = grid.expand(ARGUMENTS, {"optimizer.lr": [2.0, 3.0], "optimizer": ["SGD", "AdamW"]})
+    assert [variant.arguments["optimizer"] for variant in variants] == [
+        {"class_path": "SGD", "init_args": {"lr": 2.0}},
+        {"class_path": "AdamW", "init_args": {"lr": 2.0, "eps": 1e-6}},
+        {"class_path": "SGD", "init_args": {"lr": 3.0}},
+        {"class_path": "AdamW", "init_args": {"lr": 3.0, "eps": 1e-6}},
+    ]
+    assert ARGUMENTS["optimizer"]["init_args"] == {"lr": 1.0, "eps": 1e-6}
+
+
+def test_names_of_folders() -> None:
+    many = {"skip2lora_block_indices": [list(range(60)), [-1], "last:6", "transformer.h.3"], "optimizer.betas": [[0.9, 0.95]], "seed": [1]}
+    names = [variant.name for variant in grid.expand(ARGUMENTS, many)]
+    assert names[1:] == [f"blocks={blocks},betas=0.9-0.95,seed=1" for blocks in ("-1", "last-6", "transformer.h.3")]
+    assert len(names[0]) < 140 and names[0].startswith("blocks=0-1-2-3-")
+    alike = [variant.name for variant in grid.expand(ARGUMENTS, {"skip2lora_block_indices": ["last:6", "last-6"]})]
+    assert len(set(alike)) == 2 and all(name.startswith("blocks=last-6-") for name in alike)
+
+
+def test_a_sample_of_a_large_grid() -> None:
+    large = {"seed": list(range(10**4)), "lora_r": list(range(1, 1000)), "lora_alpha": list(range(1, 1000))}
+    drawn = [variant.values for variant in grid.expand(ARGUMENTS, large, 5)]
+    assert drawn == [variant.values for variant in grid.expand(ARGUMENTS, large, 5)] and len({str(values) for values in drawn}) == 5
+    assert drawn != [variant.values for variant in grid.expand({**ARGUMENTS, "seed": 2}, large, 5)]
+    whole = [variant.values for variant in grid.expand(ARGUMENTS, {"seed": [1, 2], "lora_r": [1, 2]}, 9)]
+    assert whole == [{"seed": seed, "lora_r": r} for seed in (1, 2) for r in (1, 2)]
+    with pytest.raises(grid.UserError, match="more than 10,000"):
+        grid.expand(ARGUMENTS, large)
+
+
+def test_every_key_that_may_vary_is_one() -> None:
+    from litgpt.cli import Keys
+    from litgpt.finetune.sweep import setup
+
+    assert set(grid.VARYING) <= Keys(setup).types.keys()
+
+
+# --- blocks left to auto ---
+
+
+def test_the_sweep_says_which_blocks_were_chosen(made: Callable[[str], Run]) -> None:
+    run = made("auto")
+    facts, found = json.loads((run.out_dir / "sweep.json").read_text()), {row["setting"] for row in rows(run.out_dir)}
+    assert facts["chosen"].keys() == {name for name in found if "auto" in name}
+    assert all(len(blocks) == (2 if "auto-2" in name else 1) for name, blocks in facts["chosen"].items())
+    tapped = {block for blocks in facts["chosen"].values() for block in blocks} | {2, 3, 4}
+    assert set(facts["cache"]["blocks"]) == tapped  # no more than is trained on
+    assert run.err.count("skip2lora_block_indices auto: blocks ") == 4
+
+
+def test_blocks_are_chosen_once(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all settings that would choose the same, and not again by a session that goes on."""
+    settings = {**SKIP, "skip2lora_block_indices": "auto:2"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", failing_at(4, interrupt))
+        stopped = sweep(base, data, tmp_path, {"lora_r": [2, 4]}, **settings)
+    assert stopped.code == 130 and stopped.err.count("auto: blocks ") == 1
+    monkeypatch.setattr("litgpt.train.run.choose", None)  # choosing again would fail
+    assert sweep(base, data, tmp_path, {"lora_r": [2, 4]}, resume="auto", **settings).code == 0
+
+
+@pytest.mark.parametrize("broken", [5, ["x"], [[0], [1]], [0, 1, 2], [99, 1]])
+def test_chosen_blocks_that_cannot_be_are_chosen_anew(broken: Any, base: Path, data: Path, tmp_path: Path) -> None:
+    settings = {**SKIP, "skip2lora_block_indices": "auto:2"}
+    assert sweep(base, data, tmp_path, {"lora_r": [2]}, **settings).code == 0
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chosen": {"lora_r=2": broken}}))
+    run = sweep(base, data, tmp_path, {"lora_r": [2]}, resume="auto", **settings)
+    assert run.code == 0 and run.err.count("auto: blocks ") == 1
