@@ -29,7 +29,8 @@ from litgpt.cli import parse
 from litgpt.device import backbone_dtype, default_device, default_precision
 from litgpt.errors import UserError
 from litgpt.lora import Config
-from litgpt.results import less, percent, text_table
+from litgpt.results import less, percent
+from litgpt.text import text_table
 
 HUB = Path(__file__).resolve().parent / "config_hub" / "finetune"
 LORA = "Traditional LoRA (Query+Value)"
@@ -164,7 +165,7 @@ def parameter_table(measured: list[dict[str, Any]], compared: dict[str, dict[str
         change = percent(compared[row["name"]]["parameter_reduction_percent"]) if row is not measured[0] else ""
         millions, ratio = f"{counts['lora'] / 1e6:.2f} M", f"{counts['ratio']:.4f} %"
         rows.append([row["name"], f"{counts['total']:,}", f"{counts['trainable']:,}", f"{counts['lora']:,}", millions, ratio, change])
-    return text_table(["", "total", "trainable", "LoRA", "LoRA", "trainable ratio", "against LoRA"], rows)
+    return text_table([["", "total", "trainable", "LoRA", "LoRA", "trainable ratio", "against LoRA"], *rows])
 
 
 def summary(measured: list[dict[str, Any]], compared: dict[str, dict[str, float]]) -> str:
@@ -181,7 +182,7 @@ def summary(measured: list[dict[str, Any]], compared: dict[str, dict[str, float]
             if f"{key}_speedup" in found and row is not measured[0]:
                 gain = [_times(found[f"{key}_speedup"]), percent(found[f"{key}_reduction_percent"])]
             rows.append([row["name"], *(f"{figures[part][name]:.2f}" for name in ("mean", "min", "max", "std", "median")), *gain])
-        return text_table(["milliseconds", "mean", "min", "max", "std", "median", "speed-up", "against LoRA"], rows)
+        return text_table([["milliseconds", "mean", "min", "max", "std", "median", "speed-up", "against LoRA"], *rows])
 
     sections = {
         "Parameter Count Comparison": parameter_table(measured, compared),
@@ -210,7 +211,7 @@ def memory_table(measured: list[dict[str, Any]], compared: dict[str, dict[str, f
             cells.append("" if "error" in part else f"{part['peak_memory_gb']:.2f}")
             cells.append(percent(found[key]) if key in found and row is not measured[0] else "")
         rows.append(cells)
-    return text_table(["peak GiB", "without cache", "against LoRA", "with cache", "against LoRA"], rows)
+    return text_table([["peak GiB", "without cache", "against LoRA", "with cache", "against LoRA"], *rows])
 
 
 def limit_table(measured: list[dict[str, Any]], compared: dict[str, dict[str, float]]) -> str:
@@ -221,7 +222,7 @@ def limit_table(measured: list[dict[str, Any]], compared: dict[str, dict[str, fl
             times = [f"{cached[key]['median']:.2f}" for key in ("step_ms", "products_ms", "fill_ms", "bare_forward_ms")]
             ratios = (found["cached_step_over_head_products"], found["fill_over_bare_forward"])
             rows.append([row["name"], *times[:2], f"{ratios[0]:.2f}x", *times[2:], f"{ratios[1]:.2f}x"])
-    return text_table(["median ms", "cached step", "head products", "ratio", "fill a sample", "bare forward", "ratio"], rows)
+    return text_table([["median ms", "cached step", "head products", "ratio", "fill a sample", "bare forward", "ratio"], *rows])
 
 
 def picture(measured: list[dict[str, Any]], file: Path) -> None:

@@ -36,6 +36,7 @@ import yaml
 from litgpt import atomic, checkpoint, results
 from litgpt.errors import UserError
 from litgpt.finetune.lora import setup
+from litgpt.text import text_table
 
 ROOT = Path(__file__).resolve().parent
 HUB = Path(os.path.relpath(ROOT / "config_hub" / "finetune"))
@@ -209,7 +210,7 @@ def table(records: list[dict[str, Any]]) -> str:
         measured = record["measured"] if record["status"] == "completed" else {}
         rows.append([name, record["status"], *(form.format(measured[key]) if key in measured else "-" for key, form in keys.items())])
     header = ["", "", "final loss", "initial loss", "trainable", "steps", "steps/s", "seconds", "peak GiB"]
-    return results.text_table(header, rows)
+    return text_table([header, *rows])
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -38,6 +38,7 @@ from litgpt import atomic, checkpoint, results  # noqa: E402
 from litgpt.device import default_device, default_precision  # noqa: E402
 from litgpt.errors import UserError  # noqa: E402
 from litgpt.results import Part, Picture, Sections, Table  # noqa: E402
+from litgpt.text import text_table  # noqa: E402
 
 CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
 BLOCKS = 30
@@ -448,7 +449,7 @@ def listing(wanted: list[Setting], study: Study, runs: dict[str, dict[str, Any]]
         state = runs.get(setting.name, {}).get("status", "")
         rows.append([setting.name, state, f"{seconds / 60:.1f}", f"{setting.lr:g}", f"{setting.warmup:g} + {setting.epochs}", taps, lora])
         minutes += seconds / 60
-    table = results.text_table(["setting", "", "minutes", "lr", "epochs", "taps", "LoRA"], rows)
+    table = text_table([["setting", "", "minutes", "lr", "epochs", "taps", "LoRA"], *rows])
     return f"{table}\n  in all {minutes:.0f} minutes, without what shared caches save"
 
 

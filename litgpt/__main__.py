@@ -16,7 +16,8 @@ from types import FrameType
 from typing import NamedTuple, Optional
 
 from litgpt import __version__
-from litgpt.errors import Stopped, UserError, printable
+from litgpt.errors import Stopped, UserError
+from litgpt.text import printable
 
 LONGEST_ERROR = 2000
 """characters of a message"""

@@ -17,6 +17,7 @@ from litgpt.checkpoint import TOKENIZER_FILES
 from litgpt.convert.hf import WEIGHT_FILES, read_json
 from litgpt.convert.resolve import HOME, HUB_NAME, convert, open_checkpoint
 from litgpt.errors import UserError
+from litgpt.text import size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -182,11 +183,7 @@ def _parts(repo_id: str, index: Path, files: dict[str, "RepoSibling"]) -> list[s
 
 def _require_room(folder: Path, need: int) -> None:
     if need > (free := shutil.disk_usage(folder).free):
-        raise UserError(f"{folder} needs {_gb(need)}, and {_gb(free)} are free there: make room, or name another --checkpoint_dir")
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+        raise UserError(f"{folder} needs {size(need)}, and {size(free)} are free there: make room, or name another --checkpoint_dir")
 
 
 @contextmanager

@@ -1,11 +1,6 @@
 """How a command fails: what the user can mend, and a signal that ended it. The command line turns each into one line and an exit code."""
 
 
-def printable(text: str) -> str:
-    """The text with control characters written out: foreign files may hold sequences that a terminal obeys."""
-    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
-
-
 class UserError(ValueError):
     """A mistake in a file, a setting or a checkpoint.
 

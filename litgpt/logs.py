@@ -144,9 +144,3 @@ class Console:
             self.say(f"{title} {done}{f' of {total}' if total else ''}  {seconds:.0f} s{left}  {note}".rstrip())
 
         return update
-
-
-def summary(title: str, rows: dict[str, str]) -> str:
-    """A table of two columns as plain text."""
-    width = max(map(len, rows))
-    return "\n".join((title, *(f"  {key:<{width}}  {value}" for key, value in rows.items())))

@@ -21,6 +21,7 @@ import yaml
 
 import litgpt
 from litgpt.errors import UserError
+from litgpt.text import markdown_table
 
 METRICS = Path("logs") / "version_0"
 """of a run's folder: metrics.csv and TensorBoard's events"""
@@ -69,15 +70,6 @@ def percent(less_than_base: float) -> str:
     return f"{-less_than_base + 0.0:+.1f} %"
 
 
-def text_table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns of plain text, the first one left-aligned, the others right-aligned, two blanks in front."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))] for row in [header, *rows]
-    ]
-    return "\n".join("  " + "  ".join(line).rstrip() for line in lines)
-
-
 @dataclass
 class Table:
     header: list[str]
@@ -101,9 +93,7 @@ def as_markdown(title: str, sections: Sections) -> str:
         lines.append(f"## {heading}")
         for part in parts:
             if isinstance(part, Table):
-                rows = [[cell.replace("|", "\\|") for cell in row] for row in (part.header, *part.rows)]
-                rows.insert(1, ["---", *["---:"] * (len(part.header) - 1)])
-                lines.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+                lines.append(markdown_table(part.header, part.rows))
             elif isinstance(part, Picture):
                 lines.append(f"![{part.title}]({part.file.name})")
             else:

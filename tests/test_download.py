@@ -225,7 +225,7 @@ def test_a_full_disk(hub: Hub, when: str, monkeypatch: pytest.MonkeyPatch, capsy
     if when == "before":
         usage = shutil.disk_usage(".")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2000))
-        message = "0.00 GB are free there: make room, or name another --checkpoint_dir"
+        message = "2 KiB are free there: make room, or name another --checkpoint_dir"
     else:
 
         def full(descriptor: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import job
-from litgpt.results import Part, Picture, Sections, Table, as_markdown, figure, text_table
+from litgpt.results import Part, Picture, Sections, Table, as_markdown, figure
+from litgpt.text import text_table
 
 REFERENCES = ("upstream", "peft_qv", "peft_all", "lora_qv", "lora_all")
 TITLE = "The same fine-tuning job, by several packages"
@@ -188,7 +189,7 @@ def as_text(parts: Sections) -> str:
         lines.append(f"\n{heading}\n")
         for part in content:
             if isinstance(part, Table):
-                lines.append(text_table(part.header, part.rows))
+                lines.append(text_table([part.header, *part.rows]))
             elif isinstance(part, list):
                 lines += [f"  {item}" for item in part]
             elif isinstance(part, str):

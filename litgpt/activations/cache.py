@@ -31,6 +31,7 @@ from litgpt.model import GPT, Positions
 from litgpt.packing import loss_targets, pack, shared_head
 from litgpt.rope import is_long
 from litgpt.sample import Sample
+from litgpt.text import gib
 
 FORMAT = 2
 MEMORY_SHARE = 0.5
@@ -202,7 +203,7 @@ def activations(
     if kind == "auto":
         kind = "memory" if need <= MEMORY_SHARE * free else "disk"
     rows = f"{layout.shape[0]:,} positions x {layout.width[0]} x {layout.width[1]}"
-    settings.say(f"{name} cache: {_gib(need)} for {rows}, {WHERE[kind]}; free memory {_gib(free)}")
+    settings.say(f"{name} cache: {gib(need)} for {rows}, {WHERE[kind]}; free memory {gib(free)}")
     if kind == "memory":
         if need > free:
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
@@ -238,10 +239,6 @@ def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSetting
     told = f"reading takes {1000 * seconds[0]:.2f} ms a sample, computing {1000 * seconds[1]:.2f} ms"
     settings.say(f"{name} cache: {told}: activations are {'read' if chosen is cache else 'computed again for every batch'}")
     return chosen
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 @torch.no_grad()

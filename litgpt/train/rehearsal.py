@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 import os
 import shutil
 import time
@@ -17,12 +16,13 @@ import psutil
 from litgpt import checkpoint
 from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, common_head, plan
 from litgpt.args import TrainArgs
-from litgpt.errors import UserError, printable
-from litgpt.logs import peak_memory_gb, summary
+from litgpt.errors import UserError
+from litgpt.logs import peak_memory_gb
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.memory import PROCESS, estimate
 from litgpt.optim import make_optimizer
 from litgpt.sample import Sample
+from litgpt.text import duration, gib, printable, text_table
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.interrupts import Signals
 from litgpt.train.loop import Batches, Loop, World, samples_per_rank
@@ -58,12 +58,12 @@ def dry_run(job: Job, method: Method) -> None:
         start_warmup(model)
         loop = rehearsed(ready, replace(job.train, max_steps=warmup, epochs=None))
         seconds, _ = _time(loop, _first(loop))
-        lines["warm-up"] = f"{warmup:,} steps of about {seconds:.2f} s: {_duration(warmup * seconds)}"
+        lines["warm-up"] = f"{warmup:,} steps of about {seconds:.2f} s: {duration(warmup * seconds)}"
         end_warmup(model)
     lines.update(_costs(ready))
     lines["memory"] = _memory(ready)
     lines["memory measured here"] = f"{peak_memory_gb(ready.fabric.device):.2f} GiB at most, in these few steps"
-    print(summary("what the run would take", lines))
+    print("what the run would take", text_table(list(lines.items()), left=(0, 1)), sep="\n")
     print("dry run: nothing was written")
 
 
@@ -155,16 +155,16 @@ def _costs(ready: Prepared) -> dict[str, str]:
         folder = cache_folder(job)
         disk = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))).free
         free = psutil.virtual_memory().available
-        lines["activation cache"] = f"{_gib(need)}; free: {_gib(free)} of memory, {_gib(disk)} on disk ({folder})"
+        lines["activation cache"] = f"{gib(need)}; free: {gib(free)} of memory, {gib(disk)} on disk ({folder})"
         rows = [i for batch in batches for i in batch[0]]
         start = time.perf_counter()
         loop.activations = _cached(ready, rows)
         fill = (time.perf_counter() - start) / _tokens(splits.train, rows) * _tokens(splits.train, range(len(splits.train)))
         cached, _ = _time(loop, batches)
-        lines["a step from the cache"] = f"about {cached:.2f} s, after {_duration(fill)} of filling it"
+        lines["a step from the cache"] = f"about {cached:.2f} s, after {duration(fill)} of filling it"
         seconds = None if total is None else fill + total * cached
     if seconds is not None:
-        lines["training"] = f"about {_duration(seconds)}, validation not counted"
+        lines["training"] = f"about {duration(seconds)}, validation not counted"
     return lines
 
 
@@ -199,17 +199,6 @@ def _memory(ready: Prepared) -> str:
         nf4=str(ready.job.hyperparameters.get("quantize")).startswith(("bnb.nf4", "bnb.fp4")),
     )
     return (
-        f"about {_gib(found.total + PROCESS)} without the cache: weights {_gib(found.weights)}, what is trained {_gib(found.training)}, "
-        f"activations {_gib(found.activations)} for {tokens:,} tokens in a micro-batch, the program {_gib(PROCESS)}"
+        f"about {gib(found.total + PROCESS)} without the cache: weights {gib(found.weights)}, what is trained {gib(found.training)}, "
+        f"activations {gib(found.activations)} for {tokens:,} tokens in a micro-batch, the program {gib(PROCESS)}"
     )
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -18,11 +18,12 @@ from litgpt.activations.cache import ActivationCache, Activations, CacheSettings
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data.base import render
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
-from litgpt.logs import MetricLoggers, summary
+from litgpt.logs import MetricLoggers
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.optim import make_optimizer
 from litgpt.prompts import save_prompt_style
 from litgpt.sample import Sample
+from litgpt.text import text_table
 from litgpt.train import out_dir as place
 from litgpt.train.faults import ends_together, is_out_of_memory, out_of_memory
 from litgpt.train.interrupts import Signals
@@ -243,7 +244,7 @@ class Session:
         if self.log is not None:
             self.log.close()
         best = self.job.out_dir / "best"
-        self.console.say(summary(f"\nfinished: {self.job.out_dir / 'final'}", readable(figures, best)))
+        self.console.say(f"\nfinished: {self.job.out_dir / 'final'}\n{text_table(list(readable(figures, best).items()), left=(0, 1))}")
         return figures
 
     def _write(self, folder: Path) -> None:

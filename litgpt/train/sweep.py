@@ -19,6 +19,7 @@ from litgpt.finetune.lora import job_of
 from litgpt.logs import Console
 from litgpt.lora import GPT, Config, keep_taps
 from litgpt.optim import make_optimizer
+from litgpt.text import gib, text_table
 from litgpt.train import sweep_table
 from litgpt.train.grid import Variant
 from litgpt.train.interrupts import Signals
@@ -28,7 +29,7 @@ from litgpt.train.rehearsal import rehearsed, require_data
 from litgpt.train.resume import Identity, Stopwatch, environment, identity
 from litgpt.train.run import Job, Prepared, choose_taps, finished_report, prepare, run
 from litgpt.train.shared import SharedActivations
-from litgpt.train.sweep_table import FAILED, FINISHED, STOPPED, WAITING, Outcome, Table, aligned
+from litgpt.train.sweep_table import FAILED, FINISHED, STOPPED, WAITING, Outcome, Table
 
 RESUME = "the same command with --resume auto goes on"
 
@@ -99,7 +100,7 @@ def dry_run(arguments: dict[str, Any], variants: list[Variant]) -> None:
         rows.append((trial.variant.name, f"{sum(p.numel() for p in loop.trained):,}", known, ""))
     rows += [(variant.name, "", "", f"cannot be trained: {variant.problem}") for variant in variants if variant.problem]
     total = sum(count or 0 for count in steps.values())
-    print(f"{len(variants)} settings, {total:,} steps in all; {need / 2**30:.2f} GiB of activations, computed once\n{aligned(rows)}")
+    print(f"{len(variants)} settings, {total:,} steps in all; {gib(need)} of activations, computed once\n{text_table(rows, left=(0, -1))}")
     print("dry run: nothing was written")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from litgpt import atomic
 from litgpt.errors import UserError
+from litgpt.text import text_table
 from litgpt.train.grid import Variant
 
 CSV, JSON = "sweep.csv", "sweep.json"
@@ -109,14 +110,4 @@ class Table:
             values = [(outcome.figures.get(name), form) for _, name, form in SHOWN]
             note = "" if outcome.status == FINISHED else f"{outcome.status}: {outcome.reason}".rstrip(": ")
             rows.append((outcome.variant.name, *("" if value is None else format(value, form) for value, form in values), note))
-        return aligned(rows)
-
-
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """A table as plain text: the first and the last column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *middle, last in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)), last]
-        lines.append("  ".join(("", *cells)).rstrip())
-    return "\n".join(lines)
+        return text_table(rows, left=(0, -1))

@@ -56,7 +56,7 @@ def argv(base: Path, data: Path, out: Path, **settings: object) -> list[str]:
 def test_steps_and_cache_are_those_of_the_run(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("litgpt.train.rehearsal._gib", lambda count: f"{count:.0f} bytes")
+    monkeypatch.setattr("litgpt.train.rehearsal.gib", lambda count: f"{count:.0f} bytes")
     said = report([*argv(base, data, tmp_path / "out", **SKIP2), "--dry_run", "true"], capsys)
     assert said.endswith("dry run: nothing was written\n")
     run = finetune("finetune", base, data, tmp_path / "out", skip2lora_cache="disk", **SKIP2)

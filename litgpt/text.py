@@ -1,0 +1,46 @@
+"""Text for terminals and reports: tables, sizes, durations, and escaped control characters."""
+
+import math
+from collections.abc import Sequence
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters escaped, so that a terminal does not obey sequences from foreign files."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+
+def text_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Return a plain-text table, indented by two spaces. Columns in `left` (negative counts from the end) are left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned_left = {column % len(widths) for column in left}
+    lines = []
+    for row in rows:
+        cells = (cell.ljust(widths[i]) if i in aligned_left else cell.rjust(widths[i]) for i, cell in enumerate(row))
+        lines.append("  ".join(("", *cells)).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, its first column left-aligned and the others right-aligned."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    lines.insert(1, ["---", *["---:"] * (len(header) - 1)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in the unit that fits: 512 B, 3 KiB, 20 MiB, 1.25 GiB."""
+    power = min(int(math.log(count, 1024)), 3) if count >= 1 else 0
+    return f"{count / 1024**power:.{2 if power == 3 else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def gib(count: float) -> str:
+    """Return a number of bytes in GiB, for figures that are compared with each other."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in seconds up to two minutes, then in minutes, then in hours and minutes."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,50 @@
+import pytest
+
+from litgpt.text import duration, gib, markdown_table, printable, size, text_table
+
+
+def test_printable_escapes_what_a_terminal_obeys() -> None:
+    assert printable("a\x1b[31mb\x07\r\u202e") == "a\\x1b[31mb\\x07\\r\\u202e"
+    assert printable("née\n\tΩ 你好") == "née\n\tΩ 你好"
+
+
+def test_a_table_aligns_its_columns() -> None:
+    rows = [("name", "loss", "note"), ("a", "1.25", ""), ("longer", "12.50", "best")]
+    assert text_table(rows, left=(0, -1)) == "  name     loss  note\n  a        1.25\n  longer  12.50  best"
+    assert text_table([("a", "1"), ("b", "22")]) == "  a   1\n  b  22"
+
+
+def test_a_table_needs_rows_of_one_length() -> None:
+    with pytest.raises(ValueError):
+        text_table([("a", "b"), ("c",)])
+
+
+def test_a_markdown_table_escapes_bars() -> None:
+    assert markdown_table(["x", "y"], [["a|b", "1"]]) == "| x | y |\n| --- | ---: |\n| a\\|b | 1 |"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"),
+        (0.5, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (20 * 2**20, "20 MiB"),
+        (1.25 * 2**30, "1.25 GiB"),
+        (2**41, "2048.00 GiB"),
+    ],
+)
+def test_a_size_has_the_unit_that_fits(count: float, shown: str) -> None:
+    assert size(count) == shown
+
+
+def test_gib_is_always_gib() -> None:
+    assert gib(2**29) == "0.50 GiB"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (121, "3 min"), (7199, "2 h 0 min"), (7260, "2 h 1 min")]
+)
+def test_a_duration_in_its_unit(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
