@@ -20,6 +20,7 @@ from torch import nn
 
 from litgpt import config as base
 from litgpt import model as base_model
+from litgpt.adapters.settings import AdapterSettings, BlockIndices, WarmupSettings
 from litgpt.errors import UserError
 from litgpt.model import Block, CausalSelfAttention, rms_normalise
 
@@ -38,84 +39,24 @@ __all__ = [
     "resolve_blocks",
 ]
 
-BlockIndices = int | str | list[int | str] | tuple[int | str, ...] | None
 LM_HEAD, LN_F = "lm_head", "transformer.ln_f"
 DEFAULT_TAPS = 6
 AUTO = re.compile("auto(?::([0-9]{1,9}))?")
-MAX_RANK = 2**16
 ADAPTER_PARAMETERS = ("lora_A", "lora_B")
 
 
 @dataclass
-class Config(base.Config):
+class Config(base.Config, AdapterSettings, WarmupSettings):
     """A model's config and its adapters'. `lora_r` 0 means no LoRA."""
-
-    lora_r: int = 0
-    lora_alpha: int = 1
-    lora_dropout: float = 0.0
-    lora_query: bool = False
-    lora_key: bool = False
-    lora_value: bool = False
-    lora_projection: bool = False
-    lora_mlp: bool = False
-    lora_head: bool = False
-    lora_block_indices: BlockIndices = None
-    """The blocks that get LoRA; all (behind the cut) unless given. Same forms as `skip2lora_block_indices`."""
-    skip2lora_enabled: bool = False
-    skip2lora_block_indices: BlockIndices = None
-    """S, the tapped blocks: ints (negative from the end), "all", "last:6", "every:5" or names "transformer.h.3"; else the last 6.
-
-    With "auto" or "auto:4" every candidate is tapped until `activations.choose` has chosen 6 or 4 of them and `keep_taps` keeps those.
-    """
-    skip2lora_output_layer: str = LM_HEAD
-    """The layer whose input the sum joins: "lm_head", "transformer.ln_f" or "transformer.h.m"."""
-    skip2lora_norm: str = "rms"
-    """N: "rms" divides a tap by its root mean square over d, "none" leaves it."""
-    skip2lora_r: int | None = None
-    """Rank, alpha and dropout of Skip2-LoRA's adapters: `lora_r`, `lora_alpha`, `lora_dropout` unless given."""
-    skip2lora_alpha: int | None = None
-    skip2lora_dropout: float | None = None
-    skip2lora_warmup_steps: int = 0
-    """Steps in which ordinary LoRA is trained on every block first, without taps; what lies before the cut is then frozen with it."""
-    skip2lora_warmup_epochs: float = 0.0
-    """The same in epochs; one of the two may be given."""
-    skip2lora_warmup_lr: float | None = None
-    """Peak learning rate of these steps, the optimizer's unless given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        AdapterSettings.__post_init__(self)
+        WarmupSettings.__post_init__(self)
+        self.require_adapters(self)
         self.skip2lora_r = self.lora_r if self.skip2lora_r is None else self.skip2lora_r
         self.skip2lora_alpha = self.lora_alpha if self.skip2lora_alpha is None else self.skip2lora_alpha
         self.skip2lora_dropout = self.lora_dropout if self.skip2lora_dropout is None else self.skip2lora_dropout
-        if self.skip2lora_norm not in ("rms", "none"):
-            raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
-        for key in ("lora_r", "skip2lora_r"):
-            rank = getattr(self, key)
-            if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= MAX_RANK:
-                raise UserError(f"{key} is {repr(rank)[:60]}: a rank is a whole number from 1 to {MAX_RANK}")
-        for key in ("lora_alpha", "skip2lora_alpha"):
-            alpha = getattr(self, key)
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-                raise UserError(f"{key} is {alpha!r}: a number is needed")
-        for key in ("lora_dropout", "skip2lora_dropout"):
-            share = getattr(self, key)
-            if not isinstance(share, int | float) or not 0 <= share < 1:
-                raise UserError(f"{key} is {share!r}: a probability from 0 to below 1 is needed")
-        if self.skip2lora_enabled and self.skip2lora_r == 0:
-            raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
-        if not isinstance(self.skip2lora_warmup_steps, int) or self.skip2lora_warmup_steps < 0:
-            raise UserError(f"skip2lora_warmup_steps is {self.skip2lora_warmup_steps}: give 0 (none) or more")
-        epochs = self.skip2lora_warmup_epochs
-        if not isinstance(epochs, int | float) or not 0 <= epochs < math.inf:
-            raise UserError(f"skip2lora_warmup_epochs is {epochs}: give 0 (none) or more, such as 0.5")
-        if self.skip2lora_warmup_steps and epochs:
-            raise UserError("skip2lora_warmup_steps and skip2lora_warmup_epochs say the same in two ways: give one of them")
-        if self.has_warmup and not (self.skip2lora_enabled and self._lora_in_blocks):
-            key = "skip2lora_warmup_steps" if self.skip2lora_warmup_steps else "skip2lora_warmup_epochs"
-            raise UserError(f"{key} needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
-        rate = self.skip2lora_warmup_lr
-        if rate is not None and not (isinstance(rate, int | float) and math.isfinite(rate) and rate > 0):
-            raise UserError(f"skip2lora_warmup_lr is {rate!r}: a learning rate is a number above 0")
         _ = self.taps, self.lora_blocks  # a wrong block index is reported here, not later
 
     @property
@@ -123,7 +64,7 @@ class Config(base.Config):
         """Number of the first layer that an adapter reaches (`litgpt.model` numbers them); None without adapters."""
         if self.skip2lora_enabled:
             return self._output_layer
-        if self._lora_in_blocks and self.lora_blocks:
+        if self.has_lora_in_blocks and self.lora_blocks:
             return self.lora_blocks[0]
         return self.n_layer + 1 if self.lora_r and self.lora_head else None
 
@@ -167,17 +108,12 @@ class Config(base.Config):
         return count if 1 <= count <= prefix else None
 
     @property
-    def _lora_in_blocks(self) -> bool:
-        flags = (self.lora_query, self.lora_key, self.lora_value, self.lora_projection, self.lora_mlp)
-        return self.lora_r > 0 and any(flags)
-
-    @property
     def lora_blocks(self) -> tuple[int, ...]:
         """The blocks whose linear layers get LoRA, sorted: `lora_block_indices`; behind the cut if Skip2-LoRA makes one from the start."""
         first = min(self._output_layer, self.n_layer) if self.skip2lora_enabled and not self.has_warmup else 0
         behind = range(first, self.n_layer)
         if self.lora_block_indices is None:
-            return tuple(behind) if self._lora_in_blocks else ()
+            return tuple(behind) if self.has_lora_in_blocks else ()
         blocks = resolve_blocks(self.lora_block_indices, self.n_layer, behind, "lora_block_indices")
         frozen = [block for block in blocks if block < first]
         if frozen:
@@ -185,16 +121,7 @@ class Config(base.Config):
                 f"lora_block_indices names {_blocks(frozen)}, which runs before skip2lora_output_layer {self.skip2lora_output_layer!r}: "
                 "what runs before it is frozen and gets no gradient, so LoRA there would learn nothing. Name later blocks"
             )
-        return blocks if self._lora_in_blocks else ()
-
-    @property
-    def has_warmup(self) -> bool:
-        """Whether LoRA is trained on every block first."""
-        return bool(self.skip2lora_warmup_steps or self.skip2lora_warmup_epochs)
-
-    def warmup_steps(self, per_epoch: int) -> int:
-        """How many steps that takes, where an epoch has `per_epoch`."""
-        return self.skip2lora_warmup_steps or math.ceil(self.skip2lora_warmup_epochs * per_epoch)
+        return blocks if self.has_lora_in_blocks else ()
 
     @property
     def warmup_cut(self) -> int:
@@ -211,7 +138,7 @@ def _blocks(indices: list[int]) -> str:
     return ("block " if len(indices) == 1 else "blocks ") + ", ".join(map(str, indices))
 
 
-def resolve_blocks(spec: BlockIndices, n_layer: int, available: range, key: str) -> tuple[int, ...]:
+def resolve_blocks(spec: BlockIndices | tuple[int | str, ...], n_layer: int, available: range, key: str) -> tuple[int, ...]:
     """Block numbers, sorted, from any form of `skip2lora_block_indices`.
 
     Ints and names "transformer.h.3" count over the whole model, negative ints from its end. "all", "last:n" and "every:n" (which

@@ -1,0 +1,119 @@
+"""The settings of LoRA and Skip2-LoRA, shared by the commands and by `litgpt.lora.Config`. Light: torch is not imported.
+
+The string below each field is its help text on the command line.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Optional, Union
+
+from litgpt.errors import UserError
+
+BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
+MAX_RANK = 2**16
+LAYER_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
+
+
+@dataclass(kw_only=True)
+class AdapterSettings:
+    """Which adapters a model has, and their sizes. The defaults attach none."""
+
+    lora_r: int = 0
+    """Rank of the adapters."""
+    lora_alpha: int = 1
+    """Adapters are scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    lora_query: bool = False
+    """LoRA on the query projections."""
+    lora_key: bool = False
+    """LoRA on the key projections."""
+    lora_value: bool = False
+    """LoRA on the value projections."""
+    lora_projection: bool = False
+    """LoRA on attention's output projections."""
+    lora_mlp: bool = False
+    """LoRA on the layers of the MLPs."""
+    lora_head: bool = False
+    """LoRA on the output head."""
+    lora_block_indices: BlockIndices = None
+    """Blocks that get LoRA, in the forms of skip2lora_block_indices. The blocks before the first of them run frozen and are cached.
+    Default: all."""
+    skip2lora_enabled: bool = False
+    """Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only."""
+    skip2lora_block_indices: BlockIndices = None
+    """Blocks to tap: [0, 1, -1], all, last:6, every:5 or names such as transformer.h.3. auto:6 (or auto) chooses 6 before training, from
+    the outputs of all blocks on a sample of the training data. Default: the last 6."""
+    skip2lora_output_layer: str = "lm_head"
+    """The layer whose input the adapters' sum is added to: lm_head, transformer.ln_f or transformer.h.M."""
+    skip2lora_norm: Literal["rms", "none"] = "rms"
+    """rms divides a block's output by its root mean square before its adapter, none does not."""
+    skip2lora_r: Optional[int] = None
+    """Rank of the Skip2-LoRA adapters. Default: lora_r."""
+    skip2lora_alpha: Optional[int] = None
+    """Their alpha. Default: lora_alpha."""
+    skip2lora_dropout: Optional[float] = None
+    """Their dropout. Default: lora_dropout."""
+
+    def __post_init__(self) -> None:
+        if self.skip2lora_norm not in ("rms", "none"):
+            raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
+        for prefix in ("lora", "skip2lora"):
+            rank, alpha, dropout = (getattr(self, f"{prefix}_{name}") for name in ("r", "alpha", "dropout"))
+            follows = prefix == "skip2lora"  # None stands for LoRA's value
+            if not (isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= MAX_RANK) and not (follows and rank is None):
+                raise UserError(f"{prefix}_r is {repr(rank)[:60]}: a rank is a whole number from 1 to {MAX_RANK}")
+            if not _is_finite(alpha) and not (follows and alpha is None):
+                raise UserError(f"{prefix}_alpha is {alpha!r}: a number is needed")
+            if not (_is_finite(dropout) and 0 <= dropout < 1) and not (follows and dropout is None):
+                raise UserError(f"{prefix}_dropout is {dropout!r}: a probability from 0 to below 1 is needed")
+        if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):
+            raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
+
+    @property
+    def has_lora_in_blocks(self) -> bool:
+        """True if linear layers of the blocks get LoRA."""
+        return self.lora_r > 0 and any(getattr(self, flag) for flag in LAYER_FLAGS if flag != "lora_head")
+
+
+@dataclass(kw_only=True)
+class WarmupSettings:
+    """A first phase in which ordinary LoRA is trained on every block, before Skip2-LoRA."""
+
+    skip2lora_warmup_steps: int = 0
+    """Train ordinary LoRA on every block for this many steps first (besides train.epochs and max_steps), then freeze it with the blocks
+    before the output layer. Slower to start, better."""
+    skip2lora_warmup_epochs: float = 0.0
+    """The same in epochs, 0.5 or 1 for example, in place of steps."""
+    skip2lora_warmup_lr: Optional[float] = None
+    """The learning rate of the warm-up. Default: the optimizer's."""
+
+    def __post_init__(self) -> None:
+        steps, epochs, rate = self.skip2lora_warmup_steps, self.skip2lora_warmup_epochs, self.skip2lora_warmup_lr
+        if not isinstance(steps, int) or steps < 0:
+            raise UserError(f"skip2lora_warmup_steps is {steps}: give 0 (none) or more")
+        if not _is_finite(epochs) or epochs < 0:
+            raise UserError(f"skip2lora_warmup_epochs is {epochs}: give 0 (none) or more, such as 0.5")
+        if steps and epochs:
+            raise UserError("skip2lora_warmup_steps and skip2lora_warmup_epochs say the same in two ways: give one of them")
+        if rate is not None and not (_is_finite(rate) and rate > 0):
+            raise UserError(f"skip2lora_warmup_lr is {rate!r}: a learning rate is a number above 0")
+
+    def require_adapters(self, adapters: AdapterSettings) -> None:
+        """Raise UserError if there is a warm-up and `adapters` have nothing to warm up."""
+        if self.has_warmup and not (adapters.skip2lora_enabled and adapters.has_lora_in_blocks):
+            key = "skip2lora_warmup_steps" if self.skip2lora_warmup_steps else "skip2lora_warmup_epochs"
+            raise UserError(f"{key} needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
+
+    @property
+    def has_warmup(self) -> bool:
+        """True if LoRA is trained on every block first."""
+        return bool(self.skip2lora_warmup_steps or self.skip2lora_warmup_epochs)
+
+    def warmup_steps(self, per_epoch: int) -> int:
+        """Return the number of warm-up steps, with `per_epoch` steps in an epoch."""
+        return self.skip2lora_warmup_steps or math.ceil(self.skip2lora_warmup_epochs * per_epoch)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
