@@ -40,7 +40,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev $(WHEEL)
 	$(BIN)/python benchmark_skip2lora.py
-	$(BIN)/python benchmarks/convert_memory.py
+	$(BIN)/python -m benchmarks.convert_memory
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

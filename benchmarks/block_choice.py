@@ -1,6 +1,6 @@
 """Which blocks to tap: validation losses of `auto`, of simple rules and of random sets, trained from one cache of all blocks.
 
-    python benchmarks/block_choice.py CHECKPOINT [--samples 1000] [--epochs 3] [--counts 4 6] [--random 3] [--seeds 1] [--out FILE.json]
+    python -m benchmarks.block_choice CHECKPOINT [--samples 1000] [--epochs 3] [--counts 4 6] [--random 3] [--seeds 1] [--out FILE.json]
 
 The data are PythonDocs' docstrings, a tenth held out. All blocks' outputs are computed once; each set of blocks then trains its adapters
 with the same loop, seeds and order of samples, so that only the blocks differ. `predicted` is what `auto` goes by: the share of the loss's
@@ -21,24 +21,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from litgpt.activations.cache import Activations, CacheSettings, Features, activations  # noqa: E402
-from litgpt.activations.choose import SAMPLES, Evidence, draw, gather, select  # noqa: E402
-from litgpt.args import EvalArgs, TrainArgs  # noqa: E402
-from litgpt.convert.resolve import open_checkpoint  # noqa: E402
-from litgpt.data import PythonDocs  # noqa: E402
-from litgpt.data.base import Splits  # noqa: E402
-from litgpt.logs import Console  # noqa: E402
-from litgpt.optim import make_optimizer  # noqa: E402
-from litgpt.prompts import resolve_prompt_style  # noqa: E402
-from litgpt.tokenizer import Tokenizer  # noqa: E402
-from litgpt.train.interrupts import Signals  # noqa: E402
-from litgpt.train.loop import Batches, Loop, World  # noqa: E402
-from litgpt.train.methods import adapters, ranges  # noqa: E402
+from litgpt.activations.cache import Activations, CacheSettings, Features, activations
+from litgpt.activations.choose import SAMPLES, Evidence, draw, gather, select
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.convert.resolve import open_checkpoint
+from litgpt.data import PythonDocs
+from litgpt.data.base import Splits
+from litgpt.logs import Console
+from litgpt.optim import make_optimizer
+from litgpt.prompts import resolve_prompt_style
+from litgpt.tokenizer import Tokenizer
+from litgpt.train.interrupts import Signals
+from litgpt.train.loop import Batches, Loop, World
+from litgpt.train.methods import adapters, ranges
 
 CPU = torch.device("cpu")
 BATCH, WARMUP, SEED = 8, 20, 1337

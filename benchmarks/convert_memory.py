@@ -1,6 +1,6 @@
 """Peak memory of converting a 1 GiB checkpoint, in and out, as a share of its size, against loading all of it.
 
-    python benchmarks/convert_memory.py [--gib 1.0] [--dir /tmp]
+    python -m benchmarks.convert_memory [--gib 1.0] [--dir /tmp]
 
 A random Llama in bfloat16, in four shards, is made on the fly. Each conversion runs in a process of its own; this one reads
 /proc/PID/status every few milliseconds while it does, and takes off what the process held before (Python, torch, a model of one small

@@ -1,6 +1,6 @@
 """The largest model that fine-tunes in a given memory: LoRA, LoRA with activation checkpointing, and Skip2-LoRA.
 
-    python benchmarks/memory.py [--parts steps runs] [--models SmolLM2-135M pythia-410m ...] [--gib 12]
+    python -m benchmarks.memory [--parts steps runs] [--models SmolLM2-135M pythia-410m ...] [--gib 12]
 
 steps   The peak of a training step over B x 512 tokens with random weights, each in a process of its own, for what needs at most --gib;
         beside it, and for all larger models, what `litgpt.memory` computes. From that the largest model for 8 to 80 GB, in bf16-true.
@@ -26,18 +26,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-
-import wordnet  # noqa: E402
-from convert_memory import held  # noqa: E402
-
-from litgpt import atomic, lora, results  # noqa: E402
-from litgpt.benchmark import TIED, Settings, in_worker  # noqa: E402
-from litgpt.device import backbone_dtype, default_device, default_precision  # noqa: E402
-from litgpt.errors import UserError  # noqa: E402
-from litgpt.memory import PROCESS, estimate  # noqa: E402
-from litgpt.results import Part, Sections, Table  # noqa: E402
+from benchmarks import wordnet
+from benchmarks.convert_memory import held
+from benchmarks.process import environment as child_environment
+from benchmarks.process import in_worker
+from benchmarks.report import Part, Sections, Table, as_markdown
+from benchmarks.runs import environment
+from benchmarks.step import TIED, Settings, build, random_samples, time_steps
+from litgpt import atomic, lora
+from litgpt.device import backbone_dtype, default_device, default_precision
+from litgpt.errors import UserError
+from litgpt.logs import read_metrics
+from litgpt.memory import PROCESS, estimate
 
 MODELS = (
     "SmolLM2-135M", "SmolLM2-360M", "pythia-410m", "tiny-llama-1.1b", "Llama-3.2-1B", "Llama-3.2-3B", "Llama-2-7b-hf", "Llama-3.1-8B",
@@ -93,23 +93,22 @@ def step(job: dict[str, Any]) -> dict[str, float]:
     """Two training steps, the second of which has the optimizer's state from the start: bytes. To be called once in a process."""
     import torch
 
-    from litgpt import benchmark
     from litgpt.activations.cache import Recompute
 
     settings, (adapter, checkpointing) = Settings(**job["settings"]), METHODS[job["method"]]
-    model: Any = benchmark.build(settings, adapter)
+    model: Any = build(settings, adapter)
     model.activation_checkpointing = checkpointing
-    samples = benchmark.random_samples(settings, model.config.vocab_size)
+    samples = random_samples(settings, model.config.vocab_size)
     loaded = held(os.getpid())[1]
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back, see proc(5)
-    times = benchmark.time_steps(model, Recompute(model, samples, torch.device("cpu")), settings)
+    times = time_steps(model, Recompute(model, samples, torch.device("cpu")), settings)
     return {"loaded": loaded, "peak": peak_since(), "step_ms": times["step_ms"]["median"]}
 
 
 def measured(model: str, method: str, batch: int, precision: str) -> dict[str, Any]:
     """`step` in a process of its own; {"error": ...} if that fails."""
     settings = Settings(model, batch, LENGTH, LOSS_SHARE, 1, 1, precision, "cpu", 8)
-    return in_worker(__file__, {"settings": asdict(settings), "method": method})
+    return in_worker("benchmarks.memory", {"settings": asdict(settings), "method": method})
 
 
 def steps(models: list[str], batches: list[int], precision: str, gib: float) -> list[dict[str, Any]]:
@@ -155,10 +154,9 @@ def long_data(folder: Path, base: Path, samples: int) -> Path:
 def watched(words: list[str]) -> dict[str, Any]:
     """`litgpt WORDS` in a process of its own: bytes held when its model was loaded, and at most, and processor seconds; or "error"."""
     command = [sys.executable, "-m", "litgpt", *words]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     said: list[str] = []
     found = {"loaded": 0, "peak": 0, "own": 0}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as child:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=child_environment()) as child:
 
         def read() -> None:
             assert child.stderr is not None
@@ -199,7 +197,7 @@ def runs(base: Path, out: Path, precision: str) -> list[dict[str, Any]]:
                 **watched(["finetune", str(base), *data, *common, *keys, *cache, "--out_dir", str(folder)]),
             }
             if "error" not in row:
-                row["step_ms"] = 1000 * statistics.median(seconds for _, seconds in results.read_metrics(folder)["step_time"])
+                row["step_ms"] = 1000 * statistics.median(seconds for _, seconds in read_metrics(folder)["step_time"])
             atomic.remove_folder(folder)
             told = row.get("error") or f"{row['peak'] / 2**30:.2f} GiB, loaded {row['loaded'] / 2**30:.2f}"
             print(f"{title}, {method}: {told}", flush=True)
@@ -269,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(step(json.loads(args.worker))))
         return 0
     precision = args.precision or default_precision(default_device())
-    content: dict[str, Any] = {"format": 1, "environment": results.environment(), "precision": precision}
+    content: dict[str, Any] = {"format": 1, "environment": environment(), "precision": precision}
     found: Sections = {}
     try:
         if "steps" in args.parts:
@@ -281,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    text = results.as_markdown("Memory", found)
+    text = as_markdown("Memory", found)
     atomic.write_text(args.out / "memory.json", json.dumps(content, indent=2) + "\n")
     atomic.write_text(args.out / "memory.md", text)
     print(f"\n{text}\nwrote {args.out / 'memory.json'}, {args.out / 'memory.md'}")

@@ -1,7 +1,7 @@
 """The frontier of validation loss against wall time: Skip2-LoRA, its tail presets, LoRA, and LoRA as a warm-up, on real data.
 
-    python benchmarks/quality.py --data python_docs [--samples 1000] [--budget_minutes 40] [--settings 'lora_*' all_1e-3 ...]
-    python benchmarks/quality.py --data wordnet --list
+    python -m benchmarks.quality --data python_docs [--samples 1000] [--budget_minutes 40] [--settings 'lora_*' all_1e-3 ...]
+    python -m benchmarks.quality --data wordnet --list
 
 Each setting is a `litgpt finetune` in a process of its own, the most telling ones first. OUT/DATA/results.json is written after each: a
 setting that is in it is not measured again, unless --again asks for it; one that fails is noted and the next one starts. Beside it are
@@ -28,17 +28,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-
-import wordnet  # noqa: E402
-
-from evaluate_skip2lora_comparison import error_line, litgpt, shown  # noqa: E402
-from litgpt import atomic, checkpoint, results  # noqa: E402
-from litgpt.device import default_device, default_precision  # noqa: E402
-from litgpt.errors import UserError  # noqa: E402
-from litgpt.results import Part, Picture, Sections, Table  # noqa: E402
-from litgpt.text import text_table  # noqa: E402
+from benchmarks import report, wordnet
+from benchmarks.process import error_line, redacted, run_litgpt
+from benchmarks.report import Part, Picture, Sections, Table
+from benchmarks.runs import environment, event_times, read_json, read_run
+from litgpt import atomic, checkpoint
+from litgpt.device import default_device, default_precision
+from litgpt.errors import UserError
+from litgpt.logs import read_metrics
+from litgpt.text import text_table
 
 CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
 BLOCKS = 30
@@ -173,7 +171,7 @@ class Study:
         """Name -> record of what was measured before. Raises UserError if that was another study."""
         if not self.file.is_file():
             return {}
-        content = results.read_json(self.file, "this script writes it")
+        content = read_json(self.file, "this script writes it")
         if content.get("study") != self.facts:
             raise UserError(f"{self.file} is of another study, {content.get('study')}: give another --out, or delete it")
         return content["runs"]
@@ -270,19 +268,19 @@ def timeline(
 def measure(setting: Setting, study: Study, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Run one setting: its record."""
     words, heard, began = command(setting, study), list[tuple[float, str]](), time.time()
-    print(f"\n{setting.name}\n$ {shown(words)}", flush=True)
+    print(f"\n{setting.name}\n$ {redacted(words)}", flush=True)
     folder = study.folder / setting.name
     shutil.rmtree(folder, ignore_errors=True)
-    code, said = litgpt(words, lambda line: heard.append((time.time(), line)))
+    code, said = run_litgpt(words, lambda line: heard.append((time.time(), line)))
     record: dict[str, Any] = {
         "status": "failed" if code else "completed",
         "error": error_line(said) if code else None,
-        "command": shown(words),
+        "command": redacted(words),
         "lr": setting.lr,
         "epochs": setting.epochs,
         "warmup_epochs": setting.warmup,
         "group": setting.group,
-        "environment": results.environment(),
+        "environment": environment(),
     }
     if not code:
         record |= figures(setting, study, folder, began, fills(heard), runs)
@@ -297,7 +295,7 @@ def figures(
     setting: Setting, study: Study, folder: Path, began: float, filled: dict[str, Fill], runs: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """What a run measured, by its folder and by what it said."""
-    measured, metrics = results.read_run(folder), results.read_metrics(folder)
+    measured, metrics = read_run(folder), read_metrics(folder)
     times = dict(metrics["step_time"])
     training, own = filled.get("training"), 0.0
     borrowed = 0.0
@@ -305,7 +303,7 @@ def figures(
         borrowed = next(r["fill_seconds"] for r in runs.values() if r.get("group") == setting.group and r.get("fill_seconds"))
     elif training is not None:
         own = training.end - training.begin
-    written = results.event_times(folder, "train_loss") | results.event_times(folder, "val_loss")
+    written = event_times(folder, "train_loss") | event_times(folder, "val_loss")
     points = timeline(metrics["val_loss"], written, times, began, filled, borrowed)
     best = min(points, key=lambda point: point["loss"])
     first = measured["steps"] - setting.epochs * study.steps
@@ -382,14 +380,14 @@ def sections(study: Study, runs: dict[str, dict[str, Any]]) -> Sections:
         rows.append([name, *losses, *times, *numbers])
     header = ["setting", "best loss", "after s", "last loss", "after s", "s an epoch", "fill s", "peak GiB"]
     header += ["trained at the end", "in all adapters", "lr", "epochs"]
-    machine = next(iter(done.values()))["environment"] if done else results.environment()
+    machine = next(iter(done.values()))["environment"] if done else environment()
     base = next((r["initial_loss"] for r in done.values() if r["initial_loss"] is not None), None)
     about = [
         f"{study.samples:,} training samples of {study.data}, {study.samples // 5:,} to validate on, batches of {BATCH}, answers only",
         f"{study.checkpoint_dir.name}, {study.precision}; {machine['processor']}, {machine['cores']} cores, {machine['date'][:10]}",
         f"before training: {base:.4f}" if base is not None else "before training: not measured",
         "seconds: from the start of the process, validation not counted; *: filled by an earlier run, and counted",
-        f"command: `python benchmarks/quality.py --data {study.data} --samples {study.samples}`",
+        f"command: `python -m benchmarks.quality --data {study.data} --samples {study.samples}`",
     ]
     best = []
     for name, stretch in itertools.groupby(frontier(done), key=lambda pair: pair[0]):
@@ -405,7 +403,7 @@ def sections(study: Study, runs: dict[str, dict[str, Any]]) -> Sections:
 def picture(study: Study, runs: dict[str, dict[str, Any]]) -> Path | None:
     """Validation loss over seconds, LoRA in thick lines; None without matplotlib or results."""
     done = {name: record for name, record in runs.items() if record["status"] == "completed"}
-    figure = results.figure(11, 7) if done else None
+    figure = report.figure(11, 7) if done else None
     if figure is None:
         return None
     axes = figure.subplots()
@@ -429,11 +427,11 @@ def picture(study: Study, runs: dict[str, dict[str, Any]]) -> Path | None:
     return file
 
 
-def report(study: Study, runs: dict[str, dict[str, Any]]) -> None:
+def write_report(study: Study, runs: dict[str, dict[str, Any]]) -> None:
     found = sections(study, runs)
     if file := picture(study, runs):
         found["Settings"].append(Picture("validation loss over seconds", file))
-    text = results.as_markdown(f"Loss against time: {study.data}", found)
+    text = report.as_markdown(f"Loss against time: {study.data}", found)
     atomic.write_text(study.folder / "quality.md", text)
     print(f"\n{text}\nwrote {study.file}, {study.folder / 'quality.md'}", flush=True)
 
@@ -471,7 +469,7 @@ def work(wanted: list[Setting], study: Study, again: bool, budget: float | None)
                 shutil.rmtree(study.cache / (setting.group or setting.name), ignore_errors=True)
     finally:
         shutil.rmtree(study.cache, ignore_errors=True)
-    report(study, runs)
+    write_report(study, runs)
 
 
 def arguments() -> argparse.ArgumentParser:

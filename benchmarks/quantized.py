@@ -1,6 +1,6 @@
 """What quantised frozen weights cost and save: memory, speed and validation loss, each mode against bf16.
 
-    python benchmarks/quantized.py CHECKPOINT [--modes int8 bnb.nf4 ...] [--samples 300] [--epochs 4]
+    python -m benchmarks.quantized CHECKPOINT [--modes int8 bnb.nf4 ...] [--samples 300] [--epochs 4]
 
 Weights: all that the model keeps, the embedding and the head in bf16. Each mode is timed in a process of its own, in turns with a bf16
 model: a frozen forward pass and a LoRA step over 8 x 128 tokens, and an answer token by token. The losses are those of a Skip2-LoRA run
@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.process import ROOT
+
 MODES = ("bf16", "int8", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq")
 BATCH, LENGTH, ANSWER = 8, 128, 32
 LORA = {"lora_r": 8, "lora_query": True, "lora_value": True}
@@ -107,7 +108,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     from litgpt.convert.resolve import open_checkpoint
     from litgpt.errors import UserError
     from litgpt.quantize import FOUR_BITS, bitsandbytes
@@ -125,7 +125,7 @@ def main() -> None:
     columns = ["mode", "weights", "forward, ms", "to bf16", "LoRA step, ms", "to bf16", "ms a token", "to bf16", "loss", "tuned"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for mode in modes:
-        command = [sys.executable, __file__, str(folder), "--child", mode, "--rounds", str(given.rounds)]
+        command = [sys.executable, "-m", "benchmarks.quantized", str(folder), "--child", mode, "--rounds", str(given.rounds)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)

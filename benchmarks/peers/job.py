@@ -50,7 +50,7 @@ def validation_samples(samples: int) -> int:
 
 
 def prepare(checkpoint: Path, out: Path, samples: int, epochs: int, precision: str | None) -> tuple[Job, dict[str, Any]]:
-    """Write what the peers read below `out` and return the job and `litgpt.results.environment`.
+    """Write what the peers read below `out` and return the job and `benchmarks.runs.environment`.
 
     data/train.json, data/val.json   records, which `litgpt finetune` reads
     data/tokens.json                 the same as token ids and loss masks, and the order of the samples in each epoch
@@ -60,9 +60,9 @@ def prepare(checkpoint: Path, out: Path, samples: int, epochs: int, precision: s
     """
     if samples < 2 * BATCH:
         raise UserError(f"--samples {samples}: a schedule needs two batches of {BATCH}, {2 * BATCH} samples, at least")
+    from benchmarks.runs import environment
     from litgpt.convert.resolve import open_checkpoint
     from litgpt.device import backbone_dtype, default_device, default_precision
-    from litgpt.results import environment
 
     base = open_checkpoint(checkpoint).resolve()
     precision = precision or default_precision(default_device())

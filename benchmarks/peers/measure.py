@@ -16,8 +16,10 @@ from typing import Any
 from benchmarks.peers import upstream_venv, who
 from benchmarks.peers.job import Job
 from benchmarks.peers.who import Peer
-from litgpt import results
+from benchmarks.process import ROOT
+from benchmarks.runs import read_json
 from litgpt.errors import UserError
+from litgpt.logs import read_metrics
 
 LOOK = 0.05
 """seconds between two looks at a process's memory"""
@@ -91,7 +93,7 @@ def surroundings(peer: Peer) -> dict[str, str]:
     """Environment variables: this project on the path of its own peers only; nothing asks a hub for anything."""
     found = {**os.environ, "HF_HUB_OFFLINE": "1"}
     found.pop("PYTHONPATH", None)
-    return found | ({"PYTHONPATH": str(who.ROOT)} if peer.kind == "litgpt" else {})
+    return found | ({"PYTHONPATH": str(ROOT)} if peer.kind == "litgpt" else {})
 
 
 def last_words(log: Path) -> str:
@@ -102,11 +104,11 @@ def last_words(log: Path) -> str:
 def steps(peer: Peer, folder: Path) -> tuple[list[float], list[float], dict[str, str]]:
     """Seconds and loss of each optimizer step, and versions of packages. UserError if there was none."""
     if peer.kind == "litgpt":
-        metrics = results.read_metrics(folder / "run")
+        metrics = read_metrics(folder / "run")
         seconds, losses = ([value for _, value in metrics.get(key, [])] for key in ("step_time", "train_loss"))
         versions: dict[str, str] = {}
     else:
-        content = results.read_json(folder / "steps.json", "the peer's driver writes it")
+        content = read_json(folder / "steps.json", "the peer's driver writes it")
         seconds, losses, versions = content["seconds"], content["losses"], content["versions"]
     if not seconds or len(seconds) != len(losses):
         raise UserError(f"{folder} tells the time of {len(seconds)} steps and the loss of {len(losses)}")

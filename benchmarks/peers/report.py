@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import job
-from litgpt.results import Part, Picture, Sections, Table, as_markdown, figure
+from benchmarks.report import Part, Picture, Sections, Table, as_markdown, figure
 from litgpt.text import text_table
 
 REFERENCES = ("upstream", "peft_qv", "peft_all", "lora_qv", "lora_all")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.peers.job import BATCH, LORA_ALPHA, LORA_DROPOUT, LORA_R, SEED, Job
+from benchmarks.process import ROOT
 from litgpt.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 SKIP2LORA = ROOT / "config_hub" / "finetune" / "smollm2-135m" / "skip2lora.yaml"
 RATES = {"qv": 2e-4, "all": 5e-4}

@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 import yaml
 
-from litgpt import __version__, atomic, files, results
+from litgpt import __version__, atomic, files
 from litgpt.config import Config
 from litgpt.errors import UserError
+from litgpt.logs import read_metrics
+from litgpt.text import markdown_table
 
 Kind = Literal["lora", "skip2lora", "model"]
 TITLES: dict[str, str] = {
@@ -64,17 +66,18 @@ def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) 
         front["datasets"] = [data[0]]
     front["tags"] = ["litgpt", *(["lora"] if kind != "model" else []), *(["skip2-lora"] if kind == "skip2lora" else [])]
     title = f"{TITLES[kind]} for {base}" if kind != "model" else f"{TITLES[kind]}, {'tuned from ' if trained else ''}{base}"
-    sections: results.Sections = {}
+    sections: dict[str, list[str]] = {}
     if trained:
         sections["Data"] = [_data(settings)[1]]
-        sections["Settings"] = [results.Table(["setting", "value"], [[key, text] for key, text in _settings(settings).items()])]
+        sections["Settings"] = [markdown_table(["setting", "value"], [[key, text] for key, text in _settings(settings).items()])]
         if losses := _losses(source):
             sections["Result"] = [losses]
         sections["Command"] = [f"With litgpt {__version__}:", f"```sh\n{command(settings)}\n```"]
     sections["Use"] = [f"```python\n{LOADING[kind].format(base=base, folder=name or folder.name)}\n```"]
     if (source / "prompt_style.yaml").is_file() and kind != "model":
         sections["Use"].append("Prompts were put in the form that prompt_style.yaml names.")
-    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{results.as_markdown(title[0].upper() + title[1:], sections)}"
+    blocks = [f"# {title[0].upper()}{title[1:]}", *(block for heading, parts in sections.items() for block in (f"## {heading}", *parts))]
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(blocks) + "\n"
     atomic.write_text(folder / "README.md", text)
 
 
@@ -213,9 +216,9 @@ def _settings(settings: dict[str, Any]) -> dict[str, str]:
     return {key: str(_public(value)) for key, value in flat({k: v for k, v in settings.items() if k not in left_out}).items()}
 
 
-def _losses(source: Path) -> results.Table | None:
+def _losses(source: Path) -> str | None:
     """The first validation loss and that of the folder's step (`step-*`, `best`; else the last), from metrics.csv beside it."""
-    curve = results.read_metrics(source.resolve().parent).get("val_loss", [])
+    curve = read_metrics(source.resolve().parent).get("val_loss", [])
     name, end = source.resolve().name, curve[-1][0] if curve else 0
     if name == "best" and curve:
         end = min(curve, key=lambda point: point[1])[0]
@@ -226,4 +229,4 @@ def _losses(source: Path) -> results.Table | None:
         return None
     rows = [("before" if curve[0][0] == 0 else f"step {curve[0][0]}", curve[0][1]), (f"step {curve[-1][0]}", curve[-1][1])]
     shown = [[when, f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}"] for when, loss in (rows if len(curve) > 1 else rows[1:])]
-    return results.Table(["", "validation loss", "perplexity"], shown)
+    return markdown_table(["", "validation loss", "perplexity"], shown)

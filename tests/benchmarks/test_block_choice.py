@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -11,30 +10,19 @@ from typing import Any
 
 import pytest
 
+from benchmarks import block_choice
 from litgpt.data import JSON
 from tests.helpers import runs as finetune_runs
 from tests.helpers import tiny
 from tests.helpers.runs import finetune
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "block_choice.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_of_block_choice", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 def test_losses_are_those_of_the_command(
-    script: Any, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
     data = finetune_runs.write_data(tmp_path / "sums.json")
-    monkeypatch.setattr(script, "PythonDocs", lambda max_samples: JSON(json_path=data, mask_prompt=True))
+    monkeypatch.setattr(block_choice, "PythonDocs", lambda max_samples: JSON(json_path=data, mask_prompt=True))
     out = tmp_path / "out.json"
     argv = [
         "block_choice.py",
@@ -53,7 +41,7 @@ def test_losses_are_those_of_the_command(
         str(out),
     ]
     monkeypatch.setattr(sys, "argv", argv)
-    script.main()
+    block_choice.main()
     table, runs = capsys.readouterr().out, json.loads(out.read_text())["runs"]
     assert [name for name in runs if name in table] == ["auto:2", "first 2", "last:2", "evenly spaced 2", "random 2, 1", "all"]
     assert runs["first 2"]["blocks"] == [0, 1] and runs["evenly spaced 2"]["blocks"] == [2, 4] and runs["all"]["blocks"] == [0, 1, 2, 3, 4]
@@ -67,9 +55,9 @@ def test_losses_are_those_of_the_command(
     kept = json.loads(out.read_text())
     del kept["runs"]["all"]
     out.write_text(json.dumps(kept))
-    monkeypatch.setattr(script, "tuned", lambda base, blocks, *rest: float(len(blocks)))  # is called for what is missing alone
-    script.main()
+    monkeypatch.setattr(block_choice, "tuned", lambda base, blocks, *rest: float(len(blocks)))  # is called for what is missing alone
+    block_choice.main()
     assert json.loads(out.read_text())["runs"] == {**kept["runs"], "all": {**runs["all"], "losses": [5.0]}}
     monkeypatch.setattr(sys, "argv", [*argv, "--lr", "0.01"])
     with pytest.raises(SystemExit, match="other settings"):
-        script.main()
+        block_choice.main()

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from litgpt import lora, results
+from benchmarks import memory, report
+from litgpt import lora
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import tiny
 
-ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 
-@pytest.fixture(scope="module")
-def memory() -> Any:
-    spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks" / "memory.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["memory"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_what_is_computed(memory: Any) -> None:
+def test_what_is_computed() -> None:
     """Weights at least, in the order of the methods; the largest model that fits is the last one below the bound."""
     models = ["SmolLM2-135M", "tiny-llama-1.1b"]
     for model, numbers in zip(models, (134.5e6, 1.1e9), strict=True):
@@ -42,7 +29,7 @@ def test_what_is_computed(memory: Any) -> None:
     assert [lora.Config.from_name(name).name for name in memory.MODELS] == list(memory.MODELS)
 
 
-def test_shares_of_the_bar(memory: Any) -> None:
+def test_shares_of_the_bar() -> None:
     """Peaks of 4 and 1.6 GiB of which 1 is the model: 0.40 in all, 0.20 above it; each workload against its own."""
     rows = [
         {"workload": "a", "method": "LoRA", "loaded": GIB, "peak": 4 * GIB, "own": 2 * GIB, "step_ms": 10.0},
@@ -50,22 +37,22 @@ def test_shares_of_the_bar(memory: Any) -> None:
         {"workload": "a", "method": "Skip2-LoRA", "loaded": GIB, "peak": 1.6 * GIB, "own": GIB, "step_ms": 1.0},
         {"workload": "b", "method": "LoRA", "loaded": GIB, "peak": 2 * GIB, "own": GIB, "step_ms": 10.0},
     ]
-    text = results.as_markdown("", memory.run_sections(rows))
+    text = report.as_markdown("", memory.run_sections(rows))
     assert "| a: LoRA | 1.00 | 4.00 | 3.00 | 2.00 | 10 | 0.40 | 0.20 | 0.50 |" in text
     assert "| b: LoRA | 1.00 | 2.00 | 1.00 | 1.00 | 10 |  |  |  |" in text and "- a, LoRA, more: Error: no" in text
 
 
-def test_measured_and_computed_side_by_side(memory: Any) -> None:
+def test_measured_and_computed_side_by_side() -> None:
     row = {"model": "m", "batch": 1, "method": "LoRA", "computed": 2 * GIB, "computed_bf16": GIB}
     rows = [{**row, "peak": 3 * GIB}, row, {**row, "error": "killed"}]
-    text = results.as_markdown("", memory.step_sections(rows, ["SmolLM2-135M"], [1], "32-true"))
+    text = report.as_markdown("", memory.step_sections(rows, ["SmolLM2-135M"], [1], "32-true"))
     for line in ("3.00 | 2.00 | 1.50 | 1.00 |", "computed | 2.00 |  | 1.00 |", "failed | 2.00 |  | 1.00 |"):
         assert f"| m | LoRA | 1 x 512 | {line}" in text
     assert "- m, LoRA: killed" in text and "| Skip2-LoRA, 1 x 512 | SmolLM2-135M |" in text
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_a_step_is_measured(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: the peak is above the loaded model, whose weights it holds."""
     monkeypatch.setattr(memory, "LENGTH", 16)
     found = memory.measured("pythia-14m", "Skip2-LoRA", 1, "32-true")
@@ -74,9 +61,7 @@ def test_a_step_is_measured(memory: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_a_run_is_watched(
-    memory: Any, write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_watched(write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On long data: every sample fills the length, the question comes first and has `PROMPT` tokens."""
     monkeypatch.setattr(memory, "LENGTH", 24)
     monkeypatch.setattr(memory, "PROMPT", 10)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from benchmarks.peers import __main__ as script
 from benchmarks.peers import evaluate, measure, report, stored, who
 from benchmarks.peers.job import Job, orders, prepare, require_same
-from litgpt import results
+from benchmarks.report import Part, Table
 from litgpt.checkpoint import load_model
 from litgpt.cli import parse
 from litgpt.errors import UserError
@@ -74,8 +74,8 @@ def content() -> dict[str, Any]:
     return {"format": 1, "job": vars(JOB), "environment": MACHINE, "base_loss": 3.5, "records": records}
 
 
-def cells(part: results.Part) -> dict[str, list[str]]:
-    assert isinstance(part, results.Table)
+def cells(part: Part) -> dict[str, list[str]]:
+    assert isinstance(part, Table)
     return {row[0]: row[1:] for row in part.rows}
 
 

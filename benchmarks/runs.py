@@ -1,17 +1,12 @@
-"""What the evaluation scripts stand on: the machine, what runs measured, read and checked, and tables, pictures and documents of it."""
+"""Read and check what runs of `litgpt finetune` measured; describe the machine."""
 
 from __future__ import annotations
 
-import base64
-import csv
-import html
 import json
 import math
 import os
 import platform
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,13 +16,8 @@ import yaml
 
 import litgpt
 from litgpt.errors import UserError
-from litgpt.text import markdown_table
+from litgpt.logs import METRICS, read_metrics
 
-METRICS = Path("logs") / "version_0"
-"""of a run's folder: metrics.csv and TensorBoard's events"""
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { border: 1px solid #ccc; padding: .3em .7em; text-align: right }
-td:first-child, th:first-child { text-align: left } th { background: #f3f3f3 } img { max-width: 100% }"""
 SETTINGS = ("checkpoint_dir", "precision", "data", "train", "optimizer", "seed", "skip2lora_enabled")
 """of hyperparameters.yaml: what has to be known to judge whether runs can be compared"""
 NEEDED = ("steps", "trainable_parameters", "total_parameters", "train_seconds", "total_seconds", "peak_memory_gb")
@@ -60,88 +50,6 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def less(base: float, value: float) -> float:
-    """By how many percent smaller than the baseline; negative where larger."""
-    return 100 * (1 - value / base)
-
-
-def percent(less_than_base: float) -> str:
-    """75.0 -> "-75.0 %", the change that a reduction is."""
-    return f"{-less_than_base + 0.0:+.1f} %"
-
-
-@dataclass
-class Table:
-    header: list[str]
-    rows: list[list[str]]
-
-
-@dataclass
-class Picture:
-    title: str
-    file: Path
-    """a PNG, in the report's folder"""
-
-
-Part = str | list[str] | Table | Picture
-Sections = dict[str, list[Part]]
-
-
-def as_markdown(title: str, sections: Sections) -> str:
-    lines = [f"# {title}"]
-    for heading, parts in sections.items():
-        lines.append(f"## {heading}")
-        for part in parts:
-            if isinstance(part, Table):
-                lines.append(markdown_table(part.header, part.rows))
-            elif isinstance(part, Picture):
-                lines.append(f"![{part.title}]({part.file.name})")
-            else:
-                lines.append(part if isinstance(part, str) else "\n".join(f"- {item}" for item in part))
-    return "\n\n".join(lines) + "\n"
-
-
-def as_html(title: str, sections: Sections) -> str:
-    """One file: pictures are inside."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    for heading, parts in sections.items():
-        body.append(f"<h2>{html.escape(heading)}</h2>")
-        for part in parts:
-            if isinstance(part, Table):
-                head = "".join(f"<th>{html.escape(cell)}</th>" for cell in part.header)
-                rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in part.rows]
-                body.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
-            elif isinstance(part, Picture):
-                data = base64.b64encode(part.file.read_bytes()).decode()
-                body.append(f'<img alt="{html.escape(part.title)}" src="data:image/png;base64,{data}">')
-            elif isinstance(part, str):
-                body.append(f"<p>{html.escape(part)}</p>")
-            else:
-                body.append(f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in part)}</ul>")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
-
-
-def figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches; None without matplotlib, and one line on standard error that says so."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("matplotlib is not installed, so there are no pictures: pip install matplotlib", file=sys.stderr)
-        return None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def bars(axes: Any, title: str, values: dict[str, float], unit: str) -> None:
-    """Horizontal bars, the first on top, each with its value."""
-    drawn = axes.barh(list(values), list(values.values()), color=[f"C{i}" for i in range(len(values))])
-    axes.bar_label(drawn, fmt=lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", padding=3)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(values.values()) or 1)
-    axes.set_title(title)
-    axes.set_xlabel(unit)
-
-
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError that says what was expected."""
     try:
@@ -153,24 +61,6 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: {what}")
     return content
-
-
-def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Column -> (step, value) of each row that has one, from a run's metrics.csv; {} without the file. Raises UserError if it is broken."""
-    path = folder / METRICS / "metrics.csv"
-    columns: dict[str, list[tuple[int, float]]] = {}
-    if not path.is_file():
-        return columns
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            try:
-                step = int(row["step"])
-                for key, text in row.items():
-                    if text and key != "step":
-                        columns.setdefault(key, []).append((step, float(text)))
-            except (KeyError, TypeError, ValueError):
-                raise UserError(f"{path}, line {number}: not a row of a run's metrics") from None
-    return columns
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -225,9 +115,9 @@ def event_times(folder: Path, column: str) -> dict[int, float]:
     """Step -> when a run wrote a value of that column, in seconds since 1970, from TensorBoard's events; {} without them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    if not any((folder / METRICS).glob("events.out.tfevents.*")):
+    if not any((folder / METRICS).parent.glob("events.out.tfevents.*")):
         return {}
-    events = EventAccumulator(str(folder / METRICS), size_guidance={"scalars": 0})
+    events = EventAccumulator(str((folder / METRICS).parent), size_guidance={"scalars": 0})
     events.Reload()
     if column not in events.Tags()["scalars"]:
         return {}
@@ -280,9 +170,9 @@ def _is_amount(value: Any) -> bool:
 
 def _gather(path: Path) -> dict[str, Any]:
     """The runs below a folder, as evaluate_skip2lora_comparison.py would have written them down."""
-    folders = sorted(file.parents[2] for file in path.rglob(str(METRICS / "metrics.csv")))
+    folders = sorted(file.parents[2] for file in path.rglob(str(METRICS)))
     if not folders:
-        raise UserError(f"{path} holds neither comparison_results.json nor runs with {METRICS / 'metrics.csv'}: {WHAT}")
+        raise UserError(f"{path} holds neither comparison_results.json nor runs with {METRICS}: {WHAT}")
     runs = []
     for folder in folders:
         done = (folder / "report.json").is_file()

@@ -8,9 +8,9 @@ N loss positions of a batch, B sequences, T positions, d `n_embd`, V `padded_voc
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from array import array
@@ -233,16 +233,6 @@ def fill_cache(model: GPT, samples: list[Sample], settings: Settings) -> tuple[A
     return cache, {"fill_ms": summary(filled[1:]), "bare_forward_ms": summary(bare[1:]), "cache_kib_per_sample": size}
 
 
-def in_worker(script: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What `script --worker JOB` prints last, in a process of its own; {"error": ...} if that fails."""
-    done = subprocess.run([sys.executable, script, "--worker", json.dumps(job)], capture_output=True, text=True)
-    if done.returncode < 0:
-        return {"error": f"killed by signal {-done.returncode}, perhaps for want of memory"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure(settings: Settings, adapter: dict[str, Any], cached: bool) -> dict[str, Any]:
     """Everything about one configuration without, or with, the cache in memory. To be called once in a process, for the peak is its own."""
     device = torch.device(settings.device)
@@ -256,3 +246,18 @@ def measure(settings: Settings, adapter: dict[str, Any], cached: bool) -> dict[s
     else:
         result |= time_steps(model, Recompute(model, samples, device), settings)
     return {**result, "peak_memory_gb": peak_memory_gb(device)}
+
+
+def main() -> None:
+    """Print `measure`'s result as JSON. The only argument that is understood is what `benchmarks.process.in_worker` passes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--worker", type=json.loads, required=True)
+    job = parser.parse_args().worker
+    try:
+        print(json.dumps(measure(Settings(**job["settings"]), job["adapter"], job["cached"])))
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()

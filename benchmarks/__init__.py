@@ -1,0 +1,1 @@
+"""Benchmarks of this package, run from the repository's root: `python -m benchmarks.NAME`, or the three scripts there."""
