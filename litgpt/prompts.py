@@ -1,17 +1,17 @@
-"""Prompt styles: how a question becomes the text that a model reads, and at which token its reply ends.
+"""Prompt styles: the text around a question, and the token that ends the reply.
 
-Two kinds of built-in style, both plain data: `PlainStyle` is one text with holes; `TurnStyle` is a text for each role and can hold a
-conversation. `ChatTemplate` is the third: the checkpoint's own jinja template, rendered in a sandbox with bounds.
+The built-in styles are rows of data on two forms: `PlainStyle`, one text with holes, and `TurnStyle`, a text for each role, which can hold
+a conversation. `ChatTemplate` renders the checkpoint's own jinja template in a sandbox.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import yaml
 
@@ -25,49 +25,41 @@ if TYPE_CHECKING:
     from litgpt.config import Config
     from litgpt.tokenizer import Tokenizer
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": ...}`"""
-
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 PROMPT_STYLE_FILE = "prompt_style.yaml"
-CHAT = ("chat", "chat_template")
-"""The names that mean the checkpoint's own template."""
-
-MAX_TEMPLATE = 100_000
-"""Characters of a chat template."""
+CHAT = ("chat", "chat_template")  # names of the checkpoint's own template
+MAX_TEMPLATE = 100_000  # characters of a chat template
 
 
 class PromptStyle:
-    """Turns a question into prompt text. A style of your own overrides `apply`; it may set `gap` and `end_of_turn`."""
+    """Base class of the prompt styles. A style of your own overrides `apply`; it may set `gap` and `end_of_turn`."""
 
     name: ClassVar[str] = ""
     gap: ClassVar[str] = ""
-    """Stands between prompt and reply; the model learns to write it, so it is not part of the prompt."""
+    """Text between prompt and reply. The model learns to write it, so it is not part of the prompt."""
     end_of_turn: ClassVar[str] = ""
-    """The token that ends a reply, "" for the tokenizer's EOS."""
+    """Token that ends a reply, "" for the tokenizer's EOS."""
 
     def apply(self, prompt: str, *, sys_prompt: str | None = None, **kwargs: str) -> str:
-        """The prompt text up to where the reply starts. `sys_prompt` replaces the style's system text; `input` joins the prompt."""
+        """Return the text up to where the reply starts. `sys_prompt` replaces the style's system text; `input` follows the prompt."""
         raise NotImplementedError
 
     def stop_tokens(self, tokenizer: Tokenizer) -> tuple[list[int], ...]:
-        """Sequences of ids at which generation ends: the tokenizer's stop ids and the style's own end of turn."""
+        """Return the id sequences that end generation: the tokenizer's stop ids and the style's own end of turn."""
         ids = set(tokenizer.stop_ids)
-        if self.end_of_turn:
-            marker = tokenizer.token_to_id(self.end_of_turn)
-            if marker is not None:
-                ids.add(marker)
+        if self.end_of_turn and (marker := tokenizer.token_to_id(self.end_of_turn)) is not None:
+            ids.add(marker)
         return tuple([i] for i in sorted(ids))
 
     @classmethod
     def from_name(cls, name: str) -> PromptStyle:
-        """The style of that name ("alpaca") or class ("Alpaca", "litgpt.prompts.Alpaca"); UserError with the nearest name."""
+        """Return the style of a name ("alpaca") or class ("Alpaca", "litgpt.prompts.Alpaca"). Raise UserError with the nearest name."""
         return _find(name)()
 
     @classmethod
     def from_config(cls, config: Config) -> PromptStyle:
-        """The style that a model of that name was trained with; `Default` for base models."""
-        style = _by_model_name(config.name)
-        return style() if style else Default()
+        """Return the style that the model of this name was trained with; `Default` for base models."""
+        return (_by_model_name(config.name) or Default)()
 
 
 def _with_input(prompt: str, extra: dict[str, str]) -> str:
@@ -75,7 +67,7 @@ def _with_input(prompt: str, extra: dict[str, str]) -> str:
 
 
 class PlainStyle(PromptStyle):
-    """One text with the holes {system}, {prompt} and, where `text_with_input` is given, {input}."""
+    """One text with the holes {system}, {prompt} and, in `text_with_input`, {input}."""
 
     text: ClassVar[str] = "{prompt}"
     text_with_input: ClassVar[str] = ""
@@ -92,25 +84,12 @@ class PlainStyle(PromptStyle):
         return re.sub(r"\{(system|prompt|input)\}", lambda hole: values[hole[1]], text)
 
 
-class TurnStyle(PromptStyle):
-    """A text for each role; conversations are the turns in a row.
+class ChatStyle(PromptStyle):
+    """A style that renders conversations."""
 
-    text = start + turn + turn + ...       the system text is a turn of its own, or the head of the first user's content
-    """
-
-    start: ClassVar[str] = ""
-    system: str = ""
-    system_turn: ClassVar[str] = ""
-    user_turn: ClassVar[str] = ""
-    reply_head: ClassVar[str] = ""
-    """What the prompt ends with when the model is to speak."""
-    between: ClassVar[str] = ""
-    """Stands between a reply's end of turn and the next turn."""
-    system_in_user: ClassVar[bool] = False
-    default_system: ClassVar[str] = ""
-
-    def __init__(self) -> None:
-        self.system = self.default_system
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """Return the conversation as text, with the head of the assistant's next turn if `add_generation_prompt` is set."""
+        raise NotImplementedError
 
     def apply(self, prompt: str, *, sys_prompt: str | None = None, **kwargs: str) -> str:
         messages = [{"role": "user", "content": _with_input(prompt, kwargs)}]
@@ -118,8 +97,26 @@ class TurnStyle(PromptStyle):
             messages.insert(0, {"role": "system", "content": sys_prompt})
         return self.render(messages, add_generation_prompt=True)
 
+
+class TurnStyle(ChatStyle):
+    """A text for each role: start + system turn + user turn + reply + between + user turn + ...
+
+    Without a system message the style's `system` is used; an empty message leaves the system text out.
+    """
+
+    start: ClassVar[str] = ""
+    system: str = ""
+    system_turn: ClassVar[str] = ""
+    system_in_user: ClassVar[bool] = False  # the system text begins the first user message
+    user_turn: ClassVar[str] = ""
+    reply_head: ClassVar[str] = ""  # precedes a reply
+    between: ClassVar[str] = ""  # between a reply's end of turn and the next turn
+
+    def __init__(self, system_message: str | None = None) -> None:
+        if system_message is not None:
+            self.system = system_message
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as text; without a system message the style's own is used, an empty one leaves it out."""
         turns, system = list(messages), self.system
         if turns and turns[0]["role"] == "system":
             system = turns.pop(0)["content"]
@@ -145,248 +142,166 @@ class TurnStyle(PromptStyle):
 
 # --- The styles. Sources: the model cards and reference code of the models; Alpaca: Stanford Alpaca's two texts. ---
 
+STYLES: dict[str, type[PromptStyle]] = {}  # by name
+Form = TypeVar("Form", bound=PromptStyle)
+
+
+def _style(form: type[Form], class_name: str, name: str, **pieces: str | bool) -> type[Form]:
+    """Return a new class of the given form and register it in `STYLES`."""
+    style = type(class_name, (form,), {"__module__": __name__, "name": name, **pieces})
+    STYLES[name] = style
+    return style
+
+
+def _turns(marker: str, end: str = "", between: str = "") -> dict[str, str]:
+    """Return the pieces of a style whose roles share one form: `marker` with the role's name, the content, `end`, `between`."""
+    system, user = (marker.replace("ROLE", role) + "{}" + end + between for role in ("system", "user"))
+    reply_head = marker.replace("ROLE", "assistant")
+    return {"system_turn": system, "user_turn": user, "reply_head": reply_head, "end_of_turn": end, "between": between}
+
+
 _TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _TASK_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
+_INSTRUCTION = "### Instruction:\n{prompt}\n\n"
+_RESPONSE = "### Response:\n"
 
+Default = _style(PlainStyle, "Default", "default")  # for base models, which continue a text
+Alpaca = _style(
+    PlainStyle,
+    "Alpaca",
+    "alpaca",
+    system=_TASK,
+    system_with_input=_TASK_WITH_INPUT,
+    text="{system}\n\n" + _INSTRUCTION + _RESPONSE,
+    text_with_input="{system}\n\n" + _INSTRUCTION + "### Input:\n{input}\n\n" + _RESPONSE,
+)
+FLAN = _style(PlainStyle, "FLAN", "flan", system=_TASK, text="{system}\n\n" + _INSTRUCTION + _RESPONSE)
+Longform = _style(PlainStyle, "Longform", "longform", system=_TASK_WITH_INPUT, text="{system}\n\n" + _INSTRUCTION + _RESPONSE)
+Platypus = _style(PlainStyle, "Platypus", "platypus", text="### Instruction:\n\n{prompt}\n\n### Response:\n")
+NousResearch = _style(PlainStyle, "NousResearch", "nous-research", text=_INSTRUCTION + _RESPONSE)
+TogetherComputerChat = _style(PlainStyle, "TogetherComputerChat", "togethercomputer-chat", text="<human>: {prompt}\n<bot>:", gap=" ")
+TogetherComputerInstruct = _style(PlainStyle, "TogetherComputerInstruct", "togethercomputer-instruct", text="Q: {prompt}\nA:", gap=" ")
+H2Oai = _style(PlainStyle, "H2Oai", "h2oai", text="<|prompt|>{prompt}</s><|answer|>")
+Phi1 = _style(PlainStyle, "Phi1", "phi-1", text="{prompt}\n\nAnswer:", gap=" ")
+Phi2 = _style(PlainStyle, "Phi2", "phi-2", text="Instruct: {prompt}\nOutput:", gap=" ")
+Vicuna = _style(
+    PlainStyle,
+    "Vicuna",
+    "vicuna",
+    system="A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    text="{system} USER: {prompt} ASSISTANT:",
+    gap=" ",
+)
 
-class Default(PlainStyle):
-    """The prompt and nothing else: for base models (Pythia, Llama and so on) that continue a text."""
-
-    name = "default"
-
-
-class Alpaca(PlainStyle):
-    name = "alpaca"
-    system = _TASK
-    system_with_input = _TASK_WITH_INPUT
-    text = "{system}\n\n### Instruction:\n{prompt}\n\n### Response:\n"
-    text_with_input = "{system}\n\n### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
-
-
-class FLAN(PlainStyle):
-    name = "flan"
-    system = _TASK
-    text = "{system}\n\n### Instruction:\n{prompt}\n\n### Response:\n"
-
-
-class Longform(PlainStyle):
-    name = "longform"
-    system = _TASK_WITH_INPUT
-    text = "{system}\n\n### Instruction:\n{prompt}\n\n### Response:\n"
-
-
-class TogetherComputerChat(PlainStyle):
-    name = "togethercomputer-chat"
-    text = "<human>: {prompt}\n<bot>:"
-    gap = " "
-
-
-class TogetherComputerInstruct(PlainStyle):
-    name = "togethercomputer-instruct"
-    text = "Q: {prompt}\nA:"
-    gap = " "
-
-
-class Vicuna(PlainStyle):
-    name = "vicuna"
-    system = (
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    )
-    text = "{system} USER: {prompt} ASSISTANT:"
-    gap = " "
-
-
-class Platypus(PlainStyle):
-    name = "platypus"
-    text = "### Instruction:\n\n{prompt}\n\n### Response:\n"
-
-
-class NousResearch(PlainStyle):
-    name = "nous-research"
-    text = "### Instruction:\n{prompt}\n\n### Response:\n"
-
-
-class H2Oai(PlainStyle):
-    name = "h2oai"
-    text = "<|prompt|>{prompt}</s><|answer|>"
-
-
-class Phi1(PlainStyle):
-    name = "phi-1"
-    text = "{prompt}\n\nAnswer:"
-    gap = " "
-
-
-class Phi2(PlainStyle):
-    name = "phi-2"
-    text = "Instruct: {prompt}\nOutput:"
-    gap = " "
-
-
-class Llama2(TurnStyle):
-    name = "llama2"
-    default_system = (
-        "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your answers "
-        "should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
-        "responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, "
-        "explain why instead of answering something not correct. If you don't know the answer to a question, please don't share false "
-        "information."
-    )
-    system_turn = "<<SYS>>\n{}\n<</SYS>>\n\n"
-    system_in_user = True
-    user_turn = "[INST] {} [/INST]"
-    gap = " "
-    end_of_turn = "</s>"
-    between = "<s>"
-
-
-class CodeLlama(Llama2):
-    name = "codellama"
-    default_system = ""
-
-
-class Mistral(TurnStyle):
-    name = "mistral"
-    start = "<s>"
-    system_turn = "{}\n\n"
-    system_in_user = True
-    user_turn = "[INST] {} [/INST]"
-    gap = " "
-    end_of_turn = "</s>"
-
-
-class Llama3(TurnStyle):
-    name = "llama3"
-    default_system = "You are a helpful assistant."
-    start = "<|begin_of_text|>"
-    system_turn = "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>"
-    user_turn = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-    reply_head = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    end_of_turn = "<|eot_id|>"
-
-
-class TinyLlama(TurnStyle):
-    name = "tinyllama"
-    default_system = "You are a friendly chatbot who always gives helpful, detailed, and polite answers."
-    system_turn = "<|system|>\n{}</s>\n"
-    user_turn = "<|user|>\n{}</s>\n"
-    reply_head = "<|assistant|>\n"
-    end_of_turn = "</s>"
-    between = "\n"
-
-
-class StableLMAlpha(TurnStyle):
-    name = "stablelm-alpha"
-    default_system = (
-        "# StableLM Tuned (Alpha version)\n"
-        "- StableLM is a helpful and harmless open-source AI language model developed by StabilityAI.\n"
-        "- StableLM is excited to be able to help the user, but will refuse to do anything that could be considered harmful to the user.\n"
-        "- StableLM is more than just an information source, StableLM is also able to write poetry, short stories, and make jokes.\n"
-        "- StableLM will refuse to participate in anything that could harm a human.\n"
-    )
-    system_turn = "<|SYSTEM|>{}"
-    user_turn = "<|USER|>{}"
-    reply_head = "<|ASSISTANT|>"
-
-
-class StableLMZephyr(TurnStyle):
-    name = "stablelm-zephyr"
-    system_turn = "<|system|>\n{}<|endoftext|>\n"
-    user_turn = "<|user|>\n{}<|endoftext|>\n"
-    reply_head = "<|assistant|>\n"
-    end_of_turn = "<|endoftext|>"
-    between = "\n"
-
-
-class Phi3(TurnStyle):
-    name = "phi-3"
-    default_system = "You are a helpful assistant."
-    system_turn = "<|system|>\n{}<|end|>\n"
-    user_turn = "<|user|>\n{}<|end|>\n"
-    reply_head = "<|assistant|>\n"
-    end_of_turn = "<|end|>"
-    between = "\n"
-
-
-class Gemma(TurnStyle):
-    name = "gemma"
-    system_turn = "{}\n\n"
-    system_in_user = True
-    user_turn = "<start_of_turn>user\n{}<end_of_turn>\n"
-    reply_head = "<start_of_turn>model\n"
-    end_of_turn = "<end_of_turn>"
-    between = "\n"
-
-
-class OLMo(TurnStyle):
-    name = "olmo"
-    start = "<|endoftext|>"
-    system_turn = "<|system|>\n{}\n"
-    user_turn = "<|user|>\n{}\n"
-    reply_head = "<|assistant|>\n"
-    end_of_turn = "<|endoftext|>"
-    between = "\n"
-
-
-class R1Base(TurnStyle):
-    name = "r1-base"
-    start = "<｜begin▁of▁sentence｜>"
-    system_turn = "{}"
-    user_turn = "<｜User｜>{}"
-    reply_head = "<｜Assistant｜>"
-    end_of_turn = "<｜end▁of▁sentence｜>"
-
-
-class ChatML(TurnStyle):
-    name = "chatml"
-    system_turn = "<|im_start|>system\n{}<|im_end|>\n"
-    user_turn = "<|im_start|>user\n{}<|im_end|>\n"
-    reply_head = "<|im_start|>assistant\n"
-    end_of_turn = "<|im_end|>"
-    between = "\n"
-
-    def __init__(self, system_message: str | None = None) -> None:
-        self.system = self.default_system if system_message is None else system_message
-
-
-class SmolLM2(ChatML):
-    name = "smollm2"
-    default_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-
-class Qwen2_5(ChatML):
-    name = "qwen2.5"
-    default_system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-
-
-class Qwen2_5_Math(ChatML):
-    name = "qwen2.5-math"
-    default_system = "Please reason step by step, and put your final answer within \\boxed{}."
-
-
-class QwQ(ChatML):
-    name = "qwq"
-    default_system = "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."
-
-
-class Qwen3(ChatML):
-    name = "qwen3"
+Llama2 = _style(
+    TurnStyle,
+    "Llama2",
+    "llama2",
+    system="You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your "
+    "answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
+    "responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, "
+    "explain why instead of answering something not correct. If you don't know the answer to a question, please don't share false "
+    "information.",
+    system_turn="<<SYS>>\n{}\n<</SYS>>\n\n",
+    system_in_user=True,
+    user_turn="[INST] {} [/INST]",
+    gap=" ",
+    end_of_turn="</s>",
+    between="<s>",
+)
+CodeLlama = _style(Llama2, "CodeLlama", "codellama", system="")
+Mistral = _style(
+    TurnStyle,
+    "Mistral",
+    "mistral",
+    start="<s>",
+    system_turn="{}\n\n",
+    system_in_user=True,
+    user_turn="[INST] {} [/INST]",
+    gap=" ",
+    end_of_turn="</s>",
+)
+Llama3 = _style(
+    TurnStyle,
+    "Llama3",
+    "llama3",
+    system="You are a helpful assistant.",
+    start="<|begin_of_text|>",
+    **_turns("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>"),
+)
+TinyLlama = _style(
+    TurnStyle,
+    "TinyLlama",
+    "tinyllama",
+    system="You are a friendly chatbot who always gives helpful, detailed, and polite answers.",
+    **_turns("<|ROLE|>\n", "</s>", "\n"),
+)
+StableLMAlpha = _style(
+    TurnStyle,
+    "StableLMAlpha",
+    "stablelm-alpha",
+    system="# StableLM Tuned (Alpha version)\n"
+    "- StableLM is a helpful and harmless open-source AI language model developed by StabilityAI.\n"
+    "- StableLM is excited to be able to help the user, but will refuse to do anything that could be considered harmful to the user.\n"
+    "- StableLM is more than just an information source, StableLM is also able to write poetry, short stories, and make jokes.\n"
+    "- StableLM will refuse to participate in anything that could harm a human.\n",
+    system_turn="<|SYSTEM|>{}",
+    user_turn="<|USER|>{}",
+    reply_head="<|ASSISTANT|>",
+)
+StableLMZephyr = _style(TurnStyle, "StableLMZephyr", "stablelm-zephyr", **_turns("<|ROLE|>\n", "<|endoftext|>", "\n"))
+Phi3 = _style(TurnStyle, "Phi3", "phi-3", system="You are a helpful assistant.", **_turns("<|ROLE|>\n", "<|end|>", "\n"))
+Gemma = _style(
+    TurnStyle,
+    "Gemma",
+    "gemma",
+    system_turn="{}\n\n",
+    system_in_user=True,
+    user_turn="<start_of_turn>user\n{}<end_of_turn>\n",
+    reply_head="<start_of_turn>model\n",
+    end_of_turn="<end_of_turn>",
+    between="\n",
+)
+OLMo = _style(TurnStyle, "OLMo", "olmo", start="<|endoftext|>", **_turns("<|ROLE|>\n", between="\n") | {"end_of_turn": "<|endoftext|>"})
+R1Base = _style(
+    TurnStyle,
+    "R1Base",
+    "r1-base",
+    start="<｜begin▁of▁sentence｜>",
+    system_turn="{}",
+    user_turn="<｜User｜>{}",
+    reply_head="<｜Assistant｜>",
+    end_of_turn="<｜end▁of▁sentence｜>",
+)
+ChatML = _style(TurnStyle, "ChatML", "chatml", **_turns("<|im_start|>ROLE\n", "<|im_end|>", "\n"))
+SmolLM2 = _style(ChatML, "SmolLM2", "smollm2", system="You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+Qwen2_5 = _style(ChatML, "Qwen2_5", "qwen2.5", system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
+Qwen2_5_Math = _style(
+    ChatML, "Qwen2_5_Math", "qwen2.5-math", system="Please reason step by step, and put your final answer within \\boxed{}."
+)
+QwQ = _style(
+    ChatML,
+    "QwQ",
+    "qwq",
+    system="You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step.",
+)
+Qwen3 = _style(ChatML, "Qwen3", "qwen3")
 
 
 # --- The checkpoint's own template ---
 
 
-class ChatTemplate(PromptStyle):
+class ChatTemplate(ChatStyle):
     """A checkpoint's own chat template (jinja2), in a sandbox.
 
     Args:
-        template: the jinja source.
-        bos_token, eos_token: what the template may print under these names.
-        source: where it came from, for messages.
+        template: The jinja source.
+        bos_token, eos_token: The values of these variables in the template.
+        source: The file or folder of the template, for messages.
     """
 
     name = "chat"
@@ -396,26 +311,19 @@ class ChatTemplate(PromptStyle):
         self.source = source or "the chat template"
         if len(template) > MAX_TEMPLATE:
             raise UserError(f"{self.source}: the chat template has {len(template):,} characters, at most {MAX_TEMPLATE:,} are read")
-        # One date for the life of the object: a run that crosses midnight must not change its prompts.
-        self._now = datetime.now()
+        self._now = datetime.now()  # fixed: a run that crosses midnight must not change its prompts
         self._compiled: Template | None = None
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, source: str = "") -> ChatTemplate | None:
-        """The template that the tokenizer's files carry, None if there is none."""
+        """Return the template in the tokenizer's files, or None."""
         if tokenizer.chat_template is None:
             return None
         tokens = tokenizer.special_tokens
         return cls(tokenizer.chat_template, tokens.get("bos_token", ""), tokens.get("eos_token", ""), source)
 
-    def apply(self, prompt: str, *, sys_prompt: str | None = None, **kwargs: str) -> str:
-        messages = [{"role": "user", "content": _with_input(prompt, kwargs)}]
-        if sys_prompt is not None:
-            messages.insert(0, {"role": "system", "content": sys_prompt})
-        return self.render(messages, add_generation_prompt=True)
-
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as text. UserError if the template refuses it, is broken, or exceeds the bounds."""
+        """Return the conversation as text. Raise UserError if the template refuses it, is broken, or exceeds the bounds."""
         pieces, length = [], 0
         try:
             from litgpt.templates import MAX_SIZE, Sandbox
@@ -435,7 +343,7 @@ class ChatTemplate(PromptStyle):
                 length += len(piece)
                 if length > MAX_SIZE:
                     raise ValueError(f"it makes more than {MAX_SIZE:,} characters")
-        except Exception as error:  # a template is foreign code: whatever it raises is its problem
+        except Exception as error:  # a template is foreign code and may raise anything
             line = f" (line {error.lineno})" if hasattr(error, "lineno") else ""
             reason = str(error).rstrip(".") or type(error).__name__
             raise UserError(
@@ -444,66 +352,56 @@ class ChatTemplate(PromptStyle):
         return "".join(pieces)
 
 
-# --- Which style ---
-
-
-def _styles(kind: type[PromptStyle] = PromptStyle) -> Iterator[type[PromptStyle]]:
-    for style in kind.__subclasses__():
-        if style.__module__ == __name__:
-            if style.name and style is not ChatTemplate:
-                yield style
-            yield from _styles(style)
+# --- The style of a name, a model, a folder ---
 
 
 def _find(name: str) -> type[PromptStyle]:
-    by_name = {style.name: style for style in _styles()}
-    by_class = {style.__name__: style for style in by_name.values()}
+    by_class = {style.__name__: style for style in STYLES.values()}
     wanted = name.removeprefix("litgpt.prompts.")
-    style = by_name.get(wanted) or by_class.get(wanted)
-    if style:
+    if style := STYLES.get(wanted) or by_class.get(wanted):
         return style
-    lower = {key.lower(): key for key in [*by_class, *by_name, *CHAT]}
+    lower = {key.lower(): key for key in [*by_class, *STYLES, *CHAT]}
     near = difflib.get_close_matches(wanted.lower(), lower, n=1, cutoff=0.4)
     hint = f"did you mean {lower[near[0]]!r}? " if near else ""
-    raise UserError(f"no prompt style is named {name!r}: {hint}There are {', '.join([CHAT[0], *sorted(by_name)])}")
+    raise UserError(f"no prompt style is named {name!r}: {hint}There are {', '.join([CHAT[0], *sorted(STYLES)])}")
 
 
-_MODEL_NAMES: tuple[tuple[str, type[PromptStyle]], ...] = (
-    (r"smollm2.*instruct", SmolLM2),
-    (r"tiny-?llama.*chat", TinyLlama),
-    (r"code-?llama.*instruct", CodeLlama),
-    (r"llama-?3.*instruct", Llama3),
-    (r"llama-?2.*chat", Llama2),
-    (r"mi[sx]tral.*instruct", Mistral),
-    (r"stablelm-(tuned|alpha).*alpha", StableLMAlpha),
-    (r"stablelm.*zephyr|stable-code.*instruct", StableLMZephyr),
-    (r"redpajama.*chat", TogetherComputerChat),
-    (r"redpajama.*instruct", TogetherComputerInstruct),
-    (r"vicuna|longchat", Vicuna),
-    (r"platypus", Platypus),
-    (r"nous-hermes", NousResearch),
-    (r"danube.*chat", H2Oai),
-    (r"phi-1", Phi1),
-    (r"phi-2", Phi2),
-    (r"phi-3", Phi3),
-    (r"gemma.*-it", Gemma),
-    (r"olmo.*instruct", OLMo),
-    (r"r1-distill", R1Base),
-    (r"qwen2\.5-math.*instruct", Qwen2_5_Math),
-    (r"qwen2\.5.*instruct", Qwen2_5),
-    (r"qwq", QwQ),
-    (r"qwen3(?!.*base)", Qwen3),
+_MODEL_NAMES = (  # pattern of the model's name, name of its style; the first match counts
+    (r"smollm2.*instruct", "smollm2"),
+    (r"tiny-?llama.*chat", "tinyllama"),
+    (r"code-?llama.*instruct", "codellama"),
+    (r"llama-?3.*instruct", "llama3"),
+    (r"llama-?2.*chat", "llama2"),
+    (r"mi[sx]tral.*instruct", "mistral"),
+    (r"stablelm-(tuned|alpha).*alpha", "stablelm-alpha"),
+    (r"stablelm.*zephyr|stable-code.*instruct", "stablelm-zephyr"),
+    (r"redpajama.*chat", "togethercomputer-chat"),
+    (r"redpajama.*instruct", "togethercomputer-instruct"),
+    (r"vicuna|longchat", "vicuna"),
+    (r"platypus", "platypus"),
+    (r"nous-hermes", "nous-research"),
+    (r"danube.*chat", "h2oai"),
+    (r"phi-1", "phi-1"),
+    (r"phi-2", "phi-2"),
+    (r"phi-3", "phi-3"),
+    (r"gemma.*-it", "gemma"),
+    (r"olmo.*instruct", "olmo"),
+    (r"r1-distill", "r1-base"),
+    (r"qwen2\.5-math.*instruct", "qwen2.5-math"),
+    (r"qwen2\.5.*instruct", "qwen2.5"),
+    (r"qwq", "qwq"),
+    (r"qwen3(?!.*base)", "qwen3"),
 )
 
 
-def _by_model_name(name: str) -> type[PromptStyle] | None:
-    return next((style for pattern, style in _MODEL_NAMES if re.search(pattern, name, re.IGNORECASE)), None)
+def _by_model_name(model: str) -> type[PromptStyle] | None:
+    return next((STYLES[name] for pattern, name in _MODEL_NAMES if re.search(pattern, model, re.IGNORECASE)), None)
 
 
 def resolve_prompt_style(
     name: str | None, checkpoint_dir: str | Path, tokenizer: Tokenizer | None = None, fallback: str = "alpaca"
 ) -> PromptStyle:
-    """The style that is asked for, else the one the checkpoint was made for.
+    """Return the requested style, else the one that the checkpoint was trained with.
 
     Order: `name`; the folder's prompt_style.yaml; its chat template; the model's name in model_config.yaml; `fallback` ("alpaca" to
     tune a base model on instructions, "default" to let it continue a text). "chat" names the checkpoint's own template.
@@ -515,14 +413,10 @@ def resolve_prompt_style(
         return PromptStyle.from_name(name)
     if (folder / PROMPT_STYLE_FILE).exists():
         return load_prompt_style(folder, tokenizer)
-    template = _own_template(folder, tokenizer)
-    if template is not None:
+    if template := _own_template(folder, tokenizer):
         return template
-    style = None
-    if (folder / "model_config.yaml").exists():
-        config = read_yaml(folder / "model_config.yaml")
-        if isinstance(config, dict):
-            style = _by_model_name(str(config.get("name", "")))
+    config = read_yaml(folder / "model_config.yaml") if (folder / "model_config.yaml").exists() else None
+    style = _by_model_name(str(config.get("name", ""))) if isinstance(config, dict) else None
     return style() if style else PromptStyle.from_name(fallback)
 
 
@@ -545,13 +439,13 @@ def save_prompt_style(style: PromptStyle, folder: str | Path) -> None:
     if kind.__module__ != __name__:
         raise UserError(f"prompt style {kind.__module__}.{kind.__qualname__} cannot be saved: only those of litgpt.prompts can")
     content: dict[str, Any] = {"class_path": f"litgpt.prompts.{kind.__name__}"}
-    if isinstance(style, ChatML) and style.system != style.default_system:
+    if isinstance(style, TurnStyle) and style.system != type(style).system:
         content["init_args"] = {"system_message": style.system}
     write_text(Path(folder) / PROMPT_STYLE_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def load_prompt_style(folder: str | Path, tokenizer: Tokenizer | None = None) -> PromptStyle:
-    """The style in prompt_style.yaml: `class_path: litgpt.prompts.X` and perhaps `init_args`. Nothing but litgpt.prompts is looked up."""
+    """Load prompt_style.yaml: `class_path: litgpt.prompts.X` and perhaps `init_args`. No other module is looked up."""
     file = Path(folder) / PROMPT_STYLE_FILE
     content = read_yaml(file, "does not exist: name a prompt style")
     if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
@@ -566,5 +460,5 @@ def load_prompt_style(folder: str | Path, tokenizer: Tokenizer | None = None) ->
     except TypeError as error:
         raise UserError(f"{file}: init_args {str(arguments)[:100]} do not fit {class_path}: {error}") from None
     if not all(isinstance(value, str) for value in arguments.values()):
-        raise UserError(f"{file}: init_args are {str(arguments)[:100]}, texts are needed, such as `system_message: Be brief.`")
+        raise UserError(f"{file}: init_args are {str(arguments)[:100]}, strings are needed, such as `system_message: Be brief.`")
     return style

@@ -18,7 +18,7 @@ from litgpt.errors import UserError
 from litgpt.prompts import ChatML, ChatTemplate, PromptStyle, load_prompt_style, resolve_prompt_style, save_prompt_style
 from litgpt.tokenizer import Tokenizer
 
-NAMES = sorted(style.name for style in prompts._styles())
+NAMES = sorted(prompts.STYLES)
 
 KNOWN = {
     "default": "Hi",
