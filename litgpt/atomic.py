@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, locks, and manifests of a folder's files."""
+"""Files and folders that appear completely or not at all, locks of folders, and manifests of their files."""
 
 from __future__ import annotations
 
@@ -15,28 +15,23 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from litgpt.errors import UserError
+from litgpt.files import read_json
 
-MANIFEST = "manifest.json"
-"""sizes and sha256 of a folder's files, written last: a training checkpoint without a valid one is none"""
+MANIFEST = "manifest.json"  # sizes and sha256 of a folder's files, written last: a training checkpoint is unusable without it
 MANIFEST_FORMAT = 1
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# --- Locks ---
 
 
-def lock(folder: str | Path) -> int:
-    """A descriptor that holds the folder's lock until it is closed, or its process ends in whatever way.
+def lock(folder: str | Path, wait: bool = False) -> int:
+    """Return a descriptor that holds the folder's lock until it is closed or its process ends.
 
-    Raises BlockingIOError if another process holds it, another OSError where the file system knows no locks.
+    Raises BlockingIOError if another process holds the lock and `wait` is false, another OSError if the file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(descriptor)
         raise
@@ -44,11 +39,54 @@ def lock(folder: str | Path) -> int:
 
 
 @contextmanager
-def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True) -> Iterator[Path]:
-    """A folder that appears whole or not at all.
+def locked(folder: Path) -> Iterator[None]:
+    """Create the folder if needed and hold its lock, after waiting for other processes. File systems without locks are used unlocked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = None
+    with suppress(OSError):
+        descriptor = lock(folder, wait=True)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
-    Yields a temporary sibling of `path`; when the block ends a manifest of its files is written, all is flushed to disk and it is renamed
-    to `path`. On an error it is removed and an existing `path` stays as it was; what a killed process leaves, `remove_leftovers` removes.
+
+# --- Files ---
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file under a temporary name; at the end flush it to disk and rename it to `path`. On an error it is removed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file as `new_file` does, and its folder if needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
+# --- Folders ---
+
+
+@contextmanager
+def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True) -> Iterator[Path]:
+    """Make a folder that appears completely or not at all.
+
+    Yields a temporary sibling of `path`. At the end its manifest is written, everything is flushed to disk and the folder is renamed to
+    `path`. On an error it is removed and an existing `path` stays; `remove_leftovers` removes the folder of a killed process.
     Raises UserError if `path` exists with content and `overwrite` is false.
     """
     path = Path(os.path.abspath(path))
@@ -61,17 +99,17 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
         remove_leftovers(path.parent)
         temporary, locks = _temporary_folder(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be made: {error.strerror}") from None
+        raise UserError(f"{path} cannot be created: {error.strerror}") from None
     try:
         temporary.chmod(0o755)
         yield temporary
-        inside = list(temporary.rglob("*"))
-        for file in inside:
+        content = list(temporary.rglob("*"))
+        for file in content:
             if file.is_file():
                 _sync(file)
         if manifest:
             write_manifest(temporary)
-        for folder in (*(entry for entry in inside if entry.is_dir()), temporary):
+        for folder in (*(entry for entry in content if entry.is_dir()), temporary):
             _sync(folder)
         _put_in_place(temporary, path, locks)
     except BaseException:
@@ -83,22 +121,26 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
 
 
 def _temporary_folder(path: Path) -> tuple[Path, list[int]]:
-    """A new sibling of `path` and the descriptors that hold its lock, if the file system knows locks."""
+    """Create a sibling of `path`. Return it and the descriptor of its lock, if the file system has locks."""
     while True:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.litgpt-", suffix=".tmp", dir=path.parent))
+        temporary = _empty_sibling(path)
         try:
-            held = lock(temporary)
-        except (BlockingIOError, FileNotFoundError):  # another process takes it for a leftover in this very moment
+            descriptor = lock(temporary)
+        except (BlockingIOError, FileNotFoundError):  # another process is removing it as a leftover
             continue
         except OSError:
             return temporary, []
         if temporary.exists():
-            return temporary, [held]
-        os.close(held)
+            return temporary, [descriptor]
+        os.close(descriptor)
+
+
+def _empty_sibling(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.litgpt-", suffix=".tmp", dir=path.parent))
 
 
 def _put_in_place(temporary: Path, path: Path, locks: list[int]) -> None:
-    """Rename `temporary` to `path`; what stood there is kept aside until then."""
+    """Rename `temporary` to `path`. An existing `path` is set aside, locked, and removed afterwards."""
     old = None
     if path.exists():
         old = path.with_name(f"{temporary.name}.old")
@@ -116,65 +158,52 @@ def _put_in_place(temporary: Path, path: Path, locks: list[int]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary folders in `folder` whose process was killed. A folder that had been put aside for one of them comes back."""
-    for left in sorted(Path(folder).glob(".*.litgpt-*.tmp*")):
-        match = re.fullmatch(r"\.(.+)\.litgpt-\w+\.tmp(\.old)?", left.name)
-        if match is None or left.is_symlink() or not left.is_dir():
+    """Remove the temporary folders of killed processes in `folder`. A folder that one of them had set aside is restored."""
+    for leftover in sorted(Path(folder).glob(".*.litgpt-*.tmp*")):
+        match = re.fullmatch(r"\.(.+)\.litgpt-\w+\.tmp(\.old)?", leftover.name)
+        if match is None or leftover.is_symlink() or not leftover.is_dir():
             continue
         try:
-            held = lock(left)
-        except OSError:  # its process lives, or nobody can tell
+            descriptor = lock(leftover)
+        except OSError:  # its process may be alive
             continue
         with suppress(OSError):
-            if match[2] and not left.with_name(match[1]).exists():
-                left.rename(left.with_name(match[1]))
+            if match[2] and not leftover.with_name(match[1]).exists():
+                leftover.rename(leftover.with_name(match[1]))
             else:
-                shutil.rmtree(left)
-        os.close(held)
+                shutil.rmtree(leftover)
+        os.close(descriptor)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that, whenever the process is killed, it is there whole or not at all."""
-    doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.litgpt-", suffix=".tmp", dir=path.parent))
-    path.rename(doomed)  # an empty folder may be renamed over
+    """Remove a folder: if the process is killed, it is still complete or gone."""
+    doomed = path.rename(_empty_sibling(path))  # a rename replaces an empty folder
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is written under a temporary name, flushed to disk and renamed to `path`; removed on an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it to disk, rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as file:
-        file.write(text.encode())
+# --- Manifests ---
 
 
 def digest(file: Path) -> str:
-    """The sha256 of a file's content."""
-    found = hashlib.sha256()
+    """Return the sha256 of a file's content."""
+    sha256 = hashlib.sha256()
     with file.open("rb") as handle:
         while block := handle.read(2**22):
-            found.update(block)
-    return found.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Write size and sha256 of the folder's files to its manifest; with `names`, put those files into the manifest that is there."""
+    """Write size and sha256 of the folder's files to its manifest. With `names`, update these files' entries only."""
     if names is None:
         names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
         files = {}
@@ -187,43 +216,43 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]] | None:
-    """File name -> its `bytes` and `sha256`; None where there is no manifest of ours, or a broken one."""
+    """Return `bytes` and `sha256` by file name; None if the folder has no valid manifest."""
     try:
-        content = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        content = read_json(Path(folder) / MANIFEST)
         files = content["files"]
         known = content["litgpt_manifest"] == MANIFEST_FORMAT
-        plain = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in files)
-        complete = all(isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str) for facts in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        relative = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in files)
+        typed = all(isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str) for facts in files.values())
+    except (UserError, KeyError, TypeError, AttributeError):
         return None
-    return files if known and plain and complete else None
+    return files if known and relative and typed else None
 
 
 def damages(folder: str | Path, names: Iterable[str] | None = None, contents: bool = False) -> list[str]:
-    """What the folder's manifest and its files disagree in: sizes, and with `contents` the sha256 too. Empty if it is whole.
+    """Return the differences between the folder and its manifest: sizes, and with `contents` the sha256 too. Empty if it is intact.
 
-    `names`: the files to look at, if the manifest has them. Default: all of the manifest.
+    `names` restricts the check to these files, as far as the manifest has them.
     """
     folder = Path(folder)
     files = read_manifest(folder)
     if files is None:
         return [f"{MANIFEST} is missing or broken"]
-    found = []
+    problems = []
     for name in files if names is None else [name for name in names if name in files]:
         file, facts = folder / name, files[name]
         try:
             if not file.is_file():
-                found.append(f"{name} is missing")
+                problems.append(f"{name} is missing")
             elif (size := file.stat().st_size) != facts["bytes"]:
-                found.append(f"{name} has {size:,} bytes, not {facts['bytes']:,}")
+                problems.append(f"{name} has {size:,} bytes, not {facts['bytes']:,}")
             elif contents and digest(file) != facts["sha256"]:
-                found.append(f"{name} is not what was written (its sha256 differs)")
+                problems.append(f"{name} is not what was written (its sha256 differs)")
         except OSError as error:
-            found.append(f"{name} cannot be read: {error.strerror}")
-    return found
+            problems.append(f"{name} cannot be read: {error.strerror}")
+    return problems
 
 
 def require_whole(folder: str | Path, *names: str) -> None:
-    """UserError if files of these names do not have the size that the folder's manifest gives. A folder without a manifest passes."""
-    if read_manifest(folder) is not None and (found := damages(folder, names)):
-        raise UserError(f"{folder} is damaged: {'; '.join(found)}. Copy or make it again (its {MANIFEST} says what it should hold)")
+    """Raise UserError if one of these files does not have the size in the folder's manifest. A folder without a manifest passes."""
+    if read_manifest(folder) is not None and (problems := damages(folder, names)):
+        raise UserError(f"{folder} is damaged: {'; '.join(problems)}. Copy or make it again (its {MANIFEST} lists its files)")

@@ -1,28 +1,27 @@
-"""How a command fails: what the user can mend, and a signal that ended it. The command line turns each into one line and an exit code."""
+"""Errors that end a command: mistakes that the user can correct, and signals. The command line prints one line and sets an exit code."""
 
 
 class UserError(ValueError):
     """A mistake in a file, a setting or a checkpoint.
 
-    The message names the culprit and the remedy; the command line prints it without a traceback and exits with `exit_code`.
+    The message names the cause and the remedy; the command line prints it without a traceback and exits with `exit_code`.
     """
 
     exit_code = 1
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient of a training step is not a number; the step was not taken."""
+    """The loss or the gradient of a training step is not finite. The step was not taken."""
 
     exit_code = 3
 
     def __init__(self, message: str, samples: list[int] | None = None) -> None:
         super().__init__(message)
-        self.samples = samples or []
-        """numbers of the training samples that make it, or of those of the step"""
+        self.samples = samples or []  # indices of the samples that cause it, or of all samples of the step
 
 
 class OutOfMemory(UserError):
-    """The machine's memory, or a device's, does not suffice."""
+    """The memory of the machine or of a device does not suffice."""
 
     exit_code = 4
 

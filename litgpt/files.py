@@ -1,6 +1,6 @@
-"""Text, JSON and YAML files that somebody else wrote: read within bounds, whatever they hold. What is wrong is one UserError.
+"""Reading of text, JSON and YAML files from any source, within bounds. A problem is one UserError.
 
-Bounds: only regular files (a pipe may never end), sizes, depth, and aliases (ten lines of YAML can stand for 10^12 values).
+Only regular files are read (a pipe may never end). Sizes, depth and YAML aliases are bounded: ten lines of YAML can stand for 10^12 values.
 """
 
 import json
@@ -15,24 +15,26 @@ import yaml
 
 from litgpt.errors import UserError
 
-MOST_BYTES = 2**26
-"""of a JSON or text file of settings"""
-MOST_YAML = 2**18
-"""bytes of a YAML file, whose reader is slow"""
-MOST_VALUES = 100_000
-"""in a YAML file, with every alias written out"""
+MOST_BYTES = 2**26  # of a JSON or text file
+MOST_YAML = 2**18  # bytes of a YAML file, whose parser is slow
+MOST_VALUES = 100_000  # in a YAML file, aliases expanded
 MISSING = "does not exist: check the path"
 
 
+def expand_path(path: str | Path) -> Path:
+    """Return a path that a user wrote, with `~` and `$VARIABLES` expanded."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
 def read_text(path: str | Path, missing: str = MISSING, most: int | None = MOST_BYTES) -> str:
-    """The text of a UTF-8 file, a byte order mark left out. `missing`: what to say, after the path, if there is no such file."""
+    """Return the text of a UTF-8 file without its byte order mark. `missing` follows the path in the message if there is no such file."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
             raise UserError(f"{path} is {kind}, not a file: put a file there")
         if most is not None and status.st_size > most:
-            raise UserError(f"{path} has {status.st_size:,} bytes, at most {most:,} are read: it is not what its name says")
+            raise UserError(f"{path} has {status.st_size:,} bytes, more than the {most:,} that such a file may have: check what it holds")
         raw = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} {missing}") from None
@@ -46,15 +48,15 @@ def read_text(path: str | Path, missing: str = MISSING, most: int | None = MOST_
 
 
 def read_json(path: str | Path, missing: str = MISSING) -> dict[str, Any]:
-    """The content of a file that holds one JSON object."""
+    """Return the content of a file that holds one JSON object."""
     content = parse_json(read_text(path, missing), str(path))
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: it is not what its name says, copy it again")
+        raise UserError(f"{path} holds no JSON object: it is another file than its name says, copy it again")
     return content
 
 
 def parse_json(text: str, where: str, line: int | None = None, hint: str = "") -> Any:
-    """What `text` says. `where` is the file, `line` the text's place in it if that is not its start; `hint` follows the reason."""
+    """Parse JSON. In messages `where` is the file, `line` the text's line in it if it is not the first; `hint` follows the reason."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -66,25 +68,25 @@ def parse_json(text: str, where: str, line: int | None = None, hint: str = "") -
 
 
 def read_yaml(path: str | Path, missing: str = MISSING) -> Any:
-    """What a YAML file says, as plain values."""
+    """Return the content of a YAML file as plain values."""
     return parse_yaml(read_text(path, missing, MOST_YAML), str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What `text` says as YAML: one document of plain values, each key of a mapping once. `where` is what messages call it."""
+    """Parse one YAML document of plain values, in which no mapping repeats a key. `where` is its name in messages."""
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
             return None
-        if not _count(root, {}) <= MOST_VALUES:
+        if _count(root, {}) > MOST_VALUES:
             raise UserError(f"{where}: its aliases (*name) stand for more than {MOST_VALUES:,} values: write out what is needed")
         return loader.construct_document(root)
     except UserError:
         raise
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        problem = "one document is read, and here begins another" if problem == "but found another document" else problem
+        problem = "one document is read, and a second begins here" if problem == "but found another document" else problem
         place = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{place}: not valid YAML: {problem or ' '.join(str(error).split())}") from None
     except RecursionError:
@@ -92,12 +94,12 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 2e-3 for a string and the last of two equal keys for both; here the first is a number, the second an error."""
+    """A loader that reads 2e-3 as a number, as YAML 1.2 does, and refuses repeated keys."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # from readers of dates, numbers and so on
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # from the parsers of dates, numbers and so on
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(None, None, f"{str(node.value)[:60]!r} is no {kind}", node.start_mark) from None
 
@@ -115,11 +117,10 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\
 
 
 def _count(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many values a YAML node stands for; infinite if it holds itself."""
-    found = known.get(id(node))
-    if found is None:
+    """Return the number of values below a YAML node; infinite if it contains itself."""
+    if id(node) not in known:
         known[id(node)] = float("inf")
-        below = node.value if isinstance(node.value, list) else []
-        parts = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
-        found = known[id(node)] = 1 + sum(_count(part, known) for part in parts)
-    return found
+        entries = node.value if isinstance(node.value, list) else []
+        parts = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(node)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -267,3 +269,48 @@ def test_a_removed_folder_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert not folder.exists()
     atomic.remove_leftovers(tmp_path)
     assert left_in(tmp_path) == []
+
+
+# --- Locks ---
+
+HOLDER = """
+import sys
+from pathlib import Path
+from litgpt import atomic
+with atomic.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_is_held_until_its_process_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "place"
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    with pytest.raises(BlockingIOError):
+        atomic.lock(folder)
+    waiting = threading.Thread(target=lambda: os.close(atomic.lock(folder, wait=True)), daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    process.kill()
+    process.communicate()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    with atomic.locked(folder), pytest.raises(BlockingIOError):
+        atomic.lock(folder)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="No locks"):
+        atomic.lock(tmp_path)
+    with atomic.locked(tmp_path / "place"):
+        assert (tmp_path / "place").is_dir()
+    with atomic.new_folder(tmp_path / "final") as folder:
+        (folder / "a").write_text("1")
+    assert left_in(tmp_path) == ["final", "place"]

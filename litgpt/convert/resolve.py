@@ -13,7 +13,6 @@ has changed since is converted again. Nothing is ever replaced but what stands t
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt.atomic import MANIFEST, new_folder, write_text
+from litgpt.atomic import MANIFEST, locked, new_folder, write_text
 from litgpt.checkpoint import ADAPTER_WEIGHTS, TOKENIZER_FILES, WEIGHTS
 from litgpt.convert.hf import WEIGHT_FILES, shard_files
 from litgpt.errors import UserError
@@ -232,21 +231,15 @@ def _locked(source: Path, target: Path) -> Iterator[None]:
     """One process at a time converts in the folder of `target`; a failure leaves nothing. A full or read-only disk is a UserError."""
     place = target if source.resolve() == target.resolve() else target.parent
     made = [folder for folder in (place, *place.absolute().parents) if not os.path.lexists(folder)]
-    descriptor = -1
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(place, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        with locked(place):
+            yield
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the one behind the other
         if isinstance(cause, OSError):
             raise UserError(f"{source} cannot be converted to {target}: {cause.strerror or cause}") from None
         raise
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
         with suppress(OSError):  # not empty: the conversion is there
             for folder in made:
                 folder.rmdir()

@@ -11,7 +11,7 @@ from litgpt.atomic import write_text
 from litgpt.data.base import DataModule, Record
 from litgpt.data.json_data import read_records
 from litgpt.errors import UserError
-from litgpt.files import parse_json, read_text
+from litgpt.files import expand_path, parse_json, read_text
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Alpaca(DataModule):
     @property
     def file(self) -> Path:
         """Where the records lie."""
-        return Path(self.download_dir).expanduser() / self.file_name
+        return expand_path(self.download_dir) / self.file_name
 
     def is_ready(self) -> bool:
         return self.file.is_file()

@@ -8,7 +8,7 @@ from typing import Any
 
 from litgpt.data.base import DataModule, Record
 from litgpt.errors import UserError
-from litgpt.files import parse_json, read_text
+from litgpt.files import expand_path, parse_json, read_text
 
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 """Keys of question and answer, in the order they are looked for."""
@@ -42,7 +42,7 @@ class JSON(DataModule):
         """Read and check everything. Raises UserError that names file, line or record, and what is wrong."""
         if self.json_path is None:
             raise UserError("data.json_path is missing: name a .json or .jsonl file, or a folder with train.json and val.json")
-        path = Path(self.json_path).expanduser()
+        path = expand_path(self.json_path)
         if not path.is_dir():
             return read_records(path), None
         train, val = _find_file(path, ("train",)), _find_file(path, ("val", "validation", "valid", "test"))

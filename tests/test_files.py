@@ -1,0 +1,89 @@
+"""Foreign text, JSON and YAML: what is read, and one message for each problem."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from litgpt.errors import UserError
+from litgpt.files import MOST_VALUES, expand_path, parse_yaml, read_json, read_text, read_yaml
+
+# six lines that stand for 10^6 values
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in ("ab", "bc", "cd", "de", "ef"))
+
+
+def test_a_path_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    monkeypatch.setenv("DATA", "/data")
+    assert expand_path("~/x") == Path("/home/user/x") and expand_path(Path("$DATA/x")) == expand_path("${DATA}/x") == Path("/data/x")
+    assert expand_path("$UNSET_NAME/~x") == Path("$UNSET_NAME/~x")
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfn\xc3\xa9e")
+    assert read_text(tmp_path / "a") == "née"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ab\n\xff", "line 2: not UTF-8 text (byte 0xff)"),
+        (b"x" * 11, "has 11 bytes, more than the 10"),
+    ],
+)
+def test_unreadable_text(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_text(tmp_path / "a", most=10)
+    assert str(tmp_path / "a") in str(caught.value) and message in str(caught.value)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "pipe", "is a pipe"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(UserError, match=message):
+            read_text(path)
+    with pytest.raises(UserError, match="is missing: make it"):
+        read_text(tmp_path / "none", "is missing: make it")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "holds no JSON object"),
+        ('{"a": 1,\n "b"}', "line 2, column 5: not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "thousands of digits"),
+    ],
+)
+def test_broken_json(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_json(tmp_path / "a.json")
+
+
+def test_yaml_values(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 2e-3\nx: &x {a: [1, null]}\ny: {<<: *x, b: no}\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"lr": 2e-3, "x": {"a": [1, None]}, "y": {"a": [1, None], "b": False}}
+    assert parse_yaml("", "f") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", "f, line 3: not valid YAML: the key 'a' twice"),
+        ("a: [1", "f, line 1: not valid YAML"),
+        ("a: 1\n---\nb: 2", "f, line 2: not valid YAML: one document is read"),
+        ("a: !!int x", "'x' is no int"),
+        ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("[" * 5000, "nested too deeply"),
+        ("a: &a [*a]", f"more than {MOST_VALUES:,} values"),
+        (BOMB, "aliases"),
+    ],
+)
+def test_broken_yaml(text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_yaml(text, "f")
+    assert message in str(caught.value)
