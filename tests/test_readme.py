@@ -1,4 +1,4 @@
-"""The commands of README.md, run or parsed as they are written there."""
+"""README.md and docs/: their commands are run or parsed as written, their links lead somewhere, and the tree is the tree."""
 
 from __future__ import annotations
 
@@ -17,16 +17,41 @@ from tests.helpers import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMAND_LINES = re.findall(r"^    (litgpt .+)$", README, re.MULTILINE)
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("line", COMMAND_LINES)
+def command_lines(text: str, program: str) -> list[str]:
+    return re.findall(rf"^ {{4,6}}({program} .+)$", text, re.MULTILINE)
+
+
+COMMAND_LINES = [line for page in PAGES for line in command_lines(page.read_text(encoding="utf-8"), "litgpt")]
+MODULE_LINES = [line for page in PAGES for line in command_lines(page.read_text(encoding="utf-8"), "python")]
+
+
+def test_short() -> None:
+    assert len(README.splitlines()) <= 110
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(COMMAND_LINES))
 def test_every_command_is_understood(line: str) -> None:
     _, name, *words = shlex.split(line, comments=True)
     assert name in COMMANDS
     assert parse(f"litgpt {name}", load(name), words)
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(MODULE_LINES))
+def test_every_script_is_there_and_knows_its_options(line: str) -> None:
+    """The options of `python evaluate_skip2lora_comparison.py` are checked in tests/benchmarks/test_comparison.py."""
+    _, target, *words = shlex.split(line, comments=True)
+    if target != "-m":
+        assert (ROOT / target).is_file()
+        return
+    module = ROOT / words.pop(0).replace(".", "/")
+    file = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
+    text = file.read_text(encoding="utf-8")
+    assert all(f'"{word}"' in text for word in words if word.startswith("--"))
 
 
 def test_own_data_in_three_lines(
@@ -34,7 +59,7 @@ def test_own_data_in_three_lines(
 ) -> None:
     """The section "Your own data" from a Hugging Face folder to an answer, with a tiny model in the place of a real one."""
     section = README.split("## Your own data")[1].split("## ")[0]
-    lines = [line for line in COMMAND_LINES if line in section][:3]
+    lines = command_lines(section, "litgpt")[:3]
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "path" / "to" / "model"
     tiny.hf_llama(vocab_size=512, max_position_embeddings=128).save_pretrained(model)
@@ -49,12 +74,25 @@ def test_own_data_in_three_lines(
         exec(snippet, {})
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """To a file or folder, and to a heading in it."""
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], target
+
+
 def test_the_tree_is_the_tree() -> None:
-    """Every file that the README names is there, and every module is in it."""
-    tree = README.split("## The tree")[1].split("## ")[0]
-    listed = set(re.findall(r"^ {4,6}(\S+)", tree, re.MULTILINE))
-    package = set(re.findall(r"^      (\S+)", tree, re.MULTILINE))
-    modules = {path.name + ("/" if path.is_dir() else "") for path in (ROOT / "litgpt").iterdir()}
-    assert package == modules - {"__init__.py", "__pycache__/"}
-    for name in listed - package:
-        assert (ROOT / name.replace("<model>/", "")).exists(), name
+    """Every folder has a line, and every line is a folder."""
+    tree = README.split("## The tree")[1]
+    hidden = re.compile(r"[._]|.*\.egg-info$")
+    for indent, parent, others in ((4, ROOT, {"checkpoints", "out", "build"}), (6, ROOT / "litgpt", set())):
+        listed = set(re.findall(rf"^ {{{indent}}}(\w+)/", tree, re.MULTILINE))
+        folders = {path.name for path in parent.iterdir() if path.is_dir() and not hidden.match(path.name)}
+        assert listed == folders - others
+    for name in re.findall(r"(\w+\.py)\b", tree):
+        assert (ROOT / "litgpt" / name).is_file(), name
