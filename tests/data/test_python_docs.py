@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from litgpt.data import PythonDocs, python_docs
-from litgpt.data.python_docs import first_paragraph
 from litgpt.errors import UserError
 
 NAME = re.compile(r"What does the Python (function|class|method) `([\w.]+)(\(.*\))?` do\?")
@@ -177,32 +176,6 @@ def test_package_of_every_kind(package: str, tmp_path: Path, capfd: pytest.Captu
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    ("doc", "answer"),
-    [
-        ("radians(x, /)\n--\n\nConvert angle x.", "Convert angle x."),
-        ("pow(x, y[, z]) -> number\n\nReturn x to the power y.", "Return x to the power y."),
-        ("S.count(sub) -> int\nS.count(sub, start) -> int\n\nReturn how often.", "Return how often."),
-        ("T.index(value) -> integer -- return first index of value.", "Return first index of value."),
-        ("Does :class:`a.b.C <x.y>` and :meth:`~a.b.run` and :math:`x^2` [1]_.", "Does `a.b.C` and `run` and `x^2`."),
-        ("Writes *value* to **all** `files <https://x.y>`_ named.", "Writes `value` to all files named."),
-        (".. versionadded:: 3.2\n\nDoes its work well.", "Does its work well."),
-        ("Does its work.\n>>> run()\n3", "Does its work."),
-        ("Does its work.\n\nArgs:\n    x: y", "Does its work."),
-        ("Args:\n    x: the thing to do", ""),
-        ("See :func:`torch.abs`", ""),
-        ("Alias for field number 0", ""),
-        ("Computes \\frac{a}{b} of it.", ""),
-        ("Computes the value given by\n\n.. math:: x", ""),
-        ("Does one thing. Specifically,\n\n- a", "Does one thing."),
-        ("Point(x: int, y: int)", ""),
-        ("", ""),
-    ],
-)
-def test_first_paragraph(doc: str, answer: str) -> None:
-    assert first_paragraph(doc, 10, 300) == answer
-
-
 def test_the_default_is_large_and_without_duplicates() -> None:
     data = PythonDocs()
     records, _ = data.records()
@@ -248,7 +221,7 @@ def test_max_samples_depends_on_the_seed() -> None:
         ({"packages": []}, "data.packages is an empty list"),
         ({"packages": ["json"], "max_samples": 1}, "data.max_samples is 1"),
         ({"packages": ["this_is_not.a.module"]}, "'this_is_not.a.module' cannot be imported"),
-        ({"packages": ["keyword"], "min_answer_chars": 299}, "no public function or class of keyword has a docstring"),
+        ({"packages": ["keyword"], "min_answer_chars": 299}, "no public function or class of keyword has a usable docstring"),
     ],
 )
 def test_errors(settings: dict[str, object], message: str) -> None:
