@@ -1,4 +1,4 @@
-"""`litgpt.LLM`: a checkpoint, ready to answer."""
+"""`litgpt.LLM`: load a checkpoint and generate text from Python."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ class LLM:
         device: torch.device | str | None = None,
         quantize: str | None = None,
     ) -> LLM:
-        """Open a checkpoint: a base model, a merged one, or an adapter (LoRA or Skip2-LoRA), whose base is found through it. Hugging Face
-        folders and GGUF files are converted on first use (`litgpt.convert.resolve`).
+        """Load a base model, a merged model, or an adapter (LoRA or Skip2-LoRA) with its base. Hugging Face folders and GGUF files are
+        converted on first use (`litgpt.convert.resolve`).
 
-        `precision`: bf16-true where the device has it, else 32-true, unless given. `device`: the first GPU, or the CPU. `quantize`: a mode
-        of `litgpt.quantize`. Raises UserError for folders that cannot be opened.
+        The default `precision` is bf16-true where the device computes it natively, else 32-true; the default `device` is the first GPU, or
+        the CPU. `quantize` is a mode of `litgpt.quantize`. Raises UserError for a folder that cannot be loaded.
         """
         folder = open_checkpoint(model)
         target = torch.device(device) if device is not None else default_device()
-        loaded = checkpoint.load_model(folder, inference_dtype(precision or default_precision(target)), target, quantize=quantize)
-        home = folder
+        gpt = checkpoint.load_model(folder, inference_dtype(precision or default_precision(target)), target, quantize=quantize)
+        tokenizer_dir = folder
         if checkpoint.is_adapter_folder(folder) and not (folder / "tokenizer.json").is_file():
-            home, _ = checkpoint.adapter_settings(folder)
-        tokenizer = Tokenizer(home)
-        styled = folder if (folder / PROMPT_STYLE_FILE).is_file() else home
-        return cls(loaded, tokenizer, resolve_prompt_style(None, styled, tokenizer, fallback="default"))
+            tokenizer_dir, _ = checkpoint.adapter_settings(folder)
+        tokenizer = Tokenizer(tokenizer_dir)
+        style_dir = folder if (folder / PROMPT_STYLE_FILE).is_file() else tokenizer_dir
+        return cls(gpt, tokenizer, resolve_prompt_style(None, style_dir, tokenizer, fallback="default"))
 
     @property
     def config(self) -> Config:
@@ -100,10 +100,11 @@ class LLM:
         stream: bool = False,
         seed: int | None = None,
     ) -> str | torch.Tensor | Iterator[str] | Iterator[int]:
-        """The model's answer to `prompt`, in the checkpoint's prompt style; the prompt itself is not repeated.
+        """Return the answer to `prompt` in the checkpoint's prompt style, without the prompt.
 
-        Text, or ids (N,) with `return_as_token_ids`; with `stream` an iterator of the text's pieces, or of the ids. `sys_prompt` replaces
-        the style's system text. `temperature` 0 is greedy; see `engine.sample` for `top_k` and `top_p`. With a `seed` the answer repeats.
+        The answer is text, or ids (N,) with `return_as_token_ids`; with `stream` an iterator of pieces of text, or of ids. `sys_prompt`
+        replaces the style's system text. `temperature` 0 is greedy decoding; `engine.sample` explains `top_k` and `top_p`. The same `seed`
+        gives the same answer.
         """
         text = self.prompt_style.apply(prompt, sys_prompt=sys_prompt)
         ids = self.complete(text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=self.generator(seed))
@@ -122,7 +123,7 @@ class LLM:
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Generator[int, None, None]:
-        """The ids that follow `text`, which is in the prompt style already, up to where the style or the tokenizer ends an answer."""
+        """Yield the ids that follow `text`, which is in the prompt style already, until a stop token of the style or the tokenizer."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
         ids = self.tokenizer.encode(text)
@@ -138,14 +139,14 @@ class LLM:
         )
 
     def generator(self, seed: int | None) -> torch.Generator | None:
-        """A source of random numbers on the model's device; None, torch's own, without a seed."""
+        """Return a seeded random generator on the model's device, or None for torch's own."""
         if seed is None:
             return None
         return torch.Generator(next(self.model.parameters()).device).manual_seed(seed)
 
 
 def inference_dtype(precision: str) -> torch.dtype:
-    """The dtype to answer in: a "-mixed" precision keeps fp32 weights for the optimizer's sake, and there is none here.
+    """Return the dtype of inference. "-mixed" precisions keep fp32 weights for the optimizer only, so theirs is the half precision.
 
     Raises UserError for an unknown precision.
     """

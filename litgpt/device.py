@@ -1,4 +1,4 @@
-"""Where and in what number format a model runs."""
+"""The device and the precision of a model."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ PRECISIONS = {
 
 
 def default_device() -> torch.device:
-    """The first CUDA device if there is one, else the CPU."""
+    """Return the first CUDA device if there is one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def default_precision(device: torch.device) -> str:
-    """bf16-true where the device multiplies bf16 matrices natively (Ampere and later, AVX512-BF16, AMX), else 32-true."""
+    """Return bf16-true if the device multiplies bf16 matrices natively (Ampere and later, AVX512-BF16, AMX), else 32-true."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = torch.cpu.get_capabilities()
-        native = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16-true" if native else "32-true"
 
 
 def backbone_dtype(precision: str) -> torch.dtype:
-    """The dtype of the backbone's weights. Raises UserError for an unknown precision."""
+    """Return the dtype of the backbone's weights. Raise UserError for an unknown precision."""
     if not isinstance(precision, str) or precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
 
 
 def make_fabric(precision: str, devices: int | str, num_nodes: int, loggers: Any = None) -> Fabric:
-    """A Fabric for the machine's accelerator, without its precision plugin's casts.
+    """Return a Fabric for the machine's accelerator that casts no weights.
 
-    Fabric's "bf16-true" would cast the adapters too, which stay fp32; the backbone is cast when it is loaded, and only the "-mixed"
-    precisions need Fabric's autocast.
+    Fabric's "bf16-true" would cast the adapters too, which stay fp32. The backbone is cast when it is loaded; only the "-mixed" precisions
+    need Fabric's autocast.
     """
     from lightning.fabric import Fabric
 
@@ -63,5 +63,5 @@ def make_fabric(precision: str, devices: int | str, num_nodes: int, loggers: Any
             loggers=loggers,
         )
     except (ValueError, RuntimeError, TypeError) as error:
-        found = f"devices {devices!r}, num_nodes {num_nodes}, precision {precision!r}"
-        raise UserError(f'{found} do not fit this machine: {error} Give devices a number from 1, or "auto"') from None
+        settings = f"devices {devices!r}, num_nodes {num_nodes}, precision {precision!r}"
+        raise UserError(f'{settings} do not fit this machine: {error} Give devices a number from 1, or "auto"') from None

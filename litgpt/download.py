@@ -1,31 +1,32 @@
-"""`litgpt download`: a model of the Hugging Face hub into `checkpoints/ORG/NAME`, converted. Only the files that are needed."""
+"""`litgpt download`: download the needed files of a model from the Hugging Face hub into `checkpoints/ORG/NAME`, and convert them."""
 
 import difflib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
 from litgpt import families as catalog
+from litgpt.atomic import locked
 from litgpt.checkpoint import TOKENIZER_FILES
-from litgpt.convert.hf import WEIGHT_FILES, read_json
+from litgpt.convert.hf import WEIGHT_FILES
 from litgpt.convert.resolve import HOME, HUB_NAME, convert, open_checkpoint
 from litgpt.errors import UserError
+from litgpt.files import read_json
 from litgpt.text import size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoSibling
 
-SETTINGS = ("config.json", *TOKENIZER_FILES)
-"""fetched where the model has them"""
+SETTINGS = ("config.json", *TOKENIZER_FILES)  # fetched if the model has them
 OPTIONAL = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def download_from_hub(
@@ -37,16 +38,16 @@ def download_from_hub(
     checkpoint_dir: Path = HOME,
     model_name: Optional[str] = None,
 ) -> None:
-    """Download a model from the Hugging Face hub and convert it. An interrupted download goes on where it stopped.
+    """Download a model from the Hugging Face hub and convert it. An interrupted download is resumed.
 
     Args:
         repo_id: The model's name on the hub, ORG/NAME, or "list" for the models whose settings are known by name.
         access_token: Hugging Face token, for models that need one. Default: HF_TOKEN in the environment, or the saved login.
-        tokenizer_only: Fetch the tokenizer and the settings, no weights.
+        tokenizer_only: Download the tokenizer and the settings, no weights.
         convert_checkpoint: Add lit_model.pth and model_config.yaml, so that the folder is a checkpoint folder.
-        dtype: The number format of the converted weights. Default: the model's own.
-        checkpoint_dir: The folder that gets ORG/NAME.
-        model_name: Take the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
+        dtype: Number format of the converted weights. Default: the model's own.
+        checkpoint_dir: The folder in which ORG/NAME is created.
+        model_name: Use the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
     """
     if repo_id == "list":
         print("\n".join(hub_names()))
@@ -69,14 +70,16 @@ def download_from_hub(
 
 
 def hub_names() -> list[str]:
-    """ORG/NAME of every model in the catalogue, sorted."""
+    """Return ORG/NAME of every named model, sorted."""
     rows = [(catalog.find(name) or {})["hf_config"] for name in catalog.names()]
     return sorted({f"{row['org']}/{row['name']}" for row in rows}, key=str.lower)
 
 
 def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer_only: bool = False) -> None:
-    """Get the files that a conversion needs into `folder`, those that are there already excepted. Raises UserError, with what is missing,
-    if the hub does not give them, and rather than replace a file that is another than the hub's."""
+    """Download the files that a conversion needs into `folder`, unless they exist.
+
+    Raises UserError, with the missing files, if the hub does not serve them, and if a file in the folder differs from the hub's.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub
 
@@ -89,40 +92,32 @@ def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer
         weights = None if tokenizer_only else choose_weights(repo_id, list(files))
 
         def get(names: list[str]) -> None:
-            wanted = [files[name] for name in names if not _is_there(folder / name, files[name])]
+            wanted = [files[name] for name in names if not _exists(folder / name, files[name])]
             _require_room(folder, sum(file.size or 0 for file in wanted))
             for file in wanted:
                 url = huggingface_hub.hf_hub_url(repo_id, file.rfilename, revision=info.sha, endpoint=api.endpoint)
                 _get(url, file, folder, access_token)
 
-        with _alone_in(folder):
+        with locked(folder):
             get(names if weights is None else [*names, weights])
             if weights is not None and weights.endswith(".index.json"):
-                get(_parts(repo_id, folder / weights, files))
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time downloads into the folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+                shards = _shards(folder / weights)
+                missing = [name for name in shards if name not in files or "/" in name]
+                if missing or not shards:
+                    named = ", ".join(missing) or "no files"
+                    raise UserError(f"{repo_id} on the hub is broken: its {weights} names {named}, not there")
+                get(shards)
 
 
 def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) -> None:
-    """Download a file under a temporary name, from where an earlier try stopped; compare its digest, rename it.
+    """Download a file under a temporary name, resuming an earlier try; compare its digest, and rename it.
 
-    huggingface_hub's own download begins a file again in every process (as of 2.4).
+    huggingface_hub's own download starts a file again in every process (as of 2.4).
     """
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    digest = _digest_of(file)
+    digest = _hub_digest(file)
     partial = folder / f".{file.rfilename}.{(digest or 'unknown')[:12]}.part"
     with partial.open("ab") as content:
         headers = build_hf_headers(token=access_token)
@@ -133,52 +128,48 @@ def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) 
         os.fsync(content.fileno())
     if digest is not None and _digest(partial, file) != digest:
         partial.unlink()
-        raise UserError(f"{url} came with another content than the hub announces (digest {digest}): try again")
+        raise UserError(f"{url} has another content than the hub announces (digest {digest}): try again")
     partial.replace(folder / file.rfilename)
 
 
-def _is_there(place: Path, file: "RepoSibling") -> bool:
-    """Whether the file is there already. UserError if another one is in its place."""
-    if not place.exists():
+def _exists(path: Path, file: "RepoSibling") -> bool:
+    """Return True if the hub's file is at `path`, False if no file is. Raise UserError if another file is there."""
+    if not path.exists():
         return False
-    if place.stat().st_size == file.size and _digest(place, file) == (_digest_of(file) or _digest(place, file)):
+    if path.stat().st_size == file.size and _hub_digest(file) in (None, _digest(path, file)):
         return True
-    raise UserError(f"{place} is another file than the hub's: move it away to download, or leave the folder as it is and use it")
+    raise UserError(f"{path} is another file than the hub's: move it away to download, or leave the folder as it is and use it")
 
 
-def _digest_of(file: "RepoSibling") -> str | None:
-    """What the hub says: SHA-256 of a large file, git's object name of a small one."""
+def _hub_digest(file: "RepoSibling") -> str | None:
+    """Return the digest on the hub: SHA-256 of a large file, git's object name of a small one."""
     return file.lfs.sha256 if file.lfs is not None else file.blob_id
 
 
-def _digest(place: Path, file: "RepoSibling") -> str:
-    digest = hashlib.sha256() if file.lfs is not None else hashlib.sha1(f"blob {place.stat().st_size}\0".encode(), usedforsecurity=False)
-    with place.open("rb") as content:
+def _digest(path: Path, file: "RepoSibling") -> str:
+    digest = hashlib.sha256() if file.lfs is not None else hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as content:
         while block := content.read(2**22):
             digest.update(block)
     return digest.hexdigest()
 
 
 def choose_weights(repo_id: str, names: list[str]) -> str:
-    """The weight file to get, or its index. UserError if there is none that can be read."""
+    """Return the name of the weight file to download, or of its index. Raise UserError if there is none in a known format."""
     for name in WEIGHT_FILES:
         if name in names:
             return name
-    found = sorted(name for name in names if name.endswith((".gguf", ".safetensors", ".bin", ".pth", ".h5", ".msgpack")))
-    held = f"it holds {', '.join(found[:4])}{' and more' if len(found) > 4 else ''}" if found else "it holds no weights"
-    by_hand = "; get one of the .gguf files by hand and give its path as checkpoint_dir"
-    raise UserError(
-        f"{repo_id} has none of {', '.join(WEIGHT_FILES)}: {held}{by_hand if any(name.endswith('.gguf') for name in found) else ''}"
-    )
+    others = sorted(name for name in names if name.endswith((".gguf", ".safetensors", ".bin", ".pth", ".h5", ".msgpack")))
+    content = f"it holds {', '.join(others[:4])}{' and more' if len(others) > 4 else ''}" if others else "it holds no weights"
+    has_gguf = any(name.endswith(".gguf") for name in others)
+    by_hand = "; get one of the .gguf files by hand and give its path as checkpoint_dir" if has_gguf else ""
+    raise UserError(f"{repo_id} has none of {', '.join(WEIGHT_FILES)}: {content}{by_hand}")
 
 
-def _parts(repo_id: str, index: Path, files: dict[str, "RepoSibling"]) -> list[str]:
-    """The files that an index names. UserError if the hub does not have them all; `files` holds no folders' names outside the model's."""
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files in a `.index.json`."""
     weight_map = read_json(index).get("weight_map")
-    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    if not names or (missing := [name for name in names if name not in files or "/" in name]):
-        raise UserError(f"{repo_id} on the hub is broken: its {index.name} names {', '.join(missing) if names else 'no files'}, not there")
-    return names
+    return sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
 
 
 def _require_room(folder: Path, need: int) -> None:
@@ -188,7 +179,7 @@ def _require_room(folder: Path, need: int) -> None:
 
 @contextmanager
 def _explained(api: "HfApi", repo_id: str, folder: Path, tokenizer_only: bool) -> Iterator[None]:
-    """What went wrong with the hub or the disk, and what to do, as one UserError. Out of reach is fine if all files are there already."""
+    """Turn errors of the hub and the disk into one UserError with a remedy. If all files exist, an unreachable hub is a notice only."""
     from huggingface_hub import errors
 
     page, secret = f"{api.endpoint}/{repo_id}", "give --access_token, or HF_TOKEN in the environment"
@@ -199,34 +190,22 @@ def _explained(api: "HfApi", repo_id: str, folder: Path, tokenizer_only: bool) -
     except errors.RepositoryNotFoundError:
         raise UserError(f"{page} does not exist, or is private: check the name, or {secret}") from None
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.EEXIST,
-        ):
-            raise UserError(f"{folder} cannot be written to: {error.strerror}. After that is mended the download goes on") from None
-        reason = _reason(error)
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise UserError(f"{folder} cannot be written to: {error.strerror}. Correct that and try again: the download resumes") from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        lines = str(error).strip().splitlines()  # the first without the web library's advice
+        reason = f"HTTP status {status}" if status else (lines[0] if lines else type(error).__name__)[:200]
         if not (missing := missing_files(folder, tokenizer_only)):
-            print(f"{page} cannot be reached ({reason}): going on with the files in {folder}", file=sys.stderr)
+            print(f"{page} cannot be reached ({reason}): the files in {folder} are used", file=sys.stderr)
             return
         raise UserError(
-            f"{page} cannot be downloaded ({reason}). Try again, it goes on where it stopped; or get by hand, from a browser or another "
-            f"machine, into {folder}: {', '.join(missing)}, and as far as it has them {', '.join(OPTIONAL)}"
+            f"{page} cannot be downloaded ({reason}). Try again, the download resumes; or get by hand, from a browser or another machine, "
+            f"into {folder}: {', '.join(missing)}, and as far as it has them {', '.join(OPTIONAL)}"
         ) from None
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, without the web library's advice."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"HTTP status {status}" if status else text[:200]
-
-
 def missing_files(folder: Path, tokenizer_only: bool) -> list[str]:
-    """What a checkpoint needs and the folder lacks."""
+    """Return the names of the files that a checkpoint needs and the folder lacks."""
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if tokenizer_only:
         return missing
@@ -234,7 +213,5 @@ def missing_files(folder: Path, tokenizer_only: bool) -> list[str]:
     if weights is None:
         missing.append("model.safetensors (or model.safetensors.index.json and the files that it names)")
     elif weights.name.endswith(".index.json"):
-        names = read_json(weights).get("weight_map")
-        parts = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
-        missing += [name for name in parts if not (folder / name).is_file()]
+        missing += [name for name in _shards(weights) if not (folder / name).is_file()]
     return missing

@@ -54,15 +54,14 @@ LONG_FUNCTIONS = {"finetune.lora.setup"}
 LINES_TOO_MANY = 2_400
 WITHOUT_TESTS = {
     "activations.store", "args", "convert.gguf.config", "convert.gguf.export", "convert.gguf.names", "convert.gguf.pretokenizers",
-    "convert.gguf.reader", "convert.gguf.vocabulary", "convert.gguf.writer", "convert.names", "convert.to_litgpt", "data.base", "files",
-    "finetune.sweep", "generate.base", "templates", "train.faults", "train.grid", "train.interrupts", "train.methods", "train.out_dir",
+    "convert.gguf.reader", "convert.gguf.vocabulary", "convert.gguf.writer", "convert.names", "convert.to_litgpt",
+    "finetune.sweep", "train.faults", "train.grid", "train.interrupts", "train.methods", "train.out_dir",
     "train.report", "train.run", "train.saver", "train.session", "train.shared", "train.sweep_table",
 }  # fmt: skip
 
 # Files and folders without test files of their names, and the tests that cover them.
 COVERED_BY = {
     "__main__": "tests/test_cli.py",
-    "errors": "tests/robustness/reliability/test_documented.py",
     "sample": "tests/test_packing.py",
     "families": "tests/families/test_architectures.py",  # all families by the same tests
     "data.alpaca_2k": "tests/data/test_alpaca.py",

@@ -1,1 +1,1 @@
-"""Answers from a model: `engine` draws tokens, `base` and `chat` are the commands."""
+"""Text generation: `engine` samples tokens, `base` and `chat` are the commands."""

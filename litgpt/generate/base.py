@@ -1,4 +1,4 @@
-"""`litgpt generate`: one prompt, answered once or several times."""
+"""`litgpt generate`: answer one prompt once or several times."""
 
 import sys
 import time
@@ -27,13 +27,13 @@ def main(
     quantize: Optional[Quantization] = None,
     seed: int = 1234,
 ) -> None:
-    """Answer a prompt. The answer goes to standard output as it is made, figures about it to standard error.
+    """Answer a prompt. The answer is streamed to standard output, its length and speed go to standard error.
 
     Args:
         checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA). A Hugging Face folder or a GGUF file
             is converted on first use.
         prompt: The question, without the prompt style's wrapping.
-        sys_prompt: System text, instead of the prompt style's own.
+        sys_prompt: System text that replaces the prompt style's own.
         num_samples: How many answers to draw.
         max_new_tokens: Longest answer in tokens.
         top_k: Draw among this many of the most probable tokens. null: among all.
@@ -45,6 +45,8 @@ def main(
     """
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}: at least 1 is needed")
+    from litgpt.logs import peak_memory_gb
+
     llm = open_model(checkpoint_dir, precision, quantize)
     generator = llm.generator(seed)
     text = llm.prompt_style.apply(prompt, sys_prompt=sys_prompt)
@@ -53,23 +55,23 @@ def main(
         for piece in llm.tokenizer.decode_stream(ids):
             print(piece, end="", flush=True)
         print(flush=True)
-        print(f"{ids}, peak memory {_peak_memory_gb(llm):.2f} GiB", file=sys.stderr)
+        print(f"{ids}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
 
 
 def open_model(checkpoint_dir: Path, precision: Optional[str], quantize: Optional[Quantization] = None) -> "LLM":
-    """Load the checkpoint, and say on standard error what it is."""
+    """Load the checkpoint, and print its name, dtype and device to standard error."""
     start = time.perf_counter()
     from litgpt.api import LLM
 
     llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize)
-    kind, device = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
-    kind = f"{kind}, {quantize}" if quantize else kind
-    print(f"{llm.config.name}, {kind} on {device}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    dtype, device = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
+    form = f"{dtype}, {quantize}" if quantize else dtype
+    print(f"{llm.config.name}, {form} on {device}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return llm
 
 
 class Metered:
-    """Ids as they come, counted and timed."""
+    """An iterator of ids that counts and times them."""
 
     def __init__(self, ids: Iterator[int]) -> None:
         self.ids = ids
@@ -85,9 +87,3 @@ class Metered:
 
     def __str__(self) -> str:
         return f"{self.count} tokens in {self.seconds:.2f} s, {self.count / max(self.seconds, 1e-9):.1f} tokens/s"
-
-
-def _peak_memory_gb(llm: "LLM") -> float:
-    from litgpt.logs import peak_memory_gb
-
-    return peak_memory_gb(next(llm.model.parameters()).device)

@@ -1,4 +1,4 @@
-"""`litgpt chat`: a conversation in the terminal, or with lines from a pipe."""
+"""`litgpt chat`: a conversation in the terminal, or with the lines of a pipe."""
 
 import sys
 from contextlib import closing
@@ -28,7 +28,7 @@ def main(
     multiline: bool = False,
     seed: int = 1234,
 ) -> None:
-    """Talk to a model. An empty line or Ctrl-D ends; Ctrl-C stops the answer that is being written.
+    """Talk to a model. An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer.
 
     Args:
         checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA). A Hugging Face folder or a GGUF file
@@ -39,7 +39,7 @@ def main(
         temperature: Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token.
         precision: Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true.
         quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU).
-        multiline: A message may have several lines and ends with a line that says !submit.
+        multiline: Let a message have several lines; the line !submit sends it.
         seed: Random seed. The same seed and messages give the same answers.
     """
     if max_new_tokens < 1:
@@ -48,7 +48,7 @@ def main(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": llm.generator(seed)}
     conversation = Conversation(llm, max_new_tokens, sampling)
     if conversation.render is None:
-        _note(f"prompt style {llm.prompt_style.name!r} has no turns: each message is answered by itself")
+        _note(f"prompt style {llm.prompt_style.name!r} has no turns: each message is answered on its own")
     if sys.stdin.isatty():
         import readline  # noqa: F401  (editing and history for input())
 
@@ -59,7 +59,7 @@ def main(
 
 
 class Conversation:
-    """The turns so far. The oldest are forgotten when they no longer fit the model's context."""
+    """The turns so far. The oldest are dropped when they no longer fit the model's context."""
 
     def __init__(self, llm: "LLM", max_new_tokens: int, sampling: Any) -> None:
         self.llm = llm
@@ -69,7 +69,7 @@ class Conversation:
         self.render: Any = getattr(llm.prompt_style, "render", None)
 
     def answer(self, message: str) -> None:
-        """Print the answer to a message as it is made, and remember both."""
+        """Stream the answer to a message, and remember both."""
         turns = [*self.turns, {"role": "user", "content": message}]
         text, room, forgotten = self._fit(turns)
         limit = self.llm.model.max_seq_length
@@ -95,7 +95,7 @@ class Conversation:
             self.turns = [*turns[2 * forgotten :], {"role": "assistant", "content": reply.strip()}]
 
     def _fit(self, turns: "list[Message]") -> "tuple[str, int, int]":
-        """The prompt text, how many tokens its answer may have, and how many turns at the start were left out for a fair answer to fit."""
+        """Return the prompt, the tokens left for its answer, and the number of exchanges dropped to leave a quarter of the context."""
         limit = self.llm.model.max_seq_length
         wanted = min(self.max_new_tokens, limit // 4)
         for start in range(0, len(turns), 2):
@@ -110,7 +110,7 @@ class Conversation:
 
 
 def _read(multiline: bool) -> str:
-    """The next message; empty at the end of input."""
+    """Return the next message; empty at the end of the input."""
     prompt = ">> Prompt: " if sys.stdin.isatty() else ""
     lines: list[str] = []
     while True:

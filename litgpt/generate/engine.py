@@ -1,4 +1,4 @@
-"""Token by token: how the next one is drawn, the decoding loop with its key/value cache, and where an answer stops.
+"""Sampling of tokens, the decoding loop with its key/value cache, and stop sequences.
 
 T prompt tokens, V `padded_vocab_size`.
 """
@@ -22,10 +22,10 @@ def sample(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """One token id (1,) for the last row of logits (..., V).
+    """Sample one token id (1,) from the last row of logits (..., V).
 
-    p = softmax(logits / temperature) over the `top_k` most probable tokens; of these the fewest, most probable first, whose p add up to
-    `top_p` or more (nucleus sampling, arXiv 1904.09751). `temperature` 0 takes the most probable token.
+    p = softmax(logits / temperature) over the `top_k` most probable tokens, restricted to the smallest set of the most probable ones whose
+    p sum to at least `top_p` (nucleus sampling, arXiv 1904.09751). `temperature` 0 returns the most probable token.
     """
     scores = logits.reshape(-1, logits.size(-1))[-1].float()  # (V,)
     if temperature == 0:
@@ -38,10 +38,10 @@ def sample(
     p = ((scores - scores.max()) / temperature).softmax(dim=-1)  # the difference stays finite however small the temperature
     if top_p < 1:
         before = p.cumsum(dim=-1) - p
-        before[0] = -1.0  # the most probable always stays
+        before[0] = -1.0  # always keep the most probable token
         p = p.masked_fill(before >= top_p, 0.0)
-    drawn = torch.multinomial(p, 1, generator=generator)
-    return drawn if ids is None else ids[drawn]
+    token = torch.multinomial(p, 1, generator=generator)
+    return token if ids is None else ids[token]
 
 
 def generate(
@@ -55,11 +55,10 @@ def generate(
     stop_tokens: Sequence[Sequence[int]] = (),
     generator: torch.Generator | None = None,
 ) -> Generator[int, None, None]:
-    """The ids that follow `prompt` (T,), one by one, until prompt and answer have `max_returned_tokens` tokens or a stop sequence comes.
+    """Yield the ids that follow `prompt` (T,), until prompt and answer have `max_returned_tokens` tokens or a stop sequence appears.
 
-    A stop sequence is not part of the answer. `generator` makes the draws repeatable. The model is in eval mode meanwhile, and holds a
-    key/value cache until the last id; one answer at a time. Raises UserError, before anything runs, for settings and lengths that do
-    not fit.
+    The answer excludes the stop sequence. `generator` makes the answer repeatable. Until the last id the model is in eval mode and holds a
+    key/value cache, so it serves one answer at a time. Raises UserError at the call for settings and lengths that do not fit.
     """
     _check(model, prompt, max_returned_tokens, temperature, top_k, top_p)
 
@@ -96,7 +95,7 @@ def _check(model: GPT, prompt: torch.Tensor, length: int, temperature: float, to
 
 @torch.inference_mode()
 def _decode(model: GPT, prompt: torch.Tensor, length: int, draw: Callable[[torch.Tensor], torch.Tensor]) -> Generator[int, None, None]:
-    """Ids without end but `length`. Each pass computes the logits of its last position only."""
+    """Yield ids until prompt and answer have `length` tokens. Each pass computes the logits of its last position only."""
     first, was_training = model.blocks[0].attn, model.training
     idx = prompt.view(1, -1).to(next(model.parameters()).device)
     model.eval()
@@ -105,7 +104,7 @@ def _decode(model: GPT, prompt: torch.Tensor, length: int, draw: Callable[[torch
     try:
         for end in range(prompt.numel(), length):
             if first.kv_cache is not own:
-                raise UserError("another answer was begun on this model before this one was complete: take one after the other")
+                raise UserError("another answer was started on this model before this one was complete: generate one after the other")
             pos = model.positions(idx, torch.arange(end - idx.size(1), end, device=idx.device), end)
             x, taps = model.prefix(idx, pos)
             idx = draw(model.logits(model.tail(x, taps, pos)[:, -1])).view(1, 1)
@@ -117,7 +116,7 @@ def _decode(model: GPT, prompt: torch.Tensor, length: int, draw: Callable[[torch
 
 
 def until_stop(ids: Iterable[int], stop_tokens: Sequence[Sequence[int]]) -> Iterator[int]:
-    """The ids before the first stop sequence. One that may begin a stop sequence is held back until that is decided."""
+    """Yield the ids before the first stop sequence. Ids that may begin a stop sequence are held back until that is decided."""
     stops = [list(stop) for stop in stop_tokens if len(stop)]
     held: list[int] = []
     for token in ids:
@@ -126,8 +125,8 @@ def until_stop(ids: Iterable[int], stop_tokens: Sequence[Sequence[int]]) -> Iter
         if ended:
             yield from held[:-ended]
             return
-        begun = max((n for stop in stops for n in range(1, len(stop)) if held[-n:] == stop[:n]), default=0)
-        ready = len(held) - begun
+        partial = max((n for stop in stops for n in range(1, len(stop)) if held[-n:] == stop[:n]), default=0)
+        ready = len(held) - partial
         yield from held[:ready]
         del held[:ready]
     yield from held
