@@ -1,4 +1,4 @@
-"""What a run tells: metrics to files and loggers, progress to the terminal, the summary at the end."""
+"""The output of a run: metrics in files and loggers, messages and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from litgpt.errors import UserError
 
 METRICS = Path("logs") / "version_0" / "metrics.csv"  # in a run's folder, TensorBoard's events beside it
 COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")
-PLAIN_LINES = 20
-"""progress lines of a phase where there is no terminal"""
+PLAIN_LINES = 20  # progress lines of a phase without a terminal
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far, in GiB: allocated on a CUDA device, resident for the process otherwise."""
+    """Return the peak memory in GiB: allocated on a CUDA device, else resident of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -35,7 +34,7 @@ def peak_memory_gb(device: torch.device) -> float:
 class MetricLoggers:
     """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is another one.
 
-    A run that goes on after step `resumed_at` goes on in the same files, and what they hold of later steps is dropped.
+    A run that is resumed after step `resumed_at` continues these files; their rows of later steps are dropped.
     """
 
     def __init__(self, out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any], resumed_at: int | None = None) -> None:
@@ -51,7 +50,7 @@ class MetricLoggers:
             write_text(self.csv, rows_until(self.csv.read_text(encoding="utf-8", errors="replace"), resumed_at))
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        """One row of `COLUMNS`, in the file at once; what was not measured at this step stays empty."""
+        """Write a row of `COLUMNS` to the file at once; metrics that were not measured at this step stay empty."""
         self.csv.parent.mkdir(parents=True, exist_ok=True)
         with self.csv.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -62,7 +61,7 @@ class MetricLoggers:
             logger.log_metrics(metrics, step)
 
     def flush(self) -> None:
-        """Flush the rows to disk, so that no checkpoint is ahead of them."""
+        """Flush the rows to disk, so that they are not behind a checkpoint."""
         if self.csv.is_file():
             with self.csv.open("rb") as file:
                 os.fsync(file.fileno())
@@ -74,15 +73,14 @@ class MetricLoggers:
 
 
 def rows_until(text: str, step: int) -> str:
-    """The head of a metrics file and its rows up to a step, without a row that was only half written."""
-    head, *rows = text.splitlines(keepends=True) or [""]
-    cells = [row.split(",") for row in rows]
-    kept = [
-        row
-        for row, (first, *rest) in zip(rows, cells, strict=True)
-        if row.endswith("\n") and len(rest) == len(COLUMNS) - 1 and first.isdigit() and int(first) <= step
-    ]
-    return "".join((head, *kept))
+    """Return the header of a metrics file and its complete rows up to a step."""
+    header, *rows = text.splitlines(keepends=True) or [""]
+
+    def is_kept(row: str) -> bool:
+        first, *rest = row.split(",")
+        return row.endswith("\n") and len(rest) == len(COLUMNS) - 1 and first.isdigit() and int(first) <= step
+
+    return "".join((header, *filter(is_kept, rows)))
 
 
 def read_metrics(out_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -121,7 +119,7 @@ def _remote_logger(out_dir: Path, name: str, log: LogArgs) -> Any:
 
 
 class Console:
-    """Lines and progress on standard error, of the first process only: a bar with an ETA on a terminal, plain lines elsewhere."""
+    """Messages and progress on standard error, if `active`: a bar with an ETA on a terminal, plain lines elsewhere."""
 
     def __init__(self, active: bool = True) -> None:
         self.active = active
@@ -129,7 +127,7 @@ class Console:
         self._bar: Any = None
 
     def say(self, text: str) -> None:
-        """A line. Nobody left to read it is no reason to end a run."""
+        """Print a line. A closed standard error does not end the run."""
         with suppress(OSError):
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)
@@ -138,7 +136,7 @@ class Console:
 
     @contextmanager
     def progress(self, title: str, begun: int = 0) -> Iterator[Callable[..., None]]:
-        """Gives a function `(done, total, note="")`; total None where the end is not known. `begun`: what was done before."""
+        """Yield a function `(done, total, note="")`; total is None if the end is unknown. `begun` is the count at the start."""
         if self.is_terminal:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -1,10 +1,10 @@
-"""Where chat templates run: they are foreign programs. jinja2's sandbox keeps them from Python's internals; this keeps them bounded.
+"""The sandbox of chat templates, which are foreign programs. jinja2's sandbox hides Python's internals; this one bounds the cost too.
 
-One budget per rendering: every loop pass, call, filter, comparison and operation takes a step, and one more for each `STEP_SIZE`
-characters or entries that it makes. Sizes are worked out before anything is made where one operation can multiply them (`*`, `**`,
-`%`, `~`, join, replace, indent, formats) and looked at afterwards elsewhere; a list counts with all that it holds, as often as it holds
-it. No step makes more than `MAX_SIZE`, so the clock, which is looked at on every step, ends what is merely slow. Nothing of this
-needs a thread, a signal or a process. Filters and methods are those of a list: what chat templates use.
+Each rendering has one budget: every loop pass, call, filter, comparison and operation takes a step, and another one for each `STEP_SIZE`
+characters or entries of its result. Where one operation can multiply sizes (`*`, `**`, `%`, `~`, join, replace, indent, formats) the size
+is computed before the operation, elsewhere it is measured afterwards; a list counts with all of its content. No result exceeds `MAX_SIZE`,
+so that a check of the clock in every step ends what is merely slow, without threads, signals or processes. Only those filters and methods
+that chat templates use are available.
 """
 
 from __future__ import annotations
@@ -23,18 +23,13 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_SIZE = 10_000_000
-"""characters of any value, and of the whole text"""
-ENTRY = 10
-"""characters that an entry of a list counts for, besides what it holds"""
+MAX_SIZE = 10_000_000  # characters of a value, and of the complete text
+ENTRY = 10  # characters that a list's entry counts for, besides its content
 MAX_STEPS = 200_000
 STEP_SIZE = 1_000
-MAX_SECONDS = 10.0
-"""of one rendering, for what takes long in few steps"""
-MAX_BITS = 4_096
-"""of a whole number"""
-MAX_WIDTH = 10_000
-"""of a padded field, an indentation, a batch"""
+MAX_SECONDS = 10.0  # per rendering
+MAX_BITS = 4_096  # of an integer
+MAX_WIDTH = 10_000  # of a padded field, an indentation, a batch
 
 _FILTERS = (
     "abs batch capitalize count d default dictsort e escape first float format groupby indent int items join last length list lower map "
@@ -42,46 +37,45 @@ _FILTERS = (
     "wordcount"
 )
 FILTERS = frozenset(_FILTERS.split())
-WITH_WIDTH = ("batch", "indent", "replace", "round", "slice", "tojson", "truncate")
-"""Filters that multiply their value by a number."""
+WITH_WIDTH = ("batch", "indent", "replace", "round", "slice", "tojson", "truncate")  # filters that multiply their value by a number
 _OF_TEXTS = (
     "capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
     "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
     "splitlines startswith strip swapcase title upper"
 )
+# Callable methods of Python's own values. Other values are jinja2's: macros, loops, namespaces.
 METHODS: dict[type, tuple[str, ...]] = {
     str: tuple(_OF_TEXTS.split()),
     dict: ("copy", "get", "items", "keys", "values"),
     list: ("copy", "count", "index"),
     tuple: ("count", "index"),
 }
-"""What may be called of Python's own values. Other values are jinja2's: macros, loops, namespaces."""
 PYTHONS_OWN = (str, bytes, bytearray, memoryview, int, float, complex, list, tuple, dict, set, frozenset, range, type)
 
 
 def size_of(value: Any) -> int:
-    """Characters in `value`, nested ones included; an entry of a list counts as `ENTRY`. Counting ends soon after `MAX_SIZE`."""
+    """Return the number of characters in `value`, nested ones included. An entry of a list counts as `ENTRY`.
+
+    Counting stops soon after `MAX_SIZE`.
+    """
     total, left = 0, [value]
     while left and total <= MAX_SIZE:
         item = left.pop()
         if isinstance(item, str):
             total += len(item)
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            total += ENTRY * len(item)
-            left.extend(item)
-        elif isinstance(item, dict):
-            total += ENTRY * len(item)
-            left.extend(item)
-            left.extend(item.values())
         elif isinstance(item, int):
             total += item.bit_length() // 3
-        elif isinstance(item, range):
+        elif isinstance(item, (list, tuple, set, frozenset, dict, range)):
             total += ENTRY * len(item)
+            if not isinstance(item, range):
+                left.extend(item)
+            if isinstance(item, dict):
+                left.extend(item.values())
     return total
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment that Hugging Face templates expect. `start` before each rendering. What is too much raises SecurityError."""
+    """The environment that Hugging Face templates expect. Call `start` before each rendering. A template over budget is a SecurityError."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -99,11 +93,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.start()
 
     def start(self) -> None:
-        """A new budget."""
+        """Start a new budget."""
         self.steps, self.deadline = 0, time.monotonic() + MAX_SECONDS
 
     def spend(self, size: int = 0) -> None:
-        """A step that makes something of that size."""
+        """Spend a step whose result has this size."""
         self.steps += 1 + size // STEP_SIZE
         if size > MAX_SIZE:
             raise SecurityError(f"it makes more than {MAX_SIZE:,} characters")
@@ -113,7 +107,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"it takes more than {MAX_SECONDS:.0f} seconds")
 
     def made(self, value: Any) -> Any:
-        """`value`, paid for."""
+        """Return `value` after its cost is spent."""
         self.spend(size_of(value))
         return value
 
@@ -122,13 +116,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.spend()
             yield item
 
-    def concat(self, parts: Iterable[str]) -> str:  # jinja2 puts texts together with this
+    def concat(self, parts: Iterable[str]) -> str:  # jinja2's hook
         texts = list(parts)
         self.spend(sum(map(len, texts)))
         return "".join(texts)
 
     def _joined(self, parts: list[Any]) -> str:
-        """left ~ right ~ ..."""
+        """Return left ~ right ~ ..."""
         self.spend(size_of(parts))
         return self.concat(str(part) for part in parts)
 
@@ -144,8 +138,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return start
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that pays for what it reads and makes."""
-        at = int(hasattr(function, "jinja_pass_arg"))  # then the context, the environment or the evaluation context comes first
+        """Return a filter that spends the cost of its input and its result."""
+        at = int(hasattr(function, "jinja_pass_arg"))  # 1 if the context or the environment is the first argument
 
         def filtered(*args: Any, **kwargs: Any) -> Any:
             before, value, rest = args[:at], args[at], args[at + 1 :]
@@ -153,10 +147,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 value = self.each(value)
                 if name in WITH_WIDTH or name in ("join", "format", "string"):
                     value = list(value)
-            given = (*rest, *kwargs.values())
-            if name in WITH_WIDTH and any(isinstance(number, int) and abs(number) > MAX_WIDTH for number in given):
+            arguments = (*rest, *kwargs.values())
+            if name in WITH_WIDTH and any(isinstance(number, int) and abs(number) > MAX_WIDTH for number in arguments):
                 raise SecurityError(f"the filter {name} is given a number beyond {MAX_WIDTH:,}")
-            self.spend(_filtered_size(name, value, given))
+            self.spend(_filtered_size(name, value, arguments))
             result = function(*before, value, *rest, **kwargs)
             return self.each(result) if isinstance(result, Iterator) else self.made(result)
 
@@ -189,7 +183,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _operated_size(operator: str, left: Any, right: Any) -> int:
-    """The size of what an operator makes. SecurityError for what is too large to be worked out."""
+    """Return the size of an operator's result. Raise SecurityError if it is too large to be computed."""
     if operator == "%" and isinstance(left, str):
         return _formatted_size(left, left.count("%"), right)
     numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
@@ -205,13 +199,13 @@ def _operated_size(operator: str, left: Any, right: Any) -> int:
 
 
 def _formatted_size(pattern: str, fields: int, values: Any) -> int:
-    """The most that a format with so many fields makes. SecurityError for a width of five digits, or one given as a value (*)."""
+    """Return the largest size of a formatted text. Raise SecurityError for a width of five digits, or one taken from a value (*)."""
     if re.search(r"\d{5}", pattern) or re.search(r"%[^a-zA-Z%]*\*", pattern):
         raise SecurityError("it formats with a huge width")
-    widths = [value for value in _plain_values(values) if isinstance(value, int)]
-    width = MAX_WIDTH if re.search(r"\d|\{[^}]*\{", pattern) else 0
-    if "{" in pattern and re.search(r"\{[^}]*\{", pattern) and any(abs(number) > MAX_WIDTH for number in widths):
+    nested = re.search(r"\{[^}]*\{", pattern)  # a width taken from a value
+    if nested and any(isinstance(value, int) and abs(value) > MAX_WIDTH for value in _plain_values(values)):
         raise SecurityError("it formats with a huge width")
+    width = MAX_WIDTH if nested or re.search(r"\d", pattern) else 0
     return len(pattern) + fields * (width + size_of(values))
 
 
@@ -222,7 +216,7 @@ def _plain_values(values: Any) -> list[Any]:
 
 
 def _method_size(name: str, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The most that a method of a text makes."""
+    """Return the largest size of the result of a string's method."""
     if name in ("format", "format_map"):
         values = [*args, *kwargs.values()]
         return _formatted_size(text, text.count("{"), [*values, *(item for value in values for item in _plain_values(value))])
@@ -233,20 +227,20 @@ def _method_size(name: str, text: str, args: tuple[Any, ...], kwargs: dict[str, 
     return len(text)
 
 
-def _filtered_size(name: str, value: Any, given: tuple[Any, ...]) -> int:
-    """The most that a filter makes."""
+def _filtered_size(name: str, value: Any, arguments: tuple[Any, ...]) -> int:
+    """Return the largest size of a filter's result."""
     size, text = size_of(value), value if isinstance(value, str) else ""
-    if name == "replace" and len(given) > 1:
-        return size + str(value).count(str(given[0])) * len(str(given[1]))
+    if name == "replace" and len(arguments) > 1:
+        return size + str(value).count(str(arguments[0])) * len(str(arguments[1]))
     if name == "join":
-        return size + (len(value) if hasattr(value, "__len__") else 0) * sum(len(one) for one in given if isinstance(one, str))
+        return size + (len(value) if hasattr(value, "__len__") else 0) * sum(len(one) for one in arguments if isinstance(one, str))
     if name == "format":
-        return _formatted_size(text, text.count("%"), given)
+        return _formatted_size(text, text.count("%"), arguments)
     if name in ("indent", "tojson"):
-        widths = [number if isinstance(number, int) else len(number) for number in given if isinstance(number, (int, str))]
+        widths = [number if isinstance(number, int) else len(number) for number in arguments if isinstance(number, (int, str))]
         return size + (text.count("\n") + 1 if text else size) * max(widths, default=0)
     if name in ("batch", "slice"):
-        return size + sum(abs(number) for number in given if isinstance(number, int))
+        return size + sum(abs(number) for number in arguments if isinstance(number, int))
     return size
 
 
@@ -265,7 +259,7 @@ def _strftime(now: datetime, pattern: str) -> str:
 
 
 class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks a reply; the text is what counts here."""
+    """`{% generation %} ... {% endgeneration %}` marks a reply. Only its text is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -275,7 +269,7 @@ class Generation(Extension):
 
 
 class _Counting(NodeTransformer):
-    """Puts the sandbox's own filters where a template makes, compares or goes through something without calling anything."""
+    """Inserts the sandbox's own filters where a template builds, compares or iterates without a call."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         if node.recursive:

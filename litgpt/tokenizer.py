@@ -1,4 +1,4 @@
-"""Text to token ids and back, with what a checkpoint folder says about BOS, EOS and the chat template."""
+"""Text to token ids and back, with a checkpoint's BOS, EOS and chat template."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class Tokenizer:
         self.bos_id = self._special_id("bos_token", bos_ids, folder)
         self.eos_id = self._special_id("eos_token", eos_ids, folder)
         self.stop_ids: set[int] = set(eos_ids) | ({self.eos_id} if self.eos_id is not None else set())
-        """Every id that ends a generated answer."""
-        said = self._config.get("add_bos_token")
-        self.use_bos: bool = self.bos_id is not None and (said if isinstance(said, bool) else self._adds_bos())
-        """Whether a text starts with BOS unless asked otherwise."""
+        """Ids that end a generated answer."""
+        add_bos = self._config.get("add_bos_token")
+        self.use_bos: bool = self.bos_id is not None and (add_bos if isinstance(add_bos, bool) else self._adds_bos())
+        """Default of `ids`' argument `bos`."""
         self.chat_template = _chat_template(self._config.get("chat_template"), folder / "chat_template.jinja")
 
     def _adds_bos(self) -> bool:
-        with _panics_told("tokenizer.json"):
+        with _no_panics("tokenizer.json"):
             return self.bos_id in self._backend.encode("a").ids
 
     def _ids_in(self, file: Path, key: str) -> list[int]:
-        """The ids under `key` of generation_config.json: a number or a list of numbers. Some models write -1 for none."""
+        """Return the ids under `key` of generation_config.json: a number or a list of numbers. Some models write -1 for none."""
         entry = _load_json(file).get(key)
         values = [value for value in (entry if isinstance(entry, list) else [entry]) if value not in (None, -1)]
         for value in values:
@@ -54,21 +54,21 @@ class Tokenizer:
         return values
 
     def _special_id(self, name: str, fallback: list[int], folder: Path) -> int | None:
-        """The id of a special token: tokenizer_config.json names its text, else generation_config.json its id."""
-        given = self._config.get(name)
-        named = _token_text(given)
-        if given is not None and named is None:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: {name} is {str(given)[:60]!r}, a text is needed")
-        found = None if named is None else self.token_to_id(named)
-        if found is None and fallback:
-            found = fallback[0]
-        needed = name == "eos_token" or self._config.get("add_bos_token") is True
-        if found is None and named is not None and needed:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: {name} is {named[:60]!r}, which tokenizer.json does not have: correct it")
-        text = self._backend.id_to_token(found) if found is not None else None
-        if text is not None:
-            self.special_tokens.setdefault(name, text)
-        return found
+        """Return the id of a special token, by its text in tokenizer_config.json, else by generation_config.json."""
+        entry, file = self._config.get(name), folder / "tokenizer_config.json"
+        text = _token_text(entry)
+        if entry is not None and text is None:
+            raise UserError(f"{file}: {name} is {str(entry)[:60]!r}, a text is needed")
+        token_id = None if text is None else self.token_to_id(text)
+        if token_id is None and fallback:
+            token_id = fallback[0]
+        if token_id is None:
+            if text is not None and (name == "eos_token" or self._config.get("add_bos_token") is True):
+                raise UserError(f"{file}: {name} is {text[:60]!r}, which tokenizer.json does not have: correct it")
+            return None
+        if (token := self._backend.id_to_token(token_id)) is not None:
+            self.special_tokens.setdefault(name, token)
+        return token_id
 
     @property
     def vocab_size(self) -> int:
@@ -76,34 +76,34 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token by its text in the vocabulary; None if there is none."""
+        """Return the id of a token by its text in the vocabulary, or None."""
         return self._backend.token_to_id(token)
 
     def ids(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
-        """Token ids. Special tokens written in the text count as such.
+        """Return token ids. Special tokens in the text are recognised.
 
-        `bos` None: as the checkpoint says. BOS is not added to a text that starts with it. Raises UserError if BOS or EOS is asked for
-        and the checkpoint has none.
+        `bos` defaults to `use_bos`; BOS is not repeated if the text starts with it. Raises UserError if BOS or EOS is requested and the
+        checkpoint has none.
         """
         ids = self._encode(text).ids
         if self.use_bos if bos is None else bos:
-            first = _known(self.bos_id, "beginning-of-sequence (bos_token)")
+            first = _required(self.bos_id, "beginning-of-sequence (bos_token)")
             if ids[:1] != [first]:
                 ids = [first, *ids]
         if eos:
-            ids = [*ids, _known(self.eos_id, "end-of-sequence (eos_token)")]
+            ids = [*ids, _required(self.eos_id, "end-of-sequence (eos_token)")]
         return ids
 
     def ids_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids without BOS or EOS added, and for each the characters [start, end) of the text that it stands for."""
+        """Return token ids without added BOS or EOS, and each token's range of characters [start, end) in the text."""
         encoding = self._encode(text)
         return encoding.ids, encoding.offsets
 
     def _encode(self, text: str) -> tokenizers.Encoding:
         try:
-            with _panics_told("tokenizer.json"):
+            with _no_panics("tokenizer.json"):
                 return self._backend.encode(text, add_special_tokens=False)
-        except TypeError:  # the library takes what UTF-8 can write
+        except TypeError:  # the library takes UTF-8 only
             raise UserError(f"the text {text[:60]!r} holds half of a character, which UTF-8 cannot write: leave it out") from None
 
     def encode(
@@ -114,24 +114,24 @@ class Tokenizer:
         eos: bool = False,
         max_length: int = -1,
     ) -> torch.Tensor:
-        """`ids` as a tensor (T,), int64, cut to `max_length` tokens if that is positive."""
+        """Return `ids` as a tensor (T,), int64, cut to `max_length` tokens if that is positive."""
         import torch
 
         ids = self.ids(string, bos=bos, eos=eos)
         return torch.tensor(ids[:max_length] if max_length > 0 else ids, dtype=torch.long, device=device)
 
     def decode(self, ids: torch.Tensor | Iterable[int] | int, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; special tokens are left out unless asked for."""
+        """Return the text of token ids, by default without special tokens."""
         values = [ids] if isinstance(ids, int) else ids.tolist() if hasattr(ids, "tolist") else list(ids)
         values = [values] if isinstance(values, int) else values
-        with _panics_told("tokenizer.json"):
+        with _no_panics("tokenizer.json"):
             return self._backend.decode(values, skip_special_tokens=skip_special_tokens)
 
     def decode_stream(self, ids: Iterable[Any], skip_special_tokens: bool = True) -> Iterator[str]:
-        """Text piece by piece as ids (ints, or tensors of them) arrive; the pieces joined are `decode` of all of them.
+        """Yield pieces of text as ids (ints, or tensors of them) arrive; the joined pieces are `decode` of all ids.
 
-        A piece is what the text grew by since the last one. It is held back while it ends within a UTF-8 character. The ids of
-        the last piece stay as context, so that a SentencePiece blank at the start of a word is not taken for the start of a text.
+        A piece that ends within a UTF-8 character is held back. The ids of the last piece stay as context, so that SentencePiece's blank
+        before a word is not dropped as the start of a text.
         """
         context: list[int] = []
         pending: list[int] = []
@@ -160,7 +160,7 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
             )
         raise UserError(f"{file} is missing: a checkpoint folder holds it")
     try:
-        with _panics_told(str(file)):
+        with _no_panics(str(file)):
             backend = tokenizers.Tokenizer.from_file(str(file))
     except UserError:
         raise
@@ -172,8 +172,8 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
 
 
 @contextmanager
-def _panics_told(file: str) -> Iterator[None]:
-    """A panic of the Rust library, which is no Exception, as a UserError: for one, a pattern that tries too many ways to match."""
+def _no_panics(file: str) -> Iterator[None]:
+    """Turn a panic of the Rust library, which is no Exception, into a UserError: for example a pattern that backtracks too much."""
     try:
         yield
     except BaseException as error:
@@ -185,18 +185,18 @@ def _panics_told(file: str) -> Iterator[None]:
 
 
 def _load_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON object file; empty if there is no file."""
+    """Return the content of a JSON object file; empty if there is no file."""
     return read_json(file) if file.exists() else {}
 
 
 def _token_text(entry: Any) -> str | None:
-    """A token in tokenizer_config.json is a string, or an object with the string under `content`."""
+    """Return the text of a token in tokenizer_config.json: a string, or an object with the string under `content`."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     return text if isinstance(text, str) else None
 
 
 def _chat_template(entry: Any, file: Path) -> str | None:
-    """The template in tokenizer_config.json: a string, or the one named `default` in a list; else the file's."""
+    """Return the template in tokenizer_config.json, a string or the one named `default` in a list; else the one in `file`."""
     if isinstance(entry, list):
         named = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
         entry = named.get("default")
@@ -207,7 +207,7 @@ def _chat_template(entry: Any, file: Path) -> str | None:
     return read_text(file) if file.exists() else None
 
 
-def _known(token_id: int | None, what: str) -> int:
+def _required(token_id: int | None, what: str) -> int:
     if token_id is None:
         raise UserError(
             f"the checkpoint's tokenizer has no {what} token: neither tokenizer_config.json nor generation_config.json names one"

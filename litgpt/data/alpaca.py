@@ -33,14 +33,14 @@ class Alpaca(DataModule):
 
     @property
     def file(self) -> Path:
-        """Where the records lie."""
+        """Path of the file with the records."""
         return expand_path(self.download_dir) / self.file_name
 
     def is_ready(self) -> bool:
         return self.file.is_file()
 
     def prepare_data(self) -> None:
-        """Download the records unless they are there. Raises UserError that says which file to put where."""
+        """Download the records if they are missing. A failure is a UserError that says which file to put where."""
         if not self.is_ready():
             by_hand = self.file.with_name(self.repo_file)
             rows = _read(by_hand) if by_hand.is_file() else self._download()
@@ -69,7 +69,7 @@ class Alpaca(DataModule):
 
 
 def _read(file: Path) -> list[Any]:
-    """The rows of a .json or .parquet file."""
+    """Return the rows of a .json or .parquet file."""
     if file.suffix == ".json":
         return parse_json(read_text(file, most=None), str(file))
     try:

@@ -1,7 +1,7 @@
-"""From records to token ids with a loss mask: the one path that every data module takes.
+"""Records to token ids with a loss mask, for all data modules.
 
 A record is `{"instruction", "input", "output"}` or `{"messages": [{"role", "content"}, ...]}`. It becomes one text and the spans of
-characters that the model is to learn; the text is encoded once, and a token carries loss when its last character lies in a span.
+characters that the model learns. The text is encoded once; a token carries loss if its last character lies in a span.
 """
 
 import random
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 @dataclass(slots=True)
 class Splits:
-    """Tokenised data, what to say about it, and the validation records (one for each sample of `val`)."""
+    """Tokenised data, a report about it, and the record of each sample of `val`."""
 
     train: list[Sample]
     val: list[Sample]
@@ -41,43 +41,43 @@ class Rendered(NamedTuple):
 
 @dataclass
 class DataModule(ABC):
-    """A source of records. Subclasses say where they come from; splitting, templates, tokens and masks are the same for all."""
+    """A source of records. Subclasses provide `records`; splitting, prompt styles, tokens and masks are the same for all."""
 
     mask_prompt: bool = False
     """Learn the answer only, not the prompt. Conversations are always learned on the assistant's turns only."""
     val_split_fraction: float | None = 0.1
     """Share of the samples that is kept for validation, between 0 and 1."""
     prompt_style: str | None = None
-    """Name of a prompt style, or "chat" for the checkpoint's own template. Default: what the checkpoint was made for."""
+    """Name of a prompt style, or "chat" for the checkpoint's own template. Default: the style the checkpoint was trained with."""
     ignore_index: int = -100
-    """Accepted for LitGPT's YAML files; without effect, masks are kept apart from ids."""
+    """Accepted for LitGPT's YAML files; without effect, as masks are kept apart from ids."""
     seed: int = 42
     """Seed of the split."""
     num_workers: int = 4
-    """Accepted for LitGPT's YAML files; without effect, samples are tokenised before training starts."""
+    """Accepted for LitGPT's YAML files; without effect, as samples are tokenised before training starts."""
 
     @property
     def source(self) -> str:
-        """What messages call this data."""
+        """Name of this data in messages."""
         return type(self).__name__
 
     def prepare_data(self) -> None:  # noqa: B027 - most sources need nothing
-        """Download what is needed, if it is not there. To be called by one process."""
+        """Download missing files. To be called by one process."""
 
     def is_ready(self) -> bool:
-        """Whether `prepare_data` has nothing to do."""
+        """Return True if `prepare_data` has nothing to do."""
         return True
 
     @abstractmethod
     def records(self) -> tuple[list[Record], list[Record] | None]:
-        """Training and validation records; None for the latter: to be split off."""
+        """Return training and validation records; None for the latter lets `splits` hold out a share of the former."""
 
     def notes(self) -> list[str]:
-        """What `records` has to say, for the report."""
+        """Return remarks about the last call of `records`, for the report."""
         return []
 
     def splits(self, tokenizer: "Tokenizer", prompt_style: "PromptStyle", max_seq_length: int | None = None) -> Splits:
-        """Tokenise everything. Samples longer than `max_seq_length` are cut at the end; those with nothing left to learn are dropped.
+        """Tokenise all records. Samples longer than `max_seq_length` are cut at the end; those without loss tokens are dropped.
 
         Raises UserError if a split has no sample, or a record does not fit the prompt style.
         """
@@ -93,8 +93,8 @@ class DataModule(ABC):
             numbered_val = list(enumerate(val, 1))
         encoder = _Encoder(tokenizer, prompt_style, self.mask_prompt, max_seq_length, self.source)
         encoded = [encoder.encode_all(part) for part in (numbered, numbered_val)]
-        for name, kept, part in zip(("training", "validation"), encoded, (numbered, numbered_val), strict=True):
-            if not kept:
+        for name, samples, part in zip(("training", "validation"), encoded, (numbered, numbered_val), strict=True):
+            if not samples:
                 raise UserError(self._nothing_left(name, len(part), encoder))
         return Splits(
             [sample for _, sample in encoded[0]],
@@ -119,7 +119,7 @@ class DataModule(ABC):
             return f"{self.source}: the {split} set is empty: add records to it"
         start = f"{self.source}: none of the {count:,} {split} records is left: "
         if encoder.dropped[EMPTY] >= encoder.dropped[CUT_AWAY]:
-            return start + "their answers are empty. Fill in the key that holds the answer (`output`)"
+            return start + "their answers are empty. Fill in the key of the answer (`output`)"
         return (
             f"{start}their prompts alone fill max_seq_length ({encoder.max_length}), so no answer token is left. "
             "Raise train.max_seq_length, or shorten the prompts"
@@ -132,6 +132,8 @@ CUT_AWAY = "no answer token left"
 
 @dataclass
 class _Encoder:
+    """Encodes records and counts those that are cut or dropped."""
+
     tokenizer: "Tokenizer"
     style: "PromptStyle"
     mask_prompt: bool
@@ -144,15 +146,15 @@ class _Encoder:
         self.stops = {ids[0] for ids in self.style.stop_tokens(self.tokenizer) if len(ids) == 1}
 
     def encode_all(self, records: Sequence[tuple[int, Record]]) -> list[tuple[Record, Sample]]:
-        kept = []
+        encoded = []
         for number, record in records:
             try:
                 sample = self.encode(record)
             except UserError as error:
                 raise UserError(f"{self.source}, record {number}: {error}") from None
             if sample:
-                kept.append((record, sample))
-        return kept
+                encoded.append((record, sample))
+        return encoded
 
     def encode(self, record: Record) -> Sample | None:
         if not _has_answer(record):
@@ -164,7 +166,7 @@ class _Encoder:
             mask = loss_mask(offsets, spans)
         else:
             mask = bytearray(b"\1") * len(ids)
-        # A reply ends at a token that stops generation: the template's own marker, else EOS.
+        # A reply ends with a token that stops generation: the template's own marker, else EOS.
         if self.tokenizer.eos_id is not None and (not ids or ids[-1] not in self.stops):
             ids.append(self.tokenizer.eos_id)
             mask.append(1)
@@ -189,10 +191,10 @@ def _has_answer(record: Record) -> bool:
 
 
 def render(record: Record, style: "PromptStyle", tokenizer: "Tokenizer") -> Rendered:
-    """The text of a record up to the end of its last reply, and the spans of its replies.
+    """Return the text of a record up to the end of its last reply, and the spans of its replies.
 
-    A span starts where the prompt ends and includes the marker that ends the turn, without the white space behind it. For styles that
-    are not chat templates the marker is written only if the tokenizer knows it as a token.
+    A span starts where the prompt ends and includes the marker that ends the turn, but not the white space that follows. Styles other than
+    chat templates omit the marker if the tokenizer does not have it as a token.
     """
     from litgpt.prompts import ChatTemplate
 
@@ -215,7 +217,7 @@ def render(record: Record, style: "PromptStyle", tokenizer: "Tokenizer") -> Rend
 
 
 def _render_turns(style: Any, messages: list[dict[str, str]]) -> Rendered:
-    """Find each reply by rendering the conversation up to it; what comes before must not depend on what comes after."""
+    """Find each reply by rendering the conversation up to it. The text of earlier turns must not depend on later ones."""
     full = style.render(messages, add_generation_prompt=False)
     spans = []
     last = len(messages) - 1
@@ -223,9 +225,9 @@ def _render_turns(style: Any, messages: list[dict[str, str]]) -> Rendered:
         if message["role"] != "assistant":
             continue
         head = style.render(messages[:i], add_generation_prompt=True)
-        upto = full if i == last else style.render(messages[: i + 1], add_generation_prompt=False)
-        turn = upto.rstrip()
-        if not upto.startswith(head) or not full.startswith(turn):
+        so_far = full if i == last else style.render(messages[: i + 1], add_generation_prompt=False)
+        turn = so_far.rstrip()
+        if not so_far.startswith(head) or not full.startswith(turn):
             raise UserError(
                 f"the prompt style {style.name!r} writes the conversation up to message {i + 1} differently once a reply or later messages "
                 "follow, so the text that the model would read when it answers is not the text it would be trained on. Choose another "
@@ -247,9 +249,9 @@ def _one_turn(messages: list[dict[str, str]], style: "PromptStyle") -> tuple[str
 
 
 def loss_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> bytearray:
-    """1 for each token whose last character lies in a span.
+    """Return 1 for each token whose last character lies in a span.
 
-    The last, not all of them: a token that begins in the prompt and ends in the answer is one the model has to write.
+    The model has to write a token that begins in the prompt and ends in the answer, so only the last character counts.
     """
     mask = bytearray(len(offsets))
     for start, end in spans:

@@ -1,4 +1,4 @@
-"""Your own data: a .json or .jsonl file, or a folder with a training and a validation file."""
+"""A user's own data: a .json or .jsonl file, or a folder with a training and a validation file."""
 
 import difflib
 import re
@@ -10,15 +10,14 @@ from litgpt.data.base import DataModule, Record
 from litgpt.errors import UserError
 from litgpt.files import expand_path, parse_json, read_text
 
+# keys of question and answer; the first pair that a record has counts
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-"""Keys of question and answer, in the order they are looked for."""
+# key of a conversation -> keys of a turn's role and text
 CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-"""Key of a conversation -> the keys of a turn's speaker and text."""
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 SUFFIXES = (".json", ".jsonl")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-SHOWN = 3
-"""Bad records that an error message shows."""
+SHOWN = 3  # bad records in an error message
 
 
 @dataclass
@@ -32,14 +31,14 @@ class JSON(DataModule):
     json_path: Path | None = None
     """The file, or the folder with train.json(l) and val.json(l)."""
     val_split_fraction: float | None = None
-    """Share of a file's samples that is kept for validation. Default: 0.1. A folder has its own validation file, leave it unset."""
+    """Share of a file's samples that is kept for validation. Default: 0.1. Leave it unset for a folder, which has a validation file."""
 
     @property
     def source(self) -> str:
         return str(self.json_path)
 
     def records(self) -> tuple[list[Record], list[Record] | None]:
-        """Read and check everything. Raises UserError that names file, line or record, and what is wrong."""
+        """Read and check all records. Raise UserError with the file, the line or record, and the problem."""
         if self.json_path is None:
             raise UserError("data.json_path is missing: name a .json or .jsonl file, or a folder with train.json and val.json")
         path = expand_path(self.json_path)
@@ -53,11 +52,11 @@ class JSON(DataModule):
 
 def _find_file(folder: Path, stems: tuple[str, ...]) -> Path:
     for stem in stems:
-        found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
-        if len(found) > 1:
-            raise UserError(f"{folder} has both {found[0].name} and {found[1].name}: remove one")
-        if found:
-            return found[0]
+        files = [file for suffix in SUFFIXES if (file := folder / f"{stem}{suffix}").is_file()]
+        if len(files) > 1:
+            raise UserError(f"{folder} has both {files[0].name} and {files[1].name}: remove one")
+        if files:
+            return files[0]
     raise UserError(
         f"{folder} has no {stems[0]}.json or {stems[0]}.jsonl: a data folder needs a train and a val file. "
         "To split one file, give the file itself as data.json_path"
@@ -65,23 +64,27 @@ def _find_file(folder: Path, stems: tuple[str, ...]) -> Path:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The checked records of a .json or .jsonl file."""
-    checked: list[Record] = []
+    """Return the checked records of a .json or .jsonl file."""
+    records: list[Record] = []
     problems: list[str] = []
     for where, entry in _read_entries(path):
         try:
-            checked.append(check_record(entry))
+            records.append(check_record(entry))
         except UserError as error:
             problems.append(f"{where}: {error}")
     if problems:
         more = f"; and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
         raise UserError(f"{path}, {'; '.join(problems[:SHOWN])}{more}")
-    return checked
+    return records
 
 
 def _read_entries(path: Path) -> list[tuple[str, Any]]:
-    """(place, parsed value) of each record."""
-    text = _read_text(path)
+    """Return (place, parsed value) of each record."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: a .json or .jsonl file is needed, or a folder with train.json and val.json")
+    text = read_text(path, "does not exist: check data.json_path", most=None)
+    if not text.strip():
+        raise UserError(f"{path} is empty: add records")
     if path.suffix == ".jsonl":
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [(f"line {n}", _parse(line, path, n)) for n, line in lines]
@@ -95,15 +98,6 @@ def _read_entries(path: Path) -> list[tuple[str, Any]]:
     return [(f"record {n}", entry) for n, entry in enumerate(content, 1)]
 
 
-def _read_text(path: Path) -> str:
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: a .json or .jsonl file is needed, or a folder with train.json and val.json")
-    text = read_text(path, "does not exist: check data.json_path", most=None)
-    if not text.strip():
-        raise UserError(f"{path} is empty: add records")
-    return text
-
-
 def _parse(text: str, path: Path, line: int | None = None) -> Any:
     hint = ""
     if line is None and re.match(r"\s*\{.*\}\s*\n\s*\{", text):
@@ -114,7 +108,7 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
 
 
 def check_record(entry: Any) -> Record:
-    """A record in one of the two forms the loader knows; UserError that names the key."""
+    """Return a record in the form of `instruction`, `input`, `output` or of `messages`. Raise UserError with the key that is wrong."""
     if not isinstance(entry, dict):
         raise UserError(f"{_kind(entry)}, an object with keys is needed")
     for key, names in CONVERSATIONS.items():
@@ -131,14 +125,14 @@ def check_record(entry: Any) -> Record:
     raise UserError(_missing_keys(list(entry)))
 
 
-def _missing_keys(found: list[str]) -> str:
-    """Say which key lacks, judged by the pair that fits best, and which one was perhaps meant."""
-    pair = max(PAIRS, key=lambda pair: sum(key in found for key in pair))
-    missing = [key for key in pair if key not in found]
-    shown = ", ".join(repr(key)[:60] for key in found[:12]) + (", ..." if len(found) > 12 else "")
+def _missing_keys(keys: list[str]) -> str:
+    """Return a message with the missing keys, judged by the pair that fits best, and the keys that may be meant."""
+    pair = max(PAIRS, key=lambda pair: sum(key in keys for key in pair))
+    missing = [key for key in pair if key not in keys]
+    shown = ", ".join(repr(key)[:60] for key in keys[:12]) + (", ..." if len(keys) > 12 else "")
     message = f"no key {' and no key '.join(map(repr, missing))}; it has {shown or 'no keys'}"
     for key in missing:
-        near = difflib.get_close_matches(key, [name for name in found if name not in pair], n=1)
+        near = difflib.get_close_matches(key, [name for name in keys if name not in pair], n=1)
         if near:
             message += f" (is {near[0]!r} meant to be {key!r}?)"
     return message
@@ -171,6 +165,6 @@ def _check_turns(turns: Any, key: str, role_key: str, text_key: str) -> list[dic
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is called."""
+    """Return the name of a JSON value's type."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else names[type(value)]
