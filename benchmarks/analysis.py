@@ -1,9 +1,9 @@
-"""The evaluation report: what comparison_results.json and the runs' logs show, as Markdown and as one HTML file.
+"""Write the evaluation report of comparison_results.json and the runs' logs, as Markdown and as one HTML file.
 
     python analyze_results.py [RESULTS] [--baseline NAME] [--benchmark FILE] [--out FOLDER]
 
-RESULTS is comparison_results.json, or a folder: that file in it, else all runs below it (for runs that were started by hand). Every
-sentence of the conclusions is computed. Repetitions of a run are averaged; where there are several, "±" gives their standard deviation.
+RESULTS is comparison_results.json or a folder: that file in it, or else all runs below it (for runs that were started by hand). Every
+sentence of the conclusions is computed. Repetitions of a run are averaged, and "±" gives their standard deviation.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from litgpt import atomic
 from litgpt.errors import UserError
 
 TITLE = "LoRA and Skip2-LoRA compared"
-UNUSED = ("ignore_index", "num_workers")
-"""keys of a data set that change nothing"""
+UNUSED = ("ignore_index", "num_workers")  # keys of a data set without effect
 BENCHMARK = Path("out/benchmark/benchmark_results.json")
 
 
@@ -43,7 +42,7 @@ class Group:
         return statistics.fmean(values) if values else None
 
     def show(self, key: str, form: str) -> str:
-        """The mean, and the standard deviation where there are repetitions; "-" where nothing was measured."""
+        """Return the mean, with the standard deviation if there are repetitions; "-" if nothing was measured."""
         values = self.values(key)
         if not values:
             return "-"
@@ -60,7 +59,10 @@ def group(records: list[dict[str, Any]]) -> list[Group]:
 
 
 def baseline(groups: list[Group], name: str | None) -> Group | None:
-    """The run to compare with: the one named, else lora_baseline..., else the first without Skip2-LoRA; None if it did not complete."""
+    """Return the run to compare with, or None if it did not complete.
+
+    It is the named run, or else lora_baseline..., or else the first without Skip2-LoRA.
+    """
     if name is not None and name not in [found.name for found in groups]:
         raise UserError(f"--baseline {name}: the runs are {', '.join(found.name for found in groups)}")
     fitting = [found for found in groups if found.name == name or (name is None and Path(found.name).name.startswith("lora_baseline"))]
@@ -69,7 +71,7 @@ def baseline(groups: list[Group], name: str | None) -> Group | None:
 
 
 def curves(found: Group, source: str) -> list[list[tuple[int, float | None, float]]]:
-    """(step, wall seconds, validation loss) of each completed repetition; a folder that was moved is looked for beside the results."""
+    """Return (step, wall seconds, validation loss) of each completed repetition. A moved folder is looked for beside the results."""
     lines = []
     for record in found.done:
         folder = Path(record["folder"])
@@ -107,7 +109,7 @@ def environment(content: dict[str, Any], groups: list[Group]) -> Table:
 
 
 def figures(groups: list[Group], base: Group | None, reached: Callable[[Group], str]) -> dict[str, Table]:
-    """The guide's tables: one row for each run that has figures."""
+    """Return the guide's tables, with a row for each run that has figures."""
     done = [found for found in groups if found.done]
     compared = f"against {base.name}" if base else "compared"
     parameters, speed, memory, accuracy, convergence = [], [], [], [], []
@@ -136,7 +138,7 @@ def figures(groups: list[Group], base: Group | None, reached: Callable[[Group], 
 
 
 def _gained(found: Group | None) -> float | None:
-    """By how much the validation loss fell from before the first to after the last step."""
+    """Return the decrease of the validation loss from before the first step to after the last."""
     first, last = (found.mean("initial_val_loss"), found.mean("final_val_loss")) if found else (None, None)
     return None if first is None or last is None else first - last
 
@@ -152,7 +154,7 @@ def _gain(found: Group, base: Group | None) -> list[str]:
 
 
 def reaching(base: Group | None, source: str) -> Callable[[Group], str]:
-    """When a run's validation loss, of its first repetition, is no higher than the baseline's last one."""
+    """Return a function that says when a run's validation loss, in its first repetition, reaches the baseline's final one."""
     goal = base.mean("final_val_loss") if base and (_gained(base) or 0) > 0 else None
 
     def reached(found: Group) -> str:
@@ -168,7 +170,7 @@ def reaching(base: Group | None, source: str) -> Callable[[Group], str]:
 
 
 def conclusions(groups: list[Group], base: Group | None) -> list[str]:
-    """What the figures support, and nothing else."""
+    """Return what the figures support, and nothing else."""
     lines = [f"{found.name} failed ({len(found.failed)}x): {found.failed[0].get('error')}" for found in groups if found.failed]
     done = [found for found in groups if found.done]
     if base is None:
@@ -188,12 +190,12 @@ def conclusions(groups: list[Group], base: Group | None) -> list[str]:
     lines += _unlike([found for found in done if found is not base], base)
     few = [found.name for found in done if len(found.done) < 3]
     if few:
-        lines.append(f"Fewer than three repetitions of {', '.join(few)}: small differences may be chance.")
+        lines.append(f"Fewer than three repetitions of {', '.join(few)}: small differences may be due to chance.")
     return lines
 
 
 def _compared(found: Group, base: Group) -> list[str]:
-    """Parameters, time, memory and loss of a run beside the baseline's, a sentence each."""
+    """Return a sentence each on parameters, time, memory and loss of a run, compared with the baseline."""
     lines = []
     texts = {
         "trainable_parameters": ("trains {0:,.0f} parameters, {1:,.0f} in {2}", "fewer", "more"),
@@ -209,7 +211,7 @@ def _compared(found: Group, base: Group) -> list[str]:
             verdict = "the same" if new == old else f"{abs(less(old, new)):.1f} % {smaller if new < old else larger}"
         lines.append(f"{found.name} {text.format(new, old, base.name)}: {verdict}.")
     if found.mean("steps") != base.mean("steps"):
-        lines[1] += f" Mind that it made {found.mean('steps'):,.0f} steps and {base.name} {base.mean('steps'):,.0f}."
+        lines[1] += f" Note that it made {found.mean('steps'):,.0f} steps and {base.name} {base.mean('steps'):,.0f}."
     new, old = found.mean("final_val_loss"), base.mean("final_val_loss")
     if new is None or old is None:
         return [*lines, f"{found.name} and {base.name} cannot be compared in accuracy: a final validation loss is missing."]
@@ -223,7 +225,7 @@ def _compared(found: Group, base: Group) -> list[str]:
 
 
 def _unlike(others: list[Group], base: Group) -> list[str]:
-    """A warning for each run that was not given what the baseline was given."""
+    """Return a warning for each run whose settings differ from the baseline's in more than the adapter."""
 
     def given(found: Group) -> dict[str, Any]:
         settings = found.done[0].get("settings", {})
@@ -242,12 +244,12 @@ def _unlike(others: list[Group], base: Group) -> list[str]:
 
 
 def _overlap(a: list[float], b: list[float]) -> bool:
-    """Whether both were repeated and their ranges have a value in common."""
+    """Return True if both were repeated and their ranges overlap."""
     return len(a) > 1 and len(b) > 1 and max(min(a), min(b)) <= min(max(a), max(b))
 
 
 def benchmark(file: Path) -> list[Part]:
-    """The benchmark's forward and backward times, which a training run does not measure apart."""
+    """Return the benchmark's forward and backward times, which a training run does not measure separately."""
     content = runs.read_json(file, "benchmark_skip2lora.py writes it")
     try:
         settings = content["settings"]
@@ -267,7 +269,7 @@ def benchmark(file: Path) -> list[Part]:
 
 
 def pictures(groups: list[Group], source: str, folder: Path) -> list[Part]:
-    """Validation loss over steps and over wall time, and bars, as PNG files in `folder`; nothing without matplotlib."""
+    """Draw validation loss over steps and over wall time, and bars, as PNG files in `folder`; nothing without matplotlib."""
     done = [found for found in groups if found.done]
     bars = report.figure(13, 1.6 + 0.5 * len(done))
     if bars is None or not done:
@@ -287,7 +289,7 @@ def pictures(groups: list[Group], source: str, folder: Path) -> list[Part]:
 
 
 def loss_curves(known: dict[str, list[list[tuple[int, float | None, float]]]]) -> Any:
-    """A line for each repetition, those of a run in one colour."""
+    """Draw a line for each repetition, those of one run in one colour."""
     figure = report.figure(13, 4.8)
     left, right = figure.subplots(1, 2)
     for number, (name, repetitions) in enumerate(known.items()):
@@ -305,7 +307,7 @@ def loss_curves(known: dict[str, list[list[tuple[int, float | None, float]]]]) -
 
 
 def sections_of(content: dict[str, Any], base_name: str | None, measured: Path | None, folder: Path) -> Sections:
-    """The guide's report."""
+    """Return the sections of the report."""
     groups = group(content["runs"])
     base = baseline(groups, base_name)
     tables = figures(groups, base, reaching(base, content["source"]))

@@ -1,16 +1,16 @@
-"""Run LoRA and Skip2-LoRA on the same data, one after the other, and gather what each run measured.
+"""Run LoRA and Skip2-LoRA on the same data, one after the other, and collect what each run measured.
 
     python evaluate_skip2lora_comparison.py [--model llama-2-7b] [--max_steps 100] [--repeats 3] [--KEY VALUE of litgpt finetune ...]
     python evaluate_skip2lora_comparison.py --runs lora_baseline skip2lora skip2lora_tail "mine=my.yaml --lora_r 4"
 
-A run is a YAML file with overrides, done by `litgpt finetune` in a process of its own. `--model` is a folder of config_hub/finetune;
-without it the first one is taken whose checkpoint is there. A name in `--runs` is a YAML file of that folder or one of the guide's three,
-which are derived from its skip2lora.yaml where they have no file of their own. Keys that this script does not know, such as
---checkpoint_dir, --epochs or --data.json_path, go to every run.
+A run is a YAML file with overrides, done by `litgpt finetune` in a separate process. `--model` is a folder of config_hub/finetune; the
+default is the first one whose checkpoint exists. A name in `--runs` is a YAML file of that folder or one of the guide's three, which are
+derived from its skip2lora.yaml if they have no file. Keys that this script does not know, such as --checkpoint_dir, --epochs or
+--data.json_path, go to every run.
 
-Added to every run: a validation before the first step, no sample answers, whose time would count, and a cache folder of its own, removed
-afterwards, so that no run profits from an earlier one. Repetition k of a run has seed + k - 1. A run that fails is noted and the next one
-starts. Results: OUT_DIR/comparison_results.json, for analyze_results.py; each run's logs and adapter: OUT_DIR/<name>/.
+Every run validates before the first step, generates no sample answers, whose time would count, and gets its own cache folder, which is
+removed afterwards, so that no run profits from an earlier one. Repetition k of a run has seed + k - 1. A failed run is recorded and the
+next one starts. OUT_DIR/comparison_results.json has the results for analyze_results.py; OUT_DIR/<name>/ has each run's logs and adapter.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ from litgpt.text import text_table
 
 HUB = Path(os.path.relpath(ROOT / "config_hub" / "finetune"))
 GUIDE = ("lora_baseline", "skip2lora_4blocks", "skip2lora_6blocks")
-FIRST_MODEL = "llama-2-7b"
-"""the guide's; the others follow in the order of their names"""
-SEED = 1337
-"""`litgpt finetune`'s"""
+FIRST_MODEL = "llama-2-7b"  # the guide's; the others follow by name
+SEED = 1337  # `litgpt finetune`'s default
 CACHE = "comparison_cache"
 
 
@@ -59,7 +57,7 @@ def checkpoint_of(file: Path) -> Path:
 
 
 def hub_folder(model: str | None, extra: list[str], hub: Path) -> Path:
-    """The folder of config_hub/finetune to take. Raises UserError for an unknown one, and if no model is there to choose."""
+    """Return the folder of config_hub/finetune to use. Raise UserError if it is unknown, or if no checkpoint exists to choose."""
     names = sorted((folder.name for folder in hub.iterdir() if folder.is_dir()), key=lambda name: (name != FIRST_MODEL, name))
     if model is not None:
         if model not in names:
@@ -72,13 +70,13 @@ def hub_folder(model: str | None, extra: list[str], hub: Path) -> Path:
         if (folder / checkpoint.WEIGHTS).is_file():
             return hub / name
     raise UserError(
-        f"no model is there: {', '.join(map(str, wanted.values()))} are all missing. `make demo` fetches SmolLM2-135M; convert another one "
+        f"no model found: {', '.join(map(str, wanted.values()))} are all missing. `make demo` fetches SmolLM2-135M; convert another one "
         "with `litgpt convert_to_litgpt`, or give --model NAME and --checkpoint_dir DIR"
     )
 
 
 def plan(texts: list[str], folder: Path) -> list[Run]:
-    """The runs that are named. Raises UserError that lists every name and file that is unknown, and names used twice."""
+    """Return the named runs. Raise UserError that lists every unknown name and file, and names used twice."""
     runs, problems = [], []
     for text in texts:
         name, _, command = text.partition("=")
@@ -107,9 +105,10 @@ def plan(texts: list[str], folder: Path) -> list[Run]:
 
 
 def derived(name: str, folder: Path) -> Run:
-    """One of the guide's three from skip2lora.yaml, so that data and training are the same: the first 4 or 6 blocks, or LoRA instead.
+    """Return one of the guide's three runs, derived from skip2lora.yaml so that data and training are the same.
 
-    For LoRA every adapter setting goes back to `litgpt finetune`'s default, queries and values at rank 8; the learning rate is lora.yaml's.
+    They are the first 4 or 6 blocks, or LoRA instead. For LoRA every adapter setting is reset to `litgpt finetune`'s default, queries and
+    values at rank 8, and the learning rate is that of lora.yaml.
     """
     file = folder / "skip2lora.yaml"
     if name != "lora_baseline":
@@ -123,7 +122,7 @@ def derived(name: str, folder: Path) -> Run:
 
 
 def words_of(run: Run, repeat: int, out_dir: Path, args: argparse.Namespace, extra: list[str]) -> list[str]:
-    """The words after `litgpt`. The user's own come last, and the last one counts."""
+    """Return the words after `litgpt`. The user's own come last, so they take precedence."""
     words = ["finetune", str(run.config), "--out_dir", str(out_dir), "--eval.initial_validation", "true", "--eval.max_new_tokens", "0"]
     words += ["--skip2lora_cache_dir", str(out_dir / CACHE), "--seed", str(SEED + repeat - 1)]
     words += ["--max_steps", str(args.max_steps)] if args.max_steps else []
@@ -132,7 +131,7 @@ def words_of(run: Run, repeat: int, out_dir: Path, args: argparse.Namespace, ext
 
 
 def do(run: Run, repeat: int, out_dir: Path, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
-    """Do one run: its record for comparison_results.json."""
+    """Do one run and return its record for comparison_results.json."""
     words = words_of(run, repeat, out_dir, args, extra)
     print(f"\n$ {redacted(words)}", flush=True)
     began = time.time()
@@ -154,7 +153,7 @@ def do(run: Run, repeat: int, out_dir: Path, args: argparse.Namespace, extra: li
         "measured": {},
     }
     metrics = out_dir / METRICS
-    if metrics.is_file() and metrics.stat().st_mtime >= began:  # else it failed before it began, and the folder is an earlier run's
+    if metrics.is_file() and metrics.stat().st_mtime >= began:  # else it failed before it began, and the folder holds an earlier run
         record |= {"settings": read_settings(out_dir), "measured": read_run(out_dir)}
     reason = f": {record['error']}" if record["error"] else ""
     print(f"{run.name}: {record['status']} after {record['wall_seconds']:.0f} s{reason}", flush=True)
@@ -162,7 +161,7 @@ def do(run: Run, repeat: int, out_dir: Path, args: argparse.Namespace, extra: li
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """What was measured, a line a run."""
+    """Return the measurements as text, a line per run."""
     keys = {
         "final_val_loss": "{:.4f}",
         "initial_val_loss": "{:.4f}",
@@ -192,11 +191,11 @@ def arguments() -> argparse.ArgumentParser:
         epilog="Other keys go to every run's `litgpt finetune`: --checkpoint_dir DIR, --epochs 2, --data.json_path FILE, ...",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", help="folder of config_hub/finetune. Default: the first one whose checkpoint is there")
+    parser.add_argument("--model", help="folder of config_hub/finetune. Default: the first one whose checkpoint exists")
     parser.add_argument("--runs", nargs="+", default=list(GUIDE), help="names of YAML files, or 'NAME=FILE.yaml --key value'")
-    parser.add_argument("--max_steps", type=positive, help="stop each run after so many steps")
+    parser.add_argument("--max_steps", type=positive, help="stop each run after this many steps")
     parser.add_argument("--out_dir", type=Path, default=Path("out/finetune"), help="for runs and results (default: out/finetune)")
-    parser.add_argument("--repeats", type=positive, default=1, help="do everything so many times, each with its own seed")
+    parser.add_argument("--repeats", type=positive, default=1, help="number of repetitions, each with its own seed")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results and runs in the out_dir")
     return parser
 
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Interrupted. {f'{file} has the runs that are done.' if records else ''}", file=sys.stderr)
+        print(f"Interrupted. {f'{file} has the finished runs.' if records else ''}", file=sys.stderr)
         return 130
     failed = [record["name"] for record in records if record["status"] == "failed"]
     print(f"\n{table(records)}\n\nwrote {file}; the report: python analyze_results.py {file}")

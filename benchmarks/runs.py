@@ -18,15 +18,13 @@ import litgpt
 from litgpt.errors import UserError
 from litgpt.logs import METRICS, read_metrics
 
-SETTINGS = ("checkpoint_dir", "precision", "data", "train", "optimizer", "seed", "skip2lora_enabled")
-"""of hyperparameters.yaml: what has to be known to judge whether runs can be compared"""
-NEEDED = ("steps", "trainable_parameters", "total_parameters", "train_seconds", "total_seconds", "peak_memory_gb")
-"""what a completed run must have measured"""
-WHAT = "evaluate_skip2lora_comparison.py writes it"
+SETTINGS = ("checkpoint_dir", "precision", "data", "train", "optimizer", "seed", "skip2lora_enabled")  # needed to compare runs
+NEEDED = ("steps", "trainable_parameters", "total_parameters", "train_seconds", "total_seconds", "peak_memory_gb")  # of a completed run
+WRITTEN_BY = "evaluate_skip2lora_comparison.py writes it"
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the versions and the time."""
+    """Return the machine, the versions and the time."""
     import torch
 
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
@@ -51,7 +49,7 @@ def _processor() -> str:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError that says what was expected."""
+    """Return the object in a JSON file. Raise UserError that says what was expected."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -59,14 +57,14 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): {what}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: {what}")
+        raise UserError(f"{path} does not hold a JSON object: {what}")
     return content
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a run measured, by its report.json and metrics.csv: what it did not measure is missing, and a broken-off run has less.
+    """Return what a run measured, from its report.json and metrics.csv. Figures that it did not measure are missing.
 
-    Times in seconds, memory in GiB; losses are means per token.
+    Times are in seconds, memory in GiB; losses are means per token.
     """
     metrics = read_metrics(folder)
     measured: dict[str, Any] = {}
@@ -86,7 +84,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings that decide whether two runs can be compared, from a finished run's hyperparameters.yaml; {} without it."""
+    """Return the settings that decide whether two runs can be compared, from a finished run's hyperparameters.yaml; {} without it."""
     path = folder / "final" / "hyperparameters.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -96,10 +94,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def val_curve(folder: Path, total_seconds: float | None) -> list[tuple[int, float | None, float]]:
-    """(step, wall seconds since the run began, validation loss) of each validation; the loss from metrics.csv.
+    """Return (step, wall seconds since the run began, validation loss) of each validation.
 
-    TensorBoard's events say when each was written, and a run's clock stops right after the last one: loading, filling the cache and
-    validating are all counted. The time is None where events or `total_seconds` are missing.
+    The losses come from metrics.csv. TensorBoard's events say when each was written, and the run's clock stops right after the last
+    one, so the time includes loading, filling the cache and validating. It is None if events or `total_seconds` are missing.
     """
     losses = read_metrics(folder).get("val_loss", [])
     written = event_times(folder, "val_loss") if total_seconds else {}
@@ -112,7 +110,7 @@ def val_curve(folder: Path, total_seconds: float | None) -> list[tuple[int, floa
 
 
 def event_times(folder: Path, column: str) -> dict[int, float]:
-    """Step -> when a run wrote a value of that column, in seconds since 1970, from TensorBoard's events; {} without them."""
+    """Return step -> seconds since 1970 at which a run wrote a value of that column, from TensorBoard's events; {} without them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not any((folder / METRICS).parent.glob("events.out.tfevents.*")):
@@ -125,36 +123,39 @@ def event_times(folder: Path, column: str) -> dict[int, float]:
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
-    """The content of comparison_results.json, or the same made from the runs below a folder. UserError that lists all that is wrong."""
+    """Return the content of comparison_results.json, or the same collected from the runs below a folder.
+
+    Raise UserError that lists everything that is wrong.
+    """
     file = path / "comparison_results.json" if path.is_dir() else path
-    content = _gather(path) if path.is_dir() and not file.is_file() else read_json(file, WHAT)
+    content = _gather(path) if path.is_dir() and not file.is_file() else read_json(file, WRITTEN_BY)
     runs = content.get("runs")
     if not isinstance(runs, list) or not runs or not all(isinstance(record, dict) for record in runs):
-        raise UserError(f"{file} holds no list of runs: {WHAT}")
+        raise UserError(f"{file} holds no list of runs: {WRITTEN_BY}")
     if not isinstance(content.setdefault("environment", {}), dict):
-        raise UserError(f"{file}: environment is not an object: {WHAT}")
+        raise UserError(f"{file}: environment is not an object: {WRITTEN_BY}")
     problems = [f"run {number}: {text}" for number, record in enumerate(runs, 1) for text in _mistakes(record)]
     if not problems:
         keys = [(record["name"], record["repeat"]) for record in runs]
-        problems = [f"{name}, repetition {repeat}, is there twice" for name, repeat in sorted(set(keys)) if keys.count((name, repeat)) > 1]
+        problems = [f"{name}, repetition {repeat}, occurs twice" for name, repeat in sorted(set(keys)) if keys.count((name, repeat)) > 1]
     if problems:
         raise UserError(f"{file} cannot be used: {'; '.join(problems)}")
     models = {str(record.get("settings", {}).get("checkpoint_dir")): record["name"] for record in runs if record["status"] == "completed"}
     if len(models) > 1:
-        found = ", ".join(f"{model} ({name})" for model, name in models.items())
-        raise UserError(f"{path} has runs of different models, whose figures say nothing about each other: {found}. Name a folder with one")
+        named = ", ".join(f"{model} ({name})" for model, name in models.items())
+        raise UserError(f"{path} has runs of different models, which cannot be compared: {named}. Name a folder with one model")
     return {**content, "source": str(file if file.is_file() else path)}
 
 
 def _mistakes(record: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a run's record."""
+    """Yield everything that is wrong with a run's record."""
     if not isinstance(record.get("name"), str) or not isinstance(record.get("repeat"), int) or not isinstance(record.get("folder"), str):
         yield "name, repeat or folder is missing"
     if record.get("status") not in ("completed", "failed"):
         yield f"status is {record.get('status')!r}"
     measured = record.get("measured")
     if not isinstance(measured, dict) or not isinstance(record.get("settings", {}), dict):
-        yield "measured or settings is no object"
+        yield "measured or settings is not an object"
     elif record.get("status") == "completed":
         wrong = [f"{key} is {value!r}" for key, value in measured.items() if not _is_amount(value)]
         missing = [f"{key} is missing or 0" for key in NEEDED if not measured.get(key)]
@@ -169,10 +170,10 @@ def _is_amount(value: Any) -> bool:
 
 
 def _gather(path: Path) -> dict[str, Any]:
-    """The runs below a folder, as evaluate_skip2lora_comparison.py would have written them down."""
+    """Return the runs below a folder in the form that evaluate_skip2lora_comparison.py writes."""
     folders = sorted(file.parents[2] for file in path.rglob(str(METRICS)))
     if not folders:
-        raise UserError(f"{path} holds neither comparison_results.json nor runs with {METRICS}: {WHAT}")
+        raise UserError(f"{path} holds neither comparison_results.json nor runs with {METRICS}: {WRITTEN_BY}")
     runs = []
     for folder in folders:
         done = (folder / "report.json").is_file()

@@ -1,4 +1,4 @@
-"""One configuration measured: parameters, the parts of a training step, filling the cache, peak memory, and the limits beside them.
+"""Measure one configuration: parameters, the parts of a training step, filling the cache, peak memory, and their lower limits.
 
 A step is a real one: sequences of T tokens with next-token loss at the last share of the positions, AdamW on the adapters. The frozen
 head's gradient for its input is made together with the loss (`litgpt.loss`), so it counts as forward, for all configurations alike.
@@ -35,17 +35,15 @@ from litgpt.model import GPT as BaseGPT
 from litgpt.optim import make_optimizer
 from litgpt.sample import Sample
 
-BATCHES = 4
-"""different ones, taken in turn"""
-FILLS = 2
-"""timed passes that fill the cache, after one that is not timed"""
+BATCHES = 4  # different ones, in turn
+FILLS = 2  # timed passes that fill the cache, after an untimed one
+# Named models whose checkpoints share one weight between embedding and head. A checkpoint folder has this information itself.
 TIED = ("SmolLM2", "Llama-3.2")
-"""named models whose checkpoints share one weight between embedding and head; a checkpoint folder says so itself"""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, the same for every configuration."""
+    """The settings that all configurations share."""
 
     model: str
     batch_size: int
@@ -59,7 +57,7 @@ class Settings:
 
     @property
     def loss_positions(self) -> int:
-        """of a sequence"""
+        """Return the number of positions with loss in a sequence."""
         return max(1, round(self.loss_share * self.seq_length))
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -70,14 +68,14 @@ class Settings:
 
 
 def model_config(model: str, adapter: dict[str, Any] | None = None) -> Config:
-    """The config of a named model or a checkpoint folder. Raises UserError for an unknown one, and for adapters that do not fit."""
+    """Return the config of a named model or a checkpoint folder. Raise UserError if it is unknown or the adapters do not fit."""
     if Path(model).is_dir():
         return Config.from_checkpoint(model, **adapter or {})
     return Config.from_name(model, **adapter or {})
 
 
 def count(settings: Settings, adapter: dict[str, Any]) -> dict[str, Any]:
-    """`parameters` of a model without values."""
+    """Return `parameters` of a model without allocating its weights."""
     with torch.device("meta"):
         model = GPT(model_config(settings.model, adapter))
     if Path(settings.model).is_dir():
@@ -93,7 +91,7 @@ def count(settings: Settings, adapter: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters(model: GPT) -> dict[str, Any]:
-    """Counts; `ratio` is trainable over total, in percent."""
+    """Return parameter counts; `ratio` is trainable over total, in percent."""
     mark_only_lora_as_trainable(model)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -102,7 +100,7 @@ def parameters(model: GPT) -> dict[str, Any]:
 
 
 def build(settings: Settings, adapter: dict[str, Any]) -> GPT:
-    """The model on its device: the checkpoint's weights, or random ones, the same for every configuration."""
+    """Return the model on its device, with the checkpoint's weights, or with random ones that are the same for every configuration."""
     config, dtype = model_config(settings.model, adapter), backbone_dtype(settings.precision)
     source = Path(settings.model) / checkpoint.WEIGHTS
     weights = checkpoint.load_weights(source) if Path(settings.model).is_dir() else random_weights(config, dtype, settings.device)
@@ -114,7 +112,7 @@ def build(settings: Settings, adapter: dict[str, Any]) -> GPT:
 
 
 def random_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """N(0, 0.02) matrices, norms of 1, biases of 0."""
+    """Return N(0, 0.02) matrices, norms of 1, biases of 0."""
     torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in BaseGPT(config).state_dict().items()}
@@ -128,21 +126,24 @@ def random_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str,
 
 
 def random_samples(settings: Settings, vocab_size: int) -> list[Sample]:
-    """Sequences with `seq_length` inputs each, loss at the last of them."""
+    """Return sequences with `seq_length` inputs each and loss at the last positions."""
     random, length = Random(0), settings.seq_length + 1
     mask = bytearray(length - settings.loss_positions) + bytearray(b"\1") * settings.loss_positions
     return [Sample(array("i", random.choices(range(vocab_size), k=length)), mask) for _ in range(BATCHES * settings.batch_size)]
 
 
 def clock(device: str) -> float:
-    """Seconds, once all work that was given to the device is done."""
+    """Return the time in seconds, after all pending work on the device is done."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def time_steps(model: GPT, source: Activations, settings: Settings, beside: Callable[[], None] | None = None) -> dict[str, Any]:
-    """Milliseconds of training steps and their parts, and of `beside`, which runs after each; the first and the last step's loss."""
+    """Return milliseconds of training steps and their parts, and the loss of the first and the last step.
+
+    `beside` is timed after each step.
+    """
     optimizer = make_optimizer("AdamW", [p for p in model.parameters() if p.requires_grad])
     head_loss, device = HeadLoss(model.lm_head, model.config.logits_scaling, model.config.final_logit_softcapping), settings.device
     times: dict[str, list[float]] = {"forward_ms": [], "backward_ms": [], "step_ms": [], "products_ms": []}
@@ -182,7 +183,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def head_products(model: GPT, settings: Settings) -> Callable[[], None]:
-    """The two matrix products that no cached step can do without, N rows in the chunks that the loss takes, into memory that is there."""
+    """Return a function that does the two matrix products of a cached step: N rows in the chunks of the loss, into allocated memory."""
     head: Any = getattr(model.lm_head, "linear", model.lm_head)
     with settings.autocast():
         dtype = model.compute_dtype(torch.device(settings.device))
@@ -202,7 +203,7 @@ def head_products(model: GPT, settings: Settings) -> Callable[[], None]:
 
 @torch.no_grad()
 def bare_forward(model: GPT, samples: Sequence[Sample], settings: Settings) -> None:
-    """Embedding, blocks and last norm in the batches of the filling pass, nothing kept."""
+    """Run embedding, blocks and last norm in the batches of the filling pass, and keep nothing."""
     device = torch.device(settings.device)
     size = max(1, FILL_TOKENS["cpu" if device.type == "cpu" else "cuda"] // settings.seq_length)
     for first in range(0, len(samples), size):
@@ -216,7 +217,7 @@ def bare_forward(model: GPT, samples: Sequence[Sample], settings: Settings) -> N
 
 
 def fill_cache(model: GPT, samples: list[Sample], settings: Settings) -> tuple[Activations, dict[str, Any]]:
-    """A cache in memory, and the milliseconds that a sample takes, beside the bare forward pass."""
+    """Return a cache in memory, and the milliseconds per sample to fill it and of the bare forward pass."""
     keep = CacheSettings("memory", Path(), model.dtype)
     device, filled, bare = torch.device(settings.device), [], []
     for _ in range(1 + FILLS):
@@ -234,7 +235,7 @@ def fill_cache(model: GPT, samples: list[Sample], settings: Settings) -> tuple[A
 
 
 def measure(settings: Settings, adapter: dict[str, Any], cached: bool) -> dict[str, Any]:
-    """Everything about one configuration without, or with, the cache in memory. To be called once in a process, for the peak is its own."""
+    """Measure one configuration, with or without the cache in memory. Call it once per process: the peak of memory is the process's."""
     device = torch.device(settings.device)
     model = build(settings, adapter)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
@@ -249,7 +250,7 @@ def measure(settings: Settings, adapter: dict[str, Any], cached: bool) -> dict[s
 
 
 def main() -> None:
-    """Print `measure`'s result as JSON. The only argument that is understood is what `benchmarks.process.in_worker` passes."""
+    """Print `measure`'s result as JSON, for the job that `benchmarks.process.in_worker` passes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--worker", type=json.loads, required=True)
     job = parser.parse_args().worker

@@ -3,10 +3,10 @@
     python benchmark_skip2lora.py [--model NAME_OR_FOLDER] [--batch_size B] [--seq_length T] ...
     python benchmark_skip2lora.py --model Llama-2-7b-hf --count_only
 
-Every configuration is measured in processes of its own (`benchmarks.step.measure`), one without and one with the activation cache, so that
-peaks of memory are its own. Comparisons are of medians, which one disturbed step does not move. The limit of a cached step is the time of
-its two products with the frozen head at the same shapes, measured after every step; the limit of filling the cache is the bare backbone's
-forward pass over the same batches.
+Every configuration is measured in separate processes (`benchmarks.step.measure`), one without and one with the activation cache, so that
+peaks of memory belong to one configuration. Comparisons use medians, which a single disturbed step does not change. The lower limit of a
+cached step is the time of its two products with the frozen head at the same shapes, measured after every step. The lower limit of filling
+the cache is the bare backbone's forward pass over the same batches.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ LORA = "Traditional LoRA (Query+Value)"
 RECOMMENDED = "Skip2-LoRA (recommended)"
 FIRST_BLOCKS = (2, 4, 6)
 NOT_MEASURED: dict[str, Any] = {"uncached": None, "cached": None}
-ON_CPU = ("SmolLM2-135M", 8, 128)
-"""model, batch size, sequence length: up to five minutes on two cores"""
-ON_CUDA = (
+ON_CPU = ("SmolLM2-135M", 8, 128)  # model, batch size, sequence length
+ON_CUDA = (  # GiB of memory from which on to use the model, batch size and sequence length
     (40, ("Llama-2-7b-hf", 8, 512)),
     (22, ("Llama-2-7b-hf", 4, 512)),
     (15, ("Llama-2-7b-hf", 2, 512)),
     (0, ("tiny-llama-1.1b", 4, 512)),
 )
-"""the same, from so many GiB of memory on"""
 ITERATIONS = {"cpu": 5, "cuda": 10}
 
 
 def configurations(model: str, lora_r: int) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Name -> adapter settings, from `litgpt finetune`'s defaults and config_hub's skip2lora.yaml; notes on what does not fit the model."""
-    # After a LoRA warm-up, if the preset has one: by then that LoRA is part of the backbone.
+    """Return name -> adapter settings, and notes on configurations that do not fit the model.
+
+    The settings are `litgpt finetune`'s defaults and those of config_hub's skip2lora.yaml.
+    """
+    # The state after a LoRA warm-up, if the preset has one: by then that LoRA is part of the backbone.
     preset = {**_finetune_settings(str(_preset(model_config(model).name))), "skip2lora_warmup_steps": 0, "skip2lora_warmup_epochs": 0.0}
     wanted = {LORA: {**_finetune_settings("DIR"), "lora_r": lora_r}}
     wanted |= {f"Skip2-LoRA ({n} blocks)": {**preset, "skip2lora_block_indices": list(range(n))} for n in FIRST_BLOCKS}
@@ -74,7 +75,7 @@ def _finetune_settings(source: str) -> dict[str, Any]:
 
 
 def _preset(name: str) -> Path:
-    """skip2lora.yaml of config_hub for a model, SmolLM2-135M's for one that config_hub does not have."""
+    """Return config_hub's skip2lora.yaml for a model; SmolLM2-135M's for a model that config_hub does not have."""
     for file in sorted(HUB.glob("*/skip2lora.yaml")):
         known = catalog.find(Path(yaml.safe_load(file.read_text(encoding="utf-8"))["checkpoint_dir"]).name)
         if known and known["name"].removesuffix("-Instruct") == name.removesuffix("-Instruct"):
@@ -83,7 +84,7 @@ def _preset(name: str) -> Path:
 
 
 def isolated(settings: Settings, adapter: dict[str, Any], cached: bool) -> dict[str, Any]:
-    """`measure` in a process of its own; {"error": ...} if that fails."""
+    """Run `measure` in a separate process. Return {"error": ...} if that fails."""
     return in_worker("benchmarks.step", {"settings": asdict(settings), "adapter": adapter, "cached": cached})
 
 
@@ -104,7 +105,7 @@ def run(settings: Settings, chosen: dict[str, dict[str, Any]]) -> list[dict[str,
 
 
 def block(row: dict[str, Any]) -> str:
-    """All figures of one configuration."""
+    """Return all figures of one configuration as text."""
     counts, plain, cached = row["parameters"], row["uncached"], row["cached"]
     lines = [
         f"total parameters      {counts['total']:,}",
@@ -134,7 +135,7 @@ def _memory(part: dict[str, Any]) -> str:
 
 
 def comparison(measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Name -> reductions in percent and speed-ups against LoRA, and the ratios to the limits; what was not measured is missing."""
+    """Return name -> reductions in percent and speed-ups against LoRA, and the ratios to the limits. Unmeasured figures are missing."""
     base = measured[0]
     table = {}
     for row in measured:
@@ -171,7 +172,7 @@ def parameter_table(measured: list[dict[str, Any]], compared: dict[str, dict[str
 
 
 def summary(measured: list[dict[str, Any]], compared: dict[str, dict[str, float]]) -> str:
-    """The guide's COMPARISON SUMMARY."""
+    """Return the COMPARISON SUMMARY."""
 
     def timing(part: str, kind: str, key: str) -> str:
         rows = []
@@ -228,7 +229,7 @@ def limit_table(measured: list[dict[str, Any]], compared: dict[str, dict[str, fl
 
 
 def picture(measured: list[dict[str, Any]], file: Path) -> None:
-    """Bars for time, memory and parameters; nothing without matplotlib."""
+    """Draw bars for time, memory and parameters; nothing without matplotlib."""
     canvas = figure(15, 4.5)
     if canvas is None:
         return
@@ -248,7 +249,7 @@ def picture(measured: list[dict[str, Any]], file: Path) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The command line's settings; where it says nothing, what fits this machine. Raises UserError for what makes no sense."""
+    """Return the settings of the command line, completed by what fits this machine. Raise UserError if they make no sense."""
     device = torch.device(args.device) if args.device else default_device()
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here. Leave --device out to use the CPU")

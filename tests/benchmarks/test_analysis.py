@@ -54,7 +54,7 @@ def test_known_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "skip ended at a validation loss of 2.7500, lora_baseline at 2.5000: 0.2500 worse. It gained 75 % of what lora_baseline gained.",
         "The lowest final validation loss: lora_baseline (2.5).",
         "The shortest run: skip (25).",
-        "Fewer than three repetitions of skip, lora_baseline: small differences may be chance.",
+        "Fewer than three repetitions of skip, lora_baseline: small differences may be due to chance.",
     ):
         assert f"{line}\n" in out and f"- {line}\n" in text
 
@@ -117,13 +117,13 @@ def damaged(**changes: Any) -> dict[str, Any]:
     [
         ([], "holds no list of runs"),
         (["a"], "holds no list of runs"),
-        ([{}], "name, repeat or folder is missing; run 1: status is None; run 1: measured or settings is no object"),
+        ([{}], "name, repeat or folder is missing; run 1: status is None; run 1: measured or settings is not an object"),
         ([damaged(final_val_loss=float("nan"))], "final_val_loss is nan"),
         ([damaged(total_seconds=-1)], "total_seconds is -1"),
         ([damaged(steps="many")], "steps is 'many'"),
         ([damaged(peak_memory_gb=True, steps=0)], "peak_memory_gb is True, steps is missing or 0"),
         ([damaged(trainable_parameters=200_000)], "more trainable parameters than parameters"),
-        ([record("a"), record("a")], "a, repetition 1, is there twice"),
+        ([record("a"), record("a")], "a, repetition 1, occurs twice"),
         ([record("a"), record("b", checkpoint_dir="other")], "runs of different models"),
     ],
 )

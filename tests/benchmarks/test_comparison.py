@@ -181,7 +181,7 @@ def test_names_and_files_that_are_unknown() -> None:
 def test_the_model_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = HUB.resolve()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no model is there: checkpoints/meta-llama/Llama-2-7b-hf, .*make demo"):
+    with pytest.raises(UserError, match="no model found: checkpoints/meta-llama/Llama-2-7b-hf, .*make demo"):
         comparison.hub_folder(None, [], hub)
     folder = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
     folder.mkdir(parents=True)
