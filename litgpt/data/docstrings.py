@@ -1,8 +1,12 @@
-"""A docstring as one line of plain text."""
+"""The signature of a function, and the first paragraph of a docstring as one line of plain text."""
 
+import inspect
 import re
+from collections.abc import Sequence
+from typing import Any
 
-CALL = re.compile(r"[\w.]+\((?P<parameters>.*?)\)(\s*-+>\s*.*)?\s*[:.]?")
+SIGNATURE_CHARS = 72  # a longer signature ends in "...)"
+_CALL = re.compile(r"[\w.]+\((?P<parameters>.*?)\)(\s*-+>\s*.*)?\s*[:.]?")
 _CALL_WITH_TEXT = re.compile(r"[\w.]+\(.*\)(\s*-+>\s*[^-]*)?\s+--\s+(?P<text>\S.*)")
 _HEADER = re.compile(
     r"(args|arguments|parameters|returns?|raises|yields|examples?|notes?|usage|attributes|warnings?|see also|keyword args)\s*:*",
@@ -44,7 +48,7 @@ def first_paragraph(doc: str, min_chars: int, max_chars: int) -> str:
         lines: list[str] = []
         only_calls = True
         for line in map(str.strip, block.splitlines()):
-            is_call = CALL.fullmatch(line) or line == "--"
+            is_call = _CALL.fullmatch(line) or line == "--"
             only_calls = only_calls and bool(is_call)
             described = None if lines else _CALL_WITH_TEXT.fullmatch(line)
             if described:
@@ -75,3 +79,60 @@ def _sentences(text: str, min_chars: int, max_chars: int) -> str:
     if re.match(r"[a-z]+ ", answer):
         answer = answer[0].upper() + answer[1:]
     return answer if min_chars <= len(answer) <= max_chars else ""
+
+
+# --- Signatures ---
+
+
+class _Shown(str):
+    """A default value in a signature."""
+
+    __repr__ = str.__str__
+
+
+def signature(function: Any, doc: str, takes_self: bool) -> str:
+    """Return `(x, /, *, key=None)` without annotations and `self`; "" if neither Python nor the docstring has it."""
+    empty = inspect.Parameter.empty
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (ValueError, TypeError, NameError, AttributeError):
+        return _signature_from_doc(doc)
+    shown = [
+        parameter.replace(annotation=empty, default=empty if parameter.default is empty else _Shown(_default_text(parameter.default)))
+        for parameter in parameters[takes_self:]
+        if not parameter.name.startswith("_")
+    ]
+    # Without private parameters a default may precede a parameter that has none, which Signature would refuse.
+    texts = [str(inspect.Signature(shown[:n], __validate_parameters__=False)) for n in range(len(shown) + 1)]
+    return _fitting(texts[-1], [text[:-1] for text in texts[:-1]])
+
+
+def _fitting(full: str, shorter: Sequence[str]) -> str:
+    """Return the signature, or the longest of its `shorter` beginnings, with "...", that fits SIGNATURE_CHARS."""
+    candidates = [full, *(f"{start}{', ' if start != '(' else ''}...)" for start in reversed(shorter))]
+    return next((text for text in candidates if len(text) <= SIGNATURE_CHARS), candidates[-1])
+
+
+def _default_text(value: Any) -> str:
+    """Return the value as written, if that is short and the same on every run."""
+    plain = isinstance(value, (bool, int, float, str, bytes, type(None), tuple))
+    return text if plain and len(text := repr(value)) <= 20 and "<" not in text else "..."
+
+
+def _signature_from_doc(doc: str) -> str:
+    """Return the signature in a first line such as "abs(input: Tensor, *, out=None) -> Tensor"."""
+    match = _CALL.fullmatch(doc.partition("\n")[0])
+    if not match:
+        return ""
+    parts, depth = [""], 0
+    for char in match["parameters"]:  # split at commas outside of brackets
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    parameters = [re.sub(r":[^=]*(?=$|=)", "", part.strip()).replace(" =", "=").replace("= ", "=") for part in parts if part.strip()]
+    if parameters and parameters[0] == "self":
+        del parameters[0]
+    starts = ["(" + ", ".join(parameters[:n]) for n in range(len(parameters) + 1)]
+    return _fitting(starts[-1] + ")", starts[:-1])

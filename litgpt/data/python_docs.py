@@ -13,16 +13,15 @@ import inspect
 import json
 import os
 import pkgutil
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from litgpt.data.base import DataModule, Record
-from litgpt.data.docstrings import CALL, first_paragraph
+from litgpt.data.docstrings import first_paragraph, signature
 from litgpt.errors import UserError
 
 # The standard library's modules that exist on every platform and in every version, numpy and torch.
@@ -47,7 +46,6 @@ _SKIPPED = (
     "torch.compiler.config torch.xpu"
 )
 SKIPPED_MODULES = frozenset(_SKIPPED.split())
-SIGNATURE_CHARS = 72  # a longer signature ends in "...)"
 
 
 class Entry(NamedTuple):
@@ -171,7 +169,8 @@ def collect(packages: list[str], min_chars: int, max_chars: int) -> tuple[list[E
     for member in sorted(members.values(), key=lambda member: member.order):
         answer = first_paragraph(member.doc, min_chars, max_chars)
         if answer and answer not in entries:
-            entries[answer] = Entry(member.name, member.kind, "" if member.kind == "class" else _signature(member), answer)
+            shown = "" if member.kind == "class" else signature(member.caller, member.doc, member.takes_self)
+            entries[answer] = Entry(member.name, member.kind, shown, answer)
     return sorted(entries.values()), sorted(set(unreadable))
 
 
@@ -228,60 +227,3 @@ def _methods(class_name: str, cls: type) -> Iterator[Member]:
         static = wrapped or inspect.isbuiltin(member) or type(member).__name__ == "classmethod_descriptor"
         function = member.__func__ if wrapped else member
         yield Member(f"{class_name}.{name}", "method", function, getattr(cls, name, None), takes_self=not static)
-
-
-# --- Signatures ---
-
-
-class _Shown(str):
-    """A default value in a signature."""
-
-    __repr__ = str.__str__
-
-
-def _signature(member: Member) -> str:
-    """Return `(x, /, *, key=None)` without annotations; "" if neither Python nor the docstring has it."""
-    empty = inspect.Parameter.empty
-    try:
-        parameters = list(inspect.signature(member.caller).parameters.values())
-    except (ValueError, TypeError, NameError, AttributeError):
-        return _signature_from_doc(member.doc)
-    shown = [
-        parameter.replace(annotation=empty, default=empty if parameter.default is empty else _Shown(_default_text(parameter.default)))
-        for parameter in parameters[member.takes_self :]
-        if not parameter.name.startswith("_")
-    ]
-    # Without private parameters a default may precede a parameter that has none, which Signature would refuse.
-    texts = [str(inspect.Signature(shown[:n], __validate_parameters__=False)) for n in range(len(shown) + 1)]
-    return _fitting(texts[-1], [text[:-1] for text in texts[:-1]])
-
-
-def _fitting(full: str, shorter: Sequence[str]) -> str:
-    """Return the signature, or the longest of its `shorter` beginnings, with "...", that fits SIGNATURE_CHARS."""
-    candidates = [full, *(f"{start}{', ' if start != '(' else ''}...)" for start in reversed(shorter))]
-    return next((text for text in candidates if len(text) <= SIGNATURE_CHARS), candidates[-1])
-
-
-def _default_text(value: Any) -> str:
-    """Return the value as written, if that is short and the same on every run."""
-    plain = isinstance(value, (bool, int, float, str, bytes, type(None), tuple))
-    return text if plain and len(text := repr(value)) <= 20 and "<" not in text else "..."
-
-
-def _signature_from_doc(doc: str) -> str:
-    """Return the signature in a first line such as "abs(input: Tensor, *, out=None) -> Tensor"."""
-    match = CALL.fullmatch(doc.partition("\n")[0])
-    if not match:
-        return ""
-    parts, depth = [""], 0
-    for char in match["parameters"]:  # split at commas outside of brackets
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    parameters = [re.sub(r":[^=]*(?=$|=)", "", part.strip()).replace(" =", "=").replace("= ", "=") for part in parts if part.strip()]
-    if parameters and parameters[0] == "self":
-        del parameters[0]
-    starts = ["(" + ", ".join(parameters[:n]) for n in range(len(parameters) + 1)]
-    return _fitting(starts[-1] + ")", starts[:-1])

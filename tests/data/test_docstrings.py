@@ -1,8 +1,8 @@
-"""The first paragraph of docstrings in the forms that packages use."""
+"""Docstrings and signatures in the forms that packages use."""
 
 import pytest
 
-from litgpt.data.docstrings import first_paragraph
+from litgpt.data.docstrings import first_paragraph, signature
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,31 @@ from litgpt.data.docstrings import first_paragraph
 )
 def test_first_paragraph(doc: str, answer: str) -> None:
     assert first_paragraph(doc, 10, 300) == answer
+
+
+def plain(self: object, a: int, /, b: str = "x", *args: int, key: object = object, _hidden: None = None) -> None:
+    pass
+
+
+def many(first_parameter: int, second_parameter: int, third_parameter: int, fourth: int, *, fifth_parameter: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("function", "doc", "shown"),
+    [
+        (plain, "", "(a, /, b='x', *args, key=...)"),
+        (many, "", "(second_parameter, third_parameter, fourth, *, fifth_parameter)"),
+        (None, "abs(input: Tensor, *, out=None) -> Tensor", "(input, *, out=None)"),
+        (None, "f(self, size: Tuple[int, int], axis = 0)\n\nText.", "(size, axis=0)"),
+        (None, f"f({'x' * 30}, {'y' * 30}, {'z' * 30})", f"({'x' * 30}, {'y' * 30}, ...)"),
+        (None, f"f({'x' * 80})", "(...)"),
+        (None, "Text.", ""),
+    ],
+)
+def test_signature(function: object, doc: str, shown: str) -> None:
+    assert signature(function, doc, takes_self=True) == shown
+
+
+def test_a_long_signature_is_cut() -> None:
+    assert signature(many, "", takes_self=False) == "(first_parameter, second_parameter, third_parameter, fourth, ...)"
