@@ -26,11 +26,12 @@ import torch
 
 from litgpt import checkpoint
 from litgpt.activations.cache import FILL_TOKENS, ActivationCache, Activations, CacheSettings, Recompute, activations
+from litgpt.adapters.base import adapter_parameters
 from litgpt.device import backbone_dtype
 from litgpt.errors import UserError
 from litgpt.logs import peak_memory_gb
-from litgpt.lora import GPT, Config, lora_filter, mark_only_lora_as_trainable
-from litgpt.loss import CHUNK_BYTES, HeadLoss
+from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
+from litgpt.loss import CHUNK_BYTES, HeadLoss, loss_of
 from litgpt.model import GPT as BaseGPT
 from litgpt.optim import make_optimizer
 from litgpt.sample import Sample
@@ -80,13 +81,11 @@ def count(settings: Settings, adapter: dict[str, Any]) -> dict[str, Any]:
         model = GPT(model_config(settings.model, adapter))
     if Path(settings.model).is_dir():
         weights = checkpoint.load_weights(Path(settings.model) / checkpoint.WEIGHTS)
-        embedding = weights["transformer.wte.weight"]
-        tied = weights.get("lm_head.weight", embedding).data_ptr() == embedding.data_ptr()
+        tied = checkpoint.is_tied(weights)
     else:
         tied = model.config.name.startswith(TIED)
     if tied:
-        head: Any = model.lm_head
-        getattr(head, "linear", head).weight = model.transformer["wte"].weight
+        model.tie_head()
     return parameters(model)
 
 
@@ -95,7 +94,7 @@ def parameters(model: GPT) -> dict[str, Any]:
     mark_only_lora_as_trainable(model)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lora = sum(p.numel() for name, p in model.named_parameters() if lora_filter(name))
+    lora = sum(p.numel() for p in adapter_parameters(model).values())
     return {"total": total, "trainable": trainable, "lora": lora, "ratio": 100 * trainable / total}
 
 
@@ -145,7 +144,7 @@ def time_steps(model: GPT, source: Activations, settings: Settings, beside: Call
     `beside` is timed after each step.
     """
     optimizer = make_optimizer("AdamW", [p for p in model.parameters() if p.requires_grad])
-    head_loss, device = HeadLoss(model.lm_head, model.config.logits_scaling, model.config.final_logit_softcapping), settings.device
+    head_loss, device = HeadLoss.of(model), settings.device
     times: dict[str, list[float]] = {"forward_ms": [], "backward_ms": [], "step_ms": [], "products_ms": []}
     losses = []
     model.train()
@@ -154,9 +153,7 @@ def time_steps(model: GPT, source: Activations, settings: Settings, beside: Call
         start = clock(device)
         with settings.autocast():
             features = source(range(first, first + settings.batch_size))
-            hidden = model.tail(features.x, features.taps, features.pos)
-            hidden = hidden if features.at is None else hidden[features.at]  # (N, d)
-            loss = head_loss(hidden, features.targets) / len(features.targets)
+            loss = loss_of(model, features, head_loss) / len(features.targets)
         forward = clock(device)
         loss.backward()
         backward = clock(device)
@@ -184,10 +181,9 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 def head_products(model: GPT, settings: Settings) -> Callable[[], None]:
     """Return a function that does the two matrix products of a cached step: N rows in the chunks of the loss, into allocated memory."""
-    head: Any = getattr(model.lm_head, "linear", model.lm_head)
     with settings.autocast():
         dtype = model.compute_dtype(torch.device(settings.device))
-    weight = head.weight.detach().to(dtype)  # (V, d)
+    weight = model.head.weight.detach().to(dtype)  # (V, d)
     N = settings.batch_size * settings.loss_positions
     hidden = torch.randn(N, weight.size(1), device=weight.device).to(dtype)
     rows = max(1, min(N, CHUNK_BYTES // (weight.size(0) * weight.element_size())))

@@ -28,10 +28,10 @@ from benchmarks.step import Settings, count, model_config
 from litgpt import atomic
 from litgpt import families as catalog
 from litgpt.__main__ import load
+from litgpt.adapters.settings import model_settings
 from litgpt.cli import parse
 from litgpt.device import backbone_dtype, default_device, default_precision
 from litgpt.errors import UserError
-from litgpt.lora import Config
 from litgpt.text import text_table
 
 HUB = ROOT / "config_hub" / "finetune"
@@ -55,7 +55,7 @@ def configurations(model: str, lora_r: int) -> tuple[dict[str, dict[str, Any]], 
     The settings are `litgpt finetune`'s defaults and those of config_hub's skip2lora.yaml.
     """
     # The state after a LoRA warm-up, if the preset has one: by then that LoRA is part of the backbone.
-    preset = {**_finetune_settings(str(_preset(model_config(model).name))), "skip2lora_warmup_steps": 0, "skip2lora_warmup_epochs": 0.0}
+    preset = {**_finetune_settings(str(_preset(model_config(model).name))), "skip2lora_warmup": False}
     wanted = {LORA: {**_finetune_settings("DIR"), "lora_r": lora_r}}
     wanted |= {f"Skip2-LoRA ({n} blocks)": {**preset, "skip2lora_block_indices": list(range(n))} for n in FIRST_BLOCKS}
     wanted[RECOMMENDED] = preset
@@ -71,7 +71,7 @@ def configurations(model: str, lora_r: int) -> tuple[dict[str, dict[str, Any]], 
 
 def _finetune_settings(source: str) -> dict[str, Any]:
     arguments = parse("litgpt finetune", load("finetune"), [source])
-    return {key: value for key, value in arguments.items() if key in Config.adapter_fields()}
+    return model_settings(arguments)
 
 
 def _preset(name: str) -> Path:

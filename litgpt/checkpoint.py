@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,23 +164,29 @@ def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: st
         raise UserError(f"{source} cannot be of the sizes that model_config.yaml gives (n_embd {config.n_embd} ...): {reason}") from None
 
 
+def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Return True if a checkpoint's output layer is its embedding: the same tensor, or stored once."""
+    embedding, head = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
+    return embedding is not None and (head is None or head.data_ptr() == embedding.data_ptr())
+
+
 def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: str | Path) -> None:
     """Give a model made on the meta device its base weights, cast to `dtype`; adapters get fresh fp32 values.
 
     The head and the embedding share one tensor if they do in `weights`. Raises UserError that lists every missing, unknown and
     misshapen weight.
     """
+    from litgpt.adapters.base import adapter_parameters, renew_adapters
     from litgpt.convert.litgpt import is_old, modernised
-    from litgpt.lora import lora_filter, renew_adapters
 
     config = model.config
     if is_old(weights):
         weights = modernised(weights, config, str(source))
-    embedding, output = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
-    tied = embedding is not None and (output is None or output.data_ptr() == embedding.data_ptr())
+    tied = is_tied(weights)
     if tied:
-        weights = {**weights, "lm_head.weight": embedding}  # type: ignore[dict-item]
-    wanted = {name.replace(".linear.", "."): value.shape for name, value in model.state_dict().items() if not lora_filter(name)}
+        weights = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
+    adapters = adapter_parameters(model)
+    wanted = {name.replace(".linear.", "."): value.shape for name, value in model.state_dict().items() if name not in adapters}
     problems = [f"{name} is missing" for name in wanted if name not in weights]
     problems += [f"{name} is unknown" for name in weights if name not in wanted]
     problems += [
@@ -193,17 +199,26 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
         raise UserError(f"{source} does not fit model {config.name!r}: {'; '.join(problems)}")
     cast = {name: value.to(dtype) for name, value in weights.items() if not (tied and name == "lm_head.weight")}
     model.load_state_dict(cast, strict=False, assign=True)
-    head: Any = model.lm_head
     if tied:
-        getattr(head, "linear", head).weight = model.transformer["wte"].weight
+        model.tie_head()
     renew_adapters(model)
+
+
+def build_model(config: LoRAConfig, base: Path, dtype: torch.dtype) -> LoRAGPT:
+    """Return a model on the CPU: the weights of checkpoint `base` in `dtype`, fresh adapters. Raises UserError if they do not fit."""
+    weights = load_weights(base / WEIGHTS)
+    model = empty_model(config, weights, base / WEIGHTS)
+    load_base(model, weights, dtype, base / WEIGHTS)
+    return model
 
 
 def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) -> None:
     """Copy an adapter's A and B into the model. Raises UserError that lists every name and shape that does not fit."""
-    from litgpt.lora import lora_filter
+    import torch
 
-    own = {name: value for name, value in model.named_parameters() if lora_filter(name)}
+    from litgpt.adapters.base import adapter_parameters
+
+    own = adapter_parameters(model)
     problems = [f"{name} is missing" for name in own if name not in weights]
     for name, value in weights.items():
         if name not in own:
@@ -214,8 +229,9 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
             problems.append(f"{name} has {value.dtype} numbers, not floating ones")
     if problems:
         raise UserError(f"{source} does not fit the adapter settings beside it: {'; '.join(problems)}")
-    for name, value in weights.items():
-        own[name].data.copy_(value)
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
 
 
 def read_adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -224,16 +240,17 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
     Both stand in its `hyperparameters.yaml`, as LitGPT has it; `base` counts more. Blocks that "auto" chose stand in `model_config.yaml`.
     Raises UserError if they do not.
     """
-    from litgpt.lora import Config as LoRAConfig
+    from litgpt.adapters.settings import model_settings
 
     file = Path(folder) / "hyperparameters.yaml"
     values = read_yaml(file, "is missing: an adapter folder holds it")
     if not isinstance(values, dict) or not (base or isinstance(values.get("checkpoint_dir"), str)):
         raise UserError(f"{file} must hold the adapter's settings and its base's checkpoint_dir, and does not")
     base = Path(base or values["checkpoint_dir"])
-    settings = {key: value for key, value in values.items() if key in LoRAConfig.adapter_fields()}
-    if values.get("skip2lora_positions") is not None:
-        settings[CHOSEN_TAPS] = values["skip2lora_positions"]
+    try:
+        settings = model_settings(values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     if str(settings.get(CHOSEN_TAPS)).startswith("auto"):
         settings[CHOSEN_TAPS] = chosen_taps(folder)
         if not isinstance(settings[CHOSEN_TAPS], list):
@@ -279,9 +296,7 @@ def load_model(
             config = LoRAConfig.from_checkpoint(base, **settings)
         except UserError as error:
             raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
-    weights = load_weights(base / WEIGHTS)
-    model = empty_model(config, weights, base / WEIGHTS)
-    load_base(model, weights, dtype, base / WEIGHTS)
+    model = build_model(config, base, dtype)
     if adapter:
         load_adapter(model, load_weights(Path(folder) / ADAPTER_WEIGHTS), Path(folder) / ADAPTER_WEIGHTS)
     if quantize is not None:

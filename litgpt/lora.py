@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685) and Skip2-LoRA (arXiv 2410.21073): layers, the extended Config, and the GPT that carries them.
 
-    LoRA          y = W x + (alpha / r) B A dropout(x)                                  inside a linear layer
+    LoRA          y = W x + s B A dropout(x),  s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)    inside a linear layer
     Skip2-LoRA    D_i = (alpha / r) B_i A_i dropout(N(x_{i+1})),  s = sum over S of D_i   from block i's output to the output layer's input
 
 Letters in shapes: as in `litgpt.model`, and r the rank of an adapter.
@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from torch import nn
 
 from litgpt import config as base
 from litgpt import model as base_model
-from litgpt.adapters.settings import AdapterSettings, BlockIndices, WarmupSettings
+from litgpt.adapters.base import Adapter, LinearAdapter, adapters, renew_adapters
+from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
+from litgpt.adapters.dora import DoRA
+from litgpt.adapters.settings import AdapterSettings
 from litgpt.errors import UserError
 from litgpt.model import Block, CausalSelfAttention, rms_normalise
 
@@ -36,27 +40,29 @@ __all__ = [
     "lora_filter",
     "mark_only_lora_as_trainable",
     "merge_lora_weights",
+    "renew_adapters",
     "resolve_blocks",
 ]
 
 LM_HEAD, LN_F = "lm_head", "transformer.ln_f"
-DEFAULT_TAPS = 6
-AUTO = re.compile("auto(?::([0-9]{1,9}))?")
-ADAPTER_PARAMETERS = ("lora_A", "lora_B")
+VARIANTS: dict[str, tuple[type[LinearAdapter], ...]] = {"lora": (), "dora": (DoRA,)}  # mixed into LoRA's layers
 
 
 @dataclass
-class Config(base.Config, AdapterSettings, WarmupSettings):
-    """A model's config and its adapters'. `lora_r` 0 means no LoRA."""
+class Config(base.Config, AdapterSettings):
+    """The config of a model and its adapters."""
+
+    skip2lora_warmup: bool = False
+    """LoRA on every block was trained before Skip2-LoRA, and stays, frozen, in front of the cut."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         AdapterSettings.__post_init__(self)
-        WarmupSettings.__post_init__(self)
-        self.require_adapters(self)
         self.skip2lora_r = self.lora_r if self.skip2lora_r is None else self.skip2lora_r
         self.skip2lora_alpha = self.lora_alpha if self.skip2lora_alpha is None else self.skip2lora_alpha
         self.skip2lora_dropout = self.lora_dropout if self.skip2lora_dropout is None else self.skip2lora_dropout
+        if self.skip2lora_warmup:
+            self.require_warmup("a warm-up")
         _ = self.taps, self.lora_blocks  # a wrong block index is reported here, not later
 
     @property
@@ -81,7 +87,7 @@ class Config(base.Config, AdapterSettings, WarmupSettings):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """S, sorted; empty without Skip2-LoRA."""
+        """S, sorted; empty without Skip2-LoRA. Every candidate for "auto" until `keep_taps` keeps the chosen blocks."""
         if not self.skip2lora_enabled:
             return ()
         prefix = min(self._output_layer, self.n_layer)
@@ -91,35 +97,30 @@ class Config(base.Config, AdapterSettings, WarmupSettings):
         elif self.taps_to_choose:
             spec = "all"
         blocks = resolve_blocks(spec, self.n_layer, range(prefix), "skip2lora_block_indices")
-        late = [block for block in blocks if block >= prefix]
-        if late:
+        if late := [block for block in blocks if block >= prefix]:
             raise UserError(
-                f"skip2lora_block_indices names {_blocks(late)}, which does not run before skip2lora_output_layer "
+                f"skip2lora_block_indices names {listed(late)}, which does not run before skip2lora_output_layer "
                 f"{self.skip2lora_output_layer!r}: its output cannot be added there. Name blocks 0 to {prefix - 1}, or a later output layer"
             )
         return blocks
 
     @property
     def taps_to_choose(self) -> int | None:
-        """How many taps training has to choose: N for "auto:N", 6 (or all, if there are fewer) for "auto"; None where they are named."""
-        prefix = min(self._output_layer, self.n_layer)
-        match = AUTO.fullmatch(str(self.skip2lora_block_indices)) if self.skip2lora_enabled else None
-        count = int(match[1] or min(DEFAULT_TAPS, prefix)) if match else 0
-        return count if 1 <= count <= prefix else None
+        """The number of taps that training chooses ("auto"); None where they are named."""
+        return auto_count(self.skip2lora_block_indices, min(self._output_layer, self.n_layer)) if self.skip2lora_enabled else None
 
     @property
     def lora_blocks(self) -> tuple[int, ...]:
-        """The blocks whose linear layers get LoRA, sorted: `lora_block_indices`; behind the cut if Skip2-LoRA makes one from the start."""
-        first = min(self._output_layer, self.n_layer) if self.skip2lora_enabled and not self.has_warmup else 0
+        """The blocks whose linear layers get LoRA, sorted: `lora_block_indices`; those behind the cut, unless LoRA was warmed up."""
+        first = min(self._output_layer, self.n_layer) if self.skip2lora_enabled and not self.skip2lora_warmup else 0
         behind = range(first, self.n_layer)
         if self.lora_block_indices is None:
             return tuple(behind) if self.has_lora_in_blocks else ()
         blocks = resolve_blocks(self.lora_block_indices, self.n_layer, behind, "lora_block_indices")
-        frozen = [block for block in blocks if block < first]
-        if frozen:
+        if frozen := [block for block in blocks if block < first]:
             raise UserError(
-                f"lora_block_indices names {_blocks(frozen)}, which runs before skip2lora_output_layer {self.skip2lora_output_layer!r}: "
-                "what runs before it is frozen and gets no gradient, so LoRA there would learn nothing. Name later blocks"
+                f"lora_block_indices names {listed(frozen)}, which runs before skip2lora_output_layer {self.skip2lora_output_layer!r}: "
+                "blocks before it are frozen and get no gradient, so LoRA there would learn nothing. Name later blocks"
             )
         return blocks if self.has_lora_in_blocks else ()
 
@@ -130,53 +131,8 @@ class Config(base.Config, AdapterSettings, WarmupSettings):
 
     @classmethod
     def adapter_fields(cls) -> set[str]:
-        """Names of the adapters' settings."""
+        """Return the names of the adapters' settings."""
         return cls.__dataclass_fields__.keys() - base.Config.__dataclass_fields__.keys()
-
-
-def _blocks(indices: list[int]) -> str:
-    return ("block " if len(indices) == 1 else "blocks ") + ", ".join(map(str, indices))
-
-
-def resolve_blocks(spec: BlockIndices | tuple[int | str, ...], n_layer: int, available: range, key: str) -> tuple[int, ...]:
-    """Block numbers, sorted, from any form of `skip2lora_block_indices`.
-
-    Ints and names "transformer.h.3" count over the whole model, negative ints from its end. "all", "last:n" and "every:n" (which
-    ends at the last block) count over `available`. Raises UserError, naming `key`, for anything else.
-    """
-    if isinstance(spec, str) and not spec.startswith("transformer.h."):
-        last = list(available)
-        form, _, count = spec.partition(":")
-        number = int(count) if re.fullmatch("[0-9]{1,9}", count) else 0
-        if spec == "all" and last:
-            return tuple(last)
-        if form == "last" and 1 <= number <= len(last):
-            return tuple(last[-number:])
-        if form == "every" and 1 <= number <= len(last):
-            return tuple(sorted(last[::-1][::number]))
-        auto = ", 'every:5' or 'auto:6'" if key == "skip2lora_block_indices" else " or 'every:5'"
-        forms = f"a list such as [0, 1, -1], 'all', 'last:6'{auto}"
-        raise UserError(f"{key} is {spec[:60]!r}: give {forms}, with a number from 1 to the {len(last)} blocks there are")
-    if spec is not None and not isinstance(spec, int | str | list | tuple):
-        raise UserError(f"{key} is {str(spec)[:60]}: give a list of block numbers such as [0, 1, -1]")
-    entries = [spec] if isinstance(spec, int | str) else list(spec or ())
-    blocks, wrong = [], []
-    for entry in entries:
-        match = re.fullmatch(r"transformer\.h\.([0-9]{1,9})", entry) if isinstance(entry, str) else None
-        index = int(match[1]) if match else entry
-        if not isinstance(index, int) or isinstance(index, bool) or not -n_layer <= index < n_layer:
-            wrong.append(entry)
-        else:
-            blocks.append(index % n_layer)
-    if wrong:
-        named = ", ".join(repr(entry)[:60] for entry in wrong[:6]) + (", ..." if len(wrong) > 6 else "")
-        raise UserError(f"{key} names {named}: this model has blocks 0 to {n_layer - 1} (-1 is the last)")
-    if not blocks:
-        raise UserError(f"{key} names no block: name at least one, such as [-1]")
-    twice = sorted({block for block in blocks if blocks.count(block) > 1})
-    if twice:
-        raise UserError(f"{key} names {_blocks(twice)} twice")
-    return tuple(sorted(blocks))
 
 
 class Dropout(nn.Module):
@@ -200,8 +156,8 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
-class LoRALayer(nn.Module):
-    """What every adapter has: A (r, in) Kaiming-uniform, B (out, r) zero, dropout on its input, and the factor alpha / r.
+class LoRALayer(Adapter):
+    """A low-rank adapter: A (r, in) Kaiming-uniform, B (out, r) zero, dropout on its input, and a factor.
 
     A and B are fp32 whatever the backbone's dtype.
     """
@@ -209,19 +165,18 @@ class LoRALayer(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, r: int, lora_alpha: float, lora_dropout: float) -> None:
+    def __init__(self, r: int, lora_alpha: float, lora_dropout: float, rslora: bool = False) -> None:
         super().__init__()
         if r < 0:
             raise ValueError(f"a rank of {r} makes no sense")
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
-        self.scaling = lora_alpha / r if r else 0.0
+        self.scaling = lora_alpha / (math.sqrt(r) if rslora else r) if r else 0.0
 
     def _make(self, a: tuple[int, int], b: tuple[int, int]) -> None:
         self.lora_A = nn.Parameter(torch.empty(a, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(b, dtype=torch.float32))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A Kaiming-uniform as `nn.Linear` has it, B zero: the adapter adds nothing until it is trained."""
@@ -229,8 +184,8 @@ class LoRALayer(nn.Module):
         nn.init.zeros_(self.lora_B)
 
 
-class LoRALinear(LoRALayer):
-    """A linear layer with LoRA: y = linear(x) + (alpha / r) B A dropout(x), A (r, in), B (out, r).
+class LoRALinear(LoRALayer, LinearAdapter):
+    """A linear layer with LoRA: y = linear(x) + s B A dropout(x), A (r, in), B (out, r).
 
     `linear` is the layer to adapt, quantised or not; without it a new one is made. A state dict's `weight` and `bias` go to `linear`.
     """
@@ -243,15 +198,18 @@ class LoRALinear(LoRALayer):
         lora_alpha: float = 1,
         lora_dropout: float = 0.0,
         linear: nn.Module | None = None,
+        rslora: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(r, lora_alpha, lora_dropout)
+        super().__init__(r, lora_alpha, lora_dropout, rslora)
+        self.in_features, self.out_features = in_features, out_features
         self.linear: Any = linear if linear is not None else nn.Linear(in_features, out_features, **kwargs)
-        self._make_adapter(in_features, out_features)
+        if r:
+            self.make_parameters(in_features, out_features)
+            self.reset_parameters()
 
-    def _make_adapter(self, in_features: int, out_features: int) -> None:
-        if self.r:
-            self._make((self.r, in_features), (out_features, self.r))
+    def make_parameters(self, in_features: int, out_features: int) -> None:
+        self._make((self.r, in_features), (out_features, self.r))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("weight", "bias"):
@@ -260,24 +218,26 @@ class LoRALinear(LoRALayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def up(self) -> torch.Tensor:
-        """(alpha / r) B as a matrix (out, columns of A x)."""
         return self.lora_B * self.scaling
+
+    def adapted_rows(self) -> torch.Tensor:
+        return torch.ones(self.out_features, dtype=torch.bool)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        low = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        return F.linear(low, self.up().to(low.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""
         y = self.linear(x)
-        if not self.r:
-            return y
-        low = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        return y + F.linear(low, self.up().to(low.dtype))
+        return y + self.update(x) if self.r else y
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """The plain layer with W + (alpha / r) B A for its weight, added in fp32."""
+        """Return the plain layer with the update in its weight, added in fp32."""
         if self.r:
             weight = self.linear.weight
-            merged = weight.float() + self.up() @ self.lora_A
-            self.linear.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=weight.requires_grad)
+            self.linear.weight = nn.Parameter(self.merged().to(weight.dtype), requires_grad=weight.requires_grad)
         return self.linear
 
 
@@ -299,24 +259,25 @@ class LoRAQKVLinear(LoRALinear):
         lora_dropout: float = 0.0,
         enable_lora: bool | tuple[bool, bool, bool] = False,
         linear: nn.Module | None = None,
+        rslora: bool = False,
         **kwargs: Any,
     ) -> None:
         enabled = (enable_lora,) * 3 if isinstance(enable_lora, bool) else enable_lora
-        self.sizes = (head_size * n_head, head_size * n_query_groups, head_size * n_query_groups)
         self.enable_lora = enabled
-        super().__init__(in_features, out_features, r if any(enabled) else 0, lora_alpha, lora_dropout, linear, **kwargs)
+        self.parts = list(zip((head_size * n_head, head_size * n_query_groups, head_size * n_query_groups), enabled, strict=True))
+        super().__init__(in_features, out_features, r if any(enabled) else 0, lora_alpha, lora_dropout, linear, rslora, **kwargs)
 
-    def _make_adapter(self, in_features: int, out_features: int) -> None:
-        if self.r:
-            rows = [size for size, on in zip(self.sizes, self.enable_lora, strict=True) if on]
-            self._make((self.r * len(rows), in_features), (sum(rows), self.r))
+    def make_parameters(self, in_features: int, out_features: int) -> None:
+        rows = [size for size, on in self.parts if on]
+        self._make((self.r * len(rows), in_features), (sum(rows), self.r))
 
     def up(self) -> torch.Tensor:
-        """(alpha / r) B spread to (q + k + v rows, e r): block-diagonal over the enabled parts, zero rows for the others."""
-        enabled = [size for size, on in zip(self.sizes, self.enable_lora, strict=True) if on]
-        parts = iter((self.lora_B * self.scaling).split(enabled))
-        empty = self.lora_B.new_zeros
-        return torch.block_diag(*(next(parts) if on else empty(size, 0) for size, on in zip(self.sizes, self.enable_lora, strict=True)))
+        """Return (q + k + v rows, e r): s B, block-diagonal over the enabled parts, with zero rows for the others."""
+        enabled = iter((self.lora_B * self.scaling).split([size for size, on in self.parts if on]))
+        return torch.block_diag(*(next(enabled) if on else self.lora_B.new_zeros(size, 0) for size, on in self.parts))
+
+    def adapted_rows(self) -> torch.Tensor:
+        return torch.cat([torch.full((size,), on) for size, on in self.parts])
 
 
 class Skip2LoRA(LoRALayer):
@@ -324,6 +285,8 @@ class Skip2LoRA(LoRALayer):
 
     `norm_eps` makes the tap t = x / rms(x); None leaves t = x.
     """
+
+    skips_cut = True
 
     def __init__(
         self,
@@ -339,16 +302,25 @@ class Skip2LoRA(LoRALayer):
             raise ValueError("a Skip2-LoRA adapter needs a rank of 1 or more")
         self.norm_eps = norm_eps
         self._make((r, in_features), (out_features, r))
+        self.reset_parameters()
 
     def tap(self, x: torch.Tensor) -> torch.Tensor:
-        """t = N(x), (..., in) -> (..., in), x's dtype."""
+        """Return t = N(x), (..., in) -> (..., in), in x's dtype."""
         return x if self.norm_eps is None else rms_normalise(x, self.norm_eps)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out), fp32"""
-        with torch.autocast(t.device.type, enabled=False):
-            low = F.linear(self.lora_dropout(t).to(self.lora_A.dtype), self.lora_A)  # (..., r)
-            return F.linear(low, self.lora_B) * self.scaling
+        return skip_sum([self], t.unsqueeze(-2))
+
+
+def skip_sum(layers: Sequence[Skip2LoRA], taps: torch.Tensor) -> torch.Tensor:
+    """Return s = sum over S of D_i for taps (..., S, d): (..., d), fp32. All adapters in two matrix products."""
+    a = torch.stack([layer.lora_A for layer in layers])  # (S, r, d)
+    b = torch.cat([layer.lora_B for layer in layers], dim=1) * layers[0].scaling  # (d, S r)
+    with torch.autocast(taps.device.type, enabled=False):
+        t = layers[0].lora_dropout(taps).to(a.dtype).flatten(0, -3)  # (N, S, d)
+        low = torch.bmm(t.transpose(0, 1), a.transpose(1, 2))  # (S, N, r)
+        return F.linear(low.transpose(0, 1).flatten(1), b).unflatten(0, taps.shape[:-2])
 
 
 class GPT(base_model.GPT):
@@ -361,7 +333,7 @@ class GPT(base_model.GPT):
         self.adapt(config)
 
     def adapt(self, config: Config) -> None:
-        """Put on the adapters that `config` asks for, in place of those that are there. The layers below them stay what they are."""
+        """Attach the adapters that `config` asks for, in place of the present ones. The layers below them are not changed."""
         self.config, self.cut = config, config.cut
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
@@ -369,11 +341,10 @@ class GPT(base_model.GPT):
                     setattr(parent, name, child.linear)
         for block in self.blocks:
             block.skip2lora = None
-        adapter = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
         for index in config.lora_blocks:
-            attach_lora(self.blocks[index], config, adapter)
+            attach_lora(self.blocks[index], config)
         if config.lora_r and config.lora_head:
-            self.lm_head = _adapt(self.lm_head, adapter)  # type: ignore[assignment]
+            self.lm_head = _adapted(self.lm_head, config)  # type: ignore[assignment]
         for index in config.taps:
             assert config.skip2lora_r is not None and config.skip2lora_alpha is not None and config.skip2lora_dropout is not None
             self.blocks[index].skip2lora = Skip2LoRA(
@@ -386,64 +357,62 @@ class GPT(base_model.GPT):
             )
 
     def skip_sum(self, taps: torch.Tensor) -> torch.Tensor:
-        """s = sum over S of D_i for taps (..., S, d): (..., d), fp32. All adapters in two matrix products."""
-        adapters = [block.skip2lora for block in self.tapped_blocks]
-        a = torch.stack([adapter.lora_A for adapter in adapters])  # (S, r, d)
-        b = torch.cat([adapter.lora_B for adapter in adapters], dim=1) * adapters[0].scaling  # (d, S r)
-        with torch.autocast(taps.device.type, enabled=False):
-            t = adapters[0].lora_dropout(taps).to(a.dtype).flatten(0, -3)  # (N, S, d)
-            low = torch.bmm(t.transpose(0, 1), a.transpose(1, 2))  # (S, N, r)
-            return F.linear(low.transpose(0, 1).flatten(1), b).unflatten(0, taps.shape[:-2])
+        return skip_sum([block.skip2lora for block in self.tapped_blocks], taps)
 
 
-def _adapt(linear: Any, adapter: dict[str, Any]) -> LoRALinear:
-    return LoRALinear(linear.in_features, linear.out_features, linear=linear, **adapter)
-
-
-def attach_lora(block: Block, config: Config, adapter: dict[str, Any]) -> None:
+def attach_lora(block: Block, config: Config) -> None:
     """Wrap the linear layers of a block that the config names."""
     attention: Any = block.attn
-    mlp: Any = block.mlp
     parts = (config.lora_query, config.lora_key, config.lora_value)
     if any(parts):
-        qkv = attention.qkv
-        heads = (config.head_size, config.n_head, config.n_query_groups)
-        attention.qkv = LoRAQKVLinear(qkv.in_features, qkv.out_features, *heads, enable_lora=parts, linear=qkv, **adapter)  # type: ignore[arg-type]
+        heads = {"head_size": config.head_size, "n_head": config.n_head, "n_query_groups": config.n_query_groups}
+        attention.qkv = _adapted(attention.qkv, config, LoRAQKVLinear, enable_lora=parts, **heads)
     if config.lora_projection:
-        attention.proj = _adapt(attention.proj, adapter)
+        attention.proj = _adapted(attention.proj, config)
     if config.lora_mlp:  # a mixture's router and experts included
-        for parent in list(mlp.modules()):
+        for parent in list(block.mlp.modules()):
             for name, layer in list(parent.named_children()):
                 if hasattr(layer, "in_features"):  # linear, quantised or not
-                    setattr(parent, name, _adapt(layer, adapter))
+                    setattr(parent, name, _adapted(layer, config))
+
+
+def _adapted(linear: Any, config: Config, kind: type[LoRALinear] = LoRALinear, **settings: Any) -> LoRALinear:
+    layer = _with_variant(kind, config.lora_variant)  # type: ignore[arg-type]
+    return layer(
+        linear.in_features,
+        linear.out_features,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        linear=linear,
+        rslora=config.lora_rslora,
+        **settings,
+    )
+
+
+@cache
+def _with_variant(kind: type[LoRALinear], variant: str) -> type[LoRALinear]:
+    """Return the layer class `kind` with a variant of LoRA mixed in."""
+    mixins = VARIANTS[variant]
+    return type(kind.__name__.replace("LoRA", mixins[0].__name__), (*mixins, kind), {}) if mixins else kind
 
 
 def lora_filter(key: str, value: Any = None) -> bool:
-    """Whether a parameter of this name belongs to an adapter: the one rule for what is trained, saved and counted."""
-    return key.rpartition(".")[2] in ADAPTER_PARAMETERS
+    """Return True if a state dict's key belongs to an adapter. LitGPT's function; `litgpt.adapters.base` asks the modules instead."""
+    return key.rpartition(".")[2].startswith("lora_")
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Freeze everything but the adapters' A and B that gradients reach: not LoRA in front of the cut, which was trained in a warm-up."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(lora_filter(name))
-    if isinstance(model, GPT):
-        for block in model.blocks[: model.cut or 0]:
-            block.attn.requires_grad_(False)
-            block.mlp.requires_grad_(False)
-
-
-def renew_adapters(model: nn.Module) -> None:
-    """Give every adapter fresh fp32 values on the CPU, drawn in the order of the modules: a seed gives the same ones to equal models."""
-    for module in model.modules():
-        if isinstance(module, LoRALayer) and module.r:
-            module.lora_A = nn.Parameter(torch.empty(module.lora_A.shape))
-            module.lora_B = nn.Parameter(torch.empty(module.lora_B.shape))
-            module.reset_parameters()
+    """Freeze everything but the adapters that gradients reach. LoRA in front of the cut, trained in a warm-up, stays frozen."""
+    model.requires_grad_(False)
+    prefix = {module for block in model.blocks[: model.cut or 0] for module in block.modules()} if isinstance(model, GPT) else set()
+    for _, adapter in adapters(model):
+        for parameter in adapter.parameters(recurse=False):
+            parameter.requires_grad_(adapter.skips_cut or adapter not in prefix)
 
 
 def start_warmup(model: GPT) -> None:
-    """Move the cut to the first block with LoRA and train all LoRA, Skip2-LoRA's adapters not yet."""
+    """Move the cut to the first block with LoRA and train LoRA everywhere, without Skip2-LoRA's adapters."""
     model.cut = model.config.warmup_cut
     mark_only_lora_as_trainable(model)
     for block in model.blocks:
@@ -452,17 +421,17 @@ def start_warmup(model: GPT) -> None:
 
 
 def end_warmup(model: GPT) -> None:
-    """Put the cut where the config has it; LoRA in front of it is frozen from now on, without dropout, as if part of the backbone."""
+    """Move the cut where the config has it. LoRA in front of it is frozen from now on, without dropout, as part of the backbone."""
     model.cut = model.config.cut
     mark_only_lora_as_trainable(model)
     for block in model.blocks[: model.cut]:
-        for layer in (*block.attn.modules(), *block.mlp.modules()):
-            if isinstance(layer, LoRALayer):
+        for layer in block.modules():
+            if isinstance(layer, LoRALinear):
                 layer.lora_dropout = nn.Identity()
 
 
 def keep_taps(model: GPT, blocks: Sequence[int]) -> None:
-    """Of a model that taps more, tap these blocks only; its config names them from now on."""
+    """Of a model that taps more blocks, tap only these; its config names them from now on."""
     model.config = replace(model.config, skip2lora_block_indices=list(blocks))
     for index, block in enumerate(model.blocks):
         if index not in model.config.taps:

@@ -6,6 +6,7 @@ divisor s and the cap c of `litgpt.model.finish_logits`; without them y = z.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from litgpt.model import finish_logits
+from litgpt.model import GPT, Positions, finish_logits
 
 CHUNK_BYTES = 32 * 2**20
 """for a chunk's logits; fewer rows make the matrix products slow, more rows only cost memory"""
@@ -23,6 +24,27 @@ BLOCK_ELEMENTS = 8 * 49152
 
 IGNORED = -100
 """a target that has no loss, as in `torch.nn.functional.cross_entropy`"""
+
+
+@dataclass
+class Features:
+    """The tail's inputs for a batch: x (n, d) and taps (n, S, d) where only positions with loss are needed, else (N, d) and (N, S, d)."""
+
+    x: torch.Tensor
+    taps: torch.Tensor
+    targets: torch.Tensor  # (n,)
+    at: torch.Tensor | None = None  # (n,): the rows with loss; None if x has no others
+    pos: Positions | None = None  # of the N rows
+
+
+def loss_of(model: GPT, features: Features, head_loss: HeadLoss) -> torch.Tensor:
+    """Return the sum of the losses at the batch's loss positions. In training the routers' auxiliary loss is added for each of them."""
+    hidden = model.tail(features.x, features.taps, features.pos)
+    if features.at is not None:
+        hidden = hidden[features.at]  # (n, d)
+    loss = head_loss(hidden, features.targets)
+    auxiliary = model.auxiliary_loss()
+    return loss if auxiliary is None else loss + len(features.targets) * auxiliary
 
 
 class HeadLoss:
@@ -39,6 +61,11 @@ class HeadLoss:
         self.head, self.divisor, self.cap = head, divisor, cap
         self._logits = torch.empty(0)
 
+    @classmethod
+    def of(cls, model: GPT) -> HeadLoss:
+        """Return the loss of a model's output layer."""
+        return cls(model.lm_head, model.config.logits_scaling, model.config.final_logit_softcapping)
+
     def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Scalar, fp32 (fp64 for fp64 input); a sum, for the caller to divide by its number of tokens, or by the sum of its weights."""
         head = self.head
@@ -48,7 +75,8 @@ class HeadLoss:
                 dtype = torch.get_autocast_dtype(device)
                 return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, weights, self)
             return _FrozenHead.apply(hidden, head.weight, head.bias, targets, weights, self)
-        rows = max(1, CHUNK_BYTES // (self._width() * hidden.element_size()))
+        width: Any = head.out_features
+        rows = max(1, CHUNK_BYTES // (width * hidden.element_size()))
         each = targets.new_ones(len(targets)) if weights is None else weights
         parts = zip(hidden.split(rows), targets.split(rows), each.split(rows), strict=True)
         losses = [checkpoint(self._chunk, *part, use_reentrant=False) for part in parts]
@@ -58,10 +86,6 @@ class HeadLoss:
         logits = finish_logits(self.head(hidden), self.divisor, self.cap)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return (F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none") * weights).sum()
-
-    def _width(self) -> int:
-        linear: Any = getattr(self.head, "linear", self.head)
-        return linear.out_features
 
     def buffer(self, rows: int, like: torch.Tensor, width: int) -> torch.Tensor:
         """(rows, V) for logits, allocated once: fresh pages would cost as much as the matrix product that fills them."""

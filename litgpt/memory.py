@@ -29,6 +29,7 @@ from torch import nn
 
 from litgpt import lora
 from litgpt.activations.cache import is_flat
+from litgpt.adapters.base import adapter_parameters
 from litgpt.loss import CHUNK_BYTES
 from litgpt.model import Block, LLaMAMoE, RMSNorm
 from litgpt.quantize import GROUP, frozen_linears
@@ -69,9 +70,8 @@ def estimate(
     with torch.device("meta"):
         model = lora.GPT(config)
     lora.mark_only_lora_as_trainable(model)
-    named = dict(model.named_parameters())
-    adapters = sum(p.numel() for name, p in named.items() if lora.lora_filter(name))
-    base = sum(p.numel() for name, p in named.items() if not lora.lora_filter(name)) - tied * config.V * config.n_embd
+    adapters = sum(p.numel() for p in adapter_parameters(model).values())
+    base = sum(p.numel() for p in model.parameters()) - adapters - tied * config.V * config.n_embd
     quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 else 0
     weights = width * (base - quantised) + NF4_BYTES * quantised
     crossed = model.blocks if full or model.cut is None else model.blocks[model.cut :]
@@ -104,7 +104,7 @@ def kept_by_block(block: Block, width: int, full: bool) -> float:
 def mlp_numbers(mlp: Any, full: bool) -> int:
     if isinstance(mlp, LLaMAMoE):
         return mlp.config.n_expert_per_token * mlp_numbers(mlp.experts[0], full)
-    width = getattr(mlp.proj, "linear", mlp.proj).in_features  # m, an expert's own
+    width = mlp.proj.in_features  # m, an expert's own
     return (3 if hasattr(mlp, "fc_1") else 1) * width + learning_inputs(mlp, full)
 
 
@@ -115,5 +115,6 @@ def learning_inputs(part: nn.Module, full: bool) -> int:
     total = 0
     for layer in part.modules():
         if isinstance(layer, lora.LoRALinear) and layer.r and layer.lora_A.requires_grad:
-            total += layer.linear.in_features * (1 if isinstance(layer.lora_dropout, nn.Identity) else 2)
+            total += layer.in_features * (1 if isinstance(layer.lora_dropout, nn.Identity) else 2)
+            total += layer.out_features * layer.kept_outputs
     return total

@@ -157,6 +157,20 @@ class GPT(nn.Module):
         raise NotImplementedError
 
     @property
+    def head(self) -> nn.Linear:
+        """The output layer, without an adapter around it."""
+        return getattr(self.lm_head, "linear", self.lm_head)
+
+    @property
+    def is_tied(self) -> bool:
+        """True if the output layer and the embedding share their weight."""
+        return self.head.weight is self.transformer["wte"].weight
+
+    def tie_head(self) -> None:
+        """Let the output layer share the embedding's weight."""
+        self.head.weight = cast("nn.Parameter", self.transformer["wte"].weight)
+
+    @property
     def tapped_blocks(self) -> list[Block]:
         """The blocks in S, in order: those before the cut that have an adapter."""
         return [block for block in self.blocks[: self.cut or 0] if block.skip2lora is not None]

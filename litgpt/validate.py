@@ -227,10 +227,10 @@ def adapter(folder: Path) -> Result:
     """Load the adapter on its base as `litgpt generate` does."""
     import torch
 
-    from litgpt.lora import lora_filter
+    from litgpt.adapters.base import adapter_parameters
 
     model = checkpoint.load_model(folder, torch.bfloat16)
-    trained = sum(p.numel() for name, p in model.named_parameters() if lora_filter(name))
+    trained = sum(p.numel() for p in adapter_parameters(model).values())
     return f"{trained:,} parameters, fits its base", []
 
 
@@ -240,7 +240,7 @@ def memory_table(base: Path, adapter_settings: dict[str, Any]) -> str:
     from litgpt.memory import PROCESS, estimate
 
     stored = checkpoint.load_weights(base / checkpoint.WEIGHTS)
-    tied = len(unique(stored)) < len(stored) or "lm_head.weight" not in stored
+    tied = checkpoint.is_tied(stored)
     length = min(LENGTH, Config.from_checkpoint(base).block_size)
     rows = [["method", "trained", "weights", "training", "activations", "total"]]
     for name, settings, arguments in (("this adapter", adapter_settings, {}),) if adapter_settings else TRAINING:

@@ -27,7 +27,8 @@ import psutil
 import torch
 
 from litgpt.activations.store import Contents, forget, open_store
-from litgpt.model import GPT, Positions
+from litgpt.loss import Features
+from litgpt.model import GPT
 from litgpt.packing import loss_targets, pack, shared_head
 from litgpt.rope import is_long
 from litgpt.sample import Sample
@@ -46,20 +47,6 @@ TRIED_BATCHES, TRIED_SAMPLES = 3, 8
 
 WHERE = {"memory": "in memory", "disk": "on disk"}
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class Features:
-    """What the tail needs of a batch: x (n, d) and taps (n, S, d) where only positions with loss count, else (N, d) and (N, S, d)."""
-
-    x: torch.Tensor
-    taps: torch.Tensor
-    targets: torch.Tensor
-    """(n,)"""
-    at: torch.Tensor | None = None
-    """(n,): the rows with loss; None where only they are there"""
-    pos: Positions | None = None
-    """of the N rows"""
 
 
 class Activations(Protocol):

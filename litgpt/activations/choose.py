@@ -15,13 +15,13 @@ Letters: N rows of the sample, d `n_embd`, S candidate blocks, k directions kept
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from litgpt.activations.cache import Recompute, is_flat
 from litgpt.lora import GPT
-from litgpt.loss import HeadLoss
+from litgpt.loss import HeadLoss, loss_of
 from litgpt.sample import Sample
 
 SAMPLES, ROWS = 128, 2048
@@ -84,7 +84,7 @@ def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, pr
     model.eval()
     device = next(model.parameters()).device
     source = Recompute(model, sample, device)
-    loss = HeadLoss(model.lm_head, model.config.logits_scaling, model.config.final_logit_softcapping)
+    head_loss = HeadLoss.of(model)
     expected = sum(each.n_targets if flat else each.n_inputs - source.head for each in sample)
     share, generator = min(1.0, ROWS / expected), torch.Generator().manual_seed(seed)
     halves: list[list[Part]] = [[], []]
@@ -96,9 +96,8 @@ def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, pr
             features = source(batch)
             x = features.x.detach().requires_grad_()
             with torch.enable_grad():
-                hidden = model.tail(x, features.taps[..., :0, :], features.pos)
-                hidden = hidden if features.at is None else hidden[features.at]
-                (gradient,) = torch.autograd.grad(loss(hidden, features.targets), x)
+                untapped = replace(features, x=x, taps=features.taps[..., :0, :])
+                (gradient,) = torch.autograd.grad(loss_of(model, untapped, head_loss), x)
             kept = torch.randperm(len(x), generator=generator)[: max(1, int(share * len(x)))].to(device)
             halves[half].append((features.taps[kept].cpu(), gradient[kept].float().cpu()))
             done += len(batch)

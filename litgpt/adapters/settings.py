@@ -4,7 +4,8 @@ The string below each field is its help text on the command line.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Optional, Union
 
 from litgpt.errors import UserError
@@ -24,6 +25,10 @@ class AdapterSettings:
     """Adapters are scaled by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
     """Dropout on the adapters' input."""
+    lora_variant: Literal["lora", "dora"] = "lora"
+    """lora, or dora: weight-decomposed LoRA, which also learns the length of each row of a weight."""
+    lora_rslora: bool = False
+    """Scale LoRA by lora_alpha / sqrt(lora_r) (rsLoRA), which suits high ranks."""
     lora_query: bool = False
     """LoRA on the query projections."""
     lora_key: bool = False
@@ -58,6 +63,8 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         if self.skip2lora_norm not in ("rms", "none"):
             raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
+        if self.lora_variant not in ("lora", "dora"):
+            raise UserError(f"lora_variant is {self.lora_variant!r}: choose 'lora' or 'dora'")
         for prefix in ("lora", "skip2lora"):
             rank, alpha, dropout = (getattr(self, f"{prefix}_{name}") for name in ("r", "alpha", "dropout"))
             follows = prefix == "skip2lora"  # None stands for LoRA's value
@@ -69,6 +76,11 @@ class AdapterSettings:
                 raise UserError(f"{prefix}_dropout is {dropout!r}: a probability from 0 to below 1 is needed")
         if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
+
+    def require_warmup(self, key: str) -> None:
+        """Raise UserError, naming `key`, if there is no LoRA to train before Skip2-LoRA."""
+        if not (self.skip2lora_enabled and self.has_lora_in_blocks):
+            raise UserError(f"{key} needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
 
     @property
     def has_lora_in_blocks(self) -> bool:
@@ -101,9 +113,8 @@ class WarmupSettings:
 
     def require_adapters(self, adapters: AdapterSettings) -> None:
         """Raise UserError if there is a warm-up and `adapters` have nothing to warm up."""
-        if self.has_warmup and not (adapters.skip2lora_enabled and adapters.has_lora_in_blocks):
-            key = "skip2lora_warmup_steps" if self.skip2lora_warmup_steps else "skip2lora_warmup_epochs"
-            raise UserError(f"{key} needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
+        if self.has_warmup:
+            adapters.require_warmup("skip2lora_warmup_steps" if self.skip2lora_warmup_steps else "skip2lora_warmup_epochs")
 
     @property
     def has_warmup(self) -> bool:
@@ -113,6 +124,22 @@ class WarmupSettings:
     def warmup_steps(self, per_epoch: int) -> int:
         """Return the number of warm-up steps, with `per_epoch` steps in an epoch."""
         return self.skip2lora_warmup_steps or math.ceil(self.skip2lora_warmup_epochs * per_epoch)
+
+
+def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the adapters' fields of `litgpt.lora.Config` from the settings of a command, or of a hyperparameters.yaml."""
+    names = {f.name for f in fields(AdapterSettings)} | {"skip2lora_warmup"}
+    chosen = {key: value for key, value in settings.items() if key in names}
+    if settings.get("skip2lora_positions") is not None:  # the older name
+        chosen["skip2lora_block_indices"] = settings["skip2lora_positions"]
+    if warmup_settings(settings).has_warmup:
+        chosen["skip2lora_warmup"] = True
+    return chosen
+
+
+def warmup_settings(settings: Mapping[str, Any]) -> WarmupSettings:
+    """Return the warm-up of a command's settings."""
+    return WarmupSettings(**{f.name: settings[f.name] for f in fields(WarmupSettings) if f.name in settings})
 
 
 def _is_finite(value: Any) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt import files
+from litgpt.adapters.settings import WarmupSettings, model_settings
 from litgpt.checkpoint import load_adapter
 from litgpt.convert import names, peft
 from litgpt.errors import UserError
@@ -115,10 +116,10 @@ def read(folder: Path, other: Config, where: str) -> tuple[LoRAConfig, dict[str,
     model_type = content.get("model_type")
     if model_type not in names.HF_TABLES:
         raise UserError(f"{file} has model_type {model_type!r}: only {', '.join(sorted(names.HF_TABLES))} are supported")
-    if unknown := [key for key in (*model, *settings) if key not in Config.__dataclass_fields__]:
+    if unknown := [key for key in (*model, *settings) if key not in (*Config.__dataclass_fields__, *WarmupSettings.__dataclass_fields__)]:
         raise UserError(f"{file} has unknown settings: {', '.join(unknown)}")
     try:
-        config = Config(**{**model, **settings})
+        config = Config(**{**model, **model_settings(settings)})
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: {error}") from None
     require_fit(config, other, folder, where)

@@ -25,6 +25,8 @@ def setup(
     lora_r: int = 8,
     lora_alpha: int = 16,
     lora_dropout: float = 0.05,
+    lora_variant: Literal["lora", "dora"] = "lora",
+    lora_rslora: bool = False,
     lora_query: bool = True,
     lora_key: bool = False,
     lora_value: bool = True,
@@ -73,6 +75,8 @@ def setup(
         lora_r: Rank of the adapters.
         lora_alpha: Adapters are scaled by lora_alpha / lora_r.
         lora_dropout: Dropout on the adapters' input.
+        lora_variant: lora, or dora: weight-decomposed LoRA, which also learns the length of each row of a weight.
+        lora_rslora: Scale LoRA by lora_alpha / sqrt(lora_r) (rsLoRA), which suits high ranks.
         lora_query: LoRA on the query projections.
         lora_key: LoRA on the key projections.
         lora_value: LoRA on the value projections.
@@ -138,11 +142,9 @@ def checked(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def job_of(arguments: dict[str, Any]) -> tuple["Job", "Method"]:
     """What `checked` arguments, their checkpoint opened, ask for."""
-    from litgpt.lora import Config
     from litgpt.train.methods import adapters
     from litgpt.train.run import Job
 
-    own = Config.adapter_fields()
     job = Job.of(
         arguments,
         notes=[flag for flag in LORA_FLAGS if arguments[flag]],
@@ -150,4 +152,4 @@ def job_of(arguments: dict[str, Any]) -> tuple["Job", "Method"]:
         cache_dir=arguments["skip2lora_cache_dir"],
         cache_dtype=arguments["skip2lora_cache_dtype"],
     )
-    return job, adapters({key: value for key, value in arguments.items() if key in own}, arguments["quantize"])
+    return job, adapters(arguments, arguments["quantize"])

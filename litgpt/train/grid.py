@@ -18,7 +18,7 @@ from litgpt.errors import UserError
 from litgpt.finetune.lora import LORA_FLAGS
 
 VARYING = (
-    *("lora_r", "lora_alpha", "lora_dropout", *LORA_FLAGS, "lora_block_indices"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_variant", "lora_rslora", *LORA_FLAGS, "lora_block_indices"),
     *("skip2lora_enabled", "skip2lora_block_indices", "skip2lora_r", "skip2lora_alpha", "skip2lora_dropout", "optimizer", "seed"),
     *("train.epochs", "train.max_steps", "train.max_tokens", "train.max_time", "train.global_batch_size", "train.micro_batch_size"),
     "train.group_by_length",

@@ -17,7 +17,7 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.errors import NonFiniteError, UserError
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb
 from litgpt.lora import GPT
-from litgpt.loss import HeadLoss
+from litgpt.loss import HeadLoss, loss_of
 from litgpt.optim import learning_rate
 from litgpt.sample import Sample
 from litgpt.train.interrupts import Signals
@@ -123,7 +123,7 @@ class Loop:
     """shows what the model answers to the example"""
 
     def __post_init__(self) -> None:
-        self.head_loss = HeadLoss(self.model.lm_head, self.model.config.logits_scaling, self.model.config.final_logit_softcapping)
+        self.head_loss = HeadLoss.of(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = self._total_steps()
@@ -280,15 +280,8 @@ class Loop:
         return [i for i in rows if not math.isfinite(self._loss(self.activations, [i]).item())]
 
     def _loss(self, activations: Activations, rows: Sequence[int]) -> torch.Tensor:
-        """Sum of the losses at the loss positions of these samples. In training the loss of the tail's routers joins each of them."""
         with self.autocast():
-            features = activations(rows)
-            hidden = self.model.tail(features.x, features.taps, features.pos)
-            if features.at is not None:
-                hidden = hidden[features.at]  # (n, d)
-            loss = self.head_loss(hidden, features.targets)
-            auxiliary = self.model.auxiliary_loss()
-            return loss if auxiliary is None else loss + len(features.targets) * auxiliary
+            return loss_of(self.model, activations(rows), self.head_loss)
 
     def _share_gradients(self) -> None:
         """Add the gradients of all processes."""

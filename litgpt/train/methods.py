@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 
 from litgpt import checkpoint
 from litgpt.activations.choose import Choice
+from litgpt.adapters.base import adapter_state, renew_adapters
+from litgpt.adapters.settings import WarmupSettings, model_settings, warmup_settings
 from litgpt.errors import UserError
-from litgpt.lora import GPT, Skip2LoRA, lora_filter, mark_only_lora_as_trainable, renew_adapters
+from litgpt.lora import GPT, Skip2LoRA, mark_only_lora_as_trainable
 from litgpt.lora import Config as LoRAConfig
 from litgpt.quantize import count, is_quantised, quantise
 
@@ -31,13 +33,11 @@ class Method:
     """gives a model the trained weights of a folder that `save` wrote"""
     finish: Callable[[GPT, Path], None]
     """adds to the final folder what only it has; may change the model"""
+    warmup: WarmupSettings = field(default_factory=WarmupSettings)
 
     def build(self, checkpoint_dir: Path, dtype: torch.dtype) -> GPT:
         """The model on the CPU: the backbone in `dtype`, what is trained marked. Raises UserError if the checkpoint does not fit."""
-        config, path = self.config(checkpoint_dir), checkpoint_dir / checkpoint.WEIGHTS
-        weights = checkpoint.load_weights(path)
-        model = checkpoint.empty_model(config, weights, path)
-        checkpoint.load_base(model, weights, dtype, path)
+        model = checkpoint.build_model(self.config(checkpoint_dir), checkpoint_dir, dtype)
         self._mark(model)
         return model
 
@@ -55,7 +55,8 @@ class Method:
 
 
 def adapters(settings: dict[str, Any], quantize: str | None = None) -> Method:
-    """LoRA and Skip2-LoRA, by the adapter settings of `litgpt.lora.Config`; `quantize`: how frozen weights are kept."""
+    """Return LoRA and Skip2-LoRA as a method, by a command's settings. `quantize`: how frozen weights are stored."""
+    config = model_settings(settings)
 
     def prepare(model: GPT) -> None:
         if quantize is not None:
@@ -63,8 +64,7 @@ def adapters(settings: dict[str, Any], quantize: str | None = None) -> Method:
         mark_only_lora_as_trainable(model)
 
     def save(model: GPT, folder: Path) -> None:
-        weights = {name: p.detach().cpu() for name, p in model.named_parameters() if lora_filter(name)}
-        checkpoint.save_weights({"model": weights}, folder / checkpoint.ADAPTER_WEIGHTS)  # type: ignore[dict-item]
+        checkpoint.save_weights({"model": adapter_state(model)}, folder / checkpoint.ADAPTER_WEIGHTS)  # type: ignore[dict-item]
 
     def load(model: GPT, folder: Path) -> None:
         file = folder / checkpoint.ADAPTER_WEIGHTS
@@ -77,19 +77,18 @@ def adapters(settings: dict[str, Any], quantize: str | None = None) -> Method:
             whole = checkpoint.load_model(folder, model.dtype) if is_quantised(model) else model  # folded into the base as it was given
             checkpoint.save_weights(merged_weights(whole), folder / checkpoint.WEIGHTS)
 
-    return Method(lambda folder: LoRAConfig.from_checkpoint(folder, **settings), prepare, save, load, finish)
+    warmup = warmup_settings(settings)
+    return Method(lambda folder: LoRAConfig.from_checkpoint(folder, **config), prepare, save, load, finish, warmup)
 
 
 def full(tie_embeddings: bool | None = None) -> Method:
     """Every weight is trained, in the dtype that it is loaded in. The head shares the embedding as asked, or as the checkpoint has it."""
 
     def prepare(model: GPT) -> None:
-        head: Any = model.lm_head
-        embedding: Any = model.transformer["wte"]
         if tie_embeddings:
-            head.weight = embedding.weight
-        elif tie_embeddings is False and head.weight is embedding.weight:
-            head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+            model.tie_head()
+        elif tie_embeddings is False and model.is_tied:
+            model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
 
     def save(model: GPT, folder: Path) -> None:
         checkpoint.save_weights(checkpoint.on_cpu(model.state_dict()), folder / checkpoint.WEIGHTS)
@@ -100,7 +99,7 @@ def full(tie_embeddings: bool | None = None) -> Method:
     return Method(LoRAConfig.from_checkpoint, prepare, save, load, lambda model, folder: None)
 
 
-def describe(model: GPT, lora_flags: list[str]) -> list[str]:
+def describe(model: GPT, lora_flags: list[str], warmup: WarmupSettings) -> list[str]:
     """Lines that say what is trained and what runs frozen."""
     config, total = model.config, count(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -109,8 +108,8 @@ def describe(model: GPT, lora_flags: list[str]) -> list[str]:
         return lines
     frozen = min(model.cut, config.n_layer)
     taps, behind = config.taps, tuple(block for block in config.lora_blocks if block >= frozen)
-    if config.has_warmup:
-        length = f"{config.skip2lora_warmup_steps} steps" if config.skip2lora_warmup_steps else f"{config.skip2lora_warmup_epochs:g} epochs"
+    if warmup.has_warmup:
+        length = f"{warmup.skip2lora_warmup_steps} steps" if warmup.skip2lora_warmup_steps else f"{warmup.skip2lora_warmup_epochs:g} epochs"
         lines.append(f"LoRA warm-up: {length} on blocks {ranges(config.lora_blocks)}")
     if taps:
         norm = "" if config.skip2lora_norm == "none" else ", normalised"
@@ -118,7 +117,7 @@ def describe(model: GPT, lora_flags: list[str]) -> list[str]:
         layers = [f"blocks {ranges(behind)}"] if behind else []
         layers += ["lm_head"] if config.lora_head and config.lora_r else []
         where = " and ".join(layers) if layers else "none there"
-        if lora_flags and not config.has_warmup:
+        if lora_flags and not config.skip2lora_warmup:
             lines.append(f"LoRA ({', '.join(lora_flags)}) applies to layers behind {config.skip2lora_output_layer}'s input only: {where}")
     if frozen:
         lines.append(f"frozen, run without gradients: the embedding and blocks 0-{frozen - 1} of {config.n_layer}")

@@ -53,7 +53,7 @@ def dry_run(job: Job, method: Method) -> None:
     ready.tell()
     show_sample(ready.splits.train[0], ready.tokenizer)
     model, lines = ready.model, {}
-    warmup = model.config.warmup_steps(_batches(ready, job.train).per_epoch)
+    warmup = method.warmup.warmup_steps(_batches(ready, job.train).per_epoch)
     if warmup:
         start_warmup(model)
         loop = rehearsed(ready, replace(job.train, max_steps=warmup, epochs=None))
@@ -185,14 +185,13 @@ def _memory(ready: Prepared) -> str:
     head = common_head(model, samples)
     tokens = head + sum(heapq.nlargest(batch, (sample.n_inputs - head for sample in samples)))
     loss_tokens = sum(heapq.nlargest(batch, (sample.n_targets for sample in samples)))
-    if config.has_warmup:
-        config = replace(config, skip2lora_enabled=False, skip2lora_warmup_steps=0, skip2lora_warmup_epochs=0)
-    lm_head = getattr(model.lm_head, "linear", model.lm_head)
+    if config.skip2lora_warmup:
+        config = replace(config, skip2lora_enabled=False, skip2lora_warmup=False)
     found = estimate(
         config,
         tokens,
         loss_tokens,
-        tied=lm_head.weight is model.transformer["wte"].weight,
+        tied=model.is_tied,
         width=model.dtype.itemsize,
         full=model.cut is None,
         checkpointing=ready.job.train.activation_checkpointing,

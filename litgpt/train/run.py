@@ -96,7 +96,10 @@ class Prepared:
 
     def tell(self) -> None:
         """Say what is trained on what."""
-        for line in (f"{self.model.config.name}, {self.precision} on {self.fabric.device}", *describe(self.model, self.job.notes)):
+        for line in (
+            f"{self.model.config.name}, {self.precision} on {self.fabric.device}",
+            *describe(self.model, self.job.notes, self.method.warmup),
+        ):
             self.console.say(line)
 
 

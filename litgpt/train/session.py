@@ -125,12 +125,12 @@ class Session:
 
     def _train(self) -> Loop:
         """The phases: LoRA's warm-up if there is one, then training."""
-        state, config = self.state, self.model.config
-        warmup = config.warmup_steps(self._batches(self.job.train).per_epoch)
+        state, phase = self.state, self.ready.method.warmup
+        warmup = phase.warmup_steps(self._batches(self.job.train).per_epoch)
         if state.step < warmup or (state.step == warmup and state.pending is not None):
             start_warmup(self.model)
             train = replace(self.job.train, max_steps=warmup, epochs=None, max_tokens=None, max_time=None)
-            self._make_loop(train, replace(self.job.eval, patience=None), "off", config.skip2lora_warmup_lr).run(state, "warm-up")
+            self._make_loop(train, replace(self.job.eval, patience=None), "off", phase.skip2lora_warmup_lr).run(state, "warm-up")
         if warmup:
             end_warmup(self.model)
             self.loop = None

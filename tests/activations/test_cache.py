@@ -251,7 +251,7 @@ def test_cached_and_recomputed_agree_under_autocast(cut: str) -> None:
 @pytest.mark.parametrize("cut", ["lm_head", "block"])
 def test_dropout_leaves_the_frozen_prefix_alone(cut: str, warmed_up: bool) -> None:
     """Also where the prefix holds LoRA that was trained in a warm-up: in training mode it gives what the cache holds."""
-    settings = {"lora_dropout": 0.5, **(LAYERS if warmed_up else {}), "skip2lora_warmup_steps": 3 if warmed_up else 0}
+    settings = {"lora_dropout": 0.5, **(LAYERS if warmed_up else {}), "skip2lora_warmup": warmed_up}
     model, samples = make_model(cut, **settings), make_samples()
     if warmed_up:
         start_warmup(model)

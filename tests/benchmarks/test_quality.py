@@ -15,6 +15,7 @@ import pytest
 from benchmarks import quality, wordnet
 from litgpt.__main__ import load as command
 from litgpt.__main__ import main as litgpt
+from litgpt.adapters.settings import model_settings
 from litgpt.cli import parse
 from litgpt.data import JSON
 from litgpt.errors import UserError
@@ -110,7 +111,8 @@ def test_settings_are_what_their_names_say() -> None:
         if setting.name == "auto":
             continue
         defaults = {"lora_r": 8, "lora_query": True, "lora_value": True}
-        config = Config.from_name("SmolLM2-135M", **{**defaults, **setting.keys, "skip2lora_warmup_steps": round(100 * setting.warmup)})
+        settings = {**defaults, **setting.keys, "skip2lora_warmup_steps": round(100 * setting.warmup)}
+        config = Config.from_name("SmolLM2-135M", **model_settings(settings))
         assert config.cut is not None and setting.crossed == config.n_layer - min(config.cut, config.n_layer)
         assert setting.is_lora == setting.name.startswith("lora_") == (not config.taps)
         assert bool(config.lora_blocks) == ("lora" in setting.name or setting.warmup > 0)

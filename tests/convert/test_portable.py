@@ -24,8 +24,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"skip2lora_block_indices": "last:2"},
     "literal": {"skip2lora_norm": "none", "skip2lora_r": 2, "skip2lora_alpha": 5, "skip2lora_dropout": 0.0},
     "tail": {"skip2lora_output_layer": "transformer.h.2", "skip2lora_block_indices": [1], **tiny.ALL_LORA},
-    "warm-up": {"skip2lora_warmup_steps": 9, "lora_query": True, "lora_mlp": True},
-    "warm-up of some": {"skip2lora_warmup_steps": 9, "lora_value": True, "lora_block_indices": [0, 1]},
+    "warm-up": {"skip2lora_warmup": True, "lora_query": True, "lora_mlp": True},
+    "warm-up of some": {"skip2lora_warmup": True, "lora_value": True, "lora_block_indices": [0, 1]},
 }
 IDX = tiny.ids(2, 11)
 
@@ -162,3 +162,14 @@ def test_broken_weights(tmp_path: Path) -> None:
 def test_lora_on_experts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no place for LoRA on"):
         written(tmp_path / "adapter", "mixtral", **KINDS["tail"])
+
+
+def test_a_folder_from_before_the_warm_up_was_one_flag(tmp_path: Path) -> None:
+    model = written(tmp_path / "adapter", **KINDS["warm-up"])
+    file = tmp_path / "adapter" / skip2lora.CONFIG
+    content = json.loads(file.read_text())
+    del content["settings"]["skip2lora_warmup"], content["settings"]["lora_variant"], content["settings"]["lora_rslora"]
+    content["settings"] |= {"skip2lora_warmup_steps": 9, "skip2lora_warmup_epochs": 0.0, "skip2lora_warmup_lr": None}
+    file.write_text(json.dumps(content))
+    config, weights = skip2lora.read(tmp_path / "adapter", model.config, "the model")
+    assert config == model.config and weights.keys() == adapter_of(model).keys()

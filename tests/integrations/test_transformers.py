@@ -31,7 +31,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "literal taps": {"skip2lora_block_indices": "all", "skip2lora_norm": "none", "skip2lora_r": 2, "skip2lora_alpha": 1},
     "ln_f": {"skip2lora_output_layer": "transformer.ln_f", "lora_head": True},
     "block": {"skip2lora_output_layer": "transformer.h.2", "skip2lora_block_indices": [0, 1], **BEHIND, "lora_mlp": True},
-    "warm-up": {"skip2lora_warmup_steps": 5, "skip2lora_block_indices": "all", **BEHIND},
+    "warm-up": {"skip2lora_warmup": True, "skip2lora_block_indices": "all", **BEHIND},
 }
 IDX = tiny.ids(2, 17)
 

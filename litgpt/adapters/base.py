@@ -1,0 +1,83 @@
+"""The base class of adapters. `isinstance(module, Adapter)` decides what is trained, saved, counted and left unquantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Adapter(nn.Module):
+    """Parameters added to a frozen model: those that the module holds itself, not those of a layer that it wraps."""
+
+    skips_cut = False  # True: the output joins the tail, so that gradients reach the adapter even in front of the cut
+
+    def reset_parameters(self) -> None:
+        """Set fresh values with which the model computes what it does without the adapter."""
+        raise NotImplementedError
+
+
+class LinearAdapter(Adapter):
+    """An adapter around a linear layer, `linear`, that acts as an update of its weight: B A, scaled."""
+
+    linear: Any  # an `nn.Linear`, or quantised
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    r: int
+    kept_outputs = 0  # tensors of the layer's output size that autograd keeps for the adapter
+
+    def make_parameters(self, in_features: int, out_features: int) -> None:
+        """Register the adapter's parameters, without values."""
+        raise NotImplementedError
+
+    def up(self) -> torch.Tensor:
+        """Return (out, columns of A x): B, scaled, with zeros in the rows that are not adapted."""
+        raise NotImplementedError
+
+    def adapted_rows(self) -> torch.Tensor:
+        """Return (out,) bool: the rows of the weight that B has, in its order."""
+        raise NotImplementedError
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the update applied to x: (..., in) -> (..., out)."""
+        raise NotImplementedError
+
+    def weight(self) -> torch.Tensor:
+        """Return the weight of `linear`, (out, in), fp32."""
+        dense = getattr(self.linear, "dense", None)  # of a quantised layer
+        return self.linear.weight.float() if dense is None else dense(torch.float32)
+
+    def merged(self) -> torch.Tensor:
+        """Return the weight with the update in it, (out, in), fp32."""
+        return self.weight() + self.up() @ self.lora_A
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Yield the adapters of a model with their names, in the order of the modules."""
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the adapters' parameters by their names in the model."""
+    return {
+        f"{name}.{key}" if name else key: parameter
+        for name, adapter in adapters(model)
+        for key, parameter in adapter.named_parameters(recurse=False)
+    }
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the adapters' parameters as tensors on the CPU, to be saved."""
+    return {name: parameter.detach().cpu() for name, parameter in adapter_parameters(model).items()}
+
+
+def renew_adapters(model: nn.Module) -> None:
+    """Give every adapter fresh fp32 values on the CPU, drawn in the order of the modules: a seed gives equal models the same values."""
+    for _, adapter in adapters(model):
+        own = dict(adapter.named_parameters(recurse=False))
+        for name, parameter in own.items():
+            setattr(adapter, name, nn.Parameter(torch.empty(parameter.shape)))
+        if own:
+            adapter.reset_parameters()

@@ -1,0 +1,62 @@
+"""DoRA, weight-decomposed LoRA (arXiv 2402.09353): the update changes the direction of each row of W, a vector m its length.
+
+    W' = g (W + s B A)      g = m / c      c = the norms of the rows of W + s B A
+    y  = W' x + b           computed as linear(x) + (g - 1) (linear(x) - b) + g s B A dropout(x)
+
+g multiplies row by row; s is LoRA's factor. c is a constant to autograd (section 4.3 of the paper), and m starts as the norms of the rows
+of W: with B = 0 the layer computes what the base does, bit for bit. Over a quantised layer m starts as the norms before quantisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from litgpt.adapters.base import LinearAdapter
+
+
+class DoRA(LinearAdapter):
+    """A mixin for LoRA's layers, put before them: `class DoRALinear(DoRA, LoRALinear)`. m is `lora_magnitude` (rows of B,), fp32."""
+
+    lora_magnitude: nn.Parameter
+    kept_outputs = 2  # linear(x) - b, and the update
+    _norms, _norms_of = torch.empty(0), tuple[Any, ...]()
+
+    def make_parameters(self, in_features: int, out_features: int) -> None:
+        super().make_parameters(in_features, out_features)
+        self.lora_magnitude = nn.Parameter(torch.empty(len(self.lora_B)))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._norms_of = ()
+        if not self.lora_magnitude.is_meta:
+            self.lora_magnitude.copy_(torch.linalg.vector_norm(self.weight(), dim=1)[self.adapted_rows()])
+
+    def norms(self) -> torch.Tensor:
+        """Return c (out,). Passes without gradients, such as those of generation, share it until a weight changes."""
+        tensors = (self.lora_A, self.lora_B, *self.linear.parameters(), *self.linear.buffers())
+        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        if torch.is_grad_enabled() or versions != self._norms_of:
+            with torch.inference_mode(False), torch.no_grad():  # c of an answer may serve training
+                self._norms = torch.linalg.vector_norm(super().merged(), dim=1)
+            self._norms_of = () if torch.is_grad_enabled() else versions  # a fused optimizer's step leaves versions as they are
+        return self._norms
+
+    def gain(self) -> torch.Tensor:
+        """Return g (out,); it is 1 in the rows that are not adapted."""
+        c = self.norms()
+        return c.masked_scatter(self.adapted_rows().to(c.device), self.lora_magnitude) / c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)"""
+        y = self.linear(x)
+        if not self.r:
+            return y
+        g, bias = self.gain(), self.linear.bias
+        return y + (g - 1).to(y.dtype) * (y if bias is None else y - bias) + g.to(y.dtype) * self.update(x)
+
+    def merged(self) -> torch.Tensor:
+        return self.gain()[:, None] * super().merged()
