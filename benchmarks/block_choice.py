@@ -1,11 +1,11 @@
-"""Which blocks to tap: validation losses of `auto`, of simple rules and of random sets, trained from one cache of all blocks.
+"""Compare choices of blocks to tap: validation losses of `auto`, simple rules and random sets, trained from one cache of all blocks.
 
     python -m benchmarks.block_choice CHECKPOINT [--samples 1000] [--epochs 3] [--counts 4 6] [--random 3] [--seeds 1] [--out FILE.json]
 
 The data are PythonDocs' docstrings, a tenth held out. All blocks' outputs are computed once; each set of blocks then trains its adapters
-with the same loop, seeds and order of samples, so that only the blocks differ. `predicted` is what `auto` goes by: the share of the loss's
-gradient that the blocks predict on samples not fitted (`litgpt.activations.choose`). The JSON file is written after each run, and the same
-command goes on where it was stopped. Only losses are measured, so other work on the machine does no harm.
+with the same loop, seeds and order of samples, so that only the blocks differ. `predicted` is the criterion of `auto`: the share of the
+loss's gradient that the blocks predict on samples that were not fitted (`litgpt.activations.choose`). The JSON file is written after each
+run, and the same command resumes. Only losses are measured, so other work on the machine does no harm.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def cached(model: Any, splits: Splits, console: Console) -> dict[str, Activation
 
 
 def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Splits, caches: dict[str, Activations], seed: int) -> float:
-    """The validation loss after training adapters on these blocks."""
+    """Return the validation loss after training adapters on these blocks."""
     torch.manual_seed(seed)
     model = adapters(settings(blocks, given.rank)).build(base, torch.float32)
     val = list(range(len(splits.val)))
@@ -107,7 +107,7 @@ def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Spli
 
 
 def contenders(parts: Any, L: int, given: argparse.Namespace) -> dict[str, list[int]]:
-    """Name -> blocks of 0 to L - 1; `parts` is what `auto` looks at."""
+    """Return name -> blocks of 0 to L - 1. `parts` is the evidence that `auto` uses."""
     everything, draw = list(range(L)), random.Random(0)
     found: dict[str, list[int]] = {}
     for k in given.counts:

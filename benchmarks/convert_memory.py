@@ -2,11 +2,9 @@
 
     python -m benchmarks.convert_memory [--gib 1.0] [--dir /tmp]
 
-A random Llama in bfloat16, in four shards, is made on the fly. Each conversion runs in a process of its own; this one reads
-/proc/PID/status every few milliseconds while it does, and takes off what the process held before (Python, torch, a model of one small
-block). Two figures:
-RssAnon is memory that is the process's own; RssAnon + RssFile counts pages of files that it has mapped too, which the kernel takes
-back whenever it needs them. Linux only.
+The checkpoint is a random Llama in bfloat16 in four shards. Each conversion runs in a separate process; this one reads /proc/PID/status
+every few milliseconds and subtracts what the process held before (Python, torch, a model of one small block). RssAnon is the process's
+own memory; RssAnon + RssFile also counts pages of mapped files, which the kernel can reclaim. Linux only.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ sys.stdin.readline()
 
 
 def make(folder: Path, gib: float) -> int:
-    """A random Llama of about that size as sharded safetensors in `folder`; its size in bytes."""
+    """Write a random Llama of about this size as sharded safetensors to `folder`; return its size in bytes."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -85,7 +83,7 @@ def make(folder: Path, gib: float) -> int:
 
 
 def as_bin(source: Path, folder: Path) -> None:
-    """The same as .bin shards."""
+    """Write the same model as .bin shards."""
     import torch
     from safetensors.torch import load_file
 
@@ -101,14 +99,14 @@ def as_bin(source: Path, folder: Path) -> None:
 
 
 def held(pid: int) -> tuple[int, int]:
-    """RssAnon, and RssAnon + RssFile + RssShmem, of a process, in bytes."""
+    """Return RssAnon, and RssAnon + RssFile + RssShmem, of a process, in bytes."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     anonymous, others = int(lines["RssAnon"].split()[0]), sum(int(lines[key].split()[0]) for key in ("RssFile", "RssShmem"))
     return 1024 * anonymous, 1024 * (anonymous + others)
 
 
 def peaks(kind: str, source: Path, target: Path) -> tuple[int, int, float]:
-    """The most that a conversion adds to either figure, and its seconds."""
+    """Return the most that a conversion adds to either figure, and its seconds."""
     command = [sys.executable, "-c", CHILD, kind, str(source), str(target)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None

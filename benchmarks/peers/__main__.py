@@ -1,4 +1,4 @@
-"""The same fine-tuning job by several packages, each in a process of its own: upstream LitGPT, PEFT, and this project's methods.
+"""Do the same fine-tuning job by several packages, each in a separate process: upstream LitGPT, PEFT, and this project's methods.
 
     python -m benchmarks.peers --epochs 10 --measured_epochs 2 [--preset NAME=FILE.yaml] [--peers upstream peft_all skip2lora]
 
@@ -6,8 +6,8 @@ All read the same tokens and loss masks in the same order, in batches of 8, with
 adapter after every epoch, and one evaluator computes the validation losses of these afterwards, outside the measured time. A preset is a
 YAML file of `litgpt finetune`, options may follow it; data, batch and precision are the job's, epochs and learning rate its own.
 
-What is measured is kept in OUT/peers.json; the same command again does what is missing or has failed. OUT/peers.md has the tables,
-OUT/loss_over_time.png the curves, OUT/runs/NAME/log.txt what a peer said. Upstream LitGPT is installed into OUT/upstream-venv. Needs
+OUT/peers.json keeps the measurements; the same command again does what is missing or has failed. OUT/peers.md has the tables,
+OUT/loss_over_time.png the curves, OUT/runs/NAME/log.txt a peer's output. Upstream LitGPT is installed into OUT/upstream-venv. This needs
 `pip install peft transformers`, and matplotlib for the picture.
 """
 
@@ -64,7 +64,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def apart(function: Callable[..., Any], *given: Any) -> Any:
-    """Its result, in a process of its own: this one stays small, as a child's peak memory begins with its parent's."""
+    """Return the function's result from a separate process. This process stays small, as a child's peak memory begins with its parent's."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *given).result()
@@ -73,9 +73,10 @@ def apart(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def restore(file: Path, job: Job, environment: dict[str, Any], anew: list[str] | None) -> dict[str, Any]:
-    """The results so far, without failures. `anew`: names to be measured again, which also lets another job start; None: none.
+    """Return the results so far, without failures.
 
-    Raises UserError if the file has results of another job, or is no such file.
+    `anew`: names to measure again, which also allows another job to start; None for none. Raise UserError if the file has results of
+    another job or other content.
     """
     fresh = {"format": 1, "job": asdict(job), "environment": environment, "base_loss": None, "records": {}}
     if not file.is_file():
@@ -89,7 +90,7 @@ def restore(file: Path, job: Job, environment: dict[str, Any], anew: list[str] |
 
 
 def do(peer: Peer, job: Job, out: Path, measured_epochs: int | None, content: dict[str, Any]) -> None:
-    """Measure and judge the peer, or what is missing of it, into `content`. What goes wrong is noted."""
+    """Measure and evaluate the peer, or what is missing of it, into `content`, which also records failures."""
     record = content["records"].get(peer.name, {})
     if record.get("status") != "completed":
         record = {"status": "failed", "error": None, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
@@ -110,7 +111,7 @@ def do(peer: Peer, job: Job, out: Path, measured_epochs: int | None, content: di
 
 
 def attempt(peer: Peer, job: Job, out: Path, measured_epochs: int | None, content: dict[str, Any]) -> None:
-    """`do`, whose failure does not end the others'."""
+    """Call `do`; a failure does not end the others."""
     began = time.monotonic()
     print(f"{peer.name} ...", flush=True)
     try:
@@ -127,7 +128,7 @@ def attempt(peer: Peer, job: Job, out: Path, measured_epochs: int | None, conten
 
 
 def save(content: dict[str, Any], out: Path) -> report.Sections:
-    """Write results, tables and picture, the peers in their usual order; the tables."""
+    """Write results, tables and picture, the peers in their usual order. Return the tables."""
     order = [peer.name for peer in PEERS]
     content["records"] = dict(sorted(content["records"].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
     write_text(out / "peers.json", json.dumps(content, indent=1) + "\n")
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Interrupted. {out / 'peers.json'} has what is done; the same command goes on.", file=sys.stderr)
+        print(f"Interrupted. {out / 'peers.json'} has the results so far; the same command resumes.", file=sys.stderr)
         return 130
     print(f"{report.as_text(parts)}\n\nwrote peers.json, peers.md and loss_over_time.png in {out}")
     return int(any(content["records"][peer.name]["error"] for peer in peers))

@@ -15,13 +15,13 @@ BATCH = 16
 
 
 def losses(job: Job, tokens: Path, folders: list[str]) -> list[float]:
-    """Mean loss per answer token of each folder: the base model's, or that of one of its adapters, upstream's, PEFT's or ours."""
+    """Return the mean loss per answer token of each folder: the base model, or one of its adapters by upstream, PEFT or us."""
     content = json.loads(tokens.read_text())
     return [loss(Path(job.checkpoint), Path(folder), job.precision, content["val"]) for folder in folders]
 
 
 def loss(base: Path, folder: Path, precision: str, samples: list[dict[str, list[int]]]) -> float:
-    """The same of one folder."""
+    """Return the mean loss per answer token of one folder."""
     import torch
     import torch.nn.functional as F
 
@@ -43,7 +43,7 @@ def loss(base: Path, folder: Path, precision: str, samples: list[dict[str, list[
 
 
 def load(base: Path, folder: Path, precision: str) -> Any:
-    """The model with the folder's adapter; PEFT's by way of `litgpt convert_adapter`."""
+    """Return the model with the folder's adapter; PEFT's is converted by `litgpt convert_adapter`."""
     from litgpt.checkpoint import load_model
     from litgpt.convert.adapter import PEFT, convert_adapter
     from litgpt.device import backbone_dtype

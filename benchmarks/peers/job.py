@@ -16,25 +16,22 @@ from litgpt.errors import UserError
 BATCH = 8
 SEED = 1337
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 8, 16, 0.05
+# Steps in which the learning rate rises, if the run is long enough. Then half a cosine to 0, the one schedule that all peers have.
 WARMUP = 20
-"""steps in which the learning rate rises, in a run long enough; then half a cosine to 0, which is all that upstream's and PEFT's do"""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What has to be the same for two measurements to be comparable."""
+    """What must be the same for two measurements to be comparable."""
 
     machine: str
-    checkpoint: str
-    """the base model's folder"""
+    checkpoint: str  # the base model's folder
     precision: str
     samples: int
     val_samples: int
     epochs: int
-    tokens: int
-    """of the training samples, padding not counted"""
-    digest: str
-    """of all token ids and loss masks"""
+    tokens: int  # of the training samples, without padding
+    digest: str  # of all token ids and loss masks
 
     @property
     def steps_per_epoch(self) -> int:
@@ -45,18 +42,18 @@ class Job:
 
 
 def validation_samples(samples: int) -> int:
-    """A tenth, and no fewer than 8."""
+    """Return a tenth, and at least 8."""
     return max(8, samples // 10)
 
 
 def prepare(checkpoint: Path, out: Path, samples: int, epochs: int, precision: str | None) -> tuple[Job, dict[str, Any]]:
-    """Write what the peers read below `out` and return the job and `benchmarks.runs.environment`.
+    """Write the peers' input below `out` and return the job and `benchmarks.runs.environment`.
 
     data/train.json, data/val.json   records, which `litgpt finetune` reads
     data/tokens.json                 the same as token ids and loss masks, and the order of the samples in each epoch
     hf/NAME                          the base model for transformers
 
-    Raises UserError for a checkpoint, a precision or a number of samples that cannot be used.
+    Raise UserError for an unusable checkpoint, precision or number of samples.
     """
     if samples < 2 * BATCH:
         raise UserError(f"--samples {samples}: a schedule needs two batches of {BATCH}, {2 * BATCH} samples, at least")
@@ -81,14 +78,14 @@ def prepare(checkpoint: Path, out: Path, samples: int, epochs: int, precision: s
 
 
 def counts(folder: Path) -> tuple[int, int]:
-    """How many records there are, for training and for validation."""
+    """Return the number of records for training and for validation."""
     files = [folder / f"{name}.json" for name in ("train", "val")]
     train, val = (len(json.loads(file.read_text())) if file.is_file() else 0 for file in files)
     return train, val
 
 
 def write_records(folder: Path, samples: int, val_samples: int) -> None:
-    """Docstrings of this Python's packages as questions and answers."""
+    """Write docstrings of this Python's packages as questions and answers."""
     from litgpt.data import PythonDocs
 
     records, _ = PythonDocs(max_samples=samples + val_samples).records()
@@ -101,7 +98,7 @@ def write_records(folder: Path, samples: int, val_samples: int) -> None:
 
 
 def encode(base: Path, folder: Path, samples: int, val_samples: int) -> list[list[dict[str, list[int]]]]:
-    """The samples as `litgpt finetune` will make them of the same files: ids, and 1 where a token carries loss."""
+    """Return the samples as `litgpt finetune` reads them from the same files: ids, and 1 where a token carries loss."""
     from litgpt.data import JSON
     from litgpt.prompts import resolve_prompt_style
     from litgpt.tokenizer import Tokenizer
@@ -114,7 +111,7 @@ def encode(base: Path, folder: Path, samples: int, val_samples: int) -> list[lis
 
 
 def orders(train: list[dict[str, list[int]]], epochs: int) -> list[list[int]]:
-    """The order in which `litgpt finetune` goes through the samples, epoch by epoch: the other peers follow it."""
+    """Return the order in which `litgpt finetune` goes through the samples in each epoch; the other peers follow it."""
     from array import array
 
     from litgpt.sample import Sample
@@ -126,7 +123,7 @@ def orders(train: list[dict[str, list[int]]], epochs: int) -> list[list[int]]:
 
 
 def hugging_face(base: Path, out: Path) -> Path:
-    """The base model as a Hugging Face folder, made once."""
+    """Return the base model as a Hugging Face folder, converted once."""
     from litgpt.convert.from_litgpt import convert_from_litgpt
 
     folder = out / "hf" / base.name
@@ -136,7 +133,7 @@ def hugging_face(base: Path, out: Path) -> Path:
 
 
 def require_same(job: Job, stored: dict[str, Any], file: Path) -> None:
-    """UserError unless the results in `file` are of this job."""
+    """Raise UserError unless the results in `file` are of this job."""
     now = asdict(job)
     changed = [f"{key} was {stored.get(key)!r} and is {value!r}" for key, value in now.items() if stored.get(key) != value]
     if changed:

@@ -1,4 +1,4 @@
-"""One peer in a process of its own: time, memory, and what it left."""
+"""Run one peer in a separate process: its time, memory and checkpoints."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from benchmarks.runs import read_json
 from litgpt.errors import UserError
 from litgpt.logs import read_metrics
 
-LOOK = 0.05
-"""seconds between two looks at a process's memory"""
+LOOK = 0.05  # seconds between two readings of a process's memory
 ADAPTERS = ("lit_model.pth.lora", "adapter_model.safetensors")
 RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -32,17 +31,14 @@ class Process:
     """A process that has ended."""
 
     code: int
-    began: float
-    """by time.time(), as files' dates are"""
+    began: float  # by time.time(), like files' dates
     seconds: float
-    peak_gb: float
-    """most memory resident, pages of mapped files included, GiB"""
-    own_gb: float | None
-    """most memory of its own, without such pages, which the system can take back; None where /proc is not Linux's"""
+    peak_gb: float  # peak of resident memory with pages of mapped files, GiB
+    own_gb: float | None  # the same without such pages, which the system can reclaim; None without Linux's /proc
 
 
 def run(words: list[str], log: Path, environment: dict[str, str]) -> Process:
-    """Run it to its end, what it says in `log`. An interrupt ends it too."""
+    """Run the words to their end, with their output in `log`. An interrupt ends them too."""
     own: float | None = None
     with log.open("wb") as said:
         began = time.time()
@@ -61,7 +57,7 @@ def run(words: list[str], log: Path, environment: dict[str, str]) -> Process:
 
 
 def anonymous(pid: int) -> float | None:
-    """RssAnon of a process, in GiB."""
+    """Return RssAnon of a process in GiB; None without Linux's /proc."""
     try:
         found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     except OSError:
@@ -70,7 +66,7 @@ def anonymous(pid: int) -> float | None:
 
 
 def measure(peer: Peer, job: Job, out: Path, measured_epochs: int | None) -> dict[str, Any]:
-    """Do the job once; the peer's record, without losses. Raises UserError if it does not end well."""
+    """Do the job once and return the peer's record, without losses. Raise UserError if it fails."""
     folder = out / "runs" / peer.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -82,7 +78,7 @@ def measure(peer: Peer, job: Job, out: Path, measured_epochs: int | None) -> dic
     process = run(words, folder / "log.txt", surroundings(peer))
     shutil.rmtree(folder / "cache", ignore_errors=True)
     if process.code:
-        raise UserError(f"exit code {process.code}: {last_words(folder / 'log.txt')} (all it said: {folder / 'log.txt'})")
+        raise UserError(f"exit code {process.code}: {last_words(folder / 'log.txt')} (its output: {folder / 'log.txt'})")
     seconds, losses, versions = steps(peer, folder)
     return {"command": words, "versions": versions, **figures(peer, job, process, seconds), "first_loss": losses[0]} | {
         "checkpoints": checkpoints(folder / "run", process.began, seconds)
@@ -90,7 +86,7 @@ def measure(peer: Peer, job: Job, out: Path, measured_epochs: int | None) -> dic
 
 
 def surroundings(peer: Peer) -> dict[str, str]:
-    """Environment variables: this project on the path of its own peers only; nothing asks a hub for anything."""
+    """Return environment variables: this project is on the path of its own peers only, and no hub is contacted."""
     found = {**os.environ, "HF_HUB_OFFLINE": "1"}
     found.pop("PYTHONPATH", None)
     return found | ({"PYTHONPATH": str(ROOT)} if peer.kind == "litgpt" else {})
@@ -98,11 +94,11 @@ def surroundings(peer: Peer) -> dict[str, str]:
 
 def last_words(log: Path) -> str:
     lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 def steps(peer: Peer, folder: Path) -> tuple[list[float], list[float], dict[str, str]]:
-    """Seconds and loss of each optimizer step, and versions of packages. UserError if there was none."""
+    """Return seconds and loss of each optimizer step, and package versions. Raise UserError if there was no step."""
     if peer.kind == "litgpt":
         metrics = read_metrics(folder / "run")
         seconds, losses = ([value for _, value in metrics.get(key, [])] for key in ("step_time", "train_loss"))
@@ -111,12 +107,12 @@ def steps(peer: Peer, folder: Path) -> tuple[list[float], list[float], dict[str,
         content = read_json(folder / "steps.json", "the peer's driver writes it")
         seconds, losses, versions = content["seconds"], content["losses"], content["versions"]
     if not seconds or len(seconds) != len(losses):
-        raise UserError(f"{folder} tells the time of {len(seconds)} steps and the loss of {len(losses)}")
+        raise UserError(f"{folder} has the time of {len(seconds)} steps and the loss of {len(losses)}")
     return seconds, losses, versions
 
 
 def figures(peer: Peer, job: Job, process: Process, seconds: list[float]) -> dict[str, Any]:
-    """What follows from a run's duration and its steps'. Seconds, GiB; tokens without padding."""
+    """Return the figures that follow from the durations of a run and its steps, in seconds and GiB; tokens without padding."""
     size = job.steps_per_epoch
     epoch_seconds = [sum(seconds[i : i + size]) for i in range(0, len(seconds) - size + 1, size)]
     training = sum(seconds)
@@ -139,14 +135,14 @@ def figures(peer: Peer, job: Job, process: Process, seconds: list[float]) -> dic
 
 
 def extrapolate(wall: float, training: float, done: float, epochs: float) -> float:
-    """Seconds of a run of `epochs`, of which `done` took `training` seconds of the `wall` seconds: the rest is spent once."""
+    """Return the seconds of a run of `epochs`, of which `done` took `training` of the `wall` seconds; the rest is spent once."""
     return wall - training + training * epochs / done
 
 
 def checkpoints(folder: Path, began: float, seconds: list[float]) -> list[dict[str, Any]]:
-    """The adapters that a run left, in the order of their steps; times are those at which they were written.
+    """Return the adapters that a run left, in the order of their steps, with the times at which they were written.
 
-    The final folder counts if no other has the last step's. UserError if there is none.
+    The final folder counts if no other has the last step. Raise UserError without any.
     """
     files = {file.parent.name: file for name in ADAPTERS for file in folder.glob(f"*/{name}")}
     found = {len(seconds): files["final"]} if "final" in files else {}

@@ -1,4 +1,4 @@
-"""What the measurements say: tables, ratios, a picture."""
+"""Report the measurements: tables, ratios, a picture."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from litgpt.text import text_table
 
 REFERENCES = ("upstream", "peft_qv", "peft_all", "lora_qv", "lora_all")
 TITLE = "The same fine-tuning job, by several packages"
-AGREEMENT = 0.01
-"""by which the losses of the first batch may differ between peers, as a share: more means that they do not read the same"""
+AGREEMENT = 0.01  # relative difference of first losses above which the peers do not read the same data
 
 Record = dict[str, Any]
 
 
 def sections(content: dict[str, Any], picture: Path | None) -> Sections:
-    """Everything that there is to say of a results file's content."""
+    """Return the report of a results file's content."""
     records: dict[str, Record] = content["records"]
     done = {name: record for name, record in records.items() if record["status"] == "completed"}
     parts: Sections = {"What was done": [settings(content), *warnings(records)]}
@@ -60,13 +59,13 @@ def settings(content: dict[str, Any]) -> list[str]:
 
 
 def versions(records: dict[str, Record]) -> list[str]:
-    """Each package of the other peers' environments once."""
+    """Return each package of the other peers' environments once."""
     found = {f"{name} {number}" for record in records.values() for name, number in record.get("versions", {}).items() if name != "torch"}
     return [f"upstream's {text}" if text.startswith("litgpt ") else text for text in sorted(found)]
 
 
 def warnings(records: dict[str, Record]) -> list[Part]:
-    """What a reader has to know before the figures."""
+    """Return what a reader has to know before the figures."""
     told = [f"{name} failed: {record['error']}" for name, record in records.items() if record["status"] == "failed"]
     told += [
         f"{name} has no losses: {record['error']}" for name, record in records.items() if record["status"] != "failed" and record["error"]
@@ -74,7 +73,7 @@ def warnings(records: dict[str, Record]) -> list[Part]:
     first = {name: record["first_loss"] for name, record in records.items() if record["status"] == "completed"}
     if first and max(first.values()) - min(first.values()) > AGREEMENT * min(first.values()):
         listed = ", ".join(f"{name} {loss:.4f}" for name, loss in first.items())
-        told.append(f"the peers do not see the same: their losses of the first batch, before any update, differ: {listed}")
+        told.append(f"the peers do not read the same data: their losses on the first batch, before any update, differ: {listed}")
     return [told] if told else []
 
 
@@ -117,7 +116,7 @@ def measured(record: Record) -> str:
 
 
 def number(value: float) -> str:
-    """10.0 -> "10", 2.5 -> "2.5" """
+    """Return 10.0 as "10" and 2.5 as "2.5"."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
@@ -131,7 +130,7 @@ def ratios(records: dict[str, Record], references: dict[str, Record], compare: C
 
 
 def loss_parts(records: dict[str, Record], base: float) -> list[Part]:
-    """The losses of each, and when it first was as low as the best of each reference."""
+    """Return the losses of each peer, and when it first reached the best of each reference."""
     references = {name: best(records[name]) for name in REFERENCES if name in records}
     rows = []
     for name, record in records.items():
@@ -156,12 +155,12 @@ def best(record: Record) -> Record:
 
 
 def reached(record: Record, loss: float) -> float | None:
-    """The seconds after which the loss first was as low."""
+    """Return the seconds after which the loss was first reached."""
     return next((point["wall_seconds"] for point in record["curve"] if point["val_loss"] <= loss), None)
 
 
 def draw(content: dict[str, Any], file: Path) -> Path | None:
-    """Losses over wall time as a PNG; None where there is nothing to draw or nothing to draw with."""
+    """Draw losses over wall time as a PNG. Return None without curves or matplotlib."""
     curves = {name: record["curve"] for name, record in content["records"].items() if record.get("curve")}
     picture = figure(9, 5.5) if curves else None
     if picture is None:
@@ -183,7 +182,7 @@ def draw(content: dict[str, Any], file: Path) -> Path | None:
 
 
 def as_text(parts: Sections) -> str:
-    """For a terminal."""
+    """Return the report as plain text, for a terminal."""
     lines = []
     for heading, content in parts.items():
         lines.append(f"\n{heading}\n")

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-IGNORED = -100
-"""the label of a token without loss"""
+IGNORED = -100  # label of a token without loss
 
 
 class Samples(Dataset[dict[str, torch.Tensor]]):
@@ -33,7 +32,7 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
 
 
 class Orders(Sampler[int]):
-    """The given order of each epoch, one after the other."""
+    """A sampler with a given order for each epoch."""
 
     def __init__(self, orders: list[list[int]]) -> None:
         self.orders, self.epoch = orders, -1
@@ -47,7 +46,7 @@ class Orders(Sampler[int]):
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """(B, T), padded on the right. No attention mask: behind a causal one, padding changes nothing, and without it attention is faster."""
+    """Return a batch (B, T), padded on the right. Causal attention needs no mask for padding on the right."""
     padding = {"input_ids": 0, "labels": IGNORED}
     return {
         name: torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
@@ -56,11 +55,11 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def read(file: str) -> tuple[Samples, Samples, Orders]:
-    """Training and validation samples, and the training samples' order."""
+    """Return training and validation samples, and the order of the training samples."""
     content = json.loads(Path(file).read_text())
     return Samples(content["train"]), Samples(content["val"]), Orders(content["orders"])
 
 
 def write_steps(file: str, seconds: list[float], losses: list[float], versions: dict[str, Any]) -> None:
-    """Leave what each step took, and its loss before the update, for `measure`."""
+    """Write the duration of each step and its loss before the update, for `measure`."""
     Path(file).write_text(json.dumps({"seconds": seconds, "losses": losses, "versions": versions}))

@@ -15,9 +15,9 @@ LITGPT = "0.5.13"
 
 
 def make(out: Path) -> None:
-    """Make out/upstream-venv, once: this Python, this environment's torch, LitGPT's release and what its checkpoints need.
+    """Make out/upstream-venv, once: this Python, this environment's torch, LitGPT's release and the packages its checkpoints need.
 
-    Raises UserError with pip's last line.
+    Raise UserError with pip's last line.
     """
     folder = out / "upstream-venv"
     stamp = folder / "installed"
@@ -35,13 +35,13 @@ def make(out: Path) -> None:
 
 
 def convert(out: Path, folder: Path) -> None:
-    """Make LitGPT's files beside the Hugging Face model in `folder`, once, with its own converter."""
+    """Write LitGPT's files beside the Hugging Face model in `folder`, once, with LitGPT's own converter."""
     if not (folder / "lit_model.pth").is_file():
         run([str(out / "upstream-venv" / "bin" / "litgpt"), "convert_to_litgpt", str(folder)])
 
 
 def run(words: list[str]) -> None:
-    """Run it away from this project, whose import name is the same. Raises UserError with its last line if it fails."""
+    """Run the words outside this project, whose import name is the same. Raise UserError with the last line if they fail."""
     away = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(words, capture_output=True, text=True, env=away)
     if done.returncode:

@@ -15,10 +15,8 @@ from litgpt.errors import UserError
 
 HERE = Path(__file__).parent
 SKIP2LORA = ROOT / "config_hub" / "finetune" / "smollm2-135m" / "skip2lora.yaml"
-RATES = {"qv": 2e-4, "all": 5e-4}
-"""peak learning rates of LoRA on queries and values, and on every linear layer of every block: what measures best for each"""
-WEIGHT_DECAY = 0.01
-"""torch's AdamW's own"""
+RATES = {"qv": 2e-4, "all": 5e-4}  # best measured peak rates of LoRA on queries and values, and on all linear layers
+WEIGHT_DECAY = 0.01  # the default of torch's AdamW
 NEVER = 10**6
 
 
@@ -27,16 +25,11 @@ class Peer:
     """One way to do the job."""
 
     name: str
-    kind: str
-    """upstream, peft or litgpt: whose code runs"""
-    layers: str = ""
-    """of LoRA: qv or all"""
-    words: tuple[str, ...] = ()
-    """of `litgpt finetune`, for what is not LoRA: a YAML file and options"""
-    slow: bool = False
-    """whether every epoch runs all of the model: --measured_epochs shortens such runs"""
-    own_schedule: bool = False
-    """whether epochs, warm-up and decay are those of its YAML file"""
+    kind: str  # whose code runs: upstream, peft or litgpt
+    layers: str = ""  # of LoRA: qv or all
+    words: tuple[str, ...] = ()  # of `litgpt finetune`, for other methods than LoRA: a YAML file and options
+    slow: bool = False  # every epoch runs the complete model: --measured_epochs shortens such runs
+    own_schedule: bool = False  # epochs, warm-up and decay are those of its YAML file
 
 
 PEERS = (
@@ -52,9 +45,9 @@ PEERS = (
 
 
 def choose(names: list[str] | None, presets: list[str]) -> list[Peer]:
-    """The peers of these names (all without any) and those of the presets, NAME=FILE.yaml with options behind it.
+    """Return the peers of these names (all without any) and those of the presets, NAME=FILE.yaml followed by options.
 
-    Raises UserError that lists all that is wrong.
+    Raise UserError that lists everything that is wrong.
     """
     known = {peer.name: peer for peer in PEERS}
     chosen = [known[name] for name in dict.fromkeys(known if names is None else names) if name in known]
@@ -76,7 +69,7 @@ def choose(names: list[str] | None, presets: list[str]) -> list[Peer]:
 
 
 def command(peer: Peer, job: Job, out: Path, folder: Path, epochs: int) -> list[str]:
-    """The words that run the peer for `epochs` in `folder`, its own and empty."""
+    """Return the words that run the peer for `epochs` in its own, empty `folder`."""
     if peer.kind == "litgpt":
         return [sys.executable, "-m", "litgpt", "finetune", *own_words(peer, job, out, folder, epochs)]
     run = {
@@ -103,7 +96,7 @@ def command(peer: Peer, job: Job, out: Path, folder: Path, epochs: int) -> list[
 
 
 def own_words(peer: Peer, job: Job, out: Path, folder: Path, epochs: int) -> list[str]:
-    """The words after `litgpt finetune`. No validation, and a checkpoint at the end of every epoch."""
+    """Return the words after `litgpt finetune`: no validation, and a checkpoint after every epoch."""
     options: dict[str, object] = {
         "checkpoint_dir": job.checkpoint,
         "out_dir": folder / "run",

@@ -254,10 +254,10 @@ def test_losses_tell_who_was_there_first(content: dict[str, Any]) -> None:
 def test_failures_and_disagreement_are_told(content: dict[str, Any]) -> None:
     text = report.as_text(report.sections(content, None))
     assert "broken failed: exit code 1: out of paper" in text
-    assert "do not see the same" not in text
+    assert "do not read the same data" not in text
     content["records"]["peft_all"]["first_loss"] = 3.2
     document = report.as_document(report.sections(content, None))
-    assert "do not see the same" in document
+    assert "do not read the same data" in document
     assert "| upstream | 1 of 10 measured |" in document
 
 
