@@ -220,12 +220,14 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch: pytest.MonkeyPatc
 def test_a_bar_that_ends_in_an_error_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
     console = Console()
     with pytest.raises(UserError), console.progress("training"):
         raise UserError("stop")
-    console.say("after")
-    assert terminal.getvalue().endswith("after\n")
-    assert console._bar is None
+    hidden, shown = (terminal.getvalue().rindex(f"\x1b[?25{code}") for code in "lh")
+    assert hidden < shown, "the cursor is visible again"
+    console.say("[b]after[/b] " + "x" * 300)
+    assert terminal.getvalue().endswith("[b]after[/b] " + "x" * 300 + "\n"), "the line is not wrapped by the bar"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
