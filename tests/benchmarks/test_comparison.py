@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import analysis, comparison, process, runs, steps
+from benchmarks import analysis, comparison, runs, steps
 from litgpt.__main__ import load as command
 from litgpt.__main__ import main as litgpt
 from litgpt.cli import parse
@@ -141,12 +141,6 @@ def test_an_earlier_run_is_not_taken_for_this_one(
     both = json.loads((tmp_path / "comparison_results.json").read_text())["runs"]
     assert [(run["repeat"], run["settings"]["seed"], run["measured"]["steps"]) for run in both] == [(1, 1337, 2), (2, 1338, 2)]
     assert both[0]["measured"]["final_val_loss"] != both[1]["measured"]["final_val_loss"]
-
-
-def test_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = process.run_litgpt(["finetune", "nowhere.yaml"])
-    assert code == 2 and process.error_line(f"{said}\nbye") == "Error: nowhere.yaml does not exist: check the path"
-    assert "nowhere.yaml does not exist" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", sorted(path.name for path in HUB.iterdir()))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from benchmarks import memory, report
+from benchmarks.step import Settings
 from litgpt import lora
+from litgpt.errors import UserError
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import tiny
 
@@ -57,7 +60,9 @@ def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "LENGTH", 16)
     found = memory.measured("pythia-14m", "Skip2-LoRA", 1, "32-true")
     assert found["peak"] > found["loaded"] > 4 * 14e6 and found["step_ms"] > 0
-    assert "nonesuch" in memory.measured("nonesuch", "LoRA", 1, "32-true")["error"]
+    job = {"settings": asdict(Settings("nonesuch", 1, 16, 0.25, 1, 1, "32-true", "cpu", 8)), "method": "LoRA"}
+    with pytest.raises(UserError, match="nonesuch"):
+        memory.step(job)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")

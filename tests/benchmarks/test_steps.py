@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks import step, steps
-from litgpt.activations.cache import Recompute
 from tests.helpers import tiny
 
 NAMES = [
@@ -126,48 +123,11 @@ def test_everything_is_measured_and_compared(base: Path, tmp_path: Path, capsys:
     assert f"{compared['forward_speedup']:.2f}x" in printed
 
 
-def test_the_loss_is_the_next_tokens(settings: step.Settings) -> None:
-    """Against logits of the whole model and cross-entropy at the last quarter of the positions."""
-    adapter = {"lora_r": 2, "lora_query": True}
-    found = step.measure(replace(settings, iterations=1, warmup=0), adapter, cached=False)
-    model = step.build(settings, adapter)
-    samples = step.random_samples(settings, 320)[:2]
-    ids = torch.tensor([list(sample.input_ids) for sample in samples])
-    with torch.no_grad():
-        logits = model(ids[:, :-1])[:, -2:]
-    assert found["first_loss"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), ids[:, -2:].flatten()).item(), rel=1e-5)
-
-
-def test_the_limits_are_the_models_own_work(settings: step.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two products have the shapes of a cached step, all rows of it; the bare pass sees every sample once."""
-    model = step.build(settings, {"lora_r": 2, "skip2lora_enabled": True})
-    products = []
-    multiply = torch.mm
-    monkeypatch.setattr(step, "CHUNK_BYTES", 3 * 320 * 4)  # chunks of 3 rows
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "mm", lambda a, b, out: products.append((tuple(a.shape), tuple(b.shape))) or multiply(a, b, out=out))
-        step.head_products(model, settings)()
-    assert products == [((3, 32), (32, 320)), ((3, 320), (320, 32)), ((1, 32), (32, 320)), ((1, 320), (320, 32))]
-    samples, seen = step.random_samples(settings, 320), []
-    model.transformer["ln_f"].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    step.bare_forward(model, samples, settings)
-    bare = torch.cat(seen)
-    at = torch.tensor([list(sample.loss_mask[1:]) for sample in samples]).bool()
-    assert bare.shape[:2] == at.shape
-    torch.testing.assert_close(bare[at], Recompute(model, samples, torch.device("cpu"))(range(len(samples))).x)
-
-
 def test_a_process_of_its_own(settings: step.Settings) -> None:
     found = steps.isolated(settings, {"lora_r": 2, "skip2lora_enabled": True}, True)
     assert "error" not in found
     assert 0 < found["loaded_memory_gb"] <= found["peak_memory_gb"] < 8
     assert found["first_loss"] == pytest.approx(step.measure(settings, {"lora_r": 2, "lora_query": True}, False)["first_loss"], rel=1e-5)
-
-
-@pytest.mark.parametrize(("code", "error"), [(1, "Error: no"), (-9, "killed by signal 9, perhaps for want of memory")])
-def test_a_process_that_fails(settings: step.Settings, code: int, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *args, **more: subprocess.CompletedProcess(args, code, "", "a warning\nError: no\n"))
-    assert steps.isolated(settings, {}, False) == {"error": error}
 
 
 def test_a_failure_is_shown_and_stops_nothing(
