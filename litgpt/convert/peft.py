@@ -153,31 +153,50 @@ def to_peft(config: LoRAConfig, weights: dict[str, Tensor], base: str, model_typ
             a, b = _stack(layer, units, plan)
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a.contiguous(), b.contiguous()
             ranks[name] = len(a)
+            if config.lora_variant == "dora":
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = _magnitude(name, layer, weights, units, config)
     if not tensors:
         raise UserError("the adapter has no LoRA weights, or only zeros: there is nothing to write")
     targets, blocks = _targets(list(ranks), plan, config.n_layer)
     joined = {name: rank // config.lora_r for name, rank in ranks.items() if rank != config.lora_r}
     factors = _by_short_name(joined, ranks, plan)
+    alpha = config.lora_alpha * config.lora_r**0.5 if config.lora_rslora else config.lora_alpha  # the same scale without use_rslora
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.lora_r,
-        "lora_alpha": config.lora_alpha,
+        "lora_alpha": alpha,
         "lora_dropout": config.lora_dropout,
         "target_modules": targets,
         "layers_to_transform": blocks,
         "rank_pattern": {name: factor * config.lora_r for name, factor in factors.items()},
-        "alpha_pattern": {name: factor * config.lora_alpha for name, factor in factors.items()},
+        "alpha_pattern": {name: factor * alpha for name, factor in factors.items()},
         "bias": "none",
         "fan_in_fan_out": plan.transposed,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": config.lora_variant == "dora",
         "modules_to_save": None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
     return settings, tensors
+
+
+def _magnitude(name: str, layer: Layer, weights: dict[str, Tensor], units: dict[str, Pair], config: LoRAConfig) -> Tensor:
+    """Return DoRA's magnitudes for the rows of a transformers layer, (out,). Raises UserError if only part of the layer has any."""
+    import torch
+
+    if missing := [unit for unit in layer.units if unit not in units]:
+        raise UserError(f"PEFT's DoRA needs all rows of {name}, and the adapter has none for {names.summary(missing)}: merge it instead")
+    parts = []
+    for unit in layer.units:
+        module, _, letter = unit.partition(":")
+        own = weights[f"{module}.lora_magnitude"]
+        rows = [size if getattr(config, FLAGS[part]) else 0 for part, size in zip(PARTS, config.qkv_sizes, strict=True)]
+        parts.append(own.split(rows)[PARTS.index(letter)] if letter else own)
+    magnitude = torch.cat(parts)
+    return magnitude if layer.order is None else magnitude[layer.order]
 
 
 def _stack(layer: Layer, units: dict[str, Pair], plan: Layout) -> Pair:

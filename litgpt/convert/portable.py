@@ -56,6 +56,8 @@ def write(folder: Path, config: LoRAConfig, weights: dict[str, Tensor], base: st
     tensors = {name: value.contiguous() for name, value in weights.items() if ".skip2lora." in name}
     lora: dict[str, Any] | None = None
     if own_lora(weights):
+        if config.lora_variant != "lora":
+            raise UserError("lora_variant dora beside Skip2-LoRA has no portable form: use the folder that `litgpt finetune` wrote")
         lora, extra = peft.to_peft(config, own_lora(weights), base, model_type)
         tensors |= extra
     (folder / CONFIG).write_text(json.dumps(describe(config, lora, base, model_type), indent=2) + "\n", encoding="utf-8")

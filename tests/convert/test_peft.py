@@ -302,3 +302,25 @@ def test_broken_files(tmp_path: Path, base_dir: Callable[[str], Path]) -> None:
     (tmp_path / "adapter_config.json").write_text("[")
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         ours.load(tmp_path, base)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "gpt2", "falcon new decoder", "mixtral"])
+@pytest.mark.parametrize(
+    "variant", [{"lora_variant": "dora"}, {"lora_rslora": True}, {"lora_variant": "dora", "lora_rslora": True}], ids=str
+)
+def test_peft_computes_the_same_of_dora_and_rslora(family: str, variant: dict[str, Any], tmp_path: Path) -> None:
+    model = trained(family, **tiny.ALL_LORA, **variant)
+    for name, value in model.named_parameters():
+        value.data = value.data.abs() + 0.5 if name.endswith("magnitude") else value.data
+    settings, tensors = ours.to_peft(model.config, adapter_of(model), "org/base", kind_of(family))
+    ours.write(tmp_path, settings, tensors)
+    assert settings["use_dora"] == any(name.endswith("lora_magnitude_vector") for name in tensors) == ("lora_variant" in variant)
+    with torch.no_grad():
+        want = model(IDX)
+        assert_close(peft_logits(family, tmp_path), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_dora_on_part_of_a_joined_layer_has_no_place() -> None:
+    model = trained("gpt_neox", lora_query=True, lora_variant="dora")
+    with pytest.raises(UserError, match=r"PEFT's DoRA needs all rows of .*query_key_value, .*qkv:k"):
+        ours.to_peft(model.config, adapter_of(model), "org/base", kind_of("gpt_neox"))

@@ -1,0 +1,63 @@
+"""`litgpt finetune --lora_variant dora`, from the command line to its folders, resumed, merged, quantised and beside Skip2-LoRA."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt import checkpoint
+from tests.helpers import jobs, runs, tiny
+
+DORA = {"lora_variant": "dora", "lora_rslora": True, "lora_mlp": True, "lora_dropout": 0.1}
+WARM = {**jobs.WARM, "lora_variant": "dora"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
+
+
+def test_a_run_learns_is_saved_and_merged(base: Path, data: Path, tmp_path: Path) -> None:
+    run = runs.finetune("finetune", base, data, tmp_path / "run", **DORA)
+    assert run.code == 0, run.err
+    losses = run.column("val_loss")
+    assert losses[-1] < losses[0]
+    weights = runs.load(run.final / "lit_model.pth.lora")["model"]
+    assert {name.rpartition(".")[2] for name in weights} == {"lora_A", "lora_B", "lora_magnitude"}
+    whole, adapted = (checkpoint.load_model(folder, torch.float32) for folder in (run.final, run.out_dir / "step-000006"))
+    samples = runs.val_samples(base, data)
+    assert abs(runs.plain_loss(adapted, samples) - losses[-1]) < 1e-5
+    assert abs(runs.plain_loss(whole, samples) - losses[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [DORA, WARM, {**DORA, "quantize": "int8"}], ids=["dora", "warm-up", "int8"])
+def test_a_resumed_run_is_the_same(settings: dict[str, object], base: Path, data: Path, tmp_path: Path) -> None:
+    """With the warm-up, DoRA is in the frozen prefix too, which is cached."""
+    whole, resumed = tmp_path / "one" / "run", tmp_path / "other" / "run"
+    assert runs.finetune("finetune", base, data, whole, **settings).code == 0
+    shutil.copytree(whole, resumed)
+    for folder in (*sorted(resumed.glob("step-*"))[1:], resumed / "final", resumed / "best"):
+        shutil.rmtree(folder)
+    (resumed / "report.json").unlink()
+    again = runs.finetune("finetune", base, data, resumed, "--resume", "true", **settings)
+    assert again.code == 0, again.err
+    assert jobs.curve(resumed) == jobs.curve(whole)
+    mine, theirs = jobs.results(resumed), jobs.results(whole)
+    assert {name: mine[name] for name in theirs if name in mine} == {name: theirs[name] for name in mine}
+
+
+def test_the_prefix_with_dora_may_be_cached_or_not(base: Path, data: Path, tmp_path: Path) -> None:
+    one, other = (
+        runs.finetune("finetune", base, data, tmp_path / cache, **{**WARM, "lora_dropout": 0.0, "skip2lora_cache": cache})
+        for cache in ("memory", "off")
+    )
+    assert one.column("train_loss") == pytest.approx(other.column("train_loss"), rel=1e-5)
