@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Write a state dict under a temporary name, flush it to disk, rename it."""
+    """Write a state dict atomically."""
     import torch
 
     with new_file(Path(path)) as file:
@@ -44,20 +44,20 @@ def save_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
 
 
 def on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors on the CPU; those that share memory, such as a tied head and embedding, still do."""
-    shared = {value.data_ptr(): value for value in weights.values()}
-    moved = {place: value.detach().cpu() for place, value in shared.items()}
+    """Return the tensors on the CPU. Those that share memory, such as a tied head and embedding, still do."""
+    unique = {value.data_ptr(): value for value in weights.values()}
+    moved = {pointer: value.detach().cpu() for pointer, value in unique.items()}
     return {name: moved[value.data_ptr()] for name, value in weights.items()}
 
 
 def is_mappable(path: Path) -> bool:
-    """Whether a torch file is a zip, as torch writes them since 1.6 (2020): an older one is read into memory as a whole."""
+    """Return True if a torch file is a zip, torch's format since 1.6. Older files cannot be mapped."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.pth` file, memory-mapped on the CPU; a `{"model": {...}}` envelope is opened.
+    """Load the tensors of a `.pth` file, memory-mapped on the CPU, out of a `{"model": {...}}` envelope if there is one.
 
     Only tensors are unpickled (`weights_only`). Raises UserError for a missing, broken or foreign file.
     """
@@ -87,7 +87,7 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """ValueError for a zip with packed entries, a kilobyte of which can fill the memory. torch's own are never packed."""
+    """Raise ValueError for a zip with compressed entries, which torch never writes: a kilobyte of them can fill the memory."""
     if is_mappable(path):
         with zipfile.ZipFile(path) as content:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in content.infolist()):
@@ -95,7 +95,7 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _not_plain(value: torch.Tensor) -> str:
-    """Why a tensor is not a dense one with all its numbers in the file; "" if it is."""
+    """Return why a tensor is not dense with all its values in the file; "" if it is."""
     import torch
 
     if value.layout != torch.strided or value.is_quantized:
@@ -114,13 +114,13 @@ def save_config(config: Config, folder: str | Path, chosen: Sequence[int] | None
 
 
 def chosen_taps(folder: str | Path) -> list[int] | None:
-    """The blocks that `auto` chose for the adapter in this folder, if its `model_config.yaml` names any."""
+    """Return the blocks that `auto` chose for the adapter in this folder, if its `model_config.yaml` names any."""
     values = read_yaml(Path(folder) / "model_config.yaml", f"is missing: it names the blocks that {CHOSEN_TAPS} auto chose")
     return values.get(CHOSEN_TAPS) if isinstance(values, dict) else None
 
 
 def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
-    """Copy the tokenizer and generation files that `source` has."""
+    """Copy the tokenizer and generation files of `source`."""
     for name in TOKENIZER_FILES:
         file = Path(source) / name
         if file.is_file():
@@ -128,7 +128,7 @@ def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
 
 
 def require_checkpoint(folder: str | Path) -> Path:
-    """The folder, if it holds a model; UserError that names what is missing if not."""
+    """Return the folder. Raises UserError that names the missing files if it does not hold a model."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist: make one with `litgpt convert_to_litgpt`, or check the path")
@@ -149,7 +149,7 @@ def require_checkpoint(folder: str | Path) -> Path:
 
 
 def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: str | Path) -> LoRAGPT:
-    """A model on the meta device, for `load_base`. Raises UserError for a config whose sizes `weights` cannot have, or no machine."""
+    """Return a model on the meta device, for `load_base`. Raises UserError for sizes that `weights`, or any machine, cannot have."""
     import torch
 
     from litgpt.lora import GPT
@@ -171,10 +171,10 @@ def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
 
 
 def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: str | Path) -> None:
-    """Give a model made on the meta device its base weights, cast to `dtype`; adapters get fresh fp32 values.
+    """Load base weights, cast to `dtype`, into a model on the meta device; adapters get fresh fp32 values.
 
-    The head and the embedding share one tensor if they do in `weights`. Raises UserError that lists every missing, unknown and
-    misshapen weight.
+    The head and the embedding share one tensor if they do in `weights`. Raises UserError that lists every missing and unknown weight,
+    and every wrong shape.
     """
     from litgpt.adapters.base import adapter_parameters, renew_adapters
     from litgpt.convert.litgpt import is_old, modernised
@@ -186,13 +186,13 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     if tied:
         weights = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
     adapters = adapter_parameters(model)
-    wanted = {name.replace(".linear.", "."): value.shape for name, value in model.state_dict().items() if name not in adapters}
-    problems = [f"{name} is missing" for name in wanted if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in wanted]
+    expected = {name.replace(".linear.", "."): value.shape for name, value in model.state_dict().items() if name not in adapters}
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is unknown" for name in weights if name not in expected]
     problems += [
-        f"{name} has shape {tuple(value.shape)}, not {tuple(wanted[name])}"
+        f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name])}"
         for name, value in weights.items()
-        if name in wanted and value.shape != wanted[name]
+        if name in expected and value.shape != expected[name]
     ]
     problems += [f"{name} has {value.dtype} numbers, not floating ones" for name, value in weights.items() if not value.is_floating_point()]
     if problems:
@@ -213,7 +213,7 @@ def build_model(config: LoRAConfig, base: Path, dtype: torch.dtype) -> LoRAGPT:
 
 
 def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) -> None:
-    """Copy an adapter's A and B into the model. Raises UserError that lists every name and shape that does not fit."""
+    """Copy an adapter's weights into the model. Raises UserError that lists every name and shape that does not fit."""
     import torch
 
     from litgpt.adapters.base import adapter_parameters
@@ -235,10 +235,10 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
 
 
 def read_adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """The base checkpoint's folder and the adapter settings (`lora_*`, `skip2lora_*`) of an adapter folder.
+    """Return the base checkpoint's folder and the adapter settings (`lora_*`, `skip2lora_*`) of an adapter folder.
 
-    Both stand in its `hyperparameters.yaml`, as LitGPT has it; `base` counts more. Blocks that "auto" chose stand in `model_config.yaml`.
-    Raises UserError if they do not.
+    They are read from `hyperparameters.yaml`, as in LitGPT; `base` takes precedence. The blocks that "auto" chose are in
+    `model_config.yaml`. Raises UserError if any is missing.
     """
     from litgpt.adapters.settings import model_settings
 
@@ -260,7 +260,7 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
 
 
 def adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """The same, for an adapter that is to run: raises UserError too if the base is not there."""
+    """Return `read_adapter_settings`. Raises UserError if the base is missing, too."""
     base, settings = read_adapter_settings(folder, base)
     if not base.is_dir():
         file = Path(folder) / "hyperparameters.yaml"
@@ -269,7 +269,7 @@ def adapter_settings(folder: str | Path, base: str | Path | None = None) -> tupl
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether the folder holds an adapter and no whole model."""
+    """Return True if the folder holds an adapter and no complete model."""
     return (Path(folder) / ADAPTER_WEIGHTS).is_file() and not (Path(folder) / WEIGHTS).is_file()
 
 
@@ -280,9 +280,9 @@ def load_model(
     base: str | Path | None = None,
     quantize: str | None = None,
 ) -> GPT:
-    """A model ready to run (eval mode, nothing trainable) from a base or merged checkpoint, or from an adapter folder and its base.
+    """Load a model to run (eval mode, nothing trainable) from a base or merged checkpoint, or from an adapter folder and its base.
 
-    `base`: the adapter's base checkpoint, if it is not where hyperparameters.yaml says. `quantize`: a mode of `litgpt.quantize`.
+    `base`: the adapter's base checkpoint (default: that of hyperparameters.yaml). `quantize`: a mode of `litgpt.quantize`.
     """
     from litgpt.lora import Config as LoRAConfig
 

@@ -16,14 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from litgpt.model import GPT, Positions, finish_logits
 
-CHUNK_BYTES = 32 * 2**20
-"""for a chunk's logits; fewer rows make the matrix products slow, more rows only cost memory"""
-BLOCK_ELEMENTS = 8 * 49152
-"""of logits whose softmax is taken at a time on a CPU: in fp32 they stay in its cache"""
-
-
-IGNORED = -100
-"""a target that has no loss, as in `torch.nn.functional.cross_entropy`"""
+CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows make the matrix products slow, more only cost memory
+BLOCK_ELEMENTS = 8 * 49152  # logits per softmax on a CPU: in fp32 they stay in its cache
+IGNORED = -100  # a target without loss, as in `torch.nn.functional.cross_entropy`
 
 
 @dataclass
@@ -52,9 +47,9 @@ class HeadLoss:
 
     The weights w (N,) are 1 unless given, and 0 where the target is `IGNORED`.
 
-    A frozen linear head takes the short way: the gradient for h, dh = (w (softmax(y) - onehot) dy/dz) W, is made in the forward pass, chunk
-    by chunk, and no gradient for W. Memory is C x V logits whatever N is. A head that is trained itself, or carries LoRA, goes through
-    autograd with each chunk's logits computed again in the backward pass.
+    For a frozen linear head the gradient for h, dh = (w (softmax(y) - onehot) dy/dz) W, is computed in the forward pass, chunk by chunk,
+    and none for W. It takes C x V logits of memory whatever N is. A head that is trained, or has an adapter, goes through autograd, and
+    the backward pass computes each chunk's logits again.
     """
 
     def __init__(self, head: nn.Module, divisor: float = 1.0, cap: float | None = None) -> None:
@@ -67,7 +62,7 @@ class HeadLoss:
         return cls(model.lm_head, model.config.logits_scaling, model.config.final_logit_softcapping)
 
     def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Scalar, fp32 (fp64 for fp64 input); a sum, for the caller to divide by its number of tokens, or by the sum of its weights."""
+        """Return a scalar, fp32 (fp64 for fp64 input): a sum, to be divided by the number of tokens or the sum of the weights."""
         head = self.head
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
             device = hidden.device.type
@@ -88,7 +83,7 @@ class HeadLoss:
         return (F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none") * weights).sum()
 
     def buffer(self, rows: int, like: torch.Tensor, width: int) -> torch.Tensor:
-        """(rows, V) for logits, allocated once: fresh pages would cost as much as the matrix product that fills them."""
+        """Return room for logits (rows, V), allocated once: fresh pages would cost as much as the matrix product that fills them."""
         have = self._logits
         if have.dtype != like.dtype or have.device != like.device or have.dim() != 2 or have.size(1) != width or have.size(0) < rows:
             self._logits = torch.empty(rows, width, dtype=like.dtype, device=like.device)
@@ -105,9 +100,9 @@ class _FrozenHead(torch.autograd.Function):
         wanted = hidden.requires_grad
         gradient = torch.empty_like(hidden) if wanted else hidden
         if bool((targets == IGNORED).any()):
-            kept = targets != IGNORED
-            weights = kept.to(torch.float32) if weights is None else torch.where(kept, weights, 0)
-            targets = torch.where(kept, targets, 0)
+            counted = targets != IGNORED
+            weights = counted.to(torch.float32) if weights is None else torch.where(counted, weights, 0)
+            targets = torch.where(counted, targets, 0)
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         buffer = owner.buffer(rows, hidden, V)
         for start in range(0, N, rows):
@@ -138,11 +133,11 @@ def cross_entropy_(
     cap: float | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sum of -w log softmax(y)[target] in the `wide` dtype, for z = `logits` (C, V) and weights (C, 1), 1 unless given.
+    """Return the sum of -w log softmax(y)[target] in the `wide` dtype, for z = `logits` (C, V) and weights (C, 1), 1 unless given.
 
-    With `gradient` z's gradient replaces it: w (softmax(y) - onehot(target)) dy/dz, where dy/dz = (1 - (y / c)^2) / s.
+    With `gradient` the gradient for z replaces z: w (softmax(y) - onehot(target)) dy/dz, where dy/dz = (1 - (y / c)^2) / s.
 
-    On a CPU a few rows are done at a time, so that they stay in the processor's cache.
+    A CPU takes a few rows at a time, so that they stay in its cache.
     """
     C, V = logits.shape
     rows = C if logits.is_cuda else max(1, min(C, BLOCK_ELEMENTS // V))

@@ -1,13 +1,13 @@
-"""How much memory fine-tuning takes, worked out from a config; nothing is run.
+"""The memory that fine-tuning takes, estimated from a config; nothing is run.
 
-n tokens in a micro-batch, l of them with loss, w bytes of a backbone number, N numbers in the base, P in the adapters; d, H, G, h, m, V
-as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
+n tokens in a micro-batch, l of them with loss, w bytes of a backbone parameter, N parameters in the base, P in the adapters; d, H, G, h, m,
+V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
 
-    weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a number
+    weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a parameter
     training      3 w N for all weights    the gradient and AdamW's two moments
                   16 P for adapters        themselves, gradient and moments, fp32
     activations   n (L' + 1) A + f F + C            with checkpointing n (L' w d + A) + f F + C
-      A  a block, what autograd keeps of it for a token:
+      A  tensors that autograd keeps of a block for a token:
            w 3 (H + G) h + 4 H             qkv, the rotated q and k, attention's output and log-sums
            4 d for each norm               fp32, and w d more where its weight learns; w d for LayerNorm
            w 3 m                           of a gated MLP, w m without a gate; for each of a mixture's experts in use
@@ -16,8 +16,8 @@ as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
                                            lm_head, else at f = n
       C  a chunk of logits                 4 of them where the head learns (`litgpt.loss`)
 
-One block more than L' is for what lives while a block runs. With activation checkpointing only a block's input is kept, and A is there
-for one block at a time, the one that is run again. Python and torch come on top: `PROCESS`.
+One block more than L' stands for the temporaries of a running block. Activation checkpointing keeps only the blocks' inputs, and A for the
+one block that runs again. Python and torch are added: `PROCESS`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROCESS = 0.45 * 2**30
 
 
 class Memory(NamedTuple):
-    """What a method trains, in numbers, and takes, in bytes."""
+    """The number of trained parameters, and bytes."""
 
     trained: int
     weights: int
@@ -62,10 +62,10 @@ def estimate(
     nf4: bool = False,
     checkpointing: bool = False,
 ) -> Memory:
-    """What fine-tuning the adapters of `config` takes, or with `full` all weights, for a micro-batch of so many tokens.
+    """Return the memory to train the adapters of `config`, or with `full` all weights, on a micro-batch of `tokens` tokens.
 
-    What samples share counts once (`litgpt.packing`). `loss_tokens`: how many of them carry loss, all if it is not given. `tied`: head and
-    embedding are one tensor. `width`: bytes of a number, 2 for bf16. `checkpointing`: `train.activation_checkpointing`.
+    The stem counts once (`litgpt.packing`). `loss_tokens`: those of the tokens that carry loss (default: all). `tied`: the head and the
+    embedding are one tensor. `width`: bytes of a parameter, 2 for bf16. `checkpointing`: `train.activation_checkpointing`.
     """
     with torch.device("meta"):
         model = lora.GPT(config)
@@ -76,17 +76,17 @@ def estimate(
     weights = width * (base - quantised) + NF4_BYTES * quantised
     crossed = model.blocks if full or model.cut is None else model.blocks[model.cut :]
     n, d = tokens, config.n_embd
-    handed_on = loss_tokens if is_flat(model) and loss_tokens is not None else n
+    tail_rows = loss_tokens if is_flat(model) and loss_tokens is not None else n
     blocks = [kept_by_block(block, width, full) for block in (*crossed, model.blocks[-1])]
     kept = len(crossed) * width * d + max(blocks) if checkpointing else sum(blocks)
     head = d * (2 * width + (2 * width + 4) * len(config.taps))
     chunks = CHUNK_BYTES * (4 if full or (config.lora_r and config.lora_head) else 1)
     training = 3 * width * base if full else 16 * adapters
-    return Memory(base if full else adapters, int(weights), training, int(n * kept + handed_on * head + chunks))
+    return Memory(base if full else adapters, int(weights), training, int(n * kept + tail_rows * head + chunks))
 
 
 def kept_by_block(block: Block, width: int, full: bool) -> float:
-    """A: bytes for a token."""
+    """Return A, bytes for a token."""
     attention: Any = block.attn
     config = attention.config
     numbers: float = (
@@ -102,6 +102,7 @@ def kept_by_block(block: Block, width: int, full: bool) -> float:
 
 
 def mlp_numbers(mlp: Any, full: bool) -> int:
+    """Return the values that autograd keeps of an MLP for a token."""
     if isinstance(mlp, LLaMAMoE):
         return mlp.config.n_expert_per_token * mlp_numbers(mlp.experts[0], full)
     width = mlp.proj.in_features  # m, an expert's own
@@ -109,7 +110,7 @@ def mlp_numbers(mlp: Any, full: bool) -> int:
 
 
 def learning_inputs(part: nn.Module, full: bool) -> int:
-    """What the linear layers that learn keep of their inputs, in numbers for a token."""
+    """Return the values that autograd keeps for the linear layers that learn, for a token."""
     if full:
         return sum(linear.in_features for linear in part.modules() if isinstance(linear, nn.Linear))
     total = 0

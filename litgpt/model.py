@@ -28,28 +28,23 @@ from litgpt.config import Config
 from litgpt.packing import Packing
 from litgpt.rope import RotaryTable, rotate
 
-FP32_ATTENTION = 256
-"""positions attended to, up to which a CPU trains bf16 attention in fp32: its bf16 backward pass takes 1.1 to 6 times as long there"""
+FP32_ATTENTION = (
+    256  # a CPU trains bf16 attention over up to so many positions in fp32: the bf16 backward pass takes 1.1 to 6 times as long
+)
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the T input positions stand, worked out once per forward pass and used by every block."""
+    """Rotary tables and masks of the T input positions, computed once per forward pass for all blocks."""
 
+    # cos and sin, (T, n/2) each, in attention's dtype: of `rope_base`, then of `rope_local_base_freq` if there is one
     rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    """cos and sin, (T, n/2) each, in the dtype that attention runs in: of `rope_base`, then of `rope_local_base_freq` if there is one"""
-    mask: torch.Tensor | None
-    """(T, K), true where attention is allowed; None: causal over exactly the T positions, or everything if T = 1"""
-    window_mask: torch.Tensor | None
-    """the same within the sliding window"""
-    index: torch.Tensor | None
-    """(T,), places in the key/value cache; None without a cache"""
-    end: int
-    """K"""
-    packing: Packing | None = None
-    """how x (N, d) is packed; the fields above are then those of the samples' own T positions, which attend to K = P + T"""
-    head: Positions | None = None
-    """of the P shared positions among themselves, if there are any"""
+    mask: torch.Tensor | None  # (T, K), true where attention is allowed; None: causal over the T positions, or everything if T = 1
+    window_mask: torch.Tensor | None  # the same within the sliding window
+    index: torch.Tensor | None  # (T,), places in the key/value cache; None without a cache
+    end: int  # K
+    packing: Packing | None = None  # of x (N, d); the fields above are those of the samples' own T positions, with K = P + T
+    stem: Positions | None = None  # of the stem's P positions, which attend to each other
 
 
 class GPT(nn.Module):
@@ -72,23 +67,21 @@ class GPT(nn.Module):
         self.rope = [] if config.learned_positions else [RotaryTable(config)]
         if config.rope_indices and 1 in config.rope_indices:
             self.rope.append(RotaryTable(config, local=True))
+        # LongRoPE takes its factors for sequences of at least this length (else of the input's, or the cache's). Training sets it to the
+        # longest sample, so that a sample's result does not depend on the others in its batch.
         self.reach = 0
-        """LongRoPE takes its factors for sequences at least so long (else those for the length at hand, or for the cache's): training sets
-        it to its longest sample, so that what the model makes of a sample does not depend on the others in its batch"""
-        self.cut: int | None = None
-        """the first layer that gradients reach; None: everything is trained, the embedding included"""
-        self.activation_checkpointing = False
-        """keep only the inputs of the tail's blocks, and run each again in the backward pass"""
+        self.cut: int | None = None  # the first layer that gradients reach; None: everything is trained, the embedding included
+        self.activation_checkpointing = False  # keep only the inputs of the tail's blocks, and run each again in the backward pass
 
     @property
     def blocks(self) -> list[Block]:
         return list(cast("nn.ModuleList", self.transformer["h"]))  # type: ignore[arg-type]
 
     def forward(self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, input_pos_maxp1: int | None = None) -> torch.Tensor:
-        """Logits (B, T, V) of token ids (B, T).
+        """Return logits (B, T, V) of token ids (B, T).
 
-        With `input_pos` (T,) the key/value cache is used: keys and values are stored at those places and everything up to
-        `input_pos_maxp1` (default: the largest place + 1) is attended to. Raises ValueError if T exceeds `max_seq_length`.
+        With `input_pos` (T,) the key/value cache is used: keys and values are stored at those places, and attention reaches all places
+        before `input_pos_maxp1` (default: the largest place + 1). Raises ValueError if T exceeds `max_seq_length`.
         """
         return self._forward_impl(idx, self.positions(idx, input_pos, input_pos_maxp1))
 
@@ -98,7 +91,7 @@ class GPT(nn.Module):
         return self.logits(x)  # (B, T, V)
 
     def embed(self, idx: torch.Tensor, pos: Positions) -> torch.Tensor:
-        """(B, T) -> (B, T, d), or (N,) -> (N, d): the embeddings, scaled and with learned positions added where the family does that."""
+        """(B, T) -> (B, T, d), or (N,) -> (N, d): the embeddings, scaled, or with learned positions added, in families that do so."""
         x, config = self.transformer["wte"](idx), self.config
         if config.scale_embeddings:
             x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)  # rounded to the dtype, as in Gemma's own code
@@ -112,16 +105,16 @@ class GPT(nn.Module):
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """`lm_head` of the tail's output (..., d), and what the family does to its result: (..., V)."""
+        """Return `lm_head` of the tail's output (..., d), scaled and capped in families that do so: (..., V)."""
         return finish_logits(self.lm_head(x), self.config.logits_scaling, self.config.final_logit_softcapping)
 
     def prefix(
         self, idx: torch.Tensor, pos: Positions | None = None, rows: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Everything before the cut: its output (B, T, d), and the normalised outputs of the tapped blocks (B, T, S, d).
+        """Run everything before the cut. Return its output (B, T, d), and the normalised outputs of the tapped blocks (B, T, S, d).
 
-        Of a packed batch (N,) with positions `pos`: (N, d) and (N, S, d); with `rows` (n,) only those rows, (n, d) and (n, S, d).
-        Below a cut nothing is trained, so no graph is recorded and no activation is kept.
+        A packed batch (N,) with positions `pos` gives (N, d) and (N, S, d); with `rows` (n,) only those rows, (n, d) and (n, S, d).
+        In front of a cut nothing is trained: no graph is recorded and no activation is kept.
         """
         pos = pos or self.positions(idx)
         cut, taps = self.cut or 0, []
@@ -137,10 +130,10 @@ class GPT(nn.Module):
         return x, torch.stack(taps, dim=-2) if taps else x.new_empty(*x.shape[:-1], 0, x.size(-1))
 
     def tail(self, x: torch.Tensor, taps: torch.Tensor, pos: Positions | None = None) -> torch.Tensor:
-        """Everything from the cut up to `lm_head`'s input, (B, T, d): the adapters' sum joins x first.
+        """Add the adapters' sum to x and run everything from the cut up to `lm_head`'s input: (B, T, d) -> (B, T, d).
 
-        x may be packed, (N, d) with taps (N, S, d) and positions `pos`. With the cut at `ln_f` or `lm_head` positions are independent:
-        any rows will do.
+        x may be packed, (N, d) with taps (N, S, d) and positions `pos`. With the cut at `ln_f` or `lm_head` positions are independent,
+        and any selection of rows may be given.
         """
         cut = self.cut or 0
         if taps.size(-2):
@@ -153,7 +146,7 @@ class GPT(nn.Module):
         return x if cut > self.config.n_layer else self.transformer["ln_f"](x)
 
     def skip_sum(self, taps: torch.Tensor) -> torch.Tensor:
-        """s of taps (..., S, d): `litgpt.lora.GPT` has adapters that make it."""
+        """Return the adapters' sum for taps (..., S, d)."""
         raise NotImplementedError
 
     @property
@@ -172,11 +165,11 @@ class GPT(nn.Module):
 
     @property
     def tapped_blocks(self) -> list[Block]:
-        """The blocks in S, in order: those before the cut that have an adapter."""
+        """The blocks in S, in order: those in front of the cut with a Skip2-LoRA adapter."""
         return [block for block in self.blocks[: self.cut or 0] if block.skip2lora is not None]
 
     def positions(self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, end: int | None = None) -> Positions:
-        """Rotary tables and masks for input (B, T)."""
+        """Return rotary tables and masks for input (B, T)."""
         T, device = idx.size(1), idx.device
         self._require_room(T)
         if input_pos is None:
@@ -186,18 +179,18 @@ class GPT(nn.Module):
         return replace(self._at(input_pos, end, end if cache is None else cache.k.size(2)), index=input_pos)
 
     def packed_positions(self, packing: Packing) -> Positions:
-        """The same for a packed batch (N,)."""
-        P, end, device = packing.head, packing.head + packing.width, packing.rows.device
+        """Return rotary tables and masks for a packed batch (N,)."""
+        P, end, device = packing.stem, packing.stem + packing.width, packing.rows.device
         self._require_room(end)
-        head = self._at(torch.arange(P, device=device), P, end) if P else None
-        return replace(self._at(torch.arange(P, end, device=device), end, end), packing=packing, head=head)
+        stem = self._at(torch.arange(P, device=device), P, end) if P else None
+        return replace(self._at(torch.arange(P, end, device=device), end, end), packing=packing, stem=stem)
 
     def _require_room(self, T: int) -> None:
         if self.max_seq_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
 
     def _at(self, places: torch.Tensor, end: int, reach: int) -> Positions:
-        """For inputs at `places` (T,), each of which attends to what is not behind it among the first `end` positions."""
+        """Return the positions of inputs at `places` (T,), each of which attends to itself and earlier ones of the first `end`."""
         T, dtype = places.size(0), self.compute_dtype(places.device)
         tables = (table(end, places.device, max(reach, self.reach)) for table in self.rope)
         rotary = tuple((cos[places].to(dtype), sin[places].to(dtype)) for cos, sin in tables)
@@ -208,15 +201,15 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The backbone's; adapters are fp32 whatever it is."""
+        """The dtype of the backbone. Adapters are always fp32."""
         return cast("torch.Tensor", self.transformer["wte"].weight).dtype
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """What linear layers give: autocast's dtype, or the weights'."""
+        """Return the dtype of linear layers' outputs: autocast's, or the weights'."""
         return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
 
     def _window_mask(self, places: torch.Tensor, end: int) -> torch.Tensor | None:
-        """(T, K): causal, and no further back than the window; None where the window hides nothing."""
+        """Return the causal mask within the sliding window, (T, K); None if the window hides nothing."""
         window = self.config.sliding_window_size
         if window is None or end <= window:
             return None
@@ -224,17 +217,17 @@ class GPT(nn.Module):
         return (distance >= 0) & (distance < window)
 
     def auxiliary_loss(self) -> torch.Tensor | None:
-        """`router_aux_loss_coef` times `load_balance` over all tokens and routers of the tail's last training pass, once per pass.
+        """Return `router_aux_loss_coef` times `load_balance` over all tokens and routers of the tail's last training pass.
 
-        None where no router ran in the tail or the config has no weight. Routers in the prefix are frozen, and so is what they read: they
-        have no part in it.
+        The second call after a pass, a model without routers in the tail, and a coefficient of 0 give None. Routers in the prefix are
+        frozen, and so are their inputs: they do not take part.
         """
-        kept: list[torch.Tensor] = []
+        logits: list[torch.Tensor] = []
         for mlp in (block.mlp for block in self.blocks):
             if isinstance(mlp, LLaMAMoE) and mlp.router_logits is not None:
-                kept.append(mlp.router_logits.flatten(0, -2))
+                logits.append(mlp.router_logits.flatten(0, -2))
                 mlp.router_logits = None  # the graph is not kept
-        return self.config.router_aux_loss_coef * load_balance(torch.cat(kept), self.config.n_expert_per_token) if kept else None
+        return self.config.router_aux_loss_coef * load_balance(torch.cat(logits), self.config.n_expert_per_token) if logits else None
 
     def set_kv_cache(
         self,
@@ -243,7 +236,7 @@ class GPT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make room for the keys and values of `max_seq_length` positions (default: the model's own) in every block."""
+        """Allocate room for the keys and values of `max_seq_length` positions (default: the model's own) in every block."""
         weight = cast("torch.Tensor", self.transformer["wte"].weight)
         length = max_seq_length or self.max_seq_length
         config = self.config
@@ -263,7 +256,7 @@ class Block(nn.Module):
     Sequential residual:  y = x + c attn(norm_1(x));  out = y + c mlp(norm_2(y))
     Parallel residual:    out = x + c attn(norm_1(x)) + c mlp(norm_2(x)),  with norm_1 for both if the norm is shared
 
-    Where the config says so norm_1 or norm_2 is the identity, and `post_attention_norm` or `post_mlp_norm` comes behind attn or mlp.
+    In some families norm_1 or norm_2 is the identity, and `post_attention_norm` or `post_mlp_norm` follows attn or mlp.
     """
 
     def __init__(self, config: Config, block_idx: int) -> None:
@@ -275,22 +268,21 @@ class Block(nn.Module):
         self.norm_2 = None if config.shared_attention_norm else norm(config) if config.norm_2 else nn.Identity()
         self.mlp: nn.Module = MLPS[config.mlp_class_name](config)
         self.post_mlp_norm = norm(config) if config.post_mlp_norm else None
-        self.skip2lora: Any = None
-        """a `litgpt.lora.Skip2LoRA` where this block's output is tapped"""
+        self.skip2lora: Any = None  # a `litgpt.lora.Skip2LoRA` if this block's output is tapped
 
     def forward(self, x: torch.Tensor, pos: Positions) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)"""
         normed = self.norm_1(x)
-        attended = self._ready(self.attn(normed, pos), self.post_attention_norm)
+        attended = self._branch(self.attn(normed, pos), self.post_attention_norm)
         if not self.parallel_residual:
             x = x + attended
         if self.norm_2 is not None:
             normed = self.norm_2(x)
-        changed = self._ready(self.mlp(normed), self.post_mlp_norm)
+        changed = self._branch(self.mlp(normed), self.post_mlp_norm)
         return x + attended + changed if self.parallel_residual else x + changed
 
-    def _ready(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
-        """What joins the residual stream of attention's or the MLP's output x."""
+    def _branch(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+        """Return the term that attention's or the MLP's output x adds to the residual stream."""
         x = x if norm is None else norm(x)
         return x if self.residual_multiplier == 1 else x * self.residual_multiplier
 
@@ -312,8 +304,8 @@ class CausalSelfAttention(nn.Module):
             self.norm_q, self.norm_k = (norm(config, config.head_size if per_head else size) for size in sizes[:2])
         windows = config.sliding_window_indices
         self.windowed = config.sliding_window_size is not None and windows is not None and bool(windows[block_idx])
+        # index of the table in `Positions.rotary` that turns q and k; -1: none
         self.rotary = -1 if config.learned_positions else config.rope_indices[block_idx] if config.rope_indices else 0
-        """which of `Positions.rotary` turns q and k; -1: none"""
         self.scale = (config.attention_scores_scalar or config.head_size or 1) ** -0.5
         self.softcap = config.attention_logit_softcapping
         self.kv_cache: KVCache | None = None
@@ -330,11 +322,11 @@ class CausalSelfAttention(nn.Module):
             return self.proj(self._attend(q, k, v, pos))
         shared, own = pos.packing.spread(qkv)  # (1, P, ...), (B, T, ...)
         q, k, v = self._heads(own, pos)
-        if pos.head is None:
+        if pos.stem is None:
             return self.proj(pos.packing.gather(None, self._attend(q, k, v, pos)))
-        head = self._heads(shared, pos.head)
-        k, v = (torch.cat((first.expand(k.size(0), -1, -1, -1), rest), dim=2) for first, rest in zip(head[1:], (k, v), strict=True))
-        return self.proj(pos.packing.gather(self._attend(*head, pos.head), self._attend(q, k, v, pos)))
+        stem = self._heads(shared, pos.stem)
+        k, v = (torch.cat((first.expand(k.size(0), -1, -1, -1), rest), dim=2) for first, rest in zip(stem[1:], (k, v), strict=True))
+        return self.proj(pos.packing.gather(self._attend(*stem, pos.stem), self._attend(q, k, v, pos)))
 
     def _heads(self, qkv: torch.Tensor, pos: Positions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, T, (H + 2 G) h) -> q (B, H, T, h), k and v (B, G, T, h), q and k normalised and turned."""
@@ -370,9 +362,9 @@ class CausalSelfAttention(nn.Module):
 def capped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, cap: float
 ) -> torch.Tensor:
-    """softmax(mask(cap tanh(scale q k^T / cap))) v, the softmax in fp32, for q (B, H, T, h), k and v (B, G, K, h): (B, H, T, h).
+    """Return softmax(mask(cap tanh(scale q k^T / cap))) v, the softmax in fp32, for q (B, H, T, h), k and v (B, G, K, h): (B, H, T, h).
 
-    torch's fused attention has no place for the cap (Gemma 2, arXiv 2408.00118).
+    torch's fused attention does not support the cap (Gemma 2, arXiv 2408.00118).
     """
     grouped = q.unflatten(1, (k.size(1), -1))  # (B, G, H/G, T, h)
     scores = torch.tanh(grouped @ k[:, :, None].transpose(-2, -1) * (scale / cap)) * cap  # (B, G, H/G, T, K)
@@ -389,7 +381,7 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
 
     def __call__(self, index: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, G, T, h) at `index` (T,); return what is stored up to `end`, (B, G, K, h) each."""
+        """Store k and v (B, G, T, h) at `index` (T,). Return the stored ones before `end`, (B, G, K, h) each."""
         if end > self.k.size(2):
             raise ValueError(f"position {end - 1} is beyond the key/value cache of {self.k.size(2)} positions")
         B = k.size(0)
@@ -445,8 +437,7 @@ class LLaMAMoE(nn.Module):
     """A sparse mixture of E experts (Mixtral, arXiv 2401.04088): the sum over the k experts e of a token with the largest p_e of
     w_e expert_e(x), p = softmax(gate(x)) in fp32, w = p scaled to sum 1 over the k, or w = p without `norm_topk_prob`.
 
-    Each expert runs once, over all its tokens. In training with `router_aux_loss_coef` the gate's logits are kept for
-    `GPT.auxiliary_loss`.
+    Each expert runs once, over all its tokens. Training with `router_aux_loss_coef` keeps the gate's logits for `GPT.auxiliary_loss`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -475,9 +466,9 @@ class LLaMAMoE(nn.Module):
 
 
 def load_balance(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """E sum_e f_e P_e for router logits (N, E): f_e the share of tokens that expert e is chosen for, one of k, P_e its mean probability.
+    """Return E sum_e f_e P_e for router logits (N, E): f_e is expert e's share of tokens, P_e its mean probability.
 
-    It is k where all experts serve alike, more where they do not; fp32. Switch Transformer, arXiv 2101.03961 (4) to (6), for k choices.
+    It is k if all experts serve equally often, else more; fp32. Switch Transformer, arXiv 2101.03961 (4) to (6), for k choices.
     """
     p = logits.softmax(-1, dtype=torch.float32)
     chosen = p.topk(k).indices.flatten()
@@ -516,13 +507,13 @@ class RMSNorm(nn.Module):
 
 
 def rms_normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x over its root mean square along the last dimension, computed in fp32 (fp64 for fp64), x's dtype returned."""
+    """Return x over its root mean square along the last dimension, in x's dtype, computed in fp32 (fp64 for fp64)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def norm(config: Config, size: int | None = None) -> Any:
-    """The norm that the config names, over `size` (default: d)."""
+    """Return the norm that the config names, over `size` (default: d)."""
     size = size or config.n_embd
     if config.norm_class_name == "RMSNorm":
         return RMSNorm(size, config.norm_eps, config.unit_offset)
@@ -530,7 +521,7 @@ def norm(config: Config, size: int | None = None) -> Any:
 
 
 def finish_logits(logits: torch.Tensor, divisor: float, cap: float | None) -> torch.Tensor:
-    """cap tanh(logits / divisor / cap); no tanh without a cap."""
+    """Return cap tanh(logits / divisor / cap); without a cap, logits / divisor."""
     if divisor != 1:
         logits = logits / divisor
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -14,14 +14,13 @@ import torch
 from litgpt.args import require_allowed_class
 from litgpt.errors import UserError
 
-UNUSABLE = ("LBFGS", "SparseAdam")
-"""the first evaluates the loss itself, the second takes sparse gradients only"""
+UNUSABLE = ("LBFGS", "SparseAdam")  # the first evaluates the loss itself, the second takes sparse gradients only
 
 
 def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer from a name of `torch.optim` or `{"class_path": ..., "init_args": {...}}`; its fused form where it has one.
+    """Return an optimizer from a name of `torch.optim` or `{"class_path": ..., "init_args": {...}}`; the fused form if there is one.
 
-    Raises UserError for unknown or forbidden classes and arguments that do not fit.
+    Raises UserError for an unknown or forbidden class, and for arguments that do not fit.
     """
     if isinstance(spec, str):
         spec = {"class_path": spec}
@@ -31,19 +30,18 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
     require_allowed_class(path, "optimizer")
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        optimizer = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"optimizer: {path} cannot be imported: {error}") from None
-    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+    if not (inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)):
         names = [key for key, value in vars(torch.optim).items() if inspect.isclass(value)]
         near = difflib.get_close_matches(name, names, n=1)
         raise UserError(f"optimizer: {path} is not an optimizer" + (f"; do you mean {near[0]}?" if near else ""))
-    if found.__name__ in UNUSABLE:
-        raise UserError(f"optimizer: {found.__name__} does not work with this training loop: choose another, for example AdamW")
-    accepted = inspect.signature(found).parameters
-    wrong = [key for key in settings if key not in accepted]
-    if wrong:
-        raise UserError(f"optimizer: {name} has no argument {', '.join(wrong)}; it has {', '.join(k for k in accepted if k != 'params')}")
+    if optimizer.__name__ in UNUSABLE:
+        raise UserError(f"optimizer: {optimizer.__name__} does not work with this training loop: choose another, for example AdamW")
+    accepted = inspect.signature(optimizer).parameters
+    if unknown := [key for key in settings if key not in accepted]:
+        raise UserError(f"optimizer: {name} has no argument {', '.join(unknown)}; it has {', '.join(k for k in accepted if k != 'params')}")
     for key, value in settings.items():
         _require_kind(f"optimizer: {name} refuses its arguments: {key}", value, accepted[key].default)
     if "fused" in accepted and "fused" not in settings and not {"foreach", "differentiable"} & settings.keys():
@@ -51,13 +49,13 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
     if isinstance(settings.get("betas"), list):
         settings["betas"] = tuple(settings["betas"])
     try:
-        return found(list(parameters), **settings)
+        return optimizer(list(parameters), **settings)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"optimizer: {name} refuses its arguments: {error}") from None
 
 
 def _require_kind(what: str, value: Any, default: Any) -> None:
-    """UserError unless `value` is, like `default`, a finite number, a flag, or as many numbers."""
+    """Raise UserError unless `value` is of the kind of `default`: a finite number, a flag, or as many numbers."""
     if isinstance(default, bool):
         fits, needed = isinstance(value, bool), "true or false"
     elif isinstance(default, (int, float)):
@@ -77,7 +75,7 @@ def _is_number(value: Any) -> bool:
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int, minimum: float) -> float:
-    """The rate of step 0, 1, ... total-1: rising linearly to `peak` over `warmup` steps, then half a cosine down to `minimum`."""
+    """Return the rate of a step from 0 to total-1: a linear rise to `peak` over `warmup` steps, then half a cosine down to `minimum`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     floor = min(minimum, peak)

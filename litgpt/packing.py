@@ -1,10 +1,10 @@
-"""Batches without padding: the samples of a batch as the rows of one matrix, and the tokens that all of them begin with only once.
+"""Batches without padding: the samples of a batch are rows of one matrix, and the tokens that all samples begin with, the stem, occur once.
 
-Linear layers, norms and MLPs treat rows alike and need not know where a sample ends; attention does, and has the rows laid out as
-(B, T) for it. The first P tokens are the same in every sample (the head of a prompt template), so causal attention makes the same of them
-in every sample: they are computed once, and their keys and values serve all. Loss and gradients are those of the padded batch.
+Linear layers, norms and MLPs treat rows alike and need not know where a sample ends; attention gets the rows as (B, T). The first P tokens
+are the same in every sample (the beginning of a prompt template), so causal attention gives the same result for them in every sample: they
+are computed once, and their keys and values serve all samples. Loss and gradients are those of the padded batch.
 
-    rows        P shared | n_1 of sample 1 | n_2 of sample 2 | ...      N = P + n_1 + ... + n_B
+    rows        P of the stem | n_1 of sample 1 | n_2 of sample 2 | ...      N = P + n_1 + ... + n_B
     attention   (1, P) over itself,  (B, T) over P + T,  T = max n_b
 
 Letters: B samples, T own positions of the longest, N rows, C columns.
@@ -19,31 +19,26 @@ import torch
 
 from litgpt.sample import Sample
 
-SHORTEST_HEAD = 8
-"""shared tokens that are worth an attention call of their own"""
+SHORTEST_STEM = 8  # tokens that are worth an attention call of their own
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the samples of a batch stand in its rows."""
+    """The places of a batch's samples among its rows."""
 
-    head: int
-    """P"""
-    lengths: tuple[int, ...]
-    """own rows of each sample"""
-    rows: torch.Tensor
-    """(B T,): which of the own rows stands at each place of (B, T); for padding any"""
-    places: torch.Tensor
-    """(N - P,): the place in (B T) of each own row"""
+    stem: int  # P
+    lengths: tuple[int, ...]  # own rows of each sample
+    rows: torch.Tensor  # (B T,): the own row at each place of (B, T); any row where there is padding
+    places: torch.Tensor  # (N - P,): the place in (B T) of each own row
 
     @classmethod
-    def of(cls, lengths: Sequence[int], head: int, device: torch.device) -> Packing:
-        """For samples of so many own positions behind `head` shared ones."""
+    def of(cls, lengths: Sequence[int], stem: int, device: torch.device) -> Packing:
+        """Return the packing of samples with `lengths` own positions behind a stem."""
         sizes = torch.tensor(lengths)
         steps, starts = torch.arange(max(lengths)), sizes.cumsum(0) - sizes
         real = steps < sizes[:, None]  # (B, T)
         rows = torch.where(real, starts[:, None] + steps, 0).flatten()
-        return cls(head, tuple(lengths), rows.to(device), real.flatten().nonzero()[:, 0].to(device))
+        return cls(stem, tuple(lengths), rows.to(device), real.flatten().nonzero()[:, 0].to(device))
 
     @property
     def width(self) -> int:
@@ -52,69 +47,66 @@ class Packing:
 
     @property
     def is_ragged(self) -> bool:
-        """Whether there is padding in (B, T)."""
+        """True if there is padding in (B, T)."""
         return len(self.rows) != len(self.places)
 
     @property
     def positions(self) -> torch.Tensor:
-        """(N,): the place of each row in its sample."""
-        own = self.head + self.places % self.width
-        return torch.cat((torch.arange(self.head, device=own.device), own))
+        """(N,): the position of each row in its sample."""
+        own = self.stem + self.places % self.width
+        return torch.cat((torch.arange(self.stem, device=own.device), own))
 
     def spread(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (N, C) as (1, P, C) and (B, T, C)."""
-        head, own = x.split([self.head, x.size(0) - self.head])
+        """Return rows (N, C) as (1, P, C) and (B, T, C)."""
+        stem, own = x.split([self.stem, x.size(0) - self.stem])
         if self.is_ragged:
             own = own.index_select(0, self.rows)  # no gradient comes from padding: no real position attends to it
-        return head[None], own.unflatten(0, (len(self.lengths), self.width))
+        return stem[None], own.unflatten(0, (len(self.lengths), self.width))
 
-    def gather(self, head: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
-        """(1, P, C), None if P = 0, and (B, T, C) as rows (N, C)."""
+    def gather(self, stem: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
+        """Return (1, P, C), None if P = 0, and (B, T, C) as rows (N, C)."""
         flat = own.flatten(0, 1)
         if self.is_ragged:
             flat = flat.index_select(0, self.places)
-        return flat if head is None else torch.cat((head[0], flat))
+        return flat if stem is None else torch.cat((stem[0], flat))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of samples, packed: a sample of n tokens has n - 1."""
+    """The packed inputs of samples: T - 1 of a sample of T tokens."""
 
-    ids: torch.Tensor
-    """(N,)"""
-    at: torch.Tensor
-    """(n,): rows whose next token carries loss, sample after sample; a shared row may be there for several of them"""
-    targets: torch.Tensor
-    """(n,): those next tokens"""
+    ids: torch.Tensor  # (N,)
+    at: torch.Tensor  # (n,): rows whose next token carries loss, sample by sample; a row of the stem may occur for several samples
+    targets: torch.Tensor  # (n,): those next tokens
     packing: Packing
 
 
-def pack(samples: Sequence[Sample], device: torch.device, head: int) -> Batch:
-    """The samples' inputs, whose first `head` tokens are the same. One sample alone shares nothing: its rows are in the same order."""
-    head = head if len(samples) > 1 else 0
+def pack(samples: Sequence[Sample], device: torch.device, stem: int) -> Batch:
+    """Return the inputs of samples whose first `stem` tokens are the same. A single sample shares nothing; its rows keep their order."""
+    stem = stem if len(samples) > 1 else 0
     tokens = [torch.frombuffer(sample.input_ids, dtype=torch.int32) for sample in samples]
-    lengths = [len(each) - 1 - head for each in tokens]
-    ids = torch.cat([tokens[0][:head], *(each[head:-1] for each in tokens)])
-    at, start = [], head
+    lengths = [len(each) - 1 - stem for each in tokens]
+    ids = torch.cat([tokens[0][:stem], *(each[stem:-1] for each in tokens)])
+    at, start = [], stem
     for sample, length in zip(samples, lengths, strict=True):
         positions = torch.frombuffer(sample.loss_mask, dtype=torch.bool)[1:].nonzero()[:, 0]
-        at.append(torch.where(positions < head, positions, positions + (start - head)))
+        at.append(torch.where(positions < stem, positions, positions + (start - stem)))
         start += length
-    packing = Packing.of(lengths, head, device)
+    packing = Packing.of(lengths, stem, device)
     return Batch(ids.long().to(device), torch.cat(at).to(device), loss_targets(samples).to(device), packing)
 
 
 def loss_targets(samples: Sequence[Sample]) -> torch.Tensor:
-    """(n,): the tokens that carry loss, sample after sample. The first token never does."""
+    """Return (n,): the tokens that carry loss, sample by sample. The first token of a sample never does."""
     pairs = ((torch.frombuffer(s.input_ids, dtype=torch.int32), torch.frombuffer(s.loss_mask, dtype=torch.bool)) for s in samples)
     return torch.cat([tokens[mask] for tokens, mask in pairs]).long()
 
 
-def shared_head(samples: Sequence[Sample]) -> int:
-    """How many first tokens all samples have in common, each keeping at least one input after them; 0 if too few to be worth it."""
+def shared_stem(samples: Sequence[Sample]) -> int:
+    """Return the number of first tokens that all samples share, each keeping an input behind them; 0 if they are too few to pay off."""
     first, last = min(s.input_ids for s in samples), max(s.input_ids for s in samples)
     limit = min(len(s.input_ids) for s in samples) - 2
     common = 0
     while common < limit and first[common] == last[common]:
         common += 1
-    return common if common >= SHORTEST_HEAD and len(samples) > 1 else 0
+    return common if common >= SHORTEST_STEM and len(samples) > 1 else 0

@@ -1,16 +1,16 @@
 """Frozen linear layers in 4 or 8 bits, under LoRA and Skip2-LoRA, and for answering.
 
-W (out, in) is stored as small integers with scales; a pass over x makes W' in the compute dtype again, for the layer at hand only:
+W (out, in) is stored as small integers with scales. A pass over x computes W' in the compute dtype for one layer at a time:
 
     y = x W'^T + b        dx = dy W'        no gradient for W', which is never trained
 
-    bnb.nf4, bnb.fp4      16 levels (normal-float of QLoRA, arXiv 2305.14314, or float), a scale for 64 neighbours: 4.5 bits a number
+    bnb.nf4, bnb.fp4      16 levels (normal-float of QLoRA, arXiv 2305.14314, or float), a scale for 64 neighbours: 4.5 bits a parameter
     bnb.nf4-dq, -fp4-dq   the scales in 8 bits too ("double quantisation"): 4.13 bits
     bnb.int8-training     W'_ij = q_ij s_i, q_i = round(127 W_i / max |W_i|), s_i = max |W_i| / 127, row by row as in LLM.int8()
     int8                  the same (arXiv 2208.07339); x stays as it is, where bitsandbytes quantises it too
 
-The linear layers of the blocks are quantised. The head, which bitsandbytes leaves alone as well and which is the embedding in many models,
-the embedding, norms and a router stay in the compute dtype. bitsandbytes is needed for 4 bits only, on the CPU and on CUDA.
+The linear layers of the blocks are quantised. The embedding, the head (in many models the same tensor; bitsandbytes skips it too), norms
+and routers stay in the compute dtype. bitsandbytes is needed for 4 bits only, on the CPU and on CUDA.
 """
 
 from __future__ import annotations
@@ -28,17 +28,15 @@ from torch import nn
 from litgpt.errors import UserError
 from litgpt.lora import GPT
 
+# mode -> the 16 levels, and True if the scales are quantised
 FOUR_BITS = {"bnb.nf4": ("nf4", False), "bnb.nf4-dq": ("nf4", True), "bnb.fp4": ("fp4", False), "bnb.fp4-dq": ("fp4", True)}
-"""mode -> the 16 levels, and whether the scales are quantised"""
 EIGHT_BITS = ("bnb.int8-training", "int8")
-GROUP = 64
-"""numbers that share a scale"""
-FEW_ROWS = 4
-"""of x, up to which a CPU multiplies by 8-bit weights faster than by bf16 (measured, benchmarks/quantized.py)"""
+GROUP = 64  # weights that share a scale
+FEW_ROWS = 4  # of x, up to which a CPU multiplies faster by 8-bit weights than by bf16 (benchmarks/quantized.py)
 
 
 class QuantisedLinear(nn.Module):
-    """y = x W'^T + b. A subclass stores W in buffers, which move and are digested with the model, and makes W' of them."""
+    """y = x W'^T + b. A subclass stores W in buffers, which move and are digested with the model, and computes W' from them."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -46,7 +44,7 @@ class QuantisedLinear(nn.Module):
         self.bias = linear.bias
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W' (out, in)"""
+        """Return W' (out, in)."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +57,7 @@ class QuantisedLinear(nn.Module):
 
 
 class _Multiply(torch.autograd.Function):
-    """x W'^T; W' is made again for the gradient instead of being kept."""
+    """x W'^T; W' is computed again for the gradient instead of being kept."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantisedLinear) -> torch.Tensor:
@@ -98,8 +96,8 @@ class Int8Linear(QuantisedLinear):
         return super().forward(x)
 
     def _is_short(self, x: torch.Tensor) -> bool:
-        """Whether torch's own 8-bit product can take x, and is the faster way. It does not check that it reads whole vectors: a width of
-        40 in bf16 is a segmentation fault (torch 2.13)."""
+        """Return True if torch's own 8-bit product can take x and is faster. It does not check the width: 40 in bf16 is a segmentation
+        fault (torch 2.13)."""
         fits = (
             x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and self.in_features % 64 == 0 and not torch.is_autocast_enabled("cpu")
         )
@@ -125,7 +123,7 @@ class Linear4bit(QuantisedLinear):
             self.register_buffer(name, value)
 
     def state(self) -> Any:
-        """What bitsandbytes needs beside the packed numbers."""
+        """Return the state that bitsandbytes needs beside the packed weights."""
         State, buffers = bitsandbytes().functional.QuantState, dict(self.named_buffers())
         inner: dict[str, Any] = {}
         if self.nested:
@@ -147,7 +145,7 @@ class Linear4bit(QuantisedLinear):
         return super().forward(x)
 
     def one_row(self, x: torch.Tensor) -> torch.Tensor:
-        """For a single x (..., in), without making W'."""
+        """Return y for a single row x (..., in), without computing W'."""
         return bitsandbytes().matmul_4bit(x, self.get_buffer("packed").t(), self.state(), bias=self.bias)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -156,8 +154,10 @@ class Linear4bit(QuantisedLinear):
 
 
 def quantise(model: GPT, mode: str) -> None:
-    """Replace the frozen linear layers of the model's blocks, in place. Adapters around them stay. Raises UserError for an unknown mode,
-    and for 4 bits without bitsandbytes."""
+    """Replace the linear layers of the model's blocks, in place. Adapters around them stay.
+
+    Raises UserError for an unknown mode, and for 4 bits without bitsandbytes.
+    """
     if mode not in (*FOUR_BITS, *EIGHT_BITS):
         raise UserError(f"quantize is {mode!r}: choose one of {', '.join((*FOUR_BITS, *EIGHT_BITS))}")
     if mode in FOUR_BITS:
@@ -168,32 +168,33 @@ def quantise(model: GPT, mode: str) -> None:
 
 
 def frozen_linears(model: GPT) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """The layers to quantise: each with the module that holds it, and its name there."""
-    found = []
+    """Return the layers to quantise, each with its parent module and its name there."""
+    layers = []
     for block in model.blocks:
         for name, linear in block.named_modules():
             if isinstance(linear, nn.Linear) and "gate" not in name.split("."):
-                found.append((block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear))
-    return found
+                layers.append((block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear))
+    return layers
 
 
 def is_quantised(model: nn.Module) -> bool:
+    """Return True if a layer of the model is quantised."""
     return any(isinstance(module, QuantisedLinear) for module in model.modules())
 
 
 def count(model: nn.Module) -> int:
-    """Numbers in the model's weights, those that are stored quantised included."""
-    hidden = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, QuantisedLinear))
-    return hidden + sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of the model's parameters, with those stored quantised."""
+    quantised = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, QuantisedLinear))
+    return quantised + sum(parameter.numel() for parameter in model.parameters())
 
 
 def bitsandbytes() -> Any:
-    """The library. UserError if it is not there, or is not made for this machine.
+    """Return the library. Raises UserError if it is missing or does not support this machine.
 
-    On some CPUs its import looks for the package `kernels` to fetch compiled code from a hub: that is not let happen.
+    On some CPUs its import looks for the package `kernels`, to fetch compiled code from a hub: this is prevented.
     """
-    if found := sys.modules.get("bitsandbytes"):
-        return found
+    if library := sys.modules.get("bitsandbytes"):
+        return library
     with contextlib.ExitStack() as stack:
         before = sys.modules.get("kernels")
         sys.modules["kernels"] = None  # type: ignore[assignment]

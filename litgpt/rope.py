@@ -23,7 +23,7 @@ from litgpt.config import Config
 
 
 def frequencies(config: Config, reach: int = 0) -> torch.Tensor:
-    """theta of `rope_base` with its scaling, fp32, (n/2,), for sequences of up to `reach` positions (only LongRoPE's depend on it)."""
+    """Return theta with its scaling, fp32, (n/2,), for sequences of up to `reach` positions (only LongRoPE's depends on them)."""
     theta, kind, scaling = plain_frequencies(config, config.rope_base), config.rope_kind, config.rope_adjustments
     if kind is None or scaling is None:
         return theta
@@ -42,13 +42,14 @@ def frequencies(config: Config, reach: int = 0) -> torch.Tensor:
 
 
 def plain_frequencies(config: Config, base: float) -> torch.Tensor:
-    """theta_j = base^(-2j/n), fp32, (n/2,)"""
+    """Return theta_j = base^(-2j/n), fp32, (n/2,)."""
     n = config.rope_n_elem
     return base ** -(torch.arange(0, n, 2, dtype=torch.float32) / n)
 
 
 def _yarn_share(config: Config, scaling: dict[str, float]) -> torch.Tensor:
-    """How much of each pair's own frequency YaRN keeps, (n/2,): 1 up to the pair that turns beta_fast times, 0 from beta_slow's on.
+    """Return the share of each pair's own frequency that YaRN keeps, (n/2,): 1 up to the pair that turns beta_fast times, 0 from the one
+    that turns beta_slow times.
 
     The two ends are rounded outward to whole pairs unless `truncate` is false.
     """
@@ -61,14 +62,14 @@ def _yarn_share(config: Config, scaling: dict[str, float]) -> torch.Tensor:
 
 
 def is_long(config: Config, reach: int) -> bool:
-    """Whether LongRoPE takes its long factors for sequences of up to `reach` positions."""
+    """Return True if LongRoPE takes its long factors for sequences of up to `reach` positions."""
     return config.rope_kind == "longrope" and reach > (config.rope_adjustments or {})["original_max_seq_len"]
 
 
 class RotaryTable:
-    """cos and sin of position * frequency, made once per device and grown on demand. Not a module: checkpoints do not hold it.
+    """cos and sin of position * frequency, computed once per device and extended on demand. Not a module: checkpoints do not hold it.
 
-    `local`: with `rope_local_base_freq` and no scaling.
+    A `local` table has `rope_local_base_freq` and no scaling.
     """
 
     def __init__(self, config: Config, local: bool = False) -> None:
@@ -76,7 +77,7 @@ class RotaryTable:
         self._tables: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, length: int, device: torch.device, reach: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for the positions 0 ... length-1, fp32, (length, n/2) each, in sequences of up to `reach` (or `length`)."""
+        """Return cos and sin for the positions 0 ... length-1, fp32, (length, n/2) each, in sequences of up to `reach` (or `length`)."""
         reach = max(reach, length)
         long = is_long(self.config, reach)
         cos, sin = self._tables.get(long) or (torch.empty(0, 0),) * 2
@@ -100,7 +101,7 @@ class RotaryTable:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first n dimensions of x (..., T, h) by the angles of (T, n/2), in x's dtype if cos and sin have it; the rest passes."""
+    """Turn the first n dimensions of x (..., T, h) by the angles of cos and sin (T, n/2). The other dimensions stay."""
     half = cos.size(-1)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

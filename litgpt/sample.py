@@ -1,4 +1,4 @@
-"""A training sample: token ids and which of them carry loss."""
+"""A training sample: token ids and a mask of those that carry loss."""
 
 from array import array
 from dataclasses import dataclass
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 class Sample:
     """One training sequence of T tokens. Its first T - 1 tokens are the model's inputs."""
 
-    input_ids: "array[int]"
-    """array('i') of T ids"""
-    loss_mask: bytearray
-    """T bytes: 1 where this token is a target that carries loss. The first token never does: nothing predicts it."""
+    input_ids: "array[int]"  # array('i') of T ids
+    loss_mask: bytearray  # T bytes: 1 for a target that carries loss, never the first token, which nothing predicts
 
     @property
     def n_inputs(self) -> int:

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped heads": {},
     "window": {"sliding_window_size": 5, "sliding_window_indices": [1, 0, 1, 1, 0]},
-    "window over the head only": {"sliding_window_size": 12},
+    "window over the stem only": {"sliding_window_size": 12},
     "soft cap": {"attention_logit_softcapping": 3.0},
     "learned positions": {"learned_positions": True},
     "parallel": {"parallel_residual": True, "bias": True, "norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP"},
@@ -29,11 +29,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def samples_of(lengths: list[int], head: int) -> list[Sample]:
+def samples_of(lengths: list[int], stem: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(3)
-    common, samples = torch.randint(101, (head,), generator=generator).tolist(), []
+    common, samples = torch.randint(101, (stem,), generator=generator).tolist(), []
     for number, length in enumerate(lengths):
-        own = [number, *torch.randint(101, (length - head - 1,), generator=generator).tolist()]
+        own = [number, *torch.randint(101, (length - stem - 1,), generator=generator).tolist()]
         samples.append(Sample(array("i", common + own), bytearray([0] + [1] * (length - 1))))
     return samples
 
@@ -43,15 +43,15 @@ def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("lengths", [[15, 22, 11], [12, 12], [30, 11, 12, 13, 11], [17]])
-@pytest.mark.parametrize("head", [0, 9])
+@pytest.mark.parametrize("stem", [0, 9])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradients_are_those_of_each_sample_alone(shape: str, head: int, lengths: list[int]) -> None:
-    """In double precision, every weight trained, positions of the shared head with loss too: they count once for each sample."""
+def test_loss_and_gradients_are_those_of_each_sample_alone(shape: str, stem: int, lengths: list[int]) -> None:
+    """In double precision, every weight trained, positions of the shared stem with loss too: they count once for each sample."""
     model = tiny.tiny(**SHAPES[shape]).double()
-    samples = samples_of(lengths, head)
-    batch = pack(samples, CPU, head)
+    samples = samples_of(lengths, stem)
+    batch = pack(samples, CPU, stem)
     pos = model.packed_positions(batch.packing)
-    assert len(batch.ids) == (head if len(lengths) > 1 else 0) + sum(length - 1 - (head if len(lengths) > 1 else 0) for length in lengths)
+    assert len(batch.ids) == (stem if len(lengths) > 1 else 0) + sum(length - 1 - (stem if len(lengths) > 1 else 0) for length in lengths)
     hidden = model.tail(*model.prefix(batch.ids, pos), pos)
     packed = F.cross_entropy(model.logits(hidden)[batch.at], batch.targets, reduction="sum")
     alone = torch.zeros((), dtype=torch.float64)
@@ -65,16 +65,16 @@ def test_loss_and_gradients_are_those_of_each_sample_alone(shape: str, head: int
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 4), st.integers(1, 3))
-def test_rows_come_back_from_the_padded_form(lengths: list[int], head: int, columns: int) -> None:
-    packing = Packing.of(lengths, head, CPU)
-    x = torch.randn(head + sum(lengths), columns)
+def test_rows_come_back_from_the_padded_form(lengths: list[int], stem: int, columns: int) -> None:
+    packing = Packing.of(lengths, stem, CPU)
+    x = torch.randn(stem + sum(lengths), columns)
     first, own = packing.spread(x)
-    assert first.shape == (1, head, columns) and own.shape == (len(lengths), max(lengths), columns)
-    start = head
+    assert first.shape == (1, stem, columns) and own.shape == (len(lengths), max(lengths), columns)
+    start = stem
     for b, length in enumerate(lengths):
         assert torch.equal(own[b, :length], x[start : start + length])
         start += length
-    assert torch.equal(packing.gather(first if head else None, own), x)
+    assert torch.equal(packing.gather(first if stem else None, own), x)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -1,12 +1,11 @@
-"""What the frozen prefix makes of each sample: computed for every batch, or once for all epochs.
+"""Activations of the frozen prefix for each sample: computed for every batch, or once for all epochs.
 
 The prefix (`litgpt.model`: everything before the cut) never changes, so its output x and its taps for a training sample never change
 either. `Recompute` runs it for every batch; `ActivationCache` runs it once and keeps the results (Skip-Cache, arXiv 2410.21073). Both
-give the same `Features`, from which the tail and the loss go on.
+return the same `Features`, the inputs of the tail and the loss.
 
-Letters: N rows of a packed batch (`litgpt.packing`), n of them with loss, P shared by all its samples, d `n_embd`, S taps, R rows of the
-cache. Where the tail treats positions independently (cut at `ln_f` or `lm_head`) only those with loss are kept; elsewhere all, the first
-positions that all samples share only once.
+Letters: N rows of a packed batch (`litgpt.packing`), n of them with loss, P of the stem, d `n_embd`, S taps, R rows of the cache. If the
+tail treats positions independently (cut at `ln_f` or `lm_head`) only those with loss are kept; else all, those of the stem once.
 """
 
 from __future__ import annotations
@@ -29,28 +28,23 @@ import torch
 from litgpt.activations.store import Contents, forget, open_store
 from litgpt.loss import Features
 from litgpt.model import GPT
-from litgpt.packing import loss_targets, pack, shared_head
+from litgpt.packing import loss_targets, pack, shared_stem
 from litgpt.rope import is_long
 from litgpt.sample import Sample
 from litgpt.text import gib
 
 FORMAT = 2
-MEMORY_SHARE = 0.5
-"""of the free memory that a cache may take"""
-FILL_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""in a batch of the filling pass: on a CPU its activations should stay in the processor's cache"""
-HEAD_SHARE = 8
-"""so many times the tokens that all samples begin with are in a batch of the filling pass, in which those are computed once"""
-
-TRIED_BATCHES, TRIED_SAMPLES = 3, 8
-"""read and computed, to see which is faster"""
+MEMORY_SHARE = 0.5  # of the free memory that a cache may take
+FILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch of the filling pass: on a CPU its activations should stay in the cache
+STEM_SHARE = 8  # a batch of the filling pass, which computes the stem once, has at least this many times its tokens
+TRIED_BATCHES, TRIED_SAMPLES = 3, 8  # read and computed, to compare the speeds
 
 WHERE = {"memory": "in memory", "disk": "on disk"}
 Progress = Callable[[int, int], None]
 
 
 class Activations(Protocol):
-    """`Recompute` or `ActivationCache`: features of a batch of sample numbers."""
+    """`Recompute` or `ActivationCache`: the features of a batch of sample indices."""
 
     samples: Sequence[Sample]
 
@@ -58,13 +52,13 @@ class Activations(Protocol):
 
 
 def is_flat(model: GPT) -> bool:
-    """Whether the tail treats positions independently."""
+    """Return True if the tail treats positions independently."""
     return model.cut is not None and model.cut >= model.config.n_layer
 
 
-def common_head(model: GPT, samples: Sequence[Sample]) -> int:
-    """P: the tokens that all samples begin with, which a batch computes once. 0 where a router is trained to balance the load of tokens."""
-    return 0 if model.config.router_aux_loss_coef else shared_head(samples)
+def stem_length(model: GPT, samples: Sequence[Sample]) -> int:
+    """Return P, the length of the stem, which a batch computes once. 0 if a router is trained to balance the load of tokens."""
+    return 0 if model.config.router_aux_loss_coef else shared_stem(samples)
 
 
 class Recompute:
@@ -72,10 +66,10 @@ class Recompute:
 
     def __init__(self, model: GPT, samples: Sequence[Sample], device: torch.device) -> None:
         self.model, self.samples, self.device = model, samples, device
-        self.head = common_head(model, samples)
+        self.stem = stem_length(model, samples)
 
     def __call__(self, indices: Sequence[int]) -> Features:
-        batch = pack([self.samples[i] for i in indices], self.device, self.head)
+        batch = pack([self.samples[i] for i in indices], self.device, self.stem)
         pos = self.model.packed_positions(batch.packing)
         if is_flat(self.model):
             return Features(*self.model.prefix(batch.ids, pos, batch.at), batch.targets)
@@ -84,18 +78,13 @@ class Recompute:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows a cache has and how large it is, known before anything is computed."""
+    """The rows of a cache and its size, known before anything is computed."""
 
-    indices: list[int]
-    """the samples, as the caller numbers them"""
-    head: int
-    """P"""
-    first: int
-    """rows that serve all samples, the first of the cache: P, or 0 where only positions with loss are kept"""
-    counts: list[int]
-    """rows per sample"""
-    width: tuple[int, int]
-    """(S + 1, d): x, then the taps"""
+    indices: list[int]  # of the samples
+    stem: int  # P
+    first: int  # rows of the stem, the first of the cache: P, or 0 if only positions with loss are kept
+    counts: list[int]  # rows of each sample
+    width: tuple[int, int]  # (S + 1, d): x, then the taps
     dtype: torch.dtype
 
     @property
@@ -109,34 +98,33 @@ class Plan:
 
     @property
     def slices(self) -> dict[int, slice]:
-        """Where each sample's rows are."""
+        """The rows of each sample, by its index."""
         ends = list(itertools.accumulate(self.counts, initial=self.first))
         return {i: slice(*ends[k : k + 2]) for k, i in enumerate(self.indices)}
 
 
 def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: torch.dtype) -> Plan:
-    """The cache that these samples need."""
-    width, head = (len(model.tapped_blocks) + 1, model.config.n_embd), common_head(model, samples)
+    """Return the layout of a cache for the samples at `indices`."""
+    width, stem = (len(model.tapped_blocks) + 1, model.config.n_embd), stem_length(model, samples)
     if is_flat(model):
-        return Plan(list(indices), head, 0, [samples[i].n_targets for i in indices], width, dtype)
-    return Plan(list(indices), head, head, [samples[i].n_inputs - head for i in indices], width, dtype)
+        return Plan(list(indices), stem, 0, [samples[i].n_targets for i in indices], width, dtype)
+    return Plan(list(indices), stem, stem, [samples[i].n_inputs - stem for i in indices], width, dtype)
 
 
 class ActivationCache:
-    """Rows (R, S + 1, d) in memory or in a memory-mapped file, and where each sample's rows are. Features have the model's dtype."""
+    """Rows (R, S + 1, d) in memory or in a memory-mapped file, by sample. Features have the model's dtype."""
 
     def __init__(self, store: torch.Tensor, plan: Plan, samples: Sequence[Sample], model: GPT, device: torch.device) -> None:
         self.store, self.plan, self.samples, self.model, self.device = store, plan, samples, model, device
         self.slices = plan.slices
-        self.parts: torch.Tensor | None = None
-        """what is read of a row: x, which is 0, and taps from 1 on; None: all"""
+        self.parts: torch.Tensor | None = None  # parts of a row that are read: 0 for x, taps from 1 on; None: all
 
     def __call__(self, indices: Sequence[int]) -> Features:
         chosen = [self.samples[i] for i in indices]
         slabs = [self._read(self.slices[i]) for i in indices]
         if is_flat(self.model):
             return Features(*self._split(slabs), loss_targets(chosen).to(self.device))
-        batch = pack(chosen, self.device, self.plan.head)
+        batch = pack(chosen, self.device, self.plan.stem)
         split = self._split([self._read(slice(self.plan.first)), *slabs])
         return Features(*split, batch.targets, batch.at, self.model.packed_positions(batch.packing))
 
@@ -149,7 +137,7 @@ class ActivationCache:
         return rows[:, 0], rows[:, 1:]
 
     def narrowed(self, taps: Sequence[int]) -> ActivationCache:
-        """The same cache, of which x and these of the S taps alone, counted from 0, are read."""
+        """Return a view of the cache that reads only x and the taps with these numbers, counted from 0."""
         view = copy.copy(self)
         view.parts = torch.tensor([0, *(1 + tap for tap in taps)])
         return view
@@ -157,16 +145,14 @@ class ActivationCache:
 
 @dataclass
 class CacheSettings:
-    """How and where to keep activations."""
+    """Settings of where to keep activations."""
 
-    mode: str
-    """auto, memory, disk or off"""
-    folder: Path
-    """for caches on disk, one folder each"""
+    mode: str  # auto, memory, disk or off
+    folder: Path  # for caches on disk, each in a folder of its own
     dtype: torch.dtype
     say: Callable[[str], None] = lambda text: None
+    # opens a progress bar with a title, for a cache that holds a number of samples already
     progress: Callable[[str, int], AbstractContextManager[Progress]] = lambda title, begun: nullcontext(lambda done, total: None)
-    """shows under a title how far the filling has come, so many samples being there before"""
 
 
 def activations(
@@ -177,10 +163,10 @@ def activations(
     settings: CacheSettings,
     device: torch.device,
 ) -> Activations:
-    """A cache of the samples' activations, filled or found on disk; `Recompute` where the settings or the machine do not allow one.
+    """Return a cache of the samples' activations, filled, or reused from disk; `Recompute` if settings or machine do not allow one.
 
-    "auto" takes memory if the cache fits `MEMORY_SHARE` of what is free, else disk, and there only if reading is faster than computing. A
-    disk that is too full is said and not fatal.
+    "auto" takes memory if the cache fits `MEMORY_SHARE` of the free memory, else disk, if reading is faster than computing. A disk that is
+    too full is reported and not fatal.
     """
     if settings.mode == "off" or model.cut in (None, 0) or not indices:
         return Recompute(model, samples, device)
@@ -214,7 +200,7 @@ def activations(
 
 
 def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSettings, name: str) -> Activations:
-    """The one that gives a few batches in less time. They are read from the disk itself, not from memory that still holds the file."""
+    """Return the faster of the two, by a few batches. They are read from the disk itself, not from memory that still holds the file."""
     rows = cache.plan.indices[: TRIED_BATCHES * TRIED_SAMPLES]
     seconds = []
     for source in (cache, recompute):
@@ -223,8 +209,8 @@ def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSetting
             source(rows[first : first + TRIED_SAMPLES]).x.sum().item()
         seconds.append((time.perf_counter() - start) / len(rows))
     chosen = cache if seconds[0] <= seconds[1] else recompute
-    told = f"reading takes {1000 * seconds[0]:.2f} ms a sample, computing {1000 * seconds[1]:.2f} ms"
-    settings.say(f"{name} cache: {told}: activations are {'read' if chosen is cache else 'computed again for every batch'}")
+    times = f"reading takes {1000 * seconds[0]:.2f} ms a sample, computing {1000 * seconds[1]:.2f} ms"
+    settings.say(f"{name} cache: {times}: activations are {'read' if chosen is cache else 'computed again for every batch'}")
     return chosen
 
 
@@ -232,10 +218,10 @@ def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSetting
 def fill(
     model: GPT, samples: Sequence[Sample], layout: Plan, store: torch.Tensor, device: torch.device, progress: Progress, done: int = 0
 ) -> None:
-    """Run the prefix over all samples but the first `done`, in large batches, and write the rows into `store` (R, S + 1, d)."""
+    """Run the prefix over the samples after the first `done`, in large batches, and write the rows into `store` (R, S + 1, d)."""
     was_training, slices, order = model.training, layout.slices, fill_order(samples, layout)
     model.eval()
-    for indices in fill_batches(samples, order[done:], layout.head, device):
+    for indices in fill_batches(samples, order[done:], layout.stem, device):
         rows = _rows(model, [samples[i] for i in indices], layout, device)
         start = layout.first
         store[:start] = rows[:start]
@@ -249,24 +235,24 @@ def fill(
 
 
 def fill_order(samples: Sequence[Sample], layout: Plan) -> list[int]:
-    """The samples of the cache, longest first."""
+    """Return the indices of the cache's samples, longest first."""
     return sorted(layout.indices, key=lambda i: -len(samples[i].input_ids))
 
 
 def _rows(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> torch.Tensor:
-    """x and the taps of a batch, (n, S + 1, d) or (N, S + 1, d), on the CPU in the cache's dtype."""
-    batch = pack(samples, device, layout.head)
+    """Return x and the taps of a batch, (n, S + 1, d) or (N, S + 1, d), on the CPU in the cache's dtype."""
+    batch = pack(samples, device, layout.stem)
     x, taps = model.prefix(batch.ids, model.packed_positions(batch.packing), batch.at if is_flat(model) else None)
     return torch.cat((x[:, None], taps), dim=1).to(layout.dtype).cpu()
 
 
-def fill_batches(samples: Sequence[Sample], order: Sequence[int], head: int, device: torch.device) -> Iterator[list[int]]:
-    """Batches of so many tokens that what is the same in all of them weighs little, none larger than one sample needs."""
-    limit = max(FILL_TOKENS["cpu" if device.type == "cpu" else "cuda"], HEAD_SHARE * head)
+def fill_batches(samples: Sequence[Sample], order: Sequence[int], stem: int, device: torch.device) -> Iterator[list[int]]:
+    """Yield batches of the samples in `order`, of up to `FILL_TOKENS` tokens, or `STEM_SHARE` times the stem if that is more."""
+    limit = max(FILL_TOKENS["cpu" if device.type == "cpu" else "cuda"], STEM_SHARE * stem)
     batch: list[int] = []
     tokens = 0
     for i in order:
-        own = samples[i].n_inputs - head
+        own = samples[i].n_inputs - stem
         if batch and tokens + own > limit:
             yield batch
             batch, tokens = [], 0
@@ -277,7 +263,7 @@ def fill_batches(samples: Sequence[Sample], order: Sequence[int], head: int, dev
 
 
 def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> str:
-    """Everything that a cached value depends on: prefix weights and config, cut, taps, dtypes, tokens, masks, format."""
+    """Return a digest of everything that a cached value depends on: prefix weights, config, cut, taps, dtypes, tokens, masks, format."""
     digest = hashlib.sha256()
     norms = [block.skip2lora.norm_eps for block in model.tapped_blocks]
     taps = [i for i, block in enumerate(model.blocks) if block.skip2lora is not None]
@@ -299,7 +285,7 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: tor
 
 
 def _on_disk(model: GPT, samples: Sequence[Sample], layout: Plan, settings: CacheSettings, device: torch.device, name: str) -> torch.Tensor:
-    """The store in the cache's folder: found there, or filled. Raises OSError if it cannot be written."""
+    """Return the store in the cache's folder, reused or filled. Raises OSError if it cannot be written."""
 
     def complete(store: torch.Tensor, done: int, advance: Callable[[int], None]) -> None:
         with settings.progress(f"{name} cache", done) as show:

@@ -1,13 +1,13 @@
-"""Which blocks to tap, for `skip2lora_block_indices: auto`: chosen from what all candidate blocks give for a sample of the training data.
+"""The choice of blocks to tap for `skip2lora_block_indices: auto`, from the outputs of all candidates on a sample of the training data.
 
 At the base model, where B = 0, row n has the gradient g_n = dL/dx of the loss for the output layer's input, and block i the tap t_{i,n}.
-Adapters move x by a linear function M of the chosen taps S. What helps most is a movement towards -F^-1 g, Newton's step with the mean
-empirical Fisher matrix F = E[g g^T] + c I for the curvature. So a set of blocks is worth what its taps tell of it on samples not fitted:
+Adapters move x by a linear function M of the chosen taps S. The most useful direction is -F^-1 g, Newton's step with the mean empirical
+Fisher matrix F = E[g g^T] + c I for the curvature. A set of blocks is valued by how well its taps predict that step on held-out samples:
 
     R2(S) = 1 - sum_n (g_n + M t_{S,n})^T F^-1 (g_n + M t_{S,n}) / sum_n g_n^T F^-1 g_n
 
-M is the ridge regression of -g on the taps over one half of the samples, the sums go over the other half; of both ways the mean, with the
-ridge for which it is largest. Blocks overlap, so they are chosen one after the other, each for what it adds to those before.
+M is the ridge regression of -g on the taps over one half of the samples, and the sums go over the other half; R2 is the mean of both ways,
+for the best ridge. Blocks overlap, so they are chosen one by one, each for its gain over those before.
 
 Letters: N rows of the sample, d `n_embd`, S candidate blocks, k directions kept of each block's taps.
 """
@@ -24,45 +24,39 @@ from litgpt.lora import GPT
 from litgpt.loss import HeadLoss, loss_of
 from litgpt.sample import Sample
 
-SAMPLES, ROWS = 128, 2048
-"""of the training data that are looked at, at most; of twice as many the blocks chosen predict no more (measured on SmolLM2-135M)"""
-DIRECTIONS = 32
-"""k: principal directions kept of a block's taps"""
-DAMPING = 0.3
-"""c, in mean eigenvalues of E[g g^T]"""
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3)
-"""that are tried, in the mean square of a tap"""
+SAMPLES, ROWS = 128, 2048  # of the training data at most; with twice as many, the chosen blocks predict no more (SmolLM2-135M)
+DIRECTIONS = 32  # k: principal directions kept of a block's taps
+DAMPING = 0.3  # c, in mean eigenvalues of E[g g^T]
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3)  # in mean squares of a tap
 
-Part = tuple[torch.Tensor, torch.Tensor]
-"""taps (N, S, d) and gradients (N, d) of one half of the sample"""
+Part = tuple[torch.Tensor, torch.Tensor]  # taps (N, S, d) and gradients (N, d) of one half of the sample
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen blocks, and R2 of them and of the simple rules that choose as many: the last blocks, and evenly spaced ones."""
+    """The chosen blocks with their R2, and that of as many blocks chosen by simple rules: the last ones, and evenly spaced ones."""
 
     blocks: tuple[int, ...]
-    value: float
-    """0 or less: the sample told nothing, and the last blocks were taken"""
+    value: float  # 0 or less: the sample decides nothing, and the last blocks are taken
     rules: dict[str, float]
     samples: int
     rows: int
 
 
 def choose(model: GPT, samples: Sequence[Sample], count: int, micro_batch: int, seed: int, progress: Callable[[int, int], None]) -> Choice:
-    """The `count` blocks to tap of those that `model`, with fresh adapters, taps now. The same for the same seed."""
+    """Choose `count` of the blocks that `model`, with fresh adapters, taps now. Repeatable with the same seed."""
     sample = draw(samples, seed)
     return select(gather(model, sample, micro_batch, seed, progress), model.config.taps, count, len(sample))
 
 
 def draw(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """The training samples to look at."""
+    """Draw the training samples to choose by."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     return [samples[i] for i in order[:SAMPLES].tolist()]
 
 
 def select(parts: Sequence[Part], candidates: Sequence[int], count: int, samples: int) -> Choice:
-    """`count` of the candidates, by the two halves that `gather` made of so many samples. A simple rule stands where it does as well."""
+    """Choose `count` of the candidates by the two halves that `gather` returned for `samples` samples. A simple rule wins a tie."""
     everything = range(len(candidates))
     spaced = everything[:: -(len(candidates) // count)][:count]
     rules = {f"last:{count}": tuple(everything[-count:]), "evenly spaced": tuple(sorted(spaced))}
@@ -70,8 +64,8 @@ def select(parts: Sequence[Part], candidates: Sequence[int], count: int, samples
     if len(parts) == 2 and all(torch.isfinite(gradients).all() for _, gradients in parts):
         evidence = Evidence(parts)
         values = {name: evidence.explained(blocks) for name, blocks in rules.items()}
-        found = forward_selection(evidence, len(candidates), count)
-        for blocks, worth in (*((rules[name], values[name]) for name in rules), (found, evidence.explained(found))):
+        selected = forward_selection(evidence, len(candidates), count)
+        for blocks, worth in (*((rules[name], values[name]) for name in rules), (selected, evidence.explained(selected))):
             if worth > value:
                 best, value = blocks, worth
     rows = sum(len(gradients) for _, gradients in parts)
@@ -79,13 +73,13 @@ def select(parts: Sequence[Part], candidates: Sequence[int], count: int, samples
 
 
 def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, progress: Callable[[int, int], None]) -> list[Part]:
-    """Taps and gradients of the sample's rows in two halves, on the CPU, thinned at random to `ROWS`; in batches as training has them."""
+    """Return taps and gradients of two halves of the sample, on the CPU, thinned at random to `ROWS` rows. Batches are training's."""
     was_training, flat = model.training, is_flat(model)
     model.eval()
     device = next(model.parameters()).device
     source = Recompute(model, sample, device)
     head_loss = HeadLoss.of(model)
-    expected = sum(each.n_targets if flat else each.n_inputs - source.head for each in sample)
+    expected = sum(each.n_targets if flat else each.n_inputs - source.stem for each in sample)
     share, generator = min(1.0, ROWS / expected), torch.Generator().manual_seed(seed)
     halves: list[list[Part]] = [[], []]
     done = 0
@@ -98,8 +92,8 @@ def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, pr
             with torch.enable_grad():
                 untapped = replace(features, x=x, taps=features.taps[..., :0, :])
                 (gradient,) = torch.autograd.grad(loss_of(model, untapped, head_loss), x)
-            kept = torch.randperm(len(x), generator=generator)[: max(1, int(share * len(x)))].to(device)
-            halves[half].append((features.taps[kept].cpu(), gradient[kept].float().cpu()))
+            drawn = torch.randperm(len(x), generator=generator)[: max(1, int(share * len(x)))].to(device)
+            halves[half].append((features.taps[drawn].cpu(), gradient[drawn].float().cpu()))
             done += len(batch)
             progress(done, len(sample))
     model.train(was_training)
@@ -107,7 +101,7 @@ def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, pr
 
 
 class Evidence:
-    """The sums over rows that R2 of any set of blocks needs; their size does not depend on d or N."""
+    """The sums over rows from which R2 of any set of blocks follows; their size does not depend on N."""
 
     def __init__(self, parts: Sequence[Part], directions: int = DIRECTIONS) -> None:
         sizes = [len(gradients) for _, gradients in parts]
@@ -125,7 +119,7 @@ class Evidence:
         self.P = [[one @ other.T for other in self.b] for one in self.b]  # (S k, S k) each
 
     def explained(self, blocks: Sequence[int]) -> float:
-        """R2 of a set of candidates, counted from 0."""
+        """Return R2 of a set of candidates, counted from 0."""
         at = torch.cat([torch.arange(i * self.k, (i + 1) * self.k) for i in blocks])
         total = torch.zeros(len(RIDGES), dtype=torch.float64)
         for fit, held in ((0, 1), (1, 0)):
@@ -138,7 +132,7 @@ class Evidence:
 
 
 def principal(x: torch.Tensor, directions: int, generator: torch.Generator) -> torch.Tensor:
-    """x (N, d) in its `directions` leading right singular vectors, to a rotation, by subspace iteration (arXiv 0909.4061): (N, k)."""
+    """Project x (N, d) on its `directions` leading right singular vectors, up to a rotation, by subspace iteration (arXiv 0909.4061)."""
     basis = torch.randn(x.size(1), min(directions, *x.shape), generator=generator)
     for _ in range(3):
         basis = torch.linalg.qr(x.T @ (x @ basis)).Q
@@ -146,14 +140,14 @@ def principal(x: torch.Tensor, directions: int, generator: torch.Generator) -> t
 
 
 def whitened(g: torch.Tensor) -> torch.Tensor:
-    """F^-1/2 g for rows g (N, d), to a rotation."""
+    """Return F^-1/2 g for rows g (N, d), up to a rotation."""
     F = g.T @ g / len(g)
     F.diagonal().add_(DAMPING * F.diagonal().mean().clamp(min=1e-30))
     return torch.linalg.solve_triangular(torch.linalg.cholesky(F), g.T, upper=False).T
 
 
 def forward_selection(evidence: Evidence, candidates: int, count: int) -> tuple[int, ...]:
-    """One block after the other, in this order, each the one that raises R2 most."""
+    """Choose blocks one by one, each time the one that raises R2 most, and return them in this order."""
     chosen: tuple[int, ...] = ()
     for _ in range(count):
         left = [i for i in range(candidates) if i not in chosen]

@@ -1,8 +1,8 @@
-"""The rows of an activation cache in a memory-mapped file: made once, found by later runs, gone on with after a stop.
+"""The rows of an activation cache in a memory-mapped file: filled once, reused by later runs, resumed after a stop.
 
-FOLDER/KEY/ has activations.bin, (R, S + 1, d) values, and index.json; without that, or with another size or sha256, it is not used. While
-it is being filled it is called KEY.begun, a run holds its lock, and progress.json says how many samples it has and the sha256 of their
-rows. The next run, after a kill as after a signal, goes on from there; one at the same time waits and then finds it whole.
+FOLDER/KEY/ holds activations.bin, (R, S + 1, d) values, and index.json; with another size or sha256 than that states it is not used.
+During the filling the folder is named KEY.begun, the run holds its lock, and progress.json states the number of filled samples and the
+sha256 of their rows. The next run resumes from there, after a kill as after a signal; a concurrent run waits and then reuses the cache.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from litgpt.errors import UserError
 from litgpt.files import read_json
 
 DATA, INDEX, PROGRESS = "activations.bin", "index.json", "progress.json"
-SAVE_SECONDS = 20.0
-"""between two notes of how far the filling has come: what a kill can cost"""
+SAVE_SECONDS = 20.0  # between two updates of progress.json: the work that a kill can cost
 POLL_SECONDS = 1.0
 
 Say = Callable[[str], None]
@@ -35,16 +34,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Contents:
-    """What the file is to hold."""
+    """The contents of a cache file."""
 
-    key: str
-    """the fingerprint, in hexadecimal"""
+    key: str  # the fingerprint, in hexadecimal
     shape: tuple[int, int, int]
     dtype: torch.dtype
-    spans: Sequence[slice]
-    """the rows of each sample, in the order in which they are filled"""
-    shared: slice
-    """the rows that all samples share"""
+    spans: Sequence[slice]  # the rows of each sample, in the order of the filling
+    stem: slice  # the rows of the stem
 
     @property
     def nbytes(self) -> int:
@@ -52,17 +48,17 @@ class Contents:
 
 
 class Fill(Protocol):
-    """Writes the rows of all samples but the first `done` into the store, and calls `advance` with how many are there, after each batch."""
+    """Writes the rows of the samples after the first `done` into the store, and after each batch passes the number filled to `advance`."""
 
     def __call__(self, store: torch.Tensor, done: int, advance: Callable[[int], None]) -> None: ...
 
 
 def open_store(folder: Path, contents: Contents, fill: Fill, say: Say) -> torch.Tensor:
-    """The rows, (R, S + 1, d), mapped: those of FOLDER/KEY if they are whole, else filled. Raises OSError if they cannot be written."""
+    """Return the rows, (R, S + 1, d), mapped: those of FOLDER/KEY if they are complete, else filled. Raises OSError if writing fails."""
     target = folder / contents.key[:32]
     if not _is_whole(target, contents):
         if target.exists():
-            say(f"{target} is damaged and is made again")
+            say(f"{target} is damaged and is filled again")
         with _held(target.with_name(f"{target.name}.begun"), say) as begun:
             if not _is_whole(target, contents):
                 _complete(begun, contents, fill, say)
@@ -75,7 +71,7 @@ def open_store(folder: Path, contents: Contents, fill: Fill, say: Say) -> torch.
 
 
 def forget(folder: Path, contents: Contents) -> None:
-    """Have the system drop what it holds of the file in memory, so that reading it is timed as it will be when memory is short."""
+    """Drop the file from the system's page cache, so that reading it takes as long as when memory is short."""
     if hasattr(os, "posix_fadvise"):
         with (folder / contents.key[:32] / DATA).open("rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -83,11 +79,11 @@ def forget(folder: Path, contents: Contents) -> None:
 
 @contextmanager
 def _held(begun: Path, say: Say) -> Iterator[Path]:
-    """The folder, made if it is not there, and locked where the file system knows locks. Waits for a run that fills it.
+    """Create the folder if needed, and lock it on file systems with locks. Waits for another run that fills it.
 
-    An error of the disk removes it, anything else leaves it to be gone on with.
+    A disk error removes the folder; after any other end it can be resumed.
     """
-    held, told = None, False
+    held, announced = None, False
     begun.parent.mkdir(parents=True, exist_ok=True)
     while held is None:
         with suppress(FileExistsError):
@@ -95,11 +91,11 @@ def _held(begun: Path, say: Say) -> Iterator[Path]:
         try:
             held = lock(begun)
         except BlockingIOError:
-            if not told:
+            if not announced:
                 say(f"another run is filling {begun}: waiting for it")
-            told = True
+            announced = True
             time.sleep(POLL_SECONDS)
-        except FileNotFoundError:  # it was finished or removed in this very moment
+        except FileNotFoundError:  # finished or removed between the two calls
             continue
         except OSError:
             break
@@ -110,13 +106,13 @@ def _held(begun: Path, say: Say) -> Iterator[Path]:
         raise
     finally:
         with suppress(OSError):
-            begun.rmdir()  # of one that waited, and found the cache whole
+            begun.rmdir()  # empty after waiting for a run that completed the cache
         if held is not None:
             os.close(held)
 
 
 def _complete(begun: Path, contents: Contents, fill: Fill, say: Say) -> None:
-    """Fill what is missing, flush it to disk, write the index."""
+    """Fill the missing rows, flush them to disk, write the index."""
     data = begun / DATA
     missing = contents.nbytes - (data.stat().st_blocks * 512 if data.is_file() else 0)
     free = shutil.disk_usage(begun).free
@@ -139,7 +135,7 @@ def _complete(begun: Path, contents: Contents, fill: Fill, say: Say) -> None:
 
 
 class _Progress:
-    """How many samples are filled, and the digest of their rows, kept in `progress.json`."""
+    """The number of filled samples and the digest of their rows, kept in `progress.json`."""
 
     def __init__(self, begun: Path, contents: Contents, store: torch.Tensor, descriptor: int) -> None:
         self.file, self.contents, self.store, self.descriptor = begun / PROGRESS, contents, store, descriptor
@@ -148,7 +144,7 @@ class _Progress:
         self._saved = time.monotonic()
 
     def restore(self, say: Say) -> None:
-        """Go on from what the file says, if the rows are those that it speaks of."""
+        """Resume from the file if its digest is that of the rows."""
         if not self.file.exists():
             return
         total = len(self.contents.spans)
@@ -161,7 +157,7 @@ class _Progress:
                 return
         except (UserError, KeyError, TypeError):
             pass
-        say(f"{self.file.parent} is damaged and is begun again")
+        say(f"{self.file.parent} is damaged and is filled from the start")
         self.done, self._digest = 0, hashlib.sha256()
 
     def advance(self, done: int) -> None:
@@ -182,7 +178,7 @@ class _Progress:
     def _facts(self) -> dict[str, Any]:
         whole = self._digest.copy()
         if self.done:
-            whole.update(_bytes(self.store[self.contents.shared]))
+            whole.update(_bytes(self.store[self.contents.stem]))
         return {"fingerprint": self.contents.key, "samples": self.done, "sha256": whole.hexdigest()}
 
 

@@ -21,7 +21,7 @@ from litgpt.quantize import count, is_quantised, quantise
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune; the loop and the job know no other difference."""
+    """A way to fine-tune: all that differs between the methods."""
 
     config: Callable[[Path], LoRAConfig]
     """the model's config, adapters included, for a checkpoint folder"""
@@ -36,13 +36,13 @@ class Method:
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
 
     def build(self, checkpoint_dir: Path, dtype: torch.dtype) -> GPT:
-        """The model on the CPU: the backbone in `dtype`, what is trained marked. Raises UserError if the checkpoint does not fit."""
+        """Return the model on the CPU, the backbone in `dtype`, its trained parameters marked. Raises UserError if they do not fit."""
         model = checkpoint.build_model(self.config(checkpoint_dir), checkpoint_dir, dtype)
         self._mark(model)
         return model
 
     def rebuild(self, model: GPT, checkpoint_dir: Path) -> None:
-        """Make of a model that a method of this kind has built what `build` would: new adapters, on the frozen weights that it has."""
+        """Put new adapters on the frozen weights of a model built by a method of this kind, as `build` would."""
         with torch.device("meta"):
             model.adapt(self.config(checkpoint_dir))
         renew_adapters(model)

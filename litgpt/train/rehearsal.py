@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from litgpt import checkpoint
-from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, common_head, plan
+from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, plan, stem_length
 from litgpt.args import TrainArgs
 from litgpt.errors import UserError
 from litgpt.logs import peak_memory_gb
@@ -182,8 +182,8 @@ def _memory(ready: Prepared) -> str:
     """`litgpt.memory`'s estimate for this job: in the warm-up, if there is one, LoRA reaches every block."""
     model: Any = ready.model
     config, samples, batch = model.config, ready.splits.train, ready.job.train.micro_batch_size
-    head = common_head(model, samples)
-    tokens = head + sum(heapq.nlargest(batch, (sample.n_inputs - head for sample in samples)))
+    stem = stem_length(model, samples)
+    tokens = stem + sum(heapq.nlargest(batch, (sample.n_inputs - stem for sample in samples)))
     loss_tokens = sum(heapq.nlargest(batch, (sample.n_targets for sample in samples)))
     if config.skip2lora_warmup:
         config = replace(config, skip2lora_enabled=False, skip2lora_warmup=False)

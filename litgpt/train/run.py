@@ -12,6 +12,7 @@ import torch
 
 from litgpt import atomic, checkpoint
 from litgpt.activations.choose import choose
+from litgpt.activations.shared import SharedActivations
 from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config
 from litgpt.config import Config
 from litgpt.data.base import DataModule, Record, Splits
@@ -35,7 +36,6 @@ from litgpt.train.session import Session
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from litgpt.train.shared import SharedActivations
 
 CACHE_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 

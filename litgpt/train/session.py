@@ -313,9 +313,13 @@ def training_cache(mode: str, train: TrainArgs, batches: Batches) -> str:
 
 def fill_or_recompute(ready: Prepared, samples: list[Sample], rows: list[int], name: str, mode: str) -> Activations:
     """`litgpt.activations.cache.activations` for what is ready, its progress shown."""
-    settings = CacheSettings(mode, cache_folder(ready.job), ready.cache_dtype, ready.console.say, ready.console.progress)
     with ready.fabric.autocast():
-        return activations(ready.model, samples, rows, name, settings, ready.fabric.device)
+        return activations(ready.model, samples, rows, name, cache_settings(ready, mode), ready.fabric.device)
+
+
+def cache_settings(ready: Prepared, mode: str) -> CacheSettings:
+    """Return where activations are kept; the console shows the progress of filling them."""
+    return CacheSettings(mode, cache_folder(ready.job), ready.cache_dtype, ready.console.say, ready.console.progress)
 
 
 def cache_folder(job: Job) -> Path:

@@ -12,6 +12,7 @@ import torch
 
 from litgpt import atomic, checkpoint
 from litgpt.activations.cache import plan
+from litgpt.activations.shared import SharedActivations
 from litgpt.args import as_config
 from litgpt.errors import Stopped, UserError
 from litgpt.files import read_json
@@ -28,7 +29,7 @@ from litgpt.train.out_dir import Place
 from litgpt.train.rehearsal import rehearsed, require_data
 from litgpt.train.resume import Identity, Stopwatch, environment, identity
 from litgpt.train.run import Job, Prepared, choose_taps, finished_report, prepare, run
-from litgpt.train.shared import SharedActivations
+from litgpt.train.session import cache_settings
 from litgpt.train.sweep_table import FAILED, FINISHED, STOPPED, WAITING, Outcome, Table
 
 RESUME = "the same command with --resume auto goes on"
@@ -70,7 +71,7 @@ def sweep(arguments: dict[str, Any], variants: list[Variant]) -> None:
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
         if waiting:
-            ready.shared = SharedActivations.fill(ready, _validated(trials, ready))
+            ready.shared = _fill(ready, _validated(trials, ready))
             spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
         table.facts = {**(before or {}), **_facts(ready, trials, arguments, whose), **spent}
         place.make(resumed)
@@ -198,6 +199,14 @@ def _choose(trials: list[Trial], ready: Prepared, known: dict[str, Any]) -> None
                     choices[key] = choose_taps(trial.job, ready.model, count, ready.splits, ready.fabric, ready.console)
                 blocks = choices[key]
             trial.chosen = blocks
+
+
+def _fill(ready: Prepared, validated: int) -> SharedActivations:
+    """Return the activations of all training samples and the first `validated` of the others."""
+    samples = {"training": ready.splits.train, "validation": ready.splits.val}
+    counts = {"training": len(ready.splits.train), "validation": validated}
+    with ready.fabric.autocast():
+        return SharedActivations.fill(ready.model, samples, counts, cache_settings(ready, ready.job.cache_mode), ready.fabric.device)
 
 
 def _validated(trials: list[Trial], ready: Prepared) -> int:

@@ -33,7 +33,7 @@ from litgpt.activations import store as cache_file
 from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations, fingerprint, is_flat, plan
 from litgpt.lora import end_warmup, lora_filter, mark_only_lora_as_trainable, start_warmup
 from litgpt.loss import HeadLoss
-from litgpt.packing import SHORTEST_HEAD, pack, shared_head
+from litgpt.packing import SHORTEST_STEM, pack, shared_stem
 from litgpt.sample import Sample
 from tests.helpers import tiny
 
@@ -63,13 +63,13 @@ WINDOW = {"sliding_window_size": 5, "sliding_window_indices": [1, 0, 1, 1, 0]}
 LENGTHS = (11, 21, 12, 30, 13, 21, 10)
 
 
-def make_samples(lengths: tuple[int, ...] = LENGTHS, head: int = 0, seed: int = 0, V: int = 101) -> list[Sample]:
-    """Random samples that begin with the same `head` tokens and part at the next; about half of the positions carry loss, one at least."""
+def make_samples(lengths: tuple[int, ...] = LENGTHS, stem: int = 0, seed: int = 0, V: int = 101) -> list[Sample]:
+    """Random samples that begin with the same `stem` tokens and part at the next; about half of the positions carry loss, one at least."""
     generator = torch.Generator().manual_seed(seed)
-    common = torch.randint(V, (head,), generator=generator).tolist()
+    common = torch.randint(V, (stem,), generator=generator).tolist()
     samples = []
     for number, length in enumerate(lengths):
-        tail = torch.randint(V, (length - head,), generator=generator)
+        tail = torch.randint(V, (length - stem,), generator=generator)
         tail[0] = number
         mask = torch.randint(2, (length,), generator=generator)
         mask[0], mask[length // 2] = 0, 1
@@ -131,11 +131,11 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk"])
-@pytest.mark.parametrize("head", [0, 8])
+@pytest.mark.parametrize("stem", [0, 8])
 @pytest.mark.parametrize("cut", CUTS)
-def test_cached_features_losses_and_gradients_are_the_recomputed_ones(cut: str, head: int, mode: str, tmp_path: Path) -> None:
-    model, samples = make_model(cut), make_samples(head=head)
-    assert shared_head(samples) == head
+def test_cached_features_losses_and_gradients_are_the_recomputed_ones(cut: str, stem: int, mode: str, tmp_path: Path) -> None:
+    model, samples = make_model(cut), make_samples(stem=stem)
+    assert shared_stem(samples) == stem
     cache, _ = keep(model, samples, tmp_path, mode)
     assert isinstance(cache, ActivationCache)
     model.train()
@@ -148,18 +148,18 @@ def test_cached_features_losses_and_gradients_are_the_recomputed_ones(cut: str, 
 @pytest.mark.parametrize("cut", ["lm_head", "block", "LoRA in late blocks"])
 def test_the_same_for_other_architectures(cut: str, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(activation_cache.FILL_TOKENS, "cpu", 50)
-    model, samples = make_model(cut, **shape), make_samples(head=8)
+    model, samples = make_model(cut, **shape), make_samples(stem=8)
     cache, _ = keep(model, samples)
     rows = [5, 1, 3]
     assert_same(outcome(model, cache, rows), outcome(model, Recompute(model, samples, CPU), rows))
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 45, 10_000])
-@pytest.mark.parametrize("head", [0, 8])
-def test_the_size_of_the_filling_batches_changes_nothing(head: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stem", [0, 8])
+def test_the_size_of_the_filling_batches_changes_nothing(stem: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(activation_cache.FILL_TOKENS, "cpu", tokens)
-    monkeypatch.setattr(activation_cache, "HEAD_SHARE", 0)
-    model, samples, calls = make_model("block"), make_samples(head=head), []
+    monkeypatch.setattr(activation_cache, "STEM_SHARE", 0)
+    model, samples, calls = make_model("block"), make_samples(stem=stem), []
     cache, _ = keep(model, samples, progress=lambda done, total: calls.append((done, total)))
     rows = list(range(len(samples)))
     assert_same(outcome(model, cache, rows), outcome(model, Recompute(model, samples, CPU), rows))
@@ -171,7 +171,7 @@ def test_the_size_of_the_filling_batches_changes_nothing(head: int, tokens: int,
 @pytest.mark.parametrize("cut", CUTS)
 def test_features_are_what_hooks_on_the_blocks_see(cut: str, cached: bool) -> None:
     """Each sample alone, unpadded, through the bare modules; the tap worked out by hand."""
-    model, samples = make_model(cut), make_samples(head=8)
+    model, samples = make_model(cut), make_samples(stem=8)
     source = keep(model, samples)[0] if cached else Recompute(model, samples, CPU)
     seen: dict[int, torch.Tensor] = {}
     hooks = [
@@ -240,7 +240,7 @@ def test_a_bf16_model_trains_from_a_cache_of_either_dtype(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("cut", ["lm_head", "block"])
 def test_cached_and_recomputed_agree_under_autocast(cut: str) -> None:
-    model, samples = make_model(cut), make_samples(head=8)
+    model, samples = make_model(cut), make_samples(stem=8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cache, _ = keep(model, samples)
         (_, loss, _), (_, expected, _) = outcome(model, cache, [4, 2]), outcome(model, Recompute(model, samples, CPU), [4, 2])
@@ -263,7 +263,7 @@ def test_dropout_leaves_the_frozen_prefix_alone(cut: str, warmed_up: bool) -> No
 
 
 def test_filling_leaves_the_model_as_it_was() -> None:
-    model, samples = make_model(), make_samples(head=8)
+    model, samples = make_model(), make_samples(stem=8)
     for training in (True, False):
         model.train(training)
         keep(model, samples)
@@ -274,7 +274,7 @@ def test_filling_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize("mode", ["memory", "disk"])
 @pytest.mark.parametrize("cut", ["lm_head", "block"])
 def test_a_narrowed_cache_is_that_of_a_model_with_fewer_taps(cut: str, mode: str, tmp_path: Path) -> None:
-    samples = make_samples(head=9)
+    samples = make_samples(stem=9)
     wide, _ = keep(make_model(cut, skip2lora_block_indices=[0, 1, 2]), samples, tmp_path, mode)
     for taps in ([0, 2], [1], [0, 1, 2]):
         own, _ = keep(make_model(cut, skip2lora_block_indices=taps), samples, tmp_path, mode)
@@ -311,23 +311,23 @@ def test_rows_stand_sample_after_sample_behind_what_they_share() -> None:
 
 
 @given(st.integers(0, 12), st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=8), min_size=1, max_size=4))
-def test_shared_head_is_the_common_prefix_that_leaves_every_sample_an_input(common: int, tails: list[list[int]]) -> None:
+def test_shared_stem_is_the_common_prefix_that_leaves_every_sample_an_input(common: int, tails: list[list[int]]) -> None:
     rows = [[7] * common + tail for tail in tails]
-    head = shared_head([Sample(array("i", row), bytearray(len(row))) for row in rows])
+    stem = shared_stem([Sample(array("i", row), bytearray(len(row))) for row in rows])
     equal = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
     common = min(len(list(equal)), min(len(row) for row in rows) - 2)
-    assert head == (common if common >= SHORTEST_HEAD and len(rows) > 1 else 0)
+    assert stem == (common if common >= SHORTEST_STEM and len(rows) > 1 else 0)
 
 
 # --- size ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head", [0, 8])
+@pytest.mark.parametrize("stem", [0, 8])
 @pytest.mark.parametrize(("cut", "parts"), [("lm_head", 3), ("block", 3), ("LoRA in late blocks", 1)])
-def test_the_planned_bytes_are_the_real_ones(cut: str, parts: int, head: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    model, samples = make_model(cut), make_samples(head=head)
-    everything = head + sum(length - 1 - head for length in LENGTHS)  # what all share is kept once
+def test_the_planned_bytes_are_the_real_ones(cut: str, parts: int, stem: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, samples = make_model(cut), make_samples(stem=stem)
+    everything = stem + sum(length - 1 - stem for length in LENGTHS)  # what all share is kept once
     positions = sum(s.n_targets for s in samples) if is_flat(model) else everything
     layout = plan(model, samples, range(len(samples)), dtype)
     assert layout.nbytes == positions * parts * 32 * dtype.itemsize
@@ -361,7 +361,7 @@ def clock(seconds: list[float]) -> Callable[[], float]:
 def test_auto_reads_from_a_disk_only_what_takes_longer_to_compute(
     reads: float, computes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, samples = make_model("block"), make_samples(head=8)
+    model, samples = make_model("block"), make_samples(stem=8)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     monkeypatch.setattr(time, "perf_counter", clock([7 * reads, 7 * computes]))
     source, said = keep(model, samples, tmp_path, "auto")
@@ -535,7 +535,7 @@ def test_a_damaged_cache_is_made_again_and_that_is_said(damage: Callable[[Path],
     damage(folder)
     calls = count_prefix_calls(model)
     cache, said = keep(model, samples, tmp_path, "disk")
-    assert calls and "is damaged and is made again" in said
+    assert calls and "is damaged and is filled again" in said
     assert torch.equal(cache.store, right)
     assert list(tmp_path.iterdir()) == [folder]
     assert "is reused" in keep(model, samples, tmp_path, "disk")[1]
@@ -625,7 +625,7 @@ def test_a_permission_error_is_said_and_not_fatal(tmp_path: Path, monkeypatch: p
 def broken_off(model: Any, samples: list[Sample], folder: Path, monkeypatch: pytest.MonkeyPatch, error: Any = KeyboardInterrupt) -> Path:
     """What is left of a filling, a batch for each sample, that ended after three."""
     monkeypatch.setitem(activation_cache.FILL_TOKENS, "cpu", 1)
-    monkeypatch.setattr(activation_cache, "HEAD_SHARE", 0)
+    monkeypatch.setattr(activation_cache, "STEM_SHARE", 0)
 
     def stop(done: int, total: int) -> None:
         if done == 3:
@@ -643,7 +643,7 @@ def broken_off(model: Any, samples: list[Sample], folder: Path, monkeypatch: pyt
 def test_a_filling_that_was_broken_off_is_gone_on_with(
     cut: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, samples = make_model(cut), make_samples(head=8)
+    model, samples = make_model(cut), make_samples(stem=8)
     begun = broken_off(model, samples, tmp_path, monkeypatch, error)
     calls = count_prefix_calls(model)
     shown: list[tuple[int, int]] = []
@@ -704,7 +704,7 @@ def test_a_damaged_filling_is_begun_again(damage: Callable[[Path], None], tmp_pa
     damage(broken_off(model, samples, tmp_path, monkeypatch))
     shown: list[int] = []
     cache, said = keep(model, samples, tmp_path, "disk", progress=lambda done, total: shown.append(done))
-    assert "is damaged and is begun again" in said and shown == [1, 2, 3, 4, 5, 6, 7]
+    assert "is damaged and is filled from the start" in said and shown == [1, 2, 3, 4, 5, 6, 7]
     assert torch.equal(cache.store, keep(model, samples)[0].store)
 
 
