@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from litgpt import cli as command_line
 from litgpt.__main__ import load
 from litgpt.activations.store import Contents, _is_whole, _map, _Progress
+from litgpt.adapters.blocks import resolve_blocks
 from litgpt.atomic import read_manifest
 from litgpt.config import Config
 from litgpt.convert.hf import open_weights
@@ -27,7 +28,6 @@ from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.data.json_data import read_records
 from litgpt.errors import UserError
 from litgpt.files import parse_yaml
-from litgpt.lora import resolve_blocks
 from litgpt.prompts import ChatTemplate
 from litgpt.templates import MAX_SIZE
 from litgpt.tokenizer import Tokenizer
