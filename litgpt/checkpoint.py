@@ -164,6 +164,21 @@ def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: st
         raise UserError(f"{source} cannot be of the sizes that model_config.yaml gives (n_embd {config.n_embd} ...): {reason}") from None
 
 
+def in_current_layout(weights: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
+    """Return the weights with today's `attn.qkv`: LitGPT before 0.5 stored the rows of q, k and v by group, as `attn.attn`."""
+    import torch
+
+    current = {}
+    for name, value in weights.items():
+        if ".attn.attn." in name and value.dim() and len(value) == sum(config.qkv_sizes):
+            G = config.n_query_groups or 1
+            groups = value.unflatten(0, (G, -1))  # (G, (H/G + 2) h, ...)
+            parts = groups.split([size // G for size in config.qkv_sizes], dim=1)
+            value = torch.cat([part.flatten(0, 1) for part in parts])
+        current[name.replace(".attn.attn.", ".attn.qkv.")] = value
+    return current
+
+
 def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
     """Return True if a checkpoint's output layer is its embedding: the same tensor, or stored once."""
     embedding, head = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
@@ -177,11 +192,9 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     and every wrong shape.
     """
     from litgpt.adapters.base import adapter_parameters, renew_adapters
-    from litgpt.convert.litgpt import is_old, modernised
 
     config = model.config
-    if is_old(weights):
-        weights = modernised(weights, config, str(source))
+    weights = in_current_layout(weights, config)
     tied = is_tied(weights)
     if tied:
         weights = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}

@@ -41,14 +41,13 @@ litgpt cli __main__
 
 # Not yet as it should be: these sets only shrink, and shall be empty.
 UPWARD = {
-    ("checkpoint", "convert.litgpt"),
     ("config", "families"),
     ("convert.card", "finetune.full"),
     ("convert.card", "finetune.lora"),
     ("train.grid", "finetune.lora"),
     ("train.sweep", "finetune.lora"),
 }
-IN_CIRCLES = {"checkpoint", "config", "convert", "families", "train"}  # files and folders
+IN_CIRCLES = {"config", "families", "train"}  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS = {"finetune.lora.setup"}
 LINES_TOO_MANY = 2_400

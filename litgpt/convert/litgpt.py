@@ -40,13 +40,6 @@ def open_own(file: Path, config: Config, dtype: torch.dtype | None = None) -> Pl
     return _plan(Reader().stored(file), config, str(file), is_tied(load_weights(file)), dtype)
 
 
-def modernised(weights: Mapping[str, torch.Tensor], config: Config, source: str) -> dict[str, torch.Tensor]:
-    """A state dict in the current layout, in memory."""
-    tensors = {name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in weights.items()}  # type: ignore[misc]
-    plan = _plan(tensors, config, source, is_tied(weights), None)
-    return {key: tensor for keys, load in plan.items() for tensor in [load()] for key in keys}
-
-
 def is_old(names: Iterable[str]) -> bool:
     """Whether tensors of these names are in the layout before 0.5."""
     return any(".attn.attn." in name for name in names)
