@@ -119,6 +119,15 @@ def chosen_taps(folder: str | Path) -> list[int] | None:
     return values.get(CHOSEN_TAPS) if isinstance(values, dict) else None
 
 
+def read_hyperparameters(folder: str | Path) -> dict[str, Any]:
+    """Return the settings of the run that wrote the folder; {} if no run did."""
+    file = Path(folder) / "hyperparameters.yaml"
+    values = read_yaml(file) if file.is_file() else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no settings: copy it again, or remove it")
+    return values
+
+
 def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
     """Copy the tokenizer and generation files of `source`."""
     for name in TOKENIZER_FILES:

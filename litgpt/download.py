@@ -63,7 +63,7 @@ def download_from_hub(
         print(f"{repo_id} is in {folder}")
         return
     if dtype or model_name:
-        convert(folder, folder, model_name, dtype, replace=True)
+        convert(folder, folder, model_name, dtype)
     else:
         open_checkpoint(folder)
     print(f"{repo_id} is in {folder}, ready as a checkpoint_dir")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from litgpt import families as catalog
 from litgpt import files
 from litgpt.atomic import new_folder
-from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, is_mappable, load_weights, save_config
+from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, is_mappable, load_weights, read_hyperparameters, save_config
 from litgpt.config import Config
 from litgpt.convert.names import IMAGES, TIED_BY_DEFAULT, Stored, fit, hf_table, summary
 from litgpt.convert.write import write_pth
@@ -79,6 +80,25 @@ def differences(named: Config, described: Config) -> str:
     left, right = catalog.essence(named), catalog.essence(described)
     different = [key for key in left if key not in ("block_size", "router_aux_loss_coef") and left[key] != right[key]]
     return ", ".join(f"{key} is {right[key]}, expected {left[key]}" for key in different)
+
+
+def hf_settings(config: Config, source: Path) -> dict[str, Any]:
+    """Return the config.json of a model: the one in its folder `source` or its base's if that describes `config`, else a new one.
+
+    Raises UserError if no architecture of transformers computes the model.
+    """
+    base = read_hyperparameters(source).get("checkpoint_dir")
+    settings: dict[str, Any] = {}
+    for folder in (source, *([Path(base)] if isinstance(base, str) else [])):
+        if (folder / "config.json").is_file():
+            settings = read_json(folder / "config.json")
+            with suppress(UserError):
+                if "text_config" not in settings and not differences(Config.from_hf(settings), config):
+                    return settings
+    try:
+        return catalog.to_hf(config, prefer=settings.get("model_type"))
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 class Content(NamedTuple):

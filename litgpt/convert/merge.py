@@ -7,7 +7,6 @@ from litgpt import atomic, checkpoint
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
-from litgpt.files import read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +31,8 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
 
     from litgpt.device import backbone_dtype, default_device, default_precision
 
-    trained_in = read_yaml(folder / "hyperparameters.yaml").get("precision")
-    dtype = backbone_dtype(precision or trained_in or default_precision(default_device()))
-    weights = merged_weights(checkpoint.load_model(folder, dtype, base=base))
+    precision = precision or checkpoint.read_hyperparameters(folder).get("precision") or default_precision(default_device())
+    weights = merged_weights(checkpoint.load_model(folder, backbone_dtype(precision), base=base))
     if not (folder / "model_config.yaml").is_file():
         checkpoint.save_config(Config.from_checkpoint(base), folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -46,7 +44,7 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
 
 
 def merged_weights(model: "torch.nn.Module") -> "dict[str, torch.Tensor]":
-    """Fold every LoRA of the model into its layer, in place, and return the base's state dict on the CPU; tied weights stay one tensor.
+    """Fold every LoRA of the model into its layer, in place, and return the base's state dict on the CPU. Tied weights stay one tensor.
 
     Raises UserError for Skip2-LoRA, before anything is changed.
     """

@@ -1,13 +1,12 @@
 """Skip2-LoRA adapters as a folder that needs no litgpt: safetensors, and a JSON that states the formula.
 
-skip2lora_config.json           what is read where, what is added where, in words, symbols and transformers' module names
+skip2lora_config.json           the inputs, the formula and the place of the sum, with transformers' module names
 skip2lora_adapter.safetensors   transformer.h.{i}.skip2lora.lora_A (r, d) and .lora_B (d, r) for each tapped block i; ordinary LoRA that
-                                was trained besides (behind the output layer, or in a warm-up) under the names of PEFT's format
+                                was trained too (behind the output layer, or in a warm-up) under the names of PEFT's format
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +24,15 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "skip2lora_config.json", "skip2lora_adapter.safetensors"
 FORMAT = {"format": "skip2lora", "version": 1}
-SHAPE = (
+SHAPE = (  # fields that must agree between the model that an adapter was trained on and the one that it is attached to
     *("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "intermediate_size"),
     *("parallel_residual", "norm_class_name", "mlp_class_name"),
 )
-"""What must agree between the model that an adapter was trained on and the one that it is put on."""
 RMS, PLAIN = "t_i = x_(i+1) / sqrt(mean(x_(i+1)^2) + norm_eps), the mean over the features, in float32", "t_i = x_(i+1)"
 
 
 def modules(config: Config, model_type: str) -> tuple[str, str, str]:
-    """transformers' names of a block (with {} for its number), of the last norm and of the head."""
+    """Return transformers' names of a block (with {} for its index), of the last norm and of the output layer."""
     table = names.hf_table(model_type, config)
     block = next(name.split("{}")[0] for name, (module, _) in table.items() if module.startswith("transformer.h.{}"))
     norm = next((name for name, (module, _) in table.items() if module == "transformer.ln_f"), "model.norm")  # OLMo stores none
@@ -42,17 +40,15 @@ def modules(config: Config, model_type: str) -> tuple[str, str, str]:
 
 
 def own_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The ordinary LoRA among an adapter's weights."""
+    """Return the ordinary LoRA among an adapter's weights."""
     return {name: value for name, value in weights.items() if ".skip2lora." not in name}
 
 
 def write(folder: Path, config: LoRAConfig, weights: dict[str, Tensor], base: str, model_type: str) -> None:
-    """The two files. `base`: the base's name; `model_type`: its architecture in transformers.
+    """Write the two files. `base` is the base's name, `model_type` its architecture in transformers.
 
     Raises UserError for LoRA on layers that transformers does not have.
     """
-    from safetensors.torch import save_file
-
     tensors = {name: value.contiguous() for name, value in weights.items() if ".skip2lora." in name}
     lora: dict[str, Any] | None = None
     if own_lora(weights):
@@ -60,12 +56,11 @@ def write(folder: Path, config: LoRAConfig, weights: dict[str, Tensor], base: st
             raise UserError("lora_variant dora beside Skip2-LoRA has no portable form: use the folder that `litgpt finetune` wrote")
         lora, extra = peft.to_peft(config, own_lora(weights), base, model_type)
         tensors |= extra
-    (folder / CONFIG).write_text(json.dumps(describe(config, lora, base, model_type), indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    peft.write(folder, describe(config, lora, base, model_type), tensors, (CONFIG, WEIGHTS))
 
 
 def describe(config: LoRAConfig, lora: dict[str, Any] | None, base: str, model_type: str) -> dict[str, Any]:
-    """The content of skip2lora_config.json."""
+    """Return the content of skip2lora_config.json."""
     assert config.skip2lora_r and config.skip2lora_alpha is not None
     block, norm, head = modules(config, model_type)
     place = config.skip2lora_output_layer
@@ -92,19 +87,22 @@ def describe(config: LoRAConfig, lora: dict[str, Any] | None, base: str, model_t
         "scale": config.skip2lora_alpha / config.skip2lora_r,
         "output_layer": {"module": module, "litgpt": place},
         "lora": lora,
-        "settings": {key: _plain(getattr(config, key)) for key in config.__dataclass_fields__ if key in type(config).adapter_fields()},
+        "settings": adapter_settings(config),
         "model_config": config.base_dict(),
     }
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def adapter_settings(config: LoRAConfig) -> dict[str, Any]:
+    """Return the adapters' settings in a config as plain values, in the order of its fields."""
+    own = type(config).adapter_fields()
+    values = {key: getattr(config, key) for key in type(config).__dataclass_fields__ if key in own}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def read(folder: Path, other: Config, where: str) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """Config and our weights of a portable folder, for the model `other`, which messages call `where`.
+def read(folder: Path, model: Config, where: str) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """Return config and litgpt's weights of a portable folder, for the model `model`, which messages call `where`.
 
-    Raises UserError for what is broken, unknown or does not fit.
+    Raises UserError for broken files, unknown settings and another model.
     """
     from litgpt.lora import Config
 
@@ -112,31 +110,37 @@ def read(folder: Path, other: Config, where: str) -> tuple[LoRAConfig, dict[str,
     content = files.read_json(file)
     if {key: content.get(key) for key in FORMAT} != FORMAT:
         raise UserError(f"{file} is not of a format that is known here: format skip2lora, version {FORMAT['version']}")
-    model, settings = content.get("model_config"), content.get("settings")
-    if not isinstance(model, dict) or not isinstance(settings, dict):
+    fields, settings, model_type = content.get("model_config"), content.get("settings"), content.get("model_type")
+    if not isinstance(fields, dict) or not isinstance(settings, dict):
         raise UserError(f"{file} has no settings and model_config")
-    model_type = content.get("model_type")
     if model_type not in names.HF_TABLES:
         raise UserError(f"{file} has model_type {model_type!r}: only {', '.join(sorted(names.HF_TABLES))} are supported")
-    if unknown := [key for key in (*model, *settings) if key not in (*Config.__dataclass_fields__, *WarmupSettings.__dataclass_fields__)]:
+    if unknown := [key for key in (*fields, *settings) if key not in (*Config.__dataclass_fields__, *WarmupSettings.__dataclass_fields__)]:
         raise UserError(f"{file} has unknown settings: {', '.join(unknown)}")
     try:
-        config = Config(**{**model, **model_settings(settings)})
+        config = Config(**{**fields, **model_settings(settings)})
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: {error}") from None
-    require_fit(config, other, folder, where)
+    require_fit(config, model, folder, where)
     tensors = peft.read_tensors(folder / WEIGHTS)
     weights = {name: value for name, value in tensors.items() if not name.startswith(peft.PREFIX)}
-    rest = {name: value for name, value in tensors.items() if name.startswith(peft.PREFIX)}
-    if rest:
+    if rest := {name: value for name, value in tensors.items() if name not in weights}:
         lora = content.get("lora")
         weights |= peft.from_peft(lora if isinstance(lora, dict) else {}, rest, config, folder, model_type)[1]
     require_all(config, weights, folder / WEIGHTS)
     return config, weights
 
 
+def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return adapter settings and weights of a portable folder, for the checkpoint `base`. Raises UserError if it has another shape."""
+    from litgpt.config import Config
+
+    config, weights = read(folder, Config.from_checkpoint(base), f"the model in {base}")
+    return adapter_settings(config), weights
+
+
 def require_all(config: LoRAConfig, weights: dict[str, Tensor], source: Path) -> None:
-    """UserError that lists every weight that is missing, unknown or of another shape than the settings make it."""
+    """Raise UserError that lists every missing, unknown and misshapen weight of an adapter with these settings."""
     import torch
 
     from litgpt.lora import GPT
@@ -146,20 +150,8 @@ def require_all(config: LoRAConfig, weights: dict[str, Tensor], source: Path) ->
     load_adapter(model, weights, source)
 
 
-def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Adapter settings and weights of a portable folder, for the checkpoint `base`. Raises UserError if its shape is another."""
-    from litgpt.config import Config
-
-    config, weights = read(folder, Config.from_checkpoint(base), f"the model in {base}")
-    return {key: _plain(getattr(config, key)) for key in sorted(type(config).adapter_fields())}, weights
-
-
-def require_fit(config: Config, other: Config, source: Path, where: str) -> None:
-    """UserError that names the sizes in which the adapter's model and another differ."""
-    differing = [
-        f"{key} is {getattr(other, key)}, the adapter's {getattr(config, key)}"
-        for key in SHAPE
-        if getattr(other, key) != getattr(config, key)
-    ]
-    if differing:
+def require_fit(config: Config, model: Config, source: Path, where: str) -> None:
+    """Raise UserError that lists the sizes in which the adapter's model and another differ."""
+    pairs = {key: (getattr(model, key), getattr(config, key)) for key in SHAPE}
+    if differing := [f"{key} is {one}, the adapter's {other}" for key, (one, other) in pairs.items() if one != other]:
         raise UserError(f"the adapter {source} was trained on {config.name!r} and does not fit {where}: {'; '.join(differing)}")

@@ -1,14 +1,14 @@
-"""Any form of a checkpoint as a checkpoint folder: Hugging Face folders and GGUF files are converted on first use, and remembered.
+"""Any form of a checkpoint as a checkpoint folder. Hugging Face folders and GGUF files are converted on first use.
 
-    given                                            becomes
+    path                                             checkpoint folder
     a checkpoint folder or an adapter folder         itself
     a Hugging Face folder                            itself, with lit_model.pth and model_config.yaml added, LitGPT's habit
-      that may not be written to                     checkpoints/<the folder's name>
+      without write permission                       checkpoints/<the folder's name>
     a GGUF file, or a folder that holds one          checkpoints/<the file's name without .gguf>
-    ORG/NAME or another name that is no path         checkpoints/ORG/NAME, in any of these forms
+    ORG/NAME or another relative path                checkpoints/ORG/NAME, in any of these forms
 
-`checkpoints` is in the current folder. `conversion.json` beside the weights says what they were made of, by sizes and times: a source that
-has changed since is converted again. Nothing is ever replaced but what stands there as made here and has not been changed.
+`checkpoints` is in the current folder. `conversion.json` beside the weights records the sizes and times of the source's files: a changed
+source is converted again. Only an unmodified earlier conversion is overwritten.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litgpt import checkpoint
 from litgpt.atomic import MANIFEST, locked, new_folder, write_text
 from litgpt.checkpoint import ADAPTER_WEIGHTS, TOKENIZER_FILES, WEIGHTS
-from litgpt.convert.hf import WEIGHT_FILES, shard_files
+from litgpt.convert.gguf.convert import convert_gguf
+from litgpt.convert.hf import WEIGHT_FILES, convert_hf, shard_files
 from litgpt.errors import UserError
 from litgpt.files import read_json
 
@@ -35,235 +37,261 @@ if TYPE_CHECKING:
 
 HOME = Path("checkpoints")
 RECORD = "conversion.json"
-IN_PLACE = ("model_config.yaml", WEIGHTS)
-"""what a conversion adds to a Hugging Face folder, besides the record"""
-STAGE = ".conversion"
+CONFIG = "model_config.yaml"
+STAGE = ".conversion"  # folder in which a conversion in place is made
 DTYPES = ("float32", "bfloat16", "float16")
 HUB_NAME = re.compile(r"[a-zA-Z0-9_][\w.-]*/[a-zA-Z0-9_][\w.-]*")
 
 
-def open_checkpoint(given: str | Path, convert: bool = True) -> Path:
-    """The checkpoint or adapter folder that `given` means, made if need be: one line on standard error says so.
+def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
+    """Return the checkpoint or adapter folder that `path` stands for, after converting it if needed (one line on standard error).
 
-    Safe with several processes at once. Raises UserError for what does not exist or cannot be converted, and where the place for the
-    conversion is taken, and without `convert` for what would have to be converted. A folder with weights of no kind is returned as it is,
-    for `checkpoint.require_checkpoint` to judge.
+    Several processes may call it at once. Raises UserError for a path that does not exist or cannot be converted, for a conversion whose
+    place is taken, and, without `convert`, for a path that would have to be converted. A folder without weights is returned as it is, for
+    `checkpoint.require_checkpoint` to judge.
     """
-    source = locate(Path(given))
-    target = target_of(source)
-    if is_fresh(source, target):
-        return target
+    source = locate(Path(path))
+    conversion = Conversion(source, target_of(source))
+    if conversion.is_fresh():
+        return conversion.target
     if not convert:
         raise UserError(f"{source} would be converted first, and a dry run writes nothing: run `litgpt convert_to_litgpt {source}`")
-    with _locked(source, target):
-        if not is_fresh(source, target):
-            start, earlier, changed = time.perf_counter(), _record(target) or {}, (target / WEIGHTS).exists()
-            _convert(source, target, earlier.get("model_name"), earlier.get("dtype"), replace=True)
-            place, again = (target / WEIGHTS if target == source else target), ", which has changed," if changed else ""
-            print(f"converted {source}{again} to {place} (once, {time.perf_counter() - start:.1f} s)", file=sys.stderr)
-    return target
+    with conversion.locked():
+        if not conversion.is_fresh():
+            conversion.run_again()
+    return conversion.target
 
 
-def locate(given: Path) -> Path:
-    """The folder or GGUF file: `given` itself, else below `checkpoints`. UserError if it is neither, or holds several GGUF files."""
-    found = given if given.exists() or given.is_absolute() else HOME / given
-    if not found.exists():
+def open_full_model(path: str | Path, form: str) -> Path:
+    """Return the folder of a full model, converted if needed. Raises UserError for an adapter, which cannot be converted into `form`."""
+    folder = open_checkpoint(path)
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        if checkpoint.read_adapter_settings(folder)[1].get("skip2lora_enabled"):
+            raise UserError(
+                f"{folder} holds a Skip2-LoRA adapter, which reads the outputs of earlier blocks and cannot be folded into {form}: "
+                f"`litgpt convert_adapter {folder} OUTPUT_DIR` makes a folder that litgpt.integrations.transformers loads"
+            )
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(
+                f"{folder} holds a LoRA adapter and no merged weights: run `litgpt merge_lora {folder}` first, "
+                f"or convert the adapter alone with `litgpt convert_adapter {folder} OUTPUT_DIR`"
+            )
+    if not all((folder / name).is_file() for name in (WEIGHTS, CONFIG)):
+        checkpoint.require_checkpoint(folder)
+    return folder
+
+
+def locate(path: Path) -> Path:
+    """Return the folder or GGUF file: `path` itself or below `checkpoints`. Raises UserError if it is neither, or ambiguous."""
+    place = path if path.exists() or path.is_absolute() else HOME / path
+    if not place.exists():
         remedy = "check the path, or make it with `litgpt convert_to_litgpt`"
-        if HUB_NAME.fullmatch(str(given)):
-            remedy = f"nor does {found}; `litgpt download {given}` gets the model of that name"
-        raise UserError(f"checkpoint folder {given} does not exist: {remedy}")
-    if found.is_file():
-        if found.suffix.lower() != ".gguf":
-            raise UserError(f"{found} is a file: name its folder, a Hugging Face folder or a .gguf file")
-        return found
-    if not found.is_dir():
-        raise UserError(f"{found} is a pipe or a device: name a folder or a .gguf file")
-    if is_hf_folder(found) or any((found / name).is_file() for name in (WEIGHTS, ADAPTER_WEIGHTS)):
-        return found
-    files = sorted(found.glob("*.gguf"))
+        if HUB_NAME.fullmatch(str(path)):
+            remedy = f"nor does {place}; `litgpt download {path}` gets the model of that name"
+        raise UserError(f"checkpoint folder {path} does not exist: {remedy}")
+    if place.is_file():
+        if place.suffix.lower() != ".gguf":
+            raise UserError(f"{place} is a file: name its folder, a Hugging Face folder or a .gguf file")
+        return place
+    if not place.is_dir():
+        raise UserError(f"{place} is a pipe or a device: name a folder or a .gguf file")
+    if is_hf_folder(place) or has_weights(place):
+        return place
+    files = sorted(place.glob("*.gguf"))
     if len(files) > 1:
-        raise UserError(f"{found} holds {len(files)} GGUF files: name one of them, such as {files[0]}")
-    return files[0] if files else found
+        raise UserError(f"{place} holds {len(files)} GGUF files: name one of them, such as {files[0]}")
+    return files[0] if files else place
+
+
+def has_weights(folder: Path) -> bool:
+    """Return True if the folder holds a LitGPT model or adapter."""
+    return any((folder / name).is_file() for name in (WEIGHTS, ADAPTER_WEIGHTS))
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Whether the folder has a Hugging Face model's config and weights."""
+    """Return True if the folder has a Hugging Face model's config and weights."""
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
 def target_of(source: Path) -> Path:
-    """Where the conversion of `source` belongs; `source` itself if in place, or if there is nothing to convert."""
+    """Return the folder for the conversion of `source`: `source` itself if it needs none or is converted in place."""
     if source.is_file():
         return HOME / source.stem
-    has_weights = any((source / name).is_file() for name in (WEIGHTS, ADAPTER_WEIGHTS))
-    if has_weights or not is_hf_folder(source) or os.access(source, os.W_OK):
+    if has_weights(source) or not is_hf_folder(source) or os.access(source, os.W_OK):
         return source
     target = HOME / source.resolve().name
     if target.resolve() == source.resolve():
         raise UserError(
-            f"{source} must be converted and may not be written to: run `litgpt convert_to_litgpt {source} --checkpoint_dir DIR`"
+            f"{source} must be converted and cannot be written to: run `litgpt convert_to_litgpt {source} --checkpoint_dir DIR`"
         )
     return target
 
 
-def is_fresh(source: Path, target: Path) -> bool:
-    """Whether there is nothing to do: `target` holds the conversion of `source` as it is now, or no conversion is called for.
+def convert(source: Path, target: Path, model_name: str | None = None, dtype: str | None = None) -> Config:
+    """Convert a Hugging Face folder or a GGUF file into `target`, or in place if both are one folder, and keep a record.
 
-    Weights in the source's own folder that were not made here, or changed or copied since, are the user's: never stale. Sources that
-    were deleted after the conversion do not count. Raises UserError for another `target` that is no conversion of `source`.
+    `model_name` and `dtype` ("bfloat16" ...) default to what the source states. The result appears completely or not at all. Raises
+    UserError if something is in its place; an unmodified conversion in place is overwritten.
     """
-    record, in_place = _record(target), target == source
-    ours = record is not None and record["source"] == _name(source, in_place)
-    if in_place:
-        if not is_hf_folder(source):
-            return True
-        if not (source / WEIGHTS).is_file():
-            return (source / ADAPTER_WEIGHTS).is_file()
-        if record is None or not ours or _changed(source, record, in_place):
-            return True
-    elif not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return False
-    elif not ours:
-        held = f"the conversion of {record['source']}" if record else "something else"
-        raise UserError(
-            f"{source} would be converted to {target}, which exists and holds {held}: name {target} if that is what you want, or choose a "
-            f"place with `litgpt convert_to_litgpt {source} --checkpoint_dir DIR`"
-        )
-    assert record is not None
-    folder = source if source.is_dir() else source.parent
-    now = _stamps([folder / name for name in record["files"]], folder)
-    return all(record["files"][name] == stamp for name, stamp in now.items())
+    conversion = Conversion(source, target)
+    with conversion.locked():
+        return conversion.run(model_name, dtype, replace=conversion.in_place)
 
 
-def convert(source: Path, target: Path, model_name: str | None = None, dtype: str | None = None, replace: bool = False) -> Config:
-    """Convert a Hugging Face folder or a GGUF file into `target`, or in place where both are one folder, and keep a record.
+class Conversion:
+    """The conversion of a Hugging Face folder or a GGUF file into the folder `target`, or in place if both are one folder."""
 
-    `model_name` and `dtype` ("bfloat16" ...) None: what the source itself says. The result appears whole or not at all. `replace`: an
-    earlier conversion of `source` may be there. Raises UserError if that was changed since it was made, or something else is there.
-    """
-    with _locked(source, target):
-        return _convert(source, target, model_name, dtype, replace)
+    def __init__(self, source: Path, target: Path) -> None:
+        self.source, self.target = source, target
+        self.in_place = source.resolve() == target.resolve()
+        self.name = "." if self.in_place else str(source.resolve())  # in the record; "." is still true of a folder that was moved
+
+    def is_fresh(self) -> bool:
+        """Return True if there is nothing to do: `target` holds the conversion of `source` as it is now, or `source` needs none.
+
+        Weights in the source's own folder that were changed, copied or made elsewhere are the user's: never stale. Deleted sources do not
+        count. Raises UserError if another `target` holds something else.
+        """
+        record = self._record()
+        if self.in_place:
+            if not is_hf_folder(self.source):
+                return True
+            if not (self.source / WEIGHTS).is_file():
+                return (self.source / ADAPTER_WEIGHTS).is_file()
+            if record is None or self._changed(record):
+                return True
+        elif not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
+            return False
+        elif record is None:
+            other = read_record(self.target)
+            content = f"the conversion of {other['source']}" if other else "something else"
+            raise UserError(
+                f"{self.source} would be converted to {self.target}, which exists and holds {content}: name {self.target} if that is what "
+                f"you want, or choose a place with `litgpt convert_to_litgpt {self.source} --checkpoint_dir DIR`"
+            )
+        folder = self._source_folder()
+        now = stamps([folder / name for name in record["files"]], folder)
+        return all(record["files"][name] == stamp for name, stamp in now.items())
+
+    def run_again(self) -> None:
+        """Convert as the last time, if there was one, and report it on standard error."""
+        start, changed = time.perf_counter(), (self.target / WEIGHTS).exists()
+        last = self._record() or {}
+        self.run(last.get("model_name"), last.get("dtype"), replace=True)
+        place, again = (self.target / WEIGHTS if self.in_place else self.target), ", which has changed," if changed else ""
+        print(f"converted {self.source}{again} to {place} (once, {time.perf_counter() - start:.1f} s)", file=sys.stderr)
+
+    def run(self, model_name: str | None, dtype: str | None, replace: bool) -> Config:
+        """Convert; the caller holds the lock. `replace`: an earlier conversion may be overwritten if it was not modified."""
+        files = stamps(self._source_files(), self._source_folder())
+        record = {"source": self.name, "model_name": model_name, "dtype": dtype, "files": files}
+        overwrite = replace and self._is_unmodified()
+        if self.in_place:
+            return self._run_in_place(record, overwrite)
+        with new_folder(self.target, overwrite, manifest=False) as folder:  # the conversion's own manifest is in it
+            config = self._convert(folder, record)
+            write_record(folder, record, files_of(folder))
+        return config
+
+    def _run_in_place(self, record: dict[str, Any], overwrite: bool) -> Config:
+        """Convert into a folder inside `source`, then move the two new files out of it, the weights last."""
+        config_file, weights, stage = (self.source / name for name in (CONFIG, WEIGHTS, STAGE))
+        if weights.exists() and not overwrite:
+            raise UserError(f"{weights} exists already: move it away to convert again")
+        shutil.rmtree(stage, ignore_errors=True)  # of a process that was killed
+        try:
+            config = self._convert(stage, record)
+            if config_file.exists() and not overwrite and config_file.read_bytes() != (stage / CONFIG).read_bytes():
+                raise UserError(f"{config_file} exists, and is not what {self.source / 'config.json'} says: move it away to convert")
+            for old in (weights, config_file, self.source / RECORD):  # in this order: a kill in between leads to another conversion
+                old.unlink(missing_ok=True)
+            for new in (config_file, weights):
+                (stage / new.name).rename(new)
+            write_record(self.source, record, [config_file, weights])
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        return config
+
+    def _convert(self, folder: Path, record: dict[str, Any]) -> Config:
+        import torch
+
+        dtype = None if record["dtype"] is None else getattr(torch, record["dtype"])
+        return (convert_hf if self.source.is_dir() else convert_gguf)(self.source, folder, record["model_name"], dtype)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the folder in which the conversion is made. A full or read-only disk raises UserError."""
+        place = self.target if self.in_place else self.target.parent
+        missing = [folder for folder in (place, *place.absolute().parents) if not os.path.lexists(folder)]
+        try:
+            with locked(place):
+                yield
+        except (OSError, RuntimeError) as error:
+            cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save raises RuntimeError from an OSError
+            if isinstance(cause, OSError):
+                raise UserError(f"{self.source} cannot be converted to {self.target}: {cause.strerror or cause}") from None
+            raise
+        finally:
+            with suppress(OSError):  # not empty: the conversion is there
+                for folder in missing:
+                    folder.rmdir()
+
+    def _source_folder(self) -> Path:
+        return self.source if self.source.is_dir() else self.source.parent
+
+    def _source_files(self) -> list[Path]:
+        """Return the files that the conversion reads. In place those of the tokenizer are not converted, but used as they are."""
+        if self.source.is_file():
+            return [self.source]
+        weights = next((self.source / name for name in WEIGHT_FILES if (self.source / name).is_file()), None)
+        files = [self.source / name for name in ("config.json", *(() if self.in_place else TOKENIZER_FILES))]
+        if weights is not None:
+            files += [weights, *(shard_files(weights) if weights.name.endswith(".index.json") else [])]
+        return files
+
+    def _record(self) -> dict[str, Any] | None:
+        """Return the target's record if it is of a conversion of `source`."""
+        record = read_record(self.target)
+        return record if record is not None and record["source"] == self.name else None
+
+    def _changed(self, record: dict[str, Any]) -> list[str]:
+        """Return the files of the conversion that were changed or added since."""
+        files = [self.target / name for name in (CONFIG, WEIGHTS)] if self.in_place else files_of(self.target)
+        return sorted(name for name, stamp in stamps(files, self.target).items() if record["made"].get(name) != stamp)
+
+    def _is_unmodified(self) -> bool:
+        """Return True if `target` holds a conversion of `source`. Raises UserError if one of its files was changed, or one added."""
+        record = self._record()
+        if record is not None and (changed := self._changed(record)):
+            files = f"{', '.join(changed)} in {self.target} {'were' if len(changed) > 1 else 'was'}"
+            place = "that" if self.in_place else self.target
+            raise UserError(
+                f"{self.source} must be converted again, but {files} changed or added after its conversion: move {place} away first"
+            )
+        return record is not None
 
 
-def _convert(source: Path, target: Path, model_name: str | None, dtype: str | None, replace: bool) -> Config:
-    in_place = source.resolve() == target.resolve()
-    folder = source if source.is_dir() else source.parent
-    files = _stamps(source_files(source, in_place), folder)
-    record = {"source": _name(source, in_place), "model_name": model_name, "dtype": dtype, "files": files}
-    again = replace and _is_as_made(source, target, in_place)
-    if in_place:
-        return _convert_in_place(source, record, again)
-    with new_folder(target, overwrite=again, manifest=False) as made:  # the conversion's own manifest is in it
-        config = _into(source, made, record)
-        _write_record(made, record, _files(made))
-    return config
-
-
-def source_files(source: Path, in_place: bool) -> list[Path]:
-    """The files that a conversion reads. In place the tokenizer's are not converted: they are used as they are."""
-    if source.is_file():
-        return [source]
-    weights = next((source / name for name in WEIGHT_FILES if (source / name).is_file()), None)
-    files = [source / "config.json", *([] if in_place else (source / name for name in TOKENIZER_FILES))]
-    if weights is not None:
-        files += [weights, *(shard_files(weights) if weights.name.endswith(".index.json") else [])]
-    return files
-
-
-def _into(source: Path, folder: Path, record: dict[str, Any]) -> Config:
-    import torch
-
-    dtype = None if record["dtype"] is None else getattr(torch, record["dtype"])
-    if source.is_dir():
-        from litgpt.convert.hf import convert_hf
-
-        return convert_hf(source, folder, record["model_name"], dtype)
-    from litgpt.convert.gguf.convert import convert_gguf
-
-    return convert_gguf(source, folder, record["model_name"], dtype)
-
-
-def _convert_in_place(source: Path, record: dict[str, Any], again: bool) -> Config:
-    """Convert into a folder inside `source`, then move the two new files out of it, the weights last."""
-    config_file, weights = (source / name for name in IN_PLACE)
-    if weights.exists() and not again:
-        raise UserError(f"{weights} exists already: move it away to convert again")
-    made = source / STAGE
-    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
-    try:
-        config = _into(source, made, record)
-        if config_file.exists() and not again and config_file.read_bytes() != (made / config_file.name).read_bytes():
-            raise UserError(f"{config_file} exists, and is not what {source / 'config.json'} says: move it away to convert")
-        for old in (weights, config_file, source / RECORD):  # in this order: whatever is left if it ends here is converted again
-            old.unlink(missing_ok=True)
-        for new in (config_file, weights):
-            (made / new.name).rename(new)
-        _write_record(source, record, [config_file, weights])
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-    return config
-
-
-def _is_as_made(source: Path, target: Path, in_place: bool) -> bool:
-    """Whether a conversion of `source` is there, each file as it was made. UserError if one of them was changed, or one added."""
-    record = _record(target)
-    if record is None or record["source"] != _name(source, in_place):
-        return False
-    if changed := _changed(target, record, in_place):
-        what = f"{', '.join(changed)} in {target} {'were' if len(changed) > 1 else 'was'} changed or added after its conversion"
-        raise UserError(f"{source} must be converted again, but {what}: move {'that' if in_place else target} away first")
-    return True
-
-
-def _changed(target: Path, record: dict[str, Any], in_place: bool) -> list[str]:
-    """The files of a conversion that are not as they were made."""
-    now = _stamps([target / name for name in IN_PLACE] if in_place else _files(target), target)
-    return sorted(name for name, stamp in now.items() if record["made"].get(name) != stamp)
-
-
-def _name(source: Path, in_place: bool) -> str:
-    """The source in a record: the folder itself, wherever it is moved to, or a path."""
-    return "." if in_place else str(source.resolve())
-
-
-@contextmanager
-def _locked(source: Path, target: Path) -> Iterator[None]:
-    """One process at a time converts in the folder of `target`; a failure leaves nothing. A full or read-only disk is a UserError."""
-    place = target if source.resolve() == target.resolve() else target.parent
-    made = [folder for folder in (place, *place.absolute().parents) if not os.path.lexists(folder)]
-    try:
-        with locked(place):
-            yield
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the one behind the other
-        if isinstance(cause, OSError):
-            raise UserError(f"{source} cannot be converted to {target}: {cause.strerror or cause}") from None
-        raise
-    finally:
-        with suppress(OSError):  # not empty: the conversion is there
-            for folder in made:
-                folder.rmdir()
-
-
-def _files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """Return the files of a conversion in a folder of its own."""
     return [file for file in folder.rglob("*") if file.is_file() and file.name not in (RECORD, MANIFEST)]
 
 
-def _stamps(files: Iterable[Path], below: Path) -> dict[str, list[int]]:
-    """[size, time of the last change in ns] of each file that is there, by its name in the folder `below`."""
+def stamps(files: Iterable[Path], below: Path) -> dict[str, list[int]]:
+    """Return [size, time of the last change in ns] of each file that exists, by its name in the folder `below`."""
     facts = {file.relative_to(below).as_posix(): file.stat() for file in files if file.is_file()}
     return {name: [fact.st_size, fact.st_mtime_ns] for name, fact in facts.items()}
 
 
-def _write_record(folder: Path, record: dict[str, Any], made: list[Path]) -> None:
-    write_text(folder / RECORD, json.dumps({**record, "made": _stamps(made, folder)}, indent=1) + "\n")
+def write_record(folder: Path, record: dict[str, Any], made: list[Path]) -> None:
+    """Write a folder's conversion.json."""
+    write_text(folder / RECORD, json.dumps({**record, "made": stamps(made, folder)}, indent=1) + "\n")
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
-    """What the folder's conversion.json says; None if there is none that makes sense."""
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a folder's conversion.json; None if it is missing or invalid."""
     try:
         record = read_json(folder / RECORD)
     except UserError:
         return None
-    whole = isinstance(record.get("source"), str) and record.get("dtype") in (None, *DTYPES)
-    return record if whole and all(isinstance(record.get(key), dict) for key in ("files", "made")) else None
+    valid = isinstance(record.get("source"), str) and record.get("dtype") in (None, *DTYPES)
+    return record if valid and all(isinstance(record.get(key), dict) for key in ("files", "made")) else None

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Literal, Optional
 
+from litgpt.checkpoint import WEIGHTS
+from litgpt.convert.litgpt import convert_own
+from litgpt.convert.resolve import HOME, convert, is_hf_folder, locate
 from litgpt.errors import UserError
 
 
@@ -17,35 +20,24 @@ def convert_to_litgpt(
 
     Args:
         source: A folder with config.json and weights, a .gguf file, or a .pth file that LitGPT wrote (of any version, or in pretraining).
-        checkpoint_dir: The new folder. Without it a Hugging Face folder is converted in place, and a GGUF file into checkpoints/<its name>.
-            Given alone it is the folder to convert in place, LitGPT's habit.
+        checkpoint_dir: The new folder. Default: a Hugging Face folder is converted in place, a GGUF file into checkpoints/<its name>.
+            Given alone, it is the folder to convert in place, LitGPT's habit.
         model_name: Take the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
-        dtype: The number format of the stored weights. Without it: the source's; bfloat16 where the source is quantised.
+        dtype: The number format of the stored weights. Default: the source's; bfloat16 where the source is quantised.
     """
-    from litgpt.convert.resolve import HOME, convert, locate
-
-    given = source or checkpoint_dir
-    if given is None:
+    path = source or checkpoint_dir
+    if path is None:
         raise UserError("there is nothing to convert: name a Hugging Face folder, a .gguf file or a .pth file")
-    if is_own(given) and checkpoint_dir is not None and checkpoint_dir != given:
+    is_own = path.suffix == ".pth" if path.is_file() else (path / WEIGHTS).is_file() and not is_hf_folder(path)
+    if is_own and checkpoint_dir is not None and checkpoint_dir != path:
         import torch
 
-        from litgpt.convert.litgpt import convert_own
-
         target = checkpoint_dir
-        config = convert_own(given, target, model_name, None if dtype is None else getattr(torch, dtype))
-    elif given.is_file() and is_own(given):
-        raise UserError(f"{given} is LitGPT's own file: give --checkpoint_dir, the folder to make")
+        config = convert_own(path, target, model_name, None if dtype is None else getattr(torch, dtype))
+    elif is_own and path.is_file():
+        raise UserError(f"{path} is LitGPT's own file: give --checkpoint_dir, the folder to make")
     else:
-        given = locate(given)
-        target = (source and checkpoint_dir) or (given if given.is_dir() else HOME / given.stem)
-        config = convert(given, target, model_name, dtype, replace=target.resolve() == given.resolve())
-    print(f"Converted {given} to {target} (model {config.name}).")
-
-
-def is_own(source: Path) -> bool:
-    """Whether the source is a LitGPT `.pth` file, or a folder with one and no Hugging Face model."""
-    from litgpt.checkpoint import WEIGHTS
-    from litgpt.convert.resolve import is_hf_folder
-
-    return source.suffix == ".pth" if source.is_file() else (source / WEIGHTS).is_file() and not is_hf_folder(source)
+        path = locate(path)
+        target = (source and checkpoint_dir) or (path if path.is_dir() else HOME / path.stem)
+        config = convert(path, target, model_name, dtype)
+    print(f"Converted {path} to {target} (model {config.name}).")

@@ -15,9 +15,9 @@ from litgpt import checkpoint
 from litgpt import families as catalog
 from litgpt.__main__ import main
 from litgpt.config import Config
-from litgpt.convert.from_litgpt import convert_from_litgpt, hf_slots, parse_size, to_hf_tensors
+from litgpt.convert.from_litgpt import convert_from_litgpt, hf_slots, parse_size
 from litgpt.convert.merge import merge_lora
-from litgpt.convert.names import shapes
+from litgpt.convert.names import shapes, stored_form
 from litgpt.errors import UserError
 from tests.helpers import family_configs as configs
 from tests.helpers import tiny
@@ -171,14 +171,15 @@ def test_no_sizes(text: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["phi3", "mixtral", "falcon new decoder", "gpt2"])
-def test_tensors_of_a_state_dict(family: str, tmp_path: Path) -> None:
+def test_tensors_are_those_that_transformers_stores(family: str, tmp_path: Path) -> None:
     hf, fields, weights = configs.pair(family)
     hf.save_pretrained(tmp_path)
-    made = dict(to_hf_tensors(Config(**fields), weights, hf.config.model_type))
+    config, tied = Config(**fields), bool(hf.config.tie_word_embeddings)
+    made = {name: stored_form(slot, config, weights) for name, slot in hf_slots(config, hf.config.model_type, tied).items()}
     expected = load_file(tmp_path / "model.safetensors")
     assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
     with pytest.raises(UserError, match="no place for"):
-        dict(to_hf_tensors(Config(**{**fields, "norm_qk": True}), weights, "gpt_neox"))
+        hf_slots(Config(**{**fields, "norm_qk": True}), "gpt_neox", tied)
 
 
 def test_smollm2_says_the_same(smollm2_dir: Path, tmp_path: Path) -> None:

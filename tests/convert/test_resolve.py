@@ -18,7 +18,6 @@ import transformers
 
 from litgpt import LLM, checkpoint
 from litgpt.__main__ import main
-from litgpt.convert import resolve as opening
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
@@ -256,11 +255,11 @@ def test_killed_at_any_moment_of_a_conversion_again(hf: Path, at: int, monkeypat
     open_checkpoint(hf)
     model = write_hf(hf, transformers.AutoConfig.from_pretrained(hf), seed=2)
     count = iter(range(100))
-    own = {"unlink": Path.unlink, "rename": Path.rename}
+    own = {"unlink": Path.unlink, "rename": Path.rename, "replace": Path.replace}
 
     def dies(name: str) -> Callable[..., object]:
         def act(path: Path, *args: object, **kwargs: object) -> object:
-            if path.name in ("lit_model.pth", "model_config.yaml", "conversion.json") and next(count) == at:
+            if path.name in ("lit_model.pth", "model_config.yaml", "conversion.json", ".conversion.json.tmp") and next(count) == at:
                 raise KeyboardInterrupt
             return own[name](path, *args, **kwargs)  # type: ignore[operator]
 
@@ -269,7 +268,6 @@ def test_killed_at_any_moment_of_a_conversion_again(hf: Path, at: int, monkeypat
     with monkeypatch.context() as patch:
         for name in own:
             patch.setattr(Path, name, dies(name))
-        patch.setattr(opening, "_write_record", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             open_checkpoint(hf)
     assert open_checkpoint(hf) == hf
@@ -283,7 +281,7 @@ def test_a_full_disk_is_one_message(hf: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(opening, "_into", full)
+    monkeypatch.setattr("litgpt.convert.hf.write_pth", full)
     with pytest.raises(UserError, match="cannot be converted to .*: No space left on device"):
         open_checkpoint(hf)
     assert names(hf) == before
@@ -295,11 +293,11 @@ def test_two_processes_at_once(tmp_path: Path, tiny_tokenizer_dir: Path) -> None
     script = f"""
 import sys, time
 import torch, gguf
-from litgpt.convert import resolve as opening
-convert = opening.convert
-opening.convert = lambda *args, **kwargs: (time.sleep(1), convert(*args, **kwargs))[1]
+from litgpt.convert import resolve
+convert = resolve.convert_gguf
+resolve.convert_gguf = lambda *args: (time.sleep(1), convert(*args))[1]
 print("ready", flush=True); sys.stdin.readline()
-print(opening.open_checkpoint({str(file)!r}))
+print(resolve.open_checkpoint({str(file)!r}))
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -26,10 +26,9 @@ def convert_to_gguf(
         raise UserError(f"{target} is no name of a GGUF file: it ends in .gguf")
     if target.is_dir() or (target.exists() and not overwrite):
         raise UserError(f"{target} exists already: name another file, or add --overwrite to replace it")
-    from litgpt.convert.from_litgpt import require_whole_model
-    from litgpt.convert.resolve import open_checkpoint
+    from litgpt.convert.resolve import open_full_model
 
-    source = require_whole_model(open_checkpoint(checkpoint_dir), "a GGUF file")
+    source = open_full_model(checkpoint_dir, "a GGUF file")
     from litgpt.convert.gguf.writer import unwindowed, write_gguf
 
     architecture = write_gguf(source, target, dtype)

@@ -1,8 +1,8 @@
 """The header of a GGUF file, checked, and its tensors.
 
-It is read here, not by the `gguf` library: every count, length and offset is compared with the size of the file before it is used, so a
-broken or hostile file is one clear message. Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantised tensors are turned into
-numbers by `gguf.quants.dequantize`.
+The `gguf` library does not read it: every count, length and offset is compared with the size of the file before it is used, so a broken
+or hostile file gives one clear message. Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantised tensors are dequantised by
+`gguf.dequantize`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""struct codes of the value types that have a fixed size"""
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes by value type
 STRING, ARRAY = 8, 9
-CHUNK = 2**22
-"""Numbers that are turned into fp32 at a time."""
+CHUNK = 2**22  # numbers that are converted to or from fp32 at a time
+BROKEN = "it is truncated or broken, download it again"
 
 
 class Tensor(NamedTuple):
-    """A tensor in the file, bounds checked. `shape` is torch's order: rows first."""
+    """A tensor in the file, within its bounds. `shape` is in torch's order: rows first."""
 
     shape: tuple[int, ...]
     kind: int
@@ -39,7 +38,7 @@ class Tensor(NamedTuple):
 class Reader:
     """The header of a GGUF file: `metadata` (arrays of numbers as numpy arrays) and `tensors`.
 
-    Raises UserError for everything that is not a whole, little-endian GGUF file of version 2 or 3.
+    Raises UserError for anything but a complete, little-endian GGUF file of version 2 or 3.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,14 +53,13 @@ class Reader:
         self.tensors: dict[str, Tensor] = {}
         self._read()
 
-    def fail(self, found: str) -> UserError:
-        """The error for what was found, located."""
-        return UserError(f"{self.path}: {found} (GGUF, byte {self._at} of {len(self._data)})")
+    def _error(self, problem: str) -> UserError:
+        return UserError(f"{self.path}: {problem} (GGUF, byte {self._at} of {len(self._data)})")
 
     def _take(self, size: int) -> np.ndarray:
-        """The next `size` bytes."""
+        """Return the next `size` bytes."""
         if size > len(self._data) - self._at:
-            raise self.fail(f"the file ends here, but {size} more bytes are announced; it is truncated or broken, download it again")
+            raise self._error(f"the file ends here, but {size} more bytes are announced; {BROKEN}")
         self._at += size
         return self._data[self._at - size : self._at]
 
@@ -69,29 +67,29 @@ class Reader:
         return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)).tobytes())[0]
 
     def _count(self, least: int) -> int:
-        """A count of entries that take at least `least` bytes each."""
+        """Return a count of entries that take at least `least` bytes each."""
         count = self._number("Q")
         if count * least > len(self._data) - self._at:
-            raise self.fail(f"{count} entries are announced, more than the rest of the file can hold; it is truncated or broken")
+            raise self._error(f"{count} entries are announced, more than the rest of the file can hold; {BROKEN}")
         return count
 
     def _string(self) -> str:
         try:
             return self._take(self._count(1)).tobytes().decode("utf-8")
         except UnicodeDecodeError:
-            raise self.fail("a text is not UTF-8") from None
+            raise self._error("a text is not UTF-8") from None
 
     def _value(self, kind: int, in_array: bool = False) -> Any:
+        import numpy as np
+
         if kind in SCALARS:
             return self._number(SCALARS[kind])
         if kind == STRING:
             return self._string()
         if kind != ARRAY or in_array:
-            raise self.fail(f"value type {kind}{' in an array' if in_array else ''} is not supported")
+            raise self._error(f"value type {kind}{' in an array' if in_array else ''} is not supported")
         kind = self._number("I")
         if kind in SCALARS:
-            import numpy as np
-
             dtype = np.dtype("<" + SCALARS[kind])
             return self._take(self._count(dtype.itemsize) * dtype.itemsize).view(dtype)
         return [self._value(kind, in_array=True) for _ in range(self._count(8))]
@@ -99,62 +97,59 @@ class Reader:
     def _read(self) -> None:
         magic = self._data[:4].tobytes()
         if magic != b"GGUF":
-            raise self.fail(f"a GGUF file starts with b'GGUF', this one with {magic!r}")
+            raise self._error(f"a GGUF file starts with b'GGUF', this one with {magic!r}")
         self._at = 4
         version = self._number("I")
         if version not in (2, 3):
-            found = "big-endian data" if version & 0xFFFF == 0 and version else f"version {version}"
-            raise self.fail(f"{found} found, supported are versions 2 and 3, little-endian")
-        n_tensors, n_values = self._count(24), self._count(13)  # each tensor's and each value's entry is at least that long
+            format_ = "big-endian data" if version & 0xFFFF == 0 and version else f"version {version}"
+            raise self._error(f"{format_} found, supported are versions 2 and 3, little-endian")
+        n_tensors, n_values = self._count(24), self._count(13)  # the least bytes of a tensor's and a value's entry
         for _ in range(n_values):
             key = self._string()
             if key in self.metadata:
-                raise self.fail(f"the key {key!r} occurs twice")
+                raise self._error(f"the key {key!r} occurs twice")
             self.metadata[key] = self._value(self._number("I"))
         entries = [self._tensor_entry() for _ in range(n_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-            raise self.fail(f"general.alignment is {alignment!r}, a power of two from 8 on is expected")
+            raise self._error(f"general.alignment is {alignment!r}, a power of two from 8 on is expected")
         start = -(-self._at // alignment) * alignment
         for name, dims, kind, offset in entries:
-            self._place(name, dims, kind, offset, start, alignment)
+            if name in self.tensors:
+                raise self._error(f"tensor {name!r} occurs twice")
+            self.tensors[name] = self._tensor(name, dims, kind, start + offset, alignment)
 
     def _tensor_entry(self) -> tuple[str, list[int], int, int]:
         name, n_dims = self._string(), self._number("I")
         if not 1 <= n_dims <= 4:
-            raise self.fail(f"tensor {name!r} has {n_dims} dimensions, 1 to 4 are possible")
+            raise self._error(f"tensor {name!r} has {n_dims} dimensions, 1 to 4 are possible")
         return name, [self._number("Q") for _ in range(n_dims)], self._number("I"), self._number("Q")
 
-    def _place(self, name: str, dims: list[int], kind: int, offset: int, start: int, alignment: int) -> None:
-        """Check one tensor's entry against the file and keep it."""
+    def _tensor(self, name: str, dims: list[int], kind: int, start: int, alignment: int) -> Tensor:
         from gguf import GGML_QUANT_SIZES
 
-        if name in self.tensors:
-            raise self.fail(f"tensor {name!r} occurs twice")
         sizes = {int(known): value for known, value in GGML_QUANT_SIZES.items()}
         if kind not in sizes:
-            raise self.fail(f"tensor {name!r} has the unknown type {kind}")
+            raise self._error(f"tensor {name!r} has the unknown type {kind}")
         block, block_bytes = sizes[kind]
         if min(dims) < 1 or dims[0] % block:
-            raise self.fail(f"tensor {name!r} has the impossible dimensions {dims}")
+            raise self._error(f"tensor {name!r} has the impossible dimensions {dims}")
         size = math.prod(dims) // block * block_bytes
-        if offset % alignment or start + offset + size > len(self._data):
-            raise self.fail(
-                f"tensor {name!r} lies at the bytes {start + offset} to {start + offset + size}: truncated or broken, download it again"
-            )
-        self.tensors[name] = Tensor(tuple(reversed(dims)), kind, start + offset, size)
+        if start % alignment or start + size > len(self._data):
+            raise self._error(f"tensor {name!r} is at the bytes {start} to {start + size}: {BROKEN}")
+        return Tensor(tuple(reversed(dims)), kind, start, size)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor."""
+        """The shape of every tensor."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def array(self, name: str) -> np.ndarray:
-        """The numbers of a tensor, fp32."""
+        """Return a tensor as an fp32 array."""
         return self.load(name).numpy()
 
     def load(self, name: str, dtype: torch.dtype | None = None, part: int | None = None, parts: int = 1) -> torch.Tensor:
-        """A tensor in `dtype` (None: fp32), or one of the `parts` along its first dimension. fp32 is taken for CHUNK numbers at a time."""
+        """Return a tensor in `dtype` (default: fp32), or one of the `parts` along its first dimension."""
         import numpy as np
         import torch
         from gguf import GGMLQuantizationType, dequantize
@@ -166,27 +161,16 @@ class Reader:
         numbers = torch.empty(rows, columns, dtype=dtype or torch.float32)
         step = max(1, CHUNK // columns)
         for start in range(0, rows, step):
-            with np.errstate(all="ignore"):  # broken scales give nan, which is the file's
-                chunk = _owned(dequantize(content[start : start + step], GGMLQuantizationType(tensor.kind)))
-            numbers[start : start + step] = torch.from_numpy(chunk)
-            self._release()
+            with np.errstate(all="ignore"):  # broken scales give nan
+                chunk = dequantize(content[start : start + step], GGMLQuantizationType(tensor.kind))
+            numbers[start : start + step] = torch.from_numpy(np.require(chunk, np.float32, "W"))
+            if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):  # release the pages that were read
+                self._map.madvise(mmap.MADV_DONTNEED)
         return numbers.view(shape)
-
-    def _release(self) -> None:
-        """Let go of the pages that were read: they count as this process's memory until others want it."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-
-def _owned(array: np.ndarray) -> np.ndarray:
-    """fp32, and memory that torch may take."""
-    import numpy as np
-
-    return np.require(array, np.float32, "W")
 
 
 class Source(Protocol):
-    """What says which model a file holds: a file's header, or the plan of one."""
+    """What tells the model of a file: a file's header, or the plan of one."""
 
     path: Path
     metadata: dict[str, Any]
@@ -198,13 +182,14 @@ class Source(Protocol):
 
 
 class Settings:
-    """Typed access to a GGUF file's metadata: `settings.size("llama.block_count")`. A value of the wrong type is a UserError."""
+    """Typed access to a GGUF file's metadata: `settings.size("llama.block_count")`. A value of the wrong type raises UserError."""
 
     def __init__(self, source: Source) -> None:
         self.path = source.path
         self.values: Mapping[str, Any] = source.metadata
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """Return a value of the type `kind`."""
         value = self.values.get(key, default)
         if value is None:
             raise UserError(f"{self.path} has no {key}")
@@ -213,14 +198,14 @@ class Settings:
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+        """Return a positive integer."""
         value = self.get(key, int, default)
         if value < 1:
             raise UserError(f"{self.path}: {key} is {value}")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A positive number. Stored as fp32, meant as the shortest decimal that rounds to it: 9.99999974e-06 is 1e-05."""
+        """Return a positive number: of the stored fp32 the shortest decimal that rounds to it, 1e-05 for 9.99999974e-06."""
         import numpy as np
 
         value = float(str(np.float32(self.get(key, (int, float), default))))

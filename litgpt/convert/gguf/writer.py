@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt import checkpoint
 from litgpt.config import Config
-from litgpt.convert.from_litgpt import hf_settings
 from litgpt.convert.gguf.config import Plan, differences, plan, read_config
 from litgpt.convert.gguf.names import ARCHITECTURES, has_offset, is_paired, table
 from litgpt.convert.gguf.reader import CHUNK
 from litgpt.convert.gguf.vocabulary import vocabulary
+from litgpt.convert.hf import hf_settings
 from litgpt.convert.litgpt import is_tied, open_own
 from litgpt.convert.names import Slot, shapes, slots, stored_form, stored_shape, summary
 from litgpt.errors import UserError

@@ -15,14 +15,13 @@ import transformers
 
 from litgpt.checkpoint import load_model, load_weights, save_weights
 from litgpt.config import Config
-from litgpt.convert.from_litgpt import hf_settings
 from litgpt.convert.gguf.config import read_config
 from litgpt.convert.gguf.convert import convert_gguf
 from litgpt.convert.gguf.export import convert_to_gguf
 from litgpt.convert.gguf.names import ARCHITECTURES, table
 from litgpt.convert.gguf.reader import Reader
 from litgpt.convert.gguf.writer import choose, group, has_tensor, write_gguf
-from litgpt.convert.hf import convert_hf
+from litgpt.convert.hf import convert_hf, hf_settings
 from litgpt.convert.merge import merge_lora
 from litgpt.convert.names import hf_table, shapes, slots
 from litgpt.errors import UserError
