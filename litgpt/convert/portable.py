@@ -39,23 +39,23 @@ def modules(config: Config, model_type: str) -> tuple[str, str, str]:
     return f"{block}{{}}", norm, "lm_head"
 
 
-def own_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the ordinary LoRA among an adapter's weights."""
-    return {name: value for name, value in weights.items() if ".skip2lora." not in name}
+def lora_in_peft(
+    config: LoRAConfig, weights: dict[str, Tensor], base: str, model_type: str
+) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Return the ordinary LoRA among an adapter's weights in PEFT's format, without its settings if there is none.
+
+    Raises UserError for LoRA on layers that transformers does not have, and for DoRA.
+    """
+    lora = {name: value for name, value in weights.items() if ".skip2lora." not in name}
+    if lora and config.lora_variant != "lora":
+        raise UserError("lora_variant dora beside Skip2-LoRA has no portable form: use the folder that `litgpt finetune` wrote in litgpt")
+    return peft.to_peft(config, lora, base, model_type) if lora else (None, {})
 
 
 def write(folder: Path, config: LoRAConfig, weights: dict[str, Tensor], base: str, model_type: str) -> None:
-    """Write the two files. `base` is the base's name, `model_type` its architecture in transformers.
-
-    Raises UserError for LoRA on layers that transformers does not have.
-    """
-    tensors = {name: value.contiguous() for name, value in weights.items() if ".skip2lora." in name}
-    lora: dict[str, Any] | None = None
-    if own_lora(weights):
-        if config.lora_variant != "lora":
-            raise UserError("lora_variant dora beside Skip2-LoRA has no portable form: use the folder that `litgpt finetune` wrote")
-        lora, extra = peft.to_peft(config, own_lora(weights), base, model_type)
-        tensors |= extra
+    """Write the two files. `base` is the base's name, `model_type` its architecture in transformers."""
+    lora, tensors = lora_in_peft(config, weights, base, model_type)
+    tensors = {name: value.contiguous() for name, value in weights.items() if ".skip2lora." in name} | tensors
     peft.write(folder, describe(config, lora, base, model_type), tensors, (CONFIG, WEIGHTS))
 
 

@@ -1,11 +1,12 @@
-"""Weight files written one tensor at a time, so that a model never has to be in memory whole: `.pth` and safetensors.
+"""Weight files written one tensor at a time, so that a model never has to be in memory at once: `.pth` and safetensors.
 
-Both go into a folder that `atomic.new_folder` makes: it flushes them to disk, and shows them when they are complete.
+Both are written into a folder of `atomic.new_folder`, which flushes them to disk and shows them when they are complete.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 import sys
@@ -21,14 +22,12 @@ if TYPE_CHECKING:
 
     from litgpt.convert.names import Plan
 
-PTH_ALIGNMENT, HEADER_ALIGNMENT = 64, 8
-"""bytes: where a record of a `.pth` file starts, and what the header of a safetensors file is filled up to"""
-PADDING = 0x4246
-"""the kind of zip field that torch fills up with"""
+PTH_ALIGNMENT, HEADER_ALIGNMENT = 64, 8  # bytes: of a record of a `.pth` file, and of the header's length in a safetensors file
+PADDING = 0x4246  # type of the zip field that torch uses as padding
 
 
 class Pending(NamedTuple):
-    """A tensor that is still to be made."""
+    """A tensor that is not loaded yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -36,14 +35,12 @@ class Pending(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        size = self.dtype.itemsize
-        for count in self.shape:
-            size *= count
-        return size
+        """The size of its data."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class _Storage(NamedTuple):
-    """A record of a `.pth` file, as `torch.load` knows it: `data/<record>` holds so many numbers."""
+    """A record of a `.pth` file, as `torch.load` knows it: `data/<record>` holds `numbers` numbers."""
 
     kind: type
     record: str
@@ -51,10 +48,10 @@ class _Storage(NamedTuple):
 
 
 class _Tensor:
-    """Pickles as the tensor that fills a record."""
+    """Pickled as a contiguous tensor that fills a record."""
 
-    def __init__(self, storage: _Storage, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        self.parts: tuple[Any, ...] = (storage, 0, shape, stride, False, OrderedDict())
+    def __init__(self, storage: _Storage, tensor: torch.Tensor) -> None:
+        self.parts = (storage, 0, tuple(tensor.shape), tensor.stride(), False, OrderedDict[Any, Any]())
 
     def __reduce__(self) -> tuple[Any, ...]:
         import torch
@@ -68,10 +65,10 @@ class _Pickler(pickle.Pickler):
 
 
 def write_pth(plan: Plan, path: Path) -> None:
-    """Write the tensors that the plan makes, one after the other, to a file that `torch.load` reads as if `torch.save` had made it.
+    """Load the plan's tensors one after the other and write them to a file that `torch.load` reads as if `torch.save` had written it.
 
-    Layout: a zip, nothing compressed, with a record `data/<number>` for each tensor's bytes and the pickled state dict in `data.pkl`
-    (docs.pytorch.org/docs/stable/notes/serialization.html). torch's own writer of records ends the process if the disk is full.
+    Layout: an uncompressed zip with a record `data/<number>` for each tensor's bytes and the pickled state dict in `data.pkl`
+    (docs.pytorch.org/docs/stable/notes/serialization.html). torch's own record writer ends the process if the disk is full.
     """
     import torch
 
@@ -81,10 +78,9 @@ def write_pth(plan: Plan, path: Path) -> None:
         state: dict[str, _Tensor] = {}
         for number, (keys, load) in enumerate(plan.items()):
             tensor = load().contiguous()
-            _add(archive, file.tell(), f"data/{number}", as_bytes(tensor))
-            stored = _Tensor(_Storage(kinds[tensor.dtype], str(number), tensor.numel()), tuple(tensor.shape), tensor.stride())
-            state.update(dict.fromkeys(keys, stored))
-            del tensor  # before the next one is made
+            _add(archive, file.tell(), f"data/{number}", _data(tensor))
+            state |= dict.fromkeys(keys, _Tensor(_Storage(kinds[tensor.dtype], str(number), tensor.numel()), tensor))
+            del tensor  # before the next one is loaded
         pickled = BytesIO()
         _Pickler(pickled, protocol=2).dump(state)
         for name, content in (("data.pkl", pickled.getbuffer()), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
@@ -102,15 +98,15 @@ def _add(archive: ZipFile, place: int, name: str, content: Any) -> None:
         target.write(content)
 
 
-def as_bytes(tensor: torch.Tensor) -> Any:
-    """A contiguous tensor's bytes, not copied."""
+def _data(tensor: torch.Tensor) -> Any:
+    """Return the bytes of a contiguous tensor without a copy."""
     import torch
 
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def write_safetensors(tensors: Mapping[str, Pending], path: Path) -> None:
-    """Write the tensors, one after the other, to one file.
+    """Load the tensors one after the other and write them to one file.
 
     Layout: the header's length (8 bytes), the header (JSON: dtype, shape and place of each tensor), the bytes
     (github.com/huggingface/safetensors#format). Wide numbers come first, which aligns all of them.
@@ -131,12 +127,12 @@ def write_safetensors(tensors: Mapping[str, Pending], path: Path) -> None:
         for name, pending in ordered:
             tensor = pending.load().contiguous()
             assert tensor.dtype == pending.dtype and tuple(tensor.shape) == pending.shape, name
-            file.write(as_bytes(tensor))
-            del tensor  # before the next one is made
+            file.write(_data(tensor))
+            del tensor  # before the next one is loaded
 
 
 def shards(tensors: Mapping[str, Pending], largest: int) -> list[dict[str, Pending]]:
-    """The tensors in order, in groups of at most `largest` bytes; a larger tensor is a group of its own."""
+    """Return the tensors in order, in groups of at most `largest` bytes. A larger tensor is a group of its own."""
     groups: list[dict[str, Pending]] = []
     size = 0
     for name, pending in tensors.items():
@@ -149,7 +145,7 @@ def shards(tensors: Mapping[str, Pending], largest: int) -> list[dict[str, Pendi
 
 
 def write_sharded(tensors: Mapping[str, Pending], folder: Path, largest: int) -> None:
-    """model.safetensors, or its parts of at most `largest` bytes and their index, as transformers names them."""
+    """Write model.safetensors, or parts of at most `largest` bytes and their index, as transformers names them."""
     groups = shards(tensors, largest)
     names = ["model.safetensors"]
     if len(groups) > 1:

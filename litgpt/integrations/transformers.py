@@ -4,9 +4,9 @@
     with load_skip2lora(model, "out/skip2lora/final"):
         model.generate(...)
 
-The hooks compute what `litgpt.lora.GPT` computes: s = sum over S of (alpha / r) B_i A_i N(x_{i+1}) joins the output layer's input. All
-of it works on each position by itself, so key/value caches, padding and batches need no care. Ordinary LoRA that belongs to the adapter
-is added in hooks on its linear layers. Letters in shapes: B batch, T positions, d features.
+The hooks compute what `litgpt.lora.GPT` computes: s = sum over S of (alpha / r) B_i A_i N(x_{i+1}) is added to the output layer's input.
+Each position is computed by itself, so key/value caches, padding and batches need no care. Ordinary LoRA that belongs to the adapter is
+added by hooks on its linear layers. Letters in shapes: B batch, T positions, d features.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt.config import Config
-from litgpt.convert import adapter, names, peft
-from litgpt.convert import portable as skip2lora
+from litgpt.convert import adapter, names, peft, portable
 from litgpt.errors import UserError
 from litgpt.model import rms_normalise
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 def load_skip2lora(model: nn.Module, folder: str | Path) -> Skip2LoRAHooks:
     """Attach the Skip2-LoRA adapter in `folder` (of `litgpt finetune`, or portable) to a transformers model, until `remove()`.
 
-    Raises UserError if the folder holds none, or the model is not of the shape that it was trained on.
+    Raises UserError if the folder holds none, or the model does not have the shape that it was trained on.
     """
     folder = Path(folder)
     kind = adapter.kind_of(folder)
@@ -47,50 +46,50 @@ def load_skip2lora(model: nn.Module, folder: str | Path) -> Skip2LoRAHooks:
         raise UserError(f"{type(model).__name__} is not a causal LM of a supported family: {', '.join(sorted(names.HF_TABLES))}")
     own, where = Config.from_hf(settings.to_dict()), f"this {type(model).__name__}"
     if kind == adapter.PORTABLE:
-        config, weights = skip2lora.read(folder, own, where)
+        config, weights = portable.read(folder, own, where)
     else:
         config, weights = adapter.read_adapter(folder)
-        skip2lora.require_fit(config, own, folder, where)
+        portable.require_fit(config, own, folder, where)
     if not config.skip2lora_enabled:
         raise UserError(f"{folder} is a LoRA adapter, without Skip2-LoRA: `litgpt convert_adapter` makes a PEFT adapter of it")
     return Skip2LoRAHooks(model, config, weights, settings.model_type)
 
 
 class Skip2LoRAHooks:
-    """An attached adapter. `remove()`, or the end of a `with` block, takes it off again."""
+    """An attached adapter. `remove()`, or the end of a `with` block, detaches it."""
 
     def __init__(self, model: nn.Module, config: LoRAConfig, weights: dict[str, Tensor], model_type: str) -> None:
-        self._sum: Tensor | None = None
-        """s so far in this forward pass, (B, T, d)"""
+        self._sum: Tensor | None = None  # s so far in this forward pass, (B, T, d)
         self._handles: list[Any] = []
-        block, norm, _ = skip2lora.modules(config, model_type)
+        block, norm, _ = portable.modules(config, model_type)
         place = config.skip2lora_output_layer
         assert config.skip2lora_r and config.skip2lora_alpha is not None
         scale = config.skip2lora_alpha / config.skip2lora_r
         eps = config.norm_eps if config.skip2lora_norm == "rms" else None
-        hooks: list[tuple[str, str, Callable[..., Any]]] = []
+        outputs: dict[str, Callable[..., Any]] = {}  # forward hooks by module
+        inputs: dict[str, Callable[..., Any]] = {}  # forward pre-hooks
         for i in config.taps:
             a, b = (weights[f"transformer.h.{i}.skip2lora.lora_{letter}"] for letter in "AB")
-            hooks.append((block.format(i), "forward", partial(self._tap, Factors(a.float(), b.float() * scale), eps)))
-        if place == "lm_head":  # behind the norm: what reaches lm_head may be its last positions only
-            hooks.append((norm, "forward", self._join_output))
+            outputs[block.format(i)] = partial(self._tap, Factors(a, b, scale), eps)
+        if place == "lm_head":  # after the norm: the input of lm_head may be the last positions only
+            outputs[norm] = self._add_to_output
         else:
-            module = norm if place == "transformer.ln_f" else block.format(place.rpartition(".")[2])
-            hooks.append((module, "forward_pre", self._join_input))
-        if lora := skip2lora.own_lora(weights):
-            _, tensors = peft.to_peft(config, lora, config.name, model_type)
-            hooks += _lora_hooks(tensors, config.lora_alpha / config.lora_r)
-        _require_modules(model, [name for name, _, _ in hooks])
+            inputs[norm if place == "transformer.ln_f" else block.format(place.rpartition(".")[2])] = self._add_to_input
+        lora, tensors = portable.lora_in_peft(config, weights, config.name, model_type)
+        lora_scale = lora["lora_alpha"] / lora["r"] if lora else 0.0
+        for key in tensors:
+            if key.endswith(".lora_A.weight"):
+                name = key.removeprefix(peft.PREFIX).removesuffix(".lora_A.weight")
+                outputs[name] = partial(_add_lora, Factors(tensors[key], tensors[key.replace("lora_A", "lora_B")], lora_scale))
+        known = {name for name, _ in model.named_modules()}
+        if missing := [name for name in (*outputs, *inputs) if name not in known]:
+            raise UserError(f"{type(model).__name__} has no modules {names.summary(missing)}: a plain causal LM of transformers is needed")
         self._handles.append(model.register_forward_pre_hook(self._begin))
-        for name, when, hook in hooks:
-            module_ = model.get_submodule(name)
-            if when == "forward_pre":
-                self._handles.append(module_.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                self._handles.append(module_.register_forward_hook(hook))
+        self._handles += [model.get_submodule(name).register_forward_hook(hook) for name, hook in outputs.items()]
+        self._handles += [model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True) for name, hook in inputs.items()]
 
     def remove(self) -> None:
-        """Give the model back as it was."""
+        """Detach the adapter: the model is the base again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -102,58 +101,41 @@ class Skip2LoRAHooks:
         self.remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._sum = None  # what a pass that failed has left
+        self._sum = None  # a failed pass may have left one
 
     def _tap(self, factors: Factors, eps: float | None, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output  # (B, T, d)
         t = x if eps is None else rms_normalise(x, eps)
         with torch.autocast(x.device.type, enabled=False):
-            own = factors(t.float())
-        self._sum = own if self._sum is None else self._sum.to(own.device) + own
+            update = factors(t.float())
+        self._sum = update if self._sum is None else self._sum.to(update.device) + update
 
-    def _joined(self, x: Tensor) -> Tensor:
-        """x + s, x's dtype"""
+    def _add_sum(self, x: Tensor) -> Tensor:
+        """Return x + s in x's dtype."""
         s, self._sum = self._sum, None
         assert s is not None and s.shape == x.shape
         return (x + s.to(x.device)).to(x.dtype)
 
-    def _join_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return self._joined(output)
+    def _add_to_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self._add_sum(output)
 
-    def _join_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _add_to_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (self._joined(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._joined(kwargs["hidden_states"])}
+            return (self._add_sum(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._add_sum(kwargs["hidden_states"])}
 
 
 class Factors:
-    """B A x, on the device of x."""
+    """scale * B A x, on the device of x."""
 
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.a, self.b = a, b
+    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+        self.a, self.b = a.float(), b.float() * scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), the dtype of x"""
-        self.a, self.b = self.a.to(x.device), self.b.to(x.device)  # moves once
+        """(..., in) -> (..., out), in x's dtype."""
+        self.a, self.b = self.a.to(x.device), self.b.to(x.device)  # moved once
         return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
 
-def _lora_hooks(tensors: dict[str, Tensor], scale: float) -> list[tuple[str, str, Callable[..., Any]]]:
-    """A hook for each linear layer with LoRA, of weights in PEFT's format."""
-    hooks: list[tuple[str, str, Callable[..., Any]]] = []
-    for key, a in tensors.items():
-        name, _, rest = key.removeprefix(peft.PREFIX).rpartition(".lora_")
-        if rest == "A.weight":
-            b = tensors[key.replace("lora_A", "lora_B")]
-            hooks.append((name, "forward", partial(_add, Factors(a.float(), b.float() * scale))))
-    return hooks
-
-
-def _add(factors: Factors, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _add_lora(factors: Factors, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output + factors(args[0])
-
-
-def _require_modules(model: nn.Module, wanted: list[str]) -> None:
-    known = {name for name, _ in model.named_modules()}
-    if missing := [name for name in wanted if name not in known]:
-        raise UserError(f"{type(model).__name__} has no modules {names.summary(missing)}: a plain causal LM of transformers is needed")

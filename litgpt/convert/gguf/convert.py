@@ -22,22 +22,22 @@ from litgpt.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-ONLY_BY_NAME = ("sliding_window_size", "sliding_window_indices")
-"""Fields that some files do not state: the model's name does."""
+ONLY_BY_NAME = ("sliding_window_size", "sliding_window_indices")  # fields that some files do not state, but the model's name does
 
 
 def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtype: torch.dtype | None = None) -> Config:
     """Convert the file `source` into the checkpoint folder `target`, a tensor at a time.
 
-    `dtype` None: fp32 and fp16 files keep theirs; quantised weights become bf16, whose 8 significant bits are about what they carry.
-    Raises UserError for broken files and for what is not supported.
+    By default fp32 and fp16 files keep their dtype, and quantised weights become bf16, which has about their precision. Raises UserError
+    for broken files and for whatever is not supported.
     """
     reader = Reader(source)
-    check_supported(reader)
+    architecture = read_architecture(reader)[0]
+    require_readable(reader)
     config = choose_config(reader, model_name)
     tied = "output.weight" not in reader.tensors
     dtype = dtype or own_dtype(reader)
-    names = table(read_architecture(reader)[0], config, is_joined(reader.tensors))
+    names = table(architecture, config, is_joined(reader.tensors))
     with new_folder(target) as folder:
         write_tokenizer(Settings(reader), config, folder)
         save_config(config, folder)
@@ -45,12 +45,11 @@ def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtyp
     return config
 
 
-def check_supported(reader: Reader) -> None:
-    """UserError for other architectures, split files, and tensor types without a dequantiser."""
+def require_readable(reader: Reader) -> None:
+    """Raise UserError for split files, and for tensor types without a dequantiser."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-    read_architecture(reader)
     if Settings(reader).get("split.count", int, 0) > 1:
         raise UserError(f"{reader.path} is one of several parts (split.count): join them with `llama-gguf-split --merge` first")
     unsupported: dict[str, list[str]] = {}
@@ -60,30 +59,29 @@ def check_supported(reader: Reader) -> None:
         except NotImplementedError:
             unsupported[kind.name] = [name for name, tensor in reader.tensors.items() if tensor.kind == kind]
     if unsupported:
-        found = "; ".join(f"{kind}: {summary(names)}" for kind, names in unsupported.items())
+        listed = "; ".join(f"{kind}: {summary(names)}" for kind, names in unsupported.items())
         raise UserError(
-            f"{reader.path} has tensors of a type that cannot be read ({found}): use a file with a common type such as Q8_0 or Q4_K"
+            f"{reader.path} has tensors of a type that cannot be read ({listed}): use a file with a common type such as Q8_0 or Q4_K"
         )
 
 
 def own_dtype(reader: Reader) -> torch.dtype:
-    """fp32 or fp16 if the matrices are stored so, else bf16. A router may be fp32 whatever the others are."""
+    """Return fp32 or fp16 if the matrices are stored so (a router may be fp32 among fp16), else bf16."""
     import torch
     from gguf import GGMLQuantizationType
 
-    matrices = [(name, tensor) for name, tensor in reader.tensors.items() if len(tensor.shape) > 1]
-    kinds = {GGMLQuantizationType(tensor.kind).name for name, tensor in matrices}
+    kinds = {GGMLQuantizationType(tensor.kind).name for tensor in reader.tensors.values() if len(tensor.shape) > 1}
     return torch.float32 if kinds == {"F32"} else torch.float16 if kinds <= {"F32", "F16"} else torch.bfloat16
 
 
 def choose_config(reader: Reader, model_name: str | None) -> Config:
-    """The named model that the file holds: the name given, else one that the file's name or general.name fits, else an own config."""
+    """Return the named model's config (by `model_name`, the file's name or general.name) if the file fits it, else the file's own."""
     described = read_config(reader)
     if model_name is not None:
         named = Config.from_name(model_name)
-        if found := differences(named, described, ONLY_BY_NAME):
-            differing = ", ".join(f"{key} is {stated}, expected {expected}" for key, (expected, stated) in found.items())
-            raise UserError(f"{reader.path} is not of the model {model_name}: {differing}. Without --model_name it is converted as it is")
+        if differing := differences(named, described, ONLY_BY_NAME):
+            text = ", ".join(f"{key} is {stated}, expected {expected}" for key, (expected, stated) in differing.items())
+            raise UserError(f"{reader.path} is not of the model {model_name}: {text}. Without --model_name it is converted as it is")
         return named
     by_lower = {name.lower(): name for name in catalog.names()}
     for name in (QUANTISATION.sub("", reader.path.stem), described.name):
@@ -94,7 +92,7 @@ def choose_config(reader: Reader, model_name: str | None) -> Config:
 
 
 def stored(reader: Reader, config: Config, dtype: torch.dtype) -> Iterator[tuple[str, Stored]]:
-    """Every weight under the names of `gguf_names.table`, with its shape and how to read it as LitGPT has it."""
+    """Yield every weight under the names of `gguf.names.table`, with its shape and a function that loads it in LitGPT's form."""
     for name, tensor in reader.tensors.items():
         if name in ROPE_FACTORS:
             continue
@@ -108,11 +106,9 @@ def stored(reader: Reader, config: Config, dtype: torch.dtype) -> Iterator[tuple
 
 
 def _load(reader: Reader, config: Config, name: str, dtype: torch.dtype) -> torch.Tensor:
-    import torch
-
     module = name.rpartition(".")[0]
     if has_offset(config, module):
-        return (reader.load(name, torch.float32) - 1).to(dtype)
+        return (reader.load(name) - 1).to(dtype)
     weight = reader.load(name, dtype)
     if is_paired(read_architecture(reader)[0], module):
         assert config.head_size is not None

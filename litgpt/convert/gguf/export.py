@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal, Optional
 
+from litgpt.convert.gguf.writer import unwindowed, write_gguf
+from litgpt.convert.resolve import open_full_model
 from litgpt.errors import UserError
 
 
@@ -18,19 +20,15 @@ def convert_to_gguf(
     Args:
         checkpoint_dir: The checkpoint folder.
         gguf_file: The new file.
-        dtype: The number format of the matrices. Without it: the one that they have.
-        overwrite: Replace the file if there is one.
+        dtype: The number format of the matrices. Default: their own.
+        overwrite: Replace an existing file.
     """
     target = Path(gguf_file)
     if target.suffix.lower() != ".gguf":
         raise UserError(f"{target} is no name of a GGUF file: it ends in .gguf")
     if target.is_dir() or (target.exists() and not overwrite):
         raise UserError(f"{target} exists already: name another file, or add --overwrite to replace it")
-    from litgpt.convert.resolve import open_full_model
-
     source = open_full_model(checkpoint_dir, "a GGUF file")
-    from litgpt.convert.gguf.writer import unwindowed, write_gguf
-
     architecture = write_gguf(source, target, dtype)
     if window := unwindowed(architecture, source):
         print(f"Note: llama.cpp applies no sliding window in files of this architecture: up to {window} tokens the model is the same.")

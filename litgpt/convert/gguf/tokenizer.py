@@ -14,69 +14,63 @@ from litgpt.convert.gguf.pretokenizers import CUTS, pre_tokenizer
 from litgpt.convert.gguf.reader import Settings
 from litgpt.errors import UserError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Values of tokenizer.ggml.token_type"""
-BLANK = "▁"
-"""SentencePiece's blank"""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # values of tokenizer.ggml.token_type
+BLANK = "▁"  # a blank in SentencePiece
 PHI_3_PLAIN = ("<s>", "<|endoftext|>")
-ENDS = ("eos", "eot", "eom")
-"""tokenizer.ggml.<name>_token_id of the tokens that end an answer"""
+ENDS = ("eos", "eot", "eom")  # tokenizer.ggml.<name>_token_id of the tokens that end an answer
 
 
 def write_tokenizer(settings: Settings, config: Config, folder: Path) -> None:
     """Write the three files into `folder`. Raises UserError for tokenizers that cannot be built."""
-    import tokenizers
-
     kind = settings.get("tokenizer.ggml.model", str)
     if kind not in ("gpt2", "llama"):
         raise UserError(
             f"{settings.path}: tokenizer.ggml.model is {kind!r}, supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece)"
         )
     tokens, kinds = _vocabulary(settings, kind)
-    special = {name: _token_id(settings, name, len(tokens)) for name in (*ENDS, "bos", "unknown", "padding")}
-    made = _byte_level(settings, tokens) if kind == "gpt2" else _sentencepiece(settings, tokens, kinds, special["unknown"])
+    ids = {name: _token_id(settings, name, len(tokens)) for name in (*ENDS, "bos", "unknown", "padding")}
+    content = _byte_level(settings, tokens) if kind == "gpt2" else _sentencepiece(settings, tokens, kinds, ids["unknown"])
     strips = kind == "llama" and settings.values.get("general.architecture") == "phi3"
-    made["added_tokens"] = _added(tokens, kinds, (CONTROL, UNKNOWN) if kind == "llama" else (CONTROL,), strips)
-    pre = settings.get("tokenizer.ggml.pre", str, "default")
-    by_default = kind == "llama" or CUTS[pre].bos
-    add_bos = special["bos"] is not None and settings.get("tokenizer.ggml.add_bos_token", bool, by_default)
-    if add_bos:
-        made["post_processor"] = _bos_first(tokens[special["bos"] or 0], special["bos"])
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(made, ensure_ascii=False))
-    except Exception as error:  # the library raises plain Exception, for instance for a merge that makes no token
-        raise UserError(f"{settings.path}: the tokenizer cannot be built: {error}") from None
+    content["added_tokens"] = _added(tokens, kinds, (CONTROL, UNKNOWN) if kind == "llama" else (CONTROL,), strips)
+    default = kind == "llama" or CUTS[settings.get("tokenizer.ggml.pre", str, "default")].bos
+    bos = ids["bos"] if settings.get("tokenizer.ggml.add_bos_token", bool, default) else None
+    if bos is not None:
+        content["post_processor"] = _bos_first(tokens[bos], bos)
+    _save(content, settings.path, folder / "tokenizer.json")
 
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    tokenizer_config: dict[str, Any] = {
-        f"{name}_token": tokens[number] for key, name in names.items() if (number := special[key]) is not None
-    }
-    tokenizer_config |= {"add_bos_token": add_bos, "clean_up_tokenization_spaces": False, "model_max_length": config.block_size}
+    tokenizer_config: dict[str, Any] = {f"{name}_token": tokens[ids[key] or 0] for key, name in names.items() if ids[key] is not None}
+    tokenizer_config |= {"add_bos_token": bos is not None, "clean_up_tokenization_spaces": False, "model_max_length": config.block_size}
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if "tokenizer.chat_template" in settings.values:
         tokenizer_config["chat_template"] = settings.get("tokenizer.chat_template", str)
-    ends = [number for number in dict.fromkeys(special[name] for name in ENDS) if number is not None]
-    generation = {"bos_token_id": special["bos"], "eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": special["padding"]}
-    backend.save(str(folder / "tokenizer.json"))
-    write_text(folder / "tokenizer_config.json", _dump(tokenizer_config))
-    write_text(folder / "generation_config.json", _dump({key: value for key, value in generation.items() if value not in (None, [])}))
+    ends = [number for number in dict.fromkeys(ids[name] for name in ENDS) if number is not None]
+    generation = {"bos_token_id": ids["bos"], "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": ids["padding"]}
+    generation = {key: value for key, value in generation.items() if value is not None}
+    for file, values in (("tokenizer_config.json", tokenizer_config), ("generation_config.json", generation)):
+        write_text(folder / file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def _dump(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+def _save(content: dict[str, Any], source: Path, file: Path) -> None:
+    import tokenizers
+
+    try:
+        tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False)).save(str(file))
+    except Exception as error:  # the library raises plain Exception, for instance for a merge that makes no token
+        raise UserError(f"{source}: the tokenizer cannot be built: {error}") from None
 
 
 def _vocabulary(settings: Settings, model: str) -> tuple[list[str], list[int]]:
-    """The tokens and their types (normal if the file does not say), without those that only fill up the embedding.
+    """Return the tokens and their types (default: normal), without those that only fill up the embedding.
 
-    What a user defined in SentencePiece is looked for in the text as it is: with blanks.
+    SentencePiece's user-defined tokens are searched in the raw text: they get blanks for U+2581.
     """
     tokens: list[str] = settings.get("tokenizer.ggml.tokens", list)
     if not all(isinstance(token, str) for token in tokens):
         raise UserError(f"{settings.path}: tokenizer.ggml.tokens holds other things than texts")
-    given = _numbers(settings, "tokenizer.ggml.token_type", len(tokens), NORMAL)
     size = len(tokens) - padding(tokens)
-    tokens, kinds = tokens[:size], [int(kind) for kind in given[:size]]
+    kinds = [int(kind) for kind in _numbers(settings, "tokenizer.ggml.token_type", len(tokens), NORMAL)[:size]]
+    tokens = tokens[:size]
     if model == "llama":
         known = set(tokens)
         for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
@@ -86,20 +80,20 @@ def _vocabulary(settings: Settings, model: str) -> tuple[list[str], list[int]]:
 
 
 def _numbers(settings: Settings, key: str, size: int, default: float | None = None) -> Sequence[Any]:
-    """An array with a number for each token."""
+    """Return an array with a number for each token."""
     import numpy as np
 
     if key not in settings.values and default is not None:
         return [default] * size
-    given = settings.get(key, np.ndarray)
-    if len(given) != size:
-        raise UserError(f"{settings.path}: {len(given)} entries in {key} for {size} tokens")
-    numbers: list[Any] = given.tolist()
+    array = settings.get(key, np.ndarray)
+    if len(array) != size:
+        raise UserError(f"{settings.path}: {len(array)} entries in {key} for {size} tokens")
+    numbers: list[Any] = array.tolist()
     return numbers
 
 
 def _token_id(settings: Settings, name: str, size: int) -> int | None:
-    """tokenizer.ggml.<name>_token_id; None if the file does not say, or says -1 (also written without a sign)."""
+    """Return tokenizer.ggml.<name>_token_id; None if it is missing or -1 (also written without a sign)."""
     key = f"tokenizer.ggml.{name}_token_id"
     number = settings.get(key, int, -1)
     if number in (-1, 2**32 - 1):
@@ -109,7 +103,7 @@ def _token_id(settings: Settings, name: str, size: int) -> int | None:
     return int(number)
 
 
-def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **settings: Any) -> dict[str, Any]:
+def _bpe(tokens: Sequence[str], merges: Iterable[Sequence[str]], **settings: Any) -> dict[str, Any]:
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in merges], **settings}
 
@@ -119,12 +113,11 @@ def _byte_level(settings: Settings, tokens: list[str]) -> dict[str, Any]:
     pre = settings.get("tokenizer.ggml.pre", str, "default")
     if pre not in CUTS:
         raise UserError(f"{settings.path}: tokenizer.ggml.pre is {pre!r}, supported are {', '.join(CUTS)}")
-    merges = settings.get("tokenizer.ggml.merges", list)
-    pairs = [tuple(str(merge).split(" ")) for merge in merges]
-    if bad := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
-        raise UserError(f"{settings.path}: tokenizer.ggml.merges holds {bad[0]!r}, which is not two tokens")
+    pairs = [str(merge).split(" ") for merge in settings.get("tokenizer.ggml.merges", list)]
+    if bad := [pair for pair in pairs if len(pair) != 2]:
+        raise UserError(f"{settings.path}: tokenizer.ggml.merges holds {' '.join(bad[0])!r}, which is not two tokens")
     return {
-        "model": _bpe(tokens, pairs, ignore_merges=CUTS[pre].whole_words),  # type: ignore[arg-type]
+        "model": _bpe(tokens, pairs, ignore_merges=CUTS[pre].whole_words),
         "normalizer": {"type": "NFC"} if CUTS[pre].nfc else None,
         "pre_tokenizer": pre_tokenizer(CUTS[pre]),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
@@ -150,7 +143,7 @@ def _sentencepiece(settings: Settings, tokens: list[str], kinds: list[int], unkn
 
 
 def ranked_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every way to put two tokens together to a token, by the score of the union, best first; of equal ones the earlier token."""
+    """Return every pair of tokens whose union is a token, by the union's score, best first; of equal ones the earlier token."""
     ranked = []
     for number, (token, score) in enumerate(scores.items()):
         for cut in range(1, len(token)):
@@ -161,9 +154,9 @@ def ranked_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _added(tokens: list[str], kinds: list[int], control: tuple[int, ...], strips: bool) -> list[dict[str, Any]]:
-    """Tokens that are found in the text before it is cut: control tokens (left out when decoding) and user-defined ones (kept).
+    """Return the tokens that are found before the text is cut: control tokens (left out when decoding) and user-defined ones (kept).
 
-    `strips`: control tokens take the blanks behind them, all but PHI_3_PLAIN. Files do not say so; llama.cpp too knows it of Phi 3 only.
+    `strips`: control tokens but PHI_3_PLAIN absorb the blanks behind them. Files do not state it; llama.cpp too knows it of Phi 3 only.
     """
     return [
         {
@@ -180,8 +173,8 @@ def _added(tokens: list[str], kinds: list[int], control: tuple[int, ...], strips
     ]
 
 
-def _bos_first(token: str, number: int | None) -> dict[str, Any]:
-    """BOS before every text, as transformers' post-processors do it."""
+def _bos_first(token: str, number: int) -> dict[str, Any]:
+    """Return a post-processor that puts BOS before every text, as transformers' do."""
     bos = [{"SpecialToken": {"id": token, "type_id": place}} for place in (0, 1)]
     text = [{"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB")]
     special = {token: {"id": token, "ids": [number], "tokens": [token]}}

@@ -24,16 +24,16 @@ from litgpt.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType
 
-TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-"""Number formats by the names of `--dtype`."""
+    Loads = Mapping[str, Callable[[], torch.Tensor]]
+
+# As llama.cpp has it; vectors are fp32 too.
 ALWAYS_F32 = re.compile(r".*_norm(_2)?\.weight|.*\.ffn_gate_inp\.weight|position_embd\.weight|.*\.bias")
-"""As llama.cpp has it; so are all vectors."""
 
 
 class Group(NamedTuple):
-    """The LitGPT tensors that one GGUF tensor holds: one or, of experts, several, one behind the other."""
+    """The LitGPT tensors that one GGUF tensor holds: one, or the stacked experts of a block."""
 
     slots: list[Slot]
     shape: tuple[int, ...]
@@ -42,7 +42,8 @@ class Group(NamedTuple):
 def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
     """Write the checkpoint folder `source` to the file `target`, a tensor at a time, under another name until it is complete.
 
-    `dtype` None: the weights' own. Returns the architecture. Raises UserError for a model or a tokenizer that GGUF has no words for.
+    `dtype` ("f32", "q8_0" ...) defaults to the weights' own. Returns the architecture. Raises UserError for a model or a tokenizer that GGUF
+    cannot describe.
     """
     import torch
 
@@ -50,20 +51,20 @@ def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
     loads = {key: load for keys, load in open_own(file, config).items() for key in keys}
     weights = checkpoint.load_weights(file)
     own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-    wanted, tied = TYPES[dtype or own.get(weights["transformer.wte.weight"].dtype, "f32")], is_tied(weights)
+    kind, tied = (dtype or own.get(weights["transformer.wte.weight"].dtype, "f32")).upper(), is_tied(weights)
     del weights
     try:
-        hub = hf_settings(config, source)["model_type"]
+        model_type = hf_settings(config, source)["model_type"]
     except UserError:  # transformers has no such model
-        hub = ""
+        model_type = ""
     try:
-        made, groups = choose(config, vocabulary(source, config.V), target, tied, hub)
+        made, groups = choose(config, vocabulary(source, config.V), target, tied, model_type)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{source}: {error}") from None
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, made, groups, config, loads, wanted)
+        _write(temporary, made, groups, config, loads, kind)
         temporary.replace(target)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}. Check the place, and that there is room") from None
@@ -73,12 +74,12 @@ def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
     return made.architecture
 
 
-def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, hub: str) -> tuple[Plan, dict[str, Group]]:
-    """The first architecture that computes what `config` computes, with the names of its tensors: the `hub`'s model type counts most.
+def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, model_type: str) -> tuple[Plan, dict[str, Group]]:
+    """Return the first architecture that computes what `config` computes, those of the hub's `model_type` first, and its tensors.
 
-    `words`: the tokenizer's metadata. Raises ValueError that says how the nearest architecture differs.
+    `words` is the tokenizer's metadata. Raises ValueError that states how the nearest architecture differs.
     """
-    ordered = sorted(ARCHITECTURES, key=lambda name: name != hub and hub not in ARCHITECTURES[name].hub)
+    ordered = sorted(ARCHITECTURES, key=lambda name: name != model_type and model_type not in ARCHITECTURES[name].hub)
     keys = shapes(config, 6 * config.n_layer, config.name)
     nearest: list[str] = []
     for name in ordered:
@@ -89,8 +90,8 @@ def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, h
         lacking |= {tensor for tensor in (*groups, *made.arrays) if not has_tensor(name, tensor)}
         problems = [f"no place for {summary(sorted(lacking))}"] if lacking else []
         try:
-            found = differences(config, read_config(made))
-            problems += [f"{key} {stated!r} instead of {given!r}" for key, (given, stated) in found.items()]
+            differing = differences(config, read_config(made))
+            problems += [f"{key} {stated!r} instead of {wanted!r}" for key, (wanted, stated) in differing.items()]
         except UserError as error:
             problems.append(str(error).removeprefix(f"{target}: "))
         if not problems:
@@ -101,14 +102,14 @@ def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, h
 
 
 def unwindowed(architecture: str, source: Path) -> int | None:
-    """The size of a model's sliding window, if its context is longer and llama.cpp leaves it out; the file states it all the same."""
+    """Return the size of a model's sliding window if it is shorter than the context and llama.cpp does not apply it."""
     config = Config.from_checkpoint(source)
     window = config.sliding_window_size if any(config.sliding_window_indices or ()) else None
     return window if window is not None and window < config.block_size and not ARCHITECTURES[architecture].window_period else None
 
 
 def has_tensor(architecture: str, name: str) -> bool:
-    """Whether llama.cpp knows such a tensor of the architecture."""
+    """Return True if llama.cpp knows such a tensor of the architecture."""
     from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
     kind = next(kind for kind, text in MODEL_ARCH_NAMES.items() if text == architecture)
@@ -117,18 +118,18 @@ def has_tensor(architecture: str, name: str) -> bool:
 
 
 def group(architecture: str, config: Config, keys: Mapping[str, tuple[int, ...]], tied: bool) -> dict[str, Group]:
-    """What each tensor of the file holds; a head that is the embedding is left out."""
-    found: dict[str, list[Slot]] = {}
+    """Return the content of each tensor of the file. A head that is the embedding is not stored."""
+    by_name: dict[str, list[Slot]] = {}
     for name, slot in slots(table(architecture, config, ARCHITECTURES[architecture].joined), config, keys).items():
         if not (tied and slot.key == "lm_head.weight"):
-            found.setdefault(re.sub(r"_exps\.\d+", "_exps", name), []).append(slot)
-    many = {name: (len(entry),) if "_exps." in name else () for name, entry in found.items()}
-    return {name: Group(entry, (*many[name], *stored_shape(entry[0], config, keys))) for name, entry in found.items()}
+            by_name.setdefault(re.sub(r"_exps\.\d+", "_exps", name), []).append(slot)
+    return {
+        name: Group(entry, (*((len(entry),) if "_exps." in name else ()), *stored_shape(entry[0], config, keys)))
+        for name, entry in by_name.items()
+    }
 
 
-def _write(
-    path: Path, made: Plan, groups: Mapping[str, Group], config: Config, loads: Mapping[str, Callable[[], torch.Tensor]], wanted: str
-) -> None:
+def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, loads: Loads, wanted: str) -> None:
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
@@ -136,9 +137,11 @@ def _write(
     writer.add_file_type(LlamaFileType["ALL_F32" if wanted == "F32" else f"MOSTLY_{wanted}"])
     if wanted == "Q8_0":
         writer.add_quantization_version(2)
+    add: dict[type, Callable[[str, Any], None]] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    add |= {str: writer.add_string, list: writer.add_array}
     for key, value in made.metadata.items():
         if key != "general.architecture":
-            _add(writer, key, value)
+            add[type(value)](key, value)
     kinds = {name: GGMLQuantizationType[kind_of(name, entry.shape, wanted)] for name, entry in groups.items()}
     for name, factors in made.arrays.items():
         writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
@@ -161,27 +164,15 @@ def _write(
         writer.close()
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """A value by its Python type."""
-    adders: dict[type, Callable[[str, Any], None]] = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
-    adders[type(value)](key, value)
-
-
 def kind_of(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """The number format of a tensor. Q8_0 takes rows of a multiple of 32 numbers; the others are F16 then, as llama.cpp has it."""
+    """Return the number format of a tensor. Q8_0 needs rows of a multiple of 32 numbers; other tensors are F16 then, as in llama.cpp."""
     if len(shape) == 1 or ALWAYS_F32.fullmatch(name):
         return "F32"
     return "F16" if wanted == "Q8_0" and shape[-1] % 32 else wanted
 
 
-def stored(name: str, entry: Group, architecture: str, config: Config, loads: Mapping[str, Callable[[], torch.Tensor]]) -> torch.Tensor:
-    """A tensor as the file has it: the inverse of what `gguf.stored` does."""
+def stored(name: str, entry: Group, architecture: str, config: Config, loads: Loads) -> torch.Tensor:
+    """Return a tensor in the file's form: the reverse of `gguf.convert.stored`."""
     import torch
 
     module = name.rpartition(".")[0]
@@ -197,19 +188,14 @@ def stored(name: str, entry: Group, architecture: str, config: Config, loads: Ma
 
 
 def encoded(weight: torch.Tensor, kind: GGMLQuantizationType, where: str) -> np.ndarray:
-    """The numbers in a file's format. Raises UserError, `where`, for a finite number that F16 cannot hold."""
+    """Return the bytes of a tensor in a file's format. Raises UserError, `where`, for a finite number that F16 cannot hold."""
     import numpy as np
     import torch
-    from gguf import GGML_QUANT_SIZES, quantize
+    from gguf import quantize
 
     if kind.name == "Q8_0":
-        block, size = GGML_QUANT_SIZES[kind]
         rows = weight.reshape(-1, weight.shape[-1])
-        made = np.empty((rows.shape[0], rows.shape[1] // block * size), np.uint8)
-        step = max(1, CHUNK // rows.shape[1])
-        for start in range(0, len(rows), step):
-            made[start : start + step] = quantize(rows[start : start + step].float().numpy(), kind)
-        return made
+        return np.concatenate([quantize(part.float().numpy(), kind) for part in rows.split(max(1, CHUNK // rows.shape[1]))])
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
     cast = weight.to(dtype).contiguous()
     if kind.name == "F16" and not torch.equal(cast.isfinite(), weight.isfinite()):
