@@ -84,20 +84,9 @@ def test_what_is_wrong_is_said_at_once(base: Path, tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "x.pth")
     with pytest.raises(UserError, match="x.pth says nothing about its model: give --model_name"):
         convert_to_litgpt(tmp_path / "x.pth", tmp_path / "lit")
-    with pytest.raises(UserError, match="give --checkpoint_dir"):
-        convert_to_litgpt(tmp_path / "x.pth")
     save_config(Config.from_checkpoint(base), tmp_path)
     with pytest.raises(UserError) as caught:
         convert_to_litgpt(tmp_path / "x.pth", tmp_path / "lit")
     for part in ("missing: transformer.h.{1,2}.attn.attn.weight", "unknown: extra", "shape (3,) where (32,) is expected: transformer.ln_f"):
         assert part in str(caught.value)
     assert not (tmp_path / "lit").exists()
-
-
-def test_the_folder_to_convert_in_place_may_be_named_litgpts_way(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
-    tiny.hf_llama().save_pretrained(tmp_path / "hf")
-    write_tiny_tokenizer(tmp_path / "hf")
-    convert_to_litgpt(checkpoint_dir=tmp_path / "hf")
-    assert (tmp_path / "hf" / "lit_model.pth").is_file()
-    with pytest.raises(UserError, match="nothing to convert"):
-        convert_to_litgpt()

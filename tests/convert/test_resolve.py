@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,7 +19,7 @@ from litgpt.__main__ import main
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
-from tests.helpers import tiny
+from tests.helpers import gguf_files, tiny
 
 Write = Callable[[Path], Path]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -49,37 +47,9 @@ def write_hf(folder: Path, config: transformers.LlamaConfig, seed: int) -> trans
 
 
 def write_gguf(file: Path, tokenizer_dir: Path, seed: int = 1) -> Path:
-    """A llama of one block, in llama.cpp's format."""
+    """Write a small Llama in llama.cpp's format."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    vocabulary = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
-    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].__getitem__)
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(16)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(24)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(8)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokens))])
-    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(2)
-    random = np.random.default_rng(seed)
-    shapes = {"attn_q": (16, 16), "attn_k": (16, 16), "attn_v": (16, 16), "attn_output": (16, 16)}
-    shapes |= {"ffn_gate": (24, 16), "ffn_up": (24, 16), "ffn_down": (16, 24), "attn_norm": (16,), "ffn_norm": (16,)}
-    named = {f"blk.0.{name}": shape for name, shape in shapes.items()}
-    for name, shape in {**named, "token_embd": (len(tokens), 16), "output": (len(tokens), 16), "output_norm": (16,)}.items():
-        writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
+    return gguf_files.write(file, gguf_files.llama(seed), gguf_files.byte_level_of(tokenizer_dir))
 
 
 def converted(capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -42,8 +42,8 @@ class Group(NamedTuple):
 def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
     """Write the checkpoint folder `source` to the file `target`, a tensor at a time, under another name until it is complete.
 
-    `dtype` ("f32", "q8_0" ...) defaults to the weights' own. Returns the architecture. Raises UserError for a model or a tokenizer that GGUF
-    cannot describe.
+    `dtype` ("f32", "q8_0" ...) defaults to the weights' own. Returns the architecture. Raises UserError for a model or a tokenizer that
+    GGUF cannot describe.
     """
     import torch
 

@@ -1,63 +1,181 @@
-"""Tokenizers into GGUF metadata and back: the ids must stay those of SentencePiece itself, and of transformers' and `tokenizers`' own."""
+"""Tokenizers out of GGUF files: the ids are those of SentencePiece itself, of transformers and of `tokenizers`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import itertools
+import random
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import transformers
-from tokenizers import AddedToken, Regex, models, trainers
-from tokenizers import Tokenizer as Backend
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
-from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
+from litgpt import families as catalog
 from litgpt.config import Config
-from litgpt.convert.gguf.pretokenizers import CUTS, pre_tokenizer
 from litgpt.convert.gguf.reader import Reader, Settings
 from litgpt.convert.gguf.tokenizer import write_tokenizer
-from litgpt.convert.gguf.vocabulary import vocabulary
+from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
 from litgpt.tokenizer import Tokenizer
+from tests.helpers import gguf_files
+from tests.helpers.gguf_files import AddMetadata
 
-GOLDEN = json.loads((Path(__file__).parent / "sentencepiece.json").read_text(encoding="utf-8"))
-"""By make_sentencepiece.py"""
-TEXTS = [
-    *GOLDEN["texts"],
-    "Hello world, the year 2024 isn't IT'S 1234567 ⅷ ²",
-    "\r\n  \n\n x\t\ty   ",
-    "e\u0301 \u212b ﬁ",
-    "price: $12.50 == a_b ~x`y`<z>^|",
-    "<|sep|>mid<|end|>[X Y] [XY]",
+PLAIN_TEXTS = [
+    "Hello world, the year 2024 isn't",
+    "def f(x: int) -> str:\n    return f'{x:>10}'\t# 100 %\n\n\n",
+    "  leading and trailing  ",
+    "naïve café, Ελληνικά, 日本語, العربية, 👩‍👩‍👧‍👦 🎉, \u00a0 \u200b",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
 ]
 
 
-def write_metadata(path: Path, values: dict[str, Any], architecture: str = "llama") -> Path:
-    """A GGUF file that holds nothing else."""
-    writer = gguf.GGUFWriter(path, architecture)
-    adders = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
-    for key, value in values.items():
-        adders[type(value)](key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    return path
+@pytest.mark.parametrize("text", PLAIN_TEXTS)
+def test_smollm2_tokenizer(smollm2_dir: Path, text: str) -> None:
+    tokenizer = Tokenizer(smollm2_dir)
+    ids = tokenizer.ids(text)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert 0 not in ids or "<|endoftext|>" in text, "no blank may become <|endoftext|>"
+    assert PreTrainedTokenizerFast(tokenizer_file=str(smollm2_dir / "tokenizer.json")).encode(text) == ids
+    assert transformers.AutoTokenizer.from_pretrained(smollm2_dir).encode(text) == ids
 
 
-def read_back(folder: Path, rows: int, target: Path) -> tuple[dict[str, Any], Tokenizer]:
-    """The folder's tokenizer as metadata, and what is read from a file with it."""
-    values = vocabulary(folder, rows)
-    target.mkdir()
-    write_tokenizer(Settings(Reader(write_metadata(target / "x.gguf", values))), Config(), target)
-    return values, Tokenizer(target)
+def test_smollm2_files(smollm2_dir: Path) -> None:
+    tokenizer = Tokenizer(smollm2_dir)
+    assert tokenizer.ids(PLAIN_TEXTS[0]) == [19556, 905, 28, 260, 713, 216, 34, 32, 34, 36, 3247, 982]
+    # digits are cut off first, so the two blanks before one stay together
+    assert tokenizer.ids("a  2") == [tokenizer.token_to_id(token) for token in ("a", "ĠĠ", "2")]
+    assert tokenizer.special_tokens | {"n": "49152"} == {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|im_end|>",
+        "n": str(tokenizer.vocab_size),
+    }
+    assert "add_generation_prompt" in (tokenizer.chat_template or "")
+    reference = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
+    assert (reference.bos_token, reference.eos_token, reference.model_max_length) == ("<|im_start|>", "<|im_end|>", 8192)
+    assert Config.from_checkpoint(smollm2_dir) == Config(**(catalog.find("SmolLM2-135M-Instruct") or {}))
+
+
+@pytest.mark.parametrize(
+    ("pre", "digits", "bos"),
+    [("smollm", [1] * 7, False), ("gpt-2", [7], False), ("default", [7], False), ("llama-bpe", [3, 3, 1], True), ("tekken", [1] * 7, True)],
+)
+def test_pre_tokenizers(tmp_path: Path, byte_level: AddMetadata, pre: str, digits: list[int], bos: bool) -> None:
+    """How digits are cut, by the published patterns; whether BOS is added where the file does not say."""
+    path = gguf_files.write_tiny(tmp_path, byte_level, lambda writer: writer.add_tokenizer_pre(pre))
+    convert_to_litgpt(path, tmp_path / "lit")
+    tokenizer = Tokenizer(tmp_path / "lit")
+    assert tokenizer.use_bos is bos
+    cut = tokenizer._backend.pre_tokenizer.pre_tokenize_str("1234567")
+    assert [len(piece) for piece, _ in cut] == digits
+    for text in ("I'll go  there\n\n now", "日本 ∑x"):
+        assert tokenizer.decode(tokenizer.ids(text)) == text
+
+
+def test_unknown_pre_tokenizers_are_named(tmp_path: Path, byte_level: AddMetadata) -> None:
+    path = gguf_files.write_tiny(tmp_path, byte_level, lambda writer: writer.add_tokenizer_pre("odd"))
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre is 'odd', supported are gpt-2, default, .*smollm.*llama-bpe"):
+        convert_to_litgpt(path, tmp_path / "lit")
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_byte_level_bos_types_and_user_tokens(tmp_path: Path, byte_level: AddMetadata, add_bos: bool) -> None:
+    def tokens(writer: gguf.GGUFWriter) -> None:
+        byte_level(writer)
+        entries = writer.kv_data[0]
+        entries["tokenizer.ggml.token_type"].value[300] = 4
+        entries["tokenizer.ggml.tokens"].value[300] = "[A B]"
+        entries["tokenizer.ggml.merges"].value[:] = entries["tokenizer.ggml.merges"].value[:30]
+        writer.add_add_bos_token(add_bos)
+        writer.add_eot_token_id(0)
+
+    convert_to_litgpt(gguf_files.write_tiny(tmp_path, tokens, lambda writer: None), tmp_path / "lit")
+    tokenizer = Tokenizer(tmp_path / "lit")
+    assert tokenizer.stop_ids == {0, 2}
+    ids = tokenizer.ids("x[A B]<|im_end|>")
+    assert ids[-2:] == [300, 2] and ids[0] == (0 if add_bos else tokenizer.token_to_id("x"))
+    assert tokenizer.decode(ids) == "x[A B]"
+    assert PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "lit" / "tokenizer.json")).encode("x[A B]<|im_end|>") == ids
+    assert tokenizer.use_bos is add_bos
+
+
+PIECES = "the cat sat on a mat; then at hat that ate tea, eat".replace(";", "").replace(",", "").split()
+
+
+def sentencepiece_vocabulary() -> list[tuple[str, float, int]]:
+    """Piece, score and type, laid out as Llama 2's: special pieces, bytes, pieces by falling score, single characters last."""
+    pieces = {piece[:i] for word in PIECES for piece in (f"▁{word}", word) for i in range(2, len(piece) + 1)} | {"▁▁", "▁▁▁▁"}
+    order = sorted(pieces, key=lambda piece: (len(piece), piece))
+    random.Random(4).shuffle(order)
+    letters = sorted(set("".join(PIECES) + "▁"))
+    vocabulary = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256))]
+    vocabulary += [(piece, -float(i), 1) for i, piece in enumerate(order + letters)]
+    return vocabulary
+
+
+def reference_pieces(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's BPE: join the neighbours whose union is the piece with the best score, the leftmost first, until there are none."""
+    symbols = list("▁" + text.replace(" ", "▁"))
+    while True:
+        joins = [(-scores[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in scores]
+        if not joins:
+            return symbols
+        _, i = min(joins)
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+
+
+def add_sentencepiece(writer: gguf.GGUFWriter) -> None:
+    pieces, scores, types = zip(*sentencepiece_vocabulary(), strict=True)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    model = gguf_files.llama(vocab_size=len(sentencepiece_vocabulary()) + 7)
+    convert_to_litgpt(gguf_files.write(folder / "tiny.gguf", model, add_sentencepiece), folder / "lit")
+    gguf_files.assert_same_logits(model, folder / "lit")
+    return folder / "lit"
+
+
+@settings(max_examples=200)
+@given(st.lists(st.sampled_from([*PIECES, "thatsat", "eate", "", "tttt"]), min_size=1, max_size=8).map(" ".join).filter(bool))
+def test_sentencepiece_merges_by_score(sentencepiece_dir: Path, text: str) -> None:
+    tokenizer = Tokenizer(sentencepiece_dir)
+    vocabulary = sentencepiece_vocabulary()
+    ids = {piece: i for i, (piece, _, _) in enumerate(vocabulary)}
+    expected = [ids[piece] for piece in reference_pieces(text, {piece: score for piece, score, kind in vocabulary if kind == 1})]
+    assert tokenizer.ids(text) == [1, *expected]
+    assert tokenizer.decode(expected) == text
+
+
+def test_sentencepiece_bytes_special_tokens_and_bos(sentencepiece_dir: Path) -> None:
+    tokenizer = Tokenizer(sentencepiece_dir)
+    assert tokenizer.use_bos and tokenizer.bos_id == 1 and tokenizer.stop_ids == {2}
+    text = "the ∑ 日本 🎉\n"
+    ids = tokenizer.ids(text, bos=False)
+    assert 0 not in ids and [3 + byte for byte in "∑".encode()] == [i for i in ids if i in range(3, 259)][:3]
+    assert tokenizer.decode(ids) == text == "".join(tokenizer.decode_stream(ids))
+    assert tokenizer.ids("<s>the</s>") == [1, *tokenizer.ids("the", bos=False), 2]
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(sentencepiece_dir / "tokenizer.json"))
+    assert reference.encode(text) == [1, *ids]
+    assert tokenizer.vocab_size == len(sentencepiece_vocabulary())
 
 
 def sentencepiece_metadata(name: str, as_blanks: bool) -> dict[str, Any]:
-    model = GOLDEN["models"][name]
+    model = gguf_files.GOLDEN["models"][name]
     pieces = [
         piece.replace("▁", " ") if kind == 4 and as_blanks else piece for piece, kind in zip(model["pieces"], model["types"], strict=True)
     ]
@@ -70,14 +188,14 @@ def sentencepiece_metadata(name: str, as_blanks: bool) -> dict[str, Any]:
 def test_sentencepieces_own_ids(tmp_path: Path, name: str, as_blanks: bool) -> None:
     """Read from a file, and read again from a file made of that: the ids are SentencePiece's, and the texts come back."""
     (tmp_path / "a").mkdir()
-    path = write_metadata(tmp_path / "a.gguf", sentencepiece_metadata(name, as_blanks))
+    path = gguf_files.write_metadata(tmp_path / "a.gguf", sentencepiece_metadata(name, as_blanks))
     write_tokenizer(Settings(Reader(path)), Config(), tmp_path / "a")
-    values, again = read_back(tmp_path / "a", 530, tmp_path / "b")
+    values, again = gguf_files.read_back(tmp_path / "a", 530, tmp_path / "b")
     assert values["tokenizer.ggml.tokens"][520:] == [f"[PAD{i}]" for i in range(520, 530)]
-    assert values["tokenizer.ggml.token_type"] == [*GOLDEN["models"][name]["types"], *[5] * 10]
+    assert values["tokenizer.ggml.token_type"] == [*gguf_files.GOLDEN["models"][name]["types"], *[5] * 10]
     for tokenizer in (Tokenizer(tmp_path / "a"), again):
         assert tokenizer.vocab_size == 520 and tokenizer.use_bos
-        for text, ids in zip(GOLDEN["texts"], GOLDEN["models"][name]["ids"], strict=True):
+        for text, ids in zip(gguf_files.GOLDEN["texts"], gguf_files.GOLDEN["models"][name]["ids"], strict=True):
             assert tokenizer.ids(text, bos=False) == ids, text
             assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
@@ -91,170 +209,7 @@ def test_phi_3_takes_the_blanks_behind_its_control_tokens(tmp_path: Path) -> Non
     ]
     for architecture, expected in (("phi3", "<|user|>the"), ("llama", "<|user|>\n the")):
         (tmp_path / architecture).mkdir()
-        path = write_metadata(tmp_path / "a.gguf", values, architecture)
+        path = gguf_files.write_metadata(tmp_path / "a.gguf", values, architecture)
         write_tokenizer(Settings(Reader(path)), Config(), tmp_path / architecture)
         tokenizer = Tokenizer(tmp_path / architecture)
         assert tokenizer.decode(tokenizer.ids("<|user|>\n the", bos=False), skip_special_tokens=False) == expected
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_transformers_sentencepiece_classes(tmp_path: Path, name: str) -> None:
-    model = GOLDEN["models"][name]
-    ids = {piece: i for i, piece in enumerate(model["pieces"])}
-    merges = generate_merges(ids, dict(zip(model["pieces"], model["scores"], strict=True)))
-    kind = {"llama": transformers.LlamaTokenizer, "gemma": transformers.GemmaTokenizer}[name]
-    reference = kind(vocab=ids, merges=merges)
-    reference.save_pretrained(tmp_path / "hf")
-    values, tokenizer = read_back(tmp_path / "hf", 530, tmp_path / "b")
-    assert values["tokenizer.ggml.add_space_prefix"] is (name == "llama")
-    for text in TEXTS:
-        if name == "llama" and text[:1].isspace():
-            continue  # transformers adds no blank to one that is there, SentencePiece and llama.cpp do
-        assert tokenizer.ids(text, bos=False) == reference.encode(text, add_special_tokens=False), text
-
-
-def own(cls: Any) -> Callable[[], Backend]:
-    """An untrained tokenizer that cuts text as a class of transformers does."""
-
-    def make() -> Backend:
-        given = json.loads(cls().backend_tokenizer.to_str())
-        given["model"] |= {"vocab": {}, "merges": []}
-        return Backend.from_str(json.dumps({**given, "added_tokens": [], "post_processor": None}))
-
-    return make
-
-
-def native(*steps: Any, **model: Any) -> Callable[[], Backend]:
-    def make() -> Backend:
-        backend = Backend(models.BPE(**model))
-        backend.pre_tokenizer = Sequence([*steps])
-        backend.decoder = transformers.GPT2Tokenizer().backend_tokenizer.decoder
-        return backend
-
-    return make
-
-
-BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
-GPT_2 = ByteLevel(add_prefix_space=False, use_regex=True)
-LLAMA_3 = Regex(TikTokenConverter().pattern)
-CODE = [Split(Regex(pattern), "isolated") for pattern in ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+")]
-BYTE_LEVEL: dict[str, Callable[[], Backend]] = {
-    "gpt-2": own(transformers.GPT2Tokenizer),
-    "olmo": own(transformers.GPTNeoXTokenizer),
-    "qwen2": own(transformers.Qwen2Tokenizer),
-    "command-r": own(transformers.CohereTokenizer),
-    "smollm": native(Digits(individual_digits=True), GPT_2),
-    "llama-bpe": native(Split(LLAMA_3, "isolated"), BYTES, ignore_merges=True),
-    "dbrx": native(Split(LLAMA_3, "removed", invert=True), BYTES),
-    "falcon": native(Punctuation("contiguous"), GPT_2, Digits(individual_digits=False), Split(Regex("[0-9][0-9][0-9]"), "isolated")),
-    "deepseek-coder": native(*CODE, Digits(individual_digits=True), BYTES),
-}
-
-
-def trained(backend: Backend) -> Backend:
-    special = ["<|start|>", "<|end|>", "<|sep|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=480, special_tokens=special, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
-    )
-    backend.train_from_iterator([text for text in TEXTS for _ in range(3)], trainer)
-    backend.add_tokens([AddedToken("[X Y]", normalized=False)])
-    return backend
-
-
-def save(backend: Backend, folder: Path, **settings: Any) -> Path:
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<|start|>", "eos_token": "<|end|>", "add_bos_token": False, **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize("name", BYTE_LEVEL)
-def test_byte_level_bpe(tmp_path: Path, name: str) -> None:
-    """The way of cutting is recognised by what it is, and made again by its name alone."""
-    backend = trained(BYTE_LEVEL[name]())
-    folder = save(backend, tmp_path / "a", chat_template="{{ messages }}")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
-    values, tokenizer = read_back(folder, 512, tmp_path / "b")
-    assert (values["tokenizer.ggml.model"], values["tokenizer.ggml.pre"]) == ("gpt2", name)
-    assert values["tokenizer.ggml.token_type"].count(4) == 1 and values["tokenizer.ggml.token_type"].count(3) == 3
-    for text in TEXTS:
-        ids = backend.encode(text).ids
-        assert tokenizer.ids(text) == ids, text
-        assert tokenizer.decode(ids, skip_special_tokens=False) == backend.decode(ids, skip_special_tokens=False)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.use_bos) == (0, 1, {1, 2}, False)
-    assert tokenizer.chat_template == "{{ messages }}"
-    assert tokenizer.vocab_size == backend.get_vocab_size()
-
-
-@pytest.mark.parametrize("add_bos", [False, True])
-def test_bos_is_written(tmp_path: Path, add_bos: bool) -> None:
-    folder = save(trained(BYTE_LEVEL["llama-bpe"]()), tmp_path / "a", add_bos_token=add_bos)
-    _, tokenizer = read_back(folder, 512, tmp_path / "b")
-    assert (tokenizer.ids("x")[0] == 0) is add_bos
-
-
-@pytest.mark.parametrize("name", CUTS)
-def test_every_cut_splits_all_of_a_text(name: str) -> None:
-    backend = Backend.from_str(
-        json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": pre_tokenizer(CUTS[name])})
-    )
-    for text in TEXTS:
-        pieces = backend.pre_tokenizer.pre_tokenize_str(text)
-        assert backend.decoder is None and sum(end - start for _, (start, end) in pieces) >= len(text)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "pieces"),
-    [
-        ("gpt-4o", "HelloWorld's 12345", ["Hello", "World's", "Ġ", "123", "45"]),
-        ("tekken", "HelloWorld's 12", ["Hello", "World", "'s", "Ġ", "1", "2"]),
-        ("qwen2", "I'LL 12", ["I", "'LL", "Ġ", "1", "2"]),
-        ("gpt-2", "I'LL 12", ["I", "'", "LL", "Ġ12"]),
-    ],
-)
-def test_published_patterns(name: str, text: str, pieces: list[str]) -> None:
-    backend = Backend.from_str(
-        json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": pre_tokenizer(CUTS[name])})
-    )
-    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
-
-
-def changed(**parts: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda content: content.update(parts)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (changed(normalizer={"type": "NFKC"}), "the normalizer .*NFKC"),
-        (changed(pre_tokenizer={"type": "Whitespace"}), "the pre-tokenizer .*Whitespace"),
-        (changed(pre_tokenizer=None), "a tokenizer that does not cut text"),
-        (
-            changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
-            "the pre-tokenizer .*'add_prefix_space': True",
-        ),
-        (changed(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "the model WordLevel"),
-        (lambda content: content["model"].update(ignore_merges=True), "the pre-tokenizer .* with ignore_merges"),
-        (lambda content: content["model"].update(byte_fallback=True), "the pre-tokenizer .*ByteLevel"),
-        (lambda content: content["model"]["vocab"].update(zzz=700), "the token 'zzz', number 700, of an embedding of 512 rows"),
-    ],
-)
-def test_what_gguf_has_no_words_for(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
-    content = json.loads(trained(BYTE_LEVEL["gpt-2"]()).to_str())
-    change(content)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"tokenizer\.json: a GGUF file has no words for {message}"):
-        vocabulary(tmp_path, 512)
-
-
-def test_merges_that_no_scores_give(tmp_path: Path) -> None:
-    merges = [["a", "b"], ["b", "c"], ["ab", "c"]]  # a, bc would give abc too
-    content = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {t: i for i, t in enumerate(["a", "b", "c", "ab", "bc", "abc"])}}}
-    content["model"]["merges"] = merges
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "normalizer": None, "pre_tokenizer": None}))
-    with pytest.raises(UserError, match="merges that do not follow from scores"):
-        vocabulary(tmp_path, 6)
-    content["model"]["merges"] = [*merges[:2], ["a", "bc"], *merges[2:]]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "normalizer": None, "pre_tokenizer": None}))
-    assert vocabulary(tmp_path, 6)["tokenizer.ggml.scores"] == [-3.0, -4.0, -5.0, 0.0, -1.0, -2.0]

@@ -1,0 +1,87 @@
+"""`litgpt convert_to_gguf`: a complete file or none, from full models only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+
+from litgpt.checkpoint import load_model, load_weights
+from litgpt.config import Config
+from litgpt.convert.gguf.convert import convert_gguf
+from litgpt.convert.gguf.export import convert_to_gguf
+from litgpt.convert.merge import merge_lora
+from litgpt.errors import UserError
+from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer
+from tests.helpers import gguf_files, tiny
+
+
+def test_the_file_appears_whole_or_not_at_all(tmp_path: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "x.gguf"
+    target.write_bytes(b"mine")
+    with pytest.raises(UserError, match="exists already: name another file, or add --overwrite"):
+        convert_to_gguf(mixture, target)
+    with pytest.raises(UserError, match=r"x\.bin is no name of a GGUF file"):
+        convert_to_gguf(mixture, tmp_path / "x.bin")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"x\.gguf cannot be written: No space left on device"):
+        patch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+        convert_to_gguf(mixture, target, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"] and target.read_bytes() == b"mine"
+    convert_to_gguf(mixture, target, overwrite=True)
+    assert target.read_bytes()[:4] == b"GGUF"
+
+
+def test_adapter_folders_are_refused_with_the_reason(tmp_path: Path, mixture: Path) -> None:
+    for enabled, message in ((True, "Skip2-LoRA adapter, which reads the outputs of earlier blocks"), (False, "run `litgpt merge_lora")):
+        folder = tmp_path / str(enabled)
+        folder.mkdir()
+        (folder / "lit_model.pth.lora").write_bytes(b"")
+        (folder / "hyperparameters.yaml").write_text(f"checkpoint_dir: {mixture}\nskip2lora_enabled: {str(enabled).lower()}\n")
+        with pytest.raises(UserError, match=message):
+            convert_to_gguf(folder, tmp_path / "x.gguf")
+
+
+@torch.inference_mode()
+def test_merged_lora(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    lora = {"lora_r": 4, **tiny.ALL_LORA}
+    built = tiny.move_adapters(tiny.tiny(**tiny.SPEAKING, **lora))
+    folder = tiny.write_adapter(tmp_path / "adapter", base, built, **lora)
+    with pytest.raises(UserError, match="run `litgpt merge_lora"):
+        convert_to_gguf(folder, tmp_path / "x.gguf")
+    merge_lora(folder)
+    convert_to_gguf(folder, tmp_path / "x.gguf")
+    convert_gguf(tmp_path / "x.gguf", tmp_path / "again")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32).eval()
+    ids = gguf_files.IDS % 320
+    torch.testing.assert_close(load_model(tmp_path / "again", torch.float32)(ids), built(ids), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(theirs(ids).logits, built(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_transformers_reads_our_smollm2_with_the_same_tokens_and_text(smollm2_dir: Path, tmp_path: Path) -> None:
+    convert_to_gguf(smollm2_dir, tmp_path / "x.gguf", dtype="f32")
+    tokenizer, theirs = Tokenizer(smollm2_dir), transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+    for text in ("Hello world, the year 2024 isn't", "<|im_start|>user\nhi 日本 🎉<|im_end|>\n"):
+        assert theirs.encode(text) == tokenizer.ids(text)
+    assert theirs.chat_template == tokenizer.chat_template
+    ids = tokenizer.encode("The capital of France is")[None]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
+    expected = reference.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+    model = GPT(Config.from_checkpoint(smollm2_dir))
+    model.load_state_dict(load_weights(smollm2_dir / "lit_model.pth"))
+    model.float()
+    for _ in range(12):
+        ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), 1)
+    assert ids[0].tolist() == expected and tokenizer.decode(ids[0]).startswith("The capital of France is Paris")

@@ -1,0 +1,41 @@
+"""`litgpt convert_to_litgpt`: where the checkpoint goes, by what is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt.checkpoint import load_weights, require_checkpoint
+from litgpt.convert.to_litgpt import convert_to_litgpt
+from litgpt.errors import UserError
+from tests.helpers import gguf_files, tiny
+
+
+def test_a_gguf_file_goes_below_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer_dir: Path) -> None:
+    path = gguf_files.write_tiny(tmp_path, gguf_files.byte_level_of(tiny_tokenizer_dir), lambda writer: None)
+    monkeypatch.chdir(tmp_path)
+    convert_to_litgpt(path)
+    assert require_checkpoint(Path("checkpoints") / "tiny")
+
+
+def test_the_folder_to_convert_in_place_may_be_named_litgpts_way(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    tiny.hf_llama().save_pretrained(tmp_path / "hf")
+    write_tiny_tokenizer(tmp_path / "hf")
+    convert_to_litgpt(checkpoint_dir=tmp_path / "hf")
+    assert (tmp_path / "hf" / "lit_model.pth").is_file()
+
+
+def test_own_weights_need_a_place(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    with pytest.raises(UserError, match="lit_model.pth is LitGPT's own file: give --checkpoint_dir"):
+        convert_to_litgpt(base / "lit_model.pth")
+    convert_to_litgpt(base / "lit_model.pth", tmp_path / "new", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_weights(tmp_path / "new" / "lit_model.pth").values()} == {torch.bfloat16}
+
+
+def test_nothing_to_convert() -> None:
+    with pytest.raises(UserError, match="nothing to convert"):
+        convert_to_litgpt()
