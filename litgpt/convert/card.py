@@ -64,7 +64,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = AutoModelForCausalLM.from_pretrained("{folder}")""",
     ),
 }
-SECRET_KEY = re.compile(r"(^|_)(access_token|hf_token|token|api_key|key|secret|password)$")
+SECRET_KEY = re.compile(r"(^|[_.])(access_token|hf_token|token|api_key|key|secret|password)$")
 SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{12,}")
 NOT_IN_TABLE = ("checkpoint_dir", "data", "out_dir", "log", "logger_name", "eval")  # elsewhere in the card, or no part of the training
 
@@ -90,7 +90,7 @@ def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) 
     blocks = [f"# {title[0].upper()}{title[1:]}"]
     if trained:
         blocks += ["## Data", _describe_data(settings.get("data") or {})]
-        blocks += ["## Settings", markdown_table(["setting", "value"], [[key, text] for key, text in _flat(_in_table(settings)).items()])]
+        blocks += ["## Settings", _table(settings)]
         if losses := _losses(source):
             blocks += ["## Result", losses]
         blocks += ["## Command", f"With litgpt {__version__}:", f"```sh\n{command(settings)}\n```"]
@@ -116,28 +116,25 @@ def command(settings: dict[str, Any]) -> str:
     from litgpt.finetune import full, lora
 
     name, setup = ("finetune", lora.setup) if "lora_r" in settings else ("finetune_full", full.setup)
-    defaults = _defaults(setup)
+    defaults = _flat(_defaults(setup)) | {f"data.{key}": value for key, value in _defaults(_data_class(settings.get("data") or {})).items()}
     words = [f"litgpt {name} {shlex.quote(_public(settings.get('checkpoint_dir', '')))}"]
-    for key, value in settings.items():
-        if key in ("checkpoint_dir", "log") or SECRET_KEY.search(key):
-            continue
-        if isinstance(value, dict) and "class_path" in value:
-            path = value["class_path"]  # --data and --optimizer take the name of a class of ours or torch's
-            words.append(f"--{key} {_word(path.rpartition('.')[2] if path.startswith(('litgpt.data.', 'torch.optim.')) else path)}")
-            words += _options(key, value.get("init_args") or {}, _defaults(_data_class(value)))
-        elif isinstance(value, dict) and isinstance(defaults.get(key), dict):
-            words += _options(key, value, defaults[key])
-        elif value != defaults.get(key):
+    for key, value in _flat({key: value for key, value in settings.items() if key not in ("checkpoint_dir", "log")}).items():
+        if value != defaults[key] if key in defaults else value is not None:
             words.append(f"--{key} {_word(value)}")
     return " \\\n  ".join(words)
 
 
-def _options(group: str, values: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    return [
-        f"--{group}.{key} {_word(value)}"
-        for key, value in values.items()
-        if not SECRET_KEY.search(key) and (value != defaults[key] if key in defaults else value is not None)
-    ]
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the keys of groups and classes as `train.epochs` and `optimizer.lr`, without secrets."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            if "class_path" in value:
+                flat[key], value = value["class_path"], value.get("init_args") or {}
+            flat |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            flat[key] = value
+    return {key: value for key, value in flat.items() if not SECRET_KEY.search(key)}
 
 
 def _defaults(settings: Any) -> dict[str, Any]:
@@ -160,6 +157,8 @@ def _word(value: Any) -> str:
         value = yaml.safe_dump(_public(value), default_flow_style=True, width=10**6).strip()
     if isinstance(value, bool) or value is None:
         value = {True: "true", False: "false", None: "null"}[value]
+    if str(value).startswith(("litgpt.data.", "torch.optim.")):  # --data and --optimizer take the name of such a class
+        value = value.rpartition(".")[2]
     return shlex.quote(_public(str(value)))
 
 
@@ -199,23 +198,12 @@ def _describe_data(data: dict[str, Any]) -> str:
     return text + ("; loss on the answers only." if values.get("mask_prompt") else ".")
 
 
-def _in_table(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that the card lists: those of Skip2-LoRA only if it is used."""
+def _table(settings: dict[str, Any]) -> str:
+    """Return a table of the settings, without switches that are off and empty values."""
     unused = () if settings.get("skip2lora_enabled") else ("skip2lora_",)
-    return {key: value for key, value in settings.items() if key not in NOT_IN_TABLE and not key.startswith(unused)}
-
-
-def _flat(settings: dict[str, Any], group: str = "") -> dict[str, str]:
-    """Return settings as text, those of groups as `train.epochs`, without secrets, switches that are off and empty values."""
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if SECRET_KEY.search(key) or value in (None, False, {}, []):
-            continue
-        if isinstance(value, dict):
-            flat |= _flat(value, group if key == "init_args" else f"{group}{key}.")
-        else:
-            flat[(group + key).removesuffix(".class_path")] = str(_public(value))
-    return flat
+    listed = {key: value for key, value in settings.items() if key not in NOT_IN_TABLE and not key.startswith(unused)}
+    rows = [[key, str(_public(value))] for key, value in _flat(listed).items() if value not in (None, False, {}, [])]
+    return markdown_table(["setting", "value"], rows)
 
 
 def _losses(source: Path) -> str | None:

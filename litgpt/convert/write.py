@@ -51,7 +51,7 @@ class _Tensor:
     """Pickled as a contiguous tensor that fills a record."""
 
     def __init__(self, storage: _Storage, tensor: torch.Tensor) -> None:
-        self.parts = (storage, 0, tuple(tensor.shape), tensor.stride(), False, OrderedDict[Any, Any]())
+        self.parts: tuple[Any, ...] = (storage, 0, tuple(tensor.shape), tensor.stride(), False, OrderedDict())
 
     def __reduce__(self) -> tuple[Any, ...]:
         import torch
