@@ -16,7 +16,6 @@ next one starts. OUT_DIR/comparison_results.json has the results for analyze_res
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import re
@@ -33,8 +32,9 @@ import yaml
 from benchmarks.process import ROOT, error_line, redacted, run_litgpt
 from benchmarks.runs import environment, read_run, read_settings
 from litgpt import atomic, checkpoint
+from litgpt.args import defaults as args_defaults
 from litgpt.errors import UserError
-from litgpt.finetune.lora import setup
+from litgpt.finetune.lora import Lora
 from litgpt.logs import METRICS
 from litgpt.text import text_table
 
@@ -115,8 +115,8 @@ def derived(name: str, folder: Path) -> Run:
         blocks = list(range(4 if name == "skip2lora_4blocks" else 6))
         return Run(name, file, ("--skip2lora_block_indices", str(blocks)))
     preset, lora = (yaml.safe_load((folder / f"{kind}.yaml").read_text(encoding="utf-8")) for kind in ("skip2lora", "lora"))
-    defaults = inspect.signature(setup).parameters
-    reset = {key: defaults[key].default for key in preset if key.startswith(("lora_", "skip2lora_"))}
+    defaults = args_defaults(Lora)
+    reset = {key: defaults[key] for key in preset if key.startswith(("lora_", "skip2lora_"))}
     words = [word for key, value in reset.items() for word in (f"--{key}", json.dumps(value))]
     return Run(name, file, (*words, "--optimizer.lr", str(lora["optimizer"]["init_args"]["lr"])))
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from litgpt import __version__
 from litgpt.errors import Stopped, UserError
@@ -30,10 +30,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "finetune": Command("litgpt.finetune.lora:setup", "Tune a model with LoRA or Skip2-LoRA."),
-    "finetune_lora": Command("litgpt.finetune.lora:setup", "The same."),
-    "sweep": Command("litgpt.finetune.sweep:setup", "Tune a model with many settings of LoRA or Skip2-LoRA, from one activation cache."),
-    "finetune_full": Command("litgpt.finetune.full:setup", "Tune all weights of a model."),
+    "finetune": Command("litgpt.finetune.lora:Lora", "Tune a model with LoRA or Skip2-LoRA."),
+    "finetune_lora": Command("litgpt.finetune.lora:Lora", "The same."),
+    "sweep": Command("litgpt.finetune.sweep:Sweep", "Tune a model with many settings of LoRA or Skip2-LoRA, from one activation cache."),
+    "finetune_full": Command("litgpt.finetune.full:Full", "Tune all weights of a model."),
     "generate": Command("litgpt.generate.base:main", "Answer one prompt with a checkpoint or an adapter."),
     "chat": Command("litgpt.generate.chat:main", "Talk to a checkpoint or an adapter."),
     "download": Command("litgpt.download:download_from_hub", "Get a model from the Hugging Face hub."),
@@ -76,8 +76,10 @@ def _run(name: str, argv: list[str]) -> int:
     from litgpt.cli import UsageError, parse
 
     try:
-        function = load(name)
-        function(**parse(f"litgpt {name}", function, argv))
+        command = load(name)
+        settings = command(**parse(f"litgpt {name}", command, argv))
+        if isinstance(command, type):
+            settings.main()
     except UsageError as error:
         _say_error(str(error))
         return 2
@@ -107,10 +109,10 @@ def _say_error(message: str) -> None:
     print(f"Error: {text[:LONGEST_ERROR]}{more}", file=sys.stderr)
 
 
-def load(name: str) -> Callable[..., object]:
-    """The function behind a command."""
+def load(name: str) -> Callable[..., Any]:
+    """Return the function or the settings class of a command."""
     module, function = COMMANDS[name].target.split(":")
-    command: Callable[..., object] = getattr(importlib.import_module(module), function)
+    command: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return command
 
 

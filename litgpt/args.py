@@ -1,11 +1,15 @@
-"""The groups of settings that every training command shares: `train.*`, `eval.*`, `log.*`.
+"""The groups of settings that all training commands share, `train.*`, `eval.*` and `log.*`, and what dataclasses of settings can do.
 
-The string below each field is its help text on the command line. A value that makes no sense is a `UserError` naming the key.
+The string below each field is its help text on the command line. A value out of range raises a `UserError` that names the key.
+`setting` marks a field: its value may vary between the trials of a sweep, or may change when a run is resumed.
 """
 
+import copy
 import dataclasses
 import math
-from dataclasses import dataclass
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -21,49 +25,86 @@ ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")
 """Where a class named by a YAML file or on the command line may come from."""
 
 
+def setting(default: Any, *, varies: bool = False, may_change: bool = False) -> Any:
+    """Return a dataclass field with this default.
+
+    Args:
+        varies: The trials of one sweep may have different values: the value changes neither the data nor the frozen layers' outputs.
+        may_change: A resumed run may have another value: the steps that both runs take are the same.
+    """
+    metadata = {"varies": varies, "may_change": may_change}
+    if dataclasses.is_dataclass(default):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def marked(settings: type, mark: Literal["varies", "may_change"], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a settings dataclass that carry the mark, those of its groups as `train.epochs`."""
+    hints = typing.get_type_hints(settings)
+    for item in dataclasses.fields(settings):
+        if item.metadata.get(mark):
+            yield prefix + item.name
+        elif hints[item.name] in (TrainArgs, EvalArgs):
+            yield from marked(hints[item.name], mark, f"{item.name}.")
+
+
+def _at_least(group: str, args: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{group}.{name} must be at least {least}, but is {value}")
+
+
+def _above_zero(group: str, args: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{group}.{name} must be above 0, but is {value}")
+
+
 @dataclass
 class TrainArgs:
     """How long to train, in what batches, and how the learning rate moves."""
 
-    save_interval: Optional[int] = 1000
+    save_interval: Optional[int] = setting(1000, may_change=True)
     """Optimizer steps between checkpoints that stay. null: the final one only."""
-    save_every_minutes: Optional[float] = 30
+    save_every_minutes: Optional[float] = setting(30, may_change=True)
     """Minutes between checkpoints to resume from, besides save_interval's. Each is removed when the next checkpoint is whole."""
-    keep_last: Optional[int] = None
+    keep_last: Optional[int] = setting(None, may_change=True)
     """Keep only so many of save_interval's checkpoints, the newest. null keeps all."""
-    keep_best: bool = True
+    keep_best: bool = setting(True, may_change=True)
     """Keep the checkpoint with the lowest validation loss, in best/."""
-    log_interval: int = 1
+    log_interval: int = setting(1, may_change=True)
     """Optimizer steps between lines in the log."""
-    global_batch_size: int = 16
+    global_batch_size: int = setting(16, varies=True)
     """Samples per optimizer step, over all devices."""
-    micro_batch_size: int = 4
+    micro_batch_size: int = setting(4, varies=True)
     """Samples per forward pass on one device. The rest of the global batch is accumulated."""
-    lr_warmup_steps: Optional[int] = DEFAULT_WARMUP_STEPS
+    lr_warmup_steps: Optional[int] = setting(DEFAULT_WARMUP_STEPS, varies=True)
     """Optimizer steps in which the learning rate rises from 0. null: see lr_warmup_fraction, or no warm-up."""
-    lr_warmup_fraction: Optional[float] = None
+    lr_warmup_fraction: Optional[float] = setting(None, varies=True)
     """Warm-up as a share (0 to 1) of all steps. Give this or lr_warmup_steps, not both."""
-    epochs: Optional[int] = 5
+    epochs: Optional[int] = setting(5, varies=True)
     """Passes over the training samples."""
-    max_tokens: Optional[int] = None
+    max_tokens: Optional[int] = setting(None, varies=True)
     """Stop after this many tokens, over all devices."""
-    max_steps: Optional[int] = None
+    max_steps: Optional[int] = setting(None, varies=True)
     """Stop after this many optimizer steps."""
-    max_time: Optional[float] = None
+    max_time: Optional[float] = setting(None, varies=True, may_change=True)
     """Stop after this many seconds of training."""
     max_seq_length: Optional[int] = None
     """Cut samples to this many tokens. null: what the model can read."""
-    group_by_length: bool = False
+    group_by_length: bool = setting(False, varies=True)
     """Make batches of samples of like length, which take less memory. Their order stays random."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the blocks that gradients cross, and run each block again in the backward pass: less memory, more time."""
     tie_embeddings: Optional[bool] = None
     """Share one weight between the token embedding and the output head. null: as the checkpoint has it."""
-    max_norm: Optional[float] = None
+    max_norm: Optional[float] = setting(None, varies=True)
     """Clip gradients to this norm. null: no clipping."""
-    min_lr: float = 6e-5
+    min_lr: float = setting(6e-5, varies=True)
     """Learning rate at the end of the cosine decay."""
-    skip_nonfinite: bool = False
+    skip_nonfinite: bool = setting(False, varies=True, may_change=True)
     """Leave out a step whose loss or gradient is not a number and go on. Otherwise the run saves what it has and stops (exit code 3)."""
 
     def __post_init__(self) -> None:
@@ -99,7 +140,7 @@ class EvalArgs:
 
     interval: int = 600
     """Optimizer steps between validations."""
-    max_new_tokens: Optional[int] = None
+    max_new_tokens: Optional[int] = setting(None, may_change=True)
     """Length of the sample answer that is generated at each validation. null: none is generated."""
     max_iters: int = 100
     """Batches per validation at most."""
@@ -107,9 +148,9 @@ class EvalArgs:
     """Validate before the first step."""
     final_validation: bool = True
     """Validate after the last step."""
-    evaluate_example: Union[int, str] = "first"
+    evaluate_example: Union[int, str] = setting("first", may_change=True)
     """The validation sample to answer: "first", "random" or its number, counted from 0."""
-    patience: Optional[int] = None
+    patience: Optional[int] = setting(None, varies=True, may_change=True)
     """Stop after this many validations in a row without a lower loss. null: never."""
 
     def __post_init__(self) -> None:
@@ -142,6 +183,22 @@ class LogArgs:
     """Name of the stored checkpoints (litlogger)."""
 
 
+def shallow(settings: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass without converting their values."""
+    return {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
+
+
+def defaults(settings: type) -> dict[str, Any]:
+    """Return the defaults of a settings dataclass, without its required fields."""
+    result = {}
+    for item in dataclasses.fields(settings):
+        if item.default_factory is not dataclasses.MISSING:
+            result[item.name] = item.default_factory()
+        elif item.default is not dataclasses.MISSING:
+            result[item.name] = item.default
+    return result
+
+
 def require_allowed_class(class_path: Any, place: str) -> None:
     """UserError unless the dotted name `class_path`, found at `place`, may be imported. To call before any import of it."""
     named = isinstance(class_path, str) and all(part.isidentifier() for part in class_path.split("."))
@@ -165,17 +222,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _at_least(group: str, args: Any, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"{group}.{name} must be at least {least}, but is {value}")
-
-
-def _above_zero(group: str, args: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{group}.{name} must be above 0, but is {value}")

@@ -34,6 +34,7 @@ from litgpt.files import parse_yaml, read_yaml
 
 GROUPS = (TrainArgs, EvalArgs, LogArgs)
 SECRET = "access_token"
+OLDER_NAMES = {"skip2lora_positions": "skip2lora_block_indices"}
 YAML_ENDINGS = (".yaml", ".yml")
 
 
@@ -78,6 +79,7 @@ def _parse(prog: str, keys: "Keys", argv: list[str]) -> dict[str, Any]:
     words = _split(argv, keys)
     from_files = [setting for file in words.files for setting in keys.flatten(_read_yaml(file), file)]
     given = from_files + [setting for option in words.options for setting in keys.flatten_option(option)]
+    given = _renamed(given)
     classes = keys.check(given)
     parser = _parser(prog, keys)
     merged = (*keys.recipes, *keys.grids)
@@ -98,6 +100,19 @@ def _parse(prog: str, keys: "Keys", argv: list[str]) -> dict[str, Any]:
         if not 0 <= seed < 2**32:
             raise UsageError(f"seed is {seed}: a number from 0 to {2**32 - 1} is needed")
     return values
+
+
+def _renamed(given: list[Setting]) -> list[Setting]:
+    """Return the settings with the newer names of their keys. Raises UsageError where a key is given by both names."""
+    keys = {setting.key for setting in given}
+    result = []
+    for setting in given:
+        above, dot, last = setting.key.rpartition(".")
+        newer = f"{above}{dot}{OLDER_NAMES.get(last, last)}"
+        if newer != setting.key and newer in keys:
+            raise UsageError(f"{setting.key} is the older name of {newer}: give one of them")
+        result.append(setting._replace(key=newer))
+    return result
 
 
 class Keys:
@@ -335,7 +350,10 @@ def _parser(prog: str, keys: Keys) -> _Parser:
     parser.add_argument("--config", action="config", help="A YAML file of these keys. The command line counts more.")
     for base in keys.classes.values():
         _known_classes(base)
-    parser.add_function_arguments(keys.function)
+    if isinstance(keys.function, type):
+        parser.add_class_arguments(keys.function)
+    else:
+        parser.add_function_arguments(keys.function)
     return parser
 
 

@@ -43,16 +43,14 @@ litgpt cli __main__
 # Not yet as it should be: these sets only shrink, and shall be empty.
 UPWARD = {
     ("config", "families"),
-    ("train.grid", "finetune.lora"),
-    ("train.sweep", "finetune.lora"),
 }
-IN_CIRCLES = {"config", "families", "train"}  # files and folders
+IN_CIRCLES = {"config", "families"}  # files and folders
 LONG_FILES: set[str] = set()
-LONG_FUNCTIONS = {"finetune.lora.setup"}
+LONG_FUNCTIONS: set[str] = set()
 LINES_TOO_MANY = 2_400
 WITHOUT_TESTS = {
-    "activations.store", "args", "convert.names", "finetune.sweep", "train.faults", "train.grid", "train.interrupts", "train.methods",
-    "train.out_dir", "train.report", "train.run", "train.saver", "train.session", "train.sweep_table",
+    "activations.store", "args", "convert.names", "finetune.sweep", "train.interrupts", "train.methods", "train.out_dir",
+    "train.parallel", "train.phase", "train.prepare", "train.report", "train.run", "train.settings", "train.trials",
 }  # fmt: skip
 
 # Files and folders without test files of their names, and the tests that cover them.

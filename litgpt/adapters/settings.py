@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Optional, Union
 
+from litgpt.args import setting
 from litgpt.errors import UserError
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
@@ -19,45 +20,45 @@ LAYER_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_
 class AdapterSettings:
     """Which adapters a model has, and their sizes. The defaults attach none."""
 
-    lora_r: int = 0
+    lora_r: int = setting(0, varies=True)
     """Rank of the adapters."""
-    lora_alpha: int = 1
+    lora_alpha: int = setting(1, varies=True)
     """Adapters are scaled by lora_alpha / lora_r."""
-    lora_dropout: float = 0.0
+    lora_dropout: float = setting(0.0, varies=True)
     """Dropout on the adapters' input."""
-    lora_variant: Literal["lora", "dora"] = "lora"
+    lora_variant: Literal["lora", "dora"] = setting("lora", varies=True)
     """lora, or dora: weight-decomposed LoRA, which also learns the length of each row of a weight."""
-    lora_rslora: bool = False
+    lora_rslora: bool = setting(False, varies=True)
     """Scale LoRA by lora_alpha / sqrt(lora_r) (rsLoRA), which suits high ranks."""
-    lora_query: bool = False
+    lora_query: bool = setting(False, varies=True)
     """LoRA on the query projections."""
-    lora_key: bool = False
+    lora_key: bool = setting(False, varies=True)
     """LoRA on the key projections."""
-    lora_value: bool = False
+    lora_value: bool = setting(False, varies=True)
     """LoRA on the value projections."""
-    lora_projection: bool = False
+    lora_projection: bool = setting(False, varies=True)
     """LoRA on attention's output projections."""
-    lora_mlp: bool = False
+    lora_mlp: bool = setting(False, varies=True)
     """LoRA on the layers of the MLPs."""
-    lora_head: bool = False
+    lora_head: bool = setting(False, varies=True)
     """LoRA on the output head."""
-    lora_block_indices: BlockIndices = None
+    lora_block_indices: BlockIndices = setting(None, varies=True)
     """Blocks that get LoRA, in the forms of skip2lora_block_indices. The blocks before the first of them run frozen and are cached.
     Default: all."""
-    skip2lora_enabled: bool = False
+    skip2lora_enabled: bool = setting(False, varies=True)
     """Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only."""
-    skip2lora_block_indices: BlockIndices = None
+    skip2lora_block_indices: BlockIndices = setting(None, varies=True)
     """Blocks to tap: [0, 1, -1], all, last:6, every:5 or names such as transformer.h.3. auto:6 (or auto) chooses 6 before training, from
     the outputs of all blocks on a sample of the training data. Default: the last 6."""
     skip2lora_output_layer: str = "lm_head"
     """The layer whose input the adapters' sum is added to: lm_head, transformer.ln_f or transformer.h.M."""
     skip2lora_norm: Literal["rms", "none"] = "rms"
     """rms divides a block's output by its root mean square before its adapter, none does not."""
-    skip2lora_r: Optional[int] = None
+    skip2lora_r: Optional[int] = setting(None, varies=True)
     """Rank of the Skip2-LoRA adapters. Default: lora_r."""
-    skip2lora_alpha: Optional[int] = None
+    skip2lora_alpha: Optional[int] = setting(None, varies=True)
     """Their alpha. Default: lora_alpha."""
-    skip2lora_dropout: Optional[float] = None
+    skip2lora_dropout: Optional[float] = setting(None, varies=True)
     """Their dropout. Default: lora_dropout."""
 
     def __post_init__(self) -> None:

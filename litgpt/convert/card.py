@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from litgpt import __version__, atomic, files
+from litgpt import __version__, args, atomic, files
 from litgpt.args import as_config
 from litgpt.checkpoint import read_hyperparameters
 from litgpt.config import Config
@@ -113,10 +113,11 @@ def base_name(source: Path, settings: dict[str, Any]) -> str:
 
 def command(settings: dict[str, Any]) -> str:
     """Return the command that gives these settings: what differs from the defaults, without loggers' names, paths by their last part."""
-    from litgpt.finetune import full, lora
+    from litgpt.finetune.full import Full
+    from litgpt.finetune.lora import Lora
 
-    name, setup = ("finetune", lora.setup) if "lora_r" in settings else ("finetune_full", full.setup)
-    defaults = _flat(_defaults(setup)) | {f"data.{key}": value for key, value in _defaults(_data_class(settings.get("data") or {})).items()}
+    name, settings_class = ("finetune", Lora) if "lora_r" in settings else ("finetune_full", Full)
+    defaults = _flat(_defaults(settings_class)) | {f"data.{key}": value for key, value in _defaults(_data_class(settings.get("data") or {})).items()}
     words = [f"litgpt {name} {shlex.quote(_public(settings.get('checkpoint_dir', '')))}"]
     for key, value in _flat({key: value for key, value in settings.items() if key not in ("checkpoint_dir", "log")}).items():
         if value != defaults[key] if key in defaults else value is not None:
@@ -139,8 +140,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults(settings: Any) -> dict[str, Any]:
     """Return the defaults of a command or of a class of litgpt.data, as YAML values."""
-    parameters = inspect.signature(settings).parameters.values() if settings else ()
-    return as_config({p.name: p.default for p in parameters if p.default is not p.empty})
+    return as_config(args.defaults(settings)) if settings else {}
 
 
 def _data_class(data: dict[str, Any]) -> Any:

@@ -1,78 +1,51 @@
 """`litgpt sweep`: many settings of the adapters trained from one activation cache. Light, as `litgpt.finetune.lora` is."""
 
-import inspect
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-from litgpt.args import EvalArgs, Grid
+from litgpt.args import EvalArgs, Grid, setting
 from litgpt.errors import UserError
-from litgpt.finetune.lora import checked
-from litgpt.finetune.lora import setup as finetune
-from litgpt.train.grid import expand
-
-NEW: dict[str, tuple[Any, Any, str]] = {
-    "out_dir": (Path, Path("out/finetune/sweep"), "Folder for the results, sweep.csv and sweep.json, and a folder for each setting's run."),
-    "eval": (EvalArgs, EvalArgs(interval=100, max_iters=100), "When and on how much to validate. A sweep generates no sample answers."),
-    "overwrite": (bool, False, "Replace an earlier sweep in out_dir."),
-    "resume": (
-        inspect.signature(finetune).parameters["resume"].annotation,
-        False,
-        "auto: go on with the sweep in out_dir, if there is one. Finished settings are skipped, the one that was stopped is resumed.",
-    ),
-    "dry_run": (bool, False, "Check everything and list the settings, their steps and the cache's bytes. Writes nothing."),
-    "grid": (
-        Optional[Grid],
-        None,
-        "What is to vary, each key with a list of values: --grid.lora_r '[4, 8]' --grid.optimizer.lr '[5e-4, 1e-3]', or a mapping in a "
-        "YAML file. All combinations are trained.",
-    ),
-    "samples": (Optional[int], None, "Train only so many of the combinations, drawn with the seed."),
-}
-"""Annotation, default and help of the arguments that `litgpt finetune` has not, or has otherwise."""
+from litgpt.finetune.lora import Lora
+from litgpt.train.settings import Resume
 
 
-def setup(**arguments: Any) -> None:
-    grid, samples = arguments.pop("grid"), arguments.pop("samples")
-    arguments = checked(arguments)
-    _require_shareable(arguments)
-    arguments["resume"] = arguments["resume"] and "auto"
-    variants = expand(arguments, grid, samples)
+@dataclass(kw_only=True)
+class Sweep(Lora):
+    """Train many settings of LoRA or Skip2-LoRA from one activation cache."""
 
-    from litgpt.convert.resolve import open_checkpoint
-    from litgpt.train.sweep import dry_run, sweep
+    out_dir: Path = setting(Path("out/finetune/sweep"), may_change=True)
+    """Folder for the results, sweep.csv and sweep.json, and a folder for each trial."""
+    eval: EvalArgs = setting(EvalArgs(interval=100))
+    """When and on how much to validate. A sweep generates no sample answers."""
+    overwrite: bool = setting(False, may_change=True)
+    """Replace an earlier sweep in out_dir."""
+    resume: Resume = setting(False, may_change=True)
+    """auto: resume the sweep in out_dir, if there is one. Finished trials are skipped, the one that was stopped is resumed."""
+    dry_run: bool = setting(False, may_change=True)
+    """Check everything and list the trials, their steps and the cache's bytes. Writes nothing."""
+    grid: Optional[Grid] = None
+    """The values to try for each key: --grid.lora_r '[4, 8]' --grid.optimizer.lr '[5e-4, 1e-3]', or a mapping in a YAML file. All
+    combinations are trained."""
+    samples: Optional[int] = None
+    """Train only this many of the combinations, drawn with the seed."""
 
-    base = open_checkpoint(arguments["checkpoint_dir"], convert=not arguments["dry_run"]).resolve()
-    for settings in (arguments, *(variant.arguments for variant in variants if not variant.problem)):
-        settings["checkpoint_dir"] = base
-    (dry_run if arguments["dry_run"] else sweep)(arguments, variants)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip2lora_cache == "off":
+            raise UserError("skip2lora_cache is off: the trials of a sweep share one cache. Leave it out, or give memory or disk")
+        if key := next((key for key in ("skip2lora_warmup_steps", "skip2lora_warmup_epochs") if getattr(self, key)), None):
+            raise UserError(
+                f"{key}: a warm-up changes what the frozen blocks compute, for each trial anew, so nothing could be shared. "
+                "Train LoRA alone once (litgpt finetune, --max_steps) and sweep from its final folder as checkpoint_dir: it has LoRA merged"
+            )
+        if str(self.devices) != "1" or self.num_nodes != 1:
+            raise UserError("devices, num_nodes: a sweep trains its settings one after the other on one device: leave them out")
+        if str(self.resume) not in ("True", "False", "auto"):
+            raise UserError(f"resume is {self.resume}: a sweep is resumed by --resume auto, in its out_dir")
+        self.resume = self.resume and "auto"
 
+    def main(self) -> None:
+        from litgpt.train.sweep import sweep
 
-def _like_finetune() -> None:
-    """Give `setup` the signature and help of `litgpt finetune`, as `NEW` changes and completes them."""
-    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    own = {name: inspect.Parameter(name, keyword, default=value, annotation=kind) for name, (kind, value, _) in NEW.items()}
-    parameters = {**inspect.signature(finetune).parameters, **own}
-    signature = inspect.Signature(list(parameters.values()), return_annotation=None)
-    setup.__signature__ = signature  # type: ignore[attr-defined]
-    setup.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
-    _, _, helps = inspect.cleandoc(finetune.__doc__ or "").partition("Args:")
-    more = "".join(f"    {name}: {text}\n" for name, (_, _, text) in NEW.items())
-    setup.__doc__ = f"Train many settings of LoRA or Skip2-LoRA from one activation cache.\n\nArgs:{helps.rstrip()}\n{more}"
-
-
-_like_finetune()
-
-
-def _require_shareable(arguments: dict[str, Any]) -> None:
-    """Raises UserError for arguments with which activations cannot be shared, or a sweep makes no sense."""
-    if arguments["skip2lora_cache"] == "off":
-        raise UserError("skip2lora_cache is off: the settings of a sweep are trained from one cache. Leave it out, or give memory or disk")
-    if key := next((key for key in ("skip2lora_warmup_steps", "skip2lora_warmup_epochs") if arguments[key]), None):
-        raise UserError(
-            f"{key}: a warm-up changes what the frozen blocks compute, for each setting anew, so nothing could be shared. "
-            "Train LoRA alone once (litgpt finetune, --max_steps) and sweep from its final folder as checkpoint_dir, which has it merged"
-        )
-    if str(arguments["devices"]) != "1" or arguments["num_nodes"] != 1:
-        raise UserError("devices, num_nodes: a sweep trains its settings one after the other on one device: leave them out")
-    if str(arguments["resume"]) not in ("True", "False", "auto"):
-        raise UserError(f"resume is {arguments['resume']}: a sweep is gone on with by --resume auto, in its out_dir")
+        sweep(Lora(**{item.name: getattr(self, item.name) for item in fields(Lora)}), self.grid, self.samples)

@@ -1,8 +1,9 @@
-"""SIGINT, SIGTERM and SIGHUP while a run is under way: the step at hand is finished first."""
+"""Events that end a run early: SIGINT, SIGTERM and SIGHUP, and memory that runs out."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,17 +11,22 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from litgpt.errors import Stopped
+import psutil
+import torch
+
+from litgpt.errors import OutOfMemory, Stopped
+from litgpt.logs import peak_memory_gb
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|out of memory", re.IGNORECASE)
 
 
-class Signals:
-    """What to do when a signal comes.
+class Interrupts:
+    """Handlers for signals while the block lasts.
 
-    Within `held` it is noted in `asked`, for the work there to come to a good end and call `stop`. Elsewhere `Stopped` is raised where the
-    program is. A second signal ends the process at once, by the kernel, even where Python is not at work.
-    Signals reach the main thread only; in another one nothing is changed. One that was ignored, as `nohup` has it, still is.
+    Within `held` a signal is recorded in `asked`, so that the work there can finish and call `stop`. Elsewhere `Stopped` is raised at once.
+    A second signal ends the process immediately, by the kernel, even where Python is not running.
+    Signals reach the main thread only; in another one nothing is changed. A signal that was ignored, as with `nohup`, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -28,7 +34,7 @@ class Signals:
         self._held = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._arrived) for number in heeded}
@@ -50,7 +56,7 @@ class Signals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Signals wait until the block looks at `asked`."""
+        """Delay signals until the block looks at `asked`."""
         self._held = True
         try:
             yield
@@ -58,5 +64,35 @@ class Signals:
             self._held = False
 
     def stop(self) -> NoReturn:
-        """Raises `Stopped` for the signal that has come, here or to another process of the run."""
+        """Raise `Stopped` for the signal that has arrived, here or in another process of the run."""
         raise Stopped(self.asked or signal.SIGTERM)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether torch or Python could not allocate memory."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError | OSError) and NO_MEMORY.search(str(error)) is not None)
+
+
+def out_of_memory(error: BaseException, where: str, device: torch.device, remedies: list[str]) -> OutOfMemory:
+    """Return the error with figures and remedies."""
+    asked = re.search(r"allocate (\d+) bytes", str(error))
+    wanted = f" for {int(asked[1]) / 2**30:.2f} GiB more" if asked else ""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    held = f"at most {peak_memory_gb(device):.2f} GiB were held so far, {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free now"
+    return OutOfMemory(f"out of memory{wanted} {where}: {held}. {'; '.join(remedies)}")
+
+
+@contextmanager
+def memory_explained(device: torch.device, where: str) -> Iterator[None]:
+    """Turn an allocation failure in the block into an OutOfMemory error with figures."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, where, device, ["A smaller model, or --precision bf16-true, needs less"]) from None

@@ -1,4 +1,4 @@
-"""What differs between the ways to fine-tune: how the model is built, what is trained, what a checkpoint holds."""
+"""The ways to fine-tune: how each builds the model, what it trains and what it saves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from litgpt import checkpoint
 from litgpt.activations.choose import Choice
 from litgpt.adapters.base import adapter_state, renew_adapters
-from litgpt.adapters.settings import WarmupSettings, model_settings, warmup_settings
+from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
+from litgpt.args import TrainArgs, shallow
 from litgpt.errors import UserError
 from litgpt.lora import GPT, Skip2LoRA, mark_only_lora_as_trainable
 from litgpt.lora import Config as LoRAConfig
@@ -20,8 +21,22 @@ from litgpt.quantize import count, is_quantised, quantise
 
 
 @dataclass(frozen=True)
+class CacheArgs:
+    """Where the frozen blocks' activations are kept: the `skip2lora_cache*` settings."""
+
+    mode: str = "auto"
+    folder: Path | None = None
+    dtype: str | None = None
+
+    def mode_for(self, train: TrainArgs, steps_per_epoch: int) -> str:
+        """Return the mode for the training samples: "auto" caches only activations that are needed more than once."""
+        repeats = train.epochs != 1 and (train.max_steps is None or train.max_steps > steps_per_epoch)
+        return "off" if self.mode == "auto" and not repeats else self.mode
+
+
+@dataclass(frozen=True)
 class Method:
-    """A way to fine-tune: all that differs between the methods."""
+    """A way to fine-tune; the rest of the package knows no other difference between them."""
 
     config: Callable[[Path], LoRAConfig]
     """the model's config, adapters included, for a checkpoint folder"""
@@ -34,15 +49,20 @@ class Method:
     finish: Callable[[GPT, Path], None]
     """adds to the final folder what only it has; may change the model"""
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
+    cache: CacheArgs = CacheArgs("off")
+    lora_flags: tuple[str, ...] = ()
+    """LoRA flags that are set, for the line that says where they apply"""
+    quantize: str | None = None
+    """how frozen weights are stored"""
 
     def build(self, checkpoint_dir: Path, dtype: torch.dtype) -> GPT:
-        """Return the model on the CPU, the backbone in `dtype`, its trained parameters marked. Raises UserError if they do not fit."""
+        """Return the model on the CPU, the backbone in `dtype`, trainable parameters marked. Raises UserError if it does not fit."""
         model = checkpoint.build_model(self.config(checkpoint_dir), checkpoint_dir, dtype)
         self._mark(model)
         return model
 
     def rebuild(self, model: GPT, checkpoint_dir: Path) -> None:
-        """Put new adapters on the frozen weights of a model built by a method of this kind, as `build` would."""
+        """Give a model that was built by a method of this kind new adapters, as `build` would; its frozen weights stay."""
         with torch.device("meta"):
             model.adapt(self.config(checkpoint_dir))
         renew_adapters(model)
@@ -54,9 +74,10 @@ class Method:
             raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
 
 
-def adapters(settings: dict[str, Any], quantize: str | None = None) -> Method:
-    """Return LoRA and Skip2-LoRA as a method, by a command's settings. `quantize`: how frozen weights are stored."""
-    config = model_settings(settings)
+def adapters(settings: Any) -> Method:
+    """Return the method of a `litgpt.finetune.lora.Lora`: LoRA and Skip2-LoRA."""
+    values = shallow(settings)
+    config, quantize = model_settings(values), settings.quantize
 
     def prepare(model: GPT) -> None:
         if quantize is not None:
@@ -74,15 +95,24 @@ def adapters(settings: dict[str, Any], quantize: str | None = None) -> Method:
         if not any(isinstance(module, Skip2LoRA) for module in model.modules()):
             from litgpt.convert.merge import merged_weights
 
-            whole = checkpoint.load_model(folder, model.dtype) if is_quantised(model) else model  # folded into the base as it was given
+            whole = checkpoint.load_model(folder, model.dtype) if is_quantised(model) else model  # merged into the base's own precision
             checkpoint.save_weights(merged_weights(whole), folder / checkpoint.WEIGHTS)
 
-    warmup = warmup_settings(settings)
-    return Method(lambda folder: LoRAConfig.from_checkpoint(folder, **config), prepare, save, load, finish, warmup)
+    return Method(
+        config=lambda folder: LoRAConfig.from_checkpoint(folder, **config),
+        prepare=prepare,
+        save=save,
+        load=load,
+        finish=finish,
+        warmup=settings,
+        cache=CacheArgs(settings.skip2lora_cache, settings.skip2lora_cache_dir, settings.skip2lora_cache_dtype),
+        lora_flags=tuple(flag for flag in LAYER_FLAGS if values[flag]),
+        quantize=quantize,
+    )
 
 
 def full(tie_embeddings: bool | None = None) -> Method:
-    """Every weight is trained, in the dtype that it is loaded in. The head shares the embedding as asked, or as the checkpoint has it."""
+    """Return the method that trains every weight, in the dtype that it is loaded in. By default the head is tied as in the checkpoint."""
 
     def prepare(model: GPT) -> None:
         if tie_embeddings:
@@ -99,8 +129,8 @@ def full(tie_embeddings: bool | None = None) -> Method:
     return Method(LoRAConfig.from_checkpoint, prepare, save, load, lambda model, folder: None)
 
 
-def describe(model: GPT, lora_flags: list[str], warmup: WarmupSettings) -> list[str]:
-    """Lines that say what is trained and what runs frozen."""
+def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) -> list[str]:
+    """Return lines that say what is trained and what runs frozen."""
     config, total = model.config, count(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [f"parameters: {trained:,} trainable of {total:,} ({100 * trained / total:.3f} %)"]
@@ -125,7 +155,7 @@ def describe(model: GPT, lora_flags: list[str], warmup: WarmupSettings) -> list[
 
 
 def describe_choice(choice: Choice, candidates: tuple[int, ...], seconds: float) -> str:
-    """A line that says which blocks `auto` chose, and why."""
+    """Return a line that says which blocks `auto` chose, and why."""
     found = f"skip2lora_block_indices auto: blocks {ranges(choice.blocks)} of {ranges(candidates)}"
     looked_at = f"{choice.samples:,} samples, {choice.rows:,} positions, {seconds:.0f} s"
     if choice.value <= 0:

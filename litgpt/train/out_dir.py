@@ -1,36 +1,46 @@
-"""The folder that a run is written to: whose it is, what an earlier run left there, and where it is gone on with."""
+"""The folder that a run writes: who may write there, where a run is resumed, and its checkpoints `step-*`, `best` and `final`."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+import torch
 
 from litgpt import atomic
 from litgpt.errors import UserError
-from litgpt.train.resume import FACTS, TENSORS
+from litgpt.files import read_json
+from litgpt.logs import MetricLoggers
+from litgpt.train import resume as training_state
+from litgpt.train.parallel import Rank
+from litgpt.train.report import REPORT, as_json
+from litgpt.train.resume import FACTS, TENSORS, State, random_states
+from litgpt.train.settings import Resume
 
-RESUME = "the same command with --resume true goes on from it"
+RESUME = "the same command with --resume true continues from it"
 AUTO = "auto"
-LONGEST_NAME = 255
-Resume = bool | str | Path
+LONGEST_NAME = 255  # bytes
 
 
-class Place:
-    """`out_dir`, held against other runs while the block lasts. Only the first process (`active`) holds it and writes there.
+class OutDir:
+    """`out_dir`, locked against other runs while the block lasts. Only the first process (`active`) locks it and writes there.
 
-    Raises UserError if the run cannot be written there, if `base` would be overwritten, or if another run is at work there.
+    Raises UserError if the run cannot be written there, if `base` would be overwritten, or if another run is using the folder.
     """
 
-    def __init__(self, out_dir: Path, resume: Resume, overwrite: bool, base: Path, active: bool = True) -> None:
-        self.out_dir, self.resume, self.overwrite, self.base, self.active = out_dir, resume, overwrite, base, active
+    def __init__(self, path: Path, resume: Resume, overwrite: bool, base: Path, active: bool = True) -> None:
+        self.path, self.resume, self.overwrite, self.base, self.active = path, resume, overwrite, base, active
         self._lock: int | None = None
         self._made = False
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> OutDir:
         self.check()
         try:
             self._take()
@@ -45,125 +55,238 @@ class Place:
     def _release(self) -> None:
         if self._made:
             with suppress(OSError):  # not empty: there are results
-                self.out_dir.rmdir()
+                self.path.rmdir()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def check(self) -> None:
-        """Raises UserError, as entering does, and changes nothing."""
-        out_dir = self.out_dir
+        """Raise the UserErrors that entering raises, but change nothing."""
+        path = self.path
         if self.resume is not False and self.overwrite:
-            raise UserError("--resume goes on with the run in out_dir and --overwrite replaces it: give one of them")
-        if any(len(os.fsencode(part)) > LONGEST_NAME for part in out_dir.parts):
-            raise UserError(f"out_dir {out_dir} has a name too long for a file system ({LONGEST_NAME} bytes): give a shorter one")
-        nearest = next(path for path in (out_dir, *out_dir.absolute().parents) if os.path.lexists(path))
+            raise UserError("--resume continues the run in out_dir and --overwrite replaces it: give one of them")
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+            raise UserError(f"out_dir {path} has a name too long for a file system ({LONGEST_NAME} bytes): give a shorter one")
+        nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
         if not nearest.is_dir():
-            raise UserError(
-                f"out_dir {out_dir} is no place for a folder: {nearest} is {'a link to no folder' if nearest.is_symlink() else 'a file'}"
-            )
+            kind = "a broken link" if nearest.is_symlink() else "a file"
+            raise UserError(f"out_dir {path} cannot be a folder: {nearest} is {kind}")
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"out_dir {out_dir} cannot be written to: you may not write to {nearest}")
-        found = earlier(out_dir)
-        if found and self.resume is False and not self.overwrite:
-            names = ", ".join(path.name for path in found)
-            ways = "give another --out_dir, --resume true to go on with it, or --overwrite true to replace it"
-            raise UserError(f"out_dir {out_dir} holds an earlier run ({names}): {ways}")
-        if any(self.base.resolve().is_relative_to(path.resolve()) for path in found):
+            raise UserError(f"out_dir {path} cannot be written to: you may not write to {nearest}")
+        results = earlier(path)
+        if results and self.resume is False and not self.overwrite:
+            names = ", ".join(result.name for result in results)
+            ways = "give another --out_dir, --resume true to continue it, or --overwrite true to replace it"
+            raise UserError(f"out_dir {path} holds an earlier run ({names}): {ways}")
+        if any(self.base.resolve().is_relative_to(result.resolve()) for result in results):
             raise UserError(f"checkpoint_dir {self.base} is part of the run in out_dir, which would be replaced: give another --out_dir")
 
     def _take(self) -> None:
-        """Lock the folder, if it is there and the file system knows locks, and remove what killed processes left in it."""
-        if not self.active or not self.out_dir.is_dir() or self._lock is not None:
+        """Lock the folder, if it exists and the file system supports locks, and remove the leftovers of killed processes."""
+        if not self.active or not self.path.is_dir() or self._lock is not None:
             return
         try:
-            self._lock = atomic.lock(self.out_dir)
+            self._lock = atomic.lock(self.path)
         except BlockingIOError:
-            raise UserError(
-                f"out_dir {self.out_dir} is in use: another run is at work there. Wait for it, or give another --out_dir"
-            ) from None
+            raise UserError(f"out_dir {self.path} is in use by another run: wait for it, or give another --out_dir") from None
         except OSError:
             return
-        atomic.remove_leftovers(self.out_dir)
-        for file in (*self.out_dir.glob(".*.tmp"), *self.out_dir.glob("logs/version_0/.*.tmp")):
+        atomic.remove_leftovers(self.path)
+        for file in (*self.path.glob(".*.tmp"), *self.path.glob("logs/version_0/.*.tmp")):
             if file.is_file():
                 file.unlink()
 
     def make(self, resumed: bool) -> None:
-        """Make the folder and hold it; empty it of the earlier run that is to be replaced."""
+        """Make the folder and lock it; remove an earlier run that is to be replaced."""
         if not self.active:
             return
-        self._made = not self.out_dir.exists()
+        self._made = not self.path.exists()
         try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"out_dir {self.out_dir} cannot be made: {error.strerror}. Give another --out_dir") from None
+            raise UserError(f"out_dir {self.path} cannot be made: {error.strerror}. Give another --out_dir") from None
         self._take()
         self.check()  # another run may have been quicker
         if not resumed:
-            for path in earlier(self.out_dir):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for result in earlier(self.path):
+                shutil.rmtree(result) if result.is_dir() else result.unlink()
 
     def resume_point(self, say: Callable[[str], None]) -> Path | None:
-        """The checkpoint to go on from; None to start anew. Raises UserError if there is none where one is asked for."""
+        """Return the checkpoint to resume, or None to start anew. Raises UserError if there is none where one is asked for."""
         if self.resume is False:
             return None
         if self.resume is not True and str(self.resume) != AUTO:
             return self._named(Path(self.resume))
         skipped = []
-        for folder in steps(self.out_dir):
+        for folder in steps(self.path):
             if problem := unusable(folder):
                 skipped.append(f"{folder.name} ({problem})")
-                say(f"{folder} is not whole and is skipped: {problem}")
+                say(f"{folder} is incomplete and is skipped: {problem}")
             else:
                 return folder
-        why = f"; not whole: {', '.join(skipped)}" if skipped else ""
+        why = f"; incomplete: {', '.join(skipped)}" if skipped else ""
         if self.resume is True:
-            raise UserError(f"resume: out_dir {self.out_dir} holds no checkpoint to go on from{why}. Leave --resume away to start anew")
-        if skipped or (self.out_dir / "final").exists():
+            raise UserError(f"resume: out_dir {self.path} holds no checkpoint to resume{why}. Leave --resume out to start anew")
+        if skipped or (self.path / "final").exists():
             ways = "give another --out_dir, or --overwrite true instead to replace it"
-            raise UserError(f"resume: out_dir {self.out_dir} holds a run, but no checkpoint to go on from{why}: {ways}")
+            raise UserError(f"resume: out_dir {self.path} holds a run, but no checkpoint to resume{why}: {ways}")
         return None
 
     def _named(self, folder: Path) -> Path:
         if not folder.is_dir():
             raise UserError(f"resume: there is no folder {folder}: give true, auto or a step-* folder of out_dir")
-        if folder.resolve().parent != self.out_dir.resolve() or number(folder) is None:
-            raise UserError(f"resume: {folder} is no step-* folder of out_dir {self.out_dir}: give --out_dir {folder.resolve().parent}")
+        if folder.resolve().parent != self.path.resolve() or number(folder) is None:
+            raise UserError(f"resume: {folder} is not a step-* folder of out_dir {self.path}: give --out_dir {folder.resolve().parent}")
         if problem := unusable(folder):
-            raise UserError(f"resume: {folder} is not whole: {problem}. Name another step, or give --resume true for the newest whole one")
-        later = [path for path in steps(self.out_dir) if (number(path) or 0) > (number(folder) or 0)]
-        later += [path for path in (self.out_dir / "final",) if path.exists()]
+            raise UserError(f"resume: {folder} is incomplete: {problem}. Name another step, or give --resume true for the newest one")
+        later = [path for path in steps(self.path) if (number(path) or 0) > (number(folder) or 0)]
+        later += [path for path in (self.path / "final",) if path.exists()]
         if later:
             names = ", ".join(path.name for path in later)
-            raise UserError(f"resume: out_dir {self.out_dir} holds later results than {folder.name} ({names}): move them away first")
+            raise UserError(f"resume: out_dir {self.path} holds later results than {folder.name} ({names}): move them away first")
         return folder
 
     @property
     def is_finished(self) -> bool:
-        """Whether a run to go on with has ended here."""
-        return self.resume is not False and not atomic.damages(self.out_dir / "final")
+        """True if a run that is to be resumed has ended here."""
+        return self.resume is not False and not atomic.damages(self.path / "final")
+
+
+@dataclass
+class Checkpoints:
+    """Writes the checkpoints of a run, from the first process. Each folder appears complete or not at all."""
+
+    out_dir: Path
+    write: Callable[[Path], None]
+    """writes weights, settings and tokenizer into a folder"""
+    facts: dict[str, Any]
+    """of the training state: identity and environment"""
+    keep_last: int | None
+    rank: Rank
+    log: MetricLoggers | None
+    """None in processes other than the first"""
+    newest: Path | None = None
+    """the last checkpoint that can be resumed"""
+
+    def step(self, state: State, optimizer: torch.optim.Optimizer | None, kept: bool) -> Path:
+        """Write `step-NNNNNN`, which can be resumed. Unless it is to be `kept`, it is removed when the next one is complete."""
+        folder = self.out_dir / f"step-{state.step:06d}"
+        states = {name: self.rank.gather(value) for name, value in (state.random or random_states(self.rank.device)).items()}
+        random = {f"{name}.{rank}": value.cpu() for name, all_ranks in states.items() for rank, value in enumerate(all_ranks)}
+        with self._together(), self._folder(folder) as temporary:
+            if temporary is not None:
+                self.write(temporary)
+                training_state.write(temporary, state, optimizer, random, {**self.facts, "kept": kept})
+        self.newest, state.saved = folder, True
+        if self.log is not None:
+            self._prune(state.step)
+        return folder
+
+    def rescue(self, state: State, optimizer: torch.optim.Optimizer | None) -> Path | None:
+        """Return a checkpoint of the state, written if necessary; the last one if the optimizer was writing, None before the first step."""
+        if not state.step or not state.consistent or state.saved:
+            return self.newest
+        return self.step(state, optimizer, kept=False)
+
+    def folder(self, name: str, measured: dict[str, Any], finish: Callable[[Path], None] | None = None) -> None:
+        """Write `best` or `final` with the figures `measured`; `finish` adds files to it."""
+        with self._together(), self._folder(self.out_dir / name) as temporary:
+            if temporary is not None:
+                self.write(temporary)
+                atomic.write_text(temporary / REPORT, as_json(measured))
+                if finish is not None:
+                    finish(temporary)
+
+    def final(self, report: dict[str, Any], finish: Callable[[Path], None]) -> None:
+        """Write `final` and report.json, and remove the checkpoints that existed only to resume from."""
+        self.folder("final", report, finish)
+        if self.log is not None:
+            atomic.write_text(self.out_dir / REPORT, as_json(report))
+            self._prune(report["steps"] + 1)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Hold all processes until the first has written, or failed to."""
+        try:
+            yield
+        except UserError:
+            self.rank.barrier()
+            raise
+        self.rank.barrier()
+
+    @contextmanager
+    def _folder(self, folder: Path) -> Iterator[Path | None]:
+        """Yield a new folder in the first process. If it cannot be written, raise a UserError that names the checkpoint to resume."""
+        from safetensors import SafetensorError
+
+        if self.log is None:
+            yield None
+            return
+        try:
+            self.log.flush()
+            with atomic.new_folder(folder, overwrite=True) as temporary:
+                yield temporary
+        except (OSError, RuntimeError, SafetensorError) as error:
+            cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the cause
+            if not isinstance(cause, OSError | SafetensorError):
+                raise
+            remedy = f". {self.newest} is complete: make room, and {RESUME}" if self.newest else ""
+            inner = re.search(r"I/O error: (.+?) \(os error", str(cause))  # safetensors' wording
+            reason = inner[1] if inner else getattr(cause, "strerror", None) or cause
+            raise UserError(f"{folder} cannot be written: {reason}{remedy}") from None
+
+    def _prune(self, step: int) -> None:
+        """Remove the checkpoints before `step` that are not to be kept, and all but the `keep_last` newest of the others."""
+        kept = 0
+        for folder in steps(self.out_dir):
+            folder_step = number(folder) or 0
+            flag = _is_kept(folder)
+            kept += folder_step <= step and flag is True
+            surplus = flag is True and self.keep_last is not None and kept > self.keep_last
+            if folder_step < step and (surplus or flag is False):
+                atomic.remove_folder(folder)
 
 
 def earlier(out_dir: Path) -> list[Path]:
-    """What a run left in the folder."""
+    """Return the results of an earlier run in the folder."""
     return sorted(path for pattern in ("step-*", "best", "final", "logs", "report.json") for path in out_dir.glob(pattern))
 
 
 def number(folder: Path) -> int | None:
+    """Return the step of a `step-*` folder, None for another name."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if folder.name != digits and digits.isdecimal() else None
 
 
 def steps(out_dir: Path) -> list[Path]:
-    """The `step-*` folders, newest first."""
-    numbered = {path: found for path in out_dir.glob("step-*") if (found := number(path)) is not None}
+    """Return the `step-*` folders, newest first."""
+    numbered = {path: step for path in out_dir.glob("step-*") if (step := number(path)) is not None}
     return sorted(numbered, key=lambda path: -numbered[path])
 
 
 def unusable(folder: Path) -> str:
-    """Why the checkpoint cannot be gone on from; empty if it can."""
+    """Return why the checkpoint cannot be resumed; empty if it can."""
     if problems := atomic.damages(folder, contents=True):
         return "; ".join(problems)
     missing = [name for name in (FACTS, TENSORS) if name not in (atomic.read_manifest(folder) or ())]
     return f"it has no {' and no '.join(missing)}" if missing else ""
+
+
+def _is_kept(folder: Path) -> bool | None:
+    """Return the flag of a checkpoint; None for a folder that this program did not write."""
+    try:
+        return bool(training_state.read(folder).facts["kept"])
+    except (UserError, KeyError):
+        return None
+
+
+def best_on_disk(out_dir: Path) -> tuple[int, float] | None:
+    """Return step and validation loss of a complete `best`."""
+    folder = out_dir / "best"
+    if atomic.damages(folder):
+        return None
+    try:
+        measured = read_json(folder / REPORT)
+        return int(measured["step"]), float(measured["val_loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,4 +1,4 @@
-"""What a run measured: the figures of report.json, and the same for the terminal."""
+"""The figures that a run measured: report.json, and the summary on the terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from litgpt.logs import peak_memory_gb
-from litgpt.quantize import count
-from litgpt.train.loop import Loop
 from litgpt.train.resume import State
 
 REPORT = "report.json"
@@ -21,34 +16,34 @@ def as_json(figures: dict[str, Any]) -> str:
     return json.dumps(figures, indent=2) + "\n"
 
 
-def report(state: State, loop: Loop, device: torch.device) -> dict[str, Any]:
-    """The figures of a run that has ended; seconds are those of all its sessions."""
+def figures(state: State, steps_per_epoch: int, trainable: int, total: int, peak_memory_gb: float) -> dict[str, Any]:
+    """Return the figures of a run that has ended; seconds include all its sessions. `trainable`, `total`: numbers of parameters."""
     losses, best = state.losses, state.best
     return {
         "steps": state.step,
-        "epochs": round(state.step / loop.batches.per_epoch, 4),
+        "epochs": round(state.step / steps_per_epoch, 4),
         "initial_val_loss": losses[0][1] if losses and losses[0][0] == 0 else None,
         "final_val_loss": losses[-1][1] if losses and losses[-1][0] == state.step else None,
         "best_val_loss": best[1] if best else None,
         "best_step": best[0] if best else None,
         "skipped_steps": state.skipped,
-        "trainable_parameters": sum(p.numel() for p in loop.trained),
-        "total_parameters": count(loop.model),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
         "train_seconds": state.seconds,
         "total_seconds": state.clock.seconds,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else 0.0,
-        "peak_memory_gb": peak_memory_gb(device),
+        "peak_memory_gb": peak_memory_gb,
     }
 
 
-def readable(figures: dict[str, Any], best: Path) -> dict[str, str]:
-    """The lines of the summary. `best`: the folder of the checkpoint with the lowest validation loss, if it was kept."""
+def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
+    """Return the rows of the summary. `best`: the folder of the checkpoint with the lowest validation loss, if it was kept."""
 
     def loss(value: float | None) -> str:
         return "not measured" if value is None else f"{value:.4f} (perplexity {math.exp(min(value, 700)):.2f})"
 
     trained, total = figures["trainable_parameters"], figures["total_parameters"]
-    lines = {
+    rows = {
         "validation loss before": loss(figures["initial_val_loss"]),
         "validation loss after": loss(figures["final_val_loss"]),
         "trainable parameters": f"{trained:,} of {total:,} ({100 * trained / total:.3f} %)",
@@ -58,7 +53,7 @@ def readable(figures: dict[str, Any], best: Path) -> dict[str, str]:
         "peak memory": f"{figures['peak_memory_gb']:.2f} GiB",
     }
     if figures["skipped_steps"]:
-        lines["steps left out"] = f"{figures['skipped_steps']:,}, their loss or gradient was no number"
+        rows["skipped steps"] = f"{figures['skipped_steps']:,} with a non-finite loss or gradient"
     if figures["best_step"] is not None and best.is_dir():
-        lines["best checkpoint"] = f"{best}: step {figures['best_step']:,}, validation loss {figures['best_val_loss']:.4f}"
-    return lines
+        rows["best checkpoint"] = f"{best}: step {figures['best_step']:,}, validation loss {figures['best_val_loss']:.4f}"
+    return rows

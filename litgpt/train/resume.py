@@ -1,7 +1,7 @@
-"""How far a run is, and the training state in a checkpoint: all that a resumed run needs to go on as if it had never been stopped.
+"""The state of a run, and the training state in a checkpoint: everything that a resumed run needs to continue as if never interrupted.
 
-`training_state.json` says how far, with what settings, data and base; `training_state.safetensors` holds the optimizer's tensors and the
-random generators' states. Neither can run code when it is read. The weights stand beside them, as in every checkpoint.
+`training_state.json` holds the progress and the digests of settings, data and base; `training_state.safetensors` holds the optimizer's
+tensors and the states of the random generators. Neither can run code when it is read. The weights stand beside them.
 """
 
 from __future__ import annotations
@@ -18,29 +18,22 @@ from typing import Any
 
 import torch
 
-from litgpt import __version__, atomic, checkpoint
+from litgpt import __version__, checkpoint
+from litgpt.args import marked
+from litgpt.atomic import write_text
 from litgpt.errors import UserError
 from litgpt.files import read_json
 from litgpt.sample import Sample
 
 FORMAT = 1
 FACTS, TENSORS = "training_state.json", "training_state.safetensors"
-MAY_CHANGE = {
-    *("checkpoint_dir", "out_dir", "data", "log", "logger_name", "access_token", "resume", "overwrite", "dry_run"),
-    *("precision", "devices", "num_nodes", "skip2lora_cache", "skip2lora_cache_dir"),
-    *("train.save_interval", "train.save_every_minutes", "train.keep_last", "train.keep_best", "train.log_interval"),
-    *("train.max_time", "train.skip_nonfinite", "eval.patience", "eval.max_new_tokens", "eval.evaluate_example"),
-}
-"""Settings that a resumed run may have otherwise: the steps that both take are the same. For the files, the data, the precision and the
-devices, what they amount to is compared instead. epochs and max_steps are not among them: the learning rate's decay spans the run."""
 ELSEWHERE = "Name another step with --resume, or start anew in another --out_dir"
-SPOTS, SPOT = 64, 2**20
-"""of a weights file that are read to tell it from another one, and their bytes"""
+PROBES, PROBE_BYTES = 64, 2**20  # parts of a weights file that tell it from another one
 
 
 @dataclass
 class Stopwatch:
-    """Seconds, with those of earlier sessions."""
+    """Seconds, including those of earlier sessions."""
 
     earlier: float = 0.0
     began: float = field(default_factory=lambda: time.perf_counter())
@@ -51,8 +44,8 @@ class Stopwatch:
 
 
 @dataclass
-class Phase:
-    """The loop that is at work; its limits count from these."""
+class PhaseStart:
+    """The start of the current phase (warm-up or training); its limits count from here."""
 
     step: int
     tokens: int
@@ -61,7 +54,7 @@ class Phase:
 
 @dataclass
 class State:
-    """How far the run is."""
+    """The progress of a run."""
 
     step: int = 0
     tokens: int = 0
@@ -72,29 +65,43 @@ class State:
     best: tuple[int, float] | None = None
     """the lowest of them after a step"""
     skipped: int = 0
-    """steps left out because their loss or gradient was no number"""
+    """steps that were skipped because of a non-finite loss or gradient"""
     clock: Stopwatch = field(default_factory=Stopwatch)
-    phase: Phase | None = None
+    phase: PhaseStart | None = None
     pending: dict[str, float] | None = None
-    """the metrics of the last step while its validation is not done"""
+    """metrics of the last step, until it is validated"""
     random: dict[str, torch.Tensor] | None = None
-    """the random generators before the step that is under way"""
+    """states of the random generators before the step under way"""
     consistent: bool = True
     """False while the optimizer writes: weights and optimizer are not those of `step`"""
+    saved: bool = True
+    """the newest checkpoint holds this state"""
 
-    def improves(self, loss: float) -> bool:
-        return self.step > 0 and not math.isnan(loss) and (self.best is None or loss < self.best[1])
+    def advance(self, tokens: int, seconds: float) -> None:
+        """Count a step that is done."""
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.random, self.consistent, self.saved = None, True, False
+
+    def add_loss(self, loss: float) -> bool:
+        """Record the validation loss of this step; return whether it is the lowest so far."""
+        self.losses = [*(earlier for earlier in self.losses if earlier[0] != self.step), (self.step, loss)]
+        is_best = self.step > 0 and not math.isnan(loss) and (self.best is None or loss < self.best[1])
+        if is_best:
+            self.best = (self.step, loss)
+        return is_best
 
     def facts(self) -> dict[str, Any]:
-        """As plain values; the seconds are those up to now."""
+        """Return the state as plain values; the seconds are those up to now."""
         phase = self.phase and {"step": self.phase.step, "tokens": self.phase.tokens, "seconds": self.phase.clock.seconds}
         own = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "losses", "best", "skipped", "pending")}
         return {**own, "total_seconds": self.clock.seconds, "phase": phase}
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> State:
-        """The state that `facts` gave, its clocks running again."""
-        phase = facts["phase"] and Phase(facts["phase"]["step"], facts["phase"]["tokens"], Stopwatch(facts["phase"]["seconds"]))
+        """Return the state that `facts` describes, its clocks running again."""
+        phase = facts["phase"] and PhaseStart(facts["phase"]["step"], facts["phase"]["tokens"], Stopwatch(facts["phase"]["seconds"]))
         return cls(
             step=facts["step"],
             tokens=facts["tokens"],
@@ -109,7 +116,7 @@ class State:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's generators, which dropout draws from."""
+    """Return the states of torch's generators, which dropout draws from."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -118,78 +125,76 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same for a resumed run to be the same run."""
+    """The facts that must be equal for a resumed run to be the same run."""
 
     settings: dict[str, Any]
-    """flat, without those of `MAY_CHANGE`"""
+    """flat, without those that may change"""
     base: str
     train: tuple[int, str]
     """number of samples and digest"""
     val: tuple[int, str]
 
+    @classmethod
+    def of(cls, settings: dict[str, Any], base: Path, config: dict[str, Any], train: Sequence[Sample], val: Sequence[Sample]) -> Identity:
+        """Return the identity of a run with these settings, and digests of base and data."""
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        status = (base / checkpoint.WEIGHTS).stat()
+        digest.update(_weights_digest(base / checkpoint.WEIGHTS, status.st_size, status.st_mtime_ns).encode())
+        return cls(settings, digest.hexdigest(), _samples_digest(train), _samples_digest(val))
+
     def facts(self) -> dict[str, Any]:
         return json.loads(json.dumps({"settings": self.settings, "base": self.base, "train": self.train, "val": self.val}))
 
     def changes(self, before: dict[str, Any]) -> list[str]:
-        """What differs from the `facts` of an earlier run, in words."""
+        """Describe each difference from the `facts` of an earlier run."""
         now = self.facts()
-        found = [
+        changes = [
             f"{key} was {before['settings'][key]!r} and is {value!r}"
             for key, value in now["settings"].items()
             if key in before["settings"] and before["settings"][key] != value
         ]
         if now["base"] != before["base"]:
-            found.append("the base model is another one (its weights or its config)")
+            changes.append("the base model is another one (its weights or its config)")
         for key, name in (("train", "training"), ("val", "validation")):
             if now[key] != before[key]:
-                found.append(f"the {name} data are other ones ({before[key][0]:,} samples then, {now[key][0]:,} now)")
-        return found
+                changes.append(f"the {name} data are other ones ({before[key][0]:,} samples then, {now[key][0]:,} now)")
+        return changes
 
 
-def identity(
-    hyperparameters: dict[str, Any],
-    resolved: dict[str, Any],
-    base: Path,
-    config: dict[str, Any],
-    train: Sequence[Sample],
-    val: Sequence[Sample],
-) -> Identity:
-    """The identity of a run: its settings, those that were `resolved` beside them, and digests of base and data."""
+def compared_settings(hyperparameters: dict[str, Any], command: type) -> dict[str, Any]:
+    """Return the settings of a command that a resumed run must share, `train.epochs` and the like by their full names."""
+    may_change = set(marked(command, "may_change"))
     flat: dict[str, Any] = {}
     for key, value in hyperparameters.items():
         flat.update({f"{key}.{name}": item for name, item in value.items()} if key in ("train", "eval") else {key: value})
-    settings = {key: value for key, value in flat.items() if key not in MAY_CHANGE}
-    whole = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    status = (base / checkpoint.WEIGHTS).stat()
-    whole.update(_weights_digest(base / checkpoint.WEIGHTS, status.st_size, status.st_mtime_ns).encode())
-    return Identity({**settings, **resolved}, whole.hexdigest(), _samples_digest(train), _samples_digest(val))
+    return {key: value for key, value in flat.items() if key not in may_change}
 
 
 @functools.lru_cache(maxsize=1)
 def _weights_digest(file: Path, size: int, changed: int) -> str:
-    """Tells a weights file from another one by its size and its content at `SPOTS` places, which is quick however large it is.
+    """Return a digest of a weights file's size and of its content at `PROBES` places, which is quick for a file of any size.
 
-    `changed`: when it was, for a file that was looked at before not to be read again.
+    `changed` (its modification time) is part of the cache's key.
     """
-    found = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as handle:
-        for start in (*range(0, size, max(SPOT, size // SPOTS)), max(0, size - SPOT)):
+        for start in (*range(0, size, max(PROBE_BYTES, size // PROBES)), max(0, size - PROBE_BYTES)):
             handle.seek(start)
-            found.update(handle.read(SPOT))
-    return found.hexdigest()
+            digest.update(handle.read(PROBE_BYTES))
+    return digest.hexdigest()
 
 
 def _samples_digest(samples: Sequence[Sample]) -> tuple[int, str]:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for sample in samples:
-        found.update(len(sample.input_ids).to_bytes(8, "little"))
-        found.update(sample.input_ids)
-        found.update(sample.loss_mask)
-    return len(samples), found.hexdigest()
+        digest.update(len(sample.input_ids).to_bytes(8, "little"))
+        digest.update(sample.input_ids)
+        digest.update(sample.loss_mask)
+    return len(samples), digest.hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the last digits of a run depend on, besides its settings."""
+    """Return the facts besides the settings on which the last digits of a run depend."""
     processor = torch.backends.cpu.get_cpu_capability()
     return {
         "litgpt": __version__,
@@ -215,11 +220,11 @@ def write(
     tensors.update({f"random.{name}": value for name, value in random.items()})
     save_file(tensors, folder / TENSORS)
     content = {"format": FORMAT, **facts, "progress": state.facts(), "optimizer": packed}
-    atomic.write_text(folder / FACTS, json.dumps(content) + "\n")
+    write_text(folder / FACTS, json.dumps(content) + "\n")
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """A nested value as JSON, its tensors put into `tensors` and named in their places."""
+    """Return a nested value as JSON, with its tensors moved to `tensors` and replaced by their names."""
     if isinstance(value, torch.Tensor):
         name = f"optimizer.{len(tensors)}"
         tensors[name] = value.detach().cpu().contiguous()
@@ -231,7 +236,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise UserError(
-        f"optimizer: it keeps a {type(value).__name__}, which cannot be saved to resume from: choose another, for example AdamW"
+        f"optimizer: its state holds a {type(value).__name__}, which cannot be saved: choose another optimizer, for example AdamW"
     )
 
 
@@ -259,7 +264,7 @@ class Saved:
         return State.of(self.facts["progress"])
 
     def restore(self, optimizer: torch.optim.Optimizer, rank: int, device: torch.device) -> None:
-        """Give the optimizer and the random generators what they had."""
+        """Restore the optimizer and the random generators."""
         tensors = self._tensors()
         state = _unpack(self.facts["optimizer"], tensors)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -285,11 +290,11 @@ class Saved:
 
 
 def read(folder: Path) -> Saved:
-    """The training state of a whole checkpoint folder. Raises UserError if it has none that this version can read."""
-    facts = read_json(folder / FACTS, f"is missing: there is no training state to go on from. {ELSEWHERE}")
+    """Read the training state of a complete checkpoint folder. Raises UserError if it has none that this version can read."""
+    facts = read_json(folder / FACTS, f"is missing: there is no training state to resume. {ELSEWHERE}")
     if facts.get("format") != FORMAT:
         raise UserError(
-            f"{folder / FACTS} was written by another version of litgpt: go on with that one, or start anew in another --out_dir"
+            f"{folder / FACTS} was written by another version of litgpt: resume with that version, or start anew in another --out_dir"
         )
     saved = Saved(folder, facts)
     try:

@@ -1,231 +1,316 @@
-"""A fine-tuning job: its settings, and all that is read and checked before anything is written."""
+"""A training run, from its settings to its final folder, or to the fault or signal that ends it earlier."""
 
 from __future__ import annotations
 
+import gc
+import shutil
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import yaml
 
 from litgpt import atomic, checkpoint
-from litgpt.activations.choose import choose
-from litgpt.activations.shared import SharedActivations
-from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config
-from litgpt.config import Config
-from litgpt.data.base import DataModule, Record, Splits
-from litgpt.device import backbone_dtype, default_device, default_precision, make_fabric
-from litgpt.errors import UserError
+from litgpt.activations.cache import ActivationCache, Activations, activations
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.convert.resolve import open_checkpoint
+from litgpt.data.base import render
+from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
 from litgpt.files import read_json
-from litgpt.logs import Console
-from litgpt.lora import GPT, keep_taps
+from litgpt.generate.engine import generate
+from litgpt.logs import Console, MetricLoggers, peak_memory_gb
+from litgpt.lora import end_warmup, start_warmup
 from litgpt.optim import make_optimizer
-from litgpt.prompts import PromptStyle, resolve_prompt_style
-from litgpt.tokenizer import Tokenizer
-from litgpt.train.faults import ends_together, is_out_of_memory, out_of_memory
-from litgpt.train.interrupts import Signals
-from litgpt.train.loop import samples_per_rank
-from litgpt.train.methods import Method, describe, describe_choice
-from litgpt.train.out_dir import Place, Resume
-from litgpt.train.report import REPORT, as_json
-from litgpt.train.resume import Stopwatch, read
-from litgpt.train.session import Session
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
-
-CACHE_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-
-
-@dataclass
-class Job:
-    """The settings that all methods share. `hyperparameters` is the whole command, as it is saved beside the weights."""
-
-    checkpoint_dir: Path
-    out_dir: Path
-    precision: str | None
-    devices: int | str
-    num_nodes: int
-    data: DataModule
-    train: TrainArgs
-    eval: EvalArgs
-    log: LogArgs
-    optimizer: str | dict[str, Any]
-    logger_name: str
-    seed: int
-    overwrite: bool
-    resume: Resume
-    hyperparameters: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    """names of the LoRA flags that are set, for the line that says where they apply"""
-    cache_mode: str = "off"
-    cache_dir: Path | None = None
-    cache_dtype: str | None = None
-
-    @classmethod
-    def of(cls, arguments: dict[str, Any], **extra: Any) -> Job:
-        """The job that a command's arguments describe. What is saved of them starts the same run anew, wherever nothing stands."""
-        own = {f.name: arguments[f.name] for f in fields(cls) if f.name in arguments}
-        return cls(**own, **extra, hyperparameters=as_config({**arguments, "resume": False, "overwrite": False}))
+from litgpt.prompts import save_prompt_style
+from litgpt.quantize import count
+from litgpt.sample import Sample
+from litgpt.text import text_table
+from litgpt.train.interrupts import Interrupts, is_out_of_memory, out_of_memory
+from litgpt.train.loop import Batches, Loop, samples_per_rank
+from litgpt.train.methods import CacheArgs, Method
+from litgpt.train.out_dir import RESUME, Checkpoints, OutDir, best_on_disk
+from litgpt.train.parallel import Rank, ends_together
+from litgpt.train.phase import Phase
+from litgpt.train.prepare import Job, prepare
+from litgpt.train.rehearsal import rehearse
+from litgpt.train.report import REPORT, as_json, figures, summary_rows
+from litgpt.train.resume import Identity, Saved, State, Stopwatch, compared_settings, environment, read
+from litgpt.train.settings import Run
 
 
-@dataclass
-class Prepared:
-    """A job whose settings, data and checkpoint are right, and what was read of them."""
+def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) -> dict[str, Any]:
+    """Train as the settings say and return the figures of the report; with `dry_run` only say what training would do.
 
-    job: Job
-    method: Method
-    base: Path
-    precision: str
-    fabric: Fabric
-    console: Console
-    tokenizer: Tokenizer
-    style: PromptStyle
-    splits: Splits
-    model: GPT
-    example: Record
-    """the validation record to answer"""
-    cache_dtype: torch.dtype
-    chosen: list[int] | None = None
-    """the tapped blocks, if `auto` chose them"""
-    shared: SharedActivations | None = None
-    """activations that are there already; None: the run makes its own"""
-
-    def tell(self) -> None:
-        """Say what is trained on what."""
-        for line in (
-            f"{self.model.config.name}, {self.precision} on {self.fabric.device}",
-            *describe(self.model, self.job.notes, self.method.warmup),
-        ):
-            self.console.say(line)
-
-
-def run(job: Job, method: Method, ready: Callable[[], Prepared] | None = None) -> dict[str, Any]:
-    """Do the job; the figures of its report. Raises UserError before anything is written if a setting, file or checkpoint is wrong.
-
-    `ready`: what reads data and model, if it is not `prepare`.
+    Raises UserError before anything is written if a setting, file or checkpoint is wrong. `job_of`: reads data and model, if not `prepare`.
     """
     from lightning.fabric.utilities.rank_zero import rank_zero_only  # set when it is imported, from the launcher's variables
 
     clock, is_first = Stopwatch(), not getattr(rank_zero_only, "rank", 0)
-    base = checkpoint.require_checkpoint(job.checkpoint_dir)
-    with Signals() as signals, Place(job.out_dir, job.resume, job.overwrite, base, is_first) as place:
-        if place.is_finished:
-            Console(is_first).say(f"{job.out_dir / 'final'} is there: this run is finished, nothing is left to do")
-            return finished_report(job.out_dir, is_first)
-        point = place.resume_point(Console(is_first).say)
-        prepared = ready() if ready else prepare(job, method, point)
-        prepared.tell()
-        return Session(prepared, place, signals, clock, read(point) if point else None).run()
+    base = settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
+    checkpoint.require_checkpoint(base)
+    if settings.dry_run:
+        rehearse(settings, method, base)
+        return {}
+    with Interrupts() as interrupts, OutDir(settings.out_dir, settings.resume, settings.overwrite, base, is_first) as out_dir:
+        if out_dir.is_finished:
+            Console(is_first).say(f"{settings.out_dir / 'final'} exists: this run is finished, nothing is left to do")
+            return finished_report(settings.out_dir, is_first)
+        point = out_dir.resume_point(Console(is_first).say)
+        job = job_of() if job_of else prepare(settings, method, base, point)
+        job.say_what_is_trained()
+        session = Session(job, out_dir, interrupts, clock, read(point) if point else None)
+        with session.ended_well():
+            for phase in session.phases():
+                with phase.begun(session.state):
+                    if not phase.is_out_of_patience(session.state):
+                        phase.loop.run(session.state, phase.on_step)
+            return session.finish()
 
 
 def finished_report(out_dir: Path, is_first: bool = True) -> dict[str, Any]:
-    """The report of the run that has ended there."""
+    """Return the report of the finished run in this folder."""
     report = read_json(out_dir / "final" / REPORT)
     if is_first and not (out_dir / REPORT).is_file():  # it was killed between the two
         atomic.write_text(out_dir / REPORT, as_json(report))
     return report
 
 
-def prepare(job: Job, method: Method, point: Path | None = None) -> Prepared:
-    """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
+class Session:
+    """One session of a run: validation, logs and checkpoints after steps, and the rescue of the state when it ends early."""
 
-    `point`: the checkpoint that the run goes on from, if it does, with the blocks that were chosen for it.
-    """
-    base = checkpoint.require_checkpoint(job.checkpoint_dir)
-    precision = job.precision or default_precision(default_device())
-    dtype = backbone_dtype(precision)
-    cache_dtype = _cache_dtype(job.cache_dtype, dtype)
-    fabric = make_fabric(precision, job.devices, job.num_nodes)
-    samples_per_rank(job.train, fabric.world_size)
-    fabric.launch()
-    fabric.seed_everything(job.seed, verbose=False)
-    console = Console(fabric.global_rank == 0)
-    with ends_together(fabric), _memory_explained(fabric.device, "while data and model were read"):
-        tokenizer = Tokenizer(base)
-        style = resolve_prompt_style(job.data.prompt_style, base, tokenizer)
-        splits = _splits(job, fabric, tokenizer, style, base)
-        console.say(f"data: {splits.report}")
-        model = method.build(base, dtype)
-        model.to(fabric.device)
-    _require_known_ids(splits, model.config, base)
-    model.activation_checkpointing = job.train.activation_checkpointing
-    model.max_seq_length = _max_seq_length(job, model.config)
-    model.reach = max(sample.n_inputs for sample in (*splits.train, *splits.val))
-    make_optimizer(job.optimizer, model.parameters())  # wrong settings show before anything is computed or written
-    example = _example(job, splits.examples)
-    chosen = None
-    if count := model.config.taps_to_choose:
-        with ends_together(fabric):
-            chosen = checkpoint.chosen_taps(point) if point else choose_taps(job, model, count, splits, fabric, console)
-        if chosen:
-            keep_taps(model, chosen)
-    return Prepared(job, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype, chosen)
+    def __init__(self, job: Job, out_dir: OutDir, interrupts: Interrupts, clock: Stopwatch, saved: Saved | None) -> None:
+        """Raises UserError if `saved` belongs to another run. Nothing is written before that is clear."""
+        self.job, self.settings, self.interrupts, self.saved = job, job.settings, interrupts, saved
+        self.model, self.console = job.model, job.console
+        self.rank = Rank.of(job.fabric)
+        self.hyperparameters = job.settings.hyperparameters()
+        self.state, self.cached = State(clock=clock), dict[str, bool]()
+        self.loop: Loop | None = None  # None while its activations are computed
+        identity = self._identity()
+        if saved is not None:
+            self._resume(saved, identity, clock)
+        resumed_at = self.state.step - (self.state.pending is not None) if saved else None
+        path = self.settings.out_dir
+        self.log = None
+        if self.rank.is_first:
+            self.log = MetricLoggers(path, self.settings.logger_name, self.settings.log, self.hyperparameters, resumed_at)
+        out_dir.make(resumed=saved is not None)
+        self._warn_of_space()
+        facts = {"identity": identity.facts(), "environment": environment(self.rank.device), "cached": self.cached}
+        newest = saved.folder if saved else None
+        self.checkpoints = Checkpoints(path, self._write, facts, self.settings.train.keep_last, self.rank, self.log, newest)
 
+    def _identity(self) -> Identity:
+        """Return what a resumed run must have in common with this one."""
+        job = self.job
+        resolved = {"precision": job.precision, "processes": self.rank.size, "skip2lora_cache": job.method.cache.mode != "off"}
+        settings = {**compared_settings(self.hyperparameters, type(self.settings)), **resolved}
+        return Identity.of(settings, job.base, self.model.config.base_dict(), job.splits.train, job.splits.val)
 
-def choose_taps(job: Job, model: GPT, count: int, splits: Splits, fabric: Fabric, console: Console) -> list[int]:
-    """The `count` of the tapped blocks that the first process chooses for all, and a line that says why."""
-    candidates = model.config.taps
-    blocks = list(candidates)
-    if fabric.global_rank == 0 and count < len(candidates):
-        clock = Stopwatch()
-        with (
-            _memory_explained(fabric.device, "while blocks were chosen"),
-            console.progress("choosing blocks") as progress,
-            fabric.autocast(),
-        ):
-            choice = choose(model, splits.train, count, job.train.micro_batch_size, job.seed, progress)
-        console.say(describe_choice(choice, candidates, clock.seconds))
-        blocks = list(choice.blocks)
-    return fabric.broadcast(blocks)
+    def _resume(self, saved: Saved, identity: Identity, clock: Stopwatch) -> None:
+        if changes := identity.changes(saved.facts["identity"]):
+            raise UserError(
+                f"resume: {saved.folder} belongs to another run: {'; '.join(changes)}. Resume with the settings of the run, or start anew "
+                "in another --out_dir"
+            )
+        self.job.method.load(self.model, saved.folder)
+        self.state = saved.state
+        self.state.clock.began = clock.began
+        self.console.say(f"resumed from {saved.folder}")
+        before, now = saved.facts["environment"], environment(self.rank.device)
+        others = [f"{name} {before.get(name)} then, {value} now" for name, value in now.items() if before.get(name) != value]
+        if others:
+            self.console.say(f"the figures may differ in their last digits from an uninterrupted run's: {'; '.join(others)}")
+        if self.settings.train.keep_best:
+            best = best_on_disk(self.settings.out_dir)
+            if best is None and self.state.best is not None:
+                self.console.say(f"{self.settings.out_dir / 'best'} is incomplete: the next validation writes it anew")
+            self.state.best = best
 
+    def _warn_of_space(self) -> None:
+        """Say so if the disk has no room for the final folder."""
+        merged = not self.model.config.skip2lora_enabled
+        need = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad or merged)
+        if self.log is not None and (free := shutil.disk_usage(self.settings.out_dir).free) < need:
+            sizes = f"{free / 2**30:.2f} GiB are free, final alone needs {need / 2**30:.2f}"
+            self.console.say(f"the disk of out_dir {self.settings.out_dir} is too full: {sizes}. Make room before the run ends")
 
-@contextmanager
-def _memory_explained(device: torch.device, where: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        remedies = ["A smaller model, or --precision bf16-true, needs less"]
-        raise out_of_memory(error, where, device, remedies) from None
+    def phases(self) -> Iterator[Phase]:
+        """Yield the phases that are left: LoRA's warm-up if there is one, then training."""
+        state, settings, first = self.state, self.settings, self.job.method.warmup
+        warmup = first.warmup_steps(self._batches(settings.train).per_epoch)
+        if state.step < warmup or (state.step == warmup and state.pending is not None):
+            start_warmup(self.model)
+            train = replace(settings.train, max_steps=warmup, epochs=None, max_tokens=None, max_time=None)
+            yield self._phase("warm-up", train, replace(settings.eval, patience=None), CacheArgs("off"), first.skip2lora_warmup_lr)
+        if warmup:
+            end_warmup(self.model)
+            self.loop = None
+            if state.step == warmup:
+                state.phase = None
+                if settings.train.save_interval:
+                    self.checkpoints.rescue(state, None)
+        yield self._phase("training", settings.train, settings.eval, self.job.method.cache)
 
+    def _batches(self, train: TrainArgs) -> Batches:
+        per_rank = samples_per_rank(train, self.rank.size)
+        return Batches(self.job.splits.train, per_rank, self.rank, self.settings.seed, train.group_by_length)
 
-def _splits(job: Job, fabric: Fabric, tokenizer: Tokenizer, style: PromptStyle, base: Path) -> Splits:
-    with fabric.rank_zero_first():
-        job.data.prepare_data()
-    return job.data.splits(tokenizer, style, _max_seq_length(job, Config.from_checkpoint(base)))
+    def _phase(self, title: str, train: TrainArgs, evaluation: EvalArgs, cache: CacheArgs, lr: float | None = None) -> Phase:
+        """Return a phase that trains the parameters that are trainable now, its activations cached if they are needed more than once.
 
-
-def _require_known_ids(splits: Splits, config: Config, base: Path) -> None:
-    largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))
-    if largest >= config.V:
-        raise UserError(
-            f"{base / 'tokenizer.json'} gives the token id {largest}, the model knows {config.V}: it is another model's, copy it again"
+        `lr`: the peak learning rate, if it is not the optimizer's own.
+        """
+        splits, rank, batches, size = self.job.splits, self.rank, self._batches(train), train.micro_batch_size
+        own_val = range(rank.index, len(splits.val), rank.size)
+        val_batches = [list(own_val[i : i + size]) for i in range(0, len(own_val), size)][: evaluation.max_iters]
+        optimizer = make_optimizer(self.settings.optimizer, [p for p in self.model.parameters() if p.requires_grad])
+        for group in optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
+        self.loop = None
+        own = self._activations(splits.train, batches.owned(rank.index), "training", cache.mode_for(train, batches.per_epoch))
+        val = self._activations(splits.val, [i for batch in val_batches for i in batch], "validation", cache.mode)
+        self.loop = Loop(self.model, optimizer, train, batches, own, rank, self.job.fabric.autocast, self.console.say)
+        self._restore(optimizer)
+        return Phase(
+            title, self.loop, evaluation, val_batches, val, self.log, self.console, self.checkpoints, self.interrupts, self._answer
         )
 
+    def _activations(self, samples: list[Sample], indices: list[int], name: str, mode: str) -> Activations:
+        if self.job.shared is not None:
+            result: Activations = self.job.shared.view(name, self.model.config.taps)
+        else:
+            with self.job.fabric.autocast():
+                result = activations(self.model, samples, indices, name, self.job.cache_settings(mode), self.rank.device)
+        self.cached[name] = isinstance(result, ActivationCache)
+        return result
 
-def _max_seq_length(job: Job, config: Config) -> int:
-    """What a sample is cut to: the smaller of what is asked for and what the model can read."""
-    return min(job.train.max_seq_length or config.block_size, config.block_size)
+    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Restore optimizer and random generators for the first loop of a resumed session."""
+        if self.saved is None:
+            return
+        if self.state.phase is not None:
+            self.saved.restore(optimizer, self.rank.index, self.rank.device)
+        else:
+            self.saved.restore_random(self.rank.index, self.rank.device)
+        for name, cached in self.saved.facts["cached"].items():
+            if self.cached.get(name, cached) != cached:
+                now = "cached" if self.cached[name] else "computed for every batch"
+                self.console.say(f"{name} activations are {now}, unlike before: the figures may differ in their last digits")
+        self.saved = None
 
+    def _answer(self) -> None:
+        """Show the model's answer to the example, if `eval.max_new_tokens` asks for one."""
+        job, model, most = self.job, self.model, self.settings.eval.max_new_tokens
+        if not most or not job.answers or not self.console.active:
+            return
+        rendered = render(job.example, job.style, job.tokenizer)
+        prompt = rendered.text[: rendered.spans[0][0]]
+        ids = torch.tensor(job.tokenizer.ids(prompt))
+        room = min(len(ids) + most, model.max_seq_length)
+        if room <= len(ids):
+            return
+        tokens = []
+        for token in generate(model, ids, room, temperature=0.0, stop_tokens=job.style.stop_tokens(job.tokenizer)):
+            tokens.append(token)
+            if self.interrupts.asked is not None:
+                break
+        model.clear_kv_cache()
+        question, answer = job.example.get("instruction") or prompt, job.tokenizer.decode(tokens).strip()
+        self.console.say(f"  asked: {question}\n  answered: {answer}")
 
-def _cache_dtype(name: str | None, backbone: torch.dtype) -> torch.dtype:
-    """The dtype asked for; the backbone's, which loses nothing, if none is."""
-    if name is not None and name not in CACHE_DTYPES:
-        raise UserError(f"skip2lora_cache_dtype is {name!r}: choose one of {', '.join(CACHE_DTYPES)}")
-    return CACHE_DTYPES[name] if name else backbone
+    def _write(self, folder: Path) -> None:
+        """Write the contents of every checkpoint."""
+        self.job.method.save(self.model, folder)
+        checkpoint.save_config(self.model.config, folder, self.job.chosen)
+        atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(self.hyperparameters, sort_keys=False))
+        checkpoint.copy_tokenizer_files(self.job.base, folder)
+        save_prompt_style(self.job.style, folder)
 
+    def finish(self) -> dict[str, Any]:
+        """Write the final folder and return the report. Adapters, which are small, are saved before they are merged into the model."""
+        loop, state = self.loop, self.state
+        assert loop is not None
+        with self.interrupts.held():
+            if len(loop.trained) < sum(1 for _ in self.model.parameters()):
+                self.checkpoints.rescue(state, loop.optimizer)
 
-def _example(job: Job, examples: list[Record]) -> Record:
-    """The validation record that `eval.evaluate_example` names."""
-    which = job.eval.evaluate_example
-    if which == "random":
-        which = int(torch.randint(len(examples), (), generator=torch.Generator().manual_seed(job.seed)))
-    number = 0 if which == "first" else int(which)
-    if number >= len(examples):
-        raise UserError(f"eval.evaluate_example is {number}: the validation set has {len(examples)} samples, counted from 0")
-    return examples[number]
+            def finish(folder: Path) -> None:
+                state.consistent = False  # merging changes the weights
+                self.job.method.finish(self.model, folder)
+
+            self.model.eval()
+            trainable = sum(p.numel() for p in loop.trained)
+            report = figures(state, loop.batches.per_epoch, trainable, count(self.model), peak_memory_gb(self.rank.device))
+            self.checkpoints.final(report, finish)
+            if self.log is not None:
+                self.log.close()
+            final = self.settings.out_dir / "final"
+            rows = summary_rows(report, self.settings.out_dir / "best")
+            self.console.say(f"\nfinished: {final}\n{text_table(list(rows.items()), left=(0, 1))}")
+        return report
+
+    @contextmanager
+    def ended_well(self) -> Iterator[None]:
+        """Save the state if the block fails. The error that is raised names the checkpoint to resume."""
+        with ends_together(self.job.fabric, lambda: self._rescue("Stopped", together=False)):
+            try:
+                yield
+            except Stopped as stop:
+                raise Stopped(stop.signum, self._rescue(f"stopped after step {self.state.step}")) from None
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}. {self._quote(error.samples)}{self._rescue('Stopped')}", error.samples) from None
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(f"{self._out_of_memory(error)}. {self._rescue('Stopped', together=False)}") from None
+                if isinstance(error, OSError):
+                    reason = f"{error.filename or 'input or output'}: {error.strerror or error}"
+                    raise UserError(f"{reason}. {self._rescue('Stopped', together=False)}") from None
+                raise
+
+    def _rescue(self, what: str, together: bool = True) -> str:
+        """Save the state if it is not saved yet, and say how to resume. `together`: all processes are here."""
+        if self.rank.size > 1 and (self.loop is None or not together):
+            folder = self.checkpoints.newest
+        else:
+            with self.interrupts.held():
+                try:
+                    folder = self.checkpoints.rescue(self.state, self.loop.optimizer if self.loop else None)
+                except UserError as error:
+                    return f"{what}, and the state could not be saved: {error}"
+        if folder is None:
+            return f"{what}: nothing is lost, run the same command again"
+        return f"{what}: {folder} is complete, {RESUME}"
+
+    def _quote(self, samples: list[int]) -> str:
+        if not samples:
+            return ""
+        train = self.job.splits.train
+        texts = [f"{i}: {self.job.tokenizer.decode(list(train[i].input_ids[:40]))!r}" for i in samples[:2]]
+        return f"The training samples (counted from 0) begin {', '.join(texts)}. "
+
+    def _out_of_memory(self, error: Exception) -> OutOfMemory:
+        """Return the error with figures and remedies. The memory of the failed step is freed first, to leave room for the checkpoint."""
+        train, cache = self.settings.train, self.job.method.cache.mode
+        longest = max(len(sample.input_ids) for sample in self.job.splits.train)
+        remedies = [f"Batches have {train.micro_batch_size} samples of up to {longest} tokens"]
+        if train.micro_batch_size > 1:
+            remedies.append(f"set train.micro_batch_size below {train.micro_batch_size} (global_batch_size may stay)")
+        remedies.append(f"set train.max_seq_length below {longest}")
+        if any(self.cached.values()) and cache in ("auto", "memory"):
+            remedies.append("set skip2lora_cache disk")
+        if not self.model.config.skip2lora_enabled:
+            remedies.append("use skip2lora_enabled, which keeps no activations of frozen blocks")
+        where = f"after step {self.state.step}" if self.loop else "while the activation cache was filled"
+        explained = out_of_memory(error, where, self.rank.device, remedies)
+        traceback.clear_frames(error.__traceback__)
+        if self.loop is not None:
+            self.loop.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.rank.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return explained

@@ -1,117 +1,135 @@
-"""A sweep at work: data and model are read once, the cache is filled once, and each setting is a run of its own (`litgpt.train.run`)
-that trains new adapters on the same frozen weights, in its own folder."""
+"""A sweep: data and model are read once, the cache is filled once, and each trial is a run of its own (`litgpt.train.run`) that trains new
+adapters on the same frozen weights, in its own folder."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from litgpt import atomic, checkpoint
+from litgpt import atomic
 from litgpt.activations.cache import plan
 from litgpt.activations.shared import SharedActivations
-from litgpt.args import as_config
+from litgpt.args import Grid, as_config, shallow
+from litgpt.checkpoint import require_checkpoint
+from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import Stopped, UserError
 from litgpt.files import read_json
-from litgpt.finetune.lora import job_of
 from litgpt.logs import Console
 from litgpt.lora import GPT, Config, keep_taps
 from litgpt.optim import make_optimizer
 from litgpt.text import gib, text_table
-from litgpt.train import sweep_table
-from litgpt.train.grid import Variant
-from litgpt.train.interrupts import Signals
+from litgpt.train.interrupts import Interrupts
 from litgpt.train.methods import Method, ranges
-from litgpt.train.out_dir import Place
+from litgpt.train.out_dir import OutDir
+from litgpt.train.prepare import Job, choose_taps, prepare
 from litgpt.train.rehearsal import rehearsed, require_data
-from litgpt.train.resume import Identity, Stopwatch, environment, identity
-from litgpt.train.run import Job, Prepared, choose_taps, finished_report, prepare, run
-from litgpt.train.session import cache_settings
-from litgpt.train.sweep_table import FAILED, FINISHED, STOPPED, WAITING, Outcome, Table
+from litgpt.train.resume import Identity, Stopwatch, compared_settings, environment
+from litgpt.train.run import finished_report, run
+from litgpt.train.settings import Run
+from litgpt.train.trials import CSV, FAILED, FINISHED, JSON, STOPPED, WAITING, Table, Trial, expand
 
-RESUME = "the same command with --resume auto goes on"
-
-
-@dataclass
-class Trial:
-    """A setting that can be trained."""
-
-    variant: Variant
-    job: Job
-    method: Method
-    config: Config
-    chosen: list[int] | None = None
-    """the tapped blocks, if they were left to `auto`"""
+RESUME = "the same command with --resume auto continues"
 
 
 class _Quiet(Console):
-    """Progress bars alone: what each run says of itself would bury the sweep's own lines."""
+    """Progress bars alone: the lines of each run would bury the sweep's own."""
 
     def say(self, text: str) -> None:
         pass
 
 
-def sweep(arguments: dict[str, Any], variants: list[Variant]) -> None:
-    """Train every setting and say which is best. UserError at the end if any failed, before anything is written if none can be trained."""
-    clock, out_dir = Stopwatch(), Path(arguments["out_dir"])
-    resumed = arguments["resume"] is not False
-    trials = _trials(arguments, variants)
-    with Signals(), Place(out_dir, arguments["resume"], arguments["overwrite"], arguments["checkpoint_dir"]) as place:
-        before = _earlier(arguments)
-        table = Table(out_dir, [_outcome(variant, resumed) for variant in variants], trials[0].job.train.keep_best)
-        names = {outcome.variant.name for outcome in table.of(WAITING)}
-        waiting = [trial for trial in trials if trial.variant.name in names]
-        ready = _prepare(trials, out_dir, (before or {}).get("chosen"))
-        _introduce(ready, table, len(waiting))
-        whose = _identity(ready, arguments, list(variants[0].values))
-        if before is not None and (changes := whose.changes(before["identity"])):
+class Candidate:
+    """A trial that can be trained: its method and adapters, and the blocks that `auto` chose for it."""
+
+    def __init__(self, trial: Trial, settings: Run) -> None:
+        """Raises UserError if the settings do not fit the model."""
+        self.trial, self.settings = trial, settings
+        # LoRA merged into the weights would spoil them for the next trial, and fill the disk.
+        self.method: Method = replace(settings.method(), finish=_add_nothing)
+        self.config: Config = self.method.config(settings.checkpoint_dir)
+        self.chosen: list[int] | None = None
+        make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+        if self.config.cut is None:
+            raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
+
+    @property
+    def taps(self) -> list[int]:
+        """The tapped blocks: every candidate block while `auto` has not chosen yet."""
+        return self.chosen or list(self.config.taps)
+
+
+def _add_nothing(model: GPT, folder: Path) -> None:
+    pass
+
+
+def sweep(settings: Run, grid: Grid | None, samples: int | None) -> None:
+    """Train every trial and print the best; with `dry_run` only list the trials, their steps and the cache's bytes.
+
+    Raises UserError before anything is written if no trial can be trained, and at the end if any failed.
+    """
+    clock, out_dir = Stopwatch(), settings.out_dir
+    trials = expand(settings, grid, samples)
+    settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
+    candidates = _candidates(settings.checkpoint_dir, trials)
+    if settings.dry_run:
+        _rehearse(settings, trials, candidates)
+        return
+    resumed = settings.resume is not False
+    with Interrupts(), OutDir(out_dir, settings.resume, settings.overwrite, settings.checkpoint_dir) as folder:
+        before = _earlier(settings)
+        for trial in trials if resumed else ():
+            if trial.status == WAITING and not atomic.damages(out_dir / trial.name / "final"):
+                trial.status, trial.figures = FINISHED, finished_report(out_dir / trial.name)
+        table = Table(out_dir, trials, candidates[0].settings.train.keep_best)
+        waiting = [candidate for candidate in candidates if candidate.trial.status == WAITING]
+        job = _prepare(candidates, out_dir, (before or {}).get("chosen"))
+        _introduce(job, table, len(waiting))
+        identity = _identity(job, settings, list(trials[0].values))
+        if before is not None and (changes := identity.changes(before["identity"])):
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
         if waiting:
-            ready.shared = _fill(ready, _validated(trials, ready))
+            job.shared = _fill(job, _n_validated(candidates, job))
             spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
-        table.facts = {**(before or {}), **_facts(ready, trials, arguments, whose), **spent}
-        place.make(resumed)
+        table.facts = {**(before or {}), **_facts(job, candidates, settings, identity), **spent}
+        folder.make(resumed)
         table.save()
-        for number, trial in enumerate(waiting, 1):
-            ready.console.say(f"[{number}/{len(waiting)}] {trial.variant.name}")
-            _train(trial, ready, table)
+        for number, candidate in enumerate(waiting, 1):
+            job.console.say(f"[{number}/{len(waiting)}] {candidate.trial.name}")
+            _train(candidate, job, table)
     _conclude(table, clock.seconds, spent, len(waiting))
 
 
-def dry_run(arguments: dict[str, Any], variants: list[Variant]) -> None:
-    """Check everything and print the settings, their steps and the cache's bytes. Writes nothing."""
-    out_dir = Path(arguments["out_dir"])
-    trials = _trials(arguments, variants)
-    Place(out_dir, arguments["resume"], arguments["overwrite"], arguments["checkpoint_dir"]).check()
-    _earlier(arguments)
-    require_data(trials[0].job)
-    ready = _prepare(trials, out_dir)
-    counts = {"train": len(ready.splits.train), "val": _validated(trials, ready)}
-    need = sum(plan(ready.model, getattr(ready.splits, name), range(count), ready.cache_dtype).nbytes for name, count in counts.items())
-    steps = {}
-    rows: list[tuple[str, ...]] = [("setting", "parameters", "steps", "")]
-    for trial in trials:
-        loop = rehearsed(_adapted(ready, trial), trial.job.train)
-        steps[trial.variant.name] = loop.total_steps
-        known = "" if loop.total_steps is None else f"{loop.total_steps:,}"
-        rows.append((trial.variant.name, f"{sum(p.numel() for p in loop.trained):,}", known, ""))
-    rows += [(variant.name, "", "", f"cannot be trained: {variant.problem}") for variant in variants if variant.problem]
-    total = sum(count or 0 for count in steps.values())
-    print(f"{len(variants)} settings, {total:,} steps in all; {gib(need)} of activations, computed once\n{text_table(rows, left=(0, -1))}")
+def _rehearse(settings: Run, trials: list[Trial], candidates: list[Candidate]) -> None:
+    """Check everything and print the trials, their steps and the cache's bytes. Writes nothing."""
+    OutDir(settings.out_dir, settings.resume, settings.overwrite, settings.checkpoint_dir).check()
+    _earlier(settings)
+    require_data(settings)
+    job = _prepare(candidates, settings.out_dir)
+    counts = {"train": len(job.splits.train), "val": _n_validated(candidates, job)}
+    need = sum(plan(job.model, getattr(job.splits, name), range(count), job.cache_dtype).nbytes for name, count in counts.items())
+    rows, total = [("setting", "parameters", "steps", "")], 0
+    for candidate in candidates:
+        loop = rehearsed(_adapted(job, candidate), candidate.settings.train)
+        total += loop.total_steps or 0
+        steps = "" if loop.total_steps is None else f"{loop.total_steps:,}"
+        rows.append((candidate.trial.name, f"{sum(p.numel() for p in loop.trained):,}", steps, ""))
+    rows += [(trial.name, "", "", f"cannot be trained: {trial.reason}") for trial in trials if trial.status == FAILED]
+    print(f"{len(trials)} settings, {total:,} steps in all; {gib(need)} of activations, computed once\n{text_table(rows, left=(0, -1))}")
     print("dry run: nothing was written")
 
 
-def _earlier(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """What the sweep that is to be gone on with left in out_dir. UserError if there is one that is neither that nor to be replaced."""
-    file = Path(arguments["out_dir"]) / sweep_table.JSON
-    if arguments["overwrite"] or not file.is_file():
+def _earlier(settings: Run) -> dict[str, Any] | None:
+    """Return the state of the sweep to resume, or None. Raises UserError if out_dir holds a sweep that is not to be resumed or replaced."""
+    file = settings.out_dir / JSON
+    if settings.overwrite or not file.is_file():
         return None
-    if arguments["resume"] is False:
-        ways = "give another --out_dir, --resume auto to go on with it, or --overwrite true to replace it"
+    if settings.resume is False:
+        ways = "give another --out_dir, --resume auto to continue it, or --overwrite true to replace it"
         raise UserError(f"out_dir {file.parent} holds an earlier sweep ({file.name}): {ways}")
     facts = read_json(file)
     if not isinstance(facts.get("identity"), dict):
@@ -119,50 +137,35 @@ def _earlier(arguments: dict[str, Any]) -> dict[str, Any] | None:
     return facts
 
 
-def _trials(arguments: dict[str, Any], variants: list[Variant]) -> list[Trial]:
-    """The settings that can be trained; why the others cannot becomes their `problem`.
+def _candidates(base: Path, trials: list[Trial]) -> list[Candidate]:
+    """Return the trials that can be trained; the others fail with a reason.
 
-    Raises UserError if there is none, or if what runs frozen is not the same for all.
+    Raises UserError if there is none, or if they do not share the frozen layers.
     """
-    base = checkpoint.require_checkpoint(arguments["checkpoint_dir"])
-    trials = []
-    for variant in variants:
-        if variant.problem:
-            continue
-        try:
-            job, method = job_of(variant.arguments)
-            config = method.config(base)
-            make_optimizer(job.optimizer, [torch.nn.Parameter(torch.zeros(1))])
-            if config.cut is None:
-                raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
-        except UserError as error:
-            variant.problem = str(error)
-            continue
-        job = replace(job, eval=replace(job.eval, max_new_tokens=None))
-        trials.append(Trial(variant, job, replace(method, finish=_leave), config))
-    if not trials:
-        raise UserError(f"no setting of the grid can be trained. {variants[0].name}: {variants[0].problem}")
-    _require_one_cut(trials)
-    return trials
-
-
-def _leave(model: GPT, folder: Path) -> None:
-    """Nothing is added to the final folder: LoRA merged into the weights would spoil them for the next setting, and fill the disk."""
-
-
-def _require_one_cut(trials: list[Trial]) -> None:
-    first = trials[0]
+    require_checkpoint(base)
+    candidates = []
     for trial in trials:
-        if trial.config.cut != first.config.cut:
+        if trial.settings is not None:
+            try:
+                candidates.append(Candidate(trial, replace(trial.settings, checkpoint_dir=base)))
+            except UserError as error:
+                trial.fail(str(error))
+    if not candidates:
+        raise UserError(f"no setting of the grid can be trained. {trials[0].name}: {trials[0].reason}")
+    first = candidates[0]
+    for candidate in candidates:
+        if candidate.config.cut != first.config.cut:
             raise UserError(
-                f"grid: {first.variant.name} trains from {_layer(first.config)} on, {trial.variant.name} from {_layer(trial.config)} on. "
-                "What runs frozen before that is computed once for all settings, so it must be the same: make a sweep of each"
+                f"grid: {first.trial.name} trains from {_layer(first.config)} on, "
+                f"{candidate.trial.name} from {_layer(candidate.config)} on. "
+                "The frozen layers before that run once for all settings, so they must be the same: make a sweep of each"
             )
     if not first.config.cut:
         raise UserError(
-            "a sweep shares what frozen blocks compute, and here none is frozen: LoRA begins in block 0. Set skip2lora_enabled, or keep "
+            "a sweep shares the outputs of frozen blocks, and here none is frozen: LoRA begins in block 0. Set skip2lora_enabled, or keep "
             "LoRA to late blocks, for example lora_block_indices last:6"
         )
+    return candidates
 
 
 def _layer(config: Config) -> str:
@@ -170,128 +173,116 @@ def _layer(config: Config) -> str:
     return f"block {cut}" if cut < config.n_layer else "ln_f" if cut == config.n_layer else "lm_head"
 
 
-def _prepare(trials: list[Trial], out_dir: Path, known: Any = None) -> Prepared:
-    """Data and model, read once; the model has the taps of all settings. `known`: blocks chosen in an earlier session, by setting."""
-    widest = next((trial for trial in trials if trial.config.taps), trials[0])
-    taps = _taps(trials)
-    _, method = job_of({**widest.variant.arguments, **({"skip2lora_block_indices": taps} if taps else {})})
-    ready = prepare(replace(widest.job, out_dir=out_dir), method)
-    _choose(trials, ready, known if isinstance(known, dict) else {})
+def _prepare(candidates: list[Candidate], out_dir: Path, known: Any = None) -> Job:
+    """Read data and model once; the model has the taps of all trials. `known`: blocks chosen in an earlier session, by trial."""
+    widest = next((candidate for candidate in candidates if candidate.config.taps), candidates[0])
+    taps = _taps(candidates)
+    changes: dict[str, Any] = {"skip2lora_block_indices": taps} if taps else {}
+    settings = replace(widest.settings, out_dir=out_dir, **changes)
+    job = prepare(settings, settings.method(), settings.checkpoint_dir)
+    _choose(candidates, job, known if isinstance(known, dict) else {})
     if taps:
-        keep_taps(ready.model, _taps(trials))
-    return ready
+        keep_taps(job.model, _taps(candidates))
+    return job
 
 
-def _taps(trials: list[Trial]) -> list[int]:
-    """The blocks that any of the settings taps: every candidate where `auto` has yet to choose."""
-    return sorted({block for trial in trials for block in trial.chosen or trial.config.taps})
+def _taps(candidates: list[Candidate]) -> list[int]:
+    return sorted({block for candidate in candidates for block in candidate.taps})
 
 
-def _choose(trials: list[Trial], ready: Prepared, known: dict[str, Any]) -> None:
-    """Give each setting that leaves its blocks to `auto` those that its own run would choose."""
+def _choose(candidates: list[Candidate], job: Job, known: dict[str, Any]) -> None:
+    """Give each trial that leaves its blocks to `auto` those that its own run would choose."""
     choices: dict[tuple[int, int, int], list[int]] = {}
-    for trial in trials:
-        if count := trial.config.taps_to_choose:
-            blocks = known.get(trial.variant.name)
-            if not isinstance(blocks, list) or len(blocks) != count or not all(block in trial.config.taps for block in blocks):
-                key = count, trial.job.train.micro_batch_size, trial.job.seed
+    for candidate in candidates:
+        if count := candidate.config.taps_to_choose:
+            blocks = known.get(candidate.trial.name)
+            if not isinstance(blocks, list) or len(blocks) != count or not all(block in candidate.config.taps for block in blocks):
+                key = count, candidate.settings.train.micro_batch_size, candidate.settings.seed
                 if key not in choices:
-                    choices[key] = choose_taps(trial.job, ready.model, count, ready.splits, ready.fabric, ready.console)
+                    choices[key] = choose_taps(replace(job, settings=candidate.settings), count)
                 blocks = choices[key]
-            trial.chosen = blocks
+            candidate.chosen = blocks
 
 
-def _fill(ready: Prepared, validated: int) -> SharedActivations:
-    """Return the activations of all training samples and the first `validated` of the others."""
-    samples = {"training": ready.splits.train, "validation": ready.splits.val}
-    counts = {"training": len(ready.splits.train), "validation": validated}
-    with ready.fabric.autocast():
-        return SharedActivations.fill(ready.model, samples, counts, cache_settings(ready, ready.job.cache_mode), ready.fabric.device)
-
-
-def _validated(trials: list[Trial], ready: Prepared) -> int:
-    """How many validation samples the settings need. Says so if it is not the same number for all."""
-    batches, most = trials[0].job.eval.max_iters, len(ready.splits.val)
-    asked = {min(most, batches * trial.job.train.micro_batch_size) for trial in trials}
-    if len(asked) > 1:
-        told = (
-            f"eval.max_iters {batches} batches of train.micro_batch_size are {' or '.join(f'{count:,}' for count in sorted(asked))} samples"
+def _n_validated(candidates: list[Candidate], job: Job) -> int:
+    """Return the number of validation samples that the trials need. Says so if it is not the same for all."""
+    batches, most = candidates[0].settings.eval.max_iters, len(job.splits.val)
+    counts = {min(most, batches * candidate.settings.train.micro_batch_size) for candidate in candidates}
+    if len(counts) > 1:
+        numbers = " or ".join(f"{count:,}" for count in sorted(counts))
+        job.console.say(
+            f"validation losses are not of the same samples: eval.max_iters {batches} batches of train.micro_batch_size are {numbers} "
+            "samples. Raise eval.max_iters to compare them"
         )
-        ready.console.say(f"validation losses are not of the same samples: {told}. Raise eval.max_iters to compare them")
-    return max(asked)
+    return max(counts)
 
 
-def _adapted(ready: Prepared, trial: Trial) -> Prepared:
-    """What `prepare` would give for the setting: its adapters, drawn with its seed, on the model that is there."""
-    ready.fabric.seed_everything(trial.job.seed, verbose=False)
-    trial.method.rebuild(ready.model, ready.base)
-    ready.model.to(ready.fabric.device)
-    if trial.chosen is not None:
-        keep_taps(ready.model, trial.chosen)
-    return replace(ready, job=trial.job, method=trial.method, console=_Quiet(), chosen=trial.chosen)
+def _fill(job: Job, validated: int) -> SharedActivations:
+    """Return the activations of all training samples and the first `validated` of the others."""
+    samples = {"training": job.splits.train, "validation": job.splits.val}
+    counts = {"training": len(job.splits.train), "validation": validated}
+    with job.fabric.autocast():
+        return SharedActivations.fill(job.model, samples, counts, job.cache_settings(job.method.cache.mode), job.fabric.device)
 
 
-def _outcome(variant: Variant, resumed: bool) -> Outcome:
-    """What is known of a setting before it is trained."""
-    if variant.problem:
-        return Outcome(variant, FAILED, variant.problem)
-    run = variant.arguments["out_dir"]
-    if resumed and not atomic.damages(run / "final"):
-        return Outcome(variant, FINISHED, figures=finished_report(run))
-    return Outcome(variant)
+def _adapted(job: Job, candidate: Candidate) -> Job:
+    """Return the job that `prepare` would give for the trial: its adapters, drawn with its seed, on the shared model."""
+    job.fabric.seed_everything(candidate.settings.seed, verbose=False)
+    candidate.method.rebuild(job.model, job.base)
+    job.model.to(job.fabric.device)
+    if candidate.chosen is not None:
+        keep_taps(job.model, candidate.chosen)
+    return replace(job, settings=candidate.settings, method=candidate.method, console=_Quiet(), chosen=candidate.chosen, answers=False)
 
 
-def _introduce(ready: Prepared, table: Table, waiting: int) -> None:
+def _introduce(job: Job, table: Table, waiting: int) -> None:
     """Say what is trained on what."""
-    config, say = ready.model.config, ready.console.say
+    config, say = job.model.config, job.console.say
     taps = f", blocks {ranges(config.taps)} tapped" if config.taps else ""
-    say(f"{config.name}, {ready.precision} on {ready.fabric.device}; what runs before {_layer(config)} is computed once{taps}")
-    say(f"{len(table.outcomes)} settings" + (f", {waiting} of them to be trained" if waiting < len(table.outcomes) else ""))
-    for outcome in table.of(FAILED):
-        say(f"{outcome.variant.name} cannot be trained: {outcome.reason}")
+    say(f"{config.name}, {job.precision} on {job.fabric.device}; the layers before {_layer(config)} run once{taps}")
+    say(f"{len(table.trials)} settings" + (f", {waiting} of them to be trained" if waiting < len(table.trials) else ""))
+    for trial in table.of(FAILED):
+        say(f"{trial.name} cannot be trained: {trial.reason}")
 
 
-def _identity(ready: Prepared, arguments: dict[str, Any], varying: list[str]) -> Identity:
-    """What a later session of the sweep must have in common with this one: what is the same for all settings."""
-    settings = as_config({key: value for key, value in arguments.items() if key not in varying})
-    for group in ("train", "eval"):
-        settings[group] = {name: value for name, value in settings[group].items() if f"{group}.{name}" not in varying}
-    config, splits = ready.model.config.base_dict(), ready.splits
-    return identity(settings, {"precision": ready.precision}, ready.base, config, splits.train, splits.val)
+def _identity(job: Job, settings: Run, varying: list[str]) -> Identity:
+    """Return what a resumed sweep must have in common with this one: the settings that are the same for all trials."""
+    shared = {key: value for key, value in compared_settings(as_config(shallow(settings)), type(settings)).items() if key not in varying}
+    return Identity.of({**shared, "precision": job.precision}, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
 
 
-def _facts(ready: Prepared, trials: list[Trial], arguments: dict[str, Any], whose: Identity) -> dict[str, Any]:
-    """Of sweep.json: what is the same for all settings, and the blocks that were chosen for those with `auto`."""
-    facts = {"settings": as_config(arguments), "identity": whose.facts(), "environment": environment(ready.fabric.device)}
-    if chosen := {trial.variant.name: trial.chosen for trial in trials if trial.chosen is not None}:
+def _facts(job: Job, candidates: list[Candidate], settings: Run, identity: Identity) -> dict[str, Any]:
+    """Return what sweep.json says of all trials, and the blocks that were chosen for those with `auto`."""
+    facts = {"settings": as_config(shallow(settings)), "identity": identity.facts(), "environment": environment(job.fabric.device)}
+    if chosen := {candidate.trial.name: candidate.chosen for candidate in candidates if candidate.chosen is not None}:
         facts["chosen"] = chosen
-    if ready.shared is not None:
-        facts["cache"] = {"blocks": list(ready.shared.blocks), "bytes": sum(each.store.nbytes for each in ready.shared.caches.values())}
+    if job.shared is not None:
+        facts["cache"] = {"blocks": list(job.shared.blocks), "bytes": sum(each.store.nbytes for each in job.shared.caches.values())}
     return facts
 
 
-def _train(trial: Trial, ready: Prepared, table: Table) -> None:
-    """Train one setting and note what became of it. Raises Stopped, saying how to go on."""
-    outcome = next(outcome for outcome in table.outcomes if outcome.variant is trial.variant)
+def _train(candidate: Candidate, job: Job, table: Table) -> None:
+    """Train one trial and record the result. Raises Stopped, saying how to resume."""
+    trial = candidate.trial
     try:
-        outcome.figures = run(trial.job, trial.method, lambda: _adapted(ready, trial))
-        outcome.status = FINISHED
-        loss = table.loss(outcome)
-        told = "not validated" if loss is None else f"validation loss {loss:.4f}"
-        ready.console.say(f"  {told}, {outcome.figures['total_seconds']:.1f} s")
+        trial.figures = run(candidate.settings, candidate.method, lambda: _adapted(job, candidate))
+        trial.status = FINISHED
+        loss = table.loss(trial)
+        result = "not validated" if loss is None else f"validation loss {loss:.4f}"
+        job.console.say(f"  {result}, {trial.figures['total_seconds']:.1f} s")
     except (UserError, OSError) as error:
-        outcome.status, outcome.reason = FAILED, str(error)
-        ready.console.say(f"  failed: {error}")
+        trial.fail(str(error))
+        job.console.say(f"  failed: {error}")
     except Stopped as stop:
-        outcome.status, outcome.reason = STOPPED, stop.message
-        done = f"{len(table.of(FINISHED))} of {len(table.outcomes)} settings are finished"
-        raise Stopped(stop.signum, f"stopped in {trial.variant.name}, {done}: {RESUME}") from None
+        trial.status, trial.reason = STOPPED, stop.message
+        done = f"{len(table.of(FINISHED))} of {len(table.trials)} settings are finished"
+        raise Stopped(stop.signum, f"stopped in {trial.name}, {done}: {RESUME}") from None
     finally:
         table.save()
 
 
 def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: int) -> None:
-    """Print the table and the best setting. UserError if a setting failed."""
+    """Print the table and the best trial. Raises UserError if a trial failed."""
     parts = "nothing was left to train"
     if trained:
         each = (seconds - sum(spent.values())) / trained
@@ -299,8 +290,8 @@ def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: in
     print(f"\n{trained} settings trained in {seconds:.1f} s: {parts}\n{table}")
     best = table.ranked[0]
     if (loss := table.loss(best)) is not None:
-        print(f"\nbest: {best.variant.name}, validation loss {loss:.4f}\n  litgpt chat {shlex.quote(str(table.folder(best)))}")
-    print(f"all figures: {table.out_dir / sweep_table.CSV}")
+        print(f"\nbest: {best.name}, validation loss {loss:.4f}\n  litgpt chat {shlex.quote(str(table.folder(best)))}")
+    print(f"all figures: {table.out_dir / CSV}")
     if failed := table.of(FAILED):
-        reasons = "; ".join(f"{outcome.variant.name}: {outcome.reason}" for outcome in failed[:3])
-        raise UserError(f"{len(failed)} of {len(table.outcomes)} settings failed. {reasons}")
+        reasons = "; ".join(f"{trial.name}: {trial.reason}" for trial in failed[:3])
+        raise UserError(f"{len(failed)} of {len(table.trials)} settings failed. {reasons}")

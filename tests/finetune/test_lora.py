@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from litgpt import checkpoint
 from litgpt.lora import lora_filter
 from litgpt.model import GPT
-from litgpt.train.loop import Loop
+from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
 from tests.helpers import tiny
@@ -356,7 +356,7 @@ BAD: dict[str, tuple[int, dict[str, Any], str]] = {
         "skip2lora_block_indices names block 3, which does not run before skip2lora_output_layer 'transformer.h.2'",
     ),
     "no such block": (1, {"skip2lora_block_indices": "[9]"}, "skip2lora_block_indices names 9: this model has blocks 0 to 4"),
-    "two names for the taps": (1, {"skip2lora_positions": "[0]"}, "skip2lora_positions is the older name"),
+    "two names for the taps": (2, {"skip2lora_positions": "[0]"}, "skip2lora_positions is the older name"),
     "LoRA before the cut": (1, {"lora_block_indices": "[0]"}, "lora_block_indices names block 0"),
     "no such output layer": (1, {"skip2lora_output_layer": "transformer.h.77"}, "skip2lora_output_layer is 'transformer.h.77'"),
     "nothing to train": (
@@ -437,7 +437,7 @@ def test_wrong_places(base: Path, data: Path, tmp_path: Path) -> None:
     assert_one_line(finetune("finetune", tmp_path / "nowhere", data, out), 1, f"checkpoint folder {tmp_path / 'nowhere'} does not exist")
     assert_one_line(finetune("finetune", empty, data, out), 1, f"checkpoint folder {empty} lacks lit_model.pth, model_config.yaml")
     assert_one_line(finetune("finetune", base, tmp_path / "no.json", out), 1, f"{tmp_path / 'no.json'} does not exist")
-    assert_one_line(finetune("finetune", base, data, file), 1, f"out_dir {file} is no place for a folder")
+    assert_one_line(finetune("finetune", base, data, file), 1, f"out_dir {file} cannot be a folder")
     assert_one_line(finetune("finetune", base, data, file / "below"), 1, f"out_dir {file / 'below'}")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "empty"} and file.read_text() == "mine" and not list(empty.iterdir())
 
@@ -461,10 +461,10 @@ def test_an_interrupt_in_mid_step_leaves_whole_checkpoints_and_no_other(
 ) -> None:
     step = Loop.step
 
-    def interrupted(loop: Loop, state: State, rows: list[int], loss_tokens: int) -> float:
+    def interrupted(loop: Loop, state: State, batch: Batch) -> dict[str, float]:
         if state.step == 4:
             raise KeyboardInterrupt
-        return step(loop, state, rows, loss_tokens)
+        return step(loop, state, batch)
 
     monkeypatch.setattr(Loop, "step", interrupted)
     run = finetune("finetune", base, data, tmp_path / "out", **SKIP)

@@ -10,7 +10,7 @@ from typing import Any
 FAULT, RANK = sys.argv[1], sys.argv[2]
 
 
-def faulty(loop: Any, state: Any, *args: Any) -> float:
+def faulty(loop: Any, state: Any, *args: Any) -> Any:
     if state.step == 2 and os.environ.get("LOCAL_RANK", "0") == RANK:
         if FAULT == "memory":
             raise MemoryError

@@ -15,7 +15,7 @@ import yaml
 
 from litgpt import LLM, Config, checkpoint
 from litgpt.errors import UserError
-from litgpt.train.loop import Loop
+from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
 from tests.helpers.runs import Run, finetune, load, plain_loss, val_samples
@@ -78,16 +78,16 @@ def test_a_resumed_run_keeps_its_blocks(base: Path, data: Path, tmp_path: Path, 
     whole = finetune("finetune", base, data, tmp_path / "whole", **RUN)
     step = Loop.step
 
-    def signalled(loop: Loop, state: State, rows: list[int], loss_tokens: int) -> float:
+    def signalled(loop: Loop, state: State, batch: Batch) -> dict[str, float]:
         if state.step == 2 and not os.environ.get("RESUMED"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(loop, state, rows, loss_tokens)
+        return step(loop, state, batch)
 
     monkeypatch.setattr(Loop, "step", signalled)
     out_dir = tmp_path / "out"
     assert finetune("finetune", base, data, out_dir, **RUN).code == 143
     monkeypatch.setenv("RESUMED", "1")
-    monkeypatch.setattr("litgpt.train.run.choose", None)  # choosing again would fail
+    monkeypatch.setattr("litgpt.train.prepare.choose", None)  # choosing again would fail
     run = finetune("finetune", base, data, out_dir, **RUN, resume=True)
     assert run.code == 0 and "auto: blocks" not in run.err, run.err
     assert blocks_of(run.final) == blocks_of(whole.final) and run.column("val_loss") == whole.column("val_loss")

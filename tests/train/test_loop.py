@@ -3,7 +3,6 @@ processes."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import threading
@@ -26,14 +25,16 @@ from litgpt.logs import Console
 from litgpt.lora import lora_filter, mark_only_lora_as_trainable
 from litgpt.sample import Sample
 from litgpt.train import loop as loop_module
-from litgpt.train.interrupts import Signals
-from litgpt.train.loop import Batches, Loop, World
+from litgpt.train.interrupts import Interrupts
+from litgpt.train.loop import Batches, Loop
 from litgpt.train.methods import full
+from litgpt.train.parallel import Rank
+from litgpt.train.phase import Phase
 from litgpt.train.resume import State
 from tests.helpers import tiny
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, lambda tensor: tensor)
+ALONE = Rank()
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
 RATE = 0.05
 
@@ -96,20 +97,35 @@ class Saved:
         self.bests: list[tuple[int, float]] = []
         self.act = act
 
-    def step(self, state: State, optimizer: Any, device: Any, kept: bool) -> None:
+    def step(self, state: State, optimizer: Any, kept: bool) -> None:
         self.asked.append((state.step, kept))
         self.act(state.step)
 
-    def best(self, state: State) -> None:
-        assert state.best is not None
-        self.bests.append(state.best)
+    def folder(self, name: str, measured: dict[str, Any]) -> None:
+        assert name == "best"
+        self.bests.append((measured["step"], measured["val_loss"]))
 
 
-def column(loop: Loop, name: str) -> list[float]:
+class Training(Phase):
+    """A phase and its loop in one."""
+
+    def run(self, state: State | None = None) -> State:
+        state = state or State()
+        with self.begun(state):
+            if not self.is_out_of_patience(state):
+                self.loop.run(state, self.on_step)
+        state.phase = None
+        return state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loop, name)
+
+
+def column(loop: Training, name: str) -> list[float]:
     return [row[name] for row in logged(loop) if name in row]
 
 
-def logged(loop: Loop) -> list[dict[str, float]]:
+def logged(loop: Training) -> list[dict[str, float]]:
     log: Any = loop.log
     return log.rows
 
@@ -121,34 +137,36 @@ def make_loop(
     *,
     eval: EvalArgs | None = None,
     optimizer: Callable[[list[Any]], Any] = lambda parameters: torch.optim.AdamW(parameters, lr=RATE),
-    world: World = ALONE,
+    rank: Rank = ALONE,
     seed: int = 1,
     source: Any = None,
     saved: Saved | None = None,
-    signals: Signals | None = None,
+    interrupts: Interrupts | None = None,
     answer: Callable[[], None] = lambda: None,
     **train: Any,
-) -> Loop:
+) -> Training:
     """A loop over the samples; the same samples for validation unless others are given. Constant learning rate unless said otherwise."""
     settings = {"global_batch_size": 4, "micro_batch_size": 2, "lr_warmup_steps": 0, "min_lr": RATE, "epochs": 1, "save_interval": None}
     arguments = TrainArgs(**{**settings, **train})
-    own_val = list(range(world.rank, len(val or samples), world.size))
-    return Loop(
+    own_val = list(range(rank.index, len(val or samples), rank.size))
+    loop = Loop(
         model=model,
         optimizer=optimizer([p for p in model.parameters() if p.requires_grad]),
         train=arguments,
-        eval=eval or EvalArgs(interval=10_000, final_validation=False),
-        batches=Batches(samples, arguments.global_batch_size // world.size, world, seed),
+        batches=Batches(samples, arguments.global_batch_size // rank.size, rank, seed),
         activations=source or Recompute(model, samples, CPU),
+        rank=rank,
+    )
+    return Training(
+        title="training",
+        loop=loop,
+        eval=eval or EvalArgs(interval=10_000, final_validation=False),
         val_batches=[own_val[i : i + 3] for i in range(0, len(own_val), 3)],
         val_activations=Recompute(model, val or samples, CPU),
-        world=world,
-        device=CPU,
-        autocast=contextlib.nullcontext,
         log=Log(),  # type: ignore[arg-type]
         console=Console(active=False),
-        checkpoints=saved or Saved(),
-        signals=signals or Signals(),
+        checkpoints=saved or Saved(),  # type: ignore[arg-type]
+        interrupts=interrupts or Interrupts(),
         answer=answer,
     )
 
@@ -176,7 +194,7 @@ def train_by_hand(model: Any, samples: Sequence[Sample], batches: Sequence[Seque
     return losses
 
 
-def record_gradients(loop: Loop) -> list[list[torch.Tensor]]:
+def record_gradients(loop: Training) -> list[list[torch.Tensor]]:
     """The gradients that each optimizer step sees."""
     seen: list[list[torch.Tensor]] = []
     step = loop.optimizer.step
@@ -195,7 +213,7 @@ def record_gradients(loop: Loop) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize(("count", "per_rank", "size"), [(10, 4, 1), (12, 4, 1), (11, 2, 2), (3, 2, 2), (7, 1, 3), (2, 4, 3)])
 def test_an_epoch_shows_every_sample_once_to_one_process(count: int, per_rank: int, size: int) -> None:
     samples = make_samples(count)
-    ranks = [Batches(samples, per_rank, World(rank, size, lambda t: t), seed=3) for rank in range(size)]
+    ranks = [Batches(samples, per_rank, Rank(rank, size), seed=3) for rank in range(size)]
     for epoch in range(3):
         steps = [list(batches.epoch(epoch)) for batches in ranks]
         assert sorted(i for one in steps for rows, _, _ in one for i in rows) == list(range(count))
@@ -229,7 +247,7 @@ def test_batches_of_like_length_hold_every_sample_once_in_a_random_order(count: 
     def spread(by_length: bool, epoch: int) -> tuple[list[int], float]:
         order, widths = [], []
         for rank in range(size):
-            for rows, _, _ in Batches(samples, per_rank, World(rank, size, lambda t: t), 3, by_length).epoch(epoch):
+            for rows, _, _ in Batches(samples, per_rank, Rank(rank, size), 3, by_length).epoch(epoch):
                 order += rows
                 lengths = [len(samples[i].input_ids) for i in rows]
                 widths += [max(lengths) - min(lengths)] if len(rows) == per_rank else []
@@ -250,9 +268,9 @@ def tiny_sample(length: int) -> Sample:
 @pytest.mark.parametrize("count", [7, 8, 3])
 def test_a_loop_that_goes_on_takes_the_batches_that_were_left(count: int) -> None:
     loop = make_loop(make_model(), make_samples(count))
-    every = list(itertools.islice(loop._batches(0), 9))
+    every = list(itertools.islice(loop.batches.after(0), 9))
     for done in range(9):
-        assert list(itertools.islice(loop._batches(done), 9 - done)) == every[done:]
+        assert list(itertools.islice(loop.batches.after(done), 9 - done)) == every[done:]
 
 
 # --- a step ---
@@ -283,7 +301,7 @@ def by_name(model: Any, gradients: list[torch.Tensor]) -> dict[str, torch.Tensor
     return dict(zip(trained(model), gradients, strict=True))
 
 
-def run(loop: Loop, result: Any) -> Any:
+def run(loop: Training, result: Any) -> Any:
     loop.run()
     return result
 
@@ -327,7 +345,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_move() -> None:
     before = snapshot(model)
     next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient + math.inf)
     loop = make_loop(model, samples, epochs=1)
-    with pytest.raises(NonFiniteError, match="the gradient's norm is (nan|inf) in a batch"):
+    with pytest.raises(NonFiniteError, match="the gradient norm is (nan|inf) in a batch"):
         loop.run()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -598,25 +616,25 @@ def test_the_best_is_kept_and_patience_ends_the_run(
     evaluate = EvalArgs(interval=1, patience=2, initial_validation=True)
     loop = make_loop(make_model(), make_samples(16), eval=evaluate, saved=saved)
     told = iter([1.0, *losses])
-    loop.world = World(0, 1, lambda tensor: torch.tensor([next(told), 1.0]) if tensor.numel() == 2 else tensor)
+    loop.loop.rank = Rank(sum=lambda tensor: torch.tensor([next(told), 1.0]) if tensor.numel() == 2 else tensor)
     state = loop.run()
     assert state.step == steps and [step for step, _ in saved.bests] == best
 
 
 def test_a_signal_ends_the_run_between_two_steps() -> None:
-    signals, saved = Signals(), Saved(lambda step: setattr(signals, "asked", 15 if step == 2 else None))
-    loop = make_loop(make_model(), make_samples(16), saved=saved, save_interval=1, signals=signals)
+    signals, saved = Interrupts(), Saved(lambda step: setattr(signals, "asked", 15 if step == 2 else None))
+    loop = make_loop(make_model(), make_samples(16), saved=saved, save_interval=1, interrupts=signals)
     with pytest.raises(Stopped) as caught:
         loop.run(state := State())
     assert caught.value.code == 143 and state.step == 2 and state.pending is None and state.consistent
 
 
 def test_a_signal_in_a_validation_leaves_it_pending_and_the_rest_of_the_step_is_done_later() -> None:
-    samples, signals = make_samples(16), Signals()
+    samples, signals = make_samples(16), Interrupts()
     evaluate = EvalArgs(interval=2)
     whole = make_loop(make_model(), samples, eval=evaluate)
     whole.run()
-    loop = make_loop(make_model(), samples, eval=evaluate, signals=signals)
+    loop = make_loop(make_model(), samples, eval=evaluate, interrupts=signals)
     source = loop.val_activations
 
     def signalled(rows: Any) -> Any:
@@ -639,7 +657,7 @@ def test_a_signal_in_a_validation_leaves_it_pending_and_the_rest_of_the_step_is_
 # --- several processes ---
 
 
-def in_processes(size: int, work: Callable[[World], Any]) -> list[Any]:
+def in_processes(size: int, work: Callable[[Rank], Any]) -> list[Any]:
     """Run `work` for each rank in a thread of its own; their sums meet at a barrier as in all-reduce."""
     barrier, parts, results = threading.Barrier(size, timeout=60), [torch.empty(0)] * size, [None] * size
 
@@ -652,7 +670,7 @@ def in_processes(size: int, work: Callable[[World], Any]) -> list[Any]:
 
     def one(rank: int) -> None:
         try:
-            results[rank] = work(World(rank, size, lambda tensor: add(rank, tensor)))
+            results[rank] = work(Rank(rank, size, sum=lambda tensor: add(rank, tensor)))
         except BaseException as error:
             results[rank] = error
             barrier.abort()
@@ -674,9 +692,9 @@ def test_several_processes_train_like_one_on_their_common_batches(method: str, m
     def plain_steps(parameters: list[Any]) -> Any:
         return torch.optim.SGD(parameters, lr=0.01)  # unlike AdamW's its steps show a wrong factor
 
-    def work(world: World) -> tuple[Any, Any, list[float], list[float]]:
+    def work(rank: Rank) -> tuple[Any, Any, list[float], list[float]]:
         settings = {"epochs": 2, "global_batch_size": 2 * size, "micro_batch_size": 1, "max_norm": max_norm}
-        loop = make_loop(make_model(method), samples, val, eval=evaluate, world=world, optimizer=plain_steps, **settings)
+        loop = make_loop(make_model(method), samples, val, eval=evaluate, rank=rank, optimizer=plain_steps, **settings)
         loop.run()
         return loop.model, loop.batches, column(loop, "train_loss"), column(loop, "val_loss")
 
@@ -704,8 +722,8 @@ def test_several_processes_train_like_one_on_their_common_batches(method: str, m
 
 
 def test_all_processes_stop_when_the_time_of_one_is_up() -> None:
-    def work(world: World) -> int:
-        loop = make_loop(make_model(), make_samples(8), world=world, epochs=None, max_time=1e9 if world.rank else 0.2)
+    def work(rank: Rank) -> int:
+        loop = make_loop(make_model(), make_samples(8), rank=rank, epochs=None, max_time=1e9 if rank.index else 0.2)
         return loop.run().step
 
     began = time.perf_counter()

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from litgpt import atomic, checkpoint
-from litgpt.train.loop import Loop
+from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
 from tests.helpers.runs import Run, finetune
@@ -63,13 +63,13 @@ def stopped(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def failing_at(number: int) -> Callable[..., float]:
     """`Loop.step` that is broken off in step `number`, after its first micro-batch."""
-    step, loss = Loop.step, Loop._loss
+    step, loss = Loop.step, Loop.loss
 
-    def broken(loop: Loop, state: State, rows: list[int], loss_tokens: int) -> float:
+    def broken(loop: Loop, state: State, batch: Batch) -> dict[str, float]:
         if state.step + 1 == number:
-            loss(loop, loop.activations, rows[:1]).backward()
+            loss(loop, loop.activations, batch.indices[:1]).backward()
             raise KeyboardInterrupt
-        return step(loop, state, rows, loss_tokens)
+        return step(loop, state, batch)
 
     return broken
 
@@ -80,10 +80,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     steps: list[int] = []
     step = Loop.step
 
-    def signalled(loop: Loop, state: State, rows: list[int], loss_tokens: int) -> float:
+    def signalled(loop: Loop, state: State, batch: Batch) -> dict[str, float]:
         if state.step + 1 in steps:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(loop, state, rows, loss_tokens)
+        return step(loop, state, batch)
 
     monkeypatch.setattr(Loop, "step", signalled)
     yield steps
@@ -118,7 +118,7 @@ def test_a_run_stopped_after_every_single_step_is_the_uninterrupted_one(
     for step in range(1, steps + 1):
         stop_at[:] = [step]
         run = finetune(command, base, data, out_dir, **settings, **QUIET, resume=step > 1)
-        assert run.code == 143 and f"stopped after step {step}: {out_dir / f'step-{step:06d}'} is whole" in run.err, run.err
+        assert run.code == 143 and f"stopped after step {step}: {out_dir / f'step-{step:06d}'} is complete" in run.err, run.err
     stop_at.clear()
     run = finetune(command, base, data, out_dir, **settings, **QUIET, resume=True)
     assert run.code == 0, run.err
@@ -198,7 +198,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole: Callable[[str], Run],
     for resume in (True, "auto"):
         before = finetune_runs.files(out_dir)
         run = finetune("finetune", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume=resume)
-        assert run.code == 0 and f"{out_dir / 'final'} is there: this run is finished" in run.err
+        assert run.code == 0 and f"{out_dir / 'final'} exists: this run is finished" in run.err
         assert finetune_runs.files(out_dir) == before
     (out_dir / "report.json").unlink()
     assert finetune("finetune", base, data, out_dir, **METHODS["LoRA"][1], resume="auto").code == 0
@@ -352,10 +352,10 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     monkeypatch.setattr(Loop, "step", failing_at(3))
     settings = {**METHODS["Skip2-LoRA, no cache"][1], **QUIET}
     run = finetune("finetune", base, data, out_dir, **settings, resume=True)
-    assert run.code == 130 and f"{out_dir / 'step-000004'} is not whole and is skipped: {name}" in run.err, run.err
+    assert run.code == 130 and f"{out_dir / 'step-000004'} is incomplete and is skipped: {name}" in run.err, run.err
     assert f"resumed from {out_dir / 'step-000002'}" in run.err and "Traceback" not in run.err
     named = finetune("finetune", base, data, out_dir, **settings, resume=out_dir / "step-000004")
-    assert named.code == 1 and f"Error: resume: {out_dir / 'step-000004'} is not whole: {name}" in named.err
+    assert named.code == 1 and f"Error: resume: {out_dir / 'step-000004'} is incomplete: {name}" in named.err
 
 
 def test_what_is_damaged_is_replaced_when_its_step_comes(
@@ -365,7 +365,7 @@ def test_what_is_damaged_is_replaced_when_its_step_comes(
         out_dir = shutil.copytree(stopped, tmp_path / damaged / "out")
         cut_off(out_dir / damaged, WEIGHTS)
         run = finetune("finetune", base, data, out_dir, **METHODS["Skip2-LoRA, no cache"][1], **QUIET, resume=True)
-        assert run.code == 0 and f"{out_dir / damaged} is not whole" in run.err
+        assert run.code == 0 and f"{out_dir / damaged} is incomplete" in run.err
         assert_same(run, whole("Skip2-LoRA, no cache"))
 
 
@@ -375,9 +375,9 @@ def test_checkpoints_without_a_manifest_are_none(stopped: Path, base: Path, data
     shutil.copytree(stopped / "step-000004", out_dir / "step-000004", ignore=shutil.ignore_patterns("manifest.json"))
     before = finetune_runs.files(out_dir)
     settings = {**METHODS["Skip2-LoRA, no cache"][1], **QUIET}
-    for resume, message in ((True, "holds no checkpoint to go on from"), ("auto", "holds a run, but no checkpoint to go on from")):
+    for resume, message in ((True, "holds no checkpoint to resume"), ("auto", "holds a run, but no checkpoint to resume")):
         run = finetune("finetune", base, data, out_dir, **settings, resume=resume)
-        assert run.code == 1 and f"{message}; not whole: step-000004 (manifest.json is missing or broken)" in run.err, run.err
+        assert run.code == 1 and f"{message}; incomplete: step-000004 (manifest.json is missing or broken)" in run.err, run.err
     assert finetune_runs.files(out_dir) == before
 
 
@@ -385,7 +385,7 @@ def test_auto_starts_anew_where_nothing_is(whole: Callable[[str], Run], base: Pa
     """Also on the logs of a run that was killed before its first checkpoint."""
     out_dir = tmp_path / "out"
     refused = finetune("finetune", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume=True)
-    assert refused.code == 1 and f"resume: out_dir {out_dir} holds no checkpoint to go on from. Leave --resume away" in refused.err
+    assert refused.code == 1 and f"resume: out_dir {out_dir} holds no checkpoint to resume. Leave --resume out" in refused.err
     assert not out_dir.exists()
     for folder in ("logs/version_0", "best"):
         shutil.copytree(whole("LoRA").out_dir / folder, out_dir / folder)
@@ -397,7 +397,7 @@ def test_auto_starts_anew_where_nothing_is(whole: Callable[[str], Run], base: Pa
 def test_resume_and_overwrite_contradict_each_other(stopped: Path, base: Path, data: Path) -> None:
     before = finetune_runs.files(stopped)
     run = finetune("finetune", base, data, stopped, **METHODS["Skip2-LoRA, no cache"][1], resume="auto", overwrite=True)
-    assert run.code == 1 and "--resume goes on with the run in out_dir and --overwrite replaces it: give one" in run.err
+    assert run.code == 1 and "--resume continues the run in out_dir and --overwrite replaces it: give one" in run.err
     assert finetune_runs.files(stopped) == before
 
 
@@ -407,7 +407,7 @@ def test_a_folder_in_use_is_left_alone(stopped: Path, base: Path, data: Path) ->
     try:
         for words in ({"resume": "auto"}, {"overwrite": True}):
             run = finetune("finetune", base, data, stopped, **settings, **words)
-            assert run.code == 1 and f"out_dir {stopped} is in use: another run is at work there" in run.err
+            assert run.code == 1 and f"out_dir {stopped} is in use by another run" in run.err
     finally:
         os.close(held)
     assert finetune_runs.files(stopped) == before
@@ -415,7 +415,7 @@ def test_a_folder_in_use_is_left_alone(stopped: Path, base: Path, data: Path) ->
 
 def test_resume_without_a_value_means_true(stopped: Path, base: Path, data: Path, tmp_path: Path) -> None:
     run = finetune("finetune", base, data, tmp_path / "out", "--resume", **METHODS["LoRA"][1])
-    assert run.code == 1 and "holds no checkpoint to go on from" in run.err
+    assert run.code == 1 and "holds no checkpoint to resume" in run.err
 
 
 @pytest.mark.parametrize("place", ["nowhere", "file", "final", "step-000004"])
@@ -424,5 +424,5 @@ def test_a_place_that_is_no_checkpoint_of_this_run(place: str, stopped: Path, ba
     (tmp_path / "final").mkdir()
     shutil.copytree(stopped / "step-000004", tmp_path / "step-000004")
     run = finetune("finetune", base, data, stopped, **METHODS["Skip2-LoRA, no cache"][1], resume=tmp_path / place)
-    expected = f"there is no folder {tmp_path / place}" if place in ("nowhere", "file") else f"{tmp_path / place} is no step-* folder of"
+    expected = f"there is no folder {tmp_path / place}" if place in ("nowhere", "file") else f"{tmp_path / place} is not a step-* folder of"
     assert run.code == 1 and f"Error: resume: {expected}" in run.err

@@ -12,13 +12,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from litgpt.args import EvalArgs, TrainArgs, as_config
+from litgpt.args import TrainArgs, marked
+from litgpt.data import JSON
 from litgpt.errors import UserError
+from litgpt.finetune.lora import Lora
 from litgpt.lora import Dropout
 from litgpt.optim import UNUSABLE, make_optimizer
 from litgpt.sample import Sample
 from litgpt.train import resume as state_module
-from litgpt.train.resume import MAY_CHANGE, Identity, Phase, State, Stopwatch, identity, read, write
+from litgpt.train.resume import Identity, PhaseStart, State, Stopwatch, compared_settings, read, write
 
 CPU = torch.device("cpu")
 FACTS: dict[str, Any] = {"identity": {}, "environment": {}, "cached": {}, "kept": True}
@@ -91,13 +93,13 @@ def test_an_optimizer_that_keeps_other_objects_is_refused_by_name(tmp_path: Path
     params = parameters(torch.float32)
     optimizer = make_optimizer("SGD", params)
     optimizer.state[params[0]] = {"odd": object()}
-    with pytest.raises(UserError, match="optimizer: it keeps a object, which cannot be saved"):
+    with pytest.raises(UserError, match="optimizer: its state holds a object, which cannot be saved"):
         write(tmp_path, State(), optimizer, {}, FACTS)
 
 
 def test_how_far_a_run_is_comes_back_with_its_clocks_running(tmp_path: Path) -> None:
     state = State(step=7, tokens=99, seconds=1.25, losses=[(0, 3.5), (4, math.nan)], best=(4, 2.5), skipped=2)
-    state.clock, state.phase = Stopwatch(earlier=100.0), Phase(3, 40, Stopwatch(earlier=50.0))
+    state.clock, state.phase = Stopwatch(earlier=100.0), PhaseStart(3, 40, Stopwatch(earlier=50.0))
     state.pending = {"train_loss": 0.1, "learning_rate": 1e-3}
     write(tmp_path, state, None, {}, FACTS)
     back = read(tmp_path).state
@@ -131,8 +133,8 @@ def test_a_state_that_is_not_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("best", "step", "loss", "better"), [(None, 1, 9.0, True), (None, 0, 1.0, False), ((1, 2.0), 3, 2.0, False)])
 def test_what_counts_as_better(best: Any, step: int, loss: float, better: bool) -> None:
-    assert State(step=step, best=best).improves(loss) is better
-    assert not State(step=step, best=best).improves(math.nan)
+    assert State(step=step, best=best).add_loss(loss) is better
+    assert not State(step=step, best=best).add_loss(math.nan)
 
 
 # --- which run it is ---
@@ -150,8 +152,9 @@ def samples(change: int | None = None) -> list[Sample]:
 
 
 def who(base: Path, train: list[Sample] | None = None, config: dict[str, Any] | None = None, **settings: Any) -> Identity:
-    given = {"lora_r": 4, "train": TrainArgs(**settings), "eval": EvalArgs(), "out_dir": base, "data": "JSON"}
-    return identity(as_config(given), {"precision": "32-true"}, base, config or {"n_layer": 2}, train or samples(), samples())
+    run = Lora(checkpoint_dir=base, out_dir=base, data=JSON(), lora_r=4, train=TrainArgs(**settings))
+    compared = compared_settings(run.hyperparameters(), Lora)
+    return Identity.of({**compared, "precision": "32-true"}, base, config or {"n_layer": 2}, train or samples(), samples())
 
 
 @pytest.fixture
@@ -173,8 +176,8 @@ def test_every_change_is_named(base: Path) -> None:
 
 @pytest.mark.parametrize("spots", [1, 2, 64])
 def test_large_weights_are_told_apart_without_reading_all_of_them(spots: int, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_module, "SPOTS", spots)
-    monkeypatch.setattr(state_module, "SPOT", 16)
+    monkeypatch.setattr(state_module, "PROBES", spots)
+    monkeypatch.setattr(state_module, "PROBE_BYTES", 16)
     content = bytearray((base / "lit_model.pth").read_bytes())
     first = who(base).base
     for offset in (0, len(content) - 1):
@@ -186,12 +189,9 @@ def test_large_weights_are_told_apart_without_reading_all_of_them(spots: int, ba
     assert who(base).base != first
 
 
-def test_what_may_change_are_settings_that_there_are() -> None:
-    import inspect
-
-    from litgpt.finetune.full import setup as full
-    from litgpt.finetune.lora import setup as lora
-
-    known = {*inspect.signature(lora).parameters, *inspect.signature(full).parameters, "dry_run"}
-    known |= {f"train.{name}" for name in TrainArgs.__dataclass_fields__} | {f"eval.{name}" for name in EvalArgs.__dataclass_fields__}
-    assert known >= MAY_CHANGE
+def test_settings_that_may_change_are_not_compared() -> None:
+    names = set(marked(Lora, "may_change"))
+    assert {"out_dir", "data", "precision", "skip2lora_cache", "train.save_interval", "train.max_time", "eval.patience"} <= names
+    assert not names & {"seed", "lora_r", "optimizer", "train.epochs", "train.max_steps", "train.min_lr", "eval.interval", "eval.max_iters"}
+    compared = compared_settings(Lora(checkpoint_dir=Path("base"), data=JSON()).hyperparameters(), Lora)
+    assert not names & compared.keys() and {"lora_r", "train.epochs", "eval.interval"} <= compared.keys()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,14 @@ import pytest
 import torch
 import yaml
 
+from litgpt.args import marked
+from litgpt.data import JSON
+from litgpt.errors import UserError
+from litgpt.finetune.lora import Lora
 from litgpt.model import GPT
-from litgpt.train import grid
-from litgpt.train.loop import Loop
+from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
+from litgpt.train.trials import expand
 from tests.helpers import runs as finetune_runs
 from tests.helpers.runs import Run, finetune, load
 from tests.helpers.worlds import one_parser_for_all  # noqa: F401
@@ -220,10 +227,10 @@ def failing_at(number: int, error: Callable[[Loop], None]) -> Callable[..., floa
     """`Loop.step`, with something else in step `number` of the runs with rank 4."""
     step = Loop.step
 
-    def broken(loop: Loop, state: State, rows: list[int], loss_tokens: int) -> float:
+    def broken(loop: Loop, state: State, batch: Batch) -> dict[str, float]:
         if state.step + 1 == number and loop.model.config.skip2lora_r == 4:
             error(loop)
-        return step(loop, state, rows, loss_tokens)
+        return step(loop, state, batch)
 
     return broken
 
@@ -233,7 +240,7 @@ def poison(loop: Loop) -> None:
 
 
 def interrupt(loop: Loop) -> None:
-    loop.signals.asked = 2
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_setting_that_fails_does_not_end_the_sweep(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +262,7 @@ def test_a_stopped_sweep_goes_on(cache: str, base: Path, data: Path, tmp_path: P
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "step", failing_at(4, interrupt))
         stopped = sweep(base, data, out, values, **settings)
-    assert stopped.code == 130 and "1 of 3 settings are finished: the same command with --resume auto goes on" in stopped.err
+    assert stopped.code == 130 and "1 of 3 settings are finished: the same command with --resume auto continues" in stopped.err
     assert [row["status"] for row in rows(out)] == ["finished", "stopped", "waiting"]
     assert {path.name for path in (out / "lora_r=4").glob("step-*")} == {"step-000002", "step-000004"}
     assert "earlier sweep" in sweep(base, data, out, values, **settings).err
@@ -301,45 +308,58 @@ def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys
 
 # --- the grid ---
 
-ARGUMENTS: dict[str, Any] = {"out_dir": Path("out"), "seed": 1, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1.0, "eps": 1e-6}}}
+SETTINGS_OF_ALL = Lora(
+    checkpoint_dir=Path("base"),
+    out_dir=Path("out"),
+    data=JSON(json_path=Path("data.json")),
+    seed=1,
+    optimizer={"class_path": "AdamW", "init_args": {"lr": 1.0, "eps": 1e-6}},
+)
 
 
 def test_the_optimizer_and_its_arguments() -> None:
-    variants = grid.expand(ARGUMENTS, {"optimizer.lr": [2.0, 3.0], "optimizer": ["SGD", "AdamW"]})
-    assert [variant.arguments["optimizer"] for variant in variants] == [
+    trials = expand(SETTINGS_OF_ALL, {"optimizer.lr": [2.0, 3.0], "optimizer": ["SGD", "AdamW"]})
+    assert [trial.settings.optimizer for trial in trials] == [
         {"class_path": "SGD", "init_args": {"lr": 2.0}},
         {"class_path": "AdamW", "init_args": {"lr": 2.0, "eps": 1e-6}},
         {"class_path": "SGD", "init_args": {"lr": 3.0}},
         {"class_path": "AdamW", "init_args": {"lr": 3.0, "eps": 1e-6}},
     ]
-    assert ARGUMENTS["optimizer"]["init_args"] == {"lr": 1.0, "eps": 1e-6}
+    assert SETTINGS_OF_ALL.optimizer["init_args"] == {"lr": 1.0, "eps": 1e-6}
 
 
 def test_names_of_folders() -> None:
     many = {"skip2lora_block_indices": [list(range(60)), [-1], "last:6", "transformer.h.3"], "optimizer.betas": [[0.9, 0.95]], "seed": [1]}
-    names = [variant.name for variant in grid.expand(ARGUMENTS, many)]
+    names = [trial.name for trial in expand(SETTINGS_OF_ALL, many)]
     assert names[1:] == [f"blocks={blocks},betas=0.9-0.95,seed=1" for blocks in ("-1", "last-6", "transformer.h.3")]
     assert len(names[0]) < 140 and names[0].startswith("blocks=0-1-2-3-")
-    alike = [variant.name for variant in grid.expand(ARGUMENTS, {"skip2lora_block_indices": ["last:6", "last-6"]})]
+    alike = [trial.name for trial in expand(SETTINGS_OF_ALL, {"skip2lora_block_indices": ["last:6", "last-6"]})]
     assert len(set(alike)) == 2 and all(name.startswith("blocks=last-6-") for name in alike)
 
 
 def test_a_sample_of_a_large_grid() -> None:
     large = {"seed": list(range(10**4)), "lora_r": list(range(1, 1000)), "lora_alpha": list(range(1, 1000))}
-    drawn = [variant.values for variant in grid.expand(ARGUMENTS, large, 5)]
-    assert drawn == [variant.values for variant in grid.expand(ARGUMENTS, large, 5)] and len({str(values) for values in drawn}) == 5
-    assert drawn != [variant.values for variant in grid.expand({**ARGUMENTS, "seed": 2}, large, 5)]
-    whole = [variant.values for variant in grid.expand(ARGUMENTS, {"seed": [1, 2], "lora_r": [1, 2]}, 9)]
+    drawn = [trial.values for trial in expand(SETTINGS_OF_ALL, large, 5)]
+    assert drawn == [trial.values for trial in expand(SETTINGS_OF_ALL, large, 5)] and len({str(values) for values in drawn}) == 5
+    assert drawn != [trial.values for trial in expand(replace(SETTINGS_OF_ALL, seed=2), large, 5)]
+    whole = [trial.values for trial in expand(SETTINGS_OF_ALL, {"seed": [1, 2], "lora_r": [1, 2]}, 9)]
     assert whole == [{"seed": seed, "lora_r": r} for seed in (1, 2) for r in (1, 2)]
-    with pytest.raises(grid.UserError, match="more than 10,000"):
-        grid.expand(ARGUMENTS, large)
+    with pytest.raises(UserError, match="more than 10,000"):
+        expand(SETTINGS_OF_ALL, large)
 
 
-def test_every_key_that_may_vary_is_one() -> None:
-    from litgpt.cli import Keys
-    from litgpt.finetune.sweep import setup
-
-    assert set(grid.VARYING) <= Keys(setup).types.keys()
+def test_the_keys_that_may_vary() -> None:
+    names = set(marked(Lora, "varies"))
+    assert {"lora_r", "skip2lora_block_indices", "optimizer", "seed", "train.epochs", "train.min_lr", "eval.patience"} <= names
+    assert not names & {
+        "data",
+        "precision",
+        "checkpoint_dir",
+        "quantize",
+        "skip2lora_output_layer",
+        "skip2lora_norm",
+        "train.max_seq_length",
+    }
 
 
 # --- blocks left to auto ---
@@ -362,7 +382,7 @@ def test_blocks_are_chosen_once(base: Path, data: Path, tmp_path: Path, monkeypa
         patch.setattr(Loop, "step", failing_at(4, interrupt))
         stopped = sweep(base, data, tmp_path, {"lora_r": [2, 4]}, **settings)
     assert stopped.code == 130 and stopped.err.count("auto: blocks ") == 1
-    monkeypatch.setattr("litgpt.train.run.choose", None)  # choosing again would fail
+    monkeypatch.setattr("litgpt.train.prepare.choose", None)  # choosing again would fail
     assert sweep(base, data, tmp_path, {"lora_r": [2, 4]}, resume="auto", **settings).code == 0
 
 

@@ -20,8 +20,9 @@ from litgpt import atomic, checkpoint
 from litgpt.data import JSON
 from litgpt.prompts import resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
-from litgpt.train import loop as loop_module
-from litgpt.train.loop import Loop
+from litgpt.train.loop import Batches, Loop
+from litgpt.train.parallel import Rank
+from litgpt.train.phase import Phase
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
 from tests.helpers.jobs import SKIP, Bench, Driver, assert_sound
@@ -90,22 +91,23 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
     at: int, limit: int, what: str, bench: Bench, whole: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Full from step `at` on. 2 MiB suffice for the weights, not for the optimizer's state. After it is mended the run goes on."""
-    out_dir, finish = tmp_path / "out", Loop._finish_step
+    out_dir, on_step = tmp_path / "out", Phase.on_step
     settings = {**LARGE, "eval__interval": 4, **({"eval__final_validation": False} if what != "best" else {})}
     reference = finetune("finetune", bench.base, bench.data, tmp_path / "whole", **settings)
 
-    def filling(loop: Loop, state: State, row: dict[str, float], validate: bool) -> None:
+    def filling(phase: Phase, state: State, metrics: dict[str, float], is_last: bool) -> bool:
         if state.step == at:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        finish(loop, state, row, validate)
+        ends = on_step(phase, state, metrics, is_last)
         if state.step == 6 and at == 7:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return ends
 
     with small_files(resource.RLIM_INFINITY), monkeypatch.context() as patch:
-        patch.setattr(Loop, "_finish_step", filling)
+        patch.setattr(Phase, "on_step", filling)
         run = finetune("finetune", bench.base, bench.data, out_dir, **settings)
     newest = {"best": "step-000002", "step-000006": "step-000004", "final": "step-000006"}[what]
-    remedy = f"{out_dir / newest} is whole: make room, and the same command with --resume true goes on from it"
+    remedy = f"{out_dir / newest} is complete: make room, and the same command with --resume true continues from it"
     assert_one_message(run, 1, f"{out_dir / what} cannot be written: File too large", remedy)
     assert_sound(out_dir)
     assert not list(out_dir.glob(".*")) and not (out_dir / what).exists()
@@ -118,7 +120,7 @@ def test_a_checkpoint_by_the_clock_is_left_out_if_the_disk_is_full(
     settings = {**LARGE, "train__save_interval": None, "train__save_every_minutes": 1e-9, "train__keep_best": False}
     step = Loop.step
 
-    def filling(loop: Loop, state: State, *args: Any) -> float:
+    def filling(loop: Loop, state: State, *args: Any) -> dict[str, float]:
         full = 3 <= state.step < 5
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**19 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return step(loop, state, *args)
@@ -148,7 +150,7 @@ def test_a_disk_too_full_for_the_cache_is_said_and_the_run_goes_on(bench: Bench,
 def test_memory_that_runs_out_is_told_with_figures_and_remedies_and_what_was_done_is_saved(
     bench: Bench, whole: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out_dir, loss = tmp_path / "out", Loop._loss
+    out_dir, loss = tmp_path / "out", Loop.loss
 
     def greedy(loop: Loop, activations: Any, rows: Any) -> torch.Tensor:
         if loop.model.training and len(Run(0, "", out_dir).rows()) == 6:  # in step 6
@@ -156,7 +158,7 @@ def test_memory_that_runs_out_is_told_with_figures_and_remedies_and_what_was_don
         return loss(loop, activations, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_loss", greedy)
+        patch.setattr(Loop, "loss", greedy)
         run = finetune("finetune", bench.base, bench.data, out_dir, **LORA)
     remedies = (
         "Batches have 2 samples of up to 60 tokens; set train.micro_batch_size below 2",
@@ -164,7 +166,7 @@ def test_memory_that_runs_out_is_told_with_figures_and_remedies_and_what_was_don
         "skip2lora_enabled",
     )
     assert_one_message(run, 4, "out of memory for 1048576.00 GiB more after step 5: at most ", "GiB are free now", *remedies)
-    assert f"Stopped: {out_dir / 'step-000005'} is whole, the same command with --resume true goes on from it" in run.err
+    assert f"Stopped: {out_dir / 'step-000005'} is complete, the same command with --resume true continues from it" in run.err
     assert_same(finetune("finetune", bench.base, bench.data, out_dir, **LORA, resume=True), whole("LORA"))
 
 
@@ -173,7 +175,7 @@ def test_other_forms_of_it(error: Exception, bench: Bench, tmp_path: Path, monke
     def greedy(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(Loop, "_loss", greedy)
+    monkeypatch.setattr(Loop, "loss", greedy)
     run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA, eval__initial_validation=False)
     assert_one_message(run, 4, "out of memory after step 0: ", "Stopped: nothing is lost, run the same command again")
     assert not (tmp_path / "out").exists()
@@ -194,13 +196,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
     """`spoil(value, sample)`: in training the sample's loss is the value."""
 
     def set_up(value: float, sample: int) -> None:
-        loss = Loop._loss
+        loss = Loop.loss
 
         def spoilt(loop: Loop, activations: Any, rows: Any) -> torch.Tensor:
             result = loss(loop, activations, rows)
             return result * value if sample in rows and activations is loop.activations else result
 
-        monkeypatch.setattr(Loop, "_loss", spoilt)
+        monkeypatch.setattr(Loop, "loss", spoilt)
 
     return set_up
 
@@ -209,8 +211,7 @@ def third_batch(bench: Bench) -> list[int]:
     """The samples of step 3."""
     tokenizer = Tokenizer(bench.base)
     samples = JSON(json_path=bench.data).splits(tokenizer, resolve_prompt_style(None, bench.base, tokenizer), 256).train
-    world = loop_module.World(0, 1, lambda tensor: tensor)
-    return [rows for rows, _, _ in loop_module.Batches(samples, 6, world, 1337).epoch(0)][2]
+    return [indices for indices, _, _ in Batches(samples, 6, Rank(), 1337).epoch(0)][2]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -225,7 +226,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_sample_and_saves_w
     monkeypatch.undo()
     assert_one_message(run, 3, f"step 3: the loss is {value} in a batch with samples {rows}: lower the learning rate")
     assert f"The training samples (counted from 0) begin {rows[4]}: 'user\\nadd " in run.err
-    assert f"Stopped: {out_dir / 'step-000002'} is whole, the same command with --resume true goes on from it" in run.err
+    assert f"Stopped: {out_dir / 'step-000002'} is complete, the same command with --resume true continues from it" in run.err
     after = finetune("finetune", bench.base, bench.data, out_dir, **LORA, resume=True)
     assert [[row[name] for name in CURVE] for row in after.rows()] == [[row[name] for name in CURVE] for row in whole("LORA").rows()]
     assert load(after, "final") == load(whole("LORA"), "final"), "the random states are those before the step that failed"
@@ -242,8 +243,8 @@ def test_such_steps_can_be_left_out(bench: Bench, tmp_path: Path, spoil: Callabl
     settings = {**LORA, "train__save_interval": 1, "train__epochs": 1}
     run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **settings, train__skip_nonfinite=True)
     assert run.code == 0, run.err
-    assert f"step 3: the loss is nan in a batch with samples {rows}: the step is left out" in run.err
-    assert run.report["skipped_steps"] == 1 and "steps left out" in run.err
+    assert f"step 3: the loss is nan in a batch with samples {rows}: the step is skipped" in run.err
+    assert run.report["skipped_steps"] == 1 and "skipped steps" in run.err
     assert load(run, "step-000003") == load(run, "step-000002") != load(run, "step-000001")
     with (tmp_path / "out/logs/version_0/metrics.csv").open(newline="") as file:
         assert [row["train_loss"] for row in csv.DictReader(file)][3] == "nan"
@@ -272,7 +273,7 @@ def test_the_last_ones_are_kept(bench: Bench, tmp_path: Path) -> None:
 def test_by_the_clock_there_is_one_at_a_time(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, step = [], Loop.step
 
-    def looking(loop: Loop, state: State, *args: Any) -> float:
+    def looking(loop: Loop, state: State, *args: Any) -> dict[str, float]:
         seen.append(sorted(path.name for path in (tmp_path / "out").glob("step-*")))
         return step(loop, state, *args)
 
@@ -288,16 +289,8 @@ def test_by_the_clock_there_is_one_at_a_time(bench: Bench, tmp_path: Path, monke
 def test_the_best_is_kept_and_training_stops_when_it_gets_no_better(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The validation losses are made up: after the 3rd of them two are no better."""
     made_up = {0: 1.0, 1: 5.0, 2: 4.0, 3: 3.0, 4: math.nan, 5: 3.0, 6: 1.0}
-    monkeypatch.setattr(loop_module.math, "exp", lambda value: 1.0)
-    validate = Loop._validate
-
-    def invent(loop: Loop, state: State) -> dict[str, float]:
-        world = loop.world
-        told = torch.tensor([made_up[state.step], 1.0])
-        object.__setattr__(world, "sum", lambda tensor: told if tensor.numel() == 2 else tensor)
-        return validate(loop, state)
-
-    monkeypatch.setattr(Loop, "_validate", invent)
+    steps = iter(made_up)
+    monkeypatch.setattr(Loop, "validate", lambda *args: made_up[next(steps)])
     run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA, eval__interval=1, eval__patience=2)
     assert run.code == 0, run.err
     assert (run.report["steps"], run.report["best_step"], run.report["best_val_loss"]) == (5, 3, 3.0)

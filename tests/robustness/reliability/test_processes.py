@@ -60,7 +60,7 @@ def test_a_real_process_is_killed_signalled_and_killed_again(bench: Bench, tmp_p
         assert ended.status == code, ended.err
         assert_sound(out_dir)
         if code > 0:
-            assert ended.err.rstrip().endswith("is whole, the same command with --resume true goes on from it.")
+            assert ended.err.rstrip().endswith("is complete, the same command with --resume true continues from it.")
     ended = litgpt(argv)
     assert ended.status == 0, ended.err
     assert_same(out_dir, whole)
@@ -95,7 +95,7 @@ def test_a_fault_in_one_of_two_processes_ends_both(fault: str, rank: int, bench:
     assert ended.status != 0 and len(family) > 1, ended.err
     if fault == "memory":
         assert "Error: out of memory after step 2" in ended.err
-        assert f"Stopped: {tmp_path / 'out/step-000002'} is whole" in ended.err
+        assert f"Stopped: {tmp_path / 'out/step-000002'} is complete" in ended.err
     ended_at = time.monotonic()
     while any(is_alive(pid) for pid in family):
         assert time.monotonic() - ended_at < 30
@@ -116,7 +116,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step_and_the
     process.send_signal(number)
     ended = end(process)
     assert ended.status == 128 + number, ended.err
-    assert ended.err.count("is whole, the same command with --resume true goes on from it.") == 1, ended.err
+    assert ended.err.count("is complete, the same command with --resume true continues from it.") == 1, ended.err
     assert_sound(tmp_path / "out")
     after = litgpt(two(bench, tmp_path / "out", **settings, resume=True))
     assert after.status == 0 and after.err.count("resumed from") == 1, after.err

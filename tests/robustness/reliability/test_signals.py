@@ -33,11 +33,11 @@ def reference(bench: Bench, driver: Driver, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize(
     ("job", "at", "step", "number"),
     [
-        ("LoRA", ["_loss", 19], 3, signal.SIGTERM),
+        ("LoRA", ["loss", 19], 3, signal.SIGTERM),
         ("warm-up", ["step", 3], 2, signal.SIGINT),
         ("warm-up", ["step", 6], 3, signal.SIGTERM),
-        ("LoRA", ["_validate", 3], 2, signal.SIGINT),
-        ("Skip2-LoRA", ["_validate", 5], 4, signal.SIGTERM),
+        ("LoRA", ["validate", 3], 2, signal.SIGINT),
+        ("Skip2-LoRA", ["validate", 5], 4, signal.SIGTERM),
         ("Skip2-LoRA", ["save", 3], 2, signal.SIGINT),
         ("LoRA", ["step", 12], 6, signal.SIGTERM),
     ],
@@ -51,7 +51,7 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on_from_there(
     folder = out_dir / f"step-{step:06d}"
     assert stopped.status == CODES[number], stopped.err
     last = stopped.err.rstrip().splitlines()[-1]
-    assert last == f"{number.name}: stopped after step {step}: {folder} is whole, the same command with --resume true goes on from it."
+    assert last == f"{number.name}: stopped after step {step}: {folder} is complete, the same command with --resume true continues from it."
     assert f"{number.name}: stopping after this step; a second signal ends the run at once" in stopped.err
     assert folder.is_dir() and not (out_dir / "final").exists()
     assert_sound(out_dir)
@@ -86,7 +86,7 @@ def test_the_warm_up_is_saved_before_the_cache_is_filled(bench: Bench, driver: D
 def test_a_second_signal_ends_the_run_at_once(number: signal.Signals, bench: Bench, driver: Driver, reference: Any, tmp_path: Path) -> None:
     """By the kernel: a shell shows 128 + its number."""
     out_dir = tmp_path / "out"
-    ended = driver.run(bench.argv(out_dir, **JOBS["LoRA"]), ["_loss", 19], ["_loss", 21], number=number)
+    ended = driver.run(bench.argv(out_dir, **JOBS["LoRA"]), ["loss", 19], ["loss", 21], number=number)
     assert ended.status == -number and not (out_dir / "step-000003").exists()
     assert_sound(out_dir)
     assert driver.run(bench.argv(out_dir, **JOBS["LoRA"], resume=True)).status == 0

@@ -1,0 +1,113 @@
+"""A phase of a run, warm-up or training: its loop, and validation, logs and checkpoints after steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from litgpt.activations.cache import Activations
+from litgpt.args import EvalArgs
+from litgpt.errors import UserError
+from litgpt.logs import Console, MetricLoggers
+from litgpt.train.interrupts import Interrupts
+from litgpt.train.loop import Loop
+from litgpt.train.out_dir import Checkpoints
+from litgpt.train.resume import PhaseStart, State
+
+
+@dataclass
+class Phase:
+    """What happens around the steps of a loop."""
+
+    title: str
+    loop: Loop
+    eval: EvalArgs
+    val_batches: list[list[int]]
+    val_activations: Activations
+    log: MetricLoggers | None
+    console: Console
+    checkpoints: Checkpoints
+    interrupts: Interrupts
+    answer: Callable[[], None]
+    """shows the model's answer to the example"""
+    saved_at: float = field(default_factory=lambda: time.perf_counter())
+
+    @contextmanager
+    def begun(self, state: State) -> Iterator[None]:
+        """Delay signals and show progress while the loop runs; validate before it if that is due."""
+        state.phase = state.phase or PhaseStart(state.step, state.tokens)
+        with self.interrupts.held(), self.console.progress(self.title, state.step - state.phase.step) as self._progress:
+            if state.pending is not None:
+                self._finish_step(state, state.pending, validate=True)
+            elif self.eval.initial_validation and not state.losses:
+                self._log(state, self._validate(state))
+            yield
+            self._stop_if_asked()
+
+    def on_step(self, state: State, metrics: dict[str, float], is_last: bool) -> bool:
+        """Validate, log and save after a step, as far as they are due. Returns True to end training. Raises Stopped if a signal arrived."""
+        assert state.phase is not None
+        note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f}"
+        self._progress(state.step - state.phase.step, self.loop.total_steps, note)
+        self._finish_step(state, metrics, state.step % self.eval.interval == 0 or (is_last and self.eval.final_validation))
+        return not is_last and self.is_out_of_patience(state)
+
+    def _finish_step(self, state: State, metrics: dict[str, float], validate: bool) -> None:
+        train = self.loop.train
+        if validate:
+            state.pending = metrics
+            metrics = {**metrics, **self._validate(state)}
+            state.pending, state.saved = None, False
+        if validate or state.step % train.log_interval == 0:
+            self._log(state, metrics)
+        minutes = train.save_every_minutes
+        late = minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
+        if train.save_interval and state.step % train.save_interval == 0:
+            self.checkpoints.step(state, self.loop.optimizer, kept=True)
+            self.saved_at = time.perf_counter()
+        elif self.loop.rank.any(late):
+            self.saved_at = time.perf_counter()
+            try:
+                self.checkpoints.step(state, self.loop.optimizer, kept=False)
+            except UserError as error:  # it was not asked for: the run continues without it
+                self.console.say(f"step {state.step}: {error}")
+        self._stop_if_asked()
+
+    def _validate(self, state: State) -> dict[str, float]:
+        """Return the validation loss and its perplexity; show a sample answer. Raises Stopped if a signal arrives."""
+        loss = self.loop.validate(self.val_activations, self.val_batches, lambda: self.interrupts.asked is not None)
+        self._stop_if_asked()
+        if state.add_loss(loss) and self.loop.train.keep_best:
+            self.checkpoints.folder("best", {"step": state.step, "val_loss": loss})
+        result = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
+        self.console.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {result['val_ppl']:.2f}")
+        self.answer()
+        return result
+
+    def is_out_of_patience(self, state: State) -> bool:
+        """Return whether the last `eval.patience` validations of this phase did not lower the loss."""
+        patience = self.eval.patience
+        if patience is None or state.best is None or state.phase is None:
+            return False
+        since = max(state.best[0], state.phase.step)
+        in_vain = sum(step > since for step, _ in state.losses)
+        if in_vain >= patience:
+            self.console.say(
+                f"step {state.step}: no better validation loss than {state.best[1]:.4f} in {in_vain} validations: training ends"
+            )
+        return in_vain >= patience
+
+    def _stop_if_asked(self) -> None:
+        """Raise Stopped if a signal arrived in any process."""
+        if self.loop.rank.any(self.interrupts.asked is not None):
+            self.interrupts.stop()
+
+    def _epoch(self, step: int) -> float:
+        return round(step / self.loop.batches.per_epoch, 4)
+
+    def _log(self, state: State, metrics: dict[str, float]) -> None:
+        if self.log:
+            self.log(state.step, {"step": state.step, "epoch": self._epoch(state.step), **metrics})

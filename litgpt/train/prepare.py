@@ -1,0 +1,159 @@
+"""Everything that is read and checked before a run writes anything: settings, data, checkpoint, model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from litgpt.activations.cache import CacheSettings
+from litgpt.activations.choose import choose
+from litgpt.activations.shared import SharedActivations
+from litgpt.checkpoint import chosen_taps
+from litgpt.config import Config
+from litgpt.data.base import Record, Splits
+from litgpt.device import backbone_dtype, default_device, default_precision, make_fabric
+from litgpt.errors import UserError
+from litgpt.logs import Console
+from litgpt.lora import GPT, keep_taps
+from litgpt.optim import make_optimizer
+from litgpt.prompts import PromptStyle, resolve_prompt_style
+from litgpt.tokenizer import Tokenizer
+from litgpt.train.interrupts import memory_explained
+from litgpt.train.loop import samples_per_rank
+from litgpt.train.methods import Method, describe, describe_choice
+from litgpt.train.parallel import ends_together
+from litgpt.train.resume import Stopwatch
+from litgpt.train.settings import Run
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+CACHE_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass
+class Job:
+    """A run whose settings, data and checkpoint are valid, and what was read of them."""
+
+    settings: Run
+    method: Method
+    base: Path
+    """the base model's folder"""
+    precision: str
+    fabric: Fabric
+    console: Console
+    tokenizer: Tokenizer
+    style: PromptStyle
+    splits: Splits
+    model: GPT
+    example: Record
+    """the validation record to answer"""
+    cache_dtype: torch.dtype
+    chosen: list[int] | None = None
+    """the tapped blocks, if `auto` chose them"""
+    shared: SharedActivations | None = None
+    """activations that several runs share; None: the run makes its own"""
+    answers: bool = True
+    """show a sample answer at each validation, if `eval.max_new_tokens` asks for one"""
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder for caches on disk."""
+        return self.method.cache.folder or self.settings.out_dir.parent / "activation_cache"
+
+    def cache_settings(self, mode: str) -> CacheSettings:
+        """Return where activations are kept; the console shows the progress of filling them."""
+        return CacheSettings(mode, self.cache_folder, self.cache_dtype, self.console.say, self.console.progress)
+
+    def say_what_is_trained(self) -> None:
+        for line in (
+            f"{self.model.config.name}, {self.precision} on {self.fabric.device}",
+            *describe(self.model, self.method.lora_flags, self.method.warmup),
+        ):
+            self.console.say(line)
+
+
+def prepare(settings: Run, method: Method, base: Path, point: Path | None = None) -> Job:
+    """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
+
+    `point`: the checkpoint to resume, which names the blocks that were chosen for the run.
+    """
+    precision = settings.precision or default_precision(default_device())
+    dtype = backbone_dtype(precision)
+    cache_dtype = _cache_dtype(method.cache.dtype, dtype)
+    fabric = make_fabric(precision, settings.devices, settings.num_nodes)
+    samples_per_rank(settings.train, fabric.world_size)
+    fabric.launch()
+    fabric.seed_everything(settings.seed, verbose=False)
+    console = Console(fabric.global_rank == 0)
+    with ends_together(fabric), memory_explained(fabric.device, "while data and model were read"):
+        tokenizer = Tokenizer(base)
+        assert settings.data is not None
+        style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer)
+        with fabric.rank_zero_first():
+            settings.data.prepare_data()
+        splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)))
+        console.say(f"data: {splits.report}")
+        model = method.build(base, dtype)
+        model.to(fabric.device)
+    _require_known_ids(splits, model.config, base)
+    model.activation_checkpointing = settings.train.activation_checkpointing
+    model.max_seq_length = _max_seq_length(settings, model.config)
+    model.reach = max(sample.n_inputs for sample in (*splits.train, *splits.val))
+    make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # wrong settings show before anything is computed or written
+    example = _example(settings, splits.examples)
+    job = Job(settings, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype)
+    if count := model.config.taps_to_choose:
+        with ends_together(fabric):
+            job.chosen = chosen_taps(point) if point else choose_taps(job, count)
+        if job.chosen:
+            keep_taps(model, job.chosen)
+    return job
+
+
+def choose_taps(job: Job, count: int) -> list[int]:
+    """Return the `count` of the tapped blocks that the first process chooses for all, and say why."""
+    candidates, fabric, console = job.model.config.taps, job.fabric, job.console
+    blocks = list(candidates)
+    if fabric.global_rank == 0 and count < len(candidates):
+        clock = Stopwatch()
+        memory = memory_explained(fabric.device, "while blocks were chosen")
+        with memory, console.progress("choosing blocks") as progress, fabric.autocast():
+            choice = choose(job.model, job.splits.train, count, job.settings.train.micro_batch_size, job.settings.seed, progress)
+        console.say(describe_choice(choice, candidates, clock.seconds))
+        blocks = list(choice.blocks)
+    return fabric.broadcast(blocks)
+
+
+def _require_known_ids(splits: Splits, config: Config, base: Path) -> None:
+    largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))
+    if largest >= config.V:
+        raise UserError(
+            f"{base / 'tokenizer.json'} gives the token id {largest}, the model knows {config.V}: it is another model's, copy it again"
+        )
+
+
+def _max_seq_length(settings: Run, config: Config) -> int:
+    """Return the length that samples are cut to: the smaller of the setting and what the model can read."""
+    return min(settings.train.max_seq_length or config.block_size, config.block_size)
+
+
+def _cache_dtype(name: str | None, backbone: torch.dtype) -> torch.dtype:
+    """Return the dtype of the setting; by default the backbone's, which loses nothing."""
+    if name is not None and name not in CACHE_DTYPES:
+        raise UserError(f"skip2lora_cache_dtype is {name!r}: choose one of {', '.join(CACHE_DTYPES)}")
+    return CACHE_DTYPES[name] if name else backbone
+
+
+def _example(settings: Run, examples: list[Record]) -> Record:
+    """Return the validation record that `eval.evaluate_example` names."""
+    which = settings.eval.evaluate_example
+    if which == "random":
+        which = int(torch.randint(len(examples), (), generator=torch.Generator().manual_seed(settings.seed)))
+    index = 0 if which == "first" else int(which)
+    if index >= len(examples):
+        raise UserError(f"eval.evaluate_example is {index}: the validation set has {len(examples)} samples, counted from 0")
+    return examples[index]

@@ -1,0 +1,62 @@
+"""The settings that every training command has. Light, so that the command line answers before torch is loaded."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config, setting, shallow
+from litgpt.data.base import DataModule
+from litgpt.errors import UserError
+
+Resume = Union[bool, Literal["auto"], Path]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The settings that every training command has."""
+
+    checkpoint_dir: Path = field(metadata={"may_change": True})
+    """The base model: a checkpoint folder, or a Hugging Face folder or GGUF file, converted on first use."""
+    out_dir: Path = setting(Path("out/finetune"), may_change=True)
+    """Folder for checkpoints and logs."""
+    precision: Optional[str] = setting(None, may_change=True)
+    """Number format: bf16-true, 32-true, bf16-mixed, 16-true, 16-mixed. Default: bf16-true where the device computes it, else 32-true."""
+    devices: Union[int, str] = setting(1, may_change=True)
+    """Number of devices to train on, or "auto"."""
+    num_nodes: int = setting(1, may_change=True)
+    """Number of machines to train on."""
+    data: Optional[DataModule] = setting(None, may_change=True)
+    """Training data, for example JSON, Alpaca2k or PythonDocs."""
+    train: TrainArgs = setting(TrainArgs(micro_batch_size=1))
+    """How long to train, in what batches, and how the learning rate moves."""
+    eval: EvalArgs = setting(EvalArgs(interval=100, max_new_tokens=100))
+    """When and on how much to validate."""
+    log: LogArgs = setting(LogArgs(), may_change=True)
+    """Names and extras for remote loggers."""
+    optimizer: Union[str, dict[str, Any]] = setting("AdamW", varies=True)
+    """Name of a torch.optim class, or class_path and init_args."""
+    logger_name: Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"] = setting("csv", may_change=True)
+    """A logger besides metrics.csv and TensorBoard, which are always written."""
+    seed: int = setting(1337, varies=True)
+    """Random seed. The same seed gives the same curve on a CPU."""
+    access_token: Optional[str] = setting(None, may_change=True)
+    """Hugging Face token for gated data."""
+    overwrite: bool = setting(False, may_change=True)
+    """Replace an earlier run in out_dir."""
+    resume: Resume = setting(False, may_change=True)
+    """Resume the run in out_dir: true from its newest complete checkpoint, auto from there or anew if there is no run, or a
+    step-* folder."""
+    dry_run: bool = setting(False, may_change=True)
+    """Check everything, show a sample with its loss mask, and estimate steps, memory and time. Writes nothing."""
+
+    def __post_init__(self) -> None:
+        if self.data is None:
+            raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
+
+    def method(self) -> Any:
+        """Return the `litgpt.train.methods.Method` of the command."""
+        raise NotImplementedError
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the settings as YAML values for `hyperparameters.yaml`, with which `--config` starts the same run anew."""
+        return as_config({**shallow(self), "resume": False, "overwrite": False})
