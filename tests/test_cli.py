@@ -185,8 +185,9 @@ def test_block_indices(key: str, text: str, value: object, tmp_path: Path) -> No
     """The same on the command line and in a file."""
     file = tmp_path / "blocks.yaml"
     file.write_text(f"checkpoint_dir: c\n{key}: {text}\n")
-    assert finetune("c", f"--{key}", text)[key] == value
-    assert finetune(str(file))[key] == value
+    name = key.replace("skip2lora_positions", "skip2lora_block_indices")
+    assert finetune("c", f"--{key}", text)[name] == value
+    assert finetune(str(file))[name] == value
 
 
 def test_a_flag_without_a_value_is_true() -> None:
@@ -395,7 +396,7 @@ def test_mistakes_on_the_command_line(words: list[str], parts: list[str]) -> Non
         ("data: {class_path: JSON, init_args: [x]}", ["f.yaml: data takes a class_path and the mapping init_args"]),
         ("data: {init_args: {seed: 1}}", ["f.yaml: data.init_args.seed needs --data with one of"]),
         ("optimizer: 3", ["f.yaml: optimizer: expected the name of a class, not 3"]),
-        ("skip2lora_positions: {a: 1}", ["f.yaml: skip2lora_positions: {'a': 1} is not"]),
+        ("skip2lora_positions: {a: 1}", ["f.yaml: skip2lora_block_indices: {'a': 1} is not"]),
         ("train: {global_batch_size: 8, micro_batch_size: 3}", ["train.global_batch_size (8)", "train.micro_batch_size (3)"]),
     ],
 )
