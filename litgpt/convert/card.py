@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 import shlex
@@ -117,7 +116,9 @@ def command(settings: dict[str, Any]) -> str:
     from litgpt.finetune.lora import Lora
 
     name, settings_class = ("finetune", Lora) if "lora_r" in settings else ("finetune_full", Full)
-    defaults = _flat(_defaults(settings_class)) | {f"data.{key}": value for key, value in _defaults(_data_class(settings.get("data") or {})).items()}
+    defaults = _flat(_defaults(settings_class)) | {
+        f"data.{key}": value for key, value in _defaults(_data_class(settings.get("data") or {})).items()
+    }
     words = [f"litgpt {name} {shlex.quote(_public(settings.get('checkpoint_dir', '')))}"]
     for key, value in _flat({key: value for key, value in settings.items() if key not in ("checkpoint_dir", "log")}).items():
         if value != defaults[key] if key in defaults else value is not None:
