@@ -18,7 +18,7 @@ COLUMNS = {
         ("test_skip2lora_against_hooks_on_transformers", "test_a_cached_step_is_an_uncached_one"),
     ),
     "HF in, out": ("convert/test_round_trip.py", ("test_hf_to_litgpt_to_hf",)),
-    "GGUF in, out": ("convert/test_gguf_families.py", ("test_there_and_back_and_into_transformers",)),
+    "GGUF in, out": ("convert/gguf/test_writer.py", ("test_there_and_back_and_into_transformers",)),
     "PEFT": ("convert/test_peft.py", ("test_peft_computes_the_same", "test_ours_there_and_back")),
     "hooks on transformers": ("integrations/test_transformers.py", ("test_logits_equal_ours",)),
 }

@@ -143,6 +143,7 @@ class Conversion:
 
     def __init__(self, source: Path, target: Path) -> None:
         self.source, self.target = source, target
+        self.folder = source if source.is_dir() else source.parent
         self.in_place = source.resolve() == target.resolve()
         self.name = "." if self.in_place else str(source.resolve())  # in the record; "." is still true of a folder that was moved
 
@@ -169,8 +170,7 @@ class Conversion:
                 f"{self.source} would be converted to {self.target}, which exists and holds {content}: name {self.target} if that is what "
                 f"you want, or choose a place with `litgpt convert_to_litgpt {self.source} --checkpoint_dir DIR`"
             )
-        folder = self._source_folder()
-        now = stamps([folder / name for name in record["files"]], folder)
+        now = stamps([self.folder / name for name in record["files"]], self.folder)
         return all(record["files"][name] == stamp for name, stamp in now.items())
 
     def run_again(self) -> None:
@@ -183,12 +183,17 @@ class Conversion:
 
     def run(self, model_name: str | None, dtype: str | None, replace: bool) -> Config:
         """Convert; the caller holds the lock. `replace`: an earlier conversion may be overwritten if it was not modified."""
-        files = stamps(self._source_files(), self._source_folder())
-        record = {"source": self.name, "model_name": model_name, "dtype": dtype, "files": files}
-        overwrite = replace and self._is_unmodified()
+        record = {"source": self.name, "model_name": model_name, "dtype": dtype, "files": stamps(self._source_files(), self.folder)}
+        last = self._record() if replace else None
+        if last and (changed := self._changed(last)):
+            files = f"{', '.join(changed)} in {self.target} {'were' if len(changed) > 1 else 'was'}"
+            place = "that" if self.in_place else self.target
+            raise UserError(
+                f"{self.source} must be converted again, but {files} changed or added after its conversion: move {place} away first"
+            )
         if self.in_place:
-            return self._run_in_place(record, overwrite)
-        with new_folder(self.target, overwrite, manifest=False) as folder:  # the conversion's own manifest is in it
+            return self._run_in_place(record, overwrite=last is not None)
+        with new_folder(self.target, overwrite=last is not None, manifest=False) as folder:  # the conversion's own manifest is in it
             config = self._convert(folder, record)
             write_record(folder, record, files_of(folder))
         return config
@@ -236,9 +241,6 @@ class Conversion:
                 for folder in missing:
                     folder.rmdir()
 
-    def _source_folder(self) -> Path:
-        return self.source if self.source.is_dir() else self.source.parent
-
     def _source_files(self) -> list[Path]:
         """Return the files that the conversion reads. In place those of the tokenizer are not converted, but used as they are."""
         if self.source.is_file():
@@ -258,17 +260,6 @@ class Conversion:
         """Return the files of the conversion that were changed or added since."""
         files = [self.target / name for name in (CONFIG, WEIGHTS)] if self.in_place else files_of(self.target)
         return sorted(name for name, stamp in stamps(files, self.target).items() if record["made"].get(name) != stamp)
-
-    def _is_unmodified(self) -> bool:
-        """Return True if `target` holds a conversion of `source`. Raises UserError if one of its files was changed, or one added."""
-        record = self._record()
-        if record is not None and (changed := self._changed(record)):
-            files = f"{', '.join(changed)} in {self.target} {'were' if len(changed) > 1 else 'was'}"
-            place = "that" if self.in_place else self.target
-            raise UserError(
-                f"{self.source} must be converted again, but {files} changed or added after its conversion: move {place} away first"
-            )
-        return record is not None
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -164,6 +164,11 @@ def test_lora_on_experts_is_refused(tmp_path: Path) -> None:
         written(tmp_path / "adapter", "mixtral", **KINDS["tail"])
 
 
+def test_dora_beside_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lora_variant dora beside Skip2-LoRA has no portable form"):
+        written(tmp_path / "adapter", **KINDS["tail"], lora_variant="dora")
+
+
 def test_a_folder_from_before_the_warm_up_was_one_flag(tmp_path: Path) -> None:
     model = written(tmp_path / "adapter", **KINDS["warm-up"])
     file = tmp_path / "adapter" / skip2lora.CONFIG

@@ -13,7 +13,7 @@ import transformers
 from torch.testing import assert_close
 
 from litgpt import checkpoint
-from litgpt.convert import portable as skip2lora
+from litgpt.convert import portable
 from litgpt.errors import UserError
 from litgpt.generate.engine import generate
 from litgpt.integrations.transformers import load_skip2lora
@@ -32,6 +32,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "ln_f": {"skip2lora_output_layer": "transformer.ln_f", "lora_head": True},
     "block": {"skip2lora_output_layer": "transformer.h.2", "skip2lora_block_indices": [0, 1], **BEHIND, "lora_mlp": True},
     "warm-up": {"skip2lora_warmup": True, "skip2lora_block_indices": "all", **BEHIND},
+    "rsLoRA": {"skip2lora_output_layer": "transformer.h.2", "lora_rslora": True, **BEHIND},
 }
 IDX = tiny.ids(2, 17)
 
@@ -74,7 +75,7 @@ def test_places_and_both_kinds_of_folder(family: str, place: str, tmp_path: Path
     ours = trained(family, tmp_path / "lit", **PLACES[place])
     weights = checkpoint.load_weights(tmp_path / "lit" / "lit_model.pth.lora")
     (tmp_path / "portable").mkdir()
-    skip2lora.write(tmp_path / "portable", ours.config, weights, "org/base", configs.pair(family)[0].config.model_type)
+    portable.write(tmp_path / "portable", ours.config, weights, "org/base", configs.pair(family)[0].config.model_type)
     for folder in ("lit", "portable"):
         hf = hf_of(family)
         load_skip2lora(hf, tmp_path / folder)
