@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from litgpt import __version__, args, atomic, files
-from litgpt.args import as_config
 from litgpt.checkpoint import read_hyperparameters
 from litgpt.config import Config
 from litgpt.errors import UserError
@@ -115,10 +114,10 @@ def command(settings: dict[str, Any]) -> str:
     from litgpt.finetune.full import Full
     from litgpt.finetune.lora import Lora
 
-    name, settings_class = ("finetune", Lora) if "lora_r" in settings else ("finetune_full", Full)
-    defaults = _flat(_defaults(settings_class)) | {
-        f"data.{key}": value for key, value in _defaults(_data_class(settings.get("data") or {})).items()
-    }
+    name, kind = ("finetune", Lora) if "lora_r" in settings else ("finetune_full", Full)
+    defaults = _flat(args.as_config(args.defaults(kind)))
+    if data := _data_class(settings.get("data") or {}):
+        defaults |= {f"data.{key}": value for key, value in args.as_config(args.defaults(data)).items()}
     words = [f"litgpt {name} {shlex.quote(_public(settings.get('checkpoint_dir', '')))}"]
     for key, value in _flat({key: value for key, value in settings.items() if key not in ("checkpoint_dir", "log")}).items():
         if value != defaults[key] if key in defaults else value is not None:
@@ -137,11 +136,6 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return {key: value for key, value in flat.items() if not SECRET_KEY.search(key)}
-
-
-def _defaults(settings: Any) -> dict[str, Any]:
-    """Return the defaults of a command or of a class of litgpt.data, as YAML values."""
-    return as_config(args.defaults(settings)) if settings else {}
 
 
 def _data_class(data: dict[str, Any]) -> Any:
