@@ -1,7 +1,7 @@
-"""The command line: which function a command runs, and how its failures end. Nothing heavy is imported until a command needs it.
+"""The table of commands, and the exit code of each failure. Nothing heavy is imported until a command needs it.
 
-Exit codes: 0, 1 a `UserError`, 2 bad arguments, 3 a loss that is no number, 4 out of memory, 130 Ctrl-C, 143 SIGTERM. Any other
-exception is a bug and keeps its traceback.
+Exit codes: 0, 1 a `UserError`, 2 bad arguments, 3 a non-finite loss, 4 out of memory, 130 Ctrl-C, 143 SIGTERM. Any other exception is a
+bug and keeps its traceback.
 """
 
 import difflib
@@ -19,13 +19,11 @@ from litgpt import __version__
 from litgpt.errors import Stopped, UserError
 from litgpt.text import printable
 
-LONGEST_ERROR = 2000
-"""characters of a message"""
+LONGEST_ERROR = 2000  # characters of a message
 
 
 class Command(NamedTuple):
-    target: str
-    """module:function. The module must import quickly: heavy imports belong inside the function."""
+    target: str  # module:function or module:dataclass; the module must import quickly
     help: str
 
 
@@ -56,7 +54,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if not argv:
         print(_table(), file=sys.stderr)
         return 2
-    name, rest = argv[0], argv[1:]
+    name, *words = argv
     if name in ("-h", "--help"):
         print(_table())
         return 0
@@ -66,44 +64,44 @@ def main(argv: Optional[list[str]] = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        _say_error(f"there is no command {name!r}.{hint} `litgpt --help` lists them.")
+        _print_error(f"there is no command {name!r}.{hint} `litgpt --help` lists them.")
         return 2
-    with _exit_on_sigterm():
-        return _run(name, rest)
-
-
-def _run(name: str, argv: list[str]) -> int:
-    from litgpt.cli import UsageError, parse
+    from litgpt.cli import parse
 
     try:
-        command = load(name)
-        settings = command(**parse(f"litgpt {name}", command, argv))
-        if isinstance(command, type):
-            settings.main()
-    except UsageError as error:
-        _say_error(str(error))
-        return 2
-    except UserError as error:
-        _say_error(str(error))
-        return error.exit_code
-    except Stopped as stop:
-        with suppress(OSError):  # the terminal may be gone
-            print(f"{signal.Signals(stop.signum).name}: {stop.message or 'stopped before anything was written'}.", file=sys.stderr)
-        return 128 + stop.signum
-    except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing is flushed into the broken pipe at exit)
-        return 1
-    except OSError as error:
-        _say_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+        with _exit_on_sigterm():
+            command = load(name)
+            arguments = parse(f"litgpt {name}", command, words)
+            if isinstance(command, type):
+                command(**arguments).main()
+            else:
+                command(**arguments)
+    except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
+        return _report(error)
     return 0
 
 
-def _say_error(message: str) -> None:
-    """Print it, no longer than a person reads."""
+def _report(error: BaseException) -> int:
+    """Print why a command ended and return its exit code."""
+    if isinstance(error, UserError):
+        _print_error(str(error))
+        return error.exit_code
+    if isinstance(error, Stopped):
+        with suppress(OSError):  # the terminal may be gone
+            print(f"{signal.Signals(error.signum).name}: {error.message or 'stopped before anything was written'}.", file=sys.stderr)
+        return 128 + error.signum
+    if isinstance(error, KeyboardInterrupt):
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone, as `| head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing is flushed into the broken pipe at exit)
+    elif isinstance(error, OSError):
+        _print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    return 1
+
+
+def _print_error(message: str) -> None:
+    """Print a message, cut to a length that a person reads."""
     text = printable(message)
     more = f" ... ({len(text) - LONGEST_ERROR:,} more characters)" if len(text) > LONGEST_ERROR else ""
     print(f"Error: {text[:LONGEST_ERROR]}{more}", file=sys.stderr)

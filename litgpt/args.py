@@ -16,6 +16,7 @@ from typing import Any, Literal, Optional, Union
 from litgpt.errors import UserError
 
 DEFAULT_WARMUP_STEPS = 100
+SECRET = "access_token"  # the key whose value is never printed or saved
 
 Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "int8"]
 """How frozen weights are stored, see `litgpt.quantize`."""
@@ -25,14 +26,15 @@ ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")
 """Where a class named by a YAML file or on the command line may come from."""
 
 
-def setting(default: Any, *, varies: bool = False, may_change: bool = False) -> Any:
+def setting(default: Any, *, varies: bool = False, may_change: bool = False, older_names: tuple[str, ...] = ()) -> Any:
     """Return a dataclass field with this default.
 
     Args:
         varies: The trials of one sweep may have different values: the value changes neither the data nor the frozen layers' outputs.
         may_change: A resumed run may have another value: the steps that both runs take are the same.
+        older_names: Names of the key in earlier versions, which configurations may still use.
     """
-    metadata = {"varies": varies, "may_change": may_change}
+    metadata = {"varies": varies, "may_change": may_change, "older_names": older_names}
     if dataclasses.is_dataclass(default):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -46,6 +48,11 @@ def marked(settings: type, mark: Literal["varies", "may_change"], prefix: str = 
             yield prefix + item.name
         elif hints[item.name] in (TrainArgs, EvalArgs):
             yield from marked(hints[item.name], mark, f"{item.name}.")
+
+
+def older_names(settings: type) -> dict[str, str]:
+    """Return the older names of keys, each with the name of today."""
+    return {older: item.name for item in dataclasses.fields(settings) for older in item.metadata.get("older_names", ())}
 
 
 def _at_least(group: str, args: Any, least: int, *names: str) -> None:
@@ -208,7 +215,7 @@ def require_allowed_class(class_path: Any, place: str) -> None:
 
 def as_config(arguments: dict[str, Any]) -> dict[str, Any]:
     """A command's arguments as plain YAML values that `--config` reads back, for `hyperparameters.yaml`. Never the access token."""
-    return {name: _plain(value) for name, value in arguments.items() if name != "access_token"}
+    return {name: _plain(value) for name, value in arguments.items() if name != SECRET}
 
 
 def _plain(value: Any) -> Any:

@@ -16,9 +16,10 @@ import yaml
 from litgpt import __version__
 from litgpt.__main__ import COMMANDS, load, main
 from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config, require_allowed_class
-from litgpt.cli import Keys, UsageError, _parser, parse
+from litgpt.cli import Keys, UsageError, parse
 from litgpt.data import JSON, Alpaca2k, PythonDocs
 from litgpt.errors import UserError
+from litgpt.help import parser_of
 
 HEAVY = {"torch", "lightning", "transformers", "numpy", "rich", "tokenizers", "jinja2", "safetensors", "gguf"}
 
@@ -109,7 +110,7 @@ def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> 
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: litgpt {name} [CONFIG.yaml]" in text and "<class" not in text
-    actions = _parser(name, Keys(load(name)))._actions
+    actions = parser_of(name, load(name), Keys(load(name)))._actions
     assert [action.dest for action in actions if not action.help] == []
 
 
@@ -344,7 +345,7 @@ def test_upstream_yaml(name: str, tmp_path: Path) -> None:
         ([], ["checkpoint_dir is missing"]),
         (["c", "--trian.epochs", "3", "--max_stps", "4", "--lora_rr=3"], ["train.epochs", "mean max_steps", "mean lora_r"]),
         (["c", "--train.epochs", "abc"], ["--train.epochs: 'abc' is not an integer or null"]),
-        (["c", "--epochs", "1.5"], ["--train.epochs: '1.5'"]),
+        (["c", "--epochs", "1.5"], ["--epochs: '1.5'"]),
         (["c", "--lora_r", "many"], ["--lora_r: 'many' is not an integer"]),
         (["c", "--lora_query", "maybe"], ["--lora_query: 'maybe' is not true or false"]),
         (["c", "--quantize", "int4"], ["--quantize: 'int4' is not one of bnb.nf4, "]),
@@ -417,7 +418,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 def test_a_mistake_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "c", "--epochs", "abc"]) == 2
-    assert capsys.readouterr() == ("", "Error: --train.epochs: 'abc' is not an integer or null\n")
+    assert capsys.readouterr() == ("", "Error: --epochs: 'abc' is not an integer or null\n")
 
 
 @pytest.mark.parametrize(
@@ -497,7 +498,7 @@ def test_foreign_classes_are_refused_before_any_import(target: str, place: str, 
 
 def test_the_parser_itself_refuses_them_too(trap: Path) -> None:
     """Behind our own check, jsonargparse is told the same: a way around the first lock does not open the second."""
-    parser = _parser("litgpt finetune", Keys(load("finetune")))
+    parser = parser_of("litgpt finetune", load("finetune"), Keys(load("finetune")))
     with pytest.raises(jsonargparse.ArgumentError, match="not allowed"):
         parser.parse_args(["--checkpoint_dir=c", "--data=trap_module.Trap"])
     assert not trap.exists()

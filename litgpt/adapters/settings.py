@@ -47,7 +47,7 @@ class AdapterSettings:
     Default: all."""
     skip2lora_enabled: bool = setting(False, varies=True)
     """Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only."""
-    skip2lora_block_indices: BlockIndices = setting(None, varies=True)
+    skip2lora_block_indices: BlockIndices = setting(None, varies=True, older_names=("skip2lora_positions",))
     """Blocks to tap: [0, 1, -1], all, last:6, every:5 or names such as transformer.h.3. auto:6 (or auto) chooses 6 before training, from
     the outputs of all blocks on a sample of the training data. Default: the last 6."""
     skip2lora_output_layer: str = "lm_head"

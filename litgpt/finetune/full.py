@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litgpt.args import EvalArgs, setting
 from litgpt.train.settings import Run
@@ -29,3 +29,8 @@ class Full(Run):
         from litgpt.train.run import run
 
         run(self, self.method())
+
+
+def setup(checkpoint_dir: Path, **settings: Any) -> None:
+    """Fine-tune a model with these settings, the fields of `Full`."""
+    Full(checkpoint_dir=checkpoint_dir, **settings).main()

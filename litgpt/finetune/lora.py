@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from litgpt.adapters.settings import AdapterSettings, WarmupSettings
 from litgpt.args import Quantization, setting
@@ -41,6 +41,8 @@ class Lora(WarmupSettings, AdapterSettings, Run):  # fields come in the order Ru
 
     def __post_init__(self) -> None:
         Run.__post_init__(self)
+        if self.skip2lora_cache_dir is not None:
+            self.skip2lora_cache_dir = Path(self.skip2lora_cache_dir)
         AdapterSettings.__post_init__(self)
         WarmupSettings.__post_init__(self)
         self.require_adapters(self)
@@ -56,3 +58,8 @@ class Lora(WarmupSettings, AdapterSettings, Run):  # fields come in the order Ru
         from litgpt.train.run import run
 
         run(self, self.method())
+
+
+def setup(checkpoint_dir: Path, **settings: Any) -> None:
+    """Fine-tune a model with these settings, the fields of `Lora`."""
+    Lora(checkpoint_dir=checkpoint_dir, **settings).main()

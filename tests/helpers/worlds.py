@@ -1,13 +1,13 @@
 """Fixtures for tests that spoil good files: a checkpoint, an adapter, a Hugging Face folder and a GGUF file of a llama of two blocks.
 
-The last two are written by hand. For a conftest: `from worlds import one_parser_for_all, place, world`.
+The last two are written by hand. For a conftest: `from tests.helpers.worlds import place, world`.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from litgpt import cli as command_line
 from tests.helpers import tiny
 from tests.helpers.places import Place, World
 
@@ -165,21 +164,3 @@ def place(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Plac
     folder.mkdir()
     monkeypatch.chdir(folder)
     return Place(folder, world)
-
-
-_PARSERS: dict[str, Any] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_parser_for_all() -> Iterator[None]:
-    """Making a command's parser takes most of a short test's time, and it is the same for all tests of a module."""
-    make = command_line._parser
-
-    def parser(prog: str, keys: Any) -> Any:
-        if prog not in _PARSERS:
-            _PARSERS[prog] = make(prog, keys)
-        return _PARSERS[prog]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command_line, "_parser", parser)
-        yield

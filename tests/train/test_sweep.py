@@ -26,9 +26,7 @@ from litgpt.train.resume import State
 from litgpt.train.trials import expand
 from tests.helpers import runs as finetune_runs
 from tests.helpers.runs import Run, finetune, load
-from tests.helpers.worlds import one_parser_for_all  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("one_parser_for_all")
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "lora_dropout": 0.1, "eval__max_new_tokens": 0}
 BLOCK: dict[str, Any] = {**SKIP, "lora_r": 2, "skip2lora_output_layer": "transformer.h.3", "skip2lora_block_indices": "[0, 2]"}
 SWEEPS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {

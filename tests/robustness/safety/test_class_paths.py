@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from litgpt import cli as command_line
 from litgpt.__main__ import COMMANDS, load
 from litgpt.args import ALLOWED_CLASSES, require_allowed_class
+from litgpt.cli import Keys, parse
 from litgpt.errors import UserError
 from litgpt.optim import make_optimizer
-from litgpt.train.run import Job
 from tests.helpers.places import Place, check_message, run, tree
 
 TARGETS = (
@@ -73,10 +72,6 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     assert not list(tmp_path.rglob("sprung")) and not {"trap_module", "litgpt_evil", "antigravity"} & set(sys.modules)
 
 
-def keys_of(command: str) -> command_line.Keys:
-    return command_line.Keys(load(command))
-
-
 def forms(target: str) -> list[Any]:
     """The ways in which a class may be named."""
     return [target, {"class_path": target}, {"class_path": target, "init_args": {"command": "touch sprung"}}]
@@ -91,13 +86,13 @@ def test_no_key_takes_a_foreign_class(target: str, place: Place) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_key_of_any_command_does(command: str, place: Place) -> None:
-    keys = keys_of(command)
+    keys = Keys(load(command))
     for target in ("os.system", "trap_module.Trap"):
         check_keys(command, target, place, [*keys.types, *keys.groups])
 
 
 def check_keys(command: str, target: str, place: Place, names: list[str]) -> None:
-    keys = keys_of(command)
+    keys = Keys(load(command))
     first = next(iter(keys.parameters))
     for key in names:
         for value in forms(target):
@@ -105,16 +100,16 @@ def check_keys(command: str, target: str, place: Place, names: list[str]) -> Non
             file = place.write("f.yaml", yaml.safe_dump({first: "c", **nested}))
             given: dict[str, Any] = {}
             try:
-                given = command_line.parse(f"litgpt {command}", keys.function, [str(file)])
+                given = parse(f"litgpt {command}", load(command), [str(file)])
             except UserError as error:
                 message = str(error)
-                assert "is not allowed" in message or target not in TARGETS or key not in (*keys.classes, *keys.recipes), (
+                assert "is not allowed" in message or target not in TARGETS or key not in keys.classes, (
                     key,
                     value,
                     message,
                 )
             else:
-                assert key not in (*keys.classes, *keys.recipes) or target in INSIDE or "." not in target, (key, value)
+                assert key not in keys.classes or target in INSIDE or "." not in target, (key, value)
             assert not callable(given.get(key)) and not isinstance(given.get(key), type)
 
 
@@ -127,9 +122,7 @@ def test_no_optimizer_but_torchs(target: str) -> None:
             make_optimizer(spec, [torch.nn.Parameter(torch.zeros(1))])
 
 
-def test_a_job_cannot_be_given_one_past_the_command_line(place: Place) -> None:
-    """The lock behind the first one: what a job gets from elsewhere is checked where it is used."""
-    assert "optimizer" in set(Job.__dataclass_fields__)
+def test_an_allowed_name_that_is_no_optimizer_is_refused_where_it_is_used(place: Place) -> None:
     ended = run(
         [
             "finetune",
@@ -200,7 +193,7 @@ def test_python_tags_on_the_command_line(tag: str, place: Place) -> None:
 
 
 def test_json_is_no_way_around(place: Place) -> None:
-    """jsonargparse is handed the settings as JSON; a JSON config file and inline JSON go the same way."""
+    """A config file and inline values may be JSON, which is YAML: the same checks hold."""
     recipe = {"class_path": "trap_module.Trap"}
     file = place.write("f.yaml", json.dumps({"checkpoint_dir": "c", "data": recipe}))
     check_message(run(["finetune", file]), "'trap_module.Trap' is not allowed", "litgpt.", 2)
@@ -212,4 +205,4 @@ def test_json_is_no_way_around(place: Place) -> None:
 def test_every_command_reads_its_settings_here() -> None:
     """A command of its own parser would have locks of its own."""
     for name in COMMANDS:
-        assert keys_of(name).parameters, name
+        assert Keys(load(name)).parameters, name

@@ -17,11 +17,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from litgpt import cli as command_line
 from litgpt.__main__ import load
 from litgpt.activations.store import Contents, _is_whole, _map, _Progress
 from litgpt.adapters.blocks import resolve_blocks
 from litgpt.atomic import read_manifest
+from litgpt.cli import Keys, parse
 from litgpt.config import Config
 from litgpt.convert.hf import open_weights
 from litgpt.convert.to_litgpt import convert_to_litgpt
@@ -237,7 +237,7 @@ def test_yaml_config(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Whatever the file says, `parse` gives arguments or one message; it makes no class but those of litgpt."""
     monkeypatch.chdir(tmp_path)
     setup = load("finetune")
-    keys = sorted(command_line.Keys(setup).types)
+    keys = sorted(Keys(setup).types)
     nest = st.dictionaries(st.sampled_from([key.partition(".")[2] or key for key in keys]) | st.text(max_size=6), JSON, max_size=3)
     special = st.sampled_from(
         [{"class_path": "JSON", "init_args": {"json_path": "x"}}, {"class_path": "os.system"}, "torch.load", {"init_args": 3}]
@@ -249,7 +249,7 @@ def test_yaml_config(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def check(text: str) -> None:
         (tmp_path / "f.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
-        given_ = command_line.parse("litgpt finetune", setup, ["f.yaml", "--checkpoint_dir", "c"])
+        given_ = parse("litgpt finetune", setup, ["f.yaml", "--checkpoint_dir", "c"])
         assert type(given_["data"]).__module__.startswith(("litgpt.", "builtins"))
 
     fuzz(count, content, check)

@@ -1,0 +1,67 @@
+"""The help and the configuration of a command, printed by jsonargparse."""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import docstring_parser
+import jsonargparse
+
+from litgpt.args import SECRET
+from litgpt.cli import Keys, UsageError, known_classes
+
+
+class _Help(jsonargparse.DefaultHelpFormatter):
+    """Without Python's name of a path, and without the `--key+` that appends to a list."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text: str = super()._expand_help(action)
+        return text.replace("<class 'Path'>", "path").replace("Optional[Path]", "Optional[path]")
+
+    def _format_action_invocation(self, action: argparse.Action, *args: Any, **kwargs: Any) -> str:
+        text: str = super()._format_action_invocation(action, *args, **kwargs)
+        return re.sub(r", --\S+\+ \S+", "", text)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Hides secrets in the configuration."""
+
+    def dump(self, cfg: jsonargparse.Namespace, **kwargs: Any) -> str:
+        cfg = cfg.clone()
+        if cfg.get(SECRET):
+            cfg[SECRET] = "***"
+        text: str = super().dump(cfg, **kwargs)
+        return text
+
+
+def show(prog: str, command: Callable[..., Any], keys: Keys, config: dict[str, Any], flags: list[str]) -> None:
+    """Answer the flags (--help, --print_config, --data.help=CLASS) and raise SystemExit(0)."""
+    values = json.dumps(config, default=lambda value: f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else str(value))
+    try:
+        parser_of(prog, command, keys).parse_args([f"--config={values}", *flags])
+    except jsonargparse.ArgumentError as error:
+        raise UsageError(str(error).splitlines()[0]) from None
+
+
+def parser_of(prog: str, command: Callable[..., Any], keys: Keys) -> jsonargparse.ArgumentParser:
+    """Return jsonargparse's parser of a command. It imports no class from outside litgpt either."""
+    bases: list[type | str] = [base for base in keys.classes.values() if base]
+    jsonargparse.set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        docstring_parse_style=docstring_parser.DocstringStyle.GOOGLE,
+        subclasses_enabled=bases,
+        import_path_denylist=["*"],
+        import_path_allowlist=["litgpt"],
+    )
+    usage = " ".join([prog, "[CONFIG.yaml]", *(f"[{name.upper()}]" for name in keys.bare), "[--KEY VALUE ...]"])
+    parser = _Parser(prog=prog, exit_on_error=False, usage=usage, formatter_class=_Help)
+    parser.add_argument("--config", action="config", help="A YAML file of these keys. The command line overrides it.")
+    for base in filter(None, keys.classes.values()):
+        known_classes(base)  # imports them
+    if isinstance(command, type):
+        parser.add_class_arguments(command)
+    else:
+        parser.add_function_arguments(command)
+    return parser
