@@ -9,17 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import pytest
 import yaml
 
 from litgpt import __version__
 from litgpt.__main__ import COMMANDS, load, main
-from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config, require_allowed_class
-from litgpt.cli import Keys, UsageError, parse
+from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config
+from litgpt.cli import UsageError, parse
 from litgpt.data import JSON, Alpaca2k, PythonDocs
 from litgpt.errors import UserError
-from litgpt.help import parser_of
 
 HEAVY = {"torch", "lightning", "transformers", "numpy", "rich", "tokenizers", "jinja2", "safetensors", "gguf"}
 
@@ -102,18 +100,6 @@ assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every key has a help text."""
-    with pytest.raises(SystemExit) as end:
-        main([name, "--help"])
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    assert f"usage: litgpt {name} [CONFIG.yaml]" in text and "<class" not in text
-    actions = parser_of(name, load(name), Keys(load(name)))._actions
-    assert [action.dest for action in actions if not action.help] == []
-
-
 # Words to arguments
 
 
@@ -155,6 +141,72 @@ def test_a_later_file_counts_more(config: str, tmp_path: Path) -> None:
     given = finetune(config, str(tmp_path / "more.yaml"))
     assert (given["train"].epochs, given["train"].min_lr) == (3, 1e-5)
     assert given["data"] == JSON(json_path=Path("train.json"), seed=9)
+
+
+def test_a_class_drops_the_arguments_of_another(config: str) -> None:
+    given = finetune(config, "--data.json_path", "b.json", "--data", "PythonDocs", "--data", "JSON")
+    assert given["data"] == JSON(json_path=Path("b.json"), seed=7)
+    assert finetune(config, "--data", "null", "--dry_run")["data"] is None
+    assert finetune(config, "--optimizer", "torch.optim.AdamW", "--optimizer.eps", "1")["optimizer"]["init_args"] == {
+        "lr": 2e-3,
+        "betas": [0.9, 0.95],
+        "eps": 1,
+    }
+
+
+def test_values_are_appended_to_lists(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("checkpoint_dir: c\nlora_block_indices: [1]\n")
+    assert finetune(str(tmp_path / "f.yaml"), "--lora_block_indices+", "2")["lora_block_indices"] == [1, 2]
+    assert finetune("c", "--lora_block_indices+", "[2, 3]", "--lora_block_indices+=last:2")["lora_block_indices"] == [2, 3, "last:2"]
+    assert finetune("c", "--lora_block_indices", "all", "--lora_block_indices+", "2")["lora_block_indices"] == ["all", 2]
+    assert "--lora_r+ is not a known key" in error("c", "--lora_r+", "2")
+
+
+def test_entries_of_a_mapping() -> None:
+    assert finetune("c", "--log.metadata", "{a: 1}", "--log.metadata.b", "[2]")["log"].metadata == {"a": 1, "b": [2]}
+
+
+def test_values_have_the_types_of_their_keys(tmp_path: Path) -> None:
+    given = finetune("c", "--lora_dropout", "0", "--eval.evaluate_example", "3", "--devices", "2", "--resume", "auto", "--precision", "16")
+    assert [type(given[key]) for key in ("lora_dropout", "devices", "resume", "precision", "checkpoint_dir")][:4] == [float, int, str, str]
+    assert given["eval"].evaluate_example == 3
+    (tmp_path / "f.yaml").write_text("lora_r: '4'\nlora_dropout: '1e-1'\noverwrite: 'true'\n")
+    given = finetune("c", str(tmp_path / "f.yaml"))
+    assert (given["lora_r"], given["lora_dropout"], given["overwrite"]) == (4, 0.1, True)
+
+
+def test_a_file_stands_on_its_base(tmp_path: Path) -> None:
+    """The path is relative to the file that names it; what the file itself states counts more, the command line most."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "lora_r: 4\nseed: 1\ntrain: {epochs: 7, max_steps: 3}\ndata: {class_path: JSON, init_args: {seed: 7}}\n"
+    )
+    (tmp_path / "models/a.yaml").write_text("base: ../base.yaml\ncheckpoint_dir: c\nseed: 2\ntrain: {epochs: 8}\n")
+    (tmp_path / "models/b.yaml").write_text(f"base: {tmp_path}/models/a.yaml\nseed: 3\ndata: {{init_args: {{json_path: x}}}}\n")
+    given = finetune("--seed", "4", str(tmp_path / "models/b.yaml"))
+    assert (given["lora_r"], given["seed"], given["train"].epochs, given["train"].max_steps) == (4, 4, 8, 3)
+    assert given["checkpoint_dir"] == Path("c") and given["data"] == JSON(json_path=Path("x"), seed=7) and "base" not in given
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("base: f.yaml", "f.yaml: base: a chain of more than 8 base files"),
+        ("base: 5", "f.yaml: base: 5 is not the name of a YAML file"),
+        ("base: [f.yaml]", "f.yaml: base: ['f.yaml'] is not the name of a YAML file"),
+        ("base: data.json", "f.yaml: base: 'data.json' is not the name of a YAML file"),
+        ("base: nowhere.yaml", "nowhere.yaml does not exist"),
+        ("base: bad.yaml", "bad.yaml: lora_rr is not a known key (did you mean lora_r?)"),
+        ("base: attack.yaml", "attack.yaml: data.class_path: the class 'os.system' is not allowed"),
+        ("train: {base: bad.yaml}", "f.yaml: train.base is not a known key"),
+    ],
+)
+def test_mistakes_of_a_base(text: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f.yaml").write_text(text)
+    Path("bad.yaml").write_text("lora_rr: 4")
+    Path("attack.yaml").write_text("data: {class_path: os.system}")
+    assert part in error("f.yaml", "--checkpoint_dir", "c")
 
 
 def test_one_argument_of_the_optimizer(config: str) -> None:
@@ -409,6 +461,20 @@ def test_mistakes_in_a_file(text: str, parts: list[str], tmp_path: Path, monkeyp
     assert len(message.splitlines()) <= 3
 
 
+def test_all_mistakes_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unknown keys and wrong values of files and command line, each with its place."""
+    monkeypatch.chdir(tmp_path)
+    Path("f.yaml").write_text("lora_rr: 4\nlora_r: many\ntrain: {epochs: 0.5}\n")
+    lines = error("f.yaml", "--lora_alpha", "x", "--sed", "1").splitlines()
+    assert [line.strip() for line in lines] == [
+        "f.yaml: lora_rr is not a known key (did you mean lora_r?)",
+        "f.yaml: lora_r: 'many' is not an integer",
+        "f.yaml: train.epochs: 0.5 is not an integer or null",
+        "--lora_alpha: 'x' is not an integer",
+        "--sed is not a known key (did you mean seed?)",
+    ]
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "binary.yaml, line 1: not UTF-8 text" in error(str(tmp_path / "binary.yaml"))
@@ -419,42 +485,6 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_a_mistake_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "c", "--epochs", "abc"]) == 2
     assert capsys.readouterr() == ("", "Error: --epochs: 'abc' is not an integer or null\n")
-
-
-@pytest.mark.parametrize(
-    ("settings", "part"),
-    [
-        (dict(epochs=0), "train.epochs"),
-        (dict(max_steps=-1), "train.max_steps"),
-        (dict(save_interval=0), "train.save_interval"),
-        (dict(micro_batch_size=0), "train.micro_batch_size"),
-        (dict(global_batch_size=2, micro_batch_size=4), "train.micro_batch_size"),
-        (dict(global_batch_size=6, micro_batch_size=4), "multiple of train.micro_batch_size"),
-        (dict(max_norm=0.0), "train.max_norm"),
-        (dict(max_norm=float("nan")), "train.max_norm"),
-        (dict(min_lr=-1.0), "train.min_lr"),
-        (dict(max_time=0.0), "train.max_time"),
-        (dict(epochs=None), "would never end"),
-        (dict(lr_warmup_fraction=1.5), "between 0 and 1"),
-        (dict(lr_warmup_steps=7, lr_warmup_fraction=0.1), "both given"),
-    ],
-)
-def test_settings_that_make_no_sense(settings: dict[str, Any], part: str) -> None:
-    with pytest.raises(UserError, match=re.escape(part)):
-        TrainArgs(**settings)
-
-
-def test_eval_settings_that_make_no_sense() -> None:
-    for settings in (
-        dict(interval=0),
-        dict(max_iters=0),
-        dict(max_new_tokens=-1),
-        dict(evaluate_example="last"),
-        dict(evaluate_example=-1),
-    ):
-        with pytest.raises(UserError, match=f"eval.{next(iter(settings))}"):
-            EvalArgs(**settings)
-    assert finetune("c", "--eval.evaluate_example", "3")["eval"].evaluate_example == 3
 
 
 # Classes by name
@@ -494,22 +524,6 @@ def test_foreign_classes_are_refused_before_any_import(target: str, place: str, 
         assert "is not allowed" in error("c", f"--{key}.class_path", target)
     assert "is not allowed" in error("c", "--data.help", target)
     assert not trap.exists() and "trap_module" not in sys.modules
-
-
-def test_the_parser_itself_refuses_them_too(trap: Path) -> None:
-    """Behind our own check, jsonargparse is told the same: a way around the first lock does not open the second."""
-    parser = parser_of("litgpt finetune", load("finetune"), Keys(load("finetune")))
-    with pytest.raises(jsonargparse.ArgumentError, match="not allowed"):
-        parser.parse_args(["--checkpoint_dir=c", "--data=trap_module.Trap"])
-    assert not trap.exists()
-
-
-def test_allowed_classes() -> None:
-    for name in ("litgpt.data.JSON", "torch.optim.AdamW", "bitsandbytes.optim.PagedAdamW8bit"):
-        require_allowed_class(name, "x")
-    for name in ("torch.hub.load", "litgpt", "litgpt.", "torch.optim.", "torch.optim.x y", None, ["torch.optim.AdamW"]):
-        with pytest.raises(UserError, match="not allowed"):
-            require_allowed_class(name, "x")
 
 
 # Secrets

@@ -31,6 +31,6 @@ class Full(Run):
         run(self, self.method())
 
 
-def setup(checkpoint_dir: Path, **settings: Any) -> None:
+def setup(checkpoint_dir: Path | str, **settings: Any) -> None:
     """Fine-tune a model with these settings, the fields of `Full`."""
-    Full(checkpoint_dir=checkpoint_dir, **settings).main()
+    Full(checkpoint_dir=Path(checkpoint_dir), **settings).main()

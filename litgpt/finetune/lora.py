@@ -60,6 +60,6 @@ class Lora(WarmupSettings, AdapterSettings, Run):  # fields come in the order Ru
         run(self, self.method())
 
 
-def setup(checkpoint_dir: Path, **settings: Any) -> None:
+def setup(checkpoint_dir: Path | str, **settings: Any) -> None:
     """Fine-tune a model with these settings, the fields of `Lora`."""
-    Lora(checkpoint_dir=checkpoint_dir, **settings).main()
+    Lora(checkpoint_dir=Path(checkpoint_dir), **settings).main()

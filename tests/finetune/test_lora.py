@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ import torch
 import yaml
 from torch.testing import assert_close
 
+import litgpt
 from litgpt import checkpoint
+from litgpt.cli import parse
+from litgpt.finetune.lora import Lora, setup
 from litgpt.lora import lora_filter
 from litgpt.model import GPT
 from litgpt.train.loop import Batch, Loop
@@ -37,6 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ln_f": {**SKIP, "skip2lora_output_layer": "transformer.ln_f"},
     "block": {**SKIP, **LAYERS, "skip2lora_output_layer": "transformer.h.3"},
 }
+PACKAGE = str(Path(litgpt.__file__).parent)
 RATE_OF_A = 4 * 32
 """parameters of an A of rank 4 over d 32"""
 
@@ -454,6 +459,28 @@ def test_a_loss_that_is_no_number_ends_in_one_line(base: Path, data: Path, tmp_p
     run = finetune("finetune", base, data, tmp_path / "out", **SKIP, optimizer__lr=1e38, train__lr_warmup_steps=0, eval__max_new_tokens=0)
     assert_one_line(run, 3, "the loss is")
     assert not (tmp_path / "out/final").exists()
+
+
+def test_few_frames_from_the_command_to_the_optimizer(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, stacks = torch.optim.AdamW.step, list[list[str]]()
+
+    def recorded(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        frames = (frame.f_code for frame, _ in traceback.walk_stack(None))
+        stacks.append([code.co_name for code in frames if code.co_filename.startswith(PACKAGE)][::-1])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    assert finetune("finetune", base, data, tmp_path / "out", lora_r=4, train__max_steps=1).code == 0
+    assert stacks == [["main", "main", "run", "run", "step"]]
+
+
+def test_setup_is_the_command_for_scripts(base: Path, data: Path, tmp_path: Path, made: Callable[[str], Run]) -> None:
+    """LitGPT's name, with texts for paths."""
+    words = parse("litgpt finetune", Lora, [str(made("LoRA").final / "hyperparameters.yaml")])
+    arguments: dict[str, Any] = {**words, "out_dir": str(tmp_path / "out"), "access_token": None}
+    setup(str(arguments.pop("checkpoint_dir")), **arguments)
+    ours, theirs = (load(folder / "final/lit_model.pth.lora")["model"] for folder in (tmp_path / "out", made("LoRA").out_dir))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_an_interrupt_in_mid_step_leaves_whole_checkpoints_and_no_other(
