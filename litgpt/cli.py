@@ -2,8 +2,8 @@
 
     litgpt COMMAND FILE.yaml VALUE --key value ...
 
-FILE.yaml is `--config FILE.yaml`; VALUE is the first parameter; `train.*` keys may leave out `train.`; the command line overrides files
-wherever it stands. Each value is checked and converted once, by the type of its key, and merged into one mapping; unknown keys and wrong
+FILE.yaml is `--config FILE.yaml`; it may name another file that it overrides (`base: FILE.yaml`). VALUE is the first parameter; `train.*`
+keys may leave out `train.`; the command line overrides files wherever it stands. Each value is checked and converted once, by the type of its key, and merged into one mapping; unknown keys and wrong
 values are reported together. No class outside the allow-list is imported. jsonargparse prints the help and the configuration. Four kinds
 of parameter differ from plain ones by their annotation:
 
@@ -191,8 +191,8 @@ class Keys:
             require_allowed_class(name, setting.place)
         chosen = _find_class(base, setting) if base else name
         before = before or {"class_path": self.defaults.get(setting.key)}
-        fitting = _init_types(chosen) if isinstance(chosen, type) else before.get("init_args", {}) if chosen == before["class_path"] else ()
-        arguments = {key: value for key, value in before.get("init_args", {}).items() if key in fitting}
+        is_same = chosen == before["class_path"]
+        arguments = {key: value for key, value in before.get("init_args", {}).items() if is_same or (base and key in _init_types(chosen))}
         return {"class_path": chosen, **({"init_args": arguments} if arguments else {})}
 
     def _put(self, setting: Setting, config: dict[str, Any]) -> None:
