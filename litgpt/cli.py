@@ -3,9 +3,9 @@
     litgpt COMMAND FILE.yaml VALUE --key value ...
 
 FILE.yaml is `--config FILE.yaml`; it may name another file that it overrides (`base: FILE.yaml`). VALUE is the first parameter; `train.*`
-keys may leave out `train.`; the command line overrides files wherever it stands. Each value is checked and converted once, by the type of its key, and merged into one mapping; unknown keys and wrong
-values are reported together. No class outside the allow-list is imported. jsonargparse prints the help and the configuration. Four kinds
-of parameter differ from plain ones by their annotation:
+keys may leave out `train.`; the command line overrides files wherever it stands. Each value is checked and converted once, by the type of
+its key, and merged into one mapping; unknown keys and wrong values are reported together. No class outside the allow-list is imported.
+jsonargparse prints the help and the configuration. Four kinds of parameter differ from plain ones by their annotation:
 
     a group   settings of litgpt.args                    train: TrainArgs            --train.epochs 3
     a class   a subclass from litgpt, chosen by name     data: Optional[DataModule]  --data JSON --data.json_path my.json
@@ -106,11 +106,11 @@ class Keys:
             elif str in members and is_mapping(hint):
                 self.classes[name] = None
 
-    def full(self, written: str, short: bool = True) -> str:
+    def full(self, written: str, short: bool) -> str:
         """Return the current, full name of a key: `train.epochs` for `epochs` (if `short`), `data.seed` for `data.init_args.seed`."""
         root, _, rest = written.partition(".")
         if root in self.grids and rest:
-            return f"{root}.{self.full(rest)}"
+            return f"{root}.{self.full(rest, True)}"
         if root in self.classes:
             rest = rest.removeprefix("init_args.")
             return root if rest in ("", "class_path") else f"{root}.{rest}"
@@ -120,16 +120,13 @@ class Keys:
 
     def of_option(self, written: str, text: str) -> list[Setting]:
         """Return the settings of an option, whose value may be a YAML file or inline YAML where a mapping is expected."""
-        key = self.full(written)
-        if key in (*self.groups, *self.classes, *self.grids):
+        if written in (*self.groups, *self.classes, *self.grids):
             if text.endswith(YAML_ENDINGS):
-                return self.of_mapping({key: _read_mapping(text)}, text)
+                return self.of_mapping({written: _read_mapping(text)}, text)
             value = from_text(text)
-            if isinstance(value, dict) or key in self.groups:
-                return self.of_mapping({key: value})
-        setting = Setting(key, text, written)
-        _check_value(from_text(text) if "class_path" in text else text, setting.place)
-        return [setting]
+            if isinstance(value, dict) or written in self.groups:
+                return self.of_mapping({written: value})
+        return self.of_mapping({written: text})
 
     def of_mapping(self, mapping: dict[Any, Any], file: str = "") -> list[Setting]:
         """Return the settings of a YAML mapping, one for each key that ends in a value."""
@@ -137,7 +134,7 @@ class Keys:
         for key, value in mapping.items():
             place = Setting("", None, str(key), file).place
             _check_value(value, place)
-            settings += [Setting(self.full(name, short=False), item, name, file) for name, item in self._leaves(str(key), value, place)]
+            settings += [Setting(self.full(name, not file), item, name, file) for name, item in self._leaves(str(key), value, place)]
         return settings
 
     def _leaves(self, key: str, value: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -189,7 +186,7 @@ class Keys:
             raise UserError(f"{setting.place}: expected the name of a class, not {name!r}")
         if "." in name:
             require_allowed_class(name, setting.place)
-        chosen = _find_class(base, setting) if base else name
+        chosen: Any = _find_class(base, setting) if base else name
         before = before or {"class_path": self.defaults.get(setting.key)}
         is_same = chosen == before["class_path"]
         arguments = {key: value for key, value in before.get("init_args", {}).items() if is_same or (base and key in _init_types(chosen))}
@@ -288,7 +285,7 @@ def _split(argv: list[str], keys: Keys) -> tuple[list[str], list[tuple[str, str]
             continue
         if not word.startswith("--") or not name:
             raise UsageError(f"{word!r} is not understood: keys are written --key value")
-        kind = keys.types.get(keys.full(name))
+        kind = keys.types.get(keys.full(name, True))
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
         elif not equals and members_of(kind)[0] is bool:
@@ -332,6 +329,8 @@ def _read_mapping(file: str) -> dict[str, Any]:
 
 def _check_value(value: Any, place: str) -> None:
     """Raise UserError for a class_path at or below `value` that is not allowed, and for a text with a zero byte."""
+    if isinstance(value, str) and "class_path" in value:
+        value = from_text(value)
     if isinstance(value, dict):
         if "." in str(value.get("class_path", "")):
             require_allowed_class(value["class_path"], f"{place}.class_path")
