@@ -3,58 +3,21 @@
     litgpt COMMAND FILE.yaml VALUE --key value ...
 
 FILE.yaml is `--config FILE.yaml`; it may name another file that it overrides (`base: FILE.yaml`). VALUE is the first parameter; `train.*`
-keys may leave out `train.`; the command line overrides files wherever it stands. Each value is checked and converted once, by the type of
-its key, and merged into one mapping; unknown keys and wrong values are reported together. No class outside the allow-list is imported.
-jsonargparse prints the help and the configuration. Four kinds of parameter differ from plain ones by their annotation:
-
-    a group   settings of litgpt.args                    train: TrainArgs            --train.epochs 3
-    a class   a subclass from litgpt, chosen by name     data: Optional[DataModule]  --data JSON --data.json_path my.json
-    a recipe  a class for the command to construct       optimizer: Union[str, dict] --optimizer.lr 2e-3
-    a grid    lists of values for the other keys         grid: Optional[Grid]        --grid.lora_r '[4, 8]'
+keys may leave out `train.`; the command line overrides files wherever it stands.
 """
 
-import dataclasses
-import difflib
-import importlib
-import inspect
-import sys
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from litgpt.args import SECRET, Grid, defaults, older_names, require_allowed_class
 from litgpt.errors import UserError
 from litgpt.files import expand_path, read_yaml
-from litgpt.values import NULLS, convert, describe, from_text, is_mapping, members_of
+from litgpt.keys import Keys, Setting, UsageError
+from litgpt.values import from_text, members_of
 
 YAML_ENDINGS = (".yaml", ".yml")
 BASE = "base"  # key of a config file: another config file, which it overrides
 MOST_BASES = 8
-SEEDS = ("seed", "grid.seed")
-LAST_SEED = 2**32 - 1
-MOST_SHOWN = 200  # characters of a value in a message
-
-
-class UsageError(UserError):
-    """Arguments that a command does not take."""
-
-    exit_code = 2
-
-
-class Setting(NamedTuple):
-    """A value that the user gave to a key."""
-
-    key: str  # its full name: train.epochs, data.json_path
-    value: Any
-    written: str  # the key as the user wrote it
-    file: str = ""  # empty for the command line
-
-    @property
-    def place(self) -> str:
-        return f"{self.file}: {self.written}" if self.file else f"--{self.written}"
 
 
 def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, Any]:
@@ -63,7 +26,7 @@ def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, 
         keys = Keys(command)
         files, options, flags = _split(argv, keys)
         sources = [source for file in files for source in _read_config(file, keys)]
-        sources.append([setting for key, text in options for setting in keys.of_option(key, text)])
+        sources.append([setting for key, text in options for setting in _read_option(key, text, keys)])
         config = keys.merge(sources)
         if flags:
             from litgpt.help import show
@@ -74,201 +37,6 @@ def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, 
         raise
     except UserError as error:
         raise UsageError(str(error)) from None
-
-
-class Keys:
-    """The keys that a command takes, and the type of each."""
-
-    def __init__(self, command: Callable[..., Any]) -> None:
-        self.parameters = inspect.signature(command).parameters
-        self.defaults = {name: parameter.default for name, parameter in self.parameters.items() if parameter.default is not parameter.empty}
-        self.older: dict[str, str] = {}  # older name of a key -> its name
-        if isinstance(command, type):
-            self.defaults, self.older = defaults(command), older_names(command)
-        required = [name for name in self.parameters if name not in self.defaults]
-        self.bare = list(dict.fromkeys([next(iter(self.parameters)), *required]))  # their values may stand without a key, in this order
-        self.types: dict[str, Any] = {}
-        self.groups: list[str] = []
-        self.classes: dict[str, type | None] = {}  # key -> base class, None for a recipe
-        self.grids: list[str] = []
-        hints = typing.get_type_hints(command)
-        for name, hint in ((name, hints[name]) for name in self.parameters):
-            members = members_of(hint)
-            if dataclasses.is_dataclass(hint):
-                self.groups.append(name)
-                self.types.update({f"{name}.{field}": kind for field, kind in typing.get_type_hints(hint).items()})
-                continue
-            self.types[name] = hint
-            if Grid in members:
-                self.grids.append(name)
-            elif bases := [member for member in members if inspect.isabstract(member)]:
-                self.classes[name] = bases[0]
-            elif str in members and is_mapping(hint):
-                self.classes[name] = None
-
-    def full(self, written: str, short: bool) -> str:
-        """Return the current, full name of a key: `train.epochs` for `epochs` (if `short`), `data.seed` for `data.init_args.seed`."""
-        root, _, rest = written.partition(".")
-        if root in self.grids and rest:
-            return f"{root}.{self.full(rest, True)}"
-        if root in self.classes:
-            rest = rest.removeprefix("init_args.")
-            return root if rest in ("", "class_path") else f"{root}.{rest}"
-        group, dot, name = written.rpartition(".")
-        name = f"{group}{dot}{self.older.get(name, name)}"
-        return f"train.{name}" if short and name not in self.parameters and f"train.{name.removesuffix('+')}" in self.types else name
-
-    def of_option(self, written: str, text: str) -> list[Setting]:
-        """Return the settings of an option, whose value may be a YAML file or inline YAML where a mapping is expected."""
-        if written in (*self.groups, *self.classes, *self.grids):
-            if text.endswith(YAML_ENDINGS):
-                return self.of_mapping({written: _read_mapping(text)}, text)
-            value = from_text(text)
-            if isinstance(value, dict) or written in self.groups:
-                return self.of_mapping({written: value})
-        return self.of_mapping({written: text})
-
-    def of_mapping(self, mapping: dict[Any, Any], file: str = "") -> list[Setting]:
-        """Return the settings of a YAML mapping, one for each key that ends in a value."""
-        settings = []
-        for key, value in mapping.items():
-            place = Setting("", None, str(key), file).place
-            _check_value(value, place)
-            settings += [Setting(self.full(name, not file), item, name, file) for name, item in self._leaves(str(key), value, place)]
-        return settings
-
-    def _leaves(self, key: str, value: Any, place: str) -> Iterator[tuple[str, Any]]:
-        """Yield the keys at and below `key` that end in a value, with their values."""
-        if key in self.groups:
-            if not isinstance(value, dict):
-                raise UsageError(f"{place} needs keys below it, such as {next(name for name in self.types if name.startswith(f'{key}.'))}")
-            yield from ((f"{key}.{name}", item) for name, item in value.items())
-        elif key in self.grids and isinstance(value, dict):
-            yield from _flat(value, f"{key}.")
-        elif key in self.classes and isinstance(value, dict):
-            arguments = value.get("init_args") or {}
-            if not isinstance(arguments, dict) or set(value) - {"class_path", "init_args"}:
-                raise UsageError(f"{place} takes a class_path and the mapping init_args, nothing else")
-            if "class_path" in value:
-                yield key, value["class_path"]
-            yield from ((f"{key}.init_args.{name}", item) for name, item in arguments.items())
-        else:
-            yield key, value
-
-    def merge(self, sources: list[list[Setting]]) -> dict[str, Any]:
-        """Return the values, converted and nested as in a YAML file. Later sources override earlier ones.
-
-        Raises one UsageError for all unknown keys and wrong values.
-        """
-        config: dict[str, Any] = {}
-        problems = []
-        written = {setting.written for source in sources for setting in source}
-        for setting in [setting for source in sources for setting in sorted(source, key=lambda setting: setting.key not in self.classes)]:
-            try:
-                if setting.key in self.classes:
-                    config[setting.key] = self._class(setting, config.get(setting.key))
-                else:
-                    self._put(setting, config)
-            except UsageError as error:
-                problems.append(str(error))
-            if setting.key != setting.written and setting.key in written and setting.written.rpartition(".")[2] in self.older:
-                problems.append(f"{setting.written} is the older name of {setting.key}: give one of them")
-        if problems:
-            raise UsageError("\n       ".join(problems))
-        return config
-
-    def _class(self, setting: Setting, before: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the class that a setting names, with those arguments from `before` that fit. A recipe's class is not imported."""
-        base, name = self.classes[setting.key], None if setting.value in NULLS else setting.value
-        if name is None and base:
-            return None
-        if not isinstance(name, str):
-            raise UserError(f"{setting.place}: expected the name of a class, not {name!r}")
-        if "." in name:
-            require_allowed_class(name, setting.place)
-        chosen: Any = _find_class(base, setting) if base else name
-        before = before or {"class_path": self.defaults.get(setting.key)}
-        is_same = chosen == before["class_path"]
-        arguments = {key: value for key, value in before.get("init_args", {}).items() if is_same or (base and key in _init_types(chosen))}
-        return {"class_path": chosen, **({"init_args": arguments} if arguments else {})}
-
-    def _put(self, setting: Setting, config: dict[str, Any]) -> None:
-        """Convert a value and put it into `config`. Raises UsageError for an unknown key or a wrong value."""
-        key, appends = setting.key.removesuffix("+"), setting.key.endswith("+")
-        root, _, argument = key.partition(".")
-        kind = self._kind(setting, config)
-        if setting.value == "" and Path in members_of(kind):
-            raise UsageError(f"{setting.place} is empty: name a file or a folder, or leave it out")
-        try:
-            is_yaml = kind is Any and not setting.file and isinstance(setting.value, str)
-            value = from_text(setting.value) if is_yaml else convert(setting.value, kind)
-            if root in self.grids and not value:
-                raise ValueError("nothing to try")
-        except ValueError:
-            shown = "the value" if key == SECRET else repr(setting.value)[:MOST_SHOWN]
-            example = " to try, such as '[4, 8]'" if root in self.grids else ""
-            raise UsageError(f"{setting.place}: {shown} is not {describe(kind)}{example}") from None
-        if key in SEEDS and not all(0 <= seed <= LAST_SEED for seed in _as_list(value)):
-            raise UsageError(f"{setting.place} is {value}: a number from 0 to {LAST_SEED} is needed")
-        if root in self.classes:
-            below = config.setdefault(root, {"class_path": self.defaults[root]}).setdefault("init_args", {})
-        else:
-            below = config.setdefault(root, {}) if argument else config
-        name = argument or root
-        if mapping := self._mapping_above(key):
-            name, entry = argument[: len(mapping) - len(root) - 1], argument[len(mapping) - len(root) :]
-            below[name] = {**(below.get(name) or {}), entry: value}
-        elif appends:
-            before = below.get(name, self.defaults.get(key))
-            below[name] = [*_as_list(before), *_as_list(value)]
-        else:
-            below[name] = value
-
-    def _kind(self, setting: Setting, config: dict[str, Any]) -> Any:
-        """Return the type of a setting's key. Raises UsageError if there is no such key."""
-        key = setting.key.removesuffix("+")
-        root, _, argument = key.partition(".")
-        kind: Any = None
-        if root in self.grids:
-            if not argument:
-                raise UsageError(f"{setting.place} needs keys below it and a list of values for each, such as --{root}.lora_r '[4, 8]'")
-            name = argument.partition(".")[0]
-            if name not in self.grids:
-                item = Any if name in self.classes else self.types.get(argument)
-                kind = types.GenericAlias(list, (item,)) if item else None
-        elif base := self.classes.get(root):
-            cls = (config.get(root) or {}).get("class_path")
-            if cls is None:
-                raise UsageError(f"{setting.place} needs --{root} with one of {', '.join(known_classes(base))}")
-            known = _init_types(cls)
-            if argument not in known:
-                raise UsageError(f"{setting.place}: {cls.__name__} has no {argument!r}{_nearest(argument, known)}")
-            kind = known[argument]
-        else:
-            kind = self.types.get(key, Any if root in self.classes or self._mapping_above(key) else None)
-        if kind is None or (key != setting.key and not any(typing.get_origin(member) is list for member in members_of(kind))):
-            bare = [name.removeprefix("train.") for name in self.types if name.startswith("train.") and not setting.file]
-            in_grid = [f"{grid}.{name}" for grid in self.grids for name in self.types]
-            raise UsageError(f"{setting.place} is not a known key{_nearest(setting.key, [*self.types, *self.groups, *bare, *in_grid])}")
-        return kind
-
-    def _mapping_above(self, key: str) -> str:
-        """Return the key of the mapping in a group that `key` is an entry of: `log.metadata` for `log.metadata.x`."""
-        mappings = (name for name, kind in self.types.items() if "." in name and is_mapping(kind))
-        return next((name for name in mappings if key.startswith(f"{name}.")), "")
-
-    def arguments(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the value of every parameter: that of `config`, else its default."""
-        if missing := [name for name in self.parameters if name not in config and name not in self.defaults]:
-            raise UsageError(f"{', '.join(missing)} is missing: name it on the command line or in a YAML file (--help lists all keys)")
-        values = {**self.defaults, **config}
-        for name in self.groups:
-            values[name] = dataclasses.replace(self.defaults[name], **config.get(name, {}))
-        for name, base in self.classes.items():
-            if base and (chosen := config.get(name)):
-                values[name] = chosen["class_path"](**chosen.get("init_args", {}))
-        values.update({name: values[name] or {} for name in self.grids})
-        return {name: values[name] for name in self.parameters}
 
 
 def _split(argv: list[str], keys: Keys) -> tuple[list[str], list[tuple[str, str]], list[str]]:
@@ -306,6 +74,17 @@ def _split(argv: list[str], keys: Keys) -> tuple[list[str], list[tuple[str, str]
     return files, [*zip(keys.bare, free, strict=False), *options], flags
 
 
+def _read_option(written: str, text: str, keys: Keys) -> list[Setting]:
+    """Return the settings of an option, whose value may be a YAML file or inline YAML where a mapping is expected."""
+    if written in (*keys.groups, *keys.classes, *keys.grids):
+        if text.endswith(YAML_ENDINGS):
+            return keys.of_mapping({written: _read_mapping(text)}, text)
+        value = from_text(text)
+        if isinstance(value, dict) or written in keys.groups:
+            return keys.of_mapping({written: value})
+    return keys.of_mapping({written: text})
+
+
 def _read_config(file: str, keys: Keys, depth: int = 0) -> list[list[Setting]]:
     """Return the settings of a config file, after those of the file that it names as its base."""
     mapping, below = _read_mapping(file), list[list[Setting]]()
@@ -325,65 +104,3 @@ def _read_mapping(file: str) -> dict[str, Any]:
         content = "is empty" if mapping is None else f"holds a {type(mapping).__name__}"
         raise UsageError(f"the config file {file} {content}: it needs lines such as `checkpoint_dir: DIR`")
     return mapping
-
-
-def _check_value(value: Any, place: str) -> None:
-    """Raise UserError for a class_path at or below `value` that is not allowed, and for a text with a zero byte."""
-    if isinstance(value, str) and "class_path" in value:
-        value = from_text(value)
-    if isinstance(value, dict):
-        if "." in str(value.get("class_path", "")):
-            require_allowed_class(value["class_path"], f"{place}.class_path")
-        for key, item in value.items():
-            _check_value(item, f"{place}.{key}")
-    elif isinstance(value, list):
-        for item in value:
-            _check_value(item, place)
-    elif isinstance(value, str) and "\0" in value:
-        raise UsageError(f"{place} holds a zero byte: leave it out")
-
-
-def _flat(mapping: dict[Any, Any], above: str) -> Iterator[tuple[str, Any]]:
-    """Yield `("grid.optimizer.lr", [1])` for `{"optimizer": {"lr": [1]}}` above which `grid.` stands."""
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def known_classes(base: type) -> dict[str, type]:
-    """Return the subclasses of `base` that its package imports, by name."""
-    importlib.import_module(base.__module__.rpartition(".")[0])
-    classes: dict[str, type] = {}
-    subclasses: list[type] = base.__subclasses__()
-    for cls in subclasses:
-        if cls.__module__.startswith("litgpt."):
-            classes.update({} if cls.__name__.startswith("_") else {cls.__name__: cls}, **known_classes(cls))
-    return classes
-
-
-def _find_class(base: type, setting: Setting) -> type:
-    """Return the subclass of `base` that an allowed name stands for."""
-    module, _, name = setting.value.rpartition(".")
-    with suppress(ModuleNotFoundError):
-        importlib.import_module(module or base.__module__)
-    known = known_classes(base)
-    if name in known and (not module or getattr(sys.modules.get(module), name, None) is known[name]):
-        return known[name]
-    raise UserError(f"{setting.place}: there is no {setting.value!r}{_nearest(name, known)}. Known: {', '.join(known)}")
-
-
-def _init_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {name: hints.get(name, Any) for name in inspect.signature(cls).parameters}
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    by_lower = {known.lower(): known for known in names}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f" (did you mean {by_lower[near[0]]}?)" if near else ""

@@ -10,7 +10,7 @@ import docstring_parser
 import jsonargparse
 
 from litgpt.args import SECRET
-from litgpt.cli import Keys, UsageError, known_classes
+from litgpt.keys import Keys, UsageError, known_classes
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):

@@ -1,7 +1,6 @@
 """Every YAML of config_hub: read by the real command line, short, without restated defaults, and with the parameter count it states."""
 
 import dataclasses
-import inspect
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,9 @@ import yaml
 
 from litgpt import data
 from litgpt.__main__ import load
+from litgpt.args import defaults
 from litgpt.cli import parse
+from litgpt.finetune.lora import Lora
 from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 
 ROOT = Path(__file__).parent.parent / "config_hub" / "finetune"
@@ -57,9 +58,9 @@ def test_short_and_says_what_it_is_for(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_restates_no_default(file: Path) -> None:
     settings = yaml.safe_load(file.read_text())
-    parameters = inspect.signature(load("finetune")).parameters
+    default_settings = defaults(Lora)
     for key, value in settings.items():
-        default = parameters[key].default
+        default = default_settings.get(key)
         if key in ("train", "eval", "log"):
             for name, item in value.items():
                 assert item != getattr(default, name), f"{key}.{name}"

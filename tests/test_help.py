@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from litgpt.__main__ import COMMANDS, load, main
-from litgpt.cli import Keys, parse
+from litgpt.cli import parse
 from litgpt.help import parser_of
+from litgpt.keys import Keys
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -19,6 +19,7 @@ MOST_LINES = 12_500  # of all files but families/
 LAYERS = """
 errors
 text files atomic sample
+values
 args adapters.settings
 config
 families
@@ -37,6 +38,7 @@ train
 finetune
 convert.card convert.adapter convert.from_litgpt
 generate api validate download integrations
+keys help
 litgpt cli __main__
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from litgpt.__main__ import COMMANDS, load
-from litgpt.cli import Keys
+from litgpt.keys import Keys
 from tests.helpers.places import Place, check_message, run, tree
 
 

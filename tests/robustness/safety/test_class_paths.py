@@ -12,8 +12,9 @@ import yaml
 
 from litgpt.__main__ import COMMANDS, load
 from litgpt.args import ALLOWED_CLASSES, require_allowed_class
-from litgpt.cli import Keys, parse
+from litgpt.cli import parse
 from litgpt.errors import UserError
+from litgpt.keys import Keys
 from litgpt.optim import make_optimizer
 from tests.helpers.places import Place, check_message, run, tree
 

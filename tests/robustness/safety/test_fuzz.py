@@ -21,13 +21,14 @@ from litgpt.__main__ import load
 from litgpt.activations.store import Contents, _is_whole, _map, _Progress
 from litgpt.adapters.blocks import resolve_blocks
 from litgpt.atomic import read_manifest
-from litgpt.cli import Keys, parse
+from litgpt.cli import parse
 from litgpt.config import Config
 from litgpt.convert.hf import open_weights
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.data.json_data import read_records
 from litgpt.errors import UserError
 from litgpt.files import parse_yaml
+from litgpt.keys import Keys
 from litgpt.prompts import ChatTemplate
 from litgpt.templates import MAX_SIZE
 from litgpt.tokenizer import Tokenizer
