@@ -1,4 +1,4 @@
-"""Settings: ranges, marks on fields, and what is saved of them."""
+"""Settings: ranges, and marks on fields."""
 
 import dataclasses
 import re
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from litgpt.args import EvalArgs, LogArgs, Run, TrainArgs, as_config, defaults, marked, older_names, require_allowed_class, setting, shallow
+from litgpt.args import EvalArgs, TrainArgs, defaults, marked, older_names, require_allowed_class, setting
 from litgpt.data import JSON
 from litgpt.errors import UserError
+from litgpt.train.settings import Run
 
 
 @dataclass(kw_only=True)
@@ -54,11 +55,6 @@ def test_eval_settings_that_make_no_sense() -> None:
             EvalArgs(**settings)
 
 
-def test_run_without_data() -> None:
-    with pytest.raises(UserError, match="no data: give --data JSON"):
-        Run(checkpoint_dir=Path("base"))
-
-
 def test_marks() -> None:
     varying, changing = set(marked(Example, "varies")), set(marked(Example, "may_change"))
     assert {"rate", "seed", "optimizer", "train.epochs", "eval.patience"} <= varying and "folder" not in varying
@@ -77,23 +73,6 @@ def test_defaults_are_fresh_copies() -> None:
     assert first["train"] == TrainArgs(micro_batch_size=1) and first["train"] is not second["train"]
     first["train"].epochs = 9
     assert Example(checkpoint_dir=Path("c"), data=JSON()).train.epochs == 5
-
-
-def test_paths_may_be_texts() -> None:
-    """As a script would write them."""
-    texts: dict[str, Any] = {"checkpoint_dir": "base", "out_dir": "out/x", "resume": "out/x/step-000010"}
-    run = Run(**texts, data=JSON())
-    assert (run.checkpoint_dir, run.out_dir, run.resume) == (Path("base"), Path("out/x"), Path("out/x/step-000010"))
-    assert [Run(checkpoint_dir=Path("base"), data=JSON(), resume=value).resume for value in (False, True, "auto")] == [False, True, "auto"]
-
-
-def test_what_is_saved() -> None:
-    run = Example(checkpoint_dir=Path("base"), data=JSON(json_path=Path("a.json")), access_token="sesame", resume=True, overwrite=True)
-    saved = run.hyperparameters()
-    assert "access_token" not in saved and saved == {**as_config(shallow(run)), "resume": False, "overwrite": False}
-    assert saved["checkpoint_dir"] == "base" and saved["rate"] == 0.5
-    assert saved["data"]["class_path"] == "litgpt.data.json_data.JSON" and saved["data"]["init_args"]["json_path"] == "a.json"
-    assert saved["train"]["micro_batch_size"] == 1 and saved["log"] == vars(LogArgs())
 
 
 def test_allowed_classes() -> None:

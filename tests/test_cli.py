@@ -449,7 +449,7 @@ def test_mistakes_on_the_command_line(words: list[str], parts: list[str]) -> Non
         ("data: {class_path: JSON, init_args: [x]}", ["f.yaml: data takes a class_path and the mapping init_args"]),
         ("data: {init_args: {seed: 1}}", ["f.yaml: data.init_args.seed needs --data with one of"]),
         ("optimizer: 3", ["f.yaml: optimizer: expected the name of a class, not 3"]),
-        ("skip2lora_positions: {a: 1}", ["f.yaml: skip2lora_block_indices: {'a': 1} is not"]),
+        ("skip2lora_positions: {a: 1}", ["f.yaml: skip2lora_positions: {'a': 1} is not"]),
         ("train: {global_batch_size: 8, micro_batch_size: 3}", ["train.global_batch_size (8)", "train.micro_batch_size (3)"]),
     ],
 )

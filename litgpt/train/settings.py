@@ -50,6 +50,9 @@ class Run:
     """Check everything, show a sample with its loss mask, and estimate steps, memory and time. Writes nothing."""
 
     def __post_init__(self) -> None:
+        self.checkpoint_dir, self.out_dir = Path(self.checkpoint_dir), Path(self.out_dir)
+        if isinstance(self.resume, str) and self.resume != "auto":
+            self.resume = Path(self.resume)
         if self.data is None:
             raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
 

@@ -21,7 +21,7 @@ from benchmarks.report import Part, Table
 from litgpt.checkpoint import load_model
 from litgpt.cli import parse
 from litgpt.errors import UserError
-from litgpt.finetune.lora import setup
+from litgpt.finetune.lora import Lora
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def test_wrong_arguments_end_with_2(words: list[str]) -> None:
 
 @pytest.mark.parametrize("peer", [peer for peer in who.PEERS if peer.kind == "litgpt"], ids=lambda peer: peer.name)
 def test_our_own_peers_get_the_settings_of_the_others(peer: who.Peer, tmp_path: Path) -> None:
-    values = parse("litgpt finetune", setup, who.own_words(peer, JOB, tmp_path, tmp_path / "x", epochs=2))
+    values = parse("litgpt finetune", Lora, who.own_words(peer, JOB, tmp_path, tmp_path / "x", epochs=2))
     train = values["train"]
     assert (train.epochs, train.global_batch_size, train.micro_batch_size, train.min_lr) == (2, 8, 8, 0)
     assert (train.save_interval, train.lr_warmup_steps) == (3, 1)
@@ -181,7 +181,7 @@ def test_our_own_peers_get_the_settings_of_the_others(peer: who.Peer, tmp_path: 
 
 def test_a_preset_keeps_its_epochs_and_loses_its_data(tmp_path: Path) -> None:
     (peer,) = who.choose([], [f"mine={who.SKIP2LORA}"])
-    values = parse("litgpt finetune", setup, who.own_words(peer, JOB, tmp_path, tmp_path / "x", epochs=99))
+    values = parse("litgpt finetune", Lora, who.own_words(peer, JOB, tmp_path, tmp_path / "x", epochs=99))
     assert (values["train"].epochs, values["train"].lr_warmup_steps) == (4, 20)
     assert values["data"].json_path == tmp_path / "data"
 

@@ -1,0 +1,34 @@
+"""The settings of a run: paths as texts, and what is saved of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from litgpt.args import LogArgs, as_config, shallow
+from litgpt.data import JSON
+from litgpt.errors import UserError
+from litgpt.finetune.lora import Lora
+from litgpt.train.settings import Run
+
+
+def test_run_without_data() -> None:
+    with pytest.raises(UserError, match="no data: give --data JSON"):
+        Run(checkpoint_dir=Path("base"))
+
+
+def test_paths_may_be_texts() -> None:
+    """As a script would write them."""
+    texts: dict[str, Any] = {"checkpoint_dir": "base", "out_dir": "out/x", "resume": "out/x/step-000010"}
+    run = Run(**texts, data=JSON())
+    assert (run.checkpoint_dir, run.out_dir, run.resume) == (Path("base"), Path("out/x"), Path("out/x/step-000010"))
+    assert [Run(checkpoint_dir=Path("base"), data=JSON(), resume=value).resume for value in (False, True, "auto")] == [False, True, "auto"]
+
+
+def test_what_is_saved() -> None:
+    run = Lora(checkpoint_dir=Path("base"), data=JSON(json_path=Path("a.json")), access_token="sesame", resume=True, overwrite=True)
+    saved = run.hyperparameters()
+    assert "access_token" not in saved and saved == {**as_config(shallow(run)), "resume": False, "overwrite": False}
+    assert saved["checkpoint_dir"] == "base" and saved["lora_r"] == 8
+    assert saved["data"]["class_path"] == "litgpt.data.json_data.JSON" and saved["data"]["init_args"]["json_path"] == "a.json"
+    assert saved["train"]["micro_batch_size"] == 1 and saved["log"] == vars(LogArgs())
