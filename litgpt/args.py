@@ -18,12 +18,9 @@ from litgpt.errors import UserError
 DEFAULT_WARMUP_STEPS = 100
 SECRET = "access_token"  # the key whose value is never printed or saved
 
-Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "int8"]
-"""How frozen weights are stored, see `litgpt.quantize`."""
-Grid = dict[str, list[Any]]
-"""Lists of values for other keys, all combinations of which are tried."""
-ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")
-"""Where a class named by a YAML file or on the command line may come from."""
+Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "int8"]  # see `litgpt.quantize`
+Grid = dict[str, list[Any]]  # values to try for other keys, in all combinations
+ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")  # packages of the classes that settings may name
 
 
 def setting(default: Any, *, varies: bool = False, may_change: bool = False, older_names: tuple[str, ...] = ()) -> Any:
@@ -76,9 +73,9 @@ class TrainArgs:
     save_interval: Optional[int] = setting(1000, may_change=True)
     """Optimizer steps between checkpoints that stay. null: the final one only."""
     save_every_minutes: Optional[float] = setting(30, may_change=True)
-    """Minutes between checkpoints to resume from, besides save_interval's. Each is removed when the next checkpoint is whole."""
+    """Minutes between checkpoints to resume from, besides save_interval's. Each is removed when the next checkpoint is complete."""
     keep_last: Optional[int] = setting(None, may_change=True)
-    """Keep only so many of save_interval's checkpoints, the newest. null keeps all."""
+    """Keep only this many of save_interval's checkpoints, the newest. null keeps all."""
     keep_best: bool = setting(True, may_change=True)
     """Keep the checkpoint with the lowest validation loss, in best/."""
     log_interval: int = setting(1, may_change=True)
@@ -102,7 +99,7 @@ class TrainArgs:
     max_seq_length: Optional[int] = None
     """Cut samples to this many tokens. null: what the model can read."""
     group_by_length: bool = setting(False, varies=True)
-    """Make batches of samples of like length, which take less memory. Their order stays random."""
+    """Make batches of samples of similar length, which take less memory. Their order stays random."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the blocks that gradients cross, and run each block again in the backward pass: less memory, more time."""
     tie_embeddings: Optional[bool] = None
@@ -112,7 +109,7 @@ class TrainArgs:
     min_lr: float = setting(6e-5, varies=True)
     """Learning rate at the end of the cosine decay."""
     skip_nonfinite: bool = setting(False, varies=True, may_change=True)
-    """Leave out a step whose loss or gradient is not a number and go on. Otherwise the run saves what it has and stops (exit code 3)."""
+    """Skip a step whose loss or gradient is not finite. Otherwise the run saves its state and stops (exit code 3)."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, 1, "save_interval", "keep_last", "log_interval", "global_batch_size", "micro_batch_size")
@@ -130,7 +127,7 @@ class TrainArgs:
             self._prefer_warmup_fraction(self.lr_warmup_fraction)
 
     def _prefer_warmup_fraction(self, fraction: float) -> None:
-        """A fraction turns off the default number of steps, and contradicts any other number."""
+        """Let a fraction replace the default number of steps. Raises UserError if another number is given too."""
         if fraction > 1:
             raise UserError(f"train.lr_warmup_fraction must be between 0 and 1, but is {fraction}")
         if self.lr_warmup_steps not in (None, 0, DEFAULT_WARMUP_STEPS):
@@ -207,14 +204,14 @@ def defaults(settings: type) -> dict[str, Any]:
 
 
 def require_allowed_class(class_path: Any, place: str) -> None:
-    """UserError unless the dotted name `class_path`, found at `place`, may be imported. To call before any import of it."""
+    """Raise UserError if the class that the setting at `place` names may not be imported. Call this before importing it."""
     named = isinstance(class_path, str) and all(part.isidentifier() for part in class_path.split("."))
     if not named or not class_path.startswith(ALLOWED_CLASSES):
         raise UserError(f"{place}: the class {class_path!r} is not allowed, only those of {', '.join(ALLOWED_CLASSES)}")
 
 
 def as_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A command's arguments as plain YAML values that `--config` reads back, for `hyperparameters.yaml`. Never the access token."""
+    """Return the arguments of a command as YAML values that `--config` reads back, without the access token."""
     return {name: _plain(value) for name, value in arguments.items() if name != SECRET}
 
 
