@@ -26,7 +26,8 @@ import safetensors.torch, torch
 from litgpt.convert import from_litgpt, hf
 from litgpt.convert import litgpt as own
 from litgpt.convert import write as writer
-from litgpt.convert.names import HF_LLAMA, assemble, shapes
+from litgpt.convert.names import assemble, shapes
+from litgpt.families import HF
 from litgpt import checkpoint, config
 kind, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 shapes(config.Config(n_layer=1, n_embd=64, n_head=2, vocab_size=64), 6, "")
@@ -42,7 +43,7 @@ elif kind == "all in":
         for name, tensor in safetensors.torch.load_file(file).items():
             stored[name] = hf.Stored(tuple(tensor.shape), tensor.clone)
             stored[name].load()
-    weights = assemble(stored, HF_LLAMA, hf.choose_config(source, None), "", False)
+    weights = assemble(stored, HF["llama"].names, hf.choose_config(source, None), "", False)
     target.mkdir()
     checkpoint.save_weights(weights, target / "lit_model.pth")
 print("done", flush=True)

@@ -1,4 +1,4 @@
-"""The shape of a model: what LitGPT's `model_config.yaml` holds, and the sizes that follow from it."""
+"""The shape of a model: the fields of LitGPT's `model_config.yaml`, and the sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt import families as catalog
+from litgpt import families
 from litgpt.errors import UserError
+from litgpt.families._rope import scaling_kind
 from litgpt.files import read_json, read_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Self, TypeIs
 
-# LitGPT's fields for architectures that this package does not build, with the value that means "not used".
+# LitGPT's fields for architectures that are not supported here, with the value that means "not used".
 UNSUPPORTED_FIELDS: dict[str, Any] = {
     "rope_interleave": False,
     "n_shared_expert": None,
@@ -29,35 +30,25 @@ UNSUPPORTED_FIELDS: dict[str, Any] = {
 
 OPTIONAL_SIZES = ("padded_vocab_size", "head_size", "n_query_groups", "intermediate_size", "moe_intermediate_size", "sliding_window_size")
 SIZES = ("block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
-MOST_SIZE, MOST_BLOCKS = 2**31 - 1, 10_000
-"""so that a broken file's sizes overflow nothing, and no machine is busy for hours with making blocks"""
+MOST_SIZE, MOST_BLOCKS = 2**31 - 1, 10_000  # a broken file's sizes must not overflow, nor take hours to build
 OPTIONAL_FACTORS = ("attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq")
-FACTORS = (
-    "norm_eps",
-    "rope_base",
-    "rope_condense_ratio",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logits_scaling",
-    *OPTIONAL_FACTORS,
-)
+SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+FACTORS = ("norm_eps", "rope_base", "rope_condense_ratio", *SCALARS, *OPTIONAL_FACTORS)
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm_class_name": ("LayerNorm", "RMSNorm"),
     "norm_qk_type": ("default", "olmo2"),
     "mlp_class_name": ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"),
     "gelu_approximate": ("none", "tanh"),
 }
-CHOSEN_TAPS = "skip2lora_block_indices"
-"""In an adapter's `model_config.yaml`: the blocks that `auto` chose, which the base model alone has no use for."""
-PER_BLOCK: dict[str, tuple[int, ...]] = {"sliding_window_indices": (0, 1), "rope_indices": (-1, 0, 1)}
-"""The lists with an entry for each block, and the values that they may hold."""
+CHOSEN_TAPS = "skip2lora_block_indices"  # in an adapter's model_config.yaml: the blocks that `auto` chose
+PER_BLOCK: dict[str, tuple[int, ...]] = {"sliding_window_indices": (0, 1), "rope_indices": (-1, 0, 1)}  # lists, and their entries
+# The keys of `rope_adjustments` for each kind of scaling.
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"),
     "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
     "longrope": ("short_factor", "long_factor", "original_max_seq_len", "attention_factor"),
 }
-"""What `rope_adjustments` holds for each kind of scaling."""
 
 
 def _is_positive(value: Any) -> TypeIs[float]:
@@ -69,79 +60,54 @@ class Config:
     """Sizes and options of a decoder. Field names and defaults are LitGPT's, so its `model_config.yaml` files load."""
 
     name: str = ""
-    hf_config: dict[str, str] = field(default_factory=dict)
-    """Where the weights come from on the Hugging Face hub: `{"org": ..., "name": ...}`."""
-    block_size: int = 4096
-    """Longest sequence in tokens."""
+    hf_config: dict[str, str] = field(default_factory=dict)  # {"org": ..., "name": ...} on the Hugging Face hub
+    block_size: int = 4096  # longest sequence in tokens
     n_layer: int = 16
     n_embd: int = 4096
     vocab_size: int = 50254
     padding_multiple: int = 512
-    padded_vocab_size: int | None = None
-    """Rows of the embedding; `vocab_size` rounded up to `padding_multiple` unless given."""
+    padded_vocab_size: int | None = None  # rows of the embedding; `vocab_size` rounded up to `padding_multiple` unless given
     norm_class_name: str = "LayerNorm"
     norm_eps: float = 1e-5
-    norm_affine: bool = True
-    """Norms have weights; OLMo 1's LayerNorm has none. LitGPT has no such field and goes by the name, see `from_file`."""
-    norm_1: bool = True
-    """Normalise attention's input, and `norm_2` the MLP's. OLMo 2 normalises outputs only (`post_attention_norm`, `post_mlp_norm`)."""
+    norm_affine: bool = True  # norms have weights; LitGPT has no such field and goes by the name, see `from_file`
+    norm_1: bool = True  # normalise attention's input, and `norm_2` the MLP's; OLMo 2 normalises outputs only
     norm_2: bool = True
-    norm_qk: bool = False
-    """Normalise queries and keys."""
-    norm_qk_type: str = "default"
-    """"default": each head by itself over h; "olmo2": all heads together."""
-    post_attention_norm: bool = False
-    """Normalise attention's output before it joins the residual stream."""
-    post_mlp_norm: bool = False
-    """Normalise the MLP's output before it joins the residual stream."""
+    norm_qk: bool = False  # normalise queries and keys
+    norm_qk_type: str = "default"  # or "olmo2": all heads together instead of each by itself
+    post_attention_norm: bool = False  # normalise attention's output before it joins the residual stream
+    post_mlp_norm: bool = False  # normalise the MLP's output before it joins the residual stream
     parallel_residual: bool = True
-    shared_attention_norm: bool = False
-    """With `parallel_residual`: the MLP reads `norm_1`'s output, and there is no `norm_2`."""
+    shared_attention_norm: bool = False  # with `parallel_residual`: the MLP reads `norm_1`'s output, and there is no `norm_2`
     n_head: int = 32
     head_size: int | None = None
-    n_query_groups: int | None = None
-    """Key/value heads: `n_head` is multi-head, 1 multi-query, in between grouped-query attention."""
-    attn_bias: bool = False
-    """Bias on q, k and v (`bias` switches all the other linear layers, and implies this one)."""
-    attention_scores_scalar: float | None = None
-    """Scores are divided by its square root; `head_size` unless given."""
-    attention_logit_softcapping: float | None = None
-    """c: scores become c tanh(scores / c), before the mask."""
+    n_query_groups: int | None = None  # key/value heads: `n_head` is multi-head, 1 multi-query, in between grouped-query attention
+    attn_bias: bool = False  # bias on q, k and v; `bias` switches all linear layers
+    attention_scores_scalar: float | None = None  # scores are divided by its square root; `head_size` unless given
+    attention_logit_softcapping: float | None = None  # c: scores become c tanh(scores / c), before the mask
     sliding_window_size: int | None = None
-    sliding_window_indices: list[int] | None = None
-    """Per block: 1 where the window applies, 0 where attention is global. All blocks unless given."""
+    sliding_window_indices: list[int] | None = None  # per block: 1 for a window (default: all), 0 for global attention
     rope_base: int = 10000
     rotary_percentage: float = 0.25
     rope_condense_ratio: int = 1
-    rope_adjustments: dict[str, Any] | None = None
-    """Scaling of the rotary frequencies, see `litgpt.rope`."""
-    rope_local_base_freq: float | None = None
-    """The rotary base of the blocks that `rope_indices` marks with 1 (without scaling)."""
-    rope_indices: list[int] | None = None
-    """Per block: 0 for `rope_base` with `rope_adjustments`, 1 for `rope_local_base_freq`, -1 for no rotation at all (SmolLM3)."""
-    learned_positions: bool = False
-    """Add a trained vector per position to the embeddings instead of rotating queries and keys (GPT-2)."""
+    rope_adjustments: dict[str, Any] | None = None  # scaling of the rotary frequencies, see `litgpt.rope`
+    rope_local_base_freq: float | None = None  # the rotary base of the blocks that `rope_indices` marks with 1 (without scaling)
+    rope_indices: list[int] | None = None  # per block: 0 for `rope_base`, 1 for `rope_local_base_freq`, -1 for no rotation (SmolLM3)
+    learned_positions: bool = False  # add a trained vector per position to the embeddings instead of rotating queries and keys (GPT-2)
     intermediate_size: int | None = None
-    moe_intermediate_size: int | None = None
-    """The width of each expert, where it is not `intermediate_size`."""
+    moe_intermediate_size: int | None = None  # the width of each expert, where it is not `intermediate_size`
     bias: bool = True
     mlp_class_name: str = "GptNeoxMLP"
     gelu_approximate: str = "none"
     n_expert: int = 0
     n_expert_per_token: int = 0
-    norm_topk_prob: bool = True
-    """Scale the chosen experts' weights to sum 1. LitGPT's LLaMAMoE always does: its field of this name is for routers not built here."""
-    router_aux_loss_coef: float = 0.0
-    """Weight of the router's load-balancing loss in training."""
-    scale_embeddings: bool = False
-    """Multiply the embeddings by sqrt(n_embd) (Gemma)."""
-    embedding_multiplier: float = 1.0
-    """Granite's scalars: on the embeddings, on what a block adds to the residual stream, and what the logits are divided by."""
-    residual_multiplier: float = 1.0
-    logits_scaling: float = 1.0
+    norm_topk_prob: bool = True  # scale the chosen experts' weights to sum 1, as LitGPT's LLaMAMoE always does
+    router_aux_loss_coef: float = 0.0  # weight of the router's load-balancing loss in training
+    scale_embeddings: bool = False  # multiply the embeddings by sqrt(n_embd) (Gemma)
+    embedding_multiplier: float = 1.0  # Granite: a factor on the embeddings,
+    residual_multiplier: float = 1.0  # on what a block adds to the residual stream,
+    logits_scaling: float = 1.0  # and the divisor of the logits
     lm_head_bias: bool = False
-    final_logit_softcapping: float | None = None
-    """c: logits become c tanh(logits / c)."""
+    final_logit_softcapping: float | None = None  # c: logits become c tanh(logits / c)
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -173,7 +139,7 @@ class Config:
         self._check_rope()
 
     def _check_values(self) -> None:
-        """UserError for the first field that is no size, no positive number, or names something unknown."""
+        """Raise UserError for the first field with a wrong value."""
         for key in SIZES:
             value = getattr(self, key)
             if value is None and key in OPTIONAL_SIZES:
@@ -201,7 +167,7 @@ class Config:
                 raise UserError(f"{key} is {value!r}: a number from 0{'' if most == math.inf else ' to 1'} is needed")
 
     def _check_blocks(self) -> None:
-        """UserError for a list of one entry per block that has the wrong length or entries."""
+        """Raise UserError for a list of one entry per block that has the wrong length or entries."""
         for key, known in PER_BLOCK.items():
             entries = getattr(self, key)
             if entries is None:
@@ -216,25 +182,25 @@ class Config:
             raise UserError("rope_indices marks blocks with 1, which need rope_local_base_freq")
 
     def _check_rope(self) -> None:
-        """UserError for keys and values of `rope_adjustments` that no kind of scaling has."""
+        """Raise UserError for keys and values of `rope_adjustments` that no kind of scaling has."""
         if self.rope_n_elem % 2:
             raise UserError(
                 f"rotary_percentage {self.rotary_percentage} of head_size {self.head_size} is {self.rope_n_elem}: pairs are rotated"
             )
-        given = self.rope_adjustments
-        if given is None:
+        adjustments = self.rope_adjustments
+        if adjustments is None:
             return
-        if not isinstance(given, dict):
-            raise UserError(f"rope_adjustments is {given!r}: a mapping is needed")
+        if not isinstance(adjustments, dict):
+            raise UserError(f"rope_adjustments is {adjustments!r}: a mapping is needed")
         kind = self.rope_kind
         if kind not in ROPE_KEYS:
             raise UserError(f"rope_adjustments: rope_type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
         keys = ROPE_KEYS[kind]
         optional = ("rope_type", "truncate") if kind == "yarn" else ("rope_type",)
-        problems = [f"{key} is missing" for key in keys if key not in given]
-        problems += [f"{key} is not known" for key in given if key not in (*keys, *optional)]
-        for key in (key for key in keys if key in given):
-            value = given[key]
+        problems = [f"{key} is missing" for key in keys if key not in adjustments]
+        problems += [f"{key} is not known" for key in adjustments if key not in (*keys, *optional)]
+        for key in (key for key in keys if key in adjustments):
+            value = adjustments[key]
             if key.endswith("_factor") and kind == "longrope" and key != "attention_factor":
                 size = self.rope_n_elem // 2
                 if not isinstance(value, list | tuple) or len(value) != size or not all(map(_is_positive, value)):
@@ -246,14 +212,12 @@ class Config:
 
     @property
     def rope_kind(self) -> str | None:
-        """The kind of scaling that `rope_adjustments` asks for, a key of ROPE_KEYS: what its `rope_type` says, else by its keys."""
-        if self.rope_adjustments is None:
-            return None
-        return self.rope_adjustments.get("rope_type") or ("linear" if set(self.rope_adjustments) <= {"factor"} else "llama3")
+        """The kind of scaling in `rope_adjustments`, a key of ROPE_KEYS, or None."""
+        return scaling_kind(self.rope_adjustments)
 
     @property
     def rope_n_elem(self) -> int:
-        """Dimensions of a head that are rotated."""
+        """The number of rotated dimensions of a head."""
         assert self.head_size is not None
         return int(self.rotary_percentage * self.head_size)
 
@@ -272,29 +236,28 @@ class Config:
 
     @property
     def unit_offset(self) -> bool:
-        """Whether every RMSNorm multiplies by 1 + weight: Gemma's, whose MLP tells it apart."""
+        """True if every RMSNorm multiplies by 1 + weight, as Gemma's do."""
         return self.mlp_class_name == "GemmaMLP"
 
     def base_dict(self) -> dict[str, Any]:
-        """The base model's fields, as LitGPT writes them to `model_config.yaml` (without adapters' settings)."""
+        """Return the base model's fields, as LitGPT writes them to `model_config.yaml` (without adapters' settings)."""
         names = {f.name for f in fields(Config)}
         return {key: value for key, value in asdict(self).items() if key in names}
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> Self:
-        """A named model of the catalogue (`Llama-2-7b-hf`, `meta-llama/Llama-2-7b-hf`). Raises UserError for an unknown name."""
-        found = catalog.find(name)
-        if found is None:
-            near = difflib.get_close_matches(name.rsplit("/", 1)[-1], catalog.names(), n=3, cutoff=0.5)
+        """Return a named model (`Llama-2-7b-hf`, `meta-llama/Llama-2-7b-hf`). Raise UserError for an unknown name."""
+        row = families.find(name)
+        if row is None:
+            near = difflib.get_close_matches(name.rsplit("/", 1)[-1], families.names(), n=3, cutoff=0.5)
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise UserError(f"no model is named {name!r}{hint}. A Hugging Face folder needs no name: its config.json is read")
-        # of a shorter model the first blocks are left
-        blocks = {key: found[key][: overrides.get("n_layer")] for key in PER_BLOCK if found.get(key)}
-        return cls(**{**found, **blocks, **overrides})
+        blocks = {key: row[key][: overrides.get("n_layer")] for key in PER_BLOCK if row.get(key)}  # a shorter model's first blocks
+        return cls(**{**row, **blocks, **overrides})
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> Self:
-        """A `model_config.yaml`, ours or LitGPT's. Raises UserError for unknown fields and unsupported architectures."""
+        """Load a `model_config.yaml`, ours or LitGPT's. Raise UserError for unknown fields and unsupported architectures."""
         path = Path(path)
         values = read_yaml(path, "is missing: a checkpoint folder holds it")
         if not isinstance(values, dict):
@@ -323,18 +286,18 @@ class Config:
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: str | Path, **overrides: Any) -> Self:
-        """The model of a checkpoint folder, by its `model_config.yaml`."""
+        """Load the `model_config.yaml` of a checkpoint folder."""
         return cls.from_file(Path(checkpoint_dir) / "model_config.yaml", **overrides)
 
     @classmethod
     def from_hf(cls, source: str | Path | dict[str, Any], **overrides: Any) -> Self:
-        """A Hugging Face `config.json` (or its content) of a supported architecture. Raises UserError for what it cannot build."""
+        """Load a Hugging Face `config.json` (or its content). Raise UserError for an unsupported architecture or setting."""
         if isinstance(source, dict):
             where, hf = "the Hugging Face config", source
         else:
             where, hf = str(source), read_json(source, "is missing: a Hugging Face folder holds it")
         try:
-            return cls(**{**catalog.from_hf(hf), **overrides})
+            return cls(**{**families.from_hf(hf), **overrides})
         except KeyError as error:
             raise UserError(f"{where} lacks the key {error}") from None
         except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import yaml
 
+from litgpt import families
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
 from litgpt.files import read_yaml
@@ -59,7 +60,7 @@ class PromptStyle:
     @classmethod
     def from_config(cls, config: Config) -> PromptStyle:
         """Return the style that the model of this name was trained with; `Default` for base models."""
-        return (_by_model_name(config.name) or Default)()
+        return STYLES[families.prompt_style(config.name) or Default.name]()
 
 
 def _with_input(prompt: str, extra: dict[str, str]) -> str:
@@ -366,38 +367,6 @@ def _find(name: str) -> type[PromptStyle]:
     raise UserError(f"no prompt style is named {name!r}: {hint}There are {', '.join([CHAT[0], *sorted(STYLES)])}")
 
 
-_MODEL_NAMES = (  # pattern of the model's name, name of its style; the first match counts
-    (r"smollm2.*instruct", "smollm2"),
-    (r"tiny-?llama.*chat", "tinyllama"),
-    (r"code-?llama.*instruct", "codellama"),
-    (r"llama-?3.*instruct", "llama3"),
-    (r"llama-?2.*chat", "llama2"),
-    (r"mi[sx]tral.*instruct", "mistral"),
-    (r"stablelm-(tuned|alpha).*alpha", "stablelm-alpha"),
-    (r"stablelm.*zephyr|stable-code.*instruct", "stablelm-zephyr"),
-    (r"redpajama.*chat", "togethercomputer-chat"),
-    (r"redpajama.*instruct", "togethercomputer-instruct"),
-    (r"vicuna|longchat", "vicuna"),
-    (r"platypus", "platypus"),
-    (r"nous-hermes", "nous-research"),
-    (r"danube.*chat", "h2oai"),
-    (r"phi-1", "phi-1"),
-    (r"phi-2", "phi-2"),
-    (r"phi-3", "phi-3"),
-    (r"gemma.*-it", "gemma"),
-    (r"olmo.*instruct", "olmo"),
-    (r"r1-distill", "r1-base"),
-    (r"qwen2\.5-math.*instruct", "qwen2.5-math"),
-    (r"qwen2\.5.*instruct", "qwen2.5"),
-    (r"qwq", "qwq"),
-    (r"qwen3(?!.*base)", "qwen3"),
-)
-
-
-def _by_model_name(model: str) -> type[PromptStyle] | None:
-    return next((STYLES[name] for pattern, name in _MODEL_NAMES if re.search(pattern, model, re.IGNORECASE)), None)
-
-
 def resolve_prompt_style(
     name: str | None, checkpoint_dir: str | Path, tokenizer: Tokenizer | None = None, fallback: str = "alpaca"
 ) -> PromptStyle:
@@ -416,8 +385,8 @@ def resolve_prompt_style(
     if template := _own_template(folder, tokenizer):
         return template
     config = read_yaml(folder / "model_config.yaml") if (folder / "model_config.yaml").exists() else None
-    style = _by_model_name(str(config.get("name", ""))) if isinstance(config, dict) else None
-    return style() if style else PromptStyle.from_name(fallback)
+    style = families.prompt_style(str(config.get("name", ""))) if isinstance(config, dict) else None
+    return PromptStyle.from_name(style or fallback)
 
 
 def _own_template(folder: Path, tokenizer: Tokenizer | None) -> ChatTemplate | None:

@@ -21,8 +21,8 @@ errors
 text files atomic sample
 values
 args adapters.settings
-config
 families
+config
 rope packing model
 adapters lora
 loss
@@ -43,10 +43,8 @@ litgpt cli __main__
 """
 
 # Not yet as it should be: these sets only shrink, and shall be empty.
-UPWARD = {
-    ("config", "families"),
-}
-IN_CIRCLES = {"config", "families"}  # files and folders
+UPWARD: set[tuple[str, str]] = set()
+IN_CIRCLES: set[str] = set()  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 LINES_TOO_MANY = 2_400

@@ -1,4 +1,4 @@
-"""Hugging Face folders (config.json, safetensors or .bin, one file or shards) of the families in `names.HF_TABLES`."""
+"""Hugging Face folders: config.json, and safetensors or .bin, in one file or shards."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from litgpt import families as catalog
-from litgpt import files
+from litgpt import families, files
 from litgpt.atomic import new_folder
 from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, is_mappable, load_weights, read_hyperparameters, save_config
 from litgpt.config import Config
-from litgpt.convert.names import IMAGES, TIED_BY_DEFAULT, Stored, fit, hf_table, summary
+from litgpt.convert.compare import INPUT_AND_TRAINING, differences
+from litgpt.convert.names import IMAGES, Stored, fit, hf_table, summary
 from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+# In the order of preference.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""In the order of preference."""
-RELEASE = 2**27
-"""bytes: a memory map is let go and made again after that many have been read, so that its pages do not pile up"""
+RELEASE = 2**27  # a memory map is renewed after that many bytes, so that its pages do not pile up
 
 
 def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype: torch.dtype | None = None) -> Config:
     """Convert the folder `source` into the checkpoint folder `target`, a tensor at a time. Weights keep their dtype unless one is given.
 
-    Raises UserError for unsupported architectures, broken files, and tensors that do not fit the model.
+    Raise UserError for unsupported architectures, broken files, and tensors that do not fit the model.
     """
     settings = read_json(source / "config.json")
     if settings.get("quantization_config"):
@@ -51,35 +50,50 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
 
 
 def is_tied(settings: dict[str, Any]) -> bool:
-    """Whether a config.json says that the head is the embedding, or its model type does where it is silent."""
-    text = settings.get("text_config") or {}
-    default = text.get("tie_word_embeddings", settings["model_type"] in TIED_BY_DEFAULT)
+    """Return True if a config.json says that the head is the embedding, or its model type does where it is silent."""
+    row = families.architecture(settings["model_type"])
+    default = (settings.get("text_config") or {}).get("tie_word_embeddings", row is not None and row.tied)
     return bool(settings.get("tie_word_embeddings", default))
 
 
 def choose_config(source: Path, model_name: str | None) -> Config:
-    """The named model, if a name is given or the folder bears one that fits; else what config.json says, named after the folder."""
+    """Return the named model, if a name is given or the folder bears one that fits; else what config.json says, named after the folder."""
     folder = source.resolve().name
     described = Config.from_hf(source / "config.json", name=folder, hf_config={})
     if model_name is None:
-        named = catalog.find(folder) and Config.from_name(folder)
-        return named if named and not differences(named, described) else described
+        named = Config.from_name(folder) if families.find(folder) else None
+        return named if named and not differences(named, described, INPUT_AND_TRAINING) else described
     named = Config.from_name(model_name)
-    if differing := differences(named, described):
+    if different := differences(named, described, INPUT_AND_TRAINING):
+        listed = ", ".join(f"{key} is {actual}, expected {expected}" for key, (expected, actual) in different.items())
         raise UserError(
-            f"{source / 'config.json'} is not of the model {model_name}: {differing}. Without --model_name it is converted as it is"
+            f"{source / 'config.json'} is not of the model {model_name}: {listed}. Without --model_name it is converted as it is"
         )
     return named
 
 
-def differences(named: Config, described: Config) -> str:
-    """The settings in which two configs compute different things, as text; empty if there are none.
+def to_hf(config: Config, prefer: str | None = None) -> dict[str, Any]:
+    """Return a config.json that `Config.from_hf` reads as the same model.
 
-    What bounds the input instead of changing the result, block_size, is left out, and what only training uses.
+    Its architecture is `prefer` if that computes the model, else one of the named model's family, else the first that does. The caller
+    adds if the head is tied, the dtype and the ids of special tokens. Raise ValueError with the differences of the nearest architecture.
     """
-    left, right = catalog.essence(named), catalog.essence(described)
-    different = [key for key in left if key not in ("block_size", "router_aux_loss_coef") and left[key] != right[key]]
-    return ", ".join(f"{key} is {right[key]}, expected {left[key]}" for key in different)
+    home = families.home(config.name)
+    preferred = [kind for kind in (prefer, config.name) if kind in families.HF]
+    nearest: tuple[str, dict[str, tuple[Any, Any]]] | None = None
+    for kind in dict.fromkeys((*preferred, *(home.hf if home else ()), *families.HF)):
+        try:
+            hf = families.HF[kind].write(config.base_dict(), kind)
+            different = differences(config, Config(**families.HF[kind].read(hf)))
+        except ValueError:  # UserError is one
+            continue
+        if not different:
+            return hf
+        if nearest is None or len(different) < len(nearest[1]):
+            nearest = kind, different
+    listed = [f"{key} {actual!r} instead of {expected!r}" for key, (expected, actual) in (nearest[1] if nearest else {}).items()]
+    reason = f"; the nearest, {nearest[0]}, has {', '.join(listed)}" if nearest else ""
+    raise ValueError(f"no architecture of transformers expresses this model{reason}")
 
 
 def hf_settings(config: Config, source: Path) -> dict[str, Any]:
@@ -93,10 +107,10 @@ def hf_settings(config: Config, source: Path) -> dict[str, Any]:
         if (folder / "config.json").is_file():
             settings = read_json(folder / "config.json")
             with suppress(UserError):
-                if "text_config" not in settings and not differences(Config.from_hf(settings), config):
+                if "text_config" not in settings and not differences(Config.from_hf(settings), config, INPUT_AND_TRAINING):
                     return settings
     try:
-        return catalog.to_hf(config, prefer=settings.get("model_type"))
+        return to_hf(config, prefer=settings.get("model_type"))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -106,8 +120,7 @@ class Content(NamedTuple):
 
     shapes: dict[str, tuple[int, ...]]
     get: Callable[[str], torch.Tensor]
-    mapped: bool
-    """reading takes pages of the file instead of memory"""
+    mapped: bool  # memory-mapped
 
 
 class Reader:
@@ -119,7 +132,7 @@ class Reader:
         self.read = 0
 
     def open(self, file: Path) -> Content:
-        """The file's content. Raises UserError if it is broken."""
+        """Open a file. Raise UserError if it is broken."""
         if self.content is None or self.file != file or (self.content.mapped and self.read > RELEASE):
             self.content = None
             self.content = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
@@ -127,18 +140,18 @@ class Reader:
         return self.content
 
     def load(self, file: Path, name: str) -> torch.Tensor:
-        """A tensor of a file. It stays valid as long as it is held."""
+        """Return a tensor of a file. It stays valid as long as it is held."""
         tensor = self.open(file).get(name)
         self.read += tensor.nbytes
         return tensor
 
     def stored(self, file: Path) -> dict[str, Stored]:
-        """Every tensor of a file, unread."""
+        """Return every tensor of a file, unread."""
         return {name: Stored(shape, partial(self.load, file, name)) for name, shape in self.open(file).shapes.items()}
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's weight files, not yet read. Raises UserError for missing and broken files."""
+    """Return every tensor of the folder's weight files, unread. Raise UserError for missing and broken files."""
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
         raise UserError(f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} is needed")
@@ -149,20 +162,19 @@ def open_weights(folder: Path) -> dict[str, Stored]:
     problems = []
     weight_map = read_index(folder / name)
     for shard in sorted(set(weight_map.values())):
-        found = reader.stored(folder / shard)
-        announced = [tensor for tensor, place in weight_map.items() if place == shard]
-        if absent := [tensor for tensor in announced if tensor not in found]:
-            problems.append(f"{shard} lacks {summary(absent)}")
-        tensors.update({tensor: stored for tensor, stored in found.items() if weight_map.get(tensor, shard) == shard})
+        content = reader.stored(folder / shard)
+        if missing := [tensor for tensor, file in weight_map.items() if file == shard and tensor not in content]:
+            problems.append(f"{shard} lacks {summary(missing)}")
+        tensors.update({tensor: stored for tensor, stored in content.items() if weight_map.get(tensor, shard) == shard})
     if problems:
         raise UserError(f"{folder} is not what its {name} says: {'; '.join(problems)}. Download the model again")
     return tensors
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Which file of the folder holds which tensor, by a `.index.json`.
+    """Return the file name of each tensor, by a `.index.json`.
 
-    Raises UserError if a file is missing, or is not a plain file name inside the folder.
+    Raise UserError if a file is missing, or is not a plain file name inside the folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
@@ -177,12 +189,12 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether it names a file in the folder itself, as every file system takes it."""
+    """Return True for the name of a file in the folder itself that every file system accepts."""
     return "/" not in name and "\\" not in name and name.isprintable() and len(name.encode(errors="replace")) <= 255
 
 
 def shard_files(index: Path) -> list[Path]:
-    """The files that a `.index.json` names, each of which is there."""
+    """Return the files that a `.index.json` names. Raise UserError if one is missing."""
     return [index.parent / name for name in sorted(set(read_index(index).values()))]
 
 
@@ -203,5 +215,5 @@ def _open_torch(file: Path) -> Content:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON object file."""
+    """Return the content of a JSON object file."""
     return files.read_json(file, "is missing: a Hugging Face folder holds it")

@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from litgpt import files
+from litgpt import families, files
 from litgpt.adapters.settings import LAYER_FLAGS
 from litgpt.checkpoint import WEIGHTS as BASE_WEIGHTS
 from litgpt.checkpoint import load_weights
@@ -376,7 +376,7 @@ def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return from_peft(settings, without_base(tensors, names.hf_table(model_type, config), base), config, folder, model_type)
 
 
-def without_base(tensors: Mapping[str, Tensor], table: names.Table, base: Path) -> dict[str, Tensor]:
+def without_base(tensors: Mapping[str, Tensor], table: families.Table, base: Path) -> dict[str, Tensor]:
     """Return the tensors that are not the base's. PEFT stores the head and the embedding too if one of them has LoRA."""
     import torch
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt import files
+from litgpt import families, files
 from litgpt.adapters.settings import WarmupSettings, model_settings
 from litgpt.checkpoint import load_adapter
 from litgpt.convert import names, peft
@@ -113,8 +113,8 @@ def read(folder: Path, model: Config, where: str) -> tuple[LoRAConfig, dict[str,
     fields, settings, model_type = content.get("model_config"), content.get("settings"), content.get("model_type")
     if not isinstance(fields, dict) or not isinstance(settings, dict):
         raise UserError(f"{file} has no settings and model_config")
-    if model_type not in names.HF_TABLES:
-        raise UserError(f"{file} has model_type {model_type!r}: only {', '.join(sorted(names.HF_TABLES))} are supported")
+    if not isinstance(model_type, str) or families.architecture(model_type) is None:
+        raise UserError(f"{file} has model_type {model_type!r}: only {', '.join(families.architectures())} are supported")
     if unknown := [key for key in (*fields, *settings) if key not in (*Config.__dataclass_fields__, *WarmupSettings.__dataclass_fields__)]:
         raise UserError(f"{file} has unknown settings: {', '.join(unknown)}")
     try:

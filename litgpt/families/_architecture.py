@@ -1,72 +1,81 @@
-"""How a Hugging Face config.json is read into `litgpt.Config` fields and written from them: one table for both directions."""
+"""Tables that read a Hugging Face config.json into `litgpt.Config` fields, write it from them, and name its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
-if TYPE_CHECKING:
-    from litgpt.config import Config
-
-Hf = Mapping[str, Any]
-Fields = dict[str, Any]
-REQUIRED: Any = object()
-"""in place of a default: a config.json without the key is refused"""
+Hf = Mapping[str, Any]  # content of a config.json
+Fields = dict[str, Any]  # of Config
+Table = dict[str, tuple[str, str]]  # another format's module -> LitGPT's module and the part of it, see litgpt.convert.names
+Names = TypeVar("Names")
+REQUIRED: Any = object()  # in place of a default: a config.json without the key is refused
 
 
 class Key(NamedTuple):
     """The field that a key of config.json stands for."""
 
     field: str
-    default: Any = REQUIRED
-    """what transformers takes where the file lacks the key"""
+    default: Any = REQUIRED  # transformers' value where the file lacks the key
 
 
 class Aspect(NamedTuple):
     """Keys and fields that belong together without being equal one by one."""
 
-    read: Callable[[Hf], Fields]
-    """ValueError says what of it cannot be built"""
-    write: Callable[[Config], dict[str, Any]]
+    read: Callable[[Hf], Fields]  # raises ValueError for what cannot be built
+    write: Callable[[Fields], dict[str, Any]]  # from all fields of a Config
+
+
+@dataclass(frozen=True)
+class Variant(Generic[Names]):
+    """Other tensor names for the models of an architecture that have certain fields."""
+
+    fields: Fields
+    names: Names
+
+    def applies(self, fields: Fields) -> bool:
+        """Return True for a model with these Config fields."""
+        return all(fields[key] == value for key, value in self.fields.items())
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One `model_type` of transformers."""
 
-    class_name: str
-    """what `architectures` names"""
-    keys: Mapping[str, Key]
-    """by key of config.json; older names of it follow, after blanks"""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """fields that every such model has"""
-    accepts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """key: the values that can be built, the one that transformers takes where the file lacks the key first"""
+    class_name: str  # for `architectures`
+    names: Table  # of the tensors in files
+    keys: Mapping[str, Key]  # by key of config.json; older names of it follow, after blanks
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that every such model has
+    accepts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # key: supported values, transformers' default first
     aspects: tuple[Aspect, ...] = ()
+    tied: bool = False  # the head is the embedding where config.json does not say
+    variant: Variant[Table] | None = None
+    spellings: tuple[tuple[str, str], ...] = ()  # other names of tensors: pattern and replacement, which gives a name of the table
+    ignored: str = r"(?!)"  # pattern of tensors that the model computes itself
 
     def read(self, hf: Hf) -> Fields:
-        """Config fields for a config.json. ValueError names every key that is missing or asks for something that cannot be built."""
-        found: Fields = {}
-        lacking: list[str] = []
+        """Return the Config fields of a config.json. Raise ValueError that names every missing key and unsupported value."""
+        fields: Fields = {}
+        missing: list[str] = []
         problems: list[str] = []
         for names, (name, default) in self.keys.items():
             key = next((key for key in names.split() if key in hf), None)
             if key is not None:
-                found[name] = hf[key]
+                fields[name] = hf[key]
             elif default is REQUIRED:
-                lacking.append(repr(names.split()[0]))
+                missing.append(repr(names.split()[0]))
             else:
-                found[name] = default
-        if lacking:
-            problems.append(f"lacks the key{'s' * (len(lacking) > 1)} {', '.join(lacking)}")
+                fields[name] = default
+        if missing:
+            problems.append(f"lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
         for key, (default, *others) in {"quantization_config": (None, {}), **self.accepts}.items():
             if (value := hf.get(key, default)) not in (default, *others):
                 supported = ", ".join(map(repr, (default, *others)))
                 problems.append(f"{key} {value!r} is not supported, only {supported} {'are' if others else 'is'}")
         for aspect in self.aspects:
             try:
-                found.update(aspect.read(hf))
+                fields.update(aspect.read(hf))
             except KeyError as error:
                 problems.append(f"lacks the key {error}")
             except ValueError as error:
@@ -75,23 +84,32 @@ class Architecture:
                 problems.append(f"holds a value of the wrong kind: {error}")
         if problems:
             raise ValueError("; ".join(problems))
-        return {**self.fixed, **found, "vocab_size": found["padded_vocab_size"]}
+        return {**self.fixed, **fields, "vocab_size": fields["padded_vocab_size"]}
 
-    def write(self, config: Config, model_type: str) -> dict[str, Any]:
-        """config.json for a model of this architecture; ValueError where an aspect has no words for it.
+    def write(self, fields: Fields, model_type: str) -> dict[str, Any]:
+        """Return the config.json of a model with these fields. Raise ValueError where an aspect cannot express it.
 
         Token ids are null: the tokenizer knows them, and transformers' defaults would be another model's.
         """
         hf: dict[str, Any] = {"architectures": [self.class_name], "model_type": model_type}
-        hf.update({names.split()[0]: getattr(config, key.field) for names, key in self.keys.items()})
+        hf.update({names.split()[0]: fields[key.field] for names, key in self.keys.items()})
         hf.update({key: values[0] for key, values in self.accepts.items()})
         for aspect in self.aspects:
-            hf.update(aspect.write(config))
+            hf.update(aspect.write(fields))
         return {**hf, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
+def table(block: str, inner: Mapping[str, str], outer: Mapping[str, str]) -> Table:
+    """Return the table of a format whose name of a block is `block`, with `{}` for its number.
+
+    `inner` maps modules of a block, `outer` all others, to LitGPT's module and, after a blank, the part of it if not all.
+    """
+    places = {**{f"{block}.{name}": f"transformer.h.{{}}.{place}" for name, place in inner.items()}, **outer}
+    return {name: (module, part or "all") for name, place in places.items() for module, _, part in (place.partition(" "),)}
+
+
 def sizes(**others: Key) -> dict[str, Key]:
-    """The keys that nearly every architecture has by these names, and others or other defaults."""
+    """Return the keys that nearly every architecture has by these names, and others or other defaults."""
     shared = {
         "max_position_embeddings": Key("block_size"),
         "vocab_size": Key("padded_vocab_size"),
@@ -105,13 +123,13 @@ def sizes(**others: Key) -> dict[str, Key]:
     return {**shared, **others}
 
 
-def without(keys: Mapping[str, Key], *names: str) -> dict[str, Key]:
-    """`keys` of an architecture that lacks some."""
+def without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return `keys` without some of them."""
     return {key: value for key, value in keys.items() if key not in names}
 
 
 def activation(key: str, default: str) -> Aspect:
-    """A GELU, exact or by its tanh approximation, for GptNeoxMLP."""
+    """Return the aspect of a GELU, exact or by its tanh approximation, for GptNeoxMLP."""
     names = {"gelu": "none", "gelu_python": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 
     def read(hf: Hf) -> Fields:
@@ -120,7 +138,7 @@ def activation(key: str, default: str) -> Aspect:
             raise ValueError(f"{key} {value!r} is not supported, only {', '.join(map(repr, names))} are")
         return {"gelu_approximate": names[value]}
 
-    return Aspect(read, lambda config: {key: "gelu" if config.gelu_approximate == "none" else "gelu_new"})
+    return Aspect(read, lambda fields: {key: "gelu" if fields["gelu_approximate"] == "none" else "gelu_new"})
 
 
 def _read_biases(hf: Hf) -> Fields:
@@ -130,21 +148,21 @@ def _read_biases(hf: Hf) -> Fields:
     return {"bias": attention}
 
 
-BIASES = Aspect(_read_biases, lambda config: {"attention_bias": config.bias, "mlp_bias": config.bias})
-"""biases in all linear layers or in none"""
+# Biases in all linear layers or in none.
+BIASES = Aspect(_read_biases, lambda fields: {"attention_bias": fields["bias"], "mlp_bias": fields["bias"]})
 
 
 def window(default: int | None) -> Aspect:
-    """`sliding_window`, in every block."""
+    """Return the aspect of `sliding_window`, in every block."""
 
-    def write(config: Config) -> dict[str, Any]:
-        return {"sliding_window": config.sliding_window_size if any(config.sliding_window_indices or ()) else None}
+    def write(fields: Fields) -> dict[str, Any]:
+        return {"sliding_window": fields["sliding_window_size"] if any(fields["sliding_window_indices"] or ()) else None}
 
     return Aspect(lambda hf: {"sliding_window_size": hf.get("sliding_window", default)}, write)
 
 
 def read_layer_types(hf: Hf, is_windowed: Callable[[int], bool]) -> list[int]:
-    """1 for every block whose attention is over a window: as `layer_types` says, else by the block's number."""
+    """Return 1 for every block whose attention is over a window: as `layer_types` says, else by the block's number."""
     known = {"full_attention": 0, "sliding_attention": 1}
     types = hf.get("layer_types")
     if types is None:
@@ -155,23 +173,24 @@ def read_layer_types(hf: Hf, is_windowed: Callable[[int], bool]) -> list[int]:
     return [known[kind] for kind in types]
 
 
-def layer_types(config: Config) -> list[str]:
-    """`layer_types` of config.json."""
-    return ["sliding_attention" if windowed else "full_attention" for windowed in config.sliding_window_indices or [0] * config.n_layer]
+def layer_types(fields: Fields) -> list[str]:
+    """Return `layer_types` of config.json."""
+    indices = fields["sliding_window_indices"] or [0] * fields["n_layer"]
+    return ["sliding_attention" if windowed else "full_attention" for windowed in indices]
 
 
 def optional_window(is_windowed: Callable[[int, Hf], bool]) -> Aspect:
-    """`use_sliding_window` switches a window on, in the blocks that `layer_types` names or, without it, `is_windowed` tells."""
+    """Return the aspect of `use_sliding_window`: a window in the blocks that `layer_types` names or, without it, `is_windowed` selects."""
 
     def read(hf: Hf) -> Fields:
         size = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
         blocks = read_layer_types(hf, lambda i: is_windowed(i, hf)) if size else []
         return {"sliding_window_size": size, "sliding_window_indices": blocks} if any(blocks) else {"sliding_window_size": None}
 
-    def write(config: Config) -> dict[str, Any]:
-        blocks, size = config.sliding_window_indices or [], config.sliding_window_size
+    def write(fields: Fields) -> dict[str, Any]:
+        blocks, size = fields["sliding_window_indices"] or [], fields["sliding_window_size"]
         if size is None or not any(blocks):
             return {"use_sliding_window": False, "sliding_window": None}
-        return {"use_sliding_window": True, "sliding_window": size, "layer_types": layer_types(config)}
+        return {"use_sliding_window": True, "sliding_window": size, "layer_types": layer_types(fields)}
 
     return Aspect(read, write)

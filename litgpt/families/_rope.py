@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litgpt.families._architecture import Aspect, Fields, Hf
-
-if TYPE_CHECKING:
-    from litgpt.config import Config
 
 LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor")
 
@@ -21,117 +18,125 @@ def rope(
     partial_key: str = "partial_rotary_factor",
     original: int | None = None,
 ) -> Aspect:
-    """`rope_base`, `rotary_percentage` and the scaling: read in either form, written in the older one, which both versions load.
+    """Return the aspect of `rope_base`, `rotary_percentage` and the scaling, read in either form, written in the older one.
 
-    theta and original are transformers' defaults of an architecture; partial None is one that rotates whole heads.
+    `theta` and `original` are transformers' defaults of an architecture; `partial` is None if it rotates all dimensions of a head.
     """
 
     def read(hf: Hf) -> Fields:
-        given = settings(hf)
-        if any(isinstance(value, dict) for value in given.values()):
+        parameters = settings(hf)
+        if any(isinstance(value, dict) for value in parameters.values()):
             raise ValueError("rope_parameters for each type of layer are not supported for this model_type")
-        base = first(given.get("rope_theta"), hf.get(theta_key), hf.get("rope_theta"), theta)
-        share = first(given.get("partial_rotary_factor"), hf.get(partial_key), partial, 1.0)
+        base = first(parameters.get("rope_theta"), hf.get(theta_key), hf.get("rope_theta"), theta)
+        share = first(parameters.get("partial_rotary_factor"), hf.get(partial_key), partial, 1.0)
         if partial is None and share != 1:
             raise ValueError(f"{partial_key} {share!r} is not supported for this model_type, only 1.0 is")
-        length = first(hf.get("original_max_position_embeddings"), original, given.get("original_max_position_embeddings"))
-        return {"rope_base": whole(base), "rotary_percentage": share, **read_scaling(given, length, hf)}
+        length = first(hf.get("original_max_position_embeddings"), original, parameters.get("original_max_position_embeddings"))
+        return {"rope_base": whole(base), "rotary_percentage": share, **read_scaling(parameters, length, hf)}
 
-    def write(config: Config) -> dict[str, Any]:
-        hf = {theta_key: float(config.rope_base), **write_scaling(config)}
-        return hf if partial is None else {**hf, partial_key: config.rotary_percentage}
+    def write(fields: Fields) -> dict[str, Any]:
+        hf = {theta_key: float(fields["rope_base"]), **write_scaling(fields)}
+        return hf if partial is None else {**hf, partial_key: fields["rotary_percentage"]}
 
     return Aspect(read, write)
 
 
+def scaling_kind(adjustments: Mapping[str, Any] | None) -> str | None:
+    """Return the kind of scaling of `rope_adjustments`: its `rope_type`, else by its keys."""
+    if adjustments is None:
+        return None
+    return adjustments.get("rope_type") or ("linear" if set(adjustments) <= {"factor"} else "llama3")
+
+
 def settings(hf: Hf) -> Fields:
-    """`rope_scaling` and `rope_parameters` as one."""
-    found: Fields = {}
+    """Return `rope_scaling` and `rope_parameters` as one."""
+    merged: Fields = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = hf.get(key) or {}
         if not isinstance(value, Mapping):
             raise ValueError(f"{key} is {value!r}: an object is needed")
-        found.update(value)
-    return found
+        merged.update(value)
+    return merged
 
 
 def first(*values: Any) -> Any:
-    """The first that is given, or None."""
+    """Return the first value that is not None, or None."""
     return next((value for value in values if value is not None), None)
 
 
 def whole(value: Any) -> Any:
-    """A number as LitGPT writes it: 500000 for 500000.0."""
+    """Return a number as LitGPT writes it: 500000 for 500000.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _number(given: Hf, key: str) -> Any:
-    value = given[key]
+def _number(parameters: Hf, key: str) -> Any:
+    value = parameters[key]
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{key} of the rotary scaling is {value!r}: a number is needed")
     return value
 
 
-def read_scaling(given: Hf, length: int | None, hf: Hf) -> Fields:
-    """`rope_condense_ratio` or `rope_adjustments`; length is the original context, if the file names it."""
-    kind = given.get("rope_type") or given.get("type") or "default"
+def read_scaling(parameters: Hf, length: int | None, hf: Hf) -> Fields:
+    """Return `rope_condense_ratio` or `rope_adjustments`; `length` is the original context, if the file names it."""
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return {}
     if kind == "linear":
-        return {"rope_condense_ratio": whole(_number(given, "factor"))}
+        return {"rope_condense_ratio": whole(_number(parameters, "factor"))}
     if kind not in ("llama3", "yarn", "longrope", "su"):
         raise ValueError(f"rotary scaling {kind!r} is not supported, only default, linear, llama3, yarn, longrope are")
     length = _number({"original_max_position_embeddings": length or hf["max_position_embeddings"]}, "original_max_position_embeddings")
     if kind == "llama3":
-        return {"rope_adjustments": {**{key: float(_number(given, key)) for key in LLAMA_3}, "original_max_seq_len": length}}
-    factor = given.get("factor")
-    factor = hf["max_position_embeddings"] / length if factor is None else _number(given, "factor")
+        return {"rope_adjustments": {**{key: float(_number(parameters, key)) for key in LLAMA_3}, "original_max_seq_len": length}}
+    factor = parameters.get("factor")
+    factor = hf["max_position_embeddings"] / length if factor is None else _number(parameters, "factor")
     if kind == "yarn":
-        return {"rope_adjustments": _read_yarn(given, factor, length)}
-    lists = {key: given[key] for key in ("short_factor", "long_factor")}
-    attention = given.get("attention_factor") or long_attention_factor(factor, length)
+        return {"rope_adjustments": _read_yarn(parameters, factor, length)}
+    lists = {key: parameters[key] for key in ("short_factor", "long_factor")}
+    attention = parameters.get("attention_factor") or long_attention_factor(factor, length)
     return {"rope_adjustments": {"rope_type": "longrope", **lists, "original_max_seq_len": length, "attention_factor": attention}}
 
 
 def long_attention_factor(factor: float, length: int) -> float:
-    """LongRoPE, arXiv 2402.13753: sqrt(1 + ln s / ln L) for a context s times as long as the original L."""
+    """Return sqrt(1 + ln s / ln L), for a context s times as long as the original L (LongRoPE, arXiv 2402.13753)."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
 
 
-def _read_yarn(given: Hf, factor: float, length: int) -> Fields:
-    """YaRN, arXiv 2309.00071: attention's factor is 0.1 m ln s + 1 at scaling s, or the quotient of two for mscale and mscale_all_dim."""
+def _read_yarn(parameters: Hf, factor: float, length: int) -> Fields:
+    """Read YaRN, arXiv 2309.00071: attention's factor is 0.1 m ln s + 1 at scaling s, or the quotient for mscale and mscale_all_dim."""
 
     def attention(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
 
-    m, m_all = given.get("mscale"), given.get("mscale_all_dim")
-    scale = given.get("attention_factor")
+    m, m_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    scale = parameters.get("attention_factor")
     if scale is None:
         scale = attention(m) / attention(m_all) if m and m_all else attention(1.0)
     fields = {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_seq_len": length,
-        "beta_fast": given.get("beta_fast") or 32,
-        "beta_slow": given.get("beta_slow") or 1,
+        "beta_fast": parameters.get("beta_fast") or 32,
+        "beta_slow": parameters.get("beta_slow") or 1,
         "attention_factor": scale,
     }
-    return fields if given.get("truncate", True) else {**fields, "truncate": False}
+    return fields if parameters.get("truncate", True) else {**fields, "truncate": False}
 
 
-def write_scaling(config: Config) -> dict[str, Any]:
-    """`rope_scaling`, and `original_max_position_embeddings` where LongRoPE needs it beside it."""
-    given, condense = config.rope_adjustments, config.rope_condense_ratio
-    if given is None:
+def write_scaling(fields: Fields) -> dict[str, Any]:
+    """Return `rope_scaling`, and `original_max_position_embeddings` for LongRoPE."""
+    adjustments, condense = fields["rope_adjustments"], fields["rope_condense_ratio"]
+    if adjustments is None:
         return {"rope_scaling": None if condense == 1 else {"rope_type": "linear", "factor": float(condense)}}
     if condense != 1:
         raise ValueError(f"rope_condense_ratio {condense} beside rope_adjustments")
-    settings = {key: value for key, value in given.items() if key not in ("rope_type", "original_max_seq_len")}
-    if config.rope_kind == "linear":
+    kind = scaling_kind(adjustments)
+    settings = {key: value for key, value in adjustments.items() if key not in ("rope_type", "original_max_seq_len")}
+    if kind == "linear":
         return {"rope_scaling": {"rope_type": "linear", **settings}}
-    length = given["original_max_seq_len"]
-    if config.rope_kind != "longrope":
-        return {"rope_scaling": {"rope_type": config.rope_kind, **settings, "original_max_position_embeddings": length}}
-    if math.isclose(settings["attention_factor"], long_attention_factor(config.block_size / length, length)):
+    length = adjustments["original_max_seq_len"]
+    if kind != "longrope":
+        return {"rope_scaling": {"rope_type": kind, **settings, "original_max_position_embeddings": length}}
+    if math.isclose(settings["attention_factor"], long_attention_factor(fields["block_size"] / length, length)):
         del settings["attention_factor"]  # follows from the lengths; transformers 4 allows the two lists only
     return {"original_max_position_embeddings": length, "rope_scaling": {"type": "longrope", **settings}}

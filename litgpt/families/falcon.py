@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, activation
+from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, Variant, activation, table
+from litgpt.families._family import Family
+from litgpt.families._gguf import Gguf
+from litgpt.families._pretokenizers import Cut
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand
-
-if TYPE_CHECKING:
-    from litgpt.config import Config
 
 _FALCON = {"block_size": 2048, "vocab_size": 65024, "padded_vocab_size": 65024, "rotary_percentage": 1.0, "bias": False}
 _NEW = {"n_query_groups": 8}
@@ -27,7 +27,7 @@ MODELS = expand(
 
 
 def _read_layout(hf: Hf) -> Fields:
-    """Which norms and heads: the first layout shares one norm and has 1 key/value head (multi_query) or all; the new one groups heads."""
+    """Read norms and heads. The first layout shares one norm and has 1 key/value head (multi_query) or all; the new one groups heads."""
     new, parallel = hf.get("new_decoder_architecture", False), hf.get("parallel_attn", True)
     if new and not parallel:
         raise ValueError("new_decoder_architecture with parallel_attn False is not supported")
@@ -37,9 +37,9 @@ def _read_layout(hf: Hf) -> Fields:
     return {"n_query_groups": groups, "parallel_residual": parallel, "shared_attention_norm": parallel and norms == 1}
 
 
-def _write_layout(config: Config) -> dict[str, Any]:
-    groups, shared, parallel = config.n_query_groups, config.shared_attention_norm, config.parallel_residual
-    new = parallel and not (shared and groups in (1, config.n_head))
+def _write_layout(fields: Fields) -> dict[str, Any]:
+    groups, shared, parallel = fields["n_query_groups"], fields["shared_attention_norm"], fields["parallel_residual"]
+    new = parallel and not (shared and groups in (1, fields["n_head"]))
     return {
         "new_decoder_architecture": new,
         "num_ln_in_parallel_attn": (1 if shared else 2) if new else None,
@@ -60,11 +60,38 @@ _KEYS = {
     "bias": Key("bias", False),
 }
 
-ARCHITECTURES = {
-    "falcon": Architecture(
-        "FalconForCausalLM",
-        _KEYS,
-        accepts={"alibi": (False,)},
-        aspects=(Aspect(_read_layout, _write_layout), activation("activation", "gelu"), rope()),
-    )
+_NORMS = {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"}
+_TWO_NORMS = {"ln_attn": "norm_1", "ln_mlp": "norm_2"}
+_LAYERS = {
+    "self_attention.query_key_value": "attn.qkv qkv grouped",
+    "self_attention.dense": "attn.proj",
+    "mlp.dense_h_to_4h": "mlp.fc",
+    "mlp.dense_4h_to_h": "mlp.proj",
 }
+_ENDS = {"transformer.word_embeddings": "transformer.wte", "transformer.ln_f": "transformer.ln_f", "lm_head": "lm_head"}
+
+FAMILY = Family(
+    MODELS,
+    hf={
+        "falcon": Architecture(
+            "FalconForCausalLM",
+            table("transformer.h.{}", {**_NORMS, **_LAYERS}, _ENDS),
+            _KEYS,
+            accepts={"alibi": (False,)},
+            aspects=(Aspect(_read_layout, _write_layout), activation("activation", "gelu"), rope()),
+            tied=True,
+            variant=Variant(
+                {"parallel_residual": True, "shared_attention_norm": False}, table("transformer.h.{}", {**_TWO_NORMS, **_LAYERS}, _ENDS)
+            ),
+            spellings=((r"\.ln_attn\.", ".input_layernorm."), (r"\.ln_mlp\.", ".post_attention_layernorm.")),
+        )
+    },
+    gguf={
+        "falcon": Gguf(
+            {},
+            joined=True,
+            variant=Variant({"shared_attention_norm": False}, {"attn_norm": "norm_2", "attn_norm_2": "norm_1", "ffn_norm": None}),
+        )
+    },
+    pretokenizers={"falcon": Cut(("punctuation", "gpt-2", "digit runs", "[0-9][0-9][0-9]"))},
+)

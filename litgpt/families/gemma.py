@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, layer_types, read_layer_types, sizes
+from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, layer_types, read_layer_types, sizes, table
+from litgpt.families._family import Family
+from litgpt.families._gguf import WINDOW, Gguf
 from litgpt.families._rope import first, read_scaling, rope, settings, whole, write_scaling
 from litgpt.families._rows import expand, size
-from litgpt.families.llama import DECODER
-
-if TYPE_CHECKING:
-    from litgpt.config import Config
+from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NAMES, QK_NORMS
 
 _GEMMA = {**DECODER, "mlp_class_name": "GemmaMLP", "gelu_approximate": "tanh", "scale_embeddings": True}
 _GEMMA_2 = {**_GEMMA, "post_attention_norm": True, "post_mlp_norm": True}
@@ -36,7 +35,7 @@ def _3_size(window: int, head_size: int, scalar: int, row: dict[str, Any]) -> di
 
 
 def _hub(*names: str) -> str:
-    """The hub spells these names in small letters."""
+    """Return rows' names with the hub's, which are in small letters."""
     return " ".join(f"{name}={name.lower()}" for name in names)
 
 
@@ -82,22 +81,22 @@ _TANH = ("gelu_pytorch_tanh", None, "gelu_new")
 
 
 def _read_local(hf: Hf, period: int) -> Fields:
-    """Blocks with a window are all but every `period`-th."""
+    """Read the window, which all blocks but every `period`-th have."""
     blocks = read_layer_types(hf, lambda i: (i + 1) % period != 0)
     return {"sliding_window_size": hf.get("sliding_window", 4096), "sliding_window_indices": blocks}
 
 
-def _write_local(config: Config) -> dict[str, Any]:
-    return {"sliding_window": config.sliding_window_size, "layer_types": layer_types(config)}
+def _write_local(fields: Fields) -> dict[str, Any]:
+    return {"sliding_window": fields["sliding_window_size"], "layer_types": layer_types(fields)}
 
 
 def _read_two_bases(hf: Hf) -> Fields:
-    """Local blocks have a base of their own, and no scaling."""
-    given = settings(hf)
-    if "full_attention" in given or "sliding_attention" in given:  # transformers 5
-        far, near = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+    """Read the rotary bases: local blocks have their own, without scaling."""
+    parameters = settings(hf)
+    if "full_attention" in parameters or "sliding_attention" in parameters:  # transformers 5
+        far, near = parameters.get("full_attention") or {}, parameters.get("sliding_attention") or {}
     else:
-        far, near = given, {}
+        far, near = parameters, {}
     if (kind := near.get("rope_type", "default")) != "default":
         raise ValueError(f"rotary scaling {kind!r} of sliding_attention is not supported, only of full_attention")
     for part in (far, near):
@@ -118,9 +117,9 @@ def _read_3(hf: Hf) -> Fields:
     return {**local, "rope_indices": local["sliding_window_indices"], **_read_two_bases(hf)}
 
 
-def _write_3(config: Config) -> dict[str, Any]:
-    bases = {"rope_theta": float(config.rope_base), "rope_local_base_freq": float(config.rope_local_base_freq or 10000)}
-    return {**_write_local(config), **bases, **write_scaling(config)}
+def _write_3(fields: Fields) -> dict[str, Any]:
+    bases = {"rope_theta": float(fields["rope_base"]), "rope_local_base_freq": float(fields["rope_local_base_freq"] or 10000)}
+    return {**_write_local(fields), **bases, **write_scaling(fields)}
 
 
 def _keys(**others: Key) -> dict[str, Key]:
@@ -132,7 +131,7 @@ _SOFT_CAPPED = {
     "attn_logit_softcapping": Key("attention_logit_softcapping", 50.0),
     "final_logit_softcapping": Key("final_logit_softcapping", 30.0),
 }
-_TEXT_3 = {
+_TEXT_3 = {  # the files of the models with images leave out transformers' defaults
     "max_position_embeddings": Key("block_size", 131072),
     "vocab_size": Key("padded_vocab_size", 262208),
     "num_attention_heads": Key("n_head", 8),
@@ -140,28 +139,53 @@ _TEXT_3 = {
     "query_pre_attn_scalar": Key("attention_scores_scalar", 256),
     "final_logit_softcapping": Key("final_logit_softcapping", None),
 }
-"""the files of the models with images leave out what is transformers' default"""
 
-ARCHITECTURES = {
-    "gemma": Architecture(
-        "GemmaForCausalLM",
-        _keys(),
-        _GEMMA,
-        {**_ACCEPTS, "hidden_act": ("gelu_pytorch_tanh", "gelu", "gelu_new"), "hidden_activation": (None, *_TANH)},
-        (rope(),),
-    ),
-    "gemma2": Architecture(
-        "Gemma2ForCausalLM",
-        _keys(**_SOFT_CAPPED),
-        _GEMMA_2,
-        {**_ACCEPTS, "hidden_activation": _TANH},
-        (Aspect(lambda hf: _read_local(hf, 2), _write_local), rope()),
-    ),
-    "gemma3_text": Architecture(
-        "Gemma3ForCausalLM",
-        _keys(**_TEXT_3),
-        _GEMMA_3,
-        {**_ACCEPTS, "hidden_activation": _TANH, "attn_logit_softcapping": (None,)},
-        (Aspect(_read_3, _write_3),),
-    ),
+_NORMS_2 = {
+    "input_layernorm": "norm_1",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "norm_2",
+    "post_feedforward_layernorm": "post_mlp_norm",
 }
+_NAMES_2 = {**_NORMS_2, **ATTENTION, **MLP}
+
+FAMILY = Family(
+    MODELS,
+    hf={
+        "gemma": Architecture(
+            "GemmaForCausalLM",
+            NAMES,
+            _keys(),
+            _GEMMA,
+            {**_ACCEPTS, "hidden_act": ("gelu_pytorch_tanh", "gelu", "gelu_new"), "hidden_activation": (None, *_TANH)},
+            (rope(),),
+            tied=True,
+        ),
+        "gemma2": Architecture(
+            "Gemma2ForCausalLM",
+            table(LAYERS, _NAMES_2, ENDS),
+            _keys(**_SOFT_CAPPED),
+            _GEMMA_2,
+            {**_ACCEPTS, "hidden_activation": _TANH},
+            (Aspect(lambda hf: _read_local(hf, 2), _write_local), rope()),
+            tied=True,
+        ),
+        "gemma3_text": Architecture(
+            "Gemma3ForCausalLM",
+            table(LAYERS, {**_NAMES_2, **QK_NORMS}, ENDS),
+            _keys(**_TEXT_3),
+            _GEMMA_3,
+            {**_ACCEPTS, "hidden_activation": _TANH, "attn_logit_softcapping": (None,)},
+            (Aspect(_read_3, _write_3),),
+            tied=True,
+            # with images: in files, and in transformers 5's memory
+            spellings=((r"^language_model\.", ""), (r"^model\.language_model\.", "model.")),
+        ),
+    },
+    gguf={
+        "gemma": Gguf(_GEMMA),
+        "gemma2": Gguf(_GEMMA_2, (*WINDOW, "attn_logit_softcapping", "final_logit_softcapping"), window_period=2, square_heads=46),
+        "gemma3": Gguf(_GEMMA_3, (*WINDOW, "rope.freq_base_swa"), hub=("gemma3_text", "gemma3"), window_period=6, square_heads=62),
+    },
+    prompts={"gemma.*-it": "gemma"},
+    multimodal={"gemma3": "gemma3_text"},
+)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from litgpt.families._architecture import Architecture, Key, activation
+from litgpt.families._architecture import Architecture, Key, activation, table
+from litgpt.families._family import Family
+from litgpt.families._gguf import Gguf
+from litgpt.families._pretokenizers import GPT_2
 from litgpt.families._rows import expand
 
 _GPT_2 = {"learned_positions": True, "rotary_percentage": 0.0, "parallel_residual": False}
@@ -29,12 +32,39 @@ _KEYS = {
     "layer_norm_epsilon": Key("norm_eps", 1e-5),
 }
 
-ARCHITECTURES = {
-    "gpt2": Architecture(
-        "GPT2LMHeadModel",
-        _KEYS,
-        _GPT_2,
-        {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
-        (activation("activation_function", "gelu_new"),),
-    )
-}
+_NAMES = table(
+    "transformer.h.{}",
+    {
+        "ln_1": "norm_1",
+        "attn.c_attn": "attn.qkv transposed",
+        "attn.c_proj": "attn.proj transposed",
+        "ln_2": "norm_2",
+        "mlp.c_fc": "mlp.fc transposed",
+        "mlp.c_proj": "mlp.proj transposed",
+    },
+    {
+        "transformer.wte": "transformer.wte",
+        "transformer.wpe": "transformer.wpe",
+        "transformer.ln_f": "transformer.ln_f",
+        "lm_head": "lm_head",
+    },
+)
+
+FAMILY = Family(
+    MODELS,
+    hf={
+        "gpt2": Architecture(
+            "GPT2LMHeadModel",
+            _NAMES,
+            _KEYS,
+            _GPT_2,
+            {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+            (activation("activation_function", "gelu_new"),),
+            tied=True,
+            spellings=((r"^(?=(h|wte|wpe|ln_f)\.)", "transformer."),),  # the model without its head
+            ignored=r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
+        )
+    },
+    gguf={"gpt2": Gguf({**_GPT_2, "bias": True, "gelu_approximate": "tanh"}, joined=True)},
+    pretokenizers={"gpt-2": GPT_2},
+)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litgpt.families._architecture import BIASES, Architecture, Aspect, Fields, Hf, Key
+from litgpt.families._family import Family
+from litgpt.families._gguf import Gguf
 from litgpt.families._rope import rope, whole
 from litgpt.families._rows import expand, size
-from litgpt.families.llama import DECODER, SILU, SIZES
-
-if TYPE_CHECKING:
-    from litgpt.config import Config
+from litgpt.families.llama import DECODER, NAMES, SILU, SIZES
 
 _2B = {**size(40, 32, 2048, 8192, 8), "attention_scores_scalar": 4096, "logits_scaling": 8.0}
 _8B = {**size(40, 32, 4096, 12800, 8), "attention_scores_scalar": 16384, "logits_scaling": 16.0}
@@ -37,12 +36,30 @@ def _read_scale(hf: Hf) -> Fields:
     return {"attention_scores_scalar": whole(float(multiplier) ** -2)}
 
 
-def _write_scale(config: Config) -> dict[str, Any]:
-    return {"attention_multiplier": float(config.attention_scores_scalar or config.head_size or 1) ** -0.5}
+def _write_scale(fields: Fields) -> dict[str, Any]:
+    return {"attention_multiplier": float(fields["attention_scores_scalar"] or fields["head_size"]) ** -0.5}
 
 
 _SCALARS = {key: Key(key, 1.0) for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling")}
 
-ARCHITECTURES = {
-    "granite": Architecture("GraniteForCausalLM", {**SIZES, **_SCALARS}, DECODER, SILU, (Aspect(_read_scale, _write_scale), BIASES, rope()))
-}
+FAMILY = Family(
+    MODELS,
+    hf={
+        "granite": Architecture(
+            "GraniteForCausalLM",
+            NAMES,
+            {**SIZES, **_SCALARS},
+            DECODER,
+            SILU,
+            (Aspect(_read_scale, _write_scale), BIASES, rope()),
+        )
+    },
+    gguf={
+        "granite": Gguf(
+            DECODER,
+            ("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
+            by_tensors=("bias", "attn_bias"),
+            paired=True,
+        )
+    },
+)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from litgpt.families._architecture import BIASES, Architecture, Key, sizes
+from litgpt.families._architecture import BIASES, Architecture, Key, sizes, table
+from litgpt.families._family import Family
+from litgpt.families._gguf import EXPERTS, WINDOW, Gguf
+from litgpt.families._pretokenizers import DIGITS, LLAMA_3
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
 
@@ -190,4 +193,37 @@ MODELS = [
 SIZES = sizes(rms_norm_eps=Key("norm_eps", 1e-6))
 SILU = {"hidden_act": ("silu", "swish")}
 
-ARCHITECTURES = {"llama": Architecture("LlamaForCausalLM", SIZES, DECODER, SILU, (BIASES, rope()))}
+# Tensor names, which other families share.
+ATTENTION = {
+    "self_attn.q_proj": "attn.qkv q",
+    "self_attn.k_proj": "attn.qkv k",
+    "self_attn.v_proj": "attn.qkv v",
+    "self_attn.o_proj": "attn.proj",
+}
+QK_NORMS = {"self_attn.q_norm": "attn.norm_q", "self_attn.k_norm": "attn.norm_k"}
+NORMS = {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"}
+MLP = {"mlp.gate_proj": "mlp.fc_1", "mlp.up_proj": "mlp.fc_2", "mlp.down_proj": "mlp.proj"}
+LAYERS = "model.layers.{}"
+ENDS = {"model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f", "lm_head": "lm_head"}
+NAMES = table(LAYERS, {**NORMS, **ATTENTION, **MLP}, ENDS)
+
+FAMILY = Family(
+    MODELS,
+    hf={"llama": Architecture("LlamaForCausalLM", NAMES, SIZES, DECODER, SILU, (BIASES, rope()))},
+    gguf={
+        "llama": Gguf(DECODER, (*WINDOW, *EXPERTS[:2]), by_tensors=("bias", "attn_bias"), hub=("llama", "mistral", "mixtral"), paired=True)
+    },
+    prompts={
+        "smollm2.*instruct": "smollm2",
+        "tiny-?llama.*chat": "tinyllama",
+        "code-?llama.*instruct": "codellama",
+        "llama-?3.*instruct": "llama3",
+        "llama-?2.*chat": "llama2",
+        "vicuna|longchat": "vicuna",
+        "platypus": "platypus",
+        "nous-hermes": "nous-research",
+        "danube3.*chat": "h2oai",
+        "r1-distill-llama": "r1-base",
+    },
+    pretokenizers={**dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), LLAMA_3), "smollm": DIGITS},
+)

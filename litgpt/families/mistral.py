@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from litgpt.families._architecture import Architecture, Key, sizes, window
+from litgpt.families._architecture import Architecture, Key, sizes, table, window
+from litgpt.families._family import Family
+from litgpt.families._pretokenizers import Cut, by_case
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
-from litgpt.families.llama import DECODER, SILU, SIZES
+from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, NAMES, NORMS, SILU, SIZES
 
 MOE = {**DECODER, "mlp_class_name": "LLaMAMoE"}
 _7B = {**DECODER, **size(32, 32, 4096, 14336, 8), "block_size": 32768}
@@ -68,15 +70,38 @@ MODELS = [
     ),
 ]
 
-EXPERTS = {
+_EXPERTS = {
     "num_local_experts": Key("n_expert", 8),
     "num_experts_per_tok": Key("n_expert_per_token", 2),
     "router_aux_loss_coef": Key("router_aux_loss_coef", 0.001),
 }
 
-ARCHITECTURES = {
-    "mistral": Architecture("MistralForCausalLM", SIZES, DECODER, SILU, (window(4096), rope())),
-    "mixtral": Architecture(
-        "MixtralForCausalLM", sizes(rms_norm_eps=Key("norm_eps", 1e-5), **EXPERTS), MOE, SILU, (window(None), rope(1000000.0))
-    ),
+_EXPERT_NAMES = {
+    "block_sparse_moe.gate": "mlp.gate",
+    "block_sparse_moe.experts.{}.w1": "mlp.experts.{}.fc_1",
+    "block_sparse_moe.experts.{}.w3": "mlp.experts.{}.fc_2",
+    "block_sparse_moe.experts.{}.w2": "mlp.experts.{}.proj",
 }
+
+FAMILY = Family(
+    MODELS,
+    hf={
+        "mistral": Architecture("MistralForCausalLM", NAMES, SIZES, DECODER, SILU, (window(4096), rope())),
+        "mixtral": Architecture(
+            "MixtralForCausalLM",
+            table(LAYERS, {**NORMS, **ATTENTION, **_EXPERT_NAMES}, ENDS),
+            sizes(rms_norm_eps=Key("norm_eps", 1e-5), **_EXPERTS),
+            MOE,
+            SILU,
+            (window(None), rope(1000000.0)),
+            spellings=(  # in transformers 5's memory
+                (r"\.mlp\.gate\.", ".block_sparse_moe.gate."),
+                (r"\.mlp\.(experts\.\d+)\.gate_proj\.", r".block_sparse_moe.\1.w1."),
+                (r"\.mlp\.(experts\.\d+)\.up_proj\.", r".block_sparse_moe.\1.w3."),
+                (r"\.mlp\.(experts\.\d+)\.down_proj\.", r".block_sparse_moe.\1.w2."),
+            ),
+        ),
+    },
+    prompts={"mi[sx]tral.*instruct": "mistral", "danube(?!3).*chat": "h2oai"},
+    pretokenizers={"tekken": Cut((by_case(r"\p{N}"),), whole_words=True, bos=True)},
+)

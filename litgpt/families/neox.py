@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from litgpt.families._architecture import Architecture, Key, activation, sizes, without
+from litgpt.families._architecture import Architecture, Key, activation, sizes, table, without
+from litgpt.families._family import Family
+from litgpt.families._gguf import Gguf
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand
 
@@ -47,11 +49,36 @@ MODELS = [
 
 _KEYS = sizes(layer_norm_eps=Key("norm_eps", 1e-5), use_parallel_residual=Key("parallel_residual", True))
 
-ARCHITECTURES = {
-    "gpt_neox": Architecture(
-        "GPTNeoXForCausalLM",
-        without(_KEYS, "num_key_value_heads", "head_dim"),
-        accepts={"attention_bias": (True,)},
-        aspects=(activation("hidden_act", "gelu"), rope(partial=0.25, theta_key="rotary_emb_base", partial_key="rotary_pct")),
-    )
-}
+_NAMES = table(
+    "gpt_neox.layers.{}",
+    {
+        "input_layernorm": "norm_1",
+        "attention.query_key_value": "attn.qkv qkv grouped",
+        "attention.dense": "attn.proj",
+        "post_attention_layernorm": "norm_2",
+        "mlp.dense_h_to_4h": "mlp.fc",
+        "mlp.dense_4h_to_h": "mlp.proj",
+    },
+    {"gpt_neox.embed_in": "transformer.wte", "gpt_neox.final_layer_norm": "transformer.ln_f", "embed_out": "lm_head"},
+)
+
+FAMILY = Family(
+    MODELS,
+    hf={
+        "gpt_neox": Architecture(
+            "GPTNeoXForCausalLM",
+            _NAMES,
+            without(_KEYS, "num_key_value_heads", "head_dim"),
+            accepts={"attention_bias": (True,)},
+            aspects=(activation("hidden_act", "gelu"), rope(partial=0.25, theta_key="rotary_emb_base", partial_key="rotary_pct")),
+            spellings=((r"^lm_head\.", "embed_out."),),  # in transformers 5's memory
+            ignored=r".*\.attention\.(bias|masked_bias)",
+        )
+    },
+    gguf={"gptneox": Gguf({"bias": True}, ("use_parallel_residual",), hub=("gpt_neox",), joined=True)},
+    prompts={
+        "stablelm-(tuned|alpha).*alpha": "stablelm-alpha",
+        "redpajama.*chat": "togethercomputer-chat",
+        "redpajama.*instruct": "togethercomputer-instruct",
+    },
+)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from litgpt.families._architecture import Architecture, Key, sizes
+from litgpt.families._architecture import Architecture, Key, sizes, table, without
+from litgpt.families._family import Family
+from litgpt.families._gguf import Gguf
+from litgpt.families._pretokenizers import GPT_2_COMPOSED
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
-from litgpt.families.llama import DECODER, SILU
+from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, QK_NORMS, SILU
 
 _OLMO = {**DECODER, "norm_class_name": "LayerNorm", "norm_affine": False}
 _OLMO_2 = {
@@ -45,7 +48,29 @@ MODELS = [
 
 _ACCEPTS = {**SILU, "attention_bias": (False,)}
 
-ARCHITECTURES = {
-    "olmo": Architecture("OlmoForCausalLM", sizes(), {**_OLMO, "norm_eps": 1e-5}, {**_ACCEPTS, "clip_qkv": (None,)}, (rope(),)),
-    "olmo2": Architecture("Olmo2ForCausalLM", sizes(rms_norm_eps=Key("norm_eps", 1e-5)), _OLMO_2, _ACCEPTS, (rope(),)),
-}
+_NORMS_2 = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_mlp_norm"}
+
+FAMILY = Family(
+    MODELS,
+    hf={
+        "olmo": Architecture(
+            "OlmoForCausalLM",
+            table(LAYERS, {**ATTENTION, **MLP}, without(ENDS, "model.norm")),  # norms have no weights
+            sizes(),
+            {**_OLMO, "norm_eps": 1e-5},
+            {**_ACCEPTS, "clip_qkv": (None,)},
+            (rope(),),
+        ),
+        "olmo2": Architecture(
+            "Olmo2ForCausalLM",
+            table(LAYERS, {**_NORMS_2, **ATTENTION, **QK_NORMS, **MLP}, ENDS),
+            sizes(rms_norm_eps=Key("norm_eps", 1e-5)),
+            _OLMO_2,
+            _ACCEPTS,
+            (rope(),),
+        ),
+    },
+    gguf={"olmo": Gguf(_OLMO, paired=True), "olmo2": Gguf(_OLMO_2)},
+    prompts={"olmo.*instruct": "olmo"},
+    pretokenizers={"olmo": GPT_2_COMPOSED},
+)

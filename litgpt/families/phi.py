@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from litgpt.families._architecture import Architecture, Key, activation, sizes, window
+from litgpt.families._architecture import Architecture, Key, Variant, activation, sizes, table, window, without
+from litgpt.families._family import Family
+from litgpt.families._gguf import WINDOW, Gguf
+from litgpt.families._pretokenizers import GPT_2
 from litgpt.families._rope import long_attention_factor, rope
 from litgpt.families._rows import expand, size
-from litgpt.families.llama import DECODER, SILU
+from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, NORMS, SILU
 
 _PHI = {"shared_attention_norm": True, "lm_head_bias": True}
 _1 = {**_PHI, "block_size": 2048, "vocab_size": 50257, "padded_vocab_size": 51200, "gelu_approximate": "tanh"}
 
 
 def _long(short: str, long: str) -> dict[str, Any]:
-    """LongRoPE from 4,096 to 131,072 positions; the factors to the digits that tell single-precision numbers apart."""
+    """Return LongRoPE from 4,096 to 131,072 positions; the factors to the digits that tell single-precision numbers apart."""
     lists = {"short_factor": [float(word) for word in short.split()], "long_factor": [float(word) for word in long.split()]}
     attention = long_attention_factor(131072 / 4096, 4096)
     return {"rope_adjustments": {"rope_type": "longrope", **lists, "original_max_seq_len": 4096, "attention_factor": attention}}
@@ -89,19 +92,58 @@ MODELS = [
     *expand("microsoft", {**_MINI, **_FAR, **_LONG_4}, {"Phi-4-mini-instruct Phi-4-mini-reasoning": {}}),
 ]
 
-ARCHITECTURES = {
-    "phi": Architecture(
-        "PhiForCausalLM",
-        sizes(layer_norm_eps=Key("norm_eps", 1e-5)),
-        _PHI,
-        {"qk_layernorm": (False,)},
-        (activation("hidden_act", "gelu_new"), rope(partial=0.5)),
-    ),
-    "phi3": Architecture(
-        "Phi3ForCausalLM",
-        sizes(rms_norm_eps=Key("norm_eps", 1e-5)),
-        DECODER,
-        {**SILU, "attention_bias": (False,), "mlp_bias": (False,), "lm_head_bias": (False,)},
-        (window(None), rope(partial=1.0, original=4096)),
-    ),
-}
+_NAMES = table(
+    LAYERS,
+    {
+        "input_layernorm": "norm_1",
+        **without(ATTENTION, "self_attn.o_proj"),
+        "self_attn.dense": "attn.proj",
+        "mlp.fc1": "mlp.fc",
+        "mlp.fc2": "mlp.proj",
+    },
+    {"model.embed_tokens": "transformer.wte", "model.final_layernorm": "transformer.ln_f", "lm_head": "lm_head"},
+)
+_NAMES_3 = table(
+    LAYERS,
+    {
+        **NORMS,
+        "self_attn.qkv_proj": "attn.qkv",
+        "self_attn.o_proj": "attn.proj",
+        "mlp.gate_up_proj": "mlp.fc_1 gate up",
+        "mlp.down_proj": "mlp.proj",
+    },
+    ENDS,
+)
+
+FAMILY = Family(
+    MODELS,
+    hf={
+        "phi": Architecture(
+            "PhiForCausalLM",
+            _NAMES,
+            sizes(layer_norm_eps=Key("norm_eps", 1e-5)),
+            _PHI,
+            {"qk_layernorm": (False,)},
+            (activation("hidden_act", "gelu_new"), rope(partial=0.5)),
+        ),
+        "phi3": Architecture(
+            "Phi3ForCausalLM",
+            _NAMES_3,
+            sizes(rms_norm_eps=Key("norm_eps", 1e-5)),
+            DECODER,
+            {**SILU, "attention_bias": (False,), "mlp_bias": (False,), "lm_head_bias": (False,)},
+            (window(None), rope(partial=1.0, original=4096)),
+        ),
+    },
+    gguf={
+        "phi2": Gguf({**_PHI, "bias": True, "gelu_approximate": "tanh"}, hub=("phi",)),
+        "phi3": Gguf(
+            DECODER,
+            WINDOW,
+            joined=True,
+            variant=Variant({"mlp_class_name": "LLaMAMLP"}, {"ffn_gate": None, "ffn_up": "mlp.fc_1 gate up"}),
+        ),
+    },
+    prompts={"phi-1": "phi-1", "phi-2": "phi-2", "phi-3": "phi-3"},
+    pretokenizers={"phi-2": GPT_2},
+)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from litgpt.families._architecture import Architecture, Key, optional_window
+from litgpt.families._architecture import Architecture, Key, optional_window, table
+from litgpt.families._family import Family
+from litgpt.families._gguf import EXPERTS, Gguf
+from litgpt.families._pretokenizers import QWEN
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
-from litgpt.families.llama import DECODER, SILU, SIZES
+from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NAMES, NORMS, QK_NORMS, SILU, SIZES
 from litgpt.families.mistral import MOE
 
 _QWEN_2 = {**DECODER, "attn_bias": True}
@@ -35,7 +38,7 @@ _2507 = {"block_size": 262144}
 
 
 def _both(*names: str, ending: str = "Instruct") -> str:
-    """Base models and their instruction-tuned or chat versions."""
+    """Return the names of base models and their instruction-tuned or chat versions."""
     return " ".join(f"{name} {name}-{ending}" for name in names)
 
 
@@ -131,14 +134,41 @@ _EXPERTS = {
 }
 _ACCEPTS = {**SILU, "attention_bias": (False,)}
 
-ARCHITECTURES = {
-    "qwen2": Architecture("Qwen2ForCausalLM", SIZES, _QWEN_2, SILU, (_WINDOW, rope())),
-    "qwen3": Architecture("Qwen3ForCausalLM", {**SIZES, "head_dim": Key("head_size", 128)}, _QWEN_3, _ACCEPTS, (_WINDOW, rope())),
-    "qwen3_moe": Architecture(
-        "Qwen3MoeForCausalLM",
-        {**SIZES, **_EXPERTS},
-        _QWEN_3_MOE,
-        {**_ACCEPTS, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
-        (_WINDOW_OF_ALL, rope()),
-    ),
+_EXPERT_NAMES = {
+    "mlp.gate": "mlp.gate",
+    "mlp.experts.{}.gate_proj": "mlp.experts.{}.fc_1",
+    "mlp.experts.{}.up_proj": "mlp.experts.{}.fc_2",
+    "mlp.experts.{}.down_proj": "mlp.experts.{}.proj",
 }
+
+FAMILY = Family(
+    MODELS,
+    hf={
+        "qwen2": Architecture("Qwen2ForCausalLM", NAMES, SIZES, _QWEN_2, SILU, (_WINDOW, rope())),
+        "qwen3": Architecture(
+            "Qwen3ForCausalLM",
+            table(LAYERS, {**NORMS, **ATTENTION, **MLP, **QK_NORMS}, ENDS),
+            {**SIZES, "head_dim": Key("head_size", 128)},
+            _QWEN_3,
+            _ACCEPTS,
+            (_WINDOW, rope()),
+        ),
+        "qwen3_moe": Architecture(
+            "Qwen3MoeForCausalLM",
+            table(LAYERS, {**NORMS, **ATTENTION, **QK_NORMS, **_EXPERT_NAMES}, ENDS),
+            {**SIZES, **_EXPERTS},
+            _QWEN_3_MOE,
+            {**_ACCEPTS, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+            (_WINDOW_OF_ALL, rope()),
+        ),
+    },
+    gguf={"qwen2": Gguf(_QWEN_2), "qwen3": Gguf(_QWEN_3), "qwen3moe": Gguf(_QWEN_3_MOE, EXPERTS, hub=("qwen3_moe",))},
+    prompts={
+        "r1-distill-qwen": "r1-base",
+        r"qwen2\.5-math.*instruct": "qwen2.5-math",
+        r"qwen2\.5.*instruct": "qwen2.5",
+        "qwq": "qwq",
+        "qwen3(?!.*base)": "qwen3",
+    },
+    pretokenizers=dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN),
+)

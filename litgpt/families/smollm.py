@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litgpt.families._architecture import BIASES, Architecture, Aspect, Fields, Hf, optional_window
+from litgpt.families._family import Family
+from litgpt.families._gguf import Gguf
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
-from litgpt.families.llama import DECODER, SILU, SIZES
-
-if TYPE_CHECKING:
-    from litgpt.config import Config
+from litgpt.families.llama import DECODER, NAMES, SILU, SIZES
 
 _3B = {**DECODER, **size(36, 16, 2048, 11008, 4), "norm_eps": 1e-6, "vocab_size": 128256, "padded_vocab_size": 128256}
 _INDICES = [-1 if (i + 1) % 4 == 0 else 0 for i in range(36)]
@@ -35,17 +34,23 @@ def _read_rotated(hf: Hf) -> Fields:
     return {"rope_indices": [0 if _rotated(i, hf) else -1 for i in range(n_layer)]}
 
 
-def _write_rotated(config: Config) -> dict[str, Any]:
-    """Despite its name, `no_rope_layers` holds 1 for the blocks with rotation."""
-    return {"no_rope_layers": [int(entry == 0) for entry in config.rope_indices or [0] * config.n_layer]}
+def _write_rotated(fields: Fields) -> dict[str, Any]:
+    """Write `no_rope_layers`, which despite its name holds 1 for the blocks with rotation."""
+    return {"no_rope_layers": [int(entry == 0) for entry in fields["rope_indices"] or [0] * fields["n_layer"]]}
 
 
-ARCHITECTURES = {
-    "smollm3": Architecture(
-        "SmolLM3ForCausalLM",
-        SIZES,
-        DECODER,
-        SILU,
-        (Aspect(_read_rotated, _write_rotated), optional_window(lambda i, hf: not _rotated(i, hf)), BIASES, rope(2000000.0)),
-    )
-}
+FAMILY = Family(
+    MODELS,
+    hf={
+        "smollm3": Architecture(
+            "SmolLM3ForCausalLM",
+            NAMES,
+            SIZES,
+            DECODER,
+            SILU,
+            (Aspect(_read_rotated, _write_rotated), optional_window(lambda i, hf: not _rotated(i, hf)), BIASES, rope(2000000.0)),
+            tied=True,
+        )
+    },
+    gguf={"smollm3": Gguf(DECODER, paired=True, rest_period=4)},
+)

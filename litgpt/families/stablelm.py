@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, sizes, without
+from litgpt.families._family import Family
+from litgpt.families._gguf import Gguf
+from litgpt.families._pretokenizers import QWEN
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
-from litgpt.families.llama import DECODER, SILU
-
-if TYPE_CHECKING:
-    from litgpt.config import Config
+from litgpt.families.llama import DECODER, NAMES, SILU
 
 _LAYER_NORM = {**DECODER, "norm_class_name": "LayerNorm"}
 _3B = {**_LAYER_NORM, **size(32, 32, 2560, 6912), "rotary_percentage": 0.25, "padded_vocab_size": 50304}
@@ -31,21 +31,28 @@ MODELS = [
 
 
 def _read_residual(hf: Hf) -> Fields:
-    """A parallel residual shares its norm."""
+    """Read the kind of residual; a parallel one shares its norm."""
     parallel = hf.get("use_parallel_residual", False)
     return {"parallel_residual": parallel, "shared_attention_norm": parallel}
 
 
-def _write_residual(config: Config) -> dict[str, Any]:
-    return {"use_parallel_residual": config.parallel_residual}
+def _write_residual(fields: Fields) -> dict[str, Any]:
+    return {"use_parallel_residual": fields["parallel_residual"]}
 
 
-ARCHITECTURES = {
-    "stablelm": Architecture(
-        "StableLmForCausalLM",
-        without(sizes(layer_norm_eps=Key("norm_eps", 1e-5), use_qkv_bias=Key("attn_bias", False)), "head_dim"),
-        _LAYER_NORM,
-        {**SILU, "qk_layernorm": (False,)},
-        (Aspect(_read_residual, _write_residual), rope(partial=0.25)),
-    )
-}
+FAMILY = Family(
+    MODELS,
+    hf={
+        "stablelm": Architecture(
+            "StableLmForCausalLM",
+            NAMES,
+            without(sizes(layer_norm_eps=Key("norm_eps", 1e-5), use_qkv_bias=Key("attn_bias", False)), "head_dim"),
+            _LAYER_NORM,
+            {**SILU, "qk_layernorm": (False,)},
+            (Aspect(_read_residual, _write_residual), rope(partial=0.25)),
+        )
+    },
+    gguf={"stablelm": Gguf(_LAYER_NORM, ("use_parallel_residual",), by_tensors=("attn_bias",))},
+    prompts={"stablelm.*zephyr|stable-code.*instruct": "stablelm-zephyr"},
+    pretokenizers={"stablelm2": QWEN},
+)

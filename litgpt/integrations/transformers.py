@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt import families
 from litgpt.config import Config
 from litgpt.convert import adapter, names, peft, portable
 from litgpt.errors import UserError
@@ -42,8 +43,8 @@ def load_skip2lora(model: nn.Module, folder: str | Path) -> Skip2LoRAHooks:
     if kind == adapter.PEFT:
         raise UserError(f"{folder} is a LoRA adapter in PEFT's format: load it with peft.PeftModel.from_pretrained")
     settings: Any = getattr(model, "config", None)
-    if getattr(settings, "model_type", None) not in names.HF_TABLES or not hasattr(settings, "to_dict"):
-        raise UserError(f"{type(model).__name__} is not a causal LM of a supported family: {', '.join(sorted(names.HF_TABLES))}")
+    if families.architecture(getattr(settings, "model_type", "")) is None or not hasattr(settings, "to_dict"):
+        raise UserError(f"{type(model).__name__} is not a causal LM of a supported family: {', '.join(families.architectures())}")
     own, where = Config.from_hf(settings.to_dict()), f"this {type(model).__name__}"
     if kind == adapter.PORTABLE:
         config, weights = portable.read(folder, own, where)

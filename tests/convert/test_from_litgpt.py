@@ -16,6 +16,7 @@ from litgpt import families as catalog
 from litgpt.__main__ import main
 from litgpt.config import Config
 from litgpt.convert.from_litgpt import convert_from_litgpt, hf_slots, parse_size
+from litgpt.convert.hf import to_hf
 from litgpt.convert.merge import merge_lora
 from litgpt.convert.names import shapes, stored_form
 from litgpt.errors import UserError
@@ -243,7 +244,7 @@ def test_every_named_model_has_a_place_for_every_tensor() -> None:
     for name in catalog.names():
         config = Config.from_name(name, n_layer=1)
         switches = {key: value for key, value in vars(config).items() if isinstance(value, bool)}
-        kind = (catalog.model_type(config), config.n_expert > 0, config.n_query_groups == config.n_head, *switches.values())
+        kind = (to_hf(config)["model_type"], config.n_expert > 0, config.n_query_groups == config.n_head, *switches.values())
         if kind not in seen:
             seen.add(kind)
             keys = shapes(config, 5, name)

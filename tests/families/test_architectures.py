@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt import families as catalog
 from litgpt.config import Config
+from litgpt.convert.hf import to_hf
 from litgpt.errors import UserError
 from tests.helpers import family_configs as configs
 
@@ -77,8 +78,8 @@ def test_written_as_it_was_read(family: str, tmp_path: Path) -> None:
     """transformers' config -> ours -> config.json -> transformers' config."""
     hf = configs.hf_config(family)
     config = Config.from_hf(hf.to_dict())
-    written = catalog.to_hf(config, hf.model_type)
-    assert written["model_type"] == hf.model_type == catalog.model_type(config, hf.model_type)
+    written = to_hf(config, hf.model_type)
+    assert written["model_type"] == hf.model_type == to_hf(config, hf.model_type)["model_type"]
     assert written["architectures"] == [type(transformers.AutoModelForCausalLM.from_config(hf)).__name__]
     again = loaded(written, tmp_path)
     before, after = hf.to_dict(), again.to_dict()
@@ -109,7 +110,7 @@ def test_architecture_is_found_by_the_fields(family: str) -> None:
     hf = configs.hf_config(family)
     config = Config.from_hf(hf.to_dict(), name="mine")
     same = {"mistral global": "llama", "phi4 mini": "phi3", "phi3": "mistral", "phi3 longrope": "llama"}
-    assert catalog.model_type(config) == same.get(family, hf.model_type)
+    assert to_hf(config)["model_type"] == same.get(family, hf.model_type)
 
 
 def least_of(kind: str) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def distinct() -> list[str]:
 def test_every_named_model_is_written(name: str, tmp_path: Path) -> None:
     """transformers loads what is written, and reading that gives the same model."""
     config = Config.from_name(name)
-    again = loaded(catalog.to_hf(config), tmp_path)
+    again = loaded(to_hf(config), tmp_path)
     back = Config.from_hf(again.to_dict(), name=name)
     ignored = {
         "name",
@@ -196,7 +197,7 @@ def test_every_named_model_is_written(name: str, tmp_path: Path) -> None:
     one, other = ({k: v for k, v in c.base_dict().items() if k not in ignored} for c in (config, back))
     assert same(one, other), (one, other)
     assert (back.attention_scores_scalar or back.head_size) == (config.attention_scores_scalar or config.head_size)
-    assert catalog.model_type(back) == again.model_type
+    assert to_hf(back)["model_type"] == again.model_type
 
 
 def test_models_with_images_are_read_as_text_models() -> None:
@@ -283,7 +284,7 @@ def test_biases_in_all_layers_or_in_none() -> None:
     """Granite's code models are Llama's decoder with biases."""
     config = Config.from_hf({**LLAMA, "attention_bias": True, "mlp_bias": True})
     assert config.bias and not Config.from_hf(LLAMA).bias
-    assert catalog.to_hf(config)["attention_bias"] is catalog.to_hf(config)["mlp_bias"] is True
+    assert to_hf(config)["attention_bias"] is to_hf(config)["mlp_bias"] is True
 
 
 @pytest.mark.parametrize(
@@ -309,8 +310,8 @@ def test_yarn_factor_of_attention(scaling: dict[str, Any], expected: float) -> N
 def test_longrope_is_written_for_both_versions() -> None:
     """transformers 4 allows nothing beside the two lists."""
     config = Config.from_name("Phi-4-mini-instruct")
-    assert catalog.to_hf(config)["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
-    assert "attention_factor" in catalog.to_hf(Config.from_name("Phi-4-mini-instruct", block_size=4096))["rope_scaling"]
+    assert to_hf(config)["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+    assert "attention_factor" in to_hf(Config.from_name("Phi-4-mini-instruct", block_size=4096))["rope_scaling"]
 
 
 def test_norms_and_groups_of_parallel_blocks() -> None:
@@ -336,15 +337,15 @@ def test_vocabulary_is_the_embedding() -> None:
 
 def test_architecture_of_named_and_nameless_models() -> None:
     mistral = Config.from_name("Mistral-7B-v0.3")
-    assert catalog.model_type(mistral) == "mistral"
+    assert to_hf(mistral)["model_type"] == "mistral"
     nameless = Config(**{**mistral.base_dict(), "name": ""})
-    assert catalog.model_type(nameless) == "llama"
-    assert catalog.model_type(nameless, "mistral") == "mistral"
-    assert catalog.model_type(nameless, "gpt2") == "llama"  # GPT-2 cannot be this
-    assert catalog.model_type(Config.from_name("pythia-14m", attn_bias=True)) == "gpt_neox"  # bias implies it
-    assert catalog.model_type(Config.from_name("Llama-2-7b-hf", gelu_approximate="tanh", rope_indices=[0] * 32)) == "llama"  # unused
+    assert to_hf(nameless)["model_type"] == "llama"
+    assert to_hf(nameless, "mistral")["model_type"] == "mistral"
+    assert to_hf(nameless, "gpt2")["model_type"] == "llama"  # GPT-2 cannot be this
+    assert to_hf(Config.from_name("pythia-14m", attn_bias=True))["model_type"] == "gpt_neox"  # bias implies it
+    assert to_hf(Config.from_name("Llama-2-7b-hf", gelu_approximate="tanh", rope_indices=[0] * 32))["model_type"] == "llama"  # unused
     linear = Config.from_name("Llama-2-7b-hf", rope_adjustments={"factor": 4.0})
-    assert catalog.to_hf(linear)["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert to_hf(linear)["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -362,7 +363,6 @@ def test_architecture_of_named_and_nameless_models() -> None:
     ],
 )
 def test_what_no_architecture_expresses(name: str, changes: dict[str, Any], words: list[str]) -> None:
-    for ask in (catalog.model_type, catalog.to_hf):
-        with pytest.raises(ValueError, match="no architecture of transformers expresses this model") as caught:
-            ask(Config.from_name(name, **changes))
-        assert all(word in str(caught.value) for word in words), caught.value
+    with pytest.raises(ValueError, match="no architecture of transformers expresses this model") as caught:
+        to_hf(Config.from_name(name, **changes))
+    assert all(word in str(caught.value) for word in words), caught.value

@@ -11,6 +11,7 @@ import torch
 
 from litgpt import families as catalog
 from litgpt.config import Config
+from litgpt.convert.compare import essence
 from litgpt.model import GPT
 
 DEFAULTS: dict[str, Any] = {
@@ -216,7 +217,7 @@ HUB = {
 @pytest.mark.parametrize(("name", "hub"), HUB.items())
 def test_figures_of_the_hub(name: str, hub: dict[str, Any]) -> None:
     named, described = Config.from_name(name), Config.from_hf(hub)
-    assert catalog.essence(named) == catalog.essence(described)
+    assert essence(named) == essence(described)
 
 
 def test_names_are_unambiguous() -> None:

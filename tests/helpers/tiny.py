@@ -12,7 +12,7 @@ import yaml
 
 from litgpt import checkpoint, lora, model
 from litgpt import config as base_config
-from litgpt.convert.names import HF_TABLES, Stored, assemble, rows, slots
+from litgpt.convert.names import Stored, assemble, hf_table, rows, slots
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -67,7 +67,7 @@ def converted(hf: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if settings["model_type"] == "gpt_neox":  # its name in files
         state["embed_out.weight"] = state.pop("lm_head.weight")
     tensors = {name: Stored(tuple(value.shape), lambda value=value: value.clone()) for name, value in state.items()}
-    weights = assemble(tensors, HF_TABLES[settings["model_type"]], config, "the test's model", bool(settings["tie_word_embeddings"]))
+    weights = assemble(tensors, hf_table(settings["model_type"], config), config, "the test's model", bool(settings["tie_word_embeddings"]))
     return config.base_dict(), weights
 
 
@@ -88,7 +88,7 @@ def hf_of(config: base_config.Config, weights: dict[str, torch.Tensor]) -> Any:
         )
     )
     named = {}
-    for name, slot in slots(HF_TABLES["llama"], config, {key: tuple(value.shape) for key, value in weights.items()}).items():
+    for name, slot in slots(hf_table("llama", config), config, {key: tuple(value.shape) for key, value in weights.items()}).items():
         tensor = weights[slot.key].float()
         named[name] = tensor if slot.part == "all" else tensor[rows(slot.part, config)]
     hf.load_state_dict(named)

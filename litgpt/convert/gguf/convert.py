@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt import families as catalog
+from litgpt import families
 from litgpt.atomic import new_folder
 from litgpt.checkpoint import WEIGHTS, save_config
 from litgpt.config import Config
-from litgpt.convert.gguf.config import QUANTISATION, differences, read_architecture, read_config
-from litgpt.convert.gguf.names import ROPE_FACTORS, has_offset, is_joined, is_paired, table
+from litgpt.convert.compare import INPUT_AND_TRAINING, differences
+from litgpt.convert.gguf.config import QUANTISATION, TOLERANCE, has_offset, read_architecture, read_config
 from litgpt.convert.gguf.reader import Reader, Settings
+from litgpt.convert.gguf.rope import FACTORS
 from litgpt.convert.gguf.tokenizer import write_tokenizer
 from litgpt.convert.names import Stored, fit, summary
 from litgpt.convert.write import write_pth
@@ -22,7 +23,8 @@ from litgpt.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-ONLY_BY_NAME = ("sliding_window_size", "sliding_window_indices")  # fields that some files do not state, but the model's name does
+# Some files do not state the window, but the model's name does.
+NOT_COMPARED = (*INPUT_AND_TRAINING, "sliding_window_size", "sliding_window_indices")
 
 
 def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtype: torch.dtype | None = None) -> Config:
@@ -32,12 +34,12 @@ def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtyp
     for broken files and for whatever is not supported.
     """
     reader = Reader(source)
-    architecture = read_architecture(reader)[0]
+    _, row = read_architecture(reader)
     require_readable(reader)
     config = choose_config(reader, model_name)
     tied = "output.weight" not in reader.tensors
     dtype = dtype or own_dtype(reader)
-    names = table(architecture, config, is_joined(reader.tensors))
+    names = row.names(config.base_dict(), joined="blk.0.attn_qkv.weight" in reader.tensors)
     with new_folder(target) as folder:
         write_tokenizer(Settings(reader), config, folder)
         save_config(config, folder)
@@ -79,22 +81,22 @@ def choose_config(reader: Reader, model_name: str | None) -> Config:
     described = read_config(reader)
     if model_name is not None:
         named = Config.from_name(model_name)
-        if differing := differences(named, described, ONLY_BY_NAME):
+        if differing := differences(named, described, NOT_COMPARED, TOLERANCE):
             text = ", ".join(f"{key} is {stated}, expected {expected}" for key, (expected, stated) in differing.items())
             raise UserError(f"{reader.path} is not of the model {model_name}: {text}. Without --model_name it is converted as it is")
         return named
-    by_lower = {name.lower(): name for name in catalog.names()}
+    by_lower = {name.lower(): name for name in families.names()}
     for name in (QUANTISATION.sub("", reader.path.stem), described.name):
-        row = catalog.find(name) or catalog.find(by_lower.get(name.lower(), name))
-        if row and not differences(Config(**row), described, ONLY_BY_NAME):
+        row = families.find(name) or families.find(by_lower.get(name.lower(), name))
+        if row and not differences(Config(**row), described, NOT_COMPARED, TOLERANCE):
             return Config(**row)
     return described
 
 
 def stored(reader: Reader, config: Config, dtype: torch.dtype) -> Iterator[tuple[str, Stored]]:
-    """Yield every weight under the names of `gguf.names.table`, with its shape and a function that loads it in LitGPT's form."""
+    """Yield every weight under the names of `Gguf.names`, with its shape and a function that loads it in LitGPT's form."""
     for name, tensor in reader.tensors.items():
-        if name in ROPE_FACTORS:
+        if name in FACTORS:
             continue
         module, _, parameter = name.rpartition(".")
         if not module.endswith("_exps") or len(tensor.shape) != 3 or tensor.shape[0] != config.n_expert:
@@ -110,7 +112,7 @@ def _load(reader: Reader, config: Config, name: str, dtype: torch.dtype) -> torc
     if has_offset(config, module):
         return (reader.load(name) - 1).to(dtype)
     weight = reader.load(name, dtype)
-    if is_paired(read_architecture(reader)[0], module):
+    if read_architecture(reader)[1].is_paired(module):
         assert config.head_size is not None
         heads = weight.view(-1, config.head_size // 2, 2, *weight.shape[1:])  # (H, h/2, 2, ...)
         weight = heads.transpose(1, 2).reshape(weight.shape)  # (H, 2, h/2, ...)

@@ -10,9 +10,10 @@ from typing import Any
 from litgpt.atomic import write_text
 from litgpt.config import Config
 from litgpt.convert.gguf.config import padding
-from litgpt.convert.gguf.pretokenizers import CUTS, pre_tokenizer
+from litgpt.convert.gguf.pretokenizers import pre_tokenizer
 from litgpt.convert.gguf.reader import Settings
 from litgpt.errors import UserError
+from litgpt.families import PRETOKENIZERS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # values of tokenizer.ggml.token_type
 BLANK = "▁"  # a blank in SentencePiece
@@ -32,7 +33,7 @@ def write_tokenizer(settings: Settings, config: Config, folder: Path) -> None:
     content = _byte_level(settings, tokens) if kind == "gpt2" else _sentencepiece(settings, tokens, kinds, ids["unknown"])
     strips = kind == "llama" and settings.values.get("general.architecture") == "phi3"
     content["added_tokens"] = _added(tokens, kinds, (CONTROL, UNKNOWN) if kind == "llama" else (CONTROL,), strips)
-    default = kind == "llama" or CUTS[settings.get("tokenizer.ggml.pre", str, "default")].bos
+    default = kind == "llama" or PRETOKENIZERS[settings.get("tokenizer.ggml.pre", str, "default")].bos
     bos = ids["bos"] if settings.get("tokenizer.ggml.add_bos_token", bool, default) else None
     if bos is not None:
         content["post_processor"] = _bos_first(tokens[bos], bos)
@@ -111,15 +112,15 @@ def _bpe(tokens: Sequence[str], merges: Iterable[Sequence[str]], **settings: Any
 def _byte_level(settings: Settings, tokens: list[str]) -> dict[str, Any]:
     """GPT-2's scheme: the bytes of the text, written as printable characters, are cut by a pattern and merged."""
     pre = settings.get("tokenizer.ggml.pre", str, "default")
-    if pre not in CUTS:
-        raise UserError(f"{settings.path}: tokenizer.ggml.pre is {pre!r}, supported are {', '.join(CUTS)}")
+    if pre not in PRETOKENIZERS:
+        raise UserError(f"{settings.path}: tokenizer.ggml.pre is {pre!r}, supported are {', '.join(sorted(PRETOKENIZERS))}")
     pairs = [str(merge).split(" ") for merge in settings.get("tokenizer.ggml.merges", list)]
     if bad := [pair for pair in pairs if len(pair) != 2]:
         raise UserError(f"{settings.path}: tokenizer.ggml.merges holds {' '.join(bad[0])!r}, which is not two tokens")
     return {
-        "model": _bpe(tokens, pairs, ignore_merges=CUTS[pre].whole_words),
-        "normalizer": {"type": "NFC"} if CUTS[pre].nfc else None,
-        "pre_tokenizer": pre_tokenizer(CUTS[pre]),
+        "model": _bpe(tokens, pairs, ignore_merges=PRETOKENIZERS[pre].whole_words),
+        "normalizer": {"type": "NFC"} if PRETOKENIZERS[pre].nfc else None,
+        "pre_tokenizer": pre_tokenizer(PRETOKENIZERS[pre]),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
     }
 

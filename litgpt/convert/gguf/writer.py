@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from litgpt import checkpoint
+from litgpt import checkpoint, families
 from litgpt.config import Config
-from litgpt.convert.gguf.config import Plan, differences, plan, read_config
-from litgpt.convert.gguf.names import ARCHITECTURES, has_offset, is_paired, table
+from litgpt.convert.compare import INPUT_AND_TRAINING, differences
+from litgpt.convert.gguf.config import TOLERANCE, Plan, has_offset, plan, read_config
 from litgpt.convert.gguf.reader import CHUNK
 from litgpt.convert.gguf.vocabulary import vocabulary
 from litgpt.convert.hf import hf_settings
@@ -79,7 +79,7 @@ def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, m
 
     `words` is the tokenizer's metadata. Raises ValueError that states how the nearest architecture differs.
     """
-    ordered = sorted(ARCHITECTURES, key=lambda name: name != model_type and model_type not in ARCHITECTURES[name].hub)
+    ordered = sorted(families.GGUF, key=lambda name: name != model_type and model_type not in families.GGUF[name].hub)
     keys = shapes(config, 6 * config.n_layer, config.name)
     nearest: list[str] = []
     for name in ordered:
@@ -90,7 +90,7 @@ def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, m
         lacking |= {tensor for tensor in (*groups, *made.arrays) if not has_tensor(name, tensor)}
         problems = [f"no place for {summary(sorted(lacking))}"] if lacking else []
         try:
-            differing = differences(config, read_config(made))
+            differing = differences(config, read_config(made), INPUT_AND_TRAINING, TOLERANCE)
             problems += [f"{key} {stated!r} instead of {wanted!r}" for key, (wanted, stated) in differing.items()]
         except UserError as error:
             problems.append(str(error).removeprefix(f"{target}: "))
@@ -105,7 +105,7 @@ def unwindowed(architecture: str, source: Path) -> int | None:
     """Return the size of a model's sliding window if it is shorter than the context and llama.cpp does not apply it."""
     config = Config.from_checkpoint(source)
     window = config.sliding_window_size if any(config.sliding_window_indices or ()) else None
-    return window if window is not None and window < config.block_size and not ARCHITECTURES[architecture].window_period else None
+    return window if window is not None and window < config.block_size and not families.GGUF[architecture].window_period else None
 
 
 def has_tensor(architecture: str, name: str) -> bool:
@@ -120,7 +120,8 @@ def has_tensor(architecture: str, name: str) -> bool:
 def group(architecture: str, config: Config, keys: Mapping[str, tuple[int, ...]], tied: bool) -> dict[str, Group]:
     """Return the content of each tensor of the file. A head that is the embedding is not stored."""
     by_name: dict[str, list[Slot]] = {}
-    for name, slot in slots(table(architecture, config, ARCHITECTURES[architecture].joined), config, keys).items():
+    row = families.GGUF[architecture]
+    for name, slot in slots(row.names(config.base_dict(), row.joined), config, keys).items():
         if not (tied and slot.key == "lm_head.weight"):
             by_name.setdefault(re.sub(r"_exps\.\d+", "_exps", name), []).append(slot)
     return {
@@ -180,7 +181,7 @@ def stored(name: str, entry: Group, architecture: str, config: Config, loads: Lo
     weight = parts[0] if len(parts) == 1 else torch.stack(parts)
     if has_offset(config, module):
         return weight.float() + 1
-    if is_paired(architecture, module):
+    if families.GGUF[architecture].is_paired(module):
         assert config.head_size is not None
         heads = weight.view(-1, 2, config.head_size // 2, *weight.shape[1:])  # (H, 2, h/2, ...)
         return heads.transpose(1, 2).reshape(weight.shape)  # (H, h/2, 2, ...)

@@ -1,26 +1,68 @@
-"""Settings that a GGUF file states indirectly."""
+"""Metadata and configs: a planned file is read as the config that it was planned for."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from litgpt.config import Config
-from litgpt.convert.gguf.config import fit_adjustments
-from litgpt.rope import frequencies
+from litgpt.convert.compare import INPUT_AND_TRAINING, differences
+from litgpt.convert.gguf.config import Plan, padding, plan, read_config
+from litgpt.convert.names import shapes, slots, stored_shape
+from litgpt.errors import UserError
+from litgpt.families import GGUF
 
 
-@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.2-3B"])
-def test_the_rope_table_of_every_llama_is_recognised(name: str) -> None:
-    config = Config.from_name(name)
-    plain = frequencies(Config.from_name(name, rope_adjustments=None))
-    assert fit_adjustments((plain / frequencies(config)).tolist(), config) == config.rope_adjustments
+def planned(architecture: str, config: Config) -> Plan:
+    keys, row = shapes(config, 10**3, "the test"), GGUF[architecture]
+    names = slots(row.names(config.base_dict(), row.joined), config, keys)
+    tensors = {name: stored_shape(slot, config, keys) for name, slot in names.items()}
+    return plan(Path("x.gguf"), architecture, config, tensors, ["x"] * config.vocab_size)
 
 
-def test_other_rope_tables_are_not_taken_for_llamas() -> None:
-    config = Config(n_embd=64, n_head=1, rotary_percentage=1.0)
-    assert fit_adjustments([1.0] * 32, config) == {}
-    for strange in (np.full(32, 4.0), np.linspace(1, 8, 32), np.zeros(32), np.full(32, math.nan), -np.ones(32), np.full(32, 0.5)):
-        assert fit_adjustments(strange.tolist(), config) is None
+@pytest.mark.parametrize(
+    ("architecture", "model", "changes"),
+    [
+        ("llama", "Llama-2-7b-hf", {}),
+        ("llama", "Llama-2-7b-hf", {"bias": True}),
+        ("llama", "Llama-2-7b-hf", {"attn_bias": True}),
+        ("gptneox", "pythia-14m", {}),
+        ("gptneox", "pythia-14m", {"parallel_residual": False}),
+        ("stablelm", "stablelm-2-1_6b", {}),
+        ("stablelm", "stablelm-3b-4e1t", {"parallel_residual": True, "shared_attention_norm": True}),
+        ("falcon", "falcon-7b", {}),
+        ("falcon", "falcon-40b", {}),
+        ("phi2", "phi-2", {}),
+        ("granite", "granite-3.0-2b-base", {}),
+    ],
+)
+def test_a_plan_is_read_as_its_config(architecture: str, model: str, changes: dict[str, Any]) -> None:
+    config = Config.from_name(model, n_layer=2, **changes)
+    assert not differences(config, read_config(planned(architecture, config)), INPUT_AND_TRAINING, 1e-6)
+
+
+def test_a_model_that_an_architecture_lacks_the_keys_for_is_read_differently() -> None:
+    config = replace(Config.from_name("Llama-2-7b-hf", n_layer=2), logits_scaling=2.0)
+    assert differences(config, read_config(planned("llama", config))).keys() == {"logits_scaling"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.causal", False, "llama.attention.causal is False, supported is only True"),
+        ("block_count", 10**6, "1000000 blocks"),
+        ("rope.dimension_count", 64, "supported is only the whole head, here 128"),
+    ],
+)
+def test_what_is_not_supported_is_named(key: str, value: Any, message: str) -> None:
+    file = planned("llama", Config.from_name("Llama-2-7b-hf", n_layer=2))
+    file.metadata[f"llama.{key}"] = value
+    with pytest.raises(UserError, match=message):
+        read_config(file)
+
+
+def test_padding_is_counted_from_the_end() -> None:
+    assert padding(["a", "[PAD1]", "b", "[PAD3]", "[PAD4]"]) == 2 and padding(["[PAD0]"]) == 0

@@ -8,15 +8,15 @@ import gguf
 import pytest
 
 from litgpt.config import Config
-from litgpt.convert.gguf.names import ARCHITECTURES, table
 from litgpt.convert.gguf.writer import has_tensor
 from litgpt.convert.names import hf_table, shapes, slots
+from litgpt.families import GGUF
 from tests.helpers import family_configs as configs
 from tests.helpers import gguf_files
 
 
 def test_every_architecture_has_a_case() -> None:
-    assert {architecture for *_, architecture, _ in gguf_files.CASES.values()} == ARCHITECTURES.keys()
+    assert {architecture for *_, architecture, _ in gguf_files.CASES.values()} == GGUF.keys()
 
 
 @pytest.mark.parametrize("case", gguf_files.CASES)
@@ -29,7 +29,7 @@ def test_names_are_those_of_the_gguf_library(case: str) -> None:
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.n_layer)
     ours: dict[str, set[str]] = {}
-    for name, slot in slots(table(architecture, config, ARCHITECTURES[architecture].joined), config, keys).items():
+    for name, slot in slots(GGUF[architecture].names(config.base_dict(), GGUF[architecture].joined), config, keys).items():
         for key in slot.keys:
             ours.setdefault(key, set()).add(re.sub(r"(_exps)\.\d+", r"\1", name))
     for name, slot in slots(hf_table(settings.model_type, config), config, keys).items():

@@ -7,14 +7,15 @@ import json
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from litgpt.convert.gguf.pretokenizers import CUTS, pre_tokenizer
+from litgpt.convert.gguf.pretokenizers import pre_tokenizer
+from litgpt.families import PRETOKENIZERS
 from tests.helpers import gguf_files
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", PRETOKENIZERS)
 def test_every_cut_splits_all_of_a_text(name: str) -> None:
     backend = Backend.from_str(
-        json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": pre_tokenizer(CUTS[name])})
+        json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": pre_tokenizer(PRETOKENIZERS[name])})
     )
     for text in gguf_files.TEXTS:
         pieces = backend.pre_tokenizer.pre_tokenize_str(text)
@@ -32,6 +33,6 @@ def test_every_cut_splits_all_of_a_text(name: str) -> None:
 )
 def test_published_patterns(name: str, text: str, pieces: list[str]) -> None:
     backend = Backend.from_str(
-        json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": pre_tokenizer(CUTS[name])})
+        json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": pre_tokenizer(PRETOKENIZERS[name])})
     )
     assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces

@@ -14,14 +14,14 @@ import transformers
 
 from litgpt.checkpoint import load_weights, save_weights
 from litgpt.config import Config
+from litgpt.convert.compare import essence
 from litgpt.convert.gguf.config import read_config
 from litgpt.convert.gguf.convert import convert_gguf
 from litgpt.convert.gguf.export import convert_to_gguf
 from litgpt.convert.gguf.reader import Reader
 from litgpt.convert.gguf.writer import choose, group, write_gguf
-from litgpt.convert.hf import hf_settings
+from litgpt.convert.hf import hf_settings, to_hf
 from litgpt.errors import UserError
-from litgpt.families import essence, model_type
 from litgpt.rope import frequencies
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import gguf_files
@@ -75,7 +75,9 @@ def test_there_and_back_and_into_transformers(tmp_path: Path, write_tiny_tokeniz
 def test_named_models_have_an_architecture(name: str, architecture: str) -> None:
     """With the rotary tables, scales and windows of the real sizes."""
     config = Config.from_name(name)
-    made, _ = choose(config, {"tokenizer.ggml.tokens": ["x"] * config.vocab_size}, Path("x.gguf"), "emma" in name, model_type(config))
+    made, _ = choose(
+        config, {"tokenizer.ggml.tokens": ["x"] * config.vocab_size}, Path("x.gguf"), "emma" in name, to_hf(config)["model_type"]
+    )
     assert made.architecture == architecture
     found = read_config(made)
     apart = {"router_aux_loss_coef": None, "rope_adjustments": None}

@@ -1,0 +1,58 @@
+"""Do two configs compute the same?"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from litgpt.config import Config
+
+INPUT_AND_TRAINING = ("block_size", "router_aux_loss_coef")  # do not change what a model computes
+
+
+def differences(expected: Config, actual: Config, ignore: tuple[str, ...] = (), tolerance: float = 1e-12) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two configs compute different things, with both values. `tolerance` is relative, for floats."""
+    left, right = essence(expected), essence(actual)
+    return {key: (left[key], right[key]) for key in left if key not in ignore and not _equal(left[key], right[key], tolerance)}
+
+
+def _equal(left: Any, right: Any, tolerance: float) -> bool:
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key], tolerance) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(_equal(*pair, tolerance) for pair in zip(left, right, strict=True))
+    if isinstance(left, float) or isinstance(right, float):
+        return isinstance(left, int | float) and isinstance(right, int | float) and math.isclose(left, right, rel_tol=tolerance)
+    return bool(left == right)
+
+
+def essence(config: Config) -> dict[str, Any]:
+    """Return the fields that decide what a model computes, with unused ones at one value: equal for configs that compute the same."""
+    f = config.base_dict()
+    for key in ("name", "hf_config", "vocab_size", "padding_multiple"):
+        del f[key]
+    f["rotary_percentage"] = config.rope_n_elem
+    f["attention_scores_scalar"] = f["attention_scores_scalar"] or config.head_size
+    f["attn_bias"] = config.attn_bias or config.bias
+    if not config.norm_qk:
+        f["norm_qk_type"] = None
+    if config.sliding_window_size is None or not any(config.sliding_window_indices or ()):
+        f["sliding_window_size"] = f["sliding_window_indices"] = None
+    if config.rope_indices is None or not any(config.rope_indices):
+        f["rope_indices"] = None
+    if 1 not in (config.rope_indices or ()):
+        f["rope_local_base_freq"] = None
+        if config.rope_adjustments and config.rope_kind == "linear":
+            f["rope_condense_ratio"], f["rope_adjustments"] = f["rope_condense_ratio"] * config.rope_adjustments["factor"], None
+    if config.learned_positions:
+        for key in [key for key in f if key.startswith(("rope_", "rotary_"))]:
+            f[key] = None
+    experts = config.mlp_class_name == "LLaMAMoE"
+    if experts:
+        f["intermediate_size"] = config.moe_intermediate_size or config.intermediate_size
+    for key in () if experts else ("n_expert", "n_expert_per_token", "norm_topk_prob", "router_aux_loss_coef"):
+        f[key] = None
+    f["moe_intermediate_size"] = None
+    if config.mlp_class_name in ("LLaMAMLP", "LLaMAMoE"):
+        f["gelu_approximate"] = None
+    return f
