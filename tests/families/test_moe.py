@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from contextlib import nullcontext
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +14,9 @@ from torch.testing import assert_close
 from litgpt.activations.cache import Recompute
 from litgpt.config import Config
 from litgpt.lora import mark_only_lora_as_trainable
-from litgpt.loss import HeadLoss
+from litgpt.loss import HeadLoss, loss_of
 from litgpt.model import LLaMAMoE, load_balance
 from litgpt.sample import Sample
-from litgpt.train.loop import Loop
 from tests.helpers import family_configs as configs
 from tests.helpers import tiny
 
@@ -75,10 +72,8 @@ def make_samples() -> list[Sample]:
 
 
 def training_loss(model: Any, samples: list[Sample]) -> torch.Tensor:
-    """The training loop's, over all samples in one batch."""
-    head = HeadLoss(model.lm_head, model.config.logits_scaling, model.config.final_logit_softcapping)
-    loop = SimpleNamespace(model=model, head_loss=head, autocast=nullcontext)
-    return Loop._loss(cast("Loop", loop), Recompute(model, samples, CPU), range(len(samples)))
+    """Return the training loop's loss over all samples in one batch."""
+    return loss_of(model, Recompute(model, samples, CPU)(range(len(samples))), HeadLoss.of(model))
 
 
 @pytest.mark.parametrize("family", MIXTURES)
