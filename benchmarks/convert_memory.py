@@ -26,7 +26,7 @@ import safetensors.torch, torch
 from litgpt.convert import from_litgpt, hf
 from litgpt.convert import litgpt as own
 from litgpt.convert import write as writer
-from litgpt.convert.names import assemble, shapes
+from litgpt.convert.names import fit, shapes
 from litgpt.families import HF
 from litgpt import checkpoint, config
 kind, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -43,7 +43,8 @@ elif kind == "all in":
         for name, tensor in safetensors.torch.load_file(file).items():
             stored[name] = hf.Stored(tuple(tensor.shape), tensor.clone)
             stored[name].load()
-    weights = assemble(stored, HF["llama"].names, hf.choose_config(source, None), "", False)
+    plan = fit(stored, HF["llama"].names, hf.choose_config(source, None), "", False)
+    weights = {key: load() for keys, load in plan.items() for key in keys}
     target.mkdir()
     checkpoint.save_weights(weights, target / "lit_model.pth")
 print("done", flush=True)

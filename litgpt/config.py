@@ -29,7 +29,8 @@ UNSUPPORTED_FIELDS: dict[str, Any] = {
 }
 
 OPTIONAL_SIZES = ("padded_vocab_size", "head_size", "n_query_groups", "intermediate_size", "moe_intermediate_size", "sliding_window_size")
-SIZES = ("block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
+COUNTS = ("n_expert", "n_expert_per_token")  # may be 0
+SIZES = (*COUNTS, "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
 MOST_SIZE, MOST_BLOCKS = 2**31 - 1, 10_000  # a broken file's sizes must not overflow, nor take hours to build
 OPTIONAL_FACTORS = ("attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq")
 SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
@@ -42,8 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 CHOSEN_TAPS = "skip2lora_block_indices"  # in an adapter's model_config.yaml: the blocks that `auto` chose
 PER_BLOCK: dict[str, tuple[int, ...]] = {"sliding_window_indices": (0, 1), "rope_indices": (-1, 0, 1)}  # lists, and their entries
-# The keys of `rope_adjustments` for each kind of scaling.
-ROPE_KEYS: dict[str, tuple[str, ...]] = {
+ROPE_KEYS: dict[str, tuple[str, ...]] = {  # of `rope_adjustments`, for each kind of scaling
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"),
     "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
@@ -144,9 +144,9 @@ class Config:
             value = getattr(self, key)
             if value is None and key in OPTIONAL_SIZES:
                 continue
-            limit = MOST_BLOCKS if key == "n_layer" else MOST_SIZE
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-                raise UserError(f"{key} is {repr(value)[:60]}: a whole number from 1 to {limit} is needed")
+            least, limit = int(key not in COUNTS), MOST_BLOCKS if key == "n_layer" else MOST_SIZE
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= limit:
+                raise UserError(f"{key} is {repr(value)[:60]}: a whole number from {least} to {limit} is needed")
         for flag in fields(self):
             if flag.type == "bool" and not isinstance(getattr(self, flag.name), bool):
                 raise UserError(f"{flag.name} is {getattr(self, flag.name)!r}: true or false is needed")
@@ -157,10 +157,6 @@ class Config:
         for key, known in CHOICES.items():
             if getattr(self, key) not in known:
                 raise UserError(f"{key} {getattr(self, key)!r} of model {self.name!r} is not supported: only {', '.join(known)} are")
-        for key in ("n_expert", "n_expert_per_token"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise UserError(f"{key} is {value!r}: a whole number from 0 is needed")
         for key, most in (("rotary_percentage", 1.0), ("router_aux_loss_coef", math.inf)):
             value = getattr(self, key)
             if (not _is_positive(value) and value != 0) or value > most:

@@ -49,7 +49,7 @@ LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 LINES_TOO_MANY = 2_400
 WITHOUT_TESTS = {
-    "activations.store", "args", "convert.names", "finetune.sweep", "train.interrupts", "train.methods", "train.out_dir",
+    "activations.store", "args", "finetune.sweep", "train.interrupts", "train.methods", "train.out_dir",
     "train.parallel", "train.phase", "train.prepare", "train.report", "train.run", "train.settings", "train.trials",
 }  # fmt: skip
 

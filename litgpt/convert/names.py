@@ -201,14 +201,6 @@ def _gather(key: str, pieces: list[tuple[Stored, Slot]], shape: tuple[int, ...],
     return joined
 
 
-def assemble(
-    tensors: Mapping[str, Stored], table: Table, config: Config, source: str, tied: bool, dtype: torch.dtype | None = None
-) -> dict[str, torch.Tensor]:
-    """Return the complete LitGPT state dict of the stored tensors, in memory; see `fit`."""
-    plan = fit(tensors, table, config, source, tied, dtype)
-    return {key: tensor for keys, load in plan.items() for tensor in [load()] for key in keys}
-
-
 def unfused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """Return the tensors with one for each expert, where a tensor holds all experts of a block."""
     separate = {}

@@ -138,7 +138,11 @@ def activation(key: str, default: str) -> Aspect:
             raise ValueError(f"{key} {value!r} is not supported, only {', '.join(map(repr, names))} are")
         return {"gelu_approximate": names[value]}
 
-    return Aspect(read, lambda fields: {key: "gelu" if fields["gelu_approximate"] == "none" else "gelu_new"})
+    def write(fields: Fields) -> dict[str, Any]:
+        usual = "gelu" if fields["gelu_approximate"] == "none" else "gelu_new"
+        return {key: default if names[default] == names[usual] else usual}
+
+    return Aspect(read, write)
 
 
 def _read_biases(hf: Hf) -> Fields:

@@ -10,11 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, safe_open, save_file
 
-from litgpt import families
 from litgpt.checkpoint import load_weights, require_checkpoint
 from litgpt.config import Config
 from litgpt.convert import hf
-from litgpt.convert.names import rows
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
 from litgpt.model import GPT
@@ -171,16 +169,6 @@ def test_qkv_rows_are_all_q_then_k_then_v(tmp_path: Path) -> None:
     attention = model.model.layers[1].self_attn
     expected = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
     assert torch.equal(load_weights(tmp_path / "lit_model.pth")["transformer.h.1.attn.qkv.weight"], expected)
-
-
-def test_rows_are_a_permutation_for_every_family() -> None:
-    config = Config(n_head=4, n_query_groups=2, n_embd=32, padded_vocab_size=8, vocab_size=8)
-    for parts in (("q", "k", "v"), ("qkv grouped",), ("all",)):
-        assert sorted(torch.cat([rows(part, config) for part in parts]).tolist()) == list(range(64))
-    neox = rows("qkv grouped", Config(n_head=2, n_embd=4, padded_vocab_size=8, vocab_size=8))
-    assert neox.tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]  # head 0: q, k, v; head 1: q, k, v
-    falcon = rows("qkv grouped", Config(n_head=4, n_query_groups=2, n_embd=4, padded_vocab_size=8, vocab_size=8))
-    assert falcon.tolist() == [0, 1, 4, 6, 2, 3, 5, 7]  # q 0, q 1, k 0, v 0; q 2, q 3, k 1, v 1
 
 
 def test_names(tmp_path: Path) -> None:
@@ -427,9 +415,3 @@ def test_more_experts_than_there_are_tensors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="1000000 experts"):
         convert_to_litgpt(tmp_path)
-
-
-def test_every_family_can_be_read_and_written() -> None:
-    for kind, row in families.HF.items():
-        for names in (row.names, *([row.variant.names] if row.variant else [])):
-            assert len(set(names.values())) == len(names), kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from litgpt import families as catalog
 from litgpt.config import Config
 from litgpt.convert.compare import essence
 from litgpt.model import GPT
+from litgpt.prompts import STYLES
 
 DEFAULTS: dict[str, Any] = {
     "block_size": 4096,
@@ -237,3 +239,23 @@ def test_rows_are_the_callers() -> None:
     changed = catalog.find("Gemma-3-1b-it") or {}
     changed["sliding_window_indices"][0] = 0
     assert (catalog.find("Gemma-3-1b-it") or {})["sliding_window_indices"][0] == 1
+
+
+def test_only_its_own_family_gives_a_model_its_prompt_style() -> None:
+    """So the order of families does not matter."""
+    for name in catalog.names():
+        for key, family in catalog.FAMILIES.items():
+            patterns = [pattern for pattern in family.prompts if re.search(pattern, name, re.IGNORECASE)]
+            assert not patterns or family is catalog.home(name), (name, key, patterns)
+
+
+def test_prompt_styles_exist() -> None:
+    assert {style for family in catalog.FAMILIES.values() for style in family.prompts.values()} <= STYLES.keys()
+
+
+def test_every_module_is_a_family() -> None:
+    files = {file.stem for file in Path(catalog.__file__).parent.glob("[a-z]*.py")}
+    assert files == catalog.FAMILIES.keys() and next(iter(catalog.FAMILIES)) == "llama"
+    for attribute in ("hf", "gguf", "pretokenizers"):
+        names = [name for family in catalog.FAMILIES.values() for name in getattr(family, attribute)]
+        assert len(set(names)) == len(names)

@@ -17,7 +17,6 @@ import transformers
 from litgpt import config as base_config
 from litgpt import lora, model
 from litgpt.convert.hf import open_weights
-from litgpt.convert.names import assemble, hf_table
 from tests.helpers import tiny
 
 transformers.utils.logging.disable_progress_bar()
@@ -142,8 +141,7 @@ def converted(hf: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
         tensors = open_weights(Path(folder))
-        table = hf_table(settings["model_type"], config)
-        weights = assemble(tensors, table, config, "the test's model", bool(settings["tie_word_embeddings"]))
+        weights = tiny.assemble(tensors, settings["model_type"], config, settings["tie_word_embeddings"])
         return config.base_dict(), {name: weight.clone() for name, weight in weights.items()}
 
 

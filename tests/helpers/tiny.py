@@ -12,7 +12,7 @@ import yaml
 
 from litgpt import checkpoint, lora, model
 from litgpt import config as base_config
-from litgpt.convert.names import Stored, assemble, hf_table, rows, slots
+from litgpt.convert.names import Stored, fit, hf_table, rows, slots
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -67,8 +67,13 @@ def converted(hf: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if settings["model_type"] == "gpt_neox":  # its name in files
         state["embed_out.weight"] = state.pop("lm_head.weight")
     tensors = {name: Stored(tuple(value.shape), lambda value=value: value.clone()) for name, value in state.items()}
-    weights = assemble(tensors, hf_table(settings["model_type"], config), config, "the test's model", bool(settings["tie_word_embeddings"]))
-    return config.base_dict(), weights
+    return config.base_dict(), assemble(tensors, settings["model_type"], config, settings["tie_word_embeddings"])
+
+
+def assemble(tensors: dict[str, Stored], model_type: str, config: base_config.Config, tied: bool) -> dict[str, torch.Tensor]:
+    """Return the LitGPT state dict of a Hugging Face model's tensors."""
+    plan = fit(tensors, hf_table(model_type, config), config, "the test's model", tied)
+    return {key: tensor for keys, load in plan.items() for tensor in [load()] for key in keys}
 
 
 def hf_of(config: base_config.Config, weights: dict[str, torch.Tensor]) -> Any:
