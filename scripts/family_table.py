@@ -1,4 +1,4 @@
-"""docs/families.md from the tests: runs them and writes which family passes what. --check compares it with the tests there are."""
+"""Write docs/families.md: run the tests and record which family passes them. --check compares the table with the collected tests."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ COLUMNS = {
 HEAD = """# Families
 
 Made by `python scripts/family_table.py` from the tests, which compare tiny random models with transformers, PEFT and the gguf library.
-`yes`: the column's tests pass for it; `-`: it is not among them.
+`yes`: the column's tests pass; `-`: not tested.
 
-- forward: logits, at once and through the key/value cache, in padded batches, beyond windows
+- forward: logits in one pass, with the key/value cache, in padded batches, beyond sliding windows
 - LoRA, Skip2-LoRA: gradients, cached decoding, training from cached activations
-- HF in, out: Hugging Face to litgpt and back, every tensor bit for bit
-- GGUF in, out: to a GGUF file and back; transformers reads it
+- HF in, out: from Hugging Face to litgpt and back, every tensor bit for bit
+- GGUF in, out: to a GGUF file and back; where transformers supports the architecture, it reads the file
 - PEFT: adapters to PEFT's format and back; hooks: `litgpt.integrations.transformers`
 
 """
 
 
 class Recorder:
-    """For each column and family: whether all of its tests passed, or were found if they are collected only."""
+    """Record for each column and family if all its tests passed, or exist if they are only collected."""
 
     def __init__(self) -> None:
-        self.found: dict[tuple[str, str], bool] = {}
+        self.passed: dict[tuple[str, str], bool] = {}
         self.cells: dict[str, tuple[str, str]] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -51,26 +51,26 @@ class Recorder:
             for column, (file, functions) in COLUMNS.items():
                 if name in functions and family and item.nodeid.split("::")[0].endswith(file):
                     self.cells[item.nodeid] = (column, family)
-                    self.found[column, family] = True
+                    self.passed[column, family] = True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         cell = self.cells.get(report.nodeid)
         if cell and not report.passed:
-            self.found[cell] = False
+            self.passed[cell] = False
 
     def table(self) -> str:
-        families = dict.fromkeys(family for _, family in self.found)
+        families = dict.fromkeys(family for _, family in self.passed)
         lines = [f"| family | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
         words = {True: "yes", False: "**fails**", None: "-"}
         for family in sorted(families):
-            cells = (words[self.found.get((column, family))] for column in COLUMNS)
+            cells = (words[self.passed.get((column, family))] for column in COLUMNS)
             lines.append(f"| {family} | {' | '.join(cells)} |")
         return HEAD + "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only compare docs/families.md with the tests that there are")
+    parser.add_argument("--check", action="store_true", help="only compare docs/families.md with the collected tests")
     check = parser.parse_args().check
     recorder = Recorder()
     files = dict.fromkeys(str(ROOT / "tests" / file) for file, _ in COLUMNS.values())
@@ -79,7 +79,7 @@ def main() -> int:
     if check:
         if code == 0 and TABLE.read_text(encoding="utf-8") == recorder.table():
             return 0
-        print(f"{TABLE} is not what the tests give: run python scripts/family_table.py", file=sys.stderr)
+        print(f"{TABLE} differs from the tests: run python scripts/family_table.py", file=sys.stderr)
         return 1
     TABLE.write_text(recorder.table(), encoding="utf-8")
     return int(code)

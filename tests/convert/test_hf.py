@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file, safe_open, save_file
@@ -61,7 +62,7 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
 
 
 def build(kind: str = "llama grouped") -> transformers.PreTrainedModel:
-    """A model with random weights, biases and norms included: zeros and ones would hide mistakes."""
+    """Return a model with random weights, biases and norms included: zeros and ones would hide mistakes."""
     torch.manual_seed(3)
     model = MODELS[kind]()
     for parameter in model.parameters():
@@ -172,7 +173,7 @@ def test_qkv_rows_are_all_q_then_k_then_v(tmp_path: Path) -> None:
 
 
 def test_names(tmp_path: Path) -> None:
-    """A folder that bears a model's name takes that model's settings if they fit, config.json's if not; --model_name has to fit."""
+    """A folder with a model's name takes that model's settings if they fit, else config.json's; --model_name has to fit."""
     sizes = {"vocab_size": 50304, "hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 512}
     config = transformers.GPTNeoXConfig(**sizes, max_position_embeddings=512)
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "pythia-14m")
@@ -379,9 +380,8 @@ def test_memory_maps_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     convert_to_litgpt(tmp_path / "hf", tmp_path / "expected")
     opened: list[str] = []
-    usual = hf._open_safetensors
     monkeypatch.setattr(hf, "RELEASE", 1)
-    monkeypatch.setattr(hf, "_open_safetensors", lambda file: opened.append(file.name) or usual(file))
+    monkeypatch.setattr(safetensors, "safe_open", lambda file, framework: opened.append(file.name) or safe_open(file, framework))
     convert_to_litgpt(tmp_path / "hf", tmp_path / "lit")
     assert len(opened) > len(model.state_dict())
     assert_equal(converted(tmp_path / "lit"), converted(tmp_path / "expected"))

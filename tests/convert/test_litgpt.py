@@ -18,7 +18,7 @@ H, G, h = 4, 2, 8
 
 
 def before_0_5(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict as LitGPT kept it once: for each key/value head its query heads, the key, the value."""
+    """Return the state dict in the old layout: for each key/value head its query heads, the key, the value."""
     old = {}
     for name, tensor in weights.items():
         if ".attn.qkv." in name:

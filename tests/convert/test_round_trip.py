@@ -17,8 +17,7 @@ from litgpt.convert.from_litgpt import convert_from_litgpt
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from tests.helpers import family_configs as configs
 
-FIRST = {kind: name for name, (kind, _) in reversed(configs.FAMILIES.items())}.values()
-"""one entry of each class of transformers"""
+FIRST = {kind: name for name, (kind, _) in reversed(configs.FAMILIES.items())}.values()  # one entry of each class of transformers
 IDS = torch.randint(3, configs.SIZES["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -33,7 +32,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def load(folder: Path, caplog: pytest.LogCaptureFixture) -> Any:
-    """The model that transformers makes of the folder as it is: it takes every tensor, and misses none."""
+    """Load the folder in transformers, with every tensor used and none missing."""
     with caplog.at_level(logging.WARNING, logger="transformers"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True

@@ -41,7 +41,7 @@ def loss_of(logits: torch.Tensor) -> torch.Tensor:
 
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The adapters, with values as if trained."""
+    """Return the adapters, with values as if trained."""
     mark_only_lora_as_trainable(tiny.move_adapters(model, size=0.2))
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -220,7 +220,7 @@ def test_a_cached_step_is_an_uncached_one(family: str, cut: str) -> None:
 
 
 def test_adapter_keys_are_the_base_layers() -> None:
-    """Every linear layer of attention, MLP, experts, router and head: its own key with lora_A and lora_B, as LitGPT names them."""
+    """Linear layers of attention, MLP, experts, router and head have keys with lora_A and lora_B, as LitGPT names them."""
     for family in configs.FAMILIES:
         keys = configs.ours(family, **LORA).state_dict().keys()
         matrices = {

@@ -1,4 +1,4 @@
-"""config.json of every architecture, read and written: against transformers' own config classes."""
+"""config.json of every architecture, read and written, compared with transformers' config classes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from tests.helpers import family_configs as configs
 
 FAMILY = pytest.mark.parametrize("family", configs.FAMILIES)
 NOT_WRITTEN = {"architectures", "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "rope_parameters"}
-UNUSED = {"max_window_layers", "no_rope_layer_interval"}
-"""what only makes layer_types and no_rope_layers, which are written"""
+UNUSED = {"max_window_layers", "no_rope_layer_interval"}  # layer_types and no_rope_layers are written instead
 
 
 def same(one: Any, other: Any) -> bool:
@@ -34,7 +33,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def loaded(content: dict[str, Any], folder: Path) -> Any:
-    """What transformers makes of a config.json."""
+    """Return transformers' config for a config.json."""
     (folder / "config.json").write_text(json.dumps(content))
     return transformers.AutoConfig.from_pretrained(folder)
 
@@ -57,7 +56,7 @@ def rotary(hf: Any) -> list[tuple[list[float], float]]:
 
 
 def old_style(hf: dict[str, Any]) -> dict[str, Any]:
-    """As transformers 4 wrote it."""
+    """Return a config as transformers 4 wrote it."""
     hf = dict(hf)
     given = dict(hf.pop("rope_parameters", {}))
     if not given:
@@ -114,7 +113,7 @@ def test_architecture_is_found_by_the_fields(family: str) -> None:
 
 
 def least_of(kind: str) -> dict[str, Any]:
-    """The least that a file must have."""
+    """Return the smallest config that is valid."""
     least: dict[str, Any] = {"vocab_size": 50, "max_position_embeddings": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
     least |= {"hidden_size": 32, "intermediate_size": 48, "model_type": kind}
     if kind == "falcon":
@@ -156,7 +155,7 @@ SAID = [
 
 @pytest.mark.parametrize(("kind", "said"), [(kind, {}) for kind in catalog.architectures()] + SAID, ids=str)
 def test_what_a_file_leaves_out_is_transformers(kind: str, said: dict[str, Any]) -> None:
-    """A short file, and the same with all that transformers fills in and moves."""
+    """A short file is read as the file with all that transformers fills in and moves."""
     least = {**least_of(kind), **said}
     config = type(transformers.AutoConfig.for_model(kind)).from_dict(copy.deepcopy(least))
     filled = {**config.to_dict(), "architectures": None}
@@ -171,7 +170,7 @@ def test_what_a_file_leaves_out_is_transformers(kind: str, said: dict[str, Any])
 
 
 def distinct() -> list[str]:
-    """A name for each different row of the catalogue."""
+    """Return a name for each different row of the catalogue."""
     rows = {
         str({key: value for key, value in (catalog.find(name) or {}).items() if key not in ("name", "hf_config")}): name
         for name in catalog.names()

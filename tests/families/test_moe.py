@@ -1,4 +1,4 @@
-"""The mixture of experts against every expert run on every token, and the router's loss against transformers' in training."""
+"""The mixture of experts equals the dense form; the router's training loss equals transformers'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every name of LitGPT 0.5.13 with LitGPT's figures, and the models' published numbers of parameters."""
+"""Named models have LitGPT 0.5.13's sizes and the published numbers of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family against transformers' logits: at once, through the key/value cache, in padded batches, beyond windows and first contexts."""
+"""Every family's logits equal transformers': in one pass, with the key/value cache, in padded batches, beyond windows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORT = 6
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest, over the spread of the logits where that is above 1."""
+    """Return the largest difference, over the spread of the logits where that is above 1."""
     return float((got - want).abs().max() / want.std().clamp_min(1.0))
 
 

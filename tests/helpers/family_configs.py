@@ -1,4 +1,4 @@
-"""Every family that litgpt builds, as one tiny random model each: in transformers, and the same weights here.
+"""A tiny random model of every family, in transformers and with the same weights here.
 
 A new family is a new entry of FAMILIES. 3 or 4 blocks, d 32, 4 heads, V 101; windows (8 tokens) and the contexts that rotary scaling
 counts from (16 tokens) are shorter than the sequences of the tests.
@@ -129,13 +129,13 @@ def hf_config(family: str, **changes: Any) -> Any:
 
 
 def hf_model(family: str, **changes: Any) -> Any:
-    """A transformers model with random weights, norms and biases included, in eval mode. `changes` to its config."""
+    """Return a transformers model with random weights, norms and biases included, in eval mode. `changes` apply to its config."""
     hf = transformers.AutoModelForCausalLM.from_config(hf_config(family, **changes), attn_implementation="eager")
     return tiny.randomise(hf)
 
 
 def converted(hf: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Config fields and LitGPT state dict of a transformers model, by way of the files that it writes."""
+    """Return the Config fields and LitGPT state dict of a transformers model, read from the files that it writes."""
     settings = hf.config.to_dict()
     config = base_config.Config.from_hf(settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -147,14 +147,14 @@ def converted(hf: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 @functools.cache
 def pair(family: str) -> tuple[Any, dict[str, Any], dict[str, torch.Tensor]]:
-    """A family's transformers model, and the same as config fields and state dict here. Shared by all tests: not to be changed."""
+    """Return a family's transformers model, and its config fields and state dict here. All tests share them: do not change them."""
     with torch.inference_mode(False):  # a test in inference mode may ask first
         hf = hf_model(family)
         return hf, *converted(hf)
 
 
 def ours(family: str, **adapter: Any) -> Any:
-    """The family's model here; with adapter settings a `litgpt.lora.GPT`, whose B are zero. Its own weights, in eval mode."""
+    """Return the family's model here, in eval mode; with adapter settings a `litgpt.lora.GPT`, whose B are zero."""
     _, fields, weights = pair(family)
     torch.manual_seed(0)
     built: Any = lora.GPT(lora.Config(**fields, **adapter)) if adapter else model.GPT(base_config.Config(**fields))
