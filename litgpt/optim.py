@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,10 +17,51 @@ from litgpt.errors import UserError
 UNUSABLE = ("LBFGS", "SparseAdam")  # the first evaluates the loss itself, the second takes sparse gradients only
 
 
+class MasterWeights(torch.optim.Optimizer):
+    """An optimizer of bf16 or fp16 parameters that keeps and updates fp32 copies of them, and rounds the copies after each step.
+
+    A step of 1e-5 is below the resolution of most bf16 weights: without the copies it would be lost (arXiv 1710.03740, section 3.1).
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> None:
+        self.parameters = parameters
+        self.masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
+        self.inner = make(self.masters)
+        self.param_groups, self.defaults = self.inner.param_groups, self.inner.defaults
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            master.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            p.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = self.inner.state_dict()
+        state = {i: {**saved["state"].get(i, {}), "master": master.detach()} for i, master in enumerate(self.masters)}
+        return {**saved, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state with or without the copies: without them the parameters' present values are the copies."""
+        state = {}
+        for i, values in state_dict["state"].items():
+            state[i] = {name: value for name, value in values.items() if name != "master"}
+            if "master" in values:
+                self.masters[i].data.copy_(values["master"])
+        self.inner.load_state_dict({**state_dict, "state": {i: values for i, values in state.items() if values}})
+        self.param_groups = self.inner.param_groups
+
+
 def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """Return an optimizer from a name of `torch.optim` or `{"class_path": ..., "init_args": {...}}`; the fused form if there is one.
 
-    Raises UserError for an unknown or forbidden class, and for arguments that do not fit.
+    Parameters below fp32 get `MasterWeights`. Raises UserError for an unknown or forbidden class, and for arguments that do not fit.
     """
     if isinstance(spec, str):
         spec = {"class_path": spec}
@@ -48,8 +89,11 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
         settings["fused"] = True
     if isinstance(settings.get("betas"), list):
         settings["betas"] = tuple(settings["betas"])
+    trained = list(parameters)
     try:
-        return optimizer(list(parameters), **settings)
+        if any(p.dtype.itemsize < 4 for p in trained):
+            return MasterWeights(trained, lambda masters: optimizer(masters, **settings))
+        return optimizer(trained, **settings)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"optimizer: {name} refuses its arguments: {error}") from None
 

@@ -312,7 +312,7 @@ class ChatTemplate(ChatStyle):
         self.source = source or "the chat template"
         if len(template) > MAX_TEMPLATE:
             raise UserError(f"{self.source}: the chat template has {len(template):,} characters, at most {MAX_TEMPLATE:,} are read")
-        self._now = datetime.now()  # fixed: a run that crosses midnight must not change its prompts
+        self.now = datetime.now()  # fixed: a run that crosses midnight must not change its prompts
         self._compiled: Template | None = None
 
     @classmethod
@@ -330,7 +330,7 @@ class ChatTemplate(ChatStyle):
             from litgpt.templates import MAX_SIZE, Sandbox
 
             if self._compiled is None:
-                self._compiled = Sandbox(self._now).from_string(self.template)
+                self._compiled = Sandbox(self.now).from_string(self.template)
             self._compiled.environment.start()  # type: ignore[attr-defined]
             for piece in self._compiled.generate(
                 messages=messages,

@@ -26,6 +26,9 @@ from litgpt.train.resume import PhaseStart, State, random_states
 SORTED_BATCHES = 50  # batches among which `train.group_by_length` sorts samples: more make batches more alike, and less random
 
 
+REMEDY = "lower the learning rate, set train.max_norm, or use another precision"
+
+
 class Batch(NamedTuple):
     """This rank's samples of a step, and the counts of the whole global batch."""
 
@@ -231,11 +234,21 @@ class Loop:
             return True
         where = f"step {state.step + 1}: {wrong[0]} in a batch with samples {indices[:8]}"
         if not self.train.skip_nonfinite:
-            remedy = "lower the learning rate, set train.max_norm, or use another precision; train.skip_nonfinite true skips such steps"
-            raise NonFiniteError(f"{where}: {remedy}. The weights were not changed by this step", self._culprits(indices) or indices)
+            remedy = f"{REMEDY}; train.skip_nonfinite true skips such steps"
+            culprits = self._culprits(indices)
+            others = [i for i in self.batches.owned(self.rank.index) if i not in indices][:4]
+            # Weights that give every sample a non-finite loss diverged in an earlier step: they must not replace a sound checkpoint.
+            state.consistent = self.rank.any(len(culprits) < len(indices) or len(self._culprits(others)) < max(1, len(others)))
+            raise NonFiniteError(f"{where}: {remedy}. The weights were not changed by this step", culprits or indices)
         state.skipped += 1
         self.say(f"{where}: the step is skipped")
         return False
+
+    def require_finite(self, state: State) -> None:
+        """Raise NonFiniteError if a trained weight is not finite."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.trained):
+            state.consistent = False
+            raise NonFiniteError(f"step {state.step}: the trained weights are not finite: {REMEDY}")
 
     @torch.no_grad()
     def _culprits(self, indices: list[int]) -> list[int]:

@@ -46,8 +46,8 @@ class Method:
     """writes the trained weights into a folder"""
     load: Callable[[GPT, Path], None]
     """gives a model the trained weights of a folder that `save` wrote"""
-    finish: Callable[[GPT, Path], None]
-    """adds to the final folder what only it has; may change the model"""
+    finish: Callable[[GPT, Path], bool] = lambda model, folder: False
+    """adds files to the final folder; returns True if the model's weights are now merged and rounded"""
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
     cache: CacheArgs = CacheArgs("off")
     lora_flags: tuple[str, ...] = ()
@@ -91,12 +91,14 @@ def adapters(settings: Any) -> Method:
         file = folder / checkpoint.ADAPTER_WEIGHTS
         checkpoint.load_adapter(model, checkpoint.load_weights(file), file)
 
-    def finish(model: GPT, folder: Path) -> None:
-        if not any(isinstance(module, Skip2LoRA) for module in model.modules()):
-            from litgpt.convert.merge import merged_weights
+    def finish(model: GPT, folder: Path) -> bool:
+        if any(isinstance(module, Skip2LoRA) for module in model.modules()):
+            return False
+        from litgpt.convert.merge import merged_weights
 
-            whole = checkpoint.load_model(folder, model.dtype) if is_quantised(model) else model  # merged into the base's own precision
-            checkpoint.save_weights(merged_weights(whole), folder / checkpoint.WEIGHTS)
+        whole = checkpoint.load_model(folder, model.dtype) if is_quantised(model) else model  # merged into the base's own precision
+        checkpoint.save_weights(merged_weights(whole), folder / checkpoint.WEIGHTS)
+        return whole is model and model.dtype.itemsize < 4
 
     return Method(
         config=lambda folder: LoRAConfig.from_checkpoint(folder, **config),
@@ -126,7 +128,7 @@ def full(tie_embeddings: bool | None = None) -> Method:
     def load(model: GPT, folder: Path) -> None:
         model.load_state_dict(checkpoint.load_weights(folder / checkpoint.WEIGHTS))
 
-    return Method(LoRAConfig.from_checkpoint, prepare, save, load, lambda model, folder: None)
+    return Method(LoRAConfig.from_checkpoint, prepare, save, load)
 
 
 def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) -> list[str]:

@@ -189,13 +189,13 @@ class Checkpoints:
         return self.step(state, optimizer, kept=False)
 
     def folder(self, name: str, measured: dict[str, Any], finish: Callable[[Path], None] | None = None) -> None:
-        """Write `best` or `final` with the figures `measured`; `finish` adds files to it."""
+        """Write `best` or `final` with the figures `measured`; `finish` adds files and figures."""
         with self._together(), self._folder(self.out_dir / name) as temporary:
             if temporary is not None:
                 self.write(temporary)
-                atomic.write_text(temporary / REPORT, as_json(measured))
                 if finish is not None:
                     finish(temporary)
+                atomic.write_text(temporary / REPORT, as_json(measured))
 
     def final(self, report: dict[str, Any], finish: Callable[[Path], None]) -> None:
         """Write `final` and report.json, and remove the checkpoints that existed only to resume from."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from litgpt.activations.cache import Activations
 from litgpt.args import EvalArgs
-from litgpt.errors import UserError
+from litgpt.errors import NonFiniteError, UserError
 from litgpt.logs import Console, MetricLoggers
 from litgpt.train.interrupts import Interrupts
-from litgpt.train.loop import Loop
+from litgpt.train.loop import REMEDY, Loop
 from litgpt.train.out_dir import Checkpoints
 from litgpt.train.resume import PhaseStart, State
 
@@ -53,7 +53,10 @@ class Phase:
         note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f}"
         self._progress(state.step - state.phase.step, self.loop.total_steps, note)
         self._finish_step(state, metrics, state.step % self.eval.interval == 0 or (is_last and self.eval.final_validation))
-        return not is_last and self.is_out_of_patience(state)
+        over = is_last or self.is_out_of_patience(state)
+        if over:
+            self.loop.require_finite(state)
+        return over
 
     def _finish_step(self, state: State, metrics: dict[str, float], validate: bool) -> None:
         train = self.loop.train
@@ -66,10 +69,12 @@ class Phase:
         minutes = train.save_every_minutes
         late = minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
         if train.save_interval and state.step % train.save_interval == 0:
+            self.loop.require_finite(state)
             self.checkpoints.step(state, self.loop.optimizer, kept=True)
             self.saved_at = time.perf_counter()
         elif self.loop.rank.any(late):
             self.saved_at = time.perf_counter()
+            self.loop.require_finite(state)
             try:
                 self.checkpoints.step(state, self.loop.optimizer, kept=False)
             except UserError as error:  # it was not asked for: the run continues without it
@@ -80,6 +85,10 @@ class Phase:
         """Return the validation loss and its perplexity; show a sample answer. Raises Stopped if a signal arrives."""
         loss = self.loop.validate(self.val_activations, self.val_batches, lambda: self.interrupts.asked is not None)
         self._stop_if_asked()
+        if not math.isfinite(loss):
+            state.consistent = False
+            raise NonFiniteError(f"step {state.step}: the validation loss is {loss}: {REMEDY}")
+        self.loop.require_finite(state)
         if state.add_loss(loss) and self.loop.train.keep_best:
             self.checkpoints.folder("best", {"step": state.step, "val_loss": loss})
         result = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from litgpt.errors import UserError
 from litgpt.logs import Console
 from litgpt.lora import GPT, keep_taps
 from litgpt.optim import make_optimizer
-from litgpt.prompts import PromptStyle, resolve_prompt_style
+from litgpt.prompts import ChatTemplate, PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.interrupts import memory_explained
 from litgpt.train.loop import samples_per_rank
@@ -56,6 +57,8 @@ class Job:
     """the tapped blocks, if `auto` chose them"""
     shared: SharedActivations | None = None
     """activations that several runs share; None: the run makes its own"""
+    date: datetime = field(default_factory=datetime.now)
+    """the date that the chat template sees; a resumed run keeps it"""
     answers: bool = True
     """show a sample answer at each validation, if `eval.max_new_tokens` asks for one"""
 
@@ -76,11 +79,12 @@ class Job:
             self.console.say(line)
 
 
-def prepare(settings: Run, method: Method, base: Path, point: Path | None = None) -> Job:
+def prepare(settings: Run, method: Method, base: Path, point: Path | None = None, date: datetime | None = None) -> Job:
     """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
 
-    `point`: the checkpoint to resume, which names the blocks that were chosen for the run.
+    `point`: the checkpoint to resume, which names the blocks that were chosen for the run. `date`: that of the run to resume.
     """
+    date = date or datetime.now()
     precision = settings.precision or default_precision(default_device())
     dtype = backbone_dtype(precision)
     cache_dtype = _cache_dtype(method.cache.dtype, dtype)
@@ -93,6 +97,8 @@ def prepare(settings: Run, method: Method, base: Path, point: Path | None = None
         tokenizer = Tokenizer(base)
         assert settings.data is not None
         style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer)
+        if isinstance(style, ChatTemplate):
+            style.now = date
         with fabric.rank_zero_first():
             settings.data.prepare_data()
         splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)))
@@ -105,7 +111,7 @@ def prepare(settings: Run, method: Method, base: Path, point: Path | None = None
     model.reach = max(sample.n_inputs for sample in (*splits.train, *splits.val))
     make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # wrong settings show before anything is computed or written
     example = _example(settings, splits.examples)
-    job = Job(settings, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype)
+    job = Job(settings, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype, date=date)
     if count := model.config.taps_to_choose:
         with ends_together(fabric):
             job.chosen = chosen_taps(point) if point else choose_taps(job, count)

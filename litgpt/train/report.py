@@ -13,7 +13,9 @@ REPORT = "report.json"
 
 
 def as_json(figures: dict[str, Any]) -> str:
-    return json.dumps(figures, indent=2) + "\n"
+    """Return the figures as JSON, which has no NaN or infinity: null stands for them."""
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}
+    return json.dumps(finite, indent=2) + "\n"
 
 
 def figures(state: State, steps_per_epoch: int, trainable: int, total: int, peak_memory_gb: float) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
     rows = {
         "validation loss before": loss(figures["initial_val_loss"]),
         "validation loss after": loss(figures["final_val_loss"]),
+        **({"merged into the base": loss(figures["merged_val_loss"])} if figures.get("merged_val_loss") is not None else {}),
         "trainable parameters": f"{trained:,} of {total:,} ({100 * trained / total:.3f} %)",
         "steps": f"{figures['steps']:,} ({figures['epochs']:g} epochs)",
         "time": f"{figures['total_seconds']:.1f} s, {figures['train_seconds']:.1f} s of it in training steps",

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from litgpt.sample import Sample
 
 FORMAT = 1
 FACTS, TENSORS = "training_state.json", "training_state.safetensors"
+IDENTITY = "identity.json"  # in final: tells whether the run that ended there is the one that is asked for
 ELSEWHERE = "Name another step with --resume, or start anew in another --out_dir"
 PROBES, PROBE_BYTES = 64, 2**20  # parts of a weights file that tell it from another one
 
@@ -258,6 +260,11 @@ class Saved:
 
     folder: Path
     facts: dict[str, Any]
+
+    @property
+    def date(self) -> datetime | None:
+        """The date that the run's chat template sees; None for a run of an earlier version."""
+        return datetime.fromisoformat(self.facts["date"]) if "date" in self.facts else None
 
     @property
     def state(self) -> State:

@@ -38,7 +38,7 @@ from litgpt.train.phase import Phase
 from litgpt.train.prepare import Job, prepare
 from litgpt.train.rehearsal import rehearse
 from litgpt.train.report import REPORT, as_json, figures, summary_rows
-from litgpt.train.resume import Identity, Saved, State, Stopwatch, compared_settings, environment, read
+from litgpt.train.resume import IDENTITY, Identity, Saved, State, Stopwatch, compared_settings, environment, read
 from litgpt.train.settings import Run
 
 
@@ -57,18 +57,46 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
         return {}
     with Interrupts() as interrupts, OutDir(settings.out_dir, settings.resume, settings.overwrite, base, is_first) as out_dir:
         if out_dir.is_finished:
+            require_same_run(settings, method, base)
             Console(is_first).say(f"{settings.out_dir / 'final'} exists: this run is finished, nothing is left to do")
             return finished_report(settings.out_dir, is_first)
         point = out_dir.resume_point(Console(is_first).say)
-        job = job_of() if job_of else prepare(settings, method, base, point)
+        saved = read(point) if point else None
+        job = job_of() if job_of else prepare(settings, method, base, point, saved.date if saved else None)
         job.say_what_is_trained()
-        session = Session(job, out_dir, interrupts, clock, read(point) if point else None)
+        session = Session(job, out_dir, interrupts, clock, saved)
         with session.ended_well():
             for phase in session.phases():
                 with phase.begun(session.state):
                     if not phase.is_out_of_patience(session.state):
                         phase.loop.run(session.state, phase.on_step)
             return session.finish()
+
+
+def require_same_run(settings: Run, method: Method, base: Path) -> None:
+    """Raise UserError if the run that ended in out_dir had other settings, data or base weights than these."""
+    final = settings.out_dir / "final"
+    if not (final / IDENTITY).is_file():  # written by an earlier version
+        return
+    saved = Saved(final, read_json(final / IDENTITY))
+    job = prepare(settings, method, base, final, saved.date)
+    require_same(final, identity_of(job, Rank.of(job.fabric)), saved.facts)
+
+
+def identity_of(job: Job, rank: Rank) -> Identity:
+    """Return what a resumed run must have in common with this one."""
+    resolved = {"precision": job.precision, "processes": rank.size, "skip2lora_cache": job.method.cache.mode != "off"}
+    settings = {**compared_settings(job.settings.hyperparameters(), type(job.settings)), **resolved}
+    return Identity.of(settings, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
+
+
+def require_same(folder: Path, identity: Identity, before: dict[str, Any]) -> None:
+    """Raise UserError, naming every difference, if the run that wrote the folder is another one."""
+    if changes := identity.changes(before):
+        raise UserError(
+            f"resume: {folder} belongs to another run: {'; '.join(changes)}. Resume with the settings of the run, or start anew "
+            "in another --out_dir"
+        )
 
 
 def finished_report(out_dir: Path, is_first: bool = True) -> dict[str, Any]:
@@ -90,7 +118,7 @@ class Session:
         self.hyperparameters = job.settings.hyperparameters()
         self.state, self.cached = State(clock=clock), dict[str, bool]()
         self.loop: Loop | None = None  # None while its activations are computed
-        identity = self._identity()
+        self.identity = identity = identity_of(job, self.rank)
         if saved is not None:
             self._resume(saved, identity, clock)
         resumed_at = self.state.step - (self.state.pending is not None) if saved else None
@@ -100,23 +128,13 @@ class Session:
             self.log = MetricLoggers(path, self.settings.logger_name, self.settings.log, self.hyperparameters, resumed_at)
         out_dir.make(resumed=saved is not None)
         self._warn_of_space()
-        facts = {"identity": identity.facts(), "environment": environment(self.rank.device), "cached": self.cached}
+        facts: dict[str, Any] = {"identity": identity.facts(), "date": job.date.isoformat(), "cached": self.cached}
+        facts["environment"] = environment(self.rank.device)
         newest = saved.folder if saved else None
         self.checkpoints = Checkpoints(path, self._write, facts, self.settings.train.keep_last, self.rank, self.log, newest)
 
-    def _identity(self) -> Identity:
-        """Return what a resumed run must have in common with this one."""
-        job = self.job
-        resolved = {"precision": job.precision, "processes": self.rank.size, "skip2lora_cache": job.method.cache.mode != "off"}
-        settings = {**compared_settings(self.hyperparameters, type(self.settings)), **resolved}
-        return Identity.of(settings, job.base, self.model.config.base_dict(), job.splits.train, job.splits.val)
-
     def _resume(self, saved: Saved, identity: Identity, clock: Stopwatch) -> None:
-        if changes := identity.changes(saved.facts["identity"]):
-            raise UserError(
-                f"resume: {saved.folder} belongs to another run: {'; '.join(changes)}. Resume with the settings of the run, or start anew "
-                "in another --out_dir"
-            )
+        require_same(saved.folder, identity, saved.facts["identity"])
         self.job.method.load(self.model, saved.folder)
         self.state = saved.state
         self.state.clock.began = clock.began
@@ -175,6 +193,7 @@ class Session:
         own = self._activations(splits.train, batches.owned(rank.index), "training", cache.mode_for(train, batches.per_epoch))
         val = self._activations(splits.val, [i for batch in val_batches for i in batch], "validation", cache.mode)
         self.loop = Loop(self.model, optimizer, train, batches, own, rank, self.job.fabric.autocast, self.console.say)
+        self.validation = (val, val_batches)
         self._restore(optimizer)
         return Phase(
             title, self.loop, evaluation, val_batches, val, self.log, self.console, self.checkpoints, self.interrupts, self._answer
@@ -239,13 +258,16 @@ class Session:
             if len(loop.trained) < sum(1 for _ in self.model.parameters()):
                 self.checkpoints.rescue(state, loop.optimizer)
 
-            def finish(folder: Path) -> None:
-                state.consistent = False  # merging changes the weights
-                self.job.method.finish(self.model, folder)
-
             self.model.eval()
             trainable = sum(p.numel() for p in loop.trained)
             report = figures(state, loop.batches.per_epoch, trainable, count(self.model), peak_memory_gb(self.rank.device))
+
+            def finish(folder: Path) -> None:
+                state.consistent = False  # merging changes the weights
+                atomic.write_text(folder / IDENTITY, as_json({"date": self.job.date.isoformat(), **self.identity.facts()}))
+                if self.job.method.finish(self.model, folder) and report["final_val_loss"] is not None and self.rank.size == 1:
+                    report["merged_val_loss"] = replace(loop).validate(*self.validation, lambda: False)
+
             self.checkpoints.final(report, finish)
             if self.log is not None:
                 self.log.close()

@@ -19,7 +19,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import Stopped, UserError
 from litgpt.files import read_json
 from litgpt.logs import Console
-from litgpt.lora import GPT, Config, keep_taps
+from litgpt.lora import Config, keep_taps
 from litgpt.optim import make_optimizer
 from litgpt.text import gib, text_table
 from litgpt.train.interrupts import Interrupts
@@ -49,7 +49,7 @@ class Candidate:
         """Raises UserError if the settings do not fit the model."""
         self.trial, self.settings = trial, settings
         # LoRA merged into the weights would spoil them for the next trial, and fill the disk.
-        self.method: Method = replace(settings.method(), finish=_add_nothing)
+        self.method: Method = replace(settings.method(), finish=lambda model, folder: False)
         self.config: Config = self.method.config(settings.checkpoint_dir)
         self.chosen: list[int] | None = None
         make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])
@@ -60,10 +60,6 @@ class Candidate:
     def taps(self) -> list[int]:
         """The tapped blocks: every candidate block while `auto` has not chosen yet."""
         return self.chosen or list(self.config.taps)
-
-
-def _add_nothing(model: GPT, folder: Path) -> None:
-    pass
 
 
 def sweep(settings: Run, grid: Grid | None, samples: int | None) -> None:
