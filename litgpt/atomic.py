@@ -58,7 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file under a temporary name; at the end flush it to disk and rename it to `path`. On an error it is removed."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.litgpt.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -27,6 +27,7 @@ from litgpt.train.settings import Resume
 RESUME = "the same command with --resume true continues from it"
 AUTO = "auto"
 LONGEST_NAME = 255  # bytes
+LOGS, LOG_FILES = "logs/version_0", ("metrics.csv", "hparams.yaml", "events.out.tfevents.*")
 
 
 class OutDir:
@@ -73,11 +74,14 @@ class OutDir:
             raise UserError(f"out_dir {path} cannot be a folder: {nearest} is {kind}")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"out_dir {path} cannot be written to: you may not write to {nearest}")
-        results = earlier(path)
-        if results and self.resume is False and not self.overwrite:
-            names = ", ".join(result.name for result in results)
+        results, foreign = earlier(path)
+        if (results or foreign) and self.resume is False and not self.overwrite:
+            names = ", ".join(dict.fromkeys(result.relative_to(path).parts[0] for result in sorted(results + foreign)))
             ways = "give another --out_dir, --resume true to continue it, or --overwrite true to replace it"
             raise UserError(f"out_dir {path} holds an earlier run ({names}): {ways}")
+        if foreign:
+            names = ", ".join(str(file.relative_to(path)) for file in foreign[:6])
+            raise UserError(f"out_dir {path} holds files under the names of a run that no run wrote ({names}): move them away first")
         if any(self.base.resolve().is_relative_to(result.resolve()) for result in results):
             raise UserError(f"checkpoint_dir {self.base} is part of the run in out_dir, which would be replaced: give another --out_dir")
 
@@ -92,8 +96,8 @@ class OutDir:
         except OSError:
             return
         atomic.remove_leftovers(self.path)
-        for file in (*self.path.glob(".*.tmp"), *self.path.glob("logs/version_0/.*.tmp")):
-            if file.is_file():
+        for file in (*self.path.glob(".*.litgpt.tmp"), *self.path.glob("logs/version_0/.*.litgpt.tmp")):
+            if file.is_file() and not file.is_symlink():
                 file.unlink()
 
     def make(self, resumed: bool) -> None:
@@ -108,8 +112,11 @@ class OutDir:
         self._take()
         self.check()  # another run may have been quicker
         if not resumed:
-            for result in earlier(self.path):
+            for result in earlier(self.path)[0]:
                 shutil.rmtree(result) if result.is_dir() else result.unlink()
+            for folder in (self.path / LOGS, (self.path / LOGS).parent):
+                with suppress(OSError):  # not empty, or missing
+                    folder.rmdir()
 
     def resume_point(self, say: Callable[[str], None]) -> Path | None:
         """Return the checkpoint to resume, or None to start anew. Raises UserError if there is none where one is asked for."""
@@ -247,9 +254,28 @@ class Checkpoints:
                 atomic.remove_folder(folder)
 
 
-def earlier(out_dir: Path) -> list[Path]:
-    """Return the results of an earlier run in the folder."""
-    return sorted(path for pattern in ("step-*", "best", "final", "logs", "report.json") for path in out_dir.glob(pattern))
+def earlier(out_dir: Path) -> tuple[list[Path], list[Path]]:
+    """Return the results of an earlier run in the folder, and the files under the names of results that no run wrote."""
+    logs = [file for pattern in LOG_FILES for file in (out_dir / LOGS).glob(pattern)]
+    ours, foreign = sorted(file for file in logs if file.is_file()), list[Path]()
+    for path in (*steps(out_dir), out_dir / "best", out_dir / "final"):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            foreign.append(path)
+        elif path.is_dir():
+            listed = {*(atomic.read_manifest(path) or ()), atomic.MANIFEST}
+            extra = [file for file in path.rglob("*") if not file.is_dir() and file.relative_to(path).as_posix() not in listed]
+            foreign += sorted(extra)
+            ours += [] if extra else [path]
+    if (report := out_dir / REPORT).exists():
+        (ours if _is_report(report) else foreign).append(report)
+    return ours, foreign
+
+
+def _is_report(file: Path) -> bool:
+    try:
+        return "trainable_parameters" in read_json(file)
+    except UserError:
+        return False
 
 
 def number(folder: Path) -> int | None:

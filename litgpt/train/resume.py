@@ -24,6 +24,7 @@ from litgpt.args import marked
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
 from litgpt.files import read_json
+from litgpt.logs import COLUMNS
 from litgpt.sample import Sample
 
 FORMAT = 1
@@ -254,6 +255,47 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
+def _misfit(state: dict[int, dict[str, Any]], trained: list[torch.nn.Parameter]) -> str:
+    """Return what is wrong with an optimizer's state for these parameters: its tensors have a parameter's shape, or 1 in places of it."""
+    for i, values in state.items():
+        if not isinstance(i, int) or not 0 <= i < len(trained) or not all(isinstance(name, str) for name in values):
+            return f"it has no parameter {i!r}"
+        shape = trained[i].shape
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                fits = value.numel() == 1 or (
+                    value.dim() == len(shape) and all(a in (1, b) for a, b in zip(value.shape, shape, strict=True))
+                )
+                if not fits or not value.is_floating_point():
+                    return f"{name} of parameter {i} is {value.dtype} {tuple(value.shape)}, not a float {tuple(shape)}"
+    return ""
+
+
+def _require_facts(facts: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError unless the values have the types that `write` gives them."""
+    progress, identity = facts["progress"], facts["identity"]
+    counts = [progress[name] for name in ("step", "tokens", "skipped")]
+    phase = progress["phase"] or {"step": 0, "tokens": 0, "seconds": 0}
+    counts += [phase["step"], phase["tokens"]]
+    counts += [pair[0] for pair in (*progress["losses"], *([progress["best"]] if progress["best"] else []))]
+    if not all(type(count) is int and 0 <= count < 2**53 for count in counts):
+        raise ValueError("a count")
+    numbers = [progress["seconds"], progress["total_seconds"], phase["seconds"]]
+    numbers += [loss for _, loss in progress["losses"]] + ([progress["best"][1]] if progress["best"] else [])
+    if progress["pending"] is not None:
+        if not progress["pending"].keys() <= set(COLUMNS):
+            raise ValueError("a column")
+        numbers += progress["pending"].values()
+    if not all(type(number) in (int, float) for number in numbers):
+        raise TypeError("a number")
+    for mapping in (identity["settings"], facts["environment"], facts["cached"]):
+        if not isinstance(mapping, dict):
+            raise TypeError("a mapping")
+    for part in (identity["train"], identity["val"]):
+        _ = int(part[0]), str(part[1])
+    _ = identity["base"], facts["optimizer"], datetime.fromisoformat(facts.get("date", "2026-01-01"))
+
+
 @dataclass
 class Saved:
     """The training state of a checkpoint folder."""
@@ -272,8 +314,14 @@ class Saved:
 
     def restore(self, optimizer: torch.optim.Optimizer, rank: int, device: torch.device) -> None:
         """Restore the optimizer and the random generators."""
-        tensors = self._tensors()
-        state = _unpack(self.facts["optimizer"], tensors)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        try:
+            state = _unpack(self.facts["optimizer"], self._tensors())
+            problem = _misfit(state, trained)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            problem = "it is not as litgpt wrote it"
+        if problem:
+            raise UserError(f"{self.folder / TENSORS} does not fit the optimizer: {problem}. {ELSEWHERE}")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.restore_random(rank, device)
 
@@ -283,8 +331,12 @@ class Saved:
         if device.type == "cuda":
             setters["cuda"] = lambda value: torch.cuda.set_rng_state(value, device)
         for kind, give in setters.items():
-            if (found := tensors.get(f"random.{kind}.{rank}")) is not None:
-                give(found)
+            if (saved := tensors.get(f"random.{kind}.{rank}")) is not None:
+                try:
+                    give(saved)
+                except (RuntimeError, TypeError) as error:
+                    reason = str(error).splitlines()[0]
+                    raise UserError(f"{self.folder / TENSORS} holds no state of a random generator: {reason}. {ELSEWHERE}") from None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         from safetensors import SafetensorError
@@ -305,7 +357,8 @@ def read(folder: Path) -> Saved:
         )
     saved = Saved(folder, facts)
     try:
-        _ = saved.state, [facts[key] for key in ("identity", "environment", "cached", "optimizer")]
+        _require_facts(facts)
+        _ = saved.state
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise UserError(f"{folder / FACTS} is not as litgpt wrote it. {ELSEWHERE}") from None
     return saved
