@@ -4,7 +4,7 @@ n tokens in a micro-batch, l of them with loss, w bytes of a backbone parameter,
 V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
 
     weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a parameter
-    training      3 w N for all weights    the gradient and AdamW's two moments
+    training      12 N for all weights     the gradient and AdamW's two moments, fp32; 16 N with fp32 copies of bf16 weights
                   16 P for adapters        themselves, gradient and moments, fp32
     activations   n (L' + 1) A + f F + C            with checkpointing n (L' w d + A) + f F + C
       A  tensors that autograd keeps of a block for a token:
@@ -81,7 +81,7 @@ def estimate(
     kept = len(crossed) * width * d + max(blocks) if checkpointing else sum(blocks)
     head = d * (2 * width + (2 * width + 4) * len(config.taps))
     chunks = CHUNK_BYTES * (4 if full or (config.lora_r and config.lora_head) else 1)
-    training = 3 * width * base if full else 16 * adapters
+    training = (16 if width < 4 else 12) * base if full else 16 * adapters
     return Memory(base if full else adapters, int(weights), training, int(n * kept + tail_rows * head + chunks))
 
 

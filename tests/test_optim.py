@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from litgpt.errors import UserError
-from litgpt.optim import learning_rate, make_optimizer
+from litgpt.optim import MasterWeights, learning_rate, make_optimizer
 
 PEAK, LOW = 1e-3, 1e-4
 
@@ -152,3 +152,30 @@ def test_a_forbidden_class_is_never_imported(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(UserError):
             make_optimizer(path, weights())
     assert not (tmp_path / "imported").exists() and "harmful_optimizer" not in sys.modules
+
+
+# --- fp32 copies of bf16 weights ---
+
+
+def test_steps_below_the_resolution_of_bf16_add_up() -> None:
+    """The weights are those of an fp32 run, rounded: 100 steps of 1e-5 each are lost where bf16 itself is updated."""
+    start = torch.linspace(0.5, 1.0, 64)
+    weights = [torch.nn.Parameter(start.to(dtype).clone()) for dtype in (torch.bfloat16, torch.float32)]
+    weights[1].data.copy_(weights[0])
+    optimizers = [make_optimizer({"class_path": "AdamW", "init_args": {"lr": 1e-4, "weight_decay": 0.0}}, [w]) for w in weights]
+    for _ in range(100):
+        for w, optimizer in zip(weights, optimizers, strict=True):
+            w.grad = torch.ones_like(w)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert isinstance(optimizers[0], MasterWeights) and not isinstance(optimizers[1], MasterWeights)
+    assert torch.equal(weights[0], weights[1].to(torch.bfloat16))
+    assert (weights[0] < start.to(torch.bfloat16)).all() and weights[0].grad is None
+
+
+def test_a_state_without_copies_is_that_of_the_present_weights() -> None:
+    """Runs that an earlier version stopped have none."""
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = make_optimizer("SGD", [weight])
+    optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
+    assert isinstance(optimizer, MasterWeights) and torch.equal(optimizer.masters[0], torch.ones(3))

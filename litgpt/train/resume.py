@@ -31,6 +31,7 @@ FORMAT = 1
 FACTS, TENSORS = "training_state.json", "training_state.safetensors"
 IDENTITY = "identity.json"  # in final: tells whether the run that ended there is the one that is asked for
 ELSEWHERE = "Name another step with --resume, or start anew in another --out_dir"
+SCALARS, FACTORS = ("step", "eta", "mu", "mu_product"), ("row_var", "col_var")  # of torch.optim: one number; Adafactor's
 PROBES, PROBE_BYTES = 64, 2**20  # parts of a weights file that tell it from another one
 
 
@@ -255,18 +256,20 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-def _misfit(state: dict[int, dict[str, Any]], trained: list[torch.nn.Parameter]) -> str:
-    """Return what is wrong with an optimizer's state for these parameters: its tensors have a parameter's shape, or 1 in places of it."""
+def _misfit(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> str:
+    """Return what is wrong with a state for this optimizer, whose kernels read its tensors without looking at their shapes."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if type(optimizer).__module__.startswith("bitsandbytes"):  # its 8-bit states have shapes of their own
+        return ""
     for i, values in state.items():
         if not isinstance(i, int) or not 0 <= i < len(trained) or not all(isinstance(name, str) for name in values):
             return f"it has no parameter {i!r}"
         shape = trained[i].shape
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                fits = value.numel() == 1 or (
-                    value.dim() == len(shape) and all(a in (1, b) for a, b in zip(value.shape, shape, strict=True))
-                )
-                if not fits or not value.is_floating_point():
+                factors = ((*shape[:-1], 1), (*shape[:-2], 1, *shape[-1:])) if name in FACTORS else ()
+                wanted = ((), (1,)) if name in SCALARS else (tuple(shape), *factors)
+                if tuple(value.shape) not in wanted or not value.is_floating_point():
                     return f"{name} of parameter {i} is {value.dtype} {tuple(value.shape)}, not a float {tuple(shape)}"
     return ""
 
@@ -314,10 +317,9 @@ class Saved:
 
     def restore(self, optimizer: torch.optim.Optimizer, rank: int, device: torch.device) -> None:
         """Restore the optimizer and the random generators."""
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
         try:
             state = _unpack(self.facts["optimizer"], self._tensors())
-            problem = _misfit(state, trained)
+            problem = _misfit(state, optimizer)
         except (KeyError, TypeError, ValueError, AttributeError):
             problem = "it is not as litgpt wrote it"
         if problem:

@@ -23,7 +23,8 @@ from litgpt.train import resume as state_module
 from litgpt.train.resume import Identity, PhaseStart, State, Stopwatch, compared_settings, read, write
 
 CPU = torch.device("cpu")
-FACTS: dict[str, Any] = {"identity": {}, "environment": {}, "cached": {}, "kept": True}
+IDENTITY = {"settings": {}, "base": "", "train": [1, ""], "val": [1, ""]}
+FACTS: dict[str, Any] = {"identity": IDENTITY, "environment": {}, "cached": {}, "kept": True}
 OPTIMIZERS = sorted(
     name
     for name, cls in vars(torch.optim).items()

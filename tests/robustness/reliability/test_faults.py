@@ -288,7 +288,7 @@ def test_by_the_clock_there_is_one_at_a_time(bench: Bench, tmp_path: Path, monke
 
 def test_the_best_is_kept_and_training_stops_when_it_gets_no_better(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The validation losses are made up: after the 3rd of them two are no better."""
-    made_up = {0: 1.0, 1: 5.0, 2: 4.0, 3: 3.0, 4: math.nan, 5: 3.0, 6: 1.0}
+    made_up = {0: 1.0, 1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 1.0}
     steps = iter(made_up)
     monkeypatch.setattr(Loop, "validate", lambda *args: made_up[next(steps)])
     run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA, eval__interval=1, eval__patience=2)

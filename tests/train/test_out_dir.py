@@ -1,0 +1,77 @@
+"""The folder that a run writes: what counts as a result of a run, and that nothing else is ever removed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from litgpt import atomic
+from litgpt.errors import UserError
+from litgpt.train.out_dir import OutDir, earlier
+
+
+def fill(out_dir: Path) -> None:
+    """Write what a run leaves, without weights."""
+    for name in ("step-000002", "best", "final"):
+        with atomic.new_folder(out_dir / name) as folder:
+            (folder / "lit_model.pth.lora").write_bytes(b"weights")
+    (out_dir / "report.json").write_text(json.dumps({"trainable_parameters": 1}))
+    (out_dir / "logs" / "version_0").mkdir(parents=True)
+    (out_dir / "logs" / "version_0" / "metrics.csv").write_text("step\n")
+
+
+def replace(out_dir: Path) -> None:
+    with OutDir(out_dir, resume=False, overwrite=True, base=out_dir.parent / "base") as folder:
+        folder.make(resumed=False)
+        (out_dir / "kept").touch()
+
+
+def test_a_run_is_replaced_and_the_users_files_stay(tmp_path: Path) -> None:
+    out_dir = tmp_path / "out"
+    fill(out_dir)
+    mine = ["step-by-step.json", "notes.txt", ".draft.tmp", "logs/notes.txt", "logs/version_0/plot.png", "step-mine/a.txt"]
+    for name in mine:
+        (out_dir / name).parent.mkdir(exist_ok=True)
+        (out_dir / name).write_text("mine")
+    replace(out_dir)
+    assert sorted(p.relative_to(out_dir).as_posix() for p in out_dir.rglob("*") if p.is_file()) == sorted([*mine, "kept"])
+
+
+def test_an_empty_log_folder_goes_with_the_run(tmp_path: Path) -> None:
+    fill(tmp_path / "out")
+    replace(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("name", ["best/notes.txt", "final/deep/notes.txt", "step-000002/extra.pth", "step-000007", "report.json"])
+def test_files_under_the_names_of_results_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    out_dir = tmp_path / "out"
+    fill(out_dir)
+    (out_dir / name).parent.mkdir(exist_ok=True)
+    (out_dir / name).write_text("[]" if name == "report.json" else "mine")
+    with pytest.raises(UserError, match=f"no run wrote \\({name}\\): move them away"):
+        replace(out_dir)
+    assert (out_dir / name).exists() and (out_dir / "final").is_dir()
+    with pytest.raises(UserError, match="holds an earlier run"):
+        OutDir(out_dir, resume=False, overwrite=False, base=tmp_path / "base").check()
+
+
+def test_a_folder_without_a_manifest_is_not_a_result(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "lit_model.pth").touch()
+    assert earlier(tmp_path) == ([], [tmp_path / "final" / "lit_model.pth"])
+
+
+def test_a_link_is_not_a_result(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "best").symlink_to(tmp_path / "elsewhere")
+    assert earlier(tmp_path) == ([], [tmp_path / "best"])
+
+
+def test_leftovers_are_told_by_their_mark(tmp_path: Path) -> None:
+    for name in (".draft.tmp", ".report.json.litgpt.tmp"):
+        (tmp_path / name).touch()
+    with OutDir(tmp_path, resume=False, overwrite=False, base=tmp_path / "base"):
+        assert [path.name for path in tmp_path.iterdir()] == [".draft.tmp"]
