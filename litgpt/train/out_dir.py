@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -79,11 +79,14 @@ class OutDir:
             names = ", ".join(dict.fromkeys(result.relative_to(path).parts[0] for result in sorted(results + foreign)))
             ways = "give another --out_dir, --resume true to continue it, or --overwrite true to replace it"
             raise UserError(f"out_dir {path} holds an earlier run ({names}): {ways}")
-        if foreign:
-            names = ", ".join(str(file.relative_to(path)) for file in foreign[:6])
-            raise UserError(f"out_dir {path} holds files under the names of a run that no run wrote ({names}): move them away first")
+        if foreign and self.overwrite:
+            self._refuse(foreign)
         if any(self.base.resolve().is_relative_to(result.resolve()) for result in results):
             raise UserError(f"checkpoint_dir {self.base} is part of the run in out_dir, which would be replaced: give another --out_dir")
+
+    def _refuse(self, foreign: list[Path]) -> NoReturn:
+        names = ", ".join(str(file.relative_to(self.path)) for file in foreign[:6])
+        raise UserError(f"out_dir {self.path} holds files under the names of a run that no run wrote ({names}): move them away first")
 
     def _take(self) -> None:
         """Lock the folder, if it exists and the file system supports locks, and remove the leftovers of killed processes."""
@@ -112,7 +115,10 @@ class OutDir:
         self._take()
         self.check()  # another run may have been quicker
         if not resumed:
-            for result in earlier(self.path)[0]:
+            results, foreign = earlier(self.path)
+            if foreign:
+                self._refuse(foreign)
+            for result in results:
                 shutil.rmtree(result) if result.is_dir() else result.unlink()
             for folder in (self.path / LOGS, (self.path / LOGS).parent):
                 with suppress(OSError):  # not empty, or missing

@@ -290,8 +290,9 @@ def test_the_best_is_kept_and_training_stops_when_it_gets_no_better(bench: Bench
     """The validation losses are made up: after the 3rd of them two are no better."""
     made_up = {0: 1.0, 1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 1.0}
     steps = iter(made_up)
-    monkeypatch.setattr(Loop, "validate", lambda *args: made_up[next(steps)])
-    run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA, eval__interval=1, eval__patience=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "validate", lambda *args: made_up[next(steps)])
+        run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA, eval__interval=1, eval__patience=2)
     assert run.code == 0, run.err
     assert (run.report["steps"], run.report["best_step"], run.report["best_val_loss"]) == (5, 3, 3.0)
     assert "step 5: no better validation loss than 3.0000 in 2 validations: training ends" in run.err
