@@ -295,6 +295,16 @@ def is_adapter_folder(folder: str | Path) -> bool:
     return (Path(folder) / ADAPTER_WEIGHTS).is_file() and not (Path(folder) / WEIGHTS).is_file()
 
 
+def _answers_by_adapter(folder: Path, dtype: torch.dtype) -> bool:
+    """Return True if a folder with merged weights is better read as base and adapter: merging below fp32 rounds a part of LoRA away."""
+    if dtype.itemsize >= 4 or not (folder / ADAPTER_WEIGHTS).is_file():
+        return False
+    try:
+        return (read_adapter_settings(folder)[0] / WEIGHTS).is_file()
+    except UserError:
+        return False
+
+
 def load_model(
     folder: str | Path,
     dtype: torch.dtype,
@@ -304,11 +314,13 @@ def load_model(
 ) -> GPT:
     """Load a model to run (eval mode, nothing trainable) from a base or merged checkpoint, or from an adapter folder and its base.
 
+    A folder with both merged weights and an adapter is read as base and adapter if the base is there and `dtype` is below fp32.
+
     `base`: the adapter's base checkpoint (default: that of hyperparameters.yaml). `quantize`: a mode of `litgpt.quantize`.
     """
     from litgpt.lora import Config as LoRAConfig
 
-    adapter = is_adapter_folder(folder)
+    adapter = is_adapter_folder(folder) or _answers_by_adapter(Path(folder), dtype)
     require_whole(folder, ADAPTER_WEIGHTS, WEIGHTS)
     base, settings = adapter_settings(folder, base) if adapter else (Path(folder), {})
     require_checkpoint(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,20 @@ def test_merged_weights_win_over_the_adapter(tmp_path: Path, write_tiny_tokenize
     checkpoint.save_weights({"model": {}}, folder / "lit_model.pth.lora")  # type: ignore[dict-item]
     assert not checkpoint.is_adapter_folder(folder)
     assert isinstance(checkpoint.load_model(folder, torch.bfloat16), lora.GPT)
+
+
+@pytest.mark.parametrize(("dtype", "by_adapter"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_below_fp32_base_and_adapter_answer_and_not_the_merged_weights(
+    dtype: torch.dtype, by_adapter: bool, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]
+) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    settings = {"lora_r": 2, "lora_query": True}
+    folder = tiny.write_adapter(tmp_path / "adapter", base, tiny.move_adapters(tiny.tiny(**tiny.SPEAKING, **settings)), **settings)
+    alone = checkpoint.load_model(folder, dtype).state_dict()
+    shutil.copy(base / "model_config.yaml", folder)
+    write_tiny_tokenizer(folder)
+    shutil.copy(base / "lit_model.pth", folder)
+    both = checkpoint.load_model(folder, dtype).state_dict()
+    assert (both.keys() == alone.keys()) == by_adapter
+    shutil.rmtree(base)
+    assert checkpoint.load_model(folder, dtype).state_dict().keys() == checkpoint.load_model(folder, torch.float32).state_dict().keys()
