@@ -82,8 +82,9 @@ def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub
+    from huggingface_hub.utils import logging  # the package does not import it by itself
 
-    huggingface_hub.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=access_token)
     with _explained(api, repo_id, folder, tokenizer_only):
         info = api.model_info(repo_id, files_metadata=True)

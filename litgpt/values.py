@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from litgpt.errors import UserError
-from litgpt.files import parse_yaml
+from litgpt.files import expand_path, parse_yaml
 
 NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path", type(None): "null"}
 NULLS = ("null", "Null", "NULL", "~")
@@ -60,7 +60,7 @@ def _exact(value: Any, kind: Any) -> Any:
     elif is_mapping(kind) and isinstance(value, dict):
         return {str(key): from_text(item) if isinstance(item, str) else item for key, item in value.items()}
     elif kind is Path and isinstance(value, str):
-        return Path(value)
+        return expand_path(value)
     elif kind is float and type(value) in (int, float):
         if abs(value) <= sys.float_info.max:  # neither infinite nor NaN
             return float(value)

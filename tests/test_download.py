@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -243,3 +245,12 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and listed == download.hub_names() and len(listed) == len(set(listed)) > 50
     assert {"EleutherAI/pythia-14m", "HuggingFaceTB/SmolLM2-135M"} <= set(listed)
     assert all(catalog.find(name) for name in listed)
+
+
+def test_the_command_as_a_process(hub: Hub, tmp_path: Path) -> None:
+    """A name that some other import had loaded is missing there."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "litgpt", "download", "org/model", "--checkpoint_dir", str(tmp_path / "new")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ended.returncode == 0 and "ready as a checkpoint_dir" in ended.stdout, ended.stderr
+    assert names(tmp_path / "new" / "org" / "model") >= CONVERTED | TOKENIZER

@@ -6,6 +6,8 @@ from typing import Any, Literal, Optional, Union
 
 import pytest
 
+from litgpt.__main__ import load
+from litgpt.cli import parse
 from litgpt.values import convert, describe, from_text, is_mapping
 
 Blocks = Optional[Union[int, list[Union[int, str]], str]]
@@ -132,3 +134,13 @@ def test_described(kind: Any, words: str) -> None:
 def test_mappings() -> None:
     assert is_mapping(dict[str, int]) and is_mapping(Optional[dict[str, Any]]) and is_mapping(dict)
     assert not is_mapping(str) and not is_mapping(list[dict[str, int]])
+
+
+def test_paths_are_expanded_wherever_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell leaves `~` alone behind `=`, and YAML knows neither form."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text("out_dir: ~/a\nskip2lora_cache_dir: $HOME/b\ndata:\n  class_path: JSON\n  init_args:\n    json_path: ~/d.json\n")
+    values = parse("litgpt finetune", load("finetune"), [str(file), "--checkpoint_dir=~/c"])
+    assert (values["checkpoint_dir"], values["out_dir"]) == (tmp_path / "c", tmp_path / "a")
+    assert values["skip2lora_cache_dir"] == tmp_path / "b" and values["data"].json_path == tmp_path / "d.json"

@@ -24,7 +24,10 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
     if not (folder / checkpoint.ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{folder} holds no adapter: {checkpoint.ADAPTER_WEIGHTS} is missing. Name a folder that `litgpt finetune` wrote")
     if (folder / checkpoint.WEIGHTS).exists():
-        raise UserError(f"{folder / checkpoint.WEIGHTS} exists already: move it away to merge again")
+        if checkpoint.WEIGHTS not in (atomic.read_manifest(folder) or ()) or atomic.damages(folder, [checkpoint.WEIGHTS]):
+            raise UserError(f"{folder / checkpoint.WEIGHTS} exists already: move it away to merge again")
+        print(f"{folder} is merged already: {checkpoint.WEIGHTS} is there")
+        return
     if pretrained_checkpoint_dir is not None:
         pretrained_checkpoint_dir = checkpoint.require_checkpoint(open_checkpoint(pretrained_checkpoint_dir))
     base, _ = checkpoint.adapter_settings(folder, pretrained_checkpoint_dir)

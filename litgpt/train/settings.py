@@ -7,6 +7,7 @@ from typing import Any, Literal, Optional, Union
 from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config, setting, shallow
 from litgpt.data.base import DataModule
 from litgpt.errors import UserError
+from litgpt.files import expand_path
 
 Resume = Union[bool, Literal["auto"], Path]
 
@@ -50,9 +51,9 @@ class Run:
     """Check everything, show a sample with its loss mask, and estimate steps, memory and time. Writes nothing."""
 
     def __post_init__(self) -> None:
-        self.checkpoint_dir, self.out_dir = Path(self.checkpoint_dir), Path(self.out_dir)
+        self.checkpoint_dir, self.out_dir = expand_path(self.checkpoint_dir), expand_path(self.out_dir)
         if isinstance(self.resume, str) and self.resume != "auto":
-            self.resume = Path(self.resume)
+            self.resume = expand_path(self.resume)
         if self.data is None:
             raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch.testing import assert_close
 
-from litgpt import checkpoint
+from litgpt import atomic, checkpoint
 from litgpt.__main__ import main
 from litgpt.convert.merge import merge_lora, merged_weights
 from litgpt.errors import UserError
@@ -99,6 +99,11 @@ def test_refusals(base: Path) -> None:
     with pytest.raises(UserError, match=r"lit_model\.pth exists already"):
         merge_lora(folder)
     assert contents(folder) == before
+    atomic.write_manifest(folder)
+    merge_lora(folder)  # a run that is merged already
+    (folder / "lit_model.pth").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"lit_model\.pth exists already"):
+        merge_lora(folder)
 
 
 def test_interrupted_merge_leaves_no_checkpoint(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
