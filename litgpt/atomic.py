@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -57,10 +57,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file under a temporary name; at the end flush it to disk and rename it to `path`. On an error it is removed."""
+    """Open a new file under a temporary name; at the end flush it to disk and rename it to `path`. On an error it is removed."""
     temporary = path.with_name(f".{path.name}.litgpt.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -101,7 +102,6 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
     except OSError as error:
         raise UserError(f"{path} cannot be created: {error.strerror}") from None
     try:
-        temporary.chmod(0o755)
         yield temporary
         content = list(temporary.rglob("*"))
         for file in content:
@@ -136,7 +136,9 @@ def _temporary_folder(path: Path) -> tuple[Path, list[int]]:
 
 
 def _empty_sibling(path: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.litgpt-", suffix=".tmp", dir=path.parent))
+    sibling = path.with_name(f".{path.name}.litgpt-{secrets.token_hex(4)}.tmp")
+    sibling.mkdir()
+    return sibling
 
 
 def _put_in_place(temporary: Path, path: Path, locks: list[int]) -> None:

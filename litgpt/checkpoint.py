@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from litgpt.atomic import new_file, require_whole, write_text
+from litgpt.atomic import digest, new_file, require_whole, write_text
 from litgpt.config import CHOSEN_TAPS, Config
 from litgpt.errors import UserError
-from litgpt.files import read_yaml
+from litgpt.files import read_json, read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "lit_model.pth"
 ADAPTER_WEIGHTS = "lit_model.pth.lora"
+BASE = "base.json"  # beside an adapter: sha256, size and modification time of its base's weights
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -56,8 +60,8 @@ def is_mappable(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Load the tensors of a `.pth` file, memory-mapped on the CPU, out of a `{"model": {...}}` envelope if there is one.
+def load_weights(path: str | Path, mapped: bool = True) -> dict[str, torch.Tensor]:
+    """Load the tensors of a `.pth` file on the CPU, `mapped` into memory or read, out of a `{"model": {...}}` envelope if there is one.
 
     Only tensors are unpickled (`weights_only`). Raises UserError for a missing, broken or foreign file.
     """
@@ -70,7 +74,7 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
         _refuse_compressed(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a foreign file's pickle
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_mappable(path))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "Weights only load failed" in reason:
@@ -226,12 +230,72 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     renew_adapters(model)
 
 
-def build_model(config: LoRAConfig, base: Path, dtype: torch.dtype) -> LoRAGPT:
-    """Return a model on the CPU: the weights of checkpoint `base` in `dtype`, fresh adapters. Raises UserError if they do not fit."""
-    weights = load_weights(base / WEIGHTS)
-    model = empty_model(config, weights, base / WEIGHTS)
-    load_base(model, weights, dtype, base / WEIGHTS)
+def build_model(config: LoRAConfig, base: Path, dtype: torch.dtype, mapped: bool = False) -> LoRAGPT:
+    """Return a model on the CPU: the weights of checkpoint `base` in `dtype`, fresh adapters. Raises UserError if they do not fit.
+
+    They are copies: others may write to the file. With `mapped`, for a caller that quantises them at once, those that have `dtype` are not.
+    """
+    file = weights_file(base, now=True)
+    weights = load_weights(file.path)
+    if not mapped and is_mappable(file.path) and any(value.dtype == dtype for value in weights.values()):
+        weights = load_weights(file.path, mapped=False)  # copies of mapped tensors would take twice the memory
+    model = empty_model(config, weights, file.path)
+    load_base(model, weights, dtype, file.path)
+    file.require_unchanged()
     return model
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A weights file, as it was when this process read it."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> WeightsFile:
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def require_unchanged(self) -> None:
+        if WeightsFile.of(self.path) != self:
+            raise UserError(f"{self.path} was changed while it was read: wait until it is complete, then run the command again")
+
+    @cached_property
+    def sha256(self) -> str:
+        value = digest(self.path)
+        self.require_unchanged()
+        return value
+
+
+_read: dict[Path, WeightsFile] = {}
+
+
+def weights_file(folder: Path, now: bool = False) -> WeightsFile:
+    """Return the weights file of a checkpoint as it was when this process last loaded it, or as it is now."""
+    path = folder / WEIGHTS
+    if path not in _read or (now and WeightsFile.of(path) != _read[path]):
+        _read[path] = WeightsFile.of(path)
+    return _read[path]
+
+
+def save_base(base: Path, folder: Path) -> None:
+    """Write `base.json` beside an adapter of the checkpoint `base`."""
+    file = weights_file(base)
+    write_text(folder / BASE, json.dumps({"sha256": file.sha256, "bytes": file.size, "mtime_ns": file.mtime_ns}) + "\n")
+
+
+def require_same_base(folder: Path, base: Path) -> None:
+    """Raise UserError if the weights of `base` are not those that `base.json` names. An older adapter without one passes."""
+    if not (folder / BASE).is_file() or not (base / WEIGHTS).is_file():
+        return
+    facts, file = read_json(folder / BASE), weights_file(base, now=True)
+    if facts.get("bytes") != file.size or (facts.get("mtime_ns") != file.mtime_ns and facts.get("sha256") != file.sha256):
+        raise UserError(
+            f"{folder} was trained on other weights than {base} holds now: restore {file.path}, or name the folder with the right ones in "
+            f"{folder / 'hyperparameters.yaml'} (checkpoint_dir). To use these weights all the same, remove {folder / BASE}"
+        )
 
 
 def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) -> None:
@@ -282,11 +346,12 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
 
 
 def adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """Return `read_adapter_settings`. Raises UserError if the base is missing, too."""
+    """Return `read_adapter_settings`. Raises UserError if the base is missing, or has other weights than it had, too."""
     base, settings = read_adapter_settings(folder, base)
     if not base.is_dir():
         file = Path(folder) / "hyperparameters.yaml"
         raise UserError(f"{file} names {base} as the adapter's base checkpoint, and there is no such folder: correct checkpoint_dir there")
+    require_same_base(Path(folder), base)
     return base, settings
 
 
@@ -330,7 +395,7 @@ def load_model(
             config = LoRAConfig.from_checkpoint(base, **settings)
         except UserError as error:
             raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
-    model = build_model(config, base, dtype)
+    model = build_model(config, base, dtype, mapped=quantize is not None)
     if adapter:
         load_adapter(model, load_weights(Path(folder) / ADAPTER_WEIGHTS), Path(folder) / ADAPTER_WEIGHTS)
     if quantize is not None:

@@ -3,6 +3,7 @@
 Only regular files are read (a pipe may never end). Sizes, depth and YAML aliases are bounded: ten lines of YAML can stand for 10^12 values.
 """
 
+import errno
 import json
 import os
 import re
@@ -26,16 +27,31 @@ def expand_path(path: str | Path) -> Path:
     return Path(os.path.expandvars(path)).expanduser()
 
 
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Return a descriptor of a regular file. Raises OSError for anything else, and for a link to a file to write, without waiting."""
+    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    kind = "a link, a pipe or a device"
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return descriptor
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+    raise OSError(errno.EINVAL, f"it is {kind}, not a file: put a file there", str(path))
+
+
 def read_text(path: str | Path, missing: str = MISSING, most: int | None = MOST_BYTES) -> str:
     """Return the text of a UTF-8 file without its byte order mark. `missing` follows the path in the message if there is no such file."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-            raise UserError(f"{path} is {kind}, not a file: put a file there")
-        if most is not None and status.st_size > most:
-            raise UserError(f"{path} has {status.st_size:,} bytes, more than the {most:,} that such a file may have: check what it holds")
-        raw = Path(path).read_bytes()
+        with open(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if most is not None and size > most:
+                raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a file may have: check what it holds")
+            raw = file.read(size or -1) or b""  # of a file in /proc, which has no size, what is there now
     except FileNotFoundError:
         raise UserError(f"{path} {missing}") from None
     except OSError as error:

@@ -17,6 +17,7 @@ import torch
 from litgpt.args import LogArgs
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
+from litgpt.files import open_regular
 
 METRICS = Path("logs") / "version_0" / "metrics.csv"  # in a run's folder, TensorBoard's events beside it
 COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")
@@ -52,7 +53,7 @@ class MetricLoggers:
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         """Write a row of `COLUMNS` to the file at once; metrics that were not measured at this step stay empty."""
         self.csv.parent.mkdir(parents=True, exist_ok=True)
-        with self.csv.open("a", newline="", encoding="utf-8") as file:
+        with open(self.csv, "a", newline="", encoding="utf-8", opener=open_regular) as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if not file.tell():
                 writer.writeheader()

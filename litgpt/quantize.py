@@ -165,6 +165,8 @@ def quantise(model: GPT, mode: str) -> None:
     for parent, name, linear in frozen_linears(model):
         new = Linear4bit(linear, *FOUR_BITS[mode]) if mode in FOUR_BITS else Int8Linear(linear)
         setattr(parent, name, new.train(linear.training))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # the others may be mapped from the base's file
 
 
 def frozen_linears(model: GPT) -> list[tuple[nn.Module, str, nn.Linear]]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,27 @@ def test_new_folder_leaves_nothing_after_an_error(tmp_path: Path, error: type[Ba
         (folder / "a").write_text("half")
         raise error
     assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_holds_for_folders(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic.new_folder(tmp_path / "a" / "x") as folder:
+            (folder / "file").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "x").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "a" / "x" / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("plant", [lambda path, victim: path.symlink_to(victim), lambda path, victim: os.mkfifo(path)])
+def test_a_file_is_not_written_through_a_planted_name(plant: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    plant(tmp_path / ".new.json.litgpt.tmp", victim)
+    atomic.write_text(tmp_path / "new.json", "{}")
+    assert victim.read_text() == "precious" and (tmp_path / "new.json").read_text() == "{}"
 
 
 def test_new_folder_keeps_what_is_there(tmp_path: Path) -> None:

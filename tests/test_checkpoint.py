@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -58,6 +60,62 @@ def test_changed_settings_do_not_stop_a_base_from_loading(tmp_path: Path, write_
     atomic.write_manifest(base)
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     checkpoint.load_model(base, torch.float32)
+
+
+# --- The base's file ---
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_does_not_change_with_its_file(
+    dtype: torch.dtype, quantize: str | None, tmp_path: Path, write_tiny_tokenizer: WriteTokenizer
+) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    model = checkpoint.load_model(base, dtype, quantize=quantize)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with (base / "lit_model.pth").open("r+b") as file:
+        file.write(bytes((base / "lit_model.pth").stat().st_size))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    os.truncate(base / "lit_model.pth", 100)  # would end the process with SIGBUS
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, write_tiny_tokenizer: WriteTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    renew = checkpoint.load_base
+
+    def load(*args: Any) -> None:
+        renew(*args)
+        os.utime(base / "lit_model.pth", ns=(1, 1))
+
+    monkeypatch.setattr(checkpoint, "load_base", load)
+    with pytest.raises(UserError, match=r"lit_model\.pth was changed while it was read"):
+        checkpoint.load_model(base, torch.float32)
+
+
+def test_an_adapter_knows_the_weights_that_it_was_trained_on(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
+    base, folder = tiny.write_base(tmp_path / "base", write_tiny_tokenizer), tmp_path / "adapter"
+    folder.mkdir()
+    file = base / "lit_model.pth"
+    checkpoint.save_base(base, folder)
+    facts = json.loads((folder / "base.json").read_text())
+    assert facts == {
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "bytes": file.stat().st_size,
+        "mtime_ns": file.stat().st_mtime_ns,
+    }
+    os.utime(file, ns=(1, 1))
+    checkpoint.require_same_base(folder, base)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="other weights") as caught:
+        checkpoint.require_same_base(folder, base)
+    assert str(folder) in str(caught.value) and str(base) in str(caught.value) and "restore" in str(caught.value)
+    (folder / "base.json").unlink()
+    checkpoint.require_same_base(folder, base)
 
 
 # --- Weights ---

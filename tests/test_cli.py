@@ -479,7 +479,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "binary.yaml, line 1: not UTF-8 text" in error(str(tmp_path / "binary.yaml"))
     (tmp_path / "folder.yaml").mkdir()
-    assert "folder.yaml is a folder, not a file" in error(str(tmp_path / "folder.yaml"))
+    assert "folder.yaml cannot be read: it is a folder, not a file" in error(str(tmp_path / "folder.yaml"))
 
 
 def test_a_mistake_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from litgpt.errors import UserError
-from litgpt.files import MOST_VALUES, expand_path, parse_yaml, read_json, read_text, read_yaml
+from litgpt.files import MOST_VALUES, expand_path, open_regular, parse_yaml, read_json, read_text, read_yaml
 
 # six lines that stand for 10^6 values
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in ("ab", "bc", "cd", "de", "ef"))
@@ -19,6 +19,17 @@ def test_a_path_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA", "/data")
     assert expand_path("~/x") == Path("/home/user/x") and expand_path(Path("$DATA/x")) == expand_path("${DATA}/x") == Path("/data/x")
     assert expand_path("$UNSET_NAME/~x") == Path("$UNSET_NAME/~x")
+
+
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for flags in (os.O_RDONLY, os.O_WRONLY | os.O_APPEND):
+        with pytest.raises(OSError, match=r"pipe or a device, not a file"):
+            open_regular(tmp_path / "pipe", flags)
+    with pytest.raises(OSError, match=r"it is a link"):
+        open_regular(tmp_path / "link", os.O_WRONLY | os.O_CREAT)
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:

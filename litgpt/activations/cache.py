@@ -25,7 +25,7 @@ from typing import Protocol
 import psutil
 import torch
 
-from litgpt.activations.store import Contents, forget, open_store
+from litgpt.activations.store import Contents, Rows, open_store
 from litgpt.loss import Features
 from litgpt.model import GPT
 from litgpt.packing import loss_targets, pack, shared_stem
@@ -112,9 +112,9 @@ def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: t
 
 
 class ActivationCache:
-    """Rows (R, S + 1, d) in memory or in a memory-mapped file, by sample. Features have the model's dtype."""
+    """Rows (R, S + 1, d) in memory or in a file, by sample. Features have the model's dtype."""
 
-    def __init__(self, store: torch.Tensor, plan: Plan, samples: Sequence[Sample], model: GPT, device: torch.device) -> None:
+    def __init__(self, store: torch.Tensor | Rows, plan: Plan, samples: Sequence[Sample], model: GPT, device: torch.device) -> None:
         self.store, self.plan, self.samples, self.model, self.device = store, plan, samples, model, device
         self.slices = plan.slices
         self.parts: torch.Tensor | None = None  # parts of a row that are read: 0 for x, taps from 1 on; None: all
@@ -182,13 +182,13 @@ def activations(
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return Recompute(model, samples, device)
         try:
-            store = torch.empty(layout.shape, dtype=layout.dtype)
+            memory = torch.empty(layout.shape, dtype=layout.dtype)
         except (RuntimeError, MemoryError):
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return Recompute(model, samples, device)
         with settings.progress(f"{name} cache", 0) as progress:
-            fill(model, samples, layout, store, device, progress)
-        return ActivationCache(store, layout, samples, model, device)
+            fill(model, samples, layout, memory, device, progress)
+        return ActivationCache(memory, layout, samples, model, device)
     try:
         store = _on_disk(model, samples, layout, settings, device, name)
     except OSError as error:
@@ -216,7 +216,13 @@ def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSetting
 
 @torch.no_grad()
 def fill(
-    model: GPT, samples: Sequence[Sample], layout: Plan, store: torch.Tensor, device: torch.device, progress: Progress, done: int = 0
+    model: GPT,
+    samples: Sequence[Sample],
+    layout: Plan,
+    store: torch.Tensor | Rows,
+    device: torch.device,
+    progress: Progress,
+    done: int = 0,
 ) -> None:
     """Run the prefix over the samples after the first `done`, in large batches, and write the rows into `store` (R, S + 1, d)."""
     was_training, slices, order = model.training, layout.slices, fill_order(samples, layout)
@@ -226,9 +232,10 @@ def fill(
         start = layout.first
         store[:start] = rows[:start]
         for i in indices:
-            own = store[slices[i]]
-            own.copy_(rows[start : start + len(own)])
-            start += len(own)
+            own = slices[i]
+            end = start + own.stop - own.start
+            store[own] = rows[start:end]
+            start = end
         done += len(indices)
         progress(done, len(order))
     model.train(was_training)
@@ -284,10 +291,10 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: tor
     return digest.hexdigest()
 
 
-def _on_disk(model: GPT, samples: Sequence[Sample], layout: Plan, settings: CacheSettings, device: torch.device, name: str) -> torch.Tensor:
+def _on_disk(model: GPT, samples: Sequence[Sample], layout: Plan, settings: CacheSettings, device: torch.device, name: str) -> Rows:
     """Return the store in the cache's folder, reused or filled. Raises OSError if it cannot be written."""
 
-    def complete(store: torch.Tensor, done: int, advance: Callable[[int], None]) -> None:
+    def complete(store: Rows, done: int, advance: Callable[[int], None]) -> None:
         with settings.progress(f"{name} cache", done) as show:
 
             def progress(count: int, total: int) -> None:
@@ -301,5 +308,5 @@ def _on_disk(model: GPT, samples: Sequence[Sample], layout: Plan, settings: Cach
     contents = Contents(fingerprint(model, samples, layout, device), layout.shape, layout.dtype, spans, slice(layout.first))
     store = open_store(settings.folder, contents, complete, lambda text: settings.say(f"{name} cache: {text}"))
     if settings.mode == "auto":
-        forget(settings.folder, contents)
+        store.forget()
     return store

@@ -73,7 +73,8 @@ def read_adapter(folder: Path, base: Optional[Path] = None) -> "tuple[LoRAConfig
     """
     from litgpt.lora import Config
 
-    settings = checkpoint.read_adapter_settings(folder)[1]
+    trained_on, settings = checkpoint.read_adapter_settings(folder, base)
+    checkpoint.require_same_base(folder, trained_on)
     has_config = (folder / "model_config.yaml").is_file()
     config = Config.from_checkpoint(folder if has_config else checkpoint.adapter_settings(folder, base)[0], **settings)
     weights = checkpoint.load_weights(folder / LITGPT)
@@ -91,6 +92,7 @@ def write_adapter(folder: Path, base: Path, settings: dict[str, Any], weights: "
     portable.require_all(config, weights, base)
     checkpoint.save_weights({"model": weights}, folder / LITGPT)  # type: ignore[dict-item]
     checkpoint.save_config(config, folder)
+    checkpoint.save_base(base, folder)
     hyperparameters = {"checkpoint_dir": str(base.resolve()), **settings}
     atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(hyperparameters, sort_keys=False))
     checkpoint.copy_tokenizer_files(base, folder)

@@ -57,7 +57,7 @@ class Method:
 
     def build(self, checkpoint_dir: Path, dtype: torch.dtype) -> GPT:
         """Return the model on the CPU, the backbone in `dtype`, trainable parameters marked. Raises UserError if it does not fit."""
-        model = checkpoint.build_model(self.config(checkpoint_dir), checkpoint_dir, dtype)
+        model = checkpoint.build_model(self.config(checkpoint_dir), checkpoint_dir, dtype, mapped=self.quantize is not None)
         self._mark(model)
         return model
 

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,9 @@ class Identity:
     settings: dict[str, Any]
     """flat, without those that may change"""
     base: str
+    """a digest of config and parts of the weights: all that earlier versions compared"""
+    weights: str
+    """sha256"""
     train: tuple[int, str]
     """number of samples and digest"""
     val: tuple[int, str]
@@ -144,10 +147,10 @@ class Identity:
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         status = (base / checkpoint.WEIGHTS).stat()
         digest.update(_weights_digest(base / checkpoint.WEIGHTS, status.st_size, status.st_mtime_ns).encode())
-        return cls(settings, digest.hexdigest(), _samples_digest(train), _samples_digest(val))
+        return cls(settings, digest.hexdigest(), checkpoint.weights_file(base).sha256, _samples_digest(train), _samples_digest(val))
 
     def facts(self) -> dict[str, Any]:
-        return json.loads(json.dumps({"settings": self.settings, "base": self.base, "train": self.train, "val": self.val}))
+        return json.loads(json.dumps(asdict(self)))
 
     def changes(self, before: dict[str, Any]) -> list[str]:
         """Describe each difference from the `facts` of an earlier run."""
@@ -157,7 +160,7 @@ class Identity:
             for key, value in now["settings"].items()
             if key in before["settings"] and before["settings"][key] != value
         ]
-        if now["base"] != before["base"]:
+        if any(now[key] != before.get(key, now[key]) for key in ("base", "weights")):
             changes.append("the base model is another one (its weights or its config)")
         for key, name in (("train", "training"), ("val", "validation")):
             if now[key] != before[key]:

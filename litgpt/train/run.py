@@ -247,6 +247,8 @@ class Session:
         self.job.method.save(self.model, folder)
         checkpoint.save_config(self.model.config, folder, self.job.chosen)
         atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(self.hyperparameters, sort_keys=False))
+        if checkpoint.is_adapter_folder(folder):
+            checkpoint.save_base(self.job.base, folder)
         checkpoint.copy_tokenizer_files(self.job.base, folder)
         save_prompt_style(self.job.style, folder)
 

@@ -253,7 +253,7 @@ def _facts(job: Job, candidates: list[Candidate], settings: Run, identity: Ident
     if chosen := {candidate.trial.name: candidate.chosen for candidate in candidates if candidate.chosen is not None}:
         facts["chosen"] = chosen
     if job.shared is not None:
-        facts["cache"] = {"blocks": list(job.shared.blocks), "bytes": sum(each.store.nbytes for each in job.shared.caches.values())}
+        facts["cache"] = {"blocks": list(job.shared.blocks), "bytes": sum(each.plan.nbytes for each in job.shared.caches.values())}
     return facts
 
 

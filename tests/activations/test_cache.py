@@ -4,6 +4,7 @@ that do not fit."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -105,6 +106,11 @@ def keep(
     indices = list(range(len(samples))) if rows is None else rows
     settings = CacheSettings(mode, folder, dtype, said.append, lambda title, begun: nullcontext(progress))
     return activations(model, samples, indices, "training", settings, CPU), said
+
+
+def values(cache: ActivationCache) -> torch.Tensor:
+    """All rows, in their order."""
+    return torch.cat([cache.store[rows] for rows in (slice(cache.plan.first), *cache.slices.values())])
 
 
 def outcome(model: Any, source: Any, rows: list[int]) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
@@ -218,7 +224,7 @@ def test_the_loss_is_the_whole_models_plain_cross_entropy(cut: str, cached: bool
 def test_a_bf16_cache_holds_the_rounded_values_and_serves_an_fp32_model(cut: str) -> None:
     model, samples = make_model(cut), make_samples()
     cache, _ = keep(model, samples, dtype=torch.bfloat16)
-    assert cache.store.dtype == torch.bfloat16
+    assert values(cache).dtype == torch.bfloat16
     rows = [4, 2]
     (cached, loss, gradients), (exact, expected, right) = outcome(model, cache, rows), outcome(model, Recompute(model, samples, CPU), rows)
     assert cached.x.dtype == torch.float32
@@ -287,7 +293,7 @@ def test_only_the_samples_asked_for_are_cached() -> None:
     model, samples = make_model(), make_samples()
     cache, _ = keep(model, samples, rows=[5, 0, 2])
     assert_same(outcome(model, cache, [2, 5]), outcome(model, Recompute(model, samples, CPU), [2, 5]))
-    assert cache.store.size(0) == sum(samples[i].n_targets for i in (5, 0, 2))
+    assert len(values(cache)) == sum(samples[i].n_targets for i in (5, 0, 2))
     with pytest.raises(KeyError):
         cache([1])
 
@@ -332,7 +338,7 @@ def test_the_planned_bytes_are_the_real_ones(cut: str, parts: int, stem: int, dt
     layout = plan(model, samples, range(len(samples)), dtype)
     assert layout.nbytes == positions * parts * 32 * dtype.itemsize
     memory, said = keep(model, samples, dtype=dtype)
-    assert memory.store.untyped_storage().nbytes() == layout.nbytes
+    assert values(memory).untyped_storage().nbytes() == layout.nbytes
     assert f"{positions} positions x {parts} x 32, in memory" in said
     keep(model, samples, tmp_path, "disk", dtype=dtype)
     (file,) = tmp_path.glob("*/activations.bin")
@@ -409,7 +415,7 @@ def test_a_cache_on_disk_serves_a_later_run_without_the_prefix(tmp_path: Path) -
     calls = count_prefix_calls(later)
     second, said = keep(later, make_samples(), tmp_path, "disk")
     assert not calls and "is reused" in said
-    assert torch.equal(first.store, second.store)
+    assert torch.equal(values(first), values(second))
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -529,16 +535,110 @@ def no_data(folder: Path) -> None:
 def test_a_damaged_cache_is_made_again_and_that_is_said(damage: Callable[[Path], None], tmp_path: Path) -> None:
     model, samples = make_model(), make_samples()
     first, _ = keep(model, samples, tmp_path, "disk")
-    right = first.store.clone()
+    right = values(first)
     del first
     (folder,) = tmp_path.iterdir()
     damage(folder)
     calls = count_prefix_calls(model)
     cache, said = keep(model, samples, tmp_path, "disk")
-    assert calls and "is damaged and is filled again" in said
-    assert torch.equal(cache.store, right)
+    assert calls and "is damaged, or of an earlier version, and is filled again" in said
+    assert torch.equal(values(cache), right)
     assert list(tmp_path.iterdir()) == [folder]
     assert "is reused" in keep(model, samples, tmp_path, "disk")[1]
+
+
+@pytest.mark.parametrize("damage", [truncate, lambda folder: os.truncate(folder / "activations.bin", 0), flip_a_bit])
+def test_rows_that_change_under_a_run_are_an_error_and_the_next_run_fills_them(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    model, samples = make_model(), make_samples()
+    cache, _ = keep(model, samples, tmp_path, "disk")
+    right = values(cache)
+    (folder,) = tmp_path.iterdir()
+    damage(folder)
+    with pytest.raises(OSError, match="not what was written") as caught:
+        values(cache)
+    assert caught.value.filename == str(folder / "activations.bin")
+    cache, said = keep(model, samples, tmp_path, "disk")
+    assert "is filled again" in said and torch.equal(values(cache), right)
+
+
+def test_a_cache_is_private_and_only_read_when_it_is_used(tmp_path: Path) -> None:
+    model, samples = make_model(), make_samples()
+    for _ in ("filled", "reused"):
+        cache, _ = keep(model, samples, tmp_path, "disk")
+        assert fcntl.fcntl(cache.store.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+# --- what others put into a shared folder ---
+
+
+def link_for_a_begun_file(begun: Path, victim: Path) -> None:
+    begun.mkdir()
+    (begun / "activations.bin").symlink_to(victim)
+
+
+def second_name_for_a_begun_file(begun: Path, victim: Path) -> None:
+    begun.mkdir()
+    (begun / "activations.bin").hardlink_to(victim)
+
+
+def link_for_an_index(begun: Path, victim: Path) -> None:
+    begun.mkdir()
+    (begun / ".index.json.litgpt.tmp").symlink_to(victim)
+    (begun / "index.json").symlink_to(victim)
+
+
+def pipes(begun: Path, victim: Path) -> None:
+    for folder in (begun, begun.with_suffix("")):
+        folder.mkdir()
+        for name in ("activations.bin", "index.json"):
+            os.mkfifo(folder / name)
+
+
+def link_to_nowhere(begun: Path, victim: Path) -> None:
+    begun.symlink_to(begun.with_name("nowhere"))
+
+
+def link_to_a_folder(begun: Path, victim: Path) -> None:
+    begun.with_suffix("").symlink_to(victim.parent)
+
+
+def folder_of_another_user(begun: Path, victim: Path) -> None:
+    begun.parent.chmod(0o777)
+    begun.mkdir()
+    os.chown(begun, 12345, 12345)
+
+
+REFUSED = {
+    link_for_a_begun_file: "it is a link",
+    second_name_for_a_begun_file: "is a link to another file",
+    link_for_an_index: "",  # replaced
+    pipes: "it is a pipe",
+    link_to_nowhere: "begun is not a folder: remove it",
+    link_to_a_folder: "is not a folder: remove it",
+    folder_of_another_user: "belongs to another user: remove it",
+}
+
+
+@pytest.mark.parametrize("plant", REFUSED)
+def test_planted_links_and_pipes_are_said_and_not_followed(plant: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    if plant is folder_of_another_user and os.geteuid():
+        pytest.skip("needs root")
+    model, samples = make_model(), make_samples()
+    victim = tmp_path / "home/thesis"
+    victim.parent.mkdir()
+    victim.write_text("precious")
+    keep(model, samples, tmp_path / "a", "disk")
+    (cached,) = (tmp_path / "a").iterdir()
+    (tmp_path / "b").mkdir()
+    plant(tmp_path / "b" / f"{cached.name}.begun", victim)
+    source, said = keep(model, samples, tmp_path / "b", "disk")
+    if REFUSED[plant]:
+        assert_falls_back(source, said, model, samples, REFUSED[plant])
+    else:
+        assert torch.equal(values(source), values(keep(model, samples)[0]))
+    assert victim.read_text() == "precious" and list(victim.parent.iterdir()) == [victim]
 
 
 # --- a disk that cannot hold it ---
@@ -650,7 +750,7 @@ def test_a_filling_that_was_broken_off_is_gone_on_with(
     cache, said = keep(model, samples, tmp_path, "disk", progress=lambda done, total: shown.append((done, total)))
     assert f"{begun} has 3 of 7 samples" in said
     assert shown == [(4, 7), (5, 7), (6, 7), (7, 7)] and len(calls) == 4
-    assert torch.equal(cache.store, keep(model, samples)[0].store)
+    assert torch.equal(values(cache), values(keep(model, samples)[0]))
     assert [path.name for path in tmp_path.iterdir()] == [begun.stem]
     assert "is reused" in keep(model, samples, tmp_path, "disk")[1]
 
@@ -670,7 +770,7 @@ def test_a_killed_filling_loses_what_came_after_its_last_note(tmp_path: Path, mo
     shown: list[int] = []
     cache, said = keep(model, samples, copy, "disk", progress=lambda done, total: shown.append(done))
     assert "has 2 of 7 samples" in said and shown == [3, 4, 5, 6, 7]
-    assert torch.equal(cache.store, right.store)
+    assert torch.equal(values(cache), values(right))
 
 
 def cut_off(begun: Path) -> None:
@@ -685,34 +785,34 @@ def flip_a_filled_bit(begun: Path) -> None:
 
 def claim(**facts: Any) -> Callable[[Path], None]:
     def change(begun: Path) -> None:
-        file = begun / "progress.json"
+        file = begun / "index.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
 
     return change
 
 
 def garbled_progress(begun: Path) -> None:
-    (begun / "progress.json").write_text("{")
+    (begun / "index.json").write_text("{")
 
 
 DAMAGES = [cut_off, flip_a_filled_bit, garbled_progress, claim(samples=4), claim(samples=10**9), claim(samples="3"), claim(samples=-1)]
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, claim(fingerprint="0" * 64), claim(sha256=None)])
+@pytest.mark.parametrize("damage", [*DAMAGES, claim(fingerprint="0" * 64), claim(crc32=None)])
 def test_a_damaged_filling_is_begun_again(damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = make_model(), make_samples()
     damage(broken_off(model, samples, tmp_path, monkeypatch))
     shown: list[int] = []
     cache, said = keep(model, samples, tmp_path, "disk", progress=lambda done, total: shown.append(done))
     assert "is damaged and is filled from the start" in said and shown == [1, 2, 3, 4, 5, 6, 7]
-    assert torch.equal(cache.store, keep(model, samples)[0].store)
+    assert torch.equal(values(cache), values(keep(model, samples)[0]))
 
 
 def test_a_filling_whose_note_is_missing_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = make_model(), make_samples()
-    (broken_off(model, samples, tmp_path, monkeypatch) / "progress.json").unlink()
+    (broken_off(model, samples, tmp_path, monkeypatch) / "index.json").unlink()
     cache, _ = keep(model, samples, tmp_path, "disk")
-    assert torch.equal(cache.store, keep(model, samples)[0].store)
+    assert torch.equal(values(cache), values(keep(model, samples)[0]))
 
 
 def test_a_run_waits_for_another_one_that_fills_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -732,5 +832,5 @@ def test_a_run_waits_for_another_one_that_fills_the_same_cache(tmp_path: Path, m
         monkeypatch.setattr(cache_file.time, "sleep", lambda seconds: go_on.set())
         cache = activations(later, samples, range(len(samples)), "training", settings, CPU)
     assert "another run is filling" in said and "is reused" in said and not calls
-    assert isinstance(cache, ActivationCache) and torch.equal(cache.store, first.result()[0].store)
+    assert isinstance(cache, ActivationCache) and torch.equal(values(cache), values(first.result()[0]))
     assert len(list(tmp_path.iterdir())) == 1

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from litgpt import checkpoint
 from litgpt.args import TrainArgs, marked
 from litgpt.data import JSON
 from litgpt.errors import UserError
@@ -188,6 +189,19 @@ def test_large_weights_are_told_apart_without_reading_all_of_them(spots: int, ba
         assert who(base).base != first
     (base / "lit_model.pth").write_bytes(content + b"x")
     assert who(base).base != first
+
+
+def test_every_byte_of_the_weights_is_compared_but_with_runs_of_earlier_versions(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "PROBES", 2)
+    monkeypatch.setattr(state_module, "PROBE_BYTES", 16)
+    before = who(base).facts()
+    content = bytearray((base / "lit_model.pth").read_bytes())
+    content[100] ^= 1  # between the parts that earlier versions looked at
+    (base / "lit_model.pth").write_bytes(content)
+    checkpoint.weights_file(base, now=True)
+    assert who(base).changes(before) == ["the base model is another one (its weights or its config)"]
+    del before["weights"]
+    assert who(base).changes(before) == []
 
 
 def test_settings_that_may_change_are_not_compared() -> None:

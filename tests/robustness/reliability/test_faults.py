@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -131,6 +132,28 @@ def test_a_checkpoint_by_the_clock_is_left_out_if_the_disk_is_full(
     assert run.code == 0 and run.err.count("cannot be written: File too large") == 2, run.err
     assert run.column("train_loss") == whole("LARGE").column("train_loss")
     assert not list((tmp_path / "out").glob("step-*")), "they were there to resume from only"
+
+
+def test_a_cache_that_changes_under_a_run_stops_it_with_its_state_saved(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SKIP, "eval__max_new_tokens": 0, "skip2lora_cache": "disk"}
+    reference = finetune("finetune", bench.base, bench.data, tmp_path / "reference", **settings)
+    step = Loop.step
+
+    def changing(loop: Loop, state: State, *args: Any) -> dict[str, float]:
+        for file in (tmp_path / "activation_cache").glob("*/activations.bin") if state.step == 3 else ():
+            os.truncate(file, 100)
+        return step(loop, state, *args)
+
+    out_dir = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", changing)
+        run = finetune("finetune", bench.base, bench.data, out_dir, **settings)
+    assert_one_message(run, 1, "activations.bin: rows ", f"{out_dir / 'step-000003'} is complete")
+    resumed = finetune("finetune", bench.base, bench.data, out_dir, **settings, resume=True)
+    assert "is filled again" in resumed.err
+    assert_same(resumed, reference)
 
 
 def test_a_disk_too_full_for_the_cache_is_said_and_the_run_goes_on(bench: Bench, tmp_path: Path) -> None:
