@@ -219,7 +219,7 @@ def test_everything_is_flushed_before_the_rename_and_the_manifest_comes_last(tmp
     with atomic.new_folder(tmp_path / "final") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a.bin").write_text("unflushed")
-    first = calls.index(("fsync", ".manifest.json.tmp"))
+    first = calls.index(("fsync", ".manifest.json.litgpt.tmp"))
     assert ("fsync", "a.bin") in calls[:first]
     assert calls[first + 1 :] == [
         ("replace", "manifest.json"),

@@ -63,7 +63,7 @@ def test_there_and_back(settings: dict[str, Any], files: set[str], base: Path, c
     assert str(out) in capsys.readouterr().out
     assert names(out) == files | {"README.md", "prompt_style.yaml"}
     assert main(["convert_adapter", str(out), str(back), "--checkpoint_dir", str(base)]) == 0
-    want = {"lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml", "prompt_style.yaml"}
+    want = {"lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml", "prompt_style.yaml", "base.json"}
     assert names(back) == want | {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     before, after = (checkpoint.load_weights(folder / "lit_model.pth.lora") for folder in (source, back))
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
