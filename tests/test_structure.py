@@ -47,10 +47,10 @@ UPWARD: set[tuple[str, str]] = set()
 IN_CIRCLES: set[str] = set()  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
-LINES_TOO_MANY = 2_400
+LINES_TOO_MANY = 2_000
 WITHOUT_TESTS = {
-    "activations.store", "args", "finetune.sweep", "train.interrupts", "train.methods", "train.out_dir",
-    "train.parallel", "train.phase", "train.prepare", "train.report", "train.run", "train.settings", "train.trials",
+    "activations.store", "args", "finetune.sweep", "train.interrupts", "train.methods", "train.prepare", "train.report", "train.run",
+    "train.settings",
 }  # fmt: skip
 
 # Files and folders without test files of their names, and the tests that cover them.

@@ -1,211 +1,48 @@
-"""The loop against steps written out by hand, against transformers' loss, and against itself: accumulated, cached, repeated, in two
-processes."""
+"""The loop against steps written out by hand, and against itself: accumulated, cached, repeated."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import threading
-import time
 from array import array
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 
-from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations
-from litgpt.args import EvalArgs, TrainArgs
-from litgpt.errors import NonFiniteError, Stopped
-from litgpt.logs import Console
+from litgpt.activations.cache import ActivationCache, CacheSettings, activations
+from litgpt.args import EvalArgs
+from litgpt.errors import NonFiniteError
 from litgpt.lora import lora_filter, mark_only_lora_as_trainable
 from litgpt.sample import Sample
 from litgpt.train import loop as loop_module
-from litgpt.train.interrupts import Interrupts
-from litgpt.train.loop import Batches, Loop
+from litgpt.train.loop import Batches
 from litgpt.train.methods import full
 from litgpt.train.parallel import Rank
-from litgpt.train.phase import Phase
-from litgpt.train.resume import State
 from tests.helpers import tiny
-
-CPU = torch.device("cpu")
-ALONE = Rank()
-CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
-RATE = 0.05
-
-SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": [0, 2], "lora_r": 3, "lora_alpha": 5}
-LAYERS = {"lora_query": True, "lora_value": True, "lora_mlp": True}
-METHODS: dict[str, dict[str, Any]] = {
-    "LoRA": {**tiny.ALL_LORA, "lora_r": 3},
-    "late LoRA": {**LAYERS, "lora_r": 3, "lora_block_indices": [3, 4]},
-    "lm_head": SKIP,
-    "ln_f": {**SKIP, "skip2lora_output_layer": "transformer.ln_f"},
-    "block": {**SKIP, **LAYERS, "skip2lora_output_layer": "transformer.h.3"},
-    "full": {},
-}
-CUTS = [name for name in METHODS if name not in ("LoRA", "full")]
-
-
-def make_samples(count: int, seed: int = 0) -> list[Sample]:
-    """Samples of 4 to 20 tokens with 1 to all of them carrying loss."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for _ in range(count):
-        length = int(torch.randint(4, 21, (), generator=generator))
-        learned = int(torch.randint(1, length, (), generator=generator))
-        ids = torch.randint(101, (length,), generator=generator).tolist()
-        samples.append(Sample(array("i", ids), bytearray([0] * (length - learned) + [1] * learned)))
-    return samples
-
-
-def make_model(method: str = "lm_head", **settings: Any) -> Any:
-    model = tiny.tiny(**{**METHODS[method], **settings})
-    if method != "full":
-        mark_only_lora_as_trainable(tiny.move_adapters(model, size=0.1))
-    return model
-
-
-def trained(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def snapshot(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-class Log:
-    """The rows that the loop logs."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def __call__(self, step: int, row: dict[str, float]) -> None:
-        assert row["step"] == step
-        self.rows.append(row)
-
-
-class Saved:
-    """The checkpoints that the loop asks for: (step, kept), and "best" with its step; `act` is called with each step."""
-
-    def __init__(self, act: Callable[[int], None] = lambda step: None) -> None:
-        self.asked: list[tuple[int, bool]] = []
-        self.bests: list[tuple[int, float]] = []
-        self.act = act
-
-    def step(self, state: State, optimizer: Any, kept: bool) -> None:
-        self.asked.append((state.step, kept))
-        self.act(state.step)
-
-    def folder(self, name: str, measured: dict[str, Any]) -> None:
-        assert name == "best"
-        self.bests.append((measured["step"], measured["val_loss"]))
-
-
-class Training(Phase):
-    """A phase and its loop in one."""
-
-    def run(self, state: State | None = None) -> State:
-        state = state or State()
-        with self.begun(state):
-            if not self.is_out_of_patience(state):
-                self.loop.run(state, self.on_step)
-        state.phase = None
-        return state
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loop, name)
-
-
-def column(loop: Training, name: str) -> list[float]:
-    return [row[name] for row in logged(loop) if name in row]
-
-
-def logged(loop: Training) -> list[dict[str, float]]:
-    log: Any = loop.log
-    return log.rows
-
-
-def make_loop(
-    model: Any,
-    samples: Sequence[Sample],
-    val: Sequence[Sample] = (),
-    *,
-    eval: EvalArgs | None = None,
-    optimizer: Callable[[list[Any]], Any] = lambda parameters: torch.optim.AdamW(parameters, lr=RATE),
-    rank: Rank = ALONE,
-    seed: int = 1,
-    source: Any = None,
-    saved: Saved | None = None,
-    interrupts: Interrupts | None = None,
-    answer: Callable[[], None] = lambda: None,
-    **train: Any,
-) -> Training:
-    """A loop over the samples; the same samples for validation unless others are given. Constant learning rate unless said otherwise."""
-    settings = {"global_batch_size": 4, "micro_batch_size": 2, "lr_warmup_steps": 0, "min_lr": RATE, "epochs": 1, "save_interval": None}
-    arguments = TrainArgs(**{**settings, **train})
-    own_val = list(range(rank.index, len(val or samples), rank.size))
-    loop = Loop(
-        model=model,
-        optimizer=optimizer([p for p in model.parameters() if p.requires_grad]),
-        train=arguments,
-        batches=Batches(samples, arguments.global_batch_size // rank.size, rank, seed),
-        activations=source or Recompute(model, samples, CPU),
-        rank=rank,
-    )
-    return Training(
-        title="training",
-        loop=loop,
-        eval=eval or EvalArgs(interval=10_000, final_validation=False),
-        val_batches=[own_val[i : i + 3] for i in range(0, len(own_val), 3)],
-        val_activations=Recompute(model, val or samples, CPU),
-        log=Log(),  # type: ignore[arg-type]
-        console=Console(active=False),
-        checkpoints=saved or Saved(),  # type: ignore[arg-type]
-        interrupts=interrupts or Interrupts(),
-        answer=answer,
-    )
-
-
-def by_hand(model: Any, samples: Sequence[Sample], rows: Sequence[int]) -> torch.Tensor:
-    """Mean loss per token of a batch: each sample alone through the whole model, targets that carry no loss ignored."""
-    total, count = torch.zeros(()), 0
-    for i in rows:
-        ids, mask = torch.tensor(samples[i].input_ids), torch.tensor(list(samples[i].loss_mask), dtype=torch.bool)
-        targets = torch.where(mask, ids, -100)[1:].long()
-        total = total + F.cross_entropy(model(ids[None, :-1])[0], targets, ignore_index=-100, reduction="sum")
-        count += int(mask.sum())
-    return total / count
-
-
-def train_by_hand(model: Any, samples: Sequence[Sample], batches: Sequence[Sequence[int]], optimizer: Any) -> list[float]:
-    model.train()
-    losses = []
-    for rows in batches:
-        loss = by_hand(model, samples, rows)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def record_gradients(loop: Training) -> list[list[torch.Tensor]]:
-    """The gradients that each optimizer step sees."""
-    seen: list[list[torch.Tensor]] = []
-    step = loop.optimizer.step
-
-    def recording(*args: Any) -> Any:
-        seen.append([p.grad.clone() for p in loop.trained])
-        return step(*args)
-
-    loop.optimizer.step = recording  # type: ignore[method-assign,assignment]
-    return seen
-
+from tests.helpers.training import (
+    ALONE,
+    CLOSE,
+    CPU,
+    CUTS,
+    METHODS,
+    RATE,
+    Saved,
+    Training,
+    by_hand,
+    column,
+    logged,
+    make_loop,
+    make_model,
+    make_samples,
+    record_gradients,
+    snapshot,
+    train_by_hand,
+    trained,
+)
 
 # --- batches ---
 
@@ -527,204 +364,3 @@ def test_every_group_keeps_its_own_peak() -> None:
     loop.optimizer.step = lambda: (seen.append([g["lr"] for g in loop.optimizer.param_groups]), step())  # type: ignore[method-assign]
     loop.run()
     assert seen == [pytest.approx([0.05, 0.01]), pytest.approx([0.1, 0.02])]
-
-
-# --- validation, saving ---
-
-
-@pytest.mark.parametrize("cut", ["lm_head", "block", "LoRA"])
-def test_validation_loss_is_transformers_mean_over_the_loss_tokens(cut: str) -> None:
-    hf = tiny.hf_llama(num_hidden_layers=5)
-    model = tiny.from_hf(hf, **METHODS[cut])  # B is 0: the adapters add nothing yet
-    mark_only_lora_as_trainable(model)
-    samples = make_samples(7, seed=4)
-    total, count = 0.0, 0
-    for sample in samples:
-        ids = torch.tensor(sample.input_ids)[None].long()
-        labels = torch.where(torch.tensor(list(sample.loss_mask)).bool(), ids[0], -100)[None]
-        learned = sample.n_targets
-        with torch.no_grad():
-            total += hf(input_ids=ids, labels=labels).loss.item() * learned
-        count += learned
-    loop = make_loop(model, make_samples(4), samples, eval=EvalArgs(initial_validation=True, final_validation=False))
-    loop.run()
-    first = logged(loop)[0]
-    assert first["step"] == 0
-    assert first["val_loss"] == pytest.approx(total / count, rel=1e-5)
-    assert first["val_ppl"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("evaluate", "steps"),
-    [
-        (EvalArgs(interval=2, final_validation=False), [2, 4, 6]),
-        (EvalArgs(interval=2), [2, 4, 6, 7]),
-        (EvalArgs(interval=7), [7]),
-        (EvalArgs(interval=100, initial_validation=True), [0, 7]),
-        (EvalArgs(interval=100, final_validation=False), []),
-    ],
-)
-def test_validation_comes_by_interval_first_and_last_and_each_step_is_logged_once(evaluate: EvalArgs, steps: list[int]) -> None:
-    answered = []
-    loop = make_loop(make_model(), make_samples(28), eval=evaluate, answer=lambda: answered.append(1))
-    state = loop.run()
-    rows = logged(loop)
-    assert [step for step, _ in state.losses] == steps == [row["step"] for row in rows if "val_loss" in row]
-    assert [loss for _, loss in state.losses] == column(loop, "val_loss")
-    assert [row["step"] for row in rows] == [*([0] if 0 in steps else []), 1, 2, 3, 4, 5, 6, 7]
-    assert len(answered) == len(steps)
-
-
-def test_rows_and_checkpoints_come_by_their_intervals() -> None:
-    saved = Saved()
-    loop = make_loop(
-        make_model(),
-        make_samples(28),
-        eval=EvalArgs(interval=5, final_validation=False),
-        log_interval=3,
-        save_interval=2,
-        saved=saved,
-    )
-    loop.run()
-    assert saved.asked == [(2, True), (4, True), (6, True)]
-    assert [row["step"] for row in logged(loop)] == [3, 5, 6]
-    assert [row["epoch"] for row in logged(loop)] == [pytest.approx(n / 7, abs=1e-4) for n in (3, 5, 6)]
-
-
-def test_validation_needs_no_gradients_and_drops_nothing() -> None:
-    """With dropout 0.5 the validation loss is that of the whole model, and training goes on in training mode."""
-    samples, model = make_samples(9), make_model(lora_dropout=0.5)
-    modes = []
-    hook = model.lm_head.weight  # frozen: the loop must not make it trainable
-    loop = make_loop(model, samples, eval=EvalArgs(initial_validation=True), answer=lambda: modes.append(model.training))
-    loop.run()
-    model.eval()
-    with torch.no_grad():
-        exact = by_hand(model, samples, range(len(samples))).item()
-    assert column(loop, "val_loss")[-1] == pytest.approx(exact, rel=1e-5)
-    assert modes == [False, False] and not hook.requires_grad
-
-
-@pytest.mark.parametrize(("losses", "steps", "best"), [([5, 4, 3, 2], 4, [1, 2, 3, 4]), ([5, 6, 5, 9], 3, [1])])
-def test_the_best_is_kept_and_patience_ends_the_run(
-    losses: list[float], steps: int, best: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a patience of 2; the loss before the first step does not count."""
-    saved = Saved()
-    evaluate = EvalArgs(interval=1, patience=2, initial_validation=True)
-    loop = make_loop(make_model(), make_samples(16), eval=evaluate, saved=saved)
-    told = iter([1.0, *losses])
-    loop.loop.rank = Rank(sum=lambda tensor: torch.tensor([next(told), 1.0]) if tensor.numel() == 2 else tensor)
-    state = loop.run()
-    assert state.step == steps and [step for step, _ in saved.bests] == best
-
-
-def test_a_signal_ends_the_run_between_two_steps() -> None:
-    signals, saved = Interrupts(), Saved(lambda step: setattr(signals, "asked", 15 if step == 2 else None))
-    loop = make_loop(make_model(), make_samples(16), saved=saved, save_interval=1, interrupts=signals)
-    with pytest.raises(Stopped) as caught:
-        loop.run(state := State())
-    assert caught.value.code == 143 and state.step == 2 and state.pending is None and state.consistent
-
-
-def test_a_signal_in_a_validation_leaves_it_pending_and_the_rest_of_the_step_is_done_later() -> None:
-    samples, signals = make_samples(16), Interrupts()
-    evaluate = EvalArgs(interval=2)
-    whole = make_loop(make_model(), samples, eval=evaluate)
-    whole.run()
-    loop = make_loop(make_model(), samples, eval=evaluate, interrupts=signals)
-    source = loop.val_activations
-
-    def signalled(rows: Any) -> Any:
-        signals.asked = 2
-        return source(rows)
-
-    signalled.samples = source.samples  # type: ignore[attr-defined]
-    loop.val_activations = signalled  # type: ignore[assignment]
-    with pytest.raises(Stopped):
-        loop.run(state := State())
-    assert state.pending is not None and state.step == 2 and len(logged(loop)) == 1 and not state.losses
-    signals.asked, loop.val_activations = None, source
-    loop.run(state)
-    drop = ("step_time", "tokens_per_second", "peak_memory_gb")
-    assert [{k: v for k, v in row.items() if k not in drop} for row in logged(loop)] == [
-        {k: v for k, v in row.items() if k not in drop} for row in logged(whole)
-    ]
-
-
-# --- several processes ---
-
-
-def in_processes(size: int, work: Callable[[Rank], Any]) -> list[Any]:
-    """Run `work` for each rank in a thread of its own; their sums meet at a barrier as in all-reduce."""
-    barrier, parts, results = threading.Barrier(size, timeout=60), [torch.empty(0)] * size, [None] * size
-
-    def add(rank: int, tensor: torch.Tensor) -> torch.Tensor:
-        parts[rank] = tensor.detach().clone()
-        barrier.wait()
-        total = torch.stack(parts).sum(0)
-        barrier.wait()
-        return total
-
-    def one(rank: int) -> None:
-        try:
-            results[rank] = work(Rank(rank, size, sum=lambda tensor: add(rank, tensor)))
-        except BaseException as error:
-            results[rank] = error
-            barrier.abort()
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
-@pytest.mark.parametrize(("size", "count"), [(2, 15), (3, 7), (3, 2)])
-@pytest.mark.parametrize(("method", "max_norm"), [("lm_head", None), ("block", 0.5), ("full", None)])
-def test_several_processes_train_like_one_on_their_common_batches(method: str, max_norm: float | None, size: int, count: int) -> None:
-    samples, val = make_samples(count), make_samples(5, seed=9)
-    evaluate = EvalArgs(interval=1, final_validation=True)
-
-    def plain_steps(parameters: list[Any]) -> Any:
-        return torch.optim.SGD(parameters, lr=0.01)  # unlike AdamW's its steps show a wrong factor
-
-    def work(rank: Rank) -> tuple[Any, Any, list[float], list[float]]:
-        settings = {"epochs": 2, "global_batch_size": 2 * size, "micro_batch_size": 1, "max_norm": max_norm}
-        loop = make_loop(make_model(method), samples, val, eval=evaluate, rank=rank, optimizer=plain_steps, **settings)
-        loop.run()
-        return loop.model, loop.batches, column(loop, "train_loss"), column(loop, "val_loss")
-
-    ranks = in_processes(size, work)
-    assert not [result for result in ranks if isinstance(result, BaseException)]
-    at_once = [zip(*(rank[1].epoch(epoch) for rank in ranks), strict=True) for epoch in range(2)]
-    batches = [[i for rows, _, _ in parts for i in rows] for steps in at_once for parts in steps]
-    other = make_model(method)
-    optimizer = plain_steps(list(trained(other).values()))
-    step = optimizer.step
-
-    def clipped_step() -> None:
-        torch.nn.utils.clip_grad_norm_(list(trained(other).values()), max_norm or torch.inf)
-        step()
-
-    optimizer.step = clipped_step
-    losses = train_by_hand(other, samples, batches, optimizer)
-    with torch.no_grad():
-        final = by_hand(other.eval(), val, range(5)).item()
-    for model, _, train_losses, val_losses in ranks:
-        assert_close(train_losses, losses, rtol=1e-4, atol=1e-5)
-        assert_close(trained(model), trained(other), rtol=1e-2, atol=1e-3)
-        assert val_losses[-1] == pytest.approx(final, rel=1e-3)
-        assert all(torch.equal(value, trained(ranks[0][0])[name]) for name, value in trained(model).items())
-
-
-def test_all_processes_stop_when_the_time_of_one_is_up() -> None:
-    def work(rank: Rank) -> int:
-        loop = make_loop(make_model(), make_samples(8), rank=rank, epochs=None, max_time=1e9 if rank.index else 0.2)
-        return loop.run().step
-
-    began = time.perf_counter()
-    steps = in_processes(2, work)
-    assert steps[0] == steps[1] >= 1
-    assert time.perf_counter() - began < 30

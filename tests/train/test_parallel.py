@@ -1,0 +1,91 @@
+"""Several processes, as threads whose sums meet at a barrier, train like one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from litgpt.args import EvalArgs
+from litgpt.train.parallel import Rank
+from tests.helpers.training import by_hand, column, make_loop, make_model, make_samples, train_by_hand, trained
+
+
+def in_processes(size: int, work: Callable[[Rank], Any]) -> list[Any]:
+    """Run `work` for each rank in a thread of its own; their sums meet at a barrier as in all-reduce."""
+    barrier, parts, results = threading.Barrier(size, timeout=60), [torch.empty(0)] * size, [None] * size
+
+    def add(rank: int, tensor: torch.Tensor) -> torch.Tensor:
+        parts[rank] = tensor.detach().clone()
+        barrier.wait()
+        total = torch.stack(parts).sum(0)
+        barrier.wait()
+        return total
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = work(Rank(rank, size, sum=lambda tensor: add(rank, tensor)))
+        except BaseException as error:
+            results[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 15), (3, 7), (3, 2)])
+@pytest.mark.parametrize(("method", "max_norm"), [("lm_head", None), ("block", 0.5), ("full", None)])
+def test_several_processes_train_like_one_on_their_common_batches(method: str, max_norm: float | None, size: int, count: int) -> None:
+    samples, val = make_samples(count), make_samples(5, seed=9)
+    evaluate = EvalArgs(interval=1, final_validation=True)
+
+    def plain_steps(parameters: list[Any]) -> Any:
+        return torch.optim.SGD(parameters, lr=0.01)  # unlike AdamW's its steps show a wrong factor
+
+    def work(rank: Rank) -> tuple[Any, Any, list[float], list[float]]:
+        settings = {"epochs": 2, "global_batch_size": 2 * size, "micro_batch_size": 1, "max_norm": max_norm}
+        loop = make_loop(make_model(method), samples, val, eval=evaluate, rank=rank, optimizer=plain_steps, **settings)
+        loop.run()
+        return loop.model, loop.batches, column(loop, "train_loss"), column(loop, "val_loss")
+
+    ranks = in_processes(size, work)
+    assert not [result for result in ranks if isinstance(result, BaseException)]
+    at_once = [zip(*(rank[1].epoch(epoch) for rank in ranks), strict=True) for epoch in range(2)]
+    batches = [[i for rows, _, _ in parts for i in rows] for steps in at_once for parts in steps]
+    other = make_model(method)
+    optimizer = plain_steps(list(trained(other).values()))
+    step = optimizer.step
+
+    def clipped_step() -> None:
+        torch.nn.utils.clip_grad_norm_(list(trained(other).values()), max_norm or torch.inf)
+        step()
+
+    optimizer.step = clipped_step
+    losses = train_by_hand(other, samples, batches, optimizer)
+    with torch.no_grad():
+        final = by_hand(other.eval(), val, range(5)).item()
+    for model, _, train_losses, val_losses in ranks:
+        assert_close(train_losses, losses, rtol=1e-4, atol=1e-5)
+        assert_close(trained(model), trained(other), rtol=1e-2, atol=1e-3)
+        assert val_losses[-1] == pytest.approx(final, rel=1e-3)
+        assert all(torch.equal(value, trained(ranks[0][0])[name]) for name, value in trained(model).items())
+
+
+def test_all_processes_stop_when_the_time_of_one_is_up() -> None:
+    def work(rank: Rank) -> int:
+        loop = make_loop(make_model(), make_samples(8), rank=rank, epochs=None, max_time=1e9 if rank.index else 0.2)
+        return loop.run().step
+
+    began = time.perf_counter()
+    steps = in_processes(2, work)
+    assert steps[0] == steps[1] >= 1
+    assert time.perf_counter() - began < 30
