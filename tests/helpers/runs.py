@@ -42,7 +42,8 @@ TRAINING_STATE = {"training_state.json", "training_state.safetensors"}
 def run_files(weights: str) -> set[str]:
     """The files of a run of `SETTINGS`, TensorBoard's events and merged weights excepted."""
     steps = ("step-000002", "step-000004", "step-000006")
-    expected = {f"{folder}/{name}" for folder in (*steps, "best", "final") for name in CHECKPOINT_FILES | {weights}}
+    own = {weights, "base.json"} if weights.endswith(".lora") else {weights}
+    expected = {f"{folder}/{name}" for folder in (*steps, "best", "final") for name in CHECKPOINT_FILES | own}
     expected.add("final/identity.json")
     expected |= {f"{folder}/{name}" for folder in steps for name in TRAINING_STATE}
     return expected | {"best/report.json", "final/report.json", "report.json", "logs/version_0/metrics.csv"}
