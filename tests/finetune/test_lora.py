@@ -19,7 +19,7 @@ import yaml
 from torch.testing import assert_close
 
 import litgpt
-from litgpt import checkpoint
+from litgpt import atomic, checkpoint
 from litgpt.cli import parse
 from litgpt.finetune.lora import Lora, setup
 from litgpt.lora import lora_filter
@@ -405,11 +405,16 @@ def test_a_mistake_is_one_line_and_creates_nothing(what: str, base: Path, data: 
     assert not list(tmp_path.iterdir())
 
 
+def earlier_run(out_dir: Path) -> None:
+    (out_dir / "final").mkdir(parents=True)
+    (out_dir / "final/lit_model.pth.lora").write_text("precious")
+    atomic.write_manifest(out_dir / "final")
+    (out_dir / "report.json").write_text('{"trainable_parameters": 1}')
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_a_mistake_does_not_cost_the_earlier_run_that_was_to_be_replaced(what: str, base: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "out/final").mkdir(parents=True)
-    (tmp_path / "out/final/lit_model.pth.lora").write_text("precious")
-    (tmp_path / "out/report.json").write_text("{}")
+    earlier_run(tmp_path / "out")
     before = finetune_runs.files(tmp_path)
     code, settings, message = BAD[what]
     assert_one_line(finetune("finetune", base, data, tmp_path / "out", **{**SKIP, **settings}, overwrite=True), code, message)
@@ -420,8 +425,7 @@ def test_a_mistake_does_not_cost_the_earlier_run_that_was_to_be_replaced(what: s
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_logger_that_is_not_installed(overwrite: bool, base: Path, data: Path, tmp_path: Path) -> None:
     if overwrite:
-        (tmp_path / "out/final").mkdir(parents=True)
-        (tmp_path / "out/final/lit_model.pth.lora").write_text("precious")
+        earlier_run(tmp_path / "out")
     before = finetune_runs.files(tmp_path)
     run = finetune("finetune", base, data, tmp_path / "out", **SKIP, logger_name="wandb", overwrite=overwrite)
     assert_one_line(run, 1, "logger_name 'wandb' needs a package that is not installed")

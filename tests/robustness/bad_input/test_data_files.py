@@ -71,7 +71,7 @@ ROWS = [
     Case("a pipe", made(os.mkfifo), "data.json", "not a file"),
     Case("a device", data(None, "/dev/zero"), "/dev/zero", ".json or .jsonl"),
     Case("a device behind a name", made(lambda path: path.symlink_to("/dev/zero")), "data.json", "not a file"),
-    Case("a link to itself", made(lambda path: path.symlink_to(path)), "data.json", "links"),
+    Case("a link to itself", made(lambda path: path.symlink_to(path)), "data.json", "a link"),
     Case("a link to nothing", made(lambda path: path.symlink_to("nowhere")), "data.json does not exist", "check data.json_path"),
     Case("a name too long", data(None, "x" * 300 + ".json"), "x.json", "too long"),
     Case("a zero byte in the name", data(None, "da\0ta.json"), "data.json_path", "zero byte", 2),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from litgpt import atomic
 from tests.helpers.places import Case, Place, check
 
 
@@ -57,7 +58,7 @@ ROWS = [
     Case(
         "the checkpoint's own run",
         lambda place: [
-            place.base().rename(place.folder / "final"),
+            atomic.write_manifest(place.base().rename(place.folder / "final")),
             ["finetune", "final", "--data", "JSON", "--data.json_path", place.data(), "--out_dir", ".", "--overwrite", "true"],
         ][1],
         "checkpoint_dir",

@@ -91,7 +91,7 @@ COMMAND_LINE = [
     Case(
         "a config that is a folder",
         lambda place: ["finetune", place.write("d/x", "").parent, "--config", "d"],
-        "d is a folder",
+        "it is a folder",
         "put a file there",
         2,
     ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from litgpt import atomic
 from tests.helpers import tiny
 from tests.helpers.places import Place, run, tree
 
@@ -57,7 +58,7 @@ def test_nothing_is_written(way: str, place: Place, monkeypatch: pytest.MonkeyPa
     """Files, folders, links, permissions and times: all as before, here and in the folder for temporary files."""
     (place.folder / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(place.folder / "tmp"))
-    place.write("earlier/final/lit_model.pth.lora", "precious")
+    atomic.write_manifest(place.write("earlier/final/lit_model.pth.lora", "precious").parent)
     argv = words(place, WAYS[way])
     before, times = tree(place.folder), {path: path.lstat().st_mtime_ns for path in place.folder.rglob("*")}
     ended = run(argv)
