@@ -46,16 +46,25 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
 
 def read_text(path: str | Path, missing: str = MISSING, most: int | None = MOST_BYTES) -> str:
     """Return the text of a UTF-8 file without its byte order mark. `missing` follows the path in the message if there is no such file."""
+    return decode_text(read_bytes(path, missing, most), path)
+
+
+def read_bytes(path: str | Path, missing: str = MISSING, most: int | None = MOST_BYTES) -> bytes:
+    """Return the content of a regular file."""
     try:
         with open(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if most is not None and size > most:
                 raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a file may have: check what it holds")
-            raw = file.read(size or -1) or b""  # of a file in /proc, which has no size, what is there now
+            return file.read(size or -1) or b""  # of a file in /proc, which has no size, what is there now
     except FileNotFoundError:
         raise UserError(f"{path} {missing}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def decode_text(raw: bytes, path: str | Path) -> str:
+    """Return the content of a UTF-8 file as text."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -71,16 +80,36 @@ def read_json(path: str | Path, missing: str = MISSING) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str, where: str, line: int | None = None, hint: str = "") -> Any:
-    """Parse JSON. In messages `where` is the file, `line` the text's line in it if it is not the first; `hint` follows the reason."""
+def parse_json(text: str, where: str, line: int | None = None, hint: str = "", unique: bool = False) -> Any:
+    """Parse JSON. In messages `where` is the file, `line` the text's line in it if it is not the first; `hint` follows the reason.
+
+    `unique`: an object that has a key twice is an error.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
+    except _RepeatedKeyError as error:
+        place = "" if line is None else f", line {line}"
+        raise UserError(f"{where}{place}: an object has the key {error}: leave one of them out") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, line {line or error.lineno}, column {error.colno}: not valid JSON: {error.msg}{hint}") from None
     except RecursionError:
         raise UserError(f"{where}, line {line or 1}: not usable JSON: nested too deeply") from None
     except ValueError:
         raise UserError(f"{where}, line {line or 1}: not usable JSON: it holds a number of thousands of digits") from None
+
+
+class _RepeatedKeyError(Exception):
+    """A key that an object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        values = " and ".join(repr(value)[:40] for key, value in pairs if key == repeated)
+        raise _RepeatedKeyError(f"{repr(repeated)[:60]} twice ({values})")
+    return content
 
 
 def read_yaml(path: str | Path, missing: str = MISSING) -> Any:

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from litgpt.config import Config
     from litgpt.tokenizer import Tokenizer
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+Message = dict[str, Any]  # {"role": "system" | "user" | "assistant" | "tool", "content": ...}
 PROMPT_STYLE_FILE = "prompt_style.yaml"
 CHAT = ("chat", "chat_template")  # names of the checkpoint's own template
 MAX_TEMPLATE = 100_000  # characters of a chat template
+OWN_TEMPLATE = 'choose data.prompt_style "chat", the checkpoint\'s own template'
 
 
 class PromptStyle:
@@ -40,6 +41,8 @@ class PromptStyle:
     """Text between prompt and reply. The model learns to write it, so it is not part of the prompt."""
     end_of_turn: ClassVar[str] = ""
     """Token that ends a reply, "" for the tokenizer's EOS."""
+    marker: ClassVar[str] = ""
+    """Another token that the style cannot do without."""
 
     def apply(self, prompt: str, *, sys_prompt: str | None = None, **kwargs: str) -> str:
         """Return the text up to where the reply starts. `sys_prompt` replaces the style's system text; `input` follows the prompt."""
@@ -88,8 +91,14 @@ class PlainStyle(PromptStyle):
 class ChatStyle(PromptStyle):
     """A style that renders conversations."""
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None) -> str:
         """Return the conversation as text, with the head of the assistant's next turn if `add_generation_prompt` is set."""
+        return self.render_marked(messages, add_generation_prompt, tools)[0]
+
+    def render_marked(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> tuple[str, list[int]]:
+        """Return the conversation as text, and where each message starts in it; -1 or no list where that is unknown."""
         raise NotImplementedError
 
     def apply(self, prompt: str, *, sys_prompt: str | None = None, **kwargs: str) -> str:
@@ -117,15 +126,20 @@ class TurnStyle(ChatStyle):
         if system_message is not None:
             self.system = system_message
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        turns, system = list(messages), self.system
+    def render_marked(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> tuple[str, list[int]]:
+        turns, system, starts = list(messages), self.system, []
         if turns and turns[0]["role"] == "system":
             system = turns.pop(0)["content"]
+            starts.append(0)
         system_text = self.system_turn.replace("{}", system) if system else ""
         parts = [self.start] if self.system_in_user else [self.start, system_text]
         head = system_text if self.system_in_user else ""
-        between = ""
+        length, between = sum(map(len, parts)), ""
         for turn in turns:
+            starts.append(length)
+            written = len(parts)
             parts.append(between)
             between = ""
             if turn["role"] == "user":
@@ -134,11 +148,14 @@ class TurnStyle(ChatStyle):
             elif turn["role"] == "assistant":
                 parts += (self.reply_head, self.gap, turn["content"], self.end_of_turn)
                 between = self.between
-            else:
+            elif turn["role"] == "system":
                 raise UserError(f"prompt style {self.name}: a conversation holds at most one system message, at its start")
+            else:
+                raise UserError(f"the prompt style {self.name!r} has no form for the role {turn['role']!r}: {OWN_TEMPLATE}")
+            length += sum(map(len, parts[written:]))
         if add_generation_prompt:
             parts += (between, self.reply_head)
-        return "".join(parts)
+        return "".join(parts), starts
 
 
 # --- The styles. Sources: the model cards and reference code of the models; Alpaca: Stanford Alpaca's two texts. ---
@@ -185,7 +202,16 @@ Platypus = _style(PlainStyle, "Platypus", "platypus", text="### Instruction:\n\n
 NousResearch = _style(PlainStyle, "NousResearch", "nous-research", text=_INSTRUCTION + _RESPONSE)
 TogetherComputerChat = _style(PlainStyle, "TogetherComputerChat", "togethercomputer-chat", text="<human>: {prompt}\n<bot>:", gap=" ")
 TogetherComputerInstruct = _style(PlainStyle, "TogetherComputerInstruct", "togethercomputer-instruct", text="Q: {prompt}\nA:", gap=" ")
-H2Oai = _style(PlainStyle, "H2Oai", "h2oai", text="<|prompt|>{prompt}</s><|answer|>")
+H2Oai = _style(PlainStyle, "H2Oai", "h2oai", text="<|prompt|>{prompt}</s><|answer|>", marker="<|answer|>")
+Falcon = _style(PlainStyle, "Falcon", "falcon", text="User: {prompt}\n\nAssistant:", gap=" ")
+StableCode = _style(PlainStyle, "StableCode", "stablecode", text="###Instruction\n{prompt}###Response\n")
+FreeWilly2 = _style(
+    PlainStyle,
+    "FreeWilly2",
+    "freewilly2",
+    system="This is a system prompt, please behave and help the user.",
+    text="### System:\n{system}\n\n### User:\n{prompt}\n\n### Assistant:\n",
+)
 Phi1 = _style(PlainStyle, "Phi1", "phi-1", text="{prompt}\n\nAnswer:", gap=" ")
 Phi2 = _style(PlainStyle, "Phi2", "phi-2", text="Instruct: {prompt}\nOutput:", gap=" ")
 Vicuna = _style(
@@ -215,6 +241,15 @@ Llama2 = _style(
     between="<s>",
 )
 CodeLlama = _style(Llama2, "CodeLlama", "codellama", system="")
+Llama2FunctionCalling = _style(  # the system text is the list of functions, as JSON
+    TurnStyle,
+    "Llama2FunctionCalling",
+    "llama2-function-calling",
+    system_turn="<FUNCTIONS>{}</FUNCTIONS>\n\n",
+    user_turn="[INST] {} [/INST]\n\n",
+    end_of_turn="</s>",
+    between="<s>",
+)
 Mistral = _style(
     TurnStyle,
     "Mistral",
@@ -253,9 +288,31 @@ StableLMAlpha = _style(
     system_turn="<|SYSTEM|>{}",
     user_turn="<|USER|>{}",
     reply_head="<|ASSISTANT|>",
+    marker="<|ASSISTANT|>",
 )
 StableLMZephyr = _style(TurnStyle, "StableLMZephyr", "stablelm-zephyr", **_turns("<|ROLE|>\n", "<|endoftext|>", "\n"))
 Phi3 = _style(TurnStyle, "Phi3", "phi-3", system="You are a helpful assistant.", **_turns("<|ROLE|>\n", "<|end|>", "\n"))
+Phi4 = _style(TurnStyle, "Phi4", "phi-4", **_turns("<|im_start|>ROLE<|im_sep|>", "<|im_end|>"))
+Phi4Reasoning = _style(
+    Phi4,
+    "Phi4Reasoning",
+    "phi-4-reasoning",
+    system="You are Phi, a language model trained by Microsoft to help users. Your role as an assistant involves thoroughly exploring "
+    "questions through a systematic thinking process before providing the final precise and accurate solutions. This requires engaging in "
+    "a comprehensive cycle of analysis, summarizing, exploration, reassessment, reflection, backtracing, and iteration to develop "
+    "well-considered thinking process. Please structure your response into two main sections: Thought and Solution using the specified "
+    "format: <think> {Thought section} </think> {Solution section}. In the Thought section, detail your reasoning process in steps. Each "
+    "step should include detailed considerations such as analysing questions, summarizing relevant findings, brainstorming new ideas, "
+    "verifying the accuracy of the current steps, refining any errors, and revisiting previous steps. In the Solution section, based on "
+    "various attempts, explorations, and reflections from the Thought section, systematically present the final solution that you deem "
+    "correct. The Solution section should be logical, accurate, and concise and detail necessary steps needed to reach the conclusion. "
+    "Now, try to solve the following question through the above guidelines:",
+)
+Phi4Mini = _style(TurnStyle, "Phi4Mini", "phi-4-mini", **_turns("<|ROLE|>", "<|end|>"))
+Phi4MiniReasoning = _style(
+    Phi4Mini, "Phi4MiniReasoning", "phi-4-mini-reasoning", system="Your name is Phi, an AI math expert developed by Microsoft."
+)
+Falcon3 = _style(TurnStyle, "Falcon3", "falcon3", **_turns("<|ROLE|>\n", "\n") | {"end_of_turn": "<|endoftext|>", "between": "\n"})
 Gemma = _style(
     TurnStyle,
     "Gemma",
@@ -291,6 +348,16 @@ QwQ = _style(
     system="You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step.",
 )
 Qwen3 = _style(ChatML, "Qwen3", "qwen3")
+Salamandra = _style(
+    ChatML,
+    "Salamandra",
+    "salamandra",
+    system="I am Salamandra, an AI language model developed at the Barcelona Supercomputing Centre (BSC) by the Language Technologies "
+    "Unit. My knowledge base was last updated on August 2023. Today Date: 2024-09-30\n"
+    "Soy Salamandra, un modelo lingüístico de IA desarrollado en el Barcelona Supercomputing Centre (BSC) por la Language Technologies "
+    "Unit. Mi base de conocimientos se actualizó por última vez en agosto de 2023.\n"
+    "Soc Salamandra, un model de llenguatge d'IA desenvolupat al Barcelona Supercomputing Centre (BSC) per la Language Technologies Unit.",
+)
 
 
 # --- The checkpoint's own template ---
@@ -323,26 +390,33 @@ class ChatTemplate(ChatStyle):
         tokens = tokenizer.special_tokens
         return cls(tokenizer.chat_template, tokens.get("bos_token", ""), tokens.get("eos_token", ""), source)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """Return the conversation as text. Raise UserError if the template refuses it, is broken, or exceeds the bounds."""
-        pieces, length = [], 0
+    def reads(self, key: str) -> bool:
+        """Return True if the template names a key of a message, or a variable."""
+        return re.search(rf"\b{re.escape(key)}\b", self.template) is not None
+
+    def render_marked(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> tuple[str, list[int]]:
+        """Return the conversation as text and its starts. Raise UserError if the template refuses it, is broken, or exceeds the bounds."""
+        pieces = []
         try:
             from litgpt.templates import MAX_SIZE, Sandbox
 
             if self._compiled is None:
                 self._compiled = Sandbox(self.now).from_string(self.template)
-            self._compiled.environment.start()  # type: ignore[attr-defined]
+            sandbox: Any = self._compiled.environment
+            sandbox.start()
             for piece in self._compiled.generate(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token,
                 eos_token=self.eos_token,
-                tools=None,
+                tools=tools,
                 documents=None,
             ):
                 pieces.append(piece)
-                length += len(piece)
-                if length > MAX_SIZE:
+                sandbox.written += len(piece)
+                if sandbox.written > MAX_SIZE:
                     raise ValueError(f"it makes more than {MAX_SIZE:,} characters")
         except Exception as error:  # a template is foreign code and may raise anything
             line = f" (line {error.lineno})" if hasattr(error, "lineno") else ""
@@ -350,10 +424,12 @@ class ChatTemplate(ChatStyle):
             raise UserError(
                 f"{self.source}: the chat template failed{line}: {reason[:300]}. Choose another prompt style, for example chatml"
             ) from None
-        return "".join(pieces)
+        return "".join(pieces), [sandbox.marks.get(id(message), -1) for message in messages]
 
 
 # --- The style of a name, a model, a folder ---
+
+WITH_MARKERS = ("chatml", "llama3", "gemma", "phi-3", "r1-base", "llama2")  # styles whose end of turn tells tokenizers apart
 
 
 def _find(name: str) -> type[PromptStyle]:
@@ -400,6 +476,24 @@ def _require_own_template(folder: Path, tokenizer: Tokenizer | None) -> ChatTemp
     if template is None:
         raise UserError(f"{folder} has no chat template (tokenizer_config.json or chat_template.jinja): choose a prompt style by name")
     return template
+
+
+def misfit(style: PromptStyle, tokenizer: Tokenizer) -> str:
+    """Return a remark if the tokenizer lacks the token that ends the style's replies, with a style that fits; "" if it fits."""
+    marker = style.end_of_turn or style.marker
+    if isinstance(style, ChatTemplate):
+        try:
+            text = style.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+        except UserError:
+            return ""
+        end = re.fullmatch(r"\s*(<[^<>\s]+>)\s*", text.rpartition("Hello")[2])
+        marker = end[1] if end else ""
+    if not marker or tokenizer.token_to_id(marker) is not None:
+        return ""
+    own = tokenizer.chat_template is not None and not isinstance(style, ChatTemplate)
+    known = (name for name in WITH_MARKERS if tokenizer.token_to_id(STYLES[name].end_of_turn) is not None)
+    fits = CHAT[0] if own else next(known, Alpaca.name)
+    return f"warning: the prompt style {style.name!r} needs {marker}, which is no token of this tokenizer: {fits!r} fits it"
 
 
 def save_prompt_style(style: PromptStyle, folder: str | Path) -> None:

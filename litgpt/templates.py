@@ -58,6 +58,8 @@ def size_of(value: Any) -> int:
 
     Counting stops soon after `MAX_SIZE`.
     """
+    if isinstance(value, str):
+        return len(value)
     total, left = 0, [value]
     while left and total <= MAX_SIZE:
         item = left.pop()
@@ -86,15 +88,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: self._bounded(name, function) for name, function in self.filters.items() if name in FILTERS}
         self.filters["tojson"] = self._bounded("tojson", _as_json)
         self.filters["sum"] = self._sum
-        self.filters |= {"_each": self.each, "_made": self.made, "_joined": self._joined, "_checked": self._checked}
+        self.filters |= {"_each": self.each, "_made": self.made, "_joined": self._joined, "_checked": self._checked, "_mark": self._mark}
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.globals["raise_exception"] = _fail
         self.globals["strftime_now"] = partial(_strftime, now)
         self.start()
 
     def start(self) -> None:
-        """Start a new budget."""
+        """Start a new budget, and a text of which nothing is written yet."""
         self.steps, self.deadline = 0, time.monotonic() + MAX_SECONDS
+        self.written = 0  # characters; counted by the reader of the text
+        self.marks: dict[int, int] = {}  # id of a mapping that a loop went through -> `written` at the start of that pass
 
     def spend(self, size: int = 0) -> None:
         """Spend a step whose result has this size."""
@@ -115,6 +119,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for item in items:
             self.spend()
             yield item
+
+    def _mark(self, item: Any) -> None:
+        if isinstance(item, dict):
+            self.marks[id(item)] = self.written
 
     def concat(self, parts: Iterable[str]) -> str:  # jinja2's hook
         texts = list(parts)
@@ -184,6 +192,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 def _operated_size(operator: str, left: Any, right: Any) -> int:
     """Return the size of an operator's result. Raise SecurityError if it is too large to be computed."""
+    if operator == "+" and isinstance(left, str) and isinstance(right, str):
+        return len(left) + len(right)
     if operator == "%" and isinstance(left, str):
         return _formatted_size(left, left.count("%"), right)
     numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
@@ -276,6 +286,10 @@ class _Counting(NodeTransformer):
             raise TemplateError("recursive loops are not supported")
         self.generic_visit(node)
         node.iter = _through("_each", node.iter)
+        if isinstance(node.target, nodes.Name):
+            node.body.insert(
+                0, nodes.ExprStmt(_through("_mark", nodes.Name(node.target.name, "load", lineno=node.lineno)), lineno=node.lineno)
+            )
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_TEXT = 2**21  # characters of a text, whose tokens take some 300 bytes each
+MOST_GROWTH = 64  # times that a decoder may lengthen a token
+
+
 class Tokenizer:
     """The tokenizer of a checkpoint folder: `tokenizer.json`, with `tokenizer_config.json` and `generation_config.json` if present.
 
@@ -24,6 +29,9 @@ class Tokenizer:
     def __init__(self, checkpoint_dir: str | Path) -> None:
         folder = Path(checkpoint_dir)
         self._backend = _load_backend(folder)
+        self._steps = _replacements(self._backend.normalizer)
+        if (growth := _grown(1, _replacements(self._backend.decoder))) > MOST_GROWTH:
+            raise UserError(f"{folder / 'tokenizer.json'}: its decoder makes a text {growth:,} times as long: it is broken, copy it again")
         self._config = _load_json(folder / "tokenizer_config.json")
         self.special_tokens: dict[str, str] = {
             name: text for name in ("bos_token", "eos_token", "pad_token", "unk_token") if (text := _token_text(self._config.get(name)))
@@ -40,6 +48,7 @@ class Tokenizer:
         self.chat_template = _chat_template(self._config.get("chat_template"), folder / "chat_template.jinja")
 
     def _adds_bos(self) -> bool:
+        self._require_bounded("a")
         with _no_panics("tokenizer.json"):
             return self.bos_id in self._backend.encode("a").ids
 
@@ -99,7 +108,13 @@ class Tokenizer:
         encoding = self._encode(text)
         return encoding.ids, encoding.offsets
 
+    def _require_bounded(self, text: str) -> None:
+        if (size := _grown(len(text), self._steps)) > MOST_TEXT:
+            grown = "" if size == len(text) else f", which tokenizer.json may replace by {size:,}"
+            raise UserError(f"a text has {len(text):,} characters{grown}: at most {MOST_TEXT:,} are tokenised. Split it")
+
     def _encode(self, text: str) -> tokenizers.Encoding:
+        self._require_bounded(text)
         try:
             with _no_panics("tokenizer.json"):
                 return self._backend.encode(text, add_special_tokens=False)
@@ -169,6 +184,29 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _replacements(part: Any) -> list[tuple[int, int]]:
+    """Return (factor, summand) of each step of a normalizer or decoder that may lengthen a text."""
+    if part is None:
+        return []
+    steps, left = [], [json.loads(part.__getstate__())]
+    while left:
+        step = left.pop()
+        left += [*(step.get("normalizers") or ()), *(step.get("decoders") or ())]
+        content = len(step.get("content") or "") if step["type"] == "Replace" else 0
+        pattern = len((step.get("pattern") or {}).get("String") or "") if content else 0
+        # a regular expression may match single characters, and the empty text between them
+        steps.append((-(-content // pattern) if pattern else content + 1 if content else 1, len(step.get("prepend") or "")))
+    return [step for step in steps if step != (1, 0)]
+
+
+def _grown(length: int, steps: list[tuple[int, int]]) -> int:
+    """Return the largest length of a text after these steps, in any order."""
+    length += sum(summand for _, summand in steps)
+    for factor, _ in steps:
+        length *= max(factor, 1)
+    return length
 
 
 @contextmanager

@@ -66,12 +66,12 @@ def compare(checkpoint_dir: Path, final: Path, records: list[dict[str, str]]) ->
     answers = []
     for folder in (checkpoint_dir, final):
         llm = LLM.load(folder)
-        answers.append([llm.generate(r["instruction"], max_new_tokens=ANSWER_TOKENS, temperature=0.0) for r in records])
+        answers.append([llm.generate(r.question, max_new_tokens=ANSWER_TOKENS, temperature=0.0) for r in records])
     table = Table(title=f"Questions that it was not trained on (answers of up to {ANSWER_TOKENS} tokens)", show_lines=True)
     for title in ("question", "documentation", "base model", "tuned model"):
         table.add_column(title, ratio=1, overflow="fold")
     for record, base, tuned in zip(records, *answers, strict=True):
-        table.add_row(*(text.strip().replace("[", "\\[") for text in (record["instruction"], record["output"], base, tuned)))
+        table.add_row(*(text.strip().replace("[", "\\[") for text in (record.question, record.answer, base, tuned)))
     return table
 
 

@@ -36,6 +36,14 @@ KNOWN = {
         "<|user|>\nHi</s>\n<|assistant|>\n"
     ),
     "phi-3": "<|system|>\nYou are a helpful assistant.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n",
+    "falcon": "User: Hi\n\nAssistant:",
+    "falcon3": "<|user|>\nHi\n<|assistant|>\n",
+    "llama2-function-calling": "[INST] Hi [/INST]\n\n",
+    "freewilly2": "### System:\nThis is a system prompt, please behave and help the user.\n\n### User:\nHi\n\n### Assistant:\n",
+    "stablecode": "###Instruction\nHi###Response\n",
+    "phi-4": "<|im_start|>user<|im_sep|>Hi<|im_end|><|im_start|>assistant<|im_sep|>",
+    "phi-4-mini": "<|user|>Hi<|end|><|assistant|>",
+    "phi-4-mini-reasoning": ("<|system|>Your name is Phi, an AI math expert developed by Microsoft.<|end|><|user|>Hi<|end|><|assistant|>"),
     "phi-2": "Instruct: Hi\nOutput:",
     "gemma": "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
     "stablelm-zephyr": "<|user|>\nHi<|endoftext|>\n<|assistant|>\n",
@@ -113,7 +121,13 @@ def test_save_keeps_the_system_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Alpaca", "FLAN", "Longform", "Llama2", "Llama3", "TinyLlama", "CodeLlama", "Phi3", "Gemma", "SmolLM2", "Qwen2_5"]
+    "name",
+    # every class that LitGPT 0.5.13 writes into this file
+    (
+        "Default Alpaca FLAN Longform StableLMAlpha StableLMZephyr Falcon Falcon3 Llama2FunctionCalling Llama2 Llama3 R1Base FreeWilly2 "
+        "Platypus StableCode CodeLlama Phi1 Phi2 Phi3 Phi4 Phi4Reasoning Phi4Mini Phi4MiniReasoning TinyLlama Gemma OLMo ChatML Qwen2_5 "
+        "Qwen2_5_Math QwQ Qwen3 SmolLM2 Salamandra"
+    ).split(),
 )
 def test_upstream_file_loads(name: str, tmp_path: Path) -> None:
     (tmp_path / "prompt_style.yaml").write_text(f"class_path: litgpt.prompts.{name}\ninit_args: {{}}\n")
@@ -205,6 +219,30 @@ def test_chat_template_is_read_again_from_the_folder(form: str, write_tiny_token
         ("Gemma-2-2b", "Default"),
         ("Qwen2.5-0.5B-Instruct", "Qwen2_5"),
         ("stablelm-zephyr-3b", "StableLMZephyr"),
+        # the styles that LitGPT 0.5.13 chooses for these names
+        ("CodeLlama-7b-hf", "CodeLlama"),
+        ("CodeLlama-7b-Python-hf", "CodeLlama"),
+        ("Qwen2.5-0.5B", "Qwen2_5"),
+        ("Qwen2.5-Coder-0.5B", "Qwen2_5"),
+        ("Qwen2.5-Math-1.5B", "Qwen2_5_Math"),
+        ("Qwen3-0.6B", "Qwen3"),
+        ("Qwen3-0.6B-Base", "Qwen3"),
+        ("falcon-7b", "Default"),
+        ("falcon-7b-instruct", "Falcon"),
+        ("Falcon3-1B-Base", "Default"),
+        ("Falcon3-1B-Instruct", "Falcon3"),
+        ("phi-4", "Phi4"),
+        ("Phi-4-reasoning", "Phi4Reasoning"),
+        ("Phi-4-reasoning-plus", "Phi4Reasoning"),
+        ("Phi-4-mini-instruct", "Phi4Mini"),
+        ("Phi-4-mini-reasoning", "Phi4MiniReasoning"),
+        ("salamandra-2b", "Default"),
+        ("salamandra-7b-instruct", "Salamandra"),
+        ("FreeWilly2", "FreeWilly2"),
+        ("Llama-2-7b-chat-hf-function-calling-v2", "Llama2FunctionCalling"),
+        ("stablecode-instruct-alpha-3b", "StableCode"),
+        ("stablecode-completion-alpha-3b", "Default"),
+        ("stable-code-3b", "Default"),
     ],
 )
 def test_style_by_model_name(model: str, style: str) -> None:

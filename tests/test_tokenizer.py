@@ -189,6 +189,41 @@ def test_missing_tokenizers_say_what_to_do(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+
+
+@pytest.mark.parametrize(
+    ("part", "steps", "message"),
+    [
+        ("normalizer", [REPLACE] * 6, "a text has 5 characters, which tokenizer.json may replace by 5,000,000: at most 2,097,152"),
+        ("normalizer", [{**REPLACE, "pattern": {"Regex": "a"}, "content": "b" * 10_000_000}], "may replace by"),
+        ("normalizer", [{"type": "Prepend", "prepend": "b" * 3_000_000}], "may replace by 3,000,0"),
+        ("decoder", [REPLACE] * 6, "its decoder makes a text 1,000,000 times as long"),
+        ("normalizer", [REPLACE, {**REPLACE, "content": ""}, {"type": "Lowercase"}], None),
+        ("normalizer", [], None),
+    ],
+)
+def test_what_multiplies_a_text_is_bounded(
+    part: str, steps: list[object], message: str | None, tmp_path: Path, write_tiny_tokenizer: WriteTokenizer
+) -> None:
+    folder = rewrite(write_tiny_tokenizer(tmp_path), "tokenizer.json", **{part: {"type": "Sequence", f"{part}s": steps}})
+    if message is None:
+        assert Tokenizer(folder).ids("a b")
+        return
+    with pytest.raises(UserError, match=message):
+        Tokenizer(folder).ids("aaaaa")
+
+
+def test_long_texts_are_refused(tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    with pytest.raises(UserError, match="a text has 2,097,153 characters: at most 2,097,152 are tokenised. Split it"):
+        tokenizer.ids("a" * (2**21 + 1))
+    monkeypatch.setattr("litgpt.tokenizer.MOST_TEXT", 3)
+    assert tokenizer.ids("abc")
+    with pytest.raises(UserError, match="a text has 4 characters"):
+        tokenizer.ids_with_offsets("abcd")
+
+
 def test_smollm2_known_ids(smollm2_dir: Path) -> None:
     tokenizer = Tokenizer(smollm2_dir)
     assert tokenizer.ids("Hello world, the year 2024 isn't") == [19556, 905, 28, 260, 713, 216, 34, 32, 34, 36, 3247, 982]

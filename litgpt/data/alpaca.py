@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from litgpt.atomic import write_text
-from litgpt.data.base import DataModule, Record
-from litgpt.data.json_data import read_records
+from litgpt.data.base import DataModule
+from litgpt.data.records import Record
+from litgpt.data.sources import read_records, read_rows
 from litgpt.errors import UserError
-from litgpt.files import expand_path, parse_json, read_text
+from litgpt.files import expand_path
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Alpaca(DataModule):
         """Download the records if they are missing. A failure is a UserError that says which file to put where."""
         if not self.is_ready():
             by_hand = self.file.with_name(self.repo_file)
-            rows = _read(by_hand) if by_hand.is_file() else self._download()
+            rows = read_rows(by_hand) if by_hand.is_file() else self._download()
             write_text(self.file, json.dumps(rows, ensure_ascii=False, indent=1))
 
     def records(self) -> tuple[list[Record], list[Record] | None]:
@@ -55,7 +56,7 @@ class Alpaca(DataModule):
 
         folder = Path(tempfile.mkdtemp(prefix="alpaca-"))
         try:
-            return _read(Path(hf_hub_download(self.repo_id, self.repo_file, repo_type="dataset", local_dir=folder)))
+            return read_rows(Path(hf_hub_download(self.repo_id, self.repo_file, repo_type="dataset", local_dir=folder)))
         except UserError:
             raise
         except Exception as error:  # the hub's client raises errors of several libraries
@@ -66,14 +67,3 @@ class Alpaca(DataModule):
             ) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read(file: Path) -> list[Any]:
-    """Return the rows of a .json or .parquet file."""
-    if file.suffix == ".json":
-        return parse_json(read_text(file, most=None), str(file))
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{file.name} is a parquet file, and reading it needs pyarrow: pip install pyarrow") from None
-    return parquet.read_table(file).to_pylist()

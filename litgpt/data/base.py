@@ -1,25 +1,26 @@
 """Records to token ids with a loss mask, for all data modules.
 
-A record is `{"instruction", "input", "output"}` or `{"messages": [{"role", "content"}, ...]}`. It becomes one text and the spans of
-characters that the model learns. The text is encoded once; a token carries loss if its last character lies in a span.
+A record (`litgpt.data.records`) becomes one text and the spans of characters that the model learns. The text is encoded once; a token
+carries loss if its last character lies in a span.
 """
 
 import random
 from abc import ABC, abstractmethod
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from litgpt.data.records import Message, Record, read_record
 from litgpt.errors import UserError
 from litgpt.sample import Sample
+from litgpt.text import printable
 
 if TYPE_CHECKING:
     from litgpt.prompts import PromptStyle
     from litgpt.tokenizer import Tokenizer
-
-Record = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -51,6 +52,10 @@ class DataModule(ABC):
     """Name of a prompt style, or "chat" for the checkpoint's own template. Default: the style the checkpoint was trained with."""
     ignore_index: int = -100
     """Accepted for LitGPT's YAML files; without effect, as masks are kept apart from ids."""
+    last_turn_only: bool = False
+    """Learn the last reply of a conversation only."""
+    strict: bool = False
+    """Refuse keys that are not read, or that the prompt style does not write, instead of naming them in the data line."""
     seed: int = 42
     """Seed of the split."""
     num_workers: int = 4
@@ -69,8 +74,11 @@ class DataModule(ABC):
         return True
 
     @abstractmethod
-    def records(self) -> tuple[list[Record], list[Record] | None]:
-        """Return training and validation records; None for the latter lets `splits` hold out a share of the former."""
+    def records(self) -> tuple[Sequence[Any], Sequence[Any] | None]:
+        """Return training and validation records; None for the latter lets `splits` hold out a share of the former.
+
+        A record is a `Record`, or a mapping of a form that `litgpt.data.records` reads.
+        """
 
     def notes(self) -> list[str]:
         """Return remarks about the last call of `records`, for the report."""
@@ -91,11 +99,13 @@ class DataModule(ABC):
             numbered, numbered_val = self._split(numbered)
         else:
             numbered_val = list(enumerate(val, 1))
-        encoder = _Encoder(tokenizer, prompt_style, self.mask_prompt, max_seq_length, self.source)
+        encoder = _Encoder(tokenizer, prompt_style, self.mask_prompt, self.last_turn_only, max_seq_length, self.source)
         encoded = [encoder.encode_all(part) for part in (numbered, numbered_val)]
         for name, samples, part in zip(("training", "validation"), encoded, (numbered, numbered_val), strict=True):
             if not samples:
                 raise UserError(self._nothing_left(name, len(part), encoder))
+        if self.strict and encoder.ignored:
+            raise UserError(f"{self.source}: {', '.join(encoder.remarks())}. Remove these keys, or leave data.strict out")
         return Splits(
             [sample for _, sample in encoded[0]],
             [sample for _, sample in encoded[1]],
@@ -103,7 +113,7 @@ class DataModule(ABC):
             [record for record, _ in encoded[1]],
         )
 
-    def _split(self, records: list[tuple[int, Record]]) -> tuple[list[tuple[int, Record]], list[tuple[int, Record]]]:
+    def _split(self, records: list[tuple[int, Any]]) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
         fraction = 0.1 if self.val_split_fraction is None else self.val_split_fraction
         if not 0 < fraction < 1:
             raise UserError(f"data.val_split_fraction is {fraction}: it must lie between 0 and 1 (0.1 keeps a tenth for validation)")
@@ -119,7 +129,7 @@ class DataModule(ABC):
             return f"{self.source}: the {split} set is empty: add records to it"
         start = f"{self.source}: none of the {count:,} {split} records is left: "
         if encoder.dropped[EMPTY] >= encoder.dropped[CUT_AWAY]:
-            return start + "their answers are empty. Fill in the key of the answer (`output`)"
+            return start + "their answers are empty. Fill in the key of the answer (`output`), or let a turn have the weight 1"
         return (
             f"{start}their prompts alone fill max_seq_length ({encoder.max_length}), so no answer token is left. "
             "Raise train.max_seq_length, or shorten the prompts"
@@ -128,27 +138,32 @@ class DataModule(ABC):
 
 EMPTY = "empty answer"
 CUT_AWAY = "no answer token left"
+SHOWN_KEYS = 12  # in a remark
 
 
 @dataclass
 class _Encoder:
-    """Encodes records and counts those that are cut or dropped."""
+    """Encodes records, and counts those that are cut or dropped and the keys that are ignored."""
 
     tokenizer: "Tokenizer"
     style: "PromptStyle"
     mask_prompt: bool
+    last_turn_only: bool
     max_length: int | None
     source: str
     cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(reason, key)"""
 
     def __post_init__(self) -> None:
         self.stops = {ids[0] for ids in self.style.stop_tokens(self.tokenizer) if len(ids) == 1}
 
-    def encode_all(self, records: Sequence[tuple[int, Record]]) -> list[tuple[Record, Sample]]:
+    def encode_all(self, records: Sequence[tuple[int, Any]]) -> list[tuple[Record, Sample]]:
         encoded = []
-        for number, record in records:
+        for number, entry in records:
             try:
+                record = entry if isinstance(entry, Record) else read_record(entry)
                 sample = self.encode(record)
             except UserError as error:
                 raise UserError(f"{self.source}, record {number}: {error}") from None
@@ -157,12 +172,18 @@ class _Encoder:
         return encoded
 
     def encode(self, record: Record) -> Sample | None:
-        if not _has_answer(record):
+        unwritten = unwritten_keys(record, self.style)
+        self.ignored.update(("not read", key) for key in record.unread)
+        self.ignored.update((f"not written by the prompt style {_name(self.style)}", key) for key in sorted(unwritten))
+        replies = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
+        chosen = replies[-1:] if self.last_turn_only else replies
+        learned = [i for i in chosen if record.learned[i] and _has_text(record.messages[i], unwritten)]
+        if not learned:
             self.dropped[EMPTY] += 1
             return None
-        text, spans = render(record, self.style, self.tokenizer)
+        text, spans = render(record, self.style, self.tokenizer, learned)
         ids, offsets = self.tokenizer.ids_with_offsets(text)
-        if self.mask_prompt or "messages" in record:
+        if self.mask_prompt or not record.pair:
             mask = loss_mask(offsets, spans)
         else:
             mask = bytearray(b"\1") * len(ids)
@@ -183,66 +204,106 @@ class _Encoder:
         self.cut += too_long
         return Sample(array("i", ids), mask)
 
+    def remarks(self) -> list[str]:
+        """Return a remark for each reason to ignore keys, with the number of records that have them."""
+        remarks: list[str] = []
+        for reason in sorted({reason for reason, _ in self.ignored}):
+            counts = [(key, count) for (why, key), count in self.ignored.most_common() if why == reason]
+            shown = [f"{printable(key[:60])} ({count:,})" for key, count in counts[:SHOWN_KEYS]]
+            more = [f"and {len(counts) - SHOWN_KEYS:,} more"] if len(counts) > SHOWN_KEYS else []
+            remarks.append(f"keys {reason}: {', '.join(shown + more)}")
+        return remarks
 
-def _has_answer(record: Record) -> bool:
-    if "messages" in record:
-        return any(turn["role"] == "assistant" and turn["content"].strip() for turn in record["messages"])
-    return bool(record["output"].strip())
+
+def unwritten_keys(record: Record, style: "PromptStyle") -> set[str]:
+    """Return the keys of a record that the prompt style leaves out of its text."""
+    from litgpt.prompts import ChatTemplate
+
+    keys = {key for message in record.messages for key in message} - {"role", "content"} | ({"tools"} if record.tools else set())
+    return {key for key in keys if not (isinstance(style, ChatTemplate) and style.reads(key))}
 
 
-def render(record: Record, style: "PromptStyle", tokenizer: "Tokenizer") -> Rendered:
-    """Return the text of a record up to the end of its last reply, and the spans of its replies.
+def _has_text(message: Message, unwritten: set[str]) -> bool:
+    """Return True if the reply has a text, a reasoning or a tool call that is written."""
+    keys = {"content", "reasoning_content", "thinking", "tool_calls"} - unwritten
+    return any(str(message.get(key) or "").strip() for key in keys)
+
+
+def _name(style: "PromptStyle") -> str:
+    return repr(style.name or type(style).__name__)
+
+
+def render(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", learned: Sequence[int] | None = None) -> Rendered:
+    """Return the text of a record up to the end of its last learned reply, and the spans of its learned replies.
 
     A span starts where the prompt ends and includes the marker that ends the turn, but not the white space that follows. Styles other than
     chat templates omit the marker if the tokenizer does not have it as a token.
     """
     from litgpt.prompts import ChatTemplate
 
-    multi_turn = hasattr(style, "render")
-    if "messages" in record:
-        messages = record["messages"]
-        if multi_turn:
-            return _render_turns(style, messages)
-        system, prompt, answer = _one_turn(messages, style)
-        head, extra = style.apply(prompt, sys_prompt=system), ""
-    else:
-        prompt, extra, answer = record["instruction"], record.get("input") or "", record["output"]
-        if isinstance(style, ChatTemplate):
-            question = f"{prompt}\n\n{extra}" if extra else prompt
-            return _render_turns(style, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-        head = style.apply(prompt, input=extra)
+    if learned is None:
+        learned = [i for i, flag in enumerate(record.learned) if flag]
+    if isinstance(style, ChatTemplate) or (hasattr(style, "render") and not record.pair):
+        return _render_turns(style, record, learned)
+    system, prompt, answer = _one_turn(record.messages, style)
+    head = style.apply(prompt, sys_prompt=system, input=record.input)
     end = style.end_of_turn if style.end_of_turn and tokenizer.token_to_id(style.end_of_turn) is not None else ""
     text = head + style.gap + answer + end
     return Rendered(text, [(len(head), len(text))])
 
 
-def _render_turns(style: Any, messages: list[dict[str, str]]) -> Rendered:
-    """Find each reply by rendering the conversation up to it. The text of earlier turns must not depend on later ones."""
-    full = style.render(messages, add_generation_prompt=False)
+def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendered:
+    """Find each reply between the starts of two messages, which the built-in styles report.
+
+    What a template writes for a reply must not depend on later messages. That is checked by rendering the conversation up to the reply:
+    for the first reply of each kind, the last one, those whose text is changed, and for all of them where the starts are not reported.
+    """
+    messages, options = record.messages, {"tools": record.tools} if record.tools else {}
+    if record.input:
+        question = messages[-2]
+        messages = [*messages[:-2], {**question, "content": f"{question['content']}\n\n{record.input}"}, messages[-1]]
+    if type(style).__module__ == "litgpt.prompts":
+        full, starts = style.render_marked(messages, **options)
+    else:
+        full, starts = style.render(messages, add_generation_prompt=False), []
+    starts = [*starts, len(full)] if starts else []
+    opening: str | None = None  # text between a message's start and the reply
+    kinds: set[Any] = set()
     spans = []
-    last = len(messages) - 1
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for i in learned:
+        is_marked = bool(starts) and 0 <= starts[i] <= starts[i + 1]
+        turn = full[starts[i] : starts[i + 1]].rstrip() if is_marked else ""
+        kind = (*sorted(messages[i]), *(messages[j]["role"] if j < len(messages) else "" for j in (i - 1, i + 1)))
+        is_new = kind not in kinds or i == learned[-1] or opening is None or not is_marked
+        if not is_new and turn.startswith(opening or "") and _is_verbatim(messages[i], turn):
+            spans.append((starts[i] + len(opening or ""), starts[i] + len(turn)))
             continue
-        head = style.render(messages[:i], add_generation_prompt=True)
-        so_far = full if i == last else style.render(messages[: i + 1], add_generation_prompt=False)
-        turn = so_far.rstrip()
-        if not so_far.startswith(head) or not full.startswith(turn):
+        kinds.add(kind)
+        head = style.render(messages[:i], add_generation_prompt=True, **options)
+        following = full if i + 1 == len(messages) else style.render(messages[: i + 1], add_generation_prompt=False, **options)
+        end = len(following.rstrip())
+        if not following.startswith(head) or not full.startswith(following[:end]):
             raise UserError(
                 f"the prompt style {style.name!r} writes the conversation up to message {i + 1} differently once a reply or later messages "
                 "follow, so the text that the model would read when it answers is not the text it would be trained on. Choose another "
-                "prompt style, for example chatml, or split the conversation into single turns"
+                "prompt style, for example chatml, set data.last_turn_only to learn the last reply only, or split the conversation into "
+                "single turns"
             )
-        spans.append((len(head), len(turn)))
+        opening = head[starts[i] :] if is_marked and starts[i] <= len(head) and starts[i] + len(turn) == end else None
+        spans.append((len(head), end))
     return Rendered(full[: spans[-1][1]], spans)
 
 
-def _one_turn(messages: list[dict[str, str]], style: "PromptStyle") -> tuple[str | None, str, str]:
+def _is_verbatim(message: Message, turn: str) -> bool:
+    return all(str(message.get(key) or "").strip() in turn for key in ("content", "reasoning_content"))
+
+
+def _one_turn(messages: list[Message], style: "PromptStyle") -> tuple[str | None, str, str]:
     turns = [(message["role"], message["content"]) for message in messages]
     system = turns.pop(0)[1] if turns[0][0] == "system" else None
     if [role for role, _ in turns] != ["user", "assistant"]:
         raise UserError(
-            f"the prompt style {style.name or type(style).__name__!r} has no form for conversations of several turns: choose "
+            f"the prompt style {_name(style)} has no form for conversations of several turns: choose "
             'data.prompt_style "chat" (the checkpoint\'s own template), "chatml" or "llama3"'
         )
     return system, turns[0][1], turns[1][1]
@@ -253,15 +314,17 @@ def loss_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
 
     The model has to write a token that begins in the prompt and ends in the answer, so only the last character counts.
     """
-    mask = bytearray(len(offsets))
+    stops = [stop for _, stop in offsets]
+    mask = bytearray(len(stops))
     for start, end in spans:
-        for i, (_, stop) in enumerate(offsets):
-            if start < stop <= end:
-                mask[i] = 1
+        first, last = bisect_right(stops, start), bisect_right(stops, end)
+        mask[first:last] = b"\1" * (last - first)
     return mask
 
 
 def _report(encoded: Sequence[Sequence[tuple[Record, Sample]]], encoder: _Encoder, notes: list[str]) -> str:
+    from litgpt.prompts import misfit
+
     lengths = [len(sample.input_ids) for part in encoded for _, sample in part]
     parts = [
         f"{len(encoded[0]):,} train and {len(encoded[1]):,} validation samples",
@@ -270,4 +333,4 @@ def _report(encoded: Sequence[Sequence[tuple[Record, Sample]]], encoder: _Encode
     if encoder.cut:
         parts.append(f"{encoder.cut:,} cut to {encoder.max_length:,}")
     parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(encoder.dropped.items())]
-    return ", ".join(parts + notes)
+    return ", ".join(parts + notes + encoder.remarks() + [remark for remark in (misfit(encoder.style, encoder.tokenizer),) if remark])

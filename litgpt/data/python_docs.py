@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from litgpt.data.base import DataModule, Record
+from litgpt.data.base import DataModule
 from litgpt.data.docstrings import first_paragraph, signature
 from litgpt.errors import UserError
 
@@ -73,7 +73,7 @@ class PythonDocs(DataModule):
     """Longer answers are cut to whole sentences, or left out."""
     unreadable: list[str] = field(default_factory=list, init=False, repr=False)
 
-    def records(self) -> tuple[list[Record], list[Record] | None]:
+    def records(self) -> tuple[list[dict[str, str]], None]:
         """Return records sorted by name, each object and each answer once."""
         packages = list(DEFAULT_PACKAGES) if self.packages is None else self.packages
         if not packages:

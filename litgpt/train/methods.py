@@ -15,7 +15,7 @@ from litgpt.adapters.base import adapter_state, renew_adapters
 from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
 from litgpt.args import TrainArgs, shallow
 from litgpt.errors import UserError
-from litgpt.lora import GPT, Skip2LoRA, mark_only_lora_as_trainable
+from litgpt.lora import GPT, LoRALayer, Skip2LoRA, mark_only_lora_as_trainable
 from litgpt.lora import Config as LoRAConfig
 from litgpt.quantize import count, is_quantised, quantise
 
@@ -136,6 +136,9 @@ def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) ->
     config, total = model.config, count(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [f"parameters: {trained:,} trainable of {total:,} ({100 * trained / total:.3f} %)"]
+    adapters = [module for module in model.modules() if isinstance(module, LoRALayer) and module.r]
+    if adapters and not any(module.scaling for module in adapters):
+        lines.append("warning: nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0")
     if model.cut is None:
         return lines
     frozen = min(model.cut, config.n_layer)

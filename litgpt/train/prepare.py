@@ -14,7 +14,8 @@ from litgpt.activations.choose import choose
 from litgpt.activations.shared import SharedActivations
 from litgpt.checkpoint import chosen_taps
 from litgpt.config import Config
-from litgpt.data.base import Record, Splits
+from litgpt.data.base import Splits
+from litgpt.data.records import Record
 from litgpt.device import backbone_dtype, default_device, default_precision, make_fabric
 from litgpt.errors import UserError
 from litgpt.logs import Console
@@ -109,7 +110,9 @@ def prepare(settings: Run, method: Method, base: Path, point: Path | None = None
     model.activation_checkpointing = settings.train.activation_checkpointing
     model.max_seq_length = _max_seq_length(settings, model.config)
     model.reach = max(sample.n_inputs for sample in (*splits.train, *splits.val))
-    make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # wrong settings show before anything is computed or written
+    optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # shows wrong settings before anything is written
+    if not optimizer.param_groups[0]["lr"]:
+        console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
     example = _example(settings, splits.examples)
     job = Job(settings, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype, date=date)
     if count := model.config.taps_to_choose:

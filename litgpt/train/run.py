@@ -239,7 +239,7 @@ class Session:
             if self.interrupts.asked is not None:
                 break
         model.clear_kv_cache()
-        question, answer = job.example.get("instruction") or prompt, job.tokenizer.decode(tokens).strip()
+        question, answer = job.example.question if job.example.pair else prompt, job.tokenizer.decode(tokens).strip()
         self.console.say(f"  asked: {question}\n  answered: {answer}")
 
     def _write(self, folder: Path) -> None:

@@ -12,9 +12,11 @@ import huggingface_hub
 import pytest
 
 from litgpt.data import Alpaca, Alpaca2k
+from litgpt.data.records import read_record
 from litgpt.errors import UserError
 
 ROWS = [{"instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(10)]
+RECORDS = [read_record(row) for row in ROWS]
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def fake_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alpaca_is_downloaded_once(hub: list[tuple[str, str]], tmp_path: Path) -> None:
     data = Alpaca(download_dir=tmp_path / "new" / "folder")
     data.prepare_data()
-    assert data.records() == (ROWS, None)
+    assert data.records() == (RECORDS, None)
     assert hub == [("yahma/alpaca-cleaned", "alpaca_data_cleaned.json")]
     assert [file.name for file in (tmp_path / "new" / "folder").iterdir()] == ["alpaca_data_cleaned_archive.json"]
 
@@ -55,14 +57,14 @@ def test_alpaca_is_downloaded_once(hub: list[tuple[str, str]], tmp_path: Path) -
 def test_alpaca2k_reads_parquet(hub: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_pyarrow(monkeypatch)
     data = Alpaca2k(download_dir=tmp_path)
-    assert data.records() == (ROWS, None)
+    assert data.records() == (RECORDS, None)
     assert hub == [("mhenrichsen/alpaca_2k_test", "alpaca_2000.parquet")]
     assert [file.name for file in tmp_path.iterdir()] == ["alpaca2k_data_cleaned_archive.json"]
 
 
 def test_parquet_without_pyarrow(hub: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
+    with pytest.raises(UserError, match="needs pyarrow: pip install"):
         Alpaca2k(download_dir=tmp_path).prepare_data()
     assert not list(tmp_path.iterdir())
 
@@ -70,13 +72,13 @@ def test_parquet_without_pyarrow(hub: list[tuple[str, str]], monkeypatch: pytest
 @pytest.mark.parametrize("module", [Alpaca, Alpaca2k])
 def test_file_that_is_there_needs_no_network(module: type[Alpaca], hub: list[tuple[str, str]], tmp_path: Path) -> None:
     (tmp_path / module.file_name).write_text(json.dumps(ROWS))
-    assert module(download_dir=tmp_path).records() == (ROWS, None)
+    assert module(download_dir=tmp_path).records() == (RECORDS, None)
     assert not hub
 
 
 def test_file_from_the_hub_put_there_by_hand(hub: list[tuple[str, str]], tmp_path: Path) -> None:
     (tmp_path / "alpaca_data_cleaned.json").write_text(json.dumps(ROWS))
-    assert Alpaca(download_dir=tmp_path).records() == (ROWS, None)
+    assert Alpaca(download_dir=tmp_path).records() == (RECORDS, None)
     assert not hub
 
 

@@ -14,6 +14,7 @@ import pytest
 from litgpt import prompts
 from litgpt.data import DataModule
 from litgpt.data.base import loss_mask, render
+from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.tokenizer import Tokenizer
@@ -210,7 +211,7 @@ def test_characters_of_several_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_render_spans_are_characters(tokenizer: Tokenizer) -> None:
-    text, spans = render({"messages": CHAT}, prompts.ChatML(), tokenizer)
+    text, spans = render(read_record({"messages": CHAT}), prompts.ChatML(), tokenizer)
     assert [text[start:end] for start, end in spans] == ["Hello, friend<|im_end|>", "See you\n\nsoon<|im_end|>"]
 
 
@@ -227,7 +228,7 @@ def test_report_counts_what_was_cut_and_dropped(tokenizer: Tokenizer) -> None:
     )
     assert [len(sample.input_ids) for sample in splits.train] == [9, 16]
     assert list(splits.train[1].input_ids) == tokenizer.ids("qqqq" + "zzzz" * 3)
-    assert splits.examples == [pair("qqqq", "zzzz")]
+    assert splits.examples == [read_record(pair("qqqq", "zzzz"))]
 
 
 def test_split_is_seeded_and_complete(tokenizer: Tokenizer) -> None:
@@ -248,7 +249,7 @@ def test_examples_belong_to_the_validation_samples(tokenizer: Tokenizer) -> None
     records = [pair(f"question {i}", "" if i % 3 else f"answer {i}") for i in range(30)]
     splits = Given(val_split_fraction=0.5, train=records).splits(tokenizer, prompts.Default())
     texts = [full_text(sample, tokenizer) for sample in splits.val]
-    assert texts == [f"{record['instruction']}{record['output']}<|im_end|>" for record in splits.examples]
+    assert texts == [f"{record.question}{record.answer}<|im_end|>" for record in splits.examples]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ TARGETS = (
 )
 INSIDE = (
     "litgpt.convert.to_litgpt.convert_to_litgpt",
-    "litgpt.data.json_data.read_records",
+    "litgpt.data.sources.read_records",
     "litgpt.checkpoint.shutil.rmtree",
     "litgpt.api.LLM",
 )

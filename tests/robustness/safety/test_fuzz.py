@@ -26,7 +26,7 @@ from litgpt.cli import parse
 from litgpt.config import Config
 from litgpt.convert.hf import open_weights
 from litgpt.convert.to_litgpt import convert_to_litgpt
-from litgpt.data.json_data import read_records
+from litgpt.data.sources import read_records
 from litgpt.errors import UserError
 from litgpt.files import parse_yaml
 from litgpt.keys import Keys
@@ -186,7 +186,8 @@ def test_index_files(count: int, tmp_path: Path) -> None:
 # Data
 
 RECORD = st.dictionaries(
-    st.sampled_from(["instruction", "input", "output", "prompt", "completion", "messages", "conversations"]) | st.text(max_size=5),
+    st.sampled_from(["instruction", "input", "output", "prompt", "completion", "messages", "conversations", "history", "tools", "system"])
+    | st.text(max_size=5),
     st.text(max_size=9)
     | JSON
     | st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | SCALARS, "content": SCALARS})),
@@ -201,7 +202,7 @@ def test_json_data(count: int, tmp_path: Path) -> None:
         file = tmp_path / f"data{suffix}"
         file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
         for record in read_records(file):
-            texts = [turn["content"] for turn in record["messages"]] if "messages" in record else list(record.values())
+            texts = [message["content"] for message in record.messages]
             assert texts and all(isinstance(text, str) for text in texts)
             "".join(texts).encode()
 
@@ -212,7 +213,7 @@ def test_json_data(count: int, tmp_path: Path) -> None:
         | st.text(max_size=60)
         | st.binary(max_size=60)
     )
-    fuzz(count, st.tuples(st.sampled_from([".json", ".jsonl"]), content), check)
+    fuzz(count, st.tuples(st.sampled_from([".json", ".jsonl", ".csv", ".json.gz"]), content), check)
 
 
 # Settings

@@ -1,0 +1,221 @@
+"""Records of the usual forms as conversations: the keys that are read, and their meaning.
+
+{"instruction", "input" or "context", "output" or "response", "system", "history", "tools"}
+{"prompt", "completion" or "response"}, {"question", "answer"}          each a text, or both lists of messages
+{"messages": [{"role", "content", "weight" or "train", "tool_calls", "reasoning_content", ...}], "system", "tools"}
+{"conversations": [{"from", "value", ...}], "system", "tools"}
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from litgpt.errors import UserError
+from litgpt.files import parse_json
+
+Message = dict[str, Any]  # as chat templates read it: "role", "content" and perhaps keys of PASSED
+
+# keys of question and answer; the first pair that a record has counts
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("instruction", "response"))
+# key of a conversation -> keys of a turn's role and text
+CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES |= {"model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"}
+PASSED = ("tool_calls", "reasoning_content", "thinking", "name", "tool_call_id")  # keys of a message that templates may write
+TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(slots=True)
+class Record:
+    """A conversation. `learned[i]` is True if message i is a reply to learn."""
+
+    messages: list[Message]
+    learned: list[bool]
+    tools: list[Any] | None = None
+    pair: bool = False
+    """one question and its answer: without `mask_prompt` the question is learned as well"""
+    input: str = ""
+    """of a pair: text that follows the question, for which some prompt styles have a place"""
+    unread: tuple[str, ...] = ()
+    """keys that mean nothing here"""
+
+    @property
+    def question(self) -> str:
+        """The text of the last message before the last reply."""
+        return str(self.messages[self._last - 1]["content"]) if self._last else ""
+
+    @property
+    def answer(self) -> str:
+        """The text of the last reply."""
+        return str(self.messages[self._last]["content"])
+
+    @property
+    def _last(self) -> int:
+        return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+
+
+def read_record(entry: Any) -> Record:
+    """Return an entry of a data file as a conversation. Raise UserError if it has no known form, or a value of the wrong kind."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{kind_of(entry)}, an object with keys is needed")
+    form = next((key for key in CONVERSATIONS if entry.get(key) is not None), None)
+    if form is not None:
+        used, record = [form], _read_turns(entry, form)
+    else:
+        form = next((key for key in CONVERSATIONS if key in entry), None)
+        pair = next((pair for pair in PAIRS if all(key in entry for key in pair)), None)
+        if form is not None and pair is None:
+            raise UserError(f"{form!r} is null, a list of turns is needed")
+        if pair is None:
+            raise UserError(_missing_keys(list(entry)))
+        used, record = _read_pair(entry, pair)
+    if system := _optional_text(entry, "system"):
+        if record.messages[0]["role"] != "system":
+            record.messages.insert(0, {"role": "system", "content": system})
+            record.learned.insert(0, False)
+        elif record.messages[0]["content"] != system:
+            raise UserError("'system' differs from the system message of its conversation: leave one of them out")
+    record.tools = _read_list(entry, "tools") or None
+    record.pair &= record.tools is None
+    unread = [key for key, value in entry.items() if value is not None and key not in (*used, "system", "tools")]
+    record.unread += tuple(unread)
+    return record
+
+
+def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str], Record]:
+    """Return the keys that were read, and the record of a question and an answer."""
+    question, answer = pair
+    if isinstance(entry[question], list) and isinstance(entry[answer], list):  # the prompt's own replies are not learned
+        before, after = _read_turns(entry, question, False), _read_turns(entry, answer)
+        record = Record(before.messages + after.messages, [False] * len(before.messages) + after.learned)
+        record.unread = before.unread + after.unread
+        return list(pair), record
+    extra, context = _optional_text(entry, "input"), _optional_text(entry, "context")
+    if extra and context:
+        raise UserError("it has both 'input' and 'context': leave one of them out")
+    messages: list[Message] = []
+    for n, turns in enumerate(_read_list(entry, "history"), 1):
+        if not isinstance(turns, (list, tuple)) or len(turns) != 2:
+            raise UserError(f"entry {n} of 'history' is {repr(turns)[:60]}, a list of a question and its answer is needed")
+        roles = zip(("user", "assistant"), turns, strict=True)
+        messages += [{"role": role, "content": _check_text(text, f"history, entry {n}")} for role, text in roles]
+    alone = not messages
+    messages.append({"role": "user", "content": _check_text(entry[question], question)})
+    messages.append({"role": "assistant", "content": _check_text(entry[answer], answer)})
+    learned = [message["role"] == "assistant" for message in messages]
+    return [*pair, "input", "context", "history"], Record(messages, learned, None, alone, extra or context)
+
+
+def _missing_keys(keys: list[str]) -> str:
+    """Return a message with the missing keys, judged by the pair that fits best, and the keys that may be meant."""
+    pair = max(PAIRS, key=lambda pair: sum(key in keys for key in pair))
+    missing = [key for key in pair if key not in keys]
+    shown = ", ".join(repr(key)[:60] for key in keys[:12]) + (", ..." if len(keys) > 12 else "")
+    message = f"no key {' and no key '.join(map(repr, missing))}; it has {shown or 'no keys'}"
+    for key in missing:
+        near = difflib.get_close_matches(key, [name for name in keys if name not in pair], n=1)
+        if near:
+            message += f" (is {near[0]!r} meant to be {key!r}?)"
+    return message
+
+
+def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record:
+    """Return the conversation under a key. `replies`: there must be a reply."""
+    turns = entry[key]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{key!r} is {'an empty list' if turns == [] else kind_of(turns)}, a list of turns is needed")
+    record, unread = Record([], []), dict[str, None]()
+    for n, turn in enumerate(turns, 1):
+        where = f"turn {n} of {key!r}"
+        role_key, text_key = CONVERSATIONS.get(key, CONVERSATIONS["messages"])
+        if isinstance(turn, dict) and role_key not in turn:  # the other form under this key
+            role_key, text_key = next(
+                (keys for keys in CONVERSATIONS.values() if keys[0] in turn and keys[1] in turn), (role_key, text_key)
+            )
+        if not isinstance(turn, dict) or role_key not in turn or not (text_key in turn or turn.get("tool_calls")):
+            raise UserError(f"{where} needs the keys {role_key!r} and {text_key!r}")
+        name = turn[role_key]
+        role = ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise UserError(f"{where}: {role_key!r} is {repr(name)[:60]}, one of {', '.join(ROLES)} is needed")
+        if role == "system" and n > 1:
+            raise UserError(f"{where} is a system message: it can only be the first")
+        message: Message = {"role": role, "content": _read_content(turn.get(text_key), text_key, bool(turn.get("tool_calls")))}
+        if name == "function_call":
+            message |= {"content": "", "tool_calls": [{"type": "function", "function": _read_json(message["content"], where, dict)}]}
+        message |= {name: turn[name] for name in PASSED if turn.get(name) is not None}
+        for name in ("reasoning_content", "thinking"):
+            _check_text(message.get(name, ""), name)
+        _require(message.get("tool_calls", []), f"{where}: 'tool_calls'", list)
+        marks = {name: _read_mark(turn[name], name, where) for name in ("weight", "train") if turn.get(name) is not None}
+        if role != "assistant":
+            unread |= {f"{key}.{name} of {role} turns": None for name, mark in marks.items() if mark}
+        record.messages.append(message)
+        record.learned.append(role == "assistant" and all(marks.values()))
+        known = (role_key, text_key, *PASSED, "weight", "train")
+        unread |= {f"{key}.{name}": None for name, value in turn.items() if value is not None and name not in known}
+    if replies and all(message["role"] != "assistant" for message in record.messages):
+        raise UserError(f"{key!r} has no turn of the assistant, so there is nothing to learn")
+    record.unread = tuple(unread)
+    return record
+
+
+def _read_mark(value: Any, key: str, where: str) -> bool:
+    """Return True if a turn with this weight is learned."""
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise UserError(f"{where}: {key!r} is {repr(value)[:60]}: 0 and 1 (or false and true) are supported, other weights not yet")
+    return bool(value)
+
+
+def _read_content(value: Any, key: str, may_be_missing: bool) -> str:
+    """Return a content: a text, or a list of parts that are texts."""
+    if value is None and may_be_missing:
+        return ""
+    if not isinstance(value, list):
+        return _check_text(value, key)
+    texts = []
+    for n, part in enumerate(value, 1):
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in TEXTS:
+            raise UserError(f"part {n} of {key!r} is of the type {repr(kind)[:60]}: only text can be read")
+        texts.append(_check_text(part.get("text") if isinstance(part, dict) else part, f"part {n} of {key}"))
+    return "".join(texts)
+
+
+def _read_list(entry: dict[str, Any], key: str) -> list[Any]:
+    """Return a list, or one that is written as JSON text; empty if there is none."""
+    value = entry.get(key)
+    if value is None or value == "":
+        return []
+    return _read_json(value, repr(key), list) if isinstance(value, str) else _require(value, repr(key), list)
+
+
+def _read_json(text: str, where: str, form: type) -> Any:
+    return _require(parse_json(text, where), where, form)
+
+
+def _require(value: Any, where: str, form: type) -> Any:
+    if not isinstance(value, form):
+        raise UserError(f"{where} is {kind_of(value)}, {'a list' if form is list else 'an object'} is needed")
+    return value
+
+
+def _optional_text(entry: dict[str, Any], key: str) -> str:
+    value = entry.get(key)
+    return "" if value is None else _check_text(value, key)
+
+
+def _check_text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{key!r} is {kind_of(value)}, a text is needed")
+    if LONE_SURROGATE.search(value):
+        raise UserError(f"{key!r} holds half of a character (a lone surrogate, such as \\ud800): write the whole character")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """Return the name of a JSON value's type."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,179 @@
+"""Rows of data files in the usual formats, and of data sets that the `datasets` library reads."""
+
+import csv
+import gzip
+import importlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from litgpt.data.records import Record, kind_of, read_record
+from litgpt.errors import UserError
+from litgpt.files import decode_text, parse_json, read_bytes
+
+LINES = (".jsonl", ".ndjson")
+TABLES = {".csv": ",", ".tsv": "\t"}  # and their delimiters
+COLUMNS = (".parquet", ".arrow")
+TEXTS = (".json", *LINES, *TABLES)
+SUFFIXES = (*TEXTS, *(f"{suffix}.gz" for suffix in TEXTS), *COLUMNS)
+SAVED = ("dataset_dict.json", "dataset_info.json")  # in a folder of `Dataset.save_to_disk`
+VALIDATION = ("val", "validation", "valid", "test")  # names of the validation part
+MOST_UNPACKED = 2**32  # bytes of a .gz file
+SHOWN = 3  # bad records in an error message
+INSTALL = 'pip install "litgpt[data]"'
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix that names a file's format, such as ".jsonl.gz"."""
+    end = "".join(path.suffixes[-2:]) if path.suffix.lower() == ".gz" else path.suffix
+    return end.lower()
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a file. Raise UserError with the file, the line or record, and the problem."""
+    return check_rows(_numbered(path), str(path))
+
+
+def read_rows(path: Path) -> list[Any]:
+    """Return the rows of a file as plain values."""
+    return [row for _, row in _numbered(path)]
+
+
+def check_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[Record]:
+    """Return records of (place, row). Raise UserError with the first places that have a problem."""
+    records: list[Record] = []
+    problems: list[str] = []
+    for where, row in rows:
+        try:
+            records.append(read_record(row))
+        except UserError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        more = f"; and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
+        raise UserError(f"{source}, {'; '.join(problems[:SHOWN])}{more}")
+    return records
+
+
+def _numbered(path: Path) -> list[tuple[str, Any]]:
+    """Return (place, row) of each row of a file."""
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: a file with one of the endings {', '.join(SUFFIXES)} is needed, or a folder with a train and a val file")
+    raw = read_bytes(path, "does not exist: check data.json_path", most=None)
+    if suffix in COLUMNS:
+        return _records(_read_columns(path, suffix))
+    text = decode_text(_unpack(raw, path) if suffix.endswith(".gz") else raw, path)
+    suffix = suffix.removesuffix(".gz")
+    if not text.strip():
+        raise UserError(f"{path} is empty: add records")
+    if suffix in TABLES:
+        return _read_table(text, path, TABLES[suffix])
+    if suffix in LINES:
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [(f"line {n}", _parse(line, path, n)) for n, line in lines]
+    content = _parse(text, path)
+    if not isinstance(content, list):
+        raise UserError(
+            f"{path} holds {kind_of(content)}, a list of records is needed: [{{...}}, {{...}}]; or one record a line in a .jsonl file"
+        )
+    if not content:
+        raise UserError(f"{path} holds an empty list: add records")
+    return _records(content)
+
+
+def _records(rows: Sequence[Any]) -> list[tuple[str, Any]]:
+    return [(f"record {n}", row) for n, row in enumerate(rows, 1)]
+
+
+def _parse(text: str, path: Path, line: int | None = None) -> Any:
+    hint = ""
+    if line is None and re.match(r"\s*\{.*\}\s*\n\s*\{", text):
+        hint = ". If it holds one record a line, name it .jsonl"
+    elif line == 1 and text.strip() in ("[", "{"):
+        hint = ". If it holds one list over many lines, name it .json"
+    return parse_json(text, str(path), line, hint, unique=True)
+
+
+def _unpack(raw: bytes, path: Path) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            content = file.read(MOST_UNPACKED + 1)
+    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+        raise UserError(f"{path} is no whole gzip file: {error}. Copy it again") from None
+    if len(content) > MOST_UNPACKED:
+        raise UserError(f"{path} holds more than {MOST_UNPACKED:,} bytes once it is unpacked: split it")
+    return content
+
+
+def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
+    """Return the rows of a table whose first line names the columns."""
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[tuple[str, Any]] = []
+    try:
+        names = next(reader)
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{path}, line 1: the column {repeated[0]!r} twice: leave one of them out")
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, the first line names {len(names)} columns")
+            if cells:
+                rows.append((f"line {reader.line_num}", dict(zip(names, cells, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
+    if not rows:
+        raise UserError(f"{path} holds no rows below the names of its columns: add records")
+    return rows
+
+
+def _read_columns(path: Path, suffix: str) -> list[Any]:
+    try:
+        if suffix == ".parquet":
+            return _import("pyarrow.parquet", path).read_table(path).to_pylist()
+        arrow = _import("pyarrow", path)
+        with arrow.memory_map(str(path)) as file:
+            try:
+                return arrow.ipc.open_stream(file).read_all().to_pylist()
+            except arrow.ArrowInvalid:  # the format of a file, with an index at its end
+                return arrow.ipc.open_file(file).read_all().to_pylist()
+    except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+        raise UserError(f"{path} is no readable {suffix} file: {str(error)[:200]}. Copy it again") from None
+
+
+def _import(name: str, what: object) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{what}: reading it needs {name.partition('.')[0]}: {INSTALL}") from None
+
+
+def is_dataset(path: Path) -> bool:
+    """Return True for the name of a data set on the hub, and for a folder that `datasets` saved or that holds data files of other names."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in SAVED) or any(
+            suffix_of(file) in SUFFIXES and file.stem.partition(".")[0] not in ("train", *VALIDATION) for file in path.rglob("*.*")
+        )
+    return not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None and suffix_of(path) not in SUFFIXES
+
+
+def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
+    """Return the training and validation records of a data set; None for the latter if it has no such part."""
+    datasets = _import("datasets", f"{path}" if path.is_dir() else f"{path} is no file or folder here; as a data set of the hub")
+    try:
+        saved = any((path / name).is_file() for name in SAVED)
+        loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+        parts: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+        train = "train" if "train" in parts or len(parts) != 1 else next(iter(parts))
+        if train not in parts:
+            raise UserError(f"{path} has the parts {', '.join(map(str, parts))}, and none is named train: save the one to train on")
+        val = next((name for name in VALIDATION if name in parts and name != train), None)
+        rows = {name: list(parts[name]) for name in (train, val) if name is not None}
+    except UserError:
+        raise
+    except Exception as error:  # the library raises errors of many others
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"{path}: no file or folder, and `datasets` cannot read it: {reason[:300]}. Check data.json_path") from None
+    read = {name: check_rows(_records(part), f"{path}, {name}") for name, part in rows.items()}
+    return read[train], read[val] if val else None

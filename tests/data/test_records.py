@@ -1,0 +1,257 @@
+"""Keys of records: the meaning that LLaMA-Factory, axolotl, OpenAI and TRL give them, compared with transformers' rendering."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from litgpt import prompts
+from litgpt.data import DataModule
+from litgpt.data.base import render
+from litgpt.data.records import read_record
+from litgpt.errors import UserError
+from litgpt.prompts import ChatTemplate
+from litgpt.tokenizer import Tokenizer
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+# a template of the usual form with tools, calls, reasoning and results
+FULL = (
+    "{%- if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif -%}"
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif -%}{{ m.content }}"
+    "{%- for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + call.function.arguments | tojson + '</call>' }}{% endfor -%}"
+    "{{ '<|im_end|>\n' }}{% endfor -%}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}"
+)
+
+
+@dataclass
+class Given(DataModule):
+    entries: list[Any] = field(default_factory=list)
+
+    def records(self) -> tuple[list[Any], list[Any]]:
+        return self.entries, self.entries
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir: Path) -> Tokenizer:
+    return Tokenizer(tiny_tokenizer_dir)
+
+
+def user(text: Any, **keys: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text, **keys}
+
+
+def reply(text: Any, **keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **keys}
+
+
+def system(text: str) -> dict[str, Any]:
+    return {"role": "system", "content": text}
+
+
+Q, A = user("q"), reply("a")
+
+
+@pytest.mark.parametrize(
+    ("entry", "messages", "learned"),
+    [
+        ({"instruction": "q", "output": "a"}, [Q, A], "a"),
+        ({"instruction": "q", "input": None, "output": "a"}, [Q, A], "a"),
+        ({"instruction": "q", "input": "x", "output": "a"}, [user("q\n\nx"), A], "a"),
+        ({"prompt": "q", "completion": "a"}, [Q, A], "a"),
+        ({"prompt": "q", "response": "a"}, [Q, A], "a"),
+        ({"question": "q", "answer": "a"}, [Q, A], "a"),
+        ({"instruction": "q", "context": "x", "response": "a"}, [user("q\n\nx"), A], "a"),
+        ({"instruction": "q", "output": "a", "system": "s"}, [system("s"), Q, A], "a"),
+        ({"instruction": "q", "output": "a", "history": [["b", "c"]], "system": ""}, [user("b"), reply("c"), Q, A], "ca"),
+        ({"prompt": [system("s"), user("b"), reply("c"), Q], "completion": [A]}, [system("s"), user("b"), reply("c"), Q, A], "a"),
+        ({"messages": [Q, A]}, [Q, A], "a"),
+        ({"messages": [{"role": "developer", "content": "s"}, Q, A]}, [system("s"), Q, A], "a"),
+        ({"messages": [Q, A], "system": "s"}, [system("s"), Q, A], "a"),
+        ({"messages": [Q, reply("c", weight=0), user("b"), reply("d", weight=1)]}, [Q, reply("c"), user("b"), reply("d")], "d"),
+        ({"messages": [Q, reply("c", train=False), user("b"), reply("d", train=True)]}, [Q, reply("c"), user("b"), reply("d")], "d"),
+        ({"messages": [Q, reply("c"), user("b"), reply("d", weight=0)]}, [Q, reply("c")], "c"),
+        ({"messages": [user([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]), A]}, [user("qr"), A], "a"),
+        ({"messages": [Q, reply("a", reasoning_content="why")]}, [Q, reply("a", reasoning_content="why")], "<think>why</think>a"),
+        (
+            {"messages": [Q, reply(None, tool_calls=CALLS), {"role": "tool", "content": "r"}, A], "tools": TOOLS},
+            [Q, reply("", tool_calls=CALLS), {"role": "tool", "content": "r"}, A],
+            '<call>f{"a": 1}</call>a',
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+                    {"from": "observation", "value": "r"},
+                    {"from": "gpt", "value": "a"},
+                ],
+                "tools": json.dumps(TOOLS),
+                "system": "s",
+            },
+            [system("s"), Q, reply("", tool_calls=CALLS), {"role": "tool", "content": "r"}, A],
+            '<call>f{"a": 1}</call>a',
+        ),
+        ({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": "[]"}, [Q, A], "a"),
+        # columns of a table that this row does not use
+        ({"messages": [{**Q, "weight": None, "tool_calls": None}, A], "conversations": None, "tools": None}, [Q, A], "a"),
+    ],
+)
+def test_keys_are_read_as_transformers_reads_them(
+    entry: dict[str, Any], messages: list[Any], learned: str, tokenizer: Tokenizer, tiny_tokenizer_dir: Path
+) -> None:
+    splits = Given(mask_prompt=True, strict=True, entries=[entry]).splits(tokenizer, ChatTemplate(FULL))
+    sample = splits.train[0]
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tiny_tokenizer_dir / "tokenizer.json"))
+    tools = TOOLS if entry.get("tools") not in (None, "[]") else None
+    expected = reference.apply_chat_template(messages, tools=tools, chat_template=FULL, tokenize=False)
+    assert tokenizer.decode(list(sample.input_ids), skip_special_tokens=False) == expected.rstrip()
+    marked = tokenizer.decode([i for i, m in zip(sample.input_ids, sample.loss_mask, strict=True) if m], skip_special_tokens=False)
+    assert marked.replace("<|im_end|>", "") == learned
+
+
+def test_last_turn_only(tokenizer: Tokenizer) -> None:
+    entry = {"messages": [Q, reply("c"), user("b"), A]}
+    sample = Given(last_turn_only=True, entries=[entry]).splits(tokenizer, prompts.ChatML()).train[0]
+    assert tokenizer.decode([i for i, m in zip(sample.input_ids, sample.loss_mask, strict=True) if m], False) == "a<|im_end|>"
+    # a template that writes earlier replies differently can be learned in this way
+    shortening = FULL.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}")
+    Given(last_turn_only=True, entries=[entry]).splits(tokenizer, ChatTemplate(shortening))
+    with pytest.raises(UserError, match="data.last_turn_only"):
+        Given(entries=[entry]).splits(tokenizer, ChatTemplate(shortening))
+
+
+def test_other_keys_are_named_with_their_counts(tokenizer: Tokenizer) -> None:
+    entries = [
+        {"instruction": "q", "output": "a", "id": 1, "url\x1b[2J": ""},
+        {"instruction": "q", "output": "a", "id": 2, "source": None},
+        {"messages": [user("q", train=True), reply("a", score=3, tool_calls=CALLS)], "tools": TOOLS},
+        {"messages": [Q, reply("", tool_calls=CALLS)]},
+    ]
+    splits = Given(entries=entries).splits(tokenizer, prompts.ChatML())
+    for part in (
+        "keys not read: id (4), url\\x1b[2J (2), messages.train of user turns (2), messages.score (2)",
+        "keys not written by the prompt style 'chatml': tool_calls (4), tools (2)",
+        "2 dropped: empty answer",  # a call that is not written is no answer
+    ):
+        assert part in splits.report
+    for entry, key in ((entries[0], "id"), (entries[2], "tool_calls")):
+        with pytest.raises(UserError, match=f"{key} .*Remove these keys, or leave data.strict out"):
+            Given(strict=True, entries=[entry]).splits(tokenizer, prompts.ChatML())
+    many = Given(entries=[{"instruction": "q", "output": "a", **{f"k{i}": 1 for i in range(50)}}]).splits(tokenizer, prompts.ChatML())
+    assert "k11 (2), and 38 more" in many.report
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"messages": [Q, reply("a", weight=0.5)]}, "turn 2 of 'messages': 'weight' is 0.5: 0 and 1 .* are supported"),
+        ({"messages": [Q, reply("a", train="no")]}, "'train' is 'no'"),
+        ({"messages": [Q, reply("a", tool_calls="f")]}, "turn 2 of 'messages': 'tool_calls' is a text, a list is needed"),
+        ({"messages": [Q, reply("a", reasoning_content=3)]}, "'reasoning_content' is a number"),
+        ({"messages": [Q, reply(None)]}, "'content' is null"),
+        ({"messages": [user([{"type": "image_url", "image_url": {}}]), A]}, "part 1 of 'content' is of the type 'image_url'"),
+        ({"messages": [system("s"), Q, A], "system": "t"}, "'system' differs from the system message"),
+        ({"instruction": "q", "output": "a", "tools": "f()"}, "'tools', line 1, column 1: not valid JSON"),
+        ({"instruction": "q", "output": "a", "tools": {}}, "'tools' is an object, a list is needed"),
+        ({"instruction": "q", "output": "a", "history": [["b"]]}, "entry 1 of 'history' is \\['b'\\], a list of a question"),
+        ({"instruction": "q", "output": "a", "history": [["b", 1]]}, "'history, entry 1' is a number"),
+        ({"instruction": "q", "output": "a", "input": "b", "context": "c"}, "both 'input' and 'context'"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "[]"}]}, "is a list, an object is needed"),
+        ({"prompt": [Q], "completion": [user("b")]}, "'completion' has no turn of the assistant"),
+    ],
+)
+def test_wrong_values(entry: dict[str, Any], message: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=f"Given, record 1: .*{message}"):
+        Given(entries=[entry]).splits(tokenizer, ChatTemplate(FULL))
+
+
+def test_roles_that_a_style_has_no_form_for(tokenizer: Tokenizer) -> None:
+    entry = {"messages": [Q, reply("b"), {"role": "tool", "content": "r"}, A]}
+    with pytest.raises(UserError, match="'chatml' has no form for the role 'tool': choose data.prompt_style"):
+        Given(entries=[entry]).splits(tokenizer, prompts.ChatML())
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + '</s>' }}{% endif %}{% endfor %}"
+)
+MACRO = (
+    "{% macro turn(m) %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+BACKWARDS = "{% for m in messages[::-1] %}{% endfor %}" + FULL + "{% for m in messages %}{% endfor %}"
+
+
+@pytest.mark.parametrize("style", [FULL, MISTRAL, MACRO, BACKWARDS, "chatml", "llama2", "gemma", "tinyllama"])
+def test_spans_of_a_conversation_are_those_of_its_prefixes(style: str, tokenizer: Tokenizer) -> None:
+    """The oracle renders the conversation up to each reply, with and without it."""
+    chosen: Any = ChatTemplate(style) if "{" in style else prompts.PromptStyle.from_name(style)
+    messages = [
+        user("q0"),
+        reply(" r0 "),
+        user("q1"),
+        reply("r1"),
+        reply("r2"),
+        *(m for i in range(9) for m in (user(f"u{i}"), reply(f"v{i}\n"))),
+    ]
+    text, spans = render(read_record({"messages": messages}), chosen, tokenizer)
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    starts = [len(chosen.render(messages[:i], add_generation_prompt=True)) for i in replies]
+    ends = [len(chosen.render(messages[: i + 1]).rstrip()) for i in replies]
+    assert spans == list(zip(starts, ends, strict=True))
+    assert text == chosen.render(messages)[: ends[-1]]
+
+
+def test_a_change_in_the_middle_of_history_is_noticed(tokenizer: Tokenizer) -> None:
+    stripping = FULL.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
+    messages = [message for i in range(6) for message in (user(f"q{i}"), reply("<think>x</think>a" if i == 3 else f"a{i}"))]
+    with pytest.raises(UserError, match="up to message 8 differently"):
+        render(read_record({"messages": messages}), ChatTemplate(stripping), tokenizer)
+
+
+def test_long_conversations_cost_their_length(tokenizer: Tokenizer) -> None:
+    """Work, not time, is compared: characters that the template writes. A generous bound on time catches what is not counted."""
+    written: list[int] = []
+
+    class Counted(ChatTemplate):
+        def render_marked(self, *args: Any, **kwargs: Any) -> tuple[str, list[int]]:
+            text, starts = super().render_marked(*args, **kwargs)
+            written.append(len(text))
+            return text, starts
+
+    Counted.__module__ = ChatTemplate.__module__
+    style = Counted(FULL)
+    record = read_record({"messages": [m for i in range(200) for m in (user(f"t{i}"), reply(f"u{i}"))]})
+    before = time.process_time()
+    text, spans = render(record, style, tokenizer)
+    assert time.process_time() - before < 0.5
+    assert len(spans) == 200 and sum(written) < 3 * len(text)
+
+
+def test_prompt_style_that_does_not_fit_the_tokenizer(
+    write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    def report(style: Any, tokenizer: Tokenizer) -> str:
+        return Given(entries=[{"instruction": "q", "output": "a"}]).splits(tokenizer, style).report
+
+    assert "warning: the prompt style 'llama3' needs <|eot_id|>, which is no token of this tokenizer: 'chat' fits it" in report(
+        prompts.Llama3(), tokenizer
+    )
+    for style in (prompts.ChatML(), prompts.Alpaca(), ChatTemplate(FULL)):
+        assert "warning" not in report(style, tokenizer)
+    assert "needs <|answer|>" in report(prompts.H2Oai(), tokenizer)
+    assert "the prompt style 'chat' needs <|done|>" in report(ChatTemplate(FULL.replace("<|im_end|>", "<|done|>")), tokenizer)
+    folder = write_tiny_tokenizer(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "'chatml' fits it" in report(prompts.Gemma(), Tokenizer(folder))
