@@ -120,15 +120,15 @@ def test_save_keeps_the_system_message(tmp_path: Path) -> None:
     assert "Speak French." in load_prompt_style(tmp_path).apply("Hi")
 
 
-@pytest.mark.parametrize(
-    "name",
-    # every class that LitGPT 0.5.13 writes into this file
-    (
-        "Default Alpaca FLAN Longform StableLMAlpha StableLMZephyr Falcon Falcon3 Llama2FunctionCalling Llama2 Llama3 R1Base FreeWilly2 "
-        "Platypus StableCode CodeLlama Phi1 Phi2 Phi3 Phi4 Phi4Reasoning Phi4Mini Phi4MiniReasoning TinyLlama Gemma OLMo ChatML Qwen2_5 "
-        "Qwen2_5_Math QwQ Qwen3 SmolLM2 Salamandra"
-    ).split(),
-)
+# every class that LitGPT 0.5.13 writes into the file
+UPSTREAM = """
+    Default Alpaca FLAN Longform StableLMAlpha StableLMZephyr Falcon Falcon3 Llama2FunctionCalling Llama2 Llama3 R1Base FreeWilly2 Platypus
+    StableCode CodeLlama Phi1 Phi2 Phi3 Phi4 Phi4Reasoning Phi4Mini Phi4MiniReasoning TinyLlama Gemma OLMo ChatML Qwen2_5 Qwen2_5_Math QwQ
+    Qwen3 SmolLM2 Salamandra
+"""
+
+
+@pytest.mark.parametrize("name", UPSTREAM.split())
 def test_upstream_file_loads(name: str, tmp_path: Path) -> None:
     (tmp_path / "prompt_style.yaml").write_text(f"class_path: litgpt.prompts.{name}\ninit_args: {{}}\n")
     assert type(load_prompt_style(tmp_path)) is getattr(prompts, name)

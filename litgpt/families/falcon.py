@@ -93,5 +93,6 @@ FAMILY = Family(
             variant=Variant({"shared_attention_norm": False}, {"attn_norm": "norm_2", "attn_norm_2": "norm_1", "ffn_norm": None}),
         )
     },
+    prompts={"falcon-.*instruct": "falcon"},
     pretokenizers={"falcon": Cut(("punctuation", "gpt-2", "digit runs", "[0-9][0-9][0-9]"))},
 )

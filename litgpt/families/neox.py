@@ -78,6 +78,7 @@ FAMILY = Family(
     gguf={"gptneox": Gguf({"bias": True}, ("use_parallel_residual",), hub=("gpt_neox",), joined=True)},
     prompts={
         "stablelm-(tuned|alpha).*alpha": "stablelm-alpha",
+        "stablecode-instruct": "stablecode",
         "redpajama.*chat": "togethercomputer-chat",
         "redpajama.*instruct": "togethercomputer-instruct",
     },

@@ -144,6 +144,14 @@ FAMILY = Family(
             variant=Variant({"mlp_class_name": "LLaMAMLP"}, {"ffn_gate": None, "ffn_up": "mlp.fc_1 gate up"}),
         ),
     },
-    prompts={"phi-1": "phi-1", "phi-2": "phi-2", "phi-3": "phi-3"},
+    prompts={
+        "phi-1": "phi-1",
+        "phi-2": "phi-2",
+        "phi-3": "phi-3",
+        "phi-4-mini-reasoning": "phi-4-mini-reasoning",
+        "phi-4-mini": "phi-4-mini",
+        "phi-4-reasoning": "phi-4-reasoning",
+        "phi-4": "phi-4",
+    },
     pretokenizers={"phi-2": GPT_2},
 )

@@ -165,10 +165,10 @@ FAMILY = Family(
     gguf={"qwen2": Gguf(_QWEN_2), "qwen3": Gguf(_QWEN_3), "qwen3moe": Gguf(_QWEN_3_MOE, EXPERTS, hub=("qwen3_moe",))},
     prompts={
         "r1-distill-qwen": "r1-base",
-        r"qwen2\.5-math.*instruct": "qwen2.5-math",
-        r"qwen2\.5.*instruct": "qwen2.5",
+        r"qwen2\.5-math": "qwen2.5-math",
+        r"qwen2\.5": "qwen2.5",
         "qwq": "qwq",
-        "qwen3(?!.*base)": "qwen3",
+        "qwen3": "qwen3",
     },
     pretokenizers=dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN),
 )

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 import litgpt
 from litgpt import atomic, checkpoint
+from litgpt.__main__ import main
 from litgpt.cli import parse
 from litgpt.finetune.lora import Lora, setup
 from litgpt.lora import lora_filter
@@ -536,3 +537,20 @@ def test_two_processes_reach_the_loss_of_one(base: Path, data: Path, tmp_path: P
     assert two.column("val_loss") == pytest.approx(alone.column("val_loss"), rel=1e-4)
     assert two.report["final_val_loss"] == pytest.approx(alone.report["final_val_loss"], abs=1e-4)
     assert done.stderr.count("finished: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer.lr": 0.0}, "nothing is trained, as the optimizer's learning rate (lr) is 0"),
+        ({"lora_alpha": 0}, "nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0"),
+        ({}, None),
+    ],
+)
+def test_settings_that_train_nothing_are_reported(
+    settings: dict[str, Any], message: str | None, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["finetune", str(base), "--data", "JSON", "--data.json_path", str(data), "--out_dir", str(tmp_path / "out"), "--dry_run", "true"]
+    assert main([*argv, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]) == 0
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert message in output if message else "nothing is trained" not in output

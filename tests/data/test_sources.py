@@ -1,0 +1,131 @@
+"""Data files of every format, and data sets of the datasets library, with stand-ins for pyarrow and datasets."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from litgpt.data import JSON
+from litgpt.errors import UserError
+
+RECORD: dict[str, Any] = {"instruction": "Hi", "input": "", "output": "Hello"}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".json.gz", ".JSONL.gz", ".csv.gz", ".parquet", ".arrow"])
+def test_formats(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every format holds the same rows, read by the library of that format."""
+    rows = [{"instruction": 'Say "a,\tb"\nplease', "output": "x" * 200_000}, {"instruction": "é", "output": "日本"}]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0], delimiter="\t" if suffix == ".tsv" else ",")
+    writer.writeheader()
+    writer.writerows(rows)
+    table = suffix.startswith((".csv", ".tsv"))
+    lines = suffix.lower().startswith((".jsonl", ".ndjson"))
+    content = (text.getvalue() if table else "\n\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)).encode()
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    stand_in_pyarrow(monkeypatch)
+    train, val = JSON(json_path=path).records()
+    assert val is None
+    assert [(record.question, record.answer) for record in train] == [tuple(row.values()) for row in rows]
+
+
+def stand_in_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pyarrow whose files hold JSON."""
+
+    def table(text: str) -> Any:
+        if not text.startswith("["):
+            raise ValueError("no magic bytes")
+        return SimpleNamespace(to_pylist=lambda: json.loads(text))
+
+    def open_stream(file: Any) -> Any:
+        raise package.ArrowInvalid("a file, no stream")
+
+    package, parquet = ModuleType("pyarrow"), ModuleType("pyarrow.parquet")
+    package.__dict__.update(
+        memory_map=lambda path: nullcontext(Path(path)),
+        ArrowInvalid=type("ArrowInvalid", (ValueError,), {}),
+        ipc=SimpleNamespace(open_stream=open_stream, open_file=lambda file: SimpleNamespace(read_all=lambda: table(file.read_text()))),
+    )
+    parquet.__dict__.update(read_table=lambda path: table(Path(path).read_text()))
+    for name, module in (("pyarrow", package), ("pyarrow.parquet", parquet)):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"instruction,output,output\na,b,c\n", "line 1: the column 'output' twice"),
+        ("a.csv", b"instruction,output\na,b\na\n", "line 3: 1 cells, the first line names 2 columns"),
+        ("a.csv", b'instruction,output\na,"b"c\n', "line 2: not valid CSV"),
+        ("a.tsv", b"instruction\toutput\n", "holds no rows"),
+        ("a.jsonl.gz", b"\x1f\x8bnothing", "is no whole gzip file"),
+        ("a.json.gz", gzip.compress(b"[" * 99, mtime=0)[:-9], "is no whole gzip file"),
+        ("a.parquet", b"PAR0", "is no readable .parquet file"),
+        ("a.arrow", b"ARROW0", "is no readable .arrow file"),
+        ("a.json", b'[{"instruction": "a", "output": "b", "output": "c"}]', "the key 'output' twice ('b' and 'c')"),
+        ("a.jsonl", b'\n{"messages": [{"role": "user", "role": "x"}]}\n', "line 2: an object has the key 'role' twice"),
+    ],
+)
+def test_broken_formats(name: str, content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_pyarrow(monkeypatch)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        JSON(json_path=tmp_path / name).records()
+    assert message in str(error.value) and str(tmp_path / name) in str(error.value)
+
+
+def test_large_gz_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litgpt.data.sources.MOST_UNPACKED", 1000)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b" " * 1001))
+    with pytest.raises(UserError, match="more than 1,000 bytes once it is unpacked"):
+        JSON(json_path=tmp_path / "a.json.gz").records()
+
+
+@pytest.mark.parametrize("where", ["org/name", "saved", "folder"])
+@pytest.mark.parametrize("parts", [("train", "validation"), ("train",), ("other",), None])
+def test_datasets(where: str, parts: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of the hub, folders of `save_to_disk` and folders of data files go to the datasets library."""
+    rows = {part: [{**RECORD, "output": f"{part} {i}"} for i in range(2)] for part in parts or ("train",)}
+    asked: list[tuple[str, str]] = []
+
+    def loader(function: str) -> Any:
+        return lambda path: (asked.append((function, path)), rows if parts else rows["train"])[1]
+
+    stand_in = ModuleType("datasets")
+    stand_in.__dict__.update(load_dataset=loader("load_dataset"), load_from_disk=loader("load_from_disk"))
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    path = Path(where) if "/" in where else tmp_path
+    if where == "saved":
+        (tmp_path / "dataset_info.json").write_text("{}")
+    elif where == "folder":
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
+    train, val = JSON(json_path=path).records()
+    assert asked == [("load_from_disk" if where == "saved" else "load_dataset", str(path))]
+    assert [record.answer for record in train] == [f"{(parts or ('train',))[0]} {i}" for i in range(2)]
+    assert [record.answer for record in val or []] == (["validation 0", "validation 1"] if parts and len(parts) > 1 else [])
+    assert JSON(json_path=path, val_split_fraction=0.5).records()[1] is None
+
+
+def test_datasets_is_optional_and_its_errors_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r'org/name is no file or folder here.* needs datasets: pip install "litgpt\[data\]"'):
+        JSON(json_path=Path("org/name")).records()
+    stand_in = ModuleType("datasets")
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    stand_in.__dict__.update(load_dataset=lambda path: {"a": [], "b": []})
+    with pytest.raises(UserError, match="has the parts a, b, and none is named train"):
+        JSON(json_path=Path("org/name")).records()
+    stand_in.__dict__.update(load_dataset=lambda path: {}["no such data set\nsecond line"])
+    with pytest.raises(UserError, match="org/name: no file or folder, and `datasets` cannot read it: 'no such data set"):
+        JSON(json_path=Path("org/name")).records()
