@@ -105,8 +105,7 @@ class _RepeatedKeyError(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        repeated = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
         values = " and ".join(repr(value)[:40] for key, value in pairs if key == repeated)
         raise _RepeatedKeyError(f"{repr(repeated)[:60]} twice ({values})")
     return content

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant" | "tool", "content": ...}
+Tools = list[Any] | None
+Marked = tuple[str, list[int]]  # a text, and where each message starts in it
 PROMPT_STYLE_FILE = "prompt_style.yaml"
 CHAT = ("chat", "chat_template")  # names of the checkpoint's own template
 MAX_TEMPLATE = 100_000  # characters of a chat template
@@ -91,13 +93,11 @@ class PlainStyle(PromptStyle):
 class ChatStyle(PromptStyle):
     """A style that renders conversations."""
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
         """Return the conversation as text, with the head of the assistant's next turn if `add_generation_prompt` is set."""
         return self.render_marked(messages, add_generation_prompt, tools)[0]
 
-    def render_marked(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
-    ) -> tuple[str, list[int]]:
+    def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> Marked:
         """Return the conversation as text, and where each message starts in it; -1 or no list where that is unknown."""
         raise NotImplementedError
 
@@ -126,9 +126,7 @@ class TurnStyle(ChatStyle):
         if system_message is not None:
             self.system = system_message
 
-    def render_marked(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
-    ) -> tuple[str, list[int]]:
+    def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> Marked:
         turns, system, starts = list(messages), self.system, []
         if turns and turns[0]["role"] == "system":
             system = turns.pop(0)["content"]
@@ -394,9 +392,7 @@ class ChatTemplate(ChatStyle):
         """Return True if the template names a key of a message, or a variable."""
         return re.search(rf"\b{re.escape(key)}\b", self.template) is not None
 
-    def render_marked(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
-    ) -> tuple[str, list[int]]:
+    def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> Marked:
         """Return the conversation as text and its starts. Raise UserError if the template refuses it, is broken, or exceeds the bounds."""
         pieces = []
         try:

@@ -58,7 +58,6 @@ COVERED_BY = {
     "__main__": "tests/test_cli.py",
     "sample": "tests/test_packing.py",
     "families": "tests/families/test_architectures.py",  # all families by the same tests
-    "data.alpaca_2k": "tests/data/test_alpaca.py",
 }
 
 

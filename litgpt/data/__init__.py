@@ -1,7 +1,6 @@
 """Data modules: where training samples come from. Importing this loads no heavy library."""
 
-from litgpt.data.alpaca import Alpaca
-from litgpt.data.alpaca_2k import Alpaca2k
+from litgpt.data.alpaca import Alpaca, Alpaca2k
 from litgpt.data.base import DataModule, Splits
 from litgpt.data.json_data import JSON
 from litgpt.data.python_docs import PythonDocs

@@ -153,8 +153,8 @@ class _Encoder:
     source: str
     cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(reason, key)"""
+    ignored: dict[str, Counter[str]] = field(default_factory=dict)
+    """reason -> keys"""
 
     def __post_init__(self) -> None:
         self.stops = {ids[0] for ids in self.style.stop_tokens(self.tokenizer) if len(ids) == 1}
@@ -173,8 +173,9 @@ class _Encoder:
 
     def encode(self, record: Record) -> Sample | None:
         unwritten = unwritten_keys(record, self.style)
-        self.ignored.update(("not read", key) for key in record.unread)
-        self.ignored.update((f"not written by the prompt style {_name(self.style)}", key) for key in sorted(unwritten))
+        for reason, keys in (("not read", record.unread), (f"not written by the prompt style {_name(self.style)}", sorted(unwritten))):
+            if keys:
+                self.ignored.setdefault(reason, Counter()).update(keys)
         replies = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
         chosen = replies[-1:] if self.last_turn_only else replies
         learned = [i for i in chosen if record.learned[i] and _has_text(record.messages[i], unwritten)]
@@ -206,12 +207,11 @@ class _Encoder:
 
     def remarks(self) -> list[str]:
         """Return a remark for each reason to ignore keys, with the number of records that have them."""
-        remarks: list[str] = []
-        for reason in sorted({reason for reason, _ in self.ignored}):
-            counts = [(key, count) for (why, key), count in self.ignored.most_common() if why == reason]
-            shown = [f"{printable(key[:60])} ({count:,})" for key, count in counts[:SHOWN_KEYS]]
-            more = [f"and {len(counts) - SHOWN_KEYS:,} more"] if len(counts) > SHOWN_KEYS else []
-            remarks.append(f"keys {reason}: {', '.join(shown + more)}")
+        remarks = []
+        for reason, counts in self.ignored.items():
+            shown = [f"{printable(key[:60])} ({count:,})" for key, count in counts.most_common(SHOWN_KEYS)]
+            more = f" and {len(counts) - SHOWN_KEYS:,} more" if len(counts) > SHOWN_KEYS else ""
+            remarks.append(f"keys {reason}: {', '.join(shown)}{more}")
         return remarks
 
 
@@ -262,10 +262,8 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
     if record.input:
         question = messages[-2]
         messages = [*messages[:-2], {**question, "content": f"{question['content']}\n\n{record.input}"}, messages[-1]]
-    if type(style).__module__ == "litgpt.prompts":
-        full, starts = style.render_marked(messages, **options)
-    else:
-        full, starts = style.render(messages, add_generation_prompt=False), []
+    is_own = type(style).__module__ == "litgpt.prompts"
+    full, starts = style.render_marked(messages, **options) if is_own else (style.render(messages, add_generation_prompt=False), [])
     starts = [*starts, len(full)] if starts else []
     opening: str | None = None  # text between a message's start and the reply
     kinds: set[Any] = set()

@@ -30,7 +30,7 @@ class JSON(DataModule):
     def records(self) -> tuple[list[Record], list[Record] | None]:
         """Read and check all records. Raise UserError with the file, the line or record, and the problem."""
         if self.json_path is None:
-            raise UserError("data.json_path is missing: name a file, such as data.json, or a folder with train.json and val.json")
+            raise UserError("data.json_path is missing: name a .json or .jsonl file, or a folder with train.json and val.json")
         path = expand_path(self.json_path)
         if is_dataset(path):
             train, val = read_dataset(path)

@@ -43,41 +43,34 @@ class Record:
 
     @property
     def question(self) -> str:
-        """The text of the last message before the last reply."""
-        return str(self.messages[self._last - 1]["content"]) if self._last else ""
+        """The question of a pair."""
+        return str(self.messages[-2]["content"])
 
     @property
     def answer(self) -> str:
-        """The text of the last reply."""
-        return str(self.messages[self._last]["content"])
-
-    @property
-    def _last(self) -> int:
-        return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+        """The answer of a pair."""
+        return str(self.messages[-1]["content"])
 
 
 def read_record(entry: Any) -> Record:
     """Return an entry of a data file as a conversation. Raise UserError if it has no known form, or a value of the wrong kind."""
     if not isinstance(entry, dict):
         raise UserError(f"{kind_of(entry)}, an object with keys is needed")
-    form = next((key for key in CONVERSATIONS if entry.get(key) is not None), None)
+    pair = next((pair for pair in PAIRS if all(key in entry for key in pair)), None)
+    form = next((key for key in CONVERSATIONS if entry.get(key) is not None or (pair is None and key in entry)), None)
     if form is not None:
         used, record = [form], _read_turns(entry, form)
-    else:
-        form = next((key for key in CONVERSATIONS if key in entry), None)
-        pair = next((pair for pair in PAIRS if all(key in entry for key in pair)), None)
-        if form is not None and pair is None:
-            raise UserError(f"{form!r} is null, a list of turns is needed")
-        if pair is None:
-            raise UserError(_missing_keys(list(entry)))
+    elif pair is not None:
         used, record = _read_pair(entry, pair)
+    else:
+        raise UserError(_missing_keys(list(entry)))
     if system := _optional_text(entry, "system"):
         if record.messages[0]["role"] != "system":
             record.messages.insert(0, {"role": "system", "content": system})
             record.learned.insert(0, False)
         elif record.messages[0]["content"] != system:
             raise UserError("'system' differs from the system message of its conversation: leave one of them out")
-    record.tools = _read_list(entry, "tools") or None
+    record.tools = _typed(entry.get("tools") or [], "'tools'", list) or None
     record.pair &= record.tools is None
     unread = [key for key, value in entry.items() if value is not None and key not in (*used, "system", "tools")]
     record.unread += tuple(unread)
@@ -96,14 +89,13 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
     if extra and context:
         raise UserError("it has both 'input' and 'context': leave one of them out")
     messages: list[Message] = []
-    for n, turns in enumerate(_read_list(entry, "history"), 1):
+    for n, turns in enumerate(_typed(entry.get("history") or [], "'history'", list), 1):
         if not isinstance(turns, (list, tuple)) or len(turns) != 2:
             raise UserError(f"entry {n} of 'history' is {repr(turns)[:60]}, a list of a question and its answer is needed")
-        roles = zip(("user", "assistant"), turns, strict=True)
-        messages += [{"role": role, "content": _check_text(text, f"history, entry {n}")} for role, text in roles]
+        texts = [_check_text(text, f"history, entry {n}") for text in turns]
+        messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
     alone = not messages
-    messages.append({"role": "user", "content": _check_text(entry[question], question)})
-    messages.append({"role": "assistant", "content": _check_text(entry[answer], answer)})
+    messages += [{"role": role, "content": _check_text(entry[key], key)} for role, key in zip(("user", "assistant"), pair, strict=True)]
     learned = [message["role"] == "assistant" for message in messages]
     return [*pair, "input", "context", "history"], Record(messages, learned, None, alone, extra or context)
 
@@ -144,11 +136,12 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
             raise UserError(f"{where} is a system message: it can only be the first")
         message: Message = {"role": role, "content": _read_content(turn.get(text_key), text_key, bool(turn.get("tool_calls")))}
         if name == "function_call":
-            message |= {"content": "", "tool_calls": [{"type": "function", "function": _read_json(message["content"], where, dict)}]}
+            message |= {"content": "", "tool_calls": [{"type": "function", "function": _typed(message["content"], where, dict)}]}
         message |= {name: turn[name] for name in PASSED if turn.get(name) is not None}
         for name in ("reasoning_content", "thinking"):
             _check_text(message.get(name, ""), name)
-        _require(message.get("tool_calls", []), f"{where}: 'tool_calls'", list)
+        if "tool_calls" in message:
+            message["tool_calls"] = _typed(message["tool_calls"], f"{where}: 'tool_calls'", list)
         marks = {name: _read_mark(turn[name], name, where) for name in ("weight", "train") if turn.get(name) is not None}
         if role != "assistant":
             unread |= {f"{key}.{name} of {role} turns": None for name, mark in marks.items() if mark}
@@ -184,21 +177,11 @@ def _read_content(value: Any, key: str, may_be_missing: bool) -> str:
     return "".join(texts)
 
 
-def _read_list(entry: dict[str, Any], key: str) -> list[Any]:
-    """Return a list, or one that is written as JSON text; empty if there is none."""
-    value = entry.get(key)
-    if value is None or value == "":
-        return []
-    return _read_json(value, repr(key), list) if isinstance(value, str) else _require(value, repr(key), list)
-
-
-def _read_json(text: str, where: str, form: type) -> Any:
-    return _require(parse_json(text, where), where, form)
-
-
-def _require(value: Any, where: str, form: type) -> Any:
-    if not isinstance(value, form):
-        raise UserError(f"{where} is {kind_of(value)}, {'a list' if form is list else 'an object'} is needed")
+def _typed(value: Any, where: str, kind: type) -> Any:
+    """Return a value of this type, which may be written as JSON text."""
+    value = parse_json(value, where) if isinstance(value, str) else value
+    if not isinstance(value, kind):
+        raise UserError(f"{where} is {kind_of(value)}, {'a list' if kind is list else 'an object'} is needed")
     return value
 
 

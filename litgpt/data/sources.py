@@ -129,10 +129,10 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
 
 
 def _read_columns(path: Path, suffix: str) -> list[Any]:
+    arrow, parquet = _import("pyarrow", path), _import("pyarrow.parquet", path)
     try:
         if suffix == ".parquet":
-            return _import("pyarrow.parquet", path).read_table(path).to_pylist()
-        arrow = _import("pyarrow", path)
+            return parquet.read_table(path).to_pylist()
         with arrow.memory_map(str(path)) as file:
             try:
                 return arrow.ipc.open_stream(file).read_all().to_pylist()
@@ -150,10 +150,10 @@ def _import(name: str, what: object) -> Any:
 
 
 def is_dataset(path: Path) -> bool:
-    """Return True for the name of a data set on the hub, and for a folder that `datasets` saved or that holds data files of other names."""
+    """Return True for the name of a data set on the hub, and for a folder with data files and none named train."""
     if path.is_dir():
-        return any((path / name).is_file() for name in SAVED) or any(
-            suffix_of(file) in SUFFIXES and file.stem.partition(".")[0] not in ("train", *VALIDATION) for file in path.rglob("*.*")
+        return not any((path / f"train{suffix}").is_file() for suffix in SUFFIXES) and any(
+            file.name in SAVED or (suffix_of(file) in SUFFIXES and file.stem not in VALIDATION) for file in path.rglob("*")
         )
     return not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None and suffix_of(path) not in SUFFIXES
 
@@ -161,19 +161,16 @@ def is_dataset(path: Path) -> bool:
 def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
     """Return the training and validation records of a data set; None for the latter if it has no such part."""
     datasets = _import("datasets", f"{path}" if path.is_dir() else f"{path} is no file or folder here; as a data set of the hub")
+    saved = any((path / name).is_file() for name in SAVED)
     try:
-        saved = any((path / name).is_file() for name in SAVED)
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
         parts: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
-        train = "train" if "train" in parts or len(parts) != 1 else next(iter(parts))
-        if train not in parts:
-            raise UserError(f"{path} has the parts {', '.join(map(str, parts))}, and none is named train: save the one to train on")
-        val = next((name for name in VALIDATION if name in parts and name != train), None)
-        rows = {name: list(parts[name]) for name in (train, val) if name is not None}
-    except UserError:
-        raise
+        val = next((name for name in VALIDATION if name in parts), None)
+        rows = {name: list(parts[name]) for name in ("train", val) if name is not None and name in parts}
     except Exception as error:  # the library raises errors of many others
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(f"{path}: no file or folder, and `datasets` cannot read it: {reason[:300]}. Check data.json_path") from None
+    if "train" not in rows:
+        raise UserError(f"{path} has the parts {', '.join(map(str, parts))}, and none is named train: save the one to train on")
     read = {name: check_rows(_records(part), f"{path}, {name}") for name, part in rows.items()}
-    return read[train], read[val] if val else None
+    return read["train"], read[val] if val else None

@@ -92,7 +92,7 @@ def test_large_gz_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("where", ["org/name", "saved", "folder"])
-@pytest.mark.parametrize("parts", [("train", "validation"), ("train",), ("other",), None])
+@pytest.mark.parametrize("parts", [("train", "validation"), ("train",), None])
 def test_datasets(where: str, parts: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of the hub, folders of `save_to_disk` and folders of data files go to the datasets library."""
     rows = {part: [{**RECORD, "output": f"{part} {i}"} for i in range(2)] for part in parts or ("train",)}
