@@ -5,6 +5,7 @@ import gzip
 import importlib
 import io
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,16 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
 
 
 def _unpack(raw: bytes, path: Path) -> bytes:
+    content = bytearray()
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
-            content = file.read(MOST_UNPACKED + 1)
-    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+            while len(content) <= MOST_UNPACKED and (piece := file.read(2**20)):
+                content += piece
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is no whole gzip file: {error}. Copy it again") from None
     if len(content) > MOST_UNPACKED:
         raise UserError(f"{path} holds more than {MOST_UNPACKED:,} bytes once it is unpacked: split it")
-    return content
+    return bytes(content)
 
 
 def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
