@@ -346,16 +346,7 @@ QwQ = _style(
     system="You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step.",
 )
 Qwen3 = _style(ChatML, "Qwen3", "qwen3")
-Salamandra = _style(
-    ChatML,
-    "Salamandra",
-    "salamandra",
-    system="I am Salamandra, an AI language model developed at the Barcelona Supercomputing Centre (BSC) by the Language Technologies "
-    "Unit. My knowledge base was last updated on August 2023. Today Date: 2024-09-30\n"
-    "Soy Salamandra, un modelo lingüístico de IA desarrollado en el Barcelona Supercomputing Centre (BSC) por la Language Technologies "
-    "Unit. Mi base de conocimientos se actualizó por última vez en agosto de 2023.\n"
-    "Soc Salamandra, un model de llenguatge d'IA desenvolupat al Barcelona Supercomputing Centre (BSC) per la Language Technologies Unit.",
-)
+Salamandra = _style(ChatML, "Salamandra", "salamandra")  # its own template has a default system text that this style leaves out
 
 
 # --- The checkpoint's own template ---
