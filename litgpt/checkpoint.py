@@ -138,6 +138,9 @@ def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
         file = Path(source) / name
         if file.is_file():
             shutil.copyfile(file, Path(target) / name)
+    if (config := Path(source) / "config.json").is_file() and not (Path(source) / "generation_config.json").is_file():
+        ids = {key: value for key, value in read_json(config).items() if key in ("bos_token_id", "eos_token_id")}
+        write_text(Path(target) / "generation_config.json", json.dumps(ids) + "\n")  # what the tokenizer takes from config.json
 
 
 def require_checkpoint(folder: str | Path) -> Path:

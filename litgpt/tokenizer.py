@@ -32,11 +32,14 @@ class Tokenizer:
         self._steps = _replacements(self._backend.normalizer)
         if (growth := _grown(1, _replacements(self._backend.decoder))) > MOST_GROWTH:
             raise UserError(f"{folder / 'tokenizer.json'}: its decoder makes a text {growth:,} times as long: it is broken, copy it again")
-        self._config = _load_json(folder / "tokenizer_config.json")
+        named = _load_json(folder / "special_tokens_map.json")
+        self._config = named | {key: value for key, value in _load_json(folder / "tokenizer_config.json").items() if value is not None}
         self.special_tokens: dict[str, str] = {
             name: text for name in ("bos_token", "eos_token", "pad_token", "unk_token") if (text := _token_text(self._config.get(name)))
         }
         generation = folder / "generation_config.json"
+        if not generation.is_file():  # transformers derives it from the model's config
+            generation = folder / "config.json"
         bos_ids, eos_ids = (self._ids_in(generation, key) for key in ("bos_token_id", "eos_token_id"))
         self.bos_id = self._special_id("bos_token", bos_ids, folder)
         self.eos_id = self._special_id("eos_token", eos_ids, folder)
@@ -53,7 +56,7 @@ class Tokenizer:
             return self.bos_id in self._backend.encode("a").ids
 
     def _ids_in(self, file: Path, key: str) -> list[int]:
-        """Return the ids under `key` of generation_config.json: a number or a list of numbers. Some models write -1 for none."""
+        """Return the ids under `key` of a JSON file: a number or a list of numbers. Some models write -1 for none."""
         entry = _load_json(file).get(key)
         values = [value for value in (entry if isinstance(entry, list) else [entry]) if value not in (None, -1)]
         for value in values:
@@ -234,15 +237,16 @@ def _token_text(entry: Any) -> str | None:
 
 
 def _chat_template(entry: Any, file: Path) -> str | None:
-    """Return the template in tokenizer_config.json, a string or the one named `default` in a list; else the one in `file`."""
+    """Return the template in `file`, else that of tokenizer_config.json: a text, or the one named `default` in a list or a mapping."""
+    if file.exists():
+        return read_text(file)
     if isinstance(entry, list):
-        named = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
-        entry = named.get("default")
-    if isinstance(entry, str):
-        return entry
-    if entry is not None:
+        entry = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
+    if isinstance(entry, dict):
+        entry = entry.get("default")
+    if entry is not None and not isinstance(entry, str):
         raise UserError(f"{file.with_name('tokenizer_config.json')}: chat_template is {str(entry)[:60]!r}, a text is needed")
-    return read_text(file) if file.exists() else None
+    return entry
 
 
 def _required(token_id: int | None, what: str) -> int:

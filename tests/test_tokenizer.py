@@ -3,15 +3,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from litgpt import checkpoint
 from litgpt.errors import UserError
 from litgpt.tokenizer import Tokenizer
 
@@ -229,3 +232,40 @@ def test_smollm2_known_ids(smollm2_dir: Path) -> None:
     assert tokenizer.ids("Hello world, the year 2024 isn't") == [19556, 905, 28, 260, 713, 216, 34, 32, 34, 36, 3247, 982]
     assert not tokenizer.use_bos and tokenizer.stop_ids == {2}
     assert "".join(tokenizer.decode_stream(tokenizer.ids("naïve 日本語 👩‍👩‍👧"))) == "naïve 日本語 👩‍👩‍👧"
+
+
+# --- what several files say ---
+
+
+def test_files_that_disagree_are_read_as_transformers_reads_them(write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Special tokens of special_tokens_map.json, a template beside the config's, EOS in config.json alone."""
+    folder = write_tiny_tokenizer(tmp_path / "a")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for key in ("bos_token", "eos_token"):
+        config[key] = None
+    config["chat_template"] = "of the config"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}}))
+    (folder / "chat_template.jinja").write_text("of the file")
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [2, 5, 7]}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer(folder)
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.chat_template == theirs.chat_template == "of the file"
+    assert ours.stop_ids == set(
+        transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(folder)).eos_token_id
+    )
+    (tmp_path / "b").mkdir()
+    checkpoint.copy_tokenizer_files(folder, tmp_path / "b")
+    assert Tokenizer(tmp_path / "b").stop_ids == ours.stop_ids
+
+
+@pytest.mark.parametrize(
+    "entry", [[{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}], {"default": "y", "rag": "z"}]
+)
+def test_the_default_of_several_templates(entry: Any, write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path / "a")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": entry}))
+    assert Tokenizer(folder).chat_template == "y"
