@@ -144,6 +144,11 @@ def fit(tensors: Mapping[str, Stored], table: Table, config: Config, source: str
     embedding, head = called.get("transformer.wte.weight", ""), called.get("lm_head.weight")
     if tied and embedding not in tensors and head in tensors:  # stored under the other of its two names
         tensors[embedding] = tensors.pop(head)
+    if tied and embedding in tensors and head in tensors:  # a head of its own counts more than the flag, as in transformers
+        import torch
+
+        first, other = tensors[embedding], tensors[head]
+        tied = first.shape == other.shape and torch.equal(first.load(), other.load())
     shared = {key: (key, "lm_head.weight") if tied and key == "transformer.wte.weight" else (key,) for key in expected}
     places = {name: slot for name, slot in names.items() if not (tied and slot.key == "lm_head.weight")}
 

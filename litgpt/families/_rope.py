@@ -51,7 +51,7 @@ def scaling_kind(adjustments: Mapping[str, Any] | None) -> str | None:
 def settings(hf: Hf) -> Fields:
     """Return `rope_scaling` and `rope_parameters` as one."""
     merged: Fields = {}
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in ("rope_parameters", "rope_scaling"):  # the older spelling, which model cards tell to add, counts more
         value = hf.get(key) or {}
         if not isinstance(value, Mapping):
             raise ValueError(f"{key} is {value!r}: an object is needed")

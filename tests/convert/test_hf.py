@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, safe_open, save_file
 
+from litgpt import checkpoint
 from litgpt.checkpoint import load_weights, require_checkpoint
 from litgpt.config import Config
 from litgpt.convert import hf
@@ -415,3 +416,24 @@ def test_more_experts_than_there_are_tensors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="1000000 experts"):
         convert_to_litgpt(tmp_path)
+
+
+def test_a_head_of_its_own_in_the_file_counts_more_than_the_flag(tmp_path: Path) -> None:
+    theirs = tiny.hf_llama()
+    theirs.save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    hf.convert_hf(tmp_path / "hf", tmp_path / "lit")
+    weights = load_weights(tmp_path / "lit" / "lit_model.pth")
+    assert torch.equal(weights["lm_head.weight"], theirs.lm_head.weight) and not checkpoint.is_tied(weights)
+
+
+def test_the_older_spelling_of_rotary_scaling_counts_more(tmp_path: Path) -> None:
+    """Model cards tell to add it to a config.json that transformers 5 wrote."""
+    tiny.hf_llama().save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_scaling": yarn}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "hf").rope_parameters
+    ours = Config.from_hf(file).rope_adjustments
+    assert theirs["rope_type"] == ours["rope_type"] == "yarn" and theirs["factor"] == ours["factor"]
