@@ -11,7 +11,6 @@ run, and the same command resumes. Only losses are measured, so other work on th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import random
@@ -25,17 +24,19 @@ import torch
 
 from litgpt.activations.cache import Activations, CacheSettings, Features, activations
 from litgpt.activations.choose import SAMPLES, Evidence, draw, gather, select
-from litgpt.args import EvalArgs, TrainArgs
+from litgpt.args import TrainArgs
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.data import PythonDocs
+from litgpt.data import JSON, PythonDocs
 from litgpt.data.base import Splits
+from litgpt.finetune.lora import Lora
 from litgpt.logs import Console
 from litgpt.optim import make_optimizer
 from litgpt.prompts import resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
-from litgpt.train.interrupts import Signals
-from litgpt.train.loop import Batches, Loop, World
-from litgpt.train.methods import adapters, ranges
+from litgpt.train.loop import Batches, Loop
+from litgpt.train.methods import Method, ranges
+from litgpt.train.parallel import Rank
+from litgpt.train.resume import State
 
 CPU = torch.device("cpu")
 BATCH, WARMUP, SEED = 8, 20, 1337
@@ -57,18 +58,9 @@ class Part:
         return replace(features, taps=features.taps[:, self.blocks])
 
 
-class Unsaved:
-    """Checkpoints that are not written."""
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def best(self, state: Any) -> None:
-        pass
-
-
-def settings(blocks: Any, rank: int) -> dict[str, Any]:
-    return {"skip2lora_enabled": True, "skip2lora_block_indices": blocks, "lora_r": rank, "lora_alpha": rank}
+def method(base: Path, blocks: Any, rank: int) -> Method:
+    own: dict[str, Any] = {"lora_r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "lora_query": False, "lora_value": False}
+    return Lora(checkpoint_dir=base, data=JSON(), skip2lora_enabled=True, skip2lora_block_indices=blocks, **own).method()
 
 
 def cached(model: Any, splits: Splits, console: Console) -> dict[str, Activations]:
@@ -80,30 +72,22 @@ def cached(model: Any, splits: Splits, console: Console) -> dict[str, Activation
 def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Splits, caches: dict[str, Activations], seed: int) -> float:
     """Return the validation loss after training adapters on these blocks."""
     torch.manual_seed(seed)
-    model = adapters(settings(blocks, given.rank)).build(base, torch.float32)
+    model = method(base, blocks, given.rank).build(base, torch.float32)
     val = list(range(len(splits.val)))
-    world = World(0, 1, lambda tensor: tensor)
+    rank = Rank()
     spec = {"class_path": "torch.optim.AdamW", "init_args": {"lr": given.lr}}
     size = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "lr_warmup_steps": WARMUP}
     loop = Loop(
         model=model,
         optimizer=make_optimizer(spec, [p for p in model.parameters() if p.requires_grad]),
         train=TrainArgs(epochs=given.epochs, save_interval=None, save_every_minutes=None, **size),
-        eval=EvalArgs(interval=10**9, max_new_tokens=0),
-        batches=Batches(splits.train, BATCH, world, seed),
+        batches=Batches(splits.train, BATCH, rank, seed),
         activations=Part(caches["training"], blocks),
-        val_batches=[val[i : i + 4 * BATCH] for i in range(0, len(val), 4 * BATCH)],
-        val_activations=Part(caches["validation"], blocks),
-        world=world,
-        device=CPU,
-        autocast=contextlib.nullcontext,
-        log=None,
-        console=Console(active=False),
-        checkpoints=Unsaved(),
-        signals=Signals(),
-        answer=lambda: None,
+        rank=rank,
     )
-    return loop.run().losses[-1][1]
+    loop.run(State())
+    val_batches = [val[i : i + 4 * BATCH] for i in range(0, len(val), 4 * BATCH)]
+    return loop.validate(Part(caches["validation"], blocks), val_batches, lambda: False)
 
 
 def contenders(parts: Any, L: int, given: argparse.Namespace) -> dict[str, list[int]]:
@@ -137,7 +121,7 @@ def main() -> None:
     splits = PythonDocs(max_samples=given.samples).splits(tokenizer, resolve_prompt_style(None, base, tokenizer))
     console.say(splits.report)
     torch.manual_seed(SEED)
-    model = adapters(settings("all", given.rank)).build(base, torch.float32)
+    model = method(base, "all", given.rank).build(base, torch.float32)
     parts = gather(model, draw(splits.train, SEED), BATCH, SEED, lambda done, total: None)
     sets, evidence = contenders(parts, model.config.n_layer, given), Evidence(parts)
     of_runs = {key: getattr(given, key) for key in ("samples", "epochs", "seeds", "rank", "lr")}

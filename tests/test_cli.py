@@ -406,7 +406,7 @@ def test_upstream_yaml(name: str, tmp_path: Path) -> None:
         (["c", "--data", "litgpt.data.Jsn"], ["did you mean JSON?"]),
         (["c", "--data", "litgpt.nothing.JSON"], ["there is no 'litgpt.nothing.JSON'"]),
         (["c", "--data", "litgpt.errors.UserError"], ["there is no 'litgpt.errors.UserError'"]),
-        (["c", "--data.json_path", "x"], ["--data.json_path needs --data with one of JSON"]),
+        (["c", "--data.json_path", "x"], ["--data.json_path needs --data with one of Alpaca"]),
         (["c", "--data", "JSON", "--data.jsn_path", "x"], ["JSON has no 'jsn_path' (did you mean json_path?)"]),
         (["c", "--data", "JSON", "--data.seed", "x"], ["--data.seed: 'x' is not an integer"]),
         (["c", "--data", "5"], ["there is no '5'"]),

@@ -115,10 +115,11 @@ def orders(train: list[dict[str, list[int]]], epochs: int) -> list[list[int]]:
     from array import array
 
     from litgpt.sample import Sample
-    from litgpt.train.loop import Batches, World
+    from litgpt.train.loop import Batches
+    from litgpt.train.parallel import Rank
 
     samples = [Sample(array("i", sample["input_ids"]), bytearray(sample["loss_mask"])) for sample in train]
-    batches = Batches(samples, BATCH, World(0, 1, lambda tensor: tensor), SEED)
+    batches = Batches(samples, BATCH, Rank(), SEED)
     return [[row for rows, *_ in batches.epoch(epoch) for row in rows] for epoch in range(epochs)]
 
 

@@ -71,7 +71,9 @@ def test_wordnet_draws_by_the_seed_alone(tmp_path: Path) -> None:
     assert order == wordnet.draw(records[::-1], 3, 1) and [order[0], order[2]] == wordnet.draw([order[0], order[2]], 2, 1)
     assert len({json.dumps(wordnet.draw(records, 3, seed)) for seed in range(20)}) > 3
     train, val = JSON(json_path=wordnet.prepare(tmp_path, 2)).records()
-    assert val is None and [record["output"] for record in train] == [record["output"] for record in wordnet.draw(records, 2, wordnet.SEED)]
+    assert val is None and [record.messages[-1]["content"] for record in train] == [
+        record["output"] for record in wordnet.draw(records, 2, wordnet.SEED)
+    ]
 
 
 @pytest.mark.parametrize(

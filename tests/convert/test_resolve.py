@@ -229,7 +229,7 @@ def test_killed_at_any_moment_of_a_conversion_again(hf: Path, at: int, monkeypat
 
     def dies(name: str) -> Callable[..., object]:
         def act(path: Path, *args: object, **kwargs: object) -> object:
-            if path.name in ("lit_model.pth", "model_config.yaml", "conversion.json", ".conversion.json.tmp") and next(count) == at:
+            if path.name in ("lit_model.pth", "model_config.yaml", "conversion.json", ".conversion.json.litgpt.tmp") and next(count) == at:
                 raise KeyboardInterrupt
             return own[name](path, *args, **kwargs)  # type: ignore[operator]
 
