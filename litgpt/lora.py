@@ -149,7 +149,7 @@ class Dropout(nn.Module):
         if not self.training or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
         count, dropped = x.numel(), round(self.p * 2**16)
-        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1).view(torch.int16)[:count].view(x.shape)
+        bits = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),)).view(torch.int16)[:count].view(x.shape)
         return x * (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
     def extra_repr(self) -> str:

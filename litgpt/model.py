@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litgpt.config import Config
 from litgpt.packing import Packing
-from litgpt.rope import RotaryTable, rotate
+from litgpt.rope import RotaryTable, is_long, rotate
 
 FP32_ATTENTION = (
     256  # a CPU trains bf16 attention over up to so many positions in fp32: the bf16 backward pass takes 1.1 to 6 times as long
@@ -37,7 +37,8 @@ FP32_ATTENTION = (
 class Positions:
     """Rotary tables and masks of the T input positions, computed once per forward pass for all blocks."""
 
-    # cos and sin, (T, n/2) each, in attention's dtype: of `rope_base`, then of `rope_local_base_freq` if there is one
+    # cos and sin, (T, n/2) each, or (B, 1, T, n/2) if samples take different factors of LongRoPE, in attention's dtype: of `rope_base`,
+    # then of `rope_local_base_freq` if there is one
     rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     mask: torch.Tensor | None  # (T, K), true where attention is allowed; None: causal over the T positions, or everything if T = 1
     window_mask: torch.Tensor | None  # the same within the sliding window
@@ -67,9 +68,6 @@ class GPT(nn.Module):
         self.rope = [] if config.learned_positions else [RotaryTable(config)]
         if config.rope_indices and 1 in config.rope_indices:
             self.rope.append(RotaryTable(config, local=True))
-        # LongRoPE takes its factors for sequences of at least this length (else of the input's, or the cache's). Training sets it to the
-        # longest sample, so that a sample's result does not depend on the others in its batch.
-        self.reach = 0
         self.cut: int | None = None  # the first layer that gradients reach; None: everything is trained, the embedding included
         self.activation_checkpointing = False  # keep only the inputs of the tail's blocks, and run each again in the backward pass
 
@@ -173,31 +171,43 @@ class GPT(nn.Module):
         T, device = idx.size(1), idx.device
         self._require_room(T)
         if input_pos is None:
-            return self._at(torch.arange(T, device=device), T, T)
+            return self._at(torch.arange(T, device=device), T, [T])
         end = int(input_pos.max()) + 1 if end is None else end
-        cache = self.blocks[0].attn.kv_cache
-        return replace(self._at(input_pos, end, end if cache is None else cache.k.size(2)), index=input_pos)
+        return replace(self._at(input_pos, end, [end]), index=input_pos)
 
     def packed_positions(self, packing: Packing) -> Positions:
-        """Return rotary tables and masks for a packed batch (N,)."""
+        """Return rotary tables and masks for a packed batch (N,). Samples of which some are long for LongRoPE must not share a stem."""
         P, end, device = packing.stem, packing.stem + packing.width, packing.rows.device
         self._require_room(end)
-        stem = self._at(torch.arange(P, device=device), P, end) if P else None
-        return replace(self._at(torch.arange(P, end, device=device), end, end), packing=packing, stem=stem)
+        tokens = [P + length + 1 for length in packing.lengths]  # the last one is no input
+        stem = self._at(torch.arange(P, device=device), P, tokens[:1]) if P else None
+        return replace(self._at(torch.arange(P, end, device=device), end, tokens), packing=packing, stem=stem)
 
     def _require_room(self, T: int) -> None:
         if self.max_seq_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
 
-    def _at(self, places: torch.Tensor, end: int, reach: int) -> Positions:
-        """Return the positions of inputs at `places` (T,), each of which attends to itself and earlier ones of the first `end`."""
-        T, dtype = places.size(0), self.compute_dtype(places.device)
-        tables = (table(end, places.device, max(reach, self.reach)) for table in self.rope)
-        rotary = tuple((cos[places].to(dtype), sin[places].to(dtype)) for cos, sin in tables)
+    def _at(self, places: torch.Tensor, end: int, tokens: Sequence[int]) -> Positions:
+        """Return the positions of inputs at `places` (T,), each of which attends to itself and earlier ones of the first `end`.
+
+        `tokens` are the lengths of the sequences, or of one for all, by which LongRoPE takes its factors.
+        """
+        T = places.size(0)
+        long = [is_long(self.config, length) for length in tokens]
+        rotary = tuple(self._rotary(table, places, end, long) for table in self.rope)
         mask = None
         if T > 1 and (end != T or self.config.attention_logit_softcapping is not None):
             mask = torch.arange(end, device=places.device) <= places[:, None]
         return Positions(rotary, mask, self._window_mask(places, end), None, end)
+
+    def _rotary(self, table: RotaryTable, places: torch.Tensor, end: int, long: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype, kinds = self.compute_dtype(places.device), sorted(set(long))
+        pairs = [table(end, places.device, kind) for kind in kinds]
+        cos, sin = (torch.stack([part[places] for part in parts]).to(dtype) for parts in zip(*pairs, strict=True))  # (kinds, T, n/2)
+        if len(kinds) == 1:
+            return cos[0], sin[0]
+        chosen = torch.tensor(long, device=places.device).long()
+        return cos[chosen, None], sin[chosen, None]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -349,8 +359,9 @@ class CausalSelfAttention(nn.Module):
         if self.softcap is not None:
             y = capped_attention(q, k, v, mask, self.scale, self.softcap)
         else:
-            causal = mask is None and q.size(2) > 1
-            how: dict[str, Any] = {"is_causal": causal, "scale": self.scale, "enable_gqa": q.size(1) != k.size(1)}
+            how: dict[str, Any] = {"scale": self.scale, "enable_gqa": q.size(1) != k.size(1)}
+            if mask is None and q.size(2) > 1:  # torch.compile needs the branch: the sizes are symbols
+                how["is_causal"] = True
             if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= FP32_ATTENTION:
                 with torch.autocast("cpu", enabled=False):
                     y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **how).to(q.dtype)

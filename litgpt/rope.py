@@ -10,7 +10,8 @@ position p is turned by the angle p theta_j. `rope_adjustments` changes theta, b
               beta_slow times are slowed by `factor`, in between the two are mixed linearly in j
     longrope  arXiv 2402.13753: theta_j / short_factor_j, or / long_factor_j where the sequence is longer than original_max_seq_len
 
-YaRN and LongRoPE also multiply cos and sin by `attention_factor`. `rope_condense_ratio` divides all positions.
+YaRN and LongRoPE also multiply cos and sin by `attention_factor`. `rope_condense_ratio` divides theta. The order of the operations is
+transformers', to the last bit: at position 93,000 one unit in the last place of theta changes the angle by 0.005.
 """
 
 from __future__ import annotations
@@ -21,30 +22,39 @@ import torch
 
 from litgpt.config import Config
 
+FIRST_SIZE = 2048  # positions of a new table: one that grows with every length makes torch.compile compile again
 
-def frequencies(config: Config, reach: int = 0) -> torch.Tensor:
-    """Return theta with its scaling, fp32, (n/2,), for sequences of up to `reach` positions (only LongRoPE's depends on them)."""
-    theta, kind, scaling = plain_frequencies(config, config.rope_base), config.rope_kind, config.rope_adjustments
+
+def frequencies(config: Config, long: bool = False) -> torch.Tensor:
+    """Return theta with its scaling, fp32, (n/2,), with LongRoPE's `long` or short factors."""
+    powers, kind, scaling = _powers(config, config.rope_base), config.rope_kind, config.rope_adjustments
+    theta = 1 / powers
     if kind is None or scaling is None:
-        return theta
+        return theta / config.rope_condense_ratio
     if kind == "longrope":
-        return theta / torch.tensor(scaling["long_factor" if is_long(config, reach) else "short_factor"], dtype=torch.float32)
+        return 1 / (torch.tensor(scaling["long_factor" if long else "short_factor"], dtype=torch.float32) * powers)
     slow = theta / scaling["factor"]
     if kind == "linear":
         return slow
-    if kind == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_seq_len"] * theta / (2 * math.pi)  # full turns over the original context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-    else:
+    if kind == "yarn":
         keep = _yarn_share(config, scaling)
-    return keep * theta + (1 - keep) * slow
+        return 1 / (scaling["factor"] * powers) * (1 - keep) + theta * keep
+    low, high, length = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_seq_len"]
+    wave = 2 * math.pi / theta
+    keep = (length / wave - low) / (high - low)
+    mixed = (1 - keep) * theta / scaling["factor"] + keep * theta
+    return torch.where(wave > length / low, slow, torch.where(wave < length / high, theta, mixed))
 
 
 def plain_frequencies(config: Config, base: float) -> torch.Tensor:
     """Return theta_j = base^(-2j/n), fp32, (n/2,)."""
+    return 1 / _powers(config, base)
+
+
+def _powers(config: Config, base: float) -> torch.Tensor:
+    """Return base^(2j/n), fp32, (n/2,)."""
     n = config.rope_n_elem
-    return base ** -(torch.arange(0, n, 2, dtype=torch.float32) / n)
+    return base ** (torch.arange(0, n, 2, dtype=torch.float32) / n)
 
 
 def _yarn_share(config: Config, scaling: dict[str, float]) -> torch.Tensor:
@@ -54,16 +64,16 @@ def _yarn_share(config: Config, scaling: dict[str, float]) -> torch.Tensor:
     The two ends are rounded outward to whole pairs unless `truncate` is false.
     """
     n, base, length = config.rope_n_elem, config.rope_base, scaling["original_max_seq_len"]
-    first, last = (n * math.log(length / (2 * math.pi * scaling[key])) / (2 * math.log(base)) for key in ("beta_fast", "beta_slow"))
+    first, last = (n * math.log(length / (scaling[key] * 2 * math.pi)) / (2 * math.log(base)) for key in ("beta_fast", "beta_slow"))
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, n - 1)
     return 1 - ((torch.arange(n // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)).clamp(0, 1)
 
 
-def is_long(config: Config, reach: int) -> bool:
-    """Return True if LongRoPE takes its long factors for sequences of up to `reach` positions."""
-    return config.rope_kind == "longrope" and reach > (config.rope_adjustments or {})["original_max_seq_len"]
+def is_long(config: Config, length: int) -> bool:
+    """Return True if LongRoPE takes its long factors for a sequence of `length` tokens."""
+    return config.rope_kind == "longrope" and length > (config.rope_adjustments or {})["original_max_seq_len"]
 
 
 class RotaryTable:
@@ -76,32 +86,30 @@ class RotaryTable:
         self.config, self.local = config, local
         self._tables: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __call__(self, length: int, device: torch.device, reach: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin for the positions 0 ... length-1, fp32, (length, n/2) each, in sequences of up to `reach` (or `length`)."""
-        reach = max(reach, length)
-        long = is_long(self.config, reach)
+    def __call__(self, length: int, device: torch.device, long: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin for the positions 0 ... length-1, fp32, (length, n/2) each, with LongRoPE's `long` or short factors."""
         cos, sin = self._tables.get(long) or (torch.empty(0, 0),) * 2
         if cos.size(0) < length or cos.device != device:
-            size = max(length, min(2 * cos.size(0), self.config.block_size))
+            size = max(length, min(max(2 * cos.size(0), FIRST_SIZE), self.config.block_size))
             with torch.inference_mode(False):  # a table made while generating must serve training too
-                cos, sin = (table.to(device) for table in self._make(size, reach))
+                cos, sin = (table.to(device) for table in self._make(size, long))
             self._tables[long] = cos, sin
         return cos[:length], sin[:length]
 
-    def _make(self, size: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _make(self, size: int, long: bool) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
         positions = torch.arange(size, dtype=torch.float32)
         if self.local:
             assert config.rope_local_base_freq is not None
             angles = torch.outer(positions, plain_frequencies(config, config.rope_local_base_freq))
             return angles.cos(), angles.sin()
-        angles = torch.outer(positions / config.rope_condense_ratio, frequencies(config, reach))
+        angles = torch.outer(positions, frequencies(config, long))
         factor = (config.rope_adjustments or {}).get("attention_factor", 1.0)
         return (angles.cos(), angles.sin()) if factor == 1 else (angles.cos() * factor, angles.sin() * factor)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first n dimensions of x (..., T, h) by the angles of cos and sin (T, n/2). The other dimensions stay."""
+    """Turn the first n dimensions of x (..., T, h) by the angles of cos and sin (..., T, n/2). The other dimensions stay."""
     half = cos.size(-1)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

@@ -631,3 +631,29 @@ def test_public_names() -> None:
     assert issubclass(lora.GPT, base_model.GPT)
     built = lora.GPT(config(skip2lora_enabled=True, skip2lora_block_indices=(0, 1, 2)))
     assert built(tiny.ids(1, 4)).shape == (1, 4, 101)
+
+
+# --- torch.compile ---
+
+
+def test_compiled_model_is_one_graph() -> None:
+    """With dropout and gradients: a graph for the first length, and one for all others; the same draws as without it."""
+    graphs: list[Any] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    model = tiny.tiny(n_layer=1, lora_r=3, lora_query=True, lora_mlp=True, lora_head=True, lora_dropout=0.3).train()
+    mark_only_lora_as_trainable(tiny.move_adapters(model))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend)
+    for length in (9, 12, 30):
+        idx = tiny.ids(2, length)
+        torch.manual_seed(length)
+        want = loss(model, idx)
+        torch.manual_seed(length)
+        got = loss(compiled, idx)
+        assert_close(got, want)
+        got.backward()
+    assert len(graphs) <= 2

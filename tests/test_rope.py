@@ -9,12 +9,38 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt.config import Config
-from litgpt.rope import RotaryTable, frequencies, rotate
-from tests.helpers import tiny
+from litgpt.rope import RotaryTable, frequencies, is_long, plain_frequencies, rotate
+from tests.helpers import family_configs, tiny
 
 
 def config(**changes: object) -> Config:
     return Config(**{**tiny.TINY, **changes})
+
+
+@pytest.mark.parametrize("family", [name for name in family_configs.FAMILIES if name != "gpt2"])
+def test_frequencies_are_the_buffers_of_transformers(family: str) -> None:
+    """Bit for bit, of every kind of layer that has its own."""
+    hf, fields, _ = family_configs.pair(family)
+    ours = Config(**fields)
+    buffers = {
+        name.rpartition(".")[2]: buffer for name, buffer in hf.named_buffers() if name.endswith("inv_freq") and "original" not in name
+    }
+    want = buffers.get("inv_freq", buffers.get("full_attention_inv_freq"))
+    assert want is not None and torch.equal(frequencies(ours), want)
+    if "sliding_attention_inv_freq" in buffers:
+        assert ours.rope_local_base_freq is not None
+        assert torch.equal(plain_frequencies(ours, ours.rope_local_base_freq), buffers["sliding_attention_inv_freq"])
+
+
+@pytest.mark.parametrize("base", [10_000, 500_000, 1_000_000, 5_000_000])
+@pytest.mark.parametrize("size", [20, 64, 80, 96, 128, 256])
+def test_frequencies_of_real_sizes(base: int, size: int) -> None:
+    hf = LlamaConfig(
+        hidden_size=4 * size, num_attention_heads=4, rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": float(base)}
+    )
+    want, _ = ROPE_INIT_FUNCTIONS["linear"](hf, torch.device("cpu"))
+    for scaling in ({"rope_condense_ratio": 3}, {"rope_adjustments": {"factor": 3.0}}):
+        assert torch.equal(frequencies(config(n_embd=4 * size, n_head=4, rope_base=base, **scaling)), want)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -31,7 +57,7 @@ def test_llama3_frequencies_against_transformers(factor: float, base: int) -> No
     want, _ = ROPE_INIT_FUNCTIONS["llama3"](hf, torch.device("cpu"))
     ours = config(n_embd=4096, n_head=32, rope_base=base, rope_adjustments={**scaling, "original_max_seq_len": 8192})
     got = frequencies(ours)
-    assert_close(got, want, rtol=1e-6, atol=0)
+    assert torch.equal(got, want)
     plain = frequencies(config(n_embd=4096, n_head=32, rope_base=base))
     ratio = plain / got
     assert (ratio < 1.001).any() and (ratio > factor * 0.999).any() and ((ratio > 1.1) & (ratio < factor * 0.9)).any()
@@ -54,7 +80,7 @@ def test_yarn_frequencies_against_transformers(factor: float, original: int, bas
     adjustments = {"rope_type": "yarn", **scaling, "original_max_seq_len": original, "attention_factor": amplitude}
     ours = config(n_embd=4096, n_head=32, rope_base=base, rope_adjustments=adjustments)
     got = frequencies(ours)
-    assert_close(got, want, rtol=1e-5, atol=0)
+    assert torch.equal(got, want)
     ratio = frequencies(config(n_embd=4096, n_head=32, rope_base=base)) / got
     assert (ratio < 1.001).any() and (ratio > factor * 0.999).any() and ((ratio > 1.1) & (ratio < factor * 0.9)).any()
     cos, sin = RotaryTable(ours)(50, torch.device("cpu"))
@@ -79,11 +105,12 @@ def test_longrope_frequencies_against_transformers() -> None:
         },
     )
     adjustments = {"rope_type": "longrope", "short_factor": short, "long_factor": long, "original_max_seq_len": 4096}
-    for length in (4096, 4097):
+    for length, beyond in ((4096, False), (4097, True)):
+        assert is_long(config(n_embd=3072, n_head=32, rope_adjustments={**adjustments, "attention_factor": 1.0}), length) == beyond
         want, amplitude = ROPE_INIT_FUNCTIONS["longrope"](hf, torch.device("cpu"), seq_len=length)
         ours = config(n_embd=3072, n_head=32, rope_adjustments={**adjustments, "attention_factor": amplitude})
-        assert_close(frequencies(ours, length), want, rtol=1e-6, atol=0)
-        cos, sin = RotaryTable(ours)(9, torch.device("cpu"), length)
+        assert torch.equal(frequencies(ours, beyond), want)
+        cos, sin = RotaryTable(ours)(9, torch.device("cpu"), beyond)
         angles = torch.outer(torch.arange(9.0), want)
         assert_close((cos, sin), (angles.cos() * amplitude, angles.sin() * amplitude))
 

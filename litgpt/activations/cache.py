@@ -33,7 +33,7 @@ from litgpt.rope import is_long
 from litgpt.sample import Sample
 from litgpt.text import gib
 
-FORMAT = 2
+FORMAT = 3
 MEMORY_SHARE = 0.5  # of the free memory that a cache may take
 FILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch of the filling pass: on a CPU its activations should stay in the cache
 STEM_SHARE = 8  # a batch of the filling pass, which computes the stem once, has at least this many times its tokens
@@ -57,8 +57,12 @@ def is_flat(model: GPT) -> bool:
 
 
 def stem_length(model: GPT, samples: Sequence[Sample]) -> int:
-    """Return P, the length of the stem, which a batch computes once. 0 if a router is trained to balance the load of tokens."""
-    return 0 if model.config.router_aux_loss_coef else shared_stem(samples)
+    """Return P, the length of the stem, which a batch computes once.
+
+    It is 0 if a router is trained to balance the load of tokens, and if LongRoPE takes its long factors for some of the samples only.
+    """
+    mixed = len({is_long(model.config, len(sample.input_ids)) for sample in samples}) > 1
+    return 0 if model.config.router_aux_loss_coef or mixed else shared_stem(samples)
 
 
 class Recompute:
@@ -275,8 +279,7 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: tor
     norms = [block.skip2lora.norm_eps for block in model.tapped_blocks]
     taps = [i for i, block in enumerate(model.blocks) if block.skip2lora is not None]
     dtypes = [str(dtype) for dtype in (layout.dtype, model.dtype, model.compute_dtype(device))]
-    long = is_long(model.config, model.reach)
-    facts = [FORMAT, torch.__version__, model.config.base_dict(), model.cut, taps, norms, dtypes, layout.shape, long]
+    facts = [FORMAT, torch.__version__, model.config.base_dict(), model.cut, taps, norms, dtypes, layout.shape]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     first_trained = min(model.cut or 0, model.config.n_layer)
     parts = [module for name, module in model.transformer.items() if name != "h"]  # embeddings and ln_f

@@ -13,6 +13,7 @@ import torch
 
 from litgpt.errors import UserError
 from litgpt.model import GPT
+from litgpt.rope import is_long
 
 
 def sample(
@@ -95,19 +96,26 @@ def _check(model: GPT, prompt: torch.Tensor, length: int, temperature: float, to
 
 @torch.inference_mode()
 def _decode(model: GPT, prompt: torch.Tensor, length: int, draw: Callable[[torch.Tensor], torch.Tensor]) -> Generator[int, None, None]:
-    """Yield ids until prompt and answer have `length` tokens. Each pass computes the logits of its last position only."""
+    """Yield ids until prompt and answer have `length` tokens. Each pass computes the logits of its last position only.
+
+    Where LongRoPE begins to take its long factors, the keys of all tokens are computed again.
+    """
     first, was_training = model.blocks[0].attn, model.training
     idx = prompt.view(1, -1).to(next(model.parameters()).device)
     model.eval()
     model.set_kv_cache(1, length - 1)  # the last id is not fed back
     own = first.kv_cache
     try:
+        tokens = idx
         for end in range(prompt.numel(), length):
+            if is_long(model.config, end) and not is_long(model.config, end - 1):
+                idx = tokens
             if first.kv_cache is not own:
                 raise UserError("another answer was started on this model before this one was complete: generate one after the other")
             pos = model.positions(idx, torch.arange(end - idx.size(1), end, device=idx.device), end)
             x, taps = model.prefix(idx, pos)
             idx = draw(model.logits(model.tail(x, taps, pos)[:, -1])).view(1, 1)
+            tokens = torch.cat((tokens, idx), dim=1)
             yield int(idx)
     finally:
         if first.kv_cache is own:

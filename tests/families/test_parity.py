@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from litgpt.activations.cache import Recompute
 from litgpt.config import Config
 from litgpt.errors import UserError
+from litgpt.generate.engine import generate
 from litgpt.model import GPT
+from litgpt.sample import Sample
 from tests.helpers import family_configs as configs
 from tests.helpers import tiny
 
@@ -37,16 +42,24 @@ def test_logits(family: str, length: int) -> None:
 @pytest.mark.parametrize("family", configs.FAMILIES)
 @torch.inference_mode()
 def test_cached_decoding(family: str) -> None:
-    """Token by token, and in chunks shorter and longer than the windows: transformers' logits of one pass."""
+    """Token by token, and in chunks shorter and longer than the windows: transformers' logits of one pass.
+
+    Those of LongRoPE, whose earlier keys keep the short factors in both, are of the same chunks.
+    """
     hf, _, _ = configs.pair(family)
     model = configs.ours(family)
     idx = tiny.ids(2, LENGTH)
     model.set_kv_cache(2, LENGTH)
-    pieces, start = [], 0
+    pieces, chunks, start, past = [], [], 0, None
     for size in (1, 1, 9, 11, *[1] * 10, 8):
-        pieces.append(model(idx[:, start : start + size], torch.arange(start, start + size)))
+        chunk = idx[:, start : start + size]
+        pieces.append(model(chunk, torch.arange(start, start + size)))
+        if "longrope" in family:
+            output = hf(chunk, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            chunks.append(output.logits)
         start += size
-    assert difference(torch.cat(pieces, dim=1), hf(idx).logits) < 1e-5
+    assert difference(torch.cat(pieces, dim=1), torch.cat(chunks, dim=1) if chunks else hf(idx).logits) < 1e-5
 
 
 @pytest.mark.parametrize("family", configs.FAMILIES)
@@ -126,21 +139,46 @@ def test_yarn_ends_may_be_fractions() -> None:
 
 
 @torch.inference_mode()
-def test_longrope_goes_by_the_length_at_hand_or_by_the_caches() -> None:
-    """16 tokens take the short factors, 17 the long ones; a cache for 17 takes the long ones from the first token on, and so does a
-    model whose training saw 17."""
+def test_longrope_goes_by_the_sequences_own_length() -> None:
+    """16 tokens take the short factors, 17 the long ones, whatever room the key/value cache has."""
     hf, _, _ = configs.pair("phi3 longrope")
     model = configs.ours("phi3 longrope")
     short, long = tiny.ids(1, 16), tiny.ids(1, 17)
-    at_16, at_17 = hf(short).logits, hf(long).logits
-    assert (at_16 - at_17[:, :16]).abs().max() > 1e-2  # the same 16 tokens
-    for size, want in ((16, at_16), (17, at_17[:, :16])):
-        model.set_kv_cache(1, size)
-        assert difference(model(short, torch.arange(16), 16), want) < 1e-5
-    model.clear_kv_cache()
-    assert difference(model(short), at_16) < 1e-5
-    model.reach = 17
-    assert difference(model(short), at_17[:, :16]) < 1e-5
+    at_16 = hf(short).logits
+    assert (at_16 - hf(long).logits[:, :16]).abs().max() > 1e-2  # the same 16 tokens
+    model.set_kv_cache(1, 40)
+    assert difference(model(short, torch.arange(16)), at_16) < 1e-5
+    assert difference(model(long, torch.arange(17)), hf(long).logits) < 1e-5
+
+
+@pytest.mark.parametrize("start", [5, 15, 16, 17])
+def test_longrope_answers_are_those_of_transformers(start: int) -> None:
+    """Greedy answers beyond the original context do not depend on their largest length."""
+    hf, _, _ = configs.pair("phi3 longrope")
+    prompt = tiny.ids(1, start)
+    want = hf.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert len(set(want[0, start:].tolist())) > 2
+    for count in (1, 3, 20):
+        answer = list(generate(configs.ours("phi3 longrope"), prompt[0], start + count, temperature=0.0))
+        assert answer == want[0, start : start + count].tolist()
+
+
+@pytest.mark.parametrize("lengths", [(19, 16, 17), (12, 16), (17, 30)])
+def test_longrope_trains_each_sample_by_its_own_length(lengths: tuple[int, ...]) -> None:
+    """The losses of a packed batch that shares its first tokens are transformers' for each sample alone."""
+    hf, _, _ = configs.pair("phi3 longrope")
+    model = configs.ours("phi3 longrope")
+    rows = [[*range(9), 20 + length, *tiny.ids(1, length - 10, seed=length)[0].tolist()] for length in lengths]
+    samples = [Sample(array("i", row), bytearray([0] + [1] * (len(row) - 1))) for row in rows]
+    features = Recompute(model, samples, torch.device("cpu"))(range(len(rows)))
+    losses = F.cross_entropy(
+        model.logits(model.tail(features.x, features.taps, features.pos))[features.at], features.targets, reduction="none"
+    )
+    want = [hf(torch.tensor([row]), labels=torch.tensor([row])).loss for row in rows]
+    got = [each.mean() for each in losses.split([len(row) - 1 for row in rows])]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_clipped_projections_are_refused() -> None:
