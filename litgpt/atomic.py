@@ -73,10 +73,15 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file as `new_file` does, and its folder if needed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file as `new_file` does, and its folder if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
-        file.write(text.encode())
+        file.write(content)
 
 
 # --- Folders ---

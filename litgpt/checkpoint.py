@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from litgpt.atomic import digest, new_file, require_whole, write_text
+from litgpt.atomic import digest, new_file, require_whole, write_bytes, write_text
 from litgpt.config import CHOSEN_TAPS, Config
 from litgpt.errors import UserError
-from litgpt.files import read_json, read_yaml
+from litgpt.files import decode_text, parse_object, read_json, read_own, read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -132,15 +132,48 @@ def read_hyperparameters(folder: str | Path) -> dict[str, Any]:
     return values
 
 
-def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
-    """Copy the tokenizer and generation files of `source`."""
+def tokenizer_files(source: str | Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of each tokenizer and generation file of `source`.
+
+    Raises UserError if one is a link out of the folder, no regular file, or something else than its name says.
+    """
     for name in TOKENIZER_FILES:
+        if (raw := read_own(source, name)) is None:
+            continue
         file = Path(source) / name
-        if file.is_file():
-            shutil.copyfile(file, Path(target) / name)
-    if (config := Path(source) / "config.json").is_file() and not (Path(source) / "generation_config.json").is_file():
-        ids = {key: value for key, value in read_json(config).items() if key in ("bos_token_id", "eos_token_id")}
+        if name.endswith(".json"):
+            parse_object(decode_text(raw, file), file)
+        elif name.endswith(".jinja"):
+            decode_text(raw, file)
+        elif not _is_tokenizer_model(raw):
+            raise UserError(f"{file} is not what its name says: copy it again from where the model came from")
+        yield name, raw
+
+
+def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
+    """Copy `tokenizer_files`."""
+    for name, raw in tokenizer_files(source):
+        write_bytes(Path(target) / name, raw)
+    config = read_own(source, "config.json")
+    if config is not None and not (Path(target) / "generation_config.json").is_file():
+        content = parse_object(decode_text(config, "config.json"), Path(source) / "config.json")
+        ids = {key: value for key, value in content.items() if key in ("bos_token_id", "eos_token_id")}
         write_text(Path(target) / "generation_config.json", json.dumps(ids) + "\n")  # what the tokenizer takes from config.json
+
+
+def _is_tokenizer_model(raw: bytes) -> bool:
+    """Return True for a SentencePiece model, protobuf that begins with a piece, and for tiktoken's lines of base64 and rank."""
+    from google.protobuf.empty_pb2 import Empty
+    from google.protobuf.message import DecodeError
+
+    lines = raw.splitlines()
+    if lines and all(re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+", line) for line in lines):
+        return True
+    try:
+        Empty.FromString(raw)
+    except DecodeError:
+        return False
+    return raw.startswith(b"\n")
 
 
 def require_checkpoint(folder: str | Path) -> Path:

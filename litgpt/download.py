@@ -17,7 +17,7 @@ from litgpt.checkpoint import TOKENIZER_FILES
 from litgpt.convert.hf import WEIGHT_FILES
 from litgpt.convert.resolve import HOME, HUB_NAME, convert, open_checkpoint
 from litgpt.errors import UserError
-from litgpt.files import read_json
+from litgpt.files import open_regular, read_json
 from litgpt.text import size
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) 
 
     digest = _hub_digest(file)
     partial = folder / f".{file.rfilename}.{(digest or 'unknown')[:12]}.part"
-    with partial.open("ab") as content:
+    with open(open_regular(partial, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as content:
         headers = build_hf_headers(token=access_token)
         have = content.tell()
         if have != file.size or not have:

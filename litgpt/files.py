@@ -63,6 +63,20 @@ def read_bytes(path: str | Path, missing: str = MISSING, most: int | None = MOST
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def read_own(folder: str | Path, name: str) -> bytes | None:
+    """Return the content of a regular file that belongs to a checkpoint folder, None if it has no such file.
+
+    Raises UserError for a link out of the folder, which may lead to a secret, unless the folder is a snapshot in the hub's cache.
+    """
+    path, home = Path(folder) / name, Path(os.path.realpath(folder))
+    if not os.path.lexists(path):
+        return None
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"):
+        raise UserError(f"{path} is a link to {target}, outside its folder: put a copy of the file there, if it is the model's")
+    return read_bytes(path)
+
+
 def decode_text(raw: bytes, path: str | Path) -> str:
     """Return the content of a UTF-8 file as text."""
     try:
@@ -74,7 +88,12 @@ def decode_text(raw: bytes, path: str | Path) -> str:
 
 def read_json(path: str | Path, missing: str = MISSING) -> dict[str, Any]:
     """Return the content of a file that holds one JSON object."""
-    content = parse_json(read_text(path, missing), str(path))
+    return parse_object(read_text(path, missing), path)
+
+
+def parse_object(text: str, path: str | Path) -> dict[str, Any]:
+    """Return the JSON object that is the text of a file."""
+    content = parse_json(text, str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: it is another file than its name says, copy it again")
     return content

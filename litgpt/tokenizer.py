@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.errors import UserError
-from litgpt.files import read_json, read_text
+from litgpt.files import decode_text, read_json, read_own
 
 if TYPE_CHECKING:
     import tokenizers
@@ -238,8 +238,8 @@ def _token_text(entry: Any) -> str | None:
 
 def _chat_template(entry: Any, file: Path) -> str | None:
     """Return the template in `file`, else that of tokenizer_config.json: a text, or the one named `default` in a list or a mapping."""
-    if file.exists():
-        return read_text(file)
+    if (text := read_own(file.parent, file.name)) is not None:
+        return decode_text(text, file)
     if isinstance(entry, list):
         entry = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
     if isinstance(entry, dict):

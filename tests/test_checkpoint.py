@@ -193,6 +193,37 @@ def test_tokenizer_files_are_copied(tmp_path: Path, tiny_tokenizer_dir: Path) ->
     assert sorted(os.listdir(tmp_path / "to")) == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
+PIECES = b"".join(b"\x0a\x0a\x0a\x03" + piece + b"\x15\x00\x00\x80\xbf" for piece in (b"abc", b"<s>", b"xyz"))  # SentencePiece's protobuf
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fits"),
+    [
+        ("tokenizer.model", PIECES, True),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", True),  # tiktoken
+        ("tokenizer.model", PIECES[:-1], False),
+        ("tokenizer.model", b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEA\n", False),
+        ("tokenizer.model", b"", False),
+        ("tokenizer.model", b"\x7fELF" + bytes(200), False),
+        ("chat_template.jinja", b"{% for m in messages %}{{ m }}{% endfor %}", True),
+        ("chat_template.jinja", b"{% \xff %}", False),
+        ("generation_config.json", b"[1]", False),
+        ("special_tokens_map.json", b"{'a': 1}", False),
+    ],
+)
+def test_what_is_copied_is_what_its_name_says(name: str, content: bytes, fits: bool, tmp_path: Path) -> None:
+    for folder in ("from", "to"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "from" / name).write_bytes(content)
+    if fits:
+        checkpoint.copy_tokenizer_files(tmp_path / "from", tmp_path / "to")
+        assert (tmp_path / "to" / name).read_bytes() == content
+    else:
+        with pytest.raises(UserError, match=name):
+            checkpoint.copy_tokenizer_files(tmp_path / "from", tmp_path / "to")
+        assert not any((tmp_path / "to").iterdir())
+
+
 def test_saved_config_is_litgpts(tmp_path: Path) -> None:
     """No adapter settings in model_config.yaml."""
     config = lora.Config(**tiny.TINY, lora_r=4, lora_query=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from litgpt.errors import UserError
-from litgpt.files import MOST_VALUES, expand_path, open_regular, parse_yaml, read_json, read_text, read_yaml
+from litgpt.files import MOST_VALUES, expand_path, open_regular, parse_yaml, read_json, read_own, read_text, read_yaml
 
 # six lines that stand for 10^6 values
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in ("ab", "bc", "cd", "de", "ef"))
@@ -98,3 +98,30 @@ def test_broken_yaml(text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_yaml(text, "f")
     assert message in str(caught.value)
+
+
+def test_a_folders_own_files(tmp_path: Path) -> None:
+    """Regular files, links within the folder, and the blobs of the hub's cache; nothing else that a link may lead to."""
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    for folder in (snapshot, blobs, tmp_path / "x"):
+        folder.mkdir(parents=True)
+    (blobs / "1").write_bytes(b"blob")
+    (tmp_path / "x" / "key").write_bytes(b"secret")
+    (snapshot / "file").write_bytes(b"file")
+    for name, target in {"link": "file", "blob": "../../blobs/1", "out": "../../x/key", "both": "out", "up": "../../blobs/2"}.items():
+        (snapshot / name).symlink_to(target)
+    (blobs / "2").symlink_to("../x/key")
+    assert [read_own(snapshot, name) for name in ("file", "link", "blob", "none")] == [b"file", b"file", b"blob", None]
+    for name in ("out", "both", "up"):
+        with pytest.raises(UserError, match=f"{name} is a link to .*x/key, outside its folder"):
+            read_own(snapshot, name)
+    (snapshot / "dangling").symlink_to("nothing")
+    os.mkfifo(snapshot / "fifo")
+    for name, message in (("dangling", "does not exist"), ("fifo", "a pipe or a device"), (".", "a folder")):
+        with pytest.raises(UserError, match=message):
+            read_own(snapshot, name)
+    plain = tmp_path / "a" / "b"
+    plain.mkdir(parents=True)
+    (plain / "blob").symlink_to("../../blobs/1")
+    with pytest.raises(UserError, match="outside its folder"):
+        read_own(plain, "blob")

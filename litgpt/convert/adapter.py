@@ -1,16 +1,16 @@
 """`litgpt convert_adapter`: adapters between litgpt's folders, PEFT's format (LoRA) and the portable one (Skip2-LoRA)."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import yaml
 
-from litgpt import atomic, checkpoint
+from litgpt import atomic, checkpoint, files
 from litgpt.convert import peft, portable
 from litgpt.convert.hf import hf_settings
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
+from litgpt.prompts import PROMPT_STYLE_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,9 +52,19 @@ def convert_adapter(adapter_dir: Path, output_dir: Path, checkpoint_dir: Optiona
         else:
             assert checkpoint_dir is not None
             write_adapter(folder, checkpoint_dir, *(peft if kind == PEFT else portable).load(source, checkpoint_dir))
-        if (source / "prompt_style.yaml").is_file():
-            shutil.copyfile(source / "prompt_style.yaml", folder / "prompt_style.yaml")
+        copy_prompt_style(source, folder)
     print(f"Converted {source} to {target}.")
+
+
+def copy_prompt_style(source: Path, folder: Path) -> None:
+    """Copy prompt_style.yaml if there is one. Raises UserError if it is a link out of its folder, or names no style."""
+    file = source / PROMPT_STYLE_FILE
+    if (raw := files.read_own(source, PROMPT_STYLE_FILE)) is not None:
+        style = files.parse_yaml(files.decode_text(raw, file), str(file))
+        if not isinstance(style, dict) or not isinstance(style.get("class_path"), str):
+            raise UserError(f"{file}: expected `class_path: litgpt.prompts.NAME`")
+        kept = {key: style[key] for key in ("class_path", "init_args") if key in style}
+        atomic.write_text(folder / PROMPT_STYLE_FILE, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
 
 
 def kind_of(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt import families, files
-from litgpt.atomic import new_folder
+from litgpt.atomic import new_folder, write_bytes
 from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, is_mappable, load_weights, read_hyperparameters, save_config
 from litgpt.config import Config
 from litgpt.convert.compare import INPUT_AND_TRAINING, differences
 from litgpt.convert.names import IMAGES, Stored, fit, hf_table, summary
 from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
+from litgpt.files import read_own
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
         print(f"{source}: {len(images)} tensors of the image side are left out, the text model is converted.")
     with new_folder(target) as folder:
         copy_tokenizer_files(source, folder)
-        shutil.copyfile(source / "config.json", folder / "config.json")
+        write_bytes(folder / "config.json", read_own(source, "config.json") or b"")
         save_config(config, folder)
         write_pth(plan, folder / WEIGHTS)
     return config

@@ -12,7 +12,7 @@ import torch
 from litgpt.activations.cache import CacheSettings
 from litgpt.activations.choose import choose
 from litgpt.activations.shared import SharedActivations
-from litgpt.checkpoint import chosen_taps
+from litgpt.checkpoint import chosen_taps, tokenizer_files
 from litgpt.config import Config
 from litgpt.data.base import Splits
 from litgpt.data.records import Record
@@ -96,6 +96,7 @@ def prepare(settings: Run, method: Method, base: Path, point: Path | None = None
     console = Console(fabric.global_rank == 0)
     with ends_together(fabric), memory_explained(fabric.device, "while data and model were read"):
         tokenizer = Tokenizer(base)
+        dict(tokenizer_files(base))  # shows files that cannot be copied into the checkpoints
         assert settings.data is not None
         style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer)
         if isinstance(style, ChatTemplate):

@@ -201,3 +201,42 @@ def test_a_pattern_that_backtracks(place: Place) -> None:
     start = time.monotonic()
     ended = run(["generate", base, "--prompt", "x" * 40, "--max_new_tokens", 1])
     assert ended.code in (0, 1) and "Traceback" not in ended.err and time.monotonic() - start < 30
+
+
+COPIED = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+COMMANDS: dict[str, list[Any]] = {
+    "convert_to_litgpt": ["hf", "--checkpoint_dir", "converted"],
+    "convert_from_litgpt": ["base", "converted"],
+    "convert_adapter": ["adapter", "converted"],
+    "finetune": [
+        "base",
+        "--data",
+        "JSON",
+        "--data.json_path",
+        "data.json",
+        "--out_dir",
+        "out",
+        "--max_steps",
+        1,
+        "--eval.max_new_tokens",
+        0,
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [(c, n) for c in COMMANDS for n in (COPIED if c != "convert_adapter" else ["prompt_style.yaml"])]
+)
+def test_a_link_is_not_copied_into_results(command: str, name: str, place: Place) -> None:
+    """Not even if the secret is valid JSON or YAML: it is one message, and the results do not hold it."""
+    folder = {"hf": place.hf, "base": place.base, "adapter": place.adapter}[COMMANDS[command][0]]()
+    place.data()
+    secret = place.write(
+        "secret", b"{class_path: hunter2, hunter2: {% if %}}" if name.endswith(("yaml", "jinja")) else b'{"eos_token": "hunter2"}'
+    )
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    ended = run([command, folder, *COMMANDS[command][1:]])
+    assert ended.code == 1 and f"{folder / name} is a link to {secret}, outside its folder: put a copy" in ended.err
+    for file in place.folder.rglob("*"):
+        assert file in (secret, folder / name) or file.is_dir() or b"hunter2" not in file.read_bytes()
