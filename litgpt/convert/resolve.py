@@ -53,6 +53,7 @@ def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
     source = locate(Path(path))
     conversion = Conversion(source, target_of(source))
     if conversion.is_fresh():
+        conversion.remove_stage()
         return conversion.target
     if not convert:
         raise UserError(f"{source} would be converted first, and a dry run writes nothing: run `litgpt convert_to_litgpt {source}`")
@@ -173,6 +174,12 @@ class Conversion:
         now = stamps([self.folder / name for name in record["files"]], self.folder)
         return all(record["files"][name] == stamp for name, stamp in now.items())
 
+    def remove_stage(self) -> None:
+        """Remove what a conversion in place leaves that is killed after it is complete."""
+        if self.in_place and (self.source / STAGE).is_dir():
+            with self.locked():
+                shutil.rmtree(self.source / STAGE, ignore_errors=True)
+
     def run_again(self) -> None:
         """Convert as the last time, if there was one, and report it on standard error."""
         start, changed = time.perf_counter(), (self.target / WEIGHTS).exists()
@@ -195,11 +202,14 @@ class Conversion:
             return self._run_in_place(record, overwrite=last is not None)
         with new_folder(self.target, overwrite=last is not None, manifest=False) as folder:  # the conversion's own manifest is in it
             config = self._convert(folder, record)
-            write_record(folder, record, files_of(folder))
+            write_record(folder, record, stamps(files_of(folder), folder))
         return config
 
     def _run_in_place(self, record: dict[str, Any], overwrite: bool) -> Config:
-        """Convert into a folder inside `source`, then move the two new files out of it, the weights last."""
+        """Convert into a folder inside `source`, then move the two new files out of it, the weights last.
+
+        Wherever the process is killed, either the weights are missing and are made again, or the record of their source is there.
+        """
         config_file, weights, stage = (self.source / name for name in (CONFIG, WEIGHTS, STAGE))
         if weights.exists() and not overwrite:
             raise UserError(f"{weights} exists already: move it away to convert again")
@@ -208,11 +218,11 @@ class Conversion:
             config = self._convert(stage, record)
             if config_file.exists() and not overwrite and config_file.read_bytes() != (stage / CONFIG).read_bytes():
                 raise UserError(f"{config_file} exists, and is not what {self.source / 'config.json'} says: move it away to convert")
-            for old in (weights, config_file, self.source / RECORD):  # in this order: a kill in between leads to another conversion
+            for old in (weights, config_file):
                 old.unlink(missing_ok=True)
+            write_record(self.source, record, stamps([stage / CONFIG, stage / WEIGHTS], stage))
             for new in (config_file, weights):
                 (stage / new.name).rename(new)
-            write_record(self.source, record, [config_file, weights])
         finally:
             shutil.rmtree(stage, ignore_errors=True)
         return config
@@ -273,9 +283,9 @@ def stamps(files: Iterable[Path], below: Path) -> dict[str, list[int]]:
     return {name: [fact.st_size, fact.st_mtime_ns] for name, fact in facts.items()}
 
 
-def write_record(folder: Path, record: dict[str, Any], made: list[Path]) -> None:
-    """Write a folder's conversion.json."""
-    write_text(folder / RECORD, json.dumps({**record, "made": stamps(made, folder)}, indent=1) + "\n")
+def write_record(folder: Path, record: dict[str, Any], made: dict[str, list[int]]) -> None:
+    """Write a folder's conversion.json, with the stamps of the files that the conversion made."""
+    write_text(folder / RECORD, json.dumps({**record, "made": made}, indent=1) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 from litgpt import LLM, checkpoint
 from litgpt.__main__ import main
@@ -22,6 +23,7 @@ from litgpt.errors import UserError
 from tests.helpers import gguf_files, tiny
 
 Write = Callable[[Path], Path]
+FILES_OF_A_CONVERSION = ("lit_model.pth", "model_config.yaml", "conversion.json", ".conversion.json.litgpt.tmp", ".conversion")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -219,30 +221,40 @@ def test_a_failed_conversion_leaves_nothing_behind(hf: Path, tmp_path: Path, mon
     assert names(hf) == before
 
 
-@pytest.mark.parametrize("at", range(6))
-def test_killed_at_any_moment_of_a_conversion_again(hf: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The six file operations of the swap: the next use converts again, and never takes old weights for new ones."""
-    open_checkpoint(hf)
-    model = write_hf(hf, transformers.AutoConfig.from_pretrained(hf), seed=2)
-    count = iter(range(100))
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("at", range(8))
+def test_killed_at_any_moment_of_a_conversion_in_place(hf: Path, again: bool, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file operations of the swap: the next use has the present weights and the chosen dtype, and so has the one after a change."""
+    config = transformers.AutoConfig.from_pretrained(hf)
+    if again:
+        convert_to_litgpt(hf, dtype="float16")
+        write_hf(hf, config, seed=2)
     own = {"unlink": Path.unlink, "rename": Path.rename, "replace": Path.replace}
+    count = iter(range(100))
 
-    def dies(name: str) -> Callable[..., object]:
-        def act(path: Path, *args: object, **kwargs: object) -> object:
-            if path.name in ("lit_model.pth", "model_config.yaml", "conversion.json", ".conversion.json.litgpt.tmp") and next(count) == at:
+    def dies(act: Callable[..., object]) -> Callable[..., object]:
+        def checked(path: Path, *args: object, **kwargs: object) -> object:
+            if Path(path).name in FILES_OF_A_CONVERSION and next(count) >= at:  # nothing is cleaned up afterwards
                 raise KeyboardInterrupt
-            return own[name](path, *args, **kwargs)  # type: ignore[operator]
+            return act(path, *args, **kwargs)
 
-        return act
+        return checked
 
     with monkeypatch.context() as patch:
-        for name in own:
-            patch.setattr(Path, name, dies(name))
+        for name, act in own.items():
+            patch.setattr(Path, name, dies(act))
+        patch.setattr(shutil, "rmtree", dies(shutil.rmtree))
         with pytest.raises(KeyboardInterrupt):
             open_checkpoint(hf)
+    assert next(count) > at
     assert open_checkpoint(hf) == hf
-    torch.testing.assert_close(wte(hf), model.model.embed_tokens.weight.detach())
-    assert not [name for name in names(hf) if name.startswith(".conversion")]
+    for seed in (None, 3):
+        if seed is not None:
+            write_hf(hf, config, seed)
+        with safe_open(open_checkpoint(hf) / "model.safetensors", framework="pt") as source:
+            torch.testing.assert_close(wte(hf).float(), source.get_tensor("model.embed_tokens.weight"), rtol=1e-3, atol=1e-3)
+        assert wte(hf).dtype == (torch.float16 if again else torch.float32)
+        assert not [name for name in names(hf) if name.startswith(".")]
 
 
 def test_a_full_disk_is_one_message(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
