@@ -6,20 +6,21 @@ bug and keeps its traceback.
 
 import difflib
 import importlib
-import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple, Optional
 
 from litgpt import __version__
 from litgpt.errors import Stopped, UserError
-from litgpt.text import printable
+from litgpt.streams import guard, keep_secret, lost_output, safe
 
 LONGEST_ERROR = 2000  # characters of a message
+TOKEN_KEY = re.compile(r"-*(?:(?:acc?ess?|hf|hub)[_-]?tok\w*|token)\+?(?:=(.*))?", re.IGNORECASE | re.DOTALL)  # however misspelt
 
 
 class Command(NamedTuple):
@@ -49,8 +50,24 @@ COMMANDS = {
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Run one command and return the exit code."""
+    """Run one command and return the exit code. The standard streams stay guarded (`litgpt.streams`)."""
     argv = sys.argv[1:] if argv is None else argv
+    guard()
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
+        if found := TOKEN_KEY.fullmatch(word):
+            keep_secret(following if found[1] is None and word.startswith("-") else found[1] or "")
+    try:
+        code = _run(argv)
+    except SystemExit as end:
+        if end.code or not lost_output():
+            raise
+        code = 0
+    if (lost := lost_output()) and not code:
+        return _report(OSError(lost.errno, lost.strerror, "standard output"))
+    return code
+
+
+def _run(argv: list[str]) -> int:
     if not argv:
         print(_table(), file=sys.stderr)
         return 2
@@ -87,22 +104,19 @@ def _report(error: BaseException) -> int:
         _print_error(str(error))
         return error.exit_code
     if isinstance(error, Stopped):
-        with suppress(OSError):  # the terminal may be gone
-            print(f"{signal.Signals(error.signum).name}: {error.message or 'stopped before anything was written'}.", file=sys.stderr)
+        print(f"{signal.Signals(error.signum).name}: {error.message or 'stopped before anything was written'}.", file=sys.stderr)
         return 128 + error.signum
     if isinstance(error, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
         return 130
-    if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone, as `| head` does
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing is flushed into the broken pipe at exit)
-    elif isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # of a pipe whose reader has gone, as `| head` does
         _print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
     return 1
 
 
 def _print_error(message: str) -> None:
     """Print a message, cut to a length that a person reads."""
-    text = printable(message)
+    text = safe(message)  # before it is cut: half a secret would be shown
     more = f" ... ({len(text) - LONGEST_ERROR:,} more characters)" if len(text) > LONGEST_ERROR else ""
     print(f"Error: {text[:LONGEST_ERROR]}{more}", file=sys.stderr)
 

@@ -57,7 +57,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file under a temporary name; at the end flush it to disk and rename it to `path`. On an error it is removed."""
+    """Open a new file under a temporary name; at the end flush it to disk and rename it to `path`. On an error it is removed.
+
+    Raises OSError that names `path` if the disk is full, inside `torch.save` too.
+    """
     temporary = path.with_name(f".{path.name}.litgpt.tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -66,8 +69,11 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the cause
+        if isinstance(cause, OSError) and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 
 

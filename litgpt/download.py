@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
@@ -18,7 +18,8 @@ from litgpt.convert.hf import WEIGHT_FILES
 from litgpt.convert.resolve import HOME, HUB_NAME, convert, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import open_regular, read_json
-from litgpt.text import size
+from litgpt.streams import unescaped, without_secrets
+from litgpt.text import printable, size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -119,18 +120,20 @@ def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) 
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     digest = _hub_digest(file)
-    partial = folder / f".{file.rfilename}.{(digest or 'unknown')[:12]}.part"
+    name = file.rfilename
+    partial = folder / f".{name}.{(digest or 'unknown')[:12]}.part"
     with open(open_regular(partial, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as content:
         headers = build_hf_headers(token=access_token)
         have = content.tell()
         if have != file.size or not have:
-            http_get(url, content, resume_size=have, headers=headers, expected_size=file.size, displayed_filename=file.rfilename)
+            with redirect_stderr(unescaped(sys.stderr)):  # for its progress bar
+                http_get(url, content, resume_size=have, headers=headers, expected_size=file.size, displayed_filename=printable(name))
         content.flush()
         os.fsync(content.fileno())
     if digest is not None and _digest(partial, file) != digest:
         partial.unlink()
-        raise UserError(f"{url} has another content than the hub announces (digest {digest}): try again")
-    partial.replace(folder / file.rfilename)
+        raise UserError(f"{without_secrets(url)} has another content than the hub announces (digest {digest}): try again")
+    partial.replace(folder / name)
 
 
 def _exists(path: Path, file: "RepoSibling") -> bool:
@@ -183,7 +186,7 @@ def _explained(api: "HfApi", repo_id: str, folder: Path, tokenizer_only: bool) -
     """Turn errors of the hub and the disk into one UserError with a remedy. If all files exist, an unreachable hub is a notice only."""
     from huggingface_hub import errors
 
-    page, secret = f"{api.endpoint}/{repo_id}", "give --access_token, or HF_TOKEN in the environment"
+    page, secret = without_secrets(f"{api.endpoint}/{repo_id}"), "give --access_token, or HF_TOKEN in the environment"
     try:
         yield
     except errors.GatedRepoError:
@@ -194,7 +197,7 @@ def _explained(api: "HfApi", repo_id: str, folder: Path, tokenizer_only: bool) -
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise UserError(f"{folder} cannot be written to: {error.strerror}. Correct that and try again: the download resumes") from None
         status = getattr(getattr(error, "response", None), "status_code", None)
-        lines = str(error).strip().splitlines()  # the first without the web library's advice
+        lines = without_secrets(str(error)).strip().splitlines()  # the first without the web library's advice
         reason = f"HTTP status {status}" if status else (lines[0] if lines else type(error).__name__)[:200]
         if not (missing := missing_files(folder, tokenizer_only)):
             print(f"{page} cannot be reached ({reason}): the files in {folder} are used", file=sys.stderr)

@@ -18,6 +18,7 @@ from litgpt.args import LogArgs
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
 from litgpt.files import open_regular
+from litgpt.streams import safe, unescaped
 
 METRICS = Path("logs") / "version_0" / "metrics.csv"  # in a run's folder, TensorBoard's events beside it
 COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")
@@ -129,6 +130,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print a line. A closed standard error does not end the run."""
+        text = safe(text)
         with suppress(OSError):
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)
@@ -144,7 +146,7 @@ class Console:
 
             columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             try:
-                with Progress(*columns, TextColumn("{task.fields[note]}"), console=RichConsole(stderr=True)) as self._bar:
+                with Progress(*columns, TextColumn("{task.fields[note]}"), console=RichConsole(file=unescaped(sys.stderr))) as self._bar:
                     task = self._bar.add_task(title, total=None, completed=begun, note="")
                     yield lambda done, total, note="": self._bar.update(task, completed=done, total=total, note=note)
             finally:

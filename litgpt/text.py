@@ -1,12 +1,21 @@
 """Text for terminals and reports: tables, sizes, durations, and escaped control characters."""
 
 import math
+import re
 from collections.abc import Sequence
+
+# Control characters (C0 but newline and tab, C1), line separators, overrides of the writing direction, and halves of characters.
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """Return `text` with control characters escaped, so that a terminal does not obey sequences from foreign files."""
-    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+    return STEERING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def as_utf8(text: str) -> str:
+    """Return text that the system passed as UTF-8, whatever its locale is. Bytes that are not UTF-8 become U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if re.search(r"[\udc80-\udcff]", text) else text
 
 
 def text_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union
 
 from litgpt.errors import UserError
 from litgpt.files import expand_path, parse_yaml
+from litgpt.text import as_utf8
 
 NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path", type(None): "null"}
 NULLS = ("null", "Null", "NULL", "~")
@@ -65,7 +66,7 @@ def _exact(value: Any, kind: Any) -> Any:
         if abs(value) <= sys.float_info.max:  # neither infinite nor NaN
             return float(value)
     elif type(value) is kind:
-        return value
+        return as_utf8(value) if kind is str else value
     raise ValueError(f"{value!r} is not {describe(kind)}")
 
 

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -17,11 +18,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from litgpt import atomic
 from litgpt.errors import UserError
 
 # --- Folders and files ---
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    """Inside torch.save, too, which raises a RuntimeError of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: '.*/weights.pth'"), atomic.new_file(tmp_path / "weights.pth") as file:
+            torch.save({"x": torch.zeros(2**14)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert left_in(tmp_path) == []
 
 
 def left_in(folder: Path) -> list[str]:

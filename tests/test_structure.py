@@ -18,7 +18,7 @@ MOST_LINES = 12_500  # of all files but families/
 # From the bottom to the top. A module imports modules of its own line and of those above it here.
 LAYERS = """
 errors
-text files atomic sample
+text files atomic sample streams
 values
 args adapters.settings
 families
@@ -47,7 +47,7 @@ UPWARD: set[tuple[str, str]] = set()
 IN_CIRCLES: set[str] = set()  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
-LINES_TOO_MANY = 2_715
+LINES_TOO_MANY = 2_865
 WITHOUT_TESTS = {
     "activations.store", "args", "finetune.sweep", "train.interrupts", "train.methods", "train.prepare", "train.report", "train.run",
     "train.settings",
@@ -138,7 +138,7 @@ def circles() -> list[list[str]]:
 
 def test_the_checker_sees_every_import() -> None:
     """At the top, in functions, for type checkers; whatever its form."""
-    assert {"errors", "text"} <= GRAPH["__main__"]
+    assert {"errors", "streams"} <= GRAPH["__main__"]
     source = "import litgpt.args\nfrom litgpt import config\nif TYPE_CHECKING:\n    from litgpt.model import GPT\n"
     source += "def f():\n    from litgpt.convert.hf import convert_hf\n"
     names = [name for node in ast.walk(ast.parse(source)) for name in imported_names(node)]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from litgpt.data.records import Message, Record, read_record
 from litgpt.errors import UserError
 from litgpt.sample import Sample
-from litgpt.text import printable
 
 if TYPE_CHECKING:
     from litgpt.prompts import PromptStyle
@@ -209,7 +208,7 @@ class _Encoder:
         """Return a remark for each reason to ignore keys, with the number of records that have them."""
         remarks = []
         for reason, counts in self.ignored.items():
-            shown = [f"{printable(key[:60])} ({count:,})" for key, count in counts.most_common(SHOWN_KEYS)]
+            shown = [f"{key[:60]} ({count:,})" for key, count in counts.most_common(SHOWN_KEYS)]
             more = f" and {len(counts) - SHOWN_KEYS:,} more" if len(counts) > SHOWN_KEYS else ""
             remarks.append(f"keys {reason}: {', '.join(shown)}{more}")
         return remarks

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Optional
 
 from litgpt.args import Quantization
 from litgpt.errors import UserError
+from litgpt.streams import show
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
@@ -53,8 +54,8 @@ def main(
     for _ in range(num_samples):
         ids = Metered(llm.complete(text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
         for piece in llm.tokenizer.decode_stream(ids):
-            print(piece, end="", flush=True)
-        print(flush=True)
+            show(piece)
+        show("\n")
         print(f"{ids}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
 
 

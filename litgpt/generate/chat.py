@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Optional
 from litgpt.args import Quantization
 from litgpt.errors import UserError
 from litgpt.generate.base import Metered, open_model
+from litgpt.streams import show
+from litgpt.text import as_utf8
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
@@ -85,11 +87,11 @@ class Conversation:
             ids = Metered(tokens)
             try:
                 for piece in self.llm.tokenizer.decode_stream(ids):
-                    print(piece, end="", flush=True)
+                    show(piece)
                     reply += piece
             except KeyboardInterrupt:
                 _note("stopped")
-        print(flush=True)
+        show("\n")
         _note(str(ids))
         if self.render is not None and reply.strip():
             self.turns = [*turns[2 * forgotten :], {"role": "assistant", "content": reply.strip()}]
@@ -115,9 +117,11 @@ def _read(multiline: bool) -> str:
     lines: list[str] = []
     while True:
         try:
-            line = input("" if lines else prompt)
+            line = as_utf8(input("" if lines else prompt))
         except EOFError:
             break
+        if "\ufffd" in line:
+            _note("this line is not UTF-8 text: U+FFFD stands for what cannot be read")
         if not multiline:
             return line.strip()
         if line.strip() == SUBMIT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,7 +23,8 @@ from litgpt.lora import end_warmup, start_warmup
 from litgpt.memory import PROCESS, estimate
 from litgpt.optim import make_optimizer
 from litgpt.sample import Sample
-from litgpt.text import duration, gib, printable, text_table
+from litgpt.streams import safe, unescaped
+from litgpt.text import duration, gib, text_table
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.loop import Batch, Batches, Loop, samples_per_rank
 from litgpt.train.methods import Method
@@ -79,12 +81,12 @@ def show_sample(sample: Sample, tokenizer: Tokenizer) -> None:
         part = _shown(tokenizer.decode([token for _, token in group], skip_special_tokens=False))
         text.append(f"»{part}«" if learns else part, style="bold green" if learns else "dim")
     text.truncate(LONGEST_SAMPLE, overflow="ellipsis")
-    Console(highlight=False, soft_wrap=True).print(text)
+    Console(file=unescaped(sys.stdout), highlight=False, soft_wrap=True).print(text)
 
 
 def _shown(part: str) -> str:
     """Return the text without control characters, and without the middle of a long one."""
-    text, half = printable(part), LONGEST_PART // 2
+    text, half = safe(part), LONGEST_PART // 2
     return text if len(text) <= LONGEST_PART else f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 

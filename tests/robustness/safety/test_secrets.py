@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from litgpt.download import download_from_hub
+from litgpt.errors import UserError
 from tests.helpers.places import Place, run
 
 TOKEN = "hf_" + "SeSaMeOpen" * 3
@@ -83,6 +85,48 @@ def test_errors(name: str, place: Place) -> None:
     place.write("class.yaml", f"access_token: {{class_path: os.system, init_args: {{a: {TOKEN}}}}}\n")
     ended = run(fine_tune(place, "--access_token", TOKEN, *MISTAKES[name]))
     assert ended.code in (1, 2) and ended.err.startswith(("Error", "data", "tiny")) and TOKEN not in ended.out + ended.err
+
+
+OPAQUE = "open/sesame word"  # as a hub of one's own may give out
+ALONE: dict[str, list[str]] = {
+    "as the command": ["{}"],
+    "as a folder": ["generate", "{}"],
+    "as a model": ["download", "{}"],
+    "behind the values": ["finetune", "base", "{}", "{}"],
+    "behind a value": ["download", "org/name", "{}", "{}", "{}", "{}", "{}", "{}", "{}", "{}"],
+    "appended": ["download", "org/name", "--access_token+={}"],
+    "appended, apart": ["finetune", "base", "--access_token+", "{}"],
+    "one dash": ["download", "org/name", "-access_token={}"],
+    "no dash": ["download", "org/name", "a", "b", "c", "d", "e", "f", "access_token={}"],
+    "another key": ["finetune", "base", "--hf_token", "{}"],
+    "misspelt": ["generate", "base", "--acces_token={}"],
+    "a class": ["finetune", "base", "--data", "{}"],
+    "a number": ["finetune", "base", "--lora_r", "{}"],
+    "a file": ["finetune", "base", "--config", "{}"],
+}
+
+
+@pytest.mark.parametrize("way", ALONE)
+@pytest.mark.parametrize("secret", [TOKEN, OPAQUE], ids=["of the hub", "opaque"])
+def test_a_token_in_the_wrong_place(way: str, secret: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub token is known by its form, another one if it is in HF_TOKEN or behind a key that resembles access_token."""
+    if secret == OPAQUE and "token" not in "".join(ALONE[way]):
+        monkeypatch.setenv("HF_TOKEN", OPAQUE)
+    place.base()
+    ended = run([word.format(secret) for word in ALONE[way]])
+    assert ended.code in (1, 2) and "Error: " in ended.err and secret not in ended.out + ended.err
+    assert not places_of(secret, place.folder)
+
+
+def test_the_password_of_an_endpoint(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for user in ("me:sesame7", "sesame7", "me:open%20sesame7"):
+        monkeypatch.setenv("HF_ENDPOINT", f"http://{user}@127.0.0.1:9")
+        ended = run(["download", "org/name"])
+        assert ended.code == 1 and "http://***@127.0.0.1:9/org/name" in ended.err and "sesame7" not in ended.out + ended.err
+        with pytest.raises(UserError) as error:  # from Python, where no stream is guarded
+            download_from_hub("org/name")
+        assert "sesame7" not in str(error.value)
+    assert not places_of("sesame7", place.folder)
 
 
 def test_what_is_printed_of_the_settings(place: Place) -> None:

@@ -1,0 +1,111 @@
+"""The standard streams of a command: of any encoding, closed or full, for text from any source.
+
+`guard` replaces `sys.stdout` and `sys.stderr`. After that no `print` fails or steers the terminal, and none shows a secret.
+"""
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO, cast
+from urllib.parse import unquote
+
+from litgpt.text import printable
+
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
+SHORTEST_SECRET = 6  # characters; shorter ones would hide parts of words
+HUB_TOKEN = re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}(?:\.[\w.-]+)?")
+USER_PART = re.compile(r"(?<=://)[^/\s]*(?=@)")  # of a URL: name and password
+HIDDEN = "***"
+
+_secrets: set[str] = set()
+
+
+def keep_secret(*secrets: str) -> None:
+    """Let `without_secrets` hide these texts from now on."""
+    _secrets.update(secrets)
+
+
+def without_secrets(text: str) -> str:
+    """Return the text with *** in place of access tokens, and of names and passwords in URLs."""
+    user = os.environ.get("HF_ENDPOINT", "").partition("://")[2].rpartition("@")[0]
+    password = user.partition(":")[2]
+    known = {*_secrets, user, password, unquote(password), *(os.environ.get(name, "").strip() for name in TOKENS)}
+    for secret in sorted(known, key=len, reverse=True):
+        if len(secret) >= SHORTEST_SECRET:
+            text = text.replace(secret, HIDDEN)
+    return USER_PART.sub(HIDDEN, HUB_TOKEN.sub(HIDDEN, text))
+
+
+def safe(text: str) -> str:
+    """Return the text as any reader of a terminal may see it: without secrets, its control characters escaped."""
+    return printable(without_secrets(text))
+
+
+class Stream:
+    """A text stream whose writes are cleaned and never fail. `error` is the first failure: a full disk, a closed pipe."""
+
+    def __init__(self, stream: TextIO, clean: Callable[[str], str] = safe) -> None:
+        self.stream, self.clean = stream, clean
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, self.clean(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            self.error = self.error or error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def guard() -> None:
+    """Make the standard streams of this process safe. A second call changes nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: a file of the command must not become descriptor 0, 1 or 2
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+        if mode == "w" and not isinstance(stream, Stream):
+            setattr(sys, name, Stream(stream))
+
+
+def unescaped(stream: TextIO) -> TextIO:
+    """Return the stream for a library that draws with escape sequences. It still never fails."""
+    return cast(TextIO, Stream(stream.stream, str)) if isinstance(stream, Stream) else stream
+
+
+def show(piece: str) -> None:
+    """Write a piece of a model's answer to standard output at once: escaped on a terminal, as it is elsewhere.
+
+    Control characters are escaped one by one, so a sequence that is divided between two pieces has no effect either. Raises OSError if the
+    piece cannot be written.
+    """
+    stream = sys.stdout.stream if isinstance(sys.stdout, Stream) else sys.stdout
+    try:
+        stream.write(printable(piece) if stream.isatty() else piece)
+        stream.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def lost_output() -> OSError | None:
+    """Flush the standard streams. Return the error if a part of standard output was lost."""
+    sys.stderr.flush()
+    sys.stdout.flush()
+    return sys.stdout.error if isinstance(sys.stdout, Stream) else None
