@@ -153,6 +153,7 @@ def test_lazy_name() -> None:
     assert litgpt.LLM is LLM
 
 
+@pytest.mark.slow
 def test_smollm2_knows_the_capital(smollm2_dir: Path) -> None:
     llm = LLM.load(smollm2_dir, precision="32-true", device="cpu")
     text = llm.tokenizer.decode(list(llm.complete("The capital of France is", 2, temperature=0.0)))
@@ -161,6 +162,7 @@ def test_smollm2_knows_the_capital(smollm2_dir: Path) -> None:
     assert "Paris" in answer and "<|im_end|>" not in answer
 
 
+@pytest.mark.slow
 def test_smollm2_greedy_text_of_transformers(smollm2_dir: Path) -> None:
     """The same weights in transformers continue a text by the same 20 tokens."""
     import transformers

@@ -247,6 +247,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(catalog.find(name) for name in listed)
 
 
+@pytest.mark.slow
 def test_the_command_as_a_process(hub: Hub, tmp_path: Path) -> None:
     """A name that some other import had loaded is missing there."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "PYTHONPATH": str(Path(__file__).parents[1])}

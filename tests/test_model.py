@@ -290,6 +290,7 @@ def test_capped_attention_is_torchs_where_the_cap_is_far_away() -> None:
     assert (capped_attention(q, k, v, mask, 0.3, 0.5) - want).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_smollm2_against_transformers(smollm2_dir: Path) -> None:
     """The real model: transformers, given the same weights, computes the same logits."""

@@ -61,6 +61,7 @@ def smollm2_template(smollm2_gguf: Path) -> str:
     return GGUFReader(smollm2_gguf).fields["tokenizer.chat_template"].contents()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [1, 2, 3, 4, 5])
 def test_smollm2_template_equals_transformers(turns: int, smollm2_template: str) -> None:
     template = smollm2_template

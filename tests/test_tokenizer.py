@@ -227,6 +227,7 @@ def test_long_texts_are_refused(tiny_tokenizer_dir: Path, monkeypatch: pytest.Mo
         tokenizer.ids_with_offsets("abcd")
 
 
+@pytest.mark.slow
 def test_smollm2_known_ids(smollm2_dir: Path) -> None:
     tokenizer = Tokenizer(smollm2_dir)
     assert tokenizer.ids("Hello world, the year 2024 isn't") == [19556, 905, 28, 260, 713, 216, 34, 32, 34, 36, 3247, 982]

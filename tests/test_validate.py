@@ -59,6 +59,7 @@ def test_a_whole_checkpoint(base: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert f"{numbers:,} parameters" in out and "8 x 256 tokens" in out
 
 
+@pytest.mark.slow
 def test_any_form(tmp_path: Path, smollm2_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The real one, at its figures."""
     code, out, _ = run(capsys, smollm2_dir)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from benchmarks.step import Settings
 from litgpt import lora
 from litgpt.errors import UserError
 from litgpt.tokenizer import Tokenizer
-from tests.helpers import tiny
 
 GIB = 2**30
 
@@ -54,30 +52,42 @@ def test_measured_and_computed_side_by_side() -> None:
     assert "- m, LoRA: killed" in text and "| Skip2-LoRA, 1 x 512 | SmolLM2-135M |" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: the peak is above the loaded model, whose weights it holds."""
     monkeypatch.setattr(memory, "LENGTH", 16)
     found = memory.measured("pythia-14m", "Skip2-LoRA", 1, "32-true")
     assert found["peak"] > found["loaded"] > 4 * 14e6 and found["step_ms"] > 0
+
+
+def test_a_step_of_an_unknown_model() -> None:
     job = {"settings": asdict(Settings("nonesuch", 1, 16, 0.25, 1, 1, "32-true", "cpu", 8)), "method": "LoRA"}
     with pytest.raises(UserError, match="nonesuch"):
         memory.step(job)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_a_run_is_watched(write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On long data: every sample fills the length, the question comes first and has `PROMPT` tokens."""
+@pytest.fixture
+def long_data(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(memory, "LENGTH", 24)
     monkeypatch.setattr(memory, "PROMPT", 10)
-    base, short = tiny.write_base(tmp_path / "base", write_tiny_tokenizer), tmp_path / "short.jsonl"
+    short = tmp_path / "short.jsonl"
     short.write_text("".join(json.dumps({"instruction": f"say {i}", "output": f"number {i}"}) + "\n" for i in range(240)))
     monkeypatch.setattr(memory.wordnet, "prepare", lambda folder, samples: short)
-    file = memory.long_data(tmp_path, base, 4)
+    return memory.long_data(tmp_path, base, 4)
+
+
+def test_long_data(base: Path, long_data: Path) -> None:
+    """Every sample fills the length: the question comes first and has `PROMPT` tokens."""
     tokenizer = Tokenizer(base)
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records = [json.loads(line) for line in long_data.read_text().splitlines()]
     assert len(records) == 4 and all(len(tokenizer.ids(r["instruction"] + r["output"])) > 34 for r in records)
-    words = ["finetune", str(base), "--data", "JSON", "--data.json_path", str(file), "--precision", "32-true", "--max_steps", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_a_run_is_watched(base: Path, long_data: Path, tmp_path: Path) -> None:
+    words = ["finetune", str(base), "--data", "JSON", "--data.json_path", str(long_data), "--precision", "32-true", "--max_steps", "1"]
     words += ["--train.max_seq_length", "40", "--out_dir", str(tmp_path / "run"), *memory.RUNS["Skip2-LoRA"]]
     found = memory.watched([*words, "--skip2lora_cache_dir", str(tmp_path / "cache")])
     assert 0 < found["loaded"] <= found["peak"] and 0 < found["own"] <= found["peak"]

@@ -123,6 +123,7 @@ def test_everything_is_measured_and_compared(base: Path, tmp_path: Path, capsys:
     assert f"{compared['forward_speedup']:.2f}x" in printed
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(settings: step.Settings) -> None:
     found = steps.isolated(settings, {"lora_r": 2, "skip2lora_enabled": True}, True)
     assert "error" not in found

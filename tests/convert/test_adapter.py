@@ -131,6 +131,7 @@ def smollm2_hf(smollm2_dir: Path) -> Any:
     return tiny.hf_of(Config.from_checkpoint(smollm2_dir), checkpoint.load_weights(smollm2_dir / "lit_model.pth"))
 
 
+@pytest.mark.slow
 def test_the_real_model_in_peft(smollm2_dir: Path, smollm2_hf: Any, tmp_path: Path) -> None:
     final = real_run(smollm2_dir, tmp_path, lora_projection=True, optimizer__lr=0.003)
     convert_adapter(final, tmp_path / "peft")
@@ -148,6 +149,7 @@ def test_the_real_model_in_peft(smollm2_dir: Path, smollm2_hf: Any, tmp_path: Pa
     assert "SmolLM2-135M-Instruct" in text and "--lora_mlp true" in text and str(tmp_path) not in text
 
 
+@pytest.mark.slow
 def test_the_real_model_on_transformers(smollm2_dir: Path, smollm2_hf: Any, tmp_path: Path) -> None:
     """With LoRA behind the cut: all kinds of hooks."""
     skip = {"skip2lora_enabled": True, "skip2lora_output_layer": "transformer.h.27", "skip2lora_cache": "off"}

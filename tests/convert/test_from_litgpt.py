@@ -183,6 +183,7 @@ def test_tensors_are_those_that_transformers_stores(family: str, tmp_path: Path)
         hf_slots(Config(**{**fields, "norm_qk": True}), "gpt_neox", tied)
 
 
+@pytest.mark.slow
 def test_smollm2_says_the_same(smollm2_dir: Path, tmp_path: Path) -> None:
     """GGUF -> litgpt -> Hugging Face: transformers' greedy text is ours, its tokenizer agrees, and the head is stored once."""
     convert_from_litgpt(smollm2_dir, tmp_path / "hf", dtype="float32")

@@ -7,8 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from safetensors import safe_open
 
 from litgpt import LLM, checkpoint
 from litgpt.__main__ import main
+from litgpt.convert import resolve
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
@@ -269,6 +274,26 @@ def test_a_full_disk_is_one_message(hf: Path, monkeypatch: pytest.MonkeyPatch) -
     assert names(hf) == before
 
 
+def test_two_at_once(tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of them converts, both get the complete folder."""
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_tokenizer_dir)
+    convert, both = resolve.convert_gguf, threading.Barrier(2)
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.2)  # the other one waits meanwhile
+        return convert(*args)
+
+    def open_it(_: int) -> Path:
+        both.wait(30)
+        return open_checkpoint(file)
+
+    monkeypatch.setattr(resolve, "convert_gguf", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(open_it, range(2))) == [Path("checkpoints/tiny")] * 2
+    assert len(converted(capsys)) == 1 and "lit_model.pth" in names(tmp_path / "checkpoints" / "tiny")
+
+
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     """One of them converts, both get the whole folder."""
     file = write_gguf(tmp_path / "tiny.gguf", tiny_tokenizer_dir)

@@ -177,8 +177,24 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     assert len(conversation.turns) == 4
 
 
-def test_ctrl_c_at_the_prompt_exits_130(base: Path) -> None:
-    """On a terminal: a message is answered, Ctrl-C at the empty prompt ends the program."""
+def test_ctrl_c_at_the_prompt_exits_130(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said_to(monkeypatch)
+    lines = iter(["hello", KeyboardInterrupt()])
+
+    def read(prompt: str) -> str:
+        line = next(lines)
+        if isinstance(line, KeyboardInterrupt):
+            raise line
+        return str(line)
+
+    monkeypatch.setattr("builtins.input", read)
+    code, out, err = chat("")
+    assert (code, out) == (130, "answer\n") and err.endswith("Interrupted.\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal_exits_130(base: Path) -> None:
+    """A message is answered, Ctrl-C at the empty prompt ends the program."""
     leader, follower = pty.openpty()
     words = [sys.executable, "-m", "litgpt", "chat", str(base), "--max_new_tokens", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}

@@ -33,6 +33,7 @@ PLAIN_TEXTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", PLAIN_TEXTS)
 def test_smollm2_tokenizer(smollm2_dir: Path, text: str) -> None:
     tokenizer = Tokenizer(smollm2_dir)
@@ -43,6 +44,7 @@ def test_smollm2_tokenizer(smollm2_dir: Path, text: str) -> None:
     assert transformers.AutoTokenizer.from_pretrained(smollm2_dir).encode(text) == ids
 
 
+@pytest.mark.slow
 def test_smollm2_files(smollm2_dir: Path) -> None:
     tokenizer = Tokenizer(smollm2_dir)
     assert tokenizer.ids(PLAIN_TEXTS[0]) == [19556, 905, 28, 260, 713, 216, 34, 32, 34, 36, 3247, 982]

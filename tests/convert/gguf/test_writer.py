@@ -187,6 +187,7 @@ def test_the_hubs_name_decides_between_architectures(tmp_path: Path, write_tiny_
     assert write_gguf(folder, tmp_path / "x.gguf") == "llama"
 
 
+@pytest.mark.slow
 def test_smollm2_there_and_back(smollm2_dir: Path, tmp_path: Path) -> None:
     convert_to_gguf(smollm2_dir, tmp_path / "x.gguf", dtype="bf16")
     assert convert_gguf(tmp_path / "x.gguf", tmp_path / "again").name == "SmolLM2-135M-Instruct"

@@ -30,20 +30,24 @@ from tests.helpers.jobs import SKIP, Bench, Driver, assert_sound
 from tests.helpers.runs import Run, finetune
 
 LORA: dict[str, Any] = {"lora_r": 4, "lora_dropout": 0.2, "eval__max_new_tokens": 0}
-LARGE: dict[str, Any] = {**LORA, "lora_r": 200, "lora_mlp": True}
-"""whose weights are the only large files"""
+LARGE: dict[str, Any] = {**LORA, "lora_r": 200, "lora_mlp": True}  # the weights are the only large files
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LORA": LORA,
+    "LARGE": LARGE,
+    "BEST": {**LARGE, "eval__interval": 4},
+    "SAVED": {**LARGE, "eval__interval": 4, "eval__final_validation": False},
+}
 CURVE = ("step", "epoch", "train_loss", "val_loss", "learning_rate")
 
 
 @pytest.fixture(scope="module")
 def whole(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """The undisturbed run of LORA or LARGE, made once."""
+    """The undisturbed run of SETTINGS, made once."""
     runs: dict[str, Run] = {}
 
     def run(name: str) -> Run:
         if name not in runs:
-            settings = {"LORA": LORA, "LARGE": LARGE}[name]
-            runs[name] = finetune("finetune", bench.base, bench.data, tmp_path_factory.mktemp("whole") / "out", **settings)
+            runs[name] = finetune("finetune", bench.base, bench.data, tmp_path_factory.mktemp("whole") / "out", **SETTINGS[name])
             assert runs[name].code == 0, runs[name].err
         return runs[name]
 
@@ -93,8 +97,8 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
 ) -> None:
     """Full from step `at` on. 2 MiB suffice for the weights, not for the optimizer's state. After it is mended the run goes on."""
     out_dir, on_step = tmp_path / "out", Phase.on_step
-    settings = {**LARGE, "eval__interval": 4, **({"eval__final_validation": False} if what != "best" else {})}
-    reference = finetune("finetune", bench.base, bench.data, tmp_path / "whole", **settings)
+    name = "BEST" if what == "best" else "SAVED"
+    settings = SETTINGS[name]
 
     def filling(phase: Phase, state: State, metrics: dict[str, float], is_last: bool) -> bool:
         if state.step == at:
@@ -112,7 +116,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
     assert_one_message(run, 1, f"{out_dir / what} cannot be written: File too large", remedy)
     assert_sound(out_dir)
     assert not list(out_dir.glob(".*")) and not (out_dir / what).exists()
-    assert_same(finetune("finetune", bench.base, bench.data, out_dir, **settings, resume=True), reference)
+    assert_same(finetune("finetune", bench.base, bench.data, out_dir, **settings, resume=True), whole(name))
 
 
 def test_a_checkpoint_by_the_clock_is_left_out_if_the_disk_is_full(

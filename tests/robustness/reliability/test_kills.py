@@ -55,15 +55,14 @@ def killed_often(job: str, kills: int, seed: int, bench: Bench, driver: Driver, 
         survived += 1
 
 
-@pytest.mark.parametrize("job", ["LoRA's warm-up, cache on disk", "full"])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_had_been(
-    job: str, bench: Bench, driver: Driver, reference: Any, tmp_path: Path
+    bench: Bench, driver: Driver, reference: Any, tmp_path: Path
 ) -> None:
-    survived, rounds = 0, 0
-    kills = 6 if job == "full" else 12
-    while survived < kills:
+    """The job with the most phases: LoRA, the filling of a cache, training from it."""
+    job, survived, rounds = "LoRA's warm-up, cache on disk", 0, 0
+    while survived < 5:
         rounds += 1
-        survived += killed_often(job, kills, rounds, bench, driver, *reference(job), tmp_path / str(rounds) / "out")
+        survived += killed_often(job, 5, rounds, bench, driver, *reference(job), tmp_path / str(rounds) / "out")
 
 
 @pytest.mark.slow

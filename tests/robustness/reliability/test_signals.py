@@ -30,22 +30,35 @@ def reference(bench: Bench, driver: Driver, tmp_path_factory: pytest.TempPathFac
     return run
 
 
-@pytest.mark.parametrize(
-    ("job", "at", "step", "number"),
-    [
-        ("LoRA", ["loss", 19], 3, signal.SIGTERM),
-        ("warm-up", ["step", 3], 2, signal.SIGINT),
-        ("warm-up", ["step", 6], 3, signal.SIGTERM),
-        ("LoRA", ["validate", 3], 2, signal.SIGINT),
-        ("Skip2-LoRA", ["validate", 5], 4, signal.SIGTERM),
-        ("Skip2-LoRA", ["save", 3], 2, signal.SIGINT),
-        ("LoRA", ["step", 12], 6, signal.SIGTERM),
-    ],
-)
+Moment = tuple[str, list[Any], int, signal.Signals]
+MOMENTS: list[Moment] = [
+    ("LoRA", ["loss", 19], 3, signal.SIGTERM),  # between micro-batches
+    ("warm-up", ["step", 3], 2, signal.SIGINT),  # after the last step of a phase
+    ("Skip2-LoRA", ["validate", 5], 4, signal.SIGTERM),
+]
+MORE_MOMENTS: list[Moment] = [
+    ("warm-up", ["step", 6], 3, signal.SIGTERM),
+    ("LoRA", ["validate", 3], 2, signal.SIGINT),
+    ("Skip2-LoRA", ["save", 3], 2, signal.SIGINT),
+    ("LoRA", ["step", 12], 6, signal.SIGTERM),  # after the last step
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=str)
 def test_the_step_is_finished_and_saved_and_the_run_goes_on_from_there(
-    job: str, at: Any, step: int, number: signal.Signals, bench: Bench, driver: Driver, reference: Any, tmp_path: Path
+    moment: Moment, bench: Bench, driver: Driver, reference: Any, tmp_path: Path
 ) -> None:
-    """The events: between micro-batches, behind a step, in a validation, in writing a checkpoint, behind the last step."""
+    check_moment(moment, bench, driver, reference, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MORE_MOMENTS, ids=str)
+def test_at_more_moments(moment: Moment, bench: Bench, driver: Driver, reference: Any, tmp_path: Path) -> None:
+    check_moment(moment, bench, driver, reference, tmp_path)
+
+
+def check_moment(moment: Moment, bench: Bench, driver: Driver, reference: Any, tmp_path: Path) -> None:
+    job, at, step, number = moment
     out_dir = tmp_path / "out"
     stopped = driver.run(bench.argv(out_dir, **JOBS[job]), at, number=number)
     folder = out_dir / f"step-{step:06d}"
@@ -60,10 +73,8 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on_from_there(
     assert_same(out_dir, reference(job))
 
 
-@pytest.mark.parametrize("number", CODES)
-def test_while_the_cache_is_filled_there_is_nothing_to_lose(
-    number: signal.Signals, bench: Bench, driver: Driver, reference: Any, tmp_path: Path
-) -> None:
+def test_while_the_cache_is_filled_there_is_nothing_to_lose(bench: Bench, driver: Driver, reference: Any, tmp_path: Path) -> None:
+    number = signal.SIGINT
     stopped = driver.run(bench.argv(tmp_path / "out", **DISK), ["_rows", 1], number=number)
     assert stopped.status == CODES[number], stopped.err
     assert stopped.err.rstrip().endswith(f"{number.name}: stopped after step 0: nothing is lost, run the same command again.")
