@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from litgpt import checkpoint
+from litgpt.args import require_seed
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.device import backbone_dtype, default_device, default_precision
+from litgpt.device import backbone_dtype, default_precision, find_device
 from litgpt.errors import UserError
 from litgpt.generate import engine
 from litgpt.model import GPT
-from litgpt.prompts import PROMPT_STYLE_FILE, PromptStyle, resolve_prompt_style
+from litgpt.prompts import PROMPT_STYLE_FILE, ChatStyle, Message, PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 class LLM:
@@ -47,7 +50,7 @@ class LLM:
         the CPU. `quantize` is a mode of `litgpt.quantize`. Raises UserError for a folder that cannot be loaded.
         """
         folder = open_checkpoint(model)
-        target = torch.device(device) if device is not None else default_device()
+        target = find_device(device)
         gpt = checkpoint.load_model(folder, inference_dtype(precision or default_precision(target)), target, quantize=quantize)
         tokenizer_dir = folder
         if checkpoint.is_adapter_folder(folder) and not (folder / "tokenizer.json").is_file():
@@ -63,7 +66,7 @@ class LLM:
     @overload
     def generate(
         self,
-        prompt: str,
+        prompt: str | list[Message],
         sys_prompt: str | None = ...,
         max_new_tokens: int = ...,
         temperature: float = ...,
@@ -77,7 +80,7 @@ class LLM:
     @overload
     def generate(
         self,
-        prompt: str,
+        prompt: str | list[Message] | list[str] | list[list[Message]],
         sys_prompt: str | None = ...,
         max_new_tokens: int = ...,
         temperature: float = ...,
@@ -86,11 +89,11 @@ class LLM:
         return_as_token_ids: bool = ...,
         stream: bool = ...,
         seed: int | None = ...,
-    ) -> str | torch.Tensor | Iterator[str] | Iterator[int]: ...
+    ) -> str | torch.Tensor | Iterator[str] | Iterator[int] | list[Any]: ...
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | list[Message] | list[str] | list[list[Message]],
         sys_prompt: str | None = None,
         max_new_tokens: int = 50,
         temperature: float = 1.0,
@@ -99,19 +102,43 @@ class LLM:
         return_as_token_ids: bool = False,
         stream: bool = False,
         seed: int | None = None,
-    ) -> str | torch.Tensor | Iterator[str] | Iterator[int]:
+    ) -> str | torch.Tensor | Iterator[str] | Iterator[int] | list[Any]:
         """Return the answer to `prompt` in the checkpoint's prompt style, without the prompt.
 
+        `prompt` is a question, or a conversation: a list of messages with `role` and `content`. A list of either is answered one by one,
+        each as if it were alone, and the answers are a list.
         The answer is text, or ids (N,) with `return_as_token_ids`; with `stream` an iterator of pieces of text, or of ids. `sys_prompt`
         replaces the style's system text. `temperature` 0 is greedy decoding; `engine.sample` explains `top_k` and `top_p`. The same `seed`
         gives the same answer.
         """
-        text = self.prompt_style.apply(prompt, sys_prompt=sys_prompt)
+        prompts: Any = prompt
+        if isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], dict)):
+            if stream:
+                raise UserError(f"stream answers one prompt at a time, and the list has {len(prompts)}: call generate for each")
+            settings = (sys_prompt, max_new_tokens, temperature, top_k, top_p, return_as_token_ids)
+            return [self.generate(one, *settings, seed=seed) for one in prompts]
+        text = self._rendered(prompt, sys_prompt)
         ids = self.complete(text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=self.generator(seed))
         if stream:
             return ids if return_as_token_ids else self.tokenizer.decode_stream(ids)
         answer = list(ids)
         return torch.tensor(answer, dtype=torch.long) if return_as_token_ids else self.tokenizer.decode(answer)
+
+    def _rendered(self, prompt: Any, sys_prompt: str | None) -> str:
+        """Return a question or a conversation in the prompt style. Raises UserError if it is neither."""
+        if isinstance(prompt, str):
+            return self.prompt_style.apply(prompt, sys_prompt=sys_prompt)
+        for message in prompt if isinstance(prompt, list) else [prompt]:
+            if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+                forms = "a text, or a list of messages such as {'role': 'user', 'content': 'Hello'}"
+                raise UserError(f"prompt: {repr(message)[:200]} is not understood: give {forms} (roles: {', '.join(ROLES)})")
+        if not isinstance(self.prompt_style, ChatStyle):
+            raise UserError(
+                f"prompt style {self.prompt_style.name!r} has no turns, and a conversation is given: give the question as a text"
+            )
+        system = [] if sys_prompt is None else [{"role": "system", "content": sys_prompt}]
+        turns = prompt[1:] if system and prompt[0]["role"] == "system" else prompt
+        return self.prompt_style.render([*system, *turns], add_generation_prompt=True)
 
     def complete(
         self,
@@ -142,6 +169,7 @@ class LLM:
         """Return a seeded random generator on the model's device, or None for torch's own."""
         if seed is None:
             return None
+        require_seed(seed)
         return torch.Generator(next(self.model.parameters()).device).manual_seed(seed)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Optional, Union
 from litgpt.errors import UserError
 
 DEFAULT_WARMUP_STEPS = 100
+LAST_SEED = 2**32 - 1
 SECRET = "access_token"  # the key whose value is never printed or saved
 
 Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "int8"]  # see `litgpt.quantize`
@@ -185,6 +186,12 @@ class LogArgs:
     """Store the terminal output with the run (litlogger)."""
     checkpoint_name: Optional[str] = None
     """Name of the stored checkpoints (litlogger)."""
+
+
+def require_seed(seed: Any, place: str = "seed") -> None:
+    """Raise UserError, which names the setting, if `seed` is not a seed of every random generator."""
+    if not isinstance(seed, int) or not 0 <= seed <= LAST_SEED:
+        raise UserError(f"{place} is {seed!r}: a number from 0 to {LAST_SEED} is needed")
 
 
 def shallow(settings: Any) -> dict[str, Any]:

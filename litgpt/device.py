@@ -25,6 +25,17 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def find_device(device: torch.device | str | int | None) -> torch.device:
+    """Return the device of that name, the default one for None. Raise UserError if this machine does not have it."""
+    try:
+        found = default_device() if device is None else torch.device(device)
+        torch.empty(1, device=found).cpu()  # a device may have a name and be absent
+    except (RuntimeError, AssertionError, ImportError, AttributeError, TypeError, ValueError):
+        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if torch.backends.mps.is_available() else [])]
+        raise UserError(f"device {str(device)!r} does not exist on this machine: choose one of {', '.join(known)}") from None
+    return found
+
+
 def default_precision(device: torch.device) -> str:
     """Return bf16-true if the device multiplies bf16 matrices natively (Ampere and later, AVX512-BF16, AMX), else 32-true."""
     if device.type == "cuda":
@@ -49,6 +60,7 @@ def make_fabric(precision: str, devices: int | str, num_nodes: int, loggers: Any
     need Fabric's autocast.
     """
     from lightning.fabric import Fabric
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     backbone_dtype(precision)
     mixed = precision.endswith("-mixed")
@@ -62,6 +74,6 @@ def make_fabric(precision: str, devices: int | str, num_nodes: int, loggers: Any
             precision=precision if mixed else "32-true",  # type: ignore[arg-type]
             loggers=loggers,
         )
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
         settings = f"devices {devices!r}, num_nodes {num_nodes}, precision {precision!r}"
         raise UserError(f'{settings} do not fit this machine: {error} Give devices a number from 1, or "auto"') from None

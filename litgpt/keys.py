@@ -21,12 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from litgpt.args import SECRET, Grid, defaults, older_names, require_allowed_class
+from litgpt.args import SECRET, Grid, defaults, older_names, require_allowed_class, require_seed
 from litgpt.errors import UserError
 from litgpt.values import NULLS, convert, describe, from_text, is_mapping, members_of
 
 SEEDS = ("seed", "grid.seed")
-LAST_SEED = 2**32 - 1
 MOST_SHOWN = 200  # characters of a value in a message
 
 
@@ -171,8 +170,11 @@ class Keys:
             shown = "the value" if key == SECRET else repr(setting.value)[:MOST_SHOWN]
             example = " to try, such as '[4, 8]'" if root in self.grids else ""
             raise UsageError(f"{setting.place}: {shown} is not {describe(kind)}{example}") from None
-        if key in SEEDS and not all(0 <= seed <= LAST_SEED for seed in _as_list(value)):
-            raise UsageError(f"{setting.place} is {value}: a number from 0 to {LAST_SEED} is needed")
+        try:
+            for seed in _as_list(value) if key in SEEDS else ():
+                require_seed(seed, setting.place)
+        except UserError as error:
+            raise UsageError(str(error)) from None
         if root in self.classes:
             below = config.setdefault(root, {"class_path": self.defaults[root]}).setdefault("init_args", {})
         else:

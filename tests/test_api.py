@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import litgpt
 from litgpt import checkpoint
 from litgpt.api import LLM, inference_dtype
+from litgpt.args import TrainArgs
+from litgpt.convert.adapter import convert_adapter
+from litgpt.convert.from_litgpt import convert_from_litgpt
+from litgpt.convert.merge import merge_lora
+from litgpt.convert.to_litgpt import convert_to_litgpt
+from litgpt.data import JSON
 from litgpt.errors import UserError
+from litgpt.finetune.lora import Lora, setup
+from litgpt.generate import engine
+from litgpt.generate.base import main
 from litgpt.prompts import Alpaca, ChatTemplate, save_prompt_style
+from litgpt.validate import validate
 from tests.helpers import tiny
 
 WriteTokenizer = Callable[[Path], Path]
@@ -73,6 +85,86 @@ def test_a_seed_repeats_the_answer(base: Path) -> None:
     assert run(1) == run(1) == load(base).generate("hello", max_new_tokens=40, seed=1)
     assert run(1) != run(2)
     assert run(None) != run(None)
+
+
+def test_a_list_of_prompts_is_answered_as_one_by_one(base: Path) -> None:
+    llm = load(base)
+    prompts = ["hello", "why?", "hello"]
+    for settings in ({"temperature": 0.0}, {"seed": 3, "top_k": 9}, {"seed": 1, "sys_prompt": "Be short.", "return_as_token_ids": True}):
+        answers: Any = llm.generate(prompts, max_new_tokens=12, **settings)  # type: ignore[call-overload]
+        single = [llm.generate(prompt, max_new_tokens=12, **settings) for prompt in prompts]  # type: ignore[call-overload]
+        assert [list(answer) for answer in answers] == [list(answer) for answer in single] and list(answers[0]) != list(answers[1])
+    assert llm.generate([]) == []
+    with pytest.raises(UserError, match="stream answers one prompt at a time, and the list has 3"):
+        llm.generate(prompts, stream=True)
+
+
+def test_a_conversation_is_rendered_as_transformers_does(base: Path) -> None:
+    messages = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    llm, reference = load(base), transformers.AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor(reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    expected = list(engine.generate(llm.model, ids, len(ids) + 12, temperature=0.0, stop_tokens=[[2]]))
+    answer = llm.generate(messages, max_new_tokens=12, temperature=0.0, return_as_token_ids=True)
+    assert isinstance(answer, torch.Tensor) and answer.tolist() == expected
+    text = llm.generate(messages, max_new_tokens=12, temperature=0.0)
+    assert llm.generate([messages, messages[1:2]], max_new_tokens=12, temperature=0.0) == [text, llm.generate("user", None, 12, 0.0)]
+    other = llm.generate(messages, "Be short.", 12, temperature=0.0)
+    assert other == llm.generate([{"role": "system", "content": "Be short."}, *messages[1:]], None, 12, temperature=0.0) != text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "prompt: None is not understood: give a text, or a list of messages"),
+        ([{"role": "user"}], "prompt: {'role': 'user'} is not understood"),
+        ([{"role": "robot", "content": "x"}], "roles: system, user, assistant, tool, developer"),
+        ([{"role": "user", "content": "x"}, "y"], "prompt: 'y' is not understood"),
+        (["x", 7], "prompt: 7 is not understood"),
+        ({"role": "user", "content": ["x"]}, "is not understood"),
+    ],
+)
+def test_prompts_that_are_none(prompt: Any, message: str, base: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(base).generate(prompt, max_new_tokens=1)
+
+
+def test_a_conversation_needs_a_style_with_turns(base: Path) -> None:
+    save_prompt_style(Alpaca(), base)
+    with pytest.raises(UserError, match="prompt style 'alpaca' has no turns"):
+        load(base).generate([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 1.5, "1"])
+def test_seeds_that_are_none(seed: Any, base: Path, tmp_path: Path) -> None:
+    message = re.escape(f"seed is {seed!r}: a number from 0 to 4294967295 is needed")
+    with pytest.raises(UserError, match=message):
+        load(base).generate("x", seed=seed)
+    with pytest.raises(UserError, match=message):
+        Lora(checkpoint_dir=base, data=JSON(json_path=tmp_path / "none.json"), seed=seed)
+
+
+def test_a_device_that_does_not_exist(base: Path) -> None:
+    with pytest.raises(UserError, match="device 'cuda:99' does not exist on this machine"):
+        LLM.load(base, device="cuda:99")
+
+
+def test_paths_may_be_texts(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every function that a command calls, as in notebooks."""
+    monkeypatch.chdir(base.parent)
+    Path("d.json").write_text(json.dumps([{"instruction": "q", "output": "a"}] * 9))
+    settings: dict[str, Any] = {"data": JSON(json_path="d.json"), "train": TrainArgs(max_steps=1)}  # type: ignore[arg-type]
+    setup("base", out_dir="out", skip2lora_cache_dir="cache", precision="32-true", **settings)
+    texts: Any = {
+        validate: ["base"],
+        merge_lora: ["out/best", "base"],
+        convert_adapter: ["out/best", "peft", "base"],
+        convert_from_litgpt: ["out/final", "hf"],
+        convert_to_litgpt: ["hf", "again"],
+        main: ["again"],
+    }
+    for function, paths in texts.items():
+        function(*paths)
+    assert LLM.load("out/final").config.name == "tiny" and Path("peft/adapter_config.json").is_file()
 
 
 def test_every_kind_of_folder(base: Path, write_tiny_tokenizer: WriteTokenizer) -> None:

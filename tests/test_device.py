@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from litgpt.device import backbone_dtype, default_device, default_precision, make_fabric
+from litgpt.device import backbone_dtype, default_device, default_precision, find_device, make_fabric
 from litgpt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -96,3 +96,27 @@ def test_fabric_leaves_parameters_and_new_tensors_in_fp32(name: str) -> None:
 def test_what_does_not_fit_the_machine_is_refused(precision: str, devices: Any, nodes: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_fabric(precision, devices, nodes)
+
+
+@pytest.mark.parametrize(
+    "device", ["foo", "cuda:99", "cuda:x", "gpu", "meta", "", 99, "xpu", "hpu:3", "mps:7", torch.device("cuda", 99), 1.5]
+)
+def test_a_device_that_the_machine_lacks_is_refused_with_those_it_has(device: Any) -> None:
+    with pytest.raises(UserError) as error:
+        find_device(device)
+    assert str(error.value).startswith(f"device '{device}' does not exist on this machine: choose one of cpu")
+
+
+def test_devices_that_exist() -> None:
+    assert find_device("cpu") == find_device(CPU) == CPU and find_device(None) == default_device()
+
+
+@pytest.mark.parametrize("devices", [7, "7", "3,", [0, 5]])
+def test_more_gpus_than_there_are(devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.fabric.accelerators import cuda
+
+    monkeypatch.setattr(cuda, "num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"devices .* do not fit this machine: "):
+        make_fabric("32-true", devices, 1)

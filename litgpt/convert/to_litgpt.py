@@ -25,6 +25,7 @@ def convert_to_litgpt(
         model_name: Take the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
         dtype: The number format of the stored weights. Default: the source's; bfloat16 where the source is quantised.
     """
+    source, checkpoint_dir = (None if path is None else Path(path) for path in (source, checkpoint_dir))
     path = source or checkpoint_dir
     if path is None:
         raise UserError("there is nothing to convert: name a Hugging Face folder, a .gguf file or a .pth file")

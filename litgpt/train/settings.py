@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config, setting, shallow
+from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config, require_seed, setting, shallow
 from litgpt.data.base import DataModule
 from litgpt.errors import UserError
 from litgpt.files import expand_path
@@ -54,6 +54,7 @@ class Run:
         self.checkpoint_dir, self.out_dir = expand_path(self.checkpoint_dir), expand_path(self.out_dir)
         if isinstance(self.resume, str) and self.resume != "auto":
             self.resume = expand_path(self.resume)
+        require_seed(self.seed)
         if self.data is None:
             raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
 
