@@ -27,10 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.process import ROOT, error_line, redacted, run_litgpt
-from benchmarks.runs import environment, read_run, read_settings
+from benchmarks.runs import environment, finetune_arguments, read_run, read_settings
 from litgpt import atomic, checkpoint
 from litgpt.args import defaults as args_defaults
 from litgpt.errors import UserError
@@ -52,10 +50,6 @@ class Run:
     overrides: tuple[str, ...] = ()
 
 
-def checkpoint_of(file: Path) -> Path:
-    return Path(yaml.safe_load(file.read_text(encoding="utf-8"))["checkpoint_dir"])
-
-
 def hub_folder(model: str | None, extra: list[str], hub: Path) -> Path:
     """Return the folder of config_hub/finetune to use. Raise UserError if it is unknown, or if no checkpoint exists to choose."""
     names = sorted((folder.name for folder in hub.iterdir() if folder.is_dir()), key=lambda name: (name != FIRST_MODEL, name))
@@ -65,7 +59,7 @@ def hub_folder(model: str | None, extra: list[str], hub: Path) -> Path:
         return hub / model
     if any(word.startswith("--checkpoint_dir") for word in extra):
         raise UserError(f"--checkpoint_dir needs --model, whose settings are taken: {', '.join(names)}")
-    wanted = {name: checkpoint_of(hub / name / "skip2lora.yaml") for name in names}
+    wanted = {name: finetune_arguments(hub / name / "skip2lora.yaml")["checkpoint_dir"] for name in names}
     for name, folder in wanted.items():
         if (folder / checkpoint.WEIGHTS).is_file():
             return hub / name
@@ -94,7 +88,7 @@ def plan(texts: list[str], folder: Path) -> list[Run]:
         elif name in GUIDE:
             runs.append(derived(name, folder))
         else:
-            known = sorted({*GUIDE, *(file.stem for file in folder.glob("*.yaml"))})
+            known = sorted({*GUIDE, *(file.stem for file in folder.glob("[!_]*.yaml"))})
             problems.append(f"{name!r} is neither {', '.join(known)} nor of the form NAME=FILE.yaml")
     problems += [f"{run.config} does not exist" for run in runs if not run.config.is_file()]
     names = [run.name for run in runs]
@@ -114,9 +108,9 @@ def derived(name: str, folder: Path) -> Run:
     if name != "lora_baseline":
         blocks = list(range(4 if name == "skip2lora_4blocks" else 6))
         return Run(name, file, ("--skip2lora_block_indices", str(blocks)))
-    preset, lora = (yaml.safe_load((folder / f"{kind}.yaml").read_text(encoding="utf-8")) for kind in ("skip2lora", "lora"))
+    preset, lora = (finetune_arguments(folder / f"{kind}.yaml") for kind in ("skip2lora", "lora"))
     defaults = args_defaults(Lora)
-    reset = {key: defaults[key] for key in preset if key.startswith(("lora_", "skip2lora_"))}
+    reset = {key: defaults[key] for key in preset if key.startswith(("lora_", "skip2lora_")) and preset[key] != defaults[key]}
     words = [word for key, value in reset.items() for word in (f"--{key}", json.dumps(value))]
     return Run(name, file, (*words, "--optimizer.lr", str(lora["optimizer"]["init_args"]["lr"])))
 

@@ -15,6 +15,8 @@ import psutil
 import yaml
 
 import litgpt
+from litgpt.__main__ import load
+from litgpt.cli import parse
 from litgpt.errors import UserError
 from litgpt.logs import METRICS, read_metrics
 
@@ -81,6 +83,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     if measured.get("train_seconds") and measured.get("steps"):
         measured["steps_per_second"] = measured["steps"] / measured["train_seconds"]
     return {key: value for key, value in measured.items() if value is not None}
+
+
+def finetune_arguments(source: Path | str) -> dict[str, Any]:
+    """Return the arguments of `litgpt finetune` for a YAML file, the file that it names as its base included, or for a checkpoint."""
+    return parse("litgpt finetune", load("finetune"), [str(source)])
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

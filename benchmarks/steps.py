@@ -19,17 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.process import ROOT, in_worker
 from benchmarks.report import bars, figure, less, percent
-from benchmarks.runs import environment
+from benchmarks.runs import environment, finetune_arguments
 from benchmarks.step import Settings, count, model_config
 from litgpt import atomic
 from litgpt import families as catalog
-from litgpt.__main__ import load
 from litgpt.adapters.settings import model_settings
-from litgpt.cli import parse
 from litgpt.device import backbone_dtype, default_device, default_precision
 from litgpt.errors import UserError
 from litgpt.text import text_table
@@ -55,8 +52,8 @@ def configurations(model: str, lora_r: int) -> tuple[dict[str, dict[str, Any]], 
     The settings are `litgpt finetune`'s defaults and those of config_hub's skip2lora.yaml.
     """
     # The state after a LoRA warm-up, if the preset has one: by then that LoRA is part of the backbone.
-    preset = {**_finetune_settings(str(_preset(model_config(model).name))), "skip2lora_warmup": False}
-    wanted = {LORA: {**_finetune_settings("DIR"), "lora_r": lora_r}}
+    preset = {**model_settings(finetune_arguments(_preset(model_config(model).name))), "skip2lora_warmup": False}
+    wanted = {LORA: {**model_settings(finetune_arguments("DIR")), "lora_r": lora_r}}
     wanted |= {f"Skip2-LoRA ({n} blocks)": {**preset, "skip2lora_block_indices": list(range(n))} for n in FIRST_BLOCKS}
     wanted[RECOMMENDED] = preset
     possible, notes = {}, []
@@ -69,15 +66,10 @@ def configurations(model: str, lora_r: int) -> tuple[dict[str, dict[str, Any]], 
     return possible, notes
 
 
-def _finetune_settings(source: str) -> dict[str, Any]:
-    arguments = parse("litgpt finetune", load("finetune"), [source])
-    return model_settings(arguments)
-
-
 def _preset(name: str) -> Path:
     """Return config_hub's skip2lora.yaml for a model; SmolLM2-135M's for a model that config_hub does not have."""
     for file in sorted(HUB.glob("*/skip2lora.yaml")):
-        known = catalog.find(Path(yaml.safe_load(file.read_text(encoding="utf-8"))["checkpoint_dir"]).name)
+        known = catalog.find(finetune_arguments(file)["checkpoint_dir"].name)
         if known and known["name"].removesuffix("-Instruct") == name.removesuffix("-Instruct"):
             return file
     return HUB / "smollm2-135m" / "skip2lora.yaml"

