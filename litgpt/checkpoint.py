@@ -114,7 +114,7 @@ def _not_plain(value: torch.Tensor) -> str:
 def save_config(config: Config, folder: str | Path, chosen: Sequence[int] | None = None) -> None:
     """Write `model_config.yaml` with the base model's fields, and the blocks that `skip2lora_block_indices: auto` chose if it did."""
     taps = {} if chosen is None else {CHOSEN_TAPS: list(chosen)}
-    write_text(Path(folder) / "model_config.yaml", yaml.safe_dump({**config.base_dict(), **taps}, sort_keys=False))
+    write_text(Path(folder) / "model_config.yaml", yaml.safe_dump({**config.file_dict(), **taps}, sort_keys=False))
 
 
 def chosen_taps(folder: str | Path) -> list[int] | None:

@@ -35,6 +35,7 @@ MOST_SIZE, MOST_BLOCKS = 2**31 - 1, 10_000  # a broken file's sizes must not ove
 OPTIONAL_FACTORS = ("attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq")
 SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 FACTORS = ("norm_eps", "rope_base", "rope_condense_ratio", *SCALARS, *OPTIONAL_FACTORS)
+OWN_FIELDS = ("norm_affine", "learned_positions", "router_aux_loss_coef", *SCALARS)  # LitGPT does not have these
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm_class_name": ("LayerNorm", "RMSNorm"),
     "norm_qk_type": ("default", "olmo2"),
@@ -236,9 +237,14 @@ class Config:
         return self.mlp_class_name == "GemmaMLP"
 
     def base_dict(self) -> dict[str, Any]:
-        """Return the base model's fields, as LitGPT writes them to `model_config.yaml` (without adapters' settings)."""
+        """Return the base model's fields (without adapters' settings)."""
         names = {f.name for f in fields(Config)}
         return {key: value for key, value in asdict(self).items() if key in names}
+
+    def file_dict(self) -> dict[str, Any]:
+        """Return the fields in `model_config.yaml`. LitGPT 0.5.13 reads it, so fields that it lacks are left out at their default."""
+        plain = {key: Config.__dataclass_fields__[key].default for key in OWN_FIELDS}
+        return {key: value for key, value in self.base_dict().items() if key not in plain or value != plain[key]}
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> Self:

@@ -484,8 +484,10 @@ def misfit(style: PromptStyle, tokenizer: Tokenizer) -> str:
 
 
 def save_prompt_style(style: PromptStyle, folder: str | Path) -> None:
-    """Write prompt_style.yaml. A chat template is not copied into it: it is read again from the folder's tokenizer files."""
+    """Write prompt_style.yaml, but not for the checkpoint's own template: tokenizer files hold that, and LitGPT has no such style."""
     kind = type(style)
+    if kind is ChatTemplate:
+        return
     if kind.__module__ != __name__:
         raise UserError(f"prompt style {kind.__module__}.{kind.__qualname__} cannot be saved: only those of litgpt.prompts can")
     content: dict[str, Any] = {"class_path": f"litgpt.prompts.{kind.__name__}"}

@@ -224,6 +224,16 @@ def test_what_is_copied_is_what_its_name_says(name: str, content: bytes, fits: b
         assert not any((tmp_path / "to").iterdir())
 
 
+LITGPT_FIELDS = """
+name hf_config block_size n_layer n_embd vocab_size padding_multiple padded_vocab_size norm_class_name norm_eps norm_qk norm_qk_type
+post_attention_norm post_mlp_norm parallel_residual shared_attention_norm n_head head_size n_query_groups attn_bias attention_scores_scalar
+sliding_window_size sliding_window_indices attention_logit_softcapping rope_base rotary_percentage rope_condense_ratio rope_adjustments
+rope_interleave intermediate_size moe_intermediate_size bias mlp_class_name gelu_approximate n_expert n_shared_expert n_expert_groups
+n_topk_groups n_topk_scores_per_group n_expert_per_token first_k_dense_replace routed_scaling_factor norm_topk_prob scale_embeddings
+lm_head_bias final_logit_softcapping norm_1 norm_2 latent_attention rope_local_base_freq rope_indices
+"""  # of version 0.5.13, whose Config refuses any other
+
+
 def test_saved_config_is_litgpts(tmp_path: Path) -> None:
     """No adapter settings in model_config.yaml."""
     config = lora.Config(**tiny.TINY, lora_r=4, lora_query=True)
@@ -231,6 +241,11 @@ def test_saved_config_is_litgpts(tmp_path: Path) -> None:
     values = yaml.safe_load((tmp_path / "model_config.yaml").read_text())
     assert values["n_layer"] == 5 and not any("lora" in key for key in values)
     assert Config.from_checkpoint(tmp_path) == Config(**tiny.TINY)
+    assert values.keys() <= set(LITGPT_FIELDS.split())
+    granite = Config(**tiny.TINY, logits_scaling=2.0)
+    checkpoint.save_config(granite, tmp_path)
+    assert yaml.safe_load((tmp_path / "model_config.yaml").read_text()).keys() - set(LITGPT_FIELDS.split()) == {"logits_scaling"}
+    assert Config.from_checkpoint(tmp_path) == granite
 
 
 # --- The base into a model ---

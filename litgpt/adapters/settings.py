@@ -138,6 +138,12 @@ def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+def readable_by_litgpt(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings without those defaults that LitGPT's merge_lora refuses: it reads every lora_ key, and knows its own only."""
+    own = {f.name: f.default for f in fields(AdapterSettings) if f.name in ("lora_variant", "lora_rslora", "lora_block_indices")}
+    return {key: value for key, value in hyperparameters.items() if key not in own or value != own[key]}
+
+
 def warmup_settings(settings: Mapping[str, Any]) -> WarmupSettings:
     """Return the warm-up of a command's settings."""
     return WarmupSettings(**{f.name: settings[f.name] for f in fields(WarmupSettings) if f.name in settings})

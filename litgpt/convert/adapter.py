@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import yaml
 
 from litgpt import atomic, checkpoint, files
+from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.convert import peft, portable
 from litgpt.convert.hf import hf_settings
 from litgpt.convert.resolve import open_checkpoint
@@ -103,7 +104,7 @@ def write_adapter(folder: Path, base: Path, settings: dict[str, Any], weights: "
     checkpoint.save_weights({"model": weights}, folder / LITGPT)  # type: ignore[dict-item]
     checkpoint.save_config(config, folder)
     checkpoint.save_base(base, folder)
-    hyperparameters = {"checkpoint_dir": str(base.resolve()), **settings}
+    hyperparameters = readable_by_litgpt({"checkpoint_dir": str(base.resolve()), **settings})
     atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(hyperparameters, sort_keys=False))
     checkpoint.copy_tokenizer_files(base, folder)
     save_prompt_style(resolve_prompt_style(None, base, Tokenizer(base)), folder)

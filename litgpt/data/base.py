@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from litgpt.prompts import PromptStyle
     from litgpt.tokenizer import Tokenizer
 
+UNSET_SHARE = 0.05  # of the samples that is kept for validation if nothing says how many, as in LitGPT
+
 
 @dataclass(slots=True)
 class Splits:
@@ -93,6 +95,11 @@ class DataModule(ABC):
         train, val = self.records()
         if not train:
             raise UserError(f"{self.source} holds no records")
+        notes = self.notes()
+        if val is None and self.val_split_fraction is None:
+            notes.append(
+                f"{100 * UNSET_SHARE:g} % of them for validation, as neither data.val_split_fraction nor a validation file is given"
+            )
         numbered = list(enumerate(train, 1))
         if val is None:
             numbered, numbered_val = self._split(numbered)
@@ -108,12 +115,12 @@ class DataModule(ABC):
         return Splits(
             [sample for _, sample in encoded[0]],
             [sample for _, sample in encoded[1]],
-            _report(encoded, encoder, self.notes()),
+            _report(encoded, encoder, notes),
             [record for record, _ in encoded[1]],
         )
 
     def _split(self, records: list[tuple[int, Any]]) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
-        fraction = 0.1 if self.val_split_fraction is None else self.val_split_fraction
+        fraction = UNSET_SHARE if self.val_split_fraction is None else self.val_split_fraction
         if not 0 < fraction < 1:
             raise UserError(f"data.val_split_fraction is {fraction}: it must lie between 0 and 1 (0.1 keeps a tenth for validation)")
         if len(records) < 2:

@@ -21,7 +21,7 @@ class JSON(DataModule):
     json_path: Path | None = None
     """The file, the folder with a train and a val file, or the data set."""
     val_split_fraction: float | None = None
-    """Share of the samples that is kept for validation. Default: 0.1. Leave it unset for a folder, which has a validation file."""
+    """Share of the samples that is kept for validation. Default: 0.05. Leave it unset for a folder, which has a validation file."""
 
     @property
     def source(self) -> str:

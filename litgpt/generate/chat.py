@@ -21,7 +21,7 @@ SUBMIT = "!submit"
 def main(
     checkpoint_dir: Path,
     *,
-    max_new_tokens: int = 512,
+    max_new_tokens: int = 50,
     top_k: Optional[int] = 50,
     top_p: float = 1.0,
     temperature: float = 0.8,

@@ -16,6 +16,7 @@ import yaml
 
 from litgpt import atomic, checkpoint
 from litgpt.activations.cache import ActivationCache, Activations, activations
+from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import render
@@ -246,7 +247,7 @@ class Session:
         """Write the contents of every checkpoint."""
         self.job.method.save(self.model, folder)
         checkpoint.save_config(self.model.config, folder, self.job.chosen)
-        atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(self.hyperparameters, sort_keys=False))
+        atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(readable_by_litgpt(self.hyperparameters), sort_keys=False))
         if checkpoint.is_adapter_folder(folder):
             checkpoint.save_base(self.job.base, folder)
         checkpoint.copy_tokenizer_files(self.job.base, folder)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from litgpt import atomic, checkpoint
 from litgpt.__main__ import main
 from litgpt.convert.merge import merge_lora, merged_weights
 from litgpt.errors import UserError
-from tests.helpers import tiny
+from tests.helpers import runs, tiny
 
 LORA: dict[str, Any] = {"lora_r": 3, "lora_alpha": 7, **tiny.ALL_LORA}
 SKIP: dict[str, Any] = {"lora_r": 3, "skip2lora_enabled": True}
@@ -140,3 +143,28 @@ def checkpoint_model(flags: dict[str, bool]) -> Any:
     from litgpt import lora
 
     return lora.GPT(lora.Config(**tiny.TINY, lora_r=3, **flags))
+
+
+@pytest.mark.slow
+def test_litgpt_merges_and_answers_what_is_written_here(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    """LitGPT 0.5.13 from PyPI, with this environment's other packages, adds the same weights up and generates with them."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+    packages = next((python.parents[1] / "lib").glob("python*/site-packages"))
+    (packages / "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "litgpt==0.5.13"], check=True)
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer}))
+    data = runs.write_data(tmp_path / "data.json")
+    run = runs.finetune("finetune", base, data, tmp_path / "out", max_steps=2, lora_query=True, lora_mlp=True, precision="32-true")
+    ours = checkpoint.load_weights(run.final / "lit_model.pth", mapped=False)
+    (run.final / "lit_model.pth").unlink()
+    litgpt = python.with_name("litgpt")
+    for words in (["merge_lora", run.final], ["generate", run.final, "--max_new_tokens", "3"]):
+        done = subprocess.run([litgpt, *words], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    theirs = checkpoint.load_weights(run.final / "lit_model.pth")
+    assert theirs.keys() == ours.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-6, atol=1e-6)

@@ -39,12 +39,6 @@ def test_folder_has_its_own_validation(tmp_path: Path, tiny_tokenizer_dir: Path)
         JSON(json_path=tmp_path, val_split_fraction=0.1).records()
 
 
-def test_file_is_split_by_default(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
-    path = write(tmp_path / "data.json", [RECORD] * 40)
-    splits = JSON(json_path=path).splits(Tokenizer(tiny_tokenizer_dir), prompts.ChatML())
-    assert (len(splits.train), len(splits.val)) == (36, 4)
-
-
 TURN = {"role": "user", "content": "Hi"}
 
 
@@ -128,3 +122,12 @@ def test_errors_of_single_records_name_file_and_record(tmp_path: Path, tiny_toke
     path = write(tmp_path / "a.json", [RECORD, {"messages": turns}])
     with pytest.raises(UserError, match="a.json, record 2: the prompt style 'alpaca' has no form for conversations"):
         JSON(json_path=path).splits(Tokenizer(tiny_tokenizer_dir), prompts.Alpaca())
+
+
+def test_an_unset_share_is_litgpts_and_said(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": f"{i}", "output": "x"} for i in range(40)]))
+    splits = JSON(json_path=tmp_path / "data.json").splits(Tokenizer(tiny_tokenizer_dir), prompts.ChatML())
+    assert (len(splits.train), len(splits.val)) == (38, 2)
+    assert "5 % of them for validation, as neither data.val_split_fraction nor a validation file is given" in splits.report
+    splits = JSON(json_path=tmp_path / "data.json", val_split_fraction=0.05).splits(Tokenizer(tiny_tokenizer_dir), prompts.ChatML())
+    assert len(splits.val) == 2 and "neither" not in splits.report

@@ -25,6 +25,7 @@ from litgpt.cli import parse
 from litgpt.finetune.lora import Lora, setup
 from litgpt.lora import lora_filter
 from litgpt.model import GPT
+from litgpt.prompts import ChatTemplate, resolve_prompt_style
 from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
@@ -183,7 +184,11 @@ def test_the_model_config_is_the_bases_and_the_tokenizer_comes_along(made: Calla
     assert yaml.safe_load((run.final / "model_config.yaml").read_text()) == yaml.safe_load((base / "model_config.yaml").read_text())
     for name in finetune_runs.TOKENIZER_FILES:
         assert (run.final / name).read_bytes() == (base / name).read_bytes()
-    assert "ChatTemplate" in (run.final / "prompt_style.yaml").read_text()
+    assert isinstance(resolve_prompt_style(None, run.final), ChatTemplate)
+    settings = yaml.safe_load((run.final / "hyperparameters.yaml").read_text())
+    assert {key for key in settings if key.startswith("lora_")} == {  # LitGPT's merge_lora refuses any other
+        *("lora_r", "lora_alpha", "lora_dropout", "lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
+    }
 
 
 @pytest.mark.parametrize("by", ["steps", "epochs"])

@@ -57,7 +57,18 @@ class Bench:
     data: Path
 
     def argv(self, out_dir: Path, command: str = "finetune", **settings: Any) -> list[str]:
-        words = [command, str(self.base), "--data", "JSON", "--data.json_path", str(self.data), "--out_dir", str(out_dir)]
+        words = [
+            command,
+            str(self.base),
+            "--data",
+            "JSON",
+            "--data.json_path",
+            str(self.data),
+            "--out_dir",
+            str(out_dir),
+            "--data.val_split_fraction",
+            "0.1",
+        ]
         for key, value in {**SETTINGS, **{key.replace("__", "."): value for key, value in settings.items()}}.items():
             if value is not None:
                 words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]

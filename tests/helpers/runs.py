@@ -35,7 +35,7 @@ SETTINGS = {
 }
 """18 training samples: 3 steps an epoch, 6 in all."""
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-CHECKPOINT_FILES = {"model_config.yaml", "hyperparameters.yaml", "prompt_style.yaml", "manifest.json"} | TOKENIZER_FILES
+CHECKPOINT_FILES = {"model_config.yaml", "hyperparameters.yaml", "manifest.json"} | TOKENIZER_FILES
 TRAINING_STATE = {"training_state.json", "training_state.safetensors"}
 
 
@@ -82,6 +82,7 @@ def finetune(command: str, base: Path | None, data: Path | None, out_dir: Path, 
     options: dict[str, Any] = {**SETTINGS, **{key.replace("__", "."): value for key, value in settings.items()}}
     argv = [command] + ([str(base)] if base else [])
     argv += ["--data", "JSON", "--data.json_path", str(data)] if data else []
+    argv += ["--data.val_split_fraction", "0.1"] if data and data.is_file() and "data__val_split_fraction" not in settings else []
     argv += ["--out_dir", str(out_dir)]
     for key, value in options.items():
         if value is not None:
@@ -112,7 +113,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def val_samples(base: Path, data: Path) -> list[Sample]:
     tokenizer = Tokenizer(base)
-    return JSON(json_path=data).splits(tokenizer, resolve_prompt_style(None, base, tokenizer), 256).val
+    return JSON(json_path=data, val_split_fraction=0.1).splits(tokenizer, resolve_prompt_style(None, base, tokenizer), 256).val
 
 
 @torch.no_grad()

@@ -237,7 +237,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
 def third_batch(bench: Bench) -> list[int]:
     """The samples of step 3."""
     tokenizer = Tokenizer(bench.base)
-    samples = JSON(json_path=bench.data).splits(tokenizer, resolve_prompt_style(None, bench.base, tokenizer), 256).train
+    samples = (
+        JSON(json_path=bench.data, val_split_fraction=0.1).splits(tokenizer, resolve_prompt_style(None, bench.base, tokenizer), 256).train
+    )
     return [indices for indices, _, _ in Batches(samples, 6, Rank(), 1337).epoch(0)][2]
 
 
