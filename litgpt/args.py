@@ -19,7 +19,7 @@ DEFAULT_WARMUP_STEPS = 100
 LAST_SEED = 2**32 - 1
 SECRET = "access_token"  # the key whose value is never printed or saved
 
-Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "int8"]  # see `litgpt.quantize`
+Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "bnb.int8", "int8"]  # see `litgpt.quantize`
 Grid = dict[str, list[Any]]  # values to try for other keys, in all combinations
 ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")  # packages of the classes that settings may name
 

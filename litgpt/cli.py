@@ -2,22 +2,24 @@
 
     litgpt COMMAND FILE.yaml VALUE --key value ...
 
-FILE.yaml is `--config FILE.yaml`; it may name another file that it overrides (`base: FILE.yaml`). VALUE is the first parameter; `train.*`
-keys may leave out `train.`; the command line overrides files wherever it stands.
+FILE.yaml is `--config FILE.yaml`, a file or an https address; it may name another file that it overrides (`base: FILE.yaml`). VALUE is the
+first parameter; `train.*` keys may leave out `train.`; the command line overrides files wherever it stands.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 from litgpt.errors import UserError
-from litgpt.files import expand_path, read_yaml
+from litgpt.files import MOST_YAML, decode_text, expand_path, fetch, is_url, parse_yaml, read_yaml
 from litgpt.keys import Keys, Setting, UsageError
 from litgpt.values import from_text, members_of
 
 YAML_ENDINGS = (".yaml", ".yml")
 BASE = "base"  # key of a config file: another config file, which it overrides
 MOST_BASES = 8
+WARMUP_EPOCHS = "skip2lora_warmup_epochs"
 
 
 def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, Any]:
@@ -88,18 +90,20 @@ def _read_option(written: str, text: str, keys: Keys) -> list[Setting]:
 def _read_config(file: str, keys: Keys, depth: int = 0) -> list[list[Setting]]:
     """Return the settings of a config file, after those of the file that it names as its base."""
     mapping, below = _read_mapping(file), list[list[Setting]]()
+    if WARMUP_EPOCHS in keys.types and mapping.pop("skip2lora_warmup", False) and not mapping.get("skip2lora_warmup_steps"):
+        mapping[WARMUP_EPOCHS] = mapping.get(WARMUP_EPOCHS) or 1.0  # a converted adapter's file says only that there was a warm-up
     if BASE in mapping and BASE not in keys.types:
         base = mapping.pop(BASE)
         if not isinstance(base, str) or not base.endswith(YAML_ENDINGS):
             raise UsageError(f"{file}: {BASE}: {base!r} is not the name of a YAML file")
         if depth == MOST_BASES:
             raise UsageError(f"{file}: {BASE}: a chain of more than {MOST_BASES} base files: check that no file is its own base")
-        below = _read_config(str(Path(file).parent / expand_path(base)), keys, depth + 1)
+        below = _read_config(urljoin(file, base) if is_url(file) else str(Path(file).parent / expand_path(base)), keys, depth + 1)
     return [*below, keys.of_mapping(mapping, file)]
 
 
 def _read_mapping(file: str) -> dict[str, Any]:
-    mapping = read_yaml(file)
+    mapping = parse_yaml(decode_text(fetch(file, MOST_YAML), file), file) if is_url(file) else read_yaml(file)
     if not isinstance(mapping, dict):
         content = "is empty" if mapping is None else f"holds a {type(mapping).__name__}"
         raise UsageError(f"the config file {file} {content}: it needs lines such as `checkpoint_dir: DIR`")

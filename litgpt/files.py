@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from litgpt.errors import UserError
 MOST_BYTES = 2**26  # of a JSON or text file
 MOST_YAML = 2**18  # bytes of a YAML file, whose parser is slow
 MOST_VALUES = 100_000  # in a YAML file, aliases expanded
+FETCH_SECONDS = 60
 MISSING = "does not exist: check the path"
 
 
@@ -75,6 +77,40 @@ def read_own(folder: str | Path, name: str) -> bytes | None:
     if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"):
         raise UserError(f"{path} is a link to {target}, outside its folder: put a copy of the file there, if it is the model's")
     return read_bytes(path)
+
+
+def is_url(name: str) -> bool:
+    """Return True for an http or https address."""
+    return name.startswith(("https://", "http://"))
+
+
+def fetch(url: str, most: int) -> bytes:
+    """Return what an address serves: at most `most` bytes, within `FETCH_SECONDS`. Raises UserError."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    content, end = bytearray(), time.monotonic() + FETCH_SECONDS
+    reason = ""
+    try:
+        if "@" in url.split("/")[2]:
+            raise UserError("an address with a user name or password is not fetched: download the file, and name it")
+        with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as answer:
+            while not reason and (block := answer.read1(2**16)):
+                content += block
+                late = time.monotonic() > end
+                reason = f"it has more than {most:,} bytes" if len(content) > most else "it takes too long" if late else ""
+            if not reason and len(content) != int(answer.headers.get("Content-Length") or len(content)):
+                reason = "the connection ended too early"
+    except UserError:
+        raise
+    except urllib.error.HTTPError as error:
+        reason = f"HTTP status {error.code}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error))[:200] or type(error).__name__
+    if reason:
+        raise UserError(f"{url} cannot be fetched ({reason}): check the address, or download the file and name it")
+    return bytes(content)
 
 
 def decode_text(raw: bytes, path: str | Path) -> str:

@@ -1,7 +1,8 @@
 """The keys that a command takes: how a value finds its key, its type and its place in the settings.
 
 Each value is checked and converted once, by the type of its key, and merged into one mapping; unknown keys and wrong values are reported
-together. No class outside the allow-list is imported. Four kinds of parameter differ from plain ones by their annotation:
+together. No class outside the allow-list is imported, but for the user's own on the command line. Four kinds of parameter differ from plain
+ones by their annotation:
 
     a group   settings of litgpt.args                    train: TrainArgs            --train.epochs 3
     a class   a subclass from litgpt, chosen by name     data: Optional[DataModule]  --data JSON --data.json_path my.json
@@ -13,6 +14,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import os
 import sys
 import types
 import typing
@@ -21,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from litgpt.args import SECRET, Grid, defaults, older_names, require_allowed_class, require_seed
+from litgpt.args import ALLOWED_CLASSES, SECRET, Grid, defaults, older_names, require_allowed_class, require_seed
 from litgpt.errors import UserError
 from litgpt.values import NULLS, convert, describe, from_text, is_mapping, members_of
 
@@ -146,9 +148,11 @@ class Keys:
             return None
         if not isinstance(name, str):
             raise UserError(f"{setting.place}: expected the name of a class, not {name!r}")
-        if "." in name:
+        by_hand = not setting.file and setting.written == setting.key  # --data mymodule.MyData
+        is_own = base is not None and "." in name and by_hand and not name.startswith(ALLOWED_CLASSES)
+        if "." in name and not is_own:
             require_allowed_class(name, setting.place)
-        chosen: Any = _find_class(base, setting) if base else name
+        chosen: Any = name if base is None else _own_class(base, setting) if is_own else _find_class(base, setting)
         before = before or {"class_path": self.defaults.get(setting.key)}
         is_same = chosen == before["class_path"]
         arguments = {key: value for key, value in before.get("init_args", {}).items() if is_same or (base and key in _init_types(chosen))}
@@ -285,6 +289,20 @@ def _find_class(base: type, setting: Setting) -> type:
     if name in known and (not module or getattr(sys.modules.get(module), name, None) is known[name]):
         return known[name]
     raise UserError(f"{setting.place}: there is no {setting.value!r}{_nearest(name, known)}. Known: {', '.join(known)}")
+
+
+def _own_class(base: type, setting: Setting) -> type:
+    """Return the user's own subclass of `base`, from an importable module or one in the current folder. Only the command line names it."""
+    module, _, name = setting.value.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        own = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # the module is the user's code
+        raise UserError(f"{setting.place}: {module!r} cannot be imported: {error or type(error).__name__}") from None
+    if not isinstance(own, type) or not issubclass(own, base) or inspect.isabstract(own):
+        raise UserError(f"{setting.place}: {setting.value!r} is no subclass of litgpt.data.{base.__name__} with a method `records`")
+    return own
 
 
 def _init_types(cls: type) -> dict[str, Any]:

@@ -6,7 +6,7 @@ W (out, in) is stored as small integers with scales. A pass over x computes W' i
 
     bnb.nf4, bnb.fp4      16 levels (normal-float of QLoRA, arXiv 2305.14314, or float), a scale for 64 neighbours: 4.5 bits a parameter
     bnb.nf4-dq, -fp4-dq   the scales in 8 bits too ("double quantisation"): 4.13 bits
-    bnb.int8-training     W'_ij = q_ij s_i, q_i = round(127 W_i / max |W_i|), s_i = max |W_i| / 127, row by row as in LLM.int8()
+    bnb.int8, -training   W'_ij = q_ij s_i, q_i = round(127 W_i / max |W_i|), s_i = max |W_i| / 127, row by row as in LLM.int8()
     int8                  the same (arXiv 2208.07339); x stays as it is, where bitsandbytes quantises it too
 
 The linear layers of the blocks are quantised. The embedding, the head (in many models the same tensor; bitsandbytes skips it too), norms
@@ -30,7 +30,7 @@ from litgpt.lora import GPT
 
 # mode -> the 16 levels, and True if the scales are quantised
 FOUR_BITS = {"bnb.nf4": ("nf4", False), "bnb.nf4-dq": ("nf4", True), "bnb.fp4": ("fp4", False), "bnb.fp4-dq": ("fp4", True)}
-EIGHT_BITS = ("bnb.int8-training", "int8")
+EIGHT_BITS = ("bnb.int8-training", "bnb.int8", "int8")
 GROUP = 64  # weights that share a scale
 FEW_ROWS = 4  # of x, up to which a CPU multiplies faster by 8-bit weights than by bf16 (benchmarks/quantized.py)
 

@@ -1,11 +1,13 @@
 """The command line: how words become arguments, what a mistake looks like, what it may import, and how a process ends."""
 
+import http.server
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from litgpt import __version__
 from litgpt.__main__ import COMMANDS, load, main
 from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config
 from litgpt.cli import UsageError, parse
-from litgpt.data import JSON, Alpaca2k, PythonDocs
+from litgpt.data import JSON, Alpaca, Alpaca2k, PythonDocs
 from litgpt.errors import UserError
 
 HEAVY = {"torch", "lightning", "transformers", "numpy", "rich", "tokenizers", "jinja2", "safetensors", "gguf"}
@@ -282,6 +284,76 @@ def test_what_is_saved_can_be_read_back(config: str, tmp_path: Path) -> None:
     assert finetune(str(saved)) == {**given, "access_token": None}
 
 
+OWN_DATA = """
+from dataclasses import dataclass
+from litgpt.data import DataModule
+@dataclass
+class Mine(DataModule):
+    size: int = 3
+    def records(self): return [{"instruction": "a", "output": "b"}] * self.size, None
+class Other: pass
+"""
+
+
+def test_a_data_class_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name on the command line, from the current folder; not from a file, which may come from someone else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("own_data.py").write_text(OWN_DATA)
+    Path("broken_data.py").write_text("1 / 0")
+    data = finetune("c", "--data", "own_data.Mine", "--data.size", "7")["data"]
+    assert type(data).__name__ == "Mine" and data.size == 7 and len(data.records()[0]) == 7
+    assert "own_data.Mine" in str(as_config({"data": data}))
+    for name, message in {
+        "own_data.Other": "no subclass of litgpt.data.DataModule with a method `records`",
+        "own_data.None_": "no subclass of litgpt.data.DataModule",
+        "os.system": "no subclass of litgpt.data.DataModule",
+        "litgpt_nowhere.X": "'litgpt_nowhere' cannot be imported: No module",
+        "broken_data.X": "'broken_data' cannot be imported: division by zero",
+    }.items():
+        assert message in error("c", "--data", name)
+    Path("f.yaml").write_text("checkpoint_dir: c\ndata: own_data.Mine\n")
+    assert "own_data.Mine' is not allowed" in error("f.yaml")
+
+
+def test_a_config_from_an_address(tmp_path: Path) -> None:
+    """And from the base beside it; whatever is wrong with the server is one message."""
+    pages = {"/a/x.yaml": b"base: y.yaml\nlora_r: 5\n", "/a/y.yaml": b"checkpoint_dir: c\ndata: JSON\nlora_r: 4\n", "/big": b"#" * 2**19}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = pages.get(self.path)
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"http://127.0.0.1:{server.server_port}"
+        assert (finetune("--config", f"{host}/a/x.yaml")["lora_r"], finetune(f"{host}/a/y.yaml")["lora_r"]) == (5, 4)
+        assert "/none cannot be fetched (HTTP status 404)" in error("--config", f"{host}/none")
+        assert "/big cannot be fetched (it has more than 262,144 bytes)" in error("--config", f"{host}/big")
+        assert "user name or password" in error("--config", host.replace("//", "//me:sesame@"))
+        server.shutdown()
+    assert "cannot be fetched ([Errno 111]" in error("--config", f"{host}/a/x.yaml")
+
+
+def test_litgpts_settings_of_alpaca_and_the_settings_of_a_converted_adapter(tmp_path: Path) -> None:
+    file, url = tmp_path / "hyperparameters.yaml", Alpaca.file_url
+    arguments = {"download_dir": "data/alpaca2k", "file_url": url, "file_name": "a.json", "repo_id": "mhenrichsen/alpaca_2k_test"}
+    file.write_text(yaml.safe_dump({"checkpoint_dir": "c", "data": {"class_path": "litgpt.data.Alpaca2k", "init_args": arguments}}))
+    assert finetune(str(file))["data"] == Alpaca2k(file_name="a.json", download_dir=Path("data/alpaca2k"))
+    file.write_text("checkpoint_dir: c\ndata: {class_path: litgpt.data.Alpaca, init_args: {file_url: x, file_name: ../a.json}}\n")
+    assert "data.file_name is '../a.json'" in error(str(file))
+    file.write_text("checkpoint_dir: c\ndata: JSON\nskip2lora_enabled: true\nskip2lora_warmup: true\nquantize: bnb.int8\n")
+    given = finetune(str(file))
+    assert (given["skip2lora_warmup_epochs"], given["quantize"]) == (1.0, "bnb.int8")
+
+
 def test_warmup_as_a_fraction_replaces_the_default_number_of_steps() -> None:
     for words in ([], ["--lr_warmup_steps", "0"]):
         train = finetune("c", *words, "--lr_warmup_fraction", "0.1")["train"]
@@ -520,7 +592,8 @@ def test_foreign_classes_are_refused_before_any_import(target: str, place: str, 
     key = text.partition(":")[0]
     assert "is not allowed" in error(str(file))
     if key != "log":
-        assert "is not allowed" in error("c", f"--{key}", text.partition(": ")[2])
+        if text != f"data: {target}":  # the user's own class, by hand
+            assert "is not allowed" in error("c", f"--{key}", text.partition(": ")[2])
         assert "is not allowed" in error("c", f"--{key}.class_path", target)
     assert "is not allowed" in error("c", "--data.help", target)
     assert not trap.exists() and "trap_module" not in sys.modules

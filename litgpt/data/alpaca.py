@@ -12,7 +12,9 @@ from litgpt.data.base import DataModule
 from litgpt.data.records import Record
 from litgpt.data.sources import read_records, read_rows
 from litgpt.errors import UserError
-from litgpt.files import expand_path
+from litgpt.files import expand_path, fetch
+
+MOST_DOWNLOAD = 2**32  # bytes
 
 
 @dataclass
@@ -23,10 +25,17 @@ class Alpaca(DataModule):
     """Share of the samples that is kept for validation: 2,000 of them."""
     download_dir: Path = Path("./data/alpaca")
     """Folder for the downloaded file."""
+    file_url: str = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
+    """Address of another file to download. The default, LitGPT's, stands for its records on the hub."""
+    file_name: str = "alpaca_data_cleaned_archive.json"
+    """Name of the file in download_dir."""
 
     repo_id: ClassVar[str] = "yahma/alpaca-cleaned"
     repo_file: ClassVar[str] = "alpaca_data_cleaned.json"
-    file_name: ClassVar[str] = "alpaca_data_cleaned_archive.json"
+
+    def __post_init__(self) -> None:
+        if Path(self.file_name).name != self.file_name:
+            raise UserError(f"data.file_name is {self.file_name!r}: the name of a file in data.download_dir is needed")
 
     @property
     def source(self) -> str:
@@ -56,6 +65,9 @@ class Alpaca(DataModule):
 
         folder = Path(tempfile.mkdtemp(prefix="alpaca-"))
         try:
+            if self.file_url != Alpaca.file_url:
+                (folder / self.file_name).write_bytes(fetch(self.file_url, MOST_DOWNLOAD))
+                return read_rows(folder / self.file_name)
             return read_rows(Path(hf_hub_download(self.repo_id, self.repo_file, repo_type="dataset", local_dir=folder)))
         except UserError:
             raise
@@ -77,7 +89,9 @@ class Alpaca2k(Alpaca):
     """Share of the samples that is kept for validation: 100 of them."""
     download_dir: Path = Path("./data/alpaca2k")
     """Folder for the downloaded file."""
+    repo_id: str = "mhenrichsen/alpaca_2k_test"  # type: ignore[misc]
+    """The data set on the hub."""
+    file_name: str = "alpaca2k_data_cleaned_archive.json"
+    """Name of the file in download_dir."""
 
-    repo_id: ClassVar[str] = "mhenrichsen/alpaca_2k_test"
     repo_file: ClassVar[str] = "alpaca_2000.parquet"
-    file_name: ClassVar[str] = "alpaca2k_data_cleaned_archive.json"
