@@ -153,7 +153,7 @@ class LLM:
         """Yield the ids that follow `text`, which is in the prompt style already, until a stop token of the style or the tokenizer."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(text, bos=self.prompt_style.bos)
         return engine.generate(
             self.model,
             ids,

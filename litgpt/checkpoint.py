@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
 )
@@ -137,7 +138,9 @@ def tokenizer_files(source: str | Path) -> Iterator[tuple[str, bytes]]:
 
     Raises UserError if one is a link out of the folder, no regular file, or something else than its name says.
     """
-    for name in TOKENIZER_FILES:
+    from litgpt.tokenizer import template_files
+
+    for name in dict.fromkeys((*TOKENIZER_FILES, *template_files(source))):
         if (raw := read_own(source, name)) is None:
             continue
         file = Path(source) / name

@@ -39,6 +39,7 @@ class PromptStyle:
     """Base class of the prompt styles. A style of your own overrides `apply`; it may set `gap` and `end_of_turn`."""
 
     name: ClassVar[str] = ""
+    bos: ClassVar[bool | None] = None  # BOS before a text: as the tokenizer does by default; not before a template, which writes its own
     gap: ClassVar[str] = ""
     """Text between prompt and reply. The model learns to write it, so it is not part of the prompt."""
     end_of_turn: ClassVar[str] = ""
@@ -357,31 +358,36 @@ class ChatTemplate(ChatStyle):
 
     Args:
         template: The jinja source.
-        bos_token, eos_token: The values of these variables in the template.
+        bos_token, eos_token, special: The values of these variables in the template.
+        tool_template: Another template for conversations with tools.
         source: The file or folder of the template, for messages.
     """
 
     name = "chat"
 
-    def __init__(self, template: str, bos_token: str = "", eos_token: str = "", source: str = "") -> None:
-        self.template, self.bos_token, self.eos_token = template, bos_token, eos_token
+    bos = False
+
+    def __init__(
+        self, template: str, bos_token: str = "", eos_token: str = "", source: str = "", tool_template: str | None = None, **special: str
+    ) -> None:
+        self.template, self.tool_template = template, tool_template
+        self.special_tokens = {"bos_token": bos_token, "eos_token": eos_token, **special}
         self.source = source or "the chat template"
-        if len(template) > MAX_TEMPLATE:
-            raise UserError(f"{self.source}: the chat template has {len(template):,} characters, at most {MAX_TEMPLATE:,} are read")
+        if (size := max(len(template), len(tool_template or ""))) > MAX_TEMPLATE:
+            raise UserError(f"{self.source}: the chat template has {size:,} characters, at most {MAX_TEMPLATE:,} are read")
         self.now = datetime.now()  # fixed: a run that crosses midnight must not change its prompts
-        self._compiled: Template | None = None
+        self._compiled: dict[str, Template] = {}
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, source: str = "") -> ChatTemplate | None:
         """Return the template in the tokenizer's files, or None."""
         if tokenizer.chat_template is None:
             return None
-        tokens = tokenizer.special_tokens
-        return cls(tokenizer.chat_template, tokens.get("bos_token", ""), tokens.get("eos_token", ""), source)
+        return cls(tokenizer.chat_template, source=source, tool_template=tokenizer.tool_template, **tokenizer.special_tokens)
 
     def reads(self, key: str) -> bool:
         """Return True if the template names a key of a message, or a variable."""
-        return re.search(rf"\b{re.escape(key)}\b", self.template) is not None
+        return re.search(rf"\b{re.escape(key)}\b", f"{self.template} {self.tool_template}") is not None
 
     def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> Marked:
         """Return the conversation as text and its starts. Raise UserError if the template refuses it, is broken, or exceeds the bounds."""
@@ -389,15 +395,15 @@ class ChatTemplate(ChatStyle):
         try:
             from litgpt.templates import MAX_SIZE, Sandbox
 
-            if self._compiled is None:
-                self._compiled = Sandbox(self.now).from_string(self.template)
-            sandbox: Any = self._compiled.environment
+            template = self.tool_template if tools is not None and self.tool_template is not None else self.template
+            if template not in self._compiled:
+                self._compiled[template] = Sandbox(self.now).from_string(template)
+            sandbox: Any = self._compiled[template].environment
             sandbox.start()
-            for piece in self._compiled.generate(
+            for piece in self._compiled[template].generate(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token,
-                eos_token=self.eos_token,
+                **self.special_tokens,
                 tools=tools,
                 documents=None,
             ):

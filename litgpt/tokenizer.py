@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 MOST_TEXT = 2**21  # characters of a text, whose tokens take some 300 bytes each
+TEMPLATES = "additional_chat_templates"  # folder of templates besides chat_template.jinja, by name
+EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 MOST_GROWTH = 64  # times that a decoder may lengthen a token
 
 
@@ -35,8 +37,9 @@ class Tokenizer:
         named = _load_json(folder / "special_tokens_map.json")
         self._config = named | {key: value for key, value in _load_json(folder / "tokenizer_config.json").items() if value is not None}
         self.special_tokens: dict[str, str] = {
-            name: text for name in ("bos_token", "eos_token", "pad_token", "unk_token") if (text := _token_text(self._config.get(name)))
+            name: text for name, value in self._config.items() if name.endswith("_token") and (text := _token_text(value))
         }
+        self._add_tokens(folder)
         generation = folder / "generation_config.json"
         if not generation.is_file():  # transformers derives it from the model's config
             generation = folder / "config.json"
@@ -48,7 +51,29 @@ class Tokenizer:
         add_bos = self._config.get("add_bos_token")
         self.use_bos: bool = self.bos_id is not None and (add_bos if isinstance(add_bos, bool) else self._adds_bos())
         """Default of `ids`' argument `bos`."""
-        self.chat_template = _chat_template(self._config.get("chat_template"), folder / "chat_template.jinja")
+        templates = _chat_templates(self._config.get("chat_template"), folder)
+        self.chat_template = templates.get("default")
+        self.tool_template = templates.get("tool_use")  # of conversations with tools, if there is one
+
+    def _add_tokens(self, folder: Path) -> None:
+        """Add the tokens that files beside tokenizer.json name, as transformers does: tokenizer_config.json, else added_tokens.json and
+        special_tokens_map.json. A special token of the vocabulary becomes one that is recognised in a text."""
+        from tokenizers import AddedToken
+
+        extra = [text for key in EXTRA_TOKENS for entry in self._config.get(key) or [] if (text := _token_text(entry))]
+        special = [*self.special_tokens.values(), *extra]
+        listed = []
+        for text, entry in _listed_tokens(self._config.get("added_tokens_decoder"), folder):
+            flags = {key: entry.get(key) is True for key in ("single_word", "lstrip", "rstrip")}
+            is_special = entry.get("special") is True or text in special
+            listed.append(AddedToken(text, **flags, normalized=entry.get("normalized", not is_special) is True, special=is_special))
+        present = self._backend.get_added_tokens_decoder().values()
+        same = {repr(token) for token in present}
+        new = [token for token in listed if repr(token) not in same]
+        known = {token.content for token in (*present, *new)}
+        new += [AddedToken(text, special=True) for text in special if text not in known and self.token_to_id(text) is not None]
+        if new:
+            self._backend.add_tokens(new)
 
     def _adds_bos(self) -> bool:
         self._require_bounded("a")
@@ -236,17 +261,39 @@ def _token_text(entry: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _chat_template(entry: Any, file: Path) -> str | None:
-    """Return the template in `file`, else that of tokenizer_config.json: a text, or the one named `default` in a list or a mapping."""
-    if (text := read_own(file.parent, file.name)) is not None:
-        return decode_text(text, file)
+def _listed_tokens(listed: Any, folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return text and flags of the tokens in `added_tokens_decoder`, or in added_tokens.json if there is none, by their ids."""
+    if listed is None:
+        legacy = _load_json(folder / "added_tokens.json")
+        listed = {str(number): {"content": text} for text, number in legacy.items()}
+    try:
+        entries = sorted((int(number), entry["content"], entry) for number, entry in listed.items())
+        if all(isinstance(text, str) and text for _, text, _ in entries):
+            return [(text, entry) for _, text, entry in entries]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    raise UserError(f"{folder}: added_tokens_decoder of tokenizer_config.json, or added_tokens.json, lists no tokens by id: copy it again")
+
+
+def template_files(folder: str | Path) -> list[str]:
+    """Return the files in a checkpoint folder that hold a chat template each."""
+    more = sorted(file.name for file in (Path(folder) / TEMPLATES).glob("*.jinja"))
+    return ["chat_template.jinja", *(f"{TEMPLATES}/{name}" for name in more)]
+
+
+def _chat_templates(entry: Any, folder: Path) -> dict[str, str]:
+    """Return the templates by name: those of files if there are any, else of tokenizer_config.json: a text, a list or a mapping."""
+    contents = {name: raw for name in template_files(folder) if (raw := read_own(folder, name)) is not None}
+    if contents:
+        names = {name: "default" if name == "chat_template.jinja" else Path(name).stem for name in contents}
+        return {names[name]: decode_text(raw, folder / name) for name, raw in contents.items()}
     if isinstance(entry, list):
         entry = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
-    if isinstance(entry, dict):
-        entry = entry.get("default")
-    if entry is not None and not isinstance(entry, str):
-        raise UserError(f"{file.with_name('tokenizer_config.json')}: chat_template is {str(entry)[:60]!r}, a text is needed")
-    return entry
+    templates = entry if isinstance(entry, dict) else {} if entry is None else {"default": entry}
+    for name in ("default", "tool_use"):
+        if not isinstance(templates.get(name, ""), str):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template is {str(templates[name])[:60]!r}, a text is needed")
+    return templates
 
 
 def _required(token_id: int | None, what: str) -> int:

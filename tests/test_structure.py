@@ -47,7 +47,7 @@ UPWARD: set[tuple[str, str]] = set()
 IN_CIRCLES: set[str] = set()  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
-LINES_TOO_MANY = 3_011
+LINES_TOO_MANY = 3_067
 WITHOUT_TESTS = {
     "activations.store", "args", "finetune.sweep", "train.interrupts", "train.methods", "train.prepare", "train.report", "train.run",
     "train.settings",

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from litgpt import checkpoint
 from litgpt.errors import UserError
+from litgpt.prompts import ChatTemplate
 from litgpt.tokenizer import Tokenizer
 
 WriteTokenizer = Callable[[Path], Path]
@@ -270,3 +271,54 @@ def test_the_default_of_several_templates(entry: Any, write_tiny_tokenizer: Call
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": entry}))
     assert Tokenizer(folder).chat_template == "y"
+
+
+A, B = "{% for m in messages %}A{{ m.content }}{{ pad_token }}{% endfor %}", "{% for m in messages %}B{{ m.content }}{% endfor %}"
+NEW = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+PLACES: dict[str, dict[str, Any]] = {
+    "one file": {"chat_template.jinja": A},
+    "a file beside the config's": {"chat_template.jinja": A, "tokenizer_config.json": {"chat_template": B}},
+    "a file and a folder": {"chat_template.jinja": A, "additional_chat_templates/tool_use.jinja": B},
+    "the folder alone": {"additional_chat_templates/default.jinja": A, "additional_chat_templates/rag.jinja": B},
+    "a list": {"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": B}, {"name": "default", "template": A}]}},
+    "a mapping": {"tokenizer_config.json": {"chat_template": {"default": A, "tool_use": B}}},
+    "added in the config": {"tokenizer_config.json": {"added_tokens_decoder": {"320": {**NEW, "content": "<new>", "special": True}}}},
+    "added and plain": {"tokenizer_config.json": {"added_tokens_decoder": {"320": {**NEW, "content": "<new>", "special": False}}}},
+    "added in a file": {"added_tokens.json": {"<new>": 320}},
+    "added in two files": {"added_tokens.json": {"<new>": 320}, "special_tokens_map.json": {"unk_token": "<new>"}},
+    "bos before no template": {"tokenizer_config.json": {"add_bos_token": True, "chat_template": A}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_and_form_as_in_transformers(place: str, write_tiny_tokenizer: WriteTokenizer, tmp_path: Path) -> None:
+    """Templates, added tokens and BOS, in the folder and in a copy."""
+    folder = write_tiny_tokenizer(tmp_path / "a")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if any(name.endswith("jinja") for name in PLACES[place]):
+        del config["chat_template"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, content in PLACES[place].items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        merged = {**config, **content} if name == "tokenizer_config.json" else content
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(merged))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    checkpoint.copy_tokenizer_files(folder, tmp_path / "copy")
+    turns, tools = [{"role": "user", "content": "Hi <new> there"}], [{"type": "function", "function": {"name": "f"}}]
+    for ours in (Tokenizer(folder), Tokenizer(tmp_path / "copy")):
+        text = "a<new> b <|im_end|>c"
+        assert ours.ids(text, bos=False) == theirs(text, add_special_tokens=False).input_ids
+        assert ours.decode(ours.ids(text, bos=False)) == theirs.decode(ours.ids(text, bos=False), skip_special_tokens=True)
+        style = ChatTemplate.from_tokenizer(ours)
+        assert style is not None
+        for listed in (None, tools):
+            want = theirs.apply_chat_template(turns, tools=listed, tokenize=True, return_dict=False)
+            assert ours.ids(style.render_marked(turns, tools=listed)[0], bos=style.bos) == want
+
+
+def test_broken_lists_of_added_tokens(write_tiny_tokenizer: WriteTokenizer, tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path / "a")
+    for content in ({"<x>": "y"}, {"": 3}, {"<x>": None}):
+        (folder / "added_tokens.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="added_tokens.json, lists no tokens by id"):
+            Tokenizer(folder)

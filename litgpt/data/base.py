@@ -198,7 +198,7 @@ class _Encoder:
         if self.tokenizer.eos_id is not None and (not ids or ids[-1] not in self.stops):
             ids.append(self.tokenizer.eos_id)
             mask.append(1)
-        if self.tokenizer.use_bos and self.tokenizer.bos_id is not None and ids[0] != self.tokenizer.bos_id:
+        if self.style.bos is None and self.tokenizer.use_bos and self.tokenizer.bos_id is not None and ids[0] != self.tokenizer.bos_id:
             ids.insert(0, self.tokenizer.bos_id)
             mask.insert(0, 0)
         mask[0] = 0

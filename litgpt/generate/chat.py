@@ -105,7 +105,7 @@ class Conversation:
                 text: str = self.llm.prompt_style.apply(turns[-1]["content"])
             else:
                 text = self.render(turns[start:], add_generation_prompt=True)
-            room = limit - len(self.llm.tokenizer.ids(text))
+            room = limit - len(self.llm.tokenizer.ids(text, bos=self.llm.prompt_style.bos))
             if room >= wanted:
                 break
         return text, room, start // 2

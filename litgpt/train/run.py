@@ -230,7 +230,7 @@ class Session:
             return
         rendered = render(job.example, job.style, job.tokenizer)
         prompt = rendered.text[: rendered.spans[0][0]]
-        ids = torch.tensor(job.tokenizer.ids(prompt))
+        ids = torch.tensor(job.tokenizer.ids(prompt, bos=job.style.bos))
         room = min(len(ids) + most, model.max_seq_length)
         if room <= len(ids):
             return

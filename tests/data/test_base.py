@@ -155,7 +155,7 @@ def test_training_prompt_is_the_generation_prompt(tokenizer: Tokenizer, bos_toke
         for style in (prompts.Alpaca(), prompts.ChatML(), prompts.Llama3(), own_template(each)):
             sample = one_sample(pair("Hi", "Hello"), each, style)
             first = sample.loss_mask.index(1)
-            assert list(sample.input_ids[:first]) == each.ids(style.apply("Hi"))
+            assert list(sample.input_ids[:first]) == each.ids(style.apply("Hi"), bos=style.bos)
 
 
 def test_bos_once(bos_tokenizer: Tokenizer) -> None:
