@@ -39,7 +39,14 @@ def test_a_run_learns_is_saved_and_merged(base: Path, data: Path, tmp_path: Path
     assert abs(runs.plain_loss(whole, samples) - losses[-1]) < 1e-4
 
 
-@pytest.mark.parametrize("settings", [DORA, WARM, {**DORA, "quantize": "int8"}], ids=["dora", "warm-up", "int8"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(DORA, id="dora"),
+        pytest.param(WARM, id="warm-up", marks=pytest.mark.slow),
+        pytest.param({**DORA, "quantize": "int8"}, id="int8", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_is_the_same(settings: dict[str, object], base: Path, data: Path, tmp_path: Path) -> None:
     """With the warm-up, DoRA is in the frozen prefix too, which is cached."""
     whole, resumed = tmp_path / "one" / "run", tmp_path / "other" / "run"

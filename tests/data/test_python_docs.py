@@ -176,6 +176,7 @@ def test_package_of_every_kind(package: str, tmp_path: Path, capfd: pytest.Captu
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_the_default_is_large_and_without_duplicates() -> None:
     data = PythonDocs()
     records, _ = data.records()
@@ -193,9 +194,9 @@ def test_the_default_is_large_and_without_duplicates() -> None:
 def test_same_result_in_every_process() -> None:
     code = (
         "import json, sys; from litgpt.data import PythonDocs\n"
-        "records, _ = PythonDocs(packages=sys.argv[1:], max_samples=800).records(); print(json.dumps(records))"
+        "records, _ = PythonDocs(packages=sys.argv[1:], max_samples=300).records(); print(json.dumps(records))"
     )
-    packages = ["builtins", "collections", "numpy", "asyncio", "xml", "logging"]
+    packages = ["builtins", "collections", "xml", "logging"]
 
     def run(seed: str, order: list[str]) -> str:
         environment = {**os.environ, "PYTHONHASHSEED": seed}
@@ -204,7 +205,7 @@ def test_same_result_in_every_process() -> None:
         return hashlib.sha256(result.stdout.encode()).hexdigest() + str(len(json.loads(result.stdout)))
 
     first = run("1", packages)
-    assert first.endswith("800")
+    assert first.endswith("300")
     assert run("2", packages[::-1]) == first
 
 

@@ -112,7 +112,9 @@ def test_a_tied_head_stays_tied_when_the_weights_come_from_another_device(
     assert is_tied(run.final)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", torch.bfloat16), pytest.param("bf16-mixed", torch.float32, marks=pytest.mark.slow)]
+)
 def test_other_precisions_run_and_learn(precision: str, dtype: torch.dtype, run: Run, base: Path, data: Path, tmp_path: Path) -> None:
     other = finetune("finetune_full", base, data, tmp_path / "out", optimizer__lr=2e-3, precision=precision)
     assert other.code == 0, other.err

@@ -191,7 +191,7 @@ def test_the_model_config_is_the_bases_and_the_tokenizer_comes_along(made: Calla
     }
 
 
-@pytest.mark.parametrize("by", ["steps", "epochs"])
+@pytest.mark.parametrize("by", ["steps", pytest.param("epochs", marks=pytest.mark.slow)])
 def test_a_warm_up_trains_lora_first_and_freezes_it_before_the_cut(by: str, base: Path, data: Path, tmp_path: Path) -> None:
     length = {"skip2lora_warmup_steps": 2} if by == "steps" else {"skip2lora_warmup_epochs": 0.6}  # of 3 steps
     settings = {**METHODS["block"], **length, "skip2lora_warmup_lr": 0.05, "lora_dropout": 0.2}
@@ -265,8 +265,17 @@ def test_positions_is_the_older_name_of_block_indices(made: Callable[[str], Run]
     assert checkpoint.load_model(run.final, torch.float32).config.taps == (0, 2)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "lm_head with LoRA", "block"])
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("precision", "method"),
+    [
+        ("bf16-true", "LoRA"),
+        ("bf16-mixed", "block"),
+        pytest.param("bf16-true", "block", marks=pytest.mark.slow),
+        pytest.param("bf16-mixed", "LoRA", marks=pytest.mark.slow),
+        pytest.param("bf16-true", "lm_head with LoRA", marks=pytest.mark.slow),
+        pytest.param("bf16-mixed", "lm_head with LoRA", marks=pytest.mark.slow),
+    ],
+)
 def test_other_precisions_run_and_learn_the_same(
     precision: str, method: str, made: Callable[[str], Run], base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -291,7 +300,7 @@ def test_a_cache_has_the_backbones_dtype_unless_told_otherwise(
     assert sizes[0] == positions * 3 * 32 * itemsize
 
 
-@pytest.mark.parametrize("method", ["late LoRA", "lm_head", "block"])
+@pytest.mark.parametrize("method", [pytest.param("late LoRA", marks=pytest.mark.slow), "lm_head", "block"])
 def test_runs_without_a_cache_and_with_one_on_disk_have_the_same_curve(method: str, base: Path, data: Path, tmp_path: Path) -> None:
     runs = {}
     for mode in ("off", "memory", "disk"):
@@ -316,7 +325,14 @@ def test_a_later_run_starts_on_the_cache_of_an_earlier_one(base: Path, data: Pat
     assert other.code == 0 and other.err.count("is reused") == 0
 
 
-@pytest.mark.parametrize(("name", "precision"), [("bfloat16", "32-true"), ("float32", "bf16-true"), ("float16", "32-true")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("bfloat16", "32-true"),
+        pytest.param("float32", "bf16-true", marks=pytest.mark.slow),
+        pytest.param("float16", "32-true", marks=pytest.mark.slow),
+    ],
+)
 def test_the_cache_may_have_another_dtype_than_the_model(name: str, precision: str, base: Path, data: Path, tmp_path: Path) -> None:
     run = finetune("finetune", base, data, tmp_path / "out", **{**METHODS["block"], "precision": precision}, skip2lora_cache_dtype=name)
     assert run.code == 0, run.err

@@ -79,6 +79,7 @@ def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err.startswith(f"Error: checkpoint folder {tmp_path / 'nowhere'} does not exist")
 
 
+@pytest.mark.slow
 def test_as_a_process(base: Path) -> None:
     words = [sys.executable, "-m", "litgpt", "generate", str(base), "--prompt", "hello", "--max_new_tokens", "5"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})

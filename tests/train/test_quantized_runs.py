@@ -25,8 +25,19 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("mode", [pytest.param("bnb.nf4", marks=needs_bitsandbytes), "int8"])
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [
+        pytest.param("bnb.nf4", "lora", marks=needs_bitsandbytes),
+        pytest.param("bnb.nf4", "skip2lora", marks=[needs_bitsandbytes, pytest.mark.slow]),
+        pytest.param("bnb.nf4", "tail", marks=needs_bitsandbytes),
+        pytest.param("bnb.nf4", "warm-up", marks=[needs_bitsandbytes, pytest.mark.slow]),
+        pytest.param("int8", "lora", marks=pytest.mark.slow),
+        pytest.param("int8", "skip2lora"),
+        pytest.param("int8", "tail", marks=pytest.mark.slow),
+        pytest.param("int8", "warm-up"),
+    ],
+)
 def test_fine_tuning(mode: str, method: str, base: Path, data: Path, tmp_path: Path) -> None:
     """It learns; the adapter is an ordinary one; with and without cache the same comes out; answers come in all number formats."""
     run = finetune_runs.finetune("finetune", base, data, tmp_path / "out", quantize=mode, lora_dropout=0.0, **METHODS[method])

@@ -34,6 +34,7 @@ SWEEPS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "late LoRA": ({"lora_block_indices": "last:2", "lora_key": True, "eval__max_new_tokens": 0}, {"lora_r": [2, 3], "lora_alpha": [4]}),
     "8 bits": ({**BLOCK, "quantize": "int8"}, {"lora_mlp": [True, False]}),
 }
+SLOW = {"late LoRA", "8 bits"}
 
 
 def sweep(base: Path, data: Path, out_dir: Path, values: dict[str, list[Any]], **settings: Any) -> Run:
@@ -64,13 +65,15 @@ def made(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 # --- each setting is the run of its own ---
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SWEEPS])
 def test_each_setting_is_the_run_of_its_own(name: str, made: Callable[[str], Run], base: Path, data: Path, tmp_path: Path) -> None:
     """Weights, losses and settings of `litgpt finetune`, bit for bit, for every combination."""
     settings, values = SWEEPS[name]
     found = rows(made(name).out_dir)
     settings = {**settings}
     assert len(found) == settings.pop("samples", math.prod(map(len, values.values())))
+    losses = [row["final_val_loss"] for row in found]
+    assert len(set(losses)) == len(losses), "or the comparison would show nothing"
     for row in found:
         own = {key: row[key] for key in values}
         run = finetune("finetune", base, data, tmp_path / row["setting"], *(f"--{key}={text}" for key, text in own.items()), **settings)
@@ -88,13 +91,6 @@ def test_each_setting_is_the_run_of_its_own(name: str, made: Callable[[str], Run
             for file in ("hyperparameters.yaml", "model_config.yaml")
         )
         assert {**plans[0], "out_dir": 0} == {**plans[1], "out_dir": 0} and models[0] == models[1]
-
-
-def test_the_runs_differ(made: Callable[[str], Run]) -> None:
-    """Or the comparison would show nothing."""
-    for name in SWEEPS:
-        losses = [row["final_val_loss"] for row in rows(made(name).out_dir)]
-        assert len(set(losses)) == len(losses)
 
 
 def test_the_prefix_runs_once(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

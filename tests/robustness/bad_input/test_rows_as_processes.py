@@ -20,8 +20,9 @@ TABLES: dict[str, list[Case]] = {
     "sources": test_conversion.ROWS,
     "places": test_places.ROWS,
 }
-LIGHT = [("settings", name) for name in ("command misspelt", "a bomb of aliases", "nested too deeply", "a foreign class", "seed=-1")]
+LIGHT = [("settings", name) for name in ("command misspelt", "a bomb of aliases", "a foreign class", "seed=-1")]
 HEAVY = [
+    ("settings", "nested too deeply"),
     ("settings", "a file as the checkpoint"),
     ("data", "half a character"),
     ("checkpoints", "a pickle of the old kind"),

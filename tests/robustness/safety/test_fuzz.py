@@ -104,7 +104,7 @@ GGUF_LISTS = (
 )
 
 
-@examples(30, 500)
+@examples(12, 500)
 def test_gguf(count: int, world: World, tmp_path: Path) -> None:
     metadata, shapes = worlds.gguf_metadata(world.base), worlds.gguf_tensors()
     keys = [key for key in metadata if key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")]

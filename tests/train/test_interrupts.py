@@ -1,0 +1,86 @@
+"""Signals during a run, and memory that runs out. Real processes get signals in tests/robustness/reliability/test_signals.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from litgpt.errors import OutOfMemory, Stopped
+from litgpt.train.interrupts import SIGNALS, Interrupts, is_out_of_memory, memory_explained
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_raises_at_once(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(Stopped) as stopped, Interrupts():
+            os.kill(os.getpid(), number)
+        assert stopped.value.signum == number and signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_held_signal_waits_and_the_next_one_is_the_kernels(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts() as interrupts:
+        with interrupts.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupts.asked == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        with pytest.raises(Stopped) as stopped:
+            interrupts.stop()
+        assert stopped.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert capfd.readouterr().err == "\nSIGTERM: stopping after this step; a second signal ends the run at once\n"
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_leaves_the_handlers_alone() -> None:
+    before, seen = [signal.getsignal(number) for number in SIGNALS], []
+
+    def enter() -> None:
+        with Interrupts():
+            seen.extend(signal.getsignal(number) for number in SIGNALS)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == before
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_is_out_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_memory_errors_get_figures_and_others_pass() -> None:
+    figures = r"out of memory for 1048576\.00 GiB more while reading: at most .* GiB are free now"
+    with pytest.raises(OutOfMemory, match=figures), memory_explained(CPU, "while reading"):
+        torch.empty(2**50, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="other"), memory_explained(CPU, "while reading"):
+        raise ValueError("other")

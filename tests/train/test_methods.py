@@ -1,0 +1,98 @@
+"""The ways to fine-tune: what each trains, saves and loads, and the lines that describe it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litgpt.args import TrainArgs
+from litgpt.data import JSON
+from litgpt.errors import UserError
+from litgpt.finetune.lora import Lora
+from litgpt.train.methods import CacheArgs, Method, adapters, describe, full, ranges
+
+SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": [0, 2], "lora_query": False, "lora_value": False}
+
+
+def lora(base: Path, **settings: Any) -> Method:
+    return adapters(Lora(checkpoint_dir=base, data=JSON(), **settings))
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("mode", "train", "expected"),
+    [
+        ("auto", TrainArgs(epochs=2), "auto"),
+        ("auto", TrainArgs(epochs=1), "off"),
+        ("auto", TrainArgs(epochs=None, max_steps=3), "off"),
+        ("auto", TrainArgs(epochs=None, max_steps=4), "auto"),
+        ("disk", TrainArgs(epochs=1), "disk"),
+    ],
+)
+def test_auto_caches_only_what_is_needed_twice(mode: str, train: TrainArgs, expected: str) -> None:
+    assert CacheArgs(mode).mode_for(train, steps_per_epoch=3) == expected
+
+
+@pytest.mark.parametrize("settings", [{}, SKIP, {"lora_block_indices": "last:2", "lora_mlp": True}], ids=["LoRA", "Skip2-LoRA", "late"])
+def test_adapters_are_trained_saved_and_loaded_and_nothing_else(settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    method = lora(base, lora_r=2, **settings)
+    model, other = method.build(base, torch.float32), method.build(base, torch.float32)
+    names = trained(model)
+    assert names and all(name.endswith(("lora_A", "lora_B")) for name in names)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    method.save(model, tmp_path)
+    method.load(other, tmp_path)
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert {name for name in ours if torch.equal(ours[name], theirs[name])} == names
+
+
+def test_full_trains_and_saves_every_weight(base: Path, tmp_path: Path) -> None:
+    method = full()
+    model, other = method.build(base, torch.float32), method.build(base, torch.float32)
+    assert trained(model) == set(dict(model.named_parameters()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    method.save(model, tmp_path)
+    method.load(other, tmp_path)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_full_ties_the_head_if_asked(base: Path) -> None:
+    assert [full(tie).build(base, torch.float32).is_tied for tie in (None, True, False)] == [False, True, False]
+
+
+def test_nothing_to_train_is_an_error(base: Path) -> None:
+    with pytest.raises(UserError, match="nothing would be trained: set lora_query"):
+        lora(base, lora_query=False, lora_value=False).build(base, torch.float32)
+
+
+def test_rebuilt_adapters_leave_the_frozen_weights(base: Path) -> None:
+    model = lora(base, lora_r=2).build(base, torch.float32)
+    frozen = model.transformer["wte"].weight
+    lora(base, lora_r=3, **SKIP).rebuild(model, base)
+    assert model.transformer["wte"].weight is frozen
+    assert trained(model) == trained(lora(base, lora_r=3, **SKIP).build(base, torch.float32))
+
+
+def test_what_is_described(base: Path) -> None:
+    """Skip2-LoRA of rank 4 from 2 of 5 blocks of width 32: 2 x 2 x 4 x 32 parameters."""
+    method = lora(base, lora_r=4, **{**SKIP, "lora_query": True})
+    parameters, taps, flags, frozen = describe(method.build(base, torch.float32), method.lora_flags, method.warmup)
+    assert parameters.startswith("parameters: 512 trainable of ")
+    assert taps == "Skip2-LoRA: outputs of blocks 0, 2, normalised, rank 4, to lm_head"
+    assert flags == "LoRA (lora_query) applies to layers behind lm_head's input only: none there"
+    assert frozen == "frozen, run without gradients: the embedding and blocks 0-4 of 5"
+
+
+@pytest.mark.parametrize(("numbers", "text"), [((), ""), ((3,), "3"), ((0, 1, 2, 5), "0-2, 5"), ((1, 3, 4), "1, 3-4")])
+def test_ranges(numbers: tuple[int, ...], text: str) -> None:
+    assert ranges(numbers) == text

@@ -1,0 +1,63 @@
+"""What is read and checked before a run writes anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.data import JSON
+from litgpt.errors import UserError
+from litgpt.finetune.lora import Lora
+from litgpt.train.methods import adapters
+from litgpt.train.prepare import Job, prepare
+from tests.helpers import runs as finetune_runs
+
+
+def prepared(base: Path, data: Path, **settings: Any) -> Job:
+    values = {"precision": "32-true", "train": TrainArgs(micro_batch_size=2, global_batch_size=6), "eval": EvalArgs(), **settings}
+    run = Lora(checkpoint_dir=base, data=JSON(json_path=data), **values)
+    return prepare(run, adapters(run), base)
+
+
+def test_a_job_has_what_was_read_and_nothing_is_written(base: Path, data: Path, tmp_path: Path) -> None:
+    before = finetune_runs.files(base)
+    job = prepared(base, data, out_dir=tmp_path / "out")
+    assert (len(job.splits.train), len(job.splits.val)) == (18, 2)
+    assert (job.precision, job.cache_dtype, job.chosen) == ("32-true", torch.float32, None)
+    assert job.example == job.splits.examples[0] and job.cache_folder == tmp_path / "activation_cache"
+    assert finetune_runs.files(base) == before and not list(tmp_path.iterdir())
+
+
+def test_samples_are_cut_to_the_setting_or_to_what_the_model_reads(base: Path, data: Path) -> None:
+    for setting, expected in ((None, 256), (20, 20), (1000, 256)):
+        job = prepared(base, data, train=TrainArgs(micro_batch_size=2, global_batch_size=6, max_seq_length=setting))
+        assert job.model.max_seq_length == expected
+        assert max(len(sample.input_ids) for sample in job.splits.train) <= expected
+
+
+def test_the_cache_has_the_dtype_that_is_asked_for(base: Path, data: Path, tmp_path: Path) -> None:
+    job = prepared(base, data, skip2lora_cache_dtype="bf16", skip2lora_cache_dir=tmp_path)
+    settings = job.cache_settings("disk")
+    assert job.cache_dtype == settings.dtype == torch.bfloat16 and job.cache_folder == tmp_path
+    with pytest.raises(UserError, match="skip2lora_cache_dtype is 'int4': choose one of bfloat16, "):
+        prepared(base, data, skip2lora_cache_dtype="int4")
+
+
+def test_the_example_to_answer(base: Path, data: Path) -> None:
+    job = prepared(base, data, eval=EvalArgs(evaluate_example=1))
+    assert job.example == job.splits.examples[1] != job.splits.examples[0]
+    chosen = {prepared(base, data, eval=EvalArgs(evaluate_example="random"), seed=seed).example.question for seed in (1, 1)}
+    assert len(chosen) == 1
+    with pytest.raises(UserError, match="eval.evaluate_example is 2: the validation set has 2 samples"):
+        prepared(base, data, eval=EvalArgs(evaluate_example=2))
+
+
+def test_wrong_optimizers_and_rates_show_at_once(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="optimizer"):
+        prepared(base, data, optimizer="Nothing")
+    prepared(base, data, optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.0}})
+    assert "warning: nothing is trained, as the optimizer's learning rate (lr) is 0" in capsys.readouterr().err

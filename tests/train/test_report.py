@@ -1,0 +1,56 @@
+"""report.json and the summary: figures of a state whose values are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from litgpt.train.report import as_json, figures, summary_rows
+from litgpt.train.resume import State
+
+STATE = State(step=6, tokens=300, seconds=2.0, losses=[(0, 3.0), (4, 1.5), (6, 2.0)], best=(4, 1.5))
+
+
+def test_figures_of_a_run() -> None:
+    report = figures(STATE, steps_per_epoch=4, trainable=10, total=1000, peak_memory_gb=0.5)
+    assert report.pop("total_seconds") > 0
+    assert report == {
+        "steps": 6,
+        "epochs": 1.5,
+        "initial_val_loss": 3.0,
+        "final_val_loss": 2.0,
+        "best_val_loss": 1.5,
+        "best_step": 4,
+        "skipped_steps": 0,
+        "trainable_parameters": 10,
+        "total_parameters": 1000,
+        "train_seconds": 2.0,
+        "tokens_per_second": 150.0,
+        "peak_memory_gb": 0.5,
+    }
+
+
+def test_losses_count_where_they_were_measured() -> None:
+    report = figures(State(step=6, losses=[(4, 1.5)]), 3, 1, 2, 0.0)
+    assert (report["initial_val_loss"], report["final_val_loss"], report["best_step"]) == (None, None, None)
+    assert report["tokens_per_second"] == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_json_has_null_for_what_is_not_finite(value: float) -> None:
+    assert json.loads(as_json({"a": value, "b": 1.5, "c": None})) == {"a": None, "b": 1.5, "c": None}
+
+
+def test_the_summary(tmp_path: Path) -> None:
+    report = figures(STATE, 4, 10, 1000, 0.5)
+    rows = summary_rows(report, tmp_path)
+    assert rows["validation loss after"] == "2.0000 (perplexity 7.39)"
+    assert rows["trainable parameters"] == "10 of 1,000 (1.000 %)" and rows["steps"] == "6 (1.5 epochs)"
+    assert rows["best checkpoint"] == f"{tmp_path}: step 4, validation loss 1.5000"
+    assert "skipped steps" not in rows and "merged into the base" not in rows
+    more = summary_rows({**report, "skipped_steps": 2, "merged_val_loss": 2.5, "initial_val_loss": None}, tmp_path / "none")
+    assert more["skipped steps"].startswith("2 ") and more["merged into the base"].startswith("2.5000")
+    assert more["validation loss before"] == "not measured" and "best checkpoint" not in more
