@@ -1,7 +1,7 @@
 """Prompt styles: the text around a question, and the token that ends the reply.
 
-The built-in styles are rows of data on two forms: `PlainStyle`, one text with holes, and `TurnStyle`, a text for each role, which can hold
-a conversation. `ChatTemplate` renders the checkpoint's own jinja template in a sandbox.
+The built-in styles are rows of data in `litgpt.families`, on two forms: `PlainStyle`, one text with holes, and `TurnStyle`, a text for each
+role, which can hold a conversation. `ChatTemplate` renders the checkpoint's own jinja template in a sandbox.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
@@ -66,7 +66,7 @@ class PromptStyle:
     @classmethod
     def from_config(cls, config: Config) -> PromptStyle:
         """Return the style that the model of this name was trained with; `Default` for base models."""
-        return STYLES[families.prompt_style(config.name) or Default.name]()
+        return STYLES[families.prompt_style(config.name) or "default"]()
 
 
 def _with_input(prompt: str, extra: dict[str, str]) -> str:
@@ -157,197 +157,19 @@ class TurnStyle(ChatStyle):
         return "".join(parts), starts
 
 
-# --- The styles. Sources: the model cards and reference code of the models; Alpaca: Stanford Alpaca's two texts. ---
+# --- The styles ---
 
 STYLES: dict[str, type[PromptStyle]] = {}  # by name
-Form = TypeVar("Form", bound=PromptStyle)
+_CLASSES: dict[str, type[PromptStyle]] = {"PlainStyle": PlainStyle, "TurnStyle": TurnStyle}  # by class name, with the two forms
+for _class, _row in families.STYLES.items():
+    _CLASSES[_class] = STYLES[_row.name] = type(_class, (_CLASSES[_row.form],), {"__module__": __name__, "name": _row.name, **_row.pieces})
 
 
-def _style(form: type[Form], class_name: str, name: str, **pieces: str | bool) -> type[Form]:
-    """Return a new class of the given form and register it in `STYLES`."""
-    style = type(class_name, (form,), {"__module__": __name__, "name": name, **pieces})
-    STYLES[name] = style
-    return style
-
-
-def _turns(marker: str, end: str = "", between: str = "") -> dict[str, str]:
-    """Return the pieces of a style whose roles share one form: `marker` with the role's name, the content, `end`, `between`."""
-    system, user = (marker.replace("ROLE", role) + "{}" + end + between for role in ("system", "user"))
-    reply_head = marker.replace("ROLE", "assistant")
-    return {"system_turn": system, "user_turn": user, "reply_head": reply_head, "end_of_turn": end, "between": between}
-
-
-_TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-_TASK_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-)
-_INSTRUCTION = "### Instruction:\n{prompt}\n\n"
-_RESPONSE = "### Response:\n"
-
-Default = _style(PlainStyle, "Default", "default")  # for base models, which continue a text
-Alpaca = _style(
-    PlainStyle,
-    "Alpaca",
-    "alpaca",
-    system=_TASK,
-    system_with_input=_TASK_WITH_INPUT,
-    text="{system}\n\n" + _INSTRUCTION + _RESPONSE,
-    text_with_input="{system}\n\n" + _INSTRUCTION + "### Input:\n{input}\n\n" + _RESPONSE,
-)
-FLAN = _style(PlainStyle, "FLAN", "flan", system=_TASK, text="{system}\n\n" + _INSTRUCTION + _RESPONSE)
-Longform = _style(PlainStyle, "Longform", "longform", system=_TASK_WITH_INPUT, text="{system}\n\n" + _INSTRUCTION + _RESPONSE)
-Platypus = _style(PlainStyle, "Platypus", "platypus", text="### Instruction:\n\n{prompt}\n\n### Response:\n")
-NousResearch = _style(PlainStyle, "NousResearch", "nous-research", text=_INSTRUCTION + _RESPONSE)
-TogetherComputerChat = _style(PlainStyle, "TogetherComputerChat", "togethercomputer-chat", text="<human>: {prompt}\n<bot>:", gap=" ")
-TogetherComputerInstruct = _style(PlainStyle, "TogetherComputerInstruct", "togethercomputer-instruct", text="Q: {prompt}\nA:", gap=" ")
-H2Oai = _style(PlainStyle, "H2Oai", "h2oai", text="<|prompt|>{prompt}</s><|answer|>", marker="<|answer|>")
-Falcon = _style(PlainStyle, "Falcon", "falcon", text="User: {prompt}\n\nAssistant:", gap=" ")
-StableCode = _style(PlainStyle, "StableCode", "stablecode", text="###Instruction\n{prompt}###Response\n")
-FreeWilly2 = _style(
-    PlainStyle,
-    "FreeWilly2",
-    "freewilly2",
-    system="This is a system prompt, please behave and help the user.",
-    text="### System:\n{system}\n\n### User:\n{prompt}\n\n### Assistant:\n",
-)
-Phi1 = _style(PlainStyle, "Phi1", "phi-1", text="{prompt}\n\nAnswer:", gap=" ")
-Phi2 = _style(PlainStyle, "Phi2", "phi-2", text="Instruct: {prompt}\nOutput:", gap=" ")
-Vicuna = _style(
-    PlainStyle,
-    "Vicuna",
-    "vicuna",
-    system="A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    text="{system} USER: {prompt} ASSISTANT:",
-    gap=" ",
-)
-
-Llama2 = _style(
-    TurnStyle,
-    "Llama2",
-    "llama2",
-    system="You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your "
-    "answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
-    "responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, "
-    "explain why instead of answering something not correct. If you don't know the answer to a question, please don't share false "
-    "information.",
-    system_turn="<<SYS>>\n{}\n<</SYS>>\n\n",
-    system_in_user=True,
-    user_turn="[INST] {} [/INST]",
-    gap=" ",
-    end_of_turn="</s>",
-    between="<s>",
-)
-CodeLlama = _style(Llama2, "CodeLlama", "codellama", system="")
-Llama2FunctionCalling = _style(  # the system text is the list of functions, as JSON
-    TurnStyle,
-    "Llama2FunctionCalling",
-    "llama2-function-calling",
-    system_turn="<FUNCTIONS>{}</FUNCTIONS>\n\n",
-    user_turn="[INST] {} [/INST]\n\n",
-    end_of_turn="</s>",
-    between="<s>",
-)
-Mistral = _style(
-    TurnStyle,
-    "Mistral",
-    "mistral",
-    start="<s>",
-    system_turn="{}\n\n",
-    system_in_user=True,
-    user_turn="[INST] {} [/INST]",
-    gap=" ",
-    end_of_turn="</s>",
-)
-Llama3 = _style(
-    TurnStyle,
-    "Llama3",
-    "llama3",
-    system="You are a helpful assistant.",
-    start="<|begin_of_text|>",
-    **_turns("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>"),
-)
-TinyLlama = _style(
-    TurnStyle,
-    "TinyLlama",
-    "tinyllama",
-    system="You are a friendly chatbot who always gives helpful, detailed, and polite answers.",
-    **_turns("<|ROLE|>\n", "</s>", "\n"),
-)
-StableLMAlpha = _style(
-    TurnStyle,
-    "StableLMAlpha",
-    "stablelm-alpha",
-    system="# StableLM Tuned (Alpha version)\n"
-    "- StableLM is a helpful and harmless open-source AI language model developed by StabilityAI.\n"
-    "- StableLM is excited to be able to help the user, but will refuse to do anything that could be considered harmful to the user.\n"
-    "- StableLM is more than just an information source, StableLM is also able to write poetry, short stories, and make jokes.\n"
-    "- StableLM will refuse to participate in anything that could harm a human.\n",
-    system_turn="<|SYSTEM|>{}",
-    user_turn="<|USER|>{}",
-    reply_head="<|ASSISTANT|>",
-    marker="<|ASSISTANT|>",
-)
-StableLMZephyr = _style(TurnStyle, "StableLMZephyr", "stablelm-zephyr", **_turns("<|ROLE|>\n", "<|endoftext|>", "\n"))
-Phi3 = _style(TurnStyle, "Phi3", "phi-3", system="You are a helpful assistant.", **_turns("<|ROLE|>\n", "<|end|>", "\n"))
-Phi4 = _style(TurnStyle, "Phi4", "phi-4", **_turns("<|im_start|>ROLE<|im_sep|>", "<|im_end|>"))
-Phi4Reasoning = _style(
-    Phi4,
-    "Phi4Reasoning",
-    "phi-4-reasoning",
-    system="You are Phi, a language model trained by Microsoft to help users. Your role as an assistant involves thoroughly exploring "
-    "questions through a systematic thinking process before providing the final precise and accurate solutions. This requires engaging in "
-    "a comprehensive cycle of analysis, summarizing, exploration, reassessment, reflection, backtracing, and iteration to develop "
-    "well-considered thinking process. Please structure your response into two main sections: Thought and Solution using the specified "
-    "format: <think> {Thought section} </think> {Solution section}. In the Thought section, detail your reasoning process in steps. Each "
-    "step should include detailed considerations such as analysing questions, summarizing relevant findings, brainstorming new ideas, "
-    "verifying the accuracy of the current steps, refining any errors, and revisiting previous steps. In the Solution section, based on "
-    "various attempts, explorations, and reflections from the Thought section, systematically present the final solution that you deem "
-    "correct. The Solution section should be logical, accurate, and concise and detail necessary steps needed to reach the conclusion. "
-    "Now, try to solve the following question through the above guidelines:",
-)
-Phi4Mini = _style(TurnStyle, "Phi4Mini", "phi-4-mini", **_turns("<|ROLE|>", "<|end|>"))
-Phi4MiniReasoning = _style(
-    Phi4Mini, "Phi4MiniReasoning", "phi-4-mini-reasoning", system="Your name is Phi, an AI math expert developed by Microsoft."
-)
-Falcon3 = _style(TurnStyle, "Falcon3", "falcon3", **_turns("<|ROLE|>\n", "\n") | {"end_of_turn": "<|endoftext|>", "between": "\n"})
-Gemma = _style(
-    TurnStyle,
-    "Gemma",
-    "gemma",
-    system_turn="{}\n\n",
-    system_in_user=True,
-    user_turn="<start_of_turn>user\n{}<end_of_turn>\n",
-    reply_head="<start_of_turn>model\n",
-    end_of_turn="<end_of_turn>",
-    between="\n",
-)
-OLMo = _style(TurnStyle, "OLMo", "olmo", start="<|endoftext|>", **_turns("<|ROLE|>\n", between="\n") | {"end_of_turn": "<|endoftext|>"})
-R1Base = _style(
-    TurnStyle,
-    "R1Base",
-    "r1-base",
-    start="<｜begin▁of▁sentence｜>",
-    system_turn="{}",
-    user_turn="<｜User｜>{}",
-    reply_head="<｜Assistant｜>",
-    end_of_turn="<｜end▁of▁sentence｜>",
-)
-ChatML = _style(TurnStyle, "ChatML", "chatml", **_turns("<|im_start|>ROLE\n", "<|im_end|>", "\n"))
-SmolLM2 = _style(ChatML, "SmolLM2", "smollm2", system="You are a helpful AI assistant named SmolLM, trained by Hugging Face")
-Qwen2_5 = _style(ChatML, "Qwen2_5", "qwen2.5", system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
-Qwen2_5_Math = _style(
-    ChatML, "Qwen2_5_Math", "qwen2.5-math", system="Please reason step by step, and put your final answer within \\boxed{}."
-)
-QwQ = _style(
-    ChatML,
-    "QwQ",
-    "qwq",
-    system="You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step.",
-)
-Qwen3 = _style(ChatML, "Qwen3", "qwen3")
-Salamandra = _style(ChatML, "Salamandra", "salamandra")  # its own template has a default system text that this style leaves out
+def __getattr__(name: str) -> type[PromptStyle]:
+    """Return a style by its class name, such as `litgpt.prompts.Alpaca`."""
+    if name in families.STYLES:
+        return _CLASSES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # --- The checkpoint's own template ---
@@ -485,7 +307,7 @@ def misfit(style: PromptStyle, tokenizer: Tokenizer) -> str:
         return ""
     own = tokenizer.chat_template is not None and not isinstance(style, ChatTemplate)
     known = (name for name in WITH_MARKERS if tokenizer.token_to_id(STYLES[name].end_of_turn) is not None)
-    fits = CHAT[0] if own else next(known, Alpaca.name)
+    fits = CHAT[0] if own else next(known, "alpaca")
     return f"warning: the prompt style {style.name!r} needs {marker}, which is no token of this tokenizer: {fits!r} fits it"
 
 

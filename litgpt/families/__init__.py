@@ -17,6 +17,8 @@ from litgpt.families._family import Family
 from litgpt.families._gguf import Gguf
 from litgpt.families._pretokenizers import OTHERS
 from litgpt.families._pretokenizers import Cut as Cut
+from litgpt.families._styles import OTHERS as OTHER_STYLES
+from litgpt.families._styles import Style
 
 # Of several architectures that express a model the first is taken: Llama's, then in alphabetical order.
 _NAMES = sorted(
@@ -27,6 +29,7 @@ HF: dict[str, Architecture] = {kind: row for family in FAMILIES.values() for kin
 GGUF: dict[str, Gguf] = {name: row for family in FAMILIES.values() for name, row in family.gguf.items()}  # by general.architecture
 # By tokenizer.ggml.pre. Of several names for one way the first is written.
 PRETOKENIZERS: dict[str, Cut] = {name: cut for family in FAMILIES.values() for name, cut in family.pretokenizers.items()} | OTHERS
+STYLES: dict[str, Style] = OTHER_STYLES | {name: row for family in FAMILIES.values() for name, row in family.styles.items()}  # by class
 
 _MODELS: dict[str, Fields] = {row["name"]: row for family in FAMILIES.values() for row in family.models}
 _BY_HUB_NAME: dict[str, Fields] = {row["hf_config"]["name"]: row for row in _MODELS.values()}

@@ -10,6 +10,7 @@ from litgpt.families._gguf import Gguf
 from litgpt.families._pretokenizers import Cut
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand
+from litgpt.families._styles import plain
 
 _FALCON = {"block_size": 2048, "vocab_size": 65024, "padded_vocab_size": 65024, "rotary_percentage": 1.0, "bias": False}
 _NEW = {"n_query_groups": 8}
@@ -70,6 +71,10 @@ _LAYERS = {
 }
 _ENDS = {"transformer.word_embeddings": "transformer.wte", "transformer.ln_f": "transformer.ln_f", "lm_head": "lm_head"}
 
+STYLES = {
+    "Falcon": plain("falcon", text="User: {prompt}\n\nAssistant:", gap=" "),
+}
+
 FAMILY = Family(
     MODELS,
     hf={
@@ -94,5 +99,6 @@ FAMILY = Family(
         )
     },
     prompts={"falcon-.*instruct": "falcon"},
+    styles=STYLES,
     pretokenizers={"falcon": Cut(("punctuation", "gpt-2", "digit runs", "[0-9][0-9][0-9]"))},
 )

@@ -9,6 +9,7 @@ from litgpt.families._family import Family
 from litgpt.families._gguf import WINDOW, Gguf
 from litgpt.families._rope import first, read_scaling, rope, settings, whole, write_scaling
 from litgpt.families._rows import expand, size
+from litgpt.families._styles import turns
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NAMES, QK_NORMS
 
 _GEMMA = {**DECODER, "mlp_class_name": "GemmaMLP", "gelu_approximate": "tanh", "scale_embeddings": True}
@@ -148,6 +149,18 @@ _NORMS_2 = {
 }
 _NAMES_2 = {**_NORMS_2, **ATTENTION, **MLP}
 
+STYLES = {
+    "Gemma": turns(
+        "gemma",
+        system_turn="{}\n\n",
+        system_in_user=True,
+        user_turn="<start_of_turn>user\n{}<end_of_turn>\n",
+        reply_head="<start_of_turn>model\n",
+        end_of_turn="<end_of_turn>",
+        between="\n",
+    ),
+}
+
 FAMILY = Family(
     MODELS,
     hf={
@@ -187,5 +200,6 @@ FAMILY = Family(
         "gemma3": Gguf(_GEMMA_3, (*WINDOW, "rope.freq_base_swa"), hub=("gemma3_text", "gemma3"), window_period=6, square_heads=62),
     },
     prompts={"gemma.*-it": "gemma"},
+    styles=STYLES,
     multimodal={"gemma3": "gemma3_text"},
 )

@@ -10,6 +10,7 @@ from litgpt.families._gguf import EXPERTS, WINDOW, Gguf
 from litgpt.families._pretokenizers import DIGITS, LLAMA_3
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
+from litgpt.families._styles import INSTRUCTION, RESPONSE, by_role, like, plain, turns
 
 DECODER: dict[str, Any] = {
     "rotary_percentage": 1.0,
@@ -207,6 +208,59 @@ LAYERS = "model.layers.{}"
 ENDS = {"model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f", "lm_head": "lm_head"}
 NAMES = table(LAYERS, {**NORMS, **ATTENTION, **MLP}, ENDS)
 
+STYLES = {
+    "Platypus": plain("platypus", text="### Instruction:\n\n{prompt}\n\n### Response:\n"),
+    "NousResearch": plain("nous-research", text=INSTRUCTION + RESPONSE),
+    "FreeWilly2": plain(
+        "freewilly2",
+        system="This is a system prompt, please behave and help the user.",
+        text="### System:\n{system}\n\n### User:\n{prompt}\n\n### Assistant:\n",
+    ),
+    "Vicuna": plain(
+        "vicuna",
+        system="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        text="{system} USER: {prompt} ASSISTANT:",
+        gap=" ",
+    ),
+    "Llama2": turns(
+        "llama2",
+        system="You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your "
+        "answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
+        "responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, "
+        "explain why instead of answering something not correct. If you don't know the answer to a question, please don't share false "
+        "information.",
+        system_turn="<<SYS>>\n{}\n<</SYS>>\n\n",
+        system_in_user=True,
+        user_turn="[INST] {} [/INST]",
+        gap=" ",
+        end_of_turn="</s>",
+        between="<s>",
+    ),
+    "CodeLlama": like("Llama2", "codellama", system=""),
+    "Llama2FunctionCalling": turns(
+        "llama2-function-calling",
+        system_turn="<FUNCTIONS>{}</FUNCTIONS>\n\n",
+        user_turn="[INST] {} [/INST]\n\n",
+        end_of_turn="</s>",
+        between="<s>",
+    ),  # the system text is the list of functions, as JSON
+    "Llama3": turns(
+        "llama3",
+        system="You are a helpful assistant.",
+        start="<|begin_of_text|>",
+        **by_role("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>"),
+    ),
+    "TinyLlama": turns(
+        "tinyllama",
+        system="You are a friendly chatbot who always gives helpful, detailed, and polite answers.",
+        **by_role("<|ROLE|>\n", "</s>", "\n"),
+    ),
+    "Falcon3": turns("falcon3", **by_role("<|ROLE|>\n", "\n") | {"end_of_turn": "<|endoftext|>", "between": "\n"}),
+    "SmolLM2": like("ChatML", "smollm2", system="You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    "Salamandra": like("ChatML", "salamandra"),  # its own template has a default system text that this style leaves out
+}
+
 FAMILY = Family(
     MODELS,
     hf={"llama": Architecture("LlamaForCausalLM", NAMES, SIZES, DECODER, SILU, (BIASES, rope()))},
@@ -229,5 +283,6 @@ FAMILY = Family(
         "danube3.*chat": "h2oai",
         "r1-distill-llama": "r1-base",
     },
+    styles=STYLES,
     pretokenizers={**dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), LLAMA_3), "smollm": DIGITS},
 )

@@ -7,6 +7,7 @@ from litgpt.families._family import Family
 from litgpt.families._pretokenizers import Cut, by_case
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
+from litgpt.families._styles import turns
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, NAMES, NORMS, SILU, SIZES
 
 MOE = {**DECODER, "mlp_class_name": "LLaMAMoE"}
@@ -83,6 +84,12 @@ _EXPERT_NAMES = {
     "block_sparse_moe.experts.{}.w2": "mlp.experts.{}.proj",
 }
 
+STYLES = {
+    "Mistral": turns(
+        "mistral", start="<s>", system_turn="{}\n\n", system_in_user=True, user_turn="[INST] {} [/INST]", gap=" ", end_of_turn="</s>"
+    ),
+}
+
 FAMILY = Family(
     MODELS,
     hf={
@@ -103,5 +110,6 @@ FAMILY = Family(
         ),
     },
     prompts={"mi[sx]tral.*instruct": "mistral", "danube(?!3).*chat": "h2oai"},
+    styles=STYLES,
     pretokenizers={"tekken": Cut((by_case(r"\p{N}"),), whole_words=True, bos=True)},
 )

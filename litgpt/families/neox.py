@@ -9,6 +9,7 @@ from litgpt.families._family import Family
 from litgpt.families._gguf import Gguf
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand
+from litgpt.families._styles import plain, turns
 
 _PYTHIA = {"block_size": 2048, "padding_multiple": 128}
 _SIZES: dict[str, dict[str, Any]] = {
@@ -62,6 +63,24 @@ _NAMES = table(
     {"gpt_neox.embed_in": "transformer.wte", "gpt_neox.final_layer_norm": "transformer.ln_f", "embed_out": "lm_head"},
 )
 
+STYLES = {
+    "TogetherComputerChat": plain("togethercomputer-chat", text="<human>: {prompt}\n<bot>:", gap=" "),
+    "TogetherComputerInstruct": plain("togethercomputer-instruct", text="Q: {prompt}\nA:", gap=" "),
+    "StableCode": plain("stablecode", text="###Instruction\n{prompt}###Response\n"),
+    "StableLMAlpha": turns(
+        "stablelm-alpha",
+        system="# StableLM Tuned (Alpha version)\n"
+        "- StableLM is a helpful and harmless open-source AI language model developed by StabilityAI.\n"
+        "- StableLM is excited to be able to help the user, but will refuse to do anything that could be considered harmful to the user.\n"
+        "- StableLM is more than just an information source, StableLM is also able to write poetry, short stories, and make jokes.\n"
+        "- StableLM will refuse to participate in anything that could harm a human.\n",
+        system_turn="<|SYSTEM|>{}",
+        user_turn="<|USER|>{}",
+        reply_head="<|ASSISTANT|>",
+        marker="<|ASSISTANT|>",
+    ),
+}
+
 FAMILY = Family(
     MODELS,
     hf={
@@ -82,4 +101,5 @@ FAMILY = Family(
         "redpajama.*chat": "togethercomputer-chat",
         "redpajama.*instruct": "togethercomputer-instruct",
     },
+    styles=STYLES,
 )

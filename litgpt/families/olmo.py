@@ -8,6 +8,7 @@ from litgpt.families._gguf import Gguf
 from litgpt.families._pretokenizers import GPT_2_COMPOSED
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
+from litgpt.families._styles import by_role, turns
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, QK_NORMS, SILU
 
 _OLMO = {**DECODER, "norm_class_name": "LayerNorm", "norm_affine": False}
@@ -50,6 +51,10 @@ _ACCEPTS = {**SILU, "attention_bias": (False,)}
 
 _NORMS_2 = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_mlp_norm"}
 
+STYLES = {
+    "OLMo": turns("olmo", start="<|endoftext|>", **by_role("<|ROLE|>\n", between="\n") | {"end_of_turn": "<|endoftext|>"}),
+}
+
 FAMILY = Family(
     MODELS,
     hf={
@@ -72,5 +77,6 @@ FAMILY = Family(
     },
     gguf={"olmo": Gguf(_OLMO, paired=True), "olmo2": Gguf(_OLMO_2)},
     prompts={"olmo.*instruct": "olmo"},
+    styles=STYLES,
     pretokenizers={"olmo": GPT_2_COMPOSED},
 )

@@ -10,6 +10,7 @@ from litgpt.families._gguf import WINDOW, Gguf
 from litgpt.families._pretokenizers import GPT_2
 from litgpt.families._rope import long_attention_factor, rope
 from litgpt.families._rows import expand, size
+from litgpt.families._styles import by_role, like, plain, turns
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, NORMS, SILU
 
 _PHI = {"shared_attention_norm": True, "lm_head_bias": True}
@@ -115,6 +116,28 @@ _NAMES_3 = table(
     ENDS,
 )
 
+_REASONING = (
+    "You are Phi, a language model trained by Microsoft to help users. Your role as an assistant involves thoroughly exploring "
+    "questions through a systematic thinking process before providing the final precise and accurate solutions. This requires engaging in "
+    "a comprehensive cycle of analysis, summarizing, exploration, reassessment, reflection, backtracing, and iteration to develop "
+    "well-considered thinking process. Please structure your response into two main sections: Thought and Solution using the specified "
+    "format: <think> {Thought section} </think> {Solution section}. In the Thought section, detail your reasoning process in steps. Each "
+    "step should include detailed considerations such as analysing questions, summarizing relevant findings, brainstorming new ideas, "
+    "verifying the accuracy of the current steps, refining any errors, and revisiting previous steps. In the Solution section, based on "
+    "various attempts, explorations, and reflections from the Thought section, systematically present the final solution that you deem "
+    "correct. The Solution section should be logical, accurate, and concise and detail necessary steps needed to reach the conclusion. "
+    "Now, try to solve the following question through the above guidelines:"
+)
+STYLES = {
+    "Phi1": plain("phi-1", text="{prompt}\n\nAnswer:", gap=" "),
+    "Phi2": plain("phi-2", text="Instruct: {prompt}\nOutput:", gap=" "),
+    "Phi3": turns("phi-3", system="You are a helpful assistant.", **by_role("<|ROLE|>\n", "<|end|>", "\n")),
+    "Phi4": turns("phi-4", **by_role("<|im_start|>ROLE<|im_sep|>", "<|im_end|>")),
+    "Phi4Reasoning": like("Phi4", "phi-4-reasoning", system=_REASONING),
+    "Phi4Mini": turns("phi-4-mini", **by_role("<|ROLE|>", "<|end|>")),
+    "Phi4MiniReasoning": like("Phi4Mini", "phi-4-mini-reasoning", system="Your name is Phi, an AI math expert developed by Microsoft."),
+}
+
 FAMILY = Family(
     MODELS,
     hf={
@@ -153,5 +176,6 @@ FAMILY = Family(
         "phi-4-reasoning": "phi-4-reasoning",
         "phi-4": "phi-4",
     },
+    styles=STYLES,
     pretokenizers={"phi-2": GPT_2},
 )

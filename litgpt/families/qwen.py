@@ -8,6 +8,7 @@ from litgpt.families._gguf import EXPERTS, Gguf
 from litgpt.families._pretokenizers import QWEN
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
+from litgpt.families._styles import like
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NAMES, NORMS, QK_NORMS, SILU, SIZES
 from litgpt.families.mistral import MOE
 
@@ -141,6 +142,17 @@ _EXPERT_NAMES = {
     "mlp.experts.{}.down_proj": "mlp.experts.{}.proj",
 }
 
+STYLES = {
+    "Qwen2_5": like("ChatML", "qwen2.5", system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "Qwen2_5_Math": like("ChatML", "qwen2.5-math", system="Please reason step by step, and put your final answer within \\boxed{}."),
+    "QwQ": like(
+        "ChatML",
+        "qwq",
+        system="You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step.",
+    ),
+    "Qwen3": like("ChatML", "qwen3"),
+}
+
 FAMILY = Family(
     MODELS,
     hf={
@@ -170,5 +182,6 @@ FAMILY = Family(
         "qwq": "qwq",
         "qwen3": "qwen3",
     },
+    styles=STYLES,
     pretokenizers=dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN),
 )

@@ -10,6 +10,7 @@ from litgpt.families._gguf import Gguf
 from litgpt.families._pretokenizers import QWEN
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
+from litgpt.families._styles import by_role, turns
 from litgpt.families.llama import DECODER, NAMES, SILU
 
 _LAYER_NORM = {**DECODER, "norm_class_name": "LayerNorm"}
@@ -40,6 +41,10 @@ def _write_residual(fields: Fields) -> dict[str, Any]:
     return {"use_parallel_residual": fields["parallel_residual"]}
 
 
+STYLES = {
+    "StableLMZephyr": turns("stablelm-zephyr", **by_role("<|ROLE|>\n", "<|endoftext|>", "\n")),
+}
+
 FAMILY = Family(
     MODELS,
     hf={
@@ -54,5 +59,6 @@ FAMILY = Family(
     },
     gguf={"stablelm": Gguf(_LAYER_NORM, ("use_parallel_residual",), by_tensors=("attn_bias",))},
     prompts={"stablelm.*zephyr|stable-code.*instruct": "stablelm-zephyr"},
+    styles=STYLES,
     pretokenizers={"stablelm2": QWEN},
 )

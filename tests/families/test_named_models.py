@@ -256,6 +256,6 @@ def test_prompt_styles_exist() -> None:
 def test_every_module_is_a_family() -> None:
     files = {file.stem for file in Path(catalog.__file__).parent.glob("[a-z]*.py")}
     assert files == catalog.FAMILIES.keys() and next(iter(catalog.FAMILIES)) == "llama"
-    for attribute in ("hf", "gguf", "pretokenizers"):
+    for attribute in ("hf", "gguf", "pretokenizers", "styles"):
         names = [name for family in catalog.FAMILIES.values() for name in getattr(family, attribute)]
         assert len(set(names)) == len(names)
