@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "lit_model.pth"
 ADAPTER_WEIGHTS = "lit_model.pth.lora"
+FOREIGN_ADAPTERS = ("adapter_config.json", "skip2lora_config.json")  # PEFT's, and the portable one of Skip2-LoRA
 BASE = "base.json"  # beside an adapter: sha256, size and modification time of its base's weights
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -179,6 +180,19 @@ def _is_tokenizer_model(raw: bytes) -> bool:
     return raw.startswith(b"\n")
 
 
+def adapter_hint(folder: Path) -> str:
+    """Return what to do with an adapter's folder where a model is needed, to follow a message; "" for another folder."""
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return (
+            f": it holds an adapter, which generate, chat and validate read as it is. `litgpt merge_lora {folder}` makes a checkpoint of "
+            "LoRA; Skip2-LoRA cannot be merged"
+        )
+    if any((folder / name).is_file() for name in FOREIGN_ADAPTERS):
+        command = f"litgpt convert_adapter {folder} OUTPUT_DIR --checkpoint_dir BASE"
+        return f": it holds an adapter. `{command}` makes a folder that generate, chat and merge_lora read"
+    return ""
+
+
 def require_checkpoint(folder: str | Path) -> Path:
     """Return the folder. Raises UserError that names the missing files if it does not hold a model."""
     folder = Path(folder)
@@ -192,7 +206,7 @@ def require_checkpoint(folder: str | Path) -> Path:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         missing.append("tokenizer.json")
     if missing:
-        hint = ": copy what is missing, or convert the model again with `litgpt convert_to_litgpt`"
+        hint = adapter_hint(folder) or ": copy what is missing, or convert the model again with `litgpt convert_to_litgpt`"
         if (folder / "config.json").is_file():
             hint = f": it looks like a Hugging Face folder, convert it with `litgpt convert_to_litgpt {folder}`"
         raise UserError(f"checkpoint folder {folder} lacks {', '.join(missing)}{hint}")

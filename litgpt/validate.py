@@ -63,6 +63,8 @@ def validate(checkpoint_dir: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder")
     is_adapter = checkpoint.is_adapter_folder(folder)
+    if not is_adapter and not (folder / checkpoint.WEIGHTS).is_file() and (hint := checkpoint.adapter_hint(folder)):
+        raise UserError(f"{folder} is no model{hint}")
     checks = list(adapter_checks(folder) if is_adapter else model_checks(folder))
     rows = [("NO" if check.problems else "ok", check.name, _summary(check)) for check in checks]
     print(folder, text_table(rows, left=(0, 1, 2)), sep="\n")

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from litgpt import atomic, checkpoint, lora
+from litgpt.__main__ import main
 from litgpt.config import Config
 from litgpt.errors import UserError
 from tests.helpers import tiny
@@ -416,3 +417,35 @@ def test_below_fp32_base_and_adapter_answer_and_not_the_merged_weights(
     assert (both.keys() == alone.keys()) == by_adapter
     shutil.rmtree(base)
     assert checkpoint.load_model(folder, dtype).state_dict().keys() == checkpoint.load_model(folder, torch.float32).state_dict().keys()
+
+
+DATA = ["--data", "JSON", "--data.json_path", "data.json"]
+NEEDS_A_MODEL: dict[str, list[str]] = {
+    "generate": [],
+    "chat": [],
+    "validate": [],
+    "finetune": DATA,
+    "finetune_full": DATA,
+    "sweep": [*DATA, "--grid.lora_r", "[2, 4]"],
+    "convert_from_litgpt": ["--output_dir", "new"],
+    "convert_to_gguf": ["--gguf_file", "new.gguf"],
+    "convert_to_litgpt": [],
+    "merge_lora": [],
+    "convert_adapter": ["--output_dir", "new", "--checkpoint_dir", "folder"],
+}
+
+
+IN_PLACE = [(command, file) for command in NEEDS_A_MODEL for file in checkpoint.FOREIGN_ADAPTERS]
+IN_PLACE += [(name, checkpoint.ADAPTER_WEIGHTS) for name in ("finetune", "finetune_full", "sweep", "convert_to_litgpt", "convert_adapter")]
+
+
+@pytest.mark.parametrize(("command", "file"), IN_PLACE)
+def test_an_adapter_in_place_of_a_model_names_the_command_that_helps(
+    command: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("folder", file).write_text("{}")
+    assert main([command, "folder", *NEEDS_A_MODEL[command]]) == 1
+    helps = "litgpt merge_lora" if file == checkpoint.ADAPTER_WEIGHTS else "litgpt convert_adapter"
+    assert "it holds an adapter" in (error := capsys.readouterr().err) and helps in error and [*Path().iterdir()] == [Path("folder")]

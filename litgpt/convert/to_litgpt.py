@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Optional
 
-from litgpt.checkpoint import WEIGHTS
+from litgpt.checkpoint import WEIGHTS, adapter_hint
 from litgpt.convert.litgpt import convert_own
 from litgpt.convert.resolve import HOME, convert, is_hf_folder, locate
 from litgpt.errors import UserError
@@ -39,6 +39,8 @@ def convert_to_litgpt(
         raise UserError(f"{path} is LitGPT's own file: give --checkpoint_dir, the folder to make")
     else:
         path = locate(path)
+        if (hint := adapter_hint(path)) and not is_hf_folder(path):
+            raise UserError(f"{path} is no model{hint}")
         target = (source and checkpoint_dir) or (path if path.is_dir() else HOME / path.stem)
         config = convert(path, target, model_name, dtype)
     print(f"Converted {path} to {target} (model {config.name}).")
