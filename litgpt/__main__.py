@@ -29,8 +29,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "finetune": Command("litgpt.finetune.lora:Lora", "Tune a model with LoRA or Skip2-LoRA."),
-    "finetune_lora": Command("litgpt.finetune.lora:Lora", "The same."),
+    "finetune": Command("litgpt.finetune.lora:Finetune", "Tune a model on your data, with settings that suit them, or with a YAML file's."),
+    "finetune_lora": Command("litgpt.finetune.lora:Lora", "Tune a model with LoRA or Skip2-LoRA, with LitGPT's defaults."),
     "sweep": Command("litgpt.finetune.sweep:Sweep", "Tune a model with many settings of LoRA or Skip2-LoRA, from one activation cache."),
     "finetune_full": Command("litgpt.finetune.full:Full", "Tune all weights of a model."),
     "generate": Command("litgpt.generate.base:main", "Answer one prompt with a checkpoint or an adapter."),
@@ -79,7 +79,7 @@ def _run(argv: list[str]) -> int:
         print(f"litgpt {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.75)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         _print_error(f"there is no command {name!r}.{hint} `litgpt --help` lists them.")
         return 2

@@ -105,6 +105,8 @@ class TrainArgs:
     """Keep only the inputs of the blocks that gradients cross, and run each block again in the backward pass: less memory, more time."""
     tie_embeddings: Optional[bool] = None
     """Share one weight between the token embedding and the output head. null: as the checkpoint has it."""
+    replay: int = 0
+    """Train this many general questions (24 at most) beside the data, with the base model's own answers: the model forgets less."""
     max_norm: Optional[float] = setting(None, varies=True)
     """Clip gradients to this norm. null: no clipping."""
     min_lr: float = setting(6e-5, varies=True)
@@ -115,7 +117,7 @@ class TrainArgs:
     def __post_init__(self) -> None:
         _at_least("train", self, 1, "save_interval", "keep_last", "log_interval", "global_batch_size", "micro_batch_size")
         _at_least("train", self, 1, "epochs", "max_tokens", "max_steps", "max_seq_length")
-        _at_least("train", self, 0, "lr_warmup_steps", "lr_warmup_fraction", "min_lr")
+        _at_least("train", self, 0, "lr_warmup_steps", "lr_warmup_fraction", "min_lr", "replay")
         _above_zero("train", self, "max_time", "max_norm", "save_every_minutes")
         if self.global_batch_size % self.micro_batch_size:
             raise UserError(
@@ -153,17 +155,18 @@ class EvalArgs:
     """Validate before the first step."""
     final_validation: bool = True
     """Validate after the last step."""
-    evaluate_example: Union[int, str] = setting("first", may_change=True)
-    """The validation sample to answer: "first", "random" or its number, counted from 0."""
+    evaluate_example: Union[int, list[int], str] = setting("first", may_change=True)
+    """The validation sample to answer: "first", "random" or its number, counted from 0; or a list of numbers."""
     patience: Optional[int] = setting(None, varies=True, may_change=True)
     """Stop after this many validations in a row without a lower loss. null: never."""
 
     def __post_init__(self) -> None:
         _at_least("eval", self, 1, "interval", "max_iters", "patience")
         _at_least("eval", self, 0, "max_new_tokens")
-        example = self.evaluate_example
-        if example not in ("first", "random") and (isinstance(example, str) or example < 0):
-            raise UserError(f'eval.evaluate_example must be "first", "random" or a number from 0, but is {example!r}')
+        examples = self.evaluate_example if isinstance(self.evaluate_example, list) else [self.evaluate_example]
+        for example in examples:
+            if example not in ("first", "random") and (isinstance(example, str) or example < 0):
+                raise UserError(f'eval.evaluate_example must be "first", "random" or a number from 0, but is {example!r}')
 
 
 @dataclass

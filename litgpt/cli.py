@@ -34,6 +34,8 @@ def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, 
             from litgpt.help import show
 
             show(prog, command, keys, config, flags)
+        if not files and hasattr(command, "complete"):
+            config = command.complete(config)
         return keys.arguments(config)
     except UsageError:
         raise

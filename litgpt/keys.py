@@ -29,6 +29,19 @@ from litgpt.values import NULLS, convert, describe, from_text, is_mapping, membe
 
 SEEDS = ("seed", "grid.seed")
 MOST_SHOWN = 200  # characters of a value in a message
+ELSEWHERE = {  # what other tools call a key -> its name here
+    **dict.fromkeys(("lr", "learning_rate"), "optimizer.lr"),
+    "weight_decay": "optimizer.weight_decay",
+    **dict.fromkeys(("num_epochs", "num_train_epochs", "n_epochs"), "train.epochs"),
+    **dict.fromkeys(("batch_size", "train_batch_size"), "train.global_batch_size"),
+    **dict.fromkeys(("per_device_train_batch_size", "device_batch_size"), "train.micro_batch_size"),
+    **dict.fromkeys(("max_length", "seq_length", "sequence_len", "cutoff_len"), "train.max_seq_length"),
+    **dict.fromkeys(("warmup_steps", "num_warmup_steps"), "train.lr_warmup_steps"),
+    **dict.fromkeys(("warmup_ratio", "warmup_fraction"), "train.lr_warmup_fraction"),
+    **dict.fromkeys(("lora_rank", "rank", "r"), "lora_r"),
+    **dict.fromkeys(("output_dir", "output"), "out_dir"),
+    **dict.fromkeys(("model", "model_name", "model_name_or_path", "base_model"), "checkpoint_dir"),
+}
 
 
 class UsageError(UserError):
@@ -116,6 +129,9 @@ class Keys:
             if "class_path" in value:
                 yield key, value["class_path"]
             yield from ((f"{key}.init_args.{name}", item) for name, item in arguments.items())
+        elif key in self.classes and (reader := _reader_of(self.classes[key], value)):
+            yield key, reader[0]
+            yield f"{key}.init_args.{reader[1]}", value
         else:
             yield key, value
 
@@ -218,7 +234,9 @@ class Keys:
         if kind is None or (key != setting.key and not any(typing.get_origin(member) is list for member in members_of(kind))):
             bare = [name.removeprefix("train.") for name in self.types if name.startswith("train.") and not setting.file]
             in_grid = [f"{grid}.{name}" for grid in self.grids for name in self.types]
-            raise UsageError(f"{setting.place} is not a known key{_nearest(setting.key, [*self.types, *self.groups, *bare, *in_grid])}")
+            raise UsageError(
+                f"{setting.place} is not a known key{_nearest(setting.key, [*self.types, *self.groups, *self.classes, *bare, *in_grid])}"
+            )
         return kind
 
     def _mapping_above(self, key: str) -> str:
@@ -263,6 +281,14 @@ def _flat(mapping: dict[Any, Any], above: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
+
+
+def _reader_of(base: Any, value: Any) -> tuple[str, str] | None:
+    """Return the subclass of `base` that reads the path `value`, and its key for the path; None if `value` is no path."""
+    if not isinstance(value, str) or value in NULLS or not hasattr(base, "reader_of") or value in known_classes(base):
+        return None
+    reader: tuple[str, str] | None = base.reader_of(value)
+    return reader
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -312,5 +338,7 @@ def _init_types(cls: type) -> dict[str, Any]:
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     by_lower = {known.lower(): known for known in names}
+    if (usual := ELSEWHERE.get(name.lower().rpartition(".")[2])) and (usual in by_lower or usual.partition(".")[0] in by_lower):
+        return f" (did you mean {usual}?)"
     near = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f" (did you mean {by_lower[near[0]]}?)" if near else ""

@@ -25,7 +25,7 @@ HEAVY = {"torch", "lightning", "transformers", "numpy", "rich", "tokenizers", "j
 
 
 def finetune(*words: str) -> dict[str, Any]:
-    return parse("litgpt finetune", load("finetune"), list(words))
+    return parse("litgpt finetune", load("finetune_lora"), list(words))
 
 
 def error(*words: str) -> str:
@@ -439,7 +439,7 @@ UPSTREAM_MODELS = {
 }
 
 
-OWN = {"save_every_minutes", "keep_last", "keep_best", "skip_nonfinite", "group_by_length", "activation_checkpointing"}
+OWN = {"save_every_minutes", "keep_last", "keep_best", "skip_nonfinite", "group_by_length", "activation_checkpointing", "replay"}
 """keys below train that upstream does not have"""
 
 
@@ -555,7 +555,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_a_mistake_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["finetune", "c", "--epochs", "abc"]) == 2
+    assert main(["finetune_lora", "c", "--epochs", "abc"]) == 2
     assert capsys.readouterr() == ("", "Error: --epochs: 'abc' is not an integer or null\n")
 
 
@@ -605,13 +605,13 @@ def test_foreign_classes_are_refused_before_any_import(target: str, place: str, 
 def test_the_access_token_is_never_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     secret = "hf_sesame"
     with pytest.raises(SystemExit):
-        main(["finetune", "c", "--access_token", secret, "--max_steps", "3", "--print_config"])
+        main(["finetune_lora", "c", "--access_token", secret, "--max_steps", "3", "--print_config"])
     printed = capsys.readouterr().out
     shown = yaml.safe_load(printed)
     assert shown["access_token"] == "***" and shown["train"]["max_steps"] == 3 and shown["checkpoint_dir"] == "c"
     (tmp_path / "f.yaml").write_text(f"access_token: [{secret}]\n")
     for words in (["--trian", "1"], ["--lora_r", "x"], ["x"], [str(tmp_path / "f.yaml")], ["--data", "trap.X"]):
-        assert main(["finetune", "c", "--access_token", secret, *words]) == 2
+        assert main(["finetune_lora", "c", "--access_token", secret, *words]) == 2
         assert main(["generate", "c", "--access_token", secret, *words]) == 2
     output = "".join(capsys.readouterr())
     assert secret not in printed + output and output.count("Error") == 10
@@ -627,7 +627,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
                 raise outcome
 
         monkeypatch.setattr("litgpt.__main__.load", lambda name: command)
-        return main(["finetune", "c"])
+        return main(["finetune_lora", "c"])
 
     assert run(None) == 0
     assert run(UserError("no file x")) == 1
@@ -651,13 +651,13 @@ def test_sigterm_cleans_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("litgpt.__main__.load", lambda name: command)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        main(["finetune", "c"])
+        main(["finetune_lora", "c"])
     assert end.value.code == 143 and cleaned and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_process_of_its_own() -> None:
     """Once for real: the module runs as a program, and its exit code and output reach the shell."""
-    command = [sys.executable, "-m", "litgpt", "finetune", "checkpoints/base"]
+    command = [sys.executable, "-m", "litgpt", "finetune_lora", "checkpoints/base"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert (done.returncode, done.stdout) == (1, "") and re.fullmatch(r"Error: no data.*\n", done.stderr)
 

@@ -141,6 +141,6 @@ def test_paths_are_expanded_wherever_they_are_written(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "run.yaml"
     file.write_text("out_dir: ~/a\nskip2lora_cache_dir: $HOME/b\ndata:\n  class_path: JSON\n  init_args:\n    json_path: ~/d.json\n")
-    values = parse("litgpt finetune", load("finetune"), [str(file), "--checkpoint_dir=~/c"])
+    values = parse("litgpt finetune", load("finetune_lora"), [str(file), "--checkpoint_dir=~/c"])
     assert (values["checkpoint_dir"], values["out_dir"]) == (tmp_path / "c", tmp_path / "a")
     assert values["skip2lora_cache_dir"] == tmp_path / "b" and values["data"].json_path == tmp_path / "d.json"

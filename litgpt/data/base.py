@@ -11,10 +11,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt.data.records import Message, Record, read_record
+from litgpt.data.sources import SUFFIXES, suffix_of
 from litgpt.errors import UserError
+from litgpt.files import expand_path
 from litgpt.sample import Sample
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ class DataModule(ABC):
     mask_prompt: bool = False
     """Learn the answer only, not the prompt. Conversations are always learned on the assistant's turns only."""
     val_split_fraction: float | None = 0.1
-    """Share of the samples that is kept for validation, between 0 and 1."""
+    """Share of the samples that is kept for validation, below 1. With 0 every sample is trained, and some of them are validated."""
     prompt_style: str | None = None
     """Name of a prompt style, or "chat" for the checkpoint's own template. Default: the style the checkpoint was trained with."""
     ignore_index: int = -100
@@ -61,6 +64,12 @@ class DataModule(ABC):
     """Seed of the split."""
     num_workers: int = 4
     """Accepted for LitGPT's YAML files; without effect, as samples are tokenised before training starts."""
+
+    @staticmethod
+    def reader_of(name: str) -> tuple[str, str] | None:
+        """Return the class that reads the file or folder `name`, and its key for the path; None if `name` is that of a class."""
+        is_path = "/" in name or (suffix_of(Path(name)) in SUFFIXES and not name.startswith("litgpt.")) or expand_path(name).is_dir()
+        return ("JSON", "json_path") if is_path else None
 
     @property
     def source(self) -> str:
@@ -115,14 +124,18 @@ class DataModule(ABC):
         return Splits(
             [sample for _, sample in encoded[0]],
             [sample for _, sample in encoded[1]],
-            _report(encoded, encoder, notes),
+            _report(encoded, encoder, notes, repeats=val is None and self.val_split_fraction == 0),
             [record for record, _ in encoded[1]],
         )
 
     def _split(self, records: list[tuple[int, Any]]) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
         fraction = UNSET_SHARE if self.val_split_fraction is None else self.val_split_fraction
-        if not 0 < fraction < 1:
-            raise UserError(f"data.val_split_fraction is {fraction}: it must lie between 0 and 1 (0.1 keeps a tenth for validation)")
+        if not 0 <= fraction < 1:
+            raise UserError(
+                f"data.val_split_fraction is {fraction}: a number from 0 to below 1 is needed (0.1 keeps a tenth for validation)"
+            )
+        if fraction == 0:
+            return records, records[:: max(1, len(records) // MOST_REPEATED)]
         if len(records) < 2:
             raise UserError(f"{self.source} holds one record: at least two are needed, one of them for validation")
         order = list(range(len(records)))
@@ -142,6 +155,7 @@ class DataModule(ABC):
         )
 
 
+MOST_REPEATED = 60  # training samples that are validated if none is held out
 EMPTY = "empty answer"
 CUT_AWAY = "no answer token left"
 SHOWN_KEYS = 12  # in a remark
@@ -326,12 +340,14 @@ def loss_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
     return mask
 
 
-def _report(encoded: Sequence[Sequence[tuple[Record, Sample]]], encoder: _Encoder, notes: list[str]) -> str:
+def _report(encoded: Sequence[Sequence[tuple[Record, Sample]]], encoder: _Encoder, notes: list[str], repeats: bool) -> str:
     from litgpt.prompts import misfit
 
     lengths = [len(sample.input_ids) for part in encoded for _, sample in part]
     parts = [
-        f"{len(encoded[0]):,} train and {len(encoded[1]):,} validation samples",
+        f"{len(encoded[0]):,} train samples, {len(encoded[1]):,} of them validated again"
+        if repeats
+        else f"{len(encoded[0]):,} train and {len(encoded[1]):,} validation samples",
         f"{sum(lengths) / len(lengths):,.0f} tokens on average (longest {max(lengths):,})",
     ]
     if encoder.cut:

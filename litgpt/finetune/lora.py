@@ -60,6 +60,18 @@ class Lora(WarmupSettings, AdapterSettings, Run):  # fields come in the order Ru
         run(self, self.method())
 
 
+@dataclass(kw_only=True)
+class Finetune(Lora):
+    """Fine-tune a model with LoRA or Skip2-LoRA. Without a config file, settings that are not given follow from the data and the model."""
+
+    @staticmethod
+    def complete(given: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with those that are missing (`litgpt.train.recipe`)."""
+        from litgpt.train.recipe import complete
+
+        return complete(given)
+
+
 def setup(checkpoint_dir: Path | str, **settings: Any) -> None:
     """Fine-tune a model with these settings, the fields of `Lora`."""
     Lora(checkpoint_dir=Path(checkpoint_dir), **settings).main()

@@ -16,7 +16,7 @@ class Sweep(Lora):
 
     out_dir: Path = setting(Path("out/finetune/sweep"), may_change=True)
     """Folder for the results, sweep.csv and sweep.json, and a folder for each trial."""
-    eval: EvalArgs = setting(EvalArgs(interval=100))
+    eval: EvalArgs = setting(EvalArgs(interval=100, initial_validation=True))
     """When and on how much to validate. A sweep generates no sample answers."""
     overwrite: bool = setting(False, may_change=True)
     """Replace an earlier sweep in out_dir."""

@@ -19,8 +19,9 @@ from litgpt.errors import UserError
 from litgpt.files import read_json
 from litgpt.logs import MetricLoggers
 from litgpt.train import resume as training_state
+from litgpt.train.page import MARK
 from litgpt.train.parallel import Rank
-from litgpt.train.report import REPORT, as_json
+from litgpt.train.report import PAGE, REPORT, as_json
 from litgpt.train.resume import FACTS, TENSORS, State, random_states
 from litgpt.train.settings import Resume
 
@@ -274,6 +275,8 @@ def earlier(out_dir: Path) -> tuple[list[Path], list[Path]]:
             ours += [] if extra else [path]
     if (report := out_dir / REPORT).exists():
         (ours if _is_report(report) else foreign).append(report)
+    if (about := out_dir / PAGE).exists():
+        (ours if about.is_file() and MARK in about.read_bytes()[:400] else foreign).append(about)
     return ours, foreign
 
 

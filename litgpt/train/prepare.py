@@ -22,11 +22,13 @@ from litgpt.logs import Console
 from litgpt.lora import GPT, keep_taps
 from litgpt.optim import make_optimizer
 from litgpt.prompts import ChatTemplate, PromptStyle, resolve_prompt_style
+from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.interrupts import memory_explained
 from litgpt.train.loop import samples_per_rank
 from litgpt.train.methods import Method, describe, describe_choice
 from litgpt.train.parallel import ends_together
+from litgpt.train.replay import base_answers, replay_samples
 from litgpt.train.resume import Stopwatch
 from litgpt.train.settings import Run
 
@@ -51,8 +53,8 @@ class Job:
     style: PromptStyle
     splits: Splits
     model: GPT
-    example: Record
-    """the validation record to answer"""
+    examples: list[Record]
+    """the validation records to answer"""
     cache_dtype: torch.dtype
     chosen: list[int] | None = None
     """the tapped blocks, if `auto` chose them"""
@@ -107,14 +109,17 @@ def prepare(settings: Run, method: Method, base: Path, point: Path | None = None
         console.say(f"data: {splits.report}")
         model = method.build(base, dtype)
         model.to(fabric.device)
+        model.max_seq_length = _max_seq_length(settings, model.config)
+        if settings.train.replay:
+            splits.train += _replayed(settings, fabric, console, model, tokenizer, style)
     _require_known_ids(splits, model.config, base)
     model.activation_checkpointing = settings.train.activation_checkpointing
     model.max_seq_length = _max_seq_length(settings, model.config)
     optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # shows wrong settings before anything is written
     if not optimizer.param_groups[0]["lr"]:
         console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
-    example = _example(settings, splits.examples)
-    job = Job(settings, method, base, precision, fabric, console, tokenizer, style, splits, model, example, cache_dtype, date=date)
+    examples = _examples(settings, splits.examples)
+    job = Job(settings, method, base, precision, fabric, console, tokenizer, style, splits, model, examples, cache_dtype, date=date)
     if count := model.config.taps_to_choose:
         with ends_together(fabric):
             job.chosen = chosen_taps(point) if point else choose_taps(job, count)
@@ -137,6 +142,15 @@ def choose_taps(job: Job, count: int) -> list[int]:
     return fabric.broadcast(blocks)
 
 
+def _replayed(settings: Run, fabric: Fabric, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> list[Sample]:
+    """Return general questions with the answers of the model, whose adapters change nothing yet; the first process's, for all."""
+    answers: list[str] = []
+    if fabric.global_rank == 0:
+        with console.progress("answers of the base model") as progress, fabric.autocast():
+            answers = base_answers(model, tokenizer, style, settings.train.replay, progress)
+    return replay_samples(fabric.broadcast(answers), tokenizer, style, model.max_seq_length)
+
+
 def _require_known_ids(splits: Splits, config: Config, base: Path) -> None:
     largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))
     if largest >= config.V:
@@ -157,12 +171,13 @@ def _cache_dtype(name: str | None, backbone: torch.dtype) -> torch.dtype:
     return CACHE_DTYPES[name] if name else backbone
 
 
-def _example(settings: Run, examples: list[Record]) -> Record:
-    """Return the validation record that `eval.evaluate_example` names."""
+def _examples(settings: Run, records: list[Record]) -> list[Record]:
+    """Return the validation records that `eval.evaluate_example` names."""
     which = settings.eval.evaluate_example
     if which == "random":
-        which = int(torch.randint(len(examples), (), generator=torch.Generator().manual_seed(settings.seed)))
-    index = 0 if which == "first" else int(which)
-    if index >= len(examples):
-        raise UserError(f"eval.evaluate_example is {index}: the validation set has {len(examples)} samples, counted from 0")
-    return examples[index]
+        which = int(torch.randint(len(records), (), generator=torch.Generator().manual_seed(settings.seed)))
+    indices = which if isinstance(which, list) else [0 if which == "first" else int(which)]
+    for index in indices:
+        if index >= len(records):
+            raise UserError(f"eval.evaluate_example is {index}: the validation set has {len(records)} samples, counted from 0")
+    return [records[index] for index in indices]

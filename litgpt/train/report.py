@@ -1,15 +1,19 @@
-"""The figures that a run measured: report.json, and the summary on the terminal."""
+"""The figures that a run measured: report.json, report.html, and the summary on the terminal."""
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from litgpt.text import duration
+from litgpt.train.page import Answers, Points, curve_of, flat, page
 from litgpt.train.resume import State
 
-REPORT = "report.json"
+REPORT, PAGE = "report.json", "report.html"
 
 
 def as_json(figures: dict[str, Any]) -> str:
@@ -60,3 +64,34 @@ def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
     if figures["best_step"] is not None and best.is_dir():
         rows["best checkpoint"] = f"{best}: step {figures['best_step']:,}, validation loss {figures['best_val_loss']:.4f}"
     return rows
+
+
+def page_of(model: str, figures: dict[str, Any], metrics: Mapping[str, Points], answers: Answers, settings: dict[str, Any]) -> str:
+    """Return the page about a run. The settings are those of hyperparameters.yaml; of paths only the names are shown."""
+    before, after, best = figures["initial_val_loss"], figures["final_val_loss"], figures["best_val_loss"]
+    losses = f"Validation loss {before:.3f} before, {after:.3f} after." if None not in (before, after) else ""
+    if best is not None and after is not None and best < after:
+        losses += f" The lowest, {best:.3f}, was at step {figures['best_step']:,}: its checkpoint is in best/."
+    share = 100 * figures["trainable_parameters"] / figures["total_parameters"]
+    tiles = {
+        "time": duration(figures["total_seconds"]),
+        "steps": f"{figures['steps']:,}",
+        "epochs": f"{figures['epochs']:g}",
+        "trained": f"{share:.2g} %",
+        "peak memory": f"{figures['peak_memory_gb']:.1f} GiB",
+    }
+    curves = {"training": curve_of(metrics.get("train_loss", ())), "validation": curve_of(metrics.get("val_loss", ()))}
+    shown = {key: Path(value).name if key.endswith(("_dir", "_path")) else value for key, value in flat(settings).items()}
+    return page(f"{model}, tuned", {"losses": losses}, tiles, curves, figures["best_step"], answers, shown)
+
+
+def next_steps(out_dir: Path, is_skip: bool) -> list[tuple[str, str]]:
+    """Return commands for a finished run, each with what it does."""
+    final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
+    rows = [(f"litgpt chat {final}", "talk to it")]
+    if is_skip:
+        rows.append((f"litgpt convert_adapter {final} {stem}/portable", "for transformers"))
+    else:
+        rows.append((f"litgpt convert_from_litgpt {final} {stem}/hf", "for transformers"))
+        rows.append((f"litgpt convert_to_gguf {final} {stem}/model.gguf", "for llama.cpp and Ollama"))
+    return [*rows, (str(out_dir / PAGE), "curves, answers and settings, in a browser")]

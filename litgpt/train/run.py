@@ -23,7 +23,7 @@ from litgpt.data.base import render
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
 from litgpt.files import read_json
 from litgpt.generate.engine import generate
-from litgpt.logs import Console, MetricLoggers, peak_memory_gb
+from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.optim import make_optimizer
 from litgpt.prompts import save_prompt_style
@@ -38,7 +38,7 @@ from litgpt.train.parallel import Rank, ends_together
 from litgpt.train.phase import Phase
 from litgpt.train.prepare import Job, prepare
 from litgpt.train.rehearsal import rehearse
-from litgpt.train.report import REPORT, as_json, figures, summary_rows
+from litgpt.train.report import PAGE, REPORT, as_json, figures, next_steps, page_of, summary_rows
 from litgpt.train.resume import IDENTITY, Identity, Saved, State, Stopwatch, compared_settings, environment, read
 from litgpt.train.settings import Run
 
@@ -119,6 +119,7 @@ class Session:
         self.hyperparameters = job.settings.hyperparameters()
         self.state, self.cached = State(clock=clock), dict[str, bool]()
         self.loop: Loop | None = None  # None while its activations are computed
+        self.answers: dict[str, list[tuple[int, str]]] = {}  # question -> (step, answer), in the order of the steps
         self.identity = identity = identity_of(job, self.rank)
         if saved is not None:
             self._resume(saved, identity, clock)
@@ -224,24 +225,31 @@ class Session:
         self.saved = None
 
     def _answer(self) -> None:
-        """Show the model's answer to the example, if `eval.max_new_tokens` asks for one."""
-        job, model, most = self.job, self.model, self.settings.eval.max_new_tokens
-        if not most or not job.answers or not self.console.active:
+        """Show the model's answers to the examples, if `eval.max_new_tokens` asks for them, and keep those for the report."""
+        if not self.settings.eval.max_new_tokens or not self.job.answers or not self.console.active:
             return
-        rendered = render(job.example, job.style, job.tokenizer)
-        prompt = rendered.text[: rendered.spans[0][0]]
-        ids = torch.tensor(job.tokenizer.ids(prompt, bos=job.style.bos))
-        room = min(len(ids) + most, model.max_seq_length)
+        for example in self.job.examples:
+            rendered = render(example, self.job.style, self.job.tokenizer)
+            prompt = rendered.text[: rendered.spans[0][0]]
+            question, answer = example.question if example.pair else prompt, self._generated(prompt)
+            if answer is None or self.interrupts.asked is not None:
+                return
+            self.answers.setdefault(question, []).append((self.state.step, answer))
+            self.console.say(f"  asked: {question}\n  answered: {answer}")
+
+    def _generated(self, prompt: str) -> str | None:
+        """Return the most probable answer, or None if the model has no room for one."""
+        model, tokenizer = self.model, self.job.tokenizer
+        ids, tokens = torch.tensor(tokenizer.ids(prompt, bos=self.job.style.bos)), list[int]()
+        room = min(len(ids) + (self.settings.eval.max_new_tokens or 0), model.max_seq_length)
         if room <= len(ids):
-            return
-        tokens = []
-        for token in generate(model, ids, room, temperature=0.0, stop_tokens=job.style.stop_tokens(job.tokenizer)):
+            return None
+        for token in generate(model, ids, room, temperature=0.0, stop_tokens=self.job.style.stop_tokens(tokenizer)):
             tokens.append(token)
             if self.interrupts.asked is not None:
                 break
         model.clear_kv_cache()
-        question, answer = job.example.question if job.example.pair else prompt, job.tokenizer.decode(tokens).strip()
-        self.console.say(f"  asked: {question}\n  answered: {answer}")
+        return tokenizer.decode(tokens).strip()
 
     def _write(self, folder: Path) -> None:
         """Write the contents of every checkpoint."""
@@ -274,10 +282,21 @@ class Session:
             self.checkpoints.final(report, finish)
             if self.log is not None:
                 self.log.close()
-            final = self.settings.out_dir / "final"
-            rows = summary_rows(report, self.settings.out_dir / "best")
-            self.console.say(f"\nfinished: {final}\n{text_table(list(rows.items()), left=(0, 1))}")
+            if self.rank.is_first:
+                self._conclude(report)
         return report
+
+    def _conclude(self, report: dict[str, Any]) -> None:
+        """Write the page about the run, and say what came out and what can be done next."""
+        out_dir, say = self.settings.out_dir, self.console.say
+        atomic.write_text(
+            out_dir / PAGE, page_of(self.model.config.name, report, read_metrics(out_dir), self.answers, self.hyperparameters)
+        )
+        say(f"\nfinished: {out_dir / 'final'}\n{text_table(list(summary_rows(report, out_dir / 'best').items()), left=(0, 1))}")
+        for question, answers in self.answers.items():
+            before = f"\n  before:  {answers[0][1]}" if len(answers) > 1 else ""
+            say(f"\n  {question}{before}\n  now:     {answers[-1][1]}")
+        say(f"\nnext:\n{text_table(next_steps(out_dir, self.model.config.skip2lora_enabled), left=(0, 1))}")
 
     @contextmanager
     def ended_well(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_learns_is_saved_and_merged(base: Path, data: Path, tmp_path: Path) -> None:
-    run = runs.finetune("finetune", base, data, tmp_path / "run", **DORA)
+    run = runs.finetune("finetune_lora", base, data, tmp_path / "run", **DORA)
     assert run.code == 0, run.err
     losses = run.column("val_loss")
     assert losses[-1] < losses[0]
@@ -50,12 +50,12 @@ def test_a_run_learns_is_saved_and_merged(base: Path, data: Path, tmp_path: Path
 def test_a_resumed_run_is_the_same(settings: dict[str, object], base: Path, data: Path, tmp_path: Path) -> None:
     """With the warm-up, DoRA is in the frozen prefix too, which is cached."""
     whole, resumed = tmp_path / "one" / "run", tmp_path / "other" / "run"
-    assert runs.finetune("finetune", base, data, whole, **settings).code == 0
+    assert runs.finetune("finetune_lora", base, data, whole, **settings).code == 0
     shutil.copytree(whole, resumed)
     for folder in (*sorted(resumed.glob("step-*"))[1:], resumed / "final", resumed / "best"):
         shutil.rmtree(folder)
     (resumed / "report.json").unlink()
-    again = runs.finetune("finetune", base, data, resumed, "--resume", "true", **settings)
+    again = runs.finetune("finetune_lora", base, data, resumed, "--resume", "true", **settings)
     assert again.code == 0, again.err
     assert jobs.curve(resumed) == jobs.curve(whole)
     mine, theirs = jobs.results(resumed), jobs.results(whole)
@@ -64,7 +64,7 @@ def test_a_resumed_run_is_the_same(settings: dict[str, object], base: Path, data
 
 def test_the_prefix_with_dora_may_be_cached_or_not(base: Path, data: Path, tmp_path: Path) -> None:
     one, other = (
-        runs.finetune("finetune", base, data, tmp_path / cache, **{**WARM, "lora_dropout": 0.0, "skip2lora_cache": cache})
+        runs.finetune("finetune_lora", base, data, tmp_path / cache, **{**WARM, "lora_dropout": 0.0, "skip2lora_cache": cache})
         for cache in ("memory", "off")
     )
     assert one.column("train_loss") == pytest.approx(other.column("train_loss"), rel=1e-5)

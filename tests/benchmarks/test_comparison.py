@@ -85,7 +85,7 @@ def test_what_each_run_measured(compared: tuple[Path, int], words: list[str]) ->
         assert list(curve) == [0, 2, 4] and curve[0] == report["initial_val_loss"] and measured["best_val_loss"] == min(curve.values())
         assert run["settings"]["checkpoint_dir"] == words[3] and run["settings"]["train"]["max_steps"] == 4
         assert run["command"].startswith("litgpt finetune ") and "***" in run["command"]
-        assert sorted(path.name for path in (out_dir / name).iterdir()) == ["best", "final", "logs", "report.json"]
+        assert sorted(path.name for path in (out_dir / name).iterdir()) == ["best", "final", "logs", "report.html", "report.json"]
 
 
 def test_wall_time_of_a_validation(compared: tuple[Path, int]) -> None:

@@ -120,7 +120,7 @@ def real_run(smollm2_dir: Path, folder: Path, **settings: Any) -> Path:
     few: dict[str, Any] = {"train__epochs": None, "train__max_steps": 2, "train__global_batch_size": 2, "train__save_interval": None}
     quiet: dict[str, Any] = {"eval__initial_validation": False, "eval__interval": 99, "eval__max_new_tokens": 0}
     data = write_data(folder / "data.json")
-    done = finetune("finetune", smollm2_dir, data, folder / "out", **few, **quiet, lora_r=8, lora_key=True, lora_mlp=True, **settings)
+    done = finetune("finetune_lora", smollm2_dir, data, folder / "out", **few, **quiet, lora_r=8, lora_key=True, lora_mlp=True, **settings)
     assert done.code == 0, done.err
     return done.final
 

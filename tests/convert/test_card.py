@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable
     (base / "README.md").write_text(README)
     settings: dict[str, Any] = {"data__mask_prompt": True, "lora_r": 4, "lora_mlp": True, "log__project": "secret project"}
     done = finetune(
-        "finetune", base, write_data(folder / "my data.json"), folder / "out" / "first", access_token="hf_" + 30 * "x", **settings
+        "finetune_lora", base, write_data(folder / "my data.json"), folder / "out" / "first", access_token="hf_" + 30 * "x", **settings
     )
     assert done.code == 0, done.err
     return done
@@ -84,9 +84,9 @@ def test_the_command_is_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     """It parses, in a folder that has the named files, to the run's own settings."""
     settings = yaml.safe_load((run.final / "hyperparameters.yaml").read_text())
     words = shlex.split(command(settings).replace("\\\n", " "))
-    assert words[:3] == ["litgpt", "finetune", "base"] and "--out_dir" in words
+    assert words[:3] == ["litgpt", "finetune_lora", "base"] and "--out_dir" in words
     monkeypatch.chdir(run.out_dir.parents[1])
-    again = as_config(parse("litgpt finetune", load("finetune"), words[2:]))
+    again = as_config(parse("litgpt finetune", load("finetune_lora"), words[2:]))
     for values in (again, settings):
         values["data"]["init_args"]["json_path"] = Path(values["data"]["init_args"]["json_path"]).name
         values["checkpoint_dir"], values["out_dir"] = Path(values["checkpoint_dir"]).name, Path(values["out_dir"]).name

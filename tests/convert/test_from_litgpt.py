@@ -216,7 +216,7 @@ def test_smollm2_tuned_and_merged_says_the_same(smollm2_dir: Path, tmp_path: Pat
         "optimizer.lr": 0.002,
     }
     settings |= {"precision": "32-true", "lora_head": True, "lora_mlp": True}
-    assert main(["finetune", str(smollm2_dir), *(f"--{key}={value}" for key, value in settings.items())]) == 0
+    assert main(["finetune_lora", str(smollm2_dir), *(f"--{key}={value}" for key, value in settings.items())]) == 0
     convert_from_litgpt(tmp_path / "run" / "final", tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
     assert "Quimper" not in (card := (tmp_path / "hf" / "README.md").read_text()) and "SmolLM2-135M-Instruct" in card

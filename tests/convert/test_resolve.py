@@ -323,7 +323,7 @@ def test_every_command_takes_any_form(hf: Path, tmp_path: Path, tiny_tokenizer_d
     data.write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i}"} for i in range(8)]))
     words = ["--data", "JSON", "--data.json_path", str(data), "--data.val_split_fraction", "0.25", "--max_steps", "1"]
     words += ["--precision", "32-true", "--eval.max_new_tokens", "0", "--train.save_interval", "1"]
-    assert main(["finetune", str(hf), "--out_dir", "out/lora", *words]) == 0, capsys.readouterr().err
+    assert main(["finetune_lora", str(hf), "--out_dir", "out/lora", *words]) == 0, capsys.readouterr().err
     assert main(["finetune_full", str(file), "--out_dir", "out/full", *words]) == 0
     base, _ = checkpoint.adapter_settings(tmp_path / "out/lora/final")
     assert base == hf and len(converted(capsys)) == 2

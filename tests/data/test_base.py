@@ -252,13 +252,21 @@ def test_examples_belong_to_the_validation_samples(tokenizer: Tokenizer) -> None
     assert texts == [f"{record.question}{record.answer}<|im_end|>" for record in splits.examples]
 
 
+def test_without_a_validation_share_training_samples_are_validated(tokenizer: Tokenizer) -> None:
+    splits = Given(val_split_fraction=0, train=[pair("a", f"b{i}") for i in range(130)]).splits(tokenizer, prompts.Default())
+    assert len(splits.train) == 130 and 60 <= len(splits.val) <= 65 and "of them validated again" in splits.report
+    trained = [bytes(sample.input_ids) for sample in splits.train]
+    assert all(bytes(sample.input_ids) in trained for sample in splits.val)
+    assert len(Given(val_split_fraction=0, train=[pair("a", "b")]).splits(tokenizer, prompts.Default()).val) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "length", "message"),
     [
         ({"train": []}, None, "Given holds no records"),
         ({"train": [pair("a", "b")]}, None, "holds one record"),
         ({"train": [pair("a", "b")] * 9, "val_split_fraction": 1.5}, None, "data.val_split_fraction is 1.5"),
-        ({"train": [pair("a", "b")] * 9, "val_split_fraction": 0.0}, None, "data.val_split_fraction is 0.0"),
+        ({"train": [pair("a", "b")] * 9, "val_split_fraction": -0.1}, None, "data.val_split_fraction is -0.1"),
         ({"train": [pair("a", "b")], "val": []}, None, "the validation set is empty"),
         ({"train": [pair("a", "")] * 9}, None, "answers are empty"),
         ({"train": [pair("a" * 99, "b")] * 9, "mask_prompt": True}, 16, "fill max_seq_length (16)"),

@@ -55,7 +55,7 @@ def made(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     def run(method: str) -> Run:
         if method not in runs:
-            runs[method] = finetune("finetune", base, data, tmp_path_factory.mktemp("runs") / "out", **METHODS[method])
+            runs[method] = finetune("finetune_lora", base, data, tmp_path_factory.mktemp("runs") / "out", **METHODS[method])
         return runs[method]
 
     return run
@@ -164,7 +164,7 @@ def test_plain_lora_is_also_left_merged(method: str, made: Callable[[str], Run],
 
 def test_the_base_stays_as_it_was(base: Path, data: Path, tmp_path: Path) -> None:
     before = finetune_runs.files(base)
-    assert finetune("finetune", base, data, tmp_path / "out", **METHODS["LoRA everywhere"], train__max_steps=2).code == 0
+    assert finetune("finetune_lora", base, data, tmp_path / "out", **METHODS["LoRA everywhere"], train__max_steps=2).code == 0
     assert finetune_runs.files(base) == before
 
 
@@ -195,7 +195,7 @@ def test_the_model_config_is_the_bases_and_the_tokenizer_comes_along(made: Calla
 def test_a_warm_up_trains_lora_first_and_freezes_it_before_the_cut(by: str, base: Path, data: Path, tmp_path: Path) -> None:
     length = {"skip2lora_warmup_steps": 2} if by == "steps" else {"skip2lora_warmup_epochs": 0.6}  # of 3 steps
     settings = {**METHODS["block"], **length, "skip2lora_warmup_lr": 0.05, "lora_dropout": 0.2}
-    runs = {mode: finetune("finetune", base, data, tmp_path / mode, **settings, skip2lora_cache=mode) for mode in ("memory", "off")}
+    runs = {mode: finetune("finetune_lora", base, data, tmp_path / mode, **settings, skip2lora_cache=mode) for mode in ("memory", "off")}
     run = runs["memory"]
     assert run.code == 0, run.err
     assert [int(row["step"]) for row in run.rows()] == list(range(9)) and run.report["steps"] == 8
@@ -220,7 +220,7 @@ def test_a_warm_up_trains_lora_first_and_freezes_it_before_the_cut(by: str, base
 def test_hyperparameters_are_a_config_that_repeats_the_run_bit_for_bit(method: str, made: Callable[[str], Run], tmp_path: Path) -> None:
     run = made(method)
     config = run.final / "hyperparameters.yaml"
-    again = finetune_runs.call(["finetune", "--config", str(config), "--out_dir", str(tmp_path / "again")], tmp_path / "again")
+    again = finetune_runs.call(["finetune_lora", "--config", str(config), "--out_dir", str(tmp_path / "again")], tmp_path / "again")
     assert again.code == 0, again.err
     for name in ("train_loss", "val_loss", "learning_rate"):
         assert again.column(name) == run.column(name)
@@ -230,21 +230,24 @@ def test_hyperparameters_are_a_config_that_repeats_the_run_bit_for_bit(method: s
 
 
 def test_another_seed_is_another_run(made: Callable[[str], Run], base: Path, data: Path, tmp_path: Path) -> None:
-    other = finetune("finetune", base, data, tmp_path / "out", **METHODS["lm_head"], seed=7, train__max_steps=2)
+    other = finetune("finetune_lora", base, data, tmp_path / "out", **METHODS["lm_head"], seed=7, train__max_steps=2)
     assert other.code == 0 and other.column("train_loss") != made("lm_head").column("train_loss")[:2]
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(base: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert finetune("finetune", base, data, out, **SKIP).code == 0
+    assert finetune("finetune_lora", base, data, out, **SKIP).code == 0
     before = finetune_runs.files(tmp_path)
-    again = finetune("finetune", base, data, out, **SKIP)
-    assert again.code == 1 and f"Error: out_dir {out} holds an earlier run (best, final, logs, report.json, step-000002" in again.err
+    again = finetune("finetune_lora", base, data, out, **SKIP)
+    assert (
+        again.code == 1
+        and f"Error: out_dir {out} holds an earlier run (best, final, logs, report.html, report.json, step-000002" in again.err
+    )
     assert finetune_runs.files(tmp_path) == before
     (out / "notes.txt").write_text("mine")
-    replaced = finetune("finetune", base, data, out, **SKIP, overwrite=True, train__max_steps=1)
+    replaced = finetune("finetune_lora", base, data, out, **SKIP, overwrite=True, train__max_steps=1)
     assert replaced.code == 0, replaced.err
-    assert {path.name for path in out.iterdir()} == {"best", "final", "logs", "report.json", "notes.txt"}
+    assert {path.name for path in out.iterdir()} == {"best", "final", "logs", "report.html", "report.json", "notes.txt"}
     assert [int(row["step"]) for row in replaced.rows()] == [0, 1] and replaced.report["steps"] == 1
 
 
@@ -252,13 +255,13 @@ def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(base: 
 
 
 def test_max_steps_without_its_prefix(base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", "--max_steps", "2", **SKIP)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", "--max_steps", "2", **SKIP)
     assert run.code == 0 and run.report["steps"] == 2 and (tmp_path / "out/step-000002").is_dir()
 
 
 def test_positions_is_the_older_name_of_block_indices(made: Callable[[str], Run], base: Path, data: Path, tmp_path: Path) -> None:
     settings = {**SKIP, "skip2lora_block_indices": None, "skip2lora_positions": "[transformer.h.0, transformer.h.2]"}
-    run = finetune("finetune", base, data, tmp_path / "out", **settings)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **settings)
     assert run.code == 0, run.err
     assert run.column("train_loss") == made("lm_head").column("train_loss")
     assert "skip2lora_positions" not in (run.final / "hyperparameters.yaml").read_text()
@@ -279,7 +282,7 @@ def test_positions_is_the_older_name_of_block_indices(made: Callable[[str], Run]
 def test_other_precisions_run_and_learn_the_same(
     precision: str, method: str, made: Callable[[str], Run], base: Path, data: Path, tmp_path: Path
 ) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", **{**METHODS[method], "precision": precision})
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **{**METHODS[method], "precision": precision})
     assert run.code == 0, run.err
     assert run.column("val_loss") == pytest.approx(made(method).column("val_loss"), rel=0.02)
     assert all(value.dtype == torch.float32 for value in load(run.final / "lit_model.pth.lora")["model"].values())
@@ -294,7 +297,7 @@ def test_a_cache_has_the_backbones_dtype_unless_told_otherwise(
     method: str, precision: str, itemsize: int, base: Path, data: Path, tmp_path: Path
 ) -> None:
     settings = {**METHODS[method], "precision": precision, "skip2lora_cache": "disk", "train__max_steps": 1}
-    assert finetune("finetune", base, data, tmp_path / "out", **settings).code == 0
+    assert finetune("finetune_lora", base, data, tmp_path / "out", **settings).code == 0
     positions = sum(sample.n_targets for sample in val_samples(base, data))
     sizes = sorted(file.stat().st_size for file in (tmp_path / "activation_cache").glob("*/activations.bin"))
     assert sizes[0] == positions * 3 * 32 * itemsize
@@ -305,7 +308,7 @@ def test_runs_without_a_cache_and_with_one_on_disk_have_the_same_curve(method: s
     runs = {}
     for mode in ("off", "memory", "disk"):
         settings = {**METHODS[method], "lora_dropout": 0.0, "skip2lora_cache": mode}
-        runs[mode] = finetune("finetune", base, data, tmp_path / mode / "out", **settings)
+        runs[mode] = finetune("finetune_lora", base, data, tmp_path / mode / "out", **settings)
         assert runs[mode].code == 0, runs[mode].err
     assert len(list((tmp_path / "disk/activation_cache").glob("*/activations.bin"))) == 2
     assert {path.name for path in (tmp_path / "memory").iterdir()} == {path.name for path in (tmp_path / "off").iterdir()} == {"out"}
@@ -316,12 +319,12 @@ def test_runs_without_a_cache_and_with_one_on_disk_have_the_same_curve(method: s
 
 def test_a_later_run_starts_on_the_cache_of_an_earlier_one(base: Path, data: Path, tmp_path: Path) -> None:
     cache = {"skip2lora_cache": "disk", "skip2lora_cache_dir": tmp_path / "cache"}
-    first = finetune("finetune", base, data, tmp_path / "one", **SKIP, **cache)
-    second = finetune("finetune", base, data, tmp_path / "two", **{**SKIP, "lora_r": 2}, **cache, optimizer__lr=0.01, seed=3)
+    first = finetune("finetune_lora", base, data, tmp_path / "one", **SKIP, **cache)
+    second = finetune("finetune_lora", base, data, tmp_path / "two", **{**SKIP, "lora_r": 2}, **cache, optimizer__lr=0.01, seed=3)
     assert (first.code, second.code) == (0, 0)
     assert first.err.count("is reused") == 0 and second.err.count("is reused") == 2
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    other = finetune("finetune", base, data, tmp_path / "three", **{**SKIP, "precision": "bf16-mixed"}, **cache)
+    other = finetune("finetune_lora", base, data, tmp_path / "three", **{**SKIP, "precision": "bf16-mixed"}, **cache)
     assert other.code == 0 and other.err.count("is reused") == 0
 
 
@@ -334,38 +337,40 @@ def test_a_later_run_starts_on_the_cache_of_an_earlier_one(base: Path, data: Pat
     ],
 )
 def test_the_cache_may_have_another_dtype_than_the_model(name: str, precision: str, base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", **{**METHODS["block"], "precision": precision}, skip2lora_cache_dtype=name)
+    run = finetune(
+        "finetune_lora", base, data, tmp_path / "out", **{**METHODS["block"], "precision": precision}, skip2lora_cache_dtype=name
+    )
     assert run.code == 0, run.err
 
 
 def test_a_run_of_one_epoch_does_not_cache_what_it_reads_once(base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", **SKIP, train__epochs=1)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, train__epochs=1)
     assert run.code == 0 and "training cache" not in run.err and "validation cache" in run.err
 
 
 @pytest.mark.parametrize("which", ["first", "random", 1])
 @pytest.mark.parametrize("method", ["LoRA everywhere", "lm_head"])
 def test_an_example_is_answered_at_every_validation(which: Any, method: str, base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", **METHODS[method], eval__evaluate_example=which, train__max_steps=1)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **METHODS[method], eval__evaluate_example=which, train__max_steps=1)
     assert run.code == 0, run.err
     assert run.err.count("asked: add ") == 2 == run.err.count("answered: ")
 
 
 def test_no_answers_are_made_where_none_are_wanted(base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", **SKIP, eval__max_new_tokens=0, train__max_steps=1)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, eval__max_new_tokens=0, train__max_steps=1)
     assert run.code == 0 and "asked" not in run.err
 
 
 def test_the_access_token_is_never_written_or_shown(base: Path, data: Path, tmp_path: Path) -> None:
     secret = "hf_verysecret123"
-    run = finetune("finetune", base, data, tmp_path / "out", **SKIP, access_token=secret, train__max_steps=1)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, access_token=secret, train__max_steps=1)
     assert run.code == 0 and secret not in run.err
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert "access_token" not in yaml.safe_load((run.final / "hyperparameters.yaml").read_text())
 
 
 def test_fewer_validation_samples_than_max_iters_asks_for_and_fewer_batches_than_there_are(base: Path, data: Path, tmp_path: Path) -> None:
-    one = finetune("finetune", base, data, tmp_path / "out", **SKIP, train__micro_batch_size=1, eval__max_iters=1, train__max_steps=1)
+    one = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, train__micro_batch_size=1, eval__max_iters=1, train__max_steps=1)
     assert one.code == 0
     first = plain_loss(checkpoint.load_model(base, torch.float32), val_samples(base, data)[:1])
     assert one.report["initial_val_loss"] == pytest.approx(first, rel=1e-5)
@@ -422,7 +427,7 @@ def assert_one_line(run: Run, code: int, message: str) -> None:
 @pytest.mark.parametrize("what", BAD)
 def test_a_mistake_is_one_line_and_creates_nothing(what: str, base: Path, data: Path, tmp_path: Path) -> None:
     code, settings, message = BAD[what]
-    run = finetune("finetune", base, data, tmp_path / "out", **{**SKIP, **settings})
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **{**SKIP, **settings})
     assert_one_line(run, code, message)
     assert not list(tmp_path.iterdir())
 
@@ -439,7 +444,7 @@ def test_a_mistake_does_not_cost_the_earlier_run_that_was_to_be_replaced(what: s
     earlier_run(tmp_path / "out")
     before = finetune_runs.files(tmp_path)
     code, settings, message = BAD[what]
-    assert_one_line(finetune("finetune", base, data, tmp_path / "out", **{**SKIP, **settings}, overwrite=True), code, message)
+    assert_one_line(finetune("finetune_lora", base, data, tmp_path / "out", **{**SKIP, **settings}, overwrite=True), code, message)
     assert finetune_runs.files(tmp_path) == before
 
 
@@ -449,13 +454,13 @@ def test_a_logger_that_is_not_installed(overwrite: bool, base: Path, data: Path,
     if overwrite:
         earlier_run(tmp_path / "out")
     before = finetune_runs.files(tmp_path)
-    run = finetune("finetune", base, data, tmp_path / "out", **SKIP, logger_name="wandb", overwrite=overwrite)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, logger_name="wandb", overwrite=overwrite)
     assert_one_line(run, 1, "logger_name 'wandb' needs a package that is not installed")
     assert finetune_runs.files(tmp_path) == before
 
 
 def test_no_data(base: Path, tmp_path: Path) -> None:
-    assert_one_line(finetune("finetune", base, None, tmp_path / "out"), 1, "no data: give --data JSON --data.json_path FILE")
+    assert_one_line(finetune("finetune_lora", base, None, tmp_path / "out"), 1, "no data: give --data JSON --data.json_path FILE")
     assert not list(tmp_path.iterdir())
 
 
@@ -465,24 +470,28 @@ def test_wrong_places(base: Path, data: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     out = tmp_path / "out"
-    assert_one_line(finetune("finetune", tmp_path / "nowhere", data, out), 1, f"checkpoint folder {tmp_path / 'nowhere'} does not exist")
-    assert_one_line(finetune("finetune", empty, data, out), 1, f"checkpoint folder {empty} lacks lit_model.pth, model_config.yaml")
-    assert_one_line(finetune("finetune", base, tmp_path / "no.json", out), 1, f"{tmp_path / 'no.json'} does not exist")
-    assert_one_line(finetune("finetune", base, data, file), 1, f"out_dir {file} cannot be a folder")
-    assert_one_line(finetune("finetune", base, data, file / "below"), 1, f"out_dir {file / 'below'}")
+    assert_one_line(
+        finetune("finetune_lora", tmp_path / "nowhere", data, out), 1, f"checkpoint folder {tmp_path / 'nowhere'} does not exist"
+    )
+    assert_one_line(finetune("finetune_lora", empty, data, out), 1, f"checkpoint folder {empty} lacks lit_model.pth, model_config.yaml")
+    assert_one_line(finetune("finetune_lora", base, tmp_path / "no.json", out), 1, f"{tmp_path / 'no.json'} does not exist")
+    assert_one_line(finetune("finetune_lora", base, data, file), 1, f"out_dir {file} cannot be a folder")
+    assert_one_line(finetune("finetune_lora", base, data, file / "below"), 1, f"out_dir {file / 'below'}")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "empty"} and file.read_text() == "mine" and not list(empty.iterdir())
 
 
 def test_weights_of_another_model(base: Path, data: Path, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     other = tiny.write_base(tmp_path / "other", write_tiny_tokenizer, n_layer=3)
     (other / "lit_model.pth").write_bytes((base / "lit_model.pth").read_bytes())
-    run = finetune("finetune", other, data, tmp_path / "out", lora_r=4)
+    run = finetune("finetune_lora", other, data, tmp_path / "out", lora_r=4)
     assert_one_line(run, 1, "transformer.h.3.attn.qkv.weight is unknown")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_no_number_ends_in_one_line(base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", **SKIP, optimizer__lr=1e38, train__lr_warmup_steps=0, eval__max_new_tokens=0)
+    run = finetune(
+        "finetune_lora", base, data, tmp_path / "out", **SKIP, optimizer__lr=1e38, train__lr_warmup_steps=0, eval__max_new_tokens=0
+    )
     assert_one_line(run, 3, "the loss is")
     assert not (tmp_path / "out/final").exists()
 
@@ -496,7 +505,7 @@ def test_few_frames_from_the_command_to_the_optimizer(base: Path, data: Path, tm
         return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    assert finetune("finetune", base, data, tmp_path / "out", lora_r=4, train__max_steps=1).code == 0
+    assert finetune("finetune_lora", base, data, tmp_path / "out", lora_r=4, train__max_steps=1).code == 0
     assert stacks == [["main", "main", "run", "run", "step"]]
 
 
@@ -520,7 +529,7 @@ def test_an_interrupt_in_mid_step_leaves_whole_checkpoints_and_no_other(
         return step(loop, state, batch)
 
     monkeypatch.setattr(Loop, "step", interrupted)
-    run = finetune("finetune", base, data, tmp_path / "out", **SKIP)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP)
     assert run.code == 130 and run.err.endswith("Interrupted.\n")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"step-000002", "step-000004", "best", "logs"}
     assert [int(row["step"]) for row in run.rows()] == [0, 1, 2, 3, 4]
@@ -533,7 +542,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_no_half_checkpoint(bas
     settings = {**METHODS["LoRA everywhere"], "lora_r": 200, "train__max_steps": 3, "eval__max_new_tokens": 0}
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, hard))
     try:
-        run = finetune("finetune", base, data, tmp_path / "out", **settings)
+        run = finetune("finetune_lora", base, data, tmp_path / "out", **settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_one_line(run, 1, f"{tmp_path / 'out/step-000002'} cannot be written: File too large")
@@ -547,9 +556,17 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_no_half_checkpoint(bas
 def test_two_processes_reach_the_loss_of_one(base: Path, data: Path, tmp_path: Path) -> None:
     """With as many samples in a batch as there are, both see the same batches."""
     whole = {"train__global_batch_size": 18, "train__micro_batch_size": 3, "lora_dropout": 0.0, **METHODS["block"]}
-    alone = finetune("finetune", base, data, tmp_path / "one", **whole)
+    alone = finetune("finetune_lora", base, data, tmp_path / "one", **whole)
     assert alone.code == 0
-    argv = ["finetune", "--config", str(tmp_path / "one/final/hyperparameters.yaml"), "--out_dir", str(tmp_path / "two"), "--devices", "2"]
+    argv = [
+        "finetune_lora",
+        "--config",
+        str(tmp_path / "one/final/hyperparameters.yaml"),
+        "--out_dir",
+        str(tmp_path / "two"),
+        "--devices",
+        "2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", "litgpt", *argv], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -571,7 +588,18 @@ def test_two_processes_reach_the_loss_of_one(base: Path, data: Path, tmp_path: P
 def test_settings_that_train_nothing_are_reported(
     settings: dict[str, Any], message: str | None, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["finetune", str(base), "--data", "JSON", "--data.json_path", str(data), "--out_dir", str(tmp_path / "out"), "--dry_run", "true"]
+    argv = [
+        "finetune_lora",
+        str(base),
+        "--data",
+        "JSON",
+        "--data.json_path",
+        str(data),
+        "--out_dir",
+        str(tmp_path / "out"),
+        "--dry_run",
+        "true",
+    ]
     assert main([*argv, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]) == 0
     output = " ".join("".join(capsys.readouterr()).split())
     assert message in output if message else "nothing is trained" not in output

@@ -56,7 +56,7 @@ class Bench:
     base: Path
     data: Path
 
-    def argv(self, out_dir: Path, command: str = "finetune", **settings: Any) -> list[str]:
+    def argv(self, out_dir: Path, command: str = "finetune_lora", **settings: Any) -> list[str]:
         words = [
             command,
             str(self.base),

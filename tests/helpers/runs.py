@@ -46,7 +46,7 @@ def run_files(weights: str) -> set[str]:
     expected = {f"{folder}/{name}" for folder in (*steps, "best", "final") for name in CHECKPOINT_FILES | own}
     expected.add("final/identity.json")
     expected |= {f"{folder}/{name}" for folder in steps for name in TRAINING_STATE}
-    return expected | {"best/report.json", "final/report.json", "report.json", "logs/version_0/metrics.csv"}
+    return expected | {"best/report.json", "final/report.json", "report.json", "report.html", "logs/version_0/metrics.csv"}
 
 
 @dataclass

@@ -27,7 +27,7 @@ OUTPUT_LAYERS = ("lm_head", "transformer.ln_f", "transformer.h.3")
 @pytest.fixture(scope="module", params=OUTPUT_LAYERS)
 def made(request: pytest.FixtureRequest, base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with blocks chosen for each output layer. Do not write into its folder."""
-    run = finetune("finetune", base, data, tmp_path_factory.mktemp("made") / "out", **RUN, skip2lora_output_layer=request.param)
+    run = finetune("finetune_lora", base, data, tmp_path_factory.mktemp("made") / "out", **RUN, skip2lora_output_layer=request.param)
     assert run.code == 0, run.err
     return run
 
@@ -70,12 +70,12 @@ def test_a_folder_without_its_blocks_is_refused(made: Run, tmp_path: Path) -> No
 
 
 def test_the_same_command_makes_the_same_choice_and_weights(base: Path, data: Path, tmp_path: Path) -> None:
-    one, two = (finetune("finetune", base, data, tmp_path / name, **RUN) for name in ("one", "two"))
+    one, two = (finetune("finetune_lora", base, data, tmp_path / name, **RUN) for name in ("one", "two"))
     assert blocks_of(one.final) == blocks_of(two.final) and one.column("val_loss") == two.column("val_loss")
 
 
 def test_a_resumed_run_keeps_its_blocks(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = finetune("finetune", base, data, tmp_path / "whole", **RUN)
+    whole = finetune("finetune_lora", base, data, tmp_path / "whole", **RUN)
     step = Loop.step
 
     def signalled(loop: Loop, state: State, batch: Batch) -> dict[str, float]:
@@ -85,35 +85,43 @@ def test_a_resumed_run_keeps_its_blocks(base: Path, data: Path, tmp_path: Path, 
 
     monkeypatch.setattr(Loop, "step", signalled)
     out_dir = tmp_path / "out"
-    assert finetune("finetune", base, data, out_dir, **RUN).code == 143
+    assert finetune("finetune_lora", base, data, out_dir, **RUN).code == 143
     monkeypatch.setenv("RESUMED", "1")
     monkeypatch.setattr("litgpt.train.prepare.choose", None)  # choosing again would fail
-    run = finetune("finetune", base, data, out_dir, **RUN, resume=True)
+    run = finetune("finetune_lora", base, data, out_dir, **RUN, resume=True)
     assert run.code == 0 and "auto: blocks" not in run.err, run.err
     assert blocks_of(run.final) == blocks_of(whole.final) and run.column("val_loss") == whole.column("val_loss")
-    other = finetune("finetune", base, data, tmp_path / "out2", **{**RUN, "skip2lora_block_indices": "[0, 1]"}, train__max_steps=2)
+    other = finetune("finetune_lora", base, data, tmp_path / "out2", **{**RUN, "skip2lora_block_indices": "[0, 1]"}, train__max_steps=2)
     assert other.code == 0
     (tmp_path / "out2/final").rename(tmp_path / "moved")
-    refused = finetune("finetune", base, data, tmp_path / "out2", **RUN, train__max_steps=2, resume=True)
+    refused = finetune("finetune_lora", base, data, tmp_path / "out2", **RUN, train__max_steps=2, resume=True)
     assert refused.code == 1 and "skip2lora_block_indices was [0, 1] and is 'auto:2'" in refused.err
 
 
 def test_a_warm_up_and_positions_and_all(base: Path, data: Path, tmp_path: Path) -> None:
     """Blocks are chosen before LoRA's warm-up; the older key works; choosing as many as there are takes all."""
     settings = {**RUN, "skip2lora_block_indices": None, "skip2lora_positions": "auto:5", "lora_query": True, "skip2lora_warmup_steps": 1}
-    run = finetune("finetune", base, data, tmp_path / "out", **settings, train__epochs=1)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **settings, train__epochs=1)
     assert run.code == 0 and blocks_of(run.final) == [0, 1, 2, 3, 4], run.err
 
 
 def test_a_dry_run_chooses_and_writes_nothing(base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", **RUN, dry_run=True)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **RUN, dry_run=True)
     assert run.code == 0 and "skip2lora_block_indices auto: blocks " in run.err and not list(tmp_path.iterdir()), run.err
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_choice_of_the_first(base: Path, data: Path, tmp_path: Path) -> None:
-    alone = finetune("finetune", base, data, tmp_path / "one", **RUN)
-    argv = ["finetune", "--config", str(tmp_path / "one/final/hyperparameters.yaml"), "--out_dir", str(tmp_path / "two"), "--devices", "2"]
+    alone = finetune("finetune_lora", base, data, tmp_path / "one", **RUN)
+    argv = [
+        "finetune_lora",
+        "--config",
+        str(tmp_path / "one/final/hyperparameters.yaml"),
+        "--out_dir",
+        str(tmp_path / "two"),
+        "--devices",
+        "2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", "litgpt", *argv], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

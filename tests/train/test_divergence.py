@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_last_step_that_blows_the_weights_up_is_no_success(base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", optimizer__lr=1e38, train__lr_warmup_steps=0, train__max_steps=1)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", optimizer__lr=1e38, train__lr_warmup_steps=0, train__max_steps=1)
     assert run.code == 3 and "lower the learning rate" in run.err, run.err
     assert not (tmp_path / "out" / "final").exists() and not (tmp_path / "out" / "report.json").exists()
 
@@ -33,7 +33,7 @@ def test_a_last_step_that_blows_the_weights_up_is_no_success(base: Path, data: P
 def test_a_run_that_diverges_keeps_the_checkpoint_from_before(base: Path, data: Path, tmp_path: Path) -> None:
     settings = {"train__save_interval": None, "train__save_every_minutes": 1e-9, "train__epochs": 8, "eval__interval": 1000}
     settings |= {"optimizer": "SGD", "optimizer__lr": 3e8, "train__lr_warmup_steps": 20, "eval__initial_validation": False}
-    run = finetune("finetune", base, data, tmp_path / "out", **settings)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **settings)
     assert run.code == 3, run.err
     steps = sorted((tmp_path / "out").glob("step-*"))
     assert len(steps) == 1 and f"{steps[0]} is complete" in run.err
@@ -50,10 +50,10 @@ def test_json_has_no_nan() -> None:
 
 def test_a_finished_run_is_another_one_with_other_settings_or_data(base: Path, data: Path, tmp_path: Path) -> None:
     out_dir, other = tmp_path / "out", tmp_path / "other.json"
-    assert finetune("finetune", base, data, out_dir).code == 0
-    assert "nothing is left to do" in finetune("finetune", base, data, out_dir, resume="auto").err
+    assert finetune("finetune_lora", base, data, out_dir).code == 0
+    assert "nothing is left to do" in finetune("finetune_lora", base, data, out_dir, resume="auto").err
     other.write_text(json.dumps([{**record, "output": "something else"} for record in json.loads(data.read_text())]))
-    run = finetune("finetune", base, other, out_dir, resume="auto", optimizer__lr=0.5)
+    run = finetune("finetune_lora", base, other, out_dir, resume="auto", optimizer__lr=0.5)
     assert run.code == 1 and "belongs to another run" in run.err
     assert "optimizer was" in run.err and "training data are other ones" in run.err, run.err
 
@@ -70,7 +70,7 @@ def test_a_run_keeps_its_date(base: Path, data: Path, tmp_path: Path, monkeypatc
     (dated / "prompt_style.yaml").write_text(yaml.safe_dump({"class_path": "litgpt.prompts.ChatTemplate"}))
     settings: dict[str, Any] = {"data__prompt_style": "chat", "train__max_steps": 6}
     out_dir, seen = tmp_path / "out", list[datetime]()
-    assert finetune("finetune", dated, data, out_dir, **settings).code == 0
+    assert finetune("finetune_lora", dated, data, out_dir, **settings).code == 0
     real = ChatTemplate.render
 
     def render(style: ChatTemplate, *args: Any, **kwargs: Any) -> str:
@@ -84,7 +84,7 @@ def test_a_run_keeps_its_date(base: Path, data: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(prepare_module, "datetime", Tomorrow)
     monkeypatch.setattr(ChatTemplate, "render", render)
-    run = finetune("finetune", dated, data, out_dir, **settings, resume="auto")
+    run = finetune("finetune_lora", dated, data, out_dir, **settings, resume="auto")
     assert run.code == 0 and "nothing is left to do" in run.err, run.err
     assert seen and {when.year for when in seen} != {2031}
 

@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
 )
 def test_fine_tuning(mode: str, method: str, base: Path, data: Path, tmp_path: Path) -> None:
     """It learns; the adapter is an ordinary one; with and without cache the same comes out; answers come in all number formats."""
-    run = finetune_runs.finetune("finetune", base, data, tmp_path / "out", quantize=mode, lora_dropout=0.0, **METHODS[method])
+    run = finetune_runs.finetune("finetune_lora", base, data, tmp_path / "out", quantize=mode, lora_dropout=0.0, **METHODS[method])
     assert run.code == 0, run.err
     losses = run.column("val_loss")
     assert losses[-1] < losses[0]
@@ -51,7 +51,7 @@ def test_fine_tuning(mode: str, method: str, base: Path, data: Path, tmp_path: P
     assert run.report["total_parameters"] == total + sum(value.numel() for value in weights.values())
     if method != "lora":
         plain = finetune_runs.finetune(
-            "finetune", base, data, tmp_path / "plain", quantize=mode, lora_dropout=0.0, skip2lora_cache="off", **METHODS[method]
+            "finetune_lora", base, data, tmp_path / "plain", quantize=mode, lora_dropout=0.0, skip2lora_cache="off", **METHODS[method]
         )
         torch.testing.assert_close(torch.tensor(plain.column("val_loss")), torch.tensor(losses), atol=2e-4, rtol=2e-4)
     else:

@@ -25,11 +25,11 @@ TAIL = {"lora_r": 4, "skip2lora_enabled": True, "skip2lora_output_layer": "trans
 @pytest.mark.parametrize(
     ("command", "settings"),
     [
-        ("finetune", {}),
-        ("finetune", SKIP2),
-        ("finetune", {**SKIP2, "skip2lora_cache": "off"}),
-        ("finetune", TAIL),
-        ("finetune", {**SKIP2, "lora_query": True, "skip2lora_warmup_steps": 3}),
+        ("finetune_lora", {}),
+        ("finetune_lora", SKIP2),
+        ("finetune_lora", {**SKIP2, "skip2lora_cache": "off"}),
+        ("finetune_lora", TAIL),
+        ("finetune_lora", {**SKIP2, "lora_query": True, "skip2lora_warmup_steps": 3}),
         ("finetune_full", {}),
     ],
     ids=["lora", "skip2lora", "no cache", "tail", "warm-up", "full"],
@@ -50,7 +50,7 @@ def report(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def argv(base: Path, data: Path, out: Path, **settings: object) -> list[str]:
     options = {**finetune_runs.SETTINGS, **settings}
     given = [word for key, value in options.items() for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))]
-    return ["finetune", str(base), "--data", "JSON", "--data.json_path", str(data), "--out_dir", str(out), *given]
+    return ["finetune_lora", str(base), "--data", "JSON", "--data.json_path", str(data), "--out_dir", str(out), *given]
 
 
 def test_steps_and_cache_are_those_of_the_run(
@@ -59,7 +59,7 @@ def test_steps_and_cache_are_those_of_the_run(
     monkeypatch.setattr("litgpt.train.rehearsal.gib", lambda count: f"{count:.0f} bytes")
     said = report([*argv(base, data, tmp_path / "out", **SKIP2), "--dry_run", "true"], capsys)
     assert said.endswith("dry run: nothing was written\n")
-    run = finetune("finetune", base, data, tmp_path / "out", skip2lora_cache="disk", **SKIP2)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", skip2lora_cache="disk", **SKIP2)
     steps = re.search(r"steps +(\d+) \(", said)
     assert steps and int(steps[1]) == run.report["steps"] == 6
     size = sum(path.stat().st_size for path in (tmp_path / "activation_cache").rglob("activations.bin"))
@@ -80,7 +80,7 @@ def test_the_sample_shows_what_carries_loss(base: Path, capsys: pytest.CaptureFi
 
 def test_an_earlier_run_is_refused_as_by_the_run(base: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "final").mkdir(parents=True)
-    dry = finetune("finetune", base, data, tmp_path / "out", dry_run=True)
+    dry = finetune("finetune_lora", base, data, tmp_path / "out", dry_run=True)
     assert dry.code == 1
     assert "earlier run" in dry.err
     assert "--overwrite" in dry.err
@@ -91,7 +91,7 @@ def test_nothing_is_converted(data: Path, tmp_path: Path, write_tiny_tokenizer: 
     tiny.hf_llama(vocab_size=512, max_position_embeddings=128).save_pretrained(model)
     write_tiny_tokenizer(model)
     before = files(tmp_path)
-    dry = finetune("finetune", model, data, tmp_path / "out", dry_run=True)
+    dry = finetune("finetune_lora", model, data, tmp_path / "out", dry_run=True)
     assert dry.code == 1
     assert f"litgpt convert_to_litgpt {model}" in dry.err
     assert files(tmp_path) == before
@@ -99,7 +99,7 @@ def test_nothing_is_converted(data: Path, tmp_path: Path, write_tiny_tokenizer: 
 
 def test_nothing_is_downloaded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    dry = finetune("finetune", base, None, tmp_path / "out", "--data", "Alpaca", dry_run=True)
+    dry = finetune("finetune_lora", base, None, tmp_path / "out", "--data", "Alpaca", dry_run=True)
     assert dry.code == 1
     assert "would be downloaded" in dry.err
     assert not list(tmp_path.iterdir())
@@ -118,6 +118,6 @@ def test_the_measured_steps_are_real(base: Path, data: Path, tmp_path: Path, mon
         return real(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Loop, "step", step)
-    assert finetune("finetune", base, data, tmp_path / "out", dry_run=True, **SKIP2).code == 0
+    assert finetune("finetune_lora", base, data, tmp_path / "out", dry_run=True, **SKIP2).code == 0
     assert taken == [False] * 3 + [True] * 3
     assert torch.is_grad_enabled()

@@ -26,10 +26,10 @@ SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "[
 BLOCK: dict[str, Any] = {**SKIP, "skip2lora_output_layer": "transformer.h.3", "lora_mlp": True}
 QUIET: dict[str, Any] = {"eval__max_new_tokens": 0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "LoRA": ("finetune", {"lora_r": 4, "lora_dropout": 0.2}),
-    "Skip2-LoRA, cache in memory": ("finetune", {**SKIP, "skip2lora_cache": "memory"}),
-    "Skip2-LoRA, no cache": ("finetune", {**BLOCK, "skip2lora_cache": "off"}),
-    "warm-up, cache on disk": ("finetune", {**BLOCK, "skip2lora_warmup_steps": 2, "skip2lora_cache": "disk", "train__epochs": 1}),
+    "LoRA": ("finetune_lora", {"lora_r": 4, "lora_dropout": 0.2}),
+    "Skip2-LoRA, cache in memory": ("finetune_lora", {**SKIP, "skip2lora_cache": "memory"}),
+    "Skip2-LoRA, no cache": ("finetune_lora", {**BLOCK, "skip2lora_cache": "off"}),
+    "warm-up, cache on disk": ("finetune_lora", {**BLOCK, "skip2lora_warmup_steps": 2, "skip2lora_cache": "disk", "train__epochs": 1}),
     "full": ("finetune_full", {"optimizer__lr": 2e-3, "train__micro_batch_size": 3}),
 }
 CURVE = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate")
@@ -57,7 +57,7 @@ def stopped(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out_dir = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "step", failing_at(5))
-        assert finetune("finetune", base, data, out_dir, **METHODS["Skip2-LoRA, no cache"][1], **QUIET).code == 130
+        assert finetune("finetune_lora", base, data, out_dir, **METHODS["Skip2-LoRA, no cache"][1], **QUIET).code == 130
     return out_dir
 
 
@@ -130,7 +130,7 @@ def test_a_run_broken_off_in_mid_accumulation_goes_on_from_its_last_checkpoint(
 ) -> None:
     out_dir = shutil.copytree(stopped, tmp_path / "out")
     assert [int(row["step"]) for row in Run(0, "", out_dir).rows()] == [0, 1, 2, 3, 4]
-    run = finetune("finetune", base, data, out_dir, **METHODS["Skip2-LoRA, no cache"][1], **QUIET, resume="auto")
+    run = finetune("finetune_lora", base, data, out_dir, **METHODS["Skip2-LoRA, no cache"][1], **QUIET, resume="auto")
     assert run.code == 0 and f"resumed from {out_dir / 'step-000004'}" in run.err, run.err
     assert_same(run, whole("Skip2-LoRA, no cache"))
 
@@ -139,10 +139,10 @@ def test_a_named_checkpoint_is_gone_on_from_if_it_is_the_last(
     whole: Callable[[str], Run], stopped: Path, base: Path, data: Path, tmp_path: Path
 ) -> None:
     out_dir, settings = shutil.copytree(stopped, tmp_path / "out"), {**METHODS["Skip2-LoRA, no cache"][1], **QUIET}
-    refused = finetune("finetune", base, data, out_dir, **settings, resume=out_dir / "step-000002")
+    refused = finetune("finetune_lora", base, data, out_dir, **settings, resume=out_dir / "step-000002")
     assert refused.code == 1 and "holds later results than step-000002 (step-000004): move them away first" in refused.err
     shutil.rmtree(out_dir / "step-000004")
-    run = finetune("finetune", base, data, out_dir, **settings, resume=out_dir / "step-000002")
+    run = finetune("finetune_lora", base, data, out_dir, **settings, resume=out_dir / "step-000002")
     assert run.code == 0 and "resumed from" in run.err, run.err
     assert_same(run, whole("Skip2-LoRA, no cache"))
 
@@ -165,7 +165,7 @@ def test_settings_that_do_not_touch_the_curve_may_change(
         "log__run": "again",
         "skip2lora_cache_dir": tmp_path / "cache",
     }
-    run = finetune("finetune", moved, Path(copied), out_dir, **METHODS["Skip2-LoRA, no cache"][1], **changed, resume=True)
+    run = finetune("finetune_lora", moved, Path(copied), out_dir, **METHODS["Skip2-LoRA, no cache"][1], **changed, resume=True)
     assert run.code == 0, run.err
     assert curve(run) == curve(whole("Skip2-LoRA, no cache"))
     assert [path.name for path in out_dir.glob("step-*")] == ["step-000005"]
@@ -176,9 +176,9 @@ def test_the_cache_may_move_from_memory_to_the_disk(
 ) -> None:
     stop_at[:] = [3]
     settings = {**SKIP, **QUIET}
-    assert finetune("finetune", base, data, tmp_path / "out", **settings, skip2lora_cache="memory").code == 143
+    assert finetune("finetune_lora", base, data, tmp_path / "out", **settings, skip2lora_cache="memory").code == 143
     stop_at.clear()
-    run = finetune("finetune", base, data, tmp_path / "out", **settings, skip2lora_cache="disk", resume=True)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **settings, skip2lora_cache="disk", resume=True)
     assert run.code == 0 and "on disk" in run.err, run.err
     assert_same(run, whole("Skip2-LoRA, cache in memory"))
 
@@ -186,10 +186,10 @@ def test_the_cache_may_move_from_memory_to_the_disk(
 def test_a_cache_that_no_longer_fits_is_said(base: Path, data: Path, tmp_path: Path, stop_at: list[int], monkeypatch: Any) -> None:
     stop_at[:] = [3]
     settings = {**SKIP, **QUIET, "skip2lora_cache": "memory"}
-    assert finetune("finetune", base, data, tmp_path / "out", **settings).code == 143
+    assert finetune("finetune_lora", base, data, tmp_path / "out", **settings).code == 143
     stop_at.clear()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0, total=2**30))
-    run = finetune("finetune", base, data, tmp_path / "out", **settings, resume=True)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **settings, resume=True)
     assert run.code == 0 and "training activations are computed for every batch, unlike before: the figures may differ" in run.err
 
 
@@ -197,11 +197,11 @@ def test_a_finished_run_says_so_and_changes_nothing(whole: Callable[[str], Run],
     out_dir = shutil.copytree(whole("LoRA").out_dir, tmp_path / "out")
     for resume in (True, "auto"):
         before = finetune_runs.files(out_dir)
-        run = finetune("finetune", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume=resume)
+        run = finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume=resume)
         assert run.code == 0 and f"{out_dir / 'final'} exists: this run is finished" in run.err
         assert finetune_runs.files(out_dir) == before
     (out_dir / "report.json").unlink()
-    assert finetune("finetune", base, data, out_dir, **METHODS["LoRA"][1], resume="auto").code == 0
+    assert finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], resume="auto").code == 0
     assert finetune_runs.files(out_dir) == before
 
 
@@ -209,10 +209,10 @@ def test_tensorboard_and_the_times_go_on(whole: Callable[[str], Run], base: Path
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     stop_at[:] = [3]
-    first = finetune("finetune", base, data, tmp_path / "out", **METHODS["LoRA"][1], **QUIET, train__save_interval=2)
+    first = finetune("finetune_lora", base, data, tmp_path / "out", **METHODS["LoRA"][1], **QUIET, train__save_interval=2)
     shutil.rmtree(tmp_path / "out/step-000003")  # as if killed: step 3 is done twice
     stop_at.clear()
-    run = finetune("finetune", base, data, tmp_path / "out", **METHODS["LoRA"][1], **QUIET, resume=True)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **METHODS["LoRA"][1], **QUIET, resume=True)
     assert (first.code, run.code) == (143, 0), run.err
     events = EventAccumulator(str(tmp_path / "out/logs/version_0"), size_guidance={"scalars": 0}).Reload()
     assert [(e.step, pytest.approx(e.value, rel=1e-5)) for e in events.Scalars("train_loss")] == list(
@@ -230,7 +230,7 @@ def test_what_is_saved_is_a_config_to_resume_with_and_one_that_replaces_nothing(
         values = yaml.safe_load((stopped / folder / "hyperparameters.yaml").read_text())
         assert (values["resume"], values["overwrite"]) == (False, False)
     out_dir = shutil.copytree(stopped, tmp_path / "out")
-    argv = ["finetune", "--config", str(out_dir / "step-000004/hyperparameters.yaml"), "--out_dir", str(out_dir)]
+    argv = ["finetune_lora", "--config", str(out_dir / "step-000004/hyperparameters.yaml"), "--out_dir", str(out_dir)]
     assert finetune_runs.call(argv, out_dir).code == 1
     run = finetune_runs.call([*argv, "--resume"], out_dir)
     assert run.code == 0, run.err
@@ -239,7 +239,7 @@ def test_what_is_saved_is_a_config_to_resume_with_and_one_that_replaces_nothing(
 
 def test_too_little_space_is_said_at_the_start(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
-    run = finetune("finetune", base, data, tmp_path / "out", **METHODS["LoRA"][1], **QUIET, train__max_steps=1)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **METHODS["LoRA"][1], **QUIET, train__max_steps=1)
     assert run.code == 0 and f"the disk of out_dir {tmp_path / 'out'} is too full: 0.00 GiB are free" in run.err
 
 
@@ -296,7 +296,7 @@ def test_another_run_is_refused_with_all_that_has_changed(what: str, stopped: Pa
         base, data = make(base, data, tmp_path)
     out_dir = shutil.copytree(stopped, tmp_path / "out")
     before = finetune_runs.files(out_dir)
-    run = finetune("finetune", base, data, out_dir, **{**METHODS["Skip2-LoRA, no cache"][1], **QUIET, **changes}, resume=True)
+    run = finetune("finetune_lora", base, data, out_dir, **{**METHODS["Skip2-LoRA, no cache"][1], **QUIET, **changes}, resume=True)
     last = run.err.rstrip().splitlines()[-1]
     assert run.code == 1 and last.startswith(f"Error: resume: {out_dir / 'step-000004'} belongs to another run: "), run.err
     assert all(part in last for part in parts), last
@@ -310,7 +310,7 @@ def test_another_machine_is_said(stopped: Path, base: Path, data: Path, tmp_path
     facts["environment"]["threads"] = 99
     atomic.write_text(file, json.dumps(facts))
     atomic.write_manifest(out_dir / "step-000004")
-    run = finetune("finetune", base, data, out_dir, **METHODS["Skip2-LoRA, no cache"][1], **QUIET, resume=True)
+    run = finetune("finetune_lora", base, data, out_dir, **METHODS["Skip2-LoRA, no cache"][1], **QUIET, resume=True)
     now = torch.get_num_threads()
     assert run.code == 0 and f"may differ in their last digits from an uninterrupted run's: threads 99 then, {now} now" in run.err
 
@@ -352,10 +352,10 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
         problem = atomic.damages(out_dir / "step-000004", contents=True)[0]
     monkeypatch.setattr(Loop, "step", failing_at(3))
     settings = {**METHODS["Skip2-LoRA, no cache"][1], **QUIET}
-    run = finetune("finetune", base, data, out_dir, **settings, resume=True)
+    run = finetune("finetune_lora", base, data, out_dir, **settings, resume=True)
     assert run.code == 130 and f"{out_dir / 'step-000004'} is incomplete and is skipped: {problem}" in run.err, run.err
     assert f"resumed from {out_dir / 'step-000002'}" in run.err and "Traceback" not in run.err
-    named = finetune("finetune", base, data, out_dir, **settings, resume=out_dir / "step-000004")
+    named = finetune("finetune_lora", base, data, out_dir, **settings, resume=out_dir / "step-000004")
     assert named.code == 1 and f"Error: resume: {out_dir / 'step-000004'} is incomplete: {problem}" in named.err
 
 
@@ -365,7 +365,7 @@ def test_what_is_damaged_is_replaced_when_its_step_comes(
     for damaged in ("best", "step-000004"):
         out_dir = shutil.copytree(stopped, tmp_path / damaged / "out")
         cut_off(out_dir / damaged, WEIGHTS)
-        run = finetune("finetune", base, data, out_dir, **METHODS["Skip2-LoRA, no cache"][1], **QUIET, resume=True)
+        run = finetune("finetune_lora", base, data, out_dir, **METHODS["Skip2-LoRA, no cache"][1], **QUIET, resume=True)
         assert run.code == 0 and f"{out_dir / damaged} is incomplete" in run.err
         assert_same(run, whole("Skip2-LoRA, no cache"))
 
@@ -377,7 +377,7 @@ def test_checkpoints_without_a_manifest_are_none(stopped: Path, base: Path, data
     before = finetune_runs.files(out_dir)
     settings = {**METHODS["Skip2-LoRA, no cache"][1], **QUIET}
     for resume, message in ((True, "holds no checkpoint to resume"), ("auto", "holds a run, but no checkpoint to resume")):
-        run = finetune("finetune", base, data, out_dir, **settings, resume=resume)
+        run = finetune("finetune_lora", base, data, out_dir, **settings, resume=resume)
         assert run.code == 1 and f"{message}; incomplete: step-000004 (manifest.json is missing or broken)" in run.err, run.err
     assert finetune_runs.files(out_dir) == before
 
@@ -385,19 +385,19 @@ def test_checkpoints_without_a_manifest_are_none(stopped: Path, base: Path, data
 def test_auto_starts_anew_where_nothing_is(whole: Callable[[str], Run], base: Path, data: Path, tmp_path: Path) -> None:
     """Also on the logs of a run that was killed before its first checkpoint."""
     out_dir = tmp_path / "out"
-    refused = finetune("finetune", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume=True)
+    refused = finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume=True)
     assert refused.code == 1 and f"resume: out_dir {out_dir} holds no checkpoint to resume. Leave --resume out" in refused.err
     assert not out_dir.exists()
     for folder in ("logs/version_0", "best"):
         shutil.copytree(whole("LoRA").out_dir / folder, out_dir / folder)
-    run = finetune("finetune", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume="auto")
+    run = finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume="auto")
     assert run.code == 0 and "resumed" not in run.err
     assert_same(run, whole("LoRA"))
 
 
 def test_resume_and_overwrite_contradict_each_other(stopped: Path, base: Path, data: Path) -> None:
     before = finetune_runs.files(stopped)
-    run = finetune("finetune", base, data, stopped, **METHODS["Skip2-LoRA, no cache"][1], resume="auto", overwrite=True)
+    run = finetune("finetune_lora", base, data, stopped, **METHODS["Skip2-LoRA, no cache"][1], resume="auto", overwrite=True)
     assert run.code == 1 and "--resume continues the run in out_dir and --overwrite replaces it: give one" in run.err
     assert finetune_runs.files(stopped) == before
 
@@ -407,7 +407,7 @@ def test_a_folder_in_use_is_left_alone(stopped: Path, base: Path, data: Path) ->
     held = atomic.lock(stopped)
     try:
         for words in ({"resume": "auto"}, {"overwrite": True}):
-            run = finetune("finetune", base, data, stopped, **settings, **words)
+            run = finetune("finetune_lora", base, data, stopped, **settings, **words)
             assert run.code == 1 and f"out_dir {stopped} is in use by another run" in run.err
     finally:
         os.close(held)
@@ -415,7 +415,7 @@ def test_a_folder_in_use_is_left_alone(stopped: Path, base: Path, data: Path) ->
 
 
 def test_resume_without_a_value_means_true(stopped: Path, base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune", base, data, tmp_path / "out", "--resume", **METHODS["LoRA"][1])
+    run = finetune("finetune_lora", base, data, tmp_path / "out", "--resume", **METHODS["LoRA"][1])
     assert run.code == 1 and "holds no checkpoint to resume" in run.err
 
 
@@ -424,6 +424,6 @@ def test_a_place_that_is_no_checkpoint_of_this_run(place: str, stopped: Path, ba
     (tmp_path / "file").write_text("x")
     (tmp_path / "final").mkdir()
     shutil.copytree(stopped / "step-000004", tmp_path / "step-000004")
-    run = finetune("finetune", base, data, stopped, **METHODS["Skip2-LoRA, no cache"][1], resume=tmp_path / place)
+    run = finetune("finetune_lora", base, data, stopped, **METHODS["Skip2-LoRA, no cache"][1], resume=tmp_path / place)
     expected = f"there is no folder {tmp_path / place}" if place in ("nowhere", "file") else f"{tmp_path / place} is not a step-* folder of"
     assert run.code == 1 and f"Error: resume: {expected}" in run.err

@@ -76,7 +76,9 @@ def test_each_setting_is_the_run_of_its_own(name: str, made: Callable[[str], Run
     assert len(set(losses)) == len(losses), "or the comparison would show nothing"
     for row in found:
         own = {key: row[key] for key in values}
-        run = finetune("finetune", base, data, tmp_path / row["setting"], *(f"--{key}={text}" for key, text in own.items()), **settings)
+        run = finetune(
+            "finetune_lora", base, data, tmp_path / row["setting"], *(f"--{key}={text}" for key, text in own.items()), **settings
+        )
         assert run.code == 0, run.err
         swept = Run(0, "", made(name).out_dir / row["setting"])
         expected, weights = (load(each.final / "lit_model.pth.lora")["model"] for each in (run, swept))

@@ -32,7 +32,7 @@ def finetune(spoil: Callable[[Path], Any]) -> Callable[[Place], list[Any]]:
     def words(place: Place) -> list[Any]:
         folder, data = place.base(), place.data()
         spoil(folder)
-        return ["finetune", folder, "--data", "JSON", "--data.json_path", data, "--out_dir", "out", "--max_steps", 1]
+        return ["finetune_lora", folder, "--data", "JSON", "--data.json_path", data, "--out_dir", "out", "--max_steps", 1]
 
     return words
 
@@ -578,7 +578,7 @@ ADAPTER = [
     ),
     Case(
         "an adapter on an adapter",
-        lambda place: ["finetune", place.adapter(), "--data", "JSON", "--data.json_path", place.data(), "--out_dir", "out"],
+        lambda place: ["finetune_lora", place.adapter(), "--data", "JSON", "--data.json_path", place.data(), "--out_dir", "out"],
         "adapter",
         "adapter",
     ),

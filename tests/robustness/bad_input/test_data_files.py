@@ -21,7 +21,7 @@ def data(content: Any, name: str = "data.json", *more: Any) -> Callable[[Place],
     def words(place: Place) -> list[Any]:
         if content is not None:
             place.write(name, content)
-        return ["finetune", place.base(), "--data", "JSON", "--data.json_path", name, "--out_dir", "out", *more]
+        return ["finetune_lora", place.base(), "--data", "JSON", "--data.json_path", name, "--out_dir", "out", *more]
 
     return words
 
@@ -41,7 +41,7 @@ def folder(files: dict[str, Any], *more: Any) -> Callable[[Place], list[Any]]:
         (place.folder / "d").mkdir()
         for name, content in files.items():
             place.write(f"d/{name}", content)
-        return ["finetune", place.base(), "--data", "JSON", "--data.json_path", "d", "--out_dir", "out", *more]
+        return ["finetune_lora", place.base(), "--data", "JSON", "--data.json_path", "d", "--out_dir", "out", *more]
 
     return words
 
@@ -63,7 +63,7 @@ ROWS = [
     Case("missing", data(None), "data.json does not exist", "check data.json_path"),
     Case(
         "no path",
-        lambda place: ["finetune", place.base(), "--data", "JSON", "--out_dir", "out"],
+        lambda place: ["finetune_lora", place.base(), "--data", "JSON", "--out_dir", "out"],
         "data.json_path is missing",
         "name a .json",
     ),
@@ -171,14 +171,14 @@ ROWS = [
     # other modules
     Case(
         "a package that is not there",
-        lambda place: ["finetune", place.base(), "--data", "PythonDocs", "--data.packages", "[no_such_package]", "--out_dir", "out"],
+        lambda place: ["finetune_lora", place.base(), "--data", "PythonDocs", "--data.packages", "[no_such_package]", "--out_dir", "out"],
         "data.packages: 'no_such_package' cannot be imported",
         "install it or drop it",
     ),
     Case(
         "an Alpaca file of something else",
         lambda place: [
-            "finetune",
+            "finetune_lora",
             place.base(),
             "--data",
             "Alpaca",
@@ -193,7 +193,7 @@ ROWS = [
     Case(
         "an Alpaca archive of something else",
         lambda place: [
-            "finetune",
+            "finetune_lora",
             place.base(),
             "--data",
             "Alpaca",

@@ -17,7 +17,7 @@ def out(make: Callable[[Place], Any], *more: Any) -> Callable[[Place], list[Any]
 
     def words(place: Place) -> list[Any]:
         return [
-            "finetune",
+            "finetune_lora",
             place.base(),
             "--data",
             "JSON",
@@ -59,7 +59,7 @@ ROWS = [
         "the checkpoint's own run",
         lambda place: [
             atomic.write_manifest(place.base().rename(place.folder / "final")),
-            ["finetune", "final", "--data", "JSON", "--data.json_path", place.data(), "--out_dir", ".", "--overwrite", "true"],
+            ["finetune_lora", "final", "--data", "JSON", "--data.json_path", place.data(), "--out_dir", ".", "--overwrite", "true"],
         ][1],
         "checkpoint_dir",
         "give another --out_dir",

@@ -17,7 +17,7 @@ def command(name: str, *more: Any) -> Callable[[Place], list[Any]]:
 
     def words(place: Place) -> list[Any]:
         base = place.base()
-        if name.startswith(("finetune", "sweep")):
+        if name.startswith(("finetune_lora", "sweep")):
             place.data()
             return [name, base, *JSON, "--out_dir", "out", *more]
         return [name, base, *more]
@@ -25,7 +25,7 @@ def command(name: str, *more: Any) -> Callable[[Place], list[Any]]:
     return words
 
 
-def yaml(text: str, name: str = "finetune", *more: Any) -> Callable[[Place], list[Any]]:
+def yaml(text: str, name: str = "finetune_lora", *more: Any) -> Callable[[Place], list[Any]]:
     """`text` as the file f.yaml; the good checkpoint, data and out_dir come from the command line, behind it."""
 
     def words(place: Place) -> list[Any]:
@@ -39,12 +39,12 @@ def yaml(text: str, name: str = "finetune", *more: Any) -> Callable[[Place], lis
 
 
 def tune(key: str, value: Any, remedy: str, code: int = 1, culprit: str | None = None) -> Case:
-    return Case(f"{key}={value}"[:60], command("finetune", f"--{key}={value}"), culprit or key, remedy, code)
+    return Case(f"{key}={value}"[:60], command("finetune_lora", f"--{key}={value}"), culprit or key, remedy, code)
 
 
 # Each of these is a key that does not exist and the one that was meant: for the command line, and for a YAML file.
 UNKNOWN = {
-    "finetune": {
+    "finetune_lora": {
         "chekpoint_dir": "checkpoint_dir",
         "outdir": "out_dir",
         "lora_rank": "lora_r",
@@ -84,25 +84,27 @@ COMMAND_LINE = [
     Case("command misspelt", lambda place: ["finetune-lora", "x"], "'finetune-lora'", "Did you mean 'finetune_lora'?", 2),
     Case("command in capitals", lambda place: ["Generate", "x"], "'Generate'", "Did you mean 'generate'?", 2),
     Case("a file as the command", lambda place: ["f.yaml"], "'f.yaml'", "`litgpt --help` lists them", 2),
-    Case("a path with a zero byte", command("finetune", "--out_dir", "a\0b"), "out_dir", "zero byte", 2),
-    Case("an empty out_dir", command("finetune", "--out_dir="), "--out_dir is empty", "name a file or a folder", 2),
+    Case("a path with a zero byte", command("finetune_lora", "--out_dir", "a\0b"), "out_dir", "zero byte", 2),
+    Case("an empty out_dir", command("finetune_lora", "--out_dir="), "--out_dir is empty", "name a file or a folder", 2),
     Case("an empty checkpoint", lambda place: ["generate", ""], "--checkpoint_dir is empty", "name a file or a folder", 2),
-    Case("an empty config", command("finetune", "--config="), "--config", "needs a value", 2),
+    Case("an empty config", command("finetune_lora", "--config="), "--config", "needs a value", 2),
     Case(
         "a config that is a folder",
-        lambda place: ["finetune", place.write("d/x", "").parent, "--config", "d"],
+        lambda place: ["finetune_lora", place.write("d/x", "").parent, "--config", "d"],
         "it is a folder",
         "put a file there",
         2,
     ),
-    Case("two values alone", command("finetune", "4", "5"), "'4' stands alone", "--key value", 2),
-    Case("one dash", command("finetune", "-lora_r=4"), "'-lora_r=4'", "--key value", 2),
-    Case("two dashes", command("finetune", "--"), "'--'", "--key value", 2),
-    Case("a group as a number", command("finetune", "--eval", "3"), "--eval", "eval.interval", 2),
-    Case("data without its class", lambda place: ["finetune", "c", "--data.json_path", "x"], "--data.json_path", "--data with one of", 2),
-    Case("a data class misspelt", command("finetune", "--data", "Alpacca"), "'Alpacca'", "did you mean Alpaca?", 2),
-    Case("a data class's key", command("finetune", "--data.json_pat", "x"), "'json_pat'", "did you mean json_path?", 2),
-    Case("a data class as a mapping", command("finetune", "--data", "{json_path: x}"), "--data", "class_path", 2),
+    Case("two values alone", command("finetune_lora", "4", "5"), "'4' stands alone", "--key value", 2),
+    Case("one dash", command("finetune_lora", "-lora_r=4"), "'-lora_r=4'", "--key value", 2),
+    Case("two dashes", command("finetune_lora", "--"), "'--'", "--key value", 2),
+    Case("a group as a number", command("finetune_lora", "--eval", "3"), "--eval", "eval.interval", 2),
+    Case(
+        "data without its class", lambda place: ["finetune_lora", "c", "--data.json_path", "x"], "--data.json_path", "--data with one of", 2
+    ),
+    Case("a data class misspelt", command("finetune_lora", "--data", "Alpacca"), "'Alpacca'", "did you mean Alpaca?", 2),
+    Case("a data class's key", command("finetune_lora", "--data.json_pat", "x"), "'json_pat'", "did you mean json_path?", 2),
+    Case("a data class as a mapping", command("finetune_lora", "--data", "{json_path: x}"), "--data", "class_path", 2),
     Case("temperature", command("generate", "--temperature", "-1"), "temperature is -1", "0 (always the most probable token)"),
     Case("temperature nan", command("generate", "--temperature", "nan"), "--temperature: 'nan'", "a number", 2),
     Case("temperature inf", command("generate", "--temperature", "inf"), "--temperature: 'inf'", "a number", 2),
@@ -167,7 +169,7 @@ COMMAND_LINE = [
     tune("train.lr_warmup_fraction", 3, "between 0 and 1", 2),
     tune("eval.interval", 0, "at least 1", 2),
     tune("eval.evaluate_example", "third", '"first", "random"', 2),
-    tune("data.val_split_fraction", 0, "between 0 and 1"),
+    tune("data.val_split_fraction", 1, "a number from 0 to below 1"),
     tune("data.val_split_fraction", "nan", "a number", 2),
     tune("data.prompt_style", "alpca", "did you mean 'alpaca'", culprit="'alpca'"),
     tune("data.prompt_style", "os.system", "There are chat, alpaca", culprit="'os.system'"),
@@ -186,31 +188,31 @@ COMMAND_LINE = [
     tune("lora_block_indices", "[]", "name at least one"),
     Case(
         "output layer misspelt",
-        command("finetune", "--skip2lora_enabled", "--skip2lora_output_layer", "lm_hed"),
+        command("finetune_lora", "--skip2lora_enabled", "--skip2lora_output_layer", "lm_hed"),
         "skip2lora_output_layer is 'lm_hed'",
         "lm_head",
     ),
     Case(
         "negative warm-up",
-        command("finetune", "--skip2lora_enabled", "--skip2lora_warmup_steps", "-5"),
+        command("finetune_lora", "--skip2lora_enabled", "--skip2lora_warmup_steps", "-5"),
         "skip2lora_warmup_steps",
         "give 0 (none) or more",
     ),
     Case(
         "warm-up twice",
-        command("finetune", "--skip2lora_enabled", "--skip2lora_warmup_steps", "5", "--skip2lora_warmup_epochs", "0.5"),
+        command("finetune_lora", "--skip2lora_enabled", "--skip2lora_warmup_steps", "5", "--skip2lora_warmup_epochs", "0.5"),
         "skip2lora_warmup_steps and skip2lora_warmup_epochs",
         "give one of them",
     ),
     Case(
         "negative warm-up in epochs",
-        command("finetune", "--skip2lora_enabled", "--skip2lora_warmup_epochs", "-1"),
+        command("finetune_lora", "--skip2lora_enabled", "--skip2lora_warmup_epochs", "-1"),
         "skip2lora_warmup_epochs is -1.0",
         "such as 0.5",
     ),
     Case(
         "warm-up that goes nowhere",
-        command("finetune", "--skip2lora_enabled", "--skip2lora_warmup_steps", "5", "--skip2lora_warmup_lr", "0"),
+        command("finetune_lora", "--skip2lora_enabled", "--skip2lora_warmup_steps", "5", "--skip2lora_warmup_lr", "0"),
         "skip2lora_warmup_lr is 0.0",
         "a number above 0",
     ),
@@ -278,6 +280,6 @@ def test_bad_settings_have_names_of_their_own() -> None:
 
 
 def test_all_unknown_keys_are_reported_at_once(place: Place) -> None:
-    ended = run(command("finetune", "--lora_rr", "4", "--trian.epochs", "3", "--sed", "1")(place))
+    ended = run(command("finetune_lora", "--lora_rr", "4", "--trian.epochs", "3", "--sed", "1")(place))
     check_message(ended, "lora_rr", "did you mean lora_r", 2)
     assert "did you mean train.epochs" in ended.err and "did you mean seed" in ended.err

@@ -8,7 +8,20 @@ from tests.helpers.places import Place, run
 def test_every_command_succeeds_on_the_unspoilt_files(place: Place) -> None:
     base, data = place.base(), place.data()
     for words in (
-        ["finetune", base, "--data", "JSON", "--data.json_path", data, "--max_steps", 1, "--out_dir", "out", "--eval.max_new_tokens", 2],
+        [
+            "finetune_lora",
+            base,
+            "--data",
+            "JSON",
+            "--data.json_path",
+            data,
+            "--max_steps",
+            1,
+            "--out_dir",
+            "out",
+            "--eval.max_new_tokens",
+            2,
+        ],
         ["finetune_full", base, "--data", "JSON", "--data.json_path", data, "--max_steps", 1, "--out_dir", "full"],
         ["generate", base, "--max_new_tokens", 3],
         ["generate", place.adapter(), "--max_new_tokens", 3],

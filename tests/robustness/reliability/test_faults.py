@@ -47,7 +47,7 @@ def whole(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
     def run(name: str) -> Run:
         if name not in runs:
-            runs[name] = finetune("finetune", bench.base, bench.data, tmp_path_factory.mktemp("whole") / "out", **SETTINGS[name])
+            runs[name] = finetune("finetune_lora", bench.base, bench.data, tmp_path_factory.mktemp("whole") / "out", **SETTINGS[name])
             assert runs[name].code == 0, runs[name].err
         return runs[name]
 
@@ -110,13 +110,13 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
 
     with small_files(resource.RLIM_INFINITY), monkeypatch.context() as patch:
         patch.setattr(Phase, "on_step", filling)
-        run = finetune("finetune", bench.base, bench.data, out_dir, **settings)
+        run = finetune("finetune_lora", bench.base, bench.data, out_dir, **settings)
     newest = {"best": "step-000002", "step-000006": "step-000004", "final": "step-000006"}[what]
     remedy = f"{out_dir / newest} is complete: make room, and the same command with --resume true continues from it"
     assert_one_message(run, 1, f"{out_dir / what} cannot be written: File too large", remedy)
     assert_sound(out_dir)
     assert not list(out_dir.glob(".*")) and not (out_dir / what).exists()
-    assert_same(finetune("finetune", bench.base, bench.data, out_dir, **settings, resume=True), whole(name))
+    assert_same(finetune("finetune_lora", bench.base, bench.data, out_dir, **settings, resume=True), whole(name))
 
 
 def test_a_checkpoint_by_the_clock_is_left_out_if_the_disk_is_full(
@@ -132,7 +132,7 @@ def test_a_checkpoint_by_the_clock_is_left_out_if_the_disk_is_full(
 
     with small_files(resource.RLIM_INFINITY), monkeypatch.context() as patch:
         patch.setattr(Loop, "step", filling)
-        run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **settings)
+        run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **settings)
     assert run.code == 0 and run.err.count("cannot be written: File too large") == 2, run.err
     assert run.column("train_loss") == whole("LARGE").column("train_loss")
     assert not list((tmp_path / "out").glob("step-*")), "they were there to resume from only"
@@ -142,7 +142,7 @@ def test_a_cache_that_changes_under_a_run_stops_it_with_its_state_saved(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**SKIP, "eval__max_new_tokens": 0, "skip2lora_cache": "disk"}
-    reference = finetune("finetune", bench.base, bench.data, tmp_path / "reference", **settings)
+    reference = finetune("finetune_lora", bench.base, bench.data, tmp_path / "reference", **settings)
     step = Loop.step
 
     def changing(loop: Loop, state: State, *args: Any) -> dict[str, float]:
@@ -153,9 +153,9 @@ def test_a_cache_that_changes_under_a_run_stops_it_with_its_state_saved(
     out_dir = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "step", changing)
-        run = finetune("finetune", bench.base, bench.data, out_dir, **settings)
+        run = finetune("finetune_lora", bench.base, bench.data, out_dir, **settings)
     assert_one_message(run, 1, "activations.bin: rows ", f"{out_dir / 'step-000003'} is complete")
-    resumed = finetune("finetune", bench.base, bench.data, out_dir, **settings, resume=True)
+    resumed = finetune("finetune_lora", bench.base, bench.data, out_dir, **settings, resume=True)
     assert "is filled again" in resumed.err
     assert_same(resumed, reference)
 
@@ -163,11 +163,11 @@ def test_a_cache_that_changes_under_a_run_stops_it_with_its_state_saved(
 def test_a_disk_too_full_for_the_cache_is_said_and_the_run_goes_on(bench: Bench, tmp_path: Path) -> None:
     settings = {**SKIP, "lora_dropout": 0.0, "skip2lora_output_layer": "transformer.h.3", "eval__max_new_tokens": 0}
     with small_files(2**17):
-        run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **settings, skip2lora_cache="disk")
+        run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **settings, skip2lora_cache="disk")
     assert run.code == 0, run.err
     assert "training cache: " in run.err and "(File too large), activations are computed again for every batch" in run.err
     assert not [path for path in (tmp_path / "activation_cache").iterdir() if path.name.startswith(".") or path.suffix == ".begun"]
-    plain = finetune("finetune", bench.base, bench.data, tmp_path / "plain", **settings, skip2lora_cache="off")
+    plain = finetune("finetune_lora", bench.base, bench.data, tmp_path / "plain", **settings, skip2lora_cache="off")
     assert run.column("train_loss") == plain.column("train_loss")
 
 
@@ -186,7 +186,7 @@ def test_memory_that_runs_out_is_told_with_figures_and_remedies_and_what_was_don
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "loss", greedy)
-        run = finetune("finetune", bench.base, bench.data, out_dir, **LORA)
+        run = finetune("finetune_lora", bench.base, bench.data, out_dir, **LORA)
     remedies = (
         "Batches have 2 samples of up to 60 tokens; set train.micro_batch_size below 2",
         "train.max_seq_length",
@@ -194,7 +194,7 @@ def test_memory_that_runs_out_is_told_with_figures_and_remedies_and_what_was_don
     )
     assert_one_message(run, 4, "out of memory for 1048576.00 GiB more after step 5: at most ", "GiB are free now", *remedies)
     assert f"Stopped: {out_dir / 'step-000005'} is complete, the same command with --resume true continues from it" in run.err
-    assert_same(finetune("finetune", bench.base, bench.data, out_dir, **LORA, resume=True), whole("LORA"))
+    assert_same(finetune("finetune_lora", bench.base, bench.data, out_dir, **LORA, resume=True), whole("LORA"))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")])
@@ -203,14 +203,14 @@ def test_other_forms_of_it(error: Exception, bench: Bench, tmp_path: Path, monke
         raise error
 
     monkeypatch.setattr(Loop, "loss", greedy)
-    run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA, eval__initial_validation=False)
+    run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **LORA, eval__initial_validation=False)
     assert_one_message(run, 4, "out of memory after step 0: ", "Stopped: nothing is lost, run the same command again")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_too_large_to_be_read(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "load_base", lambda *args: torch.empty(2**50, dtype=torch.uint8))
-    run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA)
+    run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **LORA)
     assert_one_message(run, 4, "out of memory for 1048576.00 GiB more while data and model were read", "bf16-true")
     assert not list(tmp_path.iterdir())
 
@@ -250,13 +250,13 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_sample_and_saves_w
     out_dir, rows = tmp_path / "out", third_batch(bench)
     with monkeypatch.context() as patch:
         spoil(value, rows[4])
-        run = finetune("finetune", bench.base, bench.data, out_dir, **LORA, train__save_interval=1000)
+        run = finetune("finetune_lora", bench.base, bench.data, out_dir, **LORA, train__save_interval=1000)
         patch.undo()
     monkeypatch.undo()
     assert_one_message(run, 3, f"step 3: the loss is {value} in a batch with samples {rows}: lower the learning rate")
     assert f"The training samples (counted from 0) begin {rows[4]}: 'user\\nadd " in run.err
     assert f"Stopped: {out_dir / 'step-000002'} is complete, the same command with --resume true continues from it" in run.err
-    after = finetune("finetune", bench.base, bench.data, out_dir, **LORA, resume=True)
+    after = finetune("finetune_lora", bench.base, bench.data, out_dir, **LORA, resume=True)
     assert [[row[name] for name in CURVE] for row in after.rows()] == [[row[name] for name in CURVE] for row in whole("LORA").rows()]
     assert load(after, "final") == load(whole("LORA"), "final"), "the random states are those before the step that failed"
 
@@ -270,7 +270,7 @@ def test_such_steps_can_be_left_out(bench: Bench, tmp_path: Path, spoil: Callabl
     rows = third_batch(bench)
     spoil(math.nan, rows[0])
     settings = {**LORA, "train__save_interval": 1, "train__epochs": 1}
-    run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **settings, train__skip_nonfinite=True)
+    run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **settings, train__skip_nonfinite=True)
     assert run.code == 0, run.err
     assert f"step 3: the loss is nan in a batch with samples {rows}: the step is skipped" in run.err
     assert run.report["skipped_steps"] == 1 and "skipped steps" in run.err
@@ -283,10 +283,10 @@ def test_a_run_that_stopped_can_go_on_without_the_step(bench: Bench, tmp_path: P
     rows = third_batch(bench)
     spoil(math.nan, rows[0])
     settings = {**LORA, "train__epochs": 1}
-    left_out = finetune("finetune", bench.base, bench.data, tmp_path / "left_out", **settings, train__skip_nonfinite=True)
-    stopped = finetune("finetune", bench.base, bench.data, tmp_path / "out", **settings)
+    left_out = finetune("finetune_lora", bench.base, bench.data, tmp_path / "left_out", **settings, train__skip_nonfinite=True)
+    stopped = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **settings)
     assert (left_out.code, stopped.code) == (0, 3)
-    run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **settings, train__skip_nonfinite=True, resume=True)
+    run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **settings, train__skip_nonfinite=True, resume=True)
     assert_same(run, left_out)
     assert run.report["skipped_steps"] == 1
 
@@ -295,7 +295,7 @@ def test_a_run_that_stopped_can_go_on_without_the_step(bench: Bench, tmp_path: P
 
 
 def test_the_last_ones_are_kept(bench: Bench, tmp_path: Path) -> None:
-    run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA, train__save_interval=1, train__keep_last=2)
+    run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **LORA, train__save_interval=1, train__keep_last=2)
     assert run.code == 0 and sorted(path.name for path in run.out_dir.glob("step-*")) == ["step-000005", "step-000006"]
 
 
@@ -308,7 +308,7 @@ def test_by_the_clock_there_is_one_at_a_time(bench: Bench, tmp_path: Path, monke
 
     monkeypatch.setattr(Loop, "step", looking)
     settings = {**LORA, "train__save_every_minutes": 1e-9, "train__save_interval": 3}
-    run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **settings)
+    run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **settings)
     kept = "step-000003"
     assert run.code == 0
     assert seen == [[], ["step-000001"], ["step-000002"], [kept], [kept, "step-000004"], [kept, "step-000005"]]
@@ -321,19 +321,19 @@ def test_the_best_is_kept_and_training_stops_when_it_gets_no_better(bench: Bench
     steps = iter(made_up)
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "validate", lambda *args: made_up[next(steps)])
-        run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA, eval__interval=1, eval__patience=2)
+        run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **LORA, eval__interval=1, eval__patience=2)
     assert run.code == 0, run.err
     assert (run.report["steps"], run.report["best_step"], run.report["best_val_loss"]) == (5, 3, 3.0)
     assert "step 5: no better validation loss than 3.0000 in 2 validations: training ends" in run.err
     assert f"best checkpoint         {run.out_dir / 'best'}: step 3, validation loss 3.0000" in run.err
     assert json.loads((run.out_dir / "best/report.json").read_text()) == {"step": 3, "val_loss": 3.0}
     assert load(run, "best") != load(run, "step-000002") and atomic.damages(run.out_dir / "best", contents=True) == []
-    longer = finetune("finetune", bench.base, bench.data, tmp_path / "longer", **LORA, train__max_steps=3, train__save_interval=3)
+    longer = finetune("finetune_lora", bench.base, bench.data, tmp_path / "longer", **LORA, train__max_steps=3, train__save_interval=3)
     assert load(run, "best").keys() == load(longer, "step-000003").keys()
 
 
 def test_no_best_where_none_is_wanted(bench: Bench, tmp_path: Path) -> None:
-    run = finetune("finetune", bench.base, bench.data, tmp_path / "out", **LORA, train__keep_best=False, train__max_steps=1)
+    run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **LORA, train__keep_best=False, train__max_steps=1)
     assert run.code == 0 and not (run.out_dir / "best").exists() and "best checkpoint" not in run.err
     assert run.report["best_step"] == 1
 
@@ -383,6 +383,6 @@ def test_links_that_lead_nowhere(place: str, bench: Bench, tmp_path: Path) -> No
     base, data = (loop if place == "base" else base), (loop if place == "data" else data)
     out_dir = {"out_dir": loop, "parent of out_dir": loop / "out"}.get(place, out_dir)
     before = sorted(path.name for path in tmp_path.iterdir())
-    run = finetune("finetune", base, data, out_dir, **LORA)
+    run = finetune("finetune_lora", base, data, out_dir, **LORA)
     assert_one_message(run, 1, "lit_model.pth" if place == "weights" else str(loop))
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -81,7 +81,7 @@ def forms(target: str) -> list[Any]:
 @pytest.mark.parametrize("target", [*TARGETS, *INSIDE])
 def test_no_key_takes_a_foreign_class(target: str, place: Place) -> None:
     """The keys that take a class, and one of every other kind: refused, or taken for a plain text."""
-    check_keys("finetune", target, place, ["data", "optimizer", "logger_name", "out_dir", "log", "log.metadata", "train"])
+    check_keys("finetune_lora", target, place, ["data", "optimizer", "logger_name", "out_dir", "log", "log.metadata", "train"])
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_no_optimizer_but_torchs(target: str) -> None:
 def test_an_allowed_name_that_is_no_optimizer_is_refused_where_it_is_used(place: Place) -> None:
     ended = run(
         [
-            "finetune",
+            "finetune_lora",
             place.base(),
             "--data",
             "JSON",
@@ -156,7 +156,7 @@ def test_files_that_litgpt_wrote_are_not_believed_either(target: str, place: Pla
     recipe = {"class_path": target, "init_args": {"command": "touch sprung"}}
     (folder / "hyperparameters.yaml").write_text(yaml.safe_dump({**settings, "data": recipe, "optimizer": recipe, "log": recipe}))
     assert run(["generate", folder, "--max_new_tokens", 1]).code == 0  # they are not its business
-    ended = run(["finetune", folder / "hyperparameters.yaml", "--out_dir", "out"])
+    ended = run(["finetune_lora", folder / "hyperparameters.yaml", "--out_dir", "out"])
     check_message(ended, f"{target!r} is not allowed", "only those of litgpt.", 2)
     (folder / "prompt_style.yaml").write_text(yaml.safe_dump(recipe))
     check_message(run(["generate", folder]), "prompt_style.yaml", "There are chat, alpaca", 1)
@@ -167,8 +167,8 @@ def test_python_tags_are_no_values(tag: str, place: Place) -> None:
     """In every YAML file that a command reads."""
     folder = place.adapter()
     for file, words in (
-        (place.folder / "f.yaml", ["finetune", "f.yaml"]),
-        (place.folder / "data.yaml", ["finetune", "c", "--data", "data.yaml"]),
+        (place.folder / "f.yaml", ["finetune_lora", "f.yaml"]),
+        (place.folder / "data.yaml", ["finetune_lora", "c", "--data", "data.yaml"]),
         (place.folder / "base/model_config.yaml", ["generate", "base"]),
         (folder / "hyperparameters.yaml", ["generate", "adapter"]),
         (folder / "hyperparameters.yaml", ["merge_lora", "adapter"]),
@@ -187,7 +187,7 @@ def test_python_tags_are_no_values(tag: str, place: Place) -> None:
 def test_python_tags_on_the_command_line(tag: str, place: Place) -> None:
     base, data = place.base(), place.data()
     for key in ("--data", "--optimizer", "--train", "--skip2lora_block_indices", "--log", "--config"):
-        words = ["finetune", base, "--data", "JSON", "--data.json_path", data, "--skip2lora_enabled", "--out_dir", "out", key, tag]
+        words = ["finetune_lora", base, "--data", "JSON", "--data.json_path", data, "--skip2lora_enabled", "--out_dir", "out", key, tag]
         ended = run(words)
         check_message(ended, "", "", ended.code)
         assert ended.code in (1, 2)
@@ -197,10 +197,10 @@ def test_json_is_no_way_around(place: Place) -> None:
     """A config file and inline values may be JSON, which is YAML: the same checks hold."""
     recipe = {"class_path": "trap_module.Trap"}
     file = place.write("f.yaml", json.dumps({"checkpoint_dir": "c", "data": recipe}))
-    check_message(run(["finetune", file]), "'trap_module.Trap' is not allowed", "litgpt.", 2)
-    check_message(run(["finetune", "c", "--data", json.dumps(recipe)]), "'trap_module.Trap' is not allowed", "litgpt.", 2)
-    check_message(run(["finetune", "c", "--data.class_path", "trap_module.Trap"]), "'trap_module.Trap' is not allowed", "litgpt.", 2)
-    check_message(run(["finetune", "c", "--data.help", "trap_module.Trap"]), "'trap_module.Trap' is not allowed", "litgpt.", 2)
+    check_message(run(["finetune_lora", file]), "'trap_module.Trap' is not allowed", "litgpt.", 2)
+    check_message(run(["finetune_lora", "c", "--data", json.dumps(recipe)]), "'trap_module.Trap' is not allowed", "litgpt.", 2)
+    check_message(run(["finetune_lora", "c", "--data.class_path", "trap_module.Trap"]), "'trap_module.Trap' is not allowed", "litgpt.", 2)
+    check_message(run(["finetune_lora", "c", "--data.help", "trap_module.Trap"]), "'trap_module.Trap' is not allowed", "litgpt.", 2)
 
 
 def test_every_command_reads_its_settings_here() -> None:

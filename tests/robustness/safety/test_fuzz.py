@@ -239,7 +239,7 @@ def test_block_indices(count: int) -> None:
 def test_yaml_config(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the file says, `parse` gives arguments or one message; it makes no class but those of litgpt."""
     monkeypatch.chdir(tmp_path)
-    setup = load("finetune")
+    setup = load("finetune_lora")
     keys = sorted(Keys(setup).types)
     nest = st.dictionaries(st.sampled_from([key.partition(".")[2] or key for key in keys]) | st.text(max_size=6), JSON, max_size=3)
     special = st.sampled_from(

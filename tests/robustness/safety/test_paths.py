@@ -50,7 +50,7 @@ def test_a_models_name_is_no_path(name: str, place: Place) -> None:
     around = tree(place.folder.parent)
     tuned = run(
         [
-            "finetune",
+            "finetune_lora",
             base,
             "--data",
             "JSON",

@@ -60,7 +60,7 @@ def packed(content: Any, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def fine_tune(place: Place, base: Any, *more: Any, name: str = "finetune") -> list[Any]:
+def fine_tune(place: Place, base: Any, *more: Any, name: str = "finetune_lora") -> list[Any]:
     return [name, base, "--data", "JSON", "--data.json_path", place.data(), "--out_dir", "out", "--max_steps", 1, *more]
 
 
@@ -71,7 +71,7 @@ def adapter_of(place: Place, name: str, content: bytes) -> Path:
 
 PLACES: dict[str, Callable[[Place, bytes], list[Any]]] = {
     "generate": lambda place, content: ["generate", place.base(), "--max_new_tokens", place.write("base/lit_model.pth", content) and 1],
-    "finetune": lambda place, content: fine_tune(place, [place.base(), place.write("base/lit_model.pth", content)][0]),
+    "finetune_lora": lambda place, content: fine_tune(place, [place.base(), place.write("base/lit_model.pth", content)][0]),
     "finetune_full": lambda place, content: fine_tune(
         place, [place.base(), place.write("base/lit_model.pth", content)][0], name="finetune_full"
     ),
@@ -92,8 +92,8 @@ PLACES: dict[str, Callable[[Place, bytes], list[Any]]] = {
         "lit",
     ],
     "tokenizer.json": lambda place, content: ["generate", [place.base(), place.write("base/tokenizer.json", content)][0]],
-    "data": lambda place, content: ["finetune", place.base(), "--data", "JSON", "--data.json_path", place.write("data.json", content)],
-    "YAML": lambda place, content: ["finetune", place.write("f.yaml", content)],
+    "data": lambda place, content: ["finetune_lora", place.base(), "--data", "JSON", "--data.json_path", place.write("data.json", content)],
+    "YAML": lambda place, content: ["finetune_lora", place.write("f.yaml", content)],
 }
 
 

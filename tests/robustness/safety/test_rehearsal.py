@@ -19,19 +19,19 @@ from tests.helpers.places import Place, run, tree
 ROOT = Path(__file__).parents[3]
 SKIP = ["--skip2lora_enabled", "true", "--lora_query", "false", "--lora_value", "false"]
 WAYS: dict[str, list[Any]] = {
-    "LoRA": ["finetune"],
+    "LoRA": ["finetune_lora"],
     "by its other name": ["finetune_lora"],
     "all weights": ["finetune_full"],
-    "Skip2-LoRA": ["finetune", *SKIP],
-    "cache on disk": ["finetune", *SKIP, "--skip2lora_cache", "disk"],
-    "cache in a folder of its own": ["finetune", *SKIP, "--skip2lora_cache", "disk", "--skip2lora_cache_dir", "cache"],
-    "no cache": ["finetune", *SKIP, "--skip2lora_cache", "off"],
-    "a warm-up": ["finetune", "--skip2lora_enabled", "true", "--skip2lora_warmup_steps", "2"],
-    "a deep out_dir": ["finetune", "--out_dir", "a/b/c/d"],
-    "over an earlier run": ["finetune", "--out_dir", "earlier", "--overwrite", "true"],
-    "another logger": ["finetune", "--logger_name", "tensorboard"],
-    "saving often": ["finetune", "--save_interval", 1],
-    "fp32": ["finetune", "--precision", "32-true"],
+    "Skip2-LoRA": ["finetune_lora", *SKIP],
+    "cache on disk": ["finetune_lora", *SKIP, "--skip2lora_cache", "disk"],
+    "cache in a folder of its own": ["finetune_lora", *SKIP, "--skip2lora_cache", "disk", "--skip2lora_cache_dir", "cache"],
+    "no cache": ["finetune_lora", *SKIP, "--skip2lora_cache", "off"],
+    "a warm-up": ["finetune_lora", "--skip2lora_enabled", "true", "--skip2lora_warmup_steps", "2"],
+    "a deep out_dir": ["finetune_lora", "--out_dir", "a/b/c/d"],
+    "over an earlier run": ["finetune_lora", "--out_dir", "earlier", "--overwrite", "true"],
+    "another logger": ["finetune_lora", "--logger_name", "tensorboard"],
+    "saving often": ["finetune_lora", "--save_interval", 1],
+    "fp32": ["finetune_lora", "--precision", "32-true"],
 }
 
 
@@ -76,7 +76,7 @@ def test_it_fails_as_the_run_would(place: Place) -> None:
         (["--out_dir", "data.json"], "is a file"),
     ):
         before = tree(place.folder) or None
-        argv = words(place, ["finetune"], *more)
+        argv = words(place, ["finetune_lora"], *more)
         before = tree(place.folder)
         ended = run(argv)
         assert ended.code == 1 and message in ended.err and tree(place.folder) == before
@@ -85,7 +85,18 @@ def test_it_fails_as_the_run_would(place: Place) -> None:
 def test_the_sample_can_be_read_without_colours(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Piped, or with NO_COLOR: no escape sequences, and marks around what is learned; in a terminal colours besides."""
     place.data([{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(4)])
-    argv = ["finetune", place.base(), "--data", "JSON", "--data.json_path", "data.json", "--data.mask_prompt", "true", "--dry_run", "true"]
+    argv = [
+        "finetune_lora",
+        place.base(),
+        "--data",
+        "JSON",
+        "--data.json_path",
+        "data.json",
+        "--data.mask_prompt",
+        "true",
+        "--dry_run",
+        "true",
+    ]
     monkeypatch.setenv("NO_COLOR", "1")
     out = run(argv).out
     assert "\x1b" not in out
@@ -99,7 +110,7 @@ def test_the_sample_can_be_read_without_colours(place: Place, monkeypatch: pytes
 
 def test_data_cannot_steer_the_terminal(place: Place) -> None:
     place.data([{"instruction": "a\x1b]0;title\x07\x1b[2Jb", "output": "c\x1b[31md\r\x9b2Ke"}] * 4)
-    out = run(["finetune", place.base(), "--data", "JSON", "--data.json_path", "data.json", "--dry_run", "true"]).out
+    out = run(["finetune_lora", place.base(), "--data", "JSON", "--data.json_path", "data.json", "--dry_run", "true"]).out
     assert "\\x1b[2Jb" in out and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out)
 
 
@@ -110,7 +121,7 @@ def test_a_long_prompt_does_not_hide_the_answer(place: Place) -> None:
     config.write_text(config.read_text().replace("block_size: 256", "block_size: 4096"))
     ended = run(
         [
-            "finetune",
+            "finetune_lora",
             base,
             "--data",
             "JSON",
@@ -128,7 +139,7 @@ def test_a_long_prompt_does_not_hide_the_answer(place: Place) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [["finetune"], ["finetune_full"], ["finetune", *SKIP]], ids=["LoRA", "full", "Skip2-LoRA"])
+@pytest.mark.parametrize("way", [["finetune_lora"], ["finetune_full"], ["finetune_lora", *SKIP]], ids=["LoRA", "full", "Skip2-LoRA"])
 def test_the_estimate_of_memory(way: list[str], tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     """With the cache, between 0.65 and 1.5 times what a process of its own holds at most; the model's figures are above the program's."""
     sizes = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_query_groups": 12, "intermediate_size": 2048, "block_size": 512}

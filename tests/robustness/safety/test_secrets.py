@@ -34,7 +34,7 @@ def places_of(secret: str, folder: Path) -> list[str]:
 
 
 def fine_tune(place: Place, *more: Any) -> list[Any]:
-    return ["finetune", place.base(), "--data", "JSON", "--data.json_path", place.data(), "--out_dir", "out", "--max_steps", 1, *more]
+    return ["finetune_lora", place.base(), "--data", "JSON", "--data.json_path", place.data(), "--out_dir", "out", "--max_steps", 1, *more]
 
 
 @pytest.mark.parametrize("way", ["--access_token", "HF_TOKEN", "a config file"])

@@ -1,0 +1,197 @@
+"""The settings of `litgpt finetune MODEL --data FILE` that were not given: they follow from the data and the model.
+
+Two kinds of data are trained in two ways:
+
+    facts   few records, or many that share their answers: all are trained until the model repeats the answers, and none is held out
+    style   many records with answers of their own: a tenth is held out, and the checkpoint with the lowest loss on it is kept
+
+`benchmarks/results/own_data.md` has the measurements behind the numbers. The same data and model give the same settings, so that a run can
+be resumed by the same command.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litgpt.adapters.settings import LAYER_FLAGS
+from litgpt.convert.resolve import open_checkpoint
+from litgpt.data.base import MOST_REPEATED, DataModule
+from litgpt.data.records import Record, read_record
+from litgpt.logs import Console
+from litgpt.text import printable, text_table
+from litgpt.train.replay import QUESTIONS
+
+REPLAY = len(QUESTIONS)
+FEW = 200  # records that are facts whatever they hold
+SHARED = 0.5  # facts: at most this many different answers a record
+MICRO_CHARS = 8192  # characters in a micro-batch, about four in a token
+
+LINEAR = {f"lora_{name}": (True, "LoRA on every linear layer") for name in ("query", "key", "value", "projection", "mlp")}
+SKIP = {
+    "skip2lora_enabled": (True, "the frozen blocks run once, so epochs after the first cost a fraction"),
+    "skip2lora_block_indices": ("all", "adapters read every block"),
+}
+METHODS: dict[str, dict[str, tuple[Any, str]]] = {
+    "LoRA": LINEAR,
+    "Skip2-LoRA": {
+        **SKIP,
+        "lora_query": (False, "Skip2-LoRA alone is trained"),
+        "lora_value": (False, "Skip2-LoRA alone is trained"),
+        "lora_r": (16, "room for facts"),
+        "lora_dropout": (0.0, "the answers shall be exact"),
+    },
+    "warm-up": {
+        **LINEAR,
+        **SKIP,
+        "skip2lora_warmup_epochs": (1.0, "an epoch of LoRA first"),
+        "skip2lora_warmup_lr": (1e-3, "for LoRA"),
+        "skip2lora_r": (32, "behind LoRA a higher rank still helps"),
+        "skip2lora_alpha": (64, "twice the rank"),
+    },
+}
+SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
+    ("LoRA", True): (8, 5, 1e-3),
+    ("LoRA", False): (2, 2, 5e-4),
+    ("Skip2-LoRA", True): (20, 12, 2e-3),
+    ("Skip2-LoRA", False): (3, 3, 1e-3),
+    ("warm-up", True): (12, 8, 1e-3),
+    ("warm-up", False): (2, 2, 1e-4),
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the settings depend on."""
+
+    records: int
+    answers: int
+    """different ones"""
+    longest: int
+    """characters of the longest record"""
+    is_pair: bool
+    """questions and answers, not conversations"""
+    has_validation: bool
+    """the data have validation records of their own"""
+
+    @classmethod
+    def at(cls, data: DataModule) -> Look:
+        """Read the records. Raises UserError as `data.records` does."""
+        train, val = data.records()
+        records = [entry if isinstance(entry, Record) else read_record(entry) for entry in train]
+        answers = {str(record.messages[-1]["content"]).strip() for record in records}
+        longest = max((sum(len(str(message["content"])) for message in record.messages) for record in records), default=0)
+        return cls(len(records), len(answers), longest, all(record.pair for record in records), val is not None)
+
+    @property
+    def is_facts(self) -> bool:
+        return not self.has_validation and (self.records <= FEW or self.answers <= SHARED * self.records)
+
+    def __str__(self) -> str:
+        answers = f", {self.answers:,} different answers" if self.answers < self.records else ""
+        return f"{self.records:,} records{answers}"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A setting and the reason for it."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def complete(given: dict[str, Any]) -> dict[str, Any]:
+    """Return a command's settings with those that are missing, and say which were chosen and why.
+
+    `given` maps keys to values, nested as in a YAML file; a class is {"class_path": ..., "init_args": {...}}. Raises UserError if the
+    checkpoint or the data cannot be read.
+    """
+    data = given.get("data")
+    if data is None or "checkpoint_dir" not in given:
+        return given
+    module: DataModule = data["class_path"](**data.get("init_args", {}))
+    if not module.is_ready():
+        if given.get("dry_run"):
+            return given
+        module.prepare_data()
+    open_checkpoint(given["checkpoint_dir"], convert=not given.get("dry_run"))
+    look = Look.at(module)
+    chosen = [choice for choice in choices(look, module, given) if _put(given, choice.key, choice.value)]
+    console = Console(os.environ.get("LOCAL_RANK", "0") == "0")
+    kind = "facts to repeat" if look.is_facts else "a style to learn"
+    console.say(f"{printable(module.source)}: {look}, taken as {kind}. Settings that you did not give:")
+    console.say(text_table([(choice.key, _shown(choice.value), choice.reason) for choice in chosen], left=(0, 1, 2)))
+    return given
+
+
+def choices(look: Look, data: DataModule, given: dict[str, Any]) -> list[Chosen]:
+    """Return the settings that suit the data, for a command with the settings `given`."""
+    name = Path(data.source).name.partition(".")[0] or "data"
+    rows = [Chosen("out_dir", Path("out/finetune") / name, "named after the data")]
+    if look.is_pair:
+        rows.append(Chosen("data.mask_prompt", True, "the answers are learned, not the questions"))
+    if look.is_facts:
+        rows.append(Chosen("data.val_split_fraction", 0.0, "no record can be spared"))
+    elif not look.has_validation:
+        rows.append(Chosen("data.val_split_fraction", 0.1, "a tenth shows when to stop"))
+    method = _method_of(look, given)
+    rows += [Chosen(key, value, reason) for key, (value, reason) in METHODS[method].items()]
+    return rows + _schedule(look, method, given)
+
+
+def _put(config: dict[str, Any], key: str, value: Any) -> bool:
+    """Set a key that is not set. Returns False if it is."""
+    root, _, name = key.partition(".")
+    below = config
+    if root in ("data", "optimizer"):
+        below = config.setdefault(root, {"class_path": "AdamW"}).setdefault("init_args", {})
+    elif name:
+        below = config.setdefault(root, {})
+    if (name or root) in below:
+        return False
+    below[name or root] = value
+    return True
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _method_of(look: Look, given: dict[str, Any]) -> str:
+    """Return the method that the given settings ask for, else the one that suits the data."""
+    if given.get("skip2lora_enabled"):
+        return "warm-up" if given.get("skip2lora_warmup_epochs") or given.get("skip2lora_warmup_steps") else "Skip2-LoRA"
+    if "skip2lora_enabled" in given or any(flag in given for flag in LAYER_FLAGS):
+        return "LoRA"
+    return "Skip2-LoRA" if look.is_facts else "warm-up"
+
+
+def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
+    """Return the settings of the steps and of validation."""
+    train = given.get("train", {})
+    batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts else 8, train.get("micro_batch_size") or 1)
+    micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
+    few, many, rate = SCHEDULES[method, look.is_facts]
+    epochs = train.get("epochs") or (few if look.records <= FEW else many)
+    replayed = train.get("replay", REPLAY) if look.is_facts else 0
+    per_epoch = math.ceil((look.records + replayed) / batch)
+    rows = [
+        Chosen("train.epochs", epochs, "until the answers are repeated" if look.is_facts else "more epochs raise the loss on others"),
+        Chosen("optimizer.lr", rate, f"for {method}"),
+        Chosen("train.global_batch_size", batch, "small batches learn faster"),
+        Chosen("train.micro_batch_size", micro, "as many as fit a few thousand tokens"),
+        Chosen("eval.initial_validation", True, "the loss before training"),
+        Chosen("eval.interval", max(1, epochs * per_epoch // 4), "four times a run"),
+        Chosen("eval.max_new_tokens", 30, "to see what it answers"),
+    ]
+    if train.get("lr_warmup_steps") is None:
+        rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
+    if look.is_facts:
+        shown = min(look.records, MOST_REPEATED)
+        rows.append(Chosen("eval.evaluate_example", [0, shown // 3, 2 * shown // 3][: look.records], "three questions"))
+        rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
+    return rows

@@ -1,0 +1,105 @@
+"""Settings that follow from the data and the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from litgpt.__main__ import load, main
+from litgpt.cli import parse
+from litgpt.data import JSON
+from litgpt.train import recipe
+from litgpt.train.recipe import Look
+from tests.helpers.runs import write_data
+
+
+def records(count: int, answers: int) -> list[dict[str, str]]:
+    return [{"instruction": f"question {i}", "output": f"answer {i % answers}"} for i in range(count)]
+
+
+def chosen(tmp_path: Path, base: Path, rows: list[dict[str, str]], *words: str) -> dict[str, Any]:
+    """The arguments of `litgpt finetune base --data FILE ...`"""
+    file = tmp_path / "shop.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse("litgpt finetune", load("finetune"), [str(base), "--data", str(file), *words])
+
+
+@pytest.mark.parametrize(
+    ("count", "answers", "is_facts"),
+    [(30, 30, True), (200, 200, True), (201, 201, False), (600, 120, True), (600, 300, True), (600, 301, False), (1, 1, True)],
+)
+def test_what_are_facts(count: int, answers: int, is_facts: bool, tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(records(count, answers)))
+    look = Look.at(JSON(json_path=file))
+    assert (look.records, look.answers, look.is_facts) == (count, answers, is_facts)
+    assert look.is_pair and not look.has_validation
+
+
+def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
+    for name in ("train.json", "val.json"):
+        (tmp_path / name).write_text(json.dumps(records(10, 2)))
+    assert not Look.at(JSON(json_path=tmp_path)).is_facts
+
+
+def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = chosen(tmp_path, base, records(60, 12))
+    assert given["data"].val_split_fraction == 0 and given["data"].mask_prompt
+    assert given["train"].replay == recipe.REPLAY and given["out_dir"] == Path("out/finetune/shop")
+    said = capsys.readouterr().err
+    assert "60 records, 12 different answers, taken as facts" in said
+    assert all(f"  {key} " in said for key in ("train.epochs", "optimizer.lr", "train.micro_batch_size", "data.val_split_fraction"))
+
+
+def test_a_style(base: Path, tmp_path: Path) -> None:
+    given = chosen(tmp_path, base, records(400, 400))
+    assert given["data"].val_split_fraction == 0.1 and given["skip2lora_warmup_epochs"] == 1 and given["train"].replay == 0
+
+
+def test_what_is_given_stays(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--epochs 3 --micro_batch_size 3 --optimizer.lr 0.5 --data.val_split_fraction 0.2 --out_dir here --lora_r 5"
+    given = chosen(tmp_path, base, records(60, 12), *words.split(), "--data.mask_prompt", "false")
+    assert (given["train"].epochs, given["train"].micro_batch_size, given["optimizer"]["init_args"]["lr"]) == (3, 3, 0.5)
+    assert (given["data"].val_split_fraction, given["out_dir"], given["lora_r"], given["data"].mask_prompt) == (0.2, Path("here"), 5, False)
+    assert given["train"].global_batch_size % 3 == 0
+    assert "lora_r " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ("--skip2lora_enabled true", "Skip2-LoRA"),
+        ("--skip2lora_enabled false", "LoRA"),
+        ("--lora_mlp true", "LoRA"),
+        ("--skip2lora_enabled true --skip2lora_warmup_epochs 1", "warm-up"),
+    ],
+)
+def test_the_method_that_is_asked_for(words: str, method: str, base: Path, tmp_path: Path) -> None:
+    given = chosen(tmp_path, base, records(400, 400), *words.split())
+    assert given["skip2lora_enabled"] is (method != "LoRA") and bool(given["skip2lora_warmup_epochs"]) is (method == "warm-up")
+
+
+def test_a_config_file_and_finetune_lora_keep_their_meaning(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"checkpoint_dir: {base}\ndata: JSON\n")
+    words = ["--data.json_path", str(write_data(tmp_path / "data.json"))]
+    assert parse("litgpt finetune", load("finetune"), [str(file), *words]) == parse("x", load("finetune_lora"), [str(file), *words])
+    assert parse("x", load("finetune_lora"), [str(base), "--data", "JSON", *words])["train"].epochs == 5
+
+
+def test_a_run_as_a_user_starts_it(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It leaves a YAML file that runs the same again, and a page."""
+    data, out = write_data(tmp_path / "data.json"), tmp_path / "out"
+    words = ["--epochs", "1", "--eval.max_new_tokens", "2", "--train.replay", "2"]
+    assert main(["finetune", str(base), "--data", str(data), "--out_dir", str(out), *words]) == 0
+    said = capsys.readouterr().err
+    assert "before:" in said and "now:" in said and f"litgpt chat {out / 'final'}" in said
+    page = (out / "report.html").read_text()
+    assert "<svg" in page and "add 0 and 1" in page and str(tmp_path) not in page
+    again = ["finetune", "--config", str(out / "final/hyperparameters.yaml"), "--out_dir", str(tmp_path / "again")]
+    assert main(again) == 0
+    first, second = ((folder / "final/lit_model.pth.lora").read_bytes() for folder in (out, tmp_path / "again"))
+    assert first == second

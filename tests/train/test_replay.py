@@ -1,0 +1,30 @@
+"""General questions with the base model's own answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from litgpt import LLM
+from litgpt.train.replay import ANSWER_TOKENS, QUESTIONS, base_answers, replay_samples
+
+
+def test_answers_are_those_of_generate(base: Path) -> None:
+    """Several are decoded together; `LLM.generate` decodes one."""
+    llm, seen = LLM.load(base, precision="32-true"), list[tuple[int, int]]()
+    answers = base_answers(llm.model, llm.tokenizer, llm.prompt_style, 5, lambda done, total: seen.append((done, total)))
+    expected = [llm.generate(question, max_new_tokens=ANSWER_TOKENS, temperature=0.0) for question in QUESTIONS[:5]]
+    assert answers == [str(text).strip() for text in expected]
+    assert seen and all(done <= total == 5 for done, total in seen)
+
+
+def test_samples_have_loss_on_the_answers(base: Path) -> None:
+    llm = LLM.load(base)
+    samples = replay_samples(["It erupts.", "", "An emperor."], llm.tokenizer, llm.prompt_style, 128)
+    learned = [llm.tokenizer.decode([i for i, flag in zip(s.input_ids, s.loss_mask, strict=True) if flag]).strip() for s in samples]
+    assert len(samples) == 2 and "It erupts." in learned[0] and "An emperor." in learned[1]
+    assert QUESTIONS[2] not in learned[1]
+
+
+def test_nothing_answered_is_nothing_to_train(base: Path) -> None:
+    llm = LLM.load(base)
+    assert replay_samples(["", ""], llm.tokenizer, llm.prompt_style, 128) == []
