@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +22,14 @@ PRECISIONS = {
     "bf16-mixed": torch.float32,
     "16-mixed": torch.float32,
 }
+MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def default_device() -> torch.device:
-    """Return the first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """Return the first CUDA device if there is one, else Apple's GPU, else the CPU. Apple's GPU was never tried."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def find_device(device: torch.device | str | int | None) -> torch.device:
@@ -40,6 +47,8 @@ def default_precision(device: torch.device) -> str:
     """Return bf16-true if the device multiplies bf16 matrices natively (Ampere and later, AVX512-BF16, AMX), else 32-true."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        native = False
     else:
         capabilities = torch.cpu.get_capabilities()
         native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -53,26 +62,65 @@ def backbone_dtype(precision: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def make_fabric(precision: str, devices: int | str, num_nodes: int, loggers: Any = None) -> Fabric:
-    """Return a Fabric for the machine's accelerator that casts no weights.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # set by launchers of several processes
+
+
+def process_rank() -> int:
+    """Return the index of this process among those that a launcher started; 0 if it was started alone."""
+    return next((int(value) for name in RANK_VARIABLES if (value := os.environ.get(name, "")).isdecimal()), 0)
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """What a run uses of a Fabric, for one process on one device: importing Lightning would take seconds."""
+
+    device: torch.device
+    mixed: torch.dtype | None
+    """autocast to this dtype"""
+    global_rank: int = 0
+    world_size: int = 1
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.mixed) if self.mixed else nullcontext()
+
+    def seed_everything(self, seed: int, verbose: bool = False) -> None:
+        import numpy
+
+        random.seed(seed)
+        numpy.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def rank_zero_first(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def launch(self) -> None: ...
+
+    def barrier(self) -> None: ...
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+def make_fabric(precision: str, devices: int | str, num_nodes: int) -> Fabric | OneProcess:
+    """Return what launches the processes of a run and lets them talk. It casts no weights.
 
     Fabric's "bf16-true" would cast the adapters too, which stay fp32. The backbone is cast when it is loaded; only the "-mixed" precisions
-    need Fabric's autocast.
+    need autocast. One device needs no Fabric.
     """
+    backbone_dtype(precision)
+    if num_nodes < 1:
+        raise UserError(f"num_nodes is {num_nodes}: at least 1 is needed")
+    if str(devices) == "1" and num_nodes == 1 and not any(name in os.environ for name in RANK_VARIABLES):
+        return OneProcess(default_device(), MIXED.get(precision))
     from lightning.fabric import Fabric
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    backbone_dtype(precision)
-    mixed = precision.endswith("-mixed")
-    if num_nodes < 1:
-        raise UserError(f"num_nodes is {num_nodes}: at least 1 is needed")
     try:
         return Fabric(
             accelerator="auto",
             devices=devices,
             num_nodes=num_nodes,
-            precision=precision if mixed else "32-true",  # type: ignore[arg-type]
-            loggers=loggers,
+            precision=precision if precision in MIXED else "32-true",  # type: ignore[arg-type]
         )
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
         settings = f"devices {devices!r}, num_nodes {num_nodes}, precision {precision!r}"

@@ -40,11 +40,9 @@ class MetricLoggers:
     """
 
     def __init__(self, out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any], resumed_at: int | None = None) -> None:
-        from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-
         self.csv = out_dir / METRICS
         purge: dict[str, Any] = {} if resumed_at is None else {"purge_step": resumed_at + 1}
-        self.loggers: list[Any] = [TensorBoardLogger(out_dir, "logs", 0, **purge)]
+        self.loggers: list[Any] = [_Events(self.csv.parent, **purge)]
         if name not in ("csv", "tensorboard"):
             self.loggers.append(_remote_logger(out_dir, name, log))
             self.loggers[-1].log_hyperparams(hyperparameters)
@@ -67,11 +65,35 @@ class MetricLoggers:
         if self.csv.is_file():
             with self.csv.open("rb") as file:
                 os.fsync(file.fileno())
-            self.loggers[0].experiment.flush()
+            self.loggers[0].flush()
 
     def close(self) -> None:
         for logger in self.loggers:
             logger.finalize("success")
+
+
+class _Events:
+    """TensorBoard's events, with the interface of Lightning's loggers. The file is made by the first metrics."""
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        self.folder, self.purge_step = folder, purge_step
+        self.writer: Any = None
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
+
+    def finalize(self, status: str) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
 
 def rows_until(text: str, step: int) -> str:

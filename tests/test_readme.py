@@ -66,7 +66,7 @@ def test_own_data_in_three_lines(
     tiny.hf_llama(vocab_size=512, max_position_embeddings=128).save_pretrained(model)
     write_tiny_tokenizer(model)
     records = [{"instruction": f"Say {word}.", "output": word} for word in WORDS]
-    Path("my.json").write_text(json.dumps(records), encoding="utf-8")
+    Path("my.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("Say one.\n"))
     for line in lines:
         assert main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err

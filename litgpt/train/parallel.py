@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from litgpt.device import OneProcess
 from litgpt.errors import NonFiniteError, Stopped, UserError
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ class Rank:
     barrier: Callable[[], None] = lambda: None
 
     @classmethod
-    def of(cls, fabric: Fabric) -> Rank:
+    def of(cls, fabric: Fabric | OneProcess) -> Rank:
+        if isinstance(fabric, OneProcess):
+            return cls(device=fabric.device)
+
         def add(tensor: torch.Tensor) -> torch.Tensor:
-            total: Any = fabric.all_reduce(tensor, reduce_op="sum") if fabric.world_size > 1 else tensor
+            total: Any = fabric.all_reduce(tensor, reduce_op="sum")
             return total
 
         return cls(fabric.global_rank, fabric.world_size, fabric.device, add, fabric.barrier)
@@ -68,7 +72,7 @@ def _is_lost_process(error: BaseException) -> bool:
 
 
 @contextmanager
-def ends_together(fabric: Fabric, saved: Callable[[], str] = lambda: "") -> Iterator[None]:
+def ends_together(fabric: Fabric | OneProcess, saved: Callable[[], str] = lambda: "") -> Iterator[None]:
     """End all processes when one of them fails; the first process alone reports an error that all of them raise.
 
     `saved` says what is left if another process is lost.
@@ -86,7 +90,7 @@ def ends_together(fabric: Fabric, saved: Callable[[], str] = lambda: "") -> Iter
         raise
 
 
-def _end_children(fabric: Fabric) -> None:
+def _end_children(fabric: Any) -> None:
     """Kill the processes that this one has launched."""
     for process in getattr(getattr(fabric.strategy, "launcher", None), "procs", None) or ():
         process.kill()

@@ -12,6 +12,7 @@ from litgpt.activations.cache import Activations
 from litgpt.args import EvalArgs
 from litgpt.errors import NonFiniteError, UserError
 from litgpt.logs import Console, MetricLoggers
+from litgpt.text import sparkline
 from litgpt.train.interrupts import Interrupts
 from litgpt.train.loop import REMEDY, Loop
 from litgpt.train.out_dir import Checkpoints
@@ -33,6 +34,8 @@ class Phase:
     interrupts: Interrupts
     answer: Callable[[], None]
     """shows the model's answer to the example"""
+    losses: list[float] = field(default_factory=list)
+    """of this session's steps"""
     saved_at: float = field(default_factory=lambda: time.perf_counter())
 
     @contextmanager
@@ -50,7 +53,8 @@ class Phase:
     def on_step(self, state: State, metrics: dict[str, float], is_last: bool) -> bool:
         """Validate, log and save after a step, as far as they are due. Returns True to end training. Raises Stopped if a signal arrived."""
         assert state.phase is not None
-        note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f}"
+        self.losses.append(metrics["train_loss"])
+        note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f} {sparkline(self.losses)}"
         self._progress(state.step - state.phase.step, self.loop.total_steps, note)
         self._finish_step(state, metrics, state.step % self.eval.interval == 0 or (is_last and self.eval.final_validation))
         over = is_last or self.is_out_of_patience(state)

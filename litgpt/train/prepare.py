@@ -16,7 +16,7 @@ from litgpt.checkpoint import chosen_taps, tokenizer_files
 from litgpt.config import Config
 from litgpt.data.base import Splits
 from litgpt.data.records import Record
-from litgpt.device import backbone_dtype, default_device, default_precision, make_fabric
+from litgpt.device import OneProcess, backbone_dtype, default_device, default_precision, make_fabric
 from litgpt.errors import UserError
 from litgpt.logs import Console
 from litgpt.lora import GPT, keep_taps
@@ -47,7 +47,7 @@ class Job:
     base: Path
     """the base model's folder"""
     precision: str
-    fabric: Fabric
+    fabric: Fabric | OneProcess
     console: Console
     tokenizer: Tokenizer
     style: PromptStyle
@@ -142,7 +142,9 @@ def choose_taps(job: Job, count: int) -> list[int]:
     return fabric.broadcast(blocks)
 
 
-def _replayed(settings: Run, fabric: Fabric, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> list[Sample]:
+def _replayed(
+    settings: Run, fabric: Fabric | OneProcess, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle
+) -> list[Sample]:
     """Return general questions with the answers of the model, whose adapters change nothing yet; the first process's, for all."""
     answers: list[str] = []
     if fabric.global_rank == 0:

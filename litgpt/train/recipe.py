@@ -12,7 +12,6 @@ be resumed by the same command.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from litgpt.adapters.settings import LAYER_FLAGS
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
+from litgpt.device import process_rank
 from litgpt.logs import Console
 from litgpt.text import printable, text_table
 from litgpt.train.replay import QUESTIONS
@@ -54,11 +54,11 @@ METHODS: dict[str, dict[str, tuple[Any, str]]] = {
     },
 }
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
-    ("LoRA", True): (8, 5, 1e-3),
+    ("LoRA", True): (5, 4, 2e-3),
     ("LoRA", False): (2, 2, 5e-4),
     ("Skip2-LoRA", True): (20, 12, 2e-3),
     ("Skip2-LoRA", False): (3, 3, 1e-3),
-    ("warm-up", True): (12, 8, 1e-3),
+    ("warm-up", True): (8, 6, 5e-4),
     ("warm-up", False): (2, 2, 1e-4),
 }
 
@@ -121,7 +121,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     open_checkpoint(given["checkpoint_dir"], convert=not given.get("dry_run"))
     look = Look.at(module)
     chosen = [choice for choice in choices(look, module, given) if _put(given, choice.key, choice.value)]
-    console = Console(os.environ.get("LOCAL_RANK", "0") == "0")
+    console = Console(process_rank() == 0)
     kind = "facts to repeat" if look.is_facts else "a style to learn"
     console.say(f"{printable(module.source)}: {look}, taken as {kind}. Settings that you did not give:")
     console.say(text_table([(choice.key, _shown(choice.value), choice.reason) for choice in chosen], left=(0, 1, 2)))
@@ -167,7 +167,7 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
         return "warm-up" if given.get("skip2lora_warmup_epochs") or given.get("skip2lora_warmup_steps") else "Skip2-LoRA"
     if "skip2lora_enabled" in given or any(flag in given for flag in LAYER_FLAGS):
         return "LoRA"
-    return "Skip2-LoRA" if look.is_facts else "warm-up"
+    return "LoRA" if look.is_facts else "warm-up"
 
 
 def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
@@ -191,7 +191,8 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     if train.get("lr_warmup_steps") is None:
         rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
     if look.is_facts:
+        rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
+    if look.is_facts and "val_split_fraction" not in given["data"].get("init_args", {}):
         shown = min(look.records, MOST_REPEATED)
         rows.append(Chosen("eval.evaluate_example", [0, shown // 3, 2 * shown // 3][: look.records], "three questions"))
-        rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
     return rows

@@ -20,6 +20,7 @@ from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import render
+from litgpt.device import process_rank
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
 from litgpt.files import read_json
 from litgpt.generate.engine import generate
@@ -48,9 +49,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
 
     Raises UserError before anything is written if a setting, file or checkpoint is wrong. `job_of`: reads data and model, if not `prepare`.
     """
-    from lightning.fabric.utilities.rank_zero import rank_zero_only  # set when it is imported, from the launcher's variables
-
-    clock, is_first = Stopwatch(), not getattr(rank_zero_only, "rank", 0)
+    clock, is_first = Stopwatch(), process_rank() == 0
     base = settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
     checkpoint.require_checkpoint(base)
     if settings.dry_run:

@@ -130,7 +130,7 @@ def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one of nohup this
     for name in ("finetune.lora", "finetune.full", "train.run", "generate.engine", "cli", "convert.resolve", "convert.merge"):
         importlib.import_module(f"litgpt.{name}")
-    for name in ("lightning.fabric.loggers.tensorboard", "torch.utils.tensorboard", "safetensors.torch", "tokenizers", "jinja2"):
+    for name in ("torch.utils.tensorboard", "safetensors.torch", "tokenizers", "jinja2"):
         importlib.import_module(name)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

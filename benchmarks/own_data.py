@@ -1,0 +1,131 @@
+"""Facts of one's own: what a tuned model repeats when it is asked in other words, what it forgets, and how long that takes.
+
+    python -m benchmarks.own_data CHECKPOINT_DIR [--sets faq codes glossary] [--sizes 60] [--seeds 0 1 2] [--settings default ...]
+
+Each setting is a `litgpt finetune MODEL --data FILE ...` in a process of its own on the invented facts of `benchmarks.facts`; seconds are
+those of the whole process. Recall is the share of facts in the greedy answers to questions in words that were not trained on; `general` the
+share of common-knowledge questions that the base answers right and the tuned model still does. OUT/results.json is written after each run,
+and a run that it has is not repeated; OUT/own_data.md is the table of means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import facts
+from benchmarks.process import in_worker, run_litgpt
+from benchmarks.runs import environment, read_json
+from litgpt import atomic
+from litgpt.text import markdown_table
+
+LINEAR = [word for name in ("query", "key", "value", "projection", "mlp") for word in (f"--lora_{name}", "true")]
+LITGPT = ["--train.replay", "0", "--epochs", "5", "--train.global_batch_size", "16", "--train.micro_batch_size", "1"]
+SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data FILE`
+    "default": [],
+    "without general questions": ["--train.replay", "0"],
+    "Skip2-LoRA, 12 epochs": ["--skip2lora_enabled", "true", "--epochs", "12"],
+    "warm-up of 3 epochs, 5 cached": [
+        *("--skip2lora_enabled", "true", "--skip2lora_warmup_epochs", "3", "--skip2lora_warmup_lr", "2e-3", *LINEAR),
+        *("--epochs", "5", "--optimizer.lr", "5e-4"),
+    ],
+    "LoRA, 8 epochs at 1e-3": ["--skip2lora_enabled", "false", "--epochs", "8", "--optimizer.lr", "1e-3"],
+    "LitGPT's defaults": [
+        *LITGPT,
+        "--lora_query",
+        "true",
+        "--lora_value",
+        "true",
+        "--train.lr_warmup_steps",
+        "100",
+        "--optimizer.lr",
+        "1e-3",
+    ],
+}
+QUICK = ["--eval.interval", "1000000", "--eval.initial_validation", "false", "--eval.max_new_tokens", "0"]
+ANSWER_TOKENS = 24
+
+
+def ask(folder: Path, name: str, size: int, seed: int) -> dict[str, Any]:
+    """Return which facts, and which general questions, the model in `folder` answers right."""
+    from litgpt import LLM
+
+    llm = LLM.load(folder)
+
+    def right(questions: list[facts.Question]) -> list[bool]:
+        answers = (llm.generate(question.text, max_new_tokens=ANSWER_TOKENS, temperature=0.0) for question in questions)
+        return [question.is_right(str(answer)) for question, answer in zip(questions, answers, strict=True)]
+
+    return {"facts": right(facts.make(name, size, seed).questions) if size else [], "general": right(facts.GENERAL)}
+
+
+def measure(checkpoint_dir: Path, name: str, size: int, seed: int, words: list[str], folder: Path) -> dict[str, Any]:
+    """Return the figures of one setting on one set."""
+    records = facts.make(name, size, seed).records
+    data, out_dir = folder / f"{name}-{size}-{seed}.jsonl", folder / "run"
+    atomic.write_text(data, "".join(json.dumps(record) + "\n" for record in records))
+    start = time.perf_counter()
+    command = ["finetune", str(checkpoint_dir), "--data", str(data), "--out_dir", str(out_dir), "--overwrite", "true", "--seed", str(seed)]
+    code, output = run_litgpt([*command, *QUICK, *words])
+    seconds = time.perf_counter() - start
+    if code:
+        return {"error": output.strip().splitlines()[-1]}
+    answers = in_worker("benchmarks.own_data", {"folder": str(out_dir / "final"), "name": name, "size": size, "seed": seed})
+    return {"seconds": seconds, **answers}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return a Markdown table of each set and size: means over the seeds of recall, of what is kept of general knowledge, of seconds."""
+    known = results["base"]["general"]
+    rows = []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, run in results["runs"].items():
+        name, size, _, setting = key.split(" ", 3)
+        groups.setdefault((f"{name}, {size} records", setting), []).append(run)
+    for (data, setting), runs in groups.items():
+        done = [run for run in runs if "error" not in run]
+        if not done:
+            rows.append([data, setting, "failed", "", "", ""])
+            continue
+        recall = [sum(run["facts"]) / len(run["facts"]) for run in done]
+        kept = [sum(a and b for a, b in zip(run["general"], known, strict=True)) / sum(known) for run in done]
+        means = [f"{100 * sum(values) / len(values):.0f} %" for values in (recall, kept)]
+        rows.append([data, setting, *means, f"{sum(run['seconds'] for run in done) / len(done):.0f}", str(len(done))])
+    return markdown_table(["data", "setting", "facts right", "general knowledge kept", "seconds", "seeds"], rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint_dir", type=Path)
+    parser.add_argument("--sets", nargs="+", choices=list(facts.SETS), default=list(facts.SETS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[60])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/own_data"))
+    chosen = parser.parse_args()
+    file = chosen.out / "results.json"
+    results = read_json(file, "delete it to start anew") if file.is_file() else {"environment": environment(), "runs": {}}
+    if "base" not in results:
+        results["base"] = in_worker("benchmarks.own_data", {"folder": str(chosen.checkpoint_dir), "name": "", "size": 0, "seed": 0})
+    for seed, size, name, setting in itertools.product(chosen.seeds, chosen.sizes, chosen.sets, chosen.settings):
+        key = f"{name} {size} {seed} {setting}"
+        if key not in results["runs"] or "error" in results["runs"][key]:
+            print(f"== {key}", flush=True)
+            results["runs"][key] = measure(chosen.checkpoint_dir, name, size, seed, SETTINGS[setting], chosen.out)
+            atomic.write_text(file, json.dumps(results, indent=1) + "\n")
+            atomic.write_text(chosen.out / "own_data.md", table(results) + "\n")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        job = json.loads(sys.argv[2])
+        print(json.dumps(ask(Path(job.pop("folder")), **job)))
+    else:
+        sys.exit(main())
