@@ -157,12 +157,15 @@ class EvalArgs:
     """Validate after the last step."""
     evaluate_example: Union[int, list[int], str] = setting("first", may_change=True)
     """The validation sample to answer: "first", "random" or its number, counted from 0; or a list of numbers."""
+    target_loss: Optional[float] = setting(None, varies=True, may_change=True)
+    """Stop as soon as the validation loss is this low. null: never."""
     patience: Optional[int] = setting(None, varies=True, may_change=True)
     """Stop after this many validations in a row without a lower loss. null: never."""
 
     def __post_init__(self) -> None:
         _at_least("eval", self, 1, "interval", "max_iters", "patience")
         _at_least("eval", self, 0, "max_new_tokens")
+        _above_zero("eval", self, "target_loss")
         examples = self.evaluate_example if isinstance(self.evaluate_example, list) else [self.evaluate_example]
         for example in examples:
             if example not in ("first", "random") and (isinstance(example, str) or example < 0):

@@ -57,7 +57,7 @@ class Phase:
         note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f} {sparkline(self.losses)}"
         self._progress(state.step - state.phase.step, self.loop.total_steps, note)
         self._finish_step(state, metrics, state.step % self.eval.interval == 0 or (is_last and self.eval.final_validation))
-        over = is_last or self.is_out_of_patience(state)
+        over = is_last or self.is_out_of_patience(state) or self.has_reached_target(state)
         if over:
             self.loop.require_finite(state)
         return over
@@ -112,6 +112,18 @@ class Phase:
                 f"step {state.step}: no better validation loss than {state.best[1]:.4f} in {in_vain} validations: training ends"
             )
         return in_vain >= patience
+
+    def has_reached_target(self, state: State) -> bool:
+        """Return whether the last validation loss of this phase is at most `eval.target_loss`."""
+        target = self.eval.target_loss
+        if target is None or not state.losses or state.phase is None or state.losses[-1][0] <= state.phase.step:
+            return False
+        step, loss = state.losses[-1]
+        if loss > target:
+            return False
+        if step == state.step:
+            self.console.say(f"step {step}: the validation loss is at most eval.target_loss, {target:g}: training ends")
+        return True
 
     def _stop_if_asked(self) -> None:
         """Raise Stopped if a signal arrived in any process."""

@@ -68,7 +68,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
         with session.ended_well():
             for phase in session.phases():
                 with phase.begun(session.state):
-                    if not phase.is_out_of_patience(session.state):
+                    if not (phase.is_out_of_patience(session.state) or phase.has_reached_target(session.state)):
                         phase.loop.run(session.state, phase.on_step)
             return session.finish()
 
@@ -165,7 +165,9 @@ class Session:
         if state.step < warmup or (state.step == warmup and state.pending is not None):
             start_warmup(self.model)
             train = replace(settings.train, max_steps=warmup, epochs=None, max_tokens=None, max_time=None)
-            yield self._phase("warm-up", train, replace(settings.eval, patience=None), CacheArgs("off"), first.skip2lora_warmup_lr)
+            yield self._phase(
+                "warm-up", train, replace(settings.eval, patience=None, target_loss=None), CacheArgs("off"), first.skip2lora_warmup_lr
+            )
         if warmup:
             end_warmup(self.model)
             self.loop = None
