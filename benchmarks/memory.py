@@ -189,7 +189,7 @@ def runs(base: Path, out: Path, precision: str) -> list[dict[str, Any]]:
             row = {
                 "workload": title,
                 "method": method,
-                **watched(["finetune", str(base), *data, *common, *keys, *cache, "--out_dir", str(folder)]),
+                **watched(["finetune_lora", str(base), *data, *common, *keys, *cache, "--out_dir", str(folder)]),
             }
             if "error" not in row:
                 row["step_ms"] = 1000 * statistics.median(seconds for _, seconds in read_metrics(folder)["step_time"])

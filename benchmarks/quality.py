@@ -205,7 +205,7 @@ def command(setting: Setting, study: Study) -> list[str]:
     if setting.warmup:
         keys["skip2lora_warmup_steps"] = max(1, round(setting.warmup * study.steps))
     words = [word for key, value in keys.items() for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
-    return ["finetune", str(study.checkpoint_dir), *study.data_words(), *words]
+    return ["finetune_lora", str(study.checkpoint_dir), *study.data_words(), *words]
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def tune(folder: Path, mode: str, samples: int, epochs: int) -> dict[str, float]
         words += ["--train.global_batch_size", "8", "--train.micro_batch_size", "8", "--train.lr_warmup_steps", "10"]
         words += ["--train.max_seq_length", "192", "--eval.initial_validation", "true", "--eval.max_new_tokens", "0"]
         words += ["--precision", "bf16-true", *(["--quantize", mode] if mode != "bf16" else [])]
-        done = subprocess.run([sys.executable, "-m", "litgpt", "finetune", *words], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "litgpt", "finetune_lora", *words], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
         report = json.loads(Path(out, "run", "report.json").read_text())

@@ -87,7 +87,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def finetune_arguments(source: Path | str) -> dict[str, Any]:
     """Return the arguments of `litgpt finetune` for a YAML file, the file that it names as its base included, or for a checkpoint."""
-    return parse("litgpt finetune", load("finetune"), [str(source)])
+    return parse("litgpt finetune", load("finetune_lora"), [str(source)])
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple, Optional
 
@@ -56,18 +57,26 @@ def main(argv: Optional[list[str]] = None) -> int:
     for word, following in zip(argv, [*argv, ""][1:], strict=True):
         if found := TOKEN_KEY.fullmatch(word):
             keep_secret(following if found[1] is None and word.startswith("-") else found[1] or "")
+    code = 0
     try:
-        code = _run(argv)
+        with _exit_on_sigterm():
+            work = _work_of(argv)
+            if isinstance(work, int):
+                code = work
+            else:
+                work()
+    except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
+        code = _report(error)
     except SystemExit as end:
         if end.code or not lost_output():
             raise
-        code = 0
     if (lost := lost_output()) and not code:
         return _report(OSError(lost.errno, lost.strerror, "standard output"))
     return code
 
 
-def _run(argv: list[str]) -> int:
+def _work_of(argv: list[str]) -> int | Callable[[], Any]:
+    """Return what the arguments ask for, ready to be called; an exit code if it is done already."""
     if not argv:
         print(_table(), file=sys.stderr)
         return 2
@@ -85,17 +94,9 @@ def _run(argv: list[str]) -> int:
         return 2
     from litgpt.cli import parse
 
-    try:
-        with _exit_on_sigterm():
-            command = load(name)
-            arguments = parse(f"litgpt {name}", command, words)
-            if isinstance(command, type):
-                command(**arguments).main()
-            else:
-                command(**arguments)
-    except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
-        return _report(error)
-    return 0
+    command = load(name)
+    arguments = parse(f"litgpt {name}", command, words)
+    return command(**arguments).main if isinstance(command, type) else partial(command, **arguments)
 
 
 def _report(error: BaseException) -> int:

@@ -41,7 +41,7 @@ def test_the_printed_configuration_can_be_read_back(tmp_path: Path, capsys: pyte
     file = tmp_path / "printed.yaml"
     file.write_text(capsys.readouterr().out)
     assert yaml.safe_load(file.read_text())["train"]["max_steps"] == 3
-    assert parse("litgpt finetune", load("finetune"), [str(file)]) == parse("litgpt finetune", load("finetune"), words)
+    assert parse("litgpt finetune", load("finetune_lora"), [str(file)]) == parse("litgpt finetune", load("finetune_lora"), words)
 
 
 def test_the_configuration_is_printed_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

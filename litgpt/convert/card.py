@@ -114,7 +114,7 @@ def command(settings: dict[str, Any]) -> str:
     from litgpt.finetune.full import Full
     from litgpt.finetune.lora import Lora
 
-    name, kind = ("finetune", Lora) if "lora_r" in settings else ("finetune_full", Full)
+    name, kind = ("finetune_lora", Lora) if "lora_r" in settings else ("finetune_full", Full)
     defaults = _flat(args.as_config(args.defaults(kind)))
     if data := _data_class(settings.get("data") or {}):
         defaults |= {f"data.{key}": value for key, value in args.as_config(args.defaults(data)).items()}

@@ -11,11 +11,10 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt.data.records import Message, Record, read_record
-from litgpt.data.sources import SUFFIXES, suffix_of
+from litgpt.data.sources import SUFFIXES, is_dataset
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.sample import Sample
@@ -68,7 +67,8 @@ class DataModule(ABC):
     @staticmethod
     def reader_of(name: str) -> tuple[str, str] | None:
         """Return the class that reads the file or folder `name`, and its key for the path; None if `name` is that of a class."""
-        is_path = "/" in name or (suffix_of(Path(name)) in SUFFIXES and not name.startswith("litgpt.")) or expand_path(name).is_dir()
+        path = expand_path(name)
+        is_path = path.exists() or name.endswith(SUFFIXES) or is_dataset(path)
         return ("JSON", "json_path") if is_path else None
 
     @property

@@ -62,8 +62,8 @@ class OutDir:
             os.close(self._lock)
             self._lock = None
 
-    def check(self) -> None:
-        """Raise the UserErrors that entering raises, but change nothing."""
+    def check(self, refuse_earlier: bool = True) -> None:
+        """Raise the UserErrors that entering raises, but change nothing. `refuse_earlier`: an earlier run in the folder is one of them."""
         path = self.path
         if self.resume is not False and self.overwrite:
             raise UserError("--resume continues the run in out_dir and --overwrite replaces it: give one of them")
@@ -76,7 +76,7 @@ class OutDir:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"out_dir {path} cannot be written to: you may not write to {nearest}")
         results, foreign = earlier(path)
-        if (results or foreign) and self.resume is False and not self.overwrite:
+        if (results or foreign) and refuse_earlier and self.resume is False and not self.overwrite:
             names = ", ".join(dict.fromkeys(result.relative_to(path).parts[0] for result in sorted(results + foreign)))
             ways = "give another --out_dir, --resume true to continue it, or --overwrite true to replace it"
             raise UserError(f"out_dir {path} holds an earlier run ({names}): {ways}")

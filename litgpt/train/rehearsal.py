@@ -18,7 +18,7 @@ import psutil
 from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, plan, stem_length
 from litgpt.args import TrainArgs
 from litgpt.errors import UserError
-from litgpt.logs import Console, peak_memory_gb
+from litgpt.logs import peak_memory_gb
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.memory import PROCESS, estimate
 from litgpt.optim import make_optimizer
@@ -44,10 +44,7 @@ def rehearse(settings: Run, method: Method, base: Path) -> None:
 
     One device is used, whatever `devices` says. Raises UserError as the run would.
     """
-    try:
-        OutDir(settings.out_dir, settings.resume, settings.overwrite, base).check()
-    except UserError as error:
-        Console().say(f"warning: the run itself would be refused: {error}")
+    OutDir(settings.out_dir, settings.resume, settings.overwrite, base).check(refuse_earlier=False)
     require_data(settings)
     job = prepare(replace(settings, devices=1, num_nodes=1), method, base)
     job.say_what_is_trained()

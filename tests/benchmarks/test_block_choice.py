@@ -48,7 +48,7 @@ def test_losses_are_those_of_the_command(
     settings: dict[str, Any] = {"lora_r": 4, "lora_alpha": 4, "lora_dropout": 0.0, "data__mask_prompt": True, "train__epochs": 2}
     settings |= {"skip2lora_enabled": True, "train__global_batch_size": 8, "train__micro_batch_size": 8, "train__lr_warmup_steps": 20}
     run = finetune(
-        "finetune", base, data, tmp_path / "run", **settings, skip2lora_block_indices="last:2", lora_query=False, lora_value=False
+        "finetune_lora", base, data, tmp_path / "run", **settings, skip2lora_block_indices="last:2", lora_query=False, lora_value=False
     )
     assert run.code == 0 and run.report["final_val_loss"] == pytest.approx(runs["last:2"]["losses"][0], rel=1e-5)
 

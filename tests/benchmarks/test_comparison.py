@@ -25,7 +25,7 @@ from litgpt.logs import read_metrics
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
-HUB = ROOT / "config_hub" / "finetune"
+HUB = ROOT / "config_hub" / "finetune_lora"
 
 
 def in_this_process(words: list[str]) -> tuple[int, str]:
@@ -148,11 +148,11 @@ def test_the_guides_three_for_every_model(model: str) -> None:
     """Their own YAML files, or derived: the parser gives q + v, rank 8, and the first 4 and 6 blocks, on the same data for as long."""
     args = argparse.Namespace(max_steps=None, overwrite=False)
     planned = comparison.plan(list(comparison.GUIDE), HUB / model)
-    lora, four, six = (parse("x", command("finetune"), comparison.words_of(run, 1, Path("o"), args, [])[1:]) for run in planned)
+    lora, four, six = (parse("x", command("finetune_lora"), comparison.words_of(run, 1, Path("o"), args, [])[1:]) for run in planned)
     flags = {key for key in lora if key.startswith("lora_") and lora[key] is True}
     assert flags == {"lora_query", "lora_value"} and not lora["skip2lora_enabled"] and lora["skip2lora_block_indices"] is None
     assert (lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"]) == (8, 16, 0.05)
-    assert lora["optimizer"] == parse("x", command("finetune"), [str(HUB / model / "lora.yaml")])["optimizer"]
+    assert lora["optimizer"] == parse("x", command("finetune_lora"), [str(HUB / model / "lora.yaml")])["optimizer"]
     assert (four["skip2lora_block_indices"], six["skip2lora_block_indices"]) == ([0, 1, 2, 3], [0, 1, 2, 3, 4, 5])
     for run in (four, six):
         assert run["skip2lora_enabled"] and run["skip2lora_output_layer"] == "lm_head"
@@ -212,7 +212,7 @@ def test_the_guides_commands_are_understood(tmp_path: Path, monkeypatch: pytest.
         else:
             args, extra = comparison.arguments().parse_known_args(rest)
             for run in comparison.plan(args.runs, comparison.hub_folder(args.model, extra, HUB)):
-                parse("x", command("finetune"), comparison.words_of(run, 1, tmp_path, args, extra)[1:])
+                parse("x", command("finetune_lora"), comparison.words_of(run, 1, tmp_path, args, extra)[1:])
 
 
 @pytest.mark.parametrize(

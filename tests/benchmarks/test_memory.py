@@ -87,8 +87,8 @@ def test_long_data(base: Path, long_data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_a_run_is_watched(base: Path, long_data: Path, tmp_path: Path) -> None:
-    words = ["finetune", str(base), "--data", "JSON", "--data.json_path", str(long_data), "--precision", "32-true", "--max_steps", "1"]
+    words = ["finetune_lora", str(base), "--data", "JSON", "--data.json_path", str(long_data), "--precision", "32-true", "--max_steps", "1"]
     words += ["--train.max_seq_length", "40", "--out_dir", str(tmp_path / "run"), *memory.RUNS["Skip2-LoRA"]]
     found = memory.watched([*words, "--skip2lora_cache_dir", str(tmp_path / "cache")])
     assert 0 < found["loaded"] <= found["peak"] and 0 < found["own"] <= found["peak"]
-    assert memory.watched(["finetune", str(tmp_path / "none")])["error"].startswith("Error: ")
+    assert memory.watched(["finetune_lora", str(tmp_path / "none")])["error"].startswith("Error: ")

@@ -21,7 +21,7 @@ def test_a_module_that_does_not_exist() -> None:
 
 def test_output_is_shown_and_returned(capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
-    code, output = run_litgpt(["finetune", "nowhere.yaml"], lines.append)
+    code, output = run_litgpt(["finetune_lora", "nowhere.yaml"], lines.append)
     assert code == 2 and output == "".join(lines)
     assert error_line(f"{output}\nbye") == "Error: nowhere.yaml does not exist: check the path"
     assert "nowhere.yaml does not exist" in capsys.readouterr().out
@@ -32,6 +32,6 @@ def test_error_line() -> None:
 
 
 def test_commands_are_shown_without_the_token() -> None:
-    shown = redacted(["finetune", "my model", "--access_token", "hf_secret", "--seed", "1"])
+    shown = redacted(["finetune_lora", "my model", "--access_token", "hf_secret", "--seed", "1"])
     assert shown == "litgpt finetune 'my model' --access_token '***' --seed 1"
     assert redacted(["--access_token=hf_secret"]) == "litgpt '--access_token=***'"

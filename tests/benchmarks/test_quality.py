@@ -129,7 +129,7 @@ def test_settings_are_what_their_names_say() -> None:
 def test_the_command_of_a_setting(tmp_path: Path, name: str) -> None:
     study = quality.Study("python_docs", 1000, tmp_path, "32-true", tmp_path)
     (setting,) = quality.chosen([name], quality.settings())
-    arguments = parse("litgpt finetune", command("finetune"), quality.command(setting, study)[1:])
+    arguments = parse("litgpt finetune", command("finetune_lora"), quality.command(setting, study)[1:])
     assert all(arguments[key] == value for key, value in setting.keys.items())
     assert arguments["optimizer"]["init_args"]["lr"] == setting.lr and arguments["train"].epochs == setting.epochs
     assert arguments["skip2lora_warmup_steps"] == round(125 * setting.warmup) and arguments["eval"].interval == 125

@@ -123,7 +123,7 @@ def test_nothing_private(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     _, text = card(source, tmp_path / "card")
     for word in ("/people", "ann/", "private", "plain-word", "k-123", "hf_abc", "pass@", str(run.out_dir), "secret project"):
         assert word not in text, word
-    assert "answers.json" in text and "litgpt finetune base" in text and "--out_dir here" in text
+    assert "answers.json" in text and "litgpt finetune_lora base" in text and "--out_dir here" in text
 
 
 def test_a_readme_that_is_there_stays(run: Run, tmp_path: Path) -> None:
