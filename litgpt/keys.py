@@ -338,7 +338,9 @@ def _init_types(cls: type) -> dict[str, Any]:
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     by_lower = {known.lower(): known for known in names}
-    if (usual := ELSEWHERE.get(name.lower().rpartition(".")[2])) and (usual in by_lower or usual.partition(".")[0] in by_lower):
-        return f" (did you mean {usual}?)"
+    above, _, last = name.lower().rpartition(".")
+    for usual in (f"{above}.{ELSEWHERE[last]}", ELSEWHERE[last]) if last in ELSEWHERE else ():
+        if usual in by_lower or usual.partition(".")[0] in by_lower.keys() - {above}:
+            return f" (did you mean {usual}?)"
     near = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f" (did you mean {by_lower[near[0]]}?)" if near else ""

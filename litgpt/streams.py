@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TextIO, cast
 from urllib.parse import unquote
 
@@ -80,7 +81,8 @@ def guard() -> None:
             setattr(sys, name, stream)
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+            with suppress(io.UnsupportedOperation):  # somebody has read from it already
+                stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
         if mode == "w" and not isinstance(stream, Stream):
             setattr(sys, name, Stream(stream))
 

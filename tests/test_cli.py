@@ -456,7 +456,7 @@ def test_upstream_yaml(name: str, tmp_path: Path) -> None:
     assert given["optimizer"]["init_args"] == {"lr": 2e-4, "weight_decay": 0.0, "betas": [0.9, 0.95]}
     keys = yaml.safe_load(file.read_text())
     assert vars(TrainArgs()).keys() - keys["train"].keys() == OWN
-    assert vars(EvalArgs()).keys() - keys["eval"].keys() == {"patience"} and keys["log"].keys() == vars(LogArgs()).keys()
+    assert vars(EvalArgs()).keys() - keys["eval"].keys() == {"patience", "target_loss"} and keys["log"].keys() == vars(LogArgs()).keys()
     assert keys["train"].keys() <= vars(TrainArgs()).keys() and keys["eval"].keys() <= vars(EvalArgs()).keys()
 
 

@@ -67,7 +67,7 @@ SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learni
     ("LoRA", False): (2, 2, 5e-4),
     ("Skip2-LoRA", True): (20, 12, 2e-3),
     ("Skip2-LoRA", False): (3, 3, 1e-3),
-    ("warm-up", True): (40, 20, 1e-3),
+    ("warm-up", True): (40, 20, 2e-3),
     ("warm-up", False): (2, 2, 1e-4),
 }
 

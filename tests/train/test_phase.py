@@ -104,6 +104,15 @@ def test_the_best_is_kept_and_patience_ends_the_run(
     assert state.step == steps and [step for step, _ in saved.bests] == best
 
 
+@pytest.mark.parametrize(("losses", "target", "steps"), [([5, 2, 1, 1], 2.0, 2), ([5, 4, 3, 3], 2.0, 4), ([1, 5, 5, 5], 0.5, 4)])
+def test_a_loss_as_low_as_the_target_ends_the_run(losses: list[float], target: float, steps: int) -> None:
+    """The loss before the first step does not count."""
+    loop = make_loop(make_model(), make_samples(16), eval=EvalArgs(interval=1, target_loss=target, initial_validation=True))
+    told = iter([0.1, *losses])
+    loop.loop.rank = Rank(sum=lambda tensor: torch.tensor([next(told), 1.0]) if tensor.numel() == 2 else tensor)
+    assert loop.run().step == steps
+
+
 def test_a_signal_ends_the_run_between_two_steps() -> None:
     signals, saved = Interrupts(), Saved(lambda step: setattr(signals, "asked", 15 if step == 2 else None))
     loop = make_loop(make_model(), make_samples(16), saved=saved, save_interval=1, interrupts=signals)
