@@ -41,7 +41,7 @@ class _Pairs(DataModule):
 
 def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: int, progress: Callable[[int, int], Any]) -> list[str]:
     """Return the model's most probable answers to the first `count` questions, of `ANSWER_TOKENS` tokens at most."""
-    prompts = [tokenizer.encode(style.apply(question)) for question in QUESTIONS[:count]]
+    prompts = [tokenizer.encode(style.apply(question), bos=style.bos) for question in QUESTIONS[:count]]
     answers, stops = [""] * len(prompts), style.stop_tokens(tokenizer)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, group in groupby(by_length, key=lambda i: len(prompts[i])):
