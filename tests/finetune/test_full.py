@@ -127,7 +127,7 @@ def test_a_second_run_is_refused_and_one_that_would_replace_its_own_base_too(run
     assert finetune("finetune_full", base, data, out, train__max_steps=1).code == 0
     before = finetune_runs.files(tmp_path)
     again = finetune("finetune_full", base, data, out, train__max_steps=1)
-    assert again.code == 1 and "holds an earlier run (best, final, logs, report.json)" in again.err
+    assert again.code == 1 and "holds an earlier run (best, final, logs, report.html, report.json)" in again.err
     own = finetune("finetune_full", out / "final", data, out, train__max_steps=1, overwrite=True)
     assert own.code == 1 and f"checkpoint_dir {out / 'final'} is part of the run in out_dir, which would be replaced" in own.err
     assert finetune_runs.files(tmp_path) == before

@@ -19,7 +19,7 @@ from tests.helpers import runs as finetune_runs
 
 def prepared(base: Path, data: Path, **settings: Any) -> Job:
     values = {"precision": "32-true", "train": TrainArgs(micro_batch_size=2, global_batch_size=6), "eval": EvalArgs(), **settings}
-    run = Lora(checkpoint_dir=base, data=JSON(json_path=data), **values)
+    run = Lora(checkpoint_dir=base, data=JSON(json_path=data, val_split_fraction=0.1), **values)
     return prepare(run, adapters(run), base)
 
 
@@ -28,7 +28,7 @@ def test_a_job_has_what_was_read_and_nothing_is_written(base: Path, data: Path, 
     job = prepared(base, data, out_dir=tmp_path / "out")
     assert (len(job.splits.train), len(job.splits.val)) == (18, 2)
     assert (job.precision, job.cache_dtype, job.chosen) == ("32-true", torch.float32, None)
-    assert job.example == job.splits.examples[0] and job.cache_folder == tmp_path / "activation_cache"
+    assert job.examples[0] == job.splits.examples[0] and job.cache_folder == tmp_path / "activation_cache"
     assert finetune_runs.files(base) == before and not list(tmp_path.iterdir())
 
 
@@ -49,8 +49,8 @@ def test_the_cache_has_the_dtype_that_is_asked_for(base: Path, data: Path, tmp_p
 
 def test_the_example_to_answer(base: Path, data: Path) -> None:
     job = prepared(base, data, eval=EvalArgs(evaluate_example=1))
-    assert job.example == job.splits.examples[1] != job.splits.examples[0]
-    chosen = {prepared(base, data, eval=EvalArgs(evaluate_example="random"), seed=seed).example.question for seed in (1, 1)}
+    assert job.examples[0] == job.splits.examples[1] != job.splits.examples[0]
+    chosen = {prepared(base, data, eval=EvalArgs(evaluate_example="random"), seed=seed).examples[0].question for seed in (1, 1)}
     assert len(chosen) == 1
     with pytest.raises(UserError, match="eval.evaluate_example is 2: the validation set has 2 samples"):
         prepared(base, data, eval=EvalArgs(evaluate_example=2))

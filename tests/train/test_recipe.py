@@ -65,7 +65,7 @@ def test_what_is_given_stays(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (given["train"].epochs, given["train"].micro_batch_size, given["optimizer"]["init_args"]["lr"]) == (3, 3, 0.5)
     assert (given["data"].val_split_fraction, given["out_dir"], given["lora_r"], given["data"].mask_prompt) == (0.2, Path("here"), 5, False)
     assert given["train"].global_batch_size % 3 == 0
-    assert "lora_r " not in capsys.readouterr().err
+    assert "  lora_r " not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,7 @@ def test_a_sweep_of_other_settings_is_not_gone_on_with(base: Path, data: Path, t
 
 def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data", "JSON", "--data.json_path", str(data), "--skip2lora_enabled", "--precision", "32-true", "--global_batch_size", "6"]
+    words += ["--data.val_split_fraction", "0.1"]
     from litgpt.__main__ import main
 
     argv = ["sweep", str(base), *words, "--grid.lora_r", "[2, 4, -1]", "--grid.epochs", "[1, 3]", "--out_dir", str(tmp_path / "out")]
