@@ -113,8 +113,14 @@ def test_a_loop_that_goes_on_takes_the_batches_that_were_left(count: int) -> Non
 # --- a step ---
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4, 8])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "micro"),
+    [
+        pytest.param(method, micro, marks=() if micro == 2 or method == "block" else pytest.mark.slow)
+        for method in METHODS
+        for micro in (1, 2, 4, 8)
+    ],
+)
 def test_accumulation_equals_one_large_batch_done_by_hand(method: str, micro: int) -> None:
     samples, model, other = make_samples(20), make_model(method), make_model(method)
     adamw = partial(torch.optim.AdamW, lr=RATE, eps=1e-4)  # the usual 1e-8 makes full steps of rounding errors
@@ -246,8 +252,14 @@ def test_a_run_repeated_is_the_same_bit_for_bit_and_another_seed_is_another_run(
     assert first[0] != other[0]
 
 
-@pytest.mark.parametrize("mode", ["memory", "disk"])
-@pytest.mark.parametrize("method", CUTS)
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        pytest.param(method, mode, marks=() if mode == "memory" or method == "block" else pytest.mark.slow)
+        for method in CUTS
+        for mode in ("memory", "disk")
+    ],
+)
 def test_cached_and_recomputed_runs_have_the_same_curve(method: str, mode: str, tmp_path: Path) -> None:
     def cache(model: Any, samples: list[Sample]) -> ActivationCache:
         settings = CacheSettings(mode, tmp_path, torch.float32)

@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     [
         pytest.param("bnb.nf4", "lora", marks=needs_bitsandbytes),
         pytest.param("bnb.nf4", "skip2lora", marks=[needs_bitsandbytes, pytest.mark.slow]),
-        pytest.param("bnb.nf4", "tail", marks=needs_bitsandbytes),
+        pytest.param("bnb.nf4", "tail", marks=[needs_bitsandbytes, pytest.mark.slow]),
         pytest.param("bnb.nf4", "warm-up", marks=[needs_bitsandbytes, pytest.mark.slow]),
         pytest.param("int8", "lora", marks=pytest.mark.slow),
         pytest.param("int8", "skip2lora"),

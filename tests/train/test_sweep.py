@@ -34,7 +34,7 @@ SWEEPS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "late LoRA": ({"lora_block_indices": "last:2", "lora_key": True, "eval__max_new_tokens": 0}, {"lora_r": [2, 3], "lora_alpha": [4]}),
     "8 bits": ({**BLOCK, "quantize": "int8"}, {"lora_mlp": [True, False]}),
 }
-SLOW = {"late LoRA", "8 bits"}
+SLOW = {"auto", "late LoRA", "8 bits"}
 
 
 def sweep(base: Path, data: Path, out_dir: Path, values: dict[str, list[Any]], **settings: Any) -> Run:

@@ -615,7 +615,10 @@ ADAPTER = [
 ROWS = [*WEIGHTS, *CONFIG, *TOKENIZER, *STYLE, *ADAPTER]
 
 
-@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
+SLOW = {"5,000 unknown tensors", "deep", "training with more tokens"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ()) for case in ROWS])
 def test_bad_checkpoint(case: Case, place: Place) -> None:
     check(case, place)
 

@@ -140,7 +140,7 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@examples(100, 3000)
+@examples(50, 3000)
 def test_safetensors_header(count: int, tmp_path: Path) -> None:
     described = st.dictionaries(st.text(max_size=8) | st.just("__metadata__"), ENTRY | JSON, max_size=4).map(
         lambda facts: json.dumps(facts).encode()
@@ -159,7 +159,7 @@ def test_safetensors_header(count: int, tmp_path: Path) -> None:
     fuzz(count, st.tuples(header, length, st.binary(max_size=64)), check)
 
 
-@examples(100, 3000)
+@examples(50, 3000)
 def test_index_files(count: int, tmp_path: Path) -> None:
     """Nothing but files inside the folder may be opened; there is none, so nothing may be read at all."""
     folder = tmp_path / "below" / "model"
@@ -195,7 +195,7 @@ RECORD = st.dictionaries(
 )
 
 
-@examples(100, 3000)
+@examples(50, 3000)
 def test_json_data(count: int, tmp_path: Path) -> None:
     def check(example: tuple[str, str | bytes]) -> None:
         suffix, content = example
@@ -219,7 +219,7 @@ def test_json_data(count: int, tmp_path: Path) -> None:
 # Settings
 
 
-@examples(200, 10000)
+@examples(100, 10000)
 def test_block_indices(count: int) -> None:
     words = st.sampled_from(
         ["all", "last:", "every:", "last:2", "every:-1", "last:2:2", "transformer.h.", "transformer.h.1", "transformer.h.²", "auto", "٣"]
@@ -266,7 +266,7 @@ YAML_PIECES = [
 # fmt: on
 
 
-@examples(200, 8000)
+@examples(100, 8000)
 def test_yaml_text(count: int) -> None:
     text = st.lists(st.sampled_from(YAML_PIECES), max_size=25).map("".join) | st.text(max_size=60)
     fuzz(count, text, lambda content: parse_yaml(content, "f.yaml"))
@@ -288,7 +288,7 @@ def test_model_config(count: int, world: World, tmp_path: Path) -> None:
     fuzz(count, spoilt(good), check)
 
 
-@examples(100, 3000)
+@examples(50, 3000)
 def test_hugging_face_config(count: int) -> None:
     fuzz(count, spoilt(worlds.HF_CONFIG), lambda values: Config.from_hf(values) and None)
 
@@ -316,7 +316,7 @@ def test_tokenizer_files(count: int, world: World, tmp_path: Path) -> None:
     fuzz(count, st.tuples(whole, parts), check)
 
 
-@examples(150, 4000)
+@examples(60, 4000)
 def test_cache_header_and_manifest(count: int, tmp_path: Path) -> None:
     """What a cache's index or a folder's manifest says is believed where it is true, and nothing it says raises."""
     data, index = tmp_path / "activations.bin", tmp_path / "index.json"
@@ -378,7 +378,7 @@ STATEMENTS = [
 TEMPLATE = st.lists(st.tuples(st.sampled_from(STATEMENTS), EXPRESSION).map(lambda parts: parts[0].format(parts[1])), min_size=1, max_size=5)
 
 
-@examples(150, 3000)
+@examples(60, 3000)
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_chat_templates(count: int) -> None:
     pieces = [
