@@ -2,8 +2,8 @@
 
 Two kinds of data are trained in two ways:
 
-    facts   few records, or many that share their answers: all are trained and none is held out; three epochs of LoRA, then cached epochs
-            until the model repeats the answers
+    facts   few records, or many that share their answers: all are trained and none is held out, by Skip2-LoRA from the cache, until the
+            model repeats the answers
     style   many records with answers of their own: a tenth is held out, and the checkpoint with the lowest loss on it is kept
 
 `benchmarks/results/own_data.md` has the measurements behind the numbers. The same data and model give the same settings, so that a run can
@@ -55,19 +55,13 @@ METHODS: dict[str, dict[str, tuple[Any, str]]] = {
         "skip2lora_alpha": (64, "twice the rank"),
     },
 }
-FACTS_BY_WARMUP = {  # instead of these
-    "skip2lora_warmup_epochs": (3.0, "LoRA learns how the questions are meant"),
-    "skip2lora_warmup_lr": (2e-3, "for LoRA, in small batches"),
-    "skip2lora_r": (16, "room for facts"),
-    "skip2lora_alpha": (16, "as the rank"),
-}
 TARGET = 0.03  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
-    ("LoRA", True): (12, 8, 2e-3),
+    ("LoRA", True): (8, 5, 1e-3),
     ("LoRA", False): (2, 2, 5e-4),
-    ("Skip2-LoRA", True): (20, 12, 2e-3),
+    ("Skip2-LoRA", True): (24, 16, 2e-3),
     ("Skip2-LoRA", False): (3, 3, 1e-3),
-    ("warm-up", True): (40, 20, 2e-3),
+    ("warm-up", True): (8, 5, 5e-4),
     ("warm-up", False): (2, 2, 1e-4),
 }
 
@@ -148,8 +142,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any]) -> list[Chosen]
     elif not look.has_validation:
         rows.append(Chosen("data.val_split_fraction", 0.1, "a tenth shows when to stop"))
     method = _method_of(look, given)
-    adapters = METHODS[method] | (FACTS_BY_WARMUP if method == "warm-up" and look.is_facts else {})
-    rows += [Chosen(key, value, reason) for key, (value, reason) in adapters.items()]
+    rows += [Chosen(key, value, reason) for key, (value, reason) in METHODS[method].items()]
     return rows + _schedule(look, method, given)
 
 
@@ -177,7 +170,7 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
         return "warm-up" if given.get("skip2lora_warmup_epochs") or given.get("skip2lora_warmup_steps") else "Skip2-LoRA"
     if "skip2lora_enabled" in given or any(flag in given for flag in LAYER_FLAGS):
         return "LoRA"
-    return "warm-up"
+    return "Skip2-LoRA" if look.is_facts else "warm-up"
 
 
 def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
