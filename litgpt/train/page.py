@@ -72,7 +72,8 @@ def chart(curves: Mapping[str, Points], best: int | None) -> str:
     values = dict(curves.get("validation", ()))
     if best is not None and best in values:
         x, y = at(best, values[best]).split(",")
-        parts.append(f'<circle cx={x} cy={y} r=5 fill="{COLOURS["validation"]}"/><text x={x} y={y} dy=-9 text-anchor=middle>best</text>')
+        anchor = "end" if float(x) > WIDTH - 60 else "middle"
+        parts.append(f'<circle cx={x} cy={y} r=5 fill="{COLOURS["validation"]}"/><text x={x} y={y} dy=-9 text-anchor={anchor}>best</text>')
     left = WIDTH - 110
     for row, name in enumerate(name for name, points in curves.items() if len(points) > 1):
         top = TOP + 10 + 18 * row

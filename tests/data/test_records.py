@@ -138,7 +138,7 @@ def test_other_keys_are_named_with_their_counts(tokenizer: Tokenizer) -> None:
     ]
     splits = Given(entries=entries).splits(tokenizer, prompts.ChatML())
     for part in (
-        "keys not read: id (4), url\\x1b[2J (2), messages.train of user turns (2), messages.score (2)",
+        "keys not read: id (4), url\x1b[2J (2), messages.train of user turns (2), messages.score (2)",
         "keys not written by the prompt style 'chatml': tool_calls (4), tools (2)",
         "2 dropped: empty answer",  # a call that is not written is no answer
     ):
