@@ -36,7 +36,7 @@ from litgpt.finetune.lora import Lora
 from litgpt.logs import METRICS
 from litgpt.text import text_table
 
-HUB = Path(os.path.relpath(ROOT / "config_hub" / "finetune_lora"))
+HUB = Path(os.path.relpath(ROOT / "config_hub" / "finetune"))
 GUIDE = ("lora_baseline", "skip2lora_4blocks", "skip2lora_6blocks")
 FIRST_MODEL = "llama-2-7b"  # the guide's; the others follow by name
 SEED = 1337  # `litgpt finetune`'s default
@@ -117,7 +117,7 @@ def derived(name: str, folder: Path) -> Run:
 
 def words_of(run: Run, repeat: int, out_dir: Path, args: argparse.Namespace, extra: list[str]) -> list[str]:
     """Return the words after `litgpt`. The user's own come last, so they take precedence."""
-    words = ["finetune_lora", str(run.config), "--out_dir", str(out_dir), "--eval.initial_validation", "true", "--eval.max_new_tokens", "0"]
+    words = ["finetune", str(run.config), "--out_dir", str(out_dir), "--eval.initial_validation", "true", "--eval.max_new_tokens", "0"]
     words += ["--skip2lora_cache_dir", str(out_dir / CACHE), "--seed", str(SEED + repeat - 1)]
     words += ["--max_steps", str(args.max_steps)] if args.max_steps else []
     words += ["--overwrite", "true"] if args.overwrite else []

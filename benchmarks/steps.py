@@ -31,7 +31,7 @@ from litgpt.device import backbone_dtype, default_device, default_precision
 from litgpt.errors import UserError
 from litgpt.text import text_table
 
-HUB = ROOT / "config_hub" / "finetune_lora"
+HUB = ROOT / "config_hub" / "finetune"
 LORA = "Traditional LoRA (Query+Value)"
 RECOMMENDED = "Skip2-LoRA (recommended)"
 FIRST_BLOCKS = (2, 4, 6)

@@ -34,8 +34,13 @@ def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, 
             from litgpt.help import show
 
             show(prog, command, keys, config, flags)
-        if not files and hasattr(command, "complete"):
-            config = command.complete(config)
+    except UsageError:
+        raise
+    except UserError as error:
+        raise UsageError(str(error)) from None
+    if not files and hasattr(command, "complete"):
+        config = command.complete(config)
+    try:
         return keys.arguments(config)
     except UsageError:
         raise

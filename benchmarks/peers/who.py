@@ -14,7 +14,7 @@ from benchmarks.process import ROOT
 from litgpt.errors import UserError
 
 HERE = Path(__file__).parent
-SKIP2LORA = ROOT / "config_hub" / "finetune_lora" / "smollm2-135m" / "skip2lora.yaml"
+SKIP2LORA = ROOT / "config_hub" / "finetune" / "smollm2-135m" / "skip2lora.yaml"
 RATES = {"qv": 2e-4, "all": 5e-4}  # best measured peak rates of LoRA on queries and values, and on all linear layers
 WEIGHT_DECAY = 0.01  # the default of torch's AdamW
 NEVER = 10**6

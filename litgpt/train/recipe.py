@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.adapters.settings import LAYER_FLAGS
+from litgpt.checkpoint import require_checkpoint
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
@@ -116,12 +117,12 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     data = given.get("data")
     if data is None or "checkpoint_dir" not in given:
         return given
+    dry = bool(given.get("dry_run"))
+    require_checkpoint(open_checkpoint(given["checkpoint_dir"], convert=not dry))
     module: DataModule = data["class_path"](**data.get("init_args", {}))
-    if not module.is_ready():
-        if given.get("dry_run"):
-            return given
-        module.prepare_data()
-    open_checkpoint(given["checkpoint_dir"], convert=not given.get("dry_run"))
+    if not module.is_ready() and dry:
+        return given  # the run will say so
+    module.prepare_data()
     look = Look.at(module)
     chosen = [choice for choice in choices(look, module, given) if _put(given, choice.key, choice.value)]
     console = Console(process_rank() == 0)

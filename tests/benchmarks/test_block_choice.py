@@ -22,7 +22,7 @@ def test_losses_are_those_of_the_command(
 ) -> None:
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
     data = finetune_runs.write_data(tmp_path / "sums.json")
-    monkeypatch.setattr(block_choice, "PythonDocs", lambda max_samples: JSON(json_path=data, mask_prompt=True))
+    monkeypatch.setattr(block_choice, "PythonDocs", lambda max_samples: JSON(json_path=data, mask_prompt=True, val_split_fraction=0.1))
     out = tmp_path / "out.json"
     argv = [
         "block_choice.py",

@@ -25,7 +25,7 @@ from litgpt.logs import read_metrics
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
-HUB = ROOT / "config_hub" / "finetune_lora"
+HUB = ROOT / "config_hub" / "finetune"
 
 
 def in_this_process(words: list[str]) -> tuple[int, str]:

@@ -33,5 +33,5 @@ def test_error_line() -> None:
 
 def test_commands_are_shown_without_the_token() -> None:
     shown = redacted(["finetune_lora", "my model", "--access_token", "hf_secret", "--seed", "1"])
-    assert shown == "litgpt finetune 'my model' --access_token '***' --seed 1"
+    assert shown == "litgpt finetune_lora 'my model' --access_token '***' --seed 1"
     assert redacted(["--access_token=hf_secret"]) == "litgpt '--access_token=***'"
