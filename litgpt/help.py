@@ -14,7 +14,7 @@ from litgpt.keys import Keys, UsageError, known_classes
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):
-    """Without Python's name of a path, and without the `--key+` that appends to a list."""
+    """Without Python's name of a path, the `--key+` that appends to a list, and the backspace before optional values."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         text: str = super()._expand_help(action)
@@ -22,7 +22,7 @@ class _Help(jsonargparse.DefaultHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action, *args: Any, **kwargs: Any) -> str:
         text: str = super()._format_action_invocation(action, *args, **kwargs)
-        return re.sub(r", --\S+\+ \S+", "", text)
+        return re.sub(r", --\S+\+ \S+", "", text.replace(" \b", ""))
 
 
 class _Parser(jsonargparse.ArgumentParser):

@@ -20,7 +20,7 @@ def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> 
         main([name, "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert f"usage: litgpt {name} [CONFIG.yaml]" in text and "<class" not in text
+    assert f"usage: litgpt {name} [CONFIG.yaml]" in text and "<class" not in text and "\b" not in text
     actions = parser_of(name, load(name), Keys(load(name)))._actions
     assert [action.dest for action in actions if not action.help] == []
 

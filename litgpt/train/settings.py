@@ -56,7 +56,7 @@ class Run:
             self.resume = expand_path(self.resume)
         require_seed(self.seed)
         if self.data is None:
-            raise UserError("no data: give --data JSON --data.json_path FILE, or another module of litgpt.data")
+            raise UserError("no data: give --data FILE, or the name of a module of litgpt.data, such as Alpaca2k")
 
     def method(self) -> Any:
         """Return the `litgpt.train.methods.Method` of the command."""

@@ -138,4 +138,4 @@ def test_a_second_run_is_refused_and_one_that_would_replace_its_own_base_too(run
 
 def test_no_data(base: Path, tmp_path: Path) -> None:
     refused = finetune("finetune_full", base, None, tmp_path / "out")
-    assert refused.code == 1 and refused.err.startswith("Error: no data: give --data JSON") and not list(tmp_path.iterdir())
+    assert refused.code == 1 and refused.err.startswith("Error: no data: give --data FILE") and not list(tmp_path.iterdir())

@@ -460,7 +460,7 @@ def test_a_logger_that_is_not_installed(overwrite: bool, base: Path, data: Path,
 
 
 def test_no_data(base: Path, tmp_path: Path) -> None:
-    assert_one_line(finetune("finetune_lora", base, None, tmp_path / "out"), 1, "no data: give --data JSON --data.json_path FILE")
+    assert_one_line(finetune("finetune_lora", base, None, tmp_path / "out"), 1, "no data: give --data FILE")
     assert not list(tmp_path.iterdir())
 
 

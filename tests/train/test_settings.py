@@ -13,7 +13,7 @@ from litgpt.train.settings import Run
 
 
 def test_run_without_data() -> None:
-    with pytest.raises(UserError, match="no data: give --data JSON"):
+    with pytest.raises(UserError, match="no data: give --data FILE"):
         Run(checkpoint_dir=Path("base"))
 
 
