@@ -40,12 +40,17 @@ class _Pairs(DataModule):
 
 
 def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: int, progress: Callable[[int, int], Any]) -> list[str]:
-    """Return the model's most probable answers to the first `count` questions, of `ANSWER_TOKENS` tokens at most."""
+    """Return the model's most probable answers to the first `count` questions, of `ANSWER_TOKENS` tokens at most.
+
+    The answer is empty where the question leaves no room for one within the model's `max_seq_length`.
+    """
     prompts = [tokenizer.encode(style.apply(question), bos=style.bos) for question in QUESTIONS[:count]]
     answers, stops = [""] * len(prompts), style.stop_tokens(tokenizer)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, group in groupby(by_length, key=lambda i: len(prompts[i])):
         indices = list(group)
+        if len(prompts[indices[0]]) >= model.max_seq_length:
+            continue
         tokens = _greedy(model, torch.stack([prompts[i] for i in indices]))
         for i, ids in zip(indices, tokens.tolist(), strict=True):
             answers[i] = tokenizer.decode(list(until_stop(ids, stops))).strip()
@@ -61,13 +66,14 @@ def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle,
 
 @torch.inference_mode()
 def _greedy(model: GPT, prompts: torch.Tensor) -> torch.Tensor:
-    """Return the `ANSWER_TOKENS` most probable ids after each of prompts (B, T): (B, ANSWER_TOKENS)."""
+    """Return the most probable ids after each of prompts (B, T): (B, n), where n is `ANSWER_TOKENS` or what there is room for."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    model.set_kv_cache(len(prompts), prompts.size(1) + ANSWER_TOKENS - 1)
+    end = min(prompts.size(1) + ANSWER_TOKENS, model.max_seq_length)
+    model.set_kv_cache(len(prompts), end - 1)
     try:
-        idx, end, answers = prompts.to(device), prompts.size(1), []
-        for last in range(end, end + ANSWER_TOKENS):
+        idx, answers = prompts.to(device), []
+        for last in range(prompts.size(1), end):
             pos = model.positions(idx, torch.arange(last - idx.size(1), last, device=device), last)
             x, taps = model.prefix(idx, pos)
             idx = model.logits(model.tail(x, taps, pos)[:, -1:]).argmax(-1)  # (B, 1)

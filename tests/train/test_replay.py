@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from litgpt import LLM
 from litgpt.train.replay import ANSWER_TOKENS, QUESTIONS, base_answers, replay_samples
 
@@ -28,3 +30,16 @@ def test_samples_have_loss_on_the_answers(base: Path) -> None:
 def test_nothing_answered_is_nothing_to_train(base: Path) -> None:
     llm = LLM.load(base)
     assert replay_samples(["", ""], llm.tokenizer, llm.prompt_style, 128) == []
+
+
+@pytest.mark.parametrize("room", [-1, 0, 1, 3])
+def test_little_room_makes_short_answers_or_none(room: int, base: Path) -> None:
+    """The questions have different lengths; the room is that of the shortest."""
+    llm = LLM.load(base, precision="32-true")
+    lengths = [len(llm.tokenizer.encode(llm.prompt_style.apply(question))) for question in QUESTIONS[:6]]
+    llm.model.max_seq_length = min(lengths) + room
+    answers = base_answers(llm.model, llm.tokenizer, llm.prompt_style, 6, lambda done, total: None)
+    fits = [length < llm.model.max_seq_length for length in lengths]
+    assert any(fits) is (room > 0) and not any(answer and not fit for answer, fit in zip(answers, fits, strict=True))
+    samples = replay_samples(answers, llm.tokenizer, llm.prompt_style, llm.model.max_seq_length)
+    assert len(samples) <= sum(fits) and all(sample.n_targets and len(sample.input_ids) <= llm.model.max_seq_length for sample in samples)
