@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -203,6 +203,15 @@ def require_seed(seed: Any, place: str = "seed") -> None:
 def shallow(settings: Any) -> dict[str, Any]:
     """Return the fields of a dataclass without converting their values."""
     return {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
+
+
+def flat(mapping: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield `("grid.optimizer.lr", [1])` for `{"optimizer": {"lr": [1]}}` above which `grid.` stands."""
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def defaults(settings: type) -> dict[str, Any]:

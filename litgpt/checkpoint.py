@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "lit_model.pth"
 ADAPTER_WEIGHTS = "lit_model.pth.lora"
-FOREIGN_ADAPTERS = ("adapter_config.json", "skip2lora_config.json")  # PEFT's, and the portable one of Skip2-LoRA
+PEFT_ADAPTER, PORTABLE_ADAPTER = FOREIGN_ADAPTERS = ("adapter_config.json", "skip2lora_config.json")  # PEFT's; Skip2-LoRA's portable one
 BASE = "base.json"  # beside an adapter: sha256, size and modification time of its base's weights
 TOKENIZER_FILES = (
     "tokenizer.json",

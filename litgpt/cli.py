@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
-from litgpt.errors import UserError
 from litgpt.files import MOST_YAML, decode_text, expand_path, fetch, is_url, parse_yaml, read_yaml
-from litgpt.keys import Keys, Setting, UsageError
+from litgpt.keys import Keys, Setting, UsageError, as_usage
 from litgpt.values import from_text, members_of
 
 YAML_ENDINGS = (".yaml", ".yml")
@@ -24,7 +23,7 @@ WARMUP_EPOCHS = "skip2lora_warmup_epochs"
 
 def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, Any]:
     """Return the keyword arguments for `command`, defaults included. Raises UsageError, or SystemExit(0) after --help."""
-    try:
+    with as_usage():
         keys = Keys(command)
         files, options, flags = _split(argv, keys)
         sources = [source for file in files for source in _read_config(file, keys)]
@@ -34,18 +33,10 @@ def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, 
             from litgpt.help import show
 
             show(prog, command, keys, config, flags)
-    except UsageError:
-        raise
-    except UserError as error:
-        raise UsageError(str(error)) from None
     if not files and hasattr(command, "complete"):
         config = command.complete(config)
-    try:
+    with as_usage():
         return keys.arguments(config)
-    except UsageError:
-        raise
-    except UserError as error:
-        raise UsageError(str(error)) from None
 
 
 def _split(argv: list[str], keys: Keys) -> tuple[list[str], list[tuple[str, str]], list[str]]:

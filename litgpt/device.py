@@ -95,8 +95,6 @@ class OneProcess:
 
     def launch(self) -> None: ...
 
-    def barrier(self) -> None: ...
-
     def broadcast(self, value: Any) -> Any:
         return value
 

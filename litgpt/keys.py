@@ -19,11 +19,11 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from litgpt.args import ALLOWED_CLASSES, SECRET, Grid, defaults, older_names, require_allowed_class, require_seed
+from litgpt.args import ALLOWED_CLASSES, SECRET, Grid, defaults, flat, older_names, require_allowed_class, require_seed
 from litgpt.errors import UserError
 from litgpt.values import NULLS, convert, describe, from_text, is_mapping, members_of
 
@@ -48,6 +48,17 @@ class UsageError(UserError):
     """Arguments that a command does not take."""
 
     exit_code = 2
+
+
+@contextmanager
+def as_usage() -> Iterator[None]:
+    """Raise a UserError of the block as a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except UserError as error:
+        raise UsageError(str(error)) from None
 
 
 class Setting(NamedTuple):
@@ -121,7 +132,7 @@ class Keys:
                 raise UsageError(f"{place} needs keys below it, such as {next(name for name in self.types if name.startswith(f'{key}.'))}")
             yield from ((f"{key}.{name}", item) for name, item in value.items())
         elif key in self.grids and isinstance(value, dict):
-            yield from _flat(value, f"{key}.")
+            yield from flat(value, f"{key}.")
         elif key in self.classes and isinstance(value, dict):
             arguments = value.get("init_args") or {}
             if not isinstance(arguments, dict) or set(value) - {"class_path", "init_args"}:
@@ -190,11 +201,9 @@ class Keys:
             shown = "the value" if key == SECRET else repr(setting.value)[:MOST_SHOWN]
             example = " to try, such as '[4, 8]'" if root in self.grids else ""
             raise UsageError(f"{setting.place}: {shown} is not {describe(kind)}{example}") from None
-        try:
+        with as_usage():
             for seed in _as_list(value) if key in SEEDS else ():
                 require_seed(seed, setting.place)
-        except UserError as error:
-            raise UsageError(str(error)) from None
         if root in self.classes:
             below = config.setdefault(root, {"class_path": self.defaults[root]}).setdefault("init_args", {})
         else:
@@ -272,15 +281,6 @@ def _check_value(value: Any, place: str) -> None:
             _check_value(item, place)
     elif isinstance(value, str) and "\0" in value:
         raise UsageError(f"{place} holds a zero byte: leave it out")
-
-
-def _flat(mapping: dict[Any, Any], above: str) -> Iterator[tuple[str, Any]]:
-    """Yield `("grid.optimizer.lr", [1])` for `{"optimizer": {"lr": [1]}}` above which `grid.` stands."""
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def _reader_of(base: Any, value: Any) -> tuple[str, str] | None:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt import families, files
 from litgpt.adapters.settings import LAYER_FLAGS
+from litgpt.checkpoint import PEFT_ADAPTER, load_weights
 from litgpt.checkpoint import WEIGHTS as BASE_WEIGHTS
-from litgpt.checkpoint import load_weights
 from litgpt.convert import names
 from litgpt.convert.hf import hf_settings
 from litgpt.errors import UserError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from litgpt.config import Config
     from litgpt.lora import Config as LoRAConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = PEFT_ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARAMETERS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}  # here and in PEFT
 FACTORS = ("lora_A", "lora_B")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt import families, files
 from litgpt.adapters.settings import WarmupSettings, model_settings
-from litgpt.checkpoint import load_adapter
+from litgpt.checkpoint import PORTABLE_ADAPTER, load_adapter
 from litgpt.convert import names, peft
 from litgpt.errors import UserError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from litgpt.config import Config
     from litgpt.lora import Config as LoRAConfig
 
-CONFIG, WEIGHTS = "skip2lora_config.json", "skip2lora_adapter.safetensors"
+CONFIG, WEIGHTS = PORTABLE_ADAPTER, "skip2lora_adapter.safetensors"
 FORMAT = {"format": "skip2lora", "version": 1}
 SHAPE = (  # fields that must agree between the model that an adapter was trained on and the one that it is attached to
     *("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "intermediate_size"),

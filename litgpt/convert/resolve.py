@@ -252,11 +252,8 @@ class Conversion:
         try:
             with locked(place):
                 yield
-        except (OSError, RuntimeError) as error:
-            cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save raises RuntimeError from an OSError
-            if isinstance(cause, OSError):
-                raise UserError(f"{self.source} cannot be converted to {self.target}: {cause.strerror or cause}") from None
-            raise
+        except OSError as error:
+            raise UserError(f"{self.source} cannot be converted to {self.target}: {error.strerror or error}") from None
         finally:
             with suppress(OSError):  # not empty: the conversion is there
                 for folder in missing:

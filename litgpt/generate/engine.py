@@ -67,8 +67,8 @@ def generate(
         return sample(logits, temperature, top_k, top_p, generator)
 
     def answer() -> Generator[int, None, None]:
-        with closing(_decode(model, prompt, max_returned_tokens, draw)) as ids:
-            yield from until_stop(ids, stop_tokens)
+        with closing(decode(model, prompt.view(1, -1), max_returned_tokens, draw)) as ids:
+            yield from until_stop(map(int, ids), stop_tokens)
 
     return answer()
 
@@ -95,28 +95,31 @@ def _check(model: GPT, prompt: torch.Tensor, length: int, temperature: float, to
 
 
 @torch.inference_mode()
-def _decode(model: GPT, prompt: torch.Tensor, length: int, draw: Callable[[torch.Tensor], torch.Tensor]) -> Generator[int, None, None]:
-    """Yield ids until prompt and answer have `length` tokens. Each pass computes the logits of its last position only.
+def decode(
+    model: GPT, prompts: torch.Tensor, length: int, draw: Callable[[torch.Tensor], torch.Tensor]
+) -> Generator[torch.Tensor, None, None]:
+    """Yield ids (B, 1) that follow prompts (B, T), until each prompt and its answer have `length` tokens.
 
-    Where LongRoPE begins to take its long factors, the keys of all tokens are computed again.
+    `draw` takes logits (B, V) and returns B ids. Each pass computes the logits of its last position only. Where LongRoPE begins to take its
+    long factors, the keys of all tokens are computed again.
     """
     first, was_training = model.blocks[0].attn, model.training
-    idx = prompt.view(1, -1).to(next(model.parameters()).device)
+    idx = prompts.to(next(model.parameters()).device)
     model.eval()
-    model.set_kv_cache(1, length - 1)  # the last id is not fed back
+    model.set_kv_cache(len(idx), length - 1)  # the last id is not fed back
     own = first.kv_cache
     try:
-        tokens = idx
-        for end in range(prompt.numel(), length):
+        tokens = [idx]
+        for end in range(prompts.size(1), length):
             if is_long(model.config, end) and not is_long(model.config, end - 1):
-                idx = tokens
+                idx = torch.cat(tokens, dim=1)
             if first.kv_cache is not own:
                 raise UserError("another answer was started on this model before this one was complete: generate one after the other")
             pos = model.positions(idx, torch.arange(end - idx.size(1), end, device=idx.device), end)
             x, taps = model.prefix(idx, pos)
-            idx = draw(model.logits(model.tail(x, taps, pos)[:, -1])).view(1, 1)
-            tokens = torch.cat((tokens, idx), dim=1)
-            yield int(idx)
+            idx = draw(model.logits(model.tail(x, taps, pos)[:, -1])).view(-1, 1)
+            tokens.append(idx)
+            yield idx
     finally:
         if first.kv_cache is own:
             model.clear_kv_cache()

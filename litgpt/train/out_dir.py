@@ -240,13 +240,10 @@ class Checkpoints:
             self.log.flush()
             with atomic.new_folder(folder, overwrite=True) as temporary:
                 yield temporary
-        except (OSError, RuntimeError, SafetensorError) as error:
-            cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the cause
-            if not isinstance(cause, OSError | SafetensorError):
-                raise
+        except (OSError, SafetensorError) as error:
             remedy = f". {self.newest} is complete: make room, and {RESUME}" if self.newest else ""
-            inner = re.search(r"I/O error: (.+?) \(os error", str(cause))  # safetensors' wording
-            reason = inner[1] if inner else getattr(cause, "strerror", None) or cause
+            inner = re.search(r"I/O error: (.+?) \(os error", str(error))  # safetensors' wording
+            reason = inner[1] if inner else getattr(error, "strerror", None) or error
             raise UserError(f"{folder} cannot be written: {reason}{remedy}") from None
 
     def _prune(self, step: int) -> None:

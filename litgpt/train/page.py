@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
+
+from litgpt import args
 
 Points = Sequence[tuple[int, float]]
 Answers = Mapping[str, Sequence[tuple[int, str]]]  # question -> (step, answer)
@@ -33,17 +35,17 @@ table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: 
 def page(title: str, summary: Mapping[str, str], tiles: Mapping[str, str], curves: Mapping[str, Points], best: int | None,
          answers: Answers, settings: Mapping[str, str]) -> str:  # fmt: skip
     """Return the page. `curves` maps "training" and "validation" to (step, loss); `best`: the step to mark."""
-    parts = [f"<h1>{_text(title)}</h1>", *(f"<p class=soft>{_text(line)}</p>" for line in summary.values())]
+    parts = [f"<h1>{escape(title)}</h1>", *(f"<p class=soft>{escape(line)}</p>" for line in summary.values())]
     parts.append(
-        f"<div class=tiles>{''.join(f'<div class=tile>{_text(name)}<b>{_text(value)}</b></div>' for name, value in tiles.items())}</div>"
+        f"<div class=tiles>{''.join(f'<div class=tile>{escape(name)}<b>{escape(value)}</b></div>' for name, value in tiles.items())}</div>"
     )
     if answers:
         parts += ["<h2>Answers before and after</h2>", *(_answer(question, given) for question, given in answers.items())]
     if any(len(points) > 1 for points in curves.values()):
         parts += ["<h2>Loss</h2>", chart(curves, best)]
-    rows = "".join(f"<tr><td>{_text(key)}<td>{_text(value)}" for key, value in settings.items())
+    rows = "".join(f"<tr><td>{escape(key)}<td>{escape(value)}" for key, value in settings.items())
     parts.append(f"<h2>Settings</h2><details><summary>{len(settings)} settings</summary><table>{rows}</table></details>")
-    head = f'{MARK.decode()}<meta charset="utf-8"><title>{_text(title)}</title>'
+    head = f'{MARK.decode()}<meta charset="utf-8"><title>{escape(title)}</title>'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return f"<!doctype html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
 
@@ -83,10 +85,10 @@ def chart(curves: Mapping[str, Points], best: int | None) -> str:
 
 
 def _answer(question: str, given: Sequence[tuple[int, str]]) -> str:
-    rows = [f"<b>{_text(question)}</b><dl>"]
+    rows = [f"<b>{escape(question)}</b><dl>"]
     if len(given) > 1:
-        rows.append(f"<dt>before<dd>{_text(given[0][1])}")
-    rows.append(f"<dt>after {given[-1][0]:,} steps<dd class=after>{_text(given[-1][1])}</dl>")
+        rows.append(f"<dt>before<dd>{escape(given[0][1])}")
+    rows.append(f"<dt>after {given[-1][0]:,} steps<dd class=after>{escape(given[-1][1])}</dl>")
     return f"<div class=answer>{''.join(rows)}</div>"
 
 
@@ -98,16 +100,6 @@ def curve_of(points: Points, most: int = 400) -> list[tuple[int, float]]:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings as texts by their full key, without those that are null."""
-    rows: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            rows.update(flat(value, f"{prefix}{key}."))
-        elif value is not None:
-            rows[prefix + key] = str(value)
-    return rows
-
-
-def _text(value: str) -> str:
-    return html.escape(value)
+    return {key: str(value) for key, value in args.flat(settings) if value is not None}

@@ -18,6 +18,8 @@ from litgpt.train.loop import REMEDY, Loop
 from litgpt.train.out_dir import Checkpoints
 from litgpt.train.resume import PhaseStart, State
 
+COURSES = 256  # a new sparkline, which reads all losses, after each 256th of the steps so far
+
 
 @dataclass
 class Phase:
@@ -36,6 +38,7 @@ class Phase:
     """shows the model's answer to the example"""
     losses: list[float] = field(default_factory=list)
     """of this session's steps"""
+    _course: str = ""
     saved_at: float = field(default_factory=lambda: time.perf_counter())
 
     @contextmanager
@@ -54,7 +57,9 @@ class Phase:
         """Validate, log and save after a step, as far as they are due. Returns True to end training. Raises Stopped if a signal arrived."""
         assert state.phase is not None
         self.losses.append(metrics["train_loss"])
-        note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f} {sparkline(self.losses)}"
+        if len(self.losses) % (1 + len(self.losses) // COURSES) == 0:
+            self._course = sparkline(self.losses)
+        note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f} {self._course}"
         self._progress(state.step - state.phase.step, self.loop.total_steps, note)
         self._finish_step(state, metrics, state.step % self.eval.interval == 0 or (is_last and self.eval.final_validation))
         over = is_last or self.is_out_of_patience(state) or self.has_reached_target(state)

@@ -114,7 +114,6 @@ def prepare(settings: Run, method: Method, base: Path, point: Path | None = None
             splits.train += _replayed(settings, fabric, console, model, tokenizer, style)
     _require_known_ids(splits, model.config, base)
     model.activation_checkpointing = settings.train.activation_checkpointing
-    model.max_seq_length = _max_seq_length(settings, model.config)
     optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # shows wrong settings before anything is written
     if not optimizer.param_groups[0]["lr"]:
         console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")

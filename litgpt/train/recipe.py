@@ -24,7 +24,7 @@ from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
 from litgpt.device import process_rank
 from litgpt.logs import Console
-from litgpt.text import printable, text_table
+from litgpt.text import text_table
 from litgpt.train.replay import QUESTIONS
 
 REPLAY = len(QUESTIONS)
@@ -127,7 +127,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     chosen = [choice for choice in choices(look, module, given) if _put(given, choice.key, choice.value)]
     console = Console(process_rank() == 0)
     kind = "facts to repeat" if look.is_facts else "a style to learn"
-    console.say(f"{printable(module.source)}: {look}, taken as {kind}. Settings that you did not give:")
+    console.say(f"{module.source}: {look}, taken as {kind}. Settings that you did not give:")
     console.say(text_table([(choice.key, _shown(choice.value), choice.reason) for choice in chosen], left=(0, 1, 2)))
     return given
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from litgpt.data.base import DataModule
-from litgpt.generate.engine import until_stop
+from litgpt.generate.engine import decode, until_stop
 from litgpt.lora import GPT
 from litgpt.prompts import PromptStyle
 from litgpt.sample import Sample
@@ -49,9 +49,11 @@ def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: in
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, group in groupby(by_length, key=lambda i: len(prompts[i])):
         indices = list(group)
-        if len(prompts[indices[0]]) >= model.max_seq_length:
+        stacked = torch.stack([prompts[i] for i in indices])  # (B, T)
+        end = min(stacked.size(1) + ANSWER_TOKENS, model.max_seq_length)
+        if end <= stacked.size(1):
             continue
-        tokens = _greedy(model, torch.stack([prompts[i] for i in indices]))
+        tokens = torch.cat(list(decode(model, stacked, end, lambda logits: logits.argmax(-1))), dim=1)
         for i, ids in zip(indices, tokens.tolist(), strict=True):
             answers[i] = tokenizer.decode(list(until_stop(ids, stops))).strip()
         progress(sum(map(bool, answers)), len(answers))
@@ -62,23 +64,3 @@ def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle,
     """Return the questions with these answers as training samples; the loss is on the answers."""
     pairs = [{"instruction": q, "output": a} for q, a in zip(QUESTIONS, answers, strict=False) if a]
     return _Pairs(pairs=pairs).splits(tokenizer, style, max_seq_length).train if pairs else []
-
-
-@torch.inference_mode()
-def _greedy(model: GPT, prompts: torch.Tensor) -> torch.Tensor:
-    """Return the most probable ids after each of prompts (B, T): (B, n), where n is `ANSWER_TOKENS` or what there is room for."""
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    end = min(prompts.size(1) + ANSWER_TOKENS, model.max_seq_length)
-    model.set_kv_cache(len(prompts), end - 1)
-    try:
-        idx, answers = prompts.to(device), []
-        for last in range(prompts.size(1), end):
-            pos = model.positions(idx, torch.arange(last - idx.size(1), last, device=device), last)
-            x, taps = model.prefix(idx, pos)
-            idx = model.logits(model.tail(x, taps, pos)[:, -1:]).argmax(-1)  # (B, 1)
-            answers.append(idx)
-        return torch.cat(answers, dim=1)
-    finally:
-        model.clear_kv_cache()
-        model.train(was_training)
