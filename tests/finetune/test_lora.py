@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import resource
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +27,7 @@ from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
 from tests.helpers import tiny
-from tests.helpers.runs import Run, finetune, load, plain_loss, val_samples
+from tests.helpers.runs import Run, finetune, in_two_processes, load, plain_loss, val_samples
 
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "[0, 2]", "lora_r": 4}
 LAYERS = {"lora_key": True, "lora_projection": True, "lora_mlp": True}
@@ -558,23 +555,11 @@ def test_two_processes_reach_the_loss_of_one(base: Path, data: Path, tmp_path: P
     whole = {"train__global_batch_size": 18, "train__micro_batch_size": 3, "lora_dropout": 0.0, **METHODS["block"]}
     alone = finetune("finetune_lora", base, data, tmp_path / "one", **whole)
     assert alone.code == 0
-    argv = [
-        "finetune_lora",
-        "--config",
-        str(tmp_path / "one/final/hyperparameters.yaml"),
-        "--out_dir",
-        str(tmp_path / "two"),
-        "--devices",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "litgpt", *argv], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    two = Run(0, done.stderr, tmp_path / "two")
+    two = in_two_processes(alone.out_dir, tmp_path / "two")
     assert two.column("train_loss") == pytest.approx(alone.column("train_loss"), rel=1e-4)
     assert two.column("val_loss") == pytest.approx(alone.column("val_loss"), rel=1e-4)
     assert two.report["final_val_loss"] == pytest.approx(alone.report["final_val_loss"], abs=1e-4)
-    assert done.stderr.count("finished: ") == 1
+    assert two.err.count("finished: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -588,18 +573,7 @@ def test_two_processes_reach_the_loss_of_one(base: Path, data: Path, tmp_path: P
 def test_settings_that_train_nothing_are_reported(
     settings: dict[str, Any], message: str | None, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [
-        "finetune_lora",
-        str(base),
-        "--data",
-        "JSON",
-        "--data.json_path",
-        str(data),
-        "--out_dir",
-        str(tmp_path / "out"),
-        "--dry_run",
-        "true",
-    ]
+    argv = ["finetune_lora", str(base), "--data", str(data), "--out_dir", str(tmp_path / "out"), "--dry_run", "true"]
     assert main([*argv, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]) == 0
     output = " ".join("".join(capsys.readouterr()).split())
     assert message in output if message else "nothing is trained" not in output

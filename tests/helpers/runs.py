@@ -7,6 +7,9 @@ import csv
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,15 @@ def call(argv: list[str], out_dir: Path) -> Run:
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         code = main(argv)
     return Run(code, err.getvalue(), out_dir)
+
+
+def in_two_processes(one: Path, out_dir: Path) -> Run:
+    """The run that left the folder `one`, anew in `out_dir` by two processes."""
+    argv = ["finetune_lora", "--config", str(one / "final/hyperparameters.yaml"), "--out_dir", str(out_dir), "--devices", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "litgpt", *argv], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return Run(0, done.stderr, out_dir)
 
 
 def write_data(file: Path, count: int = 20) -> Path:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from litgpt.errors import UserError
 from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
-from tests.helpers.runs import Run, finetune, load, plain_loss, val_samples
+from tests.helpers.runs import Run, finetune, in_two_processes, load, plain_loss, val_samples
 
 RUN: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "auto:2", "lora_r": 4, "eval__max_new_tokens": 0}
 OUTPUT_LAYERS = ("lm_head", "transformer.ln_f", "transformer.h.3")
@@ -113,16 +111,5 @@ def test_a_dry_run_chooses_and_writes_nothing(base: Path, data: Path, tmp_path: 
 @pytest.mark.slow
 def test_two_processes_take_the_choice_of_the_first(base: Path, data: Path, tmp_path: Path) -> None:
     alone = finetune("finetune_lora", base, data, tmp_path / "one", **RUN)
-    argv = [
-        "finetune_lora",
-        "--config",
-        str(tmp_path / "one/final/hyperparameters.yaml"),
-        "--out_dir",
-        str(tmp_path / "two"),
-        "--devices",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "litgpt", *argv], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert blocks_of(tmp_path / "two/final") == blocks_of(alone.final) and done.stderr.count("auto: blocks") == 1
+    two = in_two_processes(alone.out_dir, tmp_path / "two")
+    assert blocks_of(tmp_path / "two/final") == blocks_of(alone.final) and two.err.count("auto: blocks") == 1

@@ -50,19 +50,8 @@ def report(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def argv(base: Path, data: Path, out: Path, **settings: object) -> list[str]:
     options = {**finetune_runs.SETTINGS, **settings}
     given = [word for key, value in options.items() for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))]
-    return [
-        "finetune_lora",
-        str(base),
-        "--data",
-        "JSON",
-        "--data.json_path",
-        str(data),
-        "--data.val_split_fraction",
-        "0.1",
-        "--out_dir",
-        str(out),
-        *given,
-    ]
+    words = ["--data", str(data), "--data.val_split_fraction", "0.1", "--out_dir", str(out)]
+    return ["finetune_lora", str(base), *words, *given]
 
 
 def test_steps_and_cache_are_those_of_the_run(

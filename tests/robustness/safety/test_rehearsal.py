@@ -35,6 +35,9 @@ WAYS: dict[str, list[Any]] = {
 }
 
 
+MASKED = ["--data", "JSON", "--data.json_path", "data.json", "--data.mask_prompt", "true", "--dry_run", "true"]
+
+
 def words(place: Place, way: list[Any], *more: Any) -> list[Any]:
     command, *given = way
     return [
@@ -85,18 +88,7 @@ def test_it_fails_as_the_run_would(place: Place) -> None:
 def test_the_sample_can_be_read_without_colours(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Piped, or with NO_COLOR: no escape sequences, and marks around what is learned; in a terminal colours besides."""
     place.data([{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(4)])
-    argv = [
-        "finetune_lora",
-        place.base(),
-        "--data",
-        "JSON",
-        "--data.json_path",
-        "data.json",
-        "--data.mask_prompt",
-        "true",
-        "--dry_run",
-        "true",
-    ]
+    argv = ["finetune_lora", place.base(), *MASKED]
     monkeypatch.setenv("NO_COLOR", "1")
     out = run(argv).out
     assert "\x1b" not in out
@@ -119,22 +111,7 @@ def test_a_long_prompt_does_not_hide_the_answer(place: Place) -> None:
     base = place.base()
     config = base / "model_config.yaml"
     config.write_text(config.read_text().replace("block_size: 256", "block_size: 4096"))
-    ended = run(
-        [
-            "finetune_lora",
-            base,
-            "--data",
-            "JSON",
-            "--data.json_path",
-            "data.json",
-            "--data.mask_prompt",
-            "true",
-            "--dry_run",
-            "true",
-            "--epochs",
-            1,
-        ]
-    )
+    ended = run(["finetune_lora", base, *MASKED, "--epochs", 1])
     assert ended.code == 0 and "characters ...]" in ended.out and "»the answer" in ended.out and len(ended.out) < 6000
 
 
