@@ -7,6 +7,7 @@ The string below each field is its help text on the command line. A value out of
 import copy
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from litgpt.errors import UserError
 DEFAULT_WARMUP_STEPS = 100
 LAST_SEED = 2**32 - 1
 SECRET = "access_token"  # the key whose value is never printed or saved
+SECRET_KEY = re.compile(r"(^|[_.])(access_token|hf_token|token|api_key|key|secret|password)$")  # keys that a published text leaves out
 
 Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "bnb.int8", "int8"]  # see `litgpt.quantize`
 Grid = dict[str, list[Any]]  # values to try for other keys, in all combinations

@@ -62,7 +62,6 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = AutoModelForCausalLM.from_pretrained("{folder}")""",
     ),
 }
-SECRET_KEY = re.compile(r"(^|[_.])(access_token|hf_token|token|api_key|key|secret|password)$")
 SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{12,}")
 NOT_IN_TABLE = ("checkpoint_dir", "data", "out_dir", "log", "logger_name", "eval")  # elsewhere in the card, or no part of the training
 
@@ -135,7 +134,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
             flat |= {f"{key}.{name}": item for name, item in value.items()}
         else:
             flat[key] = value
-    return {key: value for key, value in flat.items() if not SECRET_KEY.search(key)}
+    return {key: value for key, value in flat.items() if not args.SECRET_KEY.search(key)}
 
 
 def _data_class(data: dict[str, Any]) -> Any:
@@ -160,7 +159,7 @@ def _word(value: Any) -> str:
 def _public(value: Any) -> Any:
     """Return the value without private parts: absolute paths become names, tokens and a URL's password three asterisks."""
     if isinstance(value, dict):
-        return {key: "***" if SECRET_KEY.search(str(key)) else _public(item) for key, item in value.items()}
+        return {key: "***" if args.SECRET_KEY.search(str(key)) else _public(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_public(item) for item in value]
     if not isinstance(value, str):

@@ -101,5 +101,5 @@ def curve_of(points: Points, most: int = 400) -> list[tuple[int, float]]:
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings as texts by their full key, without those that are null."""
-    return {key: str(value) for key, value in args.flat(settings) if value is not None}
+    """Return the settings as texts by their full key, without secrets and those that are null."""
+    return {key: str(value) for key, value in args.flat(settings) if value is not None and not args.SECRET_KEY.search(key)}

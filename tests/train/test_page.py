@@ -48,3 +48,8 @@ def test_long_curves_are_thinned_by_means() -> None:
 
 def test_settings_by_their_full_keys() -> None:
     assert flat({"a": 1, "train": {"epochs": 2, "x": None}}) == {"a": "1", "train.epochs": "2"}
+
+
+def test_secrets_are_no_settings() -> None:
+    """The card of a model leaves out the same keys."""
+    assert flat({"access_token": "a", "log": {"metadata": {"api_key": "b", "owner": "c"}}}) == {"log.metadata.owner": "c"}
