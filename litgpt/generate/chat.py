@@ -1,14 +1,19 @@
 """`litgpt chat`: a conversation in the terminal, or with the lines of a pipe."""
 
+import copy
+import json
+import re
 import sys
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from litgpt.args import Quantization
 from litgpt.errors import UserError
+from litgpt.files import expand_path, read_yaml
 from litgpt.generate.base import Metered, open_model
-from litgpt.streams import show
+from litgpt.streams import safe, show, unescaped
 from litgpt.text import as_utf8
 
 if TYPE_CHECKING:
@@ -16,11 +21,20 @@ if TYPE_CHECKING:
     from litgpt.prompts import Message
 
 SUBMIT = "!submit"
+COMMANDS = {
+    "/base": "[QUESTION]: this question, or the last one, to the model before it was tuned too, side by side",
+    "/system": "[TEXT]: set the system text; without a text, show it; - removes it",
+    "/reset": "forget the conversation",
+    "/save": "FILE: add the conversation to a .jsonl file, as a record to train on; to any other file as text",
+    "/quit": "end, as an empty line and Ctrl-D do",
+    "/help": "this list",
+}
 
 
 def main(
     checkpoint_dir: Path,
     *,
+    sys_prompt: Optional[str] = None,
     max_new_tokens: int = 50,
     top_k: Optional[int] = 50,
     top_p: float = 1.0,
@@ -30,11 +44,12 @@ def main(
     multiline: bool = False,
     seed: int = 1234,
 ) -> None:
-    """Talk to a model. An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer.
+    """Talk to a model. An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer, /help lists commands.
 
     Args:
-        checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA). A Hugging Face folder or a GGUF file
-            is converted on first use.
+        checkpoint_dir: Folder of a base model, a merged model, an adapter (LoRA or Skip2-LoRA) or a run. A Hugging Face folder or a GGUF
+            file is converted on first use.
+        sys_prompt: System text that replaces the prompt style's own.
         max_new_tokens: Longest answer in tokens.
         top_k: Draw among this many of the most probable tokens. null: among all.
         top_p: Draw among the most probable tokens that hold this much probability together.
@@ -48,67 +63,213 @@ def main(
         raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
     llm = open_model(checkpoint_dir, precision, quantize)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": llm.generator(seed)}
-    conversation = Conversation(llm, max_new_tokens, sampling)
+    conversation = Conversation(llm, max_new_tokens, sampling, sys_prompt, checkpoint_dir)
     if conversation.render is None:
         _note(f"prompt style {llm.prompt_style.name!r} has no turns: each message is answered on its own")
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (editing and history for input())
+    if terminal := sys.stdin.isatty():
+        with suppress(ImportError):  # Windows has none
+            import readline  # editing and history for input()
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
 
         end = f"a line {SUBMIT} sends, an empty message ends" if multiline else "an empty line ends"
-        print(f"Talk to {llm.config.name}; {end}, Ctrl-C stops an answer.")
+        print(f"Talk to {llm.config.name}; {end}, Ctrl-C stops an answer, /help lists commands.")
     while message := _read(multiline):
-        conversation.answer(message)
+        try:
+            if not conversation.take(message):
+                break
+        except (UserError, OSError) as error:
+            if not terminal:
+                raise
+            _note(str(error))
 
 
 class Conversation:
-    """The turns so far. The oldest are dropped when they no longer fit the model's context."""
+    """The turns so far. The oldest are dropped when they no longer fit the model's context.
 
-    def __init__(self, llm: "LLM", max_new_tokens: int, sampling: Any) -> None:
-        self.llm = llm
+    `folder` is the one that the model was loaded from, where its base is looked up.
+    """
+
+    def __init__(
+        self, llm: "LLM", max_new_tokens: int, sampling: Any, sys_prompt: Optional[str] = None, folder: Optional[Path] = None
+    ) -> None:
+        from litgpt.generate.session import Session
+
+        self.llm, self.base = llm, None if folder is None else Base(llm, folder)
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
+        self.sys_prompt = sys_prompt
         self.turns: list[Message] = []
         self.render: Any = getattr(llm.prompt_style, "render", None)
+        self.session = Session(llm.model)
+
+    def take(self, message: str) -> bool:
+        """Answer a message, or do what a command says. Return False at the end."""
+        word = re.match(r"/[a-z]+(?=\s|$)", message)
+        if not word:
+            self.answer(message)
+            return True
+        name, rest = word[0], message[word.end() :].strip()
+        if name not in COMMANDS:
+            _note(f"there is no command {name}: {', '.join(COMMANDS)}")
+        elif name != "/quit":
+            getattr(self, f"_{name[1:]}")(rest)
+        return name != "/quit"
 
     def answer(self, message: str) -> None:
         """Stream the answer to a message, and remember both."""
         turns = [*self.turns, {"role": "user", "content": message}]
-        text, room, forgotten = self._fit(turns)
-        limit = self.llm.model.max_seq_length
+        ids, room, forgotten = self._fit(turns)
         if room < 1:
-            _note(f"this message has no room in the model's {limit} tokens: nothing was sent")
+            _note(f"this message has no room in the model's {self.limit} tokens: nothing was sent")
             return
         if forgotten:
-            _note(f"the conversation is longer than the model's {limit} tokens: the first {forgotten} messages and answers are forgotten")
+            _note(
+                f"the conversation is longer than the model's {self.limit} tokens: the first {forgotten} messages and answers are forgotten"
+            )
         if sys.stdin.isatty():
             print(">> Reply: ", end="", flush=True)
-        reply = ""
-        with closing(self.llm.complete(text, min(self.max_new_tokens, room), **self.sampling)) as tokens:
-            ids = Metered(tokens)
-            try:
-                for piece in self.llm.tokenizer.decode_stream(ids):
-                    show(piece)
-                    reply += piece
-            except KeyboardInterrupt:
-                _note("stopped")
+        reply = self._reply(self.session, ids, room, show)
         show("\n")
-        _note(str(ids))
-        if self.render is not None and reply.strip():
+        _note(f"{self.meter}, stopped" if self.stopped else str(self.meter))
+        if reply.strip():
             self.turns = [*turns[2 * forgotten :], {"role": "assistant", "content": reply.strip()}]
 
-    def _fit(self, turns: "list[Message]") -> "tuple[str, int, int]":
+    @property
+    def limit(self) -> int:
+        return self.llm.model.max_seq_length
+
+    def _reply(self, session: Any, ids: list[int], room: int, on_piece: Callable[[str], Any]) -> str:
+        """Return the answer to a prompt, or its beginning if Ctrl-C stops it; `on_piece` is given each piece of it."""
+        tokenizer, reply = self.llm.tokenizer, ""
+        stops = self.llm.prompt_style.stop_tokens(tokenizer)
+        with closing(session.answer(ids, min(self.max_new_tokens, room), stop_tokens=stops, **self.sampling)) as tokens:
+            self.meter, self.stopped = Metered(tokens), False
+            try:
+                for piece in tokenizer.decode_stream(self.meter):
+                    on_piece(piece)
+                    reply += piece
+            except KeyboardInterrupt:
+                self.stopped = True
+        return reply
+
+    def _fit(self, turns: "list[Message]") -> tuple[list[int], int, int]:
         """Return the prompt, the tokens left for its answer, and the number of exchanges dropped to leave a quarter of the context."""
-        limit = self.llm.model.max_seq_length
-        wanted = min(self.max_new_tokens, limit // 4)
+        style = self.llm.prompt_style
+        wanted = min(self.max_new_tokens, self.limit // 4)
+        system = [] if self.sys_prompt is None else [{"role": "system", "content": self.sys_prompt}]
         for start in range(0, len(turns), 2):
             if self.render is None:
-                text: str = self.llm.prompt_style.apply(turns[-1]["content"])
+                text: str = style.apply(turns[-1]["content"], sys_prompt=self.sys_prompt)
             else:
-                text = self.render(turns[start:], add_generation_prompt=True)
-            room = limit - len(self.llm.tokenizer.ids(text, bos=self.llm.prompt_style.bos))
-            if room >= wanted:
+                text = self.render([*system, *turns[start:]], add_generation_prompt=True)
+            ids = self.llm.tokenizer.ids(text, bos=style.bos)
+            if self.limit - len(ids) >= wanted or self.render is None:
                 break
-        return text, room, start // 2
+        return ids, self.limit - len(ids), start // 2
+
+    def _help(self, _: str) -> None:
+        print("\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items()))
+
+    def _reset(self, _: str) -> None:
+        self.turns = []
+        _note("the conversation is forgotten")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.sys_prompt = None if text == "-" else text
+        _note("no system text but the prompt style's own" if self.sys_prompt is None else f"system text: {self.sys_prompt}")
+
+    def _save(self, name: str) -> None:
+        if not name or not self.turns:
+            _note("nothing was said yet" if name else "name a file: /save FILE")
+            return
+        system = [] if self.sys_prompt is None else [{"role": "system", "content": self.sys_prompt}]
+        turns, file = [*system, *self.turns], expand_path(name)
+        if file.suffix == ".jsonl":
+            text = json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
+        else:
+            text = "".join(f"{turn['role']}: {turn['content']}\n\n" for turn in turns)
+        try:
+            with file.open("a", encoding="utf-8") as target:
+                target.write(text)
+        except OSError as error:
+            _note(f"{file}: {error.strerror or error}")
+        else:
+            _note(f"{len(turns)} messages added to {file}")
+
+    def _base(self, question: str) -> None:
+        """Show the answers of the model as it was before it was tuned and as it is in two columns."""
+        base = None if self.base is None else self.base.session
+        if base is None:
+            _note(f"{self.llm.config.name} is no tuned model whose base is known: open the folder of an adapter or a run")
+            return
+        if question:
+            self.answer(question)
+        if len(self.turns) < 2 or (question and self.turns[-2]["content"] != question):
+            if not question:
+                _note("nothing was asked yet: /base QUESTION")
+            return
+        *before, asked, tuned = self.turns
+        ids, room, _ = self._fit([*before, asked])
+        reply = self._reply(base, ids, room, str)
+        _show_columns({"base": reply.strip(), "tuned": tuned["content"]})
+
+
+class Base:
+    """The model that a tuned one was made from, opened when it is asked for first."""
+
+    def __init__(self, llm: "LLM", folder: Path) -> None:
+        self.llm, self.folder = llm, folder
+        self._session: Any = None
+
+    @property
+    def session(self) -> Any:
+        """Return a session of the base; None if the model is not tuned or its base is not known."""
+        from litgpt.generate.session import Session
+
+        if self._session is None and (model := self._adapterless() or self._loaded()):
+            self._session = Session(model)
+        return self._session
+
+    def _adapterless(self) -> Any:
+        """Return the model without its adapters: a copy that shares the base's weights. None if it has none."""
+        from litgpt.adapters.base import adapters
+        from litgpt.lora import Config
+
+        model = self.llm.model
+        if next(adapters(model), None) is None:
+            return None
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        base: Any = copy.deepcopy(model, shared)
+        base.adapt(Config(**model.config.base_dict()))
+        return base
+
+    def _loaded(self) -> Any:
+        """Return the model of the folder that hyperparameters.yaml names, None without one."""
+        from litgpt.api import LLM
+        from litgpt.convert.resolve import open_checkpoint
+
+        file = open_checkpoint(self.folder) / "hyperparameters.yaml"
+        values = read_yaml(file) if file.is_file() else None
+        name = values.get("checkpoint_dir") if isinstance(values, dict) else None
+        if not isinstance(name, str) or not Path(name).is_dir():
+            return None
+        weight = next(self.llm.model.parameters())
+        precision = {"torch.bfloat16": "bf16-true", "torch.float16": "16-true"}.get(str(self.llm.model.dtype), "32-true")
+        return LLM.load(name, precision=precision, device=weight.device).model
+
+
+def _show_columns(texts: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(expand=True)
+    for name in texts:
+        table.add_column(name, ratio=1)
+    table.add_row(*(Text(safe(text)) for text in texts.values()))
+    Console(file=unescaped(sys.stdout)).print(table)
 
 
 def _read(multiline: bool) -> str:
@@ -122,7 +283,7 @@ def _read(multiline: bool) -> str:
             break
         if "\ufffd" in line:
             _note("this line is not UTF-8 text: U+FFFD stands for what cannot be read")
-        if not multiline:
+        if not multiline or (not lines and line.strip().split(" ")[0] in COMMANDS):
             return line.strip()
         if line.strip() == SUBMIT:
             break

@@ -61,7 +61,7 @@ def generate(
     The answer excludes the stop sequence. `generator` makes the answer repeatable. Until the last id the model is in eval mode and holds a
     key/value cache, so it serves one answer at a time. Raises UserError at the call for settings and lengths that do not fit.
     """
-    _check(model, prompt, max_returned_tokens, temperature, top_k, top_p)
+    check(model, prompt, max_returned_tokens, temperature, top_k, top_p)
 
     def draw(logits: torch.Tensor) -> torch.Tensor:
         return sample(logits, temperature, top_k, top_p, generator)
@@ -73,7 +73,8 @@ def generate(
     return answer()
 
 
-def _check(model: GPT, prompt: torch.Tensor, length: int, temperature: float, top_k: int | None, top_p: float) -> None:
+def check(model: GPT, prompt: torch.Tensor, length: int, temperature: float, top_k: int | None, top_p: float) -> None:
+    """Raise UserError for settings and lengths of an answer that do not fit the model."""
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}: 0 (always the most probable token) or a positive number is needed")
     if top_k is not None and top_k < 1:

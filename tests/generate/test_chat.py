@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -16,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from litgpt.__main__ import main
 from litgpt.api import LLM
+from litgpt.data import JSON
 from litgpt.generate.chat import Conversation
+from litgpt.generate.session import Session
 from litgpt.prompts import Alpaca, save_prompt_style
+from litgpt.tokenizer import Tokenizer
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -49,15 +54,16 @@ def chat(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return run
 
 
-def said_to(monkeypatch: pytest.MonkeyPatch, reply: str = "answer") -> list[str]:
+def said_to(monkeypatch: pytest.MonkeyPatch, folder: Path, reply: str = "answer") -> list[str]:
     """Replace the model's answers; the list collects the prompt texts."""
     prompts: list[str] = []
+    tokenizer = Tokenizer(folder)
 
-    def complete(self: LLM, text: str, max_new_tokens: int, **settings: Any) -> Iterator[int]:
-        prompts.append(text)
-        yield from self.tokenizer.ids(reply)[:max_new_tokens]
+    def answer(self: Session, prompt: list[int], max_new_tokens: int, **settings: Any) -> Iterator[int]:
+        prompts.append(tokenizer.decode(prompt, skip_special_tokens=False))
+        yield from tokenizer.ids(reply)[:max_new_tokens]
 
-    monkeypatch.setattr(LLM, "complete", complete)
+    monkeypatch.setattr(Session, "answer", answer)
     return prompts
 
 
@@ -68,8 +74,8 @@ def turn(role: str, content: str) -> str:
 OPEN = "<|im_start|>assistant\n"
 
 
-def test_the_second_answer_knows_the_first_turn(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = said_to(monkeypatch)
+def test_the_second_answer_knows_the_first_turn(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = said_to(monkeypatch, base)
     code, out, err = chat("one\ntwo\nthree\n")
     assert (code, out) == (0, "answer\n" * 3)
     first = turn("user", "one") + turn("assistant", "answer")
@@ -87,14 +93,14 @@ def test_real_answers(chat: Any, llm: LLM) -> None:
     assert (code, out) == (0, llm.generate("hello", max_new_tokens=15, temperature=0.0) + "\n")
 
 
-def test_an_empty_line_ends(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    said_to(monkeypatch)
+def test_an_empty_line_ends(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said_to(monkeypatch, base)
     assert chat("one\n\ntwo\n")[:2] == (0, "answer\n")
     assert chat("")[:2] == (0, "")
 
 
-def test_multiline(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = said_to(monkeypatch)
+def test_multiline(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = said_to(monkeypatch, base)
     code, out, _ = chat("one\n\ntwo\n!submit\nthree\n!submit\n!submit\nnever\n!submit\n", "--multiline", "true")
     assert (code, out) == (0, "answer\n" * 2)
     assert prompts[0] == turn("user", "one\n\ntwo") + OPEN
@@ -106,15 +112,15 @@ def test_multiline(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_style_without_turns(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_prompt_style(Alpaca(), base)
-    prompts = said_to(monkeypatch)
+    prompts = said_to(monkeypatch, base)
     code, out, err = chat("one\ntwo\n")
     assert (code, out) == (0, "answer\n" * 2)
     assert prompts == [Alpaca().apply("one"), Alpaca().apply("two")]
     assert "prompt style 'alpaca' has no turns" in err
 
 
-def test_the_oldest_turns_are_forgotten(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    prompts = said_to(monkeypatch)
+def test_the_oldest_turns_are_forgotten(llm: LLM, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = said_to(monkeypatch, base)
     llm.model.max_seq_length = 200
     conversation = Conversation(llm, 30, GREEDY)
     messages = [f"{word} {'x' * 30}" for word in ("zero", "one", "two", "three", "four", "five")]
@@ -128,17 +134,17 @@ def test_the_oldest_turns_are_forgotten(llm: LLM, monkeypatch: pytest.MonkeyPatc
     assert "longer than the model's 200 tokens" in capsys.readouterr().err
 
 
-def test_answers_may_use_what_is_left(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_may_use_what_is_left(llm: LLM, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long message gets the room there is, not an error, even if it is less than asked for."""
-    said_to(monkeypatch, "y" * 500)
+    said_to(monkeypatch, base, "y" * 500)
     conversation = Conversation(llm, 200, GREEDY)
     conversation.answer("x" * 230)
     used = len(llm.tokenizer.ids(turn("user", "x" * 230) + OPEN))
     assert 0 < len(llm.tokenizer.ids(conversation.turns[-1]["content"])) == 256 - used < 30
 
 
-def test_a_message_that_cannot_fit(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    prompts = said_to(monkeypatch)
+def test_a_message_that_cannot_fit(llm: LLM, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = said_to(monkeypatch, base)
     conversation = Conversation(llm, 30, GREEDY)
     conversation.answer("short")
     before = list(conversation.turns)
@@ -153,10 +159,10 @@ def test_a_message_that_cannot_fit(llm: LLM, monkeypatch: pytest.MonkeyPatch, ca
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import litgpt.generate.engine as engine
+    import litgpt.generate.session as session
 
     drawn = 0
-    sample = engine.sample
+    sample = session.sample
 
     def interrupted(*arguments: Any) -> Any:
         nonlocal drawn
@@ -165,7 +171,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
             raise KeyboardInterrupt
         return sample(*arguments)
 
-    monkeypatch.setattr(engine, "sample", interrupted)
+    monkeypatch.setattr(session, "sample", interrupted)
     conversation = Conversation(llm, 30, GREEDY)
     conversation.answer("one")
     out, err = capsys.readouterr()
@@ -177,8 +183,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     assert len(conversation.turns) == 4
 
 
-def test_ctrl_c_at_the_prompt_exits_130(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    said_to(monkeypatch)
+def test_ctrl_c_at_the_prompt_exits_130(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said_to(monkeypatch, base)
     lines = iter(["hello", KeyboardInterrupt()])
 
     def read(prompt: str) -> str:
@@ -233,4 +239,64 @@ def test_ctrl_c_on_a_terminal_exits_130(base: Path) -> None:
         process.kill()
         process.wait()
         os.close(leader)
-    assert "Talk to tiny; an empty line ends, Ctrl-C stops an answer." in seen and "Traceback" not in seen
+    assert "Talk to tiny; an empty line ends, Ctrl-C stops an answer, /help lists commands." in seen and "Traceback" not in seen
+
+
+def test_commands(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    prompts = said_to(monkeypatch, base)
+    lines = ["one", "/reset", "/system Be brief.", "two", "/save talk.jsonl", "/save talk.txt", "/system -", "three", "/nosuch", "/usr/bin"]
+    monkeypatch.chdir(tmp_path)
+    code, out, err = chat("\n".join([*lines, "/help", "/quit", "never"]), "--sys_prompt", "Be kind.")
+    assert code == 0 and out.startswith("answer\n" * 4) and "/reset" in out
+    two = turn("system", "Be brief.") + turn("user", "two")
+    assert prompts[0] == turn("system", "Be kind.") + turn("user", "one") + OPEN
+    assert prompts[1] == two + OPEN
+    assert prompts[2] == turn("user", "two") + turn("assistant", "answer") + turn("user", "three") + OPEN
+    assert len(prompts) == 4 and turn("user", "/usr/bin") in prompts[3]
+    assert "there is no command /nosuch" in err and "system text: Be brief." in err
+    roles = {"system": "Be brief.", "user": "two", "assistant": "answer"}
+    messages = [{"role": role, "content": content} for role, content in roles.items()]
+    assert json.loads((tmp_path / "talk.jsonl").read_text()) == {"messages": messages}
+    assert (tmp_path / "talk.txt").read_text() == "system: Be brief.\n\nuser: two\n\nassistant: answer\n\n"
+    assert [record.messages for record in JSON(json_path=tmp_path / "talk.jsonl").records()[0]] == [messages]
+
+
+def test_commands_with_nothing_to_do(chat: Any) -> None:
+    code, out, err = chat("/base\n/save\n/save x.jsonl\n/system\n/quit\n")
+    assert (code, out) == (0, "")
+    for words in ("is no tuned model", "/save FILE", "nothing was said yet", "no system text"):
+        assert words in err
+
+
+def test_a_command_is_one_line_of_a_multiline_message(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = said_to(monkeypatch, base)
+    assert chat("one\n/help\n!submit\n/reset\ntwo\n!submit\n", "--multiline")[0] == 0
+    assert prompts == [turn("user", "one\n/help") + OPEN, turn("user", "two") + OPEN]
+
+
+@pytest.mark.parametrize("settings", [{"lora_r": 4, "lora_query": True, "lora_mlp": True}, {"lora_r": 4, "skip2lora_enabled": True}])
+def test_base_beside_tuned(base: Path, tmp_path: Path, settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base's answer is that of the base's own folder, and the tuned model's is its own."""
+    built = tiny.move_adapters(tiny.tiny(**tiny.SPEAKING, **settings))
+    folder = tiny.write_adapter(tmp_path / "adapter", base, built, **settings)
+    tuned, plain = (LLM.load(where, precision="32-true", device="cpu") for where in (folder, base))
+    conversation = Conversation(tuned, 8, GREEDY, folder=folder)
+    conversation.take("/base hello")
+    shown = " ".join(re.findall(r"[^\s│|]+", capsys.readouterr().out))
+    expected = [model.generate("hello", max_new_tokens=8, temperature=0.0) for model in (tuned, plain)]
+    assert expected[0] != expected[1] and conversation.turns[1]["content"] == expected[0].strip()
+    base_model = conversation.base.session.model  # type: ignore[union-attr]
+    idx = tiny.ids(1, 9)
+    assert torch.equal(base_model(idx), plain.model(idx)) and not torch.equal(tuned.model(idx), plain.model(idx))
+    weights = {parameter.data_ptr() for parameter in tuned.model.parameters()}
+    assert all(parameter.data_ptr() in weights for parameter in base_model.parameters())
+    assert "base" in shown and "tuned" in shown
+
+
+def test_base_of_a_model_whose_weights_are_all_tuned(base: Path, tmp_path: Path, write_tiny_tokenizer: Any) -> None:
+    full = tiny.write_base(tmp_path / "full", write_tiny_tokenizer, seed=5)
+    (full / "hyperparameters.yaml").write_text(f"checkpoint_dir: {base}\n")
+    tuned, plain = (LLM.load(where, precision="32-true", device="cpu") for where in (full, base))
+    conversation = Conversation(tuned, 8, GREEDY, folder=full)
+    idx = tiny.ids(1, 9)
+    assert torch.equal(conversation.base.session.model(idx), plain.model(idx))  # type: ignore[union-attr]
