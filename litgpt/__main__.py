@@ -21,7 +21,7 @@ from litgpt.errors import Stopped, UserError
 from litgpt.streams import guard, keep_secret, lost_output, safe
 
 LONGEST_ERROR = 2000  # characters of a message
-TOKEN_KEY = re.compile(r"-*(?:(?:acc?ess?|hf|hub)[_-]?tok\w*|token)\+?(?:=(.*))?", re.IGNORECASE | re.DOTALL)  # however misspelt
+TOKEN_KEY = re.compile(r"-*(?:\w+\.)*(?:(?:acc?ess?|hf|hub)[_-]?tok\w*|token)\+?(?:=(.*))?", re.IGNORECASE | re.DOTALL)  # however misspelt
 
 
 class Command(NamedTuple):

@@ -241,7 +241,7 @@ def as_config(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init and f.name != SECRET}
         if isinstance(value, (TrainArgs, EvalArgs, LogArgs)):
             return fields
         return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": fields}

@@ -84,13 +84,13 @@ def is_url(name: str) -> bool:
     return name.startswith(("https://", "http://"))
 
 
-def fetch(url: str, most: int) -> bytes:
-    """Return what an address serves: at most `most` bytes, within `FETCH_SECONDS`. Raises UserError."""
+def fetch(url: str, most: int, seconds: float = FETCH_SECONDS) -> bytes:
+    """Return what an address serves: at most `most` bytes, within `seconds`. Raises UserError."""
     import http.client
     import urllib.error
     import urllib.request
 
-    content, end = bytearray(), time.monotonic() + FETCH_SECONDS
+    content, end = bytearray(), time.monotonic() + seconds
     reason = ""
     try:
         if "@" in url.split("/")[2]:

@@ -30,8 +30,9 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def dump(self, cfg: jsonargparse.Namespace, **kwargs: Any) -> str:
         cfg = cfg.clone()
-        if cfg.get(SECRET):
-            cfg[SECRET] = "***"
+        for key in (SECRET, f"data.init_args.{SECRET}"):
+            if cfg.get(key):
+                cfg[key] = "***"
         text: str = super().dump(cfg, **kwargs)
         return text
 

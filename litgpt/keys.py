@@ -198,7 +198,7 @@ class Keys:
             if root in self.grids and not value:
                 raise ValueError("nothing to try")
         except ValueError:
-            shown = "the value" if key == SECRET else repr(setting.value)[:MOST_SHOWN]
+            shown = "the value" if key.rpartition(".")[2] == SECRET else repr(setting.value)[:MOST_SHOWN]
             example = " to try, such as '[4, 8]'" if root in self.grids else ""
             raise UsageError(f"{setting.place}: {shown} is not {describe(kind)}{example}") from None
         with as_usage():
@@ -302,7 +302,7 @@ def known_classes(base: type) -> dict[str, type]:
     subclasses: list[type] = base.__subclasses__()
     for cls in subclasses:
         if cls.__module__.startswith("litgpt."):
-            classes.update({} if cls.__name__.startswith("_") else {cls.__name__: cls}, **known_classes(cls))
+            classes.update({} if cls.__name__.startswith("_") or inspect.isabstract(cls) else {cls.__name__: cls}, **known_classes(cls))
     return classes
 
 

@@ -29,7 +29,7 @@ class Tokenizer:
     """
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
-        folder = Path(checkpoint_dir)
+        self.folder = folder = Path(checkpoint_dir)
         self._backend = _load_backend(folder)
         self._steps = _replacements(self._backend.normalizer)
         if (growth := _grown(1, _replacements(self._backend.decoder))) > MOST_GROWTH:

@@ -181,7 +181,7 @@ def test_a_wrong_content_is_noticed(hub: Hub, monkeypatch: pytest.MonkeyPatch, c
     folder = Path("checkpoints/org/model")
     run(capsys, "org/model", "--tokenizer_only")
     listed = fake_hub.facts
-    monkeypatch.setattr(fake_hub, "facts", lambda file: {**listed(file), "lfs": {"sha256": "a" * 64, "size": 1, "pointerSize": 1}})
+    monkeypatch.setattr(fake_hub, "facts", lambda *file: {**listed(*file), "lfs": {"sha256": "a" * 64, "size": 1, "pointerSize": 1}})
     (folder / "config.json").unlink()
     for name in TOKENIZER:
         (folder / name).unlink()

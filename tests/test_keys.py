@@ -9,7 +9,7 @@ import pytest
 from litgpt.args import Grid, TrainArgs, setting
 from litgpt.data import JSON, PythonDocs
 from litgpt.data.base import DataModule
-from litgpt.keys import Keys, Setting, UsageError
+from litgpt.keys import Keys, Setting, UsageError, known_classes
 
 
 @dataclass(kw_only=True)
@@ -116,7 +116,7 @@ def test_values_of_a_grid_have_the_types_of_their_keys() -> None:
         ({"kind+": "b"}, "0.yaml: kind+ is not a known key (did you mean kind?)"),
         ({"train": 5}, "0.yaml: train needs keys below it, such as train.save_interval"),
         ({"data": {"seed": 1}}, "0.yaml: data takes a class_path and the mapping init_args, nothing else"),
-        ({"data.seed": 1}, "0.yaml: data.seed needs --data with one of Alpaca, Alpaca2k, JSON, PythonDocs"),
+        ({"data.seed": 1}, f"0.yaml: data.seed needs --data with one of {', '.join(known_classes(DataModule))}"),
         ({"grid": {"rate": 1}}, "0.yaml: grid.rate: 1 is not a list (each a number) to try, such as '[4, 8]'"),
         ({"grid": {"rate": []}}, "0.yaml: grid.rate: [] is not a list (each a number) to try, such as '[4, 8]'"),
         ({"grid": {"grid": {"rate": [1]}}}, "0.yaml: grid.grid.rate is not a known key (did you mean grid.rate?)"),

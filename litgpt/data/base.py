@@ -76,6 +76,12 @@ class DataModule(ABC):
         """Name of this data in messages."""
         return type(self).__name__
 
+    def connect(self, tokenizer: "Tokenizer | None" = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
+        """Turn this into a LightningDataModule with loaders of padded batches (`litgpt.data.lightning`), as LitGPT's data modules are."""
+        from litgpt.data.lightning import connect
+
+        connect(self, tokenizer, batch_size, max_seq_length)
+
     def prepare_data(self) -> None:  # noqa: B027 - most sources need nothing
         """Download missing files. To be called by one process."""
 

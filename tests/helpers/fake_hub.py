@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """Models by name, each a folder. `requests` are the ones that were made, as "METHOD path"."""
+    """Models and data sets by name, each a folder. `requests` are the ones that were made, as "METHOD path"."""
 
     models: dict[str, Path]
     token: str | None = None
@@ -35,10 +35,10 @@ class Hub:
         return {line.split("/")[-1] for line in self.requests if line.startswith("GET") and "/resolve/" in line}
 
 
-def facts(file: Path) -> dict[str, object]:
+def facts(file: Path, name: str) -> dict[str, object]:
     """What the hub's listing says about a file: large ones have a SHA-256, all of them git's name of what is in the repository."""
     content = file.read_bytes()
-    named = {"rfilename": file.name, "size": len(content), "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+    named = {"rfilename": name, "size": len(content), "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
     if file.suffix in (".safetensors", ".bin"):
         named |= {"blobId": "0" * 40, "lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100}}
     return named
@@ -71,7 +71,9 @@ def serve(hub: Hub) -> Iterator[Hub]:
         def answer(self, body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
-            match = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)(?:/(resolve|revision)/([^/]+)(?:/(.+))?)?", path)
+            match = re.fullmatch(
+                r"(?:/api/models|/api/datasets|/datasets)?/([^/]+/[^/]+)(?:/(resolve|revision|tree)/([^/]+)(?:/(.+))?)?", path
+            )
             folder = hub.models.get(match[1]) if match else None
             if match is None or folder is None:
                 self.send(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b"{}", body)
@@ -79,14 +81,17 @@ def serve(hub: Hub) -> Iterator[Hub]:
             if match[2] == "resolve":
                 self.file(folder, match[4], body)
                 return
-            files = [facts(file) for file in sorted(folder.iterdir())]
-            content: object = {
-                "id": match[1],
-                "sha": COMMIT,
-                "siblings": files,
-                "gated": "manual" if hub.token else False,
-                "private": False,
-            }
+            paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            files = [facts(path, str(path.relative_to(folder))) for path in paths]
+            content: object = [{"type": "file", "path": f["rfilename"], "size": f["size"], "oid": f["blobId"]} for f in files]
+            if match[2] != "tree":
+                content = {
+                    "id": match[1],
+                    "sha": COMMIT,
+                    "siblings": files,
+                    "gated": "manual" if hub.token else False,
+                    "private": False,
+                }
             self.send(200, {"Content-Type": "application/json"}, json.dumps(content).encode(), body)
 
         def file(self, folder: Path, name: str, body: bool) -> None:

@@ -1,0 +1,128 @@
+"""Data sets whose files are downloaded once into a folder, from the Hugging Face hub or another address."""
+
+import fnmatch
+import json
+import os
+import shutil
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litgpt.atomic import write_bytes, write_text
+from litgpt.data.base import DataModule
+from litgpt.data.records import Record
+from litgpt.data.sources import check_rows, read_rows
+from litgpt.errors import UserError
+from litgpt.files import expand_path, fetch
+
+HUB = "https://huggingface.co/datasets/"  # files below it come through the hub's client: HF_ENDPOINT, tokens and resuming apply
+MOST_DOWNLOAD = 2**32  # bytes
+DOWNLOAD_SECONDS = 3600
+
+
+@dataclass
+class Downloaded(DataModule):
+    """Records of files that are downloaded once."""
+
+    download_dir: Path = Path("./data")
+    """Folder for the downloaded files."""
+
+    @abstractmethod
+    def addresses(self) -> dict[str, str]:
+        """Return the address of each file by its name in `download_dir`, or several on the hub by the pattern of their names."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the downloaded files."""
+        return expand_path(self.download_dir)
+
+    @property
+    def source(self) -> str:
+        return str(self.folder)
+
+    def files(self, name: str) -> list[Path]:
+        """Return the files in the folder with this name, or of this pattern, sorted."""
+        names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        return [self.folder / found for found in fnmatch.filter(names, name) if (self.folder / found).is_file()]
+
+    def is_ready(self) -> bool:
+        return all(self.files(name) for name in self.addresses())
+
+    def prepare_data(self) -> None:
+        """Download the files that are missing. A failure is a UserError that says which file to put where."""
+        for name, address in self.addresses().items():
+            if not self.files(name):
+                by_hand = self.folder / address.rpartition("/")[2]
+                if by_hand.is_file():
+                    write_rows(by_hand, self.folder / name)
+                elif address.startswith(HUB):
+                    download_from_hub(address, self.folder, name, getattr(self, "access_token", None))
+                else:
+                    write_bytes(self.folder / name, fetch(address, MOST_DOWNLOAD, DOWNLOAD_SECONDS))
+
+    def read(self, name: str) -> list[Record]:
+        """Return the records of a file, or of those of a pattern."""
+        self.prepare_data()
+        records = list[Record]()
+        for file in self.files(name):
+            rows = [(f"record {n}", converted) for n, row in enumerate(read_rows(file), 1) for converted in self.convert(row)]
+            records += check_rows(rows, str(file))
+        return records
+
+    def convert(self, row: Any) -> list[Any]:
+        """Return the records, in a form that `litgpt.data.records` reads, of a row of a file."""
+        return [row]
+
+
+def download_from_hub(address: str, folder: Path, name: str, token: str | None = None) -> None:
+    """Download a file of a data set, or those of a pattern, into `folder`; a single one gets the name `name`.
+
+    An interrupted download is resumed. The files appear once all are complete. Raises UserError.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    repo, file = address.removeprefix(HUB).split("/resolve/main/")
+    partial = folder / ".download"
+    try:
+        huggingface_hub.snapshot_download(
+            repo, repo_type="dataset", allow_patterns=[file], local_dir=partial, token=token, endpoint=os.environ.get("HF_ENDPOINT")
+        )
+        arrived = [path for path in partial.rglob("*") if path.is_file() and fnmatch.fnmatch(str(path.relative_to(partial)), file)]
+        if not arrived:
+            raise FileNotFoundError("the data set has no such file")
+        for path in arrived:
+            _keep(path, folder / (path.name if "*" in name else name))
+        shutil.rmtree(partial)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises errors of several libraries
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        if not any(path.stat().st_size for path in partial.rglob("*.incomplete")):
+            shutil.rmtree(partial, ignore_errors=True)
+        gated = f"Accept the terms at {HUB}{repo}, then give HF_TOKEN in the environment. " if _is(error, GatedRepoError) else ""
+        own = "" if "*" in name or name == file.rpartition("/")[2] else f", or its records as a JSON list named {name},"
+        raise UserError(
+            f"{file} of the dataset {repo} could not be downloaded ({reason[:200]}). {gated}Without a network, put that file{own} "
+            f"into {folder}"
+        ) from None
+
+
+def _is(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Return True if the error, or the one behind it, is of this kind."""
+    return error is not None and (isinstance(error, kind) or _is(error.__cause__, kind))
+
+
+def _keep(path: Path, target: Path) -> None:
+    """Give a file that has arrived its name; records of another format than the name's are written as JSON."""
+    if path.suffix == target.suffix:
+        path.replace(target)
+    else:
+        write_rows(path, target)
+
+
+def write_rows(path: Path, target: Path) -> None:
+    """Write the rows of a data file as a JSON list."""
+    write_text(target, json.dumps(read_rows(path), ensure_ascii=False, indent=1))

@@ -1,0 +1,125 @@
+"""Instruction data sets with training and validation files of their own, or with conversations: Deita, FLAN, LIMA, LongForm."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from litgpt.data.downloads import HUB, Downloaded
+from litgpt.data.records import Record
+from litgpt.errors import UserError
+
+
+@dataclass
+class _Parts(Downloaded):
+    """A training and a validation part, each with files of its own."""
+
+    val_split_fraction: float | None = field(default=None, init=False, repr=False)  # the data set has a validation part
+
+    def records(self) -> tuple[list[Record], list[Record] | None]:
+        train, val = ([record for name in names for record in self.read(name)] for names in self.parts())
+        return train, val
+
+    def parts(self) -> tuple[list[str], list[str]]:
+        """Return the names of the training files, and of the validation files."""
+        first, second = self.addresses()
+        return [first], [second]
+
+
+@dataclass
+class Deita(_Parts):
+    """10,000 conversations, chosen for their complexity and quality, downloaded once."""
+
+    include_multiturn_conversations: bool = False
+    """Make a sample of every question and its answer. Otherwise of the first in each conversation."""
+    download_dir: Path = Path("./data/deita")
+    """Folder for the downloaded files."""
+    repo_id: str = "HuggingFaceH4/deita-10k-v0-sft"
+    """The data set on the hub."""
+
+    def addresses(self) -> dict[str, str]:
+        return {f"{part}-*": f"{HUB}{self.repo_id}/resolve/main/data/{part}-*" for part in ("train_sft", "test_sft")}
+
+    def convert(self, row: Any) -> list[Any]:
+        texts = [turn.get("content") for turn in row.get("messages") or [] if turn.get("role") != "system"] if isinstance(row, dict) else []
+        return pairs(texts, self.include_multiturn_conversations)
+
+
+@dataclass
+class FLAN(_Parts):
+    """Questions of 66 data sets, each in ten wordings, with short answers; downloaded once."""
+
+    prompt_style: str | None = "flan"
+    """Name of a prompt style, or "chat" for the checkpoint's own template."""
+    download_dir: Path = Path("./data/flan")
+    """Folder for the downloaded files."""
+    url: str = f"{HUB}Muennighoff/flan/resolve/main"
+    """Address below which the files are."""
+    subsets: Optional[str] = None
+    """Names of the data sets to use, with commas between them: aeslc_10templates,squad_v2_10templates. Default: all of them."""
+
+    def __post_init__(self) -> None:
+        if not self.subsets and not self.url.startswith(HUB):
+            raise UserError("data.subsets is missing: only the hub lists the files below data.url, so name those to use")
+
+    def addresses(self) -> dict[str, str]:
+        return {name: f"{self.url}/{split}/{name}" for split, names in zip(("train", "test"), self.parts(), strict=True) for name in names}
+
+    def parts(self) -> tuple[list[str], list[str]]:
+        names = [name.strip() for name in (self.subsets or "*").split(",")]
+        train, val = ([f"{name}_{split}.jsonl" for name in names] for split in ("train", "test"))
+        return train, val
+
+    def convert(self, row: Any) -> list[Any]:
+        return [_renamed(row, {"inputs": "instruction", "targets": "output"})]
+
+
+@dataclass
+class LongForm(_Parts):
+    """24,000 texts with the instructions that they answer; downloaded once."""
+
+    prompt_style: str | None = "longform"
+    """Name of a prompt style, or "chat" for the checkpoint's own template."""
+    download_dir: Path = Path("./data/longform")
+    """Folder for the downloaded files."""
+
+    url = "https://raw.githubusercontent.com/akoksal/LongForm/main/dataset"
+
+    def addresses(self) -> dict[str, str]:
+        return {f"{split}.json": f"{self.url}/{split}.json" for split in ("train", "val")}
+
+    def convert(self, row: Any) -> list[Any]:
+        return [_renamed(row, {"input": "instruction", "output": "output"})]
+
+
+@dataclass
+class LIMA(Downloaded):
+    """1,000 questions with carefully chosen answers, and 30 conversations. The hub serves them to those who accepted the terms."""
+
+    include_multiturn_conversations: bool = False
+    """Make a sample of every question and its answer. Otherwise of the first in each conversation."""
+    download_dir: Path = Path("./data/lima")
+    """Folder for the downloaded file."""
+    repo_id: str = "GAIR/lima"
+    """The data set on the hub."""
+    access_token: Optional[str] = field(default=None, repr=False)
+    """Hugging Face token. Default: HF_TOKEN in the environment, or the saved login."""
+
+    def addresses(self) -> dict[str, str]:
+        return {"train.jsonl": f"{HUB}{self.repo_id}/resolve/main/train.jsonl"}
+
+    def records(self) -> tuple[list[Record], list[Record] | None]:
+        return self.read("train.jsonl"), None
+
+    def convert(self, row: Any) -> list[Any]:
+        return pairs(row.get("conversations") or [] if isinstance(row, dict) else [], self.include_multiturn_conversations)
+
+
+def pairs(texts: list[Any], every: bool) -> list[dict[str, Any]]:
+    """Return a record of each question in a list of turns' texts and of its answer, or of the first ones."""
+    found = [{"instruction": texts[i], "output": texts[i + 1]} for i in range(0, len(texts) - 1, 2)]
+    return found if every else found[:1]
+
+
+def _renamed(row: Any, names: dict[str, str]) -> Any:
+    """Return the named keys of a row under other names."""
+    return {new: row[old] for old, new in names.items() if old in row} if isinstance(row, dict) else row

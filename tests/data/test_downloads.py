@@ -1,0 +1,24 @@
+"""Downloads that break off, and what they leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from litgpt.data.downloads import HUB, download_from_hub
+from litgpt.errors import UserError
+from tests.data.conftest import publish
+from tests.helpers.fake_hub import Hub
+
+
+def test_all_files_or_none(hub: Hub, tmp_path: Path) -> None:
+    """A pattern's files appear together: otherwise a part of them would pass for the data set."""
+    publish(hub, tmp_path / "hub", "my/data", {"data/a-1.jsonl": [{}] * 9, "data/a-2.jsonl": [{}] * 9, "data/b.jsonl": []})
+    address, folder = f"{HUB}my/data/resolve/main/data/a-*", tmp_path / "new"
+    hub.token = "x"
+    with pytest.raises(UserError, match=r"data/a-\* of the dataset my/data .*put that file into .*new"):
+        download_from_hub(address, folder, "a-*")
+    assert not folder.exists() or not list(folder.iterdir())
+    download_from_hub(address, folder, "a-*", token="x")
+    assert sorted(path.name for path in folder.iterdir()) == ["a-1.jsonl", "a-2.jsonl"]
