@@ -58,12 +58,12 @@ def test_every_script_is_there_and_knows_its_options(line: str) -> None:
     assert all(f'"{word}"' in text for word in words if word.startswith("--"))
 
 
-def test_own_data_in_three_lines(
+def test_own_data_in_four_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The section "Your own data" from a Hugging Face folder to an answer, with a tiny model in the place of a real one."""
     section = README.split("## Your own data")[1].split("## ")[0]
-    lines = command_lines(section, "litgpt")[:3]
+    lines = command_lines(section, "litgpt")[:4]
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "path" / "to" / "model"
     tiny.hf_llama(vocab_size=512, max_position_embeddings=128).save_pretrained(model)
@@ -73,7 +73,7 @@ def test_own_data_in_three_lines(
     monkeypatch.setattr("sys.stdin", io.StringIO("Say one.\n"))
     for line in lines:
         assert main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err
-    assert [line.split()[1] for line in lines] == ["convert_to_litgpt", "finetune", "chat"]
+    assert [line.split()[1] for line in lines] == ["convert_to_litgpt", "data", "finetune", "chat"]
     for snippet in PYTHON:
         exec(snippet, {})
 

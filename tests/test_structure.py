@@ -37,7 +37,7 @@ generate.engine
 train
 finetune
 convert.card convert.adapter convert.from_litgpt
-generate api validate download integrations
+generate api validate download integrations examine
 keys help
 litgpt cli __main__
 """

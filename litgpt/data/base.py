@@ -120,7 +120,7 @@ class DataModule(ABC):
             numbered, numbered_val = self._split(numbered)
         else:
             numbered_val = list(enumerate(val, 1))
-        encoder = _Encoder(tokenizer, prompt_style, self.mask_prompt, self.last_turn_only, max_seq_length, self.source)
+        encoder = Encoder(tokenizer, prompt_style, self.mask_prompt, self.last_turn_only, max_seq_length, self.source)
         encoded = [encoder.encode_all(part) for part in (numbered, numbered_val)]
         for name, samples, part in zip(("training", "validation"), encoded, (numbered, numbered_val), strict=True):
             if not samples:
@@ -149,7 +149,7 @@ class DataModule(ABC):
         held_out = min(max(round(fraction * len(records)), 1), len(records) - 1)
         return [records[i] for i in order[held_out:]], [records[i] for i in order[:held_out]]
 
-    def _nothing_left(self, split: str, count: int, encoder: "_Encoder") -> str:
+    def _nothing_left(self, split: str, count: int, encoder: "Encoder") -> str:
         if not count:
             return f"{self.source}: the {split} set is empty: add records to it"
         start = f"{self.source}: none of the {count:,} {split} records is left: "
@@ -168,7 +168,7 @@ SHOWN_KEYS = 12  # in a remark
 
 
 @dataclass
-class _Encoder:
+class Encoder:
     """Encodes records, and counts those that are cut or dropped and the keys that are ignored."""
 
     tokenizer: "Tokenizer"
@@ -346,7 +346,7 @@ def loss_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
     return mask
 
 
-def _report(encoded: Sequence[Sequence[tuple[Record, Sample]]], encoder: _Encoder, notes: list[str], repeats: bool) -> str:
+def _report(encoded: Sequence[Sequence[tuple[Record, Sample]]], encoder: Encoder, notes: list[str], repeats: bool) -> str:
     from litgpt.prompts import misfit
 
     lengths = [len(sample.input_ids) for part in encoded for _, sample in part]

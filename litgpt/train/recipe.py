@@ -13,6 +13,7 @@ be resumed by the same command.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,9 @@ from litgpt.checkpoint import require_checkpoint
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
-from litgpt.device import process_rank
-from litgpt.logs import Console
 from litgpt.text import text_table
-from litgpt.train.replay import QUESTIONS
 
-REPLAY = len(QUESTIONS)
+REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FEW = 200  # records that are facts whatever they hold
 SHARED = 0.5  # facts: at most this many different answers a record
 VALIDATIONS = 8
@@ -82,9 +80,8 @@ class Look:
     """the data have validation records of their own"""
 
     @classmethod
-    def at(cls, data: DataModule) -> Look:
-        """Read the records. Raises UserError as `data.records` does."""
-        train, val = data.records()
+    def at(cls, train: Sequence[Any], val: Sequence[Any] | None) -> Look:
+        """Look at what a data module's `records` returns."""
         records = [entry if isinstance(entry, Record) else read_record(entry) for entry in train]
         answers = {str(record.messages[-1]["content"]).strip() for record in records}
         longest = max((sum(len(str(message["content"])) for message in record.messages) for record in records), default=0)
@@ -96,7 +93,7 @@ class Look:
 
     def __str__(self) -> str:
         answers = f", {self.answers:,} different answers" if self.answers < self.records else ""
-        return f"{self.records:,} records{answers}"
+        return f"{self.records:,} records{answers}, taken as {'facts to repeat' if self.is_facts else 'a style to learn'}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +111,9 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     `given` maps keys to values, nested as in a YAML file; a class is {"class_path": ..., "init_args": {...}}. Raises UserError if the
     checkpoint or the data cannot be read.
     """
+    from litgpt.device import process_rank
+    from litgpt.logs import Console
+
     data = given.get("data")
     if data is None or "checkpoint_dir" not in given:
         return given
@@ -123,13 +123,21 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     if not module.is_ready() and dry:
         return given  # the run will say so
     module.prepare_data()
-    look = Look.at(module)
+    look = Look.at(*module.records())
     chosen = [choice for choice in choices(look, module, given) if _put(given, choice.key, choice.value)]
     console = Console(process_rank() == 0)
-    kind = "facts to repeat" if look.is_facts else "a style to learn"
-    console.say(f"{module.source}: {look}, taken as {kind}. Settings that you did not give:")
-    console.say(text_table([(choice.key, _shown(choice.value), choice.reason) for choice in chosen], left=(0, 1, 2)))
+    console.say(f"{module.source}: {look}. Settings that you did not give:")
+    console.say(_table(chosen))
     return given
+
+
+def advice(data: DataModule, look: Look) -> str:
+    """Return what the data are taken as, and the settings that would be chosen for them."""
+    return f"{look}\n{_table(choices(look, data, {'data': {}}))}"
+
+
+def _table(chosen: list[Chosen]) -> str:
+    return text_table([(choice.key, _shown(choice.value), choice.reason) for choice in chosen], left=(0, 1, 2))
 
 
 def choices(look: Look, data: DataModule, given: dict[str, Any]) -> list[Chosen]:

@@ -13,6 +13,7 @@ from litgpt.cli import parse
 from litgpt.data import JSON
 from litgpt.train import recipe
 from litgpt.train.recipe import Look
+from litgpt.train.replay import QUESTIONS
 from tests.helpers.runs import write_data
 
 
@@ -27,6 +28,10 @@ def chosen(tmp_path: Path, base: Path, rows: list[dict[str, str]], *words: str) 
     return parse("litgpt finetune", load("finetune"), [str(base), "--data", str(file), *words])
 
 
+def test_all_questions_are_replayed() -> None:
+    assert len(QUESTIONS) == recipe.REPLAY
+
+
 @pytest.mark.parametrize(
     ("count", "answers", "is_facts"),
     [(30, 30, True), (200, 200, True), (201, 201, False), (600, 120, True), (600, 300, True), (600, 301, False), (1, 1, True)],
@@ -34,7 +39,7 @@ def chosen(tmp_path: Path, base: Path, rows: list[dict[str, str]], *words: str) 
 def test_what_are_facts(count: int, answers: int, is_facts: bool, tmp_path: Path) -> None:
     file = tmp_path / "data.json"
     file.write_text(json.dumps(records(count, answers)))
-    look = Look.at(JSON(json_path=file))
+    look = Look.at(*JSON(json_path=file).records())
     assert (look.records, look.answers, look.is_facts) == (count, answers, is_facts)
     assert look.is_pair and not look.has_validation
 
@@ -42,7 +47,7 @@ def test_what_are_facts(count: int, answers: int, is_facts: bool, tmp_path: Path
 def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_text(json.dumps(records(10, 2)))
-    assert not Look.at(JSON(json_path=tmp_path)).is_facts
+    assert not Look.at(*JSON(json_path=tmp_path).records()).is_facts
 
 
 def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,247 @@
+"""`litgpt data`: what is in a file of records, before anything is trained on it."""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from litgpt.data.base import SHOWN_KEYS, Encoder, render
+from litgpt.data.json_data import JSON
+from litgpt.data.records import Record
+from litgpt.errors import UserError
+from litgpt.streams import safe, unescaped
+
+if TYPE_CHECKING:
+    from litgpt.prompts import PromptStyle
+    from litgpt.tokenizer import Tokenizer
+
+SPREAD, LONGEST = 4_000, 1_000  # records of a large file that are tokenised: evenly spread ones, and the longest
+BINS, BAR = 8, 40  # of a histogram
+SHOWN = 3  # examples
+QUOTED = 60  # characters of a text
+IGNORED = re.compile(r"[\s.,;:!?¡¿'\"“”‘’„«»()\[\]…。，！？、]+")  # what near-duplicates differ in, besides upper and lower case
+
+
+def examine(
+    file: Path,
+    *,
+    checkpoint_dir: Optional[Path] = None,
+    prompt_style: Optional[str] = None,
+    max_seq_length: Optional[int] = None,
+    mask_prompt: bool = True,
+    record: int = 1,
+) -> None:
+    """Show what is in a file of records: their kinds and lengths, repetitions and contradictions, and how a model would read them.
+
+    Args:
+        file: The file, the folder with a train and a val file, or the data set.
+        checkpoint_dir: The model to be tuned: lengths are counted in its tokens, and a record is shown as it would read it.
+        prompt_style: Name of a prompt style, or "chat" for the checkpoint's own template. Default: the checkpoint's.
+        max_seq_length: Samples are cut to this many tokens. Default: what the model can read.
+        mask_prompt: Learn answers only, not questions. Conversations are always learned on the assistant's turns only.
+        record: Number of the record to show.
+    """
+    data = JSON(json_path=Path(file), mask_prompt=mask_prompt)
+    train, val = data.records()
+    if not 1 <= record <= len(train):
+        raise UserError(f"record is {record}: {data.source} has records 1 to {len(train)}")
+    validation = "" if val is None else f", and {len(val):,} for validation"
+    lines = [f"{data.source}: {len(train):,} records{validation}", *kinds(train), *repetitions(train, val or [])]
+    if unread := Counter(key for one in train for key in one.unread):
+        lines.append(f"  keys not read: {', '.join(f'{key[:QUOTED]} ({count:,})' for key, count in unread.most_common(SHOWN_KEYS))}")
+    if checkpoint_dir is None:
+        lines += ["", *histogram([_characters(one) for one in train], "characters")]
+        print("\n".join(lines))
+    else:
+        tokenizer, style, limit = _open(checkpoint_dir, prompt_style, max_seq_length)
+        encoder = Encoder(tokenizer, style, mask_prompt, False, None, data.source)
+        print("\n".join([*lines, "", *in_tokens(train, encoder, limit)]))
+        print(f"\nRecord {record} in the prompt style {style.name!r}; what is learned is ", end="")
+        show_record(train[record - 1], style, tokenizer, mask_prompt)
+    from litgpt.train.recipe import Look, advice
+
+    print(
+        f"\nlitgpt finetune {checkpoint_dir or 'MODEL'} --data {data.source}, without other options:\n{advice(data, Look.at(train, val))}"
+    )
+
+
+def _open(folder: Path, name: Optional[str], length: Optional[int]) -> "tuple[Tokenizer, PromptStyle, int]":
+    """Return a checkpoint's tokenizer, its prompt style or the one of this name, and the length that samples are cut to."""
+    from litgpt.config import Config
+    from litgpt.convert.resolve import open_checkpoint
+    from litgpt.prompts import resolve_prompt_style
+    from litgpt.tokenizer import Tokenizer
+
+    folder = open_checkpoint(folder)
+    tokenizer, block_size = Tokenizer(folder), Config.from_checkpoint(folder).block_size
+    return tokenizer, resolve_prompt_style(name, folder, tokenizer), min(length or block_size, block_size)
+
+
+def kinds(records: Sequence[Record]) -> list[str]:
+    """Return a line for each kind of record."""
+    pairs = [one for one in records if one.pair]
+    turns = sorted(sum(message["role"] == "assistant" for message in one.messages) for one in records if not one.pair)
+    lines = []
+    if pairs:
+        inputs = sum(bool(one.input) for one in pairs)
+        lines.append(f"  {_count(len(pairs), 'question')} with an answer" + (f", {inputs:,} of them with an input" if inputs else ""))
+    if turns:
+        span = f"{turns[0]} to {turns[-1]}" if turns[0] < turns[-1] else f"{turns[0]}"
+        lines.append(f"  {_count(len(turns), 'conversation')} of {span} {'reply' if turns[-1] == 1 else 'replies'}")
+    for text, count in (
+        ("with a system text", sum(one.messages[0]["role"] == "system" for one in records)),
+        ("with tools", sum(one.tools is not None for one in records)),
+        ("with a reply that is read, not learned", sum(not learned for one in records for learned in one.learned[-1:])),
+        ("with an empty answer: dropped", sum(not _has_answer(one) for one in records)),
+    ):
+        if count:
+            lines.append(f"  {count:,} {text}")
+    return lines
+
+
+def repetitions(train: Sequence[Record], val: Sequence[Record]) -> list[str]:
+    """Return lines about records that repeat or contradict another one."""
+    first: dict[Any, int] = {}
+    plain: dict[Any, int] = {}
+    answers: dict[Any, dict[str, int]] = {}
+    exact, near = list[tuple[int, int]](), list[tuple[int, int]]()
+    for number, one in enumerate(train, 1):
+        words = tuple(
+            (message["role"], normalised(str(message["content"]))) for message in (*one.messages, {"role": "", "content": one.input})
+        )
+        question, answer = (*words[:-2], words[-1]), words[-2][1]
+        whole = _whole(one)
+        if (same := first.setdefault(whole, number)) != number:
+            exact.append((number, same))
+        elif (same := plain.setdefault(words, number)) != number:
+            near.append((number, same))
+        if one.messages[-1]["content"]:
+            answers.setdefault(question, {}).setdefault(answer, number)
+    known = {*first}
+    shared = [(number, first[_whole(one)]) for number, one in enumerate(val, 1) if _whole(one) in known]
+    differing = [tuple(found.values()) for found in answers.values() if len(found) > 1]
+    lines = []
+    for text, pairs in (
+        ("equal to an earlier one", exact),
+        ("equal to an earlier one but for case, spaces or punctuation", near),
+        ("for validation and in the training data as well", shared),
+    ):
+        if pairs:
+            examples = ", ".join(f"{number} (as {same})" for number, same in pairs[:SHOWN])
+            lines.append(f"  {_count(len(pairs), 'record')} {text}: {examples}{', ...' if len(pairs) > SHOWN else ''}")
+    if differing:
+        lines.append(f"  {_count(len(differing), 'question')} with different answers:")
+        lines += [f"    {_contradiction(train, numbers)}" for numbers in differing[:SHOWN]] + ["    ..."] * (len(differing) > SHOWN)
+    return lines
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def normalised(text: str) -> str:
+    """Return a text without what near-duplicates differ in."""
+    return IGNORED.sub(" ", text.casefold()).strip() or text
+
+
+def _whole(record: Record) -> Any:
+    return (record.input, *((message["role"], str(message["content"]), str(message.get("tool_calls", ""))) for message in record.messages))
+
+
+def _contradiction(records: Sequence[Record], numbers: Sequence[int]) -> str:
+    asked = next((one["content"] for one in reversed(records[numbers[0] - 1].messages[:-1]) if one["role"] == "user"), "")
+    answers = " / ".join(f"{_quoted(records[number - 1].messages[-1]['content'])} ({number})" for number in numbers[:SHOWN])
+    return f"{_quoted(asked)}: {answers}"
+
+
+def _quoted(text: str) -> str:
+    flat = " ".join(str(text).split())
+    return repr(flat if len(flat) <= QUOTED else f"{flat[:QUOTED]}...")
+
+
+def _characters(record: Record) -> int:
+    return sum(len(str(message["content"])) for message in record.messages) + len(record.input)
+
+
+def _has_answer(record: Record) -> bool:
+    return any(
+        learned and (str(message["content"]).strip() or message.get("tool_calls"))
+        for message, learned in zip(record.messages, record.learned, strict=True)
+    )
+
+
+def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[str]:
+    """Return lines about the records' lengths in tokens, of which a model reads `limit`. Of a large file some records stand for all."""
+    from litgpt.prompts import misfit
+
+    spread = range(0, len(records), -(-len(records) // SPREAD))
+    longest = sorted(range(len(records)), key=lambda i: -_characters(records[i]))[:LONGEST]
+    samples = {i: sample for i in {*spread, *longest} for _, sample in encoder.encode_all([(i + 1, records[i])])}
+    lengths = {i: len(sample.input_ids) for i, sample in samples.items()}
+    if not lengths:
+        raise UserError(
+            f"{encoder.source}: no record has an answer. Fill in the key of the answer (`output`), or let a turn have the weight 1"
+        )
+    chosen = [i for i in spread if i in samples]
+    learned, total = (
+        sum(map(count, (samples[i] for i in chosen))) for count in (lambda one: sum(one.loss_mask), lambda one: len(one.input_ids))
+    )
+    scale = len(records) / len(spread)
+    about = "about " if scale > 1 else ""
+    lines = histogram([lengths[i] for i in chosen], "tokens", scale, max(lengths.values()))
+    lines.append(f"  {about}{total * scale:,.0f} tokens, {100 * learned / max(total, 1):.0f} % of them learned")
+    cut = [i for i, length in lengths.items() if length > limit]
+    lost = sum(not any(samples[i].loss_mask[:limit]) for i in cut)
+    if cut:
+        known = "" if len(lengths) == len(records) or len(cut) < LONGEST // 2 else "at least "
+        lines.append(f"  {known}{_count(len(cut), 'record')} longer than {limit:,} tokens: cut, and {lost:,} of them have no answer left")
+    encoder.ignored.pop("not read", None)  # counted for all records already
+    return lines + [f"  {remark}" for remark in (*encoder.remarks(), misfit(encoder.style, encoder.tokenizer)) if remark]
+
+
+def histogram(lengths: Sequence[int], unit: str, scale: float = 1.0, longest: Optional[int] = None) -> list[str]:
+    """Return lines that show how lengths are distributed; each stands for `scale` records."""
+    ordered = sorted(lengths)
+    half, most, last = ordered[len(ordered) // 2], ordered[len(ordered) * 9 // 10], longest or ordered[-1]
+    lines = [f"Lengths in {unit}: half have up to {half:,}, nine of ten up to {most:,}, the longest {last:,}"]
+    usual = ordered[(len(ordered) - 1) * 19 // 20]
+    step = next(nice for n in range(12) for nice in (10**n, 2 * 10**n, 5 * 10**n) if nice * BINS >= usual - ordered[0])
+    low, high = ordered[0] // step, usual // step
+    counts = Counter(min(length // step, high + 1) for length in ordered)
+    names = [f"{step * k:,} to {step * (k + 1) - 1:,}" if step > 1 else f"{k:,}" for k in range(low, high + 1)]
+    if counts[high + 1]:
+        names.append(f"{step * (high + 1):,} and more")
+    for k, name in enumerate(names, low):
+        bar = "█" * round(BAR * counts[k] / max(counts.values())) or ("▏" if counts[k] else "")
+        lines.append(f"  {name:>{max(map(len, names))}}  {bar} {round(counts[k] * scale):,}")
+    return lines
+
+
+def show_record(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", mask_prompt: bool) -> None:
+    """Print a record as the model reads it. What is learned is green on a terminal, elsewhere between marks."""
+    from rich.console import Console
+    from rich.text import Text
+
+    text, spans = render(record, style, tokenizer)
+    if record.pair and not mask_prompt:
+        spans = [(0, len(text))]
+    console = Console(file=unescaped(sys.stdout), soft_wrap=True)
+    coloured = console.color_system is not None
+    shown = Text("green:\n" if coloured else "between ⟦ and ⟧:\n")
+    end = 0
+    for piece, is_learned in _pieces(text, spans):
+        marks = ("⟦", "⟧") if is_learned and not coloured else ("", "")
+        shown.append(f"{marks[0]}{safe(piece)}{marks[1]}", "green" if is_learned else "dim")
+        end += len(piece)
+    console.print(shown)
+
+
+def _pieces(text: str, spans: Iterable[tuple[int, int]]) -> Iterable[tuple[str, bool]]:
+    end = 0
+    for start, stop in spans:
+        yield text[end:start], False
+        yield text[start:stop], True
+        end = stop
+    yield text[end:], False

@@ -1,0 +1,151 @@
+"""`litgpt data`: what it says about records, compared with data made to have each property."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from litgpt.__main__ import main
+from litgpt.examine import histogram, normalised
+from tests.helpers import tiny
+
+
+def pair(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    return {"instruction": question, "output": answer, **more}
+
+
+@pytest.fixture
+def look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """look(rows, "--key", value) -> what is printed"""
+
+    def run(rows: list[dict[str, Any]], *words: object) -> str:
+        file = tmp_path / "shop.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(["data", str(file), *map(str, words)]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def base(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
+    return tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+
+
+def test_kinds_and_unread_keys(look: Any) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    system = [{"role": "system", "content": "Be kind"}, *turns, *turns]
+    out = look([pair("a", "1", id=1), pair("b", "2", input="x", id=2, note="n"), pair("c", ""), {"messages": turns}, {"messages": system}])
+    assert "shop.jsonl: 5 records\n" in out
+    assert "  3 questions with an answer, 1 of them with an input\n  2 conversations of 1 to 2 replies\n" in out
+    assert "  1 with a system text\n  1 with an empty answer: dropped\n" in out
+    assert "  keys not read: id (2), note (1)\n" in out
+    assert "litgpt finetune MODEL --data" in out and "train.epochs" in out  # advice without a model
+
+
+def test_repetitions_and_contradictions(look: Any) -> None:
+    rows = [
+        pair("What is it?", "A cat."),
+        pair("Who?", "Me"),
+        pair("What is it?", "A cat."),
+        pair("what  is it", "a cat"),
+        pair("Who?", "You"),
+    ]
+    out = look(rows)
+    assert "  1 record equal to an earlier one: 3 (as 1)\n" in out
+    assert "  1 record equal to an earlier one but for case, spaces or punctuation: 4 (as 1)\n" in out
+    assert "  1 question with different answers:\n    'Who?': 'Me' (2) / 'You' (5)\n" in out
+    clean = look(
+        [pair("2 + 3", "5"), pair("2 - 3", "-1"), pair("?", "what"), pair("!", "no"), pair("a", "1", input="x"), pair("a", "2", input="y")]
+    )
+    assert "equal" not in clean and "different answers" not in clean
+
+
+def test_many_examples_are_not_all_shown(look: Any) -> None:
+    out = look([pair(f"q{i % 10}", f"a{i}") for i in range(60)] + [pair("same", "same")] * 6)
+    assert "10 questions with different answers" in out and out.count("    'q") == 3 and "    ...\n" in out
+    assert "5 records equal to an earlier one: 62 (as 61), 63 (as 61), 64 (as 61), ...\n" in out
+
+
+def test_validation_records_that_are_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.json").write_text(json.dumps([pair("a", "1"), pair("b", "2")]))
+    (tmp_path / "val.json").write_text(json.dumps([pair("c", "3"), pair("b", "2")]))
+    assert main(["data", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "2 records, and 2 for validation\n" in out and "1 record for validation and in the training data as well: 2 (as 2)\n" in out
+
+
+def test_lengths_in_tokens_and_cut_records(look: Any, base: Path) -> None:
+    """The tiny tokenizer has a token a byte for these texts."""
+    rows = [pair("z" * n, "zz") for n in (10, 20, 30, 200, 300)]
+    out = look(rows, "--checkpoint_dir", base, "--prompt_style", "default", "--max_seq_length", 100)
+    lengths = [n + 2 + 1 for n in (10, 20, 30, 200, 300)]  # with EOS
+    assert "half have up to 33, nine of ten up to 303, the longest 303\n" in out
+    assert f"  {sum(lengths):,} tokens, {100 * 15 / sum(lengths):.0f} % of them learned\n" in out
+    assert "  2 records longer than 100 tokens: cut, and 2 of them have no answer left\n" in out
+    assert "tokens: cut" not in look(rows[:3], "--checkpoint_dir", base)
+
+
+def test_a_record_is_shown_as_the_model_reads_it(look: Any, base: Path) -> None:
+    rows = [pair("one", "1"), pair("tw\x1bo", "2")]
+    out = look(rows, "--checkpoint_dir", base, "--record", 2)
+    assert "<|im_start|>user\ntw\\x1bo<|im_end|>\n<|im_start|>assistant\n⟦2<|im_end|>⟧\n" in out
+    assert "⟦<|im_start|>user\ntw" in look(rows, "--checkpoint_dir", base, "--record", 2, "--mask_prompt", "false")
+    assert "keys not written by the prompt style 'chat': name (1)" in look(
+        [{"messages": [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}]}], "--checkpoint_dir", base
+    )
+
+
+def test_every_form_of_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [pair("a", "1"), pair("b", "2")]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text("instruction,output\na,1\nb,2\n")
+    (tmp_path / "a.tsv").write_text("instruction\toutput\na\t1\nb\t2\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(json.dumps(row).encode() for row in rows)))
+    for name in ("a.json", "a.csv", "a.tsv", "a.jsonl.gz"):
+        assert main(["data", str(tmp_path / name)]) == 0
+        assert f"{name}: 2 records\n  2 questions with an answer\n" in capsys.readouterr().out
+
+
+def test_mistakes(tmp_path: Path, look: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    look([pair("a", "1")])
+    for words, message in (
+        ([tmp_path / "shop.jsonl", "--record", 2], "has records 1 to 1"),
+        ([tmp_path / "nosuch.jsonl"], "does not exist"),
+        ([tmp_path / "shop.jsonl", "--checkpoint_dir", tmp_path / "none"], "does not exist"),
+    ):
+        assert main(["data", *map(str, words)]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_histogram() -> None:
+    lines = histogram([5] * 10 + [12] * 5 + [900], "tokens", scale=2)
+    assert lines[0] == "Lengths in tokens: half have up to 5, nine of ten up to 12, the longest 900"
+    counts = [int(line.split()[-1]) for line in lines[1:]]
+    assert counts == [20, 0, 0, 0, 0, 0, 0, 10, 2]
+    assert re.search(r"13 and more  █+ 2$", lines[-1])
+    assert histogram([7], "tokens")[1:] == ["  7  " + "█" * 40 + " 1"]
+    for lengths in ([1, 10**6], [0], list(range(1000)), [5, 5, 6]):
+        assert sum(int(line.split()[-1].replace(",", "")) for line in histogram(lengths, "tokens")[1:]) == len(lengths)
+
+
+def test_normalised() -> None:
+    assert normalised("  What, is IT?! ") == "what is it" and normalised("?!") == "?!" and normalised("1.5") != normalised("15")
+
+
+def test_torch_is_not_imported(look: Any, base: Path, tmp_path: Path) -> None:
+    """It would take longer than everything else."""
+    look([pair("a", "1")])
+    code = (
+        f"import sys; from litgpt.__main__ import main; main(['data', {str(tmp_path / 'shop.jsonl')!r}, '--checkpoint_dir', {str(base)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
