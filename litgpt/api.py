@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,11 +16,14 @@ from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.device import backbone_dtype, default_precision, find_device
 from litgpt.errors import UserError
+from litgpt.files import read_json
 from litgpt.generate import engine
+from litgpt.generate.batch import generate_batch
 from litgpt.model import GPT
 from litgpt.prompts import PROMPT_STYLE_FILE, ChatStyle, Message, PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 
+SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 1.0}  # defaults, as of `litgpt chat`, where the checkpoint has none
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -29,8 +34,9 @@ class LLM:
     print(llm.generate("What does math.sqrt do?"))
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, prompt_style: PromptStyle) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, prompt_style: PromptStyle, sampling: Mapping[str, Any] | None = None) -> None:
         self.model = model
+        self.sampling = {**SAMPLING, **(sampling or {})}  # what `generate` takes by default
         self.tokenizer = tokenizer
         self.prompt_style = prompt_style
 
@@ -57,7 +63,7 @@ class LLM:
             tokenizer_dir, _ = checkpoint.adapter_settings(folder)
         tokenizer = Tokenizer(tokenizer_dir)
         style_dir = folder if (folder / PROMPT_STYLE_FILE).is_file() else tokenizer_dir
-        return cls(gpt, tokenizer, resolve_prompt_style(None, style_dir, tokenizer, fallback="default"))
+        return cls(gpt, tokenizer, resolve_prompt_style(None, style_dir, tokenizer, fallback="default"), recommended(tokenizer_dir))
 
     @property
     def config(self) -> Config:
@@ -69,12 +75,14 @@ class LLM:
         prompt: str | list[Message],
         sys_prompt: str | None = ...,
         max_new_tokens: int = ...,
-        temperature: float = ...,
+        temperature: float | None = ...,
         top_k: int | None = ...,
-        top_p: float = ...,
+        top_p: float | None = ...,
         return_as_token_ids: Literal[False] = ...,
         stream: Literal[False] = ...,
         seed: int | None = ...,
+        stop: str | Sequence[str] = ...,
+        **more: Any,
     ) -> str: ...
 
     @overload
@@ -83,12 +91,14 @@ class LLM:
         prompt: str | list[Message] | list[str] | list[list[Message]],
         sys_prompt: str | None = ...,
         max_new_tokens: int = ...,
-        temperature: float = ...,
+        temperature: float | None = ...,
         top_k: int | None = ...,
-        top_p: float = ...,
+        top_p: float | None = ...,
         return_as_token_ids: bool = ...,
         stream: bool = ...,
         seed: int | None = ...,
+        stop: str | Sequence[str] = ...,
+        **more: Any,
     ) -> str | torch.Tensor | Iterator[str] | Iterator[int] | list[Any]: ...
 
     def generate(
@@ -96,35 +106,81 @@ class LLM:
         prompt: str | list[Message] | list[str] | list[list[Message]],
         sys_prompt: str | None = None,
         max_new_tokens: int = 50,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
-        top_p: float = 1.0,
+        top_p: float | None = None,
         return_as_token_ids: bool = False,
         stream: bool = False,
         seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        **more: Any,
     ) -> str | torch.Tensor | Iterator[str] | Iterator[int] | list[Any]:
         """Return the answer to `prompt` in the checkpoint's prompt style, without the prompt.
 
-        `prompt` is a question, or a conversation: a list of messages with `role` and `content`. A list of either is answered one by one,
+        `prompt` is a question, or a conversation: a list of messages with `role` and `content`. A list of either is answered in one batch,
         each as if it were alone, and the answers are a list.
         The answer is text, or ids (N,) with `return_as_token_ids`; with `stream` an iterator of pieces of text, or of ids. `sys_prompt`
-        replaces the style's system text. `temperature` 0 is greedy decoding; `engine.sample` explains `top_k` and `top_p`. The same `seed`
+        replaces the style's system text. `stop` is a text, or a list of texts, that ends the answer and is not part of it. The same `seed`
         gives the same answer.
+
+        `temperature` 0 is greedy decoding; `engine.sample` explains `top_k` (0: all tokens) and `top_p`, and `engine.Sampling` what `more`
+        may be: min_p, repetition_penalty, presence_penalty, frequency_penalty. None is the checkpoint's own value (generation_config.json),
+        or the default of `litgpt chat`.
         """
         prompts: Any = prompt
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **more}
+        sampling = self.sampling | {name: value for name, value in given.items() if value is not None}
+        sampling["top_k"] = sampling["top_k"] or None
+        stops = [stop] if isinstance(stop, str) else list(stop)
         if isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], dict)):
             if stream:
                 raise UserError(f"stream answers one prompt at a time, and the list has {len(prompts)}: call generate for each")
-            settings = (sys_prompt, max_new_tokens, temperature, top_k, top_p, return_as_token_ids)
-            return [self.generate(one, *settings, seed=seed) for one in prompts]
-        text = self._rendered(prompt, sys_prompt)
-        ids = self.complete(text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=self.generator(seed))
+            texts = [self.rendered(one, sys_prompt) for one in prompts]
+            answers = self._batch(texts, max_new_tokens, sampling, seed, stops)
+            return [self._answer(ids, stops, return_as_token_ids) for ids in answers]
+        text = self.rendered(prompt, sys_prompt)
+        ids = self.complete(text, max_new_tokens, **sampling, generator=self.generator(seed))
+        if stops and stream and return_as_token_ids:
+            raise UserError("stop ends a text, and ids are to be streamed: leave out return_as_token_ids")
         if stream:
-            return ids if return_as_token_ids else self.tokenizer.decode_stream(ids)
-        answer = list(ids)
-        return torch.tensor(answer, dtype=torch.long) if return_as_token_ids else self.tokenizer.decode(answer)
+            return ids if return_as_token_ids else engine.until_stop_text(self.tokenizer.decode_stream(ids), stops)
+        return self._answer(self._until(ids, stops) if stops else ids, stops, return_as_token_ids)
 
-    def _rendered(self, prompt: Any, sys_prompt: str | None) -> str:
+    def _batch(
+        self, texts: list[str], max_new_tokens: int, sampling: dict[str, Any], seed: int | None, stops: Sequence[str]
+    ) -> list[list[int]]:
+        prompts = [self.prompt_ids(text, max_new_tokens) for text in texts]
+        ends = self.prompt_style.stop_tokens(self.tokenizer)
+        generators = (self.generator(seed) for _ in texts)
+        ended = partial(self._has, stops) if stops else None
+        return generate_batch(self.model, prompts, max_new_tokens, engine.Sampling(**sampling), ends, generators, ended)
+
+    def _has(self, stops: Sequence[str], ids: list[int]) -> bool:
+        text = self.tokenizer.decode(ids).rstrip("\ufffd")  # half a character
+        return any(stop in text for stop in stops)
+
+    def _until(self, ids: Generator[int, None, None], stops: Sequence[str]) -> Iterator[int]:
+        """Yield ids until their text holds a stop string."""
+        with closing(ids):
+            seen: list[int] = []
+            for token in ids:
+                seen.append(token)
+                yield token
+                if self._has(stops, seen):
+                    return
+
+    def _answer(self, ids: Iterable[int], stops: Sequence[str], as_ids: bool) -> str | torch.Tensor:
+        """Return the answer as text before the first stop string, or as the ids that begin before it."""
+        answer = list(ids)
+        text = self.tokenizer.decode(answer)
+        cut = min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))
+        if not as_ids:
+            return text[:cut]
+        while cut < len(text) and self.tokenizer.decode(answer[:-1]).startswith(text[:cut]):
+            answer.pop()
+        return torch.tensor(answer, dtype=torch.long)
+
+    def rendered(self, prompt: Any, sys_prompt: str | None) -> str:
         """Return a question or a conversation in the prompt style. Raises UserError if it is neither."""
         if isinstance(prompt, str):
             return self.prompt_style.apply(prompt, sys_prompt=sys_prompt)
@@ -145,25 +201,22 @@ class LLM:
         text: str,
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
         generator: torch.Generator | None = None,
+        **sampling: Any,
     ) -> Generator[int, None, None]:
-        """Yield the ids that follow `text`, which is in the prompt style already, until a stop token of the style or the tokenizer."""
+        """Yield the ids that follow `text`, which is in the prompt style already, until a stop token of the style or the tokenizer.
+
+        `sampling` are the settings of `engine.Sampling`.
+        """
+        ids = torch.tensor(self.prompt_ids(text, max_new_tokens))
+        stops = self.prompt_style.stop_tokens(self.tokenizer)
+        return engine.generate(self.model, ids, len(ids) + max_new_tokens, stop_tokens=stops, generator=generator, **sampling)
+
+    def prompt_ids(self, text: str, max_new_tokens: int = 1) -> list[int]:
+        """Return the ids of a text that is in the prompt style already."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
-        ids = self.tokenizer.encode(text, bos=self.prompt_style.bos)
-        return engine.generate(
-            self.model,
-            ids,
-            len(ids) + max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_tokens=self.prompt_style.stop_tokens(self.tokenizer),
-            generator=generator,
-        )
+        return self.tokenizer.ids(text, bos=self.prompt_style.bos)
 
     def generator(self, seed: int | None) -> torch.Generator | None:
         """Return a seeded random generator on the model's device, or None for torch's own."""
@@ -171,6 +224,19 @@ class LLM:
             return None
         require_seed(seed)
         return torch.Generator(next(self.model.parameters()).device).manual_seed(seed)
+
+
+def recommended(folder: Path) -> dict[str, Any]:
+    """Return the sampling settings of generation_config.json. Raises UserError for values that are none."""
+    file = folder / "generation_config.json"
+    content = read_json(file) if file.is_file() else {}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    values = {name: content[name] for name in names if content.get(name) is not None}
+    try:
+        engine.Sampling(**{**values, "top_k": values.get("top_k") or None})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}") from None
+    return values
 
 
 def inference_dtype(precision: str) -> torch.dtype:

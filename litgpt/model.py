@@ -16,6 +16,7 @@ Training packs a batch into N rows without padding (`litgpt.packing`): x is then
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -37,12 +38,12 @@ FP32_ATTENTION = (
 class Positions:
     """Rotary tables and masks of the T input positions, computed once per forward pass for all blocks."""
 
-    # cos and sin, (T, n/2) each, or (B, 1, T, n/2) if samples take different factors of LongRoPE, in attention's dtype: of `rope_base`,
-    # then of `rope_local_base_freq` if there is one
+    # cos and sin, (T, n/2) each, or (B, 1, T, n/2) if samples have places of their own or take different factors of LongRoPE, in
+    # attention's dtype: of `rope_base`, then of `rope_local_base_freq` if there is one
     rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    mask: torch.Tensor | None  # (T, K), true where attention is allowed; None: causal over the T positions, or everything if T = 1
+    mask: torch.Tensor | None  # (T, K) or (B, 1, T, K), true where attention is allowed; None: causal over T, or everything if T = 1
     window_mask: torch.Tensor | None  # the same within the sliding window
-    index: torch.Tensor | None  # (T,), places in the key/value cache; None without a cache
+    index: torch.Tensor | None  # (T,) or (B, T), places in the key/value cache; None without a cache
     end: int  # K
     packing: Packing | None = None  # of x (N, d); the fields above are those of the samples' own T positions, with K = P + T
     stem: Positions | None = None  # of the stem's P positions, which attend to each other
@@ -167,13 +168,14 @@ class GPT(nn.Module):
         return [block for block in self.blocks[: self.cut or 0] if block.skip2lora is not None]
 
     def positions(self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, end: int | None = None) -> Positions:
-        """Return rotary tables and masks for input (B, T)."""
+        """Return rotary tables and masks for input (B, T) at the places `input_pos`, (T,) or (B, T)."""
         T, device = idx.size(1), idx.device
         self._require_room(T)
         if input_pos is None:
             return self._at(torch.arange(T, device=device), T, [T])
         end = int(input_pos.max()) + 1 if end is None else end
-        return replace(self._at(input_pos, end, [end]), index=input_pos)
+        tokens = [end] if input_pos.dim() == 1 else (input_pos[:, -1] + 1).tolist()
+        return replace(self._at(input_pos, end, tokens), index=input_pos)
 
     def packed_positions(self, packing: Packing) -> Positions:
         """Return rotary tables and masks for a packed batch (N,). Samples of which some are long for LongRoPE must not share a stem."""
@@ -188,25 +190,29 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
 
     def _at(self, places: torch.Tensor, end: int, tokens: Sequence[int]) -> Positions:
-        """Return the positions of inputs at `places` (T,), each of which attends to itself and earlier ones of the first `end`.
+        """Return the positions of inputs at `places`, (T,) or (B, T), each of which attends to itself and earlier ones of the first `end`.
 
         `tokens` are the lengths of the sequences, or of one for all, by which LongRoPE takes its factors.
         """
-        T = places.size(0)
+        T = places.size(-1)
         long = [is_long(self.config, length) for length in tokens]
         rotary = tuple(self._rotary(table, places, end, long) for table in self.rope)
         mask = None
-        if T > 1 and (end != T or self.config.attention_logit_softcapping is not None):
-            mask = torch.arange(end, device=places.device) <= places[:, None]
+        if places.dim() == 2 or (T > 1 and (end != T or self.config.attention_logit_softcapping is not None)):
+            mask = torch.arange(end, device=places.device) <= _for_heads(places)[..., None]
         return Positions(rotary, mask, self._window_mask(places, end), None, end)
 
     def _rotary(self, table: RotaryTable, places: torch.Tensor, end: int, long: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
         dtype, kinds = self.compute_dtype(places.device), sorted(set(long))
         pairs = [table(end, places.device, kind) for kind in kinds]
-        cos, sin = (torch.stack([part[places] for part in parts]).to(dtype) for parts in zip(*pairs, strict=True))  # (kinds, T, n/2)
+        at = _for_heads(places)
+        cos, sin = (torch.stack([part[at] for part in parts]).to(dtype) for parts in zip(*pairs, strict=True))  # (kinds, ..., T, n/2)
         if len(kinds) == 1:
             return cos[0], sin[0]
         chosen = torch.tensor(long, device=places.device).long()
+        if places.dim() == 2:
+            samples = torch.arange(len(chosen), device=places.device)
+            return cos[chosen, samples], sin[chosen, samples]
         return cos[chosen, None], sin[chosen, None]
 
     @property
@@ -219,11 +225,11 @@ class GPT(nn.Module):
         return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
 
     def _window_mask(self, places: torch.Tensor, end: int) -> torch.Tensor | None:
-        """Return the causal mask within the sliding window, (T, K); None if the window hides nothing."""
+        """Return the causal mask within the sliding window, (T, K) or (B, 1, T, K); None if the window hides nothing."""
         window = self.config.sliding_window_size
         if window is None or end <= window:
             return None
-        distance = places[:, None] - torch.arange(end, device=places.device)
+        distance = _for_heads(places)[..., None] - torch.arange(end, device=places.device)
         return (distance >= 0) & (distance < window)
 
     def auxiliary_loss(self) -> torch.Tensor | None:
@@ -258,6 +264,11 @@ class GPT(nn.Module):
         """Free the keys and values."""
         for block in self.blocks:
             block.attn.kv_cache = None
+
+
+def _for_heads(places: torch.Tensor) -> torch.Tensor:
+    """Return places (T,) as they are, and (B, T) as (B, 1, T)."""
+    return places if places.dim() == 1 else places[:, None]
 
 
 class Block(nn.Module):
@@ -380,7 +391,7 @@ def capped_attention(
     grouped = q.unflatten(1, (k.size(1), -1))  # (B, G, H/G, T, h)
     scores = torch.tanh(grouped @ k[:, :, None].transpose(-2, -1) * (scale / cap)) * cap  # (B, G, H/G, T, K)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask[:, None]), -torch.inf)
     return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
@@ -391,13 +402,22 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # type: ignore[arg-type]
         self.v = torch.zeros_like(self.k)
 
+    def row(self, index: int) -> KVCache:
+        """Return the cache of one sample, which shares this one's memory."""
+        view = copy(self)
+        view.k, view.v = self.k[index : index + 1], self.v[index : index + 1]
+        return view
+
     def __call__(self, index: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, G, T, h) at `index` (T,). Return the stored ones before `end`, (B, G, K, h) each."""
+        """Store k and v (B, G, T, h) at `index`, (T,) or (B, T). Return the stored ones before `end`, (B, G, K, h) each."""
         if end > self.k.size(2):
             raise ValueError(f"position {end - 1} is beyond the key/value cache of {self.k.size(2)} positions")
         B = k.size(0)
-        self.k[:B].index_copy_(2, index, k.to(self.k.dtype))
-        self.v[:B].index_copy_(2, index, v.to(self.v.dtype))
+        for stored, new in ((self.k[:B], k.to(self.k.dtype)), (self.v[:B], v.to(self.v.dtype))):
+            if index.dim() == 1:
+                stored.index_copy_(2, index, new)
+            else:
+                stored.scatter_(2, index[:, None, :, None].expand_as(new), new)
         return self.k[:B, :, :end].to(k.dtype), self.v[:B, :, :end].to(v.dtype)
 
 

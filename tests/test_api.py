@@ -95,8 +95,30 @@ def test_a_list_of_prompts_is_answered_as_one_by_one(base: Path) -> None:
         single = [llm.generate(prompt, max_new_tokens=12, **settings) for prompt in prompts]  # type: ignore[call-overload]
         assert [list(answer) for answer in answers] == [list(answer) for answer in single] and list(answers[0]) != list(answers[1])
     assert llm.generate([]) == []
+    stop = next(char for char in llm.generate("why?", None, 12, 0.0) if char.isascii())
+    stopped = llm.generate(prompts, max_new_tokens=12, temperature=0.0, stop=stop)
+    assert stopped == [llm.generate(prompt, None, 12, 0.0).partition(stop)[0] for prompt in prompts]
+    assert stopped == ["".join(llm.generate(prompt, None, 12, 0.0, stop=[stop], stream=True)) for prompt in prompts]  # type: ignore[arg-type]
+    ids: Any = llm.generate("why?", max_new_tokens=12, temperature=0.0, stop=stop, return_as_token_ids=True)
+    assert llm.tokenizer.decode(ids) == stopped[1]
     with pytest.raises(UserError, match="stream answers one prompt at a time, and the list has 3"):
         llm.generate(prompts, stream=True)
+
+
+def test_sampling_defaults(base: Path) -> None:
+    """Those of `litgpt chat`, or of generation_config.json; what the caller gives comes first."""
+    llm = load(base)
+    explicit = llm.generate("hello", max_new_tokens=20, temperature=0.8, top_k=50, top_p=1.0, seed=3)
+    assert llm.generate("hello", max_new_tokens=20, seed=3) == explicit
+    assert llm.generate("hello", max_new_tokens=20, top_k=0, seed=3) == llm.generate("hello", max_new_tokens=20, top_k=9999, seed=3)
+    file = base / "generation_config.json"
+    recommended = {"temperature": 0.3, "top_k": 0, "min_p": 0.1, "repetition_penalty": 1.2, "do_sample": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **recommended}))
+    values: dict[str, Any] = {"temperature": 0.3, "top_k": 999, "min_p": 0.1, "repetition_penalty": 1.2}
+    assert load(base).generate("hello", max_new_tokens=20, seed=3) == llm.generate("hello", max_new_tokens=20, seed=3, **values) != explicit
+    file.write_text(json.dumps({"temperature": "hot"}))
+    with pytest.raises(UserError, match="generation_config.json: .*"):
+        load(base)
 
 
 def test_a_conversation_is_rendered_as_transformers_does(base: Path) -> None:

@@ -33,7 +33,7 @@ templates prompts
 checkpoint
 data
 convert
-generate.engine
+generate.engine generate.batch
 train
 finetune
 convert.card convert.adapter convert.from_litgpt

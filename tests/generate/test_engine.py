@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from litgpt.errors import UserError
-from litgpt.generate.engine import generate, sample, until_stop
+from litgpt.generate.engine import Sampling, generate, sample, until_stop, until_stop_text
 from tests.helpers import tiny
 
 
@@ -103,6 +103,44 @@ def test_a_seed_repeats_the_draws() -> None:
     assert run(1) == run(1) != run(2)
 
 
+def test_min_p_keeps_what_is_near_the_most_probable() -> None:
+    logits, generator = torch.tensor([2.0, 1.0, 0.0, -3.0]), torch.Generator().manual_seed(0)
+    p = logits.softmax(0)
+    drawn = {int(sample(logits, generator=generator, min_p=0.2)) for _ in range(300)}
+    assert drawn == {i for i in range(4) if p[i] >= 0.2 * p[0]} == {0, 1}
+    assert {int(sample(logits, generator=generator, min_p=1.0)) for _ in range(50)} == {0}
+
+
+def test_penalties_from_their_definitions() -> None:
+    logits = torch.tensor([1.0, -1.0, 2.0, 0.5])
+    tokens, start = [0, 1, 2, 2, 0], 2  # the answer is 2, 2, 0
+    scores = Sampling(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5, logit_bias={3: 4.0})
+    expected = [1.0 / 2 - 0.25 - 0.5, -1.0 * 2, 2.0 / 2 - 0.25 - 2 * 0.5, 0.5 + 4.0]
+    assert scores.penalised(logits, tokens, start).tolist() == expected
+    assert logits.tolist() == [1.0, -1.0, 2.0, 0.5]
+    assert Sampling().penalised(logits, tokens, start) is logits
+
+
+def test_repetition_penalty_of_transformers() -> None:
+    hf = tiny.hf_llama(eos_token_id=None, bos_token_id=None)
+    prompt, settings = tiny.ids(1, 9), {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    want = hf.generate(prompt, attention_mask=torch.ones_like(prompt), repetition_penalty=1.7, **settings)[0, 9:].tolist()
+    model = tiny.from_hf(hf)
+    assert greedy(model, prompt[0], 39, repetition_penalty=1.7) == want != greedy(model, prompt[0], 39)
+
+
+def test_text_before_a_stop_string() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        text = "".join(rng.choice("ab\n") for _ in range(12))
+        stops = ["".join(rng.choice("ab\n") for _ in range(rng.randrange(1, 4))) for _ in range(2)]
+        cuts = sorted(rng.sample(range(13), 4))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
+        ends = sorted((text.index(stop) + len(stop), -len(stop)) for stop in stops if stop in text)
+        want = text[: sum(ends[0])] if ends else text
+        assert "".join(until_stop_text(pieces, stops)) == want, (pieces, stops)
+
+
 def reference(ids: list[int], stops: list[list[int]]) -> list[int]:
     for end in range(1, len(ids) + 1):
         ended = [stop for stop in stops if stop and ids[:end][-len(stop) :] == stop]
@@ -193,6 +231,9 @@ def test_two_answers_at_once_are_refused() -> None:
         ({"top_k": 0}, ["top_k is 0"]),
         ({"top_p": 1.5}, ["top_p is 1.5"]),
         ({"top_p": -0.1}, ["top_p is -0.1"]),
+        ({"min_p": 2.0}, ["min_p is 2.0"]),
+        ({"repetition_penalty": 0.0}, ["repetition_penalty is 0.0"]),
+        ({"presence_penalty": float("inf")}, ["presence_penalty is inf"]),
     ],
     ids=str,
 )

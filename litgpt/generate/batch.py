@@ -1,0 +1,196 @@
+"""Answers that grow together in one key/value cache, each at its own place: they join and leave the batch between any two steps.
+
+Letters in shapes: as in `litgpt.model`; n the rows of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from litgpt.generate.engine import Sampling, StopFilter, check
+from litgpt.model import GPT, KVCache, Positions
+from litgpt.rope import is_long
+
+MOST_ROWS = 32  # answers that `generate_batch` computes at a time
+FIRST_ROOM = 256  # positions of a new cache
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer. `tokens` are prompt and answer so far."""
+
+    tokens: list[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    generator: torch.Generator | None = None
+    head: Any = None  # for subclasses of Batch: what is added at the output layer
+
+    def __post_init__(self) -> None:
+        self.start = len(self.tokens)  # of the answer
+        self.computed = 0  # tokens whose keys and values are in the cache
+
+    def draw(self, logits: torch.Tensor) -> int:
+        """Return the next token, which joins the row's, by the logits (V,)."""
+        self.tokens.append(self.sampling.draw(logits, self.tokens, self.start, self.generator))
+        return self.tokens[-1]
+
+
+class Batch:
+    """Rows of one model. The model holds the cache during a step only, so that it may be used otherwise between.
+
+    The first `ready` rows lack the keys and values of their last token alone; the others wait for their prompts to be computed. `chunk` is
+    the number of prompt tokens that a step computes besides the ready rows' tokens, so that long prompts do not halt the others; None: all.
+    """
+
+    def __init__(self, model: GPT, chunk: int | None = None) -> None:
+        self.model = model
+        self.chunk = None if model.config.rope_kind == "longrope" else chunk  # whose factors depend on the complete prompt
+        self.rows: list[Row] = []
+        self.ready = 0
+        self.caches: list[KVCache] = []  # one a block
+        self.device = next(model.parameters()).device
+
+    def add(self, row: Row) -> None:
+        """Let a row take part from the next step on."""
+        self.rows.append(row)
+
+    @torch.inference_mode()
+    def remove(self, row: Row) -> None:
+        """Take a row out; another takes its place in the cache."""
+        hole, last = self.rows.index(row), len(self.rows) - 1
+        if hole < self.ready:
+            self.ready -= 1
+            self._move(self.ready, hole)
+            hole = self.ready
+        self._move(last, hole)
+        del self.rows[last]
+        if not self.rows:
+            self.caches = []
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Row, torch.Tensor]]:
+        """Run the model once over every ready row's last token and some prompts. Return the rows with logits (V,) of their next token.
+
+        The caller draws a token for each, or removes it.
+        """
+        self._restart_long_rows()
+        self._make_room(len(self.rows), max((len(row.tokens) for row in self.rows), default=0))
+        rows, outputs = self.rows[: self.ready], []
+        try:
+            if rows:
+                outputs.append(self._decode(rows))
+            left = self.chunk
+            while self.ready < len(self.rows) and left != 0:
+                row = self.rows[self.ready]
+                size = len(row.tokens) - row.computed
+                size = size if left is None else min(size, left)
+                left = None if left is None else left - size
+                x = self._prefill(row, size)
+                if row.computed == len(row.tokens):
+                    outputs.append(x)
+                    self.ready += 1
+        finally:
+            self.model.clear_kv_cache()
+        if not outputs:
+            return []
+        return list(zip(self.rows[: self.ready], self.model.logits(torch.cat(outputs)), strict=True))
+
+    def hidden(self, idx: torch.Tensor, pos: Positions, rows: Sequence[Row]) -> torch.Tensor:
+        """Return the output layer's input at the last of the positions: idx (n, T) -> (n, d)."""
+        x, taps = self.model.prefix(idx, pos)
+        return self.model.tail(x, taps, pos)[:, -1]
+
+    def _decode(self, rows: list[Row]) -> torch.Tensor:
+        """Run the last tokens of rows: (n, d)."""
+        ends = [len(row.tokens) for row in rows]
+        idx = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
+        alike = min(ends) == max(ends)  # then no mask is needed
+        places = torch.tensor(ends[:1] if alike else [[end] for end in ends], device=self.device) - 1
+        for block, cache in zip(self.model.blocks, self.caches, strict=True):
+            block.attn.kv_cache = cache
+        x = self.hidden(idx, self.model.positions(idx, places, max(ends)), rows)
+        for row in rows:
+            row.computed += 1
+        return x
+
+    def _prefill(self, row: Row, size: int) -> torch.Tensor:
+        """Run the next `size` tokens of the first row that is not ready: (1, d)."""
+        end = row.computed + size
+        idx = torch.tensor([row.tokens[row.computed : end]], device=self.device)
+        for block, cache in zip(self.model.blocks, self.caches, strict=True):
+            block.attn.kv_cache = cache.row(self.ready)
+        x = self.hidden(idx, self.model.positions(idx, torch.arange(row.computed, end, device=self.device), end), [row])
+        row.computed = end
+        return x
+
+    def _restart_long_rows(self) -> None:
+        """Compute rows again where LongRoPE begins to take its long factors."""
+        config = self.model.config
+        for i in reversed(range(self.ready)):
+            row = self.rows[i]
+            if is_long(config, len(row.tokens)) and not is_long(config, len(row.tokens) - 1):
+                row.computed = 0
+                self.ready -= 1
+                self._move(self.ready, i)
+                self.rows[self.ready] = row
+
+    def _move(self, source: int, target: int) -> None:
+        """Put a row, with its keys and values, in the place of another."""
+        row = self.rows[source]
+        self.rows[target] = row
+        if source != target and row.computed:
+            for cache in self.caches:
+                for values in (cache.k, cache.v):
+                    values[target, :, : row.computed] = values[source, :, : row.computed]
+
+    def _make_room(self, rows: int, length: int) -> None:
+        """Let the cache hold `rows` rows of `length` positions; it grows by doubling."""
+        config = self.model.config
+        old = self.caches[0].k.shape if self.caches else (0, 0, 0, 0)
+        if rows <= old[0] and length <= old[2]:
+            return
+        if rows > old[0]:
+            rows = max(rows, 2 * old[0])
+        length = old[2] if length <= old[2] else min(max(length, 2 * old[2], FIRST_ROOM), self.model.max_seq_length)
+        shape = (max(rows, old[0]), config.n_query_groups, length, config.head_size)
+        caches = [KVCache(shape, self.device, self.model.dtype) for _ in self.model.blocks]
+        for new, before in zip(caches, self.caches, strict=False):
+            new.k[: old[0], :, : old[2]], new.v[: old[0], :, : old[2]] = before.k, before.v
+        self.caches = caches
+
+
+def generate_batch(
+    model: GPT,
+    prompts: Iterable[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: Sequence[Sequence[int]] = (),
+    generators: Iterator[torch.Generator | None] | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Return the ids that follow each prompt, as `engine.generate` does for one, `MOST_ROWS` prompts at a time.
+
+    `generators` has one for each prompt; `ended` tells by the ids so far whether an answer is complete. Sums in another order may round
+    differently than those of a single prompt.
+    """
+    rows = [Row(list(prompt), sampling, next(generators) if generators else None) for prompt in prompts]
+    for row in rows:
+        check(model, torch.tensor(row.tokens), len(row.tokens) + max_new_tokens)
+    batch, waiting, was_training = Batch(model), rows[::-1], model.training
+    answers, stops = {row: list[int]() for row in rows}, {row: StopFilter(stop_tokens) for row in rows}
+    model.eval()
+    try:
+        while waiting or batch.rows:
+            while waiting and len(batch.rows) < MOST_ROWS:
+                batch.add(waiting.pop())
+            for row, logits in batch.step():
+                answers[row] += stops[row].push(row.draw(logits))
+                full = len(row.tokens) - row.start == max_new_tokens
+                if full or stops[row].stopped or (ended and ended(answers[row])):
+                    batch.remove(row)
+    finally:
+        model.train(was_training)
+    return [answers[row] + stops[row].held for row in rows]

@@ -1,0 +1,78 @@
+"""Answers of a batch against those of single calls: ragged prompts, every family, rows that come and go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from litgpt.errors import UserError
+from litgpt.generate.batch import Batch, Row, generate_batch
+from litgpt.generate.engine import Sampling, generate
+from litgpt.model import GPT
+from tests.helpers import tiny
+from tests.helpers.family_configs import FAMILIES, ours
+
+GREEDY = Sampling(temperature=0.0)
+LENGTHS = (3, 11, 6, 20, 11)  # windows have 8 positions, LongRoPE's short factors reach 16 tokens
+PROMPTS = [tiny.ids(1, length, seed=i)[0].tolist() for i, length in enumerate(LENGTHS)]
+
+
+def single(model: GPT, prompt: list[int], new: int, **settings: Any) -> list[int]:
+    return list(generate(model, torch.tensor(prompt), len(prompt) + new, **{"temperature": 0.0, **settings}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_prompts_of_every_family(family: str) -> None:
+    model = ours(family)
+    assert generate_batch(model, PROMPTS, 12, GREEDY) == [single(model, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3 longrope", "gpt2", "gemma2"])
+@pytest.mark.parametrize("chunk", [4, None])
+def test_rows_come_and_go(family: str, chunk: int | None) -> None:
+    """A new row joins every second step, each has its own length, prompts are computed in parts; the cache grows meanwhile."""
+    model, batch = ours(family), Batch(ours(family), chunk)
+    rows = [Row(list(prompt), GREEDY) for prompt in PROMPTS]
+    lengths = dict(zip(rows, (9, 2, 14, 5, 11), strict=True))
+    waiting, steps, widest = rows[::-1], 0, 0
+    while waiting or batch.rows:
+        if waiting and steps % 2 == 0:
+            batch.add(waiting.pop())
+        for row, logits in batch.step():
+            row.draw(logits)
+            if len(row.tokens) - row.start == lengths[row]:
+                batch.remove(row)
+        steps, widest = steps + 1, max(widest, batch.ready)
+    assert [row.tokens[row.start :] for row in rows] == [single(model, p, lengths[row]) for p, row in zip(PROMPTS, rows, strict=True)]
+    assert widest >= 3 and batch.caches == []
+    assert model.blocks[0].attn.kv_cache is None
+
+
+@pytest.mark.parametrize("output", ["lm_head", "transformer.h.2"])
+def test_adapters(output: str) -> None:
+    taps = {"skip2lora_enabled": True, "lora_r": 3, "skip2lora_output_layer": output, "skip2lora_block_indices": [0, 1]}
+    model = tiny.move_adapters(tiny.tiny(**taps, **tiny.ALL_LORA))
+    assert generate_batch(model, PROMPTS, 9, GREEDY) == [single(model, prompt, 9) for prompt in PROMPTS]
+
+
+def test_seeds_stops_and_more_prompts_than_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litgpt.generate.batch.MOST_ROWS", 2)
+    model, settings = tiny.tiny().train(), {"temperature": 0.9, "top_k": 7, "presence_penalty": 0.5}
+    stops = ([5], [17, 3], [90], [91], [92])
+    seeds = range(len(PROMPTS))
+    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    answers = generate_batch(model, PROMPTS, 20, Sampling(**settings), stops, generators)  # type: ignore[arg-type]
+    expected = [
+        single(model, prompt, 20, stop_tokens=stops, generator=torch.Generator().manual_seed(seed), **settings)
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    assert answers == expected and min(map(len, answers)) < 20 and model.training
+    assert all(len(ids) == 3 for ids in generate_batch(model, PROMPTS, 20, GREEDY, ended=lambda ids: len(ids) == 3))
+    assert generate_batch(model, [], 20, GREEDY) == []
+
+
+def test_prompts_that_do_not_fit() -> None:
+    with pytest.raises(UserError, match="3 \\+ 62 = 65 tokens"):
+        generate_batch(tiny.tiny(n_layer=1), PROMPTS, 62, GREEDY)
