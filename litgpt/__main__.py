@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": Command("litgpt.generate.base:main", "Answer one prompt with a checkpoint or an adapter."),
     "chat": Command("litgpt.generate.chat:main", "Talk to a checkpoint or an adapter."),
     "data": Command("litgpt.examine:examine", "Look at a file of records: kinds, lengths, repetitions, and how a model reads them."),
+    "prompts": Command("litgpt.examine:prompts", "Show the prompt styles, or the chat template of a model."),
     "download": Command("litgpt.download:download_from_hub", "Get a model from the Hugging Face hub."),
     "validate": Command("litgpt.validate:validate", "Check a checkpoint or an adapter, and what memory it needs."),
     "convert_to_litgpt": Command(

@@ -1,19 +1,22 @@
-"""`litgpt data`: what is in a file of records, before anything is trained on it."""
+"""Look before you train: `litgpt data` at a file of records, `litgpt prompts` at the prompt styles."""
 
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, cast
 
 from litgpt.data.base import SHOWN_KEYS, Encoder, render
 from litgpt.data.json_data import JSON
-from litgpt.data.records import Record
+from litgpt.data.records import Record, read_record
 from litgpt.errors import UserError
+from litgpt.files import expand_path
 from litgpt.streams import safe, unescaped
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from litgpt.prompts import PromptStyle
     from litgpt.tokenizer import Tokenizer
 
@@ -58,7 +61,7 @@ def examine(
         tokenizer, style, limit = _open(checkpoint_dir, prompt_style, max_seq_length)
         encoder = Encoder(tokenizer, style, mask_prompt, False, None, data.source)
         print("\n".join([*lines, "", *in_tokens(train, encoder, limit)]))
-        print(f"\nRecord {record} in the prompt style {style.name!r}; what is learned is ", end="")
+        print(f"\nRecord {record} in the prompt style {style.name!r}; what is learned is {_green()}:")
         show_record(train[record - 1], style, tokenizer, mask_prompt)
     from litgpt.train.recipe import Look, advice
 
@@ -219,23 +222,29 @@ def histogram(lengths: Sequence[int], unit: str, scale: float = 1.0, longest: Op
     return lines
 
 
-def show_record(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", mask_prompt: bool) -> None:
+def show_record(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", mask_prompt: bool = True) -> None:
     """Print a record as the model reads it. What is learned is green on a terminal, elsewhere between marks."""
-    from rich.console import Console
     from rich.text import Text
 
     text, spans = render(record, style, tokenizer)
     if record.pair and not mask_prompt:
         spans = [(0, len(text))]
-    console = Console(file=unescaped(sys.stdout), soft_wrap=True)
-    coloured = console.color_system is not None
-    shown = Text("green:\n" if coloured else "between ⟦ and ⟧:\n")
-    end = 0
+    console = _console()
+    shown = Text()
     for piece, is_learned in _pieces(text, spans):
-        marks = ("⟦", "⟧") if is_learned and not coloured else ("", "")
+        marks = ("⟦", "⟧") if is_learned and console.color_system is None else ("", "")
         shown.append(f"{marks[0]}{safe(piece)}{marks[1]}", "green" if is_learned else "dim")
-        end += len(piece)
     console.print(shown)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(file=unescaped(sys.stdout), soft_wrap=True)
+
+
+def _green() -> str:
+    return "between ⟦ and ⟧" if _console().color_system is None else "green"
 
 
 def _pieces(text: str, spans: Iterable[tuple[int, int]]) -> Iterable[tuple[str, bool]]:
@@ -245,3 +254,69 @@ def _pieces(text: str, spans: Iterable[tuple[int, int]]) -> Iterable[tuple[str, 
         yield text[start:stop], True
         end = stop
     yield text[end:], False
+
+
+QUESTION: dict[str, Any] = {"instruction": "What is the capital of France?", "output": "Paris."}
+CONVERSATION: dict[str, Any] = {
+    "messages": [
+        {"role": "system", "content": "Answer briefly."},
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Paris."},
+        {"role": "user", "content": "And of Italy?"},
+        {"role": "assistant", "content": "Rome."},
+    ]
+}
+
+
+class _AnyTokenizer:
+    """Has every token."""
+
+    def token_to_id(self, token: str) -> int:
+        return 0
+
+
+def prompts(name: Optional[str] = None) -> None:
+    """Show the prompt styles, each with a question and its answer.
+
+    Args:
+        name: A style, shown with an input and a conversation too where it has a place for them, or the folder of a model. Default: all.
+    """
+    from litgpt.prompts import STYLES
+
+    if name is None:
+        print(f"Prompt styles, for data.prompt_style and prompt_style.yaml. What a model learns to answer is {_green()}.")
+        print("`litgpt prompts NAME` shows more of one, `litgpt prompts FOLDER` that of a model.")
+        for each, style in sorted(STYLES.items()):
+            print(f"\n--- {each}")
+            show_record(read_record(QUESTION), style(), cast("Tokenizer", _AnyTokenizer()))
+        return
+    chosen, tokenizer, title = _style_of(name)
+    print(f"{title}. What a model learns to answer is {_green()}.")
+    examples = {"a question": QUESTION}
+    if getattr(chosen, "text_with_input", ""):
+        examples["a question with an input"] = QUESTION | {"input": "Think of Europe."}
+    if hasattr(chosen, "render"):
+        examples["a conversation"] = CONVERSATION
+    for kind, example in examples.items():
+        print(f"\n--- {kind}")
+        try:
+            show_record(read_record(example), chosen, tokenizer)
+        except UserError as error:
+            print(f"not possible: {error}")
+
+
+def _style_of(name: str) -> "tuple[PromptStyle, Tokenizer, str]":
+    """Return the style of this name, or that of a model's folder, with a tokenizer and a title."""
+    from litgpt.convert.resolve import HOME, open_checkpoint
+    from litgpt.prompts import CHAT, STYLES, PromptStyle, resolve_prompt_style
+    from litgpt.tokenizer import Tokenizer
+
+    if name in CHAT:
+        raise UserError(f"{name!r} is the checkpoint's own template: name the model's folder to see it")
+    if name not in STYLES and (expand_path(name).exists() or (HOME / name).exists()):
+        folder = open_checkpoint(expand_path(name))
+        own = Tokenizer(folder)
+        style = resolve_prompt_style(None, folder, own)
+        kind = "the model's own chat template" if style.name == "chat" else f"the prompt style {style.name!r}"
+        return style, own, f"{name}: {kind}"
+    return PromptStyle.from_name(name), cast("Tokenizer", _AnyTokenizer()), f"The prompt style {name!r}"

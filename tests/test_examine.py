@@ -15,6 +15,7 @@ import pytest
 
 from litgpt.__main__ import main
 from litgpt.examine import histogram, normalised
+from litgpt.prompts import STYLES
 from tests.helpers import tiny
 
 
@@ -149,3 +150,31 @@ def test_torch_is_not_imported(look: Any, base: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_prompt_style_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prompts"]) == 0
+    out = capsys.readouterr().out
+    examples = dict(re.findall(r"--- (\S+)\n(.*?)(?=\n\n--- |\Z)", out, re.DOTALL))
+    assert examples.keys() == STYLES.keys()
+    for name, example in examples.items():
+        plain = re.sub("[⟦⟧]", "", example)
+        assert plain.startswith(STYLES[name]().apply("What is the capital of France?").rstrip("\n")), name
+        assert re.search(r"⟦\s*Paris\.[^⟦]*⟧", example), name
+
+
+def test_one_prompt_style(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prompts", "alpaca"]) == 0
+    assert "### Input:\nThink of Europe.\n\n### Response:\n⟦Paris.⟧" in capsys.readouterr().out
+    assert main(["prompts", "chatml"]) == 0
+    out = capsys.readouterr().out
+    assert "--- a conversation\n<|im_start|>system\nAnswer briefly.<|im_end|>" in out and out.count("⟦") == 4  # one in the title
+    assert main(["prompts", "alpca"]) == 1 and "did you mean 'alpaca'" in capsys.readouterr().err
+    assert main(["prompts", "chat"]) == 1 and "name the model's folder" in capsys.readouterr().err
+
+
+def test_a_models_own_template(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prompts", str(base)]) == 0
+    out = capsys.readouterr().out
+    assert f"{base}: the model's own chat template." in out
+    assert "<|im_start|>user\nAnd of Italy?<|im_end|>\n<|im_start|>assistant\n⟦Rome.<|im_end|>⟧" in out
