@@ -26,6 +26,7 @@ from litgpt.train.resume import PhaseStart, State, random_states
 SORTED_BATCHES = 50  # batches among which `train.group_by_length` sorts samples: more make batches more alike, and less random
 
 
+DIVERGED = 2.0  # times the loss of a uniform guess, or the first loss if it was higher
 REMEDY = "lower the learning rate, set train.max_norm, or use another precision"
 
 
@@ -124,6 +125,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.head_loss = HeadLoss.of(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.highest_sound = DIVERGED * math.log(self.model.config.padded_vocab_size)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = self._total_steps()
         warmup = self.train.lr_warmup_steps or 0
@@ -237,12 +239,20 @@ class Loop:
             remedy = f"{REMEDY}; train.skip_nonfinite true skips such steps"
             culprits = self._culprits(indices)
             others = [i for i in self.batches.owned(self.rank.index) if i not in indices][:4]
-            # Weights that give every sample a non-finite loss diverged in an earlier step: they must not replace a sound checkpoint.
-            state.consistent = self.rank.any(len(culprits) < len(indices) or len(self._culprits(others)) < max(1, len(others)))
+            # Weights that give every sample a non-finite or huge loss diverged in an earlier step: they must not replace sound ones.
+            spared = len(culprits) < len(indices) or len(self._culprits(others)) < max(1, len(others))
+            is_huge = math.isfinite(values["loss"]) and not self.is_sound(state, values["loss"])
+            state.consistent = self.rank.any(spared) and not is_huge
             raise NonFiniteError(f"{where}: {remedy}. The weights were not changed by this step", culprits or indices)
         state.skipped += 1
         self.say(f"{where}: the step is skipped")
         return False
+
+    def is_sound(self, state: State, loss: float) -> bool:
+        """Return whether weights with this training loss have not diverged."""
+        if state.step == 1 and math.isfinite(loss):
+            self.highest_sound = max(self.highest_sound, DIVERGED * loss)
+        return loss <= self.highest_sound
 
     def require_finite(self, state: State) -> None:
         """Raise NonFiniteError if a trained weight is not finite."""

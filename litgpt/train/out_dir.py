@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -181,9 +181,11 @@ class Checkpoints:
     """None in processes other than the first"""
     newest: Path | None = None
     """the last checkpoint that can be resumed"""
+    unproven: list[Path] = field(default_factory=list)
+    """checkpoints since the last one whose weights gave a sound loss; nothing is removed for them"""
 
     def step(self, state: State, optimizer: torch.optim.Optimizer | None, kept: bool) -> Path:
-        """Write `step-NNNNNN`, which can be resumed. Unless it is to be `kept`, it is removed when the next one is complete."""
+        """Write `step-NNNNNN`, which can be resumed. Unless it is to be `kept`, it is removed when a later one is complete and proven."""
         folder = self.out_dir / f"step-{state.step:06d}"
         states = {name: self.rank.gather(value) for name, value in (state.random or random_states(self.rank.device)).items()}
         random = {f"{name}.{rank}": value.cpu() for name, all_ranks in states.items() for rank, value in enumerate(all_ranks)}
@@ -192,9 +194,22 @@ class Checkpoints:
                 self.write(temporary)
                 training_state.write(temporary, state, optimizer, random, {**self.facts, "kept": kept})
         self.newest, state.saved = folder, True
-        if self.log is not None:
-            self._prune(state.step)
+        self.unproven.append(folder)
         return folder
+
+    def prove(self) -> None:
+        """Remove what the newest checkpoint replaces: its weights, or later ones, gave a sound loss."""
+        if self.unproven and self.log is not None:
+            self._prune(number(self.unproven[-1]) or 0)
+        self.unproven.clear()
+
+    def discard_unproven(self) -> None:
+        """Remove the checkpoints of weights that have diverged. The oldest stays if there is no other."""
+        others = set(steps(self.out_dir)) - set(self.unproven)
+        for folder in self.unproven[0 if others else 1 :] if self.log is not None else ():
+            atomic.remove_folder(folder)
+        self.unproven.clear()
+        self.newest = next((folder for folder in steps(self.out_dir) if not unusable(folder)), None)
 
     def rescue(self, state: State, optimizer: torch.optim.Optimizer | None) -> Path | None:
         """Return a checkpoint of the state, written if necessary; the last one if the optimizer was writing, None before the first step."""

@@ -57,6 +57,8 @@ class Phase:
         """Validate, log and save after a step, as far as they are due. Returns True to end training. Raises Stopped if a signal arrived."""
         assert state.phase is not None
         self.losses.append(metrics["train_loss"])
+        if self.loop.is_sound(state, metrics["train_loss"]):
+            self.checkpoints.prove()
         if len(self.losses) % (1 + len(self.losses) // COURSES) == 0:
             self._course = sparkline(self.losses)
         note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f} {self._course}"

@@ -133,6 +133,7 @@ class Session:
         facts["environment"] = environment(self.rank.device)
         newest = saved.folder if saved else None
         self.checkpoints = Checkpoints(path, self._write, facts, self.settings.train.keep_last, self.rank, self.log, newest)
+        self.checkpoints.unproven += [newest] if newest else []
 
     def _resume(self, saved: Saved, identity: Identity, clock: Stopwatch) -> None:
         require_same(saved.folder, identity, saved.facts["identity"])
@@ -308,6 +309,8 @@ class Session:
             except Stopped as stop:
                 raise Stopped(stop.signum, self._rescue(f"stopped after step {self.state.step}")) from None
             except NonFiniteError as error:
+                if not self.state.consistent:
+                    self.checkpoints.discard_unproven()
                 raise NonFiniteError(f"{error}. {self._quote(error.samples)}{self._rescue('Stopped')}", error.samples) from None
             except Exception as error:
                 if is_out_of_memory(error):

@@ -19,6 +19,7 @@ from litgpt.prompts import ChatTemplate
 from litgpt.train import prepare as prepare_module
 from litgpt.train.report import as_json
 from litgpt.train.resume import State, read, write
+from tests.helpers.jobs import curve
 from tests.helpers.runs import finetune
 
 CPU = torch.device("cpu")
@@ -30,15 +31,28 @@ def test_a_last_step_that_blows_the_weights_up_is_no_success(base: Path, data: P
     assert not (tmp_path / "out" / "final").exists() and not (tmp_path / "out" / "report.json").exists()
 
 
-def test_a_run_that_diverges_keeps_the_checkpoint_from_before(base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [3e2, 3e3, 3e4])  # the loss, or the gradient alone, becomes non-finite after more or fewer ruined steps
+def test_a_run_that_diverges_keeps_the_checkpoint_from_before(base: Path, data: Path, tmp_path: Path, rate: float) -> None:
     settings = {"train__save_interval": None, "train__save_every_minutes": 1e-9, "train__epochs": 8, "eval__interval": 1000}
-    settings |= {"optimizer": "SGD", "optimizer__lr": 3e8, "train__lr_warmup_steps": 20, "eval__initial_validation": False}
+    settings |= {"optimizer": "SGD", "optimizer__lr": rate, "train__lr_warmup_steps": 60, "eval__initial_validation": False}
+    settings |= {"skip2lora_enabled": True, "skip2lora_block_indices": "all", "skip2lora_cache": "off", "eval__max_new_tokens": 0}
     run = finetune("finetune_lora", base, data, tmp_path / "out", **settings)
     assert run.code == 3, run.err
-    steps = sorted((tmp_path / "out").glob("step-*"))
-    assert len(steps) == 1 and f"{steps[0]} is complete" in run.err
-    weights = torch.load(steps[0] / "lit_model.pth.lora", weights_only=True)["model"]
+    (folder,) = (tmp_path / "out").glob("step-*")
+    assert f"{folder} is complete" in run.err
+    weights = torch.load(folder / "lit_model.pth.lora", weights_only=True)["model"]
     assert all(value.isfinite().all() for value in weights.values())
+    losses = [float(row[2]) for row in curve(tmp_path / "out")]
+    step = int(folder.name.removeprefix("step-"))
+    assert step == 1 or losses[step] < 2 * losses[0], losses  # nothing but ruined weights followed
+    resumed = finetune("finetune_lora", base, data, tmp_path / "out", resume=True, **settings)
+    assert resumed.code == 3 and f"resumed from {folder}" in resumed.err and folder.is_dir()  # the same settings diverge again
+
+
+def test_a_checkpoint_is_replaced_by_one_with_a_sound_loss(base: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"train__save_interval": None, "train__save_every_minutes": 1e-9, "train__max_steps": 4, "eval__interval": 1000}
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **settings)
+    assert run.code == 0 and not list((tmp_path / "out").glob("step-00000[123]")), run.err
 
 
 def test_json_has_no_nan() -> None:
