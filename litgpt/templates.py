@@ -180,6 +180,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.made(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is str and type(right) is str:  # most operators of a template
+            self.spend(len(left) + len(right))
+            return left + right
         self.spend(_operated_size(operator, left, right))
         return self.made(super().call_binop(context, operator, left, right))
 
@@ -192,8 +195,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 def _operated_size(operator: str, left: Any, right: Any) -> int:
     """Return the size of an operator's result. Raise SecurityError if it is too large to be computed."""
-    if operator == "+" and isinstance(left, str) and isinstance(right, str):
-        return len(left) + len(right)
     if operator == "%" and isinstance(left, str):
         return _formatted_size(left, left.count("%"), right)
     numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
