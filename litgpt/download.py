@@ -4,6 +4,7 @@ import difflib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 SETTINGS = ("config.json", *TOKENIZER_FILES)  # fetched if the model has them
 OPTIONAL = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -90,7 +92,7 @@ def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer
     with _explained(api, repo_id, folder, tokenizer_only):
         info = api.model_info(repo_id, files_metadata=True)
         files = {file.rfilename: file for file in info.siblings or []}
-        names = [name for name in SETTINGS if name in files]
+        names = [name for name in (*SETTINGS, *filter(MORE_TEMPLATES.fullmatch, files)) if name in files]
         weights = None if tokenizer_only else choose_weights(repo_id, list(files))
 
         def get(names: list[str]) -> None:
@@ -120,20 +122,21 @@ def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) 
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     digest = _hub_digest(file)
-    name = file.rfilename
-    partial = folder / f".{name}.{(digest or 'unknown')[:12]}.part"
+    path = folder / file.rfilename
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f".{path.name}.{(digest or 'unknown')[:12]}.part")
     with open(open_regular(partial, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as content:
         headers = build_hf_headers(token=access_token)
         have = content.tell()
         if have != file.size or not have:
             with redirect_stderr(unescaped(sys.stderr)):  # for its progress bar
-                http_get(url, content, resume_size=have, headers=headers, expected_size=file.size, displayed_filename=printable(name))
+                http_get(url, content, resume_size=have, headers=headers, expected_size=file.size, displayed_filename=printable(path.name))
         content.flush()
         os.fsync(content.fileno())
     if digest is not None and _digest(partial, file) != digest:
         partial.unlink()
         raise UserError(f"{without_secrets(url)} has another content than the hub announces (digest {digest}): try again")
-    partial.replace(folder / name)
+    partial.replace(path)
 
 
 def _exists(path: Path, file: "RepoSibling") -> bool:

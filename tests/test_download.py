@@ -86,6 +86,21 @@ def test_what_else_can_be_asked_for(hub: Hub, capsys: pytest.CaptureFixture[str]
     assert code == 1 and "is not of the model pythia-14m" in said
 
 
+def test_more_templates(hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Templates of other names, in their folder, come with the model; nothing else does from a folder."""
+    more = tmp_path / "more"
+    shutil.copytree(model, more)
+    templates = more / "additional_chat_templates"
+    templates.mkdir()
+    for name in ("tool_use.jinja", "readme.txt"):
+        (templates / name).write_text("{{ messages[0].content }}")
+    hub.models["org/more"] = more
+    for _ in range(2):
+        code, said = run(capsys, "org/more")
+        assert code == 0, said
+    assert names(Path("checkpoints/org/more/additional_chat_templates")) == {"tool_use.jinja"}
+
+
 def test_parts_that_an_index_names(hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sharded = tmp_path / "sharded"
     transformers.LlamaForCausalLM.from_pretrained(model).save_pretrained(sharded, max_shard_size="40KB")

@@ -636,7 +636,8 @@ def test_public_names() -> None:
 # --- torch.compile ---
 
 
-def test_compiled_model_is_one_graph() -> None:
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_compiled_model_is_one_graph(variant: str) -> None:
     """With dropout and gradients: a graph for the first length, and one for all others; the same draws as without it."""
     graphs: list[Any] = []
 
@@ -644,7 +645,7 @@ def test_compiled_model_is_one_graph() -> None:
         graphs.append(module)
         return module.forward
 
-    model = tiny.tiny(n_layer=1, lora_r=3, lora_query=True, lora_mlp=True, lora_head=True, lora_dropout=0.3).train()
+    model = tiny.tiny(n_layer=1, lora_r=3, lora_query=True, lora_mlp=True, lora_head=True, lora_dropout=0.3, lora_variant=variant).train()
     mark_only_lora_as_trainable(tiny.move_adapters(model))
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend)

@@ -37,12 +37,15 @@ class DoRA(LinearAdapter):
 
     def norms(self) -> torch.Tensor:
         """Return c (out,). Passes without gradients, such as those of generation, share it until a weight changes."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._norms_of = ()  # a fused optimizer's step leaves versions as they are
+            with torch.no_grad():
+                return torch.linalg.vector_norm(super().merged(), dim=1)
         tensors = (self.lora_A, self.lora_B, *self.linear.parameters(), *self.linear.buffers())
         versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-        if torch.is_grad_enabled() or versions != self._norms_of:
-            with torch.inference_mode(False), torch.no_grad():  # c of an answer may serve training
-                self._norms = torch.linalg.vector_norm(super().merged(), dim=1)
-            self._norms_of = () if torch.is_grad_enabled() else versions  # a fused optimizer's step leaves versions as they are
+        if versions != self._norms_of:
+            with torch.inference_mode(False), torch.no_grad():
+                self._norms, self._norms_of = torch.linalg.vector_norm(super().merged(), dim=1), versions
         return self._norms
 
     def gain(self) -> torch.Tensor:
