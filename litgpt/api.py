@@ -34,11 +34,20 @@ class LLM:
     print(llm.generate("What does math.sqrt do?"))
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, prompt_style: PromptStyle, sampling: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        prompt_style: PromptStyle,
+        sampling: Mapping[str, Any] | None = None,
+        folder: Path = Path("."),
+    ) -> None:
         self.model = model
         self.sampling = {**SAMPLING, **(sampling or {})}  # what `generate` takes by default
         self.tokenizer = tokenizer
         self.prompt_style = prompt_style
+        self.folder = folder
+        """of the checkpoint or adapter"""
 
     @classmethod
     def load(
@@ -63,7 +72,8 @@ class LLM:
             tokenizer_dir, _ = checkpoint.adapter_settings(folder)
         tokenizer = Tokenizer(tokenizer_dir)
         style_dir = folder if (folder / PROMPT_STYLE_FILE).is_file() else tokenizer_dir
-        return cls(gpt, tokenizer, resolve_prompt_style(None, style_dir, tokenizer, fallback="default"), recommended(tokenizer_dir))
+        style = resolve_prompt_style(None, style_dir, tokenizer, fallback="default")
+        return cls(gpt, tokenizer, style, recommended(tokenizer_dir), folder)
 
     @property
     def config(self) -> Config:

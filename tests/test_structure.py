@@ -39,6 +39,7 @@ finetune
 convert.card convert.adapter convert.from_litgpt
 generate api validate download integrations examine
 keys help
+evaluate
 litgpt cli __main__
 """
 

@@ -59,15 +59,17 @@ def main(
         print(f"{ids}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
 
 
-def open_model(checkpoint_dir: Path, precision: Optional[str], quantize: Optional[Quantization] = None) -> "LLM":
+def open_model(
+    checkpoint_dir: Path, precision: Optional[str], quantize: Optional[Quantization] = None, device: Optional[str] = None
+) -> "LLM":
     """Load the checkpoint, and print its name, dtype and device to standard error."""
     start = time.perf_counter()
     from litgpt.api import LLM
 
-    llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize)
-    dtype, device = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
+    llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize, device=device)
+    dtype, place = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
     form = f"{dtype}, {quantize}" if quantize else dtype
-    print(f"{llm.config.name}, {form} on {device}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    print(f"{llm.config.name}, {form} on {place}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return llm
 
 

@@ -1,0 +1,223 @@
+"""`litgpt evaluate`: the loss and the answers on one's own records, or the tasks of the LM Evaluation Harness."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from litgpt import checkpoint
+from litgpt.args import Quantization
+from litgpt.atomic import write_text
+from litgpt.data.base import DataModule, render
+from litgpt.errors import UserError
+from litgpt.generate.base import open_model
+from litgpt.keys import known_classes
+from litgpt.logs import Console
+from litgpt.text import text_table
+
+if TYPE_CHECKING:
+    from litgpt.api import LLM
+    from litgpt.data.records import Record
+    from litgpt.sample import Sample
+
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true", "auto": None}
+AUTO_BATCH = 8
+WORD = re.compile(r"[^\W_]+")
+
+
+def evaluate(
+    checkpoint_dir: Path,
+    tasks: Optional[str] = None,
+    out_dir: Optional[Path] = None,
+    force_conversion: bool = False,
+    num_fewshot: Optional[int] = None,
+    batch_size: Union[int, str] = 1,
+    device: Optional[str] = None,
+    dtype: Optional[str] = None,
+    limit: Optional[float] = None,
+    seed: int = 1234,
+    save_filepath: Optional[Path] = None,
+    access_token: Optional[str] = None,
+    *,
+    data: Optional[DataModule] = None,
+    max_new_tokens: int = 128,
+    quantize: Optional[Quantization] = None,
+) -> None:
+    """Measure a model or an adapter on records of your own (--data FILE), or on tasks of the LM Evaluation Harness (--tasks NAMES).
+
+    Args:
+        checkpoint_dir: A base model, a merged model or an adapter (LoRA or Skip2-LoRA); or "list", which prints the names of the tasks.
+        tasks: Names of the harness's tasks with commas between them, or YAML files of tasks: hellaswag,mmlu (`pip install "litgpt[eval]"`).
+        out_dir: Folder for results.json. Default: evaluate in the folder of the model.
+        force_conversion: Accepted for LitGPT's command lines; without effect, as nothing is converted.
+        num_fewshot: Examples before each question of a task. Default: the task's own number.
+        batch_size: Sequences in a forward pass, or auto.
+        device: Device to run on, such as cuda:0. Default: the first GPU, else the CPU.
+        dtype: float32, bfloat16 or float16. Default: bfloat16 where the processor has it, else float32.
+        limit: Use only the first records, or questions of each task: a number, or with tasks a share below 1.
+        seed: Random seed, for the tasks' choices of examples.
+        save_filepath: The file for the results, if not results.json in out_dir.
+        access_token: Hugging Face token, for the tasks' data.
+        data: Records to measure: a file (all of it), a folder or data set (its validation part), or a data module. Default: the validation
+            records of the run that wrote the folder.
+        max_new_tokens: Longest answer to compare with the record's own. 0: only the loss is measured.
+        quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8).
+    """
+    if tasks is not None and data is not None:
+        raise UserError("tasks and data are both given: leave one of them out")
+    size = _batch_size(batch_size)
+    if tasks is not None or str(checkpoint_dir) == "list":
+        from litgpt.integrations.harness import run_tasks, task_names  # which fails here if the harness is not installed
+
+        if str(checkpoint_dir) == "list":
+            print("\n".join(task_names()))
+            return
+    if dtype not in (None, *PRECISIONS):
+        raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}")
+    llm = open_model(checkpoint_dir, PRECISIONS[dtype or "auto"], quantize, device)
+    file = save_filepath or (out_dir or llm.folder / "evaluate") / "results.json"
+    if tasks is not None:
+        results, table = run_tasks(llm, tasks, num_fewshot, size, limit, seed, access_token)
+    else:
+        chosen = data or data_of_run(llm.folder)
+        results = on_records(llm, chosen, everything=data is not None, batch_size=size, limit=limit, max_new_tokens=max_new_tokens)
+        table = text_table([[name, value] for name, value in rows_of(results)])
+    print(table)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n")
+    Console().say(f"the results are in {file}")
+
+
+def _batch_size(value: Union[int, str]) -> int:
+    """Return the sequences in a forward pass. Raises UserError for something else than a number, "auto" or "auto:N"."""
+    if re.fullmatch(r"auto(:\d+)?", str(value)):
+        return AUTO_BATCH
+    if not str(value).isdecimal() or int(value) < 1:
+        raise UserError(f"batch_size is {value!r}: give a number from 1, or auto")
+    return int(value)
+
+
+def data_of_run(folder: Path) -> DataModule:
+    """Return the data of the run that wrote the folder. Raises UserError if there was none."""
+    named = checkpoint.read_hyperparameters(folder).get("data")
+    known = known_classes(DataModule)
+    kind = known.get(str(named.get("class_path")).rpartition(".")[2]) if isinstance(named, dict) else None
+    if not isinstance(named, dict) or kind is None:
+        raise UserError(f"what shall {folder} be measured on? Give --data FILE, or --tasks NAMES (`litgpt evaluate list` prints them)")
+    arguments = named.get("init_args") or {}
+    try:
+        data: DataModule = kind(**arguments)
+    except TypeError as error:
+        raise UserError(f"{folder / 'hyperparameters.yaml'}: data: {error}. Give --data FILE") from None
+    return data
+
+
+@dataclass
+class _AsItIs(DataModule):
+    """Records that are all measured."""
+
+    of: Any = None
+
+    @property
+    def source(self) -> str:
+        return str(self.of.source)
+
+    def records(self) -> tuple[Sequence[Any], Sequence[Any] | None]:
+        train, val = self.of.records()
+        chosen = train if val is None else val
+        return chosen, chosen
+
+
+def on_records(
+    llm: "LLM", data: DataModule, everything: bool = True, batch_size: int = 1, limit: Optional[float] = None, max_new_tokens: int = 128
+) -> dict[str, Any]:
+    """Return the loss per token on the validation records, and how the model's most probable answers compare with theirs.
+
+    `everything`: if the data has no validation part and names no share for it, all records are measured.
+    """
+    if limit is not None and (limit < 1 or limit != int(limit)):
+        raise UserError(f"limit is {limit}: a number of records, from 1, is needed")
+    data.prepare_data()
+    if everything and data.val_split_fraction is None:
+        shared = {name: getattr(data, name) for name in ("mask_prompt", "prompt_style", "last_turn_only", "strict")}
+        data = _AsItIs(of=data, **shared)
+    style, model = llm.prompt_style, llm.model
+    if data.prompt_style is not None:
+        from litgpt.prompts import resolve_prompt_style
+
+        style = resolve_prompt_style(data.prompt_style, llm.folder, llm.tokenizer)
+    splits = data.splits(llm.tokenizer, style, model.max_seq_length)
+    count = min(len(splits.val), int(limit or len(splits.val)))
+    console = Console()
+    loss, tokens = _loss(llm, splits.val[:count], batch_size, console)
+    results: dict[str, Any] = {
+        "model": llm.config.name,
+        "checkpoint_dir": str(llm.folder),
+        "data": data.source,
+        "records": count,
+        "tokens": tokens,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+    }
+    if max_new_tokens:
+        answers = []
+        with console.progress("answers") as progress:
+            for record in splits.examples[:count]:
+                answers.append(_answered(llm, style, record, max_new_tokens))
+                progress(len(answers), count)
+        for name in ("exact_match", "rouge_l"):
+            results[name] = sum(answer[name] for answer in answers) / count
+        results["answers"] = answers
+    return results
+
+
+def _loss(llm: "LLM", samples: "list[Sample]", batch_size: int, console: Console) -> tuple[float, int]:
+    """Return the mean loss of the samples' loss tokens, and their number."""
+    import torch
+
+    from litgpt.activations.cache import Recompute
+    from litgpt.loss import HeadLoss, loss_of
+
+    activations, head_loss = Recompute(llm.model, samples, next(llm.model.parameters()).device), HeadLoss.of(llm.model)
+    total, tokens = 0.0, sum(sample.n_targets for sample in samples)
+    with torch.no_grad(), console.progress("loss") as progress:
+        for start in range(0, len(samples), batch_size):
+            batch = range(start, min(start + batch_size, len(samples)))
+            total += loss_of(llm.model, activations(batch), head_loss).item()
+            progress(batch.stop, len(samples))
+    return total / tokens, tokens
+
+
+def _answered(llm: "LLM", style: Any, record: "Record", max_new_tokens: int) -> dict[str, Any]:
+    """Return the question of a record, its answer, the model's, and how they compare. Of a conversation the last reply is asked for."""
+    last = max(i for i, is_learned in enumerate(record.learned) if is_learned)
+    text, spans = render(record, style, llm.tokenizer, [last])
+    prompt, expected = text[: spans[0][0]], str(record.messages[last]["content"])
+    ids = llm.tokenizer.encode(prompt, bos=style.bos)
+    room = min(max_new_tokens, llm.model.max_seq_length - len(ids))
+    answer = llm.tokenizer.decode(list(llm.complete(prompt, room, temperature=0.0))) if room > 0 else ""
+    scores = {"exact_match": float(answer.split() == expected.split()), "rouge_l": rouge_l(expected, answer)}
+    return {"question": str(record.messages[last - 1]["content"]), "expected": expected, "answer": answer.strip(), **scores}
+
+
+def rouge_l(expected: str, answer: str) -> float:
+    """Return ROUGE-L (Lin 2004): the F1 of the longest common subsequence of words, in lower case."""
+    left, right = (WORD.findall(text.lower()) for text in (expected, answer))
+    row = [0] * (len(right) + 1)
+    for word in left:
+        above = row
+        row = [0]
+        for i, other in enumerate(right):
+            row.append(above[i] + 1 if word == other else max(above[i + 1], row[i]))
+    return 2 * row[-1] / (len(left) + len(right)) if row[-1] else 0.0
+
+
+def rows_of(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures for people: name and value."""
+    names = {"records": "records", "tokens": "tokens with loss", "loss": "loss per token", "perplexity": "perplexity"}
+    names |= {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
+    shown = {int: "{:,}", float: "{:.4f}"}
+    return [(title, shown[type(results[name])].format(results[name])) for name, title in names.items() if name in results]

@@ -1,0 +1,127 @@
+"""`litgpt evaluate --data`: the figures against plain computations, on every kind of folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litgpt.__main__ import main
+from litgpt.api import LLM
+from litgpt.checkpoint import load_model
+from litgpt.data import JSON
+from litgpt.evaluate import rouge_l
+from litgpt.prompts import resolve_prompt_style
+from litgpt.tokenizer import Tokenizer
+from tests.helpers import runs, tiny
+
+SKIP = {"lora_r": 4, "lora_alpha": 8, "skip2lora_enabled": True}
+LORA = {"lora_r": 4, "lora_alpha": 8, "lora_query": True, "lora_value": True}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
+
+
+def evaluate(folder: Path, *words: str) -> dict[str, Any]:
+    """The content of results.json."""
+    out = folder.parent / "evaluated"
+    assert main(["evaluate", str(folder), "--out_dir", str(out), "--dtype", "float32", *words]) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.parametrize("settings", [{}, SKIP, LORA])
+@pytest.mark.parametrize("batch_size", ["1", "auto"])
+def test_loss(settings: dict[str, Any], batch_size: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss is that of each sample alone through the whole model; all records of a file count."""
+    folder, data = tmp_path / "adapter", runs.write_data(tmp_path / "data.json", 6)
+    if settings:
+        built = tiny.move_adapters(tiny.tiny(**tiny.SPEAKING, **settings))
+        tiny.write_adapter(folder, base, built, **settings)
+    else:
+        folder.symlink_to(base)
+    results = evaluate(folder, "--data", str(data), "--batch_size", batch_size, "--max_new_tokens", "0")
+    both = tmp_path / "both"
+    both.mkdir()
+    for name in ("train", "val"):
+        (both / f"{name}.json").write_text(data.read_text())
+    samples = JSON(json_path=both).splits(Tokenizer(base), resolve_prompt_style(None, base, fallback="default"), 256).val
+    assert results["loss"] == pytest.approx(runs.plain_loss(load_model(folder, torch.float32), samples), rel=1e-5)
+    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
+    assert (results["records"], results["tokens"]) == (6, sum(sample.n_targets for sample in samples))
+    assert f"{results['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_answers(base: Path, tmp_path: Path) -> None:
+    """A record that holds the model's own answer is an exact match."""
+    llm = LLM.load(base, precision="32-true")
+    own = llm.generate("hello there", max_new_tokens=8, temperature=0)
+    assert own.split()
+    records = [{"instruction": "hello there", "output": own}, {"instruction": "another", "output": "something else entirely"}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    folder = tmp_path / "model"
+    folder.symlink_to(base)
+    results = evaluate(folder, "--data", str(tmp_path / "data.json"), "--max_new_tokens", "8")
+    assert [answer["exact_match"] for answer in results["answers"]] == [1.0, 0.0] and results["exact_match"] == 0.5
+    assert results["answers"][0]["answer"] == own.strip() and results["answers"][0]["question"] == "hello there"
+    one = ["--data", str(tmp_path / "data.json"), "--max_new_tokens", "0", "--limit", "1"]
+    exact, rounded = evaluate(folder, *one), evaluate(folder, *one, "--quantize", "int8")
+    assert exact["records"] == rounded["records"] == 1 and 0 < abs(exact["loss"] - rounded["loss"]) < 0.05 * exact["loss"]
+
+
+def test_a_run_is_measured_on_its_own_validation_records(base: Path, tmp_path: Path) -> None:
+    data = runs.write_data(tmp_path / "data.json")
+    run = runs.finetune("finetune_lora", base, data, tmp_path / "out", eval__max_new_tokens=None)
+    assert run.code == 0, run.err
+    results = evaluate(run.final, "--max_new_tokens", "0")
+    assert results["records"] == 2 and results["loss"] == pytest.approx(run.report["final_val_loss"], rel=1e-5)
+
+
+def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = runs.write_data(tmp_path / "data.json", 3)
+    for words, said in (
+        ([], "Give --data FILE, or --tasks NAMES"),
+        (["--data", str(data), "--tasks", "x"], "tasks and data are both given"),
+        (["--data", str(data), "--batch_size", "many"], "batch_size is 'many'"),
+        (["--data", str(data), "--limit", "0.5"], "limit is 0.5"),
+        (["--data", str(data), "--dtype", "int3"], "dtype is 'int3'"),
+    ):
+        assert main(["evaluate", str(base), *words]) == 1
+        assert said in capsys.readouterr().err
+    assert not (base / "evaluate").exists()
+
+
+def test_without_the_harness(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "litgpt.integrations.harness", raising=False)
+    assert main(["evaluate", str(base), "--tasks", "hellaswag"]) == 1
+    assert 'pip install "litgpt[eval]"' in capsys.readouterr().err
+
+
+PAIRS = [
+    ("the cat sat on the mat", "the cat on a mat"),
+    ("a b c", "x y"),
+    ("Yes.", "yes"),
+    ("", "a"),
+    ("a a b", "b a a"),
+    ("x_1 y-2", "1 2"),
+]
+SCORES = [8 / 11, 0.0, 1.0, 0.0, 2 / 3, 4 / 6]
+
+
+@pytest.mark.parametrize(("pair", "score"), list(zip(PAIRS, SCORES, strict=True)))
+def test_rouge_l(pair: tuple[str, str], score: float) -> None:
+    assert rouge_l(*pair) == pytest.approx(score)
+
+
+def test_rouge_l_against_rouge_score() -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    for expected, answer in PAIRS:
+        assert rouge_l(expected, answer) == pytest.approx(scorer.score(expected, answer)["rougeL"].fmeasure)
