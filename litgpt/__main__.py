@@ -40,6 +40,7 @@ COMMANDS = {
     "prompts": Command("litgpt.examine:prompts", "Show the prompt styles, or the chat template of a model."),
     "evaluate": Command("litgpt.evaluate:evaluate", "Measure a model or an adapter on your records, or on tasks of lm-evaluation-harness."),
     "download": Command("litgpt.download:download_from_hub", "Get a model from the Hugging Face hub."),
+    "push": Command("litgpt.push:push", "Upload a model or an adapter to the Hugging Face hub."),
     "validate": Command("litgpt.validate:validate", "Check a checkpoint or an adapter, and what memory it needs."),
     "convert_to_litgpt": Command(
         "litgpt.convert.to_litgpt:convert_to_litgpt", "Make a checkpoint from a GGUF file or a Hugging Face folder."

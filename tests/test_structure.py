@@ -37,7 +37,7 @@ generate.engine generate.batch
 train
 finetune
 convert.card convert.adapter convert.from_litgpt
-generate api validate download integrations examine
+generate api validate download integrations examine push
 keys help
 evaluate
 litgpt cli __main__

@@ -1,7 +1,8 @@
-"""A Hugging Face hub on this machine: the few endpoints that `huggingface_hub` downloads through, and the ways in which they fail."""
+"""A Hugging Face hub on this machine: the few endpoints that `huggingface_hub` uses, and the ways in which they fail."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -29,6 +31,12 @@ class Hub:
     ranges: list[str] = field(default_factory=list)
     """the Range headers of the files' transfers"""
     url: str = ""
+    uploads: Path | None = None
+    """the folder of new models; None: uploads are refused"""
+    visibility: dict[str, str | None] = field(default_factory=dict)
+    """of new models, as it was asked for"""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """uploaded large files, by SHA-256"""
 
     def fetched(self) -> set[str]:
         """The files whose content was asked for."""
@@ -59,6 +67,47 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             self.answer(body=True)
+
+        def do_PUT(self) -> None:
+            hub.objects[self.path.split("/")[-1]] = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send(200, {}, b"")
+
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append(f"POST {path}")
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            if hub.uploads is None or self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self.send(401 if "Authorization" not in self.headers else 403, {}, b'{"error": "no permission"}')
+                return
+            lines = [json.loads(line) for line in sent.splitlines()] if sent.startswith(b'{"key"') else [json.loads(sent)]
+            self.send(200, {"Content-Type": "application/json"}, json.dumps(self.upload(path, lines)).encode())
+
+        def upload(self, path: str, lines: list[Any]) -> object:
+            """The answer to a request of `huggingface_hub.HfApi.create_repo` and `upload_folder`; safetensors go through LFS."""
+            if path == "/api/repos/create":
+                name = f"{lines[0]['organization']}/{lines[0]['name']}"
+                hub.models.setdefault(name, hub.uploads / name).mkdir(parents=True, exist_ok=True)  # type: ignore[operator]
+                hub.visibility[name] = lines[0].get("visibility")
+                return {"url": f"{hub.url}/{name}"}
+            if path == "/api/validate-yaml":
+                return {"errors": [], "warnings": []}
+            if path.endswith("/preupload/main"):
+                modes = {file["path"]: "lfs" if file["path"].endswith(".safetensors") else "regular" for file in lines[0]["files"]}
+                return {"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]}
+            if path.endswith(".git/info/lfs/objects/batch"):
+                return {
+                    "transfer": "basic",
+                    "objects": [{**one, "actions": {"upload": {"href": f"{hub.url}/objects/{one['oid']}"}}} for one in lines[0]["objects"]],
+                }
+            name = "/".join(path.split("/")[3:5])
+            folder = hub.models[name]
+            for line in lines:
+                value = line["value"]
+                if line["key"] != "header":
+                    file = folder / value["path"]
+                    file.parent.mkdir(exist_ok=True)
+                    file.write_bytes(base64.b64decode(value["content"]) if line["key"] == "file" else hub.objects[value["oid"]])
+            return {"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
 
         def send(self, status: int, headers: dict[str, str], content: bytes, body: bool = True) -> None:
             self.send_response(status)

@@ -1,0 +1,110 @@
+"""`litgpt push`: upload a model or an adapter to the Hugging Face hub, in a form that others load."""
+
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Optional
+
+from litgpt.checkpoint import ADAPTER_WEIGHTS, FOREIGN_ADAPTERS, TOKENIZER_FILES, WEIGHTS
+from litgpt.convert.hf import WEIGHT_FILES
+from litgpt.convert.resolve import HUB_NAME, open_checkpoint
+from litgpt.errors import UserError
+from litgpt.files import expand_path
+from litgpt.streams import unescaped, without_secrets
+from litgpt.text import size
+
+PUBLIC = (  # the files of a model or an adapter; nothing else leaves the machine
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf", "Modelfile"),
+    *("config.json", *FOREIGN_ADAPTERS, *TOKENIZER_FILES, "*.jinja", "additional_chat_templates/*.jinja", "prompt_style.yaml"),
+    *("README.md", "LICENSE*"),
+)
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    access_token: Optional[str] = None,
+    commit_message: str = "Upload with litgpt",
+) -> None:
+    """Upload a model or an adapter to the Hugging Face hub, with its model card.
+
+    A Hugging Face folder, a PEFT adapter and a portable Skip2-LoRA adapter are uploaded as they are. A run, an adapter or a checkpoint of
+    litgpt is converted first: LoRA to PEFT's format, Skip2-LoRA to the portable one, a model to Hugging Face's. Merged LoRA goes up as a
+    model after `litgpt convert_from_litgpt`.
+
+    Args:
+        folder: The folder.
+        repo_id: The name on the hub, ORG/NAME. It is made if it does not exist.
+        private: Make a new repository private.
+        access_token: Hugging Face token that may write. Default: HF_TOKEN in the environment, or the saved login.
+        commit_message: Title of the commit.
+    """
+    if not HUB_NAME.fullmatch(repo_id):
+        raise UserError(f"{repo_id!r} is no name on the hub: give ORG/NAME, such as your-name/my-model")
+    with _public_form(expand_path(folder), repo_id.partition("/")[2]) as public:
+        names = [path.relative_to(public).as_posix() for path in sorted(public.rglob("*")) if path.is_file()]
+        names = [name for name in names if any(fnmatch(name, pattern) for pattern in PUBLIC)]
+        if not any(fnmatch(name, pattern) for pattern in PUBLIC[:5] for name in names):
+            raise UserError(f"{public} has no weights to upload")
+        total = sum((public / name).stat().st_size for name in names)
+        print(f"Uploading {len(names)} files, {size(total)}, to {repo_id}: {', '.join(names)}", file=sys.stderr)
+        print(without_secrets(_upload(public, names, repo_id, private, access_token, commit_message)))
+
+
+@contextmanager
+def _public_form(folder: Path, name: str) -> Iterator[Path]:
+    """Yield the folder, or a temporary one named `name` with its converted form."""
+    is_hf = (folder / "config.json").is_file() and any((folder / file).is_file() for file in WEIGHT_FILES)
+    if is_hf or any((folder / file).is_file() for file in FOREIGN_ADAPTERS):
+        yield folder
+        return
+    if folder.is_dir() and any(folder.glob("*.gguf")) and not (folder / WEIGHTS).is_file():
+        yield folder
+        return
+    source = open_checkpoint(folder)
+    place = Path(tempfile.mkdtemp(prefix=".push-", dir=source.parent if os.access(source.parent, os.W_OK) else None))
+    try:
+        from litgpt.convert.adapter import convert_adapter
+        from litgpt.convert.from_litgpt import convert_from_litgpt
+
+        print(f"Converting {source} ...", file=sys.stderr)
+        with redirect_stdout(io.StringIO()):  # a temporary path is of no use
+            (convert_adapter if (source / ADAPTER_WEIGHTS).is_file() else convert_from_litgpt)(source, place / name)
+        yield place / name
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _upload(folder: Path, names: list[str], repo_id: str, private: bool, token: Optional[str], message: str) -> str:
+    """Upload the files and return the address of the model's page. Raises UserError if the hub refuses or is not reached."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import huggingface_hub
+    from huggingface_hub import errors
+    from huggingface_hub.utils import logging  # the package does not import it by itself
+
+    logging.set_verbosity_error()
+    api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    page = without_secrets(f"{api.endpoint}/{repo_id}")
+    try:
+        with redirect_stderr(unescaped(sys.stderr)):  # for its progress bars
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message=message)
+    except (OSError, RuntimeError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UserError(
+                f"{page} may not be written to (HTTP status {status}): give --access_token, or HF_TOKEN in the environment, "
+                "a token that may write there"
+            ) from None
+        lines = without_secrets(str(error)).strip().splitlines()
+        reason = f"HTTP status {status}: {lines[-1] if lines else ''}" if status else (lines[0] if lines else type(error).__name__)
+        raise UserError(f"{page}: the upload failed ({reason[:300]}). Try again: what is there already is not sent again") from None
+    return page
