@@ -62,7 +62,8 @@ def test_a_lora_run_becomes_an_adapter_that_peft_loads(hub: Hub, base: Path, pus
     uploaded = hub.models["me/my-lora"]
     assert {file.name for file in uploaded.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert str(tmp_path) not in (uploaded / "README.md").read_text() and ', "my-lora")' in (uploaded / "README.md").read_text()
-    hf = tiny.hf_of(LLM.load(base, precision="32-true").config, LLM.load(base, precision="32-true").model.state_dict())
+    assert main(["convert_from_litgpt", str(base), str(tmp_path / "hf")]) == 0
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     ours, idx = LLM.load(run, precision="32-true").model, tiny.ids(1, 9)
     torch.testing.assert_close(PeftModel.from_pretrained(hf, str(uploaded))(idx).logits, ours(idx), rtol=1e-4, atol=1e-4)
     assert [path.name for path in run.iterdir()] == ["final"]  # the conversion's folder is gone
