@@ -57,19 +57,21 @@ class LLM:
         precision: str | None = None,
         device: torch.device | str | None = None,
         quantize: str | None = None,
+        base: str | Path | None = None,
     ) -> LLM:
         """Load a base model, a merged model, or an adapter (LoRA or Skip2-LoRA) with its base. Hugging Face folders and GGUF files are
         converted on first use (`litgpt.convert.resolve`).
 
         The default `precision` is bf16-true where the device computes it natively, else 32-true; the default `device` is the first GPU, or
-        the CPU. `quantize` is a mode of `litgpt.quantize`. Raises UserError for a folder that cannot be loaded.
+        the CPU. `quantize` is a mode of `litgpt.quantize`; `base` an adapter's base, if not the one that its folder names. Raises
+        UserError for a folder that cannot be loaded.
         """
-        folder = open_checkpoint(model)
+        folder, base = open_checkpoint(model), base and open_checkpoint(base)
         target = find_device(device)
-        gpt = checkpoint.load_model(folder, inference_dtype(precision or default_precision(target)), target, quantize=quantize)
+        gpt = checkpoint.load_model(folder, inference_dtype(precision or default_precision(target)), target, base, quantize)
         tokenizer_dir = folder
         if checkpoint.is_adapter_folder(folder) and not (folder / "tokenizer.json").is_file():
-            tokenizer_dir, _ = checkpoint.adapter_settings(folder)
+            tokenizer_dir, _ = checkpoint.adapter_settings(folder, base)
         tokenizer = Tokenizer(tokenizer_dir)
         style_dir = folder if (folder / PROMPT_STYLE_FILE).is_file() else tokenizer_dir
         style = resolve_prompt_style(None, style_dir, tokenizer, fallback="default")

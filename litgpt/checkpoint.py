@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import warnings
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from litgpt.model import GPT
 
 WEIGHTS = "lit_model.pth"
+PROMPT_SETTINGS = ("adapter_prompt_length", "adapter_start_layer")  # of LLaMA-Adapter
 ADAPTER_WEIGHTS = "lit_model.pth.lora"
+ADAPTERS = {ADAPTER_WEIGHTS: "litgpt.lora", "lit_model.pth.adapter": "litgpt.adapter", "lit_model.pth.adapter_v2": "litgpt.adapter_v2"}
 PEFT_ADAPTER, PORTABLE_ADAPTER = FOREIGN_ADAPTERS = ("adapter_config.json", "skip2lora_config.json")  # PEFT's; Skip2-LoRA's portable one
 BASE = "base.json"  # beside an adapter: sha256, size and modification time of its base's weights
 TOKENIZER_FILES = (
@@ -182,6 +185,8 @@ def _is_tokenizer_model(raw: bytes) -> bool:
 
 def adapter_hint(folder: Path) -> str:
     """Return what to do with an adapter's folder where a model is needed, to follow a message; "" for another folder."""
+    if adapter_file(folder).name != ADAPTER_WEIGHTS:
+        return ": it holds a LLaMA-Adapter, which generate, chat and validate read as it is"
     if (folder / ADAPTER_WEIGHTS).is_file():
         return (
             f": it holds an adapter, which generate, chat and validate read as it is. `litgpt merge_lora {folder}` makes a checkpoint of "
@@ -218,13 +223,11 @@ def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: st
     """Return a model on the meta device, for `load_base`. Raises UserError for sizes that `weights`, or any machine, cannot have."""
     import torch
 
-    from litgpt.lora import GPT
-
     if config.n_layer > len(weights):
         raise UserError(f"{source} holds {len(weights)} tensors, too few for the {config.n_layer} blocks (n_layer) of model_config.yaml")
     try:
         with torch.device("meta"):
-            return GPT(config)
+            return config.make_model()
     except (RuntimeError, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source} cannot be of the sizes that model_config.yaml gives (n_embd {config.n_embd} ...): {reason}") from None
@@ -264,7 +267,7 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     tied = is_tied(weights)
     if tied:
         weights = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
-    adapters = adapter_parameters(model)
+    adapters = adapter_parameters(model, added=True)
     expected = {name.replace(".linear.", "."): value.shape for name, value in model.state_dict().items() if name not in adapters}
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} is unknown" for name in weights if name not in expected]
@@ -386,6 +389,8 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
     if not isinstance(values, dict) or not (base or isinstance(values.get("checkpoint_dir"), str)):
         raise UserError(f"{file} must hold the adapter's settings and its base's checkpoint_dir, and does not")
     base = Path(base or values["checkpoint_dir"])
+    if adapter_file(folder).name != ADAPTER_WEIGHTS:
+        return base, {key: values[key] for key in PROMPT_SETTINGS if key in values}
     try:
         settings = model_settings(values)
     except UserError as error:
@@ -410,7 +415,20 @@ def adapter_settings(folder: str | Path, base: str | Path | None = None) -> tupl
 
 def is_adapter_folder(folder: str | Path) -> bool:
     """Return True if the folder holds an adapter and no complete model."""
-    return (Path(folder) / ADAPTER_WEIGHTS).is_file() and not (Path(folder) / WEIGHTS).is_file()
+    return adapter_file(folder).is_file() and not (Path(folder) / WEIGHTS).is_file()
+
+
+def adapter_file(folder: str | Path) -> Path:
+    """Return the file with the adapter's weights in a folder; LoRA's name if there is none."""
+    files = [Path(folder) / name for name in ADAPTERS]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def adapted_config(folder: str | Path, base: Path, settings: Mapping[str, Any]) -> LoRAConfig:
+    """Return the config of `base` with the adapter of a folder, whose settings are given."""
+    kind = importlib.import_module(ADAPTERS[adapter_file(folder).name]).Config
+    config: LoRAConfig = kind.from_checkpoint(base, **settings)
+    return config
 
 
 def _answers_by_adapter(folder: Path, dtype: torch.dtype) -> bool:
@@ -439,18 +457,19 @@ def load_model(
     from litgpt.lora import Config as LoRAConfig
 
     adapter = is_adapter_folder(folder) or _answers_by_adapter(Path(folder), dtype)
-    require_whole(folder, ADAPTER_WEIGHTS, WEIGHTS)
+    require_whole(folder, *ADAPTERS, WEIGHTS)
     base, settings = adapter_settings(folder, base) if adapter else (Path(folder), {})
     require_checkpoint(base)
     config = LoRAConfig.from_checkpoint(base)
     if adapter:
         try:
-            config = LoRAConfig.from_checkpoint(base, **settings)
+            config = adapted_config(folder, base, settings)
         except UserError as error:
             raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
     model = build_model(config, base, dtype, mapped=quantize is not None)
     if adapter:
-        load_adapter(model, load_weights(Path(folder) / ADAPTER_WEIGHTS), Path(folder) / ADAPTER_WEIGHTS)
+        file = adapter_file(folder)
+        load_adapter(model, load_weights(file), file)
     if quantize is not None:
         from litgpt.quantize import quantise
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ class Config(base.Config, AdapterSettings):
     skip2lora_warmup: bool = False
     """LoRA on every block was trained before Skip2-LoRA, and stays, frozen, in front of the cut."""
 
+    adapter_file: ClassVar[str] = "lit_model.pth.lora"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         AdapterSettings.__post_init__(self)
@@ -64,6 +66,10 @@ class Config(base.Config, AdapterSettings):
         if self.skip2lora_warmup:
             self.require_warmup("a warm-up")
         _ = self.taps, self.lora_blocks  # a wrong block index is reported here, not later
+
+    def make_model(self) -> GPT:
+        """Return a model with the adapters of this config."""
+        return GPT(self)
 
     @property
     def cut(self) -> int | None:
@@ -210,12 +216,6 @@ class LoRALinear(LoRALayer, LinearAdapter):
 
     def make_parameters(self, in_features: int, out_features: int) -> None:
         self._make((self.r, in_features), (out_features, self.r))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("weight", "bias"):
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}linear.{name}"] = state_dict.pop(prefix + name)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def up(self) -> torch.Tensor:
         return self.lora_B * self.scaling

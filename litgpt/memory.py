@@ -29,7 +29,7 @@ from torch import nn
 
 from litgpt import lora
 from litgpt.activations.cache import is_flat
-from litgpt.adapters.base import adapter_parameters
+from litgpt.adapters.base import Wrapper, adapter_parameters
 from litgpt.loss import CHUNK_BYTES
 from litgpt.model import Block, LLaMAMoE, RMSNorm
 from litgpt.quantize import GROUP, frozen_linears
@@ -68,7 +68,7 @@ def estimate(
     embedding are one tensor. `width`: bytes of a parameter, 2 for bf16. `checkpointing`: `train.activation_checkpointing`.
     """
     with torch.device("meta"):
-        model = lora.GPT(config)
+        model = config.make_model()
     lora.mark_only_lora_as_trainable(model)
     adapters = sum(p.numel() for p in adapter_parameters(model).values())
     base = sum(p.numel() for p in model.parameters()) - adapters - tied * config.V * config.n_embd
@@ -117,5 +117,6 @@ def learning_inputs(part: nn.Module, full: bool) -> int:
     for layer in part.modules():
         if isinstance(layer, lora.LoRALinear) and layer.r and layer.lora_A.requires_grad:
             total += layer.in_features * (1 if isinstance(layer.lora_dropout, nn.Identity) else 2)
+        if isinstance(layer, Wrapper) and any(p.requires_grad for p in layer.parameters(recurse=False)):
             total += layer.out_features * layer.kept_outputs
     return total

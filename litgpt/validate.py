@@ -71,7 +71,7 @@ def validate(checkpoint_dir: Path) -> None:
     if problems := [f"{check.name}: {problem}" for check in checks for problem in check.problems]:
         raise UserError("\n  ".join((f"{folder} has {_counted(problems)}:", *problems)))
     base, settings = checkpoint.adapter_settings(folder) if is_adapter else (folder, {})
-    print(f"\n{memory_table(base, settings)}\n{ESTIMATED}")
+    print(f"\n{memory_table(base, settings, folder if is_adapter else None)}\n{ESTIMATED}")
 
 
 def _summary(check: Check) -> str:
@@ -97,10 +97,10 @@ def model_checks(folder: Path, prefix: str = "") -> Iterator[Check]:
 
 def adapter_checks(folder: Path) -> Iterator[Check]:
     """Check everything in an adapter's folder, and its base."""
-    yield _run("files", lambda: files(folder, (checkpoint.ADAPTER_WEIGHTS, "hyperparameters.yaml")))
+    yield _run("files", lambda: files(folder, (checkpoint.adapter_file(folder).name, "hyperparameters.yaml")))
     yield _run("manifest", lambda: manifest(folder))
     yield (base := _run("base", lambda: (str(checkpoint.adapter_settings(folder)[0]), [])))
-    yield _run("values", lambda: values(checkpoint.load_weights(folder / checkpoint.ADAPTER_WEIGHTS)))
+    yield _run("values", lambda: values(checkpoint.load_weights(checkpoint.adapter_file(folder))))
     if (folder / "tokenizer.json").is_file():
         yield _run("prompt style", lambda: prompt_style(folder))
     if not base.problems:
@@ -236,7 +236,7 @@ def adapter(folder: Path) -> Result:
     return f"{trained:,} parameters, fits its base", []
 
 
-def memory_table(base: Path, adapter_settings: dict[str, Any]) -> str:
+def memory_table(base: Path, adapter_settings: dict[str, Any], adapter: Path | None = None) -> str:
     """Return the estimated memory to train an adapter with these settings, or to train the base in each way of `TRAINING`."""
     from litgpt.lora import Config as LoRAConfig
     from litgpt.memory import PROCESS, estimate
@@ -245,8 +245,9 @@ def memory_table(base: Path, adapter_settings: dict[str, Any]) -> str:
     tied = checkpoint.is_tied(stored)
     length = min(LENGTH, Config.from_checkpoint(base).block_size)
     rows = [["method", "trained", "weights", "training", "activations", "total"]]
-    for name, settings, arguments in (("this adapter", adapter_settings, {}),) if adapter_settings else TRAINING:
-        need = estimate(LoRAConfig.from_checkpoint(base, **settings), BATCH * length, tied=tied, **arguments)
+    for name, settings, arguments in (("this adapter", adapter_settings, {}),) if adapter else TRAINING:
+        config = checkpoint.adapted_config(adapter, base, settings) if adapter else LoRAConfig.from_checkpoint(base, **settings)
+        need = estimate(config, BATCH * length, tied=tied, **arguments)
         sizes = (need.weights, need.training, need.activations, need.total + PROCESS)
         rows.append([name, f"{need.trained:,}", *map(size, sizes)])
     return f"memory to fine-tune it in bf16-true, micro-batches of {BATCH} x {length} tokens\n{text_table(rows)}"

@@ -25,6 +25,8 @@ families
 config
 rope packing model
 adapters lora
+adapter
+adapter_v2
 loss
 quantize device optim logs tokenizer
 activations
@@ -53,6 +55,7 @@ WITHOUT_TESTS: set[str] = set()
 
 # Files and folders without test files of their names, and the tests that cover them.
 COVERED_BY = {
+    "adapter_v2": "tests/test_adapter.py",
     "__main__": "tests/test_cli.py",
     "sample": "tests/test_packing.py",
     "families": "tests/families/test_architectures.py",  # all families by the same tests

@@ -14,19 +14,34 @@ class Adapter(nn.Module):
 
     skips_cut = False  # True: the output joins the tail, so that gradients reach the adapter even in front of the cut
 
+    tunes_base = False  # True: the parameters are the base's own, which start from its values
+
     def reset_parameters(self) -> None:
         """Set fresh values with which the model computes what it does without the adapter."""
         raise NotImplementedError
 
 
-class LinearAdapter(Adapter):
-    """An adapter around a linear layer, `linear`, that acts as an update of its weight: B A, scaled."""
+class Wrapper(Adapter):
+    """An adapter around a linear layer. A state dict's `weight` and `bias` go to that layer."""
 
     linear: Any  # an `nn.Linear`, or quantised
+    in_features: int
+    out_features: int
+    kept_outputs = 0  # tensors of the layer's output size that autograd keeps for the adapter
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("weight", "bias"):
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}linear.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LinearAdapter(Wrapper):
+    """An adapter around a linear layer, `linear`, that acts as an update of its weight: B A, scaled."""
+
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     r: int
-    kept_outputs = 0  # tensors of the layer's output size that autograd keeps for the adapter
 
     def make_parameters(self, in_features: int, out_features: int) -> None:
         """Register the adapter's parameters, without values."""
@@ -59,12 +74,13 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     yield from ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the adapters' parameters by their names in the model."""
+def adapter_parameters(model: nn.Module, added: bool = False) -> dict[str, nn.Parameter]:
+    """Return the adapters' parameters by their names in the model; with `added` without those that the base has as well."""
     return {
         f"{name}.{key}" if name else key: parameter
         for name, adapter in adapters(model)
         for key, parameter in adapter.named_parameters(recurse=False)
+        if not (added and adapter.tunes_base)
     }
 
 
@@ -74,10 +90,13 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def renew_adapters(model: nn.Module) -> None:
-    """Give every adapter fresh fp32 values on the CPU, drawn in the order of the modules: a seed gives equal models the same values."""
+    """Give every adapter fresh fp32 values on the CPU, drawn in the order of the modules: a seed gives equal models the same values.
+
+    Parameters of the base keep their values.
+    """
     for _, adapter in adapters(model):
         own = dict(adapter.named_parameters(recurse=False))
         for name, parameter in own.items():
-            setattr(adapter, name, nn.Parameter(torch.empty(parameter.shape)))
-        if own:
+            setattr(adapter, name, nn.Parameter(parameter.detach().float() if adapter.tunes_base else torch.empty(parameter.shape)))
+        if own and not adapter.tunes_base:
             adapter.reset_parameters()

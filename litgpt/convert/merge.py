@@ -22,6 +22,8 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
     """
     folder = Path(checkpoint_dir)
     if not (folder / checkpoint.ADAPTER_WEIGHTS).is_file():
+        if (other := checkpoint.adapter_file(folder)).is_file():
+            raise UserError(f"{other} is a LLaMA-Adapter, which cannot be merged: generate and chat read the folder as it is")
         if hint := checkpoint.adapter_hint(folder):
             raise UserError(f"{folder} has another format{hint}")
         raise UserError(f"{folder} holds no adapter: {checkpoint.ADAPTER_WEIGHTS} is missing. Name a folder that `litgpt finetune` wrote")

@@ -67,7 +67,9 @@ def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
 def open_full_model(path: str | Path, form: str) -> Path:
     """Return the folder of a full model, converted if needed. Raises UserError for an adapter, which cannot be converted into `form`."""
     folder = open_checkpoint(path)
-    if (folder / ADAPTER_WEIGHTS).is_file():
+    if (file := checkpoint.adapter_file(folder)).is_file():
+        if file.name != ADAPTER_WEIGHTS:
+            raise UserError(f"{folder} holds a LLaMA-Adapter, which no weights of the base can express: it has no place in {form}")
         if checkpoint.read_adapter_settings(folder)[1].get("skip2lora_enabled"):
             raise UserError(
                 f"{folder} holds a Skip2-LoRA adapter, which reads the outputs of earlier blocks and cannot be folded into {form}: "
@@ -117,7 +119,7 @@ def result_of(run: Path) -> Path:
 
 def has_weights(folder: Path) -> bool:
     """Return True if the folder holds a LitGPT model or adapter."""
-    return any((folder / name).is_file() for name in (WEIGHTS, ADAPTER_WEIGHTS))
+    return any((folder / name).is_file() for name in (WEIGHTS, *checkpoint.ADAPTERS))
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -170,7 +172,7 @@ class Conversion:
             if not is_hf_folder(self.source):
                 return True
             if not (self.source / WEIGHTS).is_file():
-                return (self.source / ADAPTER_WEIGHTS).is_file()
+                return checkpoint.adapter_file(self.source).is_file()
             if record is None or self._changed(record):
                 return True
         elif not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):

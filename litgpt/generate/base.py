@@ -60,13 +60,17 @@ def main(
 
 
 def open_model(
-    checkpoint_dir: Path, precision: Optional[str], quantize: Optional[Quantization] = None, device: Optional[str] = None
+    checkpoint_dir: Path,
+    precision: Optional[str],
+    quantize: Optional[Quantization] = None,
+    device: Optional[str] = None,
+    base: Optional[Path] = None,
 ) -> "LLM":
     """Load the checkpoint, and print its name, dtype and device to standard error."""
     start = time.perf_counter()
     from litgpt.api import LLM
 
-    llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize, device=device)
+    llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize, device=device, base=base)
     dtype, place = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
     form = f"{dtype}, {quantize}" if quantize else dtype
     print(f"{llm.config.name}, {form} on {place}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)

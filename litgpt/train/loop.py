@@ -125,7 +125,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.head_loss = HeadLoss.of(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.highest_sound = DIVERGED * math.log(self.model.config.padded_vocab_size)
+        self.highest_sound = DIVERGED * math.log(self.model.config.V)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = self._total_steps()
         warmup = self.train.lr_warmup_steps or 0

@@ -84,13 +84,6 @@ def adapters(settings: Any) -> Method:
             quantise(model, quantize)
         mark_only_lora_as_trainable(model)
 
-    def save(model: GPT, folder: Path) -> None:
-        checkpoint.save_weights({"model": adapter_state(model)}, folder / checkpoint.ADAPTER_WEIGHTS)  # type: ignore[dict-item]
-
-    def load(model: GPT, folder: Path) -> None:
-        file = folder / checkpoint.ADAPTER_WEIGHTS
-        checkpoint.load_adapter(model, checkpoint.load_weights(file), file)
-
     def finish(model: GPT, folder: Path) -> bool:
         if any(isinstance(module, Skip2LoRA) for module in model.modules()):
             return False
@@ -103,14 +96,37 @@ def adapters(settings: Any) -> Method:
     return Method(
         config=lambda folder: LoRAConfig.from_checkpoint(folder, **config),
         prepare=prepare,
-        save=save,
-        load=load,
+        save=save_adapter,
+        load=load_adapter,
         finish=finish,
         warmup=settings,
         cache=CacheArgs(settings.skip2lora_cache, settings.skip2lora_cache_dir, settings.skip2lora_cache_dtype),
         lora_flags=tuple(flag for flag in LAYER_FLAGS if values[flag]),
         quantize=quantize,
     )
+
+
+def save_adapter(model: GPT, folder: Path) -> None:
+    """Write the adapters' weights, as LitGPT names them."""
+    checkpoint.save_weights({"model": adapter_state(model)}, folder / model.config.adapter_file)  # type: ignore[dict-item]
+
+
+def load_adapter(model: GPT, folder: Path) -> None:
+    """Give a model the adapters' weights of a folder."""
+    file = folder / model.config.adapter_file
+    checkpoint.load_adapter(model, checkpoint.load_weights(file), file)
+
+
+def prompts(settings: Any, config: type[LoRAConfig]) -> Method:
+    """Return the method of a `litgpt.finetune.adapter.Adapter`: LLaMA-Adapter, whose kind `config` says."""
+
+    def prepare(model: GPT) -> None:
+        if settings.quantize is not None:
+            quantise(model, settings.quantize)
+        mark_only_lora_as_trainable(model)
+
+    values = {name: getattr(settings, name) for name in checkpoint.PROMPT_SETTINGS}
+    return Method(lambda folder: config.from_checkpoint(folder, **values), prepare, save_adapter, load_adapter, quantize=settings.quantize)
 
 
 def full(tie_embeddings: bool | None = None) -> Method:

@@ -85,13 +85,13 @@ def page_of(model: str, figures: dict[str, Any], metrics: Mapping[str, Points], 
     return page(f"{model}, tuned", {"losses": losses}, tiles, curves, figures["best_step"], answers, shown)
 
 
-def next_steps(out_dir: Path, is_skip: bool) -> list[tuple[str, str]]:
-    """Return commands for a finished run, each with what it does."""
+def next_steps(out_dir: Path, is_skip: bool, is_whole: bool = True) -> list[tuple[str, str]]:
+    """Return commands for a finished run, each with what it does. `is_whole`: the final folder holds a model."""
     final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
     rows = [(f"litgpt chat {final}", "talk to it")]
     if is_skip:
         rows.append((f"litgpt convert_adapter {final} {stem}/portable", "for transformers"))
-    else:
+    elif is_whole:
         rows.append((f"litgpt convert_from_litgpt {final} {stem}/hf", "for transformers"))
         rows.append((f"litgpt convert_to_gguf {final} {stem}/model.gguf", "for llama.cpp and Ollama"))
     return [*rows, (str(out_dir / PAGE), "curves, answers and settings, in a browser")]

@@ -299,7 +299,9 @@ def test_the_last_ones_are_kept(bench: Bench, tmp_path: Path) -> None:
     assert run.code == 0 and sorted(path.name for path in run.out_dir.glob("step-*")) == ["step-000005", "step-000006"]
 
 
-def test_by_the_clock_there_are_the_newest_and_the_last_with_a_sound_loss(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_the_clock_there_are_the_newest_and_the_last_with_a_sound_loss(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen, step = [], Loop.step
 
     def looking(loop: Loop, state: State, *args: Any) -> dict[str, float]:

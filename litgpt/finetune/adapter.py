@@ -1,0 +1,61 @@
+"""`litgpt finetune_adapter` and `finetune_adapter_v2`: LLaMA-Adapter. Light, as `litgpt.finetune.lora` is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from litgpt.args import Quantization, setting
+from litgpt.errors import UserError
+from litgpt.train.settings import Run
+
+if TYPE_CHECKING:
+    from litgpt.train.methods import Method
+
+
+@dataclass(kw_only=True)
+class Adapter(Run):
+    """Fine-tune a model with LLaMA-Adapter: learned prompts that blocks attend to."""
+
+    out_dir: Path = setting(Path("out/finetune/adapter"), may_change=True)
+    """Folder for checkpoints and logs."""
+    quantize: Optional[Quantization] = None
+    """Keep the frozen weights in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, also named bnb.int8-training)."""
+    adapter_prompt_length: int = 10
+    """Positions of each block's prompt."""
+    adapter_start_layer: int = 2
+    """The first block with a prompt."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.tie_embeddings is not None:
+            raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
+
+    def method(self) -> "Method":
+        from litgpt.adapter import Config
+        from litgpt.train.methods import prompts
+
+        return prompts(self, Config)
+
+    def main(self) -> None:
+        from litgpt.train.run import run
+
+        run(self, self.method())
+
+
+@dataclass(kw_only=True)
+class AdapterV2(Adapter):
+    """Fine-tune a model with LLaMA-Adapter V2: learned prompts, a scale and a bias on every linear layer, and the norms."""
+
+    out_dir: Path = setting(Path("out/finetune/adapter-v2"), may_change=True)
+    """Folder for checkpoints and logs."""
+
+    def method(self) -> "Method":
+        from litgpt.adapter_v2 import Config
+        from litgpt.train.methods import prompts
+
+        return prompts(self, Config)
+
+
+def setup(checkpoint_dir: Path | str, **settings: Any) -> None:
+    """Fine-tune a model with these settings, the fields of `Adapter`."""
+    Adapter(checkpoint_dir=Path(checkpoint_dir), **settings).main()
