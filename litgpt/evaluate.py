@@ -15,12 +15,12 @@ from litgpt.data.base import DataModule, render
 from litgpt.errors import UserError
 from litgpt.generate.base import open_model
 from litgpt.keys import known_classes
-from litgpt.logs import Console
 from litgpt.text import text_table
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
     from litgpt.data.records import Record
+    from litgpt.logs import Console
     from litgpt.sample import Sample
 
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true", "auto": None}
@@ -86,6 +86,8 @@ def evaluate(
         results = on_records(llm, chosen, everything=data is not None, batch_size=size, limit=limit, max_new_tokens=max_new_tokens)
         table = text_table([[name, value] for name, value in rows_of(results)])
     print(table)
+    from litgpt.logs import Console
+
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n")
     Console().say(f"the results are in {file}")
@@ -140,6 +142,8 @@ def on_records(
     """
     if limit is not None and (limit < 1 or limit != int(limit)):
         raise UserError(f"limit is {limit}: a number of records, from 1, is needed")
+    from litgpt.logs import Console
+
     data.prepare_data()
     if everything and data.val_split_fraction is None:
         shared = {name: getattr(data, name) for name in ("mask_prompt", "prompt_style", "last_turn_only", "strict")}
@@ -174,7 +178,7 @@ def on_records(
     return results
 
 
-def _loss(llm: "LLM", samples: "list[Sample]", batch_size: int, console: Console) -> tuple[float, int]:
+def _loss(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Console") -> tuple[float, int]:
     """Return the mean loss of the samples' loss tokens, and their number."""
     import torch
 
