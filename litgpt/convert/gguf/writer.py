@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     Loads = Mapping[str, Callable[[], torch.Tensor]]
 
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # formats in blocks of 32 numbers, which the gguf library writes
+FINER = ("token_embd.weight", "output.weight")  # Q8_0 where others have fewer bits; llama.cpp takes Q6_K for them
 # As llama.cpp has it; vectors are fp32 too.
 ALWAYS_F32 = re.compile(r".*_norm(_2)?\.weight|.*\.ffn_gate_inp\.weight|position_embd\.weight|.*\.bias")
 
@@ -136,7 +138,7 @@ def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, 
 
     writer = GGUFWriter(path, made.architecture)
     writer.add_file_type(LlamaFileType["ALL_F32" if wanted == "F32" else f"MOSTLY_{wanted}"])
-    if wanted == "Q8_0":
+    if wanted in BLOCKS:
         writer.add_quantization_version(2)
     add: dict[type, Callable[[str, Any], None]] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     add |= {str: writer.add_string, list: writer.add_array}
@@ -166,10 +168,12 @@ def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, 
 
 
 def kind_of(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """Return the number format of a tensor. Q8_0 needs rows of a multiple of 32 numbers; other tensors are F16 then, as in llama.cpp."""
+    """Return the number format of a tensor. Blocks need rows of a multiple of 32 numbers; other tensors are F16 then, as in llama.cpp."""
     if len(shape) == 1 or ALWAYS_F32.fullmatch(name):
         return "F32"
-    return "F16" if wanted == "Q8_0" and shape[-1] % 32 else wanted
+    if wanted not in BLOCKS:
+        return wanted
+    return "F16" if shape[-1] % 32 else "Q8_0" if name in FINER else wanted
 
 
 def stored(name: str, entry: Group, architecture: str, config: Config, loads: Loads) -> torch.Tensor:
@@ -194,7 +198,7 @@ def encoded(weight: torch.Tensor, kind: GGMLQuantizationType, where: str) -> np.
     import torch
     from gguf import quantize
 
-    if kind.name == "Q8_0":
+    if kind.name in BLOCKS:
         rows = weight.reshape(-1, weight.shape[-1])
         return np.concatenate([quantize(part.float().numpy(), kind) for part in rows.split(max(1, CHUNK // rows.shape[1]))])
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]

@@ -85,3 +85,24 @@ def test_transformers_reads_our_smollm2_with_the_same_tokens_and_text(smollm2_di
     for _ in range(12):
         ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), 1)
     assert ids[0].tolist() == expected and tokenizer.decode(ids[0]).startswith("The capital of France is Paris")
+
+
+def test_formats_of_llama_cpps_program(
+    tmp_path: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A program in its place gets the file in the weights' own format, and the wanted format's name."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(UserError, match=r"q4_k_m needs llama\.cpp's program llama-quantize on the PATH.*q4_0"):
+        convert_to_gguf(mixture, tmp_path / "x.gguf", dtype="q4_k_m")
+    program = tmp_path / "bin" / "llama-quantize"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\n/bin/cat "$1" > "$2"; printf "%s" "$3" >> "$2"\n')
+    program.chmod(0o755)
+    convert_to_gguf(mixture, tmp_path / "x.gguf", dtype="q4_k_m")
+    convert_to_gguf(mixture, tmp_path / "plain.gguf")
+    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes() + b"Q4_K_M"
+    assert f"Quantised to q4_k_m by {program}." in capsys.readouterr().out
+    program.write_text("#!/bin/sh\necho unknown tensor >&2\nexit 3\n")
+    with pytest.raises(UserError, match="cannot make q2_k.*unknown tensor"):
+        convert_to_gguf(mixture, tmp_path / "y.gguf", dtype="q2_k")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["Modelfile", "bin", "plain.gguf", "x.gguf"]

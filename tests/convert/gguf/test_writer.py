@@ -19,7 +19,7 @@ from litgpt.convert.gguf.config import read_config
 from litgpt.convert.gguf.convert import convert_gguf
 from litgpt.convert.gguf.export import convert_to_gguf
 from litgpt.convert.gguf.reader import Reader
-from litgpt.convert.gguf.writer import choose, group, write_gguf
+from litgpt.convert.gguf.writer import BLOCKS, choose, group, write_gguf
 from litgpt.convert.hf import hf_settings, to_hf
 from litgpt.errors import UserError
 from litgpt.rope import frequencies
@@ -112,10 +112,10 @@ def test_what_no_architecture_expresses_is_named(
     assert not [file for file in tmp_path.iterdir() if "gguf" in file.name]
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("f16", "F16"), ("bf16", "BF16"), ("q8_0", "Q8_0"), ("f32", "F32")])
-def test_number_formats(tmp_path: Path, mixture: Path, dtype: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *BLOCKS])
+def test_number_formats(tmp_path: Path, mixture: Path, kind: str) -> None:
     """Each tensor is what the gguf library makes of the weight, in the type that llama.cpp would choose."""
-    convert_to_gguf(mixture, tmp_path / "x.gguf", dtype=dtype)  # type: ignore[arg-type]
+    convert_to_gguf(mixture, tmp_path / "x.gguf", dtype=kind.lower())  # type: ignore[arg-type]
     weights, config = load_weights(mixture / "lit_model.pth"), Config.from_checkpoint(mixture)
     groups = group("llama", config, {key: tuple(weight.shape) for key, weight in weights.items()}, tied=False)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
@@ -125,13 +125,16 @@ def test_number_formats(tmp_path: Path, mixture: Path, dtype: str, kind: str) ->
         "blk.1.ffn_down_exps.weight",
         "blk.1.ffn_gate_inp.weight",
         "output_norm.weight",
+        "output.weight",
         "blk.0.attn_v.weight",
     ):
         stored = [weights[slot.key] for slot in groups[name].slots]
         value = torch.stack(stored) if "exps" in name else stored[0]
         if name == "blk.0.attn_v.weight":
             value = value[-16:]
-        expected = "F32" if "norm" in name or "inp" in name else "F16" if kind == "Q8_0" and "down" in name else kind
+        expected = "F32" if "norm" in name or "inp" in name else "F16" if kind in BLOCKS and "down" in name else kind
+        if kind in BLOCKS and name in ("token_embd.weight", "output.weight"):
+            expected = "Q8_0"
         assert tensors[name].tensor_type.name == expected
         made = gguf.quantize(value.numpy(), tensors[name].tensor_type)
         assert np.array_equal(tensors[name].data.view(np.uint8), made.view(np.uint8).reshape(tensors[name].data.view(np.uint8).shape))
@@ -142,7 +145,7 @@ def test_number_formats(tmp_path: Path, mixture: Path, dtype: str, kind: str) ->
     again = load_weights(tmp_path / "again" / "lit_model.pth")
     stated = {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
     assert {weight.dtype for weight in again.values()} == {stated}
-    if kind != "Q8_0":
+    if kind not in BLOCKS:
         assert all(torch.equal(again[key], weight.to(stated)) for key, weight in weights.items())
 
 

@@ -1,0 +1,143 @@
+"""Ollama's Modelfile beside a GGUF file: the prompt's form as a Go template, stop sequences and sampling, from the checkpoint's files.
+
+A style is reduced to the texts around a system message, a question and a reply, which are found in a rendered conversation:
+
+    {{ if .System }}HEAD{{ .System }}SYSTEM_END{{ end }}USER_HEAD{{ .Prompt }}REPLY_HEAD{{ .Response }}REPLY_END
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from litgpt.atomic import write_text
+from litgpt.config import Config
+from litgpt.errors import UserError
+from litgpt.files import read_json
+from litgpt.prompts import ChatStyle, Message, PromptStyle, resolve_prompt_style
+from litgpt.tokenizer import Tokenizer
+
+MOST_CONTEXT = 8192  # tokens that Ollama reserves memory for, unless a user asks for more
+SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}  # here, Ollama's
+PLACES = ("\ue000Aa", "\ue001Bb", "\ue002Cc", "\ue003Dd")  # stand for a system text, a question, a reply and another question
+
+
+class Form(NamedTuple):
+    """A prompt style as the texts around a system text, a question and a reply."""
+
+    system_head: str
+    system_end: str
+    user_head: str
+    reply_head: str
+    reply_end: str = ""
+    system: str = ""  # the style's own
+    in_user: bool = False  # the system text stands between user_head and the question
+
+    def template(self) -> str:
+        """Return the Go template, which Ollama runs for each question, with the system text for the first."""
+        head, end, user, reply, reply_end = (text.replace("{{", '{{ "{{" }}') for text in self[:5])
+        block = f"{{{{ if .System }}}}{head}{{{{ .System }}}}{end}{{{{ end }}}}" if head or end else ""
+        return (
+            f"{user}{block}" * self.in_user
+            + f"{block}{user}" * (not self.in_user)
+            + f"{{{{ .Prompt }}}}{reply}{{{{ .Response }}}}{reply_end}"
+        )
+
+    def render(self, turns: Sequence[Message]) -> str:
+        """Return what the template makes of a conversation that ends with a question."""
+        texts: list[str] = []
+        block = f"{self.system_head}{self.system}{self.system_end}" if self.system else ""
+        for turn in turns:
+            if turn["role"] == "system":
+                block = f"{self.system_head}{turn['content']}{self.system_end}"
+            elif turn["role"] == "user":
+                head = f"{self.user_head}{block}" if self.in_user else f"{block}{self.user_head}"
+                texts += (head, turn["content"], self.reply_head)
+                block = ""
+            else:
+                texts += (turn["content"], self.reply_end)
+        return "".join(texts)
+
+
+def write_modelfile(source: Path, gguf_file: Path) -> Path:
+    """Write `Modelfile` beside a GGUF file of the checkpoint folder `source`, or `NAME.Modelfile` if another file's is there."""
+    file = gguf_file.parent / "Modelfile"
+    origin = f"FROM ./{gguf_file.name}\n"
+    if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(origin):
+        file = gguf_file.with_suffix(".Modelfile")
+    tokenizer = Tokenizer(source)
+    style = resolve_prompt_style(None, source, tokenizer, fallback="default")
+    lines = [origin]
+    form = form_of(style, tokenizer)
+    if form and '"""' not in form.template() + form.system:
+        lines.append(f'TEMPLATE """{form.template()}"""\n')
+        if form.system:
+            lines.append(f'SYSTEM """{form.system}"""\n')
+    else:
+        lines.append("# This prompt style has no form as a template of Ollama, which takes the one in the GGUF file.\n")
+    for ids in style.stop_tokens(tokenizer):
+        if (text := tokenizer.decode(ids, skip_special_tokens=False)) and not re.search(r'["\n]', text):
+            lines.append(f'PARAMETER stop "{text}"\n')
+    lines += [f"PARAMETER {name} {value:g}\n" for name, value in _sampling(source).items()]
+    lines.append(f"PARAMETER num_ctx {min(Config.from_checkpoint(source).block_size, MOST_CONTEXT)}\n")
+    write_text(file, "".join(lines))
+    return file
+
+
+def _sampling(source: Path) -> dict[str, float]:
+    file = source / "generation_config.json"
+    stated = read_json(file) if file.is_file() else {}
+    if stated.get("do_sample") is False:
+        stated = {"temperature": 0}
+    return {name: stated[key] for key, name in SAMPLING.items() if isinstance(stated.get(key), (int, float))}
+
+
+def form_of(style: PromptStyle, tokenizer: Tokenizer) -> Form | None:
+    """Return a style's form; None if it has none: its texts depend on more than their places."""
+    bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.use_bos else ""  # Ollama adds it
+
+    def rendered(turns: Sequence[Message]) -> str:
+        return cast("ChatStyle", style).render(turns, add_generation_prompt=True).removeprefix(bos)
+
+    try:
+        if not hasattr(style, "render"):
+            before, after = style.apply(PLACES[1]).removeprefix(bos).split(PLACES[1])
+            return Form("", "", before, after)
+        form = _of_conversation(rendered)
+        question, *more = ({"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), PLACES[1:], strict=True))
+        system = {"role": "system", "content": PLACES[0]}
+        cases = [[question], [question, *more]] + [[system, question], [system, question, *more]] * bool(
+            form.system_head or form.system_end
+        )
+        return form if all(form.render(turns) == rendered(turns) for turns in cases) else None
+    except (UserError, ValueError):
+        return None
+
+
+def _of_conversation(rendered: Callable[[Sequence[Message]], str]) -> Form:
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), PLACES[1:], strict=True)]
+    plain, reply_head, between, _ = _split(rendered(turns), *PLACES[1:])
+    user_head = os.path.commonprefix([plain[::-1], between[::-1]])[::-1]  # noqa: RUF071 - of texts, not paths
+    if plain != user_head and (end := re.match(r"\s*<[^<>\s]+>\s*", user_head)):
+        user_head = user_head[end.end() :]  # what ends a turn belongs to the turn before
+    reply_end, own = between.removesuffix(user_head), plain.removesuffix(user_head)
+    try:
+        start, rest, *_ = _split(rendered([{"role": "system", "content": PLACES[0]}, *turns]), *PLACES)
+    except (UserError, ValueError):  # no place for a system text
+        return Form("", "", plain, reply_head, reply_end)
+    if start.startswith(user_head) and not rest.endswith(user_head):
+        return Form(start.removeprefix(user_head), rest, user_head, reply_head, reply_end, in_user=True)
+    head, end_of_system = start, rest.removesuffix(user_head)
+    return Form(head, end_of_system, user_head, reply_head, reply_end, own[len(head) : len(own) - len(end_of_system)] if own else "")
+
+
+def _split(text: str, *places: str) -> list[str]:
+    """Return the pieces between the places. Raise ValueError if one is missing, repeated or out of order."""
+    pieces = []
+    for place in places:
+        piece, text = text.split(place)
+        pieces.append(piece)
+    return [*pieces, text]
