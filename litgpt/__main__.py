@@ -44,6 +44,7 @@ COMMANDS = {
     "data": Command("litgpt.examine:examine", "Look at a file of records: kinds, lengths, repetitions, and how a model reads them."),
     "prompts": Command("litgpt.examine:prompts", "Show the prompt styles, or the chat template of a model."),
     "evaluate": Command("litgpt.evaluate:evaluate", "Measure a model or an adapter on your records, or on tasks of lm-evaluation-harness."),
+    "serve": Command("litgpt.serve.command:Serve", "Serve a model and its adapters: OpenAI's interface, /predict, a page to chat."),
     "download": Command("litgpt.download:download_from_hub", "Get a model from the Hugging Face hub."),
     "push": Command("litgpt.push:push", "Upload a model or an adapter to the Hugging Face hub."),
     "validate": Command("litgpt.validate:validate", "Check a checkpoint or an adapter, and what memory it needs."),

@@ -69,13 +69,18 @@ class LLM:
         folder, base = open_checkpoint(model), base and open_checkpoint(base)
         target = find_device(device)
         gpt = checkpoint.load_model(folder, inference_dtype(precision or default_precision(target)), target, base, quantize)
+        return cls.around(gpt, folder, base or None)
+
+    @classmethod
+    def around(cls, model: GPT, folder: Path, base: Path | None = None) -> LLM:
+        """Return an LLM of a loaded model, with tokenizer, prompt style and sampling settings of its checkpoint or adapter folder."""
         tokenizer_dir = folder
         if checkpoint.is_adapter_folder(folder) and not (folder / "tokenizer.json").is_file():
             tokenizer_dir, _ = checkpoint.adapter_settings(folder, base)
         tokenizer = Tokenizer(tokenizer_dir)
         style_dir = folder if (folder / PROMPT_STYLE_FILE).is_file() else tokenizer_dir
         style = resolve_prompt_style(None, style_dir, tokenizer, fallback="default")
-        return cls(gpt, tokenizer, style, recommended(tokenizer_dir), folder)
+        return cls(model, tokenizer, style, recommended(tokenizer_dir), folder)
 
     @property
     def config(self) -> Config:

@@ -6,6 +6,7 @@ FILE.yaml is `--config FILE.yaml`, a file or an https address; it may name anoth
 first parameter; `train.*` keys may leave out `train.`; the command line overrides files wherever it stands.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ def _split(argv: list[str], keys: Keys) -> tuple[list[str], list[tuple[str, str]
         kind = keys.types.get(keys.full(name, True))
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
+            if members_of(kind)[0] == list[str] and not value.startswith("["):  # --adapters a=A b=B
+                count = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
+                value, rest = json.dumps([value, *rest[:count]]), rest[count:]
         elif not equals and members_of(kind)[0] is bool:
             value = "true"
         elif not equals and kind is not None:

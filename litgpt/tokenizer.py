@@ -171,24 +171,42 @@ class Tokenizer:
             return self._backend.decode(values, skip_special_tokens=skip_special_tokens)
 
     def decode_stream(self, ids: Iterable[Any], skip_special_tokens: bool = True) -> Iterator[str]:
-        """Yield pieces of text as ids (ints, or tensors of them) arrive; the joined pieces are `decode` of all ids.
-
-        A piece that ends within a UTF-8 character is held back. The ids of the last piece stay as context, so that SentencePiece's blank
-        before a word is not dropped as the start of a text.
-        """
-        context: list[int] = []
-        pending: list[int] = []
-        before = ""  # decode(context)
+        """Yield pieces of text as ids (ints, or tensors of them) arrive; the joined pieces are `decode` of all ids."""
+        decoder = StreamDecoder(self, skip_special_tokens)
         for item in ids:
-            pending.extend([item] if isinstance(item, int) else item.reshape(-1).tolist())
-            text = self.decode(context + pending, skip_special_tokens)
-            if len(text) > len(before) and not text.endswith("\ufffd"):
-                yield text[len(before) :]
-                context, pending = pending, []
-                before = self.decode(context, skip_special_tokens)
-        rest = self.decode(context + pending, skip_special_tokens)[len(before) :]
-        if rest:
+            if piece := decoder.push([item] if isinstance(item, int) else item.reshape(-1).tolist()):
+                yield piece
+        if rest := decoder.rest():
             yield rest
+
+
+class StreamDecoder:
+    """Text from ids that arrive one by one.
+
+    A piece that ends within a UTF-8 character is held back. The ids of the last piece stay as context, so that SentencePiece's blank before
+    a word is not dropped as the start of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
+        self.context: list[int] = []
+        self.pending: list[int] = []
+        self.before = ""  # the text of `context`
+
+    def push(self, ids: list[int]) -> str:
+        """Return the text that is new and complete with these ids; "" if none is."""
+        self.pending += ids
+        text = self.tokenizer.decode(self.context + self.pending, self.skip_special_tokens)
+        if len(text) <= len(self.before) or text.endswith("\ufffd"):
+            return ""
+        piece = text[len(self.before) :]
+        self.context, self.pending = self.pending, []
+        self.before = self.tokenizer.decode(self.context, self.skip_special_tokens)
+        return piece
+
+    def rest(self) -> str:
+        """Return what was held back."""
+        return self.tokenizer.decode(self.context + self.pending, self.skip_special_tokens)[len(self.before) :]
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:

@@ -40,6 +40,7 @@ train
 finetune
 convert.card convert.adapter convert.from_litgpt
 generate api validate download integrations examine push
+serve
 keys help
 evaluate
 litgpt cli __main__

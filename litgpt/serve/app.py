@@ -1,0 +1,394 @@
+"""The addresses of the server and the formats of its answers: OpenAI's, and LitGPT's /predict."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from litgpt import __version__
+from litgpt.args import LAST_SEED
+from litgpt.errors import UserError
+from litgpt.generate.engine import Sampling, check
+from litgpt.serve.models import Served
+from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
+from litgpt.serve.schemas import Chat, Completion, Predict, Settings
+
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+DEFAULT_TOKENS = 512  # of an OpenAI request that does not say
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass
+class Limits:
+    """What a request may ask for."""
+
+    prompt_tokens: int | None = None  # None: what the model reads
+    seconds: float = 300.0
+    body: int = 4 * 2**20  # bytes
+
+
+@dataclass
+class State:
+    """What all requests share."""
+
+    models: dict[str, Served]
+    scheduler: Scheduler
+    sampling: dict[str, Any] = field(default_factory=dict)  # settings of the command line
+    max_new_tokens: int = 50  # of /predict
+    stream: bool = False  # of /predict
+    api_key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+class Refusal(Exception):
+    """A request that is not answered, in OpenAI's format."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> Response:
+        headers = {"Retry-After": "1"} if self.status == 429 else {}
+        return JSONResponse(self.body, self.status, headers)
+
+
+class Answering:
+    """The answers of one request while they are computed."""
+
+    def __init__(self, state: State, settings: Settings, model: Served) -> None:
+        self.state, self.settings, self.model = state, settings, model
+        self.jobs: list[Job] = []
+        self.prompt_tokens = 0
+        self.counts: dict[int, int] = {}
+        self.queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+
+    def add(self, prompt: str | list[int], max_new_tokens: int | None, n: int = 1, top: int | None = None, bos: bool | None = None) -> None:
+        """Prepare n answers to a prompt, which is in the prompt style already."""
+        llm, given, limits = self.model.llm, self.settings, self.state.limits
+        ids = llm.tokenizer.ids(prompt, bos=bos) if isinstance(prompt, str) else prompt
+        room = llm.model.max_seq_length - len(ids)
+        if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
+            raise Refusal(400, f"the prompt has {len(ids)} tokens, this server takes {limits.prompt_tokens}", "context_length_exceeded")
+        if room < (max_new_tokens or 1):
+            asked = f" and {max_new_tokens} are asked for" if max_new_tokens else ""
+            message = f"the prompt has {len(ids)} tokens{asked}, the model reads at most {llm.model.max_seq_length} in all"
+            raise Refusal(400, message, "context_length_exceeded", "max_tokens" if max_new_tokens and room > 0 else "messages")
+        values = llm.sampling | self.state.sampling | given.sampling()
+        sampling = Sampling(**{**values, "top_k": values["top_k"] or None})
+        if any(token >= llm.config.V for token in sampling.logit_bias):
+            raise Refusal(400, f"logit_bias names a token that the model does not have: it has {llm.config.V}", param="logit_bias")
+        check(llm.model, _tensor(ids), len(ids) + 1)
+        self.prompt_tokens += len(ids)
+        for _ in range(n):
+            index = len(self.jobs)
+            seed = None if given.seed is None else (given.seed + index) % (LAST_SEED + 1)
+            settings: dict[str, Any] = {"seed": seed, "stops": given.stops, "top_logprobs": top}
+            deadline = time.monotonic() + limits.seconds
+            new = max_new_tokens or min(DEFAULT_TOKENS, room)
+            self.jobs.append(Job(self.model, ids, new, sampling, self._sender(index), deadline=deadline, **settings))
+
+    def _sender(self, index: int) -> Callable[[Piece], None]:
+        def send(piece: Piece) -> None:
+            with suppress(RuntimeError):  # the server has ended
+                self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, piece))
+
+        return send
+
+    def start(self) -> None:
+        try:
+            self.state.scheduler.submit(self.jobs)
+        except QueueFull:
+            raise Refusal(429, "the server is busy and its queue is full: try again later", "queue_full") from None
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield each answer's index and pieces as they come. Raises Refusal where one fails. Leaving early ends the answers."""
+        left = len(self.jobs)
+        try:
+            while left:
+                index, piece = await self.queue.get()
+                if piece.reason == "error":
+                    raise Refusal(500, "the answer failed: see the server's messages")
+                if piece.reason == "late":
+                    raise Refusal(503, "the server was busy for too long: try again later", "timeout")
+                left -= piece.reason is not None
+                self.counts[index] = piece.count
+                yield index, piece
+        finally:
+            self.state.scheduler.cancel(self.jobs)
+
+    async def complete(self, request: Request) -> list[Piece]:
+        """Return the complete answers. Those of a client that goes away are ended."""
+        answers = [Piece() for _ in self.jobs]
+
+        async def collect() -> None:
+            async for index, piece in self.pieces():
+                answers[index].text += piece.text
+                answers[index].tokens += piece.tokens
+                answers[index].reason = piece.reason
+
+        task, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Refusal(499, "the client has gone")
+            await task
+        finally:
+            task.cancel()
+            gone.cancel()
+        return answers
+
+    @property
+    def usage(self) -> dict[str, int]:
+        count = sum(self.counts.values())
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": count, "total_tokens": self.prompt_tokens + count}
+
+
+def _tensor(ids: list[int]) -> Any:
+    import torch
+
+    return torch.tensor(ids)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# --- The forms of answers ---
+
+
+def chat_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return logprobs as /v1/chat/completions has them."""
+
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
+
+    content = [{**entry(t["token"], t["logprob"]), "top_logprobs": [entry(*pair) for pair in t["top"]]} for t in tokens]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(tokens: list[dict[str, Any]], offset: int = 0) -> dict[str, Any]:
+    """Return logprobs as /v1/completions has them."""
+    texts = [token["token"] for token in tokens]
+    offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    values = [token["logprob"] for token in tokens]
+    return {"tokens": texts, "token_logprobs": values, "top_logprobs": [dict(t["top"]) for t in tokens], "text_offset": offsets}
+
+
+def chat_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: bool = True) -> dict[str, Any]:
+    """Return a choice: its `key` is message, or delta while it is streamed."""
+    content: dict[str, Any] = {"content": piece.text}
+    if first:
+        content = {"role": "assistant", **content} | ({"refusal": None} if key == "message" else {})
+    logprobs = chat_logprobs(piece.tokens) if with_logprobs else None
+    return {"index": index, key: content, "logprobs": logprobs, "finish_reason": piece.reason}
+
+
+def text_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: bool = True) -> dict[str, Any]:
+    logprobs = text_logprobs(piece.tokens) if with_logprobs else None
+    return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.reason}
+
+
+async def answered(request: Request, answering: Answering, body: Chat | Completion) -> Response:
+    """Return the response to a request of OpenAI's, streamed if it asks for that."""
+    is_chat = isinstance(body, Chat)
+    choice, kind = (chat_choice, "chat.completion") if is_chat else (text_choice, "text_completion")
+    head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()), "model": answering.model.name}
+    wanted = body.top is not None
+    answering.start()
+    if not body.stream:
+        answers = await answering.complete(request)
+        choices = [choice(i, piece, "message", wanted) for i, piece in enumerate(answers)]
+        return JSONResponse({**head, "object": kind, "choices": choices, "usage": answering.usage})
+    head["object"] = "chat.completion.chunk" if is_chat else kind
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+
+    async def events() -> AsyncIterator[str]:
+        usage = {"usage": None} if with_usage else {}
+        try:
+            if is_chat:
+                for i in range(len(answering.jobs)):
+                    yield _event({**head, "choices": [chat_choice(i, Piece(), "delta", False)], **usage})
+            async for i, piece in answering.pieces():
+                yield _event({**head, "choices": [choice(i, piece, "delta", wanted, first=False)], **usage})
+            if with_usage:
+                yield _event({**head, "choices": [], "usage": answering.usage})
+        except Refusal as error:
+            yield _event(error.body)
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+# --- The addresses ---
+
+
+def make_app(state: State, host: str = "127.0.0.1", api_path: str = "/predict") -> FastAPI:
+    """Return the application."""
+    app = FastAPI(title="litgpt serve", version=__version__, docs_url=None, redoc_url=None)
+    app.state.serve = state
+    if host in LOOPBACK:  # a page of the web that lets its name mean this machine must not reach it
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK[:2], "[::1]"], www_redirect=False)
+    app.add_middleware(LimitedBody, most=state.limits.body)
+    app.add_exception_handler(Refusal, lambda _, error: error.response())
+    app.add_exception_handler(UserError, lambda _, error: Refusal(400, str(error)).response())
+    app.add_exception_handler(HTTPException, lambda _, error: Refusal(error.status_code, str(error.detail)).response())
+    app.add_exception_handler(RequestValidationError, lambda _, error: _invalid(error).response())
+    protected = [Depends(_authorised)]
+    app.add_api_route("/v1/chat/completions", _chat, methods=["POST"], dependencies=protected, response_model=None)
+    app.add_api_route("/v1/completions", _completion, methods=["POST"], dependencies=protected, response_model=None)
+    app.add_api_route("/v1/models", _models, methods=["GET"], dependencies=protected)
+    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"], dependencies=protected)
+    app.add_api_route(api_path, _predict, methods=["POST"], dependencies=protected, response_model=None)
+    app.add_api_route("/health", _health, methods=["GET"], response_class=PlainTextResponse)
+    app.add_api_route("/", _page, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
+    return app
+
+
+def _authorised(request: Request) -> None:
+    key = _state(request).api_key
+    if key is None:
+        return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.headers.get("x-api-key", "")
+    if not hmac.compare_digest(given.encode(), key.encode()):
+        raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
+
+
+def _state(request: Request) -> State:
+    state: State = request.app.state.serve
+    return state
+
+
+def _answering(request: Request, body: Settings) -> Answering:
+    state = _state(request)
+    name = body.model or next(iter(state.models))
+    if name not in state.models:
+        raise Refusal(404, f"there is no model {name[:100]!r}: {', '.join(state.models)}", "model_not_found", "model")
+    return Answering(state, body, state.models[name])
+
+
+async def _chat(request: Request, body: Chat) -> Response:
+    answering = _answering(request, body)
+    llm, messages = answering.model.llm, [message.plain() for message in body.messages]
+    if hasattr(llm.prompt_style, "render"):
+        text = await asyncio.to_thread(llm.rendered, messages, None)
+    else:  # without turns: the last question on its own
+        system = next((m["content"] for m in messages if m["role"] == "system"), None)
+        text = llm.rendered(messages[-1]["content"], system)
+    answering.add(text, body.max_completion_tokens or body.max_tokens, body.n or 1, body.top, llm.prompt_style.bos)
+    return await answered(request, answering, body)
+
+
+async def _completion(request: Request, body: Completion) -> Response:
+    answering = _answering(request, body)
+    for prompt in body.prompts:
+        answering.add(prompt, body.max_tokens, body.n or 1, body.top)
+    return await answered(request, answering, body)
+
+
+async def _predict(request: Request, body: Predict) -> Response:
+    state, answering = _state(request), _answering(request, body)
+    llm = answering.model.llm
+    answering.add(llm.rendered(body.prompt, None), body.max_new_tokens or body.max_tokens or state.max_new_tokens, bos=llm.prompt_style.bos)
+    answering.start()
+    if not (state.stream if body.stream is None else body.stream):
+        return JSONResponse({"output": (await answering.complete(request))[0].text})
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            async for _, piece in answering.pieces():
+                if piece.text:
+                    yield json.dumps({"output": piece.text}) + "\n"
+        except Refusal as error:
+            yield json.dumps(error.body) + "\n"
+
+    return StreamingResponse(lines(), media_type="application/json")
+
+
+async def _models(request: Request) -> dict[str, Any]:
+    return {"object": "list", "data": [_described(model) for model in _state(request).models.values()]}
+
+
+async def _model(request: Request, name: str) -> dict[str, Any]:
+    models = _state(request).models
+    if name not in models:
+        raise Refusal(404, f"there is no model {name[:100]!r}", "model_not_found", "model")
+    return _described(models[name])
+
+
+def _described(model: Served) -> dict[str, Any]:
+    length = model.llm.model.max_seq_length
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "litgpt",
+        "parent": model.parent,
+        "max_model_len": length,
+    }
+
+
+async def _health() -> str:
+    return "ok"
+
+
+async def _page() -> HTMLResponse:
+    headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+
+
+def _invalid(error: RequestValidationError) -> Refusal:
+    """Return what is wrong with a body, its first mistake; values are not repeated."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:] if part != "body")[:100]
+    message = first["msg"].removeprefix("Value error, ")
+    return Refusal(400, f"{place}: {message}" if place else message, param=place or None)
+
+
+class LimitedBody:
+    """ASGI middleware that refuses bodies over `most` bytes, by their header or as they arrive."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refusal = Refusal(413, f"the body of a request may have {self.most:,} bytes", "body_too_large")
+        size, length = 0, dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.most:
+            await refusal.response()(scope, receive, send)
+            return
+
+        async def limited() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.most:
+                raise refusal
+            return message
+
+        await self.app(scope, limited, send)

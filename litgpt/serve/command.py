@@ -1,0 +1,145 @@
+"""`litgpt serve`: a model and its adapters behind an HTTP interface."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from litgpt.args import Quantization
+from litgpt.errors import UserError
+from litgpt.files import expand_path
+from litgpt.streams import keep_secret, safe
+
+API_KEY = "LIT_SERVER_API_KEY"  # environment variable, LitServe's
+
+
+@dataclass
+class Serve:
+    """Serve a model and its adapters: OpenAI's /v1/chat/completions, /v1/completions and /v1/models, LitGPT's /predict, and a page at /."""
+
+    checkpoint_dir: Path
+    """Folder of a base model, a merged model, an adapter (its base is served too) or a run."""
+    adapters: Optional[list[str]] = None
+    """Adapters of the same base as NAME=FOLDER, which requests name as `model`. Skip2-LoRA's run in one batch with the base."""
+    host: str = "127.0.0.1"
+    """Address to listen at. 0.0.0.0 is all of this machine's: give an api_key then."""
+    port: int = 8000
+    """Port to listen at; 0 for any that is free."""
+    max_new_tokens: int = 50
+    """Longest answer of /predict in tokens, where the request does not say."""
+    temperature: Optional[float] = None
+    """Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token. null: the checkpoint's, or 0.8."""
+    top_k: Optional[int] = None
+    """Draw among this many of the most probable tokens; 0: among all. null: the checkpoint's, or 50."""
+    top_p: Optional[float] = None
+    """Draw among the most probable tokens that hold this much probability together. null: the checkpoint's, or 1."""
+    stream: bool = False
+    """Answer /predict in pieces, one JSON object a line."""
+    precision: Optional[str] = None
+    """Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true."""
+    quantize: Optional[Quantization] = None
+    """Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8)."""
+    accelerator: str = "auto"
+    """auto, cpu, cuda (or gpu) or mps."""
+    devices: int = 1
+    """Number of devices; this server computes on one."""
+    api_path: str = "/predict"
+    """Where LitGPT's /predict is."""
+    api_key: Optional[str] = None
+    """Key that requests must carry, as `Authorization: Bearer KEY`. Better given as LIT_SERVER_API_KEY in the environment."""
+    max_batch: int = 16
+    """Answers computed at a time."""
+    max_queue: int = 64
+    """Requests that wait; further ones are refused (429)."""
+    max_prompt_tokens: Optional[int] = None
+    """Longest prompt. null: what the model reads."""
+    timeout: float = 300.0
+    """Seconds that a request may take, waiting included; its answer is cut then."""
+
+    def __post_init__(self) -> None:
+        if self.devices != 1:
+            raise UserError(f"devices is {self.devices}: this server computes on one device")
+        for name in ("max_new_tokens", "max_batch", "max_queue", "timeout"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}: a positive number is needed")
+        if not self.api_path.startswith("/"):
+            raise UserError(f"api_path is {self.api_path!r}: it begins with /, for example /predict")
+        self.folders = named(self.adapters or [])
+
+    def main(self) -> None:
+        """Load the models and serve until SIGTERM or Ctrl-C."""
+        key = self.api_key or os.environ.get(API_KEY) or None
+        if key:
+            keep_secret(key)
+        try:
+            import uvicorn  # noqa: F401
+
+            from litgpt.serve.app import Limits, State, make_app
+        except ImportError as error:
+            message = f"serve needs the packages fastapi and uvicorn ({error.name} is missing): `pip install 'litgpt[serve]'`"
+            raise UserError(message) from None
+        from litgpt.generate.engine import Sampling
+        from litgpt.serve.scheduler import Scheduler
+
+        given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        Sampling(**{**sampling, "top_k": self.top_k or None})  # an error is reported here
+        socket = listen(self.host, self.port)
+        limits, scheduler = Limits(self.max_prompt_tokens, self.timeout), Scheduler(self.max_batch, self.max_queue)
+        state = State(self._load(), scheduler, sampling, self.max_new_tokens, self.stream, key, limits)
+        run(make_app(state, self.host, self.api_path), socket, self.timeout)
+        scheduler.close()
+
+    def _load(self) -> dict[str, Any]:
+        """Load the models, and print their names, dtype and device to standard error."""
+        from litgpt.serve.models import load_models
+
+        start = time.perf_counter()
+        device = {"auto": None, "gpu": "cuda"}.get(self.accelerator, self.accelerator)
+        models = load_models(self.checkpoint_dir, self.folders, self.quantize, precision=self.precision, device=device)
+        model = next(iter(models.values())).llm.model
+        dtype = str(model.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else "")
+        place = next(model.parameters()).device
+        print(safe(f"{', '.join(models)}: {dtype} on {place}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)
+        return dict(models)
+
+
+def named(adapters: list[str]) -> dict[str, Path]:
+    """Return the folders of NAME=FOLDER by name."""
+    folders: dict[str, Path] = {}
+    for entry in adapters:
+        name, equals, folder = entry.partition("=")
+        if not name or not equals or not folder:
+            raise UserError(f"adapters: {entry!r} is not understood: write NAME=FOLDER, for example tuned=out/finetune/skip2lora")
+        if name in folders:
+            raise UserError(f"adapters: the name {name!r} is given twice")
+        folders[name] = expand_path(folder)
+    return folders
+
+
+def listen(host: str, port: int) -> Any:
+    """Return a socket that is bound to the address. Raises UserError if that is impossible."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except (OSError, OverflowError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        raise UserError(f"cannot listen at {host}, port {port}: {reason}. Choose another --port or --host") from None
+
+
+def run(app: Any, socket: Any, timeout: float) -> None:
+    """Serve until SIGTERM or Ctrl-C. Answers that run then are completed."""
+    import uvicorn
+
+    host, port = socket.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(
+        f"Listening at http://{shown}:{port}: a page to chat, and OpenAI's interface at /v1. Ctrl-C ends it.", file=sys.stderr, flush=True
+    )
+    settings: dict[str, Any] = {"timeout_graceful_shutdown": int(timeout) + 1, "server_header": False, "limit_concurrency": 1000}
+    config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="off", ws="none", **settings)
+    uvicorn.Server(config).run(sockets=[socket])

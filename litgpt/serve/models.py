@@ -1,0 +1,140 @@
+"""What requests may ask for by name: a base model and any number of adapters over its weights.
+
+A Skip2-LoRA adapter at the output layer leaves the backbone's keys and values as they are, so its requests run in one batch with those of
+the base and of other such adapters: the sum over its taps is added for its rows alone. LoRA changes every block: it is a model of its own,
+with a batch of its own, that shares the base's weights in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litgpt import checkpoint
+from litgpt.api import LLM
+from litgpt.convert.resolve import open_checkpoint
+from litgpt.errors import UserError
+from litgpt.generate.batch import Batch, Row
+from litgpt.lora import GPT as LoRAGPT
+from litgpt.lora import Config, Skip2LoRA, skip_sum
+from litgpt.model import Positions
+
+CHUNK = 256  # prompt tokens that a step computes besides the running answers
+
+
+class Head:
+    """A Skip2-LoRA adapter that adds to the input of `ln_f` or `lm_head`."""
+
+    def __init__(self, model: LoRAGPT) -> None:
+        assert model.cut is not None
+        self.cut = model.cut
+        self.layers: dict[int, Skip2LoRA] = {i: block.skip2lora for i, block in enumerate(model.blocks) if block.skip2lora is not None}
+
+    def __call__(self, outputs: dict[int, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the taps for some rows of blocks' outputs (n, d): (rows, d)."""
+        taps = torch.stack([layer.tap(outputs[i][rows]) for i, layer in self.layers.items()], dim=-2)  # (rows, S, d)
+        return skip_sum(list(self.layers.values()), taps)
+
+
+class SharedBatch(Batch):
+    """Rows of one backbone, each with the Head of its adapter or none."""
+
+    def hidden(self, idx: torch.Tensor, pos: Positions, rows: Sequence[Row]) -> torch.Tensor:
+        users: dict[Head, list[int]] = {}
+        for number, row in enumerate(rows):
+            if row.head is not None:
+                users.setdefault(row.head, []).append(number)
+        if not users:
+            return super().hidden(idx, pos, rows)
+        tapped, outputs = {i for head in users for i in head.layers}, {}
+        model, L = self.model, self.model.config.n_layer
+        x = model.embed(idx, pos)  # (n, T, d)
+        for i, block in enumerate(model.blocks):
+            x = block(x, pos)
+            if i in tapped:
+                outputs[i] = x[:, -1]
+        places = {head: torch.tensor(numbers, device=x.device) for head, numbers in users.items()}
+        x = x[:, -1].clone()
+        for layer in (L, L + 1):
+            for head, numbers in places.items():
+                if head.cut == layer:
+                    x[numbers] = (x[numbers] + head(outputs, numbers)).to(x.dtype)  # fp32, rounded once, as in `GPT.tail`
+            if layer == L:
+                x = model.transformer["ln_f"](x)
+        return x
+
+
+@dataclass(eq=False)
+class Served:
+    """One name that requests may ask for."""
+
+    name: str
+    llm: LLM
+    batch: Batch
+    head: Head | None = None
+    parent: str | None = None  # the name of the base
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def load_models(folder: str | Path, adapters: dict[str, Path], quantize: str | None = None, **how: Any) -> dict[str, Served]:
+    """Load a checkpoint, and adapters over it by name; the first is the default. `how` are precision and device, as of `LLM.load`.
+
+    If `folder` holds an adapter its base is served too. Raises UserError for folders that cannot be loaded or do not belong together.
+    """
+    opened = base_folder = open_checkpoint(folder)
+    if _is_over_a_base(opened):
+        base_folder, _ = checkpoint.adapter_settings(opened)
+        adapters = {own_name(opened): opened, **adapters}
+    base = LLM.load(base_folder, quantize=quantize, **how)
+    name = base.config.name or base_folder.name
+    if name in adapters:
+        raise UserError(f"adapters: {name!r} is the base model's own name: choose another for {adapters[name]}")
+    served = {name: Served(name, base, SharedBatch(base.model, CHUNK))}
+    for own, path in adapters.items():
+        served[own] = _load_adapter(own, open_checkpoint(path), served[name], base_folder, quantize, how)
+    first = next(iter(adapters)) if base_folder is not opened else name
+    return {first: served[first], **served}
+
+
+def _is_over_a_base(folder: Path) -> bool:
+    """Return True for LoRA and Skip2-LoRA whose base is to be loaded: always if there are no merged weights, else if the base is there."""
+    if not (folder / checkpoint.ADAPTER_WEIGHTS).is_file():
+        return False
+    if checkpoint.is_adapter_folder(folder):
+        return True
+    try:
+        return (checkpoint.adapter_settings(folder)[0] / checkpoint.WEIGHTS).is_file()
+    except UserError:
+        return False
+
+
+def own_name(folder: Path) -> str:
+    """Return a name for an adapter by its folder: that of the run for its best/ or final/."""
+    return folder.parent.name if folder.name in ("best", "final") or folder.name.startswith("step-") else folder.name
+
+
+def _load_adapter(name: str, folder: Path, base: Served, base_folder: Path, quantize: str | None, how: dict[str, Any]) -> Served:
+    if not _is_over_a_base(folder):
+        llm = LLM.load(folder, quantize=quantize, **how)  # a model with weights of its own
+        return Served(name, llm, SharedBatch(llm.model, CHUNK))
+    _, settings = checkpoint.adapter_settings(folder, base_folder)
+    try:
+        config = Config.from_checkpoint(base_folder, **settings)
+    except UserError as error:
+        raise UserError(f"{folder / 'hyperparameters.yaml'}: {error}") from None
+    shared = {id(tensor): tensor for tensor in (*base.llm.model.parameters(), *base.llm.model.buffers())}
+    model: Any = copy.deepcopy(base.llm.model, shared)
+    model.adapt(config)
+    checkpoint.load_adapter(model, checkpoint.load_weights(folder / checkpoint.ADAPTER_WEIGHTS), folder / checkpoint.ADAPTER_WEIGHTS)
+    model.to(base.batch.device).eval().requires_grad_(False)
+    llm = LLM.around(model, folder, base_folder)
+    changes_blocks = config.lora_blocks or (config.lora_r and config.lora_head)
+    if config.skip2lora_enabled and not changes_blocks and (config.cut or 0) >= config.n_layer:
+        return Served(name, llm, base.batch, Head(model), base.name)
+    return Served(name, llm, Batch(model, CHUNK), parent=base.name)

@@ -1,0 +1,114 @@
+"""Requests as OpenAI's and LitGPT's clients send them. Settings that this server does not have are refused, unknown ones are ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MOST_STOPS = 16
+MOST_CHOICES = 16
+Text = Annotated[str, Field(max_length=2**21)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+UNSUPPORTED = ("tools", "functions", "audio", "modalities", "echo", "suffix", "best_of", "web_search_options", "use_beam_search")
+
+
+class Settings(BaseModel):
+    """How to draw, common to all requests. None: the server's default."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    stream: bool | None = None
+    temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="among this many of the most probable tokens; 0 or -1: all")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[Token, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1000)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _refuse_unsupported(self) -> Settings:
+        extra = self.model_extra or {}
+        for name in UNSUPPORTED:
+            if extra.get(name) and extra[name] != ["text"] and (name, extra[name]) != ("best_of", 1):
+                raise ValueError(f"{name} is not supported by this server")
+        if (kind := (extra.get("response_format") or {"type": "text"})) != {"type": "text"}:
+            raise ValueError(f"response_format {str(kind)[:60]} is not supported by this server: only text")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the settings of `engine.Sampling` that the request gives."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return values | ({"top_k": max(0, values["top_k"])} if "top_k" in values else {})
+
+
+class Part(BaseModel):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return the message as prompt styles read it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Completion(Settings):
+    """The body of /v1/completions: the prompts are continued as they are, without the prompt style."""
+
+    prompt: Text | list[Text] | list[Token] | list[list[Token]]
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    stream_options: StreamOptions | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts, each a text or ids."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
+
+
+class Chat(Settings):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=10_000)
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    stream_options: StreamOptions | None = None
+
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class Predict(Settings):
+    """The body of /predict, LitGPT's: the prompt is a question in the prompt style."""
+
+    prompt: Text
+    max_new_tokens: int | None = Field(None, ge=1)

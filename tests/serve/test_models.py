@@ -1,0 +1,87 @@
+"""One batch for the base and its Skip2-LoRA adapters: each answer as its own model gives it alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt.api import LLM
+from litgpt.errors import UserError
+from litgpt.generate.batch import Row
+from litgpt.generate.engine import Sampling, generate
+from litgpt.serve.models import SharedBatch, load_models, own_name
+from tests.helpers import tiny
+from tests.serve.conftest import Folders
+
+HOW = {"precision": "32-true", "device": "cpu"}
+
+
+def alone(folder: Path, prompt: list[int], new: int) -> list[int]:
+    return list(generate(LLM.load(folder, **HOW).model, torch.tensor(prompt), len(prompt) + new, temperature=0.0))  # type: ignore[arg-type]
+
+
+def test_every_answer_of_a_mixed_batch_is_its_models_own(folders: Folders) -> None:
+    """Two requests for each name at once, of different lengths, joining at different steps."""
+    models = load_models(folders.base, folders.adapters, **HOW)
+    assert list(models) == ["tiny", *folders.adapters]
+    rows = {}
+    for i, name in enumerate([*models, *models]):
+        rows[Row(tiny.ids(1, 4 + 3 * i, 320, seed=i)[0].tolist(), Sampling(temperature=0.0), head=models[name].head)] = models[name]
+    waiting, shared = list(rows), 0
+    while waiting or any(model.batch.rows for model in models.values()):
+        for row in waiting[:2]:
+            rows[row].batch.add(row)
+            waiting.remove(row)
+        for batch in {model.batch for model in models.values()}:
+            shared = max(shared, len({row.head for row in batch.rows}))
+            for row, logits in batch.step():
+                row.draw(logits)
+                if len(row.tokens) == row.start + 8:
+                    batch.remove(row)
+    assert shared == 4  # the base and three adapters in one step
+    paths = {"tiny": folders.base, **folders.adapters}
+    for row, model in rows.items():
+        assert row.tokens[row.start :] == alone(paths[model.name], row.tokens[: row.start], 8), model.name
+    assert len({tuple(row.tokens[-8:]) for row in rows}) == len(rows)
+
+
+def test_who_shares_what(folders: Folders) -> None:
+    models = load_models(folders.base, folders.adapters, **HOW)
+    base = models["tiny"]
+    assert {name for name, model in models.items() if model.batch is base.batch} == {"tiny", "skip", "other", "norm"}
+    assert isinstance(base.batch, SharedBatch) and models["tail"].batch is not models["lora"].batch
+    assert {model.parent for model in models.values()} == {None, "tiny"}
+    weight = base.llm.model.blocks[0].attn.qkv.weight
+    assert models["lora"].llm.model.blocks[0].attn.qkv.linear.weight is weight  # type: ignore[union-attr]
+
+
+def test_quantised_base(folders: Folders) -> None:
+    models = load_models(folders.base, {name: folders.adapters[name] for name in ("skip", "lora")}, "int8", **HOW)
+    for name, model in models.items():
+        path = folders.adapters.get(name, folders.base)
+        llm, prompt = LLM.load(path, quantize="int8", **HOW), tiny.ids(1, 7, 320)[0].tolist()  # type: ignore[arg-type]
+        row = Row(list(prompt), Sampling(temperature=0.0), head=model.head)
+        model.batch.add(row)
+        row.draw(model.batch.step()[0][1])
+        model.batch.remove(row)
+        assert row.tokens[7:] == list(generate(llm.model, torch.tensor(prompt), 8, temperature=0.0))
+
+
+def test_an_adapters_folder_brings_its_base(folders: Folders) -> None:
+    models = load_models(folders.adapters["skip"], {"more": folders.adapters["lora"]}, **HOW)
+    assert list(models) == ["skip", "tiny", "more"] and models["skip"].parent == "tiny"
+    assert own_name(Path("out/mine/final")) == own_name(Path("out/mine/step-000100")) == own_name(Path("out/mine")) == "mine"
+
+
+def test_a_model_of_its_own_weights(folders: Folders) -> None:
+    models = load_models(folders.base, {"copy": folders.base}, **HOW)
+    assert models["copy"].batch is not models["tiny"].batch and models["copy"].parent is None
+
+
+def test_refusals(folders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'tiny' is the base model's own name"):
+        load_models(folders.base, {"tiny": folders.adapters["skip"]}, **HOW)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        load_models(folders.base, {"x": tmp_path / "nowhere"}, **HOW)
