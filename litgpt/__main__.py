@@ -36,6 +36,7 @@ COMMANDS = {
     "finetune_full": Command("litgpt.finetune.full:Full", "Tune all weights of a model."),
     "finetune_adapter": Command("litgpt.finetune.adapter:Adapter", "Tune a model with LLaMA-Adapter."),
     "finetune_adapter_v2": Command("litgpt.finetune.adapter:AdapterV2", "Tune a model with LLaMA-Adapter V2."),
+    "pretrain": Command("litgpt.pretrain:Pretrain", "Train all weights of a model on running text, from scratch or from a checkpoint."),
     "finetune_lora_legacy": Command("litgpt.finetune.lora:Lora", "The same as finetune_lora."),
     "generate": Command("litgpt.generate.base:main", "Answer one prompt with a checkpoint or an adapter."),
     "generate_adapter": Command("litgpt.generate.adapter:main", "Answer one prompt with a base model and a LLaMA-Adapter."),
@@ -53,6 +54,9 @@ COMMANDS = {
     ),
     "convert_from_litgpt": Command(
         "litgpt.convert.from_litgpt:convert_from_litgpt", "Make a folder that transformers loads from a checkpoint."
+    ),
+    "convert_pretrained_checkpoint": Command(
+        "litgpt.convert.pretrained:convert_pretrained_checkpoint", "Make a checkpoint of a training run's step folder."
     ),
     "convert_to_gguf": Command("litgpt.convert.gguf.export:convert_to_gguf", "Make a GGUF file, for llama.cpp, from a checkpoint."),
     "convert_adapter": Command("litgpt.convert.adapter:convert_adapter", "Make a PEFT or a portable Skip2-LoRA adapter, or read one."),

@@ -84,7 +84,9 @@ class Keys:
         if isinstance(command, type):
             self.defaults, self.older = defaults(command), older_names(command)
         required = [name for name in self.parameters if name not in self.defaults]
-        self.bare = list(dict.fromkeys([next(iter(self.parameters)), *required]))  # their values may stand without a key, in this order
+        self.bare = list(
+            dict.fromkeys([getattr(command, "first", next(iter(self.parameters))), *required])
+        )  # their values may stand without a key, in this order
         self.types: dict[str, Any] = {}
         self.groups: list[str] = []
         self.classes: dict[str, type | None] = {}  # key -> base class, None for a recipe
@@ -209,7 +211,7 @@ class Keys:
         else:
             below = config.setdefault(root, {}) if argument else config
         name = argument or root
-        if mapping := self._mapping_above(key):
+        if (mapping := self._mapping_above(key)) and mapping != root:
             name, entry = argument[: len(mapping) - len(root) - 1], argument[len(mapping) - len(root) :]
             below[name] = {**(below.get(name) or {}), entry: value}
         elif appends:
@@ -250,7 +252,7 @@ class Keys:
 
     def _mapping_above(self, key: str) -> str:
         """Return the key of the mapping in a group that `key` is an entry of: `log.metadata` for `log.metadata.x`."""
-        mappings = (name for name, kind in self.types.items() if "." in name and is_mapping(kind))
+        mappings = (name for name, kind in self.types.items() if name not in self.classes and is_mapping(kind))
         return next((name for name in mappings if key.startswith(f"{name}.")), "")
 
     def arguments(self, config: dict[str, Any]) -> dict[str, Any]:

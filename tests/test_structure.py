@@ -37,7 +37,7 @@ data
 convert
 generate.engine generate.batch
 train
-finetune
+finetune pretrain
 convert.card convert.adapter convert.from_litgpt
 generate api validate download integrations examine push
 serve

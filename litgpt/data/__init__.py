@@ -8,6 +8,7 @@ from litgpt.data.base import DataModule, Splits
 from litgpt.data.instructions import FLAN, LIMA, Deita, LongForm
 from litgpt.data.json_data import JSON
 from litgpt.data.python_docs import PythonDocs
+from litgpt.data.text_files import OpenWebText, TextFiles, TinyStories
 from litgpt.sample import Sample
 
 __all__ = [
@@ -21,9 +22,12 @@ __all__ = [
     "Deita",
     "Dolly",
     "LongForm",
+    "OpenWebText",
     "PythonDocs",
     "Sample",
     "Splits",
+    "TextFiles",
+    "TinyStories",
 ]
 
 

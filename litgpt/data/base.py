@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from litgpt.data.records import Message, Record, read_record
 from litgpt.data.sources import SUFFIXES, is_dataset
@@ -64,10 +64,14 @@ class DataModule(ABC):
     num_workers: int = 4
     """Accepted for LitGPT's YAML files; without effect, as samples are tokenised before training starts."""
 
+    fallback_style: ClassVar[str] = "alpaca"  # prompt style of a model that has none of its own
+
     @staticmethod
     def reader_of(name: str) -> tuple[str, str] | None:
         """Return the class that reads the file or folder `name`, and its key for the path; None if `name` is that of a class."""
         path = expand_path(name)
+        if name.endswith(".txt") or (path.is_dir() and any(path.glob("*.txt"))):
+            return "TextFiles", "train_data_path"
         is_path = path.exists() or name.endswith(SUFFIXES) or is_dataset(path)
         return ("JSON", "json_path") if is_path else None
 

@@ -132,7 +132,7 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
 
 
 def _read_columns(path: Path, suffix: str) -> list[Any]:
-    arrow, parquet = _import("pyarrow", path), _import("pyarrow.parquet", path)
+    arrow, parquet = import_library("pyarrow", path), import_library("pyarrow.parquet", path)
     try:
         if suffix == ".parquet":
             return parquet.read_table(path).to_pylist()
@@ -145,7 +145,7 @@ def _read_columns(path: Path, suffix: str) -> list[Any]:
         raise UserError(f"{path} is no readable {suffix} file: {str(error)[:200]}. Copy it again") from None
 
 
-def _import(name: str, what: object) -> Any:
+def import_library(name: str, what: object) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -163,7 +163,7 @@ def is_dataset(path: Path) -> bool:
 
 def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
     """Return the training and validation records of a data set; None for the latter if it has no such part."""
-    datasets = _import("datasets", f"{path}" if path.is_dir() else f"{path} is no file or folder here; as a data set of the hub")
+    datasets = import_library("datasets", f"{path}" if path.is_dir() else f"{path} is no file or folder here; as a data set of the hub")
     saved = any((path / name).is_file() for name in SAVED)
     try:
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))

@@ -100,7 +100,7 @@ def prepare(settings: Run, method: Method, base: Path, point: Path | None = None
         tokenizer = Tokenizer(base)
         dict(tokenizer_files(base))  # shows files that cannot be copied into the checkpoints
         assert settings.data is not None
-        style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer)
+        style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer, settings.data.fallback_style)
         if isinstance(style, ChatTemplate):
             style.now = date
         with fabric.rank_zero_first():

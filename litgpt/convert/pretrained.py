@@ -1,0 +1,31 @@
+"""`litgpt convert_pretrained_checkpoint`: the model of a training run's step, without the state to resume from."""
+
+from pathlib import Path
+
+from litgpt import checkpoint
+from litgpt.atomic import new_folder
+from litgpt.config import Config
+from litgpt.convert.resolve import locate
+from litgpt.errors import UserError
+
+COMPILED = "_orig_mod."  # in the names of a model that torch.compile wrapped
+
+
+def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
+    """Make a checkpoint folder of a step of pretraining, ours or LitGPT's, without the optimizer's state.
+
+    Args:
+        checkpoint_dir: Folder of the step, with lit_model.pth.
+        output_dir: Folder to make.
+    """
+    folder = locate(checkpoint_dir)
+    if not (folder / checkpoint.WEIGHTS).is_file():
+        raise UserError(f"{folder} holds no {checkpoint.WEIGHTS}: name a step's folder of a training run")
+    weights = {name.replace(COMPILED, ""): value for name, value in checkpoint.load_weights(folder / checkpoint.WEIGHTS).items()}
+    with new_folder(output_dir) as new:
+        checkpoint.save_weights(weights, new / checkpoint.WEIGHTS)
+        checkpoint.save_config(Config.from_checkpoint(folder), new)
+        checkpoint.copy_tokenizer_files(folder, new)
+        if (folder / "prompt_style.yaml").is_file():
+            (new / "prompt_style.yaml").write_bytes((folder / "prompt_style.yaml").read_bytes())
+    print(f"{output_dir} is ready as a checkpoint_dir")

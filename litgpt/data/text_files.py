@@ -1,0 +1,204 @@
+"""Running text for pretraining: a folder of text files, TinyStories, OpenWebText. All tokens are learned, in blocks of equal length."""
+
+import json
+import tarfile
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from litgpt.data.base import UNSET_SHARE, DataModule, Splits
+from litgpt.data.downloads import HUB, download_from_hub
+from litgpt.data.records import Record
+from litgpt.data.sources import import_library
+from litgpt.errors import UserError
+from litgpt.files import expand_path, parse_json, read_text
+from litgpt.sample import Sample
+
+if TYPE_CHECKING:
+    from litgpt.prompts import PromptStyle
+    from litgpt.tokenizer import Tokenizer
+
+PIECE = 2**20  # characters that are tokenised at once
+EXAMPLE = 200  # characters of the text that a model continues at a validation
+
+
+@dataclass
+class Text(DataModule):
+    """Texts, joined and cut into blocks of T + 1 tokens, T the length that the model reads; what is left at the end is dropped.
+
+    Each text begins with BOS or, if the tokenizer has none, ends with EOS.
+    """
+
+    fallback_style: ClassVar[str] = "default"
+
+    @abstractmethod
+    def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
+        """Return training and validation texts; None for the latter keeps a share of the former's blocks, the last ones."""
+
+    def records(self) -> tuple[list[Record], list[Record] | None]:
+        raise UserError(
+            f"{type(self).__name__} holds running text, no questions and answers: use `litgpt pretrain`, finetune_lora or finetune_full"
+        )
+
+    def splits(self, tokenizer: "Tokenizer", prompt_style: "PromptStyle", max_seq_length: int | None = None) -> Splits:
+        """Tokenise all texts. Raises UserError if they do not fill a block of `max_seq_length` + 1 tokens."""
+        assert max_seq_length is not None
+        train_texts, val_texts = self.texts()
+        train, tokens = self._blocks(tokenizer, train_texts, max_seq_length + 1)
+        val = [] if val_texts is None else self._blocks(tokenizer, val_texts, max_seq_length + 1)[0]
+        if val_texts is None:
+            share = UNSET_SHARE if self.val_split_fraction is None else self.val_split_fraction
+            held_out = max(1, round(share * len(train)))
+            train, val = train[:-held_out], train[-held_out:]
+        for name, blocks in (("training", train), ("validation", val)):
+            if not blocks:
+                raise UserError(
+                    f"{self.source}: the {name} text is shorter than a block of {max_seq_length + 1:,} tokens (all of it: {tokens:,}): "
+                    "add text, or lower train.max_seq_length"
+                )
+        report = f"{len(train):,} train and {len(val):,} validation blocks of {max_seq_length + 1:,} tokens"
+        start = tokenizer.decode(list(val[0].input_ids))
+        example = Record(
+            [{"role": "user", "content": start[:EXAMPLE]}, {"role": "assistant", "content": start[EXAMPLE:]}], [False, True], pair=True
+        )
+        return Splits(train, val, report, [example])
+
+    def _blocks(self, tokenizer: "Tokenizer", texts: Iterable[str], length: int) -> tuple[list[Sample], int]:
+        """Return the blocks, and the number of tokens before they were cut."""
+        ids, blocks, count = array("i"), list[Sample](), 0
+        mask = bytearray(b"\0" + b"\1" * (length - 1))
+        for text in texts:
+            for n, piece in enumerate(pieces(text.strip())):
+                ids.extend(tokenizer.ids(piece, bos=tokenizer.bos_id is not None and n == 0))
+            if tokenizer.bos_id is None and tokenizer.eos_id is not None:
+                ids.append(tokenizer.eos_id)
+            whole = len(ids) // length
+            blocks += [Sample(ids[i * length : (i + 1) * length], mask[:]) for i in range(whole)]
+            count, ids = count + whole * length, ids[whole * length :]
+        return blocks, count + len(ids)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Yield a text in pieces that can be tokenised, cut at ends of paragraphs, lines or words if there are any."""
+    while len(text) > PIECE:
+        end = next((place for mark in ("\n\n", "\n", " ") if (place := text.rfind(mark, PIECE // 2, PIECE)) > 0), PIECE)
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+@dataclass
+class TextFiles(Text):
+    """The .txt files of a folder."""
+
+    train_data_path: Path | None = None
+    """The folder, or a single file."""
+    val_data_path: Path | None = None
+    """Another folder or file for validation. Default: the first file of the folder, or the last blocks of a single one."""
+    val_split_fraction: float | None = None
+    """Share of a single file that is kept for validation. Default: 0.05."""
+
+    @property
+    def source(self) -> str:
+        return str(self.train_data_path)
+
+    def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
+        if self.train_data_path is None:
+            raise UserError("data.train_data_path is missing: name a folder with .txt files")
+        train = self._files(self.train_data_path)
+        val = None if self.val_data_path is None else self._files(self.val_data_path)
+        if val is None and len(train) > 1 and self.val_split_fraction is None:
+            val, train = train[:1], train[1:]
+        return map(read_any, train), None if val is None else map(read_any, val)
+
+    def _files(self, path: Path) -> list[Path]:
+        place = expand_path(path)
+        files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
+        if not files or not place.exists():
+            raise UserError(f"{path} holds no .txt files" if place.is_dir() else f"{path} does not exist: name a folder with .txt files")
+        return files
+
+
+def read_any(file: Path) -> str:
+    """Return the text of a file, however large it is."""
+    return read_text(file, "was removed while it was read", None)
+
+
+@dataclass
+class TinyStories(Text):
+    """Two million short stories in the words of small children, downloaded once (arXiv 2305.07759)."""
+
+    data_path: Path = Path("data/tinystories")
+    """Folder for the downloaded files, JSON lists of stories. The first is for validation."""
+    num_workers: int = 8
+    """Accepted for LitGPT's YAML files; without effect."""
+
+    archive: ClassVar[str] = "TinyStories_all_data.tar.gz"
+
+    @property
+    def source(self) -> str:
+        return str(self.data_path)
+
+    def is_ready(self) -> bool:
+        return len(self._files()) > 1
+
+    def _files(self) -> list[Path]:
+        return sorted(expand_path(self.data_path).rglob("*.json"))
+
+    def prepare_data(self) -> None:
+        folder = expand_path(self.data_path)
+        if not self.is_ready():
+            if not (folder / self.archive).is_file():
+                download_from_hub(f"{HUB}roneneldan/TinyStories/resolve/main/{self.archive}", folder, self.archive)
+            try:
+                with tarfile.open(folder / self.archive) as archive:
+                    archive.extractall(folder, filter="data")
+            except (tarfile.TarError, OSError, EOFError) as error:
+                raise UserError(f"{folder / self.archive} is no whole archive ({error}): remove it, to download it again") from None
+
+    def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
+        self.prepare_data()
+        files = self._files()
+        if len(files) < 2:
+            raise UserError(f"{self.data_path} holds {len(files)} .json files: at least two are needed, the first for validation")
+        return stories(files[1:]), stories(files[:1])
+
+
+def stories(files: Iterable[Path]) -> Iterator[str]:
+    """Yield the stories of JSON lists of objects with the key `story`."""
+    for file in files:
+        for n, row in enumerate(parse_json(read_any(file), str(file)), 1):
+            if not isinstance(row, dict) or not isinstance(row.get("story"), str):
+                raise UserError(f"{file}, record {n}: an object with the text `story` is needed, not {json.dumps(row)[:60]}")
+            yield row["story"]
+
+
+@dataclass
+class OpenWebText(Text):
+    """Eight million web pages, read by the `datasets` library. All tokens are held in memory, which the whole set does not fit."""
+
+    data_path: Path = Path("data/openwebtext")
+    """Folder of the library's files, or a data set saved there with a column `text`."""
+    val_split_fraction: float | None = 0.0005
+    """Share of the blocks that is kept for validation."""
+    num_workers: int = 8
+    """Accepted for LitGPT's YAML files; without effect."""
+
+    repo_id: ClassVar[str] = "Skylion007/openwebtext"
+
+    def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
+        datasets: Any = import_library("datasets", "OpenWebText")
+        folder = expand_path(self.data_path)
+        try:
+            is_saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+            loaded = datasets.load_from_disk(str(folder)) if is_saved else datasets.load_dataset(self.repo_id, cache_dir=str(folder))
+            rows = loaded.get("train", loaded)
+        except Exception as error:  # the library raises errors of many others
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise UserError(
+                f"the dataset {self.repo_id} could not be loaded ({reason[:200]}). Without a network, save it in {folder}"
+            ) from None
+        return (row["text"] for row in rows), None

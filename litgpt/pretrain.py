@@ -1,0 +1,154 @@
+"""`litgpt pretrain`: train all weights of a model on running text, from scratch or from a checkpoint. Light, so that the command line
+answers before torch is loaded."""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
+
+from litgpt.args import EvalArgs, TrainArgs, setting
+from litgpt.errors import UserError
+from litgpt.files import expand_path
+from litgpt.train.settings import Run
+
+if TYPE_CHECKING:
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.train.methods import Method
+
+INITIAL = "initial"  # folder in out_dir with the fresh weights that a run from scratch starts from
+RECORD = "initial.json"
+
+
+@dataclass(kw_only=True)
+class Pretrain(Run):
+    """Train all weights of a model on running text."""
+
+    first: ClassVar[str] = "model_name"  # may stand without its key on the command line
+
+    checkpoint_dir: Path = field(default=Path(), init=False)
+    model_name: Optional[str] = None
+    """A named model, such as pythia-14m, whose shape a fresh model gets; or "list", which prints the names."""
+    model_config: Optional[dict[str, Any]] = None
+    """Fields of the model's config that differ from those of model_name, or all of them: --model_config.n_layer 4."""
+    out_dir: Path = setting(Path("out/pretrain"), may_change=True)
+    """Folder for checkpoints and logs."""
+    initial_checkpoint_dir: Optional[Path] = setting(None, may_change=True)
+    """Start from the weights of this checkpoint (continued pretraining)."""
+    tokenizer_dir: Optional[Path] = setting(None, may_change=True)
+    """The folder with the tokenizer. Default: initial_checkpoint_dir."""
+    train: TrainArgs = setting(
+        TrainArgs(global_batch_size=512, epochs=None, max_tokens=int(3e12), max_norm=1.0, min_lr=4e-5, lr_warmup_steps=2000)
+    )
+    """How long to train, in what batches, and how the learning rate moves."""
+    eval: EvalArgs = setting(EvalArgs(interval=1000))
+    """When and on how much to validate."""
+    devices: Union[int, str] = setting("auto", may_change=True)
+    """Number of devices to train on, or "auto"."""
+    logger_name: Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"] = setting("tensorboard", may_change=True)
+    """A logger besides metrics.csv and TensorBoard, which are always written."""
+    seed: int = setting(42, varies=True)
+    """Random seed, of the fresh weights too."""
+
+    def __post_init__(self) -> None:
+        if self.model_name != "list":
+            super().__post_init__()
+            if self.initial_checkpoint_dir is None:
+                if self.model_name is None and self.model_config is None:
+                    raise UserError(
+                        "what shall be trained? Give model_name (`litgpt pretrain list` prints the names), or initial_checkpoint_dir"
+                    )
+                if self.tokenizer_dir is None:
+                    raise UserError("tokenizer_dir is missing: name a folder with tokenizer.json, such as a downloaded model's")
+
+    def method(self) -> "Method":
+        from litgpt.train.methods import full
+
+        return full(self.train.tie_embeddings)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {key: value for key, value in super().hyperparameters().items() if key != "checkpoint_dir"}
+
+    def main(self) -> None:
+        if self.model_name == "list":
+            from litgpt import families
+
+            print("\n".join(families.names()))
+            return
+        from litgpt.train.run import run
+
+        with self._base() as folder:
+            self.checkpoint_dir = folder
+            run(self, self.method())
+
+    @contextmanager
+    def _base(self) -> Iterator[Path]:
+        """Yield the checkpoint folder to start from: the one named, or one with fresh weights in out_dir."""
+        if self.initial_checkpoint_dir is not None:
+            yield self.initial_checkpoint_dir
+        elif self.dry_run:
+            with tempfile.TemporaryDirectory() as folder:
+                yield self._made(Path(folder) / INITIAL)
+        else:
+            from litgpt.atomic import locked
+
+            with locked(self.out_dir / f".{INITIAL}"):  # several processes may start at once
+                folder_in_run = self._made(self.out_dir / INITIAL)
+            (self.out_dir / f".{INITIAL}").rmdir()
+            yield folder_in_run
+
+    def _made(self, folder: Path) -> Path:
+        """Return the folder with the fresh weights, after making it unless it holds them already."""
+        from litgpt.atomic import new_folder, write_text
+        from litgpt.checkpoint import copy_tokenizer_files, save_config, save_weights
+        from litgpt.config import Config
+        from litgpt.convert.resolve import locate
+        from litgpt.prompts import PromptStyle, save_prompt_style
+
+        changes = self.model_config or {}
+        config = Config.from_name(self.model_name, **changes) if self.model_name else Config(**changes)
+        record = {"config": config.base_dict(), "seed": self.seed}
+        text = json.dumps(record, sort_keys=True, default=str)
+        if (folder / RECORD).is_file() and (folder / RECORD).read_text(encoding="utf-8") == text:
+            return folder
+        assert self.tokenizer_dir is not None
+        source = locate(expand_path(self.tokenizer_dir))
+        model = fresh(config, self.seed)
+        with new_folder(folder, overwrite=(folder / RECORD).is_file()) as new:
+            save_weights(model.state_dict(), new / "lit_model.pth")
+            save_config(config, new)
+            copy_tokenizer_files(source, new)
+            save_prompt_style(PromptStyle.from_name("default"), new)
+            write_text(new / RECORD, text)
+        return folder
+
+
+def fresh(config: "Config", seed: int) -> "GPT":
+    """Return a model with random weights, fp32.
+
+    Weights of linear layers and embeddings are drawn from N(0, 2 / (5 d)), d `n_embd` (GPT-NeoX-20B, arXiv 2204.06745); those that write
+    to the residual stream, the `proj` of attention and MLPs, from N(0, 1 / (d L^2)), L `n_layer`. Biases are 0, norms the identity.
+    """
+    import torch
+
+    from litgpt.model import GPT
+
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT(config)
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            is_output = name.endswith(".proj")
+            deviation = 1 / math.sqrt(config.n_embd) / config.n_layer if is_output else math.sqrt(2 / 5 / config.n_embd)
+            torch.nn.init.normal_(module.weight, 0.0, deviation, generator=generator)
+            if getattr(module, "bias", None) is not None:
+                torch.nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    return model
+
+
+def setup(model_name: Optional[str] = None, **settings: Any) -> None:
+    """Pretrain a model with these settings, the fields of `Pretrain`."""
+    Pretrain(model_name=model_name, **settings).main()
