@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import hmac
 import json
 import time
@@ -28,7 +30,7 @@ from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
 from litgpt.serve.schemas import Chat, Completion, Predict, Settings
 
 PAGE = Path(__file__).with_name("page.html")
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 DEFAULT_TOKENS = 512  # of an OpenAI request that does not say
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -355,8 +357,12 @@ async def _health() -> str:
 
 
 async def _page() -> HTMLResponse:
-    headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+    text = PAGE.read_text(encoding="utf-8")
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script may run
+    policy = f"{POLICY}; script-src 'sha256-{digest}'; frame-ancestors 'none'"
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(text, headers=headers)
 
 
 def _invalid(error: RequestValidationError) -> Refusal:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.client
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,7 @@ import openai
 import pytest
 
 from litgpt.api import LLM
+from litgpt.serve.schemas import Chat
 from tests.serve.conftest import KEY, Folders, Server
 
 HELLO: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "why?"}]
@@ -215,3 +219,24 @@ def test_nothing_of_a_request_is_logged(server: Server, client: openai.OpenAI) -
 def test_the_schema_names_every_address(server: Server) -> None:
     paths = json.loads(send(server, "GET", "/openapi.json")[1])["paths"]
     assert set(paths) == {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/predict", "/health"}
+
+
+def test_the_page_is_whole_and_drives_the_interface(server: Server) -> None:
+    """One file that loads nothing, may talk to this server only, and names what the server has."""
+    connection = http.client.HTTPConnection(urlparse(server.url).netloc, timeout=30)
+    connection.request("GET", "/")
+    response = connection.getresponse()
+    page, policy = response.read().decode(), response.headers["Content-Security-Policy"]
+    assert not re.search(r"https?:|//\w|@import|url\(|\bsrc=|<link(?! rel=\"icon\" href=\"data:,\")|\beval\b|innerHTML|\bon\w+=", page)
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert len(script) == page.count("<script") == 1
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy and "connect-src 'self'" in policy
+    paths = json.loads(send(server, "GET", "/openapi.json")[1])["paths"]
+    assert {f"/{path}" for path in re.findall(r'fetch\("([^"]+)"', script[0])} == {"/v1/models", "/v1/chat/completions"} <= set(paths)
+    numbers = re.search(r"NUMBERS = \[(.*?)\]", script[0])
+    assert numbers and set(re.findall(r'"(\w+)"', numbers[1])) <= set(Chat.model_fields)
+    ids = set(re.findall(r'\bid="([\w-]+)"', page))
+    assert set(re.findall(r'\$\("([\w-]+)"\)', script[0])) <= ids and set(re.findall(r'"(\w+)"', numbers[1])) <= ids
+    labelled = re.findall(r"<(?:select|textarea)[^>]*>", page)
+    assert all("aria-label" in tag or re.search(rf"<label[^>]*>[^<]*{re.escape(tag)}", page) for tag in labelled)
