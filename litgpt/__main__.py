@@ -62,6 +62,24 @@ COMMANDS = {
     "convert_adapter": Command("litgpt.convert.adapter:convert_adapter", "Make a PEFT or a portable Skip2-LoRA adapter, or read one."),
     "merge_lora": Command("litgpt.convert.merge:merge_lora", "Fold a LoRA adapter into the weights of its base."),
 }
+# Words that people try, and names of other versions.
+OTHER_NAMES = {
+    "finetune": "train tune fit sft fine-tune fine_tune",
+    "generate": "run ask predict infer inference complete",
+    "chat": "talk",
+    "serve": "server api deploy",
+    "evaluate": "eval test benchmark",
+    "data": "dataset inspect examine",
+    "prompts": "prompt template templates styles",
+    "push": "upload publish",
+    "download": "pull get",
+    "validate": "check verify",
+    "merge_lora": "merge fuse",
+    "convert_to_litgpt": "convert import convert_hf_checkpoint",
+    "convert_from_litgpt": "export convert_lit_checkpoint",
+    "convert_to_gguf": "gguf quantize ollama",
+    "convert_adapter": "peft",
+}
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -102,7 +120,8 @@ def _work_of(argv: list[str]) -> int | Callable[[], Any]:
         print(f"litgpt {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.75)
+        meant = next((command for command, words in OTHER_NAMES.items() if name.lower() in words.split()), None)
+        near = [meant] if meant else difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.75)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         _print_error(f"there is no command {name!r}.{hint} `litgpt --help` lists them.")
         return 2

@@ -123,8 +123,10 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
         for folder in (*(entry for entry in content if entry.is_dir()), temporary):
             _sync(folder)
         _put_in_place(temporary, path, locks)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and (error.filename is None or str(temporary) in str(error.filename)):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
         raise
     finally:
         for descriptor in locks:

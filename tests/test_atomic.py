@@ -350,3 +350,14 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with atomic.new_folder(tmp_path / "final") as folder:
         (folder / "a").write_text("1")
     assert left_in(tmp_path) == ["final", "place"]
+
+
+def test_a_full_disk_names_the_folder_that_was_to_be_made(tmp_path: Path) -> None:
+    """Not the temporary one, nor nothing, where a library's write fails without a name; an error about another file keeps its name."""
+    for inner in (OSError(28, "No space left on device"), "temporary"):
+        with pytest.raises(OSError, match="No space left on device") as caught, atomic.new_folder(tmp_path / "final") as folder:
+            raise inner if isinstance(inner, OSError) else OSError(28, "No space left on device", str(folder / "a"))
+        assert caught.value.filename == str(tmp_path / "final")
+    with pytest.raises(FileNotFoundError) as missing, atomic.new_folder(tmp_path / "final"):
+        (tmp_path / "source").read_text()
+    assert missing.value.filename == str(tmp_path / "source")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from litgpt import __version__
-from litgpt.__main__ import COMMANDS, load, main
+from litgpt.__main__ import COMMANDS, OTHER_NAMES, load, main
 from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config
 from litgpt.cli import UsageError, parse
 from litgpt.data import JSON, Alpaca, Alpaca2k, PythonDocs
@@ -666,3 +666,19 @@ def test_json_is_yaml(tmp_path: Path) -> None:
     file = tmp_path / "f.yaml"
     file.write_text(json.dumps({"checkpoint_dir": "c", "train": {"min_lr": 1e-07}}))
     assert finetune(str(file))["train"].min_lr == 1e-7
+
+
+def test_other_names_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert OTHER_NAMES.keys() <= COMMANDS.keys()
+    words = [word for names in OTHER_NAMES.values() for word in names.split()]
+    assert len({*words}) == len(words) and not {*words} & COMMANDS.keys()
+    for word, meant in (
+        ("train", "finetune"),
+        ("upload", "push"),
+        ("Merge", "merge_lora"),
+        ("finetun", "finetune"),
+        ("evalute", "evaluate"),
+    ):
+        assert main([word]) == 2
+        assert f"there is no command {word!r}. Did you mean {meant!r}?" in capsys.readouterr().err
+    assert main(["qqq"]) == 2 and "Did you mean" not in capsys.readouterr().err

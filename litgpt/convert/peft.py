@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt import families, files
 from litgpt.adapters.settings import LAYER_FLAGS
+from litgpt.atomic import write_bytes, write_text
 from litgpt.checkpoint import PEFT_ADAPTER, load_weights
 from litgpt.checkpoint import WEIGHTS as BASE_WEIGHTS
 from litgpt.convert import names
@@ -406,8 +407,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def write(folder: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], file_names: tuple[str, str] = (CONFIG, WEIGHTS)) -> None:
     """Write the JSON and the safetensors file of an adapter folder."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    config_file, weights_file = (folder / name for name in file_names)
-    config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, weights_file, metadata={"format": "pt"})
+    write_text(folder / file_names[0], json.dumps(settings, indent=2) + "\n")
+    write_bytes(folder / file_names[1], save(tensors, metadata={"format": "pt"}))  # save_file's are private to their owner

@@ -30,6 +30,7 @@ from litgpt.optim import make_optimizer
 from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
 from litgpt.sample import Sample
+from litgpt.text import size as shown
 from litgpt.text import text_table
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, out_of_memory
 from litgpt.train.loop import Batches, Loop, samples_per_rank
@@ -127,8 +128,8 @@ class Session:
         self.log = None
         if self.rank.is_first:
             self.log = MetricLoggers(path, self.settings.logger_name, self.settings.log, self.hyperparameters, resumed_at)
+        self._require_space()
         out_dir.make(resumed=saved is not None)
-        self._warn_of_space()
         facts: dict[str, Any] = {"identity": identity.facts(), "date": job.date.isoformat(), "cached": self.cached}
         facts["environment"] = environment(self.rank.device)
         newest = saved.folder if saved else None
@@ -151,13 +152,21 @@ class Session:
                 self.console.say(f"{self.settings.out_dir / 'best'} is incomplete: the next validation writes it anew")
             self.state.best = best
 
-    def _warn_of_space(self) -> None:
-        """Say so if the disk has no room for the final folder."""
-        merged = not self.model.config.skip2lora_enabled
-        need = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad or merged)
-        if self.log is not None and (free := shutil.disk_usage(self.settings.out_dir).free) < need:
-            sizes = f"{free / 2**30:.2f} GiB are free, final alone needs {need / 2**30:.2f}"
-            self.console.say(f"the disk of out_dir {self.settings.out_dir} is too full: {sizes}. Make room before the run ends")
+    def _require_space(self) -> None:
+        """Raise UserError if the disk has no room for the final folder; say so if it has none for all that a run keeps at once."""
+        if self.log is None:
+            return
+        place = next(folder for folder in (self.settings.out_dir, *self.settings.out_dir.absolute().parents) if folder.exists())
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        merged = 0 if self.model.config.skip2lora_enabled or trained == sum(size for size, _ in sizes) else sum(size for size, _ in sizes)
+        final, free = trained + merged, shutil.disk_usage(place).free
+        total = final + trained * self.settings.train.keep_best + 3 * trained  # a checkpoint has the optimizer's state too
+        where = f"the disk of out_dir {self.settings.out_dir} is too full: {shown(free)} are free"
+        if free < final:
+            raise UserError(f"{where}, final alone needs {shown(final)}. Make room, or name another out_dir")
+        if free < total:
+            self.console.say(f"{where}, final, best and a checkpoint to resume from need {shown(total)}. Make room before the run ends")
 
     def phases(self) -> Iterator[Phase]:
         """Yield the phases that are left: LoRA's warm-up if there is one, then training."""

@@ -62,6 +62,7 @@ def test_there_and_back(settings: dict[str, Any], files: set[str], base: Path, c
     assert main(["convert_adapter", str(source), str(out)]) == 0
     assert str(out) in capsys.readouterr().out
     assert names(out) == files | {"README.md", "prompt_style.yaml"}
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {base.stat().st_mode & 0o666}, "as the umask has it"
     assert main(["convert_adapter", str(out), str(back), "--checkpoint_dir", str(base)]) == 0
     want = {"lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml", "prompt_style.yaml", "base.json"}
     assert names(back) == want | {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
