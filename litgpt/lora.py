@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -138,7 +138,7 @@ class Config(base.Config, AdapterSettings):
     @classmethod
     def adapter_fields(cls) -> set[str]:
         """Return the names of the adapters' settings."""
-        return cls.__dataclass_fields__.keys() - base.Config.__dataclass_fields__.keys()
+        return {field.name for field in fields(cls)} - {field.name for field in fields(base.Config)}  # no ClassVar
 
 
 class Dropout(nn.Module):
