@@ -17,6 +17,7 @@ from litgpt.rope import is_long
 
 MOST_ROWS = 32  # answers that `generate_batch` computes at a time
 FIRST_ROOM = 256  # positions of a new cache
+LEAST_SHARED = 8  # tokens at the beginning of two prompts that are worth a copy
 
 
 @dataclass(eq=False)
@@ -38,19 +39,34 @@ class Row:
         return self.tokens[-1]
 
 
+@dataclass
+class Past:
+    """Keys and values of a row that has left: (G, T, h) each, one pair a block."""
+
+    tokens: list[int]
+    values: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in self.values)
+
+
 class Batch:
     """Rows of one model. The model holds the cache during a step only, so that it may be used otherwise between.
 
     The first `ready` rows lack the keys and values of their last token alone; the others wait for their prompts to be computed. `chunk` is
     the number of prompt tokens that a step computes besides the ready rows' tokens, so that long prompts do not halt the others; None: all.
+    A prompt takes the keys and values of its beginning from a row that has the same tokens, or had: up to `keep_bytes` of past rows stay.
     """
 
-    def __init__(self, model: GPT, chunk: int | None = None) -> None:
+    def __init__(self, model: GPT, chunk: int | None = None, keep_bytes: int = 0) -> None:
         self.model = model
         self.chunk = None if model.config.rope_kind == "longrope" else chunk  # whose factors depend on the complete prompt
         self.rows: list[Row] = []
         self.ready = 0
         self.caches: list[KVCache] = []  # one a block
+        self.keep_bytes = keep_bytes
+        self.past: list[Past] = []  # the newest last
         self.device = next(model.parameters()).device
 
     def add(self, row: Row) -> None:
@@ -61,6 +77,8 @@ class Batch:
     def remove(self, row: Row) -> None:
         """Take a row out; another takes its place in the cache."""
         hole, last = self.rows.index(row), len(self.rows) - 1
+        if self.keep_bytes and row.computed:
+            self._keep(row, hole)
         if hole < self.ready:
             self.ready -= 1
             self._move(self.ready, hole)
@@ -85,6 +103,8 @@ class Batch:
             left = self.chunk
             while self.ready < len(self.rows) and left != 0:
                 row = self.rows[self.ready]
+                if row.computed == 0:
+                    self._reuse(row)
                 size = len(row.tokens) - row.computed
                 size = size if left is None else min(size, left)
                 left = None if left is None else left - size
@@ -137,6 +157,31 @@ class Batch:
                 self._move(self.ready, i)
                 self.rows[self.ready] = row
 
+    def _keep(self, row: Row, place: int) -> None:
+        """Keep the keys and values of a row; the oldest make room."""
+        tokens = row.tokens[: row.computed]
+        values = [(cache.k[place, :, : len(tokens)].clone(), cache.v[place, :, : len(tokens)].clone()) for cache in self.caches]
+        self.past = [past for past in self.past if past.tokens != tokens[: len(past.tokens)]]  # without those that this one begins with
+        self.past.append(Past(tokens, values))
+        while sum(past.nbytes for past in self.past) > self.keep_bytes:
+            del self.past[0]
+
+    def _reuse(self, row: Row) -> None:
+        """Copy the keys and values of the row's longest beginning that another row or a past one has. The last token is always computed."""
+        if self.model.config.rope_kind == "longrope":
+            return
+        wanted, longest, values = row.tokens[:-1], LEAST_SHARED - 1, None
+        for place, other in enumerate(self.rows):
+            if other is not row and (length := common(wanted, other.tokens[: other.computed])) > longest:
+                longest, values = length, [(cache.k[place], cache.v[place]) for cache in self.caches]
+        for past in self.past:
+            if (length := common(wanted, past.tokens)) > longest:
+                longest, values = length, past.values
+        if values is not None:
+            for cache, (k, v) in zip(self.caches, values, strict=True):
+                cache.k[self.ready, :, :longest], cache.v[self.ready, :, :longest] = k[:, :longest], v[:, :longest]
+            row.computed = longest
+
     def _move(self, source: int, target: int) -> None:
         """Put a row, with its keys and values, in the place of another."""
         row = self.rows[source]
@@ -160,6 +205,11 @@ class Batch:
         for new, before in zip(caches, self.caches, strict=False):
             new.k[: old[0], :, : old[2]], new.v[: old[0], :, : old[2]] = before.k, before.v
         self.caches = caches
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of tokens at the beginning that are the same."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
 def generate_batch(

@@ -26,6 +26,7 @@ from litgpt.lora import Config, Skip2LoRA, skip_sum
 from litgpt.model import Positions
 
 CHUNK = 256  # prompt tokens that a step computes besides the running answers
+KEPT = 256 * 2**20  # bytes of keys and values of past answers, whose conversations may go on
 
 
 class Head:
@@ -95,7 +96,7 @@ def load_models(folder: str | Path, adapters: dict[str, Path], quantize: str | N
     name = base.config.name or base_folder.name
     if name in adapters:
         raise UserError(f"adapters: {name!r} is the base model's own name: choose another for {adapters[name]}")
-    served = {name: Served(name, base, SharedBatch(base.model, CHUNK))}
+    served = {name: Served(name, base, SharedBatch(base.model, CHUNK, KEPT))}
     for own, path in adapters.items():
         served[own] = _load_adapter(own, open_checkpoint(path), served[name], base_folder, quantize, how)
     first = next(iter(adapters)) if base_folder is not opened else name
@@ -122,7 +123,7 @@ def own_name(folder: Path) -> str:
 def _load_adapter(name: str, folder: Path, base: Served, base_folder: Path, quantize: str | None, how: dict[str, Any]) -> Served:
     if not _is_over_a_base(folder):
         llm = LLM.load(folder, quantize=quantize, **how)  # a model with weights of its own
-        return Served(name, llm, SharedBatch(llm.model, CHUNK))
+        return Served(name, llm, SharedBatch(llm.model, CHUNK, KEPT))
     _, settings = checkpoint.adapter_settings(folder, base_folder)
     try:
         config = Config.from_checkpoint(base_folder, **settings)
@@ -137,4 +138,4 @@ def _load_adapter(name: str, folder: Path, base: Served, base_folder: Path, quan
     changes_blocks = config.lora_blocks or (config.lora_r and config.lora_head)
     if config.skip2lora_enabled and not changes_blocks and (config.cut or 0) >= config.n_layer:
         return Served(name, llm, base.batch, Head(model), base.name)
-    return Served(name, llm, Batch(model, CHUNK), parent=base.name)
+    return Served(name, llm, Batch(model, CHUNK, KEPT), parent=base.name)

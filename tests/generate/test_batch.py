@@ -73,6 +73,44 @@ def test_seeds_stops_and_more_prompts_than_rows(monkeypatch: pytest.MonkeyPatch)
     assert generate_batch(model, [], 20, GREEDY) == []
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3 longrope", "gpt2"])
+def test_prompts_take_their_beginning_from_others(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of running rows and of past ones; a conversation that goes on computes what is new. LongRoPE computes all."""
+    model, batch, computed = ours(family), Batch(ours(family), keep_bytes=10**6), list[int]()
+    hidden = batch.hidden
+    monkeypatch.setattr(batch, "hidden", lambda idx, pos, rows: (computed.append(idx.numel()), hidden(idx, pos, rows))[1])
+
+    def answer(*prompts: list[int]) -> list[list[int]]:
+        rows = [Row(list(prompt), GREEDY) for prompt in prompts]
+        for row in rows:
+            batch.add(row)
+        for _ in range(6):
+            for row, logits in batch.step():
+                row.draw(logits)
+        for row in rows:
+            batch.remove(row)
+        assert [row.tokens[row.start :] for row in rows] == [single(model, row.tokens[: row.start], 6) for row in rows]
+        return [row.tokens for row in rows]
+
+    long = PROMPTS[3]
+    (first,) = answer(long)
+    assert computed == [20, 1, 1, 1, 1, 1]
+    second = [*first, 5, 6, 7]
+    computed.clear()
+    answer(second, [*long[:12], 3, 3], [1, 2, 3])
+    if family == "phi3 longrope":
+        assert computed[:3] == [29, 14, 3] and len(batch.past) == 3
+    else:
+        assert computed[:3] == [29 - 25, 2, 3]  # the last of an answer has no keys yet
+        assert [past.tokens[:20] == long for past in batch.past] == [True, False, False]
+    computed.clear()
+    answer(second)
+    assert computed[0] == (29 if family == "phi3 longrope" else 1)
+    batch.keep_bytes = 1
+    answer([9, 9, 9])
+    assert batch.past == []
+
+
 def test_prompts_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="3 \\+ 62 = 65 tokens"):
         generate_batch(tiny.tiny(n_layer=1), PROMPTS, 62, GREEDY)

@@ -110,7 +110,7 @@ def test_a_request_that_goes_away_frees_its_place(model: Served, scheduler: Sche
     assert third.answer()[0] == expected(model, 5) and not other.done.is_set() and not long.done.is_set()
     scheduler.cancel([other.job])
     until(lambda: not model.batch.rows)
-    assert model.batch.caches == []  # its memory is free
+    assert model.batch.caches == []  # its place is free
 
 
 def test_time_limits(model: Served, scheduler: Scheduler) -> None:
