@@ -19,7 +19,7 @@ _HOME = {
     "PromptStyle": "litgpt.prompts",
     "Tokenizer": "litgpt.tokenizer",
 }
-_MODULES = ("config", "data", "lora", "model", "prompts", "tokenizer")
+_MODULES = ("adapter", "adapter_v2", "api", "config", "data", "lora", "model", "prompts", "tokenizer", "utils")
 
 __all__ = ["GPT", "LLM", "Config", "PromptStyle", "Tokenizer", "__version__"]
 

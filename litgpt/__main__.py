@@ -82,6 +82,9 @@ OTHER_NAMES = {
 }
 
 
+TAKING_NAMES = ("finetune", "sweep", "generate", "chat", "serve", "evaluate", "validate", "pretrain")  # commands that download ORG/NAME
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     """Run one command and return the exit code. The standard streams stay guarded (`litgpt.streams`)."""
     argv = sys.argv[1:] if argv is None else argv
@@ -128,8 +131,18 @@ def _work_of(argv: list[str]) -> int | Callable[[], Any]:
     from litgpt.cli import parse
 
     command = load(name)
-    arguments = parse(f"litgpt {name}", command, words)
+    arguments = parse(f"litgpt {name}", command, words, _download if name.partition("_")[0] in TAKING_NAMES else lambda config: None)
     return command(**arguments).main if isinstance(command, type) else partial(command, **arguments)
+
+
+def _download(settings: dict[str, Any]) -> None:
+    """Download the models that the settings of a command name as ORG/NAME, unless they are on this machine, or nothing shall be written."""
+    if not settings.get("dry_run"):
+        from litgpt.download import fetch_named
+
+        for key in ("checkpoint_dir", "initial_checkpoint_dir"):
+            if settings.get(key):
+                fetch_named(settings[key], settings.get("access_token"))
 
 
 def _report(error: BaseException) -> int:

@@ -53,6 +53,7 @@ class GPT(lora.GPT):
     """A GPT whose blocks attend to prompts, from `adapter_start_layer` on."""
 
     config: Config
+    config_class = Config
 
     def adapt(self, config: Config) -> None:  # type: ignore[override]
         self.config, self.cut = config, config.cut

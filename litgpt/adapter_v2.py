@@ -63,6 +63,8 @@ class AdapterV2Linear(Wrapper):
 class GPT(adapter.GPT):
     """A GPT with prompts, scales, biases, and norms that learn."""
 
+    config_class = Config
+
     def adapt(self, config: adapter.Config) -> None:  # type: ignore[override]
         super().adapt(config)
         for parent in [module for module in self.modules() if not isinstance(module, AdapterV2Linear)]:

@@ -15,11 +15,15 @@ from litgpt.args import require_seed
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.device import backbone_dtype, default_precision, find_device
+from litgpt.download import fetch_named
 from litgpt.errors import UserError
 from litgpt.files import read_json
 from litgpt.generate import engine
 from litgpt.generate.batch import generate_batch
+from litgpt.lora import Config as LoRAConfig
 from litgpt.model import GPT
+from litgpt.module import ModelModule
+from litgpt.pretrain import fresh
 from litgpt.prompts import PROMPT_STYLE_FILE, ChatStyle, Message, PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 
@@ -27,7 +31,7 @@ SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 1.0}  # defaults, as of `l
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
-class LLM:
+class LLM(ModelModule):
     """A model with its tokenizer and prompt style.
 
     llm = LLM.load("out/finetune/skip2lora/final")
@@ -40,8 +44,9 @@ class LLM:
         tokenizer: Tokenizer,
         prompt_style: PromptStyle,
         sampling: Mapping[str, Any] | None = None,
-        folder: Path = Path("."),
+        folder: Path | None = None,
     ) -> None:
+        super().__init__()
         self.model = model
         self.sampling = {**SAMPLING, **(sampling or {})}  # what `generate` takes by default
         self.tokenizer = tokenizer
@@ -53,6 +58,10 @@ class LLM:
     def load(
         cls,
         model: str | Path,
+        init: Literal["pretrained", "random"] | None = "pretrained",
+        tokenizer_dir: str | Path | None = None,
+        access_token: str | None = None,
+        distribute: Literal["auto"] | None = "auto",
         *,
         precision: str | None = None,
         device: torch.device | str | None = None,
@@ -60,16 +69,29 @@ class LLM:
         base: str | Path | None = None,
     ) -> LLM:
         """Load a base model, a merged model, or an adapter (LoRA or Skip2-LoRA) with its base. Hugging Face folders and GGUF files are
-        converted on first use (`litgpt.convert.resolve`).
+        converted on first use (`litgpt.convert.resolve`), and a name on the hub that is not on this machine is downloaded.
+
+        `init` "random" makes fresh weights of a named model, with the tokenizer of `tokenizer_dir`. `distribute` None leaves the model on
+        the CPU, for `distribute` or `trainer_setup` to move.
 
         The default `precision` is bf16-true where the device computes it natively, else 32-true; the default `device` is the first GPU, or
         the CPU. `quantize` is a mode of `litgpt.quantize`; `base` an adapter's base, if not the one that its folder names. Raises
         UserError for a folder that cannot be loaded.
         """
+        target = find_device("cpu" if distribute is None else device)
+        if init == "random":
+            if tokenizer_dir is None:
+                raise UserError("tokenizer_dir is missing: name a folder with tokenizer.json")
+            tokenizer, config = Tokenizer(open_checkpoint(tokenizer_dir)), LoRAConfig.from_name(str(model))
+            random = fresh(config, torch.initial_seed() % 2**32).to(inference_dtype(precision or default_precision(target)))
+            return cls(random.to(target).eval(), tokenizer, PromptStyle.from_config(config))
+        fetch_named(model, access_token)
         folder, base = open_checkpoint(model), base and open_checkpoint(base)
-        target = find_device(device)
         gpt = checkpoint.load_model(folder, inference_dtype(precision or default_precision(target)), target, base, quantize)
-        return cls.around(gpt, folder, base or None)
+        llm = cls.around(gpt, folder, base or None)
+        if tokenizer_dir is not None:
+            llm.tokenizer = Tokenizer(open_checkpoint(tokenizer_dir))
+        return llm
 
     @classmethod
     def around(cls, model: GPT, folder: Path, base: Path | None = None) -> LLM:

@@ -22,8 +22,13 @@ MOST_BASES = 8
 WARMUP_EPOCHS = "skip2lora_warmup_epochs"
 
 
-def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, Any]:
-    """Return the keyword arguments for `command`, defaults included. Raises UsageError, or SystemExit(0) after --help."""
+def parse(
+    prog: str, command: Callable[..., Any], argv: list[str], before: Callable[[dict[str, Any]], None] = lambda config: None
+) -> dict[str, Any]:
+    """Return the keyword arguments for `command`, defaults included. Raises UsageError, or SystemExit(0) after --help.
+
+    `before` is called with the settings that are given, before others are derived from the model.
+    """
     with as_usage():
         keys = Keys(command)
         files, options, flags = _split(argv, keys)
@@ -34,6 +39,7 @@ def parse(prog: str, command: Callable[..., Any], argv: list[str]) -> dict[str, 
             from litgpt.help import show
 
             show(prog, command, keys, config, flags)
+    before(config)
     if not files and hasattr(command, "complete"):
         config = command.complete(config)
     with as_usage():

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SETTINGS = ("config.json", *TOKENIZER_FILES)  # fetched if the model has them
 OPTIONAL = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
+LOCAL = (str(HOME), "out", "data")  # folders of the commands, no organisations on the hub
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -70,6 +71,15 @@ def download_from_hub(
     else:
         open_checkpoint(folder)
     print(f"{repo_id} is in {folder}, ready as a checkpoint_dir")
+
+
+def fetch_named(name: str | Path, access_token: str | None = None) -> None:
+    """Download the model of a name on the hub, ORG/NAME, into `checkpoints`, after saying so, if no folder is meant by it."""
+    org = str(name).partition("/")[0]
+    is_path = org in LOCAL or any(place.exists() for place in (Path(org), Path(name), HOME / name))
+    if HUB_NAME.fullmatch(str(name)) and not is_path:
+        print(f"{printable(str(name))} is not on this machine: downloading it from the hub into {HOME / name}", file=sys.stderr)
+        fetch(str(name), HOME / name, access_token)
 
 
 def hub_names() -> list[str]:

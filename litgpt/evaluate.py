@@ -78,11 +78,12 @@ def evaluate(
     if dtype not in (None, *PRECISIONS):
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}")
     llm = open_model(checkpoint_dir, PRECISIONS[dtype or "auto"], quantize, device)
-    file = save_filepath or (out_dir or llm.folder / "evaluate") / "results.json"
+    folder = llm.folder or Path()
+    file = save_filepath or (out_dir or folder / "evaluate") / "results.json"
     if tasks is not None:
         results, table = run_tasks(llm, tasks, num_fewshot, size, limit, seed, access_token)
     else:
-        chosen = data or data_of_run(llm.folder)
+        chosen = data or data_of_run(folder)
         results = on_records(llm, chosen, everything=data is not None, batch_size=size, limit=limit, max_new_tokens=max_new_tokens)
         table = text_table([[name, value] for name, value in rows_of(results)])
     print(table)
@@ -152,7 +153,7 @@ def on_records(
     if data.prompt_style is not None:
         from litgpt.prompts import resolve_prompt_style
 
-        style = resolve_prompt_style(data.prompt_style, llm.folder, llm.tokenizer)
+        style = resolve_prompt_style(data.prompt_style, llm.tokenizer.folder, llm.tokenizer)
     splits = data.splits(llm.tokenizer, style, model.max_seq_length)
     count = min(len(splits.val), int(limit or len(splits.val)))
     console = Console()

@@ -327,6 +327,7 @@ class GPT(base_model.GPT):
     """A GPT with the adapters that its config asks for; everything else is the base model's."""
 
     config: Config
+    config_class = Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -42,6 +42,23 @@ def loss_of(model: GPT, features: Features, head_loss: HeadLoss) -> torch.Tensor
     return loss if auxiliary is None else loss + len(features.targets) * auxiliary
 
 
+def chunked_cross_entropy(
+    logits: torch.Tensor | list[torch.Tensor], targets: torch.Tensor, chunk_size: int = 128, ignore_index: int = IGNORED
+) -> torch.Tensor:
+    """Return the mean cross-entropy of logits (B, T, V), or a list of parts of T, for targets (B, T). LitGPT's function.
+
+    `chunk_size` rows at a time are converted to fp32; 0: all.
+    """
+    whole = torch.cat(logits, dim=1) if isinstance(logits, list) else logits
+    rows, flat = whole.reshape(-1, whole.size(-1)), targets.reshape(-1)
+    size = chunk_size or max(1, len(rows))
+    sums = [
+        F.cross_entropy(part.float(), target, ignore_index=ignore_index, reduction="sum")
+        for part, target in zip(rows.split(size), flat.split(size), strict=True)
+    ]
+    return torch.stack(sums).sum() / (flat != ignore_index).sum().clamp(min=1)
+
+
 class HeadLoss:
     """Sum over positions of -w log softmax(y)[target], fp32, for hidden states h (N, d), z = head(h), and targets (N,).
 

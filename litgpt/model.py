@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from litgpt.config import Config
 from litgpt.packing import Packing
@@ -51,6 +52,13 @@ class Positions:
 
 class GPT(nn.Module):
     """A causal language model. `GPT(config)` has fresh weights; `litgpt.lora.GPT` adds adapters."""
+
+    config_class: ClassVar[type[Config]] = Config
+
+    @classmethod
+    def from_name(cls, name: str, **kwargs: Any) -> Self:
+        """Return a named model with fresh weights; `kwargs` are fields of its config."""
+        return cls(cls.config_class.from_name(name, **kwargs))
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from litgpt.files import expand_path
 from litgpt.train.settings import Run
 
 if TYPE_CHECKING:
-    from litgpt.config import Config
-    from litgpt.model import GPT
+    from litgpt.lora import GPT
+    from litgpt.lora import Config as LoRAConfig
     from litgpt.train.methods import Method
 
 INITIAL = "initial"  # folder in out_dir with the fresh weights that a run from scratch starts from
@@ -105,8 +105,8 @@ class Pretrain(Run):
         """Return the folder with the fresh weights, after making it unless it holds them already."""
         from litgpt.atomic import new_folder, write_text
         from litgpt.checkpoint import copy_tokenizer_files, save_config, save_weights
-        from litgpt.config import Config
         from litgpt.convert.resolve import locate
+        from litgpt.lora import Config
         from litgpt.prompts import PromptStyle, save_prompt_style
 
         changes = self.model_config or {}
@@ -127,7 +127,7 @@ class Pretrain(Run):
         return folder
 
 
-def fresh(config: "Config", seed: int) -> "GPT":
+def fresh(config: "LoRAConfig", seed: int) -> "GPT":
     """Return a model with random weights, fp32.
 
     Weights of linear layers and embeddings are drawn from N(0, 2 / (5 d)), d `n_embd` (GPT-NeoX-20B, arXiv 2204.06745); those that write
@@ -135,10 +135,8 @@ def fresh(config: "Config", seed: int) -> "GPT":
     """
     import torch
 
-    from litgpt.model import GPT
-
     generator = torch.Generator().manual_seed(seed)
-    model = GPT(config)
+    model = config.make_model()
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             is_output = name.endswith(".proj")

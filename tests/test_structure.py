@@ -39,7 +39,7 @@ generate.engine generate.batch
 train
 finetune pretrain
 convert.card convert.adapter convert.from_litgpt
-generate api validate download integrations examine push
+generate api module utils validate download integrations examine push
 serve
 keys help
 evaluate

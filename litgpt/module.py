@@ -1,0 +1,140 @@
+"""`litgpt.LLM` as a torch module: forward passes with a loss, weights, saving, measuring, and moving to a device, as LitGPT has them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from litgpt import checkpoint
+from litgpt.adapters.base import adapter_parameters
+from litgpt.device import backbone_dtype, default_precision, find_device
+from litgpt.errors import UserError
+from litgpt.logs import peak_memory_gb
+from litgpt.loss import chunked_cross_entropy
+from litgpt.model import GPT
+from litgpt.prompts import PromptStyle, save_prompt_style
+from litgpt.quantize import is_quantised
+from litgpt.tokenizer import Tokenizer
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Preprocessor(NamedTuple):
+    """A tokenizer whose tensors are on the model's device."""
+
+    tokenizer: Tokenizer
+    device: torch.device
+
+    def encode(self, text: str) -> torch.Tensor:
+        return self.tokenizer.encode(text, device=self.device)
+
+    def decode(self, token_ids: torch.Tensor) -> str:
+        return self.tokenizer.decode(token_ids)
+
+
+class ModelModule(nn.Module):
+    """A model with its tokenizer, as a module whose weights are the model's own."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    prompt_style: PromptStyle
+    folder: Path | None  # None: random weights
+    generate: Any
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        return Preprocessor(self.tokenizer, self.device)
+
+    @property
+    def checkpoint_dir(self) -> Path | None:
+        return self.folder
+
+    def forward(
+        self, input_ids: torch.Tensor, target_ids: torch.Tensor | None = None, loss_fn: Loss | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (B, T, V) of ids (B, T); with targets (B, T), which are shifted here, the mean loss as well."""
+        logits = self.model(input_ids)
+        if target_ids is None:
+            return logits
+        return logits, (loss_fn or chunked_cross_entropy)(logits[..., :-1, :], target_ids[..., 1:])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's state dict, with its own names."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def trainer_setup(self, trainer_ckpt: str | Path | None = None) -> None:
+        """Prepare the model for a Trainer: fp32 weights that all learn, those of `trainer_ckpt`, a file that a Trainer saved, if given."""
+        if trainer_ckpt is not None:
+            state = torch.load(trainer_ckpt, map_location="cpu", weights_only=True)["state_dict"]
+            first = next(iter(state)).partition("transformer.")[0].partition("lm_head.")[0]
+            self.model.float()
+            self.load_state_dict({name.removeprefix(first): value for name, value in state.items()})
+        elif self.folder is not None:
+            self.model = checkpoint.load_model(self.folder, torch.float32)
+        self.model.float().train().requires_grad_(True)
+
+    def distribute(
+        self,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        precision: str | None = None,
+        quantize: str | None = None,
+        generate_strategy: str | None = None,
+        fixed_kv_cache_size: int | str | None = None,
+    ) -> None:
+        """Move the model to a device (cpu, cuda, mps or auto), in this precision, quantised if asked for.
+
+        One device is used: for several see `litgpt generate_tp` and `generate_sequentially`.
+        """
+        if generate_strategy is not None or devices not in ("auto", 1):
+            raise UserError("distribute: one device is used here; the commands generate_sequentially and generate_tp use several")
+        if self.folder is None:
+            raise UserError("distribute: the model has random weights: it is where it is")
+        device = find_device(None if accelerator == "auto" else {"gpu": "cuda"}.get(accelerator, accelerator))
+        dtype = backbone_dtype((precision or default_precision(device)).replace("-mixed", "-true"))
+        self.model = checkpoint.load_model(self.folder, dtype, device, quantize=quantize)
+
+    def save(self, out_dir: str | Path, prompt_style: PromptStyle | None = None) -> None:
+        """Write a checkpoint folder with the weights as they are now."""
+        if adapter_parameters(self.model) or is_quantised(self.model):
+            raise UserError("save: only a model without adapters, and not quantised, can be saved: `litgpt merge_lora` merges LoRA")
+        folder = Path(out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_weights(checkpoint.on_cpu(self.model.state_dict()), folder / checkpoint.WEIGHTS)
+        checkpoint.save_config(self.model.config, folder)
+        checkpoint.copy_tokenizer_files(self.tokenizer.folder, folder)
+        save_prompt_style(prompt_style or self.prompt_style, folder)
+
+    def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str, dict[str, list[float]]]:
+        """Return the answer of the last of `num_iterations` calls of `generate`, and lists of what each took."""
+        figures: dict[str, list[float]] = {}
+        text = ""
+        for _ in range(num_iterations):
+            start, ids, first = time.perf_counter(), list[int](), 0.0
+            for token in self.generate(**{**kwargs, "stream": True, "return_as_token_ids": True}):
+                first = first or time.perf_counter() - start
+                ids.append(token)
+            total, text = time.perf_counter() - start, self.tokenizer.decode(ids)
+            on_gpu = peak_memory_gb(self.device) if self.device.type == "cuda" else 0.0
+            row = {
+                "Seconds total": total,
+                "Seconds to first token": first,
+                "Tokens generated": len(ids),
+                "Inference speed in tokens/sec": len(ids) / total,
+                "Total GPU memory allocated in GB": on_gpu,
+            }
+            for name, value in row.items():
+                figures.setdefault(name, []).append(value)
+        return text, figures

@@ -1,0 +1,151 @@
+"""`LLM` as a module: forward and loss, saving, fresh weights, a Trainer, names on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+
+import litgpt
+from litgpt import LLM, adapter, adapter_v2, lora
+from litgpt.__main__ import main
+from litgpt.data import JSON
+from litgpt.errors import UserError
+from tests.helpers import fake_hub, runs, tiny
+from tests.helpers.fake_hub import Hub
+
+IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
+
+
+@pytest.fixture
+def llm(base: Path) -> LLM:
+    return LLM.load(base, precision="32-true")
+
+
+def test_forward(llm: LLM) -> None:
+    logits = llm(IDS)
+    assert torch.equal(logits, llm.model(IDS)) and set(llm.state_dict()) == set(llm.model.state_dict())
+    targets = IDS.clone()
+    targets[0, :4] = -100
+    again, loss = llm(IDS, targets)
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+    assert torch.equal(again, logits) and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert llm(IDS, targets, lambda scores, wanted: scores.sum() * 0 + wanted.size(-1))[1].item() == 8
+
+
+def test_save_and_load(llm: LLM, base: Path, tmp_path: Path) -> None:
+    with torch.no_grad():
+        llm.model.lm_head.weight.mul_(1.5)
+    llm.save(tmp_path / "saved")
+    again = LLM.load(tmp_path / "saved", precision="32-true")
+    assert torch.equal(again(IDS), llm(IDS)) and again.generate("add", temperature=0) == llm.generate("add", temperature=0)
+    again.load_state_dict(LLM.load(base, precision="32-true").state_dict())
+    assert not torch.equal(again(IDS), llm(IDS))
+    again.distribute("cpu", precision="32-true", quantize="int8")
+    assert torch.allclose(again(IDS), llm(IDS), atol=0.3) and not torch.equal(again(IDS), llm(IDS))
+    with pytest.raises(UserError, match="save: only a model without adapters"):
+        again.save(tmp_path / "quantised")
+    with pytest.raises(UserError, match="one device"):
+        again.distribute(devices=2)
+
+
+def test_preprocessor_and_benchmark(llm: LLM) -> None:
+    ids = llm.preprocessor.encode("add 1 and 2")
+    assert ids.tolist() == llm.tokenizer.encode("add 1 and 2").tolist() and llm.preprocessor.decode(ids) == "add 1 and 2"
+    text, figures = llm.benchmark(num_iterations=2, prompt="add 1 and 2", max_new_tokens=5, temperature=0)
+    assert text == llm.generate("add 1 and 2", max_new_tokens=5, temperature=0)
+    names = {
+        "Seconds total",
+        "Seconds to first token",
+        "Tokens generated",
+        "Inference speed in tokens/sec",
+        "Total GPU memory allocated in GB",
+    }
+    assert set(figures) == names and all(len(values) == 2 for values in figures.values())
+
+
+def test_random_weights(base: Path) -> None:
+    torch.manual_seed(3)
+    first = LLM.load("pythia-14m", init="random", tokenizer_dir=base, precision="32-true")
+    torch.manual_seed(3)
+    second = LLM.load("pythia-14m", init="random", tokenizer_dir=base, precision="32-true")
+    assert torch.equal(first(IDS), second(IDS)) and first.config.name == "pythia-14m" and first.checkpoint_dir is None
+    assert isinstance(first.generate("hello", max_new_tokens=3), str)
+    with pytest.raises(UserError, match="tokenizer_dir"):
+        LLM.load("pythia-14m", init="random")
+    with pytest.raises(UserError, match="random weights"):
+        first.distribute()
+
+
+class Tuned(LightningModule):
+    """LitGPT's example of an LLM in a Trainer."""
+
+    def __init__(self, folder: Path, checkpoint: Path | None = None) -> None:
+        super().__init__()
+        self.llm = LLM.load(folder, distribute=None)
+        self.checkpoint, self.losses = checkpoint, list[float]()
+
+    def setup(self, stage: str) -> None:
+        self.llm.trainer_setup(trainer_ckpt=self.checkpoint)
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        _, loss = self.llm(batch["input_ids"], target_ids=batch["labels"])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.llm.model.parameters(), lr=0.005)
+
+
+def test_trainer(base: Path, tmp_path: Path) -> None:
+    model = Tuned(base)
+    data = JSON(json_path=runs.write_data(tmp_path / "data.json"), num_workers=0)
+    data.connect(model.llm.tokenizer, batch_size=4, max_seq_length=128)
+    off: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=3, accelerator="cpu", default_root_dir=tmp_path, **off)
+    trainer.fit(model, data.train_dataloader())
+    assert sum(model.losses[-4:]) < sum(model.losses[:4])
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    again = Tuned(base, tmp_path / "trained.ckpt")
+    again.setup("fit")
+    state = model.llm.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.llm.state_dict().items())
+    model.llm.save(tmp_path / "saved")
+    assert main(["generate", str(tmp_path / "saved"), "--max_new_tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize("module", [litgpt, lora, adapter, adapter_v2])
+def test_models_by_name(module: Any) -> None:
+    built = module.GPT.from_name("pythia-14m", n_layer=3)
+    assert type(built) is module.GPT and len(built.blocks) == 3 and built.config.name == "pythia-14m"
+
+
+def test_names_on_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is not on this machine is downloaded, once, after saying so; what looks like a path is not."""
+    assert main(["convert_from_litgpt", str(base), str(tmp_path / "hub")]) == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    (tmp_path / "runs").mkdir()
+    with fake_hub.serve(Hub({"org/model": tmp_path / "hub"})) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        capsys.readouterr()
+        assert main(["generate", "org/model", "--max_new_tokens", "2"]) == 0
+        assert "org/model is not on this machine: downloading it from the hub into checkpoints/org/model" in capsys.readouterr().err
+        hub.requests.clear()
+        assert isinstance(LLM.load("org/model").generate("hello", max_new_tokens=2), str)
+        for path in ("runs/model", "out/model", "checkpoints/model"):
+            assert main(["validate", path]) == 1 and not hub.requests
+        assert main(["finetune_lora", "org/other", "--data", str(runs.write_data(tmp_path / "d.json")), "--dry_run", "true"]) == 1
+        assert not hub.requests, "a dry run downloads nothing"
+        assert main(["chat", "org/other"]) == 1
+        assert "does not exist, or is private" in capsys.readouterr().err
