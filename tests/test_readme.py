@@ -104,3 +104,32 @@ def test_the_tree_is_the_tree() -> None:
         assert listed == {folder for folder in folders if not folder.startswith(".")}
     for name in re.findall(r"(\w+\.py)\b", tree):
         assert (ROOT / "litgpt" / name).is_file(), name
+
+
+LITGPT = (  # the commands of LitGPT 0.5.13
+    "chat convert_from_litgpt convert_pretrained_checkpoint convert_to_litgpt download evaluate finetune finetune_adapter "
+    "finetune_adapter_v2 finetune_full finetune_lora finetune_lora_legacy generate generate_adapter generate_adapter_v2 generate_full "
+    "generate_sequentially generate_speculatively generate_tp merge_lora pretrain serve validate"
+)
+
+
+def test_the_table_of_litgpts_commands() -> None:
+    """docs/litgpt.md has a row for each, says which are missing, and names every command that LitGPT does not have."""
+    page = (ROOT / "docs/litgpt.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.MULTILINE))
+    assert sorted(rows) == LITGPT.split()
+    assert {name for name, text in rows.items() if text.strip() == "not here"} == set(rows) - set(COMMANDS)
+    others = re.search(r"Commands that LitGPT does not have: (.+)\.", page)
+    assert others and set(re.findall(r"`(\w+)`", others[1])) == set(COMMANDS) - set(rows)
+
+
+def test_the_trainer_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_base(tmp_path / "path/to/model", write_tiny_tokenizer)
+    records = [{"instruction": f"Say {word}.", "output": word} for word in WORDS]
+    Path("my.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/litgpt.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    exec(
+        snippet.replace("max_epochs=1)", "max_epochs=1, logger=False, enable_checkpointing=False, accelerator='cpu')"), {"__name__": "docs"}
+    )
+    assert Path("out/tuned/lit_model.pth").is_file()
