@@ -15,6 +15,7 @@ import copy
 import http.client
 import json
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -52,8 +53,10 @@ def start_litgpt(folder: Path) -> Peer:
     raise SystemExit("litgpt serve did not start")
 
 
-def start_transformers(folder: Path, options: list[str], port: int = 8347) -> Peer:
+def start_transformers(folder: Path, options: list[str]) -> Peer:
     command = Path(sys.executable).with_name("transformers")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     words = [str(command), "serve", str(folder), "--port", str(port), "--device", "cpu", "--dtype", "float32", *options]
     process = subprocess.Popen(words, text=True, env=environment())
     for _ in range(240):
@@ -61,6 +64,8 @@ def start_transformers(folder: Path, options: list[str], port: int = 8347) -> Pe
         try:
             get(f"127.0.0.1:{port}", "/health")
         except OSError:
+            if process.poll() is not None:
+                break
             continue
         return Peer("transformers serve", process, f"127.0.0.1:{port}", str(folder))
     raise SystemExit("transformers serve did not start")

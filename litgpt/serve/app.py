@@ -55,20 +55,21 @@ class State:
     stream: bool = False  # of /predict
     api_key: str | None = None
     limits: Limits = field(default_factory=Limits)
+    preparing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a template's sandbox renders one text at a time
 
 
-class Refusal(Exception):
+class Refusal(HTTPException):
     """A request that is not answered, in OpenAI's format."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        self.status = status
+        super().__init__(status, message)
         kind = "invalid_request_error" if status < 500 else "server_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> Response:
-        headers = {"Retry-After": "1"} if self.status == 429 else {}
-        return JSONResponse(self.body, self.status, headers)
+        headers = {"Retry-After": "1"} if self.status_code == 429 else {}
+        return JSONResponse(self.body, self.status_code, headers)
 
 
 class Answering:
@@ -85,6 +86,8 @@ class Answering:
     def add(self, prompt: str | list[int], max_new_tokens: int | None, n: int = 1, top: int | None = None, bos: bool | None = None) -> None:
         """Prepare n answers to a prompt, which is in the prompt style already."""
         llm, given, limits = self.model.llm, self.settings, self.state.limits
+        if len(self.jobs) + n > self.state.scheduler.most:
+            raise Refusal(400, f"the request asks for more than {self.state.scheduler.most} answers, which this server never has at a time")
         ids = llm.tokenizer.ids(prompt, bos=bos) if isinstance(prompt, str) else prompt
         room = llm.model.max_seq_length - len(ids)
         if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
@@ -114,8 +117,11 @@ class Answering:
 
         return send
 
-    def start(self) -> None:
+    async def start(self, prepare: Callable[[], None]) -> None:
+        """Run `prepare`, which adds prompts, beside the event loop; then let the answers wait for their turn."""
         try:
+            async with self.state.preparing:
+                await asyncio.to_thread(prepare)
             self.state.scheduler.submit(self.jobs)
         except QueueFull:
             raise Refusal(429, "the server is busy and its queue is full: try again later", "queue_full") from None
@@ -215,7 +221,6 @@ async def answered(request: Request, answering: Answering, body: Chat | Completi
     choice, kind = (chat_choice, "chat.completion") if is_chat else (text_choice, "text_completion")
     head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()), "model": answering.model.name}
     wanted = body.top is not None
-    answering.start()
     if not body.stream:
         answers = await answering.complete(request)
         choices = [choice(i, piece, "message", wanted) for i, piece in enumerate(answers)]
@@ -294,27 +299,35 @@ def _answering(request: Request, body: Settings) -> Answering:
 async def _chat(request: Request, body: Chat) -> Response:
     answering = _answering(request, body)
     llm, messages = answering.model.llm, [message.plain() for message in body.messages]
-    if hasattr(llm.prompt_style, "render"):
-        text = await asyncio.to_thread(llm.rendered, messages, None)
-    else:  # without turns: the last question on its own
-        system = next((m["content"] for m in messages if m["role"] == "system"), None)
-        text = llm.rendered(messages[-1]["content"], system)
-    answering.add(text, body.max_completion_tokens or body.max_tokens, body.n or 1, body.top, llm.prompt_style.bos)
+
+    def prepare() -> None:
+        if hasattr(llm.prompt_style, "render"):
+            text = llm.rendered(messages, None)
+        else:  # without turns: the last question on its own
+            system = next((m["content"] for m in messages if m["role"] == "system"), None)
+            text = llm.rendered(messages[-1]["content"], system)
+        answering.add(text, body.max_completion_tokens or body.max_tokens, body.n or 1, body.top, llm.prompt_style.bos)
+
+    await answering.start(prepare)
     return await answered(request, answering, body)
 
 
 async def _completion(request: Request, body: Completion) -> Response:
     answering = _answering(request, body)
-    for prompt in body.prompts:
-        answering.add(prompt, body.max_tokens, body.n or 1, body.top)
+
+    def prepare() -> None:
+        for prompt in body.prompts:
+            answering.add(prompt, body.max_tokens, body.n or 1, body.top)
+
+    await answering.start(prepare)
     return await answered(request, answering, body)
 
 
 async def _predict(request: Request, body: Predict) -> Response:
     state, answering = _state(request), _answering(request, body)
     llm = answering.model.llm
-    answering.add(llm.rendered(body.prompt, None), body.max_new_tokens or body.max_tokens or state.max_new_tokens, bos=llm.prompt_style.bos)
-    answering.start()
+    new = body.max_new_tokens or body.max_tokens or state.max_new_tokens
+    await answering.start(lambda: answering.add(llm.rendered(body.prompt, None), new, bos=llm.prompt_style.bos))
     if not (state.stream if body.stream is None else body.stream):
         return JSONResponse({"output": (await answering.complete(request))[0].text})
 

@@ -89,8 +89,10 @@ class Serve:
         socket = listen(self.host, self.port)
         limits, scheduler = Limits(self.max_prompt_tokens, self.timeout), Scheduler(self.max_batch, self.max_queue)
         state = State(self._load(), scheduler, sampling, self.max_new_tokens, self.stream, key, limits)
-        run(make_app(state, self.host, self.api_path), socket, self.timeout)
-        scheduler.close()
+        try:
+            run(make_app(state, self.host, self.api_path), socket, self.timeout)
+        finally:
+            scheduler.close()
 
     def _load(self) -> dict[str, Any]:
         """Load the models, and print their names, dtype and device to standard error."""

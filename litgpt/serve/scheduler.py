@@ -98,7 +98,7 @@ class Scheduler:
     """At most `max_batch` answers run at a time, and `max_queue` wait."""
 
     def __init__(self, max_batch: int = 16, max_queue: int = 64) -> None:
-        self.max_batch, self.max_queue = max_batch, max_queue
+        self.max_batch, self.max_queue, self.most = max_batch, max_queue, max_batch + max_queue
         self.waiting: deque[Job] = deque()
         self.running: dict[Row, Job] = {}
         self.changed = threading.Condition()

@@ -35,7 +35,7 @@ def llm(folders: Folders, name: str = "tiny") -> LLM:
 
 def send(server: Server, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(urlparse(server.url).netloc, timeout=30)
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    data = json.dumps(body).encode() if isinstance(body, dict | list | str) else body
     connection.request(method, path, data, {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers})
     response = connection.getresponse()
     return response.status, response.read()
@@ -165,6 +165,13 @@ def test_other_refusals(server: Server, client: openai.OpenAI) -> None:
     assert send(server, "GET", "/v1/models", None, Host="evil.example")[0] == 400  # a name that was made to mean this machine
     status, content = send(server, "POST", "/predict", b'{"prompt": "' + b"x" * 5_000_000 + b'"}')
     assert status == 413 and json.loads(content)["error"]["code"] == "body_too_large"
+    status, content = send(server, "POST", "/predict", (b"x" * 2**20 for _ in range(5)))  # no length in its header
+    assert status == 413 and json.loads(content)["error"]["code"] == "body_too_large"
+    many = {"prompt": ["x"] * 100_000, "n": 16}
+    assert send(server, "POST", "/v1/completions", many)[0] == 400
+    assert send(server, "POST", "/predict", b"[" * 100_000)[0] == 400
+    assert send(server, "POST", "/predict", b'{"prompt": "\\ud800", "model": "tiny"}')[0] == 400
+    assert send(server, "POST", "/predict", b'{"prompt": "x", "top_p": NaN}')[0] == 400
     assert send(server, "POST", "/predict", {"prompt": "x"}, **{"Content-Type": "text/plain"})[0] == 400  # what any page may send
     assert send(server, "GET", "/nothing")[0] == 404 and send(server, "GET", "/predict")[0] == 405
     assert send(server, "GET", "/health") == (200, b"ok") and send(server, "GET", "/docs")[0] == 404
