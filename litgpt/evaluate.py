@@ -12,6 +12,7 @@ from litgpt import checkpoint
 from litgpt.args import Quantization
 from litgpt.atomic import write_text
 from litgpt.data.base import DataModule, render
+from litgpt.data.text_files import Text
 from litgpt.errors import UserError
 from litgpt.generate.base import open_model
 from litgpt.keys import known_classes
@@ -61,8 +62,8 @@ def evaluate(
         seed: Random seed, for the tasks' choices of examples.
         save_filepath: The file for the results, if not results.json in out_dir.
         access_token: Hugging Face token, for the tasks' data.
-        data: Records to measure: a file (all of it), a folder or data set (its validation part), or a data module. Default: the validation
-            records of the run that wrote the folder.
+        data: Records to measure: a file (all of it), a folder or data set (its validation part), a data module, or a folder of .txt files,
+            whose blocks count as records. Default: the validation records of the run that wrote the folder.
         max_new_tokens: Longest answer to compare with the record's own. 0: only the loss is measured.
         quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8).
     """
@@ -146,7 +147,8 @@ def on_records(
     from litgpt.logs import Console
 
     data.prepare_data()
-    if everything and data.val_split_fraction is None:
+    is_text = isinstance(data, Text)
+    if everything and data.val_split_fraction is None and not is_text:
         shared = {name: getattr(data, name) for name in ("mask_prompt", "prompt_style", "last_turn_only", "strict")}
         data = _AsItIs(of=data, **shared)
     style, model = llm.prompt_style, llm.model
@@ -154,10 +156,12 @@ def on_records(
         from litgpt.prompts import resolve_prompt_style
 
         style = resolve_prompt_style(data.prompt_style, llm.tokenizer.folder, llm.tokenizer)
+    llm.prompt_style = style
     splits = data.splits(llm.tokenizer, style, model.max_seq_length)
-    count = min(len(splits.val), int(limit or len(splits.val)))
+    samples = [*splits.train, *splits.val] if is_text and everything else splits.val
+    count = min(len(samples), int(limit or len(samples)))
     console = Console()
-    loss, tokens = _loss(llm, splits.val[:count], batch_size, console)
+    loss, tokens = _loss(llm, samples[:count], batch_size, console)
     results: dict[str, Any] = {
         "model": llm.config.name,
         "checkpoint_dir": str(llm.folder),
@@ -167,7 +171,7 @@ def on_records(
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
     }
-    if max_new_tokens:
+    if max_new_tokens and not is_text:
         answers = []
         with console.progress("answers") as progress:
             for record in splits.examples[:count]:

@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
@@ -98,7 +98,8 @@ class Pretrain(Run):
 
             with locked(self.out_dir / f".{INITIAL}"):  # several processes may start at once
                 folder_in_run = self._made(self.out_dir / INITIAL)
-            (self.out_dir / f".{INITIAL}").rmdir()
+            with suppress(OSError):  # another process was first, or is waiting
+                (self.out_dir / f".{INITIAL}").rmdir()
             yield folder_in_run
 
     def _made(self, folder: Path) -> Path:

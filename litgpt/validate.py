@@ -201,7 +201,7 @@ def weights(folder: Path, fit: bool) -> Result:
 
 
 def values(stored: "dict[str, torch.Tensor]") -> Result:
-    """Check that all values are finite and that no matrix is zero, but for the B of an adapter that was not trained."""
+    """Check that all values are finite and that no matrix is zero, but for the B or the gate of an adapter that was not trained."""
     import torch
 
     problems, largest = [], 0.0
@@ -214,7 +214,7 @@ def values(stored: "dict[str, torch.Tensor]") -> Result:
                 peak = max(peak, float(torch.where(finite, part, 0).abs().max()))
         if not_finite:
             problems.append(f"{name}: {not_finite:,} of {value.numel():,} values are not finite")
-        elif not peak and value.dim() > 1 and not name.endswith("lora_B"):
+        elif not peak and value.dim() > 1 and not name.endswith(("lora_B", "gating_factor")):
             problems.append(f"{name} is zero everywhere")
         largest = max(largest, peak)
     return f"all finite, the largest {largest:.4g}", problems

@@ -15,9 +15,9 @@ import torch
 from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.checkpoint import load_model
-from litgpt.data import JSON
+from litgpt.data import JSON, TextFiles
 from litgpt.evaluate import rouge_l
-from litgpt.prompts import resolve_prompt_style
+from litgpt.prompts import PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import runs, tiny
 
@@ -82,6 +82,21 @@ def test_a_run_is_measured_on_its_own_validation_records(base: Path, tmp_path: P
     assert run.code == 0, run.err
     results = evaluate(run.final, "--max_new_tokens", "0")
     assert results["records"] == 2 and results["loss"] == pytest.approx(run.report["final_val_loss"], rel=1e-5)
+
+
+def test_running_text(base: Path, tmp_path: Path) -> None:
+    """Perplexity of a folder of text: all of its blocks."""
+    (tmp_path / "text").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "text" / f"{name}.txt").write_text("hello there, numbers and llamas. " * 60)
+    folder = tmp_path / "model"
+    folder.symlink_to(base)
+    results = evaluate(folder, "--data", str(tmp_path / "text"))
+    tokenizer = Tokenizer(base)
+    splits = TextFiles(train_data_path=tmp_path / "text").splits(tokenizer, PromptStyle.from_name("default"), 256)
+    samples = [*splits.train, *splits.val]
+    assert results["records"] == len(samples) > 2 and "answers" not in results
+    assert results["loss"] == pytest.approx(runs.plain_loss(load_model(base, torch.float32), samples), rel=1e-5)
 
 
 def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

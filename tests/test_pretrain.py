@@ -17,7 +17,7 @@ import yaml
 from litgpt import families
 from litgpt.__main__ import main
 from litgpt.cli import parse
-from litgpt.config import Config
+from litgpt.lora import Config
 from litgpt.pretrain import Pretrain, fresh
 from tests.helpers import runs, tiny
 from tests.helpers.runs import Run, load

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config, require_seed, setting, shallow
+from litgpt.args import SECRET, EvalArgs, LogArgs, TrainArgs, as_config, require_seed, setting, shallow
 from litgpt.data.base import DataModule
 from litgpt.errors import UserError
 from litgpt.files import expand_path
@@ -55,6 +55,8 @@ class Run:
         if isinstance(self.resume, str) and self.resume != "auto":
             self.resume = expand_path(self.resume)
         require_seed(self.seed)
+        if self.access_token and getattr(self.data, SECRET, "") is None:
+            setattr(self.data, SECRET, self.access_token)
         if self.data is None:
             raise UserError("no data: give --data FILE, or the name of a module of litgpt.data, such as Alpaca2k")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from litgpt.args import LogArgs, as_config, shallow
-from litgpt.data import JSON
+from litgpt.data import JSON, LIMA
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora
 from litgpt.train.settings import Run
@@ -32,3 +32,10 @@ def test_what_is_saved() -> None:
     assert saved["checkpoint_dir"] == "base" and saved["lora_r"] == 8
     assert saved["data"]["class_path"] == "litgpt.data.json_data.JSON" and saved["data"]["init_args"]["json_path"] == "a.json"
     assert saved["train"]["micro_batch_size"] == 1 and saved["log"] == vars(LogArgs())
+
+
+def test_the_token_reaches_gated_data() -> None:
+    run = Lora(checkpoint_dir=Path("base"), data=LIMA(), access_token="sesame")
+    assert isinstance(run.data, LIMA) and run.data.access_token == "sesame" and "sesame" not in str(run.hyperparameters())
+    own = Lora(checkpoint_dir=Path("base"), data=LIMA(access_token="mine"), access_token="sesame")
+    assert isinstance(own.data, LIMA) and own.data.access_token == "mine"
