@@ -41,6 +41,7 @@ COMMANDS = {
     "generate": Command("litgpt.generate.base:main", "Answer one prompt with a checkpoint or an adapter."),
     "generate_adapter": Command("litgpt.generate.adapter:main", "Answer one prompt with a base model and a LLaMA-Adapter."),
     "generate_adapter_v2": Command("litgpt.generate.adapter:main_v2", "Answer one prompt with a base model and a LLaMA-Adapter V2."),
+    "generate_speculatively": Command("litgpt.generate.speculative:main", "Answer with a model, faster by a small one that drafts for it."),
     "chat": Command("litgpt.generate.chat:main", "Talk to a checkpoint or an adapter."),
     "data": Command("litgpt.examine:examine", "Look at a file of records: kinds, lengths, repetitions, and how a model reads them."),
     "prompts": Command("litgpt.examine:prompts", "Show the prompt styles, or the chat template of a model."),

@@ -17,6 +17,7 @@ from litgpt.rope import is_long
 
 MOST_ROWS = 32  # answers that `generate_batch` computes at a time
 FIRST_ROOM = 256  # positions of a new cache
+MOST_PAST = 64  # rows that have left and whose keys and values are kept
 LEAST_SHARED = 8  # tokens at the beginning of two prompts that are worth a copy
 
 
@@ -163,7 +164,7 @@ class Batch:
         values = [(cache.k[place, :, : len(tokens)].clone(), cache.v[place, :, : len(tokens)].clone()) for cache in self.caches]
         self.past = [past for past in self.past if past.tokens != tokens[: len(past.tokens)]]  # without those that this one begins with
         self.past.append(Past(tokens, values))
-        while sum(past.nbytes for past in self.past) > self.keep_bytes:
+        while len(self.past) > MOST_PAST or sum(past.nbytes for past in self.past) > self.keep_bytes:
             del self.past[0]
 
     def _reuse(self, row: Row) -> None:

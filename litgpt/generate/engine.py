@@ -88,6 +88,21 @@ class Sampling:
         scores = self.penalised(logits, tokens, start)
         return int(sample(scores, self.temperature, self.top_k, self.top_p, generator, self.min_p))
 
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the distributions (n, V) from which `sample` draws for logits (n, V). Penalties do not take part."""
+        scores, ids = logits.float().sort(descending=True, dim=-1)
+        if self.temperature == 0:
+            p = (torch.arange(scores.size(-1), device=scores.device) == 0).float().expand_as(scores)
+        else:
+            kept = scores if self.top_k is None else scores[:, : self.top_k]
+            p = ((kept - kept[:, :1]) / self.temperature).softmax(-1)
+            before = p.cumsum(-1) - p
+            before[:, 0] = -1.0  # always keep the most probable token
+            p = p.masked_fill((before >= self.top_p) & (self.top_p < 1), 0.0)
+            p = p.masked_fill(p < self.min_p * p[:, :1], 0.0)
+            p = p / p.sum(-1, keepdim=True)
+        return torch.zeros_like(scores).scatter(-1, ids[:, : p.size(-1)], p)
+
     def penalised(self, logits: torch.Tensor, tokens: Sequence[int], start: int) -> torch.Tensor:
         """Return the logits (V,) after the penalties, as they are without any."""
         plain = self.repetition_penalty == 1 and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)

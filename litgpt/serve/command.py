@@ -49,6 +49,8 @@ class Serve:
     """Where LitGPT's /predict is."""
     api_key: Optional[str] = None
     """Key that requests must carry, as `Authorization: Bearer KEY`. Better given as LIT_SERVER_API_KEY in the environment."""
+    access_token: Optional[str] = None
+    """Hugging Face token, for a name on the hub that needs one."""
     max_batch: int = 16
     """Answers computed at a time."""
     max_queue: int = 64
