@@ -1,6 +1,7 @@
 """LitGPT-compatible fine-tuning with Skip2-LoRA built in. Names load on first use, so that `import litgpt` does not load torch."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.6.0+skip2lora"
+
+# OpenMP's threads spin for milliseconds between two parallel parts by default, on the core that another program needs: with one core busy,
+# two threads took five times as long as one. Read when torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOME = {
     "GPT": "litgpt.model",

@@ -221,12 +221,12 @@ def require_checkpoint(folder: str | Path) -> Path:
 
 def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: str | Path) -> LoRAGPT:
     """Return a model on the meta device, for `load_base`. Raises UserError for sizes that `weights`, or any machine, cannot have."""
-    import torch
+    from litgpt.device import on_meta
 
     if config.n_layer > len(weights):
         raise UserError(f"{source} holds {len(weights)} tensors, too few for the {config.n_layer} blocks (n_layer) of model_config.yaml")
     try:
-        with torch.device("meta"):
+        with on_meta():
             return config.make_model()
     except (RuntimeError, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[0]

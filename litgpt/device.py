@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from litgpt.errors import UserError
 
@@ -23,6 +25,22 @@ PRECISIONS = {
     "16-mixed": torch.float32,
 }
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips the functions of torch.nn.init."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Make modules whose parameters have no storage. Nothing is drawn for them: torch would import torch._dynamo for that, for seconds."""
+    with torch.device("meta"), _Uninitialised():
+        yield
 
 
 def default_device() -> torch.device:

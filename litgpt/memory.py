@@ -24,12 +24,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from litgpt import lora
 from litgpt.activations.cache import is_flat
 from litgpt.adapters.base import Wrapper, adapter_parameters
+from litgpt.device import on_meta
 from litgpt.loss import CHUNK_BYTES
 from litgpt.model import Block, LLaMAMoE, RMSNorm
 from litgpt.quantize import GROUP, frozen_linears
@@ -67,7 +67,7 @@ def estimate(
     The stem counts once (`litgpt.packing`). `loss_tokens`: those of the tokens that carry loss (default: all). `tied`: the head and the
     embedding are one tensor. `width`: bytes of a parameter, 2 for bf16. `checkpointing`: `train.activation_checkpointing`.
     """
-    with torch.device("meta"):
+    with on_meta():
         model = config.make_model()
     lora.mark_only_lora_as_trainable(model)
     adapters = sum(p.numel() for p in adapter_parameters(model).values())

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,12 +91,24 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
     if isinstance(settings.get("betas"), list):
         settings["betas"] = tuple(settings["betas"])
     trained = list(parameters)
+    if not settings.get("differentiable"):
+        optimizer = without_dynamo(optimizer)  # type: ignore[arg-type]
     try:
         if any(p.dtype.itemsize < 4 for p in trained):
             return MasterWeights(trained, lambda masters: optimizer(masters, **settings))
         return optimizer(trained, **settings)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"optimizer: {name} refuses its arguments: {error}") from None
+
+
+@cache
+def without_dynamo(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Return a class of torch.optim without its hooks for torch.compile, which import torch._dynamo: as long as torch itself takes."""
+    if not kind.__module__.startswith("torch.optim"):
+        return kind
+    names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"]), "__module__": kind.__module__})
 
 
 def _require_kind(what: str, value: Any, default: Any) -> None:

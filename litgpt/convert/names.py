@@ -92,14 +92,13 @@ def slots(table: Table, config: Config, keys: Mapping[str, tuple[int, ...]]) -> 
 
 def shapes(config: Config, stored: int, source: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the LitGPT model. `stored` is the number of tensors in `source`; a block has at least five."""
-    import torch
-
+    from litgpt.device import on_meta
     from litgpt.model import GPT
 
     if 5 * config.n_layer > stored:
         raise UserError(f"{source}: the model has {config.n_layer} blocks by its settings, but only {stored} tensors are stored")
     try:
-        with torch.device("meta"):
+        with on_meta():
             return {key: tuple(value.shape) for key, value in GPT(config).state_dict().items()}
     except RuntimeError as error:
         raise UserError(f"{source}: the model's settings are impossible: {str(error).splitlines()[0]}") from None

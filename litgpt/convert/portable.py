@@ -141,11 +141,10 @@ def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def require_all(config: LoRAConfig, weights: dict[str, Tensor], source: Path) -> None:
     """Raise UserError that lists every missing, unknown and misshapen weight of an adapter with these settings."""
-    import torch
-
+    from litgpt.device import on_meta
     from litgpt.lora import GPT
 
-    with torch.device("meta"):
+    with on_meta():
         model = GPT(config)
     load_adapter(model, weights, source)
 

@@ -14,6 +14,7 @@ from litgpt.activations.choose import Choice
 from litgpt.adapters.base import adapter_state, renew_adapters
 from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
 from litgpt.args import TrainArgs, shallow
+from litgpt.device import on_meta
 from litgpt.errors import UserError
 from litgpt.lora import GPT, LoRALayer, Skip2LoRA, mark_only_lora_as_trainable
 from litgpt.lora import Config as LoRAConfig
@@ -63,7 +64,7 @@ class Method:
 
     def rebuild(self, model: GPT, checkpoint_dir: Path) -> None:
         """Give a model that was built by a method of this kind new adapters, as `build` would; its frozen weights stay."""
-        with torch.device("meta"):
+        with on_meta():
             model.adapt(self.config(checkpoint_dir))
         renew_adapters(model)
         self._mark(model)
