@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blo
 from litgpt.adapters.dora import DoRA
 from litgpt.adapters.settings import AdapterSettings
 from litgpt.errors import UserError
-from litgpt.model import Block, CausalSelfAttention, rms_normalise
+from litgpt.model import Block, CausalSelfAttention, LLaMAMoE, Positions, rms_normalise
 
 __all__ = [
     "GPT",
@@ -162,6 +163,50 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
+class Switch:
+    """Turns the LoRA of a model on and off, by position: answer-only LoRA (aLoRA, arXiv 2504.12397)."""
+
+    def __init__(self, invocation: Sequence[int]) -> None:
+        self.invocation = list(invocation)
+        self.is_off = False
+        self.mask: torch.Tensor | None = None  # (B, T, 1), 1 where LoRA is on; None: everywhere
+        self.rows: torch.Tensor | None = None  # those of the B T rows that an expert of a mixture gets; None: all
+        self.answering = torch.zeros(0, 1, dtype=torch.bool)  # (B, 1): the last pass ended in a reply
+
+    def select(self, rows: torch.Tensor | None) -> None:
+        self.rows = rows
+
+    def masked(self, update: torch.Tensor) -> torch.Tensor:
+        """Return the update (..., out) where LoRA is on, 0 elsewhere."""
+        if self.mask is None:
+            return update
+        return update * (self.mask if self.rows is None else self.mask.flatten(0, -2)[self.rows])
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        self.is_off = True
+        try:
+            yield
+        finally:
+            self.is_off = False
+
+    def look(self, idx: torch.Tensor, first: torch.Tensor | None, dtype: torch.dtype) -> None:
+        """Turn LoRA on from the last invocation in idx (B, T) on. `first` (B, 1): the place of its first token; None: 0."""
+        B, T = idx.shape
+        width = len(self.invocation)
+        before = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        if first is not None and len(self.answering) == B:
+            before = self.answering & (first > 0)
+        on = before.expand(B, T)
+        if width <= T:
+            opens = (idx.unfold(1, width, 1) == torch.tensor(self.invocation, device=idx.device)).all(-1)  # (B, T - width + 1)
+            has = opens.any(1, keepdim=True)
+            start = opens.size(1) - 1 - opens.flip(1).int().argmax(1, keepdim=True)
+            on = torch.where(has, torch.arange(T, device=idx.device) >= start, on)
+        self.answering = on[:, -1:]
+        self.mask = on[..., None].to(dtype)
+
+
 class LoRALayer(Adapter):
     """A low-rank adapter: A (r, in) Kaiming-uniform, B (out, r) zero, dropout on its input, and a factor.
 
@@ -170,6 +215,8 @@ class LoRALayer(Adapter):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+
+    switch: Switch | None = None
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, rslora: bool = False) -> None:
         super().__init__()
@@ -229,8 +276,10 @@ class LoRALinear(LoRALayer, LinearAdapter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""
-        y = self.linear(x)
-        return y + self.update(x) if self.r else y
+        y, switch = self.linear(x), self.switch
+        if not self.r or (switch is not None and switch.is_off):
+            return y
+        return y + (self.update(x) if switch is None else switch.masked(self.update(x)))
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -346,6 +395,12 @@ class GPT(base_model.GPT):
             attach_lora(self.blocks[index], config)
         if config.lora_r and config.lora_head:
             self.lm_head = _adapted(self.lm_head, config)  # type: ignore[assignment]
+        self.switch = Switch(config.alora_invocation_tokens or ()) if config.alora_enabled and config.lora_blocks else None
+        for module in self.modules():
+            if isinstance(module, LoRALinear):
+                module.switch = self.switch
+            elif isinstance(module, LLaMAMoE):
+                module.select = None if self.switch is None else self.switch.select
         for index in config.taps:
             assert config.skip2lora_r is not None and config.skip2lora_alpha is not None and config.skip2lora_dropout is not None
             self.blocks[index].skip2lora = Skip2LoRA(
@@ -357,8 +412,20 @@ class GPT(base_model.GPT):
                 config.norm_eps if config.skip2lora_norm == "rms" else None,
             )
 
+    def prefix(
+        self, idx: torch.Tensor, pos: Positions | None = None, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.switch is not None:
+            pos = pos or self.positions(idx)
+            self.switch.mask = None
+            if pos.packing is None:
+                first = None if pos.index is None else pos.index.reshape(-1, pos.index.size(-1))[:, :1]
+                self.switch.look(idx, first, self.compute_dtype(idx.device))
+        return super().prefix(idx, pos, rows)
+
     def skip_sum(self, taps: torch.Tensor) -> torch.Tensor:
-        return skip_sum([block.skip2lora for block in self.tapped_blocks], taps)
+        total = skip_sum([block.skip2lora for block in self.tapped_blocks], taps)
+        return total if self.switch is None else self.switch.masked(total)
 
 
 def attach_lora(block: Block, config: Config) -> None:

@@ -30,9 +30,7 @@ from litgpt.config import Config
 from litgpt.packing import Packing
 from litgpt.rope import RotaryTable, is_long, rotate
 
-FP32_ATTENTION = (
-    256  # a CPU trains bf16 attention over up to so many positions in fp32: the bf16 backward pass takes 1.1 to 6 times as long
-)
+FP32_ATTENTION = 256  # positions; a CPU trains shorter bf16 attention in fp32: the bf16 backward pass takes 1.1 to 6 times as long
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,9 @@ class Positions:
     end: int  # K
     packing: Packing | None = None  # of x (N, d); the fields above are those of the samples' own T positions, with K = P + T
     stem: Positions | None = None  # of the stem's P positions, which attend to each other
+    # keys and values by block: (N, G h) each of a packed batch, written while it runs; or (B, G, C, h) each, before the samples' own
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    context: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 class GPT(nn.Module):
@@ -193,6 +194,31 @@ class GPT(nn.Module):
         stem = self._at(torch.arange(P, device=device), P, tokens[:1]) if P else None
         return replace(self._at(torch.arange(P, end, device=device), end, tokens), packing=packing, stem=stem)
 
+    def reply_positions(self, packing: Packing, tokens: Sequence[int], context: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Positions:
+        """Return rotary tables and masks for packed replies (N,) that start at `packing.starts` (B,) of sequences of so many `tokens`.
+
+        A reply attends to its own part of `context`, up to its start, and to itself.
+        """
+        starts, device = packing.starts, packing.rows.device
+        assert starts is not None
+        C = next(iter(context.values()))[0].size(2)
+        own = torch.arange(packing.width, device=device)
+        before = torch.arange(C, device=device).expand(len(starts), C)
+        places = starts[:, None] + own  # (B, T)
+        keys = torch.cat((before, places), dim=1)  # (B, C + T)
+        causal = torch.cat(
+            ((before < starts[:, None])[:, None].expand(-1, packing.width, -1), (own <= own[:, None]).expand(len(starts), -1, -1)), dim=2
+        )
+        real = places.minimum(torch.tensor(tokens, device=device)[:, None] - 1)  # padding takes the last place
+        end = int(real.max()) + 1
+        self._require_room(end)
+        rotary = tuple(self._rotary(table, real, end, [is_long(self.config, length) for length in tokens]) for table in self.rope)
+        window = self.config.sliding_window_size
+        near = None if window is None else causal & (places[..., None] - keys[:, None] < window)
+        return Positions(
+            rotary, causal[:, None], None if near is None else near[:, None], None, C + packing.width, packing, context=context
+        )
+
     def _require_room(self, T: int) -> None:
         if self.max_seq_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
@@ -324,7 +350,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.index = config, block_idx
         self.qkv = nn.Linear(config.n_embd, sum(config.qkv_sizes), bias=config.bias or config.attn_bias)
         self.proj = nn.Linear(config.qkv_sizes[0], config.n_embd, bias=config.bias)
         self.norm_q = self.norm_k = None
@@ -351,9 +377,15 @@ class CausalSelfAttention(nn.Module):
             return self.proj(self._attend(q, k, v, pos))
         shared, own = pos.packing.spread(qkv)  # (1, P, ...), (B, T, ...)
         q, k, v = self._heads(own, pos)
-        if pos.stem is None:
+        stem = None if pos.stem is None else self._heads(shared, pos.stem)
+        if pos.kept is not None:
+            pos.kept[self.index] = tuple(  # type: ignore[assignment]
+                pos.packing.gather(None if stem is None else _rows(stem[i]), _rows(part)) for i, part in ((1, k), (2, v))
+            )
+        if pos.context is not None:
+            k, v = (torch.cat((earlier.to(part.dtype), part), dim=2) for earlier, part in zip(pos.context[self.index], (k, v), strict=True))
+        if stem is None or pos.stem is None:
             return self.proj(pos.packing.gather(None, self._attend(q, k, v, pos)))
-        stem = self._heads(shared, pos.stem)
         k, v = (torch.cat((first.expand(k.size(0), -1, -1, -1), rest), dim=2) for first, rest in zip(stem[1:], (k, v), strict=True))
         return self.proj(pos.packing.gather(self._attend(*stem, pos.stem), self._attend(q, k, v, pos)))
 
@@ -386,7 +418,12 @@ class CausalSelfAttention(nn.Module):
                     y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **how).to(q.dtype)
             else:
                 y = F.scaled_dot_product_attention(q, k, v, mask, **how)
-        return y.transpose(1, 2).flatten(2)
+        return _rows(y)
+
+
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    """(B, G, T, h) -> (B, T, G h)"""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def capped_attention(
@@ -485,6 +522,7 @@ class LLaMAMoE(nn.Module):
         self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = nn.ModuleList(LLaMAMLP(config, config.moe_intermediate_size) for _ in range(config.n_expert))
         self.router_logits: torch.Tensor | None = None
+        self.select: Callable[[torch.Tensor | None], None] | None = None  # hears which rows of x the next expert gets
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)"""
@@ -497,10 +535,16 @@ class LLaMAMoE(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)  # (N k): pairs of token and expert, by expert
         counts = chosen.flatten().bincount(minlength=self.config.n_expert).tolist()
-        parts = x.flatten(0, -2)[order // k].split(counts)
-        done = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if part.size(0)])  # (N k, d)
+        flat, done = x.flatten(0, -2), []
+        for expert, rows in zip(self.experts, (order // k).split(counts), strict=True):
+            if self.select is not None:
+                self.select(rows)
+            if len(rows):
+                done.append(expert(flat[rows]))
+        if self.select is not None:
+            self.select(None)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        each = done[back].unflatten(0, (-1, k))  # (N, k, d)
+        each = torch.cat(done)[back].unflatten(0, (-1, k))  # (N, k, d)
         return (each * weights.to(each.dtype)[..., None]).sum(1).view_as(x)
 
 

@@ -30,15 +30,17 @@ class Packing:
     lengths: tuple[int, ...]  # own rows of each sample
     rows: torch.Tensor  # (B T,): the own row at each place of (B, T); any row where there is padding
     places: torch.Tensor  # (N - P,): the place in (B T) of each own row
+    starts: torch.Tensor | None = None  # (B,): the position of each sample's first own row, if it is not P
 
     @classmethod
-    def of(cls, lengths: Sequence[int], stem: int, device: torch.device) -> Packing:
-        """Return the packing of samples with `lengths` own positions behind a stem."""
+    def of(cls, lengths: Sequence[int], stem: int, device: torch.device, starts: Sequence[int] | None = None) -> Packing:
+        """Return the packing of samples with `lengths` own positions behind a stem, or from the positions `starts` on."""
         sizes = torch.tensor(lengths)
-        steps, starts = torch.arange(max(lengths)), sizes.cumsum(0) - sizes
+        steps, begins = torch.arange(max(lengths)), sizes.cumsum(0) - sizes
         real = steps < sizes[:, None]  # (B, T)
-        rows = torch.where(real, starts[:, None] + steps, 0).flatten()
-        return cls(stem, tuple(lengths), rows.to(device), real.flatten().nonzero()[:, 0].to(device))
+        rows = torch.where(real, begins[:, None] + steps, 0).flatten()
+        first = None if starts is None else torch.tensor(starts, device=device)
+        return cls(stem, tuple(lengths), rows.to(device), real.flatten().nonzero()[:, 0].to(device), first)
 
     @property
     def width(self) -> int:
@@ -53,7 +55,7 @@ class Packing:
     @property
     def positions(self) -> torch.Tensor:
         """(N,): the position of each row in its sample."""
-        own = self.stem + self.places % self.width
+        own = self.places % self.width + (self.stem if self.starts is None else self.starts[self.places // self.width])
         return torch.cat((torch.arange(self.stem, device=own.device), own))
 
     def spread(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

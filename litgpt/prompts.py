@@ -311,6 +311,16 @@ def misfit(style: PromptStyle, tokenizer: Tokenizer) -> str:
     return f"warning: the prompt style {style.name!r} needs {marker}, which is no token of this tokenizer: {fits!r} fits it"
 
 
+def reply_header(style: PromptStyle) -> str:
+    """Return the text that the style writes between a prompt and its reply."""
+    if isinstance(style, ChatTemplate):
+        asked = [{"role": "user", "content": "?"}]
+        before, after = style.render(asked), style.render(asked, add_generation_prompt=True)
+        return after[len(before) :] if after.startswith(before) else ""
+    marker = "0b2d5a7c"
+    return style.apply(marker).rpartition(marker)[2]
+
+
 def save_prompt_style(style: PromptStyle, folder: str | Path) -> None:
     """Write prompt_style.yaml, but not for the checkpoint's own template: tokenizer files hold that, and LitGPT has no such style."""
     kind = type(style)

@@ -25,7 +25,10 @@ from typing import Protocol
 import psutil
 import torch
 
+from litgpt.activations import prompts
+from litgpt.activations.prompts import is_answer_only, plain_rows, reply_features
 from litgpt.activations.store import Contents, Rows, open_store
+from litgpt.lora import lora_filter
 from litgpt.loss import Features
 from litgpt.model import GPT
 from litgpt.packing import loss_targets, pack, shared_stem
@@ -56,6 +59,11 @@ def is_flat(model: GPT) -> bool:
     return model.cut is not None and model.cut >= model.config.n_layer
 
 
+def is_cacheable(model: GPT) -> bool:
+    """Return True if something is frozen that would be computed again for every epoch."""
+    return bool(model.cut) or is_answer_only(model)
+
+
 def stem_length(model: GPT, samples: Sequence[Sample]) -> int:
     """Return P, the length of the stem, which a batch computes once.
 
@@ -73,7 +81,10 @@ class Recompute:
         self.stem = stem_length(model, samples)
 
     def __call__(self, indices: Sequence[int]) -> Features:
-        batch = pack([self.samples[i] for i in indices], self.device, self.stem)
+        chosen = [self.samples[i] for i in indices]
+        if is_answer_only(self.model):
+            return reply_features(self.model, plain_rows(self.model, chosen, self.device, self.stem))
+        batch = pack(chosen, self.device, self.stem)
         pos = self.model.packed_positions(batch.packing)
         if is_flat(self.model):
             return Features(*self.model.prefix(batch.ids, pos, batch.at), batch.targets)
@@ -88,7 +99,7 @@ class Plan:
     stem: int  # P
     first: int  # rows of the stem, the first of the cache: P, or 0 if only positions with loss are kept
     counts: list[int]  # rows of each sample
-    width: tuple[int, int]  # (S + 1, d): x, then the taps
+    width: tuple[int, int]  # (S + 1, d): x, then the taps; or (1, W) with prompts' keys and values (`litgpt.activations.prompts`)
     dtype: torch.dtype
 
     @property
@@ -112,6 +123,7 @@ def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: t
     width, stem = (len(model.tapped_blocks) + 1, model.config.n_embd), stem_length(model, samples)
     if is_flat(model):
         return Plan(list(indices), stem, 0, [samples[i].n_targets for i in indices], width, dtype)
+    width = (1, prompts.width(model)) if is_answer_only(model) else width
     return Plan(list(indices), stem, stem, [samples[i].n_inputs - stem for i in indices], width, dtype)
 
 
@@ -128,6 +140,9 @@ class ActivationCache:
         slabs = [self._read(self.slices[i]) for i in indices]
         if is_flat(self.model):
             return Features(*self._split(slabs), loss_targets(chosen).to(self.device))
+        if is_answer_only(self.model):
+            values = torch.cat([self._read(slice(self.plan.first)), *slabs]).flatten(1).to(self.device, self.model.dtype)
+            return reply_features(self.model, prompts.Rows(values, chosen, self.plan.stem))
         batch = pack(chosen, self.device, self.plan.stem)
         split = self._split([self._read(slice(self.plan.first)), *slabs])
         return Features(*split, batch.targets, batch.at, self.model.packed_positions(batch.packing))
@@ -172,7 +187,7 @@ def activations(
     "auto" takes memory if the cache fits `MEMORY_SHARE` of the free memory, else disk, if reading is faster than computing. A disk that is
     too full is reported and not fatal.
     """
-    if settings.mode == "off" or model.cut in (None, 0) or not indices:
+    if settings.mode == "off" or not is_cacheable(model) or not indices:
         return Recompute(model, samples, device)
     layout = plan(model, samples, indices, settings.dtype)
     need, free = layout.nbytes, psutil.virtual_memory().available
@@ -252,6 +267,12 @@ def fill_order(samples: Sequence[Sample], layout: Plan) -> list[int]:
 
 def _rows(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> torch.Tensor:
     """Return x and the taps of a batch, (n, S + 1, d) or (N, S + 1, d), on the CPU in the cache's dtype."""
+    if is_answer_only(model):
+        rows = plain_rows(model, samples, device, layout.stem)
+        if not is_flat(model):
+            return rows.values[:, None].to(layout.dtype).cpu()
+        features = reply_features(model, rows)
+        return torch.cat((features.x[:, None], features.taps), dim=1).to(layout.dtype).cpu()
     batch = pack(samples, device, layout.stem)
     x, taps = model.prefix(batch.ids, model.packed_positions(batch.packing), batch.at if is_flat(model) else None)
     return torch.cat((x[:, None], taps), dim=1).to(layout.dtype).cpu()
@@ -280,12 +301,15 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: tor
     taps = [i for i, block in enumerate(model.blocks) if block.skip2lora is not None]
     dtypes = [str(dtype) for dtype in (layout.dtype, model.dtype, model.compute_dtype(device))]
     facts = [FORMAT, torch.__version__, model.config.base_dict(), model.cut, taps, norms, dtypes, layout.shape]
+    trained = read = min(model.cut or 0, model.config.n_layer)
+    if is_answer_only(model):
+        facts.append(model.config.alora_invocation_tokens)
+        read = model.config.n_layer  # blocks whose plain weights matter
     digest.update(json.dumps(facts, sort_keys=True).encode())
-    first_trained = min(model.cut or 0, model.config.n_layer)
     parts = [module for name, module in model.transformer.items() if name != "h"]  # embeddings and ln_f
-    for part in (*parts, *model.blocks[:first_trained]):
+    for i, part in enumerate((*parts, *model.blocks[:read]), start=-len(parts)):
         for name, value in part.state_dict().items():
-            if not name.startswith("skip2lora"):
+            if not name.startswith("skip2lora") and not (i >= trained and lora_filter(name)):
                 digest.update(f"{name} {value.dtype}".encode())
                 digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy())
     for i in layout.indices:

@@ -45,6 +45,11 @@ class AdapterSettings:
     lora_block_indices: BlockIndices = setting(None, varies=True)
     """Blocks that get LoRA, in the forms of skip2lora_block_indices. The blocks before the first of them run frozen and are cached.
     Default: all."""
+    alora_enabled: bool = False
+    """Answer-only LoRA (aLoRA): LoRA acts from the tokens that open a reply on. Prompts run on the plain model: their keys and values are
+    computed once and cached, and an epoch computes the replies alone."""
+    alora_invocation_tokens: Optional[list[int]] = None
+    """The token ids that open a reply and switch LoRA on. Default: those that the prompt style writes between a prompt and its reply."""
     skip2lora_enabled: bool = setting(False, varies=True)
     """Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only."""
     skip2lora_block_indices: BlockIndices = setting(None, varies=True, older_names=("skip2lora_positions",))
@@ -66,6 +71,10 @@ class AdapterSettings:
             raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
         if self.lora_variant not in ("lora", "dora"):
             raise UserError(f"lora_variant is {self.lora_variant!r}: choose 'lora' or 'dora'")
+        if self.alora_enabled and self.lora_variant != "lora":
+            raise UserError("alora_enabled works with lora_variant lora only")
+        if self.alora_enabled and not self.has_lora_in_blocks:
+            raise UserError("alora_enabled needs LoRA in the blocks: set lora_r and lora_query, lora_mlp, ...")
         for prefix in ("lora", "skip2lora"):
             rank, alpha, dropout = (getattr(self, f"{prefix}_{name}") for name in ("r", "alpha", "dropout"))
             follows = prefix == "skip2lora"  # None stands for LoRA's value

@@ -11,6 +11,7 @@ import torch
 
 from litgpt.activations.cache import CacheSettings
 from litgpt.activations.choose import choose
+from litgpt.activations.prompts import replies
 from litgpt.activations.shared import SharedActivations
 from litgpt.checkpoint import chosen_taps, tokenizer_files
 from litgpt.config import Config
@@ -21,7 +22,7 @@ from litgpt.errors import UserError
 from litgpt.logs import Console
 from litgpt.lora import GPT, keep_taps
 from litgpt.optim import make_optimizer
-from litgpt.prompts import ChatTemplate, PromptStyle, resolve_prompt_style
+from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prompt_style
 from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.interrupts import memory_explained
@@ -113,6 +114,8 @@ def prepare(settings: Run, method: Method, base: Path, point: Path | None = None
         if settings.train.replay:
             splits.train += _replayed(settings, fabric, console, model, tokenizer, style)
     _require_known_ids(splits, model.config, base)
+    if model.config.alora_enabled:
+        console.say(_switch_on_replies(settings, model, splits, style, tokenizer))
     model.activation_checkpointing = settings.train.activation_checkpointing
     optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # shows wrong settings before anything is written
     if not optimizer.param_groups[0]["lr"]:
@@ -125,6 +128,37 @@ def prepare(settings: Run, method: Method, base: Path, point: Path | None = None
         if job.chosen:
             keep_taps(model, job.chosen)
     return job
+
+
+def _switch_on_replies(settings: Run, model: GPT, splits: Splits, style: PromptStyle, tokenizer: Tokenizer) -> str:
+    """Set the tokens that switch answer-only LoRA on, if they are not given. Return a line about its positions.
+
+    They are those that the prompt style writes between a prompt and its reply, as far as they are the same in all samples. Raises UserError
+    if there are none, or if a reply does not follow them.
+    """
+    samples = (*splits.train, *splits.val)
+    invocation = list(getattr(settings, "alora_invocation_tokens", None) or tokenizer.ids(reply_header(style), bos=False))
+    if not getattr(settings, "alora_invocation_tokens", None):
+        for sample in samples:
+            begin = max(sample.loss_mask.find(1), 0)
+            before = list(sample.input_ids[max(0, begin - len(invocation)) : begin])
+            while invocation and invocation != before[len(before) - len(invocation) :]:
+                invocation = invocation[1:]
+        if not invocation:
+            raise UserError(
+                f"alora_enabled: nothing opens a reply in every sample with the prompt style {style.name or type(style).__name__!r}. "
+                "Set data.mask_prompt true and use a style that marks replies, such as chatml, or give alora_invocation_tokens"
+            )
+    settings.alora_invocation_tokens = model.config.alora_invocation_tokens = invocation  # type: ignore[attr-defined]
+    if model.switch is not None:
+        model.switch.invocation = invocation
+    spans = [replies(sample, invocation) for sample in samples]
+    own = sum(stop - start for found in spans[: len(splits.train)] for start, stop in found)
+    total = sum(sample.n_inputs for sample in splits.train)
+    return (
+        f"answer-only LoRA: on from {tokenizer.decode(invocation, skip_special_tokens=False)!r} on, in {own:,} of an epoch's {total:,} "
+        "positions. The others run once, without LoRA, if their keys and values are cached"
+    )
 
 
 def choose_taps(job: Job, count: int) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, plan, stem_length
+from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, is_cacheable, plan, stem_length
 from litgpt.args import TrainArgs
 from litgpt.errors import UserError
 from litgpt.logs import peak_memory_gb
@@ -129,7 +129,7 @@ def _costs(job: Job) -> dict[str, str]:
     steps = f"{per_epoch:,} an epoch" if total is None else f"{total:,} ({total / per_epoch:.4g} epochs of {per_epoch:,})"
     lines = {"steps": f"{steps}, each of {train.global_batch_size} samples", "a step": f"about {plain:.2f} s"}
     seconds = None if total is None else total * plain
-    if job.method.cache.mode_for(train, per_epoch) != "off" and model.cut:
+    if job.method.cache.mode_for(train, per_epoch) != "off" and is_cacheable(model):
         need = sum(plan(model, part, range(len(part)), job.cache_dtype).nbytes for part in (splits.train, splits.val))
         folder = job.cache_folder
         disk = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))).free

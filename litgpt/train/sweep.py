@@ -156,7 +156,7 @@ def _candidates(base: Path, trials: list[Trial]) -> list[Candidate]:
                 f"{candidate.trial.name} from {_layer(candidate.config)} on. "
                 "The frozen layers before that run once for all settings, so they must be the same: make a sweep of each"
             )
-    if not first.config.cut:
+    if not first.config.cut and not first.config.alora_enabled:
         raise UserError(
             "a sweep shares the outputs of frozen blocks, and here none is frozen: LoRA begins in block 0. Set skip2lora_enabled, or keep "
             "LoRA to late blocks, for example lora_block_indices last:6"

@@ -1,0 +1,146 @@
+"""Answer-only LoRA (aLoRA, arXiv 2504.12397) in training: replies with LoRA, behind prompts of the plain model.
+
+LoRA is on from the tokens that open a reply, the *invocation*, to its end. Everything in front of a reply, earlier replies included, acts
+on it through the plain model's keys and values, which no training changes. So one plain pass over a sample gives what all its replies need,
+once for all epochs, and a step computes the replies alone, forward and backward:
+
+    plain pass    rows of the packed samples: x at the first block with LoRA, taps, keys and values of this and the later blocks    (N, W)
+    replies       their rows of x through the blocks with LoRA; attention over the prompt's keys and values, then over their own
+
+Letters as in `litgpt.model`; here B counts replies, C the longest prompt, W = (1 + S) d + 2 G h for each block from `first` on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TypeGuard
+
+import torch
+
+from litgpt import model as base
+from litgpt.errors import UserError
+from litgpt.lora import GPT
+from litgpt.loss import Features
+from litgpt.packing import Packing, loss_targets, pack
+from litgpt.sample import Sample
+
+
+def is_answer_only(model: base.GPT) -> TypeGuard[GPT]:
+    """Return True if LoRA acts on replies only."""
+    return getattr(model, "switch", None) is not None
+
+
+def first_block(model: GPT) -> int:
+    """Return the first block with LoRA, which prompts' keys and values are needed from."""
+    return model.config.lora_blocks[0]
+
+
+def width(model: GPT) -> int:
+    """Return W."""
+    config, first = model.config, first_block(model)
+    taps = sum(block.skip2lora is not None for block in model.blocks[:first])
+    assert config.n_query_groups is not None and config.head_size is not None
+    return (1 + taps) * config.n_embd + (config.n_layer - first) * 2 * config.n_query_groups * config.head_size
+
+
+def replies(sample: Sample, invocation: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the positions [start, stop) of the inputs of each learned reply, from its invocation on.
+
+    Raises UserError if the invocation does not stand in front of a reply.
+    """
+    found, mask, n = [], sample.loss_mask, len(invocation)
+    begin = mask.find(1)
+    while begin >= 0:
+        end = mask.find(0, begin)
+        end = len(mask) if end < 0 else end
+        if begin < n or list(sample.input_ids[begin - n : begin]) != list(invocation):
+            before = list(sample.input_ids[max(0, begin - n) : begin])
+            raise UserError(
+                f"alora_enabled: a reply follows the tokens {before}, not alora_invocation_tokens {list(invocation)}. LoRA on replies "
+                "only needs prompts (data.mask_prompt true) and the same tokens in front of each reply"
+            )
+        found.append((begin - n, end - 1))
+        begin = mask.find(1, end)
+    return found
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The plain pass over a batch: rows (N, W), those of the stem first."""
+
+    values: torch.Tensor
+    samples: Sequence[Sample]
+    stem: int  # P
+
+    def numbers(self, sample: int, start: int, stop: int) -> torch.Tensor:
+        """Return the row numbers of a sample's positions [start, stop)."""
+        ends = accumulate((each.n_inputs - self.stem for each in self.samples[:sample]), initial=self.stem)
+        *_, first = ends
+        places = torch.arange(start, stop)
+        return torch.where(places < self.stem, places, places + (first - self.stem))
+
+
+@torch.no_grad()
+def plain_rows(model: GPT, samples: Sequence[Sample], device: torch.device, stem: int) -> Rows:
+    """Run the model without LoRA over samples whose first `stem` tokens are the same."""
+    assert model.switch is not None
+    first, batch = first_block(model), pack(samples, device, stem)
+    pos = model.packed_positions(batch.packing)
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with model.switch.off():
+        x, taps = model.embed(batch.ids, pos), list[torch.Tensor]()
+        for block in model.blocks[:first]:
+            x = block(x, pos)
+            if block.skip2lora is not None:
+                taps.append(block.skip2lora.tap(x))
+        parts, keeping = [x, *taps], replace(pos, kept=kept)
+        for block in model.blocks[first:-1]:
+            x = block(x, keeping)
+        last = model.blocks[-1]
+        last.attn(last.norm_1(x), keeping)
+    parts += [part for i in range(first, model.config.n_layer) for part in kept[i]]
+    return Rows(torch.cat([part.to(model.dtype) for part in parts], dim=1), samples, batch.packing.stem)
+
+
+def reply_features(model: GPT, rows: Rows) -> Features:
+    """Return what the tail, with LoRA, needs for the replies of a plain pass: x at the cut and taps.
+
+    With the cut at `ln_f` or `lm_head` the blocks with LoRA, trained before, run here, and only positions with loss are returned.
+    """
+    config, switch, device = model.config, model.switch, rows.values.device
+    assert switch is not None and config.n_query_groups is not None and config.head_size is not None
+    switch.mask = None
+    first, d = first_block(model), config.n_embd
+    found = [(b, *span) for b, sample in enumerate(rows.samples) for span in replies(sample, switch.invocation)]
+    starts = [start for _, start, _ in found]
+    C = max(starts)
+    own = torch.cat([rows.numbers(*reply) for reply in found]).to(device)  # (N',)
+    earlier = torch.zeros(len(found), C, dtype=torch.long)
+    for i, (b, start, _) in enumerate(found):
+        earlier[i, :start] = rows.numbers(b, 0, start)
+    heads = (len(found), C, config.n_layer - first, 2, config.n_query_groups, config.head_size)
+    kv = rows.values.size(1) - (config.n_layer - first) * 2 * config.n_query_groups * config.head_size
+    cached = rows.values[:, kv:].index_select(0, earlier.flatten().to(device)).view(heads).permute(2, 3, 0, 4, 1, 5)  # (L', 2, B, G, C, h)
+    context = {first + i: (k, v) for i, (k, v) in enumerate(cached)}
+    packing = Packing.of([stop - start for _, start, stop in found], 0, device, starts)
+    pos = model.reply_positions(packing, [len(rows.samples[b].input_ids) for b, _, _ in found], context)
+    at = torch.cat([torch.frombuffer(rows.samples[b].loss_mask, dtype=torch.bool)[start + 1 : stop + 1] for b, start, stop in found])
+    at = at.nonzero()[:, 0].to(device)
+    x, taps = rows.values[own, :d], rows.values[own, d:kv].unflatten(1, (-1, d))
+    targets = loss_targets(rows.samples).to(device)
+    cut = model.cut or 0
+    if cut <= first:
+        return Features(x, taps, targets, at, pos)
+    with torch.no_grad():
+        late = list[torch.Tensor]()
+        for block in model.blocks[first:cut]:
+            x = block(x, pos)
+            if block.skip2lora is not None:
+                late.append(block.skip2lora.tap(x))
+        taps = torch.cat((taps, torch.stack(late, dim=1)), dim=1) if late else taps
+        if cut < config.n_layer:
+            return Features(x, taps, targets, at, pos)
+        x = x[at] if cut == config.n_layer else model.transformer["ln_f"](x[at])
+    return Features(x, taps[at], targets)
