@@ -509,12 +509,17 @@ def keep_taps(model: GPT, blocks: Sequence[int]) -> None:
 def merge_lora_weights(model: nn.Module) -> None:
     """Fold every LoRA into its linear layer, in place; the model becomes a plain GPT with the base's keys.
 
-    Raises UserError for a model with Skip2-LoRA, whose adapters read earlier blocks and have no place in the base weights.
+    Raises UserError for answer-only LoRA, and for Skip2-LoRA, whose adapters read earlier blocks and have no place in the base weights.
     """
     if any(isinstance(module, Skip2LoRA) for module in model.modules()):
         raise UserError(
             "Skip2-LoRA cannot be merged: its adapters add functions of earlier blocks' outputs to the output layer's input, and no weight "
             "of the base model computes that. Use the adapter folder as it is: generate, chat and LLM.load take it and find the base"
+        )
+    if getattr(model, "switch", None) is not None:
+        raise UserError(
+            "answer-only LoRA (alora_enabled) cannot be merged: it leaves prompts to the base's weights. Use the adapter folder as it is: "
+            "generate, chat and LLM.load take it and find the base; `litgpt convert_adapter` makes PEFT's format of it"
         )
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -162,6 +162,19 @@ class ActivationCache:
         return view
 
 
+def shared(cache: Activations, samples: Sequence[Sample], indices: Sequence[int]) -> ActivationCache | None:
+    """Return a view of the cache for samples that it holds under other indices; None if it lacks one."""
+    if not isinstance(cache, ActivationCache) or not indices:
+        return None
+    places = {(bytes(cache.samples[i].input_ids), bytes(cache.samples[i].loss_mask)): i for i in cache.plan.indices}
+    found = {i: places.get((bytes(samples[i].input_ids), bytes(samples[i].loss_mask))) for i in indices}
+    if None in found.values():
+        return None
+    view = copy.copy(cache)
+    view.samples, view.slices = samples, {i: cache.slices[place] for i, place in found.items() if place is not None}
+    return view
+
+
 @dataclass
 class CacheSettings:
     """Settings of where to keep activations."""

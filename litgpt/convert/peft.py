@@ -46,7 +46,7 @@ HARMLESS = {  # keys of adapter_config.json that are read here, or do not change
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
     *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "peft_type", "task_type", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
+    *("alora_invocation_tokens", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
 }
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that leave the base's weights unchanged
 
@@ -164,6 +164,8 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    if config.alora_enabled:
+        settings["alora_invocation_tokens"] = config.alora_invocation_tokens
     tensors = {f"{PREFIX}{name}.{PARAMETERS[key]}": value.contiguous() for name, layer in stacked.items() for key, value in layer.items()}
     return settings, tensors
 
@@ -257,6 +259,8 @@ def from_peft(
         **flags,
         "lora_block_indices": None if not blocks or blocks == list(range(config.n_layer)) else blocks,
     }
+    if invocation := settings.get("alora_invocation_tokens"):
+        own |= {"alora_enabled": True, "alora_invocation_tokens": invocation}
     return own, join(units)
 
 
@@ -278,6 +282,9 @@ def unsupported(settings: Mapping[str, Any]) -> list[str]:
     if settings.get("init_lora_weights") not in KEEPS_BASE:
         problems.append(f"init_lora_weights is {settings['init_lora_weights']!r}: it changes the base's weights, which ours do not")
     problems += [f"{key} is {str(value)[:100]}: it has no place" for key, value in settings.items() if value and key not in HARMLESS]
+    invocation = settings.get("alora_invocation_tokens") or []
+    if not isinstance(invocation, list) or not all(isinstance(token, int) and token >= 0 for token in invocation):
+        problems.append(f"alora_invocation_tokens is {str(invocation)[:100]}: a list of token ids is needed")
     dropout = settings.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         problems.append(f"lora_dropout is {dropout!r}: a probability from 0 to below 1 is needed")

@@ -86,7 +86,7 @@ def adapters(settings: Any) -> Method:
         mark_only_lora_as_trainable(model)
 
     def finish(model: GPT, folder: Path) -> bool:
-        if any(isinstance(module, Skip2LoRA) for module in model.modules()):
+        if model.switch is not None or any(isinstance(module, Skip2LoRA) for module in model.modules()):
             return False
         from litgpt.convert.merge import merged_weights
 

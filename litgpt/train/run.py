@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from litgpt import atomic, checkpoint
-from litgpt.activations.cache import ActivationCache, Activations, activations
+from litgpt.activations.cache import ActivationCache, Activations, activations, shared
 from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.convert.resolve import open_checkpoint
@@ -204,7 +204,8 @@ class Session:
             group["lr"] = lr
         self.loop = None
         own = self._activations(splits.train, batches.owned(rank.index), "training", cache.mode_for(train, batches.per_epoch))
-        val = self._activations(splits.val, [i for batch in val_batches for i in batch], "validation", cache.mode)
+        val_indices = [i for batch in val_batches for i in batch]
+        val = shared(own, splits.val, val_indices) or self._activations(splits.val, val_indices, "validation", cache.mode)
         self.loop = Loop(self.model, optimizer, train, batches, own, rank, self.job.fabric.autocast, self.console.say)
         self.validation = (val, val_batches)
         self._restore(optimizer)

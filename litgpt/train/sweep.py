@@ -176,6 +176,10 @@ def _prepare(candidates: list[Candidate], out_dir: Path, known: Any = None) -> J
     changes: dict[str, Any] = {"skip2lora_block_indices": taps} if taps else {}
     settings = replace(widest.settings, out_dir=out_dir, **changes)
     job = prepare(settings, settings.method(), settings.checkpoint_dir)
+    if job.model.config.alora_enabled:
+        for candidate in candidates:
+            candidate.settings = replace(candidate.settings, alora_invocation_tokens=job.model.config.alora_invocation_tokens)  # type: ignore[call-arg]
+            candidate.method = replace(candidate.method, config=candidate.settings.method().config)
     _choose(candidates, job, known if isinstance(known, dict) else {})
     if taps:
         keep_taps(job.model, _taps(candidates))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations, fingerprint, plan
+from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations, fingerprint, plan, shared
 from litgpt.activations.prompts import replies
 from litgpt.errors import UserError
 from litgpt.lora import end_warmup, mark_only_lora_as_trainable, start_warmup
@@ -146,6 +146,16 @@ def without_skip(model: Any, chosen: list[Sample]) -> torch.Tensor:
         block.skip2lora = block.kept
     model.skip_sum = taps
     return loss
+
+
+def test_samples_that_are_trained_and_validated_are_cached_once() -> None:
+    model, chosen = model_of("late blocks"), samples(9)
+    cache, again = cached(model, chosen), [samples(9)[i] for i in (3, 1)]
+    view = shared(cache, again, [0, 1])
+    assert view is not None and view.store is cache.store
+    assert_close(view([0, 1]).x, cache([3, 1]).x)
+    assert_close(view([1]).targets, cache([1]).targets)
+    assert shared(cache, samples(8), [0]) is None and shared(Recompute(model, chosen, CPU), again, [0]) is None
 
 
 def test_a_cache_on_disk_is_found_again_and_is_the_prompts_own(tmp_path: Path) -> None:

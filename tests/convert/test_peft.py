@@ -92,6 +92,24 @@ def test_peft_computes_the_same(family: str, tmp_path: Path) -> None:
     assert (want - plain).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "gemma2"])
+def test_peft_computes_the_same_of_answer_only_lora(family: str, tmp_path: Path) -> None:
+    """PEFT's aLoRA, whose layers take their offsets from the input ids: LoRA is on from the last invocation on."""
+    invocation = IDX[0, 4:6].tolist()
+    model = trained(family, **tiny.ALL_LORA, alora_enabled=True, alora_invocation_tokens=invocation)
+    settings, tensors = ours.to_peft(model.config, adapter_of(model), "org/base", kind_of(family))
+    ours.write(tmp_path, settings, tensors)
+    assert settings["alora_invocation_tokens"] == invocation
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(configs.pair(family)[0]), tmp_path)
+    with torch.no_grad():
+        want, plain = model(IDX), configs.pair(family)[0](IDX).logits
+        assert_close(theirs(input_ids=IDX).logits, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+        assert_close(want[0, :4], plain[0, :4], rtol=1e-4, atol=1e-5 * want.abs().max().item())
+        assert (want[0, 4:] - plain[0, 4:]).abs().max() > 0.05
+    own, weights = ours.from_peft(settings, tensors, model.config, tmp_path, kind_of(family))
+    assert own["alora_enabled"] and own["alora_invocation_tokens"] == invocation and same(weights, adapter_of(model))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "gpt2"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choices_of_layers(family: str, choice: str, tmp_path: Path) -> None:
