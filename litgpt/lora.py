@@ -171,7 +171,7 @@ class Switch:
         self.is_off = False
         self.mask: torch.Tensor | None = None  # (B, T, 1), 1 where LoRA is on; None: everywhere
         self.rows: torch.Tensor | None = None  # those of the B T rows that an expert of a mixture gets; None: all
-        self.answering = torch.zeros(0, 1, dtype=torch.bool)  # (B, 1): the last pass ended in a reply
+        self.start: int | None = None  # where the reply begins, for a prompt that is read in parts
 
     def select(self, rows: torch.Tensor | None) -> None:
         self.rows = rows
@@ -190,20 +190,26 @@ class Switch:
         finally:
             self.is_off = False
 
+    def start_of(self, tokens: Sequence[int]) -> int:
+        """Return where the last invocation begins; the number of tokens if there is none."""
+        n = len(self.invocation)
+        starts = (i for i in range(len(tokens) - n, -1, -1) if list(tokens[i : i + n]) == self.invocation)
+        return next(starts, len(tokens))
+
     def look(self, idx: torch.Tensor, first: torch.Tensor | None, dtype: torch.dtype) -> None:
-        """Turn LoRA on from the last invocation in idx (B, T) on. `first` (B, 1): the place of its first token; None: 0."""
+        """Turn LoRA on from the last invocation in idx (B, T) on. `first` (B, 1): the place of its first token; None: 0.
+
+        Tokens behind others, without an invocation among them, continue a reply, unless `start` says where it begins.
+        """
         B, T = idx.shape
+        first = torch.zeros(B, 1, dtype=torch.long, device=idx.device) if first is None else first
+        places = torch.arange(T, device=idx.device)
+        on = (first > 0).expand(B, T) if self.start is None else first + places >= self.start
         width = len(self.invocation)
-        before = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        if first is not None and len(self.answering) == B:
-            before = self.answering & (first > 0)
-        on = before.expand(B, T)
-        if width <= T:
+        if self.start is None and width <= T:
             opens = (idx.unfold(1, width, 1) == torch.tensor(self.invocation, device=idx.device)).all(-1)  # (B, T - width + 1)
-            has = opens.any(1, keepdim=True)
-            start = opens.size(1) - 1 - opens.flip(1).int().argmax(1, keepdim=True)
-            on = torch.where(has, torch.arange(T, device=idx.device) >= start, on)
-        self.answering = on[:, -1:]
+            last = opens.size(1) - 1 - opens.flip(1).int().argmax(1, keepdim=True)
+            on = torch.where(opens.any(1, keepdim=True), places >= last, on)
         self.mask = on[..., None].to(dtype)
 
 

@@ -179,7 +179,7 @@ class GPT(nn.Module):
     def positions(self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, end: int | None = None) -> Positions:
         """Return rotary tables and masks for input (B, T) at the places `input_pos`, (T,) or (B, T)."""
         T, device = idx.size(1), idx.device
-        self._require_room(T)
+        self.require_room(T)
         if input_pos is None:
             return self._at(torch.arange(T, device=device), T, [T])
         end = int(input_pos.max()) + 1 if end is None else end
@@ -189,37 +189,12 @@ class GPT(nn.Module):
     def packed_positions(self, packing: Packing) -> Positions:
         """Return rotary tables and masks for a packed batch (N,). Samples of which some are long for LongRoPE must not share a stem."""
         P, end, device = packing.stem, packing.stem + packing.width, packing.rows.device
-        self._require_room(end)
+        self.require_room(end)
         tokens = [P + length + 1 for length in packing.lengths]  # the last one is no input
         stem = self._at(torch.arange(P, device=device), P, tokens[:1]) if P else None
         return replace(self._at(torch.arange(P, end, device=device), end, tokens), packing=packing, stem=stem)
 
-    def reply_positions(self, packing: Packing, tokens: Sequence[int], context: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Positions:
-        """Return rotary tables and masks for packed replies (N,) that start at `packing.starts` (B,) of sequences of so many `tokens`.
-
-        A reply attends to its own part of `context`, up to its start, and to itself.
-        """
-        starts, device = packing.starts, packing.rows.device
-        assert starts is not None
-        C = next(iter(context.values()))[0].size(2)
-        own = torch.arange(packing.width, device=device)
-        before = torch.arange(C, device=device).expand(len(starts), C)
-        places = starts[:, None] + own  # (B, T)
-        keys = torch.cat((before, places), dim=1)  # (B, C + T)
-        causal = torch.cat(
-            ((before < starts[:, None])[:, None].expand(-1, packing.width, -1), (own <= own[:, None]).expand(len(starts), -1, -1)), dim=2
-        )
-        real = places.minimum(torch.tensor(tokens, device=device)[:, None] - 1)  # padding takes the last place
-        end = int(real.max()) + 1
-        self._require_room(end)
-        rotary = tuple(self._rotary(table, real, end, [is_long(self.config, length) for length in tokens]) for table in self.rope)
-        window = self.config.sliding_window_size
-        near = None if window is None else causal & (places[..., None] - keys[:, None] < window)
-        return Positions(
-            rotary, causal[:, None], None if near is None else near[:, None], None, C + packing.width, packing, context=context
-        )
-
-    def _require_room(self, T: int) -> None:
+    def require_room(self, T: int) -> None:
         if self.max_seq_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_seq_length, {self.max_seq_length}")
 
@@ -230,13 +205,13 @@ class GPT(nn.Module):
         """
         T = places.size(-1)
         long = [is_long(self.config, length) for length in tokens]
-        rotary = tuple(self._rotary(table, places, end, long) for table in self.rope)
+        rotary = tuple(self.rotary(table, places, end, long) for table in self.rope)
         mask = None
         if places.dim() == 2 or (T > 1 and (end != T or self.config.attention_logit_softcapping is not None)):
             mask = torch.arange(end, device=places.device) <= _for_heads(places)[..., None]
         return Positions(rotary, mask, self._window_mask(places, end), None, end)
 
-    def _rotary(self, table: RotaryTable, places: torch.Tensor, end: int, long: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self, table: RotaryTable, places: torch.Tensor, end: int, long: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
         dtype, kinds = self.compute_dtype(places.device), sorted(set(long))
         pairs = [table(end, places.device, kind) for kind in kinds]
         at = _for_heads(places)

@@ -23,7 +23,9 @@ from litgpt import model as base
 from litgpt.errors import UserError
 from litgpt.lora import GPT
 from litgpt.loss import Features
+from litgpt.model import Positions
 from litgpt.packing import Packing, loss_targets, pack
+from litgpt.rope import is_long
 from litgpt.sample import Sample
 
 
@@ -125,7 +127,7 @@ def reply_features(model: GPT, rows: Rows) -> Features:
     cached = rows.values[:, kv:].index_select(0, earlier.flatten().to(device)).view(heads).permute(2, 3, 0, 4, 1, 5)  # (L', 2, B, G, C, h)
     context = {first + i: (k, v) for i, (k, v) in enumerate(cached)}
     packing = Packing.of([stop - start for _, start, stop in found], 0, device, starts)
-    pos = model.reply_positions(packing, [len(rows.samples[b].input_ids) for b, _, _ in found], context)
+    pos = reply_positions(model, packing, [len(rows.samples[b].input_ids) for b, _, _ in found], context)
     at = torch.cat([torch.frombuffer(rows.samples[b].loss_mask, dtype=torch.bool)[start + 1 : stop + 1] for b, start, stop in found])
     at = at.nonzero()[:, 0].to(device)
     x, taps = rows.values[own, :d], rows.values[own, d:kv].unflatten(1, (-1, d))
@@ -144,3 +146,29 @@ def reply_features(model: GPT, rows: Rows) -> Features:
             return Features(x, taps, targets, at, pos)
         x = x[at] if cut == config.n_layer else model.transformer["ln_f"](x[at])
     return Features(x, taps[at], targets)
+
+
+def reply_positions(
+    model: GPT, packing: Packing, tokens: Sequence[int], context: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> Positions:
+    """Return rotary tables and masks for packed replies (N,) that start at `packing.starts` (B,) of sequences of so many `tokens`.
+
+    A reply attends to its own part of `context`, up to its start, and to itself.
+    """
+    starts, device = packing.starts, packing.rows.device
+    assert starts is not None
+    C = next(iter(context.values()))[0].size(2)
+    own = torch.arange(packing.width, device=device)
+    before = torch.arange(C, device=device).expand(len(starts), C)
+    places = starts[:, None] + own  # (B, T)
+    keys = torch.cat((before, places), dim=1)  # (B, C + T)
+    causal = torch.cat(
+        ((before < starts[:, None])[:, None].expand(-1, packing.width, -1), (own <= own[:, None]).expand(len(starts), -1, -1)), dim=2
+    )
+    real = places.minimum(torch.tensor(tokens, device=device)[:, None] - 1)  # padding takes the last place
+    end = int(real.max()) + 1
+    model.require_room(end)
+    rotary = tuple(model.rotary(table, real, end, [is_long(model.config, length) for length in tokens]) for table in model.rope)
+    window = model.config.sliding_window_size
+    near = None if window is None else causal & (places[..., None] - keys[:, None] < window)
+    return Positions(rotary, causal[:, None], None if near is None else near[:, None], None, C + packing.width, packing, context=context)

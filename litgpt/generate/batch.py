@@ -143,7 +143,14 @@ class Batch:
         idx = torch.tensor([row.tokens[row.computed : end]], device=self.device)
         for block, cache in zip(self.model.blocks, self.caches, strict=True):
             block.attn.kv_cache = cache.row(self.ready)
-        x = self.hidden(idx, self.model.positions(idx, torch.arange(row.computed, end, device=self.device), end), [row])
+        switch = getattr(self.model, "switch", None)
+        if switch is not None:
+            switch.start = switch.start_of(row.tokens)
+        try:
+            x = self.hidden(idx, self.model.positions(idx, torch.arange(row.computed, end, device=self.device), end), [row])
+        finally:
+            if switch is not None:
+                switch.start = None
         row.computed = end
         return x
 
@@ -169,8 +176,8 @@ class Batch:
 
     def _reuse(self, row: Row) -> None:
         """Copy the keys and values of the row's longest beginning that another row or a past one has. The last token is always computed."""
-        if self.model.config.rope_kind == "longrope":
-            return
+        if self.model.config.rope_kind == "longrope" or getattr(self.model, "switch", None) is not None:
+            return  # keys depend on the length, or on which reply they belong to
         wanted, longest, values = row.tokens[:-1], LEAST_SHARED - 1, None
         for place, other in enumerate(self.rows):
             if other is not row and (length := common(wanted, other.tokens[: other.computed])) > longest:

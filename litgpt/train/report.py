@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from litgpt.lora import Config
 from litgpt.text import duration
 from litgpt.train.page import Answers, Points, curve_of, flat, page
 from litgpt.train.resume import State
@@ -85,12 +86,13 @@ def page_of(model: str, figures: dict[str, Any], metrics: Mapping[str, Points], 
     return page(f"{model}, tuned", {"losses": losses}, tiles, curves, figures["best_step"], answers, shown)
 
 
-def next_steps(out_dir: Path, is_skip: bool, is_whole: bool = True) -> list[tuple[str, str]]:
+def next_steps(out_dir: Path, config: Config, is_whole: bool = True) -> list[tuple[str, str]]:
     """Return commands for a finished run, each with what it does. `is_whole`: the final folder holds a model."""
     final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
     rows = [(f"litgpt chat {final}", "talk to it")]
-    if is_skip:
-        rows.append((f"litgpt convert_adapter {final} {stem}/portable", "for transformers"))
+    if config.skip2lora_enabled or config.alora_enabled:
+        name, users = ("portable", "for transformers") if config.skip2lora_enabled else ("peft", "for transformers with PEFT, and vLLM")
+        rows.append((f"litgpt convert_adapter {final} {stem}/{name}", users))
     elif is_whole:
         rows.append((f"litgpt convert_from_litgpt {final} {stem}/hf", "for transformers"))
         rows.append((f"litgpt convert_to_gguf {final} {stem}/model.gguf", "for llama.cpp and Ollama"))
