@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent / "config_hub" / "finetune"
 FILES = sorted(ROOT.rglob("[!_]*.yaml"))
 SHARED = sorted(ROOT.rglob("_base.yaml"))  # what the presets of a model share
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
-PRESETS = ("lora", "skip2lora", "skip2lora_tail", "skip2lora_warmup")
+PRESETS = ("alora", "lora", "skip2lora", "skip2lora_tail", "skip2lora_warmup")
 LLAMA_2 = ("lora", "lora_baseline", "skip2lora", "skip2lora_4blocks", "skip2lora_6blocks", "skip2lora_warmup")
 MODELS = ("llama-3.2-1B", "pythia-160m", "smollm2-135m", "tiny-llama")
 
@@ -99,7 +99,7 @@ def test_trainable_parameters(file: Path) -> None:
     blocks, d, kv, mlp_layers, inner = SHAPES[model]
     every_layer = 8 * ((d + d) + 2 * (d + kv) + (d + d) + mlp_layers * (d + inner))
     arguments = parse("litgpt finetune", load("finetune"), [str(file)])
-    if preset == "lora":
+    if preset in ("lora", "alora"):
         expected = blocks * every_layer
     elif preset == "lora_baseline":
         expected = blocks * 8 * ((d + d) + (d + kv))
