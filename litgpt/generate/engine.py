@@ -18,6 +18,9 @@ from litgpt.model import GPT
 from litgpt.rope import is_long
 
 
+COLDEST = 1e-30  # a lower temperature is 0, which fp32 cannot tell apart
+
+
 def sample(
     logits: torch.Tensor,
     temperature: float = 1.0,
@@ -33,7 +36,7 @@ def sample(
     2407.01082). `temperature` 0 returns the most probable token.
     """
     scores = logits.reshape(-1, logits.size(-1))[-1].float()  # (V,)
-    if temperature == 0:
+    if temperature < COLDEST:
         return scores.argmax(dim=-1, keepdim=True)
     ids = None
     if top_k is not None and top_k < scores.numel():
@@ -91,7 +94,7 @@ class Sampling:
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the distributions (n, V) from which `sample` draws for logits (n, V). Penalties do not take part."""
         scores, ids = logits.float().sort(descending=True, dim=-1)
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             p = (torch.arange(scores.size(-1), device=scores.device) == 0).float().expand_as(scores)
         else:
             kept = scores if self.top_k is None else scores[:, : self.top_k]

@@ -90,7 +90,7 @@ def test_sample_reads_the_last_row() -> None:
     logits = torch.randn(1, 3, 7, generator=torch.Generator().manual_seed(0))
     drawn = sample(logits, temperature=0.0)
     assert drawn.shape == (1,) and int(drawn) == int(logits[0, -1].argmax())
-    assert int(sample(logits, temperature=1e-30)) == int(drawn)  # no overflow
+    assert int(sample(logits, temperature=1e-30)) == int(sample(logits, temperature=1e-300)) == int(drawn)  # no overflow
     assert int(sample(logits, top_k=1)) == int(drawn)
 
 

@@ -15,9 +15,11 @@ from urllib.parse import urlparse
 
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from litgpt.api import LLM
-from litgpt.serve.schemas import Chat
+from litgpt.serve.schemas import Chat, Completion, Predict
 from tests.serve.conftest import KEY, Folders, Server
 
 HELLO: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "why?"}]
@@ -96,10 +98,10 @@ def test_completions(client: openai.OpenAI, folders: Folders) -> None:
 
 
 def test_sampling(client: openai.OpenAI) -> None:
-    settings: dict[str, Any] = {"model": "skip", "messages": HELLO, "max_completion_tokens": 12}
+    common: dict[str, Any] = {"model": "skip", "messages": HELLO, "max_completion_tokens": 12}
 
     def ask(**more: Any) -> list[str | None]:
-        return [choice.message.content for choice in client.chat.completions.create(**settings, **more).choices]
+        return [choice.message.content for choice in client.chat.completions.create(**common, **more).choices]
 
     three = ask(seed=5, n=3, temperature=1.2)
     assert three == ask(seed=5, n=3, temperature=1.2) and len(set(three)) == 3 and ask(seed=6, temperature=1.2) == three[1:2]
@@ -135,6 +137,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
         ({"messages": HELLO, "temperature": -1}, 400, "temperature: "),
         ({"messages": HELLO, "n": 0}, 400, "n: "),
+        ({"messages": HELLO, "repetition_penalty": 1e-285}, 400, "repetition_penalty: "),
         ({"messages": HELLO, "max_tokens": 0}, 400, "max_tokens: "),
         ({"messages": HELLO, "max_tokens": 1000}, 400, "1000 are asked for, the model reads at most 256 in all"),
         ({"messages": [{"role": "user", "content": "x " * 300}]}, 400, "the model reads at most 256"),
@@ -247,3 +250,23 @@ def test_the_page_is_whole_and_drives_the_interface(server: Server) -> None:
     assert set(re.findall(r'\$\("([\w-]+)"\)', script[0])) <= ids and set(re.findall(r'"(\w+)"', numbers[1])) <= ids
     labelled = re.findall(r"<(?:select|textarea)[^>]*>", page)
     assert all("aria-label" in tag or re.search(rf"<label[^>]*>[^<]*{re.escape(tag)}", page) for tag in labelled)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.sampled_from(["tiny", "user", "x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+BODIES = st.fixed_dictionaries({}, optional=dict.fromkeys({*Chat.model_fields, *Completion.model_fields, *Predict.model_fields}, VALUES))
+GOOD: dict[str, Any] = {"messages": HELLO, "prompt": "x", "max_tokens": 2, "model": "skip"}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(path=st.sampled_from(["/v1/chat/completions", "/v1/completions", "/predict"]), body=BODIES, good=st.booleans())
+def test_any_body_is_answered_or_refused(path: str, body: dict[str, Any], good: bool, server: Server) -> None:
+    """With one to all of its keys at random values: never an error of the server's own."""
+    data = json.dumps({**GOOD, **dict(list(body.items())[:1])} if good else body).encode("utf-8", "surrogatepass")
+    status, content = send(server, "POST", path, data)
+    assert status in (200, 400, 404), (status, content, data)
+    if status != 200:
+        assert set(json.loads(content)["error"]) == {"message", "type", "param", "code"}
