@@ -17,7 +17,6 @@ from litgpt.errors import UserError
 from litgpt.model import GPT
 from litgpt.rope import is_long
 
-
 COLDEST = 1e-30  # a lower temperature is 0, which fp32 cannot tell apart
 
 
