@@ -2,8 +2,8 @@
 
 Two kinds of data are trained in two ways:
 
-    facts   few records, or many that share their answers: all are trained and none is held out, by Skip2-LoRA from the cache, until the
-            model repeats the answers
+    facts   few records, or many that share their answers: all are trained and none is held out, by LoRA on the replies and in the last
+            quarter of the blocks, behind cached prompts, until the model repeats the answers
     style   many records with answers of their own: a tenth is held out, and the checkpoint with the lowest loss on it is kept
 
 `benchmarks/results/own_data.md` has the measurements behind the numbers. The same data and model give the same settings, so that a run can
@@ -20,6 +20,7 @@ from typing import Any
 
 from litgpt.adapters.settings import LAYER_FLAGS
 from litgpt.checkpoint import require_checkpoint
+from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
@@ -31,19 +32,30 @@ SHARED = 0.5  # facts: at most this many different answers a record
 VALIDATIONS = 8
 MICRO_CHARS = 8192  # characters in a micro-batch, about four in a token
 
+QUARTER = "last quarter"  # of the model's blocks
 LINEAR = {f"lora_{name}": (True, "LoRA on every linear layer") for name in ("query", "key", "value", "projection", "mlp")}
 SKIP = {
     "skip2lora_enabled": (True, "the frozen blocks run once, so epochs after the first cost a fraction"),
     "skip2lora_block_indices": ("all", "adapters read every block"),
 }
+EXACT = {
+    "lora_r": (16, "room for facts"),
+    "lora_alpha": (16, "the rank"),
+    "lora_dropout": (0.0, "the answers shall be exact"),
+}
 METHODS: dict[str, dict[str, tuple[Any, str]]] = {
     "LoRA": LINEAR,
+    "answer-only LoRA": {
+        **LINEAR,
+        "alora_enabled": (True, "prompts run once, and an epoch computes the replies alone"),
+        "lora_block_indices": (QUARTER, "the blocks before run once"),
+        **EXACT,
+    },
     "Skip2-LoRA": {
         **SKIP,
         "lora_query": (False, "Skip2-LoRA alone is trained"),
         "lora_value": (False, "Skip2-LoRA alone is trained"),
-        "lora_r": (16, "room for facts"),
-        "lora_dropout": (0.0, "the answers shall be exact"),
+        **EXACT,
     },
     "warm-up": {
         **LINEAR,
@@ -54,10 +66,12 @@ METHODS: dict[str, dict[str, tuple[Any, str]]] = {
         "skip2lora_alpha": (64, "twice the rank"),
     },
 }
-TARGET = 0.03  # loss per token of an answer that is repeated word for word
+TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
     ("LoRA", True): (8, 5, 1e-3),
     ("LoRA", False): (2, 2, 5e-4),
+    ("answer-only LoRA", True): (12, 8, 2e-3),
+    ("answer-only LoRA", False): (2, 2, 5e-4),
     ("Skip2-LoRA", True): (24, 16, 2e-3),
     ("Skip2-LoRA", False): (3, 3, 1e-3),
     ("warm-up", True): (8, 5, 5e-4),
@@ -118,17 +132,27 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     if data is None or "checkpoint_dir" not in given:
         return given
     dry = bool(given.get("dry_run"))
-    require_checkpoint(open_checkpoint(given["checkpoint_dir"], convert=not dry))
+    base = require_checkpoint(open_checkpoint(given["checkpoint_dir"], convert=not dry))
     module: DataModule = data["class_path"](**data.get("init_args", {}))
     if not module.is_ready() and dry:
         return given  # the run will say so
     module.prepare_data()
     look = Look.at(*module.records())
-    chosen = [choice for choice in choices(look, module, given) if _put(given, choice.key, choice.value)]
+    quarter, marks = f"last:{math.ceil(Config.from_checkpoint(base).n_layer / 4)}", _marks_replies(base, module, given)
+    chosen = [choice for choice in choices(look, module, given, quarter, marks) if _put(given, choice.key, choice.value)]
     console = Console(process_rank() == 0)
     console.say(f"{module.source}: {look}. Settings that you did not give:")
     console.say(_table(chosen))
     return given
+
+
+def _marks_replies(base: Path, data: DataModule, given: dict[str, Any]) -> bool:
+    """Return True if a reply can be told from its prompt, by its tokens and by the loss."""
+    from litgpt.prompts import reply_header, resolve_prompt_style
+    from litgpt.tokenizer import Tokenizer
+
+    is_masked = given["data"].get("init_args", {}).get("mask_prompt", True)
+    return bool(is_masked and reply_header(resolve_prompt_style(data.prompt_style, base, Tokenizer(base))).strip())
 
 
 def advice(data: DataModule, look: Look) -> str:
@@ -140,8 +164,8 @@ def _table(chosen: list[Chosen]) -> str:
     return text_table([(choice.key, _shown(choice.value), choice.reason) for choice in chosen], left=(0, 1, 2))
 
 
-def choices(look: Look, data: DataModule, given: dict[str, Any]) -> list[Chosen]:
-    """Return the settings that suit the data, for a command with the settings `given`."""
+def choices(look: Look, data: DataModule, given: dict[str, Any], quarter: str = QUARTER, marks_replies: bool = True) -> list[Chosen]:
+    """Return the settings that suit the data, for a command with the settings `given`. `quarter`: the model's last blocks."""
     name = Path(data.source).name.partition(".")[0] or "data"
     rows = [Chosen("out_dir", Path("out/finetune") / name, "named after the data")]
     if look.is_pair:
@@ -151,7 +175,9 @@ def choices(look: Look, data: DataModule, given: dict[str, Any]) -> list[Chosen]
     elif not look.has_validation:
         rows.append(Chosen("data.val_split_fraction", 0.1, "a tenth shows when to stop"))
     method = _method_of(look, given)
-    rows += [Chosen(key, value, reason) for key, (value, reason) in METHODS[method].items()]
+    for key, (value, reason) in METHODS[method].items():
+        if marks_replies or key != "alora_enabled":
+            rows.append(Chosen(key, quarter if value == QUARTER else value, reason))
     return rows + _schedule(look, method, given)
 
 
@@ -175,11 +201,13 @@ def _shown(value: Any) -> str:
 
 def _method_of(look: Look, given: dict[str, Any]) -> str:
     """Return the method that the given settings ask for, else the one that suits the data."""
+    if given.get("alora_enabled"):
+        return "answer-only LoRA"
     if given.get("skip2lora_enabled"):
         return "warm-up" if given.get("skip2lora_warmup_epochs") or given.get("skip2lora_warmup_steps") else "Skip2-LoRA"
-    if "skip2lora_enabled" in given or any(flag in given for flag in LAYER_FLAGS):
+    if not given.keys().isdisjoint({"skip2lora_enabled", "alora_enabled", "lora_variant", *LAYER_FLAGS}):
         return "LoRA"
-    return "Skip2-LoRA" if look.is_facts else "warm-up"
+    return "answer-only LoRA" if look.is_facts else "warm-up"
 
 
 def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:

@@ -53,10 +53,17 @@ def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
 def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = chosen(tmp_path, base, records(60, 12))
     assert given["data"].val_split_fraction == 0 and given["data"].mask_prompt
+    assert given["alora_enabled"] and given["lora_block_indices"] == "last:2" and given["lora_mlp"] and not given["skip2lora_enabled"]
     assert given["train"].replay == recipe.REPLAY and given["out_dir"] == Path("out/finetune/shop")
     said = capsys.readouterr().err
     assert "60 records, 12 different answers, taken as facts" in said
     assert all(f"  {key} " in said for key in ("train.epochs", "optimizer.lr", "train.micro_batch_size", "data.val_split_fraction"))
+
+
+@pytest.mark.parametrize("words", ["--data.mask_prompt false", "--data.prompt_style default", "--alora_enabled false"])
+def test_replies_that_cannot_be_told_from_prompts(base: Path, tmp_path: Path, words: str) -> None:
+    given = chosen(tmp_path, base, records(60, 12), *words.split())
+    assert not given["alora_enabled"] and given["lora_mlp"] and not given["skip2lora_enabled"]
 
 
 def test_a_style(base: Path, tmp_path: Path) -> None:
@@ -79,6 +86,7 @@ def test_what_is_given_stays(base: Path, tmp_path: Path, capsys: pytest.CaptureF
         ("--skip2lora_enabled true", "Skip2-LoRA"),
         ("--skip2lora_enabled false", "LoRA"),
         ("--lora_mlp true", "LoRA"),
+        ("--alora_enabled true", "LoRA"),
         ("--skip2lora_enabled true --skip2lora_warmup_epochs 1", "warm-up"),
     ],
 )
