@@ -40,6 +40,9 @@ BAD: dict[str, Callable[[Place], Any]] = {
 }
 
 
+WEIGHTS_NOT_READ = {("prompts", "empty weights")}
+
+
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "finetune_lora"])
 def test_a_checkpoint_that_is_none(name: str, what: str, place: Place) -> None:
@@ -54,5 +57,8 @@ def test_a_checkpoint_that_is_none(name: str, what: str, place: Place) -> None:
         words += [f"--{key}", "out"] if key in keys.parameters else []
     before = tree(place.folder)
     ended = run(words)
+    if (name, what) in WEIGHTS_NOT_READ:
+        assert ended.code == 0 and tree(place.folder) == before
+        return
     check_message(ended._replace(out=""), "", "", ended.code)  # validate prints its table first
     assert ended.code in (1, 2) and tree(place.folder) == before
