@@ -303,7 +303,7 @@ def known_classes(base: type) -> dict[str, type]:
     classes: dict[str, type] = {}
     subclasses: list[type] = base.__subclasses__()
     for cls in subclasses:
-        if cls.__module__.startswith("litgpt."):
+        if cls.__module__.startswith("litgpt.") and getattr(sys.modules[cls.__module__], cls.__name__, None) is cls:  # made at import
             classes.update({} if cls.__name__.startswith("_") or inspect.isabstract(cls) else {cls.__name__: cls}, **known_classes(cls))
     return classes
 

@@ -128,3 +128,9 @@ def test_mistakes(mapping: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         merged(mapping)
     assert str(caught.value) == message
+
+
+def test_a_class_that_is_made_later_does_not_take_a_name() -> None:
+    """`data.connect` makes a subclass of the same name and module."""
+    made = type("JSON", (JSON,), {"__module__": JSON.__module__})
+    assert made.__name__ == "JSON" and known_classes(DataModule)["JSON"] is JSON

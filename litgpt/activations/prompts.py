@@ -31,7 +31,7 @@ from litgpt.sample import Sample
 
 def is_answer_only(model: base.GPT) -> TypeGuard[GPT]:
     """Return True if LoRA acts on replies only."""
-    return getattr(model, "switch", None) is not None
+    return model.switch is not None
 
 
 def first_block(model: GPT) -> int:

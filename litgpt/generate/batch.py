@@ -143,7 +143,7 @@ class Batch:
         idx = torch.tensor([row.tokens[row.computed : end]], device=self.device)
         for block, cache in zip(self.model.blocks, self.caches, strict=True):
             block.attn.kv_cache = cache.row(self.ready)
-        switch = getattr(self.model, "switch", None)
+        switch = self.model.switch
         if switch is not None:
             switch.start = switch.start_of(row.tokens)
         try:
@@ -176,7 +176,7 @@ class Batch:
 
     def _reuse(self, row: Row) -> None:
         """Copy the keys and values of the row's longest beginning that another row or a past one has. The last token is always computed."""
-        if self.model.config.rope_kind == "longrope" or getattr(self.model, "switch", None) is not None:
+        if self.model.config.rope_kind == "longrope" or self.model.switch is not None:
             return  # keys depend on the length, or on which reply they belong to
         wanted, longest, values = row.tokens[:-1], LEAST_SHARED - 1, None
         for place, other in enumerate(self.rows):

@@ -45,7 +45,7 @@ class Session:
         device = next(model.parameters()).device
         pairs = enumerate(zip(self.ids, prompt[:-1], strict=False))  # the logits of the last token are needed
         kept = next((n for n, (old, new) in pairs if old != new), min(len(self.ids), len(prompt) - 1))
-        if (switch := getattr(model, "switch", None)) is not None:
+        if (switch := model.switch) is not None:
             kept = min(kept, switch.start_of(self.ids))  # an earlier reply is read again, without LoRA
         if is_long(config, len(prompt)) != is_long(config, len(self.ids)):
             kept = 0  # LongRoPE turns the keys by other factors

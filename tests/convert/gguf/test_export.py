@@ -105,4 +105,4 @@ def test_formats_of_llama_cpps_program(
     program.write_text("#!/bin/sh\necho unknown tensor >&2\nexit 3\n")
     with pytest.raises(UserError, match="cannot make q2_k.*unknown tensor"):
         convert_to_gguf(mixture, tmp_path / "y.gguf", dtype="q2_k")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["Modelfile", "bin", "plain.gguf", "x.gguf"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["Modelfile", "bin", "plain.Modelfile", "plain.gguf", "x.gguf"]
