@@ -159,10 +159,12 @@ class Session:
         place = next(folder for folder in (self.settings.out_dir, *self.settings.out_dir.absolute().parents) if folder.exists())
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
         trained = sum(size for size, is_trained in sizes if is_trained)
-        merged = 0 if self.model.config.skip2lora_enabled or trained == sum(size for size, _ in sizes) else sum(size for size, _ in sizes)
-        final, (size, _, free) = trained + merged, shutil.disk_usage(place)
-        if not size:  # no disk, such as /proc
+        everything = sum(size for size, _ in sizes)
+        is_merged = trained < everything and not self.model.config.skip2lora_enabled and self.model.switch is None
+        final, disk = trained + is_merged * everything, shutil.disk_usage(place)
+        if not disk.total:  # no disk, such as /proc
             return
+        free = disk.free
         total = final + trained * self.settings.train.keep_best + 3 * trained  # a checkpoint has the optimizer's state too
         where = f"the disk of out_dir {self.settings.out_dir} is too full: {shown(free)} are free"
         if free < final:

@@ -241,7 +241,7 @@ def test_too_little_space_is_said_at_the_start(base: Path, data: Path, tmp_path:
     """No run that cannot be saved is begun; one whose checkpoints may not all fit is, with a warning."""
     settings, model = {**METHODS["LoRA"][1], **QUIET, "train__max_steps": 1}, os.path.getsize(base / "lit_model.pth")
     for free, code, words in ((2**10, 1, "1 KiB are free, final alone needs"), (model + 2**14, 0, "a checkpoint to resume from need")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free, total=2**40))
         run = finetune("finetune_lora", base, data, tmp_path / str(free), **settings)
         assert run.code == code and f"the disk of out_dir {tmp_path / str(free)} is too full: " in run.err and words in run.err, run.err
         assert (tmp_path / str(free)).exists() == (code == 0)
