@@ -24,6 +24,11 @@ FETCH_SECONDS = 60
 MISSING = "does not exist: check the path"
 
 
+def nearest(path: Path) -> Path:
+    """Return the path, or the nearest of its parents that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def expand_path(path: str | Path) -> Path:
     """Return a path that a user wrote, with `~` and `$VARIABLES` expanded."""
     return Path(os.path.expandvars(path)).expanduser()

@@ -126,17 +126,24 @@ class GPT(nn.Module):
         In front of a cut nothing is trained: no graph is recorded and no activation is kept.
         """
         pos = pos or self.positions(idx)
-        cut, taps = self.cut or 0, []
+        cut = self.cut or 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut is None):
-            x = self.embed(idx, pos)
-            for block in self.blocks[:cut]:
-                x = block(x, pos)
-                if block.skip2lora is not None:
-                    taps.append(block.skip2lora.tap(x if rows is None else x[rows]))
+            x, taps = self.through(self.blocks[:cut], self.embed(idx, pos), pos, rows)
             x = x if rows is None else x[rows]
             if cut > self.config.n_layer:
                 x = self.transformer["ln_f"](x)
         return x, torch.stack(taps, dim=-2) if taps else x.new_empty(*x.shape[:-1], 0, x.size(-1))
+
+    def through(
+        self, blocks: Sequence[Block], x: torch.Tensor, pos: Positions, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run blocks. Return their output, and the normalised outputs of the tapped ones among them, of `rows` only if given."""
+        taps = []
+        for block in blocks:
+            x = block(x, pos)
+            if block.skip2lora is not None:
+                taps.append(block.skip2lora.tap(x if rows is None else x[rows]))
+        return x, taps
 
     def tail(self, x: torch.Tensor, taps: torch.Tensor, pos: Positions | None = None) -> torch.Tensor:
         """Add the adapters' sum to x and run everything from the cut up to `lm_head`'s input: (B, T, d) -> (B, T, d).

@@ -166,12 +166,16 @@ def shared(cache: Activations, samples: Sequence[Sample], indices: Sequence[int]
     """Return a view of the cache for samples that it holds under other indices; None if it lacks one."""
     if not isinstance(cache, ActivationCache) or not indices:
         return None
-    places = {(bytes(cache.samples[i].input_ids), bytes(cache.samples[i].loss_mask)): i for i in cache.plan.indices}
-    found = {i: places.get((bytes(samples[i].input_ids), bytes(samples[i].loss_mask))) for i in indices}
-    if None in found.values():
+    wanted = {i: (bytes(samples[i].input_ids), bytes(samples[i].loss_mask)) for i in indices}
+    places = dict.fromkeys(wanted.values(), -1)
+    for i in cache.plan.indices:
+        key = bytes(cache.samples[i].input_ids), bytes(cache.samples[i].loss_mask)
+        if key in places:
+            places[key] = i
+    if -1 in places.values():
         return None
     view = copy.copy(cache)
-    view.samples, view.slices = samples, {i: cache.slices[place] for i, place in found.items() if place is not None}
+    view.samples, view.slices = samples, {i: cache.slices[places[key]] for i, key in wanted.items()}
     return view
 
 

@@ -92,11 +92,7 @@ def plain_rows(model: GPT, samples: Sequence[Sample], device: torch.device, stem
     pos = model.packed_positions(batch.packing)
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with model.switch.off():
-        x, taps = model.embed(batch.ids, pos), list[torch.Tensor]()
-        for block in model.blocks[:first]:
-            x = block(x, pos)
-            if block.skip2lora is not None:
-                taps.append(block.skip2lora.tap(x))
+        x, taps = model.through(model.blocks[:first], model.embed(batch.ids, pos), pos)
         parts, keeping = [x, *taps], replace(pos, kept=kept)
         for block in model.blocks[first:-1]:
             x = block(x, keeping)
@@ -136,11 +132,7 @@ def reply_features(model: GPT, rows: Rows) -> Features:
     if cut <= first:
         return Features(x, taps, targets, at, pos)
     with torch.no_grad():
-        late = list[torch.Tensor]()
-        for block in model.blocks[first:cut]:
-            x = block(x, pos)
-            if block.skip2lora is not None:
-                late.append(block.skip2lora.tap(x))
+        x, late = model.through(model.blocks[first:cut], x, pos)
         taps = torch.cat((taps, torch.stack(late, dim=1)), dim=1) if late else taps
         if cut < config.n_layer:
             return Features(x, taps, targets, at, pos)

@@ -12,6 +12,7 @@ from litgpt.streams import show
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
+    from litgpt.tokenizer import Tokenizer
 
 
 def main(
@@ -53,9 +54,7 @@ def main(
     text = llm.prompt_style.apply(prompt, sys_prompt=sys_prompt)
     for _ in range(num_samples):
         ids = Metered(llm.complete(text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
-        for piece in llm.tokenizer.decode_stream(ids):
-            show(piece)
-        show("\n")
+        ids.show(llm.tokenizer)
         print(f"{ids}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
 
 
@@ -91,6 +90,12 @@ class Metered:
             self.count += 1
             self.seconds = time.perf_counter() - start
             yield token
+
+    def show(self, tokenizer: "Tokenizer") -> None:
+        """Stream the ids' text to standard output."""
+        for piece in tokenizer.decode_stream(self):
+            show(piece)
+        show("\n")
 
     def __str__(self) -> str:
         return f"{self.count} tokens in {self.seconds:.2f} s, {self.count / max(self.seconds, 1e-9):.1f} tokens/s"

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Optional
 from litgpt.args import Quantization
 from litgpt.errors import UserError
 from litgpt.generate.base import Metered, open_model
-from litgpt.streams import show
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +65,7 @@ def main(
         kept: list[int] = []
         tokens = generate(draft.model, target.model, ids, len(ids) + max_new_tokens, sampling, speculative_k, generator, kept)
         meter = Metered(until_stop(tokens, stops))
-        for piece in target.tokenizer.decode_stream(meter):
-            show(piece)
-        show("\n")
+        meter.show(target.tokenizer)
         share = sum(kept) / max(1, speculative_k * len(kept))
         print(f"{meter}, {share:.0%} of the drafted tokens kept", file=sys.stderr)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import os
 import shutil
 import sys
 import time
@@ -18,6 +17,7 @@ import psutil
 from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, is_cacheable, plan, stem_length
 from litgpt.args import TrainArgs
 from litgpt.errors import UserError
+from litgpt.files import nearest
 from litgpt.logs import peak_memory_gb
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.memory import PROCESS, estimate
@@ -132,7 +132,7 @@ def _costs(job: Job) -> dict[str, str]:
     if job.method.cache.mode_for(train, per_epoch) != "off" and is_cacheable(model):
         need = sum(plan(model, part, range(len(part)), job.cache_dtype).nbytes for part in (splits.train, splits.val))
         folder = job.cache_folder
-        disk = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))).free
+        disk = shutil.disk_usage(nearest(folder)).free
         free = psutil.virtual_memory().available
         lines["activation cache"] = f"{gib(need)}; free: {gib(free)} of memory, {gib(disk)} on disk ({folder})"
         indices = [i for batch in batches for i in batch.indices]

@@ -22,7 +22,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import render
 from litgpt.device import process_rank
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
-from litgpt.files import read_json
+from litgpt.files import nearest, read_json
 from litgpt.generate.engine import generate
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
@@ -156,7 +156,7 @@ class Session:
         """Raise UserError if the disk has no room for the final folder; say so if it has none for all that a run keeps at once."""
         if self.log is None:
             return
-        place = next(folder for folder in (self.settings.out_dir, *self.settings.out_dir.absolute().parents) if folder.exists())
+        place = nearest(self.settings.out_dir)
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
         trained = sum(size for size, is_trained in sizes if is_trained)
         everything = sum(size for size, _ in sizes)
