@@ -184,20 +184,21 @@ def on_records(
 
 
 def _loss(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Console") -> tuple[float, int]:
-    """Return the mean loss of the samples' loss tokens, and their number."""
+    """Return the weighted mean loss of the samples' loss tokens, and their number."""
     import torch
 
     from litgpt.activations.cache import Recompute
     from litgpt.loss import HeadLoss, loss_of
+    from litgpt.packing import loss_weights
 
     activations, head_loss = Recompute(llm.model, samples, next(llm.model.parameters()).device), HeadLoss.of(llm.model)
-    total, tokens = 0.0, sum(sample.n_targets for sample in samples)
+    total, weight = 0.0, sum(sample.weight for sample in samples)
     with torch.no_grad(), console.progress("loss") as progress:
         for start in range(0, len(samples), batch_size):
             batch = range(start, min(start + batch_size, len(samples)))
-            total += loss_of(llm.model, activations(batch), head_loss).item()
+            total += loss_of(llm.model, activations(batch), head_loss, loss_weights([samples[i] for i in batch])).item()
             progress(batch.stop, len(samples))
-    return total / tokens, tokens
+    return total / weight, sum(sample.n_targets for sample in samples)
 
 
 def _answered(llm: "LLM", style: Any, record: "Record", max_new_tokens: int) -> dict[str, Any]:

@@ -32,14 +32,20 @@ class Features:
     pos: Positions | None = None  # of the N rows
 
 
-def loss_of(model: GPT, features: Features, head_loss: HeadLoss) -> torch.Tensor:
-    """Return the sum of the losses at the batch's loss positions. In training the routers' auxiliary loss is added for each of them."""
+def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the sum of the losses at the batch's loss positions, times weights (n,), which are 1 unless given.
+
+    In training the routers' auxiliary loss is added with the same weights.
+    """
     hidden = model.tail(features.x, features.taps, features.pos)
     if features.at is not None:
         hidden = hidden[features.at]  # (n, d)
-    loss = head_loss(hidden, features.targets)
+    weights = None if weights is None else weights.to(hidden.device)
+    loss = head_loss(hidden, features.targets, weights)
     auxiliary = model.auxiliary_loss()
-    return loss if auxiliary is None else loss + len(features.targets) * auxiliary
+    if auxiliary is None:
+        return loss
+    return loss + (len(features.targets) if weights is None else weights.sum()) * auxiliary
 
 
 def chunked_cross_entropy(

@@ -104,6 +104,15 @@ def loss_targets(samples: Sequence[Sample]) -> torch.Tensor:
     return torch.cat([tokens[mask] for tokens, mask in pairs]).long()
 
 
+def loss_weights(samples: Sequence[Sample]) -> torch.Tensor | None:
+    """Return (n,) fp32: the weights of the tokens that carry loss, sample by sample; None if all are 1."""
+    if all(sample.weights is None for sample in samples):
+        return None
+    masks = [torch.frombuffer(sample.loss_mask, dtype=torch.bool) for sample in samples]
+    pairs = zip(samples, masks, strict=True)
+    return torch.cat([m[m].float() if s.weights is None else torch.frombuffer(s.weights, dtype=torch.float32)[m] for s, m in pairs])
+
+
 def shared_stem(samples: Sequence[Sample]) -> int:
     """Return the number of first tokens that all samples share, each keeping an input behind them; 0 if they are too few to pay off."""
     first, last = min(s.input_ids for s in samples), max(s.input_ids for s in samples)

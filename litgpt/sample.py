@@ -10,6 +10,7 @@ class Sample:
 
     input_ids: "array[int]"  # array('i') of T ids
     loss_mask: bytearray  # T bytes: 1 for a target that carries loss, never the first token, which nothing predicts
+    weights: "array[float] | None" = None  # array('f') of T weights in the loss, 0 where the mask is 0; None: 1 for each target
 
     @property
     def n_inputs(self) -> int:
@@ -20,3 +21,8 @@ class Sample:
     def n_targets(self) -> int:
         """The number of tokens that carry loss."""
         return sum(self.loss_mask)
+
+    @property
+    def weight(self) -> float:
+        """The sum of the targets' weights."""
+        return self.n_targets if self.weights is None else sum(self.weights)

@@ -214,26 +214,28 @@ class Encoder:
             return None
         text, spans = render(record, self.style, self.tokenizer, learned)
         ids, offsets = self.tokenizer.ids_with_offsets(text)
+        values = [record.learned[i] for i in learned]
         if self.mask_prompt or not record.pair:
-            mask = loss_mask(offsets, spans)
+            weights = loss_weights(offsets, spans, values)
         else:
-            mask = bytearray(b"\1") * len(ids)
+            weights = array("f", values * len(ids))
         # A reply ends with a token that stops generation: the template's own marker, else EOS.
         if self.tokenizer.eos_id is not None and (not ids or ids[-1] not in self.stops):
             ids.append(self.tokenizer.eos_id)
-            mask.append(1)
+            weights.append(values[-1])
         if self.style.bos is None and self.tokenizer.use_bos and self.tokenizer.bos_id is not None and ids[0] != self.tokenizer.bos_id:
             ids.insert(0, self.tokenizer.bos_id)
-            mask.insert(0, 0)
-        mask[0] = 0
+            weights.insert(0, 0)
+        weights[0] = 0
         too_long = self.max_length is not None and len(ids) > self.max_length
         if too_long:
-            ids, mask = ids[: self.max_length], mask[: self.max_length]
+            ids, weights = ids[: self.max_length], weights[: self.max_length]
+        mask = bytearray(map(bool, weights))
         if not any(mask):
             self.dropped[CUT_AWAY] += 1
             return None
         self.cut += too_long
-        return Sample(array("i", ids), mask)
+        return Sample(array("i", ids), mask, None if set(values) == {1} else weights)
 
     def remarks(self) -> list[str]:
         """Return a remark for each reason to ignore keys, with the number of records that have them."""
@@ -337,17 +339,17 @@ def _one_turn(messages: list[Message], style: "PromptStyle") -> tuple[str | None
     return system, turns[0][1], turns[1][1]
 
 
-def loss_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> bytearray:
-    """Return 1 for each token whose last character lies in a span.
+def loss_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], values: Sequence[float]) -> "array[float]":
+    """Return the value of a span for each token whose last character lies in it, 0 for the others.
 
     The model has to write a token that begins in the prompt and ends in the answer, so only the last character counts.
     """
     stops = [stop for _, stop in offsets]
-    mask = bytearray(len(stops))
-    for start, end in spans:
+    weights = array("f", bytes(4 * len(stops)))
+    for (start, end), value in zip(spans, values, strict=True):
         first, last = bisect_right(stops, start), bisect_right(stops, end)
-        mask[first:last] = b"\1" * (last - first)
-    return mask
+        weights[first:last] = array("f", [value]) * (last - first)
+    return weights
 
 
 def _report(encoded: Sequence[Sequence[tuple[Record, Sample]]], encoder: Encoder, notes: list[str], repeats: bool) -> str:
@@ -360,6 +362,9 @@ def _report(encoded: Sequence[Sequence[tuple[Record, Sample]]], encoder: Encoder
         else f"{len(encoded[0]):,} train and {len(encoded[1]):,} validation samples",
         f"{sum(lengths) / len(lengths):,.0f} tokens on average (longest {max(lengths):,})",
     ]
+    weights = [weight for part in encoded for record, _ in part for weight in record.learned if weight]
+    if set(weights) != {1}:
+        parts.append(f"weights from {min(weights):g} to {max(weights):g}")
     if encoder.cut:
         parts.append(f"{encoder.cut:,} cut to {encoder.max_length:,}")
     parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(encoder.dropped.items())]

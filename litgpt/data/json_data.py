@@ -15,7 +15,8 @@ class JSON(DataModule):
     """Records of a .json (a list), .jsonl, .ndjson (one a line), .csv, .tsv, .parquet or .arrow file, of a folder with a train and a val
     file, or of a data set that the `datasets` library reads: a folder, or ORG/NAME on the hub. Text files may end in .gz.
 
-    `litgpt.data.records` lists the forms of a record. A turn with `weight` 0 or `train` false is read, not learned.
+    `litgpt.data.records` lists the forms of a record. A `weight` multiplies the loss of
+    a record or of a turn; a turn with `weight` 0 or `train` false is read, not learned.
     """
 
     json_path: Path | None = None

@@ -4,10 +4,14 @@
 {"prompt", "completion" or "response"}, {"question", "answer"}          each a text, or both lists of messages
 {"messages": [{"role", "content", "weight" or "train", "tool_calls", "reasoning_content", ...}], "system", "tools"}
 {"conversations": [{"from", "value", ...}], "system", "tools"}
+
+Each may have a "weight" as a whole, and each turn of the assistant its own: a factor of the losses of its tokens, 1 unless given.
 """
 
 import difflib
+import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +28,19 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
 ROLES |= {"model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"}
 PASSED = ("tool_calls", "reasoning_content", "thinking", "name", "tool_call_id")  # keys of a message that templates may write
 TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content
+MOST_WEIGHT = 1_000_000
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(slots=True)
 class Record:
-    """A conversation. `learned[i]` is True if message i is a reply to learn."""
+    """A conversation. `learned[i]` is the weight of message i in the loss: 0 unless it is a reply to learn."""
 
     messages: list[Message]
-    learned: list[bool]
+    learned: list[float]
     tools: list[Any] | None = None
     pair: bool = False
-    """one question and its answer: without `mask_prompt` the question is learned as well"""
+    """one question and its answer: without `mask_prompt` the question is learned as well, with the same weight"""
     input: str = ""
     """of a pair: text that follows the question, for which some prompt styles have a place"""
     unread: tuple[str, ...] = ()
@@ -67,12 +72,15 @@ def read_record(entry: Any) -> Record:
     if system := _optional_text(entry, "system"):
         if record.messages[0]["role"] != "system":
             record.messages.insert(0, {"role": "system", "content": system})
-            record.learned.insert(0, False)
+            record.learned.insert(0, 0.0)
         elif record.messages[0]["content"] != system:
             raise UserError("'system' differs from the system message of its conversation: leave one of them out")
     record.tools = _typed(entry.get("tools") or [], "'tools'", list) or None
     record.pair &= record.tools is None
-    unread = [key for key, value in entry.items() if value is not None and key not in (*used, "system", "tools")]
+    if entry.get("weight") is not None:
+        weight = _read_weight(entry["weight"], "'weight'")
+        record.learned = [weight * each for each in record.learned]
+    unread = [key for key, value in entry.items() if value is not None and key not in (*used, "system", "tools", "weight")]
     record.unread += tuple(unread)
     return record
 
@@ -82,7 +90,7 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
     question, answer = pair
     if isinstance(entry[question], list) and isinstance(entry[answer], list):  # the prompt's own replies are not learned
         before, after = _read_turns(entry, question, False), _read_turns(entry, answer)
-        record = Record(before.messages + after.messages, [False] * len(before.messages) + after.learned)
+        record = Record(before.messages + after.messages, [0.0] * len(before.messages) + after.learned)
         record.unread = before.unread + after.unread
         return list(pair), record
     extra, context = _optional_text(entry, "input"), _optional_text(entry, "context")
@@ -96,7 +104,7 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
     alone = not messages
     messages += [{"role": role, "content": _check_text(entry[key], key)} for role, key in zip(("user", "assistant"), pair, strict=True)]
-    learned = [message["role"] == "assistant" for message in messages]
+    learned = [float(message["role"] == "assistant") for message in messages]
     return [*pair, "input", "context", "history"], Record(messages, learned, None, alone, extra or context)
 
 
@@ -142,11 +150,11 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
             _check_text(message.get(name, ""), name)
         if "tool_calls" in message:
             message["tool_calls"] = _typed(message["tool_calls"], f"{where}: 'tool_calls'", list)
-        marks = {name: _read_mark(turn[name], name, where) for name in ("weight", "train") if turn.get(name) is not None}
+        marks = {name: _read_weight(turn[name], f"{where}: {name!r}") for name in ("weight", "train") if turn.get(name) is not None}
         if role != "assistant":
             unread |= {f"{key}.{name} of {role} turns": None for name, mark in marks.items() if mark}
         record.messages.append(message)
-        record.learned.append(role == "assistant" and all(marks.values()))
+        record.learned.append(math.prod(marks.values()) if role == "assistant" else 0.0)
         known = (role_key, text_key, *PASSED, "weight", "train")
         unread |= {f"{key}.{name}": None for name, value in turn.items() if value is not None and name not in known}
     if replies and all(message["role"] != "assistant" for message in record.messages):
@@ -155,11 +163,15 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
     return record
 
 
-def _read_mark(value: Any, key: str, where: str) -> bool:
-    """Return True if a turn with this weight is learned."""
-    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-        raise UserError(f"{where}: {key!r} is {repr(value)[:60]}: 0 and 1 (or false and true) are supported, other weights not yet")
-    return bool(value)
+def _read_weight(value: Any, where: str) -> float:
+    """Return a weight: a number, which may be written as text, or true or false."""
+    with suppress(TypeError, ValueError, OverflowError):
+        weight = float(value)
+        if 0 <= weight <= MOST_WEIGHT:
+            return weight
+    raise UserError(
+        f"{where} is {repr(value)[:60]}: a number from 0 (not learned) to {MOST_WEIGHT:,} is needed; 1 is the weight of the others"
+    )
 
 
 def _read_content(value: Any, key: str, may_be_missing: bool) -> str:

@@ -19,6 +19,7 @@ from litgpt.logs import peak_memory_gb
 from litgpt.lora import GPT
 from litgpt.loss import HeadLoss, loss_of
 from litgpt.optim import learning_rate
+from litgpt.packing import loss_weights
 from litgpt.sample import Sample
 from litgpt.train.parallel import Rank
 from litgpt.train.resume import PhaseStart, State, random_states
@@ -34,7 +35,8 @@ class Batch(NamedTuple):
     """This rank's samples of a step, and the counts of the whole global batch."""
 
     indices: list[int]
-    loss_tokens: int
+    weight: float
+    """sum of the loss tokens' weights: their number, unless the data say otherwise"""
     tokens: int
     """input tokens"""
 
@@ -83,9 +85,9 @@ class Batches:
             orders.append(self._grouped(order, generator) if self.by_length else order)
         for start in range(0, self.per_epoch * self.per_rank, self.per_rank):
             everyone = [i for order in orders for i in order[start : start + self.per_rank]]
-            loss_tokens = sum(self.samples[i].n_targets for i in everyone)
+            weight = sum(self.samples[i].weight for i in everyone)
             tokens = sum(self.samples[i].n_inputs for i in everyone)
-            yield Batch(orders[self.rank.index][start : start + self.per_rank], loss_tokens, tokens)
+            yield Batch(orders[self.rank.index][start : start + self.per_rank], weight, tokens)
 
     def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
         """Return the order sorted by length within `SORTED_BATCHES` batches, these batches shuffled; an incomplete batch stays last."""
@@ -149,7 +151,7 @@ class Loop:
     def step(self, state: State, batch: Batch) -> dict[str, float]:
         """Take one optimizer step and return its metrics: the mean loss per token of the global batch, learning rate, time, memory.
 
-        Each micro-batch's sum of losses is divided by the loss tokens of the whole global batch, so accumulation, and several processes,
+        Each micro-batch's sum of losses is divided by the weight of the whole global batch, so accumulation, and several processes,
         give the gradient of one large batch. A step with a non-finite loss or gradient is not taken.
         """
         start = time.perf_counter()
@@ -159,7 +161,7 @@ class Loop:
         total = torch.zeros((), device=self.rank.device)
         for first in range(0, len(batch.indices), self.train.micro_batch_size):
             micro_batch = batch.indices[first : first + self.train.micro_batch_size]
-            loss = self.loss(self.activations, micro_batch) / batch.loss_tokens
+            loss = self.loss(self.activations, micro_batch) / batch.weight
             loss.backward()
             total += loss.detach()
         mean = self.rank.sum(total).item()
@@ -182,9 +184,9 @@ class Loop:
         }
 
     def loss(self, activations: Activations, indices: Sequence[int]) -> torch.Tensor:
-        """Return the sum of the losses at the loss positions of these samples (`litgpt.loss.loss_of`)."""
+        """Return the sum of the weighted losses at the loss positions of these samples (`litgpt.loss.loss_of`)."""
         with self.autocast():
-            return loss_of(self.model, activations(indices), self.head_loss)
+            return loss_of(self.model, activations(indices), self.head_loss, loss_weights([activations.samples[i] for i in indices]))
 
     @torch.no_grad()
     def validate(self, activations: Activations, batches: Sequence[list[int]], is_stopped: Callable[[], bool]) -> float:
@@ -195,7 +197,7 @@ class Loop:
             if is_stopped():
                 break
             sums[0] += self.loss(activations, indices)
-            sums[1] += sum(activations.samples[i].n_targets for i in indices)
+            sums[1] += sum(activations.samples[i].weight for i in indices)
         loss, count = self.rank.sum(sums).tolist()
         return loss / count if count else math.nan
 

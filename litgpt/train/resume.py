@@ -197,6 +197,7 @@ def _samples_digest(samples: Sequence[Sample]) -> tuple[int, str]:
         digest.update(len(sample.input_ids).to_bytes(8, "little"))
         digest.update(sample.input_ids)
         digest.update(sample.loss_mask)
+        digest.update(sample.weights or b"")
     return len(samples), digest.hexdigest()
 
 

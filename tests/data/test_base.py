@@ -6,6 +6,7 @@ import json
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from litgpt import prompts
 from litgpt.data import DataModule
-from litgpt.data.base import loss_mask, render
+from litgpt.data.base import loss_weights, render
 from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, PromptStyle
@@ -201,8 +202,8 @@ def test_template_that_rewrites_history_is_refused(template: str, tokenizer: Tok
 def test_token_across_the_boundary_is_learned() -> None:
     #        ab     cd     ef      (trimmed blank)  \n
     offsets = [(0, 2), (2, 4), (4, 6), (6, 6), (6, 7)]
-    assert loss_mask(offsets, [(3, 6)]) == bytes([0, 1, 1, 1, 0])
-    assert loss_mask(offsets, [(0, 2), (4, 5)]) == bytes([1, 0, 0, 0, 0])
+    assert loss_weights(offsets, [(3, 6)], [2]) == array("f", [0, 2, 2, 2, 0])
+    assert loss_weights(offsets, [(0, 2), (4, 5)], [1, 3]) == array("f", [1, 0, 0, 0, 0])
 
 
 def test_characters_of_several_tokens(tokenizer: Tokenizer) -> None:
@@ -278,3 +279,39 @@ def test_nothing_to_train_on(settings: dict[str, Any], length: int | None, messa
     with pytest.raises(UserError) as error:
         Given(**settings).splits(tokenizer, prompts.Default(), length)
     assert message in str(error.value)
+
+
+def weighed(sample: Any, tokenizer: Tokenizer) -> list[tuple[float, str]]:
+    """The stretches of equal weight above 0, as text."""
+    assert [weight > 0 for weight in sample.weights] == list(map(bool, sample.loss_mask))
+    stretches = groupby(zip(sample.weights, sample.input_ids, strict=True), lambda pair: pair[0])
+    texts = [(weight, tokenizer.decode([token for _, token in group], skip_special_tokens=False)) for weight, group in stretches]
+    return [(weight, text) for weight, text in texts if weight]
+
+
+def test_weights_of_records_and_turns(tokenizer: Tokenizer, bos_tokenizer: Tokenizer) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 0.5}]
+    turns += [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "See you", "weight": 3}]
+    chatml = prompts.ChatML()
+    assert weighed(one_sample({"messages": turns}, tokenizer, chatml), tokenizer) == [(0.5, "Hello<|im_end|>"), (3, "See you<|im_end|>")]
+    doubled = one_sample({"messages": turns, "weight": 2}, tokenizer, chatml)
+    assert weighed(doubled, tokenizer) == [(1, "Hello<|im_end|>"), (6, "See you<|im_end|>")]
+    assert doubled.weight == sum(doubled.weights) and doubled.n_targets == sum(doubled.loss_mask)
+    question = {**pair("Hi", "Hello"), "weight": "0.25"}  # as a table has it
+    for each in (tokenizer, bos_tokenizer):
+        assert weighed(one_sample(question, each, prompts.Alpaca()), each)[-1][0] == 0.25
+        whole = one_sample(question, each, prompts.Alpaca(), mask_prompt=False)
+        assert whole.weights[0] == 0 and set(whole.weights[1:]) == {0.25}
+        assert len(one_sample(question, each, prompts.Alpaca(), mask_prompt=False, length=9).weights) == 9
+
+
+def test_weight_1_is_no_weight(tokenizer: Tokenizer) -> None:
+    plain = one_sample(pair("Hi", "Hello"), tokenizer, prompts.Alpaca())
+    assert plain.weights is None and plain.weight == plain.n_targets
+    assert one_sample({**pair("Hi", "Hello"), "weight": 1.0}, tokenizer, prompts.Alpaca()) == plain
+
+
+def test_the_report_names_the_weights(tokenizer: Tokenizer) -> None:
+    records = [{**pair("Hi", "Hello"), "weight": weight} for weight in (0, 0.5, 1, 2)]
+    report = Given(train=records, val=records).splits(tokenizer, prompts.Alpaca()).report
+    assert "weights from 0.5 to 2" in report and "2 dropped: empty answer" in report

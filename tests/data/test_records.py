@@ -153,7 +153,10 @@ def test_other_keys_are_named_with_their_counts(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"messages": [Q, reply("a", weight=0.5)]}, "turn 2 of 'messages': 'weight' is 0.5: 0 and 1 .* are supported"),
+        ({"messages": [Q, reply("a", weight=-0.5)]}, "turn 2 of 'messages': 'weight' is -0.5: a number from 0 .* is needed"),
+        ({"instruction": "q", "output": "a", "weight": "high"}, "'weight' is 'high': a number"),
+        ({"instruction": "q", "output": "a", "weight": float("nan")}, "'weight' is nan: a number"),
+        ({"instruction": "q", "output": "a", "weight": [1]}, "'weight' is \\[1\\]: a number"),
         ({"messages": [Q, reply("a", train="no")]}, "'train' is 'no'"),
         ({"messages": [Q, reply("a", tool_calls="f")]}, "turn 2 of 'messages': 'tool_calls', line 1, column 1: not valid JSON"),
         ({"messages": [Q, reply("a", reasoning_content=3)]}, "'reasoning_content' is a number"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from litgpt.activations.cache import ActivationCache, CacheSettings, activations
+from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations
 from litgpt.args import EvalArgs
 from litgpt.errors import NonFiniteError
 from litgpt.lora import lora_filter, mark_only_lora_as_trainable
@@ -22,6 +22,7 @@ from litgpt.train import loop as loop_module
 from litgpt.train.loop import Batches
 from litgpt.train.methods import full
 from litgpt.train.parallel import Rank
+from litgpt.train.resume import State
 from tests.helpers import tiny
 from tests.helpers.training import (
     ALONE,
@@ -133,6 +134,46 @@ def test_accumulation_equals_one_large_batch_done_by_hand(method: str, micro: in
     losses = train_by_hand(other, samples, batches, adamw([p for p in other.parameters() if p.requires_grad]))
     assert_close(column(loop, "train_loss"), losses, **CLOSE)
     assert_close(trained(model), trained(other), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_multiply_losses_and_the_mean_is_over_their_sum(method: str) -> None:
+    """The oracle repeats a sample as often as its weight says; micro-batches and processes are parts of the same batch."""
+    weights, plain = [1, 3, 2, 1, 2, 1, 3, 1], make_samples(8)
+    samples = [weighted(sample, weight) for sample, weight in zip(plain, weights, strict=True)]
+    other, repeated = make_model(method), [i for i, weight in enumerate(weights) for _ in range(weight)]
+    expected = by_hand(other, plain, repeated)
+    gradients = gradients_of(expected, other)
+    shares = []
+    for rank in (Rank(0, 1), Rank(0, 2), Rank(1, 2)):
+        model = make_model(method)
+        loop = make_loop(model, samples, rank=rank, global_batch_size=8, micro_batch_size=2)
+        if method == "lm_head":
+            loop.loop.activations = activations(
+                model, samples, loop.batches.owned(rank.index), "", CacheSettings("memory", Path(), torch.float32), CPU
+            )
+        seen = record_gradients(loop)
+        shares.append((loop.loop.step(State(), next(loop.batches.after(0)))["train_loss"], by_name(model, seen[0])))
+    assert_close(shares[0], (expected.item(), gradients), **CLOSE)
+    assert_close(shares[1][0] + shares[2][0], expected.item(), **CLOSE)
+    assert_close({name: shares[1][1][name] + shares[2][1][name] for name in gradients}, gradients, **CLOSE)
+    validated = make_loop(other, samples).loop.validate(Recompute(other, samples, CPU), [[0, 1, 2], [3, 4, 5, 6, 7]], lambda: False)
+    assert_close(validated, expected.item(), **CLOSE)
+
+
+def weighted(sample: Sample, weight: float) -> Sample:
+    return Sample(sample.input_ids, sample.loss_mask, array("f", [weight * mask for mask in sample.loss_mask]))
+
+
+@pytest.mark.parametrize("method", ["lm_head", "LoRA"])
+def test_weights_of_1_change_nothing_but_the_last_bit(method: str) -> None:
+    samples, curves = make_samples(12), []
+    for each in (samples, [weighted(sample, 1) for sample in samples], [weighted(sample, 7) for sample in samples]):
+        loop = make_loop(make_model(method), each)
+        loop.run()
+        curves.append(column(loop, "train_loss"))
+    assert_close(curves[1], curves[0], rtol=1e-6, atol=0)
+    assert_close(curves[2], curves[0], rtol=1e-5, atol=0)
 
 
 def gradients_of(loss: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
