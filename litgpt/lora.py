@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +22,20 @@ from torch import nn
 
 from litgpt import config as base
 from litgpt import model as base_model
-from litgpt.adapters.base import Adapter, LinearAdapter, adapters, renew_adapters
+from litgpt.adapters.anywhere import Entry, read_lora, require_fit, sizes, target_layers, write_lora
+from litgpt.adapters.base import (
+    Adapter,
+    LinearAdapter,
+    adapter_parameters,
+    adapter_state,
+    adapters,
+    is_transposed,
+    renew_adapters,
+)
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
 from litgpt.adapters.dora import DoRA
 from litgpt.adapters.settings import AdapterSettings
+from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
 from litgpt.model import Block, CausalSelfAttention, LLaMAMoE, Positions, rms_normalise
 
@@ -38,11 +48,15 @@ __all__ = [
     "LoRALinear",
     "LoRAQKVLinear",
     "Skip2LoRA",
+    "apply_lora",
+    "get_lora_parameters",
+    "load_lora",
     "lora_filter",
     "mark_only_lora_as_trainable",
     "merge_lora_weights",
     "renew_adapters",
     "resolve_blocks",
+    "save_lora",
 ]
 
 LM_HEAD, LN_F = "lm_head", "transformer.ln_f"
@@ -163,56 +177,6 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
-class Switch:
-    """Turns the LoRA of a model on and off, by position: answer-only LoRA (aLoRA, arXiv 2504.12397)."""
-
-    def __init__(self, invocation: Sequence[int]) -> None:
-        self.invocation = list(invocation)
-        self.is_off = False
-        self.mask: torch.Tensor | None = None  # (B, T, 1), 1 where LoRA is on; None: everywhere
-        self.rows: torch.Tensor | None = None  # those of the B T rows that an expert of a mixture gets; None: all
-        self.start: int | None = None  # where the reply begins, for a prompt that is read in parts
-
-    def select(self, rows: torch.Tensor | None) -> None:
-        self.rows = rows
-
-    def masked(self, update: torch.Tensor) -> torch.Tensor:
-        """Return the update (..., out) where LoRA is on, 0 elsewhere."""
-        if self.mask is None:
-            return update
-        return update * (self.mask if self.rows is None else self.mask.flatten(0, -2)[self.rows])
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        self.is_off = True
-        try:
-            yield
-        finally:
-            self.is_off = False
-
-    def start_of(self, tokens: Sequence[int]) -> int:
-        """Return where the last invocation begins; the number of tokens if there is none."""
-        n = len(self.invocation)
-        starts = (i for i in range(len(tokens) - n, -1, -1) if list(tokens[i : i + n]) == self.invocation)
-        return next(starts, len(tokens))
-
-    def look(self, idx: torch.Tensor, first: torch.Tensor | None, dtype: torch.dtype) -> None:
-        """Turn LoRA on from the last invocation in idx (B, T) on. `first` (B, 1): the place of its first token; None: 0.
-
-        Tokens behind others, without an invocation among them, continue a reply, unless `start` says where it begins.
-        """
-        B, T = idx.shape
-        first = torch.zeros(B, 1, dtype=torch.long, device=idx.device) if first is None else first
-        places = torch.arange(T, device=idx.device)
-        on = (first > 0).expand(B, T) if self.start is None else first + places >= self.start
-        width = len(self.invocation)
-        if self.start is None and width <= T:
-            opens = (idx.unfold(1, width, 1) == torch.tensor(self.invocation, device=idx.device)).all(-1)  # (B, T - width + 1)
-            last = opens.size(1) - 1 - opens.flip(1).int().argmax(1, keepdim=True)
-            on = torch.where(opens.any(1, keepdim=True), places >= last, on)
-        self.mask = on[..., None].to(dtype)
-
-
 class LoRALayer(Adapter):
     """A low-rank adapter: A (r, in) Kaiming-uniform, B (out, r) zero, dropout on its input, and a factor.
 
@@ -291,8 +255,10 @@ class LoRALinear(LoRALayer, LinearAdapter):
     def fuse(self) -> nn.Module:
         """Return the plain layer with the update in its weight, added in fp32."""
         if self.r:
-            weight = self.linear.weight
-            self.linear.weight = nn.Parameter(self.merged().to(weight.dtype), requires_grad=weight.requires_grad)
+            weight, merged = self.linear.weight, self.merged()
+            merged = merged.T.contiguous() if is_transposed(self.linear) else merged
+            self.linear.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=weight.requires_grad)
+            self.r = 0  # another place of the model may hold this layer too
         return self.linear
 
 
@@ -527,7 +493,69 @@ def merge_lora_weights(model: nn.Module) -> None:
             "answer-only LoRA (alora_enabled) cannot be merged: it leaves prompts to the base's weights. Use the adapter folder as it is: "
             "generate, chat and LLM.load take it and find the base; `litgpt convert_adapter` makes PEFT's format of it"
         )
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(parent, name, child.fuse())
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.fuse())
+
+
+def apply_lora(
+    model: nn.Module,
+    targets: str | Collection[str] = "all-linear",
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    rslora: bool = False,
+) -> list[str]:
+    """Put LoRA on linear layers of any model, in place, and freeze everything else; return the layers' names.
+
+    `targets` are names of layers, in full or from a dot on (`q_proj`, `attn.c_attn`), "all-linear" (all but the output layer) or "square"
+    (as many outputs as inputs). `nn.Linear`, transformers' Conv1D and quantised layers are taken. Layers that have LoRA keep it. Until it
+    is trained, the model computes what it did. Raises UserError for targets that fit no layer.
+    """
+    AdapterSettings(lora_r=r, lora_alpha=alpha, lora_dropout=dropout)  # type: ignore[arg-type]
+    layers = target_layers(model, targets)
+    _attach(model, layers.values(), r, alpha, dropout, rslora)
+    return list(layers)
+
+
+def _attach(model: nn.Module, linears: Iterable[nn.Module], *settings: Any) -> None:
+    wrapped, (r, alpha, dropout, rslora) = {}, settings
+    for linear in linears:
+        layer = LoRALinear(*sizes(linear), r, alpha, dropout, linear, rslora)
+        wrapped[linear] = layer.to(next(linear.parameters()).device).train(linear.training)
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a layer may have several places
+        if module in wrapped:
+            model.set_submodule(name, wrapped[module])
+    mark_only_lora_as_trainable(model)
+
+
+def get_lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the adapters, for an optimizer."""
+    return list(adapter_parameters(model).values())
+
+
+def save_lora(model: nn.Module, file: Path | str) -> None:
+    """Save the LoRA that `apply_lora` made, in one safetensors file. Raises UserError for a model with other adapters, or none."""
+    if not (entries := _entries(model, file)):
+        raise UserError(f"{file}: the model has no LoRA to save: call apply_lora first")
+    write_lora(file, entries, adapter_state(model))
+
+
+def load_lora(model: nn.Module, file: Path | str) -> None:
+    """Load what `save_lora` wrote; where the model lacks LoRA, it is put there first. Raises UserError for a file that does not fit."""
+    entries, weights = read_lora(file)
+    present = _entries(model, file)
+    require_fit(file, model, entries, weights, present)
+    for name, entry in entries.items():
+        if name not in present:
+            _attach(model, [model.get_submodule(name)], *entry, False)
+    model.load_state_dict(weights, strict=False)
+
+
+def _entries(model: nn.Module, file: Path | str) -> dict[str, Entry]:
+    found = {}
+    for name, layer in adapters(model):
+        if type(layer) is not LoRALinear:
+            raise UserError(f"{file}: {name} has an adapter of another kind; save_lora and load_lora are for the LoRA of apply_lora alone")
+        found[name] = Entry(layer.r, layer.scaling * layer.r, getattr(layer.lora_dropout, "p", 0.0))
+    return found

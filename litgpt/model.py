@@ -78,7 +78,7 @@ class GPT(nn.Module):
         self.rope = [] if config.learned_positions else [RotaryTable(config)]
         if config.rope_indices and 1 in config.rope_indices:
             self.rope.append(RotaryTable(config, local=True))
-        self.switch: Any = None  # a `litgpt.lora.Switch` if LoRA acts on replies only
+        self.switch: Any = None  # a `litgpt.adapters.switch.Switch` if LoRA acts on replies only
         self.cut: int | None = None  # the first layer that gradients reach; None: everything is trained, the embedding included
         self.activation_checkpointing = False  # keep only the inputs of the tail's blocks, and run each again in the backward pass
 

@@ -123,13 +123,22 @@ def test_the_table_of_litgpts_commands() -> None:
     assert others and set(re.findall(r"`(\w+)`", others[1])) == set(COMMANDS) - set(rows)
 
 
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/litgpt.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def test_the_trainer_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.write_base(tmp_path / "path/to/model", write_tiny_tokenizer)
     records = [{"instruction": f"Say {word}.", "output": word} for word in WORDS]
     Path("my.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/litgpt.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     exec(
-        snippet.replace("max_epochs=1)", "max_epochs=1, logger=False, enable_checkpointing=False, accelerator='cpu')"), {"__name__": "docs"}
+        SNIPPETS[0].replace("max_epochs=1)", "max_epochs=1, logger=False, enable_checkpointing=False, accelerator='cpu')"), {"__name__": "docs"}
     )
     assert Path("out/tuned/lit_model.pth").is_file()
+
+
+def test_lora_on_gpt2_as_the_docs_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = SNIPPETS[1:]
+    exec(snippet.replace("GPT2Config()", "GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=50)"), {"__name__": "docs"})
+    assert Path("lora.safetensors").is_file()

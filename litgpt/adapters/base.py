@@ -62,11 +62,17 @@ class LinearAdapter(Wrapper):
     def weight(self) -> torch.Tensor:
         """Return the weight of `linear`, (out, in), fp32."""
         dense = getattr(self.linear, "dense", None)  # of a quantised layer
-        return self.linear.weight.float() if dense is None else dense(torch.float32)
+        weight = self.linear.weight.float() if dense is None else dense(torch.float32)
+        return weight.T if is_transposed(self.linear) else weight
 
     def merged(self) -> torch.Tensor:
         """Return the weight with the update in it, (out, in), fp32."""
         return self.weight() + self.up() @ self.lora_A
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Return True for transformers' Conv1D, a linear layer whose weight is (in, out)."""
+    return type(linear).__name__ == "Conv1D" and hasattr(linear, "nf")
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
