@@ -127,8 +127,8 @@ def adapter_costs(folder: Path, taps: int = 6, rank: int = 16) -> tuple[float, d
     """Return the median ms of a batch's step with the base alone, and the ms that each number of adapters adds (median of pairs)."""
     import torch
 
-    from litgpt.generate.batch import Row
-    from litgpt.generate.engine import Sampling
+    from litgpt.generate.engine import Row
+    from litgpt.generate.sampling import Sampling
     from litgpt.lora import Config, Skip2LoRA
     from litgpt.serve.models import Head, load_models
 

@@ -18,8 +18,8 @@ from litgpt.device import backbone_dtype, default_precision, find_device
 from litgpt.download import fetch_named
 from litgpt.errors import UserError
 from litgpt.files import read_json
-from litgpt.generate import engine
-from litgpt.generate.batch import generate_batch
+from litgpt.generate.engine import generate, generate_batch
+from litgpt.generate.sampling import Sampling, until_stop_text
 from litgpt.lora import Config as LoRAConfig
 from litgpt.model import GPT
 from litgpt.module import ModelModule
@@ -162,7 +162,7 @@ class LLM(ModelModule):
         replaces the style's system text. `stop` is a text, or a list of texts, that ends the answer and is not part of it. The same `seed`
         gives the same answer.
 
-        `temperature` 0 is greedy decoding; `engine.sample` explains `top_k` (0: all tokens) and `top_p`, and `engine.Sampling` what `more`
+        `temperature` 0 is greedy decoding; `litgpt.generate.sampling` explains `top_k` (0: all tokens) and `top_p`, and what `more`
         may be: min_p, repetition_penalty, presence_penalty, frequency_penalty. None is the checkpoint's own value (generation_config.json),
         or the default of `litgpt chat`.
         """
@@ -182,7 +182,7 @@ class LLM(ModelModule):
         if stops and stream and return_as_token_ids:
             raise UserError("stop ends a text, and ids are to be streamed: leave out return_as_token_ids")
         if stream:
-            return ids if return_as_token_ids else engine.until_stop_text(self.tokenizer.decode_stream(ids), stops)
+            return ids if return_as_token_ids else until_stop_text(self.tokenizer.decode_stream(ids), stops)
         return self._answer(self._until(ids, stops) if stops else ids, stops, return_as_token_ids)
 
     def _batch(
@@ -192,7 +192,7 @@ class LLM(ModelModule):
         ends = self.prompt_style.stop_tokens(self.tokenizer)
         generators = (self.generator(seed) for _ in texts)
         ended = partial(self._has, stops) if stops else None
-        return generate_batch(self.model, prompts, max_new_tokens, engine.Sampling(**sampling), ends, generators, ended)
+        return generate_batch(self.model, prompts, max_new_tokens, Sampling(**sampling), ends, generators, ended)
 
     def _has(self, stops: Sequence[str], ids: list[int]) -> bool:
         text = self.tokenizer.decode(ids).rstrip("\ufffd")  # half a character
@@ -245,11 +245,11 @@ class LLM(ModelModule):
     ) -> Generator[int, None, None]:
         """Yield the ids that follow `text`, which is in the prompt style already, until a stop token of the style or the tokenizer.
 
-        `sampling` are the settings of `engine.Sampling`.
+        `sampling` are the settings of `Sampling`.
         """
         ids = torch.tensor(self.prompt_ids(text, max_new_tokens))
         stops = self.prompt_style.stop_tokens(self.tokenizer)
-        return engine.generate(self.model, ids, len(ids) + max_new_tokens, stop_tokens=stops, generator=generator, **sampling)
+        return generate(self.model, ids, len(ids) + max_new_tokens, stop_tokens=stops, generator=generator, **sampling)
 
     def prompt_ids(self, text: str, max_new_tokens: int = 1) -> list[int]:
         """Return the ids of a text that is in the prompt style already."""
@@ -272,7 +272,7 @@ def recommended(folder: Path) -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     values = {name: content[name] for name in names if content.get(name) is not None}
     try:
-        engine.Sampling(**{**values, "top_k": values.get("top_k") or None})
+        Sampling(**{**values, "top_k": values.get("top_k") or None})
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from None
     return values

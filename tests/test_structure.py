@@ -35,7 +35,7 @@ templates prompts
 checkpoint
 data
 convert
-generate.engine generate.batch
+generate.engine generate.sampling
 train
 finetune pretrain
 convert.card convert.adapter convert.from_litgpt

@@ -18,6 +18,7 @@ from litgpt.text import as_utf8
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
+    from litgpt.generate.sampling import Sampling
     from litgpt.prompts import Message
 
 SUBMIT = "!submit"
@@ -61,9 +62,11 @@ def main(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
+    from litgpt.generate.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p)
     llm = open_model(checkpoint_dir, precision, quantize)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": llm.generator(seed)}
-    conversation = Conversation(llm, max_new_tokens, sampling, sys_prompt, checkpoint_dir)
+    conversation = Conversation(llm, max_new_tokens, sampling, sys_prompt, checkpoint_dir, seed)
     if conversation.render is None:
         _note(f"prompt style {llm.prompt_style.name!r} has no turns: each message is answered on its own")
     if terminal := sys.stdin.isatty():
@@ -91,13 +94,19 @@ class Conversation:
     """
 
     def __init__(
-        self, llm: "LLM", max_new_tokens: int, sampling: Any, sys_prompt: Optional[str] = None, folder: Optional[Path] = None
+        self,
+        llm: "LLM",
+        max_new_tokens: int,
+        sampling: "Sampling",
+        sys_prompt: Optional[str] = None,
+        folder: Optional[Path] = None,
+        seed: int = 1234,
     ) -> None:
-        from litgpt.generate.session import Session
+        from litgpt.generate.engine import Session
 
         self.llm, self.base = llm, None if folder is None else Base(llm, folder)
         self.max_new_tokens = max_new_tokens
-        self.sampling = sampling
+        self.sampling, self.generator = sampling, llm.generator(seed)
         self.sys_prompt = sys_prompt
         self.turns: list[Message] = []
         self.render: Any = getattr(llm.prompt_style, "render", None)
@@ -143,7 +152,7 @@ class Conversation:
         """Return the answer to a prompt, or its beginning if Ctrl-C stops it; `on_piece` is given each piece of it."""
         tokenizer, reply = self.llm.tokenizer, ""
         stops = self.llm.prompt_style.stop_tokens(tokenizer)
-        with closing(session.answer(ids, min(self.max_new_tokens, room), stop_tokens=stops, **self.sampling)) as tokens:
+        with closing(session.answer(ids, min(self.max_new_tokens, room), self.sampling, stops, self.generator)) as tokens:
             self.meter, self.stopped = Metered(tokens), False
             try:
                 for piece in tokenizer.decode_stream(self.meter):
@@ -226,7 +235,7 @@ class Base:
     @property
     def session(self) -> Any:
         """Return a session of the base; None if the model is not tuned or its base is not known."""
-        from litgpt.generate.session import Session
+        from litgpt.generate.engine import Session
 
         if self._session is None and (model := self._adapterless() or self._loaded()):
             self._session = Session(model)

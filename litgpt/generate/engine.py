@@ -1,126 +1,284 @@
-"""Sampling of tokens, the decoding loop with its key/value cache, and stop sequences.
+"""The decoding loop: answers that grow together in one key/value cache, each at its own place.
 
-T prompt tokens, V `padded_vocab_size`.
+They join and leave the batch between any two steps. A single answer, and a conversation, is a batch of one row.
+
+Letters in shapes: as in `litgpt.model`; n the rows of a step.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from litgpt.errors import UserError
-from litgpt.model import GPT
+from litgpt.generate.sampling import Sampling, StopFilter, until_stop
+from litgpt.model import GPT, KVCache, Positions
 from litgpt.rope import is_long
 
-COLDEST = 1e-30  # a lower temperature is 0, which fp32 cannot tell apart
+MOST_ROWS = 32  # answers that `generate_batch` computes at a time
+FIRST_ROOM = 256  # positions of a new cache
+MOST_PAST = 64  # rows that have left and whose keys and values are kept
+LEAST_SHARED = 8  # tokens at the beginning of two prompts that are worth a copy
 
 
-def sample(
-    logits: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-    min_p: float = 0.0,
-) -> torch.Tensor:
-    """Sample one token id (1,) from the last row of logits (..., V).
+@dataclass(eq=False)
+class Row:
+    """One answer. `tokens` are prompt and answer so far."""
 
-    p = softmax(logits / temperature) over the `top_k` most probable tokens, restricted to the smallest set of the most probable ones whose
-    p sum to at least `top_p` (nucleus sampling, arXiv 1904.09751), and to those with at least `min_p` times the largest p (arXiv
-    2407.01082). `temperature` 0 returns the most probable token.
-    """
-    scores = logits.reshape(-1, logits.size(-1))[-1].float()  # (V,)
-    if temperature < COLDEST:
-        return scores.argmax(dim=-1, keepdim=True)
-    ids = None
-    if top_k is not None and top_k < scores.numel():
-        scores, ids = scores.topk(top_k)  # sorted
-    elif top_p < 1:
-        scores, ids = scores.sort(descending=True)
-    p = ((scores - scores.max()) / temperature).softmax(dim=-1)  # the difference stays finite however small the temperature
-    if top_p < 1:
-        before = p.cumsum(dim=-1) - p
-        before[0] = -1.0  # always keep the most probable token
-        p = p.masked_fill(before >= top_p, 0.0)
-    if min_p > 0:
-        p = p.masked_fill(p < min_p * p.max(), 0.0)
-    token = torch.multinomial(p, 1, generator=generator)
-    return token if ids is None else ids[token]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the tokens of an answer are drawn. Raises UserError for values out of range.
-
-    The logits l are penalised first: a token that prompt or answer has gets l / `repetition_penalty`, or l * `repetition_penalty` where l
-    is negative (arXiv 1909.05858); one that the answer has n times loses `presence_penalty` + n `frequency_penalty` (OpenAI's API); and
-    `logit_bias` is added. `sample` explains the others.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    tokens: list[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    generator: torch.Generator | None = None
+    head: Any = None  # for subclasses of Batch: what is added at the output layer
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}: 0 (always the most probable token) or a positive number is needed")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}: at least 1 token must remain (null for all)")
-        for name in ("top_p", "min_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}: a probability from 0 to 1 is needed")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}: a positive number is needed (1 changes nothing)")
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not abs(getattr(self, name)) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}: a number is needed (0 changes nothing)")
+        self.start = len(self.tokens)  # of the answer
+        self.computed = 0  # tokens whose keys and values are in the cache
 
-    def draw(self, logits: torch.Tensor, tokens: Sequence[int], start: int, generator: torch.Generator | None = None) -> int:
-        """Return the token that follows `tokens`, prompt and answer, which begins at `start`, by the logits (V,) of that place."""
-        scores = self.penalised(logits, tokens, start)
-        return int(sample(scores, self.temperature, self.top_k, self.top_p, generator, self.min_p))
+    def draw(self, logits: torch.Tensor) -> int:
+        """Return the next token, which joins the row's, by the logits (V,)."""
+        self.tokens.append(self.sampling.draw(logits, self.tokens, self.start, self.generator))
+        return self.tokens[-1]
 
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the distributions (n, V) from which `sample` draws for logits (n, V). Penalties do not take part."""
-        scores, ids = logits.float().sort(descending=True, dim=-1)
-        if self.temperature < COLDEST:
-            p = (torch.arange(scores.size(-1), device=scores.device) == 0).float().expand_as(scores)
-        else:
-            kept = scores if self.top_k is None else scores[:, : self.top_k]
-            p = ((kept - kept[:, :1]) / self.temperature).softmax(-1)
-            before = p.cumsum(-1) - p
-            before[:, 0] = -1.0  # always keep the most probable token
-            p = p.masked_fill((before >= self.top_p) & (self.top_p < 1), 0.0)
-            p = p.masked_fill(p < self.min_p * p[:, :1], 0.0)
-            p = p / p.sum(-1, keepdim=True)
-        return torch.zeros_like(scores).scatter(-1, ids[:, : p.size(-1)], p)
 
-    def penalised(self, logits: torch.Tensor, tokens: Sequence[int], start: int) -> torch.Tensor:
-        """Return the logits (V,) after the penalties, as they are without any."""
-        plain = self.repetition_penalty == 1 and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
-        if plain:
-            return logits
-        scores = logits.float().clone()
-        if self.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(tokens)), device=scores.device)
-            old = scores[seen]
-            scores[seen] = torch.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty)
-        if len(tokens) > start and (self.presence_penalty or self.frequency_penalty):
-            ids, counts = torch.tensor(tokens[start:], device=scores.device).unique(return_counts=True)
-            scores[ids] -= self.presence_penalty + self.frequency_penalty * counts
-        for token, bias in self.logit_bias.items():
-            scores[token] += bias
-        return scores
+@dataclass
+class Past:
+    """Keys and values of a row that has left: (G, T, h) each, one pair a block."""
+
+    tokens: list[int]
+    values: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in self.values)
+
+
+class Batch:
+    """Rows of one model. The model holds the cache during a step only, so that it may be used otherwise between.
+
+    The first `ready` rows lack the keys and values of their last token alone; the others wait for their prompts to be computed. `chunk` is
+    the number of prompt tokens that a step computes besides the ready rows' tokens, so that long prompts do not halt the others; None: all.
+    A prompt takes the keys and values of its beginning from a row that has the same tokens, or had: up to `keep_bytes` of past rows stay.
+    """
+
+    def __init__(self, model: GPT, chunk: int | None = None, keep_bytes: int = 0) -> None:
+        self.model = model
+        self.chunk = None if model.config.rope_kind == "longrope" else chunk  # whose factors depend on the complete prompt
+        self.rows: list[Row] = []
+        self.ready = 0
+        self.caches: list[KVCache] = []  # one a block
+        self.keep_bytes = keep_bytes
+        self.past: list[Past] = []  # the newest last
+        self.device = next(model.parameters()).device
+
+    def add(self, row: Row) -> None:
+        """Let a row take part from the next step on."""
+        self.rows.append(row)
+
+    @torch.inference_mode()
+    def remove(self, row: Row) -> None:
+        """Take a row out; another takes its place in the cache."""
+        hole, last = self.rows.index(row), len(self.rows) - 1
+        if self.keep_bytes and row.computed:
+            self._keep(row, hole)
+        if hole < self.ready:
+            self.ready -= 1
+            self._move(self.ready, hole)
+            hole = self.ready
+        self._move(last, hole)
+        del self.rows[last]
+        if not self.rows:
+            self.caches = []
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Row, torch.Tensor]]:
+        """Run the model once over every ready row's last token and some prompts. Return the rows with logits (V,) of their next token.
+
+        The caller draws a token for each, or removes it.
+        """
+        self._restart_long_rows()
+        self._make_room(len(self.rows), max((len(row.tokens) for row in self.rows), default=0))
+        rows, outputs = self.rows[: self.ready], []
+        try:
+            if rows:
+                outputs.append(self._decode(rows))
+            left = self.chunk
+            while self.ready < len(self.rows) and left != 0:
+                row = self.rows[self.ready]
+                if row.computed == 0:
+                    self._reuse(row)
+                size = len(row.tokens) - row.computed
+                size = size if left is None else min(size, left)
+                left = None if left is None else left - size
+                x = self._prefill(row, size)
+                if row.computed == len(row.tokens):
+                    outputs.append(x)
+                    self.ready += 1
+        finally:
+            self.model.clear_kv_cache()
+        if not outputs:
+            return []
+        return list(zip(self.rows[: self.ready], self.model.logits(torch.cat(outputs)), strict=True))
+
+    def hidden(self, idx: torch.Tensor, pos: Positions, rows: Sequence[Row]) -> torch.Tensor:
+        """Return the output layer's input at the last of the positions: idx (n, T) -> (n, d)."""
+        x, taps = self.model.prefix(idx, pos)
+        return self.model.tail(x, taps, pos)[:, -1]
+
+    def _decode(self, rows: list[Row]) -> torch.Tensor:
+        """Run the last tokens of rows: (n, d)."""
+        ends = [len(row.tokens) for row in rows]
+        idx = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
+        alike = min(ends) == max(ends)  # then no mask is needed
+        places = torch.tensor(ends[:1] if alike else [[end] for end in ends], device=self.device) - 1
+        for block, cache in zip(self.model.blocks, self.caches, strict=True):
+            block.attn.kv_cache = cache
+        x = self.hidden(idx, self.model.positions(idx, places, max(ends)), rows)
+        for row in rows:
+            row.computed += 1
+        return x
+
+    def _prefill(self, row: Row, size: int) -> torch.Tensor:
+        """Run the next `size` tokens of the first row that is not ready: (1, d)."""
+        end = row.computed + size
+        idx = torch.tensor([row.tokens[row.computed : end]], device=self.device)
+        for block, cache in zip(self.model.blocks, self.caches, strict=True):
+            block.attn.kv_cache = cache.row(self.ready)
+        switch = self.model.switch
+        if switch is not None:
+            switch.start = switch.start_of(row.tokens)
+        try:
+            x = self.hidden(idx, self.model.positions(idx, torch.arange(row.computed, end, device=self.device), end), [row])
+        finally:
+            if switch is not None:
+                switch.start = None
+        row.computed = end
+        return x
+
+    def _restart_long_rows(self) -> None:
+        """Compute rows again where LongRoPE begins to take its long factors."""
+        config = self.model.config
+        for i in reversed(range(self.ready)):
+            row = self.rows[i]
+            if is_long(config, len(row.tokens)) and not is_long(config, len(row.tokens) - 1):
+                row.computed = 0
+                self.ready -= 1
+                self._move(self.ready, i)
+                self.rows[self.ready] = row
+
+    def _keep(self, row: Row, place: int) -> None:
+        """Keep the keys and values of a row; the oldest make room."""
+        tokens = row.tokens[: row.computed]
+        values = [(cache.k[place, :, : len(tokens)].clone(), cache.v[place, :, : len(tokens)].clone()) for cache in self.caches]
+        self.past = [past for past in self.past if past.tokens != tokens[: len(past.tokens)]]  # without those that this one begins with
+        self.past.append(Past(tokens, values))
+        while len(self.past) > MOST_PAST or sum(past.nbytes for past in self.past) > self.keep_bytes:
+            del self.past[0]
+
+    def _reuse(self, row: Row) -> None:
+        """Copy the keys and values of the row's longest beginning that another row or a past one has. The last token is always computed."""
+        if self.model.config.rope_kind == "longrope" or self.model.switch is not None:
+            return  # keys depend on the length, or on which reply they belong to
+        wanted, longest, values = row.tokens[:-1], LEAST_SHARED - 1, None
+        for place, other in enumerate(self.rows):
+            if other is not row and (length := common(wanted, other.tokens[: other.computed])) > longest:
+                longest, values = length, [(cache.k[place], cache.v[place]) for cache in self.caches]
+        for past in self.past:
+            if (length := common(wanted, past.tokens)) > longest:
+                longest, values = length, past.values
+        if values is not None:
+            for cache, (k, v) in zip(self.caches, values, strict=True):
+                cache.k[self.ready, :, :longest], cache.v[self.ready, :, :longest] = k[:, :longest], v[:, :longest]
+            row.computed = longest
+
+    def _move(self, source: int, target: int) -> None:
+        """Put a row, with its keys and values, in the place of another."""
+        row = self.rows[source]
+        self.rows[target] = row
+        if source != target and row.computed:
+            for cache in self.caches:
+                for values in (cache.k, cache.v):
+                    values[target, :, : row.computed] = values[source, :, : row.computed]
+
+    def _make_room(self, rows: int, length: int) -> None:
+        """Let the cache hold `rows` rows of `length` positions; it grows by doubling."""
+        config = self.model.config
+        old = self.caches[0].k.shape if self.caches else (0, 0, 0, 0)
+        if rows <= old[0] and length <= old[2]:
+            return
+        if rows > old[0]:
+            rows = max(rows, 2 * old[0])
+        length = old[2] if length <= old[2] else min(max(length, 2 * old[2], FIRST_ROOM), self.model.max_seq_length)
+        shape = (max(rows, old[0]), config.n_query_groups, length, config.head_size)
+        caches = [KVCache(shape, self.device, self.model.dtype) for _ in self.model.blocks]
+        for new, before in zip(caches, self.caches, strict=False):
+            new.k[: old[0], :, : old[2]], new.v[: old[0], :, : old[2]] = before.k, before.v
+        self.caches = caches
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of tokens at the beginning that are the same."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
+def check(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Raise UserError for a prompt, and a number of tokens to follow, that do not fit the model."""
+    T, V, limit = len(prompt), model.config.V, model.max_seq_length
+    if T == 0:
+        raise UserError("the prompt is empty: there is nothing to continue")
+    if max(prompt) >= V:
+        raise UserError(f"the prompt holds token id {max(prompt)}, the model knows {V}: this tokenizer belongs to another model")
+    if max_new_tokens < 1:
+        raise UserError(f"max_returned_tokens is {T + max_new_tokens}, the prompt alone has {T} tokens: ask for at least 1 new token")
+    if T + max_new_tokens > limit:
+        raise UserError(
+            f"prompt and answer are {T} + {max_new_tokens} = {T + max_new_tokens} tokens, the model reads at most {limit}: "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+
+
+class Session:
+    """Answers of one model, one after the other, that share a cache: each computes only the tokens that the text before did not have."""
+
+    def __init__(self, model: GPT) -> None:
+        self.batch = Batch(model)
+        self.row = Row([])
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_tokens: Sequence[Sequence[int]] = (),
+        generator: torch.Generator | None = None,
+    ) -> Generator[int, None, None]:
+        """Yield the ids that follow `prompt`, up to the first stop sequence. Raises UserError at the call for lengths that do not fit."""
+        row = Row(list(prompt), sampling, generator)
+        check(self.batch.model, row.tokens, max_new_tokens)
+
+        def ids() -> Generator[int, None, None]:
+            model, was_training = self.batch.model, self.batch.model.training
+            self.row, row.computed = row, self._shared(row.tokens)
+            self.batch.rows, self.batch.ready = [row], 0
+            model.eval()
+            try:
+                for _ in range(max_new_tokens):
+                    [(_, logits)] = self.batch.step()
+                    yield row.draw(logits)
+            finally:
+                model.train(was_training)
+
+        return until_stop(ids(), stop_tokens)
+
+    def _shared(self, prompt: list[int]) -> int:
+        """Return how many tokens of the prompt have their keys and values in the cache. The last one is always computed."""
+        model, old = self.batch.model, self.row.tokens
+        shared = common(old[: self.row.computed], prompt[:-1])
+        if model.switch is not None:
+            shared = min(shared, model.switch.start_of(old))  # an earlier reply is read again, without LoRA
+        return 0 if is_long(model.config, len(prompt)) != is_long(model.config, len(old)) else shared
 
 
 def generate(
@@ -128,123 +286,47 @@ def generate(
     prompt: torch.Tensor,
     max_returned_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     stop_tokens: Sequence[Sequence[int]] = (),
     generator: torch.Generator | None = None,
-    **more: Any,
+    **sampling: Any,
 ) -> Generator[int, None, None]:
     """Yield the ids that follow `prompt` (T,), until prompt and answer have `max_returned_tokens` tokens or a stop sequence appears.
 
-    The answer excludes the stop sequence. `more` are other settings of `Sampling`. `generator` makes the answer repeatable. Until the last
-    id the model is in eval mode and holds a key/value cache, so it serves one answer at a time. Raises UserError at the call for settings
-    and lengths that do not fit.
+    The answer excludes the stop sequence. `sampling` are the settings of `Sampling`. `generator` makes the answer repeatable. Raises
+    UserError at the call for settings and lengths that do not fit.
     """
-    check(model, prompt, max_returned_tokens, temperature, top_k, top_p)
-    sampling, tokens = Sampling(temperature, top_k, top_p, **more), prompt.tolist()
-
-    def draw(logits: torch.Tensor) -> torch.Tensor:
-        tokens.append(sampling.draw(logits[0], tokens, prompt.numel(), generator))
-        return torch.tensor(tokens[-1:], device=logits.device)
-
-    def answer() -> Generator[int, None, None]:
-        with closing(decode(model, prompt.view(1, -1), max_returned_tokens, draw)) as ids:
-            yield from until_stop(map(int, ids), stop_tokens)
-
-    return answer()
+    return Session(model).answer(prompt.tolist(), max_returned_tokens - prompt.numel(), Sampling(**sampling), stop_tokens, generator)
 
 
-def check(model: GPT, prompt: torch.Tensor, length: int, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> None:
-    """Raise UserError for settings and lengths of an answer that do not fit the model."""
-    Sampling(temperature, top_k, top_p)
-    T, V, limit = prompt.numel(), model.config.V, model.max_seq_length
-    if T == 0:
-        raise UserError("the prompt is empty: there is nothing to continue")
-    if int(prompt.max()) >= V:
-        raise UserError(f"the prompt holds token id {int(prompt.max())}, the model knows {V}: this tokenizer belongs to another model")
-    if length <= T:
-        raise UserError(f"max_returned_tokens is {length}, the prompt alone has {T} tokens: ask for at least 1 new token")
-    if length > limit:
-        raise UserError(
-            f"prompt and answer are {T} + {length - T} = {length} tokens, the model reads at most {limit}: "
-            "shorten the prompt or ask for fewer new tokens"
-        )
+def generate_batch(
+    model: GPT,
+    prompts: Iterable[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: Sequence[Sequence[int]] = (),
+    generators: Iterator[torch.Generator | None] | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Return the ids that follow each prompt, as `engine.generate` does for one, `MOST_ROWS` prompts at a time.
 
-
-@torch.inference_mode()
-def decode(
-    model: GPT, prompts: torch.Tensor, length: int, draw: Callable[[torch.Tensor], torch.Tensor]
-) -> Generator[torch.Tensor, None, None]:
-    """Yield ids (B, 1) that follow prompts (B, T), until each prompt and its answer have `length` tokens.
-
-    `draw` takes logits (B, V) and returns B ids. Each pass computes the logits of its last position only. Where LongRoPE begins to take its
-    long factors, the keys of all tokens are computed again.
+    `generators` has one for each prompt; `ended` tells by the ids so far whether an answer is complete. Sums in another order may round
+    differently than those of a single prompt.
     """
-    first, was_training = model.blocks[0].attn, model.training
-    idx = prompts.to(next(model.parameters()).device)
+    rows = [Row(list(prompt), sampling, next(generators) if generators else None) for prompt in prompts]
+    for row in rows:
+        check(model, row.tokens, max_new_tokens)
+    batch, waiting, was_training = Batch(model), rows[::-1], model.training
+    answers, stops = {row: list[int]() for row in rows}, {row: StopFilter(stop_tokens) for row in rows}
     model.eval()
-    model.set_kv_cache(len(idx), length - 1)  # the last id is not fed back
-    own = first.kv_cache
     try:
-        tokens = [idx]
-        for end in range(prompts.size(1), length):
-            if is_long(model.config, end) and not is_long(model.config, end - 1):
-                idx = torch.cat(tokens, dim=1)
-            if first.kv_cache is not own:
-                raise UserError("another answer was started on this model before this one was complete: generate one after the other")
-            pos = model.positions(idx, torch.arange(end - idx.size(1), end, device=idx.device), end)
-            x, taps = model.prefix(idx, pos)
-            idx = draw(model.logits(model.tail(x, taps, pos)[:, -1])).view(-1, 1)
-            tokens.append(idx)
-            yield idx
+        while waiting or batch.rows:
+            while waiting and len(batch.rows) < MOST_ROWS:
+                batch.add(waiting.pop())
+            for row, logits in batch.step():
+                answers[row] += stops[row].push(row.draw(logits))
+                full = len(row.tokens) - row.start == max_new_tokens
+                if full or stops[row].stopped or (ended and ended(answers[row])):
+                    batch.remove(row)
     finally:
-        if first.kv_cache is own:
-            model.clear_kv_cache()
         model.train(was_training)
-
-
-class StopFilter:
-    """Pass on items, ids or characters, up to the first stop sequence. Those that may begin one are held back until that is decided."""
-
-    def __init__(self, stops: Iterable[Sequence[Any]]) -> None:
-        self.stops = [list(stop) for stop in stops if len(stop)]
-        self.held: list[Any] = []
-        self.stopped = False
-
-    def push(self, item: Any) -> list[Any]:
-        """Return the items that are free now. After the stop sequence, which is dropped, `stopped` is true."""
-        self.held.append(item)
-        ended = max((len(stop) for stop in self.stops if self.held[-len(stop) :] == stop), default=0)
-        self.stopped = ended > 0
-        partial = max((n for stop in self.stops for n in range(1, len(stop)) if self.held[-n:] == stop[:n]), default=0)
-        ready = len(self.held) - (ended or partial)
-        free, self.held = self.held[:ready], [] if ended else self.held[ready:]
-        return free
-
-
-def until_stop(ids: Iterable[int], stop_tokens: Sequence[Sequence[int]]) -> Iterator[int]:
-    """Yield the ids before the first stop sequence. Ids that may begin a stop sequence are held back until that is decided."""
-    stops = StopFilter(stop_tokens)
-    for token in ids:
-        yield from stops.push(token)
-        if stops.stopped:
-            return
-    yield from stops.held
-
-
-def until_stop_text(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Yield the pieces of a text before the first of the stop strings."""
-    chars = StopFilter(stops)
-    for piece in pieces:
-        free = ""
-        for char in piece:
-            free += "".join(chars.push(char))
-            if chars.stopped:
-                break
-        if free:
-            yield free
-        if chars.stopped:
-            return
-    if chars.held:
-        yield "".join(chars.held)
+    return [answers[row] + stops[row].held for row in rows]

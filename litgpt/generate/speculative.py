@@ -17,7 +17,7 @@ from litgpt.generate.base import Metered, open_model
 if TYPE_CHECKING:
     import torch
 
-    from litgpt.generate.engine import Sampling
+    from litgpt.generate.sampling import Sampling
     from litgpt.model import GPT
 
 
@@ -55,7 +55,7 @@ def main(
     for name, value in {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "speculative_k": speculative_k}.items():
         if value < 1:
             raise UserError(f"{name} is {value}: at least 1 is needed")
-    from litgpt.generate.engine import Sampling, until_stop
+    from litgpt.generate.sampling import Sampling, until_stop
 
     draft, target = (open_model(folder, precision, quantize) for folder in (draft_model_checkpoint_dir, target_model_checkpoint_dir))
     sampling, generator = Sampling(temperature, top_k, top_p), target.generator(seed)
@@ -88,9 +88,8 @@ def generate(
 
     from litgpt.generate.engine import check
 
-    prompts = torch.tensor(prompt)
     for model in (draft, target):
-        check(model, prompts, max_returned_tokens)
+        check(model, prompt, max_returned_tokens - len(prompt))
         if model.config.rope_kind == "longrope":
             raise UserError(f"{model.config.name} has LongRoPE, whose keys change with the length: it cannot draft or check drafts")
     if draft.config.V != target.config.V:

@@ -24,7 +24,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from litgpt import __version__
 from litgpt.args import LAST_SEED
 from litgpt.errors import UserError
-from litgpt.generate.engine import Sampling, check
+from litgpt.generate.engine import check
+from litgpt.generate.sampling import Sampling
 from litgpt.serve.models import Served
 from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
 from litgpt.serve.schemas import Chat, Completion, Predict, Settings
@@ -100,7 +101,7 @@ class Answering:
         sampling = Sampling(**{**values, "top_k": values["top_k"] or None})
         if any(token >= llm.config.V for token in sampling.logit_bias):
             raise Refusal(400, f"logit_bias names a token that the model does not have: it has {llm.config.V}", param="logit_bias")
-        check(llm.model, _tensor(ids), len(ids) + 1)
+        check(llm.model, ids, 1)
         self.prompt_tokens += len(ids)
         for _ in range(n):
             index = len(self.jobs)
@@ -167,12 +168,6 @@ class Answering:
     def usage(self) -> dict[str, int]:
         count = sum(self.counts.values())
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": count, "total_tokens": self.prompt_tokens + count}
-
-
-def _tensor(ids: list[int]) -> Any:
-    import torch
-
-    return torch.tensor(ids)
 
 
 async def _gone(request: Request) -> None:

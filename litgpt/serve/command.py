@@ -82,7 +82,7 @@ class Serve:
         except ImportError as error:
             message = f"serve needs the packages fastapi and uvicorn ({error.name} is missing): `pip install 'litgpt[serve]'`"
             raise UserError(message) from None
-        from litgpt.generate.engine import Sampling
+        from litgpt.generate.sampling import Sampling
         from litgpt.serve.scheduler import Scheduler
 
         given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}

@@ -20,7 +20,7 @@ from litgpt import checkpoint
 from litgpt.api import LLM
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
-from litgpt.generate.batch import Batch, Row
+from litgpt.generate.engine import Batch, Row
 from litgpt.lora import GPT as LoRAGPT
 from litgpt.lora import Config, Skip2LoRA, skip_sum
 from litgpt.model import Positions

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from litgpt.generate.batch import Row
-from litgpt.generate.engine import Sampling, StopFilter
+from litgpt.generate.engine import Row
+from litgpt.generate.sampling import Sampling, StopFilter
 from litgpt.serve.models import Served
 from litgpt.tokenizer import StreamDecoder
 

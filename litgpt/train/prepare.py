@@ -181,8 +181,9 @@ def _replayed(
     """Return general questions with the answers of the model, whose adapters change nothing yet; the first process's, for all."""
     answers: list[str] = []
     if fabric.global_rank == 0:
-        with console.progress("answers of the base model") as progress, fabric.autocast():
-            answers = base_answers(model, tokenizer, style, settings.train.replay, progress)
+        console.say(f"The base model answers {settings.train.replay} general questions")
+        with fabric.autocast():
+            answers = base_answers(model, tokenizer, style, settings.train.replay)
     return replay_samples(fabric.broadcast(answers), tokenizer, style, model.max_seq_length)
 
 

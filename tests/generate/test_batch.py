@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from litgpt.errors import UserError
-from litgpt.generate.batch import Batch, Row, generate_batch
-from litgpt.generate.engine import Sampling, generate
+from litgpt.generate.engine import Batch, Row, generate, generate_batch
+from litgpt.generate.sampling import Sampling
 from litgpt.model import GPT
 from tests.helpers import tiny
 from tests.helpers.family_configs import FAMILIES, ours
@@ -58,7 +58,7 @@ def test_adapters(output: str) -> None:
 
 
 def test_seeds_stops_and_more_prompts_than_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litgpt.generate.batch.MOST_ROWS", 2)
+    monkeypatch.setattr("litgpt.generate.engine.MOST_ROWS", 2)
     model, settings = tiny.tiny().train(), {"temperature": 0.9, "top_k": 7, "presence_penalty": 0.5}
     stops = ([5], [17, 3], [90], [91], [92])
     seeds = range(len(PROMPTS))

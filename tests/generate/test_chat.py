@@ -23,13 +23,14 @@ from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.data import JSON
 from litgpt.generate.chat import Conversation
-from litgpt.generate.session import Session
+from litgpt.generate.engine import Session
+from litgpt.generate.sampling import Sampling
 from litgpt.prompts import Alpaca, save_prompt_style
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
-GREEDY = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "generator": None}
+GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def said_to(monkeypatch: pytest.MonkeyPatch, folder: Path, reply: str = "answer"
     prompts: list[str] = []
     tokenizer = Tokenizer(folder)
 
-    def answer(self: Session, prompt: list[int], max_new_tokens: int, **settings: Any) -> Iterator[int]:
+    def answer(self: Session, prompt: list[int], max_new_tokens: int, *settings: Any) -> Iterator[int]:
         prompts.append(tokenizer.decode(prompt, skip_special_tokens=False))
         yield from tokenizer.ids(reply)[:max_new_tokens]
 
@@ -159,19 +160,17 @@ def test_a_message_that_cannot_fit(llm: LLM, base: Path, monkeypatch: pytest.Mon
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import litgpt.generate.session as session
-
     drawn = 0
-    sample = session.sample
+    draw = Sampling.draw
 
     def interrupted(*arguments: Any) -> Any:
         nonlocal drawn
         drawn += 1
         if drawn == 6:
             raise KeyboardInterrupt
-        return sample(*arguments)
+        return draw(*arguments)
 
-    monkeypatch.setattr(session, "sample", interrupted)
+    monkeypatch.setattr(Sampling, "draw", interrupted)
     conversation = Conversation(llm, 30, GREEDY)
     conversation.answer("one")
     out, err = capsys.readouterr()
@@ -285,7 +284,7 @@ def test_base_beside_tuned(base: Path, tmp_path: Path, settings: Any, capsys: py
     shown = " ".join(re.findall(r"[^\s│|]+", capsys.readouterr().out))
     expected = [model.generate("hello", max_new_tokens=8, temperature=0.0) for model in (tuned, plain)]
     assert expected[0] != expected[1] and conversation.turns[1]["content"] == expected[0].strip()
-    base_model = conversation.base.session.model  # type: ignore[union-attr]
+    base_model = conversation.base.session.batch.model  # type: ignore[union-attr]
     idx = tiny.ids(1, 9)
     assert torch.equal(base_model(idx), plain.model(idx)) and not torch.equal(tuned.model(idx), plain.model(idx))
     weights = {parameter.data_ptr() for parameter in tuned.model.parameters()}
@@ -299,4 +298,4 @@ def test_base_of_a_model_whose_weights_are_all_tuned(base: Path, tmp_path: Path,
     tuned, plain = (LLM.load(where, precision="32-true", device="cpu") for where in (full, base))
     conversation = Conversation(tuned, 8, GREEDY, folder=full)
     idx = tiny.ids(1, 9)
-    assert torch.equal(conversation.base.session.model(idx), plain.model(idx))  # type: ignore[union-attr]
+    assert torch.equal(conversation.base.session.batch.model(idx), plain.model(idx))  # type: ignore[union-attr]

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from litgpt.generate.engine import generate
-from litgpt.generate.session import Session
+from litgpt.generate.engine import Session, generate
+from litgpt.generate.sampling import Sampling
 from tests.helpers import tiny
 
+GREEDY = Sampling(temperature=0.0)
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "short_factor": [1.0, 1.1, 1.3, 1.6],
@@ -34,49 +35,49 @@ def whole(model: Any, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_complete_passes(kind: str) -> None:
     model = tiny.move_adapters(tiny.tiny(**KINDS[kind]))
-    session = Session(model)
+    session, passed = Session(model), list[int]()
+    model.transformer.wte.register_forward_hook(lambda module, given, out: passed.append(given[0].numel()))
     text = tiny.ids(1, 7)[0].tolist()
     for turn in range(4):
-        answer = list(session.answer(text, 5, temperature=0.0))
-        assert answer == whole(model, text, 5)
+        passed.clear()
+        answer = list(session.answer(text, 5, GREEDY))
         if kind != "longrope":  # where its factors change, all is computed again
-            assert session.computed == (7 if turn == 0 else 4) + 4  # the last answer's last token and three new ones; 4 are fed back
+            assert passed == [7 if turn == 0 else 4, 1, 1, 1, 1]  # the last answer's last token and three new ones; 4 are fed back
+        assert answer == whole(model, text, 5)
         text = [*text, *answer, *tiny.ids(1, 3, seed=turn)[0].tolist()]
         assert model.blocks[0].attn.kv_cache is None
     for shorter in (text[:3], [*text[:9], 1, 2], [5], text):  # what differs is computed again
-        assert list(session.answer(shorter, 4, temperature=0.0)) == whole(model, shorter, 4)
+        assert list(session.answer(shorter, 4, GREEDY)) == whole(model, shorter, 4)
 
 
 def test_the_logits_are_those_of_a_complete_pass() -> None:
     model = tiny.tiny()
     session, text = Session(model), tiny.ids(1, 20)[0].tolist()
     for end in (5, 6, 13, 20):
-        list(session.answer(text[:end], 1))
-    k = torch.cat([session.caches[4].k[:, :, :20], session.caches[4].v[:, :, :20]])
+        list(session.answer(text[:end], 1, GREEDY))
+    k = torch.cat([session.batch.caches[4].k[:, :, :20], session.batch.caches[4].v[:, :, :20]])
     fresh = Session(model)
-    list(fresh.answer(text, 1))
-    torch.testing.assert_close(k, torch.cat([fresh.caches[4].k[:, :, :20], fresh.caches[4].v[:, :, :20]]))
+    list(fresh.answer(text, 1, GREEDY))
+    torch.testing.assert_close(k, torch.cat([fresh.batch.caches[4].k[:, :, :20], fresh.batch.caches[4].v[:, :, :20]]))
 
 
 def test_an_answer_that_is_stopped_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.tiny()
     session, text = Session(model), tiny.ids(1, 7)[0].tolist()
-    answer = session.answer(text, 20, temperature=0.0)
+    answer = session.answer(text, 20, GREEDY)
     begun = [next(answer), next(answer)]
     answer.close()
     assert model.blocks[0].attn.kv_cache is None and begun == whole(model, text, 2)
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "tail", None)
         with pytest.raises(TypeError):
-            list(session.answer([*text, 1, 2], 3))
-    assert list(session.answer([*text, *begun, 3], 5, temperature=0.0)) == whole(model, [*text, *begun, 3], 5)
+            list(session.answer([*text, 1, 2], 3, GREEDY))
+    assert list(session.answer([*text, *begun, 3], 5, GREEDY)) == whole(model, [*text, *begun, 3], 5)
 
 
 def test_stop_sequences_and_wrong_settings() -> None:
     session, text = Session(tiny.tiny()), tiny.ids(1, 7)[0].tolist()
-    full = list(session.answer(text, 6, temperature=0.0))
-    assert list(session.answer(text, 6, temperature=0.0, stop_tokens=[[full[3]]])) == full[: full.index(full[3])]
-    with pytest.raises(ValueError, match="temperature"):
-        next(session.answer(text, 6, temperature=-1))
+    full = list(session.answer(text, 6, GREEDY))
+    assert list(session.answer(text, 6, GREEDY, [[full[3]]])) == full[: full.index(full[3])]
     with pytest.raises(ValueError, match="at most 64"):
-        next(session.answer(text, 60))
+        session.answer(text, 60, GREEDY)

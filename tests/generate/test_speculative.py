@@ -12,7 +12,7 @@ import torch
 from litgpt.__main__ import main
 from litgpt.errors import UserError
 from litgpt.generate import engine
-from litgpt.generate.engine import Sampling, sample
+from litgpt.generate.sampling import Sampling, sample
 from litgpt.generate.speculative import generate, verify
 from tests.helpers import tiny
 from tests.helpers.family_configs import ours

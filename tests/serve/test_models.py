@@ -9,8 +9,8 @@ import torch
 
 from litgpt.api import LLM
 from litgpt.errors import UserError
-from litgpt.generate.batch import Row
-from litgpt.generate.engine import Sampling, generate
+from litgpt.generate.engine import Row, generate
+from litgpt.generate.sampling import Sampling
 from litgpt.serve.models import SharedBatch, load_models, own_name
 from tests.helpers import tiny
 from tests.serve.conftest import Folders

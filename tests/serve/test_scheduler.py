@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from litgpt.generate.engine import Sampling
+from litgpt.generate.sampling import Sampling
 from litgpt.serve.models import Served, load_models
 from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
 from tests.serve.conftest import Folders

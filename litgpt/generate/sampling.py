@@ -1,0 +1,163 @@
+"""Drawing tokens by the logits, and stop sequences. V `padded_vocab_size`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from litgpt.errors import UserError
+
+COLDEST = 1e-30  # a lower temperature is 0, which fp32 cannot tell apart
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    min_p: float = 0.0,
+) -> torch.Tensor:
+    """Sample one token id (1,) from the last row of logits (..., V).
+
+    p = softmax(logits / temperature) over the `top_k` most probable tokens, restricted to the smallest set of the most probable ones whose
+    p sum to at least `top_p` (nucleus sampling, arXiv 1904.09751), and to those with at least `min_p` times the largest p (arXiv
+    2407.01082). `temperature` 0 returns the most probable token.
+    """
+    scores = logits.reshape(-1, logits.size(-1))[-1].float()  # (V,)
+    if temperature < COLDEST:
+        return scores.argmax(dim=-1, keepdim=True)
+    ids = None
+    if top_k is not None and top_k < scores.numel():
+        scores, ids = scores.topk(top_k)  # sorted
+    elif top_p < 1:
+        scores, ids = scores.sort(descending=True)
+    p = ((scores - scores.max()) / temperature).softmax(dim=-1)  # the difference stays finite however small the temperature
+    if top_p < 1:
+        before = p.cumsum(dim=-1) - p
+        before[0] = -1.0  # always keep the most probable token
+        p = p.masked_fill(before >= top_p, 0.0)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.max(), 0.0)
+    token = torch.multinomial(p, 1, generator=generator)
+    return token if ids is None else ids[token]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are drawn. Raises UserError for values out of range.
+
+    The logits l are penalised first: a token that prompt or answer has gets l / `repetition_penalty`, or l * `repetition_penalty` where l
+    is negative (arXiv 1909.05858); one that the answer has n times loses `presence_penalty` + n `frequency_penalty` (OpenAI's API); and
+    `logit_bias` is added. `sample` explains the others.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}: 0 (always the most probable token) or a positive number is needed")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}: at least 1 token must remain (null for all)")
+        for name in ("top_p", "min_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}: a probability from 0 to 1 is needed")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}: a positive number is needed (1 changes nothing)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not abs(getattr(self, name)) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}: a number is needed (0 changes nothing)")
+
+    def draw(self, logits: torch.Tensor, tokens: Sequence[int], start: int, generator: torch.Generator | None = None) -> int:
+        """Return the token that follows `tokens`, prompt and answer, which begins at `start`, by the logits (V,) of that place."""
+        scores = self.penalised(logits, tokens, start)
+        return int(sample(scores, self.temperature, self.top_k, self.top_p, generator, self.min_p))
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the distributions (n, V) from which `sample` draws for logits (n, V). Penalties do not take part."""
+        scores, ids = logits.float().sort(descending=True, dim=-1)
+        if self.temperature < COLDEST:
+            p = (torch.arange(scores.size(-1), device=scores.device) == 0).float().expand_as(scores)
+        else:
+            kept = scores if self.top_k is None else scores[:, : self.top_k]
+            p = ((kept - kept[:, :1]) / self.temperature).softmax(-1)
+            before = p.cumsum(-1) - p
+            before[:, 0] = -1.0  # always keep the most probable token
+            p = p.masked_fill((before >= self.top_p) & (self.top_p < 1), 0.0)
+            p = p.masked_fill(p < self.min_p * p[:, :1], 0.0)
+            p = p / p.sum(-1, keepdim=True)
+        return torch.zeros_like(scores).scatter(-1, ids[:, : p.size(-1)], p)
+
+    def penalised(self, logits: torch.Tensor, tokens: Sequence[int], start: int) -> torch.Tensor:
+        """Return the logits (V,) after the penalties, as they are without any."""
+        plain = self.repetition_penalty == 1 and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
+        if plain:
+            return logits
+        scores = logits.float().clone()
+        if self.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(tokens)), device=scores.device)
+            old = scores[seen]
+            scores[seen] = torch.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty)
+        if len(tokens) > start and (self.presence_penalty or self.frequency_penalty):
+            ids, counts = torch.tensor(tokens[start:], device=scores.device).unique(return_counts=True)
+            scores[ids] -= self.presence_penalty + self.frequency_penalty * counts
+        for token, bias in self.logit_bias.items():
+            scores[token] += bias
+        return scores
+
+
+class StopFilter:
+    """Pass on items, ids or characters, up to the first stop sequence. Those that may begin one are held back until that is decided."""
+
+    def __init__(self, stops: Iterable[Sequence[Any]]) -> None:
+        self.stops = [list(stop) for stop in stops if len(stop)]
+        self.held: list[Any] = []
+        self.stopped = False
+
+    def push(self, item: Any) -> list[Any]:
+        """Return the items that are free now. After the stop sequence, which is dropped, `stopped` is true."""
+        self.held.append(item)
+        ended = max((len(stop) for stop in self.stops if self.held[-len(stop) :] == stop), default=0)
+        self.stopped = ended > 0
+        partial = max((n for stop in self.stops for n in range(1, len(stop)) if self.held[-n:] == stop[:n]), default=0)
+        ready = len(self.held) - (ended or partial)
+        free, self.held = self.held[:ready], [] if ended else self.held[ready:]
+        return free
+
+
+def until_stop(ids: Iterable[int], stop_tokens: Sequence[Sequence[int]]) -> Generator[int, None, None]:
+    """Yield the ids before the first stop sequence. Ids that may begin a stop sequence are held back until that is decided."""
+    stops = StopFilter(stop_tokens)
+    for token in ids:
+        yield from stops.push(token)
+        if stops.stopped:
+            return
+    yield from stops.held
+
+
+def until_stop_text(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Yield the pieces of a text before the first of the stop strings."""
+    chars = StopFilter(stops)
+    for piece in pieces:
+        free = ""
+        for char in piece:
+            free += "".join(chars.push(char))
+            if chars.stopped:
+                break
+        if free:
+            yield free
+        if chars.stopped:
+            return
+    if chars.held:
+        yield "".join(chars.held)
