@@ -132,7 +132,8 @@ def test_the_trainer_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     records = [{"instruction": f"Say {word}.", "output": word} for word in WORDS]
     Path("my.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     exec(
-        SNIPPETS[0].replace("max_epochs=1)", "max_epochs=1, logger=False, enable_checkpointing=False, accelerator='cpu')"), {"__name__": "docs"}
+        SNIPPETS[0].replace("max_epochs=1)", "max_epochs=1, logger=False, enable_checkpointing=False, accelerator='cpu')"),
+        {"__name__": "docs"},
     )
     assert Path("out/tuned/lit_model.pth").is_file()
 

@@ -1,7 +1,7 @@
-"""`litgpt convert_adapter`: adapters between litgpt's folders, PEFT's format (LoRA) and the portable one (Skip2-LoRA)."""
+"""`litgpt convert_adapter`: adapters between litgpt's folders, PEFT's format and GGUF (LoRA) and the portable one (Skip2-LoRA)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import yaml
 
@@ -9,7 +9,7 @@ from litgpt import atomic, checkpoint, files
 from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.convert import peft, portable
 from litgpt.convert.hf import hf_settings
-from litgpt.convert.resolve import open_checkpoint
+from litgpt.convert.resolve import locate, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.prompts import PROMPT_STYLE_FILE
 
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 LITGPT, PEFT, PORTABLE = checkpoint.ADAPTER_WEIGHTS, peft.CONFIG, portable.CONFIG  # the files by which a folder's format is known
 
 
-def convert_adapter(adapter_dir: Path, output_dir: Path, checkpoint_dir: Optional[Path] = None) -> None:
-    """Convert an adapter: LoRA to and from PEFT's format, Skip2-LoRA to and from a portable one.
+def convert_adapter(
+    adapter_dir: Path, output_dir: Path, checkpoint_dir: Optional[Path] = None, *, to: Optional[Literal["gguf"]] = None
+) -> None:
+    """Convert an adapter: LoRA to and from PEFT's format, Skip2-LoRA to and from a portable one; LoRA to a GGUF file.
 
     A litgpt folder becomes a PEFT folder (LoRA) or safetensors with a JSON that states the formula (Skip2-LoRA); either of them becomes
     a litgpt folder.
@@ -31,15 +33,20 @@ def convert_adapter(adapter_dir: Path, output_dir: Path, checkpoint_dir: Optiona
         adapter_dir: The adapter: a folder that `litgpt finetune` wrote, a PEFT folder or a portable Skip2-LoRA folder.
         output_dir: The new folder.
         checkpoint_dir: Folder of the base model. Needed for a PEFT or portable folder; for litgpt's own if the base has moved.
+        to: gguf writes LoRA for llama.cpp, beside the base's GGUF file: to output_dir/adapter.gguf, or to output_dir if it ends in .gguf.
     """
     from litgpt.convert.card import base_name, write_card
 
     source, target = Path(adapter_dir), Path(output_dir)
+    source = locate(source) if (source / "final").is_dir() else source  # a run's folder
     kind = kind_of(source)
     if kind != LITGPT and checkpoint_dir is None:
         raise UserError(f"{source} does not hold its base model: give --checkpoint_dir, a checkpoint folder of it")
     if checkpoint_dir is not None:
         checkpoint_dir = checkpoint.require_checkpoint(open_checkpoint(checkpoint_dir))
+    if to == "gguf" or target.suffix == ".gguf":
+        _to_gguf(source, target if target.suffix == ".gguf" else target / "adapter.gguf", kind, checkpoint_dir)
+        return
     with atomic.new_folder(target, manifest=kind != LITGPT) as folder:
         if kind == LITGPT:
             config, weights = read_adapter(source, checkpoint_dir)
@@ -55,6 +62,20 @@ def convert_adapter(adapter_dir: Path, output_dir: Path, checkpoint_dir: Optiona
             write_adapter(folder, checkpoint_dir, *(peft if kind == PEFT else portable).load(source, checkpoint_dir))
         copy_prompt_style(source, folder)
     print(f"Converted {source} to {target}.")
+
+
+def _to_gguf(source: Path, target: Path, kind: str, checkpoint_dir: Optional[Path]) -> None:
+    from litgpt.convert.gguf.adapter import write_gguf_adapter
+
+    if kind != LITGPT:
+        raise UserError(f"{source} holds {kind}: convert it to a litgpt folder first, then to GGUF")
+    if target.exists():
+        raise UserError(f"{target} exists already: name another file, or remove it")
+    base, _ = checkpoint.adapter_settings(source, checkpoint_dir)
+    config, weights = read_adapter(source, base)
+    write_gguf_adapter(target, config, weights, base)
+    print(f"Converted {source} to {target}.")
+    print(f"Its base: litgpt convert_to_gguf {base} base.gguf. Then: llama-server -m base.gguf --lora {target}")
 
 
 def copy_prompt_style(source: Path, folder: Path) -> None:

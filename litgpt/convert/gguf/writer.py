@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,29 +51,41 @@ def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
 
     config, file = Config.from_checkpoint(source), source / checkpoint.WEIGHTS
     loads = {key: load for keys, load in open_own(file, config).items() for key in keys}
-    weights = checkpoint.load_weights(file)
     own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-    kind, tied = (dtype or own.get(weights["transformer.wte.weight"].dtype, "f32")).upper(), is_tied(weights)
-    del weights
+    kind = (dtype or own.get(checkpoint.load_weights(file)["transformer.wte.weight"].dtype, "f32")).upper()
+    made, groups = describe(source, target)
+    with replacing(target) as temporary:
+        _write(temporary, made, groups, config, loads, kind)
+    return made.architecture
+
+
+def describe(source: Path, target: Path) -> tuple[Plan, dict[str, Group]]:
+    """Return the file `target` for the checkpoint folder `source`, and its tensors. Raises UserError for what GGUF cannot describe."""
+    config = Config.from_checkpoint(source)
     try:
         model_type = hf_settings(config, source)["model_type"]
     except UserError:  # transformers has no such model
         model_type = ""
+    tied = is_tied(checkpoint.load_weights(source / checkpoint.WEIGHTS))
     try:
-        made, groups = choose(config, vocabulary(source, config.V), target, tied, model_type)
+        return choose(config, vocabulary(source, config.V), target, tied, model_type)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{source}: {error}") from None
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a name beside the file `target` to write to, which becomes the file if nothing fails. Raises UserError if it cannot."""
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, made, groups, config, loads, kind)
+        yield temporary
         temporary.replace(target)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}. Check the place, and that there is room") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return made.architecture
 
 
 def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, model_type: str) -> tuple[Plan, dict[str, Group]]:

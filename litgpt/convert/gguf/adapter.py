@@ -1,0 +1,113 @@
+"""LoRA and answer-only LoRA as a GGUF file, which llama.cpp lays over the GGUF file of the base: `llama-cli -m base.gguf --lora FILE`.
+
+A tensor of the base, `blk.3.attn_q.weight`, is changed by `.lora_a` (R, in) and `.lora_b` (rows, R): W + (alpha / R) b a. R is the rank, or
+that of all units that the tensor joins; b makes up for the factor then. Rows are in the base file's order. llama.cpp's server switches
+answer-only LoRA on one token before its invocation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litgpt.convert.gguf.writer import Group, describe, replacing, stored
+from litgpt.convert.names import Slot, shapes, summary
+from litgpt.convert.peft import PARTS, Unit, split
+from litgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from litgpt.lora import Config
+
+
+def write_gguf_adapter(target: Path, config: Config, weights: Mapping[str, Tensor], base: Path) -> None:
+    """Write the LoRA of a model whose base is the checkpoint folder `base`. Raises UserError for what llama.cpp cannot apply."""
+    if config.skip2lora_enabled:
+        raise UserError(
+            f"{target}: llama.cpp adds adapters to single layers, and Skip2-LoRA leads from several blocks to the output layer. "
+            "`litgpt serve` and transformers (`litgpt convert_adapter` without --to gguf) take it"
+        )
+    if config.lora_variant != "lora":
+        raise UserError(f"{target}: llama.cpp has no {config.lora_variant}: run `litgpt merge_lora`, then `litgpt convert_to_gguf`")
+    described, groups = describe(base, target)
+    sizes, units = shapes(config, 6 * config.n_layer, str(base)), split(weights, config)
+    tensors: dict[str, tuple[Tensor, Tensor]] = {}
+    placed: set[str] = set()
+    for name, group in groups.items():
+        if pairs := [pair for slot in group.slots if (pair := _factors(name, slot, described.architecture, config, sizes, units, placed))]:
+            a, b = zip(*pairs, strict=True)
+            tensors[name] = (_stack(a), _stack(b)) if "_exps." in name else (a[0], b[0])
+    if missing := units.keys() - placed:
+        tied = " The base's head is its embedding, which llama.cpp keeps once." if "lm_head" in missing else ""
+        raise UserError(
+            f"{target}: llama.cpp's file of this model has no place for LoRA on {summary(sorted(missing))}.{tied} "
+            "Run `litgpt merge_lora`, then `litgpt convert_to_gguf`"
+        )
+    _write(target, described.architecture, config, tensors)
+
+
+def _factors(
+    name: str,
+    slot: Slot,
+    architecture: str,
+    config: Config,
+    sizes: Mapping[str, tuple[int, ...]],
+    units: Mapping[str, Unit],
+    placed: set[str],
+) -> tuple[Tensor, Tensor] | None:
+    """Return a and b of a tensor of the file; None if no unit of it has LoRA. The units are added to `placed`."""
+    import torch
+
+    owners: list[tuple[str, int, Unit]] = []  # tensor of ours, first row in it, unit
+    for key in slot.keys:
+        module = key.removesuffix(".weight")
+        own = {module: 0}
+        if module.endswith(".attn.qkv"):
+            starts = dict(zip(PARTS, accumulate(config.qkv_sizes, initial=0), strict=False))
+            own = {f"{module}:{part}": start for part, start in starts.items() if slot.part not in PARTS or slot.part == part}
+        owners += [(key, start, units[unit]) for unit, start in own.items() if unit in units]
+        placed |= own.keys() & units.keys()
+    if not owners:
+        return None
+    a = torch.cat([unit["lora_A"] for _, _, unit in owners])
+    ours = {key: torch.zeros(sizes[key][0], len(a)) for key in slot.keys}
+    column = 0
+    for key, start, unit in owners:
+        b = unit["lora_B"]
+        ours[key][start : start + len(b), column : column + b.size(1)] = b
+        column += b.size(1)
+    loads = {key: lambda tensor=tensor: tensor for key, tensor in ours.items()}
+    b = stored(name, Group([slot], (-1, len(a))), architecture, config, loads)
+    return a, b * (len(a) / config.lora_r)
+
+
+def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
+    import torch
+
+    return torch.stack(tensors)
+
+
+def _write(target: Path, architecture: str, config: Config, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    from gguf import GGUFType, GGUFValueType, GGUFWriter, Keys
+
+    alpha = config.lora_alpha * config.lora_r**0.5 if config.lora_rslora else config.lora_alpha
+    with replacing(target) as temporary:
+        writer = GGUFWriter(temporary, architecture)
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
+        if config.alora_enabled:
+            key, tokens = Keys.Adapter.ALORA_INVOCATION_TOKENS, config.alora_invocation_tokens
+            writer.add_key_value(key, tokens, GGUFValueType.ARRAY, GGUFValueType.UINT32)
+        for name, (a, b) in tensors.items():
+            writer.add_tensor(f"{name}.lora_a", a.float().contiguous().numpy())
+            writer.add_tensor(f"{name}.lora_b", b.float().contiguous().numpy())
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
