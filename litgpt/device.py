@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from litgpt.errors import UserError
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
 
 PRECISIONS = {
     "32-true": torch.float32,
@@ -80,7 +76,7 @@ def backbone_dtype(precision: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # set by launchers of several processes
+RANK_VARIABLES = ("RANK", "SLURM_PROCID")  # set by launchers of several processes
 
 
 def process_rank() -> int:
@@ -88,56 +84,10 @@ def process_rank() -> int:
     return next((int(value) for name in RANK_VARIABLES if (value := os.environ.get(name, "")).isdecimal()), 0)
 
 
-@dataclass(frozen=True)
-class OneProcess:
-    """What a run uses of a Fabric, for one process on one device: importing Lightning would take seconds."""
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch."""
+    import numpy
 
-    device: torch.device
-    mixed: torch.dtype | None
-    """autocast to this dtype"""
-    global_rank: int = 0
-    world_size: int = 1
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=self.mixed) if self.mixed else nullcontext()
-
-    def seed_everything(self, seed: int, verbose: bool = False) -> None:
-        import numpy
-
-        random.seed(seed)
-        numpy.random.seed(seed)
-        torch.manual_seed(seed)
-
-    def rank_zero_first(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def launch(self) -> None: ...
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
-def make_fabric(precision: str, devices: int | str, num_nodes: int) -> Fabric | OneProcess:
-    """Return what launches the processes of a run and lets them talk. It casts no weights.
-
-    Fabric's "bf16-true" would cast the adapters too, which stay fp32. The backbone is cast when it is loaded; only the "-mixed" precisions
-    need autocast. One device needs no Fabric.
-    """
-    backbone_dtype(precision)
-    if num_nodes < 1:
-        raise UserError(f"num_nodes is {num_nodes}: at least 1 is needed")
-    if str(devices) == "1" and num_nodes == 1 and not any(name in os.environ for name in RANK_VARIABLES):
-        return OneProcess(default_device(), MIXED.get(precision))
-    from lightning.fabric import Fabric
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    try:
-        return Fabric(
-            accelerator="auto",
-            devices=devices,
-            num_nodes=num_nodes,
-            precision=precision if precision in MIXED else "32-true",  # type: ignore[arg-type]
-        )
-    except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
-        settings = f"devices {devices!r}, num_nodes {num_nodes}, precision {precision!r}"
-        raise UserError(f'{settings} do not fit this machine: {error} Give devices a number from 1, or "auto"') from None
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Precisions by name, the default by what the processor can do, and a Fabric that leaves parameters alone."""
+"""Precisions by name, the default by what the processor can do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from litgpt.device import backbone_dtype, default_device, default_precision, find_device, make_fabric
+from litgpt.device import backbone_dtype, default_device, default_precision, find_device
 from litgpt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -65,39 +65,6 @@ def test_the_default_device_is_the_one_there_is() -> None:
     assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["32-true", "bf16-true", "bf16-mixed"])
-def test_fabric_autocasts_in_mixed_precision_only(name: str) -> None:
-    fabric = make_fabric(name, 1, 1)
-    weight = torch.ones(2, 2)
-    with fabric.autocast():
-        assert torch.is_autocast_enabled("cpu") == (name == "bf16-mixed")
-        assert (weight @ weight).dtype == (torch.bfloat16 if name == "bf16-mixed" else torch.float32)
-
-
-@pytest.mark.parametrize("name", ["bf16-true", "bf16-mixed"])
-def test_fabric_leaves_parameters_and_new_tensors_in_fp32(name: str) -> None:
-    fabric = make_fabric(name, 1, 1)
-    with fabric.autocast():
-        assert torch.nn.Linear(2, 2).weight.dtype == torch.float32
-    assert torch.get_default_dtype() == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("precision", "devices", "nodes", "message"),
-    [
-        ("fp8", 1, 1, "precision 'fp8' is unknown"),
-        ("32-true", 1, 0, "num_nodes is 0"),
-        ("32-true", 0, 1, "devices 0"),
-        ("32-true", -3, 1, "devices -3"),
-        ("32-true", "many", 1, "devices 'many'"),
-        ("32-true", "", 1, "devices ''"),
-    ],
-)
-def test_what_does_not_fit_the_machine_is_refused(precision: str, devices: Any, nodes: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make_fabric(precision, devices, nodes)
-
-
 @pytest.mark.parametrize(
     "device", ["foo", "cuda:99", "cuda:x", "gpu", "meta", "", 99, "xpu", "hpu:3", "mps:7", torch.device("cuda", 99), 1.5]
 )
@@ -109,14 +76,3 @@ def test_a_device_that_the_machine_lacks_is_refused_with_those_it_has(device: An
 
 def test_devices_that_exist() -> None:
     assert find_device("cpu") == find_device(CPU) == CPU and find_device(None) == default_device()
-
-
-@pytest.mark.parametrize("devices", [7, "7", "3,", [0, 5]])
-def test_more_gpus_than_there_are(devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.fabric.accelerators import cuda
-
-    monkeypatch.setattr(cuda, "num_cuda_devices", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match=r"devices .* do not fit this machine: "):
-        make_fabric("32-true", devices, 1)

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -63,9 +63,9 @@ class Interrupts:
         finally:
             self._held = False
 
-    def stop(self) -> NoReturn:
-        """Raise `Stopped` for the signal that has arrived, here or in another process of the run."""
-        raise Stopped(self.asked or signal.SIGTERM)
+    def stop(self, ranks: Sequence[int] = ()) -> NoReturn:
+        """Raise `Stopped` for the signal that has arrived, here or in other processes of the run, whose `ranks` the message names."""
+        raise Stopped(self.asked or signal.SIGTERM, f"rank {', '.join(map(str, ranks))} " if ranks else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ from litgpt.train.resume import PhaseStart, State, random_states
 SORTED_BATCHES = 50  # batches among which `train.group_by_length` sorts samples: more make batches more alike, and less random
 
 
+NAMED = 8  # samples in a message
 DIVERGED = 2.0  # times the loss of a uniform guess, or the first loss if it was higher
 REMEDY = "lower the learning rate, set train.max_norm, or use another precision"
 
@@ -39,31 +40,35 @@ class Batch(NamedTuple):
     """sum of the loss tokens' weights: their number, unless the data say otherwise"""
     tokens: int
     """input tokens"""
+    most: int
+    """samples of the rank that has most of them"""
 
 
 @dataclass
 class Batches:
-    """Which samples make which global batch.
+    """Which samples make which global batch: it depends on (seed, epoch) alone, not on the number of ranks.
 
-    Rank k owns the samples k, k + size, ...; every epoch it goes through its own in a new order, so that its cache serves all epochs. The
-    order depends on (seed, epoch, rank) alone.
+    The ranks share a batch evenly; with `by_owner`, so that each has cached what it needs in all epochs, rank k takes the samples k,
+    k + ranks, ...
     """
 
     samples: Sequence[Sample]
-    per_rank: int
-    """samples of one rank in a global batch"""
+    size: int
+    """samples of a global batch"""
     rank: Rank
     seed: int
     by_length: bool = False
     """group samples of similar length"""
+    by_owner: bool = False
 
     def owned(self, rank: int) -> list[int]:
-        return list(range(rank, len(self.samples), self.rank.size))
+        """Return the samples that a rank takes with `by_owner`; all of them without."""
+        return list(range(rank, len(self.samples), self.rank.size)) if self.by_owner else list(range(len(self.samples)))
 
     @property
     def per_epoch(self) -> int:
         """Steps of an epoch; the last batch of an epoch may be smaller."""
-        return math.ceil(len(self.owned(0)) / self.per_rank)
+        return math.ceil(len(self.samples) / self.size)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -77,21 +82,21 @@ class Batches:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
-        orders = []
-        for rank in range(self.rank.size):
-            own = self.owned(rank)
-            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch + 7_919 * rank)
-            order = [own[i] for i in torch.randperm(len(own), generator=generator)]
-            orders.append(self._grouped(order, generator) if self.by_length else order)
-        for start in range(0, self.per_epoch * self.per_rank, self.per_rank):
-            everyone = [i for order in orders for i in order[start : start + self.per_rank]]
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+        order: list[int] = torch.randperm(len(self.samples), generator=generator).tolist()
+        if self.by_length:
+            order = self._grouped(order, generator)
+        ranks = self.rank.size
+        for start in range(0, len(order), self.size):
+            everyone = order[start : start + self.size]
+            parts = [[i for i in everyone if i % ranks == k] if self.by_owner else everyone[k::ranks] for k in range(ranks)]
             weight = sum(self.samples[i].weight for i in everyone)
             tokens = sum(self.samples[i].n_inputs for i in everyone)
-            yield Batch(orders[self.rank.index][start : start + self.per_rank], weight, tokens)
+            yield Batch(parts[self.rank.index], weight, tokens, max(map(len, parts)))
 
     def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
         """Return the order sorted by length within `SORTED_BATCHES` batches, these batches shuffled; an incomplete batch stays last."""
-        size = self.per_rank
+        size = self.size
         complete = len(order) // size * size
         batches = []
         for start in range(0, complete, SORTED_BATCHES * size):
@@ -100,11 +105,10 @@ class Batches:
         return [i for k in torch.randperm(len(batches), generator=generator) for i in batches[k]] + order[complete:]
 
 
-def samples_per_rank(train: TrainArgs, processes: int) -> int:
-    """Return the samples of one process in a global batch. Raises UserError if the global batch cannot be divided evenly."""
+def require_divisible(train: TrainArgs, processes: int) -> None:
+    """Raise UserError if the global batch cannot be divided evenly among the processes."""
     if train.global_batch_size % processes:
         raise UserError(f"train.global_batch_size {train.global_batch_size} is not a multiple of the {processes} devices")
-    return train.global_batch_size // processes
 
 
 OnStep = Callable[[State, dict[str, float], bool], bool]
@@ -236,19 +240,27 @@ class Loop:
         wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not wrong:
             return True
-        where = f"step {state.step + 1}: {wrong[0]} in a batch with samples {indices[:8]}"
-        if not self.train.skip_nonfinite:
-            remedy = f"{REMEDY}; train.skip_nonfinite true skips such steps"
-            culprits = self._culprits(indices)
-            others = [i for i in self.batches.owned(self.rank.index) if i not in indices][:4]
-            # Weights that give every sample a non-finite or huge loss diverged in an earlier step: they must not replace sound ones.
-            spared = len(culprits) < len(indices) or len(self._culprits(others)) < max(1, len(others))
-            is_huge = math.isfinite(values["loss"]) and not self.is_sound(state, values["loss"])
-            state.consistent = self.rank.any(spared) and not is_huge
-            raise NonFiniteError(f"{where}: {remedy}. The weights were not changed by this step", culprits or indices)
-        state.skipped += 1
-        self.say(f"{where}: the step is skipped")
-        return False
+        if self.train.skip_nonfinite:
+            state.skipped += 1
+            self.say(f"step {state.step + 1}: {wrong[0]} in a batch with samples {indices[:NAMED]}: the step is skipped")
+            return False
+        culprits = self._culprits(indices)
+        others = [i for i in self.batches.owned(self.rank.index) if i not in indices][:4]
+        # Weights that give every sample a non-finite or huge loss diverged in an earlier step: they must not replace sound ones.
+        spared = len(culprits) < len(indices) or len(self._culprits(others)) < max(1, len(others))
+        is_huge = math.isfinite(values["loss"]) and not self.is_sound(state, values["loss"])
+        state.consistent = self.rank.any(spared) and not is_huge
+        where, samples = "", culprits or indices
+        if self.rank.size > 1:
+            guilty = self.rank.which(bool(culprits)) or list(range(self.rank.size))
+            where = f" on rank {', '.join(map(str, guilty))}"
+            padded = torch.tensor([*samples, *[-1] * NAMED])[:NAMED]
+            samples = [i for k in guilty for i in self.rank.gather(padded)[k].tolist() if i >= 0]
+        raise NonFiniteError(
+            f"step {state.step + 1}: {wrong[0]}{where} in a batch with samples {(samples if where else indices)[:NAMED]}: {REMEDY}; "
+            "train.skip_nonfinite true skips such steps. The weights were not changed by this step",
+            samples,
+        )
 
     def is_sound(self, state: State, loss: float) -> bool:
         """Return whether weights with this training loss have not diverged."""

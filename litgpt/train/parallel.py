@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import re
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from litgpt.device import OneProcess
+from litgpt.device import MIXED, default_device
 from litgpt.errors import NonFiniteError, Stopped, UserError
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+from litgpt.train.launch import Failure, Group, place_of
 
 LOST_PROCESS = re.compile(r"gloo|Connection (closed|reset) by peer|NCCL|Broken pipe", re.IGNORECASE)
 
@@ -29,31 +27,73 @@ class Rank:
     device: torch.device = torch.device("cpu")
     sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     barrier: Callable[[], None] = lambda: None
+    mixed: torch.dtype | None = None
+    """autocast to this dtype"""
+    group: Group | None = None
+    """the joined processes; None for one"""
 
     @classmethod
-    def of(cls, fabric: Fabric | OneProcess) -> Rank:
-        if isinstance(fabric, OneProcess):
-            return cls(device=fabric.device)
+    def start(cls, precision: str, devices: int | str, num_nodes: int, timeout: float) -> Rank:
+        """Return the rank of this process, after starting the others of the run if no launcher has.
+
+        They wait for each other for `timeout` seconds.
+        """
+        mixed, place = MIXED.get(precision), place_of(devices, num_nodes)
+        if place is None:
+            return cls(device=default_device(), mixed=mixed)
+        group = Group.current or Group(place, timeout)
 
         def add(tensor: torch.Tensor) -> torch.Tensor:
-            total: Any = fabric.all_reduce(tensor, reduce_op="sum")
-            return total
+            torch.distributed.all_reduce(tensor)
+            return tensor
 
-        return cls(fabric.global_rank, fabric.world_size, fabric.device, add, fabric.barrier)
+        return cls(place.index, place.size, group.device, add, torch.distributed.barrier, mixed, group)
+
+    @property
+    def described(self) -> str:
+        return f", {self.size} processes, each with a copy of the model" if self.size > 1 else ""
 
     @property
     def is_first(self) -> bool:
         return self.index == 0
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.mixed) if self.mixed else nullcontext()
+
+    def which(self, flag: bool) -> list[int]:
+        """Return the processes in which the flag is set, in all of them: they must do the same at the same step."""
+        if self.size == 1:
+            return [0] if flag else []
+        flags = torch.zeros(self.size, device=self.device)
+        flags[self.index] = flag
+        return self.sum(flags).nonzero()[:, 0].tolist()
+
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process: all must do the same at the same step."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+        """Return whether the flag is set in any process."""
+        return bool(self.which(flag))
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """(n,) bytes of this process -> (processes, n) of all."""
+        """(n,) integers of this process, below 2^31 -> (processes, n) of all, in their dtype."""
         table = torch.zeros(self.size, len(own), dtype=torch.int32, device=self.device)
         table[self.index] = own.to(self.device)
-        return self.sum(table).to(torch.uint8)
+        return self.sum(table).to(own.dtype)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the value of the first process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Run the block in the first process, then in the others."""
+        if not self.is_first:
+            self.barrier()
+        yield
+        if self.is_first:
+            self.barrier()
 
     def share_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Add up the parameters' gradients over all processes."""
@@ -65,32 +105,74 @@ class Rank:
             p.grad = part.view_as(p)
 
 
+def alone(precision: str | None) -> Rank:
+    """Return the rank of a process that works alone, however many the settings ask for."""
+    return Rank(device=default_device(), mixed=MIXED.get(precision or ""))
+
+
 def _is_lost_process(error: BaseException) -> bool:
-    """Return whether the error says that another process of the run has ended."""
+    """Return whether the error says that another process of the run has ended, or does not answer."""
     distributed = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
     return distributed or (isinstance(error, RuntimeError) and LOST_PROCESS.search(str(error)) is not None)
 
 
 @contextmanager
-def ends_together(fabric: Fabric | OneProcess, saved: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """End all processes when one of them fails; the first process alone reports an error that all of them raise.
+def ends_together(rank: Rank, saved: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """End all processes when one of them fails, with one message: of the first process, as long as it lives.
 
-    `saved` says what is left if another process is lost.
+    The message names the process that failed, unless all failed with it. `saved` says what is left if another one was lost.
     """
     try:
         yield
     except BaseException as error:
-        if fabric.global_rank and isinstance(error, Stopped | NonFiniteError):
-            raise SystemExit(0) from None  # Lightning would kill the first process before it has reported the error
-        if fabric.world_size > 1:
-            atexit.register(_end_children, fabric)
-            if _is_lost_process(error):
-                message = "another process of this run ended before its time; its own message says why"
-                raise UserError(f"{message}. {saved()}".rstrip()) from None
-        raise
+        group = rank.group
+        if group is None or group.ended:
+            raise
+        lost = _is_lost_process(error)
+        others = group.failures(3.0 if lost else 0.0) if lost or isinstance(error, Stopped) else []
+        if isinstance(error, Stopped):  # torchrun stops a process after another has failed
+            others = [failure for failure in others if failure.code != error.code]
+        group.ended = True
+        if lost or others:
+            raise _of_another(group, others, saved) from None
+        if (end := _own(rank, group, error, saved)) is error:
+            raise
+        raise end from None
 
 
-def _end_children(fabric: Any) -> None:
-    """Kill the processes that this one has launched."""
-    for process in getattr(getattr(fabric.strategy, "launcher", None), "procs", None) or ():
-        process.kill()
+def _of_another(group: Group, failures: list[Failure], saved: Callable[[], str]) -> BaseException:
+    """Return what ends this process after others have failed."""
+    code, is_speaker = failures[0].code if failures else 1, group.speaker == group.place.index
+    text = "; ".join(f"rank {failure.index}: {failure.message}" for failure in failures) or "a process of another machine was lost"
+    group.fail(code, text)
+    if not is_speaker:
+        group.leave()
+        return SystemExit(code)
+    group.end_children()
+    error = UserError(text if "is complete" in text else f"{text.rstrip('.')}. {saved()}".rstrip())
+    error.exit_code = code
+    return error
+
+
+def _own(rank: Rank, group: Group, error: BaseException, saved: Callable[[], str]) -> BaseException:
+    """Return what ends this process, which has failed itself: the error if it is to be reported from here."""
+    is_shared = isinstance(error, NonFiniteError | Stopped)  # all processes raise it at once
+    code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+    text = getattr(error, "message", "") or str(error)
+    if not isinstance(error, UserError | SystemExit):
+        traceback.print_exception(error)
+        text = f"{type(error).__name__}: {text}. {saved()}".rstrip()
+    group.fail(code if isinstance(code, int) else 1, text)
+    is_speaker = group.speaker == rank.index
+    if not rank.is_first:
+        group.leave()
+    elif not is_shared:
+        is_shared = len(group.failures(1.0, rank.size - 1)) == rank.size - 1
+    group.end_children()
+    if not is_speaker:
+        return SystemExit(code)
+    if is_shared or isinstance(error, SystemExit):
+        return error
+    named = error if isinstance(error, UserError) else UserError()
+    named.args = (f"rank {rank.index}: {text}",)
+    return named

@@ -134,8 +134,8 @@ class Phase:
 
     def _stop_if_asked(self) -> None:
         """Raise Stopped if a signal arrived in any process."""
-        if self.loop.rank.any(self.interrupts.asked is not None):
-            self.interrupts.stop()
+        if signalled := self.loop.rank.which(self.interrupts.asked is not None):
+            self.interrupts.stop(signalled if len(signalled) < self.loop.rank.size else [])
 
     def _epoch(self, step: int) -> float:
         return round(step / self.loop.batches.per_epoch, 4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +16,7 @@ from litgpt.checkpoint import chosen_taps, tokenizer_files
 from litgpt.config import Config
 from litgpt.data.base import Splits
 from litgpt.data.records import Record
-from litgpt.device import OneProcess, backbone_dtype, default_device, default_precision, make_fabric
+from litgpt.device import backbone_dtype, default_device, default_precision, seed_everything
 from litgpt.errors import UserError
 from litgpt.logs import Console
 from litgpt.lora import GPT, keep_taps
@@ -26,15 +25,12 @@ from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prom
 from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.interrupts import memory_explained
-from litgpt.train.loop import samples_per_rank
+from litgpt.train.loop import require_divisible
 from litgpt.train.methods import Method, describe, describe_choice
-from litgpt.train.parallel import ends_together
+from litgpt.train.parallel import Rank, ends_together
 from litgpt.train.replay import base_answers, replay_samples
 from litgpt.train.resume import Stopwatch
 from litgpt.train.settings import Run
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
 
 CACHE_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -48,7 +44,7 @@ class Job:
     base: Path
     """the base model's folder"""
     precision: str
-    fabric: Fabric | OneProcess
+    rank: Rank
     console: Console
     tokenizer: Tokenizer
     style: PromptStyle
@@ -77,57 +73,71 @@ class Job:
 
     def say_what_is_trained(self) -> None:
         for line in (
-            f"{self.model.config.name}, {self.precision} on {self.fabric.device}",
+            f"{self.model.config.name}, {self.precision} on {self.rank.device}{self.rank.described}",
             *describe(self.model, self.method.lora_flags, self.method.warmup),
         ):
             self.console.say(line)
 
 
-def prepare(settings: Run, method: Method, base: Path, point: Path | None = None, date: datetime | None = None) -> Job:
+def prepare(
+    settings: Run,
+    method: Method,
+    base: Path,
+    point: Path | None = None,
+    date: datetime | None = None,
+    rank: Rank | None = None,
+) -> Job:
     """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
 
-    `point`: the checkpoint to resume, which names the blocks that were chosen for the run. `date`: that of the run to resume.
+    `point`: the checkpoint to resume, which names the blocks that were chosen for the run. `date`: that of the run to resume. `rank`: this
+    process; by default one of as many as the settings ask for, which are started here.
     """
-    date = date or datetime.now()
     precision = settings.precision or default_precision(default_device())
     dtype = backbone_dtype(precision)
-    cache_dtype = _cache_dtype(method.cache.dtype, dtype)
-    fabric = make_fabric(precision, settings.devices, settings.num_nodes)
-    samples_per_rank(settings.train, fabric.world_size)
-    fabric.launch()
-    fabric.seed_everything(settings.seed, verbose=False)
-    console = Console(fabric.global_rank == 0)
-    with ends_together(fabric), memory_explained(fabric.device, "while data and model were read"):
-        tokenizer = Tokenizer(base)
-        dict(tokenizer_files(base))  # shows files that cannot be copied into the checkpoints
-        assert settings.data is not None
-        style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer, settings.data.fallback_style)
-        if isinstance(style, ChatTemplate):
-            style.now = date
-        with fabric.rank_zero_first():
-            settings.data.prepare_data()
-        splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)))
-        console.say(f"data: {splits.report}")
-        model = method.build(base, dtype)
-        model.to(fabric.device)
-        model.max_seq_length = _max_seq_length(settings, model.config)
-        if settings.train.replay:
-            splits.train += _replayed(settings, fabric, console, model, tokenizer, style)
+    _cache_dtype(method.cache.dtype, dtype)
+    rank = rank or Rank.start(precision, settings.devices, settings.num_nodes, settings.timeout)
+    with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
+        require_divisible(settings.train, rank.size)
+        seed_everything(settings.seed)
+        job = _read(settings, method, base, precision, rank, rank.broadcast(date or datetime.now()))
+        optimizer = make_optimizer(
+            settings.optimizer, [torch.nn.Parameter(torch.zeros(1))]
+        )  # shows wrong settings before anything is written
+        if not optimizer.param_groups[0]["lr"]:
+            job.console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
+        if count := job.model.config.taps_to_choose:
+            job.chosen = chosen_taps(point) if point else choose_taps(job, count)
+            if job.chosen:
+                keep_taps(job.model, job.chosen)
+    if rank.index:
+        torch.manual_seed(settings.seed + rank.index)  # dropout differs between ranks
+    return job
+
+
+def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank, date: datetime) -> Job:
+    """Return the run with its data and its model."""
+    console, dtype = Console(rank.is_first), backbone_dtype(precision)
+    tokenizer = Tokenizer(base)
+    dict(tokenizer_files(base))  # shows files that cannot be copied into the checkpoints
+    assert settings.data is not None
+    style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer, settings.data.fallback_style)
+    if isinstance(style, ChatTemplate):
+        style.now = date
+    with rank.first_alone():
+        settings.data.prepare_data()
+    splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)))
+    console.say(f"data: {splits.report}")
+    model = method.build(base, dtype)
+    model.to(rank.device)
+    model.max_seq_length = _max_seq_length(settings, model.config)
+    if settings.train.replay:
+        splits.train += _replayed(settings, rank, console, model, tokenizer, style)
     _require_known_ids(splits, model.config, base)
     if model.config.alora_enabled:
         console.say(_switch_on_replies(settings, model, splits, style, tokenizer))
     model.activation_checkpointing = settings.train.activation_checkpointing
-    optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # shows wrong settings before anything is written
-    if not optimizer.param_groups[0]["lr"]:
-        console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
-    examples = _examples(settings, splits.examples)
-    job = Job(settings, method, base, precision, fabric, console, tokenizer, style, splits, model, examples, cache_dtype, date=date)
-    if count := model.config.taps_to_choose:
-        with ends_together(fabric):
-            job.chosen = chosen_taps(point) if point else choose_taps(job, count)
-        if job.chosen:
-            keep_taps(model, job.chosen)
-    return job
+    examples, cache_dtype = _examples(settings, splits.examples), _cache_dtype(method.cache.dtype, dtype)
+    return Job(settings, method, base, precision, rank, console, tokenizer, style, splits, model, examples, cache_dtype, date=date)
 
 
 def _switch_on_replies(settings: Run, model: GPT, splits: Splits, style: PromptStyle, tokenizer: Tokenizer) -> str:
@@ -163,28 +173,26 @@ def _switch_on_replies(settings: Run, model: GPT, splits: Splits, style: PromptS
 
 def choose_taps(job: Job, count: int) -> list[int]:
     """Return the `count` of the tapped blocks that the first process chooses for all, and say why."""
-    candidates, fabric, console = job.model.config.taps, job.fabric, job.console
+    candidates, rank, console = job.model.config.taps, job.rank, job.console
     blocks = list(candidates)
-    if fabric.global_rank == 0 and count < len(candidates):
+    if rank.is_first and count < len(candidates):
         clock = Stopwatch()
-        memory = memory_explained(fabric.device, "while blocks were chosen")
-        with memory, console.progress("choosing blocks") as progress, fabric.autocast():
+        memory = memory_explained(rank.device, "while blocks were chosen")
+        with memory, console.progress("choosing blocks") as progress, rank.autocast():
             choice = choose(job.model, job.splits.train, count, job.settings.train.micro_batch_size, job.settings.seed, progress)
         console.say(describe_choice(choice, candidates, clock.seconds))
         blocks = list(choice.blocks)
-    return fabric.broadcast(blocks)
+    return list(rank.broadcast(blocks))
 
 
-def _replayed(
-    settings: Run, fabric: Fabric | OneProcess, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle
-) -> list[Sample]:
+def _replayed(settings: Run, rank: Rank, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> list[Sample]:
     """Return general questions with the answers of the model, whose adapters change nothing yet; the first process's, for all."""
     answers: list[str] = []
-    if fabric.global_rank == 0:
+    if rank.is_first:
         console.say(f"The base model answers {settings.train.replay} general questions")
-        with fabric.autocast():
+        with rank.autocast():
             answers = base_answers(model, tokenizer, style, settings.train.replay)
-    return replay_samples(fabric.broadcast(answers), tokenizer, style, model.max_seq_length)
+    return replay_samples(rank.broadcast(answers), tokenizer, style, model.max_seq_length)
 
 
 def _require_known_ids(splits: Splits, config: Config, base: Path) -> None:

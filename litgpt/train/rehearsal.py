@@ -26,10 +26,10 @@ from litgpt.sample import Sample
 from litgpt.streams import safe, unescaped
 from litgpt.text import duration, gib, text_table
 from litgpt.tokenizer import Tokenizer
-from litgpt.train.loop import Batch, Batches, Loop, samples_per_rank
+from litgpt.train.loop import Batch, Batches, Loop
 from litgpt.train.methods import Method
 from litgpt.train.out_dir import OutDir
-from litgpt.train.parallel import Rank
+from litgpt.train.parallel import Rank, alone
 from litgpt.train.prepare import Job, prepare
 from litgpt.train.resume import State
 from litgpt.train.settings import Run
@@ -46,7 +46,7 @@ def rehearse(settings: Run, method: Method, base: Path) -> None:
     """
     OutDir(settings.out_dir, settings.resume, settings.overwrite, base).check(refuse_earlier=False)
     require_data(settings)
-    job = prepare(replace(settings, devices=1, num_nodes=1), method, base)
+    job = prepare(settings, method, base, rank=alone(settings.precision))
     job.say_what_is_trained()
     show_sample(job.splits.train[0], job.tokenizer)
     model, lines = job.model, {}
@@ -59,7 +59,7 @@ def rehearse(settings: Run, method: Method, base: Path) -> None:
         end_warmup(model)
     lines.update(_costs(job))
     lines["memory"] = _memory(job)
-    lines["memory measured here"] = f"{peak_memory_gb(job.fabric.device):.2f} GiB at most, in these few steps"
+    lines["memory measured here"] = f"{peak_memory_gb(job.rank.device):.2f} GiB at most, in these few steps"
     print("what the run would take", text_table(list(lines.items()), left=(0, 1)), sep="\n")
     print("dry run: nothing was written")
 
@@ -92,15 +92,15 @@ def _shown(part: str) -> str:
 
 def rehearsed(job: Job, train: TrainArgs) -> Loop:
     """Return the loop that a run would have, on this one device, computing every activation anew."""
-    model, rank = job.model, Rank(device=job.fabric.device)
+    model, rank = job.model, Rank(device=job.rank.device)
     optimizer = make_optimizer(job.settings.optimizer, [p for p in model.parameters() if p.requires_grad])
     own = Recompute(model, job.splits.train, rank.device)
-    return Loop(model, optimizer, train, _batches(job, train), own, rank, job.fabric.autocast, job.console.say)
+    return Loop(model, optimizer, train, _batches(job, train), own, rank, job.rank.autocast, job.console.say)
 
 
 def _batches(job: Job, train: TrainArgs) -> Batches:
-    rank = Rank(device=job.fabric.device)
-    return Batches(job.splits.train, samples_per_rank(train, 1), rank, job.settings.seed, train.group_by_length)
+    rank = Rank(device=job.rank.device)
+    return Batches(job.splits.train, train.global_batch_size, rank, job.settings.seed, train.group_by_length)
 
 
 def _time(loop: Loop, batches: list[Batch]) -> tuple[float, list[Batch]]:
@@ -149,8 +149,8 @@ def _costs(job: Job) -> dict[str, str]:
 
 def _cached(job: Job, indices: list[int]) -> Activations:
     settings = CacheSettings("memory", Path(), job.cache_dtype)
-    with job.fabric.autocast():
-        return activations(job.model, job.splits.train, indices, "training", settings, job.fabric.device)
+    with job.rank.autocast():
+        return activations(job.model, job.splits.train, indices, "training", settings, job.rank.device)
 
 
 def _tokens(samples: list[Sample], indices: Iterable[int]) -> int:

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from litgpt import atomic, checkpoint
-from litgpt.activations.cache import ActivationCache, Activations, activations, shared
+from litgpt.activations.cache import ActivationCache, Activations, activations, is_cacheable, shared
 from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.convert.resolve import open_checkpoint
@@ -33,10 +33,10 @@ from litgpt.sample import Sample
 from litgpt.text import size as shown
 from litgpt.text import text_table
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, out_of_memory
-from litgpt.train.loop import Batches, Loop, samples_per_rank
+from litgpt.train.loop import Batches, Loop
 from litgpt.train.methods import CacheArgs, Method
 from litgpt.train.out_dir import RESUME, Checkpoints, OutDir, best_on_disk
-from litgpt.train.parallel import Rank, ends_together
+from litgpt.train.parallel import alone, ends_together
 from litgpt.train.phase import Phase
 from litgpt.train.prepare import Job, prepare
 from litgpt.train.rehearsal import rehearse
@@ -54,7 +54,8 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
     base = settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
     checkpoint.require_checkpoint(base)
     if settings.dry_run:
-        rehearse(settings, method, base)
+        if is_first:
+            rehearse(settings, method, base)
         return {}
     with Interrupts() as interrupts, OutDir(settings.out_dir, settings.resume, settings.overwrite, base, is_first) as out_dir:
         if out_dir.is_finished:
@@ -64,14 +65,15 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
         point = out_dir.resume_point(Console(is_first).say)
         saved = read(point) if point else None
         job = job_of() if job_of else prepare(settings, method, base, point, saved.date if saved else None)
-        job.say_what_is_trained()
-        session = Session(job, out_dir, interrupts, clock, saved)
-        with session.ended_well():
-            for phase in session.phases():
-                with phase.begun(session.state):
-                    if not (phase.is_out_of_patience(session.state) or phase.has_reached_target(session.state)):
-                        phase.loop.run(session.state, phase.on_step)
-            return session.finish()
+        with ends_together(job.rank):
+            job.say_what_is_trained()
+            session = Session(job, out_dir, interrupts, clock, saved)
+            with session.ended_well():
+                for phase in session.phases():
+                    with phase.begun(session.state):
+                        if not (phase.is_out_of_patience(session.state) or phase.has_reached_target(session.state)):
+                            phase.loop.run(session.state, phase.on_step)
+                return session.finish()
 
 
 def require_same_run(settings: Run, method: Method, base: Path) -> None:
@@ -80,13 +82,13 @@ def require_same_run(settings: Run, method: Method, base: Path) -> None:
     if not (final / IDENTITY).is_file():  # written by an earlier version
         return
     saved = Saved(final, read_json(final / IDENTITY))
-    job = prepare(settings, method, base, final, saved.date)
-    require_same(final, identity_of(job, Rank.of(job.fabric)), saved.facts)
+    job = prepare(settings, method, base, final, saved.date, alone(settings.precision))
+    require_same(final, identity_of(job), saved.facts)
 
 
-def identity_of(job: Job, rank: Rank) -> Identity:
+def identity_of(job: Job) -> Identity:
     """Return what a resumed run must have in common with this one."""
-    resolved = {"precision": job.precision, "processes": rank.size, "skip2lora_cache": job.method.cache.mode != "off"}
+    resolved = {"precision": job.precision, "skip2lora_cache": job.method.cache.mode != "off"}
     settings = {**compared_settings(job.settings.hyperparameters(), type(job.settings)), **resolved}
     return Identity.of(settings, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
 
@@ -115,12 +117,12 @@ class Session:
         """Raises UserError if `saved` belongs to another run. Nothing is written before that is clear."""
         self.job, self.settings, self.interrupts, self.saved = job, job.settings, interrupts, saved
         self.model, self.console = job.model, job.console
-        self.rank = Rank.of(job.fabric)
+        self.rank = job.rank
         self.hyperparameters = job.settings.hyperparameters()
         self.state, self.cached = State(clock=clock), dict[str, bool]()
         self.loop: Loop | None = None  # None while its activations are computed
         self.answers: dict[str, list[tuple[int, str]]] = {}  # question -> (step, answer), in the order of the steps
-        self.identity = identity = identity_of(job, self.rank)
+        self.identity = identity = identity_of(job)
         if saved is not None:
             self._resume(saved, identity, clock)
         resumed_at = self.state.step - (self.state.pending is not None) if saved else None
@@ -192,8 +194,7 @@ class Session:
         yield self._phase("training", settings.train, settings.eval, self.job.method.cache)
 
     def _batches(self, train: TrainArgs) -> Batches:
-        per_rank = samples_per_rank(train, self.rank.size)
-        return Batches(self.job.splits.train, per_rank, self.rank, self.settings.seed, train.group_by_length)
+        return Batches(self.job.splits.train, train.global_batch_size, self.rank, self.settings.seed, train.group_by_length)
 
     def _phase(self, title: str, train: TrainArgs, evaluation: EvalArgs, cache: CacheArgs, lr: float | None = None) -> Phase:
         """Return a phase that trains the parameters that are trainable now, its activations cached if they are needed more than once.
@@ -201,16 +202,18 @@ class Session:
         `lr`: the peak learning rate, if it is not the optimizer's own.
         """
         splits, rank, batches, size = self.job.splits, self.rank, self._batches(train), train.micro_batch_size
-        own_val = range(rank.index, len(splits.val), rank.size)
-        val_batches = [list(own_val[i : i + size]) for i in range(0, len(own_val), size)][: evaluation.max_iters]
+        mode = cache.mode_for(train, batches.per_epoch)
+        batches.by_owner = mode != "off" and is_cacheable(self.model)
+        own_val = range(len(splits.val))[: evaluation.max_iters * size][rank.index :: rank.size]
+        val_batches = [list(own_val[i : i + size]) for i in range(0, len(own_val), size)]
         optimizer = make_optimizer(self.settings.optimizer, [p for p in self.model.parameters() if p.requires_grad])
         for group in optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         self.loop = None
-        own = self._activations(splits.train, batches.owned(rank.index), "training", cache.mode_for(train, batches.per_epoch))
+        own = self._activations(splits.train, batches.owned(rank.index), "training", mode)
         val_indices = [i for batch in val_batches for i in batch]
         val = shared(own, splits.val, val_indices) or self._activations(splits.val, val_indices, "validation", cache.mode)
-        self.loop = Loop(self.model, optimizer, train, batches, own, rank, self.job.fabric.autocast, self.console.say)
+        self.loop = Loop(self.model, optimizer, train, batches, own, rank, self.job.rank.autocast, self.console.say)
         self.validation = (val, val_batches)
         self._restore(optimizer)
         return Phase(
@@ -221,7 +224,7 @@ class Session:
         if self.job.shared is not None:
             result: Activations = self.job.shared.view(name, self.model.config.taps)
         else:
-            with self.job.fabric.autocast():
+            with self.job.rank.autocast():
                 result = activations(self.model, samples, indices, name, self.job.cache_settings(mode), self.rank.device)
         self.cached[name] = isinstance(result, ActivationCache)
         return result
@@ -318,11 +321,11 @@ class Session:
     @contextmanager
     def ended_well(self) -> Iterator[None]:
         """Save the state if the block fails. The error that is raised names the checkpoint to resume."""
-        with ends_together(self.job.fabric, lambda: self._rescue("Stopped", together=False)):
+        with ends_together(self.rank, lambda: self._rescue("Stopped", together=False)):
             try:
                 yield
             except Stopped as stop:
-                raise Stopped(stop.signum, self._rescue(f"stopped after step {self.state.step}")) from None
+                raise Stopped(stop.signum, stop.message + self._rescue(f"stopped after step {self.state.step}")) from None
             except NonFiniteError as error:
                 if not self.state.consistent:
                     self.checkpoints.discard_unproven()

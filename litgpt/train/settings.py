@@ -23,9 +23,11 @@ class Run:
     precision: Optional[str] = setting(None, may_change=True)
     """Number format: bf16-true, 32-true, bf16-mixed, 16-true, 16-mixed. Default: bf16-true where the device computes it, else 32-true."""
     devices: Union[int, str] = setting(1, may_change=True)
-    """Number of devices to train on, or "auto"."""
+    """Number of devices of each machine to train on, or "auto". torchrun's or srun's processes are used as they are."""
     num_nodes: int = setting(1, may_change=True)
     """Number of machines to train on."""
+    timeout: float = setting(1800.0, may_change=True)
+    """Seconds that processes wait for each other before they end the run."""
     data: Optional[DataModule] = setting(None, may_change=True)
     """Training data, for example JSON, Alpaca2k or PythonDocs."""
     train: TrainArgs = setting(TrainArgs(micro_batch_size=1))

@@ -16,6 +16,7 @@ from litgpt.activations.shared import SharedActivations
 from litgpt.args import Grid, as_config, shallow
 from litgpt.checkpoint import require_checkpoint
 from litgpt.convert.resolve import open_checkpoint
+from litgpt.device import seed_everything
 from litgpt.errors import Stopped, UserError
 from litgpt.files import read_json
 from litgpt.logs import Console
@@ -221,15 +222,15 @@ def _fill(job: Job, validated: int) -> SharedActivations:
     """Return the activations of all training samples and the first `validated` of the others."""
     samples = {"training": job.splits.train, "validation": job.splits.val}
     counts = {"training": len(job.splits.train), "validation": validated}
-    with job.fabric.autocast():
-        return SharedActivations.fill(job.model, samples, counts, job.cache_settings(job.method.cache.mode), job.fabric.device)
+    with job.rank.autocast():
+        return SharedActivations.fill(job.model, samples, counts, job.cache_settings(job.method.cache.mode), job.rank.device)
 
 
 def _adapted(job: Job, candidate: Candidate) -> Job:
     """Return the job that `prepare` would give for the trial: its adapters, drawn with its seed, on the shared model."""
-    job.fabric.seed_everything(candidate.settings.seed, verbose=False)
+    seed_everything(candidate.settings.seed)
     candidate.method.rebuild(job.model, job.base)
-    job.model.to(job.fabric.device)
+    job.model.to(job.rank.device)
     if candidate.chosen is not None:
         keep_taps(job.model, candidate.chosen)
     return replace(job, settings=candidate.settings, method=candidate.method, console=_Quiet(), chosen=candidate.chosen, answers=False)
@@ -239,7 +240,7 @@ def _introduce(job: Job, table: Table, waiting: int) -> None:
     """Say what is trained on what."""
     config, say = job.model.config, job.console.say
     taps = f", blocks {ranges(config.taps)} tapped" if config.taps else ""
-    say(f"{config.name}, {job.precision} on {job.fabric.device}; the layers before {_layer(config)} run once{taps}")
+    say(f"{config.name}, {job.precision} on {job.rank.device}; the layers before {_layer(config)} run once{taps}")
     say(f"{len(table.trials)} settings" + (f", {waiting} of them to be trained" if waiting < len(table.trials) else ""))
     for trial in table.of(FAILED):
         say(f"{trial.name} cannot be trained: {trial.reason}")
@@ -253,7 +254,7 @@ def _identity(job: Job, settings: Run, varying: list[str]) -> Identity:
 
 def _facts(job: Job, candidates: list[Candidate], settings: Run, identity: Identity) -> dict[str, Any]:
     """Return what sweep.json says of all trials, and the blocks that were chosen for those with `auto`."""
-    facts = {"settings": as_config(shallow(settings)), "identity": identity.facts(), "environment": environment(job.fabric.device)}
+    facts = {"settings": as_config(shallow(settings)), "identity": identity.facts(), "environment": environment(job.rank.device)}
     if chosen := {candidate.trial.name: candidate.chosen for candidate in candidates if candidate.chosen is not None}:
         facts["chosen"] = chosen
     if job.shared is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -16,8 +17,11 @@ def faulty(loop: Any, state: Any, *args: Any) -> Any:
             raise MemoryError
         if FAULT == "bug":
             raise KeyError("a bug")
-        if FAULT == "killed":
-            os.kill(os.getpid(), 9)
+        if FAULT == "loss":
+            loop.loss = lambda activations, indices: loss(loop, activations, indices) * float("nan")
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP):
+            if number.name == FAULT:
+                os.kill(os.getpid(), number)
     if FAULT == "slow":
         time.sleep(0.2)
     return step(loop, state, *args)
@@ -27,6 +31,6 @@ if __name__ == "__main__":
     from litgpt.__main__ import main
     from litgpt.train.loop import Loop
 
-    step = Loop.step
+    step, loss = Loop.step, Loop.loss
     Loop.step = faulty  # type: ignore[method-assign]
     sys.exit(main(sys.argv[3:]))

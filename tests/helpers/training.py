@@ -144,7 +144,7 @@ def make_loop(
         model=model,
         optimizer=optimizer([p for p in model.parameters() if p.requires_grad]),
         train=arguments,
-        batches=Batches(samples, arguments.global_batch_size // rank.size, rank, seed),
+        batches=Batches(samples, arguments.global_batch_size, rank, seed),
         activations=source or Recompute(model, samples, CPU),
         rank=rank,
     )

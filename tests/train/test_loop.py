@@ -48,28 +48,35 @@ from tests.helpers.training import (
 # --- batches ---
 
 
-@pytest.mark.parametrize(("count", "per_rank", "size"), [(10, 4, 1), (12, 4, 1), (11, 2, 2), (3, 2, 2), (7, 1, 3), (2, 4, 3)])
-def test_an_epoch_shows_every_sample_once_to_one_process(count: int, per_rank: int, size: int) -> None:
+@pytest.mark.parametrize("by_owner", [False, True])
+@pytest.mark.parametrize(("count", "batch", "size"), [(10, 4, 1), (12, 4, 1), (11, 4, 2), (3, 4, 2), (7, 3, 3), (2, 12, 3), (40, 8, 4)])
+def test_an_epoch_shows_every_sample_once_and_any_number_of_processes_the_same_batches(
+    count: int, batch: int, size: int, by_owner: bool
+) -> None:
     samples = make_samples(count)
-    ranks = [Batches(samples, per_rank, Rank(rank, size), seed=3) for rank in range(size)]
+    ranks = [Batches(samples, batch, Rank(rank, size), seed=3, by_owner=by_owner) for rank in range(size)]
     for epoch in range(3):
         steps = [list(batches.epoch(epoch)) for batches in ranks]
-        assert sorted(i for one in steps for rows, _, _ in one for i in rows) == list(range(count))
-        assert {len(one) for one in steps} == {ranks[0].per_epoch}
-        for at_once in zip(*steps, strict=True):
-            everyone = [i for rows, _, _ in at_once for i in rows]
-            assert {loss_tokens for _, loss_tokens, _ in at_once} == {sum(samples[i].n_targets for i in everyone)}
-            assert {tokens for _, _, tokens in at_once} == {sum(samples[i].n_inputs for i in everyone)}
-            assert 1 <= len(everyone) <= per_rank * size
+        alone = [set(rows) for rows, *_ in Batches(samples, batch, ALONE, seed=3).epoch(epoch)]
+        assert sorted(i for rows in alone for i in rows) == list(range(count))
+        assert {len(one) for one in steps} == {ranks[0].per_epoch} == {len(alone)}
+        for at_once, rows_alone in zip(zip(*steps, strict=True), alone, strict=True):
+            everyone = [i for rows, *_ in at_once for i in rows]
+            assert set(everyone) == rows_alone and len(everyone) == len(rows_alone) <= batch
+            assert {loss_tokens for _, loss_tokens, *_ in at_once} == {sum(samples[i].n_targets for i in everyone)}
+            assert {tokens for _, _, tokens, _ in at_once} == {sum(samples[i].n_inputs for i in everyone)}
+            sizes = [len(rows) for rows, *_ in at_once]
+            assert {most for *_, most in at_once} == {max(sizes)}
+            assert by_owner or max(sizes) - min(sizes) <= 1
         for rank, one in enumerate(steps):
-            assert {i for rows, _, _ in one for i in rows} == set(ranks[0].owned(rank))
+            assert {i for rows, *_ in one for i in rows} <= set(ranks[0].owned(rank))
 
 
 def test_the_order_depends_on_epoch_and_seed_alone() -> None:
     samples = make_samples(16)
 
     def order(seed: int, epoch: int) -> list[int]:
-        return [i for rows, _, _ in Batches(samples, 4, ALONE, seed).epoch(epoch) for i in rows]
+        return [i for rows, *_ in Batches(samples, 4, ALONE, seed).epoch(epoch) for i in rows]
 
     torch.manual_seed(0)
     first = order(1, 0)
@@ -85,7 +92,7 @@ def test_batches_of_like_length_hold_every_sample_once_in_a_random_order(count: 
     def spread(by_length: bool, epoch: int) -> tuple[list[int], float]:
         order, widths = [], []
         for rank in range(size):
-            for rows, _, _ in Batches(samples, per_rank, Rank(rank, size), 3, by_length).epoch(epoch):
+            for rows, *_ in Batches(samples, per_rank * size, Rank(rank, size), 3, by_length).epoch(epoch):
                 order += rows
                 lengths = [len(samples[i].input_ids) for i in rows]
                 widths += [max(lengths) - min(lengths)] if len(rows) == per_rank else []
@@ -127,7 +134,7 @@ def test_accumulation_equals_one_large_batch_done_by_hand(method: str, micro: in
     adamw = partial(torch.optim.AdamW, lr=RATE, eps=1e-4)  # the usual 1e-8 makes full steps of rounding errors
     loop = make_loop(model, samples, optimizer=adamw, global_batch_size=8, micro_batch_size=micro)
     gradients = record_gradients(loop)
-    batches = [rows for rows, _, _ in loop.batches.epoch(0)]
+    batches = [rows for rows, *_ in loop.batches.epoch(0)]
     assert [len(rows) for rows in batches] == [8, 8, 4]
     first = by_hand(other, samples, batches[0])
     assert_close(gradients_of(first, other), by_name(model, run(loop, gradients)[0]), **CLOSE)
@@ -339,7 +346,7 @@ def test_the_first_limit_ends_the_run(limits: dict[str, Any], steps: int) -> Non
 @pytest.mark.parametrize("epochs", [1, None])
 def test_max_tokens_ends_the_run_with_the_step_that_reaches_it(epochs: int | None) -> None:
     samples = make_samples(14)
-    sizes = [tokens for epoch in range(4) for _, _, tokens in Batches(samples, 4, ALONE, 1).epoch(epoch)]
+    sizes = [tokens for epoch in range(4) for _, _, tokens, _ in Batches(samples, 4, ALONE, 1).epoch(epoch)]
     for limit in (1, sizes[0], sizes[0] + 1, sum(sizes[:3])):
         state = make_loop(make_model(), samples, epochs=epochs, max_tokens=limit).run()
         assert state.tokens == sum(sizes[: state.step])

@@ -60,7 +60,7 @@ def test_several_processes_train_like_one_on_their_common_batches(method: str, m
     ranks = in_processes(size, work)
     assert not [result for result in ranks if isinstance(result, BaseException)]
     at_once = [zip(*(rank[1].epoch(epoch) for rank in ranks), strict=True) for epoch in range(2)]
-    batches = [[i for rows, _, _ in parts for i in rows] for steps in at_once for parts in steps]
+    batches = [[i for rows, *_ in parts for i in rows] for steps in at_once for parts in steps]
     other = make_model(method)
     optimizer = plain_steps(list(trained(other).values()))
     step = optimizer.step

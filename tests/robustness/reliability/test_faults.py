@@ -240,7 +240,7 @@ def third_batch(bench: Bench) -> list[int]:
     samples = (
         JSON(json_path=bench.data, val_split_fraction=0.1).splits(tokenizer, resolve_prompt_style(None, bench.base, tokenizer), 256).train
     )
-    return [indices for indices, _, _ in Batches(samples, 6, Rank(), 1337).epoch(0)][2]
+    return [indices for indices, *_ in Batches(samples, 6, Rank(), 1337).epoch(0)][2]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

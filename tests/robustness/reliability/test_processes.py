@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,14 @@ import pytest
 from tests.helpers.jobs import ROOT, SKIP, Bench, Ended, assert_same, assert_sound, curve, environ, litgpt
 
 DISK: dict[str, Any] = {**SKIP, "skip2lora_cache": "disk", "train.save_interval": 1}
+FAULTS = {
+    "memory": "^Error: rank {}: out of memory after step 2",
+    "bug": "^Error: rank {}: KeyError: 'a bug'",
+    "loss": "^Error: step 3: the loss is nan on rank {} in a batch",
+    "SIGKILL": "^Error: rank {}: process [0-9]+ (was ended by SIGKILL|ended before its time)",
+    "SIGTERM": "^SIGTERM: rank {} stopped after step 3",
+    "SIGSTOP": r"^Error: rank {}: process [0-9]+ is stopped, and the others waited 10 s for it \(--timeout\)",
+}
 FAULTY = str(Path(__file__).parents[2] / "helpers" / "faulty.py")
 
 
@@ -81,10 +90,15 @@ def two(bench: Bench, out_dir: Path, **settings: Any) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "rank"), [("memory", 0), ("memory", 1), ("bug", 0), ("bug", 1), ("killed", 1)])
-def test_a_fault_in_one_of_two_processes_ends_both(fault: str, rank: int, bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["devices", "torchrun"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("fault", "message"), FAULTS.items())
+def test_a_fault_in_one_of_two_processes_ends_both_with_one_message(
+    fault: str, message: str, rank: int, launcher: str, bench: Bench, tmp_path: Path
+) -> None:
     """The other does not wait for it in vain: neither process is there half a minute later."""
-    process = start([fault, str(rank), *two(bench, tmp_path / "out")], FAULTY)
+    words = [fault, str(rank), *two(bench, tmp_path / "out", timeout=10, devices=2 if launcher == "devices" else 1)]
+    process = start(["--nproc_per_node=2", FAULTY, *words], "-mtorch.distributed.run") if launcher == "torchrun" else start(words, FAULTY)
     family, began = {process.pid}, time.monotonic()
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -93,9 +107,9 @@ def test_a_fault_in_one_of_two_processes_ends_both(fault: str, rank: int, bench:
         time.sleep(0.1)
     ended = end(process)
     assert ended.status != 0 and len(family) > 1, ended.err
-    if fault == "memory":
-        assert "Error: out of memory after step 2" in ended.err
-        assert f"Stopped: {tmp_path / 'out/step-000002'} is complete" in ended.err
+    ours = [line for line in ended.err.splitlines() if "is complete, the same command with --resume true continues from it" in line]
+    assert len(ours) == 1 and re.search(message.format(rank), ours[0]), ended.err
+    assert f"{tmp_path / 'out'}/step-00000{3 if fault == 'SIGTERM' else 2} is complete" in ours[0]
     ended_at = time.monotonic()
     while any(is_alive(pid) for pid in family):
         assert time.monotonic() - ended_at < 30

@@ -1,0 +1,266 @@
+"""The processes of a run: started by torchrun, by SLURM's srun or by this program, on one machine or several, and joined to one group."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import astuple, dataclass, replace
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from litgpt.device import default_device
+from litgpt.errors import UserError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torchrun; the fields of `Place`
+POLL_SECONDS = 0.2
+START_SECONDS = 300.0  # in which all processes must have started
+NOTICE_SECONDS = 10.0  # after which a process that has not noticed the end of another gets SIGTERM
+END_SECONDS = 30.0  # after which it is ended, whatever it does
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a process among those of a run."""
+
+    index: int
+    size: int
+    local_index: int
+    local_size: int
+    """processes on this machine"""
+    address: str
+    """of the machine of the first process"""
+    port: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Place | None:
+        """Return the place that a launcher's variables tell; None if this process was started alone."""
+        if all(name in environment for name in VARIABLES):
+            index, size, local_index, own_size, host, port = (environment[name] for name in VARIABLES)
+            return cls(int(index), int(size), int(local_index), int(own_size), host, int(port))
+        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+        if tasks == 1:
+            return None
+        nodes = environment["SLURM_STEP_NODELIST"]  # such as node[07-09,12]
+        first = re.match(r"([^\[,]+)(?:\[([0-9]+))?", nodes)
+        address = environment.get("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else nodes)
+        port_of_job = int(environment.get("MASTER_PORT", 12000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
+        local_size = tasks // int(environment.get("SLURM_STEP_NUM_NODES", 1))
+        return cls(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), local_size, address, port_of_job)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment that tells a process its place, as torchrun's."""
+        return dict(zip(VARIABLES, map(str, astuple(self)), strict=True))
+
+
+def place_of(devices: int | str, num_nodes: int) -> Place | None:
+    """Return the place of this process in a run on so many devices of each machine; None for a run of one process."""
+    place = Place.of(os.environ)
+    if num_nodes < 1:
+        raise UserError(f"num_nodes is {num_nodes}: at least 1 is needed")
+    if place is not None:
+        asked = {str(devices), str(num_nodes * int(devices)) if str(devices).isdecimal() else "auto"}
+        if not asked & {"1", "auto", str(place.local_size), str(place.size)}:
+            raise UserError(f"devices is {devices}, but {place.local_size} processes were started on this machine: leave devices out")
+        return place if place.size > 1 else None
+    count = _count(devices)
+    if count * num_nodes == 1:
+        return None
+    if num_nodes == 1:
+        return Place(0, count, 0, count, "127.0.0.1", 0)
+    try:
+        node, address, port = (os.environ[name] for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"))
+        return Place(int(node) * count, count * num_nodes, 0, count, address, int(port))
+    except (KeyError, ValueError):
+        raise UserError(
+            f"num_nodes is {num_nodes}: start the command on each machine with torchrun (--nnodes {num_nodes} --nproc_per_node {count}) "
+            "or srun; or set NODE_RANK (0, 1, ...), and MASTER_ADDR and MASTER_PORT of the first machine"
+        ) from None
+
+
+def _count(devices: int | str) -> int:
+    """Return the number of devices that the setting asks for. Raises UserError if this machine does not have them."""
+    device = default_device()
+    here = torch.cuda.device_count() if device.type == "cuda" else 1
+    if devices == "auto":
+        return here
+    count = int(devices) if re.fullmatch(r"[0-9]{1,6}", str(devices)) else 0
+    most = {"cuda": here, "cpu": 10**6}.get(device.type, 1)
+    if not 1 <= count <= most:
+        has = f'it has {most} of type {device.type}. Give a number up to that, or "auto"' if count else 'give a number from 1, or "auto"'
+        raise UserError(f"devices {devices!r} do not fit this machine: {has}")
+    return count
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A process of the run."""
+
+    host: str
+    pid: int
+
+    @property
+    def state(self) -> str:
+        """ "gone", "stopped" or "alive", as far as it can be seen from this machine."""
+        if self.host != socket.gethostname():
+            return "alive"
+        try:
+            status = psutil.Process(self.pid).status()
+        except psutil.NoSuchProcess:
+            return "gone"
+        return {psutil.STATUS_ZOMBIE: "gone", psutil.STATUS_DEAD: "gone", psutil.STATUS_STOPPED: "stopped"}.get(status, "alive")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of a process before its time."""
+
+    index: int
+    code: int
+    """its exit code"""
+    message: str
+
+
+class Group:
+    """The processes of a run, joined: those started here, and how each learns why another ended."""
+
+    current: Group | None = None  # torch allows one
+
+    def __init__(self, place: Place, timeout: float) -> None:
+        self.place, self.timeout, self.ended = place, timeout, False
+        self.children, self.peers = list[subprocess.Popen[bytes]](), list[Peer]()
+        self.device = default_device()
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", place.local_index)
+            torch.cuda.set_device(self.device)
+        launched = Place.of(os.environ) is not None
+        if place.local_size == place.size and sys.platform == "linux" and not launched:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name may have no address
+        is_host = place.index == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        limit = timedelta(seconds=timeout)
+        start_limit = max(limit, timedelta(seconds=START_SECONDS))
+        try:
+            store = TCPStore(place.address, place.port, None, is_host, start_limit, wait_for_workers=False)
+            if not launched:
+                self._launch(replace(place, port=store.port))
+            self.store = PrefixStore(f"litgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self.store.set(f"peer/{place.index}", f"{os.getpid()} {socket.gethostname()}")
+            facts = (self.store.get(f"peer/{k}").decode().split(" ", 1) for k in range(place.size))
+            self.peers = [Peer(host, int(pid)) for pid, host in facts]
+            is_cuda = self.device.type == "cuda"
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+                store=self.store,
+                rank=place.index,
+                world_size=place.size,
+                timeout=limit,
+                device_id=self.device if is_cuda else None,
+            )
+        except dist.DistError as error:
+            self.end_children()
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the {place.size} processes of the run did not find each other at {place.address}: {reason}") from None
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
+        atexit.register(self._close)
+        self._parent = None if place.local_index == 0 or os.environ.get("TORCHELASTIC_RUN_ID") else os.getppid()
+        threading.Thread(target=self._watch, daemon=True).start()
+        Group.current = self
+
+    def _launch(self, first: Place) -> None:
+        """Start the other processes of this machine with the same command."""
+        main = sys.modules["__main__"]
+        spec = getattr(main, "__spec__", None)
+        command = [sys.executable, *(["-m", spec.name] if spec else [os.path.abspath(sys.argv[0])]), *sys.argv[1:]]
+        for local in range(1, first.local_size):
+            place = replace(first, index=first.index + local, local_index=local)
+            environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **place.variables}  # no stack of C++ when the first process ends
+            self.children.append(subprocess.Popen(command, env=environment))
+
+    def _close(self) -> None:
+        """Wait for the processes that this one has started."""
+        if not self.ended:
+            with suppress(subprocess.TimeoutExpired):
+                for child in self.children:
+                    child.wait(END_SECONDS)
+        self.end_children()
+
+    def end_children(self) -> None:
+        """Kill the processes that this one has started, and those of the run on this machine that are stopped."""
+        for child in self.children:
+            child.kill()
+        for peer in self.peers:
+            if peer.state == "stopped":
+                os.kill(peer.pid, signal.SIGKILL)
+
+    def _watch(self) -> None:
+        """End this process, which may be busy, after another of this machine has ended: first by SIGTERM, then at once."""
+        while not (self._parent not in (None, os.getppid()) or any(child.poll() for child in self.children)):
+            time.sleep(POLL_SECONDS)
+        time.sleep(NOTICE_SECONDS)
+        if self.ended:
+            return
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(END_SECONDS)
+        self.end_children()
+        os._exit(1)
+
+    def fail(self, code: int, message: str) -> None:
+        """Let the others know why this process ends."""
+        with suppress(dist.DistError, RuntimeError):
+            self.store.set(f"failed/{self.place.index}", json.dumps([code, message]))
+
+    def failure_of(self, index: int) -> Failure | None:
+        """Return what a process said before it ended."""
+        with suppress(dist.DistError, RuntimeError):
+            if self.store.check([f"failed/{index}"]):
+                return Failure(index, *json.loads(self.store.get(f"failed/{index}")))
+        return None
+
+    def failures(self, seconds: float, count: int = 1) -> list[Failure]:
+        """Return the failures of other processes, up to `count`, waiting for them at most so long."""
+        until = time.monotonic() + seconds
+        others = [k for k in range(self.place.size) if k != self.place.index]
+        while True:
+            known = [failure for k in others if (failure := self.failure_of(k) or self._seen(k))]
+            if len(known) >= count or time.monotonic() > until:
+                return known
+            time.sleep(POLL_SECONDS)
+
+    def _seen(self, index: int) -> Failure | None:
+        """Return what can be seen of a process of this machine that ended without a word, or that is stopped."""
+        peer = self.peers[index]
+        if peer.state == "alive":
+            return None
+        if peer.state == "stopped":
+            return Failure(index, 1, f"process {peer.pid} is stopped, and the others waited {self.timeout:g} s for it (--timeout)")
+        number = next((-(child.poll() or 0) for child in self.children if child.pid == peer.pid), 0)
+        how = f"was ended by {signal.Signals(number).name}" if number > 0 else "ended before its time"
+        return Failure(index, 1, f"process {peer.pid} {how}")
+
+    @property
+    def speaker(self) -> int:
+        """The process that reports an error: the first that is alive."""
+        return next(k for k, peer in enumerate(self.peers) if k == self.place.index or peer.state == "alive")
+
+    def leave(self) -> None:
+        """Leave the group, so that those who wait for this process notice it, and wait for the first process to report the error."""
+        if self.device.type == "cpu":
+            dist.destroy_process_group()
+        until = time.monotonic() + END_SECONDS
+        while self.speaker != self.place.index and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)

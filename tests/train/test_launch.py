@@ -1,0 +1,112 @@
+"""The place of a process: by torchrun's, SLURM's and a user's variables, and what does not fit the machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from litgpt.errors import UserError
+from litgpt.train.launch import VARIABLES, Peer, Place, place_of
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_JOB_ID": "30001",
+    "SLURM_STEP_NODELIST": "gpu-node[07-08,12]",
+}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*VARIABLES, *SLURM, "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_torchruns_variables_are_the_place_and_come_back_as_they_are() -> None:
+    place = Place.of(TORCHRUN)
+    assert place == Place(5, 8, 1, 4, "10.0.0.1", 29500) and place.variables == TORCHRUN
+
+
+@pytest.mark.parametrize(
+    ("nodes", "address"),
+    [
+        ("gpu-node[07-08,12]", "gpu-node07"),
+        ("a1,b2", "a1"),
+        ("single", "single"),
+        ("n[1,3]-ib", "n1"),
+        ("rack2-node[003]", "rack2-node003"),
+    ],
+)
+def test_sruns_variables(nodes: str, address: str) -> None:
+    assert Place.of({**SLURM, "SLURM_STEP_NODELIST": nodes}) == Place(5, 8, 1, 4, address, 22001)
+    assert Place.of({**SLURM, "MASTER_ADDR": "here", "MASTER_PORT": "1234"}) == Place(5, 8, 1, 4, "here", 1234)
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_process_that_no_launcher_started_is_alone(environment: dict[str, str]) -> None:
+    assert Place.of(environment) is None
+
+
+def test_the_settings_say_how_many_processes_there_are_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place_of(1, 1) is None and place_of("auto", 1) is None
+    assert place_of("3", 1) == Place(0, 3, 0, 3, "127.0.0.1", 0)
+    with pytest.raises(UserError, match="num_nodes is 2: start the command on each machine with torchrun .* or set NODE_RANK"):
+        place_of(4, 2)
+    for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert place_of(4, 2) == Place(4, 8, 0, 4, "10.0.0.1", 29500)
+
+
+def test_a_launchers_processes_are_used_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    for devices, nodes in ((1, 1), ("auto", 1), (4, 2), (8, 1)):
+        assert place_of(devices, nodes) == Place.of(TORCHRUN)
+    with pytest.raises(UserError, match="devices is 3, but 4 processes were started on this machine: leave devices out"):
+        place_of(3, 1)
+
+
+@pytest.mark.parametrize(("devices", "nodes", "message"), [(1, 0, "num_nodes is 0"), (0, 1, "devices 0"), (-3, 1, "devices -3")])
+def test_numbers_below_one_are_refused(devices: int, nodes: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        place_of(devices, nodes)
+
+
+@pytest.mark.parametrize("devices", ["many", "", "1.5", [0, 5], "3,"])
+def test_devices_are_a_number_or_auto(devices: Any) -> None:
+    with pytest.raises(UserError, match=r'devices .* do not fit this machine: give a number from 1, or "auto"'):
+        place_of(devices, 1)
+
+
+def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="devices 7 do not fit this machine: it has 2 of type cuda"):
+        place_of(7, 1)
+    assert place_of("auto", 1) == Place(0, 2, 0, 2, "127.0.0.1", 0)
+
+
+def test_what_can_be_seen_of_a_process() -> None:
+    assert Peer("elsewhere", 1).state == "alive" == Peer(socket.gethostname(), os.getpid()).state
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    peer = Peer(socket.gethostname(), process.pid)
+    assert peer.state == "alive"
+    process.kill()
+    process.wait()
+    assert peer.state == "gone"
