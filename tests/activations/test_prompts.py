@@ -88,8 +88,10 @@ def cached(model: Any, chosen: list[Sample], folder: Path = Path("unused"), mode
     return cache
 
 
-@pytest.mark.parametrize("stem", [0, 9])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "stem"),
+    [(case, 9) for case in CASES] + [pytest.param(case, 0, marks=[] if case == "all blocks" else pytest.mark.slow) for case in CASES],
+)
 def test_replies_alone_are_full_passes(case: str, stem: int) -> None:
     model, chosen = model_of(case), samples(stem)
     loss = reference(model, chosen)

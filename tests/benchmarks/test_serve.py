@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from benchmarks.serve import ADAPTERS, adapter_costs, load, start_litgpt
 from tests.helpers import tiny
 
 
+@pytest.mark.slow
 def test_figures(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, block_size=512)
     peer = start_litgpt(base)

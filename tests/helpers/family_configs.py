@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -121,6 +122,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2", {"tie_word_embeddings": True}),
 }
+# Each way in which a family differs is in one of these; the others run among the slow tests where a test is not about the families.
+QUICK = (
+    "llama 3.1",
+    "mistral",
+    "mixtral",
+    "gpt_neox",
+    "falcon",
+    "stablelm parallel",
+    "phi3 longrope",
+    "gemma2",
+    "gemma3",
+    "qwen3",
+    "olmo2",
+    "gpt2",
+)
+QUICK_FIRST = [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 
 
 def hf_config(family: str, **changes: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -98,6 +99,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "granite": ("granite", {}, "granite", False),
     "gpt2": ("gpt2", {"max_position_embeddings": 1024}, "gpt2", True),
 }
+_FIRST = {architecture: case for case, (*_, architecture, _) in reversed(CASES.items())}.values()
+QUICK_FIRST = [
+    case if case in _FIRST else pytest.param(case, marks=pytest.mark.slow) for case in CASES
+]  # one of each architecture is quick
 
 
 def llama(seed: int = 5, **changes: Any) -> transformers.PreTrainedModel:

@@ -42,7 +42,9 @@ def in_processes(size: int, work: Callable[[Rank], Any]) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize(("size", "count"), [(2, 15), (3, 7), (3, 2)])
+@pytest.mark.parametrize(
+    ("size", "count"), [pytest.param(2, 15, marks=pytest.mark.slow), (3, 7), pytest.param(3, 2, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("method", "max_norm"), [("lm_head", None), ("block", 0.5), ("full", None)])
 def test_several_processes_train_like_one_on_their_common_batches(method: str, max_norm: float | None, size: int, count: int) -> None:
     samples, val = make_samples(count), make_samples(5, seed=9)

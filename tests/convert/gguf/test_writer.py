@@ -27,7 +27,7 @@ from litgpt.tokenizer import Tokenizer
 from tests.helpers import gguf_files
 
 
-@pytest.mark.parametrize("case", gguf_files.CASES)
+@pytest.mark.parametrize("case", gguf_files.QUICK_FIRST)
 @torch.inference_mode()
 def test_there_and_back_and_into_transformers(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], case: str) -> None:
     family, changes, architecture, known = gguf_files.CASES[case]

@@ -44,7 +44,7 @@ MORE_MOMENTS: list[Moment] = [
 ]
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=str)
+@pytest.mark.parametrize("moment", [MOMENTS[0], *(pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS[1:])], ids=str)
 def test_the_step_is_finished_and_saved_and_the_run_goes_on_from_there(
     moment: Moment, bench: Bench, driver: Driver, reference: Any, tmp_path: Path
 ) -> None:
