@@ -46,7 +46,7 @@ def examine(
         mask_prompt: Learn answers only, not questions. Conversations are always learned on the assistant's turns only.
         record: Number of the record to show.
     """
-    data = JSON(json_path=Path(file), mask_prompt=mask_prompt)
+    data = JSON(json_path=Path(file), mask_prompt=mask_prompt, prompt_style=prompt_style)
     train, val = data.records()
     if not 1 <= record <= len(train):
         raise UserError(f"record is {record}: {data.source} has records 1 to {len(train)}")
@@ -65,9 +65,8 @@ def examine(
         show_record(train[record - 1], style, tokenizer, mask_prompt)
     from litgpt.train.recipe import Look, advice
 
-    print(
-        f"\nlitgpt finetune {checkpoint_dir or 'MODEL'} --data {data.source}, without other options:\n{advice(data, Look.at(train, val))}"
-    )
+    settings = advice(data, Look.at(train, val), checkpoint_dir)
+    print(f"\nlitgpt finetune {checkpoint_dir or 'MODEL'} --data {data.source}, without other options:\n{settings}")
 
 
 def _open(folder: Path, name: Optional[str], length: Optional[int]) -> "tuple[Tokenizer, PromptStyle, int]":

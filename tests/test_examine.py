@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from litgpt.__main__ import main
+from litgpt.config import Config
 from litgpt.examine import histogram, normalised
 from litgpt.prompts import STYLES
 from tests.helpers import tiny
@@ -178,3 +180,15 @@ def test_a_models_own_template(base: Path, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert f"{base}: the model's own chat template." in out
     assert "<|im_start|>user\nAnd of Italy?<|im_end|>\n<|im_start|>assistant\n⟦Rome.<|im_end|>⟧" in out
+
+
+def test_the_advice_is_for_the_model_and_its_style(base: Path, look: Any) -> None:
+    rows = [pair("Who?", "Me"), pair("Where?", "Here")]
+    out = look(rows, "--checkpoint_dir", base, "--prompt_style", "chatml")
+    assert re.search(r"^ *alora_enabled +true ", out, re.MULTILINE) and re.search(
+        r"^ *lora_query \.\.\. lora_mlp +true ", out, re.MULTILINE
+    )
+    blocks = math.ceil(Config.from_checkpoint(base).n_layer / 4)
+    assert re.search(rf"^ *lora_block_indices +last:{blocks} ", out, re.MULTILINE)
+    for words in (["--prompt_style", "default"], ["--prompt_style", "chatml", "--mask_prompt", "false"]):  # where does a reply begin?
+        assert "alora_enabled" not in look(rows, "--checkpoint_dir", base, *words)

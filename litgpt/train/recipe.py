@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
         return given  # the run will say so
     module.prepare_data()
     look = Look.at(*module.records())
-    quarter, marks = f"last:{math.ceil(Config.from_checkpoint(base).n_layer / 4)}", _marks_replies(base, module, given)
-    chosen = [choice for choice in choices(look, module, given, quarter, marks) if _put(given, choice.key, choice.value)]
+    chosen = [choice for choice in choices(look, module, given, base) if _put(given, choice.key, choice.value)]
     console = Console(process_rank() == 0)
     console.say(f"{module.source}: {look}. Settings that you did not give:")
     console.say(_table(chosen))
@@ -155,17 +155,27 @@ def _marks_replies(base: Path, data: DataModule, given: dict[str, Any]) -> bool:
     return bool(is_masked and reply_header(resolve_prompt_style(data.prompt_style, base, Tokenizer(base))).strip())
 
 
-def advice(data: DataModule, look: Look) -> str:
-    """Return what the data are taken as, and the settings that would be chosen for them."""
-    return f"{look}\n{_table(choices(look, data, {'data': {}}))}"
+def advice(data: DataModule, look: Look, base: Path | None) -> str:
+    """Return what the data are taken as, and the settings that would be chosen for them, and for the checkpoint if it is known."""
+    given: dict[str, Any] = {"data": {"init_args": {} if data.mask_prompt else {"mask_prompt": False}}}
+    base = None if base is None else open_checkpoint(base)
+    return f"{look}\n{_table([choice for choice in choices(look, data, given, base) if _put(given, choice.key, choice.value)])}"
 
 
 def _table(chosen: list[Chosen]) -> str:
-    return text_table([(choice.key, _shown(choice.value), choice.reason) for choice in chosen], left=(0, 1, 2))
+    rows = []
+    for (_, _, reason), group in groupby(chosen, key=lambda choice: (choice.key[:5] == "lora_", choice.value, choice.reason)):
+        same = list(group)
+        keys = [choice.key for choice in same]
+        rows.append((f"{keys[0]} ... {keys[-1]}" if len(keys) > 1 else keys[0], _shown(same[0].value), reason))
+    return text_table(rows, left=(0, 1, 2))
 
 
-def choices(look: Look, data: DataModule, given: dict[str, Any], quarter: str = QUARTER, marks_replies: bool = True) -> list[Chosen]:
-    """Return the settings that suit the data, for a command with the settings `given`. `quarter`: the model's last blocks."""
+def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | None = None) -> list[Chosen]:
+    """Return the settings that suit the data, for a command with the settings `given` and a checkpoint; None: for a usual one."""
+    quarter, marks_replies = QUARTER, True
+    if base is not None:
+        quarter, marks_replies = f"last:{math.ceil(Config.from_checkpoint(base).n_layer / 4)}", _marks_replies(base, data, given)
     name = Path(data.source).name.partition(".")[0] or "data"
     rows = [Chosen("out_dir", Path("out/finetune") / name, "named after the data")]
     if look.is_pair:
