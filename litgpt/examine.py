@@ -94,6 +94,7 @@ def kinds(records: Sequence[Record]) -> list[str]:
         lines.append(f"  {_count(len(turns), 'conversation')} of {span} {'reply' if turns[-1] == 1 else 'replies'}")
     for text, count in (
         ("with a system text", sum(one.messages[0]["role"] == "system" for one in records)),
+        ("with a rejected answer beside", sum(one.rejected is not None for one in records)),
         ("with tools", sum(one.tools is not None for one in records)),
         ("with a reply that is read, not learned", sum(not learned for one in records for learned in one.learned[-1:])),
         ("with an empty answer: dropped", sum(not _has_answer(one) for one in records)),
@@ -180,7 +181,7 @@ def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[s
 
     spread = range(0, len(records), -(-len(records) // SPREAD))
     longest = sorted(range(len(records)), key=lambda i: -_characters(records[i]))[:LONGEST]
-    samples = {i: sample for i in {*spread, *longest} for _, sample in encoder.encode_all([(i + 1, records[i])])}
+    samples = {i: sample for i in {*spread, *longest} for _, (sample,) in encoder.encode_all([(i + 1, records[i])])}
     lengths = {i: len(sample.input_ids) for i, sample in samples.items()}
     if not lengths:
         raise UserError(

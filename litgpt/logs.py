@@ -36,11 +36,20 @@ def peak_memory_gb(device: torch.device) -> float:
 class MetricLoggers:
     """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is another one.
 
-    A run that is resumed after step `resumed_at` continues these files; their rows of later steps are dropped.
+    A run that is resumed after step `resumed_at` continues these files; their rows of later steps are dropped. `columns`: those besides
+    `COLUMNS`.
     """
 
-    def __init__(self, out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any], resumed_at: int | None = None) -> None:
-        self.csv = out_dir / METRICS
+    def __init__(
+        self,
+        out_dir: Path,
+        name: str,
+        log: LogArgs,
+        hyperparameters: dict[str, Any],
+        resumed_at: int | None = None,
+        columns: tuple[str, ...] = (),
+    ) -> None:
+        self.csv, self.columns = out_dir / METRICS, (*COLUMNS, *columns)
         purge: dict[str, Any] = {} if resumed_at is None else {"purge_step": resumed_at + 1}
         self.loggers: list[Any] = [_Events(self.csv.parent, **purge)]
         if name not in ("csv", "tensorboard"):
@@ -50,10 +59,10 @@ class MetricLoggers:
             write_text(self.csv, rows_until(self.csv.read_text(encoding="utf-8", errors="replace"), resumed_at))
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a row of `COLUMNS` to the file at once; metrics that were not measured at this step stay empty."""
+        """Write a row to the file at once; metrics that were not measured at this step stay empty."""
         self.csv.parent.mkdir(parents=True, exist_ok=True)
         with open(self.csv, "a", newline="", encoding="utf-8", opener=open_regular) as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             if not file.tell():
                 writer.writeheader()
             writer.writerow(metrics)
@@ -99,10 +108,11 @@ class _Events:
 def rows_until(text: str, step: int) -> str:
     """Return the header of a metrics file and its complete rows up to a step."""
     header, *rows = text.splitlines(keepends=True) or [""]
+    width = header.count(",")
 
     def is_kept(row: str) -> bool:
         first, *rest = row.split(",")
-        return row.endswith("\n") and len(rest) == len(COLUMNS) - 1 and first.isdigit() and int(first) <= step
+        return row.endswith("\n") and len(rest) == width and first.isdigit() and int(first) <= step
 
     return "".join((header, *filter(is_kept, rows)))
 

@@ -37,15 +37,24 @@ def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.
 
     In training the routers' auxiliary loss is added with the same weights.
     """
-    hidden = model.tail(features.x, features.taps, features.pos)
-    if features.at is not None:
-        hidden = hidden[features.at]  # (n, d)
+    hidden = _hidden(model, features)
     weights = None if weights is None else weights.to(hidden.device)
     loss = head_loss(hidden, features.targets, weights)
     auxiliary = model.auxiliary_loss()
     if auxiliary is None:
         return loss
     return loss + (len(features.targets) if weights is None else weights.sum()) * auxiliary
+
+
+def losses_of(model: GPT, features: Features, head_loss: HeadLoss) -> torch.Tensor:
+    """Return the losses at the batch's loss positions, (n,) fp32, without the routers' auxiliary loss."""
+    return head_loss.each(_hidden(model, features), features.targets)
+
+
+def _hidden(model: GPT, features: Features) -> torch.Tensor:
+    """Return the head's input at the loss positions, (n, d)."""
+    hidden = model.tail(features.x, features.taps, features.pos)
+    return hidden if features.at is None else hidden[features.at]
 
 
 def chunked_cross_entropy(
@@ -86,24 +95,33 @@ class HeadLoss:
 
     def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Return a scalar, fp32 (fp64 for fp64 input): a sum, to be divided by the number of tokens or the sum of the weights."""
+        return self._losses(hidden, targets, weights, is_sum=True)
+
+    def each(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the terms of the sum, (N,)."""
+        return self._losses(hidden, targets, None, is_sum=False)
+
+    def _losses(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, is_sum: bool) -> torch.Tensor:
         head = self.head
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
             device = hidden.device.type
             if torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
-                return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, weights, self)
-            return _FrozenHead.apply(hidden, head.weight, head.bias, targets, weights, self)
+                return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, weights, self, is_sum)
+            return _FrozenHead.apply(hidden, head.weight, head.bias, targets, weights, self, is_sum)
         width: Any = head.out_features
         rows = max(1, CHUNK_BYTES // (width * hidden.element_size()))
         each = targets.new_ones(len(targets)) if weights is None else weights
         parts = zip(hidden.split(rows), targets.split(rows), each.split(rows), strict=True)
         losses = [checkpoint(self._chunk, *part, use_reentrant=False) for part in parts]
-        return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
+        if not losses:
+            return hidden.sum() * 0.0 if is_sum else hidden.sum(-1) * 0.0
+        return torch.stack([part.sum() for part in losses]).sum() if is_sum else torch.cat(losses)
 
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = finish_logits(self.head(hidden), self.divisor, self.cap)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none") * weights).sum()
+        return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none") * weights
 
     def buffer(self, rows: int, like: torch.Tensor, width: int) -> torch.Tensor:
         """Return room for logits (rows, V), allocated once: fresh pages would cost as much as the matrix product that fills them."""
@@ -116,7 +134,7 @@ class HeadLoss:
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, weights: Any, owner: HeadLoss
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, weights: Any, owner: HeadLoss, is_sum: bool
     ) -> torch.Tensor:
         N, V = hidden.size(0), weight.size(0)
         rows = max(1, min(N, CHUNK_BYTES // (V * hidden.element_size())))
@@ -126,7 +144,7 @@ class _FrozenHead(torch.autograd.Function):
             counted = targets != IGNORED
             weights = counted.to(torch.float32) if weights is None else torch.where(counted, weights, 0)
             targets = torch.where(counted, targets, 0)
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        total = torch.zeros(() if is_sum else (N,), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         buffer = owner.buffer(rows, hidden, V)
         for start in range(0, N, rows):
             here = slice(start, min(start + rows, N))
@@ -135,7 +153,11 @@ class _FrozenHead(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             each = None if weights is None else weights[here, None]
-            total += cross_entropy_(logits, targets[here], total.dtype, wanted, owner.divisor, owner.cap, each)
+            losses = cross_entropy_(logits, targets[here], total.dtype, wanted, owner.divisor, owner.cap, each)
+            if is_sum:
+                total += losses.sum()
+            else:
+                total[here] = losses
             if wanted:
                 torch.mm(logits, weight, out=gradient[here])  # (C, d)
         ctx.save_for_backward(gradient)
@@ -144,7 +166,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None, None
+        return gradient * grad.to(gradient.dtype).expand(len(gradient))[:, None], None, None, None, None, None, None
 
 
 def cross_entropy_(
@@ -156,7 +178,7 @@ def cross_entropy_(
     cap: float | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sum of -w log softmax(y)[target] in the `wide` dtype, for z = `logits` (C, V) and weights (C, 1), 1 unless given.
+    """Return -w log softmax(y)[target], (C,) in the `wide` dtype, for z = `logits` (C, V) and weights (C, 1), 1 unless given.
 
     With `gradient` the gradient for z replaces z: w (softmax(y) - onehot(target)) dy/dz, where dy/dz = (1 - (y / c)^2) / s.
 
@@ -185,4 +207,4 @@ def cross_entropy_(
             p.mul_(weights[start : start + rows])
         if not in_place:
             part.copy_(p if divisor == 1 else p.div_(divisor))
-    return (losses if weights is None else losses * weights).sum()
+    return (losses if weights is None else losses * weights)[:, 0]

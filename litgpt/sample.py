@@ -11,6 +11,8 @@ class Sample:
     input_ids: "array[int]"  # array('i') of T ids
     loss_mask: bytearray  # T bytes: 1 for a target that carries loss, never the first token, which nothing predicts
     weights: "array[float] | None" = None  # array('f') of T weights in the loss, 0 where the mask is 0; None: 1 for each target
+    reference: "array[float] | None" = None  # array('f') of the targets' losses under the reference model
+    label: bool = True  # False: the answer is a bad one
 
     @property
     def n_inputs(self) -> int:

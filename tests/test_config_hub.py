@@ -21,6 +21,7 @@ FILES = sorted(ROOT.rglob("[!_]*.yaml"))
 SHARED = sorted(ROOT.rglob("_base.yaml"))  # what the presets of a model share
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
 PRESETS = ("alora", "lora", "skip2lora", "skip2lora_tail", "skip2lora_warmup")
+OBJECTIVES = ("dpo",)
 LLAMA_2 = ("lora", "lora_baseline", "skip2lora", "skip2lora_4blocks", "skip2lora_6blocks", "skip2lora_warmup")
 MODELS = ("llama-3.2-1B", "pythia-160m", "smollm2-135m", "tiny-llama")
 
@@ -46,7 +47,8 @@ SHAPES = {
 
 def test_the_files_that_are_promised_are_there() -> None:
     llama = [f"llama-2-7b/{name}.yaml" for name in LLAMA_2]
-    assert sorted(llama + [f"{model}/{preset}.yaml" for model in MODELS for preset in PRESETS]) == NAMES
+    own = [f"smollm2-135m/{objective}.yaml" for objective in OBJECTIVES]
+    assert sorted(llama + own + [f"{model}/{preset}.yaml" for model in MODELS for preset in PRESETS]) == NAMES
     assert [file.parent.name for file in SHARED] == sorted({file.parent.name for file in FILES})
 
 
@@ -99,7 +101,7 @@ def test_trainable_parameters(file: Path) -> None:
     blocks, d, kv, mlp_layers, inner = SHAPES[model]
     every_layer = 8 * ((d + d) + 2 * (d + kv) + (d + d) + mlp_layers * (d + inner))
     arguments = parse("litgpt finetune", load("finetune"), [str(file)])
-    if preset in ("lora", "alora"):
+    if preset in ("lora", "alora", *OBJECTIVES):
         expected = blocks * every_layer
     elif preset == "lora_baseline":
         expected = blocks * 8 * ((d + d) + (d + kv))

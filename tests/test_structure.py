@@ -20,7 +20,7 @@ LAYERS = """
 errors
 text files atomic sample streams
 values
-args adapters.settings
+args adapters.settings objectives.settings
 families
 config
 rope packing model
@@ -34,6 +34,7 @@ memory
 templates prompts
 checkpoint
 data
+objectives
 convert
 generate.engine generate.sampling
 train

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -34,6 +34,15 @@ class Splits:
     val: list[Sample]
     report: str
     examples: list[Record]
+
+
+Unit = tuple[int, list[Record]]  # the number of a record in its file, and conversations that are trained together
+Units = Callable[[Sequence[tuple[int, Record]]], list[Unit]]
+
+
+def alone(records: Sequence[tuple[int, Record]]) -> list[Unit]:
+    """Return a unit of each record."""
+    return [(number, [record]) for number, record in records]
 
 
 class Rendered(NamedTuple):
@@ -104,8 +113,12 @@ class DataModule(ABC):
         """Return remarks about the last call of `records`, for the report."""
         return []
 
-    def splits(self, tokenizer: "Tokenizer", prompt_style: "PromptStyle", max_seq_length: int | None = None) -> Splits:
-        """Tokenise all records. Samples longer than `max_seq_length` are cut at the end; those without loss tokens are dropped.
+    def splits(
+        self, tokenizer: "Tokenizer", prompt_style: "PromptStyle", max_seq_length: int | None = None, units: Units = alone
+    ) -> Splits:
+        """Tokenise all records. Samples longer than `max_seq_length` are cut at the end; units with one without loss tokens are dropped.
+
+        `units`: which conversations belong together (`litgpt.objectives.base`); their samples follow each other.
 
         Raises UserError if a split has no sample, or a record does not fit the prompt style.
         """
@@ -125,15 +138,15 @@ class DataModule(ABC):
         else:
             numbered_val = list(enumerate(val, 1))
         encoder = Encoder(tokenizer, prompt_style, self.mask_prompt, self.last_turn_only, max_seq_length, self.source)
-        encoded = [encoder.encode_all(part) for part in (numbered, numbered_val)]
+        encoded = [encoder.encode_all(part, units) for part in (numbered, numbered_val)]
         for name, samples, part in zip(("training", "validation"), encoded, (numbered, numbered_val), strict=True):
             if not samples:
                 raise UserError(self._nothing_left(name, len(part), encoder))
         if self.strict and encoder.ignored:
             raise UserError(f"{self.source}: {', '.join(encoder.remarks())}. Remove these keys, or leave data.strict out")
         return Splits(
-            [sample for _, sample in encoded[0]],
-            [sample for _, sample in encoded[1]],
+            [sample for _, unit in encoded[0] for sample in unit],
+            [sample for _, unit in encoded[1] for sample in unit],
             _report(encoded, encoder, notes, repeats=val is None and self.val_split_fraction == 0),
             [record for record, _ in encoded[1]],
         )
@@ -189,17 +202,22 @@ class Encoder:
     def __post_init__(self) -> None:
         self.stops = {ids[0] for ids in self.style.stop_tokens(self.tokenizer) if len(ids) == 1}
 
-    def encode_all(self, records: Sequence[tuple[int, Any]]) -> list[tuple[Record, Sample]]:
+    def encode_all(self, records: Sequence[tuple[int, Any]], units: Units = alone) -> list[tuple[Record, list[Sample]]]:
+        """Return the first conversation of each unit, and the unit's samples."""
+        read = [(n, entry if isinstance(entry, Record) else self._at(n, read_record, entry)) for n, entry in records]
         encoded = []
-        for number, entry in records:
-            try:
-                record = entry if isinstance(entry, Record) else read_record(entry)
-                sample = self.encode(record)
-            except UserError as error:
-                raise UserError(f"{self.source}, record {number}: {error}") from None
-            if sample:
-                encoded.append((record, sample))
+        for number, conversations in units(read):
+            samples = [sample for record in conversations if (sample := self._at(number, self.encode, record))]
+            if len(samples) == len(conversations):
+                encoded.append((conversations[0], samples))
         return encoded
+
+    def _at(self, number: int, work: Callable[[Any], Any], value: Any) -> Any:
+        """Return `work(value)`; a UserError names the record."""
+        try:
+            return work(value)
+        except UserError as error:
+            raise UserError(f"{self.source}, record {number}: {error}") from None
 
     def encode(self, record: Record) -> Sample | None:
         unwritten = unwritten_keys(record, self.style)
@@ -215,7 +233,7 @@ class Encoder:
         text, spans = render(record, self.style, self.tokenizer, learned)
         ids, offsets = self.tokenizer.ids_with_offsets(text)
         values = [record.learned[i] for i in learned]
-        if self.mask_prompt or not record.pair:
+        if self.mask_prompt or not record.pair or record.label is not None:
             weights = loss_weights(offsets, spans, values)
         else:
             weights = array("f", values * len(ids))
@@ -235,7 +253,7 @@ class Encoder:
             self.dropped[CUT_AWAY] += 1
             return None
         self.cut += too_long
-        return Sample(array("i", ids), mask, None if set(values) == {1} else weights)
+        return Sample(array("i", ids), mask, None if set(values) == {1} else weights, label=record.label is not False)
 
     def remarks(self) -> list[str]:
         """Return a remark for each reason to ignore keys, with the number of records that have them."""
@@ -352,10 +370,10 @@ def loss_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, 
     return weights
 
 
-def _report(encoded: Sequence[Sequence[tuple[Record, Sample]]], encoder: Encoder, notes: list[str], repeats: bool) -> str:
+def _report(encoded: Sequence[Sequence[tuple[Record, list[Sample]]]], encoder: Encoder, notes: list[str], repeats: bool) -> str:
     from litgpt.prompts import misfit
 
-    lengths = [len(sample.input_ids) for part in encoded for _, sample in part]
+    lengths = [len(sample.input_ids) for part in encoded for _, unit in part for sample in unit]
     parts = [
         f"{len(encoded[0]):,} train samples, {len(encoded[1]):,} of them validated again"
         if repeats

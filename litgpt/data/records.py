@@ -4,6 +4,7 @@
 {"prompt", "completion" or "response"}, {"question", "answer"}          each a text, or both lists of messages
 {"messages": [{"role", "content", "weight" or "train", "tool_calls", "reasoning_content", ...}], "system", "tools"}
 {"conversations": [{"from", "value", ...}], "system", "tools"}
+{"prompt", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" it is what the two lists begin with
 
 Each may have a "weight" as a whole, and each turn of the assistant its own: a factor of the losses of its tokens, 1 unless given.
 """
@@ -43,6 +44,10 @@ class Record:
     """one question and its answer: without `mask_prompt` the question is learned as well, with the same weight"""
     input: str = ""
     """of a pair: text that follows the question, for which some prompt styles have a place"""
+    rejected: "Record | None" = None
+    """the same prompt with an answer that is worse than this one's"""
+    label: bool | None = None
+    """whether the answer is a good one, if the record says so"""
     unread: tuple[str, ...] = ()
     """keys that mean nothing here"""
 
@@ -61,6 +66,8 @@ def read_record(entry: Any) -> Record:
     """Return an entry of a data file as a conversation. Raise UserError if it has no known form, or a value of the wrong kind."""
     if not isinstance(entry, dict):
         raise UserError(f"{kind_of(entry)}, an object with keys is needed")
+    if entry.get("chosen") is not None and entry.get("rejected") is not None:
+        return _read_preference(entry)
     pair = next((pair for pair in PAIRS if all(key in entry for key in pair)), None)
     form = next((key for key in CONVERSATIONS if entry.get(key) is not None or (pair is None and key in entry)), None)
     if form is not None:
@@ -82,7 +89,33 @@ def read_record(entry: Any) -> Record:
         record.learned = [weight * each for each in record.learned]
     unread = [key for key, value in entry.items() if value is not None and key not in (*used, "system", "tools", "weight")]
     record.unread += tuple(unread)
+    if isinstance(entry.get("label"), bool):
+        record.label = entry["label"]
     return record
+
+
+def _read_preference(entry: dict[str, Any]) -> Record:
+    """Return the chosen conversation, which has the rejected one."""
+    answers = [entry["chosen"], entry["rejected"]]
+    shared = {key: value for key, value in entry.items() if key not in ("chosen", "rejected", "label", *CONVERSATIONS)}
+    are_lists = all(isinstance(answer, list) for answer in answers)
+    if shared.get("prompt") is None or (are_lists and isinstance(shared["prompt"], str)):
+        if not are_lists:
+            raise UserError("it has 'chosen' and 'rejected' but no 'prompt': add it, or let both be lists of messages that begin with it")
+        same = [one == other for one, other in zip(*answers, strict=False)]
+        length = min(same.index(False) if False in same else len(same), *(len(answer) - 1 for answer in answers))
+        if length < 1:
+            raise UserError("'chosen' and 'rejected' begin with different messages: the prompt must be the same")
+        shared["prompt"], answers = answers[0][:length], [answer[length:] for answer in answers]
+    kinds = {isinstance(part, list) for part in (shared["prompt"], *answers)}
+    if len(kinds) > 1:
+        raise UserError("'prompt', 'chosen' and 'rejected' must all be texts, or all lists of messages")
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not answer:
+            raise UserError(f"{name!r} is empty: an answer is needed")
+    chosen, rejected = (read_record({**shared, "completion": answer}) for answer in answers)
+    chosen.rejected, chosen.label, rejected.label = rejected, True, False
+    return chosen
 
 
 def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str], Record]:

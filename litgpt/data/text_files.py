@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from litgpt.data.base import UNSET_SHARE, DataModule, Splits
+from litgpt.data.base import UNSET_SHARE, DataModule, Splits, Units, alone
 from litgpt.data.downloads import HUB, download_from_hub
 from litgpt.data.records import Record
 from litgpt.data.sources import import_library
@@ -43,7 +43,9 @@ class Text(DataModule):
             f"{type(self).__name__} holds running text, no questions and answers: use `litgpt pretrain`, finetune_lora or finetune_full"
         )
 
-    def splits(self, tokenizer: "Tokenizer", prompt_style: "PromptStyle", max_seq_length: int | None = None) -> Splits:
+    def splits(
+        self, tokenizer: "Tokenizer", prompt_style: "PromptStyle", max_seq_length: int | None = None, units: Units = alone
+    ) -> Splits:
         """Tokenise all texts. Raises UserError if they do not fill a block of `max_seq_length` + 1 tokens."""
         assert max_seq_length is not None
         train_texts, val_texts = self.texts()

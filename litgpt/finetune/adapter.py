@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from litgpt.args import Quantization, setting
 from litgpt.errors import UserError
+from litgpt.objectives.settings import ObjectiveSettings
 from litgpt.train.settings import Run
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Adapter(Run):
+class Adapter(ObjectiveSettings, Run):
     """Fine-tune a model with LLaMA-Adapter: learned prompts that blocks attend to."""
 
     out_dir: Path = setting(Path("out/finetune/adapter"), may_change=True)
@@ -26,7 +27,8 @@ class Adapter(Run):
     """The first block with a prompt."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Run.__post_init__(self)
+        ObjectiveSettings.__post_init__(self)
         if self.train.tie_embeddings is not None:
             raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
 

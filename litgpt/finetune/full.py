@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.args import EvalArgs, setting
+from litgpt.objectives.settings import ObjectiveSettings
 from litgpt.train.settings import Run
 
 if TYPE_CHECKING:
@@ -12,13 +13,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Full(Run):
+class Full(ObjectiveSettings, Run):
     """Fine-tune all weights of a model."""
 
     out_dir: Path = setting(Path("out/finetune/full"), may_change=True)
     """Folder for checkpoints and logs."""
     eval: EvalArgs = setting(EvalArgs(max_new_tokens=100))
     """When and on how much to validate."""
+
+    def __post_init__(self) -> None:
+        Run.__post_init__(self)
+        ObjectiveSettings.__post_init__(self)
 
     def method(self) -> "Method":
         from litgpt.train.methods import full

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 from litgpt.adapters.settings import AdapterSettings, WarmupSettings
 from litgpt.args import Quantization, setting
 from litgpt.errors import UserError
+from litgpt.objectives.settings import ObjectiveSettings
 from litgpt.train.settings import Run
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Lora(WarmupSettings, AdapterSettings, Run):  # fields come in the order Run, AdapterSettings, WarmupSettings
+class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields come in the order from Run to WarmupSettings
     """Fine-tune a model with LoRA or Skip2-LoRA."""
 
     out_dir: Path = setting(Path("out/finetune/lora"), may_change=True)
@@ -41,6 +42,7 @@ class Lora(WarmupSettings, AdapterSettings, Run):  # fields come in the order Ru
 
     def __post_init__(self) -> None:
         Run.__post_init__(self)
+        ObjectiveSettings.__post_init__(self)
         if self.skip2lora_cache_dir is not None:
             self.skip2lora_cache_dir = Path(self.skip2lora_cache_dir)
         AdapterSettings.__post_init__(self)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ from litgpt.args import TrainArgs
 from litgpt.errors import NonFiniteError, UserError
 from litgpt.logs import peak_memory_gb
 from litgpt.lora import GPT
-from litgpt.loss import HeadLoss, loss_of
+from litgpt.loss import HeadLoss
+from litgpt.objectives.base import Objective, View
 from litgpt.optim import learning_rate
-from litgpt.packing import loss_weights
 from litgpt.sample import Sample
 from litgpt.train.parallel import Rank
 from litgpt.train.resume import PhaseStart, State, random_states
@@ -60,10 +60,13 @@ class Batches:
     by_length: bool = False
     """group samples of similar length"""
     by_owner: bool = False
+    group: int = 1
+    """samples that stay together, a unit (`litgpt.objectives.base`); `size` is a multiple"""
 
     def owned(self, rank: int) -> list[int]:
         """Return the samples that a rank takes with `by_owner`; all of them without."""
-        return list(range(rank, len(self.samples), self.rank.size)) if self.by_owner else list(range(len(self.samples)))
+        units = len(self.samples) // self.group
+        return samples_of(range(rank, units, self.rank.size) if self.by_owner else range(units), self.group)
 
     @property
     def per_epoch(self) -> int:
@@ -83,26 +86,36 @@ class Batches:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-        order: list[int] = torch.randperm(len(self.samples), generator=generator).tolist()
+        order: list[int] = torch.randperm(len(self.samples) // self.group, generator=generator).tolist()
         if self.by_length:
             order = self._grouped(order, generator)
-        ranks = self.rank.size
-        for start in range(0, len(order), self.size):
-            everyone = order[start : start + self.size]
-            parts = [[i for i in everyone if i % ranks == k] if self.by_owner else everyone[k::ranks] for k in range(ranks)]
+        ranks, size = self.rank.size, self.size // self.group
+        for start in range(0, len(order), size):
+            units = order[start : start + size]
+            parts = [[unit for unit in units if unit % ranks == k] if self.by_owner else units[k::ranks] for k in range(ranks)]
+            everyone = samples_of(units, self.group)
             weight = sum(self.samples[i].weight for i in everyone)
             tokens = sum(self.samples[i].n_inputs for i in everyone)
-            yield Batch(parts[self.rank.index], weight, tokens, max(map(len, parts)))
+            own = samples_of(parts[self.rank.index], self.group)
+            yield Batch(own, weight, tokens, self.group * max(map(len, parts)))
 
     def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
-        """Return the order sorted by length within `SORTED_BATCHES` batches, these batches shuffled; an incomplete batch stays last."""
-        size = self.size
+        """Return units sorted by length within `SORTED_BATCHES` batches, these batches shuffled; an incomplete batch stays last."""
+        size = self.size // self.group
         complete = len(order) // size * size
         batches = []
         for start in range(0, complete, SORTED_BATCHES * size):
-            part = sorted(order[start : min(start + SORTED_BATCHES * size, complete)], key=lambda i: len(self.samples[i].input_ids))
+            part = sorted(order[start : min(start + SORTED_BATCHES * size, complete)], key=self._length)
             batches += [part[k : k + size] for k in range(0, len(part), size)]
         return [i for k in torch.randperm(len(batches), generator=generator) for i in batches[k]] + order[complete:]
+
+    def _length(self, unit: int) -> int:
+        return max(len(self.samples[i].input_ids) for i in samples_of((unit,), self.group))
+
+
+def samples_of(units: Iterable[int], group: int) -> list[int]:
+    """Return the indices of the samples of units of `group` samples."""
+    return [group * unit + k for unit in units for k in range(group)]
 
 
 def require_divisible(train: TrainArgs, processes: int) -> None:
@@ -125,11 +138,14 @@ class Loop:
     batches: Batches
     activations: Activations
     rank: Rank
+    objective: Objective = field(default_factory=Objective)
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     say: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.head_loss = HeadLoss.of(self.model)
+        self.micro_batch = self.train.micro_batch_size * self.objective.group
+        self.measured: dict[str, float] = {}  # the last validation's figures besides the loss
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.highest_sound = DIVERGED * math.log(self.model.config.V)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -153,7 +169,7 @@ class Loop:
             over = on_step(state, metrics, over) or over
 
     def step(self, state: State, batch: Batch) -> dict[str, float]:
-        """Take one optimizer step and return its metrics: the mean loss per token of the global batch, learning rate, time, memory.
+        """Take one optimizer step and return its metrics: the mean loss of the global batch, learning rate, time, memory.
 
         Each micro-batch's sum of losses is divided by the weight of the whole global batch, so accumulation, and several processes,
         give the gradient of one large batch. A step with a non-finite loss or gradient is not taken.
@@ -163,9 +179,9 @@ class Loop:
         state.random = random_states(self.rank.device)
         self.model.train()
         total = torch.zeros((), device=self.rank.device)
-        for first in range(0, len(batch.indices), self.train.micro_batch_size):
-            micro_batch = batch.indices[first : first + self.train.micro_batch_size]
-            loss = self.loss(self.activations, micro_batch) / batch.weight
+        divisor = self._begin(batch)
+        for first in range(0, len(batch.indices), self.micro_batch):
+            loss = self.loss(self.activations, batch.indices[first : first + self.micro_batch]) / divisor
             loss.backward()
             total += loss.detach()
         mean = self.rank.sum(total).item()
@@ -188,21 +204,42 @@ class Loop:
         }
 
     def loss(self, activations: Activations, indices: Sequence[int]) -> torch.Tensor:
-        """Return the sum of the weighted losses at the loss positions of these samples (`litgpt.loss.loss_of`)."""
+        """Return the sum of the objective's losses of these samples."""
         with self.autocast():
-            return loss_of(self.model, activations(indices), self.head_loss, loss_weights([activations.samples[i] for i in indices]))
+            return self.objective.loss(self.view(activations), indices)
+
+    def view(self, activations: Activations) -> View:
+        """Return what the objective sees of the model and its samples."""
+        return View(self.model, activations, self.head_loss, self.micro_batch)
+
+    def _begin(self, batch: Batch) -> float:
+        """Return the weight of the global batch."""
+        view = self.view(self.activations)
+        with self.autocast():
+            self.objective.begin(view, batch.indices, self.rank)
+        if self.objective.is_token_mean:
+            return batch.weight
+        own = torch.tensor(self.objective.weight(view, batch.indices), device=self.rank.device)
+        return self.rank.sum(own).item()
 
     @torch.no_grad()
     def validate(self, activations: Activations, batches: Sequence[list[int]], is_stopped: Callable[[], bool]) -> float:
-        """Return the mean loss per token over the batches of all processes; a partial mean if `is_stopped` becomes true."""
+        """Return the mean loss over the batches of all processes; a partial mean if `is_stopped` becomes true."""
         self.model.eval()
-        sums = torch.zeros(2, device=self.rank.device)
+        view, objective = self.view(activations), self.objective
+        with self.autocast():
+            objective.begin(view, [i for indices in batches for i in indices], self.rank)
+        sums = torch.zeros(2 + len(objective.tally), device=self.rank.device)
+        objective.tally.zero_()
         for indices in batches:
             if is_stopped():
                 break
             sums[0] += self.loss(activations, indices)
-            sums[1] += sum(activations.samples[i].weight for i in indices)
-        loss, count = self.rank.sum(sums).tolist()
+            sums[1] += objective.weight(view, indices)
+        sums[2:] = objective.tally
+        (loss, count), tally = self.rank.sum(sums).split([2, len(objective.tally)])
+        self.measured = objective.figures(tally)
+        loss, count = loss.item(), count.item()
         return loss / count if count else math.nan
 
     def is_over(self, state: State) -> bool:
@@ -245,7 +282,7 @@ class Loop:
             self.say(f"step {state.step + 1}: {wrong[0]} in a batch with samples {indices[:NAMED]}: the step is skipped")
             return False
         culprits = self._culprits(indices)
-        others = [i for i in self.batches.owned(self.rank.index) if i not in indices][:4]
+        others = [i for i in self.batches.owned(self.rank.index) if i not in indices][: 4 * self.objective.group]
         # Weights that give every sample a non-finite or huge loss diverged in an earlier step: they must not replace sound ones.
         spared = len(culprits) < len(indices) or len(self._culprits(others)) < max(1, len(others))
         is_huge = math.isfinite(values["loss"]) and not self.is_sound(state, values["loss"])
@@ -278,4 +315,6 @@ class Loop:
     def _culprits(self, indices: list[int]) -> list[int]:
         """Return the samples whose loss alone is not finite."""
         self.model.eval()
-        return [i for i in indices if not math.isfinite(self.loss(self.activations, [i]).item())]
+        group = self.objective.group
+        units = [list(indices[k : k + group]) for k in range(0, len(indices), group)]
+        return [i for unit in units if not math.isfinite(self.loss(self.activations, unit).item()) for i in unit]

@@ -18,6 +18,7 @@ from litgpt.train.loop import REMEDY, Loop
 from litgpt.train.out_dir import Checkpoints
 from litgpt.train.resume import PhaseStart, State
 
+SHOWN = {"val_ppl": "perplexity {:.2f}", "val_accuracy": "accuracy {:.1%}"}
 COURSES = 256  # a new sparkline, which reads all losses, after each 256th of the steps so far
 
 
@@ -102,8 +103,10 @@ class Phase:
         self.loop.require_finite(state)
         if state.add_loss(loss) and self.loop.train.keep_best:
             self.checkpoints.folder("best", {"step": state.step, "val_loss": loss})
-        result = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
-        self.console.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {result['val_ppl']:.2f}")
+        own = self.loop.measured or {"val_ppl": math.exp(min(loss, 700.0))}  # a perplexity is that of a mean over tokens
+        result = {"val_loss": loss, **own}
+        shown = [SHOWN[name].format(value) for name, value in own.items()]
+        self.console.say(f"step {state.step}: {', '.join([f'validation loss {loss:.4f}', *shown])}")
         self.answer()
         return result
 

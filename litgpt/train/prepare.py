@@ -16,10 +16,13 @@ from litgpt.checkpoint import chosen_taps, tokenizer_files
 from litgpt.config import Config
 from litgpt.data.base import Splits
 from litgpt.data.records import Record
+from litgpt.data.text_files import Text
 from litgpt.device import backbone_dtype, default_device, default_precision, seed_everything
 from litgpt.errors import UserError
 from litgpt.logs import Console
 from litgpt.lora import GPT, keep_taps
+from litgpt.objectives.base import Objective
+from litgpt.objectives.named import objective_of
 from litgpt.optim import make_optimizer
 from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prompt_style
 from litgpt.sample import Sample
@@ -61,6 +64,11 @@ class Job:
     """the date that the chat template sees; a resumed run keeps it"""
     answers: bool = True
     """show a sample answer at each validation, if `eval.max_new_tokens` asks for one"""
+
+    @property
+    def objective(self) -> Objective:
+        """What a step minimises; an object of its own for each loop."""
+        return objective_of(self.settings)
 
     @property
     def cache_folder(self) -> Path:
@@ -125,7 +133,9 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         style.now = date
     with rank.first_alone():
         settings.data.prepare_data()
-    splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)))
+    objective = objective_of(settings)
+    _require_fitting(settings, objective)
+    splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)), objective.units)
     console.say(f"data: {splits.report}")
     model = method.build(base, dtype)
     model.to(rank.device)
@@ -138,6 +148,15 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     model.activation_checkpointing = settings.train.activation_checkpointing
     examples, cache_dtype = _examples(settings, splits.examples), _cache_dtype(method.cache.dtype, dtype)
     return Job(settings, method, base, precision, rank, console, tokenizer, style, splits, model, examples, cache_dtype, date=date)
+
+
+def _require_fitting(settings: Run, objective: Objective) -> None:
+    """Raise UserError if the objective compares answers and the data or other settings cannot."""
+    name = getattr(settings, "objective", "")
+    if objective.group > 1 and isinstance(settings.data, Text):
+        raise UserError(f"objective {name} compares answers, and {type(settings.data).__name__} is running text: give data with answers")
+    if objective.group > 1 and settings.train.replay:
+        raise UserError(f"train.replay has answers without others to compare them with: leave it out with objective {name}")
 
 
 def _switch_on_replies(settings: Run, model: GPT, splits: Splits, style: PromptStyle, tokenizer: Tokenizer) -> str:

@@ -6,6 +6,7 @@ import heapq
 import shutil
 import sys
 import time
+from array import array
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import groupby, islice
@@ -99,12 +100,14 @@ def rehearsed(job: Job, train: TrainArgs) -> Loop:
     model, rank = job.model, Rank(device=job.rank.device)
     optimizer = make_optimizer(job.settings.optimizer, [p for p in model.parameters() if p.requires_grad])
     own = Recompute(model, job.splits.train, rank.device)
-    return Loop(model, optimizer, train, _batches(job, train), own, rank, job.rank.autocast, job.console.say)
+    for sample in job.splits.train if job.objective.has_reference else ():
+        sample.reference = array("f", bytes(4 * sample.n_targets))  # its values change no time
+    return Loop(model, optimizer, train, _batches(job, train), own, rank, job.objective, job.rank.autocast, job.console.say)
 
 
 def _batches(job: Job, train: TrainArgs) -> Batches:
-    rank = Rank(device=job.rank.device)
-    return Batches(job.splits.train, train.global_batch_size, rank, job.settings.seed, train.group_by_length)
+    rank, group = Rank(device=job.rank.device), job.objective.group
+    return Batches(job.splits.train, train.global_batch_size * group, rank, job.settings.seed, train.group_by_length, group=group)
 
 
 def _time(loop: Loop, batches: list[Batch]) -> tuple[float, list[Batch]]:
@@ -187,7 +190,7 @@ def _tokens(samples: list[Sample], indices: Iterable[int]) -> int:
 def _memory(job: Job) -> str:
     """Return `litgpt.memory`'s estimate for this job: in the warm-up, if there is one, LoRA reaches every block."""
     model: Any = job.model
-    config, samples, size = model.config, job.splits.train, job.settings.train.micro_batch_size
+    config, samples, size = model.config, job.splits.train, job.settings.train.micro_batch_size * job.objective.group
     stem = stem_length(model, samples)
     tokens = stem + sum(heapq.nlargest(size, (sample.n_inputs - stem for sample in samples)))
     loss_tokens = sum(heapq.nlargest(size, (sample.n_targets for sample in samples)))

@@ -46,14 +46,18 @@ def figures(state: State, steps_per_epoch: int, trainable: int, total: int, peak
 def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
     """Return the rows of the summary. `best`: the folder of the checkpoint with the lowest validation loss, if it was kept."""
 
+    accuracy = figures.get("val_accuracy")
+
     def loss(value: float | None) -> str:
-        return "not measured" if value is None else f"{value:.4f} (perplexity {math.exp(min(value, 700)):.2f})"
+        perplexity = "" if accuracy is not None or value is None else f" (perplexity {math.exp(min(value, 700)):.2f})"
+        return "not measured" if value is None else f"{value:.4f}{perplexity}"
 
     trained, total = figures["trainable_parameters"], figures["total_parameters"]
     rows = {
         "validation loss before": loss(figures["initial_val_loss"]),
         "validation loss after": loss(figures["final_val_loss"]),
         **({"merged into the base": loss(figures["merged_val_loss"])} if figures.get("merged_val_loss") is not None else {}),
+        **({"preferred answers found likelier": f"{accuracy:.1%} of the validation pairs"} if accuracy is not None else {}),
         "trainable parameters": f"{trained:,} of {total:,} ({100 * trained / total:.3f} %)",
         "steps": f"{figures['steps']:,} ({figures['epochs']:g} epochs)",
         "time": f"{figures['total_seconds']:.1f} s, {figures['train_seconds']:.1f} s of it in training steps",

@@ -198,6 +198,7 @@ def _samples_digest(samples: Sequence[Sample]) -> tuple[int, str]:
         digest.update(sample.input_ids)
         digest.update(sample.loss_mask)
         digest.update(sample.weights or b"")
+        digest.update(b"" if sample.label else b"bad")
     return len(samples), digest.hexdigest()
 
 

@@ -26,14 +26,17 @@ from litgpt.files import nearest, read_json
 from litgpt.generate.engine import generate
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
+from litgpt.loss import HeadLoss
+from litgpt.objectives.base import View
+from litgpt.objectives.reference import exchange, refer
 from litgpt.optim import make_optimizer
 from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
 from litgpt.sample import Sample
 from litgpt.text import size as shown
 from litgpt.text import text_table
-from litgpt.train.interrupts import Interrupts, is_out_of_memory, out_of_memory
-from litgpt.train.loop import Batches, Loop
+from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explained, out_of_memory
+from litgpt.train.loop import Batches, Loop, samples_of
 from litgpt.train.methods import CacheArgs, Method
 from litgpt.train.out_dir import RESUME, Checkpoints, OutDir, best_on_disk
 from litgpt.train.parallel import alone, ends_together
@@ -124,12 +127,20 @@ class Session:
         self.answers: dict[str, list[tuple[int, str]]] = {}  # question -> (step, answer), in the order of the steps
         self.identity = identity = identity_of(job)
         if saved is not None:
-            self._resume(saved, identity, clock)
+            require_same(saved.folder, identity, saved.facts["identity"])
+        self.objective = job.objective
+        self.sources: tuple[Batches, Activations, Activations, list[list[int]]] | None = None
+        if self.objective.has_reference:
+            with memory_explained(self.rank.device, "while the reference was computed"), ends_together(job.rank):
+                self._refer()
+        if saved is not None:
+            self._resume(saved, clock)
         resumed_at = self.state.step - (self.state.pending is not None) if saved else None
         path = self.settings.out_dir
         self.log = None
         if self.rank.is_first:
-            self.log = MetricLoggers(path, self.settings.logger_name, self.settings.log, self.hyperparameters, resumed_at)
+            columns = self.objective.columns
+            self.log = MetricLoggers(path, self.settings.logger_name, self.settings.log, self.hyperparameters, resumed_at, columns)
         self._require_space()
         out_dir.make(resumed=saved is not None)
         facts: dict[str, Any] = {"identity": identity.facts(), "date": job.date.isoformat(), "cached": self.cached}
@@ -138,8 +149,25 @@ class Session:
         self.checkpoints = Checkpoints(path, self._write, facts, self.settings.train.keep_last, self.rank, self.log, newest)
         self.checkpoints.unproven += [newest] if newest else []
 
-    def _resume(self, saved: Saved, identity: Identity, clock: Stopwatch) -> None:
-        require_same(saved.folder, identity, saved.facts["identity"])
+    def _refer(self) -> None:
+        """Give the samples their losses under the reference model, which is the model as it is now: nothing of it was trained yet."""
+        job, settings = self.job, self.settings
+        is_warm = job.method.warmup.has_warmup  # a warm-up changes what the frozen blocks compute
+        self.sources = self._sources(settings.train, settings.eval, CacheArgs("off") if is_warm else job.method.cache)
+        batches, own, val, val_batches = self.sources
+        facts = (checkpoint.weights_file(job.base).sha256, job.precision, str(job.method.quantize), str(job.cache_dtype))
+        share = samples_of(range(self.rank.index, len(job.splits.train) // batches.group, self.rank.size), batches.group)
+        cache, val_indices = job.cache_settings("disk"), [i for batch in val_batches for i in batch]
+        for name, source, indices in (("training", own, share), ("validation", val, val_indices)):
+            view = View(self.model, source, HeadLoss.of(self.model), settings.train.micro_batch_size * batches.group)
+            with self.rank.autocast():
+                refer(view, indices, facts, name, cache, self.rank.device)
+        if self.rank.size > 1 and not batches.by_owner:
+            exchange(job.splits.train, self.rank.sum, self.rank.device)
+        if is_warm:
+            self.sources = None
+
+    def _resume(self, saved: Saved, clock: Stopwatch) -> None:
         self.job.method.load(self.model, saved.folder)
         self.state = saved.state
         self.state.clock.began = clock.began
@@ -194,26 +222,35 @@ class Session:
         yield self._phase("training", settings.train, settings.eval, self.job.method.cache)
 
     def _batches(self, train: TrainArgs) -> Batches:
-        return Batches(self.job.splits.train, train.global_batch_size, self.rank, self.settings.seed, train.group_by_length)
+        size, group = train.global_batch_size * self.objective.group, self.objective.group
+        return Batches(self.job.splits.train, size, self.rank, self.settings.seed, train.group_by_length, group=group)
+
+    def _sources(
+        self, train: TrainArgs, evaluation: EvalArgs, cache: CacheArgs
+    ) -> tuple[Batches, Activations, Activations, list[list[int]]]:
+        """Return batches and activations for training, activations and batches for validation; cached if they are needed more than once."""
+        splits, rank, batches, group, size = self.job.splits, self.rank, self._batches(train), self.objective.group, train.micro_batch_size
+        mode = cache.mode_for(train, batches.per_epoch)
+        batches.by_owner = mode != "off" and is_cacheable(self.model)
+        own_val = range(len(splits.val) // group)[: evaluation.max_iters * size][rank.index :: rank.size]
+        val_batches = [samples_of(own_val[i : i + size], group) for i in range(0, len(own_val), size)]
+        own = self._activations(splits.train, batches.owned(rank.index), "training", mode)
+        val_indices = [i for batch in val_batches for i in batch]
+        val = shared(own, splits.val, val_indices) or self._activations(splits.val, val_indices, "validation", cache.mode)
+        return batches, own, val, val_batches
 
     def _phase(self, title: str, train: TrainArgs, evaluation: EvalArgs, cache: CacheArgs, lr: float | None = None) -> Phase:
-        """Return a phase that trains the parameters that are trainable now, its activations cached if they are needed more than once.
+        """Return a phase that trains the parameters that are trainable now.
 
         `lr`: the peak learning rate, if it is not the optimizer's own.
         """
-        splits, rank, batches, size = self.job.splits, self.rank, self._batches(train), train.micro_batch_size
-        mode = cache.mode_for(train, batches.per_epoch)
-        batches.by_owner = mode != "off" and is_cacheable(self.model)
-        own_val = range(len(splits.val))[: evaluation.max_iters * size][rank.index :: rank.size]
-        val_batches = [list(own_val[i : i + size]) for i in range(0, len(own_val), size)]
         optimizer = make_optimizer(self.settings.optimizer, [p for p in self.model.parameters() if p.requires_grad])
         for group in optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         self.loop = None
-        own = self._activations(splits.train, batches.owned(rank.index), "training", mode)
-        val_indices = [i for batch in val_batches for i in batch]
-        val = shared(own, splits.val, val_indices) or self._activations(splits.val, val_indices, "validation", cache.mode)
-        self.loop = Loop(self.model, optimizer, train, batches, own, rank, self.job.rank.autocast, self.console.say)
+        batches, own, val, val_batches = self.sources or self._sources(train, evaluation, cache)
+        job = self.job
+        self.loop = Loop(self.model, optimizer, train, batches, own, self.rank, self.objective, job.rank.autocast, self.console.say)
         self.validation = (val, val_batches)
         self._restore(optimizer)
         return Phase(
@@ -291,6 +328,7 @@ class Session:
             self.model.eval()
             trainable = sum(p.numel() for p in loop.trained)
             report = figures(state, loop.batches.per_epoch, trainable, count(self.model), peak_memory_gb(self.rank.device))
+            report |= loop.measured
 
             def finish(folder: Path) -> None:
                 state.consistent = False  # merging changes the weights

@@ -258,3 +258,46 @@ def test_prompt_style_that_does_not_fit_the_tokenizer(
     del settings["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert "'chatml' fits it" in report(prompts.Gemma(), Tokenizer(folder))
+
+
+CHOSEN, REJECTED = reply("good"), reply("bad")
+
+
+@pytest.mark.parametrize(
+    ("entry", "chosen", "rejected"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, [Q, CHOSEN], [Q, REJECTED]),
+        ({"prompt": "q", "chosen": "good", "rejected": "bad", "system": "s"}, [system("s"), Q, CHOSEN], [system("s"), Q, REJECTED]),
+        ({"prompt": [system("s"), Q], "chosen": [CHOSEN], "rejected": [REJECTED]}, [system("s"), Q, CHOSEN], [system("s"), Q, REJECTED]),
+        ({"chosen": [Q, CHOSEN], "rejected": [Q, REJECTED]}, [Q, CHOSEN], [Q, REJECTED]),
+        ({"prompt": "q", "messages": [Q, CHOSEN], "chosen": [Q, CHOSEN], "rejected": [Q, REJECTED]}, [Q, CHOSEN], [Q, REJECTED]),
+        (
+            {"chosen": [Q, A, user("r"), CHOSEN], "rejected": [Q, A, user("r"), A, Q, A]},
+            [Q, A, user("r"), CHOSEN],
+            [Q, A, user("r"), A, Q, A],
+        ),
+    ],
+)
+def test_preferences(entry: dict[str, Any], chosen: list[Any], rejected: list[Any]) -> None:
+    record = read_record({**entry, "score_chosen": 3})
+    assert record.rejected is not None
+    assert (record.messages, record.rejected.messages) == (chosen, rejected)
+    assert (record.label, record.rejected.label) == (True, False)
+    assert record.learned[-1] == record.rejected.learned[-1] == 1 and not any(record.learned[:-1]) and record.unread == ("score_chosen",)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"chosen": "good", "rejected": "bad"}, "'chosen' and 'rejected' but no 'prompt'"),
+        ({"prompt": "q", "chosen": "good", "rejected": [REJECTED]}, "must all be texts, or all lists"),
+        ({"prompt": [Q], "chosen": "good", "rejected": "bad"}, "must all be texts, or all lists"),
+        ({"prompt": [Q], "chosen": [], "rejected": [REJECTED]}, "'chosen' is empty"),
+        ({"chosen": [Q, CHOSEN], "rejected": [user("r"), REJECTED]}, "begin with different messages"),
+        ({"chosen": [CHOSEN], "rejected": [REJECTED]}, "begin with different messages"),
+        ({"prompt": [Q], "chosen": [user("r")], "rejected": [REJECTED]}, "no turn of the assistant"),
+    ],
+)
+def test_preferences_that_cannot_be_read(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_record(entry)

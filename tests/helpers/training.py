@@ -13,9 +13,10 @@ from litgpt.activations.cache import Recompute
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.logs import Console
 from litgpt.lora import mark_only_lora_as_trainable
+from litgpt.objectives.base import Objective
 from litgpt.sample import Sample
 from litgpt.train.interrupts import Interrupts
-from litgpt.train.loop import Batches, Loop
+from litgpt.train.loop import Batches, Loop, samples_of
 from litgpt.train.parallel import Rank
 from litgpt.train.phase import Phase
 from litgpt.train.resume import State
@@ -134,25 +135,29 @@ def make_loop(
     saved: Saved | None = None,
     interrupts: Interrupts | None = None,
     answer: Callable[[], None] = lambda: None,
+    objective: Objective | None = None,
     **train: Any,
 ) -> Training:
     """A loop over the samples; the same samples for validation unless others are given. Constant learning rate unless said otherwise."""
     settings = {"global_batch_size": 4, "micro_batch_size": 2, "lr_warmup_steps": 0, "min_lr": RATE, "epochs": 1, "save_interval": None}
     arguments = TrainArgs(**{**settings, **train})
-    own_val = list(range(rank.index, len(val or samples), rank.size))
+    objective = objective or Objective()
+    group = objective.group
+    own_val = samples_of(range(rank.index, len(val or samples) // group, rank.size), group)
     loop = Loop(
         model=model,
         optimizer=optimizer([p for p in model.parameters() if p.requires_grad]),
         train=arguments,
-        batches=Batches(samples, arguments.global_batch_size, rank, seed),
+        batches=Batches(samples, arguments.global_batch_size * group, rank, seed, group=group),
         activations=source or Recompute(model, samples, CPU),
         rank=rank,
+        objective=objective,
     )
     return Training(
         title="training",
         loop=loop,
         eval=eval or EvalArgs(interval=10_000, final_validation=False),
-        val_batches=[own_val[i : i + 3] for i in range(0, len(own_val), 3)],
+        val_batches=[own_val[i : i + 3 * group] for i in range(0, len(own_val), 3 * group)],
         val_activations=Recompute(model, val or samples, CPU),
         log=Log(),  # type: ignore[arg-type]
         console=Console(active=False),

@@ -1,0 +1,93 @@
+"""The interface between the loop and an objective, and next-token prediction, which is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from litgpt.activations.cache import Activations
+from litgpt.data.base import Unit
+from litgpt.data.records import Record
+from litgpt.errors import UserError
+from litgpt.loss import HeadLoss, loss_of, losses_of
+from litgpt.model import GPT
+from litgpt.packing import loss_weights
+from litgpt.sample import Sample
+
+
+@dataclass(frozen=True)
+class View:
+    """A model and the samples that it is trained or measured on, named by their indices."""
+
+    model: GPT
+    activations: Activations
+    head_loss: HeadLoss
+    micro_batch: int
+    """samples in a forward pass"""
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        return [self.activations.samples[i] for i in indices]
+
+    def total(self, indices: Sequence[int], weights: torch.Tensor | None) -> torch.Tensor:
+        """Return the sum of the losses at the samples' loss positions, times weights (n,)."""
+        return loss_of(self.model, self.activations(indices), self.head_loss, weights)
+
+    def losses(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return the losses at the samples' loss positions, (n,) fp32, sample by sample."""
+        return losses_of(self.model, self.activations(indices), self.head_loss)
+
+    @torch.no_grad()
+    def measured(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return `losses` without gradients and without dropout, a micro-batch at a time."""
+        was_training = self.model.training
+        self.model.eval()
+        parts = [self.losses(indices[i : i + self.micro_batch]) for i in range(0, len(indices), self.micro_batch)]
+        self.model.train(was_training)
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def sums(self, losses: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+        """(n,) of loss positions -> (samples,)"""
+        counts = [sample.n_targets for sample in self.samples(indices)]
+        return torch.stack([part.sum() for part in losses.split(counts)])
+
+
+class Objective:
+    """Next-token prediction: the mean of the losses at loss positions, by the weights of the data.
+
+    A step's loss is the sum of `loss` over the micro-batches of the global batch, divided by the sum of `weight`.
+    """
+
+    group: ClassVar[int] = 1  # samples that stay together and are one sample to the settings, such as the two answers of a pair
+    has_reference: ClassVar[bool] = False  # samples get their losses under a reference model (`litgpt.objectives.reference`)
+    is_token_mean: ClassVar[bool] = True  # `weight` is the sum of the samples' weights, which is known beforehand
+    columns: ClassVar[tuple[str, ...]] = ()  # what `figures` returns
+
+    def __init__(self, settings: Any = None) -> None:
+        """`settings`: a `litgpt.objectives.settings.ObjectiveSettings`."""
+        self.settings = settings
+        self.tally = torch.zeros(2)  # of a validation, for `figures`
+
+    def units(self, records: Sequence[tuple[int, Record]]) -> list[Unit]:
+        """Return the conversations of each unit of `group` samples, for records with their numbers."""
+        for number, record in records:
+            if record.rejected is not None:
+                raise UserError(f"record {number} holds 'chosen' and 'rejected' answers: set objective to dpo, orpo or kto")
+        return [(number, [replace(record, label=None)]) for number, record in records]
+
+    def begin(self, view: View, indices: Sequence[int], rank: Any) -> None:
+        """Look at this process's samples of a global batch, or of a validation, before their losses are asked for."""
+
+    def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
+        """Return the sum of the losses of complete units."""
+        return view.total(indices, loss_weights(view.samples(indices)))
+
+    def weight(self, view: View, indices: Sequence[int]) -> float:
+        """Return the sum of the weights of complete units."""
+        return sum(sample.weight for sample in view.samples(indices))
+
+    def figures(self, tally: torch.Tensor) -> dict[str, float]:
+        """Return the figures of a validation besides the loss."""
+        return {}

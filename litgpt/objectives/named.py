@@ -1,0 +1,15 @@
+"""The objectives by their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litgpt.objectives.base import Objective
+from litgpt.objectives.preferences import DPO, KTO, ORPO
+
+OBJECTIVES: dict[str, type[Objective]] = {"next_token": Objective, "dpo": DPO, "orpo": ORPO, "kto": KTO}
+
+
+def objective_of(settings: Any) -> Objective:
+    """Return the objective of a command's settings; next-token prediction if they have none."""
+    return OBJECTIVES[getattr(settings, "objective", "next_token")](settings)

@@ -1,0 +1,80 @@
+"""The losses of samples under a reference model: computed once, and kept in a file beside the activation caches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
+
+from litgpt.activations.cache import CacheSettings, fill_batches
+from litgpt.activations.store import Contents, Rows, open_store
+from litgpt.objectives.base import View
+from litgpt.sample import Sample
+
+FORMAT = 1
+
+
+def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, settings: CacheSettings, device: torch.device) -> None:
+    """Give the samples at `indices` their losses under the view's model, read from a file or computed.
+
+    `model` says which model it is: digests of its weights, names of its number formats. A disk that cannot hold the file is reported.
+    """
+    samples = view.activations.samples
+    order = sorted((i for i in indices if samples[i].reference is None), key=lambda i: -len(samples[i].input_ids))
+    if not order:
+        return
+    slices = _slices([samples[i] for i in order])
+
+    def fill(store: Rows | torch.Tensor, done: int, advance: Callable[[int], None]) -> None:
+        was_training, places = view.model.training, dict(zip(order, slices, strict=True))
+        view.model.eval()
+        with torch.no_grad(), settings.progress(f"{name} reference", done) as show:
+            store[0:0] = torch.empty(0, 1, 1)
+            for batch in fill_batches(samples, order[done:], 0, device):
+                losses = view.losses(batch).float().cpu()
+                for i, own in zip(batch, losses.split([samples[i].n_targets for i in batch]), strict=True):
+                    store[places[i]] = own[:, None, None]
+                done += len(batch)
+                advance(done)
+                show(done, len(order))
+        view.model.train(was_training)
+
+    shape = (slices[-1].stop, 1, 1)
+    contents = Contents(_key(model, [samples[i] for i in order]), shape, torch.float32, slices, slice(0, 0))
+    store: Rows | torch.Tensor
+    try:
+        store = open_store(settings.folder, contents, fill, lambda text: settings.say(f"{name} reference: {text}"))
+    except OSError as error:
+        settings.say(f"{name} reference: {settings.folder} cannot hold it ({error.strerror or error}), it is kept in memory")
+        store = torch.empty(shape)
+        fill(store, 0, lambda done: None)
+    for i, place in zip(order, slices, strict=True):
+        samples[i].reference = array("f", store[place].flatten().tolist())
+
+
+def exchange(samples: Sequence[Sample], add: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
+    """Give the samples of all processes the losses that each has of its share. `add` adds up a tensor over the processes."""
+    parts = [torch.zeros(s.n_targets) if s.reference is None else torch.tensor(s.reference) for s in samples]
+    losses = add(torch.cat(parts).to(device)).cpu()
+    for sample, own in zip(samples, losses.split([len(part) for part in parts]), strict=True):
+        sample.reference = array("f", own.tolist())
+
+
+def _slices(samples: Sequence[Sample]) -> list[slice]:
+    slices, end = [], 0
+    for sample in samples:
+        slices.append(slice(end, end + sample.n_targets))
+        end += sample.n_targets
+    return slices
+
+
+def _key(model: Sequence[str], samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, torch.__version__, *model]).encode())
+    for sample in samples:
+        digest.update(len(sample.input_ids).to_bytes(8, "little"))
+        digest.update(sample.input_ids)
+        digest.update(sample.loss_mask)
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""The settings of what a step minimises. Light: torch is not imported.
+
+The string below each field is its help text on the command line.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from litgpt.args import setting
+from litgpt.errors import UserError
+
+Name = Literal["next_token", "dpo", "orpo", "kto"]
+
+
+@dataclass(kw_only=True)
+class ObjectiveSettings:
+    """What a step minimises, and its constants."""
+
+    objective: Name = setting("next_token")
+    """next_token; or, from answers that are preferred to others, dpo, orpo or kto."""
+    dpo_beta: float = setting(0.1, varies=True)
+    """How strongly DPO keeps the model near the base: lower lets it move further."""
+    dpo_label_smoothing: float = setting(0.0, varies=True)
+    """The share of pairs, below 0.5, that DPO takes for labelled the wrong way round."""
+    dpo_length_normalised: bool = setting(False, varies=True)
+    """Divide DPO's log-ratio of each answer by its number of tokens. Then dpo_beta should be about as much higher."""
+    orpo_lambda: float = setting(0.1, varies=True)
+    """The weight of ORPO's odds ratio beside the loss of the preferred answer."""
+    kto_beta: float = setting(0.1, varies=True)
+    """The same as dpo_beta, for KTO."""
+    kto_desirable_weight: float = setting(1.0, varies=True)
+    """Factor of KTO's losses of answers that are good."""
+    kto_undesirable_weight: float = setting(1.0, varies=True)
+    """Factor of KTO's losses of answers that are bad."""
+
+    def __post_init__(self) -> None:
+        for key in ("dpo_beta", "kto_beta"):
+            _require(0 < _number(self, key) < math.inf, self, key, "a number above 0")
+        for key in ("orpo_lambda", "kto_desirable_weight", "kto_undesirable_weight"):
+            _require(0 <= _number(self, key) < math.inf, self, key, "a number of at least 0")
+        _require(0 <= _number(self, "dpo_label_smoothing") < 0.5, self, "dpo_label_smoothing", "a number from 0 to below 0.5")
+
+
+def _number(settings: Any, key: str) -> float:
+    value = getattr(settings, key)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _require(fits: bool, settings: Any, key: str, needed: str) -> None:
+    if not fits:
+        raise UserError(f"{key} is {getattr(settings, key)!r}: {needed} is needed")
