@@ -27,6 +27,7 @@ from litgpt.train.resume import PhaseStart, State, random_states
 SORTED_BATCHES = 50  # batches among which `train.group_by_length` sorts samples: more make batches more alike, and less random
 
 
+SCALE_STEPS = 2000  # after so many steps the loss scale is doubled
 NAMED = 8  # samples in a message
 DIVERGED = 2.0  # times the loss of a uniform guess, or the first loss if it was higher
 REMEDY = "lower the learning rate, set train.max_norm, or use another precision"
@@ -147,6 +148,7 @@ class Loop:
         self.micro_batch = self.train.micro_batch_size * self.objective.group
         self.measured: dict[str, float] = {}  # the last validation's figures besides the loss
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.is_half = torch.float16 in (self.model.dtype, self.rank.mixed)  # small gradients would vanish (arXiv 1710.03740)
         self.highest_sound = DIVERGED * math.log(self.model.config.V)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.total_steps = self._total_steps()
@@ -172,20 +174,22 @@ class Loop:
         """Take one optimizer step and return its metrics: the mean loss of the global batch, learning rate, time, memory.
 
         Each micro-batch's sum of losses is divided by the weight of the whole global batch, so accumulation, and several processes,
-        give the gradient of one large batch. A step with a non-finite loss or gradient is not taken.
+        give the gradient of one large batch. A step with a non-finite loss or gradient is not taken. In fp16 the loss is scaled.
         """
         start = time.perf_counter()
         rate = self._set_learning_rate(state.step - (state.phase.step if state.phase else 0))
         state.random = random_states(self.rank.device)
         self.model.train()
         total = torch.zeros((), device=self.rank.device)
-        divisor = self._begin(batch)
+        divisor, scale = self._begin(batch), state.loss_scale if self.is_half else 1.0
         for first in range(0, len(batch.indices), self.micro_batch):
             loss = self.loss(self.activations, batch.indices[first : first + self.micro_batch]) / divisor
-            loss.backward()
+            (loss * scale).backward()
             total += loss.detach()
         mean = self.rank.sum(total).item()
         self.rank.share_gradients(self.trained)
+        if scale != 1:
+            torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], scale)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         if self._is_finite(state, batch.indices, {"loss": mean, "gradient norm": norm.item()}):
             if self.train.max_norm is not None:
@@ -276,7 +280,13 @@ class Loop:
         """Return whether the step can be taken. If not, raise NonFiniteError, or with `train.skip_nonfinite` report and count it."""
         wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not wrong:
+            grows = self.is_half and (state.step + 1) % SCALE_STEPS == 0
+            state.loss_scale *= 2 if grows else 1
             return True
+        if self.is_half and state.loss_scale > 1 and math.isfinite(values["loss"]):
+            state.loss_scale /= 2
+            self.say(f"step {state.step + 1}: the gradients overflow in 16 bits: the step is skipped, and the loss is scaled by less")
+            return False
         if self.train.skip_nonfinite:
             state.skipped += 1
             self.say(f"step {state.step + 1}: {wrong[0]} in a batch with samples {indices[:NAMED]}: the step is skipped")

@@ -185,7 +185,7 @@ def _switch_on_replies(settings: Run, model: GPT, splits: Splits, style: PromptS
     own = sum(stop - start for found in spans[: len(splits.train)] for start, stop in found)
     total = sum(sample.n_inputs for sample in splits.train)
     return (
-        f"answer-only LoRA: on from {tokenizer.decode(invocation, skip_special_tokens=False)!r} on, in {own:,} of an epoch's {total:,} "
+        f"answer-only LoRA: acts from {tokenizer.decode(invocation, skip_special_tokens=False)!r} on, at {own:,} of an epoch's {total:,} "
         "positions. The others run once, without LoRA, if their keys and values are cached"
     )
 

@@ -70,6 +70,8 @@ class State:
     """the lowest of them after a step"""
     skipped: int = 0
     """steps that were skipped because of a non-finite loss or gradient"""
+    loss_scale: float = 2.0**16
+    """factor of the loss in fp16"""
     clock: Stopwatch = field(default_factory=Stopwatch)
     phase: PhaseStart | None = None
     pending: dict[str, float] | None = None
@@ -99,7 +101,7 @@ class State:
     def facts(self) -> dict[str, Any]:
         """Return the state as plain values; the seconds are those up to now."""
         phase = self.phase and {"step": self.phase.step, "tokens": self.phase.tokens, "seconds": self.phase.clock.seconds}
-        own = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "losses", "best", "skipped", "pending")}
+        own = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "losses", "best", "skipped", "loss_scale", "pending")}
         return {**own, "total_seconds": self.clock.seconds, "phase": phase}
 
     @classmethod
@@ -113,6 +115,7 @@ class State:
             losses=[(step, loss) for step, loss in facts["losses"]],
             best=facts["best"] and (facts["best"][0], facts["best"][1]),
             skipped=facts["skipped"],
+            loss_scale=facts.get("loss_scale", cls.loss_scale),
             clock=Stopwatch(facts["total_seconds"]),
             phase=phase,
             pending=facts["pending"],
@@ -288,7 +291,7 @@ def _require_facts(facts: dict[str, Any]) -> None:
     counts += [pair[0] for pair in (*progress["losses"], *([progress["best"]] if progress["best"] else []))]
     if not all(type(count) is int and 0 <= count < 2**53 for count in counts):
         raise ValueError("a count")
-    numbers = [progress["seconds"], progress["total_seconds"], phase["seconds"]]
+    numbers = [progress["seconds"], progress["total_seconds"], phase["seconds"], progress.get("loss_scale", 1.0)]
     numbers += [loss for _, loss in progress["losses"]] + ([progress["best"][1]] if progress["best"] else [])
     if progress["pending"] is not None:
         if not progress["pending"].keys() <= set(COLUMNS):

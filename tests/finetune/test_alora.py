@@ -34,7 +34,7 @@ def test_cached_stopped_and_resumed(base: Path, data: Path, tmp_path: Path) -> N
     """The same losses with the prompts in memory and computed for every batch; the same files after a resume."""
     whole = finetune("finetune_lora", base, data, tmp_path / "whole", **ALORA)
     assert whole.code == 0, whole.err
-    assert "answer-only LoRA: on from '<|im_start|>assistant\\n' on, in " in whole.err and "training cache: " in whole.err
+    assert "answer-only LoRA: acts from '<|im_start|>assistant\\n' on, at " in whole.err and "training cache: " in whole.err
     uncached = finetune("finetune_lora", base, data, tmp_path / "uncached", **ALORA, skip2lora_cache="off")
     for row, other in zip(curve(tmp_path / "whole"), curve(tmp_path / "uncached"), strict=True):
         assert [float(cell or 0) for cell in row] == pytest.approx([float(cell or 0) for cell in other], rel=1e-4), uncached.err

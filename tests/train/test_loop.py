@@ -197,6 +197,37 @@ def run(loop: Training, result: Any) -> Any:
     return result
 
 
+def in_fp16(model: Any) -> Any:
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.half()
+    return model
+
+
+def test_small_gradients_survive_fp16() -> None:
+    """The gradients of a model whose output hardly depends on its blocks, with and without a scaled loss, against fp32."""
+    moved = []
+    for half, scale in ((False, 1.0), (True, 1.0), (True, State.loss_scale)):
+        model = make_model("block")
+        model.transformer.ln_f.weight.data *= 1e-3
+        loop = make_loop(in_fp16(model) if half else model, make_samples(8), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_steps=1)
+        before = torch.cat([p.detach().flatten() for p in loop.trained])
+        loop.run(State(loss_scale=scale))
+        moved.append(before - torch.cat([p.detach().flatten() for p in loop.trained]))
+    exact, plain, scaled = moved
+    assert (plain - exact).norm() > 0.02 * exact.norm() > 5 * (scaled - exact).norm()
+
+
+def test_a_loss_scale_that_is_too_large_is_halved_until_the_gradients_are_finite() -> None:
+    model, samples = in_fp16(make_model("block")), make_samples(8)
+    loop = make_loop(model, samples, epochs=20)
+    start = snapshot(model)
+    state = loop.run(State(loss_scale=2.0**30))
+    assert 1 < state.loss_scale < 2.0**30 and state.skipped == 0 and state.step == 40
+    assert any(not torch.equal(start[name], value) for name, value in snapshot(model).items())
+    assert State.of(state.facts()).loss_scale == state.loss_scale
+
+
 def test_clipping_scales_the_gradients_to_the_norm() -> None:
     samples, model, other = make_samples(8), make_model("block"), make_model("block")
     loop = make_loop(model, samples, max_norm=0.01, max_steps=1)
