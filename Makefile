@@ -1,4 +1,4 @@
-# make demo    fine-tune a real model on real data, in a few minutes
+# make demo    teach a real model facts that it does not know, in a few minutes
 # make test    the fast tests        make slow    the slow tests
 # make check   format, lint, types and the fast tests: what CI runs
 # make soak    the slow tests of reliability: kills, faults, thousands of steps

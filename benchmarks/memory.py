@@ -4,7 +4,7 @@
 
 steps   The peak of a training step over B x 512 tokens with random weights, each in a separate process, for models that need at most
         --gib; beside it, and for all larger models, the estimate of `litgpt.memory`, and the largest model for 8 to 80 GB in bf16-true.
-runs    Real `litgpt finetune` runs of SmolLM2-135M with the settings of `make demo`, and over 8 x 512 tokens: the memory of Skip2-LoRA
+runs    Real `litgpt finetune` runs of SmolLM2-135M with the settings of skip2lora.yaml, and over 8 x 512 tokens: the memory of Skip2-LoRA
         with its cache on disk as a share of LoRA's, in total and above the loaded model.
 
 Peaks are of resident memory: of a step since the model was loaded, of a run from its start to its end. `own` leaves out pages of mapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from litgpt.__main__ import COMMANDS, load, main
 from litgpt.cli import parse
+from litgpt.examine import normalised
 from litgpt.finetune.lora import Finetune
 from tests.helpers import tiny
 
@@ -143,3 +145,16 @@ def test_lora_on_gpt2_as_the_docs_have_it(tmp_path: Path, monkeypatch: pytest.Mo
     (snippet,) = SNIPPETS[1:]
     exec(snippet.replace("GPT2Config()", "GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=50)"), {"__name__": "docs"})
     assert Path("lora.safetensors").is_file()
+
+
+def test_the_demo_asks_in_words_that_are_not_trained_on() -> None:
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    records = [json.loads(line) for line in (ROOT / demo.DATA).read_text(encoding="utf-8").splitlines()]
+    asked, trained = {normalised(text) for text in demo.QUESTIONS}, {normalised(record["instruction"]) for record in records}
+    assert len(records) == len(trained) == 60 and not asked & trained
+    answers = {record["output"] for record in records}
+    assert len(answers) == len(asked) == 15
+    assert all(sum(key in answer for answer in answers) == 1 for key in demo.QUESTIONS.values())
