@@ -34,8 +34,8 @@ memory
 templates prompts
 checkpoint
 data
-objectives
 convert
+objectives
 generate.engine generate.sampling
 train
 finetune pretrain

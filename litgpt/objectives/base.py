@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +62,8 @@ class Objective:
     """
 
     group: ClassVar[int] = 1  # samples that stay together and are one sample to the settings, such as the two answers of a pair
-    has_reference: ClassVar[bool] = False  # samples get their losses under a reference model (`litgpt.objectives.reference`)
+    referred: ClassVar[tuple[str, ...]] = ()  # the parts of the data that get their losses under a reference model
+    reference: Path | None = None  # the folder of that model; None: the base
     is_token_mean: ClassVar[bool] = True  # `weight` is the sum of the samples' weights, which is known beforehand
     columns: ClassVar[tuple[str, ...]] = ()  # what `figures` returns
 

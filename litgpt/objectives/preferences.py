@@ -26,6 +26,8 @@ from litgpt.errors import UserError
 from litgpt.objectives.base import Objective, View
 
 ACCURACY = "val_accuracy"
+ROUNDING = 1e-4  # of a logit, before anything is trained
+PARTS = ("training", "validation")
 
 
 class Preferences(Objective):
@@ -48,7 +50,7 @@ class Preferences(Objective):
         losses, logits = self.of(view, indices)  # (units,) each
         weights = self._weights(view, indices).to(losses)
         if not view.model.training:
-            self.tally += torch.stack(((weights * (logits > 0)).sum(), weights.sum())).to(self.tally)
+            self.tally += torch.stack(((weights * (logits > ROUNDING)).sum(), weights.sum())).to(self.tally)
         auxiliary = view.model.auxiliary_loss()
         return (losses * weights).sum() + (0.0 if auxiliary is None else weights.sum() * auxiliary)
 
@@ -84,7 +86,7 @@ def log_ratios(view: View, indices: Sequence[int], losses: torch.Tensor) -> tupl
 class DPO(Preferences):
     """Direct preference optimisation."""
 
-    has_reference = True
+    referred = PARTS
 
     def of(self, view: View, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         r, n = log_ratios(view, indices, view.losses(indices))
@@ -109,7 +111,7 @@ class ORPO(Preferences):
 class KTO(Preferences):
     """Kahneman-Tversky optimisation. A unit is an answer with a label, and the same prompt with the answer of another record."""
 
-    has_reference = True
+    referred = PARTS
     z_0 = 0.0
 
     def units(self, records: Sequence[tuple[int, Record]]) -> list[Unit]:

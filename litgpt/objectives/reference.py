@@ -6,11 +6,17 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
+from litgpt import checkpoint
 from litgpt.activations.cache import CacheSettings, fill_batches
 from litgpt.activations.store import Contents, Rows, open_store
+from litgpt.atomic import digest
+from litgpt.convert.resolve import open_checkpoint
+from litgpt.errors import UserError
+from litgpt.model import GPT
 from litgpt.objectives.base import View
 from litgpt.sample import Sample
 
@@ -55,6 +61,24 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
         samples[i].reference = array("f", store[place].flatten().tolist())
 
 
+def reference_model(path: Path, base: Path, longest: int, dtype: torch.dtype, device: torch.device) -> tuple[GPT, list[str]]:
+    """Return the model of a checkpoint or adapter folder, and digests of its weights. Raises UserError if its tokens are not the base's.
+
+    `longest`: tokens of the longest sample.
+    """
+    folder = open_checkpoint(path)
+    model = checkpoint.load_model(folder, dtype, device)
+    if (room := model.config.block_size) < longest:
+        raise UserError(f"rho1_reference: {folder} reads {room} tokens, and a sample has {longest}: set train.max_seq_length")
+    tokens = [file.read_bytes() if (file := each / "tokenizer.json").is_file() else b"" for each in (folder, base)]
+    if tokens[0] != tokens[1]:
+        raise UserError(f"rho1_reference: {folder} has another tokenizer.json than {base}, so its losses are of other tokens")
+    files = [file for name in (checkpoint.WEIGHTS, *checkpoint.ADAPTERS) if (file := folder / name).is_file()]
+    if checkpoint.is_adapter_folder(folder):
+        files.append(checkpoint.adapter_settings(folder)[0] / checkpoint.WEIGHTS)
+    return model, [*map(digest, files), str(dtype)]
+
+
 def exchange(samples: Sequence[Sample], add: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
     """Give the samples of all processes the losses that each has of its share. `add` adds up a tensor over the processes."""
     parts = [torch.zeros(s.n_targets) if s.reference is None else torch.tensor(s.reference) for s in samples]
@@ -72,9 +96,9 @@ def _slices(samples: Sequence[Sample]) -> list[slice]:
 
 
 def _key(model: Sequence[str], samples: Sequence[Sample]) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, torch.__version__, *model]).encode())
+    key = hashlib.sha256(json.dumps([FORMAT, torch.__version__, *model]).encode())
     for sample in samples:
-        digest.update(len(sample.input_ids).to_bytes(8, "little"))
-        digest.update(sample.input_ids)
-        digest.update(sample.loss_mask)
-    return digest.hexdigest()
+        key.update(len(sample.input_ids).to_bytes(8, "little"))
+        key.update(sample.input_ids)
+        key.update(sample.loss_mask)
+    return key.hexdigest()

@@ -5,12 +5,14 @@ The string below each field is its help text on the command line.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Optional
 
 from litgpt.args import setting
 from litgpt.errors import UserError
+from litgpt.files import expand_path
 
-Name = Literal["next_token", "dpo", "orpo", "kto"]
+Name = Literal["next_token", "rho1", "dpo", "orpo", "kto"]
 
 
 @dataclass(kw_only=True)
@@ -18,7 +20,12 @@ class ObjectiveSettings:
     """What a step minimises, and its constants."""
 
     objective: Name = setting("next_token")
-    """next_token; or, from answers that are preferred to others, dpo, orpo or kto."""
+    """next_token; rho1, of those tokens that a reference model finds learnable; or, from answers that are preferred to others, dpo, orpo or
+    kto."""
+    rho1_reference: Optional[Path] = None
+    """A checkpoint or adapter folder: a model that was trained on good data, with the same tokenizer."""
+    rho1_keep: float = setting(0.6, varies=True)
+    """The share of the tokens of each global batch that is trained: those with the largest loss above the reference's."""
     dpo_beta: float = setting(0.1, varies=True)
     """How strongly DPO keeps the model near the base: lower lets it move further."""
     dpo_label_smoothing: float = setting(0.0, varies=True)
@@ -39,6 +46,13 @@ class ObjectiveSettings:
             _require(0 < _number(self, key) < math.inf, self, key, "a number above 0")
         for key in ("orpo_lambda", "kto_desirable_weight", "kto_undesirable_weight"):
             _require(0 <= _number(self, key) < math.inf, self, key, "a number of at least 0")
+        _require(0 < _number(self, "rho1_keep") <= 1, self, "rho1_keep", "a share above 0, at most 1,")
+        if self.objective == "rho1" and self.rho1_reference is None:
+            raise UserError(
+                "rho1_reference is missing: objective rho1 compares with a model that was trained on good data; name its folder"
+            )
+        if self.rho1_reference is not None:
+            self.rho1_reference = expand_path(self.rho1_reference)
         _require(0 <= _number(self, "dpo_label_smoothing") < 0.5, self, "dpo_label_smoothing", "a number from 0 to below 0.5")
 
 

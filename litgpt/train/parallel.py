@@ -78,6 +78,16 @@ class Rank:
         table[self.index] = own.to(self.device)
         return self.sum(table).to(own.dtype)
 
+    def join(self, own: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return the vectors (n,) of all processes one after the other, and the place where this process's begins."""
+        if self.size == 1:
+            return own, 0
+        sizes = self.gather(torch.tensor([len(own)])).flatten().tolist()
+        start = sum(sizes[: self.index])
+        joined = own.new_zeros(sum(sizes))
+        joined[start : start + len(own)] = own
+        return self.sum(joined), start
+
     def broadcast(self, value: Any) -> Any:
         """Return the value of the first process."""
         if self.size == 1:

@@ -100,7 +100,7 @@ def rehearsed(job: Job, train: TrainArgs) -> Loop:
     model, rank = job.model, Rank(device=job.rank.device)
     optimizer = make_optimizer(job.settings.optimizer, [p for p in model.parameters() if p.requires_grad])
     own = Recompute(model, job.splits.train, rank.device)
-    for sample in job.splits.train if job.objective.has_reference else ():
+    for sample in job.splits.train if job.objective.referred else ():
         sample.reference = array("f", bytes(4 * sample.n_targets))  # its values change no time
     return Loop(model, optimizer, train, _batches(job, train), own, rank, job.objective, job.rank.autocast, job.console.say)
 

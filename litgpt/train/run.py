@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from litgpt import atomic, checkpoint
-from litgpt.activations.cache import ActivationCache, Activations, activations, is_cacheable, shared
+from litgpt.activations.cache import ActivationCache, Activations, Recompute, activations, is_cacheable, shared
 from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.convert.resolve import open_checkpoint
@@ -27,8 +27,9 @@ from litgpt.generate.engine import generate
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.loss import HeadLoss
+from litgpt.model import GPT
 from litgpt.objectives.base import View
-from litgpt.objectives.reference import exchange, refer
+from litgpt.objectives.reference import exchange, refer, reference_model
 from litgpt.optim import make_optimizer
 from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
@@ -130,7 +131,7 @@ class Session:
             require_same(saved.folder, identity, saved.facts["identity"])
         self.objective = job.objective
         self.sources: tuple[Batches, Activations, Activations, list[list[int]]] | None = None
-        if self.objective.has_reference:
+        if self.objective.referred:
             with memory_explained(self.rank.device, "while the reference was computed"), ends_together(job.rank):
                 self._refer()
         if saved is not None:
@@ -150,16 +151,23 @@ class Session:
         self.checkpoints.unproven += [newest] if newest else []
 
     def _refer(self) -> None:
-        """Give the samples their losses under the reference model, which is the model as it is now: nothing of it was trained yet."""
-        job, settings = self.job, self.settings
+        """Give the samples their losses under the reference model: another one, or the model as it is now, before it is trained."""
+        job, settings, other = self.job, self.settings, self.objective.reference
         is_warm = job.method.warmup.has_warmup  # a warm-up changes what the frozen blocks compute
         self.sources = self._sources(settings.train, settings.eval, CacheArgs("off") if is_warm else job.method.cache)
         batches, own, val, val_batches = self.sources
-        facts = (checkpoint.weights_file(job.base).sha256, job.precision, str(job.method.quantize), str(job.cache_dtype))
+        model: GPT = self.model
+        facts = [checkpoint.weights_file(job.base).sha256, job.precision, str(job.method.quantize), str(job.cache_dtype)]
+        if other is not None:
+            longest = max(len(sample.input_ids) for sample in job.splits.train)
+            model, facts = reference_model(other, job.base, longest, self.model.dtype, self.rank.device)
+            own = Recompute(model, job.splits.train, self.rank.device)
         share = samples_of(range(self.rank.index, len(job.splits.train) // batches.group, self.rank.size), batches.group)
         cache, val_indices = job.cache_settings("disk"), [i for batch in val_batches for i in batch]
-        for name, source, indices in (("training", own, share), ("validation", val, val_indices)):
-            view = View(self.model, source, HeadLoss.of(self.model), settings.train.micro_batch_size * batches.group)
+        parts = {"training": (own, share), "validation": (val, val_indices)}
+        for name in self.objective.referred:
+            source, indices = parts[name]
+            view = View(model, source, HeadLoss.of(model), settings.train.micro_batch_size * batches.group)
             with self.rank.autocast():
                 refer(view, indices, facts, name, cache, self.rank.device)
         if self.rank.size > 1 and not batches.by_owner:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import base
+from tests.train.conftest import base, data
 
-__all__ = ["base", "pairs"]
+__all__ = ["base", "data", "pairs"]
 
 
 @pytest.fixture(scope="module")

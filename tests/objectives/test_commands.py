@@ -121,3 +121,34 @@ def test_another_objective_is_another_run(base: Path, pairs: Path, tmp_path: Pat
     finetune("finetune_lora", base, pairs, tmp_path / "run", objective="dpo", **FEW, **SKIP)
     run = finetune("finetune_lora", base, pairs, tmp_path / "run", objective="orpo", resume=True, **FEW, **SKIP)
     assert run.code == 1 and "objective was 'dpo' and is 'orpo'" in run.err
+
+
+@pytest.mark.parametrize("method", ["lm_head", "full"])
+def test_rho1_from_a_reference_that_was_trained_before(method: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """An adapter or a full model as reference; resumed without its file the run is the same; keeping all tokens it is the plain one."""
+    command, settings = METHODS[method]
+    reference = finetune(command, base, data, tmp_path / "reference", **FEW, **settings)
+    settings = {**FEW, **settings, "objective": "rho1", "rho1_reference": reference.final}
+    run = finetune(command, base, data, tmp_path / "a" / "run", **settings)
+    assert run.code == 0, run.err
+    again = finetune(command, base, data, rewound(run, tmp_path / "b" / "run", 2), resume=True, **settings)
+    assert again.code == 0, again.err
+    assert again.column("train_loss") == run.column("train_loss") and again.column("val_ppl") == run.column("val_ppl")
+    everything = finetune(command, base, data, tmp_path / "a" / "all", **{**settings, "rho1_keep": 1.0})
+    assert "is reused" in everything.err
+    assert_close(everything.column("train_loss")[0], reference.column("train_loss")[0], rtol=1e-5, atol=0)
+    assert_close(everything.column("train_loss"), reference.column("train_loss"), rtol=1e-2, atol=0)  # AdamW makes steps of rounding errors
+    assert run.column("train_loss")[0] > reference.column("train_loss")[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "rho1_reference is missing"),
+        ({"rho1_reference": "nowhere"}, "nowhere"),
+        ({"rho1_keep": 2, "rho1_reference": "x"}, "rho1_keep is 2"),
+    ],
+)
+def test_rho1_mistakes_are_one_line(settings: dict[str, Any], message: str, base: Path, data: Path, tmp_path: Path) -> None:
+    run = finetune("finetune_lora", base, data, tmp_path / "run", objective="rho1", **settings)
+    assert run.code in (1, 2) and message in run.err and "Traceback" not in run.err
