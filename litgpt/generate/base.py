@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
 from litgpt.args import Quantization
 from litgpt.errors import UserError
@@ -28,6 +28,7 @@ def main(
     precision: Optional[str] = None,
     quantize: Optional[Quantization] = None,
     seed: int = 1234,
+    speculate: Optional[Literal["prompt_lookup"]] = None,
 ) -> None:
     """Answer a prompt. The answer is streamed to standard output, its length and speed go to standard error.
 
@@ -44,6 +45,8 @@ def main(
         precision: Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true.
         quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU).
         seed: Random seed. The same seed gives the same answers.
+        speculate: prompt_lookup takes drafts from the text so far and checks several tokens in one pass: faster where an answer repeats
+            its prompt or itself, with the same distribution.
     """
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}: at least 1 is needed")
@@ -52,10 +55,22 @@ def main(
     llm = open_model(checkpoint_dir, precision, quantize)
     generator = llm.generator(seed)
     text = llm.prompt_style.apply(prompt, sys_prompt=sys_prompt)
+    kept: list[int] = []
     for _ in range(num_samples):
-        ids = Metered(llm.complete(text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
+        if speculate is None:
+            answer = llm.complete(text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        else:
+            from litgpt.generate import speculative
+            from litgpt.generate.sampling import Sampling, until_stop
+
+            prompt_ids, sampling = llm.prompt_ids(text, max_new_tokens), Sampling(temperature, top_k, top_p)
+            length = len(prompt_ids) + max_new_tokens
+            drafted = speculative.generate(None, llm.model, prompt_ids, length, sampling, speculative.LOOKED_UP, generator, kept)
+            answer = until_stop(drafted, llm.prompt_style.stop_tokens(llm.tokenizer))
+        ids = Metered(answer)
         ids.show(llm.tokenizer)
-        print(f"{ids}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
+        drafts = f", {sum(kept)} tokens from {len(kept)} drafts" if speculate else ""
+        print(f"{ids}{drafts}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
 
 
 def open_model(

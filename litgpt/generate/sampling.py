@@ -86,18 +86,19 @@ class Sampling:
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the distributions (n, V) from which `sample` draws for logits (n, V). Penalties do not take part."""
-        scores, ids = logits.float().sort(descending=True, dim=-1)
+        scores = logits.float()
         if self.temperature < COLDEST:
-            p = (torch.arange(scores.size(-1), device=scores.device) == 0).float().expand_as(scores)
+            ids = scores.argmax(-1, keepdim=True)
+            p = torch.ones_like(ids, dtype=torch.float32)
         else:
-            kept = scores if self.top_k is None else scores[:, : self.top_k]
+            kept, ids = scores.topk(min(self.top_k or scores.size(-1), scores.size(-1)))  # sorted
             p = ((kept - kept[:, :1]) / self.temperature).softmax(-1)
             before = p.cumsum(-1) - p
             before[:, 0] = -1.0  # always keep the most probable token
             p = p.masked_fill((before >= self.top_p) & (self.top_p < 1), 0.0)
             p = p.masked_fill(p < self.min_p * p[:, :1], 0.0)
             p = p / p.sum(-1, keepdim=True)
-        return torch.zeros_like(scores).scatter(-1, ids[:, : p.size(-1)], p)
+        return torch.zeros_like(scores).scatter(-1, ids, p)
 
     def penalised(self, logits: torch.Tensor, tokens: Sequence[int], start: int) -> torch.Tensor:
         """Return the logits (V,) after the penalties, as they are without any."""

@@ -3,6 +3,9 @@
 The draft draws k tokens d_i from its distributions q_i; one pass of the target gives p_0 ... p_k. d_i is kept with probability
 min(1, p_i(d_i) / q_i(d_i)); the first one that is not kept is replaced by a draw from max(0, p_i - q_i), normalised, and ends the round. If
 all are kept, another token is drawn from p_k. The tokens have exactly the target's distribution, whatever the draft is.
+
+Drafts may also be looked up in the text so far (prompt lookup, `litgpt generate --speculate prompt_lookup`): what followed its last tokens
+where they stood before. Such a draft is certain, q_i(d_i) = 1.
 """
 
 import sys
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
     from litgpt.generate.sampling import Sampling
     from litgpt.model import GPT
+
+LOOKED_UP = 10  # tokens of a draft from the text
 
 
 def main(
@@ -71,7 +76,7 @@ def main(
 
 
 def generate(
-    draft: "GPT",
+    draft: "Optional[GPT]",
     target: "GPT",
     prompt: Sequence[int],
     max_returned_tokens: int,
@@ -82,38 +87,81 @@ def generate(
 ) -> Generator[int, None, None]:
     """Yield the ids that follow `prompt`, up to `max_returned_tokens` in all. `kept` gets the number of drafted tokens kept in each round.
 
-    Raises UserError for models and lengths that do not fit.
+    `draft` None looks drafts up in the text. Raises UserError for models and lengths that do not fit.
     """
-    import torch
-
     from litgpt.generate.engine import check
 
-    for model in (draft, target):
+    for model in (target,) if draft is None else (draft, target):
         check(model, prompt, max_returned_tokens - len(prompt))
         if model.config.rope_kind == "longrope":
             raise UserError(f"{model.config.name} has LongRoPE, whose keys change with the length: it cannot draft or check drafts")
-    if draft.config.V != target.config.V:
-        raise UserError(
-            f"the draft has {draft.config.V} tokens in its vocabulary, the target {target.config.V}: choose models of one family"
-        )
-    tokens, small, large = list(prompt), _Cached(draft, max_returned_tokens), _Cached(target, max_returned_tokens)
+        if model.config.V != target.config.V:
+            raise UserError(
+                f"the draft has {model.config.V} tokens in its vocabulary, the target {target.config.V}: choose models of one family"
+            )
+    tokens, large = list(prompt), _Cached(target, prompt, max_returned_tokens)
+    drafter = (
+        Lookup(target.config.V, next(target.parameters()).device)
+        if draft is None
+        else Draft(draft, prompt, max_returned_tokens, sampling, generator)
+    )
     try:
         while len(tokens) < max_returned_tokens:
-            drafted, q = list[int](), list[torch.Tensor]()
-            for _ in range(min(k, max_returned_tokens - len(tokens) - 1)):
-                q.append(sampling.probabilities(small.logits([*tokens, *drafted], 1))[0])
-                drafted.append(int(torch.multinomial(q[-1], 1, generator=generator)))
+            drafted, q = drafter(tokens, min(k, max_returned_tokens - len(tokens) - 1))
             p = sampling.probabilities(large.logits([*tokens, *drafted], len(drafted) + 1))
             new = verify(p, q, drafted, generator)
             if kept is not None and drafted:
                 kept.append(len(new) - 1)
             tokens += new
-            for cached in (small, large):
-                cached.computed = min(cached.computed, len(tokens) - 1)
+            large.computed = min(large.computed, len(tokens) - 1)
             yield from new
     finally:
-        draft.clear_kv_cache()
         target.clear_kv_cache()
+        if draft is not None:
+            draft.clear_kv_cache()
+
+
+class Draft:
+    """Drafts of a model."""
+
+    def __init__(
+        self, model: "GPT", prompt: Sequence[int], length: int, sampling: "Sampling", generator: "Optional[torch.Generator]"
+    ) -> None:
+        self.cached, self.sampling, self.generator = _Cached(model, prompt, length), sampling, generator
+
+    def __call__(self, tokens: list[int], most: int) -> "tuple[list[int], list[torch.Tensor]]":
+        """Return up to `most` tokens that may follow, and the distributions (V,) that they were drawn from."""
+        import torch
+
+        drafted, q = list[int](), list[torch.Tensor]()
+        self.cached.computed = min(self.cached.computed, len(tokens) - 1)
+        for _ in range(most):
+            q.append(self.sampling.probabilities(self.cached.logits([*tokens, *drafted], 1))[0])
+            drafted.append(int(torch.multinomial(q[-1], 1, generator=self.generator)))
+        return drafted, q
+
+
+class Lookup:
+    """Drafts from the text itself: what followed its last tokens, four of them or fewer, where they stood last."""
+
+    SIZES = (4, 3, 2)
+
+    def __init__(self, V: int, device: "torch.device") -> None:
+        self.V, self.device, self.read = V, device, 0
+        self.followed: dict[tuple[int, ...], int] = {}  # tokens -> where the text went on
+
+    def __call__(self, tokens: list[int], most: int) -> "tuple[list[int], list[torch.Tensor]]":
+        """Return up to `most` tokens that may follow, and their distributions (V,), each of which is certain."""
+        import torch
+
+        for end in range(self.read, len(tokens)):
+            self.followed.update((tuple(tokens[end - n : end]), end) for n in self.SIZES if n <= end)
+        self.read = len(tokens)
+        place = next((place for n in self.SIZES if (place := self.followed.get(tuple(tokens[-n:])))), len(tokens))
+        drafted = tokens[place : place + most]
+        q = torch.zeros(len(drafted), self.V, device=self.device)
+        q[range(len(drafted)), drafted] = 1.0
+        return drafted, list(q)
 
 
 def verify(
@@ -133,8 +181,9 @@ def verify(
 class _Cached:
     """A model with the keys and values of the first `computed` tokens of a text. Later places are written again."""
 
-    def __init__(self, model: "GPT", length: int) -> None:
+    def __init__(self, model: "GPT", prompt: Sequence[int], length: int) -> None:
         self.model: Any = model.eval()
+        self.start = None if model.switch is None else model.switch.start_of(prompt)
         self.computed = 0
         model.set_kv_cache(1, length)
 
@@ -146,6 +195,12 @@ class _Cached:
             device = next(self.model.parameters()).device
             idx = torch.tensor([tokens[self.computed :]], device=device)
             pos = self.model.positions(idx, torch.arange(self.computed, len(tokens), device=device), len(tokens))
-            x, taps = self.model.prefix(idx, pos)
+            if self.start is not None:
+                self.model.switch.start = self.start
+            try:
+                x, taps = self.model.prefix(idx, pos)
+            finally:
+                if self.start is not None:
+                    self.model.switch.start = None
             self.computed = len(tokens)
             return self.model.logits(self.model.tail(x, taps, pos)[0, -count:])
