@@ -39,6 +39,11 @@ COMMANDS = {
     "pretrain": Command("litgpt.pretrain:Pretrain", "Train all weights of a model on running text, from scratch or from a checkpoint."),
     "finetune_lora_legacy": Command("litgpt.finetune.lora:Lora", "The same as finetune_lora."),
     "generate": Command("litgpt.generate.base:main", "Answer one prompt with a checkpoint or an adapter."),
+    "generate_full": Command("litgpt.generate.adapter:main_full", "Answer one prompt with the weights of finetune_full."),
+    "generate_sequentially": Command(
+        "litgpt.generate.several:main_sequentially", "Answer with a model whose blocks are divided among GPUs."
+    ),
+    "generate_tp": Command("litgpt.generate.several:main_tp", "Answer with a model each of whose blocks is divided among processes."),
     "generate_adapter": Command("litgpt.generate.adapter:main", "Answer one prompt with a base model and a LLaMA-Adapter."),
     "generate_adapter_v2": Command("litgpt.generate.adapter:main_v2", "Answer one prompt with a base model and a LLaMA-Adapter V2."),
     "generate_speculatively": Command("litgpt.generate.speculative:main", "Answer with a model, faster by a small one that drafts for it."),

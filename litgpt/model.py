@@ -275,7 +275,7 @@ class GPT(nn.Module):
         config = self.config
         shape = (batch_size, config.n_query_groups, length, config.head_size)
         for block in self.blocks:
-            block.attn.kv_cache = KVCache(shape, device or weight.device, dtype or weight.dtype)
+            block.attn.kv_cache = KVCache(shape, device or next(block.parameters()).device, dtype or weight.dtype)
 
     def clear_kv_cache(self) -> None:
         """Free the keys and values."""

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from litgpt.args import Quantization
 from litgpt.errors import UserError
@@ -50,27 +50,39 @@ def main(
     """
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}: at least 1 is needed")
+    llm = open_model(checkpoint_dir, precision, quantize)
+    answer(llm, prompt, sys_prompt, num_samples, max_new_tokens, seed, speculate, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def answer(
+    llm: "LLM",
+    prompt: str,
+    sys_prompt: Optional[str],
+    num_samples: int,
+    max_new_tokens: int,
+    seed: int,
+    speculate: Optional[str] = None,
+    **sampling: Any,
+) -> None:
+    """Stream answers to standard output, and their length and speed to standard error."""
     from litgpt.logs import peak_memory_gb
 
-    llm = open_model(checkpoint_dir, precision, quantize)
-    generator = llm.generator(seed)
-    text = llm.prompt_style.apply(prompt, sys_prompt=sys_prompt)
-    kept: list[int] = []
+    generator, text, kept = llm.generator(seed), llm.prompt_style.apply(prompt, sys_prompt=sys_prompt), list[int]()
     for _ in range(num_samples):
         if speculate is None:
-            answer = llm.complete(text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            tokens = llm.complete(text, max_new_tokens, generator=generator, **sampling)
         else:
             from litgpt.generate import speculative
             from litgpt.generate.sampling import Sampling, until_stop
 
-            prompt_ids, sampling = llm.prompt_ids(text, max_new_tokens), Sampling(temperature, top_k, top_p)
-            length = len(prompt_ids) + max_new_tokens
-            drafted = speculative.generate(None, llm.model, prompt_ids, length, sampling, speculative.LOOKED_UP, generator, kept)
-            answer = until_stop(drafted, llm.prompt_style.stop_tokens(llm.tokenizer))
-        ids = Metered(answer)
-        ids.show(llm.tokenizer)
+            ids = llm.prompt_ids(text, max_new_tokens)
+            draws = Sampling(**sampling), speculative.LOOKED_UP, generator, kept
+            drafted = speculative.generate(None, llm.model, ids, len(ids) + max_new_tokens, *draws)
+            tokens = until_stop(drafted, llm.prompt_style.stop_tokens(llm.tokenizer))
+        meter = Metered(tokens)
+        meter.show(llm.tokenizer)
         drafts = f", {sum(kept)} tokens from {len(kept)} drafts" if speculate else ""
-        print(f"{ids}{drafts}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
+        print(f"{meter}{drafts}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
 
 
 def open_model(
@@ -79,12 +91,13 @@ def open_model(
     quantize: Optional[Quantization] = None,
     device: Optional[str] = None,
     base: Optional[Path] = None,
+    tokenizer: Optional[Path] = None,
 ) -> "LLM":
     """Load the checkpoint, and print its name, dtype and device to standard error."""
     start = time.perf_counter()
     from litgpt.api import LLM
 
-    llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize, device=device, base=base)
+    llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize, device=device, base=base, tokenizer_dir=tokenizer)
     dtype, place = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
     form = f"{dtype}, {quantize}" if quantize else dtype
     print(f"{llm.config.name}, {form} on {place}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)

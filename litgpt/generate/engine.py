@@ -212,7 +212,7 @@ class Batch:
             rows = max(rows, 2 * old[0])
         length = old[2] if length <= old[2] else min(max(length, 2 * old[2], FIRST_ROOM), self.model.max_seq_length)
         shape = (max(rows, old[0]), config.n_query_groups, length, config.head_size)
-        caches = [KVCache(shape, self.device, self.model.dtype) for _ in self.model.blocks]
+        caches = [KVCache(shape, next(block.parameters()).device, self.model.dtype) for block in self.model.blocks]
         for new, before in zip(caches, self.caches, strict=False):
             new.k[: old[0], :, : old[2]], new.v[: old[0], :, : old[2]] = before.k, before.v
         self.caches = caches
