@@ -72,17 +72,17 @@ def answer(
         if speculate is None:
             tokens = llm.complete(text, max_new_tokens, generator=generator, **sampling)
         else:
-            from litgpt.generate import speculative
+            from litgpt.generate import drafts
             from litgpt.generate.sampling import Sampling, until_stop
 
             ids = llm.prompt_ids(text, max_new_tokens)
-            draws = Sampling(**sampling), speculative.LOOKED_UP, generator, kept
-            drafted = speculative.generate(None, llm.model, ids, len(ids) + max_new_tokens, *draws)
+            draws = Sampling(**sampling), drafts.LOOKED_UP, generator, kept
+            drafted = drafts.generate(None, llm.model, ids, len(ids) + max_new_tokens, *draws)
             tokens = until_stop(drafted, llm.prompt_style.stop_tokens(llm.tokenizer))
         meter = Metered(tokens)
         meter.show(llm.tokenizer)
-        drafts = f", {sum(kept)} tokens from {len(kept)} drafts" if speculate else ""
-        print(f"{meter}{drafts}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
+        looked = f", {sum(kept)} tokens from {len(kept)} drafts" if speculate else ""
+        print(f"{meter}{looked}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
 
 
 def open_model(

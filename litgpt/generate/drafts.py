@@ -1,0 +1,140 @@
+"""Drafted tokens: a small model drafts some, and a large one checks several in one pass (arXiv 2211.17192).
+
+The draft draws k tokens d_i from its distributions q_i; one pass of the target gives p_0 ... p_k. d_i is kept with probability
+min(1, p_i(d_i) / q_i(d_i)); the first one that is not kept is replaced by a draw from max(0, p_i - q_i), normalised, and ends the round. If
+all are kept, another token is drawn from p_k. The tokens have exactly the target's distribution, whatever the draft is.
+
+Drafts may also be looked up in the text so far (prompt lookup, `litgpt generate --speculate prompt_lookup`): what followed its last tokens
+where they stood before. Such a draft is certain, q_i(d_i) = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+
+from litgpt.errors import UserError
+from litgpt.generate.engine import check
+from litgpt.generate.sampling import Sampling
+from litgpt.model import GPT
+
+LOOKED_UP = 10  # tokens of a draft from the text
+
+
+def generate(
+    draft: GPT | None,
+    target: GPT,
+    prompt: Sequence[int],
+    max_returned_tokens: int,
+    sampling: Sampling,
+    k: int = 3,
+    generator: torch.Generator | None = None,
+    kept: list[int] | None = None,
+) -> Generator[int, None, None]:
+    """Yield the ids that follow `prompt`, up to `max_returned_tokens` in all. `kept` gets the number of drafted tokens kept in each round.
+
+    `draft` None looks drafts up in the text. Raises UserError for models and lengths that do not fit.
+    """
+    for model in (target,) if draft is None else (draft, target):
+        check(model, prompt, max_returned_tokens - len(prompt))
+        if model.config.rope_kind == "longrope":
+            raise UserError(f"{model.config.name} has LongRoPE, whose keys change with the length: it cannot draft or check drafts")
+        if model.config.V != target.config.V:
+            raise UserError(
+                f"the draft has {model.config.V} tokens in its vocabulary, the target {target.config.V}: choose models of one family"
+            )
+    tokens, large = list(prompt), _Cached(target, prompt, max_returned_tokens)
+    drafter = (
+        Lookup(target.config.V, next(target.parameters()).device)
+        if draft is None
+        else Draft(draft, prompt, max_returned_tokens, sampling, generator)
+    )
+    try:
+        while len(tokens) < max_returned_tokens:
+            drafted, q = drafter(tokens, min(k, max_returned_tokens - len(tokens) - 1))
+            p = sampling.probabilities(large.logits([*tokens, *drafted], len(drafted) + 1))
+            new = verify(p, q, drafted, generator)
+            if kept is not None and drafted:
+                kept.append(len(new) - 1)
+            tokens += new
+            large.computed = min(large.computed, len(tokens) - 1)
+            yield from new
+    finally:
+        target.clear_kv_cache()
+        if draft is not None:
+            draft.clear_kv_cache()
+
+
+class Draft:
+    """Drafts of a model."""
+
+    def __init__(self, model: GPT, prompt: Sequence[int], length: int, sampling: Sampling, generator: torch.Generator | None) -> None:
+        self.cached, self.sampling, self.generator = _Cached(model, prompt, length), sampling, generator
+
+    def __call__(self, tokens: list[int], most: int) -> tuple[list[int], list[torch.Tensor]]:
+        """Return up to `most` tokens that may follow, and the distributions (V,) that they were drawn from."""
+        drafted, q = list[int](), list[torch.Tensor]()
+        self.cached.computed = min(self.cached.computed, len(tokens) - 1)
+        for _ in range(most):
+            q.append(self.sampling.probabilities(self.cached.logits([*tokens, *drafted], 1))[0])
+            drafted.append(int(torch.multinomial(q[-1], 1, generator=self.generator)))
+        return drafted, q
+
+
+class Lookup:
+    """Drafts from the text itself: what followed its last tokens, four of them or fewer, where they stood last."""
+
+    SIZES = (4, 3, 2)
+
+    def __init__(self, V: int, device: torch.device) -> None:
+        self.V, self.device, self.read = V, device, 0
+        self.followed: dict[tuple[int, ...], int] = {}  # tokens -> where the text went on
+
+    def __call__(self, tokens: list[int], most: int) -> tuple[list[int], list[torch.Tensor]]:
+        """Return up to `most` tokens that may follow, and their distributions (V,), each of which is certain."""
+        for end in range(self.read, len(tokens)):
+            self.followed.update((tuple(tokens[end - n : end]), end) for n in self.SIZES if n <= end)
+        self.read = len(tokens)
+        place = next((place for n in self.SIZES if (place := self.followed.get(tuple(tokens[-n:])))), len(tokens))
+        drafted = tokens[place : place + most]
+        q = torch.zeros(len(drafted), self.V, device=self.device)
+        q[range(len(drafted)), drafted] = 1.0
+        return drafted, list(q)
+
+
+def verify(p: torch.Tensor, q: Sequence[torch.Tensor], drafted: Sequence[int], generator: torch.Generator | None = None) -> list[int]:
+    """Return the drafted tokens that are kept, and one more, for the target's distributions p (k + 1, V) and the draft's q, k of (V,)."""
+    for i, token in enumerate(drafted):
+        if float(torch.rand((), device=p.device, generator=generator)) * q[i][token] >= p[i, token]:
+            rest = (p[i] - q[i]).clamp(min=0)
+            rest = rest if rest.sum() > 0 else p[i]  # equal but for rounding
+            return [*drafted[:i], int(torch.multinomial(rest, 1, generator=generator))]
+    return [*drafted, int(torch.multinomial(p[len(drafted)], 1, generator=generator))]
+
+
+class _Cached:
+    """A model with the keys and values of the first `computed` tokens of a text. Later places are written again."""
+
+    def __init__(self, model: GPT, prompt: Sequence[int], length: int) -> None:
+        self.model: Any = model.eval()
+        self.start = None if model.switch is None else model.switch.start_of(prompt)
+        self.computed = 0
+        model.set_kv_cache(1, length)
+
+    def logits(self, tokens: list[int], count: int) -> torch.Tensor:
+        """Return logits (count, V) of the tokens that follow the last `count` of these."""
+        with torch.inference_mode():
+            device = next(self.model.parameters()).device
+            idx = torch.tensor([tokens[self.computed :]], device=device)
+            pos = self.model.positions(idx, torch.arange(self.computed, len(tokens), device=device), len(tokens))
+            if self.start is not None:
+                self.model.switch.start = self.start
+            try:
+                x, taps = self.model.prefix(idx, pos)
+            finally:
+                if self.start is not None:
+                    self.model.switch.start = None
+            self.computed = len(tokens)
+            return self.model.logits(self.model.tail(x, taps, pos)[0, -count:])
