@@ -105,6 +105,8 @@ class TrainArgs:
     """Make batches of samples of similar length, which take less memory. Their order stays random."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the blocks that gradients cross, and run each block again in the backward pass: less memory, more time."""
+    neftune_noise_alpha: Optional[float] = None
+    """Add uniform noise to the embeddings in training (NEFTune), 5 for example. Nothing is cached then. null: none."""
     tie_embeddings: Optional[bool] = None
     """Share one weight between the token embedding and the output head. null: as the checkpoint has it."""
     replay: int = 0
@@ -120,7 +122,7 @@ class TrainArgs:
         _at_least("train", self, 1, "save_interval", "keep_last", "log_interval", "global_batch_size", "micro_batch_size")
         _at_least("train", self, 1, "epochs", "max_tokens", "max_steps", "max_seq_length")
         _at_least("train", self, 0, "lr_warmup_steps", "lr_warmup_fraction", "min_lr", "replay")
-        _above_zero("train", self, "max_time", "max_norm", "save_every_minutes")
+        _above_zero("train", self, "neftune_noise_alpha", "max_time", "max_norm", "save_every_minutes")
         if self.global_batch_size % self.micro_batch_size:
             raise UserError(
                 f"train.global_batch_size ({self.global_batch_size}) must be a multiple of train.micro_batch_size"

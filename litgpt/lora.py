@@ -443,12 +443,16 @@ def lora_filter(key: str, value: Any = None) -> bool:
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Freeze everything but the adapters that gradients reach. LoRA in front of the cut, trained in a warm-up, stays frozen."""
+    """Freeze everything but the adapters that gradients reach. LoRA in front of the cut, trained in a warm-up, stays frozen.
+
+    With `lora_freeze_a` B is trained alone (LoRA-FA, arXiv 2308.03303).
+    """
+    freezes_a = isinstance(model, GPT) and model.config.lora_freeze_a
     model.requires_grad_(False)
     prefix = {module for block in model.blocks[: model.cut or 0] for module in block.modules()} if isinstance(model, GPT) else set()
     for _, adapter in adapters(model):
-        for parameter in adapter.parameters(recurse=False):
-            parameter.requires_grad_(adapter.skips_cut or adapter not in prefix)
+        for name, parameter in adapter.named_parameters(recurse=False):
+            parameter.requires_grad_((adapter.skips_cut or adapter not in prefix) and not (freezes_a and name == "lora_A"))
 
 
 def start_warmup(model: GPT) -> None:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from litgpt.config import Config
-from litgpt.packing import Packing
+from litgpt.packing import Packing, noise_like
 from litgpt.rope import RotaryTable, is_long, rotate
 
 FP32_ATTENTION = 256  # positions; a CPU trains shorter bf16 attention in fp32: the bf16 backward pass takes 1.1 to 6 times as long
@@ -80,6 +80,7 @@ class GPT(nn.Module):
             self.rope.append(RotaryTable(config, local=True))
         self.switch: Any = None  # a `litgpt.adapters.switch.Switch` if LoRA acts on replies only
         self.cut: int | None = None  # the first layer that gradients reach; None: everything is trained, the embedding included
+        self.neftune_alpha = 0.0  # noise on the embeddings in training
         self.activation_checkpointing = False  # keep only the inputs of the tail's blocks, and run each again in the backward pass
 
     @property
@@ -111,7 +112,7 @@ class GPT(nn.Module):
             if places is None:
                 places = torch.arange(idx.size(-1), device=idx.device) if pos.packing is None else pos.packing.positions
             x = x + self.transformer["wpe"](places)
-        return x
+        return x + noise_like(x, self.neftune_alpha, pos.packing) if self.training and self.neftune_alpha else x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return `lm_head` of the tail's output (..., d), scaled and capped in families that do so: (..., V)."""

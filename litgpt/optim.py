@@ -101,6 +101,18 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
         raise UserError(f"optimizer: {name} refuses its arguments: {error}") from None
 
 
+def multiply_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], factor: float) -> None:
+    """Give these parameters of an optimizer of one group a multiple of its learning rate (LoRA+, arXiv 2402.12354)."""
+    if factor == 1:
+        return
+    (group,), chosen = optimizer.param_groups, set(map(id, parameters))
+    own = [p for p in group["params"] if id(p) in chosen]
+    group["params"] = [p for p in group["params"] if id(p) not in chosen]
+    if own:
+        optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor})
+    optimizer.param_groups[:] = [each for each in optimizer.param_groups if each["params"]]
+
+
 @cache
 def without_dynamo(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """Return a class of torch.optim without its hooks for torch.compile, which import torch._dynamo: as long as torch itself takes."""

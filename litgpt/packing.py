@@ -98,6 +98,18 @@ def pack(samples: Sequence[Sample], device: torch.device, stem: int) -> Batch:
     return Batch(ids.long().to(device), torch.cat(at).to(device), loss_targets(samples).to(device), packing)
 
 
+def noise_like(x: torch.Tensor, alpha: float, packing: Packing | None) -> torch.Tensor:
+    """Return uniform noise of magnitude alpha / sqrt(L d) for each sequence of L positions in embeddings (..., L, d), or packed (N, d).
+
+    NEFTune, arXiv 2310.05914. Packed samples have no stem.
+    """
+    lengths = torch.tensor([x.size(-2)] if packing is None else packing.lengths, device=x.device)
+    if packing is not None:
+        lengths = lengths.repeat_interleave(lengths)  # (N,)
+    magnitude = alpha * (lengths * x.size(-1)).rsqrt()[:, None]
+    return (torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1) * magnitude).to(x.dtype)
+
+
 def loss_targets(samples: Sequence[Sample]) -> torch.Tensor:
     """Return (n,): the tokens that carry loss, sample by sample. The first token of a sample never does."""
     pairs = ((torch.frombuffer(s.input_ids, dtype=torch.int32), torch.frombuffer(s.loss_mask, dtype=torch.bool)) for s in samples)

@@ -61,16 +61,17 @@ def is_flat(model: GPT) -> bool:
 
 def is_cacheable(model: GPT) -> bool:
     """Return True if something is frozen that would be computed again for every epoch."""
-    return bool(model.cut) or is_answer_only(model)
+    return not model.neftune_alpha and (bool(model.cut) or is_answer_only(model))
 
 
 def stem_length(model: GPT, samples: Sequence[Sample]) -> int:
     """Return P, the length of the stem, which a batch computes once.
 
-    It is 0 if a router is trained to balance the load of tokens, and if LongRoPE takes its long factors for some of the samples only.
+    It is 0 if a router is trained to balance the load of tokens, if LongRoPE takes its long factors for some of the samples only, and if
+    each sample gets noise of its own.
     """
     mixed = len({is_long(model.config, len(sample.input_ids)) for sample in samples}) > 1
-    return 0 if model.config.router_aux_loss_coef or mixed else shared_stem(samples)
+    return 0 if model.config.router_aux_loss_coef or mixed or model.neftune_alpha else shared_stem(samples)
 
 
 class Recompute:

@@ -30,6 +30,8 @@ class AdapterSettings:
     """lora, or dora: weight-decomposed LoRA, which also learns the length of each row of a weight."""
     lora_rslora: bool = setting(False, varies=True)
     """Scale LoRA by lora_alpha / sqrt(lora_r) (rsLoRA), which suits high ranks."""
+    lora_freeze_a: bool = setting(False, varies=True)
+    """Train B alone, A stays as it was drawn (LoRA-FA): less memory, as the adapted layers' inputs are not kept."""
     lora_query: bool = setting(False, varies=True)
     """LoRA on the query projections."""
     lora_key: bool = setting(False, varies=True)
@@ -149,7 +151,11 @@ def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def readable_by_litgpt(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings without those defaults that LitGPT's merge_lora refuses: it reads every lora_ key, and knows its own only."""
-    own = {f.name: f.default for f in fields(AdapterSettings) if f.name in ("lora_variant", "lora_rslora", "lora_block_indices")}
+    own = {
+        f.name: f.default
+        for f in fields(AdapterSettings)
+        if f.name in ("lora_variant", "lora_rslora", "lora_freeze_a", "lora_block_indices")
+    }
     return {key: value for key, value in hyperparameters.items() if key not in own or value != own[key]}
 
 

@@ -1,5 +1,6 @@
 """`litgpt finetune` (`finetune_lora`): LoRA and Skip2-LoRA. Light, so that the command line answers before torch is loaded."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
@@ -32,6 +33,8 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
     """LoRA on the query projections."""
     lora_value: bool = setting(True, varies=True)
     """LoRA on the value projections."""
+    loraplus_lr_ratio: float = setting(1.0, varies=True)
+    """The learning rate of B as a multiple of A's (LoRA+): 16 for example, with a lower rate."""
     skip2lora_cache: Literal["auto", "memory", "disk", "off"] = setting("auto", may_change=True)
     """Where the frozen blocks' activations are kept for the epochs after the first: memory, disk, off, or auto (memory if they fit half of
     what is free, else disk)."""
@@ -48,6 +51,8 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
         AdapterSettings.__post_init__(self)
         WarmupSettings.__post_init__(self)
         self.require_adapters(self)
+        if not 0 < self.loraplus_lr_ratio < math.inf:
+            raise UserError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}: a number above 0 is needed")
         if self.train.tie_embeddings is not None:
             raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
 

@@ -55,6 +55,8 @@ class Method:
     """LoRA flags that are set, for the line that says where they apply"""
     quantize: str | None = None
     """how frozen weights are stored"""
+    b_ratio: float = 1.0
+    """the learning rate of each B as a multiple of the others'"""
 
     def build(self, checkpoint_dir: Path, dtype: torch.dtype) -> GPT:
         """Return the model on the CPU, the backbone in `dtype`, trainable parameters marked. Raises UserError if it does not fit."""
@@ -104,6 +106,7 @@ def adapters(settings: Any) -> Method:
         cache=CacheArgs(settings.skip2lora_cache, settings.skip2lora_cache_dir, settings.skip2lora_cache_dtype),
         lora_flags=tuple(flag for flag in LAYER_FLAGS if values[flag]),
         quantize=quantize,
+        b_ratio=settings.loraplus_lr_ratio,
     )
 
 

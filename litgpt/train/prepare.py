@@ -146,6 +146,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     if model.config.alora_enabled:
         console.say(_switch_on_replies(settings, model, splits, style, tokenizer))
     model.activation_checkpointing = settings.train.activation_checkpointing
+    model.neftune_alpha = settings.train.neftune_noise_alpha or 0.0
     examples, cache_dtype = _examples(settings, splits.examples), _cache_dtype(method.cache.dtype, dtype)
     return Job(settings, method, base, precision, rank, console, tokenizer, style, splits, model, examples, cache_dtype, date=date)
 

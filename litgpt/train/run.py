@@ -30,7 +30,7 @@ from litgpt.loss import HeadLoss
 from litgpt.model import GPT
 from litgpt.objectives.base import View
 from litgpt.objectives.reference import exchange, refer, reference_model
-from litgpt.optim import make_optimizer
+from litgpt.optim import make_optimizer, multiply_rate
 from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
 from litgpt.sample import Sample
@@ -255,6 +255,7 @@ class Session:
         optimizer = make_optimizer(self.settings.optimizer, [p for p in self.model.parameters() if p.requires_grad])
         for group in optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
+        multiply_rate(optimizer, [p for name, p in self.model.named_parameters() if name.endswith("lora_B")], self.job.method.b_ratio)
         self.loop = None
         batches, own, val, val_batches = self.sources or self._sources(train, evaluation, cache)
         job = self.job
