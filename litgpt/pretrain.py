@@ -28,6 +28,7 @@ RECORD = "initial.json"
 class Pretrain(Run):
     """Train all weights of a model on running text."""
 
+    needs_data: ClassVar[bool] = True
     first: ClassVar[str] = "model_name"  # may stand without its key on the command line
 
     checkpoint_dir: Path = field(default=Path(), init=False)

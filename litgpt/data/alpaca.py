@@ -8,6 +8,8 @@ from litgpt.data.downloads import HUB, Downloaded
 from litgpt.data.records import Record
 from litgpt.errors import UserError
 
+DEFAULT = "No data given: Alpaca, 52,000 instructions with answers, as in LitGPT. Your own: --data FILE"
+
 
 @dataclass
 class Alpaca(Downloaded):

@@ -29,6 +29,7 @@ def main(
     quantize: Optional[Quantization] = None,
     seed: int = 1234,
     speculate: Optional[Literal["prompt_lookup"]] = None,
+    access_token: Optional[str] = None,
 ) -> None:
     """Answer a prompt. The answer is streamed to standard output, its length and speed go to standard error.
 
@@ -47,6 +48,7 @@ def main(
         seed: Random seed. The same seed gives the same answers.
         speculate: prompt_lookup takes drafts from the text so far and checks several tokens in one pass: faster where an answer repeats
             its prompt or itself, with the same distribution.
+        access_token: Hugging Face token, for a gated model that is downloaded by its name.
     """
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}: at least 1 is needed")

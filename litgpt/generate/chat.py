@@ -44,6 +44,7 @@ def main(
     quantize: Optional[Quantization] = None,
     multiline: bool = False,
     seed: int = 1234,
+    access_token: Optional[str] = None,
 ) -> None:
     """Talk to a model. An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer, /help lists commands.
 
@@ -59,6 +60,7 @@ def main(
         quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU).
         multiline: Let a message have several lines; the line !submit sends it.
         seed: Random seed. The same seed and messages give the same answers.
+        access_token: Hugging Face token, for a gated model that is downloaded by its name.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")

@@ -23,6 +23,7 @@ from litgpt.adapters.settings import LAYER_FLAGS
 from litgpt.checkpoint import require_checkpoint
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
+from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
 from litgpt.text import text_table
@@ -129,9 +130,12 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     from litgpt.device import process_rank
     from litgpt.logs import Console
 
-    data = given.get("data")
-    if data is None or "checkpoint_dir" not in given:
+    if "checkpoint_dir" not in given:
         return given
+    console = Console(process_rank() == 0)
+    if given.get("data") is None:
+        console.say(DEFAULT)
+    data = given["data"] = given.get("data") or {"class_path": Alpaca}
     dry = bool(given.get("dry_run"))
     base = require_checkpoint(open_checkpoint(given["checkpoint_dir"], convert=not dry))
     module: DataModule = data["class_path"](**data.get("init_args", {}))
@@ -140,7 +144,6 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     module.prepare_data()
     look = Look.at(*module.records())
     chosen = [choice for choice in choices(look, module, given, base) if _put(given, choice.key, choice.value)]
-    console = Console(process_rank() == 0)
     console.say(f"{module.source}: {look}. Settings that you did not give:")
     console.say(_table(chosen))
     return given

@@ -1,10 +1,13 @@
 """The settings that every training command has. Light, so that the command line answers before torch is loaded."""
 
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 from litgpt.args import SECRET, EvalArgs, LogArgs, TrainArgs, as_config, require_seed, setting, shallow
+from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import DataModule
 from litgpt.errors import UserError
 from litgpt.files import expand_path
@@ -15,6 +18,8 @@ Resume = Union[bool, Literal["auto"], Path]
 @dataclass(kw_only=True)
 class Run:
     """The settings that every training command has."""
+
+    needs_data: ClassVar[bool] = False  # True: there is no default
 
     checkpoint_dir: Path = field(metadata={"may_change": True})
     """The base model: a checkpoint folder, or a Hugging Face folder or GGUF file, converted on first use."""
@@ -29,7 +34,7 @@ class Run:
     timeout: float = setting(1800.0, may_change=True)
     """Seconds that processes wait for each other before they end the run."""
     data: Optional[DataModule] = setting(None, may_change=True)
-    """Training data, for example JSON, Alpaca2k or PythonDocs."""
+    """Training data: a file or folder, or a data set such as Alpaca2k, Dolly or PythonDocs. Default: Alpaca."""
     train: TrainArgs = setting(TrainArgs(micro_batch_size=1))
     """How long to train, in what batches, and how the learning rate moves."""
     eval: EvalArgs = setting(EvalArgs(interval=100, max_new_tokens=100))
@@ -57,10 +62,14 @@ class Run:
         if isinstance(self.resume, str) and self.resume != "auto":
             self.resume = expand_path(self.resume)
         require_seed(self.seed)
+        if self.data is None and self.needs_data:
+            raise UserError("no data: give --data FILE, or the name of a module of litgpt.data, such as TextFiles")
+        if self.data is None:
+            self.data = Alpaca()
+            if os.environ.get("RANK", "0") == "0":
+                print(DEFAULT, file=sys.stderr)
         if self.access_token and getattr(self.data, SECRET, "") is None:
             setattr(self.data, SECRET, self.access_token)
-        if self.data is None:
-            raise UserError("no data: give --data FILE, or the name of a module of litgpt.data, such as Alpaca2k")
 
     def method(self) -> Any:
         """Return the `litgpt.train.methods.Method` of the command."""

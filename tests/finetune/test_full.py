@@ -134,8 +134,3 @@ def test_a_second_run_is_refused_and_one_that_would_replace_its_own_base_too(run
     further = finetune("finetune_full", out / "final", data, tmp_path / "further", train__max_steps=1)
     assert further.code == 0
     assert further.report["initial_val_loss"] == pytest.approx(Run(0, "", out).report["final_val_loss"], rel=1e-5)
-
-
-def test_no_data(base: Path, tmp_path: Path) -> None:
-    refused = finetune("finetune_full", base, None, tmp_path / "out")
-    assert refused.code == 1 and refused.err.startswith("Error: no data: give --data FILE") and not list(tmp_path.iterdir())

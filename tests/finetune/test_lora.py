@@ -456,9 +456,15 @@ def test_a_logger_that_is_not_installed(overwrite: bool, base: Path, data: Path,
     assert finetune_runs.files(tmp_path) == before
 
 
-def test_no_data(base: Path, tmp_path: Path) -> None:
-    assert_one_line(finetune("finetune_lora", base, None, tmp_path / "out"), 1, "no data: give --data FILE")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("command", ["finetune", "finetune_lora"])
+def test_alpaca_is_the_default(command: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in LitGPT; a line says so before it is downloaded."""
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "data/alpaca/alpaca_data_cleaned_archive.json"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(data.read_bytes())
+    run = finetune(command, base, None, tmp_path / "out")
+    assert run.code == 0 and "No data given: Alpaca, 52,000 instructions" in run.err and run.report["steps"] > 0
 
 
 def test_wrong_places(base: Path, data: Path, tmp_path: Path) -> None:

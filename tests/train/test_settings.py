@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 
 from litgpt.args import LogArgs, as_config, shallow
-from litgpt.data import JSON, LIMA
-from litgpt.errors import UserError
+from litgpt.data import JSON, LIMA, Alpaca
 from litgpt.finetune.lora import Lora
 from litgpt.train.settings import Run
 
 
-def test_run_without_data() -> None:
-    with pytest.raises(UserError, match="no data: give --data FILE"):
-        Run(checkpoint_dir=Path("base"))
+def test_run_without_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert isinstance(Run(checkpoint_dir=Path("base")).data, Alpaca)
+    assert "No data given: Alpaca" in capsys.readouterr().err
 
 
 def test_paths_may_be_texts() -> None:

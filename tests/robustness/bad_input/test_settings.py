@@ -116,7 +116,6 @@ COMMAND_LINE = [
     Case("a seed of text", command("generate", "--seed", "lucky"), "--seed: 'lucky'", "an integer", 2),
     Case("a seed too large", command("generate", "--seed", str(2**70)), "seed is 1180591620717411303424", "from 0 to 4294967295", 2),
     Case("chat precision", command("chat", "--precision", "fp16"), "precision 'fp16'", "16-true"),
-    Case("full without data", lambda place: ["finetune_full", place.base()], "no data", "give --data FILE"),
     Case("full with LoRA's key", command("finetune_full", "--lora_r", "4"), "--lora_r", "not a known key", 2),
     Case("no grid", command("sweep"), "no grid", "--grid.lora_r '[4, 8, 16]'"),
     Case("a grid as a number", command("sweep", "--grid", "3"), "--grid needs keys below it", "--grid.lora_r '[4, 8]'", 2),
