@@ -34,6 +34,7 @@ from litgpt.adapters.base import (
 )
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
 from litgpt.adapters.dora import DoRA
+from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.settings import AdapterSettings
 from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
@@ -60,7 +61,12 @@ __all__ = [
 ]
 
 LM_HEAD, LN_F = "lm_head", "transformer.ln_f"
-VARIANTS: dict[str, tuple[type[LinearAdapter], ...]] = {"lora": (), "dora": (DoRA,)}  # mixed into LoRA's layers
+VARIANTS: dict[str, tuple[type[LinearAdapter], ...]] = {
+    "lora": (),
+    "dora": (DoRA,),
+    "pissa": (PiSSA,),
+    "olora": (OLoRA,),
+}  # mixed into LoRA's layers
 
 
 @dataclass
@@ -234,8 +240,8 @@ class LoRALinear(LoRALayer, LinearAdapter):
     def make_parameters(self, in_features: int, out_features: int) -> None:
         self._make((self.r, in_features), (out_features, self.r))
 
-    def up(self) -> torch.Tensor:
-        return self.lora_B * self.scaling
+    def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
+        return (self.lora_B if b is None else b) * self.scaling
 
     def adapted_rows(self) -> torch.Tensor:
         return torch.ones(self.out_features, dtype=torch.bool)
@@ -288,13 +294,16 @@ class LoRAQKVLinear(LoRALinear):
         self.parts = list(zip((head_size * n_head, head_size * n_query_groups, head_size * n_query_groups), enabled, strict=True))
         super().__init__(in_features, out_features, r if any(enabled) else 0, lora_alpha, lora_dropout, linear, rslora, **kwargs)
 
+    def part_sizes(self) -> list[int]:
+        return [size for size, on in self.parts if on]
+
     def make_parameters(self, in_features: int, out_features: int) -> None:
-        rows = [size for size, on in self.parts if on]
+        rows = self.part_sizes()
         self._make((self.r * len(rows), in_features), (sum(rows), self.r))
 
-    def up(self) -> torch.Tensor:
+    def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
         """Return (q + k + v rows, e r): s B, block-diagonal over the enabled parts, with zero rows for the others."""
-        enabled = iter((self.lora_B * self.scaling).split([size for size, on in self.parts if on]))
+        enabled = iter(super().up(b).split(self.part_sizes()))
         return torch.block_diag(*(next(enabled) if on else self.lora_B.new_zeros(size, 0) for size, on in self.parts))
 
     def adapted_rows(self) -> torch.Tensor:
@@ -452,7 +461,8 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
     prefix = {module for block in model.blocks[: model.cut or 0] for module in block.modules()} if isinstance(model, GPT) else set()
     for _, adapter in adapters(model):
         for name, parameter in adapter.named_parameters(recurse=False):
-            parameter.requires_grad_((adapter.skips_cut or adapter not in prefix) and not (freezes_a and name == "lora_A"))
+            is_frozen = name in adapter.constant or (freezes_a and name == "lora_A")
+            parameter.requires_grad_((adapter.skips_cut or adapter not in prefix) and not is_frozen)
 
 
 def start_warmup(model: GPT) -> None:

@@ -14,6 +14,8 @@ class Adapter(nn.Module):
 
     skips_cut = False  # True: the output joins the tail, so that gradients reach the adapter even in front of the cut
 
+    constant: tuple[str, ...] = ()  # names of parameters that are never trained
+
     tunes_base = False  # True: the parameters are the base's own, which start from its values
 
     def reset_parameters(self) -> None:
@@ -47,9 +49,13 @@ class LinearAdapter(Wrapper):
         """Register the adapter's parameters, without values."""
         raise NotImplementedError
 
-    def up(self) -> torch.Tensor:
-        """Return (out, columns of A x): B, scaled, with zeros in the rows that are not adapted."""
+    def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
+        """Return (out, columns of A x): B, or another one, scaled, with zeros in the rows that are not adapted."""
         raise NotImplementedError
+
+    def part_sizes(self) -> list[int]:
+        """Return the rows of B that each have an A of their own."""
+        return [len(self.lora_B)]
 
     def adapted_rows(self) -> torch.Tensor:
         """Return (out,) bool: the rows of the weight that B has, in its order."""

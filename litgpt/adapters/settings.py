@@ -26,8 +26,9 @@ class AdapterSettings:
     """Adapters are scaled by lora_alpha / lora_r."""
     lora_dropout: float = setting(0.0, varies=True)
     """Dropout on the adapters' input."""
-    lora_variant: Literal["lora", "dora"] = setting("lora", varies=True)
-    """lora, or dora: weight-decomposed LoRA, which also learns the length of each row of a weight."""
+    lora_variant: Literal["lora", "dora", "pissa", "olora"] = setting("lora", varies=True)
+    """lora; dora: weight-decomposed LoRA, which also learns the length of each row of a weight; pissa or olora: LoRA that starts from the
+    weight's largest singular directions, or from its QR decomposition."""
     lora_rslora: bool = setting(False, varies=True)
     """Scale LoRA by lora_alpha / sqrt(lora_r) (rsLoRA), which suits high ranks."""
     lora_freeze_a: bool = setting(False, varies=True)
@@ -71,8 +72,8 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         if self.skip2lora_norm not in ("rms", "none"):
             raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
-        if self.lora_variant not in ("lora", "dora"):
-            raise UserError(f"lora_variant is {self.lora_variant!r}: choose 'lora' or 'dora'")
+        if self.lora_variant not in ("lora", "dora", "pissa", "olora"):
+            raise UserError(f"lora_variant is {self.lora_variant!r}: choose 'lora', 'dora', 'pissa' or 'olora'")
         if self.alora_enabled and self.lora_variant != "lora":
             raise UserError("alora_enabled works with lora_variant lora only")
         if self.alora_enabled and not self.has_lora_in_blocks:

@@ -132,8 +132,10 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
 
     `base` is the model's name, `model_type` its class in transformers. Raises UserError that lists the weights without a place there.
     """
+    from litgpt.adapters.pissa import as_lora
+
     plan = layout(config, model_type)
-    units = {name: unit for name, unit in split(weights, config).items() if any(bool(unit[factor].any()) for factor in FACTORS)}
+    units = {name: unit for name, unit in split(as_lora(weights), config).items() if any(bool(unit[factor].any()) for factor in FACTORS)}
     if unknown := [name for name in units if name not in plan.sizes]:
         raise UserError(
             f"PEFT's format has no place for LoRA on {names.summary(unknown)}: transformers has no linear layers there. "

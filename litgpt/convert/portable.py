@@ -47,7 +47,7 @@ def lora_in_peft(
     Raises UserError for LoRA on layers that transformers does not have, for DoRA and for answer-only LoRA.
     """
     lora = {name: value for name, value in weights.items() if ".skip2lora." not in name}
-    if lora and (config.lora_variant != "lora" or config.alora_enabled):
+    if lora and (config.lora_variant == "dora" or config.alora_enabled):
         kind = "alora_enabled" if config.alora_enabled else "lora_variant dora"
         raise UserError(f"{kind} beside Skip2-LoRA has no portable form: use the folder that `litgpt finetune` wrote in litgpt")
     return peft.to_peft(config, lora, base, model_type) if lora else (None, {})
