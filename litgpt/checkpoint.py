@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -260,7 +260,19 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     The head and the embedding share one tensor if they do in `weights`. Raises UserError that lists every missing and unknown weight,
     and every wrong shape.
     """
-    from litgpt.adapters.base import adapter_parameters, renew_adapters
+    from litgpt.adapters.base import renew_adapters
+
+    weights, tied = fitting(model, weights, source)
+    cast = {name: value.to(dtype) for name, value in weights.items() if not (tied and name == "lm_head.weight")}
+    model.load_state_dict(cast, strict=False, assign=True)
+    if tied:
+        model.tie_head()
+    renew_adapters(model)
+
+
+def fitting(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """Return the weights under the model's names, and whether the head is tied. Raises UserError if they do not fit."""
+    from litgpt.adapters.base import adapter_parameters
 
     config = model.config
     weights = in_current_layout(weights, config)
@@ -279,11 +291,33 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     problems += [f"{name} has {value.dtype} numbers, not floating ones" for name, value in weights.items() if not value.is_floating_point()]
     if problems:
         raise UserError(f"{source} does not fit model {config.name!r}: {'; '.join(problems)}")
-    cast = {name: value.to(dtype) for name, value in weights.items() if not (tied and name == "lm_head.weight")}
-    model.load_state_dict(cast, strict=False, assign=True)
+    return weights, tied
+
+
+def build_sharded(config: LoRAConfig, base: Path, dtype: torch.dtype, device: torch.device, mark: Callable[[LoRAGPT], None]) -> LoRAGPT:
+    """Return the model of `build_model` sharded over all ranks, each of which reads its own rows from the file.
+
+    `mark` says what is trained.
+    """
+    from litgpt.adapters.base import renew_adapters
+    from litgpt.sharding import shard
+
+    file = weights_file(base, now=True)
+    weights = load_weights(file.path)
+    model = empty_model(config, weights, file.path)
+    _, tied = fitting(model, weights, file.path)
     if tied:
         model.tie_head()
     renew_adapters(model)
+    mark(model)
+
+    def load(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        mapped, _ = fitting(model, load_weights(file.path), file.path)
+        return {name: mapped[name.replace(".linear.", ".")] for name in names}
+
+    shard(model, device, load, dtype)
+    file.require_unchanged()
+    return model
 
 
 def build_model(config: LoRAConfig, base: Path, dtype: torch.dtype, mapped: bool = False) -> LoRAGPT:
@@ -356,9 +390,9 @@ def require_same_base(folder: Path, base: Path) -> None:
 
 def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) -> None:
     """Copy an adapter's weights into the model. Raises UserError that lists every name and shape that does not fit."""
-    import torch
 
     from litgpt.adapters.base import adapter_parameters
+    from litgpt.sharding import assign
 
     own = adapter_parameters(model)
     problems = [f"{name} is missing" for name in own if name not in weights]
@@ -371,9 +405,8 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
             problems.append(f"{name} has {value.dtype} numbers, not floating ones")
     if problems:
         raise UserError(f"{source} does not fit the adapter settings beside it: {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, value in weights.items():
-            own[name].copy_(value)
+    for name, value in weights.items():
+        assign(own[name], value)
 
 
 def read_adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:

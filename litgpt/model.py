@@ -100,6 +100,10 @@ class GPT(nn.Module):
         x = self.tail(x, taps, pos)  # (B, T, d)
         return self.logits(x)  # (B, T, V)
 
+    def within(self, work: Callable[[], Any]) -> Any:
+        """Return work(), which runs parts of the model. A sharded model gathers its weights for it (`litgpt.sharding`)."""
+        return work()
+
     def embed(self, idx: torch.Tensor, pos: Positions) -> torch.Tensor:
         """(B, T) -> (B, T, d), or (N,) -> (N, d): the embeddings, scaled, or with learned positions added, in families that do so."""
         x, config = self.transformer["wte"](idx), self.config
@@ -271,12 +275,10 @@ class GPT(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Allocate room for the keys and values of `max_seq_length` positions (default: the model's own) in every block."""
-        weight = cast("torch.Tensor", self.transformer["wte"].weight)
-        length = max_seq_length or self.max_seq_length
-        config = self.config
+        length, config = max_seq_length or self.max_seq_length, self.config
         shape = (batch_size, config.n_query_groups, length, config.head_size)
         for block in self.blocks:
-            block.attn.kv_cache = KVCache(shape, device or next(block.parameters()).device, dtype or weight.dtype)
+            block.attn.kv_cache = KVCache(shape, device or next(block.parameters()).device, dtype or self.dtype)
 
     def clear_kv_cache(self) -> None:
         """Free the keys and values."""
@@ -319,6 +321,10 @@ class Block(nn.Module):
             normed = self.norm_2(x)
         changed = self._branch(self.mlp(normed), self.post_mlp_norm)
         return x + attended + changed if self.parallel_residual else x + changed
+
+    def attend(self, x: torch.Tensor, pos: Positions) -> torch.Tensor:
+        """Return attention's output alone, (B, T, d)."""
+        return cast("torch.Tensor", self.attn(self.norm_1(x), pos))
 
     def _branch(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         """Return the term that attention's or the MLP's output x adds to the residual stream."""

@@ -24,6 +24,7 @@ args adapters.settings objectives.settings
 families
 config
 rope packing model
+sharding
 adapters lora
 adapter
 adapter_v2

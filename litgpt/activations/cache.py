@@ -17,8 +17,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -190,6 +191,8 @@ class CacheSettings:
     say: Callable[[str], None] = lambda text: None
     # opens a progress bar with a title, for a cache that holds a number of samples already
     progress: Callable[[str, int], AbstractContextManager[Progress]] = lambda title, begun: nullcontext(lambda done, total: None)
+    # of a sharded model, whose ranks must do the same: returns whether the flag is set in any; caches are in memory then
+    any: Callable[[bool], bool] | None = None
 
 
 def activations(
@@ -208,23 +211,23 @@ def activations(
     if settings.mode == "off" or not is_cacheable(model) or not indices:
         return Recompute(model, samples, device)
     layout = plan(model, samples, indices, settings.dtype)
-    need, free = layout.nbytes, psutil.virtual_memory().available
+    need, free, agreed = layout.nbytes, psutil.virtual_memory().available, settings.any or bool
     kind = settings.mode
     if kind == "auto":
-        kind = "memory" if need <= MEMORY_SHARE * free else "disk"
+        kind = "memory" if need <= MEMORY_SHARE * free or settings.any else "disk"
     rows = f"{layout.shape[0]:,} positions x {layout.width[0]} x {layout.width[1]}"
     settings.say(f"{name} cache: {gib(need)} for {rows}, {WHERE[kind]}; free memory {gib(free)}")
     if kind == "memory":
-        if need > free:
+        memory = None
+        if need <= free:
+            with suppress(RuntimeError, MemoryError):
+                memory = torch.empty(layout.shape, dtype=layout.dtype)
+        if agreed(memory is None):
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return Recompute(model, samples, device)
-        try:
-            memory = torch.empty(layout.shape, dtype=layout.dtype)
-        except (RuntimeError, MemoryError):
-            settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
-            return Recompute(model, samples, device)
+        assert memory is not None
         with settings.progress(f"{name} cache", 0) as progress:
-            fill(model, samples, layout, memory, device, progress)
+            fill(model, samples, layout, memory, device, progress, agreed=agreed)
         return ActivationCache(memory, layout, samples, model, device)
     try:
         store = _on_disk(model, samples, layout, settings, device, name)
@@ -260,12 +263,18 @@ def fill(
     device: torch.device,
     progress: Progress,
     done: int = 0,
+    agreed: Callable[[bool], bool] = bool,
 ) -> None:
-    """Run the prefix over the samples after the first `done`, in large batches, and write the rows into `store` (R, S + 1, d)."""
+    """Run the prefix over the samples after the first `done`, in large batches, and write the rows into `store` (R, S + 1, d).
+
+    It runs until it is no longer `agreed` that a rank has samples left: a sharded model runs in all ranks at the same time.
+    """
     was_training, slices, order = model.training, layout.slices, fill_order(samples, layout)
     model.eval()
-    for indices in fill_batches(samples, order[done:], layout.stem, device):
-        rows = _rows(model, [samples[i] for i in indices], layout, device)
+    batches = fill_batches(samples, order[done:], layout.stem, device)
+    while agreed((indices := next(batches, [])) != []):
+        chosen = [samples[i] for i in indices or order[:1]]
+        rows = model.within(partial(_rows, model, chosen, layout, device))
         start = layout.first
         store[:start] = rows[:start]
         for i in indices:

@@ -96,8 +96,7 @@ def plain_rows(model: GPT, samples: Sequence[Sample], device: torch.device, stem
         parts, keeping = [x, *taps], replace(pos, kept=kept)
         for block in model.blocks[first:-1]:
             x = block(x, keeping)
-        last = model.blocks[-1]
-        last.attn(last.norm_1(x), keeping)
+        model.blocks[-1].attend(x, keeping)
     parts += [part for i in range(first, model.config.n_layer) for part in kept[i]]
     return Rows(torch.cat([part.to(model.dtype) for part in parts], dim=1), samples, batch.packing.stem)
 

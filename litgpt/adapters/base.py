@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from litgpt.sharding import whole
+
 
 class Adapter(nn.Module):
     """Parameters added to a frozen model: those that the module holds itself, not those of a layer that it wraps."""
@@ -97,8 +99,8 @@ def adapter_parameters(model: nn.Module, added: bool = False) -> dict[str, nn.Pa
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the adapters' parameters as tensors on the CPU, to be saved."""
-    return {name: parameter.detach().cpu() for name, parameter in adapter_parameters(model).items()}
+    """Return the adapters' parameters as tensors on the CPU, to be saved. All ranks of a sharded model must ask for them."""
+    return {name: whole(parameter.detach()).cpu() for name, parameter in adapter_parameters(model).items()}
 
 
 def renew_adapters(model: nn.Module) -> None:

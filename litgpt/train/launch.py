@@ -12,10 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
@@ -29,6 +30,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 POLL_SECONDS = 0.2
 START_SECONDS = 300.0  # in which all processes must have started
 NOTICE_SECONDS = 10.0  # after which a process that has not noticed the end of another gets SIGTERM
+STORE_SECONDS = 3.0
 END_SECONDS = 30.0  # after which it is ended, whatever it does
 
 
@@ -141,7 +143,7 @@ class Group:
     current: Group | None = None  # torch allows one
 
     def __init__(self, place: Place, timeout: float) -> None:
-        self.place, self.timeout, self.ended = place, timeout, False
+        self.place, self.timeout, self.ended, self.is_reachable = place, timeout, False, True
         self.children, self.peers = list[subprocess.Popen[bytes]](), list[Peer]()
         self.device = default_device()
         if self.device.type == "cuda":
@@ -221,15 +223,27 @@ class Group:
 
     def fail(self, code: int, message: str) -> None:
         """Let the others know why this process ends."""
-        with suppress(dist.DistError, RuntimeError):
-            self.store.set(f"failed/{self.place.index}", json.dumps([code, message]))
+        self._soon(lambda: self.store.set(f"failed/{self.place.index}", json.dumps([code, message])))
 
     def failure_of(self, index: int) -> Failure | None:
         """Return what a process said before it ended."""
-        with suppress(dist.DistError, RuntimeError):
-            if self.store.check([f"failed/{index}"]):
-                return Failure(index, *json.loads(self.store.get(f"failed/{index}")))
-        return None
+        said = self._soon(lambda: self.store.check([f"failed/{index}"]) and self.store.get(f"failed/{index}"))
+        return Failure(index, *json.loads(said)) if said else None
+
+    def _soon(self, ask: Callable[[], Any]) -> Any:
+        """Return the store's answer, or None if there is none soon: its machine may be cut off, and the connection wait for minutes."""
+        answer: list[Any] = []
+
+        def work() -> None:
+            with suppress(dist.DistError, RuntimeError):
+                answer.append(ask())
+
+        if self.is_reachable:
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            thread.join(STORE_SECONDS)
+            self.is_reachable = not thread.is_alive()
+        return answer[0] if answer else None
 
     def failures(self, seconds: float, count: int = 1) -> list[Failure]:
         """Return the failures of other processes, up to `count`, waiting for them at most so long."""
@@ -251,6 +265,12 @@ class Group:
         number = next((-(child.poll() or 0) for child in self.children if child.pid == peer.pid), 0)
         how = f"was ended by {signal.Signals(number).name}" if number > 0 else "ended before its time"
         return Failure(index, 1, f"process {peer.pid} {how}")
+
+    @property
+    def elsewhere(self) -> list[int]:
+        """The processes of other machines."""
+        own = self.place.index // self.place.local_size
+        return [k for k in range(self.place.size) if k // self.place.local_size != own]
 
     @property
     def speaker(self) -> int:

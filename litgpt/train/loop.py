@@ -21,6 +21,7 @@ from litgpt.loss import HeadLoss
 from litgpt.objectives.base import Objective, View
 from litgpt.optim import learning_rate
 from litgpt.sample import Sample
+from litgpt.sharding import part_of
 from litgpt.train.parallel import Rank
 from litgpt.train.resume import PhaseStart, State, random_states
 
@@ -147,7 +148,8 @@ class Loop:
         self.head_loss = HeadLoss.of(self.model)
         self.micro_batch = self.train.micro_batch_size * self.objective.group
         self.measured: dict[str, float] = {}  # the last validation's figures besides the loss
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = [part_of(p) for p in self.weights]
         self.is_half = torch.float16 in (self.model.dtype, self.rank.mixed)  # small gradients would vanish (arXiv 1710.03740)
         self.highest_sound = DIVERGED * math.log(self.model.config.V)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -182,15 +184,18 @@ class Loop:
         self.model.train()
         total = torch.zeros((), device=self.rank.device)
         divisor, scale = self._begin(batch), state.loss_scale if self.is_half else 1.0
-        for first in range(0, len(batch.indices), self.micro_batch):
-            loss = self.loss(self.activations, batch.indices[first : first + self.micro_batch]) / divisor
+        for first in range(0, batch.most if self.rank.sharded else len(batch.indices), self.micro_batch):
+            if micro_batch := batch.indices[first : first + self.micro_batch]:
+                loss = self.loss(self.activations, micro_batch) / divisor
+            else:  # a sharded model runs in all processes at the same time
+                loss = self.loss(self.activations, self.batches.owned(self.rank.index)[:1]) * 0.0
             (loss * scale).backward()
             total += loss.detach()
         mean = self.rank.sum(total).item()
-        self.rank.share_gradients(self.trained)
+        self.rank.share_gradients(self.weights)
         if scale != 1:
             torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], scale)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        norm = self.rank.gradient_norm(self.weights)
         if self._is_finite(state, batch.indices, {"loss": mean, "gradient norm": norm.item()}):
             if self.train.max_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.trained, self.train.max_norm, norm)
@@ -210,7 +215,7 @@ class Loop:
     def loss(self, activations: Activations, indices: Sequence[int]) -> torch.Tensor:
         """Return the sum of the objective's losses of these samples."""
         with self.autocast():
-            return self.objective.loss(self.view(activations), indices)
+            return self.model.within(lambda: self.objective.loss(self.view(activations), indices))
 
     def view(self, activations: Activations) -> View:
         """Return what the objective sees of the model and its samples."""
@@ -238,6 +243,9 @@ class Loop:
         for indices in batches:
             if is_stopped():
                 break
+            if not indices:  # others have more samples of a sharded model
+                self.loss(activations, batches[0][:1] or [0])
+                continue
             sums[0] += self.loss(activations, indices)
             sums[1] += objective.weight(view, indices)
         sums[2:] = objective.tally
@@ -317,13 +325,16 @@ class Loop:
 
     def require_finite(self, state: State) -> None:
         """Raise NonFiniteError if a trained weight is not finite."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.trained):
+        is_finite = all(bool(torch.isfinite(p).all()) for p in self.trained)
+        if self.rank.any(not is_finite) if self.rank.sharded else not is_finite:
             state.consistent = False
             raise NonFiniteError(f"step {state.step}: the trained weights are not finite: {REMEDY}")
 
     @torch.no_grad()
     def _culprits(self, indices: list[int]) -> list[int]:
-        """Return the samples whose loss alone is not finite."""
+        """Return the samples whose loss alone is not finite; none of a sharded model, which one process cannot run."""
+        if self.rank.sharded:
+            return []
         self.model.eval()
         group = self.objective.group
         units = [list(indices[k : k + group]) for k in range(0, len(indices), group)]

@@ -19,6 +19,7 @@ from litgpt.errors import UserError
 from litgpt.lora import GPT, LoRALayer, Skip2LoRA, mark_only_lora_as_trainable
 from litgpt.lora import Config as LoRAConfig
 from litgpt.quantize import count, is_quantised, quantise
+from litgpt.sharding import assign, is_sharded, weights_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Method:
     """the model's config, adapters included, for a checkpoint folder"""
     prepare: Callable[[GPT], None]
     """sets what is trained, on a model with its base weights"""
-    save: Callable[[GPT, Path], None]
-    """writes the trained weights into a folder"""
+    save: Callable[[GPT], Callable[[Path], None]]
+    """gathers the trained weights, of all ranks, and returns a function that writes them into a folder"""
     load: Callable[[GPT, Path], None]
     """gives a model the trained weights of a folder that `save` wrote"""
     finish: Callable[[GPT, Path], bool] = lambda model, folder: False
@@ -58,8 +59,13 @@ class Method:
     b_ratio: float = 1.0
     """the learning rate of each B as a multiple of the others'"""
 
-    def build(self, checkpoint_dir: Path, dtype: torch.dtype) -> GPT:
-        """Return the model on the CPU, the backbone in `dtype`, trainable parameters marked. Raises UserError if it does not fit."""
+    def build(self, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device | None = None) -> GPT:
+        """Return the model on the CPU, or sharded on `device`, the backbone in `dtype`, trainable parameters marked.
+
+        Raises UserError if it does not fit.
+        """
+        if device is not None:
+            return checkpoint.build_sharded(self.config(checkpoint_dir), checkpoint_dir, dtype, device, self._mark)
         model = checkpoint.build_model(self.config(checkpoint_dir), checkpoint_dir, dtype, mapped=self.quantize is not None)
         self._mark(model)
         return model
@@ -88,7 +94,7 @@ def adapters(settings: Any) -> Method:
         mark_only_lora_as_trainable(model)
 
     def finish(model: GPT, folder: Path) -> bool:
-        if model.switch is not None or any(isinstance(module, Skip2LoRA) for module in model.modules()):
+        if is_sharded(model) or model.switch is not None or any(isinstance(module, Skip2LoRA) for module in model.modules()):
             return False
         from litgpt.convert.merge import merged_weights
 
@@ -110,9 +116,10 @@ def adapters(settings: Any) -> Method:
     )
 
 
-def save_adapter(model: GPT, folder: Path) -> None:
-    """Write the adapters' weights, as LitGPT names them."""
-    checkpoint.save_weights({"model": adapter_state(model)}, folder / model.config.adapter_file)  # type: ignore[dict-item]
+def save_adapter(model: GPT) -> Callable[[Path], None]:
+    """Return a function that writes the adapters' weights, as LitGPT names them."""
+    state: Any = {"model": adapter_state(model)}
+    return lambda folder: checkpoint.save_weights(state, folder / model.config.adapter_file)
 
 
 def load_adapter(model: GPT, folder: Path) -> None:
@@ -142,11 +149,17 @@ def full(tie_embeddings: bool | None = None) -> Method:
         elif tie_embeddings is False and model.is_tied:
             model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
 
-    def save(model: GPT, folder: Path) -> None:
-        checkpoint.save_weights(checkpoint.on_cpu(model.state_dict()), folder / checkpoint.WEIGHTS)
+    def save(model: GPT) -> Callable[[Path], None]:
+        state = weights_of(model) if is_sharded(model) else checkpoint.on_cpu(model.state_dict())
+        return lambda folder: checkpoint.save_weights(state, folder / checkpoint.WEIGHTS)
 
     def load(model: GPT, folder: Path) -> None:
-        model.load_state_dict(checkpoint.load_weights(folder / checkpoint.WEIGHTS))
+        weights = checkpoint.load_weights(folder / checkpoint.WEIGHTS)
+        if is_sharded(model):
+            for name, parameter in model.named_parameters():
+                assign(parameter, weights[name])
+        else:
+            model.load_state_dict(weights)
 
     return Method(LoRAConfig.from_checkpoint, prepare, save, load)
 

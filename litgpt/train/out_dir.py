@@ -171,8 +171,8 @@ class Checkpoints:
     """Writes the checkpoints of a run, from the first process. Each folder appears complete or not at all."""
 
     out_dir: Path
-    write: Callable[[Path], None]
-    """writes weights, settings and tokenizer into a folder"""
+    contents: Callable[[], Callable[[Path], None]]
+    """gathers the weights of all ranks; the result writes them, settings and tokenizer into a folder"""
     facts: dict[str, Any]
     """of the training state: identity and environment"""
     keep_last: int | None
@@ -181,6 +181,8 @@ class Checkpoints:
     """None in processes other than the first"""
     newest: Path | None = None
     """the last checkpoint that can be resumed"""
+    gathered: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state
+    """returns the optimizer's state of all ranks"""
     unproven: list[Path] = field(default_factory=list)
     """checkpoints since the last one whose weights gave a sound loss; nothing is removed for them"""
 
@@ -189,10 +191,11 @@ class Checkpoints:
         folder = self.out_dir / f"step-{state.step:06d}"
         states = {name: self.rank.gather(value) for name, value in (state.random or random_states(self.rank.device)).items()}
         random = {f"{name}.{rank}": value.cpu() for name, all_ranks in states.items() for rank, value in enumerate(all_ranks)}
+        write, own = self.contents(), None if optimizer is None else self.gathered(optimizer.state_dict())
         with self._together(), self._folder(folder) as temporary:
             if temporary is not None:
-                self.write(temporary)
-                training_state.write(temporary, state, optimizer, random, {**self.facts, "kept": kept})
+                write(temporary)
+                training_state.write(temporary, state, own, random, {**self.facts, "kept": kept})
         self.newest, state.saved = folder, True
         self.unproven.append(folder)
         return folder
@@ -219,9 +222,10 @@ class Checkpoints:
 
     def folder(self, name: str, measured: dict[str, Any], finish: Callable[[Path], None] | None = None) -> None:
         """Write `best` or `final` with the figures `measured`; `finish` adds files and figures."""
+        write = self.contents()
         with self._together(), self._folder(self.out_dir / name) as temporary:
             if temporary is not None:
-                self.write(temporary)
+                write(temporary)
                 if finish is not None:
                     finish(temporary)
                 atomic.write_text(temporary / REPORT, as_json(measured))

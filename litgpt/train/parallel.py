@@ -13,7 +13,8 @@ import torch
 
 from litgpt.device import MIXED, default_device
 from litgpt.errors import NonFiniteError, Stopped, UserError
-from litgpt.train.launch import Failure, Group, place_of
+from litgpt.sharding import part_of
+from litgpt.train.launch import Failure, Group, Place, place_of
 
 LOST_PROCESS = re.compile(r"gloo|Connection (closed|reset) by peer|NCCL|Broken pipe", re.IGNORECASE)
 
@@ -31,14 +32,18 @@ class Rank:
     """autocast to this dtype"""
     group: Group | None = None
     """the joined processes; None for one"""
+    sharded: bool = False
+    """each process holds a part of the model, and all run it at the same time"""
 
     @classmethod
-    def start(cls, precision: str, devices: int | str, num_nodes: int, timeout: float) -> Rank:
+    def start(cls, precision: str, devices: int | str, num_nodes: int, timeout: float, shards: bool = False) -> Rank:
         """Return the rank of this process, after starting the others of the run if no launcher has.
 
-        They wait for each other for `timeout` seconds.
+        They wait for each other for `timeout` seconds. `shards`: one process is a group, too.
         """
         mixed, place = MIXED.get(precision), place_of(devices, num_nodes)
+        if place is None and shards:
+            place = Place(0, 1, 0, 1, "127.0.0.1", 0)
         if place is None:
             return cls(device=default_device(), mixed=mixed)
         group = Group.current or Group(place, timeout)
@@ -51,7 +56,8 @@ class Rank:
 
     @property
     def described(self) -> str:
-        return f", {self.size} processes, each with a copy of the model" if self.size > 1 else ""
+        what = "a part" if self.sharded else "a copy"
+        return f", {self.size} processes, each with {what} of the model" if self.size > 1 else ""
 
     @property
     def is_first(self) -> bool:
@@ -106,13 +112,27 @@ class Rank:
             self.barrier()
 
     def share_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Add up the parameters' gradients over all processes."""
-        if self.size == 1:
+        """Add up the parameters' gradients over all processes. A sharded parameter's are added up already: its rows move to its part."""
+        for parameter in parameters:
+            if (part := part_of(parameter)) is not parameter:
+                grad: Any = parameter.grad
+                part.grad, parameter.grad = None if grad is None else grad.to_local(), None
+        copied = [p for p in parameters if part_of(p) is p]
+        if self.size == 1 or not copied:
             return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in copied]
         flat = self.sum(torch.cat([grad.flatten() for grad in grads]))
-        for p, part in zip(parameters, flat.split([grad.numel() for grad in grads]), strict=True):
+        for p, part in zip(copied, flat.split([grad.numel() for grad in grads]), strict=True):
             p.grad = part.view_as(p)
+
+    def gradient_norm(self, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        """Return the norm of all gradients after `share_gradients`."""
+        copied = torch.nn.utils.get_total_norm([p.grad for p in parameters if part_of(p) is p and p.grad is not None])
+        if not self.sharded:
+            return copied
+        parts = [part_of(p).grad for p in parameters if part_of(p) is not p]
+        own = torch.nn.utils.get_total_norm([grad for grad in parts if grad is not None])
+        return (self.sum(own.square().to(self.device)) + copied.square().to(self.device)).sqrt()
 
 
 def alone(precision: str | None) -> Rank:
@@ -143,7 +163,7 @@ def ends_together(rank: Rank, saved: Callable[[], str] = lambda: "") -> Iterator
         if isinstance(error, Stopped):  # torchrun stops a process after another has failed
             others = [failure for failure in others if failure.code != error.code]
         group.ended = True
-        if lost or others:
+        if others or (lost and group.elsewhere):
             raise _of_another(group, others, saved) from None
         if (end := _own(rank, group, error, saved)) is error:
             raise
@@ -153,7 +173,10 @@ def ends_together(rank: Rank, saved: Callable[[], str] = lambda: "") -> Iterator
 def _of_another(group: Group, failures: list[Failure], saved: Callable[[], str]) -> BaseException:
     """Return what ends this process after others have failed."""
     code, is_speaker = failures[0].code if failures else 1, group.speaker == group.place.index
-    text = "; ".join(f"rank {failure.index}: {failure.message}" for failure in failures) or "a process of another machine was lost"
+    text = (
+        "; ".join(f"rank {failure.index}: {failure.message}" for failure in failures)
+        or f"rank {', '.join(map(str, group.elsewhere))}, of another machine, cannot be reached"
+    )
     group.fail(code, text)
     if not is_speaker:
         group.leave()

@@ -95,7 +95,13 @@ class Phase:
 
     def _validate(self, state: State) -> dict[str, float]:
         """Return the validation loss and its perplexity; show a sample answer. Raises Stopped if a signal arrives."""
-        loss = self.loop.validate(self.val_activations, self.val_batches, lambda: self.interrupts.asked is not None)
+        rank = self.loop.rank
+
+        def is_stopped() -> bool:
+            asked = self.interrupts.asked is not None
+            return rank.any(asked) if rank.sharded else asked
+
+        loss = self.loop.validate(self.val_activations, self.val_batches, is_stopped)
         self._stop_if_asked()
         if not math.isfinite(loss):
             state.consistent = False

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
+from litgpt.activations import choose as choosing
 from litgpt.activations.cache import CacheSettings
-from litgpt.activations.choose import choose
 from litgpt.activations.prompts import replies
 from litgpt.activations.shared import SharedActivations
 from litgpt.checkpoint import chosen_taps, tokenizer_files
@@ -34,6 +34,7 @@ from litgpt.train.parallel import Rank, ends_together
 from litgpt.train.replay import base_answers, replay_samples
 from litgpt.train.resume import Stopwatch
 from litgpt.train.settings import Run
+from litgpt.train.strategy import choose, require_shardable
 
 CACHE_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -77,7 +78,8 @@ class Job:
 
     def cache_settings(self, mode: str) -> CacheSettings:
         """Return where activations are kept; the console shows the progress of filling them."""
-        return CacheSettings(mode, self.cache_folder, self.cache_dtype, self.console.say, self.console.progress)
+        agreed = self.rank.any if self.rank.sharded else None
+        return CacheSettings(mode, self.cache_folder, self.cache_dtype, self.console.say, self.console.progress, agreed)
 
     def say_what_is_trained(self) -> None:
         for line in (
@@ -103,7 +105,8 @@ def prepare(
     precision = settings.precision or default_precision(default_device())
     dtype = backbone_dtype(precision)
     _cache_dtype(method.cache.dtype, dtype)
-    rank = rank or Rank.start(precision, settings.devices, settings.num_nodes, settings.timeout)
+    require_shardable(settings, method, base)
+    rank = rank or Rank.start(precision, settings.devices, settings.num_nodes, settings.timeout, settings.strategy == "fsdp")
     with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
         require_divisible(settings.train, rank.size)
         seed_everything(settings.seed)
@@ -137,8 +140,13 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     _require_fitting(settings, objective)
     splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)), objective.units)
     console.say(f"data: {splits.report}")
-    model = method.build(base, dtype)
-    model.to(rank.device)
+    is_sharded, why = (False, "") if rank.group is None else choose(settings, method, base, rank, splits.train, dtype)
+    rank = replace(rank, sharded=is_sharded)
+    if why:
+        console.say(why)
+    model = method.build(base, dtype, rank.device if is_sharded else None)
+    if not is_sharded:
+        model.to(rank.device)
     model.max_seq_length = _max_seq_length(settings, model.config)
     if settings.train.replay:
         splits.train += _replayed(settings, rank, console, model, tokenizer, style)
@@ -199,7 +207,7 @@ def choose_taps(job: Job, count: int) -> list[int]:
         clock = Stopwatch()
         memory = memory_explained(rank.device, "while blocks were chosen")
         with memory, console.progress("choosing blocks") as progress, rank.autocast():
-            choice = choose(job.model, job.splits.train, count, job.settings.train.micro_batch_size, job.settings.seed, progress)
+            choice = choosing.choose(job.model, job.splits.train, count, job.settings.train.micro_batch_size, job.settings.seed, progress)
         console.say(describe_choice(choice, candidates, clock.seconds))
         blocks = list(choice.blocks)
     return list(rank.broadcast(blocks))

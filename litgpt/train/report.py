@@ -97,7 +97,9 @@ def next_steps(out_dir: Path, config: Config, is_whole: bool = True) -> list[tup
     if config.skip2lora_enabled or config.alora_enabled:
         name, users = ("portable", "for transformers") if config.skip2lora_enabled else ("peft", "for transformers with PEFT, and vLLM")
         rows.append((f"litgpt convert_adapter {final} {stem}/{name}", users))
-    elif is_whole:
+    elif not is_whole:
+        rows.append((f"litgpt merge_lora {final}", "a model of its own"))
+    else:
         rows.append((f"litgpt convert_from_litgpt {final} {stem}/hf", "for transformers"))
         rows.append((f"litgpt convert_to_gguf {final} {stem}/model.gguf", "for llama.cpp and Ollama"))
     return [*rows, (str(out_dir / PAGE), "curves, answers and settings, in a browser")]

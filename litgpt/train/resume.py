@@ -26,6 +26,7 @@ from litgpt.errors import UserError
 from litgpt.files import read_json
 from litgpt.logs import COLUMNS
 from litgpt.sample import Sample
+from litgpt.sharding import scattered
 
 FORMAT = 1
 FACTS, TENSORS = "training_state.json", "training_state.safetensors"
@@ -220,15 +221,18 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write(
     folder: Path,
     state: State,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: dict[str, Any] | None,
     random: dict[str, torch.Tensor],
     facts: dict[str, Any],
 ) -> None:
-    """Write the training state into a checkpoint folder. `random`: generator states by "kind.rank". Raises SafetensorError, OSError."""
+    """Write the training state into a checkpoint folder. Raises SafetensorError, OSError.
+
+    `optimizer`: its state dict. `random`: generator states by "kind.rank".
+    """
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
-    packed = _pack(optimizer.state_dict()["state"] if optimizer else {}, tensors)
+    packed = _pack(optimizer["state"] if optimizer else {}, tensors)
     tensors.update({f"random.{name}": value for name, value in random.items()})
     save_file(tensors, folder / TENSORS)
     content = {"format": FORMAT, **facts, "progress": state.facts(), "optimizer": packed}
@@ -323,10 +327,12 @@ class Saved:
     def state(self) -> State:
         return State.of(self.facts["progress"])
 
-    def restore(self, optimizer: torch.optim.Optimizer, rank: int, device: torch.device) -> None:
-        """Restore the optimizer and the random generators."""
+    def restore(
+        self, optimizer: torch.optim.Optimizer, rank: int, device: torch.device, parameters: Sequence[torch.nn.Parameter] = ()
+    ) -> None:
+        """Restore the optimizer of `parameters`, of which a sharded model holds rows, and the random generators."""
         try:
-            state = _unpack(self.facts["optimizer"], self._tensors())
+            state = scattered(_unpack(self.facts["optimizer"], self._tensors()), parameters)
             problem = _misfit(state, optimizer)
         except (KeyError, TypeError, ValueError, AttributeError):
             problem = "it is not as litgpt wrote it"

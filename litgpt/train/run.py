@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from litgpt.optim import make_optimizer, multiply_rate
 from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
 from litgpt.sample import Sample
+from litgpt.sharding import gathered, part_of
 from litgpt.text import size as shown
 from litgpt.text import text_table
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explained, out_of_memory
@@ -147,7 +149,8 @@ class Session:
         facts: dict[str, Any] = {"identity": identity.facts(), "date": job.date.isoformat(), "cached": self.cached}
         facts["environment"] = environment(self.rank.device)
         newest = saved.folder if saved else None
-        self.checkpoints = Checkpoints(path, self._write, facts, self.settings.train.keep_last, self.rank, self.log, newest)
+        keep_last = self.settings.train.keep_last
+        self.checkpoints = Checkpoints(path, self._contents, facts, keep_last, self.rank, self.log, newest, gathered=self._gathered)
         self.checkpoints.unproven += [newest] if newest else []
 
     def _refer(self) -> None:
@@ -240,11 +243,14 @@ class Session:
         splits, rank, batches, group, size = self.job.splits, self.rank, self._batches(train), self.objective.group, train.micro_batch_size
         mode = cache.mode_for(train, batches.per_epoch)
         batches.by_owner = mode != "off" and is_cacheable(self.model)
-        own_val = range(len(splits.val) // group)[: evaluation.max_iters * size][rank.index :: rank.size]
+        n_val = min(len(splits.val) // group, evaluation.max_iters * size)
+        own_val = range(n_val)[rank.index :: rank.size]
         val_batches = [samples_of(own_val[i : i + size], group) for i in range(0, len(own_val), size)]
         own = self._activations(splits.train, batches.owned(rank.index), "training", mode)
-        val_indices = [i for batch in val_batches for i in batch]
-        val = shared(own, splits.val, val_indices) or self._activations(splits.val, val_indices, "validation", cache.mode)
+        val_indices = [i for batch in val_batches for i in batch] or [0] * rank.sharded
+        val_batches += [[]] * (math.ceil(n_val / rank.size / size) - len(val_batches)) * rank.sharded
+        held = None if rank.sharded else shared(own, splits.val, val_indices)
+        val = held or self._activations(splits.val, val_indices, "validation", cache.mode)
         return batches, own, val, val_batches
 
     def _phase(self, title: str, train: TrainArgs, evaluation: EvalArgs, cache: CacheArgs, lr: float | None = None) -> Phase:
@@ -252,7 +258,7 @@ class Session:
 
         `lr`: the peak learning rate, if it is not the optimizer's own.
         """
-        optimizer = make_optimizer(self.settings.optimizer, [p for p in self.model.parameters() if p.requires_grad])
+        optimizer = make_optimizer(self.settings.optimizer, [part_of(p) for p in self.model.parameters() if p.requires_grad])
         for group in optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         multiply_rate(optimizer, [p for name, p in self.model.named_parameters() if name.endswith("lora_B")], self.job.method.b_ratio)
@@ -280,7 +286,8 @@ class Session:
         if self.saved is None:
             return
         if self.state.phase is not None:
-            self.saved.restore(optimizer, self.rank.index, self.rank.device)
+            assert self.loop is not None
+            self.saved.restore(optimizer, self.rank.index, self.rank.device, self.loop.weights)
         else:
             self.saved.restore_random(self.rank.index, self.rank.device)
         for name, cached in self.saved.facts["cached"].items():
@@ -291,7 +298,7 @@ class Session:
 
     def _answer(self) -> None:
         """Show the model's answers to the examples, if `eval.max_new_tokens` asks for them, and keep those for the report."""
-        if not self.settings.eval.max_new_tokens or not self.job.answers or not self.console.active:
+        if not self.settings.eval.max_new_tokens or not self.job.answers or not self.console.active or self.rank.sharded:
             return
         for example in self.job.examples:
             rendered = render(example, self.job.style, self.job.tokenizer)
@@ -316,15 +323,24 @@ class Session:
         model.clear_kv_cache()
         return tokenizer.decode(tokens).strip()
 
-    def _write(self, folder: Path) -> None:
-        """Write the contents of every checkpoint."""
-        self.job.method.save(self.model, folder)
-        checkpoint.save_config(self.model.config, folder, self.job.chosen)
-        atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(readable_by_litgpt(self.hyperparameters), sort_keys=False))
-        if checkpoint.is_adapter_folder(folder):
-            checkpoint.save_base(self.job.base, folder)
-        checkpoint.copy_tokenizer_files(self.job.base, folder)
-        save_prompt_style(self.job.style, folder)
+    def _contents(self) -> Callable[[Path], None]:
+        """Return a function that writes the contents of every checkpoint into a folder."""
+        save = self.job.method.save(self.model) if self.rank.is_first or self.rank.sharded else None
+
+        def write(folder: Path) -> None:
+            assert save is not None
+            save(folder)
+            checkpoint.save_config(self.model.config, folder, self.job.chosen)
+            atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(readable_by_litgpt(self.hyperparameters), sort_keys=False))
+            if checkpoint.is_adapter_folder(folder):
+                checkpoint.save_base(self.job.base, folder)
+            checkpoint.copy_tokenizer_files(self.job.base, folder)
+            save_prompt_style(self.job.style, folder)
+
+        return write
+
+    def _gathered(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        return gathered(optimizer, self.loop.weights if self.loop else [])
 
     def finish(self) -> dict[str, Any]:
         """Write the final folder and return the report. Adapters, which are small, are saved before they are merged into the model."""
@@ -335,7 +351,7 @@ class Session:
                 self.checkpoints.rescue(state, loop.optimizer)
 
             self.model.eval()
-            trainable = sum(p.numel() for p in loop.trained)
+            trainable = sum(p.numel() for p in loop.weights)
             report = figures(state, loop.batches.per_epoch, trainable, count(self.model), peak_memory_gb(self.rank.device))
             report |= loop.measured
 

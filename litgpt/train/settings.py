@@ -31,6 +31,8 @@ class Run:
     """Number of devices of each machine to train on, or "auto". torchrun's or srun's processes are used as they are."""
     num_nodes: int = setting(1, may_change=True)
     """Number of machines to train on."""
+    strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", may_change=True)
+    """ddp: each process has a copy of the model. fsdp: each has a part of it. auto: ddp if a copy fits, else fsdp."""
     timeout: float = setting(1800.0, may_change=True)
     """Seconds that processes wait for each other before they end the run."""
     data: Optional[DataModule] = setting(None, may_change=True)

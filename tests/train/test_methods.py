@@ -48,7 +48,7 @@ def test_adapters_are_trained_saved_and_loaded_and_nothing_else(settings: dict[s
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    method.save(model, tmp_path)
+    method.save(model)(tmp_path)
     method.load(other, tmp_path)
     ours, theirs = model.state_dict(), other.state_dict()
     assert {name for name in ours if torch.equal(ours[name], theirs[name])} == names
@@ -61,7 +61,7 @@ def test_full_trains_and_saves_every_weight(base: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    method.save(model, tmp_path)
+    method.save(model)(tmp_path)
     method.load(other, tmp_path)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 

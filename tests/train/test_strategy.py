@@ -1,0 +1,204 @@
+"""ddp and fsdp in real processes: the losses and the files of one process, whatever the number of processes; and which is chosen."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from litgpt.__main__ import main
+from litgpt.errors import UserError
+from litgpt.finetune.adapter import Adapter
+from litgpt.finetune.full import Full
+from litgpt.finetune.lora import Lora
+from litgpt.sample import Sample
+from litgpt.train import strategy
+from litgpt.train.launch import Place
+from litgpt.train.parallel import Rank
+from litgpt.train.settings import Run
+from tests.helpers.jobs import ROOT, Bench, environ
+from tests.helpers.runs import write_data
+from tests.helpers.training import make_samples
+
+ALL = {f"lora_{layer}": True for layer in ("query", "key", "value", "projection", "mlp", "head")}
+SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "[0, 2]"}
+TAIL: dict[str, Any] = {**SKIP, "lora_mlp": True, "skip2lora_output_layer": "transformer.h.3"}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": ALL,
+    "late": {"lora_mlp": True, "lora_block_indices": "[2, 3]", "skip2lora_cache": "memory"},
+    "skip": {**SKIP, "skip2lora_cache": "memory"},
+    "full": {"command": "finetune_full", "lora_dropout": None, "optimizer.lr": 0.001},
+    "uncached": {**SKIP, "skip2lora_cache": "off"},
+    "tail": {**TAIL, **ALL},
+    "warmup": {**TAIL, "skip2lora_warmup_steps": 2},
+    "answers": {"alora_enabled": True, "lora_mlp": True, "data.mask_prompt": True, "data.prompt_style": "chatml"},
+    "checkpointed": {**ALL, "train.activation_checkpointing": True},
+}
+FAST = ("lora", "skip", "full")
+SETTINGS = {
+    "lora_dropout": 0,
+    "eval.interval": 2,
+    "eval.max_new_tokens": 0,
+    "optimizer.lr": 0.01,
+    "train.max_norm": 0.5,
+    "train.keep_best": False,
+}
+
+
+@pytest.fixture(scope="module")
+def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """17 training samples and 3 others: the ranks do not have the same number."""
+    return Bench(base, write_data(tmp_path_factory.mktemp("data") / "sums.json"))
+
+
+def argv(bench: Bench, out_dir: Path, method: str, **settings: Any) -> list[str]:
+    return [*bench.argv(out_dir, **{**SETTINGS, **METHODS[method], **settings}), "--data.val_split_fraction", "0.15"]
+
+
+def by_processes(folder: Path, commands: list[list[str]], timeout: float = 280) -> str:
+    """Run commands that name the same `devices`, in the same processes."""
+    (folder / "commands.json").write_text(json.dumps(commands))
+    words = [sys.executable, "-m", "tests.helpers.ranks", str(folder / "commands.json")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environ(), timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def curve(out_dir: Path) -> list[list[float]]:
+    with (out_dir / "logs/version_0/metrics.csv").open(newline="") as file:
+        return [[float(row[name] or 0) for name in ("step", "train_loss", "val_loss")] for row in csv.DictReader(file)]
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    """The same losses to 1e-5, and the same final weights under the same names, as ordinary tensors."""
+    for row, expected in zip(curve(other), curve(one), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    assert {file.name for file in (one / "final").iterdir()} - {"lit_model.pth"} <= {file.name for file in (other / "final").iterdir()}
+    name = next((file.name for file in (one / "final").glob("lit_model.pth.*")), "lit_model.pth")
+    expected, weights = (torch.load(folder / "final" / name, weights_only=True) for folder in (one, other))
+    expected, weights = expected.get("model", expected), weights.get("model", weights)
+    assert list(weights) == list(expected)
+    for key, value in weights.items():
+        assert type(value) is torch.Tensor and (value.shape, value.dtype) == (expected[key].shape, expected[key].dtype)
+        assert torch.allclose(value, expected[key], rtol=1e-3, atol=1e-3 * float(expected[key].abs().max())), key
+
+
+def rewind(out_dir: Path, target: Path) -> None:
+    """Copy a finished run as it was after two steps."""
+    shutil.copytree(out_dir, target)
+    for path in [*target.glob("step-*"), target / "final", target / "report.json", target / "report.html"]:
+        if path.name != "step-000002":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def compare(bench: Bench, folder: Path, methods: list[str], devices: int) -> None:
+    """Run each method by one process and by several; then finish what each began."""
+    commands = []
+    for method in methods:
+        assert main(argv(bench, folder / f"{method}-one", method)) == 0
+        rewind(folder / f"{method}-one", folder / f"{method}-joined")
+        for kind in ("ddp", "fsdp"):
+            commands.append(argv(bench, folder / f"{method}-{kind}", method, devices=devices, strategy=kind))
+        commands.append(argv(bench, folder / f"{method}-joined", method, devices=devices, strategy="fsdp", resume=True))
+    output = by_processes(folder, commands, 280 if devices == 2 else 560)
+    assert f"{devices} processes, each with a part of the model" in output and output.count("resumed from") == len(methods)
+    for method in methods:
+        rewind(folder / f"{method}-fsdp", folder / f"{method}-left")
+        assert main(argv(bench, folder / f"{method}-left", method, resume=True)) == 0
+        for kind in ("ddp", "fsdp", "joined", "left"):
+            assert_alike(folder / f"{method}-one", folder / f"{method}-{kind}")
+
+
+def test_two_processes_train_like_one_and_finish_what_it_began(bench: Bench, tmp_path: Path) -> None:
+    compare(bench, tmp_path, list(FAST), 2)
+
+
+@pytest.mark.slow
+def test_every_method_in_two_processes(bench: Bench, tmp_path: Path) -> None:
+    compare(bench, tmp_path, [method for method in METHODS if method not in FAST], 2)
+
+
+@pytest.mark.slow
+def test_three_and_four_processes(bench: Bench, tmp_path: Path) -> None:
+    for devices in (3, 4):
+        (tmp_path / str(devices)).mkdir()
+        settings = {"train.global_batch_size": 12}
+        one, more = tmp_path / f"{devices}-one", tmp_path / f"{devices}-more"
+        assert main(argv(bench, one, "tail", **settings)) == 0
+        by_processes(tmp_path / str(devices), [argv(bench, more, "tail", devices=devices, strategy="fsdp", **settings)])
+        assert_alike(one, more)
+
+
+# --- the choice ---
+
+
+def settings_of(kind: type[Run], base: Path, data: Path, **values: Any) -> Any:
+    from litgpt.data import JSON
+
+    return kind(checkpoint_dir=base, data=JSON(json_path=data, val_split_fraction=0.1), **values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "what"),
+    [
+        (Lora, {"quantize": "int8"}, "quantize int8"),
+        (Lora, {"lora_variant": "dora"}, "lora_variant dora"),
+        (Lora, {"skip2lora_enabled": True, "skip2lora_block_indices": "auto"}, "skip2lora_block_indices auto"),
+        (Lora, {"skip2lora_enabled": True, "skip2lora_cache": "disk"}, "skip2lora_cache disk"),
+        (Full, {"optimizer": "Adafactor"}, "optimizer Adafactor"),
+        (Adapter, {}, "LLaMA-Adapter"),
+    ],
+)
+def test_what_does_not_work_with_a_sharded_model_is_refused(kind: type[Run], values: Any, what: str, base: Path, data: Path) -> None:
+    settings = settings_of(kind, base, data, **values)
+    assert strategy.obstacles(settings, settings.method(), base)[0].startswith(what)
+    strategy.require_shardable(settings, settings.method(), base)
+    settings.strategy = "fsdp"
+    with pytest.raises(UserError, match=f"strategy fsdp does not work with {what}.*: leave it out, or give --strategy ddp"):
+        strategy.require_shardable(settings, settings.method(), base)
+
+
+class Memory:
+    def __init__(self, available: int) -> None:
+        self.available = available
+
+
+class Joined:
+    place = Place(0, 2, 0, 2, "", 0)
+
+
+class OneOfTwo(Rank):
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+@pytest.mark.parametrize(("gib", "is_sharded"), [(100.0, False), (0.95, True)])
+def test_auto_shards_a_model_of_which_a_copy_does_not_fit(
+    gib: float, is_sharded: bool, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(int(gib * 2**30)))
+    rank: Any = OneOfTwo(0, 2, group=Joined())  # type: ignore[arg-type]
+    samples: list[Sample] = make_samples(8)
+    settings = settings_of(Full, base, data)
+    chosen, why = strategy.choose(settings, settings.method(), base, rank, samples, torch.float32)
+    assert chosen == is_sharded
+    assert why.startswith(f"strategy {'fsdp' if is_sharded else 'ddp'}: a copy of the model with gradients and optimizer takes about 0.")
+    settings = settings_of(Lora, base, data, quantize="int8")
+    chosen, why = strategy.choose(settings, settings.method(), base, rank, samples, torch.float32)
+    assert not chosen and ("fsdp does not work with quantize int8" in why) == is_sharded
+
+
+def test_one_process_is_not_sharded_and_more_processes_than_samples_are_refused(base: Path, data: Path) -> None:
+    settings = settings_of(Full, base, data)
+    assert not strategy.choose(settings, settings.method(), base, Rank(), make_samples(1), torch.float32)[0]
+    settings.strategy = "fsdp"
+    with pytest.raises(UserError, match="2 processes have only 1 training samples"):
+        strategy.choose(settings, settings.method(), base, Rank(0, 2), make_samples(1), torch.float32)
