@@ -183,6 +183,19 @@ def layer_types(fields: Fields) -> list[str]:
     return ["sliding_attention" if windowed else "full_attention" for windowed in indices]
 
 
+def local_windows(size: int | None, is_windowed: Callable[[int], bool] = lambda i: True) -> Aspect:
+    """Return the aspect of `sliding_window`, by default `size`, in the blocks that `layer_types` names or `is_windowed` selects."""
+
+    def read(hf: Hf) -> Fields:
+        window = hf.get("sliding_window", size)
+        return {"sliding_window_size": window, "sliding_window_indices": read_layer_types(hf, is_windowed) if window else None}
+
+    def write(fields: Fields) -> dict[str, Any]:
+        return {"sliding_window": fields["sliding_window_size"], "layer_types": layer_types(fields)}
+
+    return Aspect(read, write)
+
+
 def optional_window(is_windowed: Callable[[int, Hf], bool]) -> Aspect:
     """Return the aspect of `use_sliding_window`: a window in the blocks that `layer_types` names or, without it, `is_windowed` selects."""
 

@@ -41,6 +41,28 @@ def rope(
     return Aspect(read, write)
 
 
+def read_two_bases(hf: Hf, base: float, local_base: float) -> Fields:
+    """Read the rotary bases, with their defaults: local blocks have their own, without scaling."""
+    parameters = settings(hf)
+    if "full_attention" in parameters or "sliding_attention" in parameters:  # transformers 5
+        far, near = parameters.get("full_attention") or {}, parameters.get("sliding_attention") or {}
+    else:
+        far, near = parameters, {}
+    if (kind := near.get("rope_type", "default")) != "default":
+        raise ValueError(f"rotary scaling {kind!r} of sliding_attention is not supported, only of full_attention")
+    for part in (far, near):
+        if part.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"partial_rotary_factor {part['partial_rotary_factor']!r} is not supported for this model_type, only 1.0 is")
+    scaling = read_scaling(far, far.get("original_max_position_embeddings"), hf)
+    if condense := scaling.pop("rope_condense_ratio", None):
+        scaling = {"rope_adjustments": {"factor": float(condense)}}
+    return {
+        "rope_base": whole(first(far.get("rope_theta"), hf.get("rope_theta"), base)),
+        "rope_local_base_freq": whole(first(near.get("rope_theta"), hf.get("rope_local_base_freq"), local_base)),
+        **scaling,
+    }
+
+
 def scaling_kind(adjustments: Mapping[str, Any] | None) -> str | None:
     """Return the kind of scaling of `rope_adjustments`: its `rope_type`, else by its keys."""
     if adjustments is None:

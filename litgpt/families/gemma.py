@@ -1,13 +1,16 @@
-"""Gemma: scaled embeddings, GeGLU, RMSNorm by 1 + weight. From 2 on norms on outputs and local attention, in 3 two rotary bases."""
+"""Gemma: scaled embeddings, GeGLU, RMSNorm by 1 + weight. From 2 on norms on outputs and local attention, in 3 two rotary bases.
+
+VaultGemma is Gemma 2 without the norms on outputs.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, layer_types, read_layer_types, sizes, table
+from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, local_windows, sizes, table, without
 from litgpt.families._family import Family
 from litgpt.families._gguf import WINDOW, Gguf
-from litgpt.families._rope import first, read_scaling, rope, settings, whole, write_scaling
+from litgpt.families._rope import read_two_bases, rope, write_scaling
 from litgpt.families._rows import expand, size
 from litgpt.families._styles import turns
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NAMES, QK_NORMS
@@ -81,46 +84,15 @@ _ACCEPTS = {"attention_bias": (False,), "use_bidirectional_attention": (None, Fa
 _TANH = ("gelu_pytorch_tanh", None, "gelu_new")
 
 
-def _read_local(hf: Hf, period: int) -> Fields:
-    """Read the window, which all blocks but every `period`-th have."""
-    blocks = read_layer_types(hf, lambda i: (i + 1) % period != 0)
-    return {"sliding_window_size": hf.get("sliding_window", 4096), "sliding_window_indices": blocks}
-
-
-def _write_local(fields: Fields) -> dict[str, Any]:
-    return {"sliding_window": fields["sliding_window_size"], "layer_types": layer_types(fields)}
-
-
-def _read_two_bases(hf: Hf) -> Fields:
-    """Read the rotary bases: local blocks have their own, without scaling."""
-    parameters = settings(hf)
-    if "full_attention" in parameters or "sliding_attention" in parameters:  # transformers 5
-        far, near = parameters.get("full_attention") or {}, parameters.get("sliding_attention") or {}
-    else:
-        far, near = parameters, {}
-    if (kind := near.get("rope_type", "default")) != "default":
-        raise ValueError(f"rotary scaling {kind!r} of sliding_attention is not supported, only of full_attention")
-    for part in (far, near):
-        if part.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"partial_rotary_factor {part['partial_rotary_factor']!r} is not supported for this model_type, only 1.0 is")
-    scaling = read_scaling(far, far.get("original_max_position_embeddings"), hf)
-    if condense := scaling.pop("rope_condense_ratio", None):
-        scaling = {"rope_adjustments": {"factor": float(condense)}}
-    return {
-        "rope_base": whole(first(far.get("rope_theta"), hf.get("rope_theta"), 1000000)),
-        "rope_local_base_freq": whole(first(near.get("rope_theta"), hf.get("rope_local_base_freq"), 10000)),
-        **scaling,
-    }
-
-
 def _read_3(hf: Hf) -> Fields:
-    local = _read_local(hf, hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6)
-    return {**local, "rope_indices": local["sliding_window_indices"], **_read_two_bases(hf)}
+    period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
+    local = local_windows(4096, lambda i: (i + 1) % period != 0).read(hf)
+    return {**local, "rope_indices": local["sliding_window_indices"], **read_two_bases(hf, 1000000, 10000)}
 
 
 def _write_3(fields: Fields) -> dict[str, Any]:
     bases = {"rope_theta": float(fields["rope_base"]), "rope_local_base_freq": float(fields["rope_local_base_freq"] or 10000)}
-    return {**_write_local(fields), **bases, **write_scaling(fields)}
+    return {**local_windows(4096).write(fields), **bases, **write_scaling(fields)}
 
 
 def _keys(**others: Key) -> dict[str, Key]:
@@ -179,7 +151,16 @@ FAMILY = Family(
             _keys(**_SOFT_CAPPED),
             _GEMMA_2,
             {**_ACCEPTS, "hidden_activation": _TANH},
-            (Aspect(lambda hf: _read_local(hf, 2), _write_local), rope()),
+            (local_windows(4096, lambda i: i % 2 == 0), rope()),
+            tied=True,
+        ),
+        "vaultgemma": Architecture(
+            "VaultGemmaForCausalLM",
+            table(LAYERS, without(_NAMES_2, "post_attention_layernorm", "post_feedforward_layernorm"), ENDS),
+            _keys(**_SOFT_CAPPED),
+            _GEMMA,
+            {**_ACCEPTS, "hidden_activation": _TANH},
+            (local_windows(4096, lambda i: i % 2 == 0), rope()),
             tied=True,
         ),
         "gemma3_text": Architecture(

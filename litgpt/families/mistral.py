@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from litgpt.families._architecture import Architecture, Key, sizes, table, window
+from litgpt.families._architecture import Architecture, Key, local_windows, sizes, table, window
 from litgpt.families._family import Family
 from litgpt.families._pretokenizers import Cut, by_case
 from litgpt.families._rope import rope
@@ -94,6 +94,7 @@ FAMILY = Family(
     MODELS,
     hf={
         "mistral": Architecture("MistralForCausalLM", NAMES, SIZES, DECODER, SILU, (window(4096), rope())),
+        "ministral": Architecture("MinistralForCausalLM", NAMES, SIZES, DECODER, SILU, (local_windows(4096), rope())),
         "mixtral": Architecture(
             "MixtralForCausalLM",
             table(LAYERS, {**NORMS, **ATTENTION, **_EXPERT_NAMES}, ENDS),

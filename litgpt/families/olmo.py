@@ -1,12 +1,17 @@
-"""OLMo 1: LayerNorm without weights. OLMo 2: norms on the outputs of attention and MLP, and on q and k over all heads together."""
+"""OLMo 1: LayerNorm without weights. OLMo 2: norms on the outputs of attention and MLP, and on q and k over all heads together.
+
+OLMo 3: OLMo 2 with attention over a window in three of four blocks, whose rotation is not scaled.
+"""
 
 from __future__ import annotations
 
-from litgpt.families._architecture import Architecture, Key, sizes, table, without
+from typing import Any
+
+from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, local_windows, sizes, table, without
 from litgpt.families._family import Family
 from litgpt.families._gguf import Gguf
 from litgpt.families._pretokenizers import GPT_2_COMPOSED
-from litgpt.families._rope import rope
+from litgpt.families._rope import read_two_bases, rope, write_scaling
 from litgpt.families._rows import expand, size
 from litgpt.families._styles import by_role, turns
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, QK_NORMS, SILU
@@ -49,7 +54,23 @@ MODELS = [
 
 _ACCEPTS = {**SILU, "attention_bias": (False,)}
 
+_LOCAL = local_windows(4096, lambda i: (i + 1) % 4 != 0)
 _NORMS_2 = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_mlp_norm"}
+
+
+def _read_3(hf: Hf) -> Fields:
+    local = _LOCAL.read(hf)
+    theta = hf.get("rope_theta", 500000)
+    return {**local, "rope_indices": local["sliding_window_indices"], **read_two_bases(hf, theta, theta)}
+
+
+def _write_3(fields: Fields) -> dict[str, Any]:
+    """Write the rotary settings in transformers 5's form: the older one has no place for the local base."""
+    scaling = write_scaling(fields)["rope_scaling"] or {"rope_type": "default"}
+    local = {"rope_type": "default", "rope_theta": float(fields["rope_local_base_freq"] or fields["rope_base"])}
+    far = {**scaling, "rope_theta": float(fields["rope_base"])}
+    return {**_LOCAL.write(fields), "rope_parameters": {"full_attention": far, "sliding_attention": local}}
+
 
 STYLES = {
     "OLMo": turns("olmo", start="<|endoftext|>", **by_role("<|ROLE|>\n", between="\n") | {"end_of_turn": "<|endoftext|>"}),
@@ -73,6 +94,14 @@ FAMILY = Family(
             _OLMO_2,
             _ACCEPTS,
             (rope(),),
+        ),
+        "olmo3": Architecture(
+            "Olmo3ForCausalLM",
+            table(LAYERS, {**_NORMS_2, **ATTENTION, **QK_NORMS, **MLP}, ENDS),
+            sizes(rms_norm_eps=Key("norm_eps", 1e-5)),
+            _OLMO_2,
+            _ACCEPTS,
+            (Aspect(_read_3, _write_3),),
         ),
     },
     gguf={"olmo": Gguf(_OLMO, paired=True), "olmo2": Gguf(_OLMO_2)},

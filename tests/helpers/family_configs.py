@@ -48,6 +48,7 @@ def rope(kind: str, theta: float = 100.0, **scaling: Any) -> dict[str, Any]:
 
 
 LLAMA_3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=ORIGINAL)
+NEAR = {"rope_type": "default", "rope_theta": 50.0}
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=1.5, beta_slow=0.2)
 LONG = rope(
     "longrope", short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 3.5, 6.0], original_max_position_embeddings=ORIGINAL, factor=4.0
@@ -121,6 +122,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.5, "attention_multiplier": 0.2},
     ),
     "gpt2": ("GPT2", {"tie_word_embeddings": True}),
+    "starcoder2": ("Starcoder2", {"sliding_window": WINDOW, "tie_word_embeddings": True}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": [LOCAL, GLOBAL, LOCAL],
+            "rope_parameters": {GLOBAL: YARN["rope_parameters"], LOCAL: NEAR},
+        },
+    ),
+    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": [LOCAL, GLOBAL, LOCAL]}),
+    "seed_oss": ("SeedOss", {"head_dim": 12}),
+    "exaone4": ("Exaone4", {"sliding_window": WINDOW, "layer_types": [LOCAL, LOCAL, GLOBAL], "num_key_value_heads": 2}),
+    "exaone4 global": ("Exaone4", {"sliding_window": None, "layer_types": [GLOBAL] * 3}),
+    "vaultgemma": (
+        "VaultGemma",
+        {
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "layer_types": [LOCAL, GLOBAL, LOCAL],
+        },
+    ),
 }
 # Each way in which a family differs is in one of these; the others run among the slow tests where a test is not about the families.
 QUICK = (

@@ -95,6 +95,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 768}, "qwen3moe", True),
     "olmo": ("olmo", {}, "olmo", False),
     "olmo2": ("olmo2", {}, "olmo2", False),
+    "starcoder2": ("starcoder2", {"sliding_window": None}, "starcoder2", True),
     "smollm3": ("smollm3", {"no_rope_layers": None}, "smollm3", False),
     "granite": ("granite", {}, "granite", False),
     "gpt2": ("gpt2", {"max_position_embeddings": 1024}, "gpt2", True),
