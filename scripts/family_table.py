@@ -75,7 +75,7 @@ def main() -> int:
     recorder = Recorder()
     files = dict.fromkeys(str(ROOT / "tests" / file) for file, _ in COLUMNS.values())
     options = ["--collect-only"] if check else []
-    code = pytest.main([*files, "-q", "--no-header", *options], plugins=[recorder])
+    code = pytest.main([*files, "-q", "--no-header", "-m", "not gpu", *options], plugins=[recorder])
     if check:
         if code == 0 and TABLE.read_text(encoding="utf-8") == recorder.table():
             return 0
