@@ -38,12 +38,17 @@ def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.
     In training the routers' auxiliary loss is added with the same weights.
     """
     hidden = _hidden(model, features)
-    weights = None if weights is None else weights.to(hidden.device)
-    loss = head_loss(hidden, features.targets, weights)
+    targets = features.targets
+    if weights is not None:
+        weights = weights.to(hidden.device)
+        kept = weights.nonzero()[:, 0]
+        if len(kept) < len(weights):  # the others cost no logits
+            hidden, targets, weights = hidden[kept], targets[kept], weights[kept]
+    loss = head_loss(hidden, targets, weights)
     auxiliary = model.auxiliary_loss()
     if auxiliary is None:
         return loss
-    return loss + (len(features.targets) if weights is None else weights.sum()) * auxiliary
+    return loss + (len(targets) if weights is None else weights.sum()) * auxiliary
 
 
 def losses_of(model: GPT, features: Features, head_loss: HeadLoss) -> torch.Tensor:

@@ -12,7 +12,8 @@ from litgpt.args import setting
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 
-Name = Literal["next_token", "rho1", "dpo", "orpo", "kto"]
+Preference = Literal["dpo", "orpo", "kto"]
+Name = Literal["next_token", "rho1", Preference]
 
 
 @dataclass(kw_only=True)

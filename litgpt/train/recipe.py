@@ -1,9 +1,10 @@
 """The settings of `litgpt finetune MODEL --data FILE` that were not given: they follow from the data and the model.
 
-Two kinds of data are trained in two ways:
+Three kinds of data are trained in three ways:
 
     facts   few records, or many that share their answers: all are trained and none is held out, by LoRA on the replies and in the last
             quarter of the blocks, behind cached prompts, until the model repeats the answers
+    pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own: a tenth is held out, and the checkpoint with the lowest loss on it is kept
 
 `benchmarks/results/own_data.md` has the measurements behind the numbers. The same data and model give the same settings, so that a run can
@@ -14,10 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from litgpt.adapters.settings import LAYER_FLAGS
 from litgpt.checkpoint import require_checkpoint
@@ -26,6 +27,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
+from litgpt.objectives.settings import Preference
 from litgpt.text import text_table
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
@@ -79,6 +81,7 @@ SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learni
     ("warm-up", True): (8, 5, 5e-4),
     ("warm-up", False): (2, 2, 1e-4),
 }
+PREFERENCES = (2, 1, 2e-4)  # the same for DPO, ORPO and KTO, whatever the method
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Look:
     """questions and answers, not conversations"""
     has_validation: bool
     """the data have validation records of their own"""
+    compares: bool = False
+    """records say which answers are better"""
 
     @classmethod
     def at(cls, train: Sequence[Any], val: Sequence[Any] | None) -> Look:
@@ -101,15 +106,17 @@ class Look:
         records = [entry if isinstance(entry, Record) else read_record(entry) for entry in train]
         answers = {str(record.messages[-1]["content"]).strip() for record in records}
         longest = max((sum(len(str(message["content"])) for message in record.messages) for record in records), default=0)
-        return cls(len(records), len(answers), longest, all(record.pair for record in records), val is not None)
+        compares = any(record.rejected is not None for record in records)
+        return cls(len(records), len(answers), longest, all(record.pair for record in records), val is not None, compares)
 
     @property
     def is_facts(self) -> bool:
-        return not self.has_validation and (self.records <= FEW or self.answers <= SHARED * self.records)
+        return not self.has_validation and not self.compares and (self.records <= FEW or self.answers <= SHARED * self.records)
 
     def __str__(self) -> str:
         answers = f", {self.answers:,} different answers" if self.answers < self.records else ""
-        return f"{self.records:,} records{answers}, taken as {'facts to repeat' if self.is_facts else 'a style to learn'}"
+        kind = "answers to prefer" if self.compares else "facts to repeat" if self.is_facts else "a style to learn"
+        return f"{self.records:,} records{answers}, taken as {kind}"
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,8 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
         return given  # the run will say so
     module.prepare_data()
     look = Look.at(*module.records())
+    if given.get("objective", "next_token") in get_args(Preference):
+        look = replace(look, compares=True)
     chosen = [choice for choice in choices(look, module, given, base) if _put(given, choice.key, choice.value)]
     console.say(f"{module.source}: {look}. Settings that you did not give:")
     console.say(_table(chosen))
@@ -181,7 +190,9 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
         quarter, marks_replies = f"last:{math.ceil(Config.from_checkpoint(base).n_layer / 4)}", _marks_replies(base, data, given)
     name = Path(data.source).name.partition(".")[0] or "data"
     rows = [Chosen("out_dir", Path("out/finetune") / name, "named after the data")]
-    if look.is_pair:
+    if look.compares:
+        rows.append(Chosen("objective", "dpo", "the records compare answers"))
+    elif look.is_pair:
         rows.append(Chosen("data.mask_prompt", True, "the answers are learned, not the questions"))
     if look.is_facts:
         rows.append(Chosen("data.val_split_fraction", 0.0, "no record can be spared"))
@@ -220,7 +231,7 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
         return "warm-up" if given.get("skip2lora_warmup_epochs") or given.get("skip2lora_warmup_steps") else "Skip2-LoRA"
     if not given.keys().isdisjoint({"skip2lora_enabled", "alora_enabled", "lora_variant", *LAYER_FLAGS}):
         return "LoRA"
-    return "answer-only LoRA" if look.is_facts else "warm-up"
+    return "LoRA" if look.compares else "answer-only LoRA" if look.is_facts else "warm-up"
 
 
 def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
@@ -228,7 +239,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     train = given.get("train", {})
     batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts else 8, train.get("micro_batch_size") or 1)
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
-    few, many, rate = SCHEDULES[method, look.is_facts]
+    few, many, rate = PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
     epochs = train.get("epochs") or (few if look.records <= FEW else many)
     replayed = train.get("replay", REPLAY) if look.is_facts else 0
     per_epoch = math.ceil((look.records + replayed) / batch)

@@ -116,3 +116,16 @@ def test_a_run_as_a_user_starts_it(base: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(again) == 0
     first, second = ((folder / "final/lit_model.pth.lora").read_bytes() for folder in (out, tmp_path / "again"))
     assert first == second
+
+
+def test_pairs_of_answers_are_preferences(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)]
+    given = chosen(tmp_path, base, rows)
+    assert given["objective"] == "dpo" and given["lora_mlp"] and not given["alora_enabled"] and not given["skip2lora_enabled"]
+    assert given["train"].replay == 0 and given["eval"].target_loss is None and given["data"].val_split_fraction == 0.1
+    assert given["train"].epochs == 2 and given["optimizer"]["init_args"]["lr"] == 2e-4
+    assert "40 records, taken as answers to prefer" in capsys.readouterr().err
+    assert chosen(tmp_path, base, rows, "--objective", "orpo", "--skip2lora_enabled", "true")["objective"] == "orpo"
+    labelled = [{"prompt": f"question {i}", "completion": f"good {i}", "label": i % 2 == 0} for i in range(40)]
+    given = chosen(tmp_path, base, labelled, "--objective", "kto")
+    assert given["objective"] == "kto" and given["train"].replay == 0
