@@ -25,7 +25,7 @@ from litgpt.data import JSON
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora, setup
 from litgpt.generate import engine
-from litgpt.generate.base import main
+from litgpt.generate.base import Generate
 from litgpt.prompts import Alpaca, ChatTemplate, save_prompt_style
 from litgpt.validate import validate
 from tests.helpers import tiny
@@ -182,7 +182,7 @@ def test_paths_may_be_texts(base: Path, monkeypatch: pytest.MonkeyPatch) -> None
         convert_adapter: ["out/best", "peft", "base"],
         convert_from_litgpt: ["out/final", "hf"],
         convert_to_litgpt: ["hf", "again"],
-        main: ["again"],
+        lambda folder: Generate(folder).main(): ["again"],
     }
     for function, paths in texts.items():
         function(*paths)

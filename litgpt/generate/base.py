@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
@@ -12,79 +13,98 @@ from litgpt.streams import show
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
+    from litgpt.model import GPT
     from litgpt.tokenizer import Tokenizer
 
-
-def main(
-    checkpoint_dir: Path,
-    prompt: str = "What food do llamas eat?",
-    *,
-    sys_prompt: Optional[str] = None,
-    num_samples: int = 1,
-    max_new_tokens: int = 50,
-    top_k: Optional[int] = 50,
-    top_p: float = 1.0,
-    temperature: float = 0.8,
-    precision: Optional[str] = None,
-    quantize: Optional[Quantization] = None,
-    seed: int = 1234,
-    speculate: Optional[Literal["prompt_lookup"]] = None,
-    access_token: Optional[str] = None,
-) -> None:
-    """Answer a prompt. The answer is streamed to standard output, its length and speed go to standard error.
-
-    Args:
-        checkpoint_dir: Folder of a base model, a merged model or an adapter (LoRA or Skip2-LoRA). A Hugging Face folder or a GGUF file
-            is converted on first use.
-        prompt: The question, without the prompt style's wrapping.
-        sys_prompt: System text that replaces the prompt style's own.
-        num_samples: How many answers to draw.
-        max_new_tokens: Longest answer in tokens.
-        top_k: Draw among this many of the most probable tokens. null: among all.
-        top_p: Draw among the most probable tokens that hold this much probability together.
-        temperature: Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token.
-        precision: Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true.
-        quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU).
-        seed: Random seed. The same seed gives the same answers.
-        speculate: prompt_lookup takes drafts from the text so far and checks several tokens in one pass: faster where an answer repeats
-            its prompt or itself, with the same distribution.
-        access_token: Hugging Face token, for a gated model that is downloaded by its name.
-    """
-    if num_samples < 1:
-        raise UserError(f"num_samples is {num_samples}: at least 1 is needed")
-    llm = open_model(checkpoint_dir, precision, quantize)
-    answer(llm, prompt, sys_prompt, num_samples, max_new_tokens, seed, speculate, temperature=temperature, top_k=top_k, top_p=top_p)
+LOOKED_UP = 10  # tokens of a draft from the text
 
 
-def answer(
-    llm: "LLM",
-    prompt: str,
-    sys_prompt: Optional[str],
-    num_samples: int,
-    max_new_tokens: int,
-    seed: int,
-    speculate: Optional[str] = None,
-    **sampling: Any,
-) -> None:
-    """Stream answers to standard output, and their length and speed to standard error."""
-    from litgpt.logs import peak_memory_gb
+@dataclass
+class Checkpoint:
+    """The model that answers."""
 
-    generator, text, kept = llm.generator(seed), llm.prompt_style.apply(prompt, sys_prompt=sys_prompt), list[int]()
-    for _ in range(num_samples):
-        if speculate is None:
-            tokens = llm.complete(text, max_new_tokens, generator=generator, **sampling)
-        else:
-            from litgpt.generate import drafts
-            from litgpt.generate.sampling import Sampling, until_stop
+    checkpoint_dir: Path
+    """Folder of a base model, a merged model, an adapter or a run. A Hugging Face folder or a GGUF file is converted on first use."""
 
-            ids = llm.prompt_ids(text, max_new_tokens)
-            draws = Sampling(**sampling), drafts.LOOKED_UP, generator, kept
-            drafted = drafts.generate(None, llm.model, ids, len(ids) + max_new_tokens, *draws)
-            tokens = until_stop(drafted, llm.prompt_style.stop_tokens(llm.tokenizer))
-        meter = Metered(tokens)
-        meter.show(llm.tokenizer)
-        looked = f", {sum(kept)} tokens from {len(kept)} drafts" if speculate else ""
-        print(f"{meter}{looked}, peak memory {peak_memory_gb(next(llm.model.parameters()).device):.2f} GiB", file=sys.stderr)
+
+@dataclass
+class Drawing:
+    """How answers are drawn, and in which numbers the model computes."""
+
+    sys_prompt: Optional[str] = None
+    """System text that replaces the prompt style's own."""
+    max_new_tokens: int = 50
+    """Longest answer in tokens."""
+    top_k: Optional[int] = 50
+    """Draw among this many of the most probable tokens. null: among all."""
+    top_p: float = 1.0
+    """Draw among the most probable tokens that hold this much probability together."""
+    temperature: float = 0.8
+    """Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token."""
+    precision: Optional[str] = None
+    """Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true."""
+    quantize: Optional[Quantization] = None
+    """Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU)."""
+    seed: int = 1234
+    """Random seed. The same seed gives the same answers."""
+    access_token: Optional[str] = None
+    """Hugging Face token, for a gated model that is downloaded by its name."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples", "speculative_k"):
+            if getattr(self, name, 1) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings of `litgpt.generate.sampling.Sampling`."""
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+
+@dataclass
+class Answers(Drawing):
+    """Answers to one question."""
+
+    prompt: str = "What food do llamas eat?"
+    """The question, without the prompt style's wrapping."""
+    num_samples: int = 1
+    """How many answers to draw."""
+
+    def show(self, llm: "LLM", drafted: int = 0, draft: "Optional[GPT]" = None, **style: str) -> None:
+        """Stream answers to standard output, and their length and speed to standard error.
+
+        `drafted` tokens at a time are drafted by the model `draft`, or looked up in the text without one. `style` goes to the prompt style.
+        """
+        from litgpt.generate import drafts
+        from litgpt.generate.sampling import Sampling, until_stop
+        from litgpt.logs import peak_memory_gb
+
+        generator, kept, device = llm.generator(self.seed), list[int](), next(llm.model.parameters()).device
+        text = llm.prompt_style.apply(self.prompt, sys_prompt=self.sys_prompt, **style)
+        for _ in range(self.num_samples):
+            if drafted:
+                ids = llm.prompt_ids(text, self.max_new_tokens)
+                length, draws = len(ids) + self.max_new_tokens, Sampling(**self.sampling)
+                tokens = drafts.generate(draft, llm.model, ids, length, draws, drafted, generator, kept)
+                meter = Metered(until_stop(tokens, llm.prompt_style.stop_tokens(llm.tokenizer)))
+            else:
+                meter = Metered(llm.complete(text, self.max_new_tokens, generator=generator, **self.sampling))
+            meter.show(llm.tokenizer)
+            note = f", {sum(kept)} tokens from {len(kept)} drafts" if drafted else ""
+            print(f"{meter}{note}, peak memory {peak_memory_gb(device):.2f} GiB", file=sys.stderr)
+
+
+@dataclass
+class Generate(Answers, Checkpoint):
+    """Answer a prompt. The answer is streamed to standard output, its length and speed go to standard error."""
+
+    speculate: Optional[Literal["prompt_lookup"]] = None
+    """prompt_lookup takes drafts from the text so far and checks several tokens in one pass: faster where an answer repeats its prompt or
+    itself, with the same distribution."""
+
+    def main(self) -> None:
+        llm = open_model(self.checkpoint_dir, self.precision, self.quantize)
+        self.show(llm, LOOKED_UP if self.speculate else 0)
 
 
 def open_model(

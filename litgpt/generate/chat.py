@@ -6,13 +6,13 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from litgpt.args import Quantization
 from litgpt.errors import UserError
 from litgpt.files import expand_path, read_yaml
-from litgpt.generate.base import Metered, open_model
+from litgpt.generate.base import Checkpoint, Drawing, Metered, open_model
 from litgpt.streams import safe, show, unescaped
 from litgpt.text import as_utf8
 
@@ -32,43 +32,24 @@ COMMANDS = {
 }
 
 
-def main(
-    checkpoint_dir: Path,
-    *,
-    sys_prompt: Optional[str] = None,
-    max_new_tokens: int = 50,
-    top_k: Optional[int] = 50,
-    top_p: float = 1.0,
-    temperature: float = 0.8,
-    precision: Optional[str] = None,
-    quantize: Optional[Quantization] = None,
-    multiline: bool = False,
-    seed: int = 1234,
-    access_token: Optional[str] = None,
-) -> None:
-    """Talk to a model. An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer, /help lists commands.
+@dataclass
+class Chat(Drawing, Checkpoint):
+    """Talk to a model. An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer, /help lists commands."""
 
-    Args:
-        checkpoint_dir: Folder of a base model, a merged model, an adapter (LoRA or Skip2-LoRA) or a run. A Hugging Face folder or a GGUF
-            file is converted on first use.
-        sys_prompt: System text that replaces the prompt style's own.
-        max_new_tokens: Longest answer in tokens.
-        top_k: Draw among this many of the most probable tokens. null: among all.
-        top_p: Draw among the most probable tokens that hold this much probability together.
-        temperature: Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token.
-        precision: Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true.
-        quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU).
-        multiline: Let a message have several lines; the line !submit sends it.
-        seed: Random seed. The same seed and messages give the same answers.
-        access_token: Hugging Face token, for a gated model that is downloaded by its name.
-    """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
-    from litgpt.generate.sampling import Sampling
+    multiline: bool = False
+    """Let a message have several lines; the line !submit sends it."""
 
-    sampling = Sampling(temperature, top_k, top_p)
-    llm = open_model(checkpoint_dir, precision, quantize)
-    conversation = Conversation(llm, max_new_tokens, sampling, sys_prompt, checkpoint_dir, seed)
+    def main(self) -> None:
+        from litgpt.generate.sampling import Sampling
+
+        sampling = Sampling(**self.sampling)
+        llm = open_model(self.checkpoint_dir, self.precision, self.quantize)
+        talk(Conversation(llm, self.max_new_tokens, sampling, self.sys_prompt, self.checkpoint_dir, self.seed), self.multiline)
+
+
+def talk(conversation: "Conversation", multiline: bool) -> None:
+    """Read messages and answer them until an empty one."""
+    llm = conversation.llm
     if conversation.render is None:
         _note(f"prompt style {llm.prompt_style.name!r} has no turns: each message is answered on its own")
     if terminal := sys.stdin.isatty():

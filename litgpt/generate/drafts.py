@@ -20,8 +20,6 @@ from litgpt.generate.engine import check
 from litgpt.generate.sampling import Sampling
 from litgpt.model import GPT
 
-LOOKED_UP = 10  # tokens of a draft from the text
-
 
 def generate(
     draft: GPT | None,

@@ -9,80 +9,67 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Union
 
-from litgpt.args import Quantization
 from litgpt.errors import UserError
-from litgpt.generate.base import answer, open_model
+from litgpt.generate.base import Answers, Checkpoint, open_model
 
 if TYPE_CHECKING:
     import torch
 
-    from litgpt.api import LLM
     from litgpt.model import GPT
 
+TIMEOUT = 600.0  # seconds that the processes wait for each other
 
-def _command(how: str, load: "Callable[..., tuple[LLM, bool]]") -> Callable[..., None]:
-    def main(
-        checkpoint_dir: Path,
-        prompt: str = "What food do llamas eat?",
-        *,
-        sys_prompt: Optional[str] = None,
-        num_samples: int = 1,
-        max_new_tokens: int = 50,
-        top_k: Optional[int] = 50,
-        top_p: float = 1.0,
-        temperature: float = 0.8,
-        quantize: Optional[Quantization] = None,
-        precision: Optional[str] = None,
-        devices: Union[int, str] = "auto",
-        seed: int = 1234,
-    ) -> None:
-        """Answer a prompt by HOW.
 
-        Args:
-            checkpoint_dir: Folder of a base model, a merged model or an adapter.
-            prompt: The question, without the prompt style's wrapping.
-            sys_prompt: System text that replaces the prompt style's own.
-            num_samples: How many answers to draw.
-            max_new_tokens: Longest answer in tokens.
-            top_k: Draw among this many of the most probable tokens. null: among all.
-            top_p: Draw among the most probable tokens that hold this much probability together.
-            temperature: Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token.
-            quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8).
-            precision: Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true.
-            devices: Number of devices. auto: all GPUs, or the CPU.
-            seed: Random seed. The same seed gives the same answers.
-        """
-        if num_samples < 1:
-            raise UserError(f"num_samples is {num_samples}: at least 1 is needed")
-        llm, speaks = load(checkpoint_dir, precision, quantize, devices)
-        with contextlib.nullcontext() if speaks else _silence():
-            answer(llm, prompt, sys_prompt, num_samples, max_new_tokens, seed, temperature=temperature, top_k=top_k, top_p=top_p)
+@dataclass
+class Several(Answers, Checkpoint):
+    """Answers by several devices."""
 
-    main.__doc__ = str(main.__doc__).replace("HOW", how)
-    return main
+    devices: Union[int, str] = "auto"
+    """Number of devices. auto: all GPUs, or the CPU."""
+
+
+@dataclass
+class Sequentially(Several):
+    """Answer a prompt by a model whose blocks are divided among GPUs."""
+
+    def main(self) -> None:
+        import torch
+
+        there = torch.cuda.device_count() or 1
+        count = there if self.devices == "auto" else int(self.devices) if str(self.devices).isdecimal() else 0
+        if not 1 <= count <= there:
+            raise UserError(f"devices is {self.devices!r}: this machine has {there} for generate_sequentially")
+        llm = open_model(self.checkpoint_dir, self.precision, self.quantize, device="cpu")
+        spread(llm.model, [torch.device("cuda", i) for i in range(count)] if torch.cuda.is_available() else [torch.device("cpu")])
+        self.show(llm)
+
+
+@dataclass
+class TensorParallel(Several):
+    """Answer a prompt by a model each of whose blocks is divided among processes, started by --devices or torchrun."""
+
+    def main(self) -> None:
+        if self.quantize is not None:
+            raise UserError("quantize: the parts of a quantised model are not divided: leave it out, or use generate_sequentially")
+        from litgpt.device import default_device, default_precision
+        from litgpt.train.parallel import Rank
+
+        precision = self.precision or default_precision(default_device())
+        rank = Rank.start(precision, self.devices, 1, TIMEOUT)
+        with contextlib.nullcontext() if rank.is_first else _silence():
+            llm = open_model(self.checkpoint_dir, precision, device="cpu")
+            shard(llm.model, rank.index, rank.size, rank.sum)
+            llm.model.to(rank.device)
+            self.show(llm)
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
-
-
-def _load_sequentially(
-    folder: Path, precision: Optional[str], quantize: Optional[Quantization], devices: Union[int, str]
-) -> "tuple[LLM, bool]":
-    import torch
-
-    there = torch.cuda.device_count() or 1
-    count = there if devices == "auto" else int(devices) if str(devices).isdecimal() else 0
-    if not 1 <= count <= there:
-        raise UserError(f"devices is {devices!r}: this machine has {there} for generate_sequentially")
-    llm = open_model(folder, precision, quantize, device="cpu")
-    spread(llm.model, [torch.device("cuda", i) for i in range(count)] if torch.cuda.is_available() else [torch.device("cpu")])
-    return llm, True
 
 
 def spread(model: "GPT", devices: "Sequence[torch.device]") -> None:
@@ -107,21 +94,6 @@ def spread(model: "GPT", devices: "Sequence[torch.device]") -> None:
         block.to(device)
         block.register_forward_pre_hook(lambda _, inputs, device=device: moved(inputs, device))
         block.register_forward_hook(lambda _, inputs, output: output.to(home))
-
-
-def _load_tp(folder: Path, precision: Optional[str], quantize: Optional[Quantization], devices: Union[int, str]) -> "tuple[LLM, bool]":
-    if quantize is not None:
-        raise UserError("quantize: the parts of a quantised model are not divided: leave it out, or use generate_sequentially")
-    from litgpt.device import default_device, default_precision
-    from litgpt.train.parallel import Rank
-
-    precision = precision or default_precision(default_device())
-    rank = Rank.start(precision, devices, 1, TIMEOUT)
-    with contextlib.nullcontext() if rank.is_first else _silence():
-        llm = open_model(folder, precision, device="cpu")
-    shard(llm.model, rank.index, rank.size, rank.sum)
-    llm.model.to(rank.device)
-    return llm, rank.is_first
 
 
 def shard(model: "GPT", index: int, size: int, add: "Callable[[torch.Tensor], torch.Tensor]") -> None:
@@ -177,8 +149,3 @@ def shard(model: "GPT", index: int, size: int, add: "Callable[[torch.Tensor], to
             keep(linear, [linear.out_features])
         mlp.proj = Summed(mlp.proj)
     model.config = local
-
-
-TIMEOUT = 600.0  # seconds that the processes wait for each other
-main_sequentially = _command("a model whose blocks are divided among GPUs", _load_sequentially)
-main_tp = _command("a model each of whose blocks is divided among processes, started by --devices or torchrun", _load_tp)
