@@ -55,11 +55,11 @@ class TensorParallel(Several):
         if self.quantize is not None:
             raise UserError("quantize: the parts of a quantised model are not divided: leave it out, or use generate_sequentially")
         from litgpt.device import default_device, default_precision
-        from litgpt.train.parallel import Rank
+        from litgpt.train.parallel import Rank, ends_together
 
         precision = self.precision or default_precision(default_device())
         rank = Rank.start(precision, self.devices, 1, TIMEOUT)
-        with contextlib.nullcontext() if rank.is_first else _silence():
+        with ends_together(rank), contextlib.nullcontext() if rank.is_first else _silence():
             llm = open_model(self.checkpoint_dir, precision, device="cpu")
             shard(llm.model, rank.index, rank.size, rank.sum)
             llm.model.to(rank.device)
