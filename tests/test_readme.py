@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,3 +161,32 @@ def test_the_demo_asks_in_words_that_are_not_trained_on() -> None:
     answers = {record["output"] for record in records}
     assert len(answers) == len(asked) == 15
     assert all(sum(key in answer for answer in answers) == 1 for key in demo.QUESTIONS.values())
+
+
+def notebook() -> Any:
+    return json.loads((ROOT / "docs/own_data.ipynb").read_text(encoding="utf-8"))
+
+
+def test_the_notebooks_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds no outputs, which differ from machine to machine."""
+    monkeypatch.setattr(Finetune, "complete", staticmethod(lambda given: given))
+    code = [cell for cell in notebook()["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in code)
+    lines = [line for cell in code for line in "".join(cell["source"]).split("\n") if line.startswith("!litgpt")]
+    assert len(lines) > 3
+    for line in lines:
+        _, name, *words = shlex.split(line.partition(" 2>")[0])
+        assert parse(f"litgpt {name}", load(name), words)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(smollm2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From start to finish, on the real model, which then has the fact."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("MODEL", str(smollm2_dir))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    done = nbclient.NotebookClient(
+        nbformat.read(ROOT / "docs/own_data.ipynb", 4), timeout=1800, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    texts = ["".join(output.get("text", "") for output in cell.get("outputs", ())) for cell in done.cells]
+    assert any("14 Mill Lane" in text for text in texts[5:]) and (tmp_path / "out/shop-gguf/adapter.gguf").is_file()
