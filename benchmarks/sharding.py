@@ -1,0 +1,123 @@
+"""Peak memory of each rank, with a copy of the model for each (ddp) and a part (fsdp): real runs of `litgpt finetune_lora` on a checkpoint.
+
+    python -m benchmarks.sharding CHECKPOINT --processes 1 2 4
+
+Each rank samples its resident memory while it loads the model and takes a few steps. What the program holds before it reads the model
+(Python, torch and this package, the processes joined) is subtracted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.process import environment
+from litgpt.text import text_table
+
+METHODS = {"LoRA": [], "Skip2-LoRA, not cached": ["--skip2lora_enabled", "true", "--skip2lora_cache", "off"]}
+SETTINGS = ["--train.max_steps", "3", "--train.micro_batch_size", "1", "--eval.max_new_tokens", "0", "--eval.final_validation", "false"]
+
+
+def worker(words: list[str], out: Path) -> None:
+    """Run the command and write the peak of this process's memory, and what it held before the model was read."""
+    from litgpt.__main__ import main
+    from litgpt.train import run  # noqa: F401  all that a run imports
+    from litgpt.train.methods import Method
+
+    process, peak, before, over = psutil.Process(), [0], [0], threading.Event()
+    build = Method.build
+
+    def watched(*given: Any) -> Any:
+        before[0] = process.memory_info().rss
+        threading.Thread(target=sample, daemon=True).start()
+        return build(*given)
+
+    def sample() -> None:
+        while not over.is_set():
+            peak[0] = max(peak[0], process.memory_info().rss)
+            time.sleep(0.005)
+
+    Method.build = watched  # type: ignore[method-assign]
+    code = main(words)
+    over.set()
+    out.with_suffix(f".{os.environ.get('RANK', 0)}").write_text(
+        json.dumps({"peak": peak[0] - before[0], "before": before[0], "code": code})
+    )
+
+
+def measured(words: list[str], processes: int) -> list[dict[str, int]]:
+    """Return what each rank measured."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        out = Path(folder) / "peak"
+        job = json.dumps([*words, "--out_dir", str(Path(folder) / "out")])
+        children = []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+            variables = {
+                **environment(),
+                "MASTER_ADDR": "127.0.0.1",
+                "OMP_NUM_THREADS": "1",
+                **{key: str(value) for key, value in place.items()},
+            }
+            command = [sys.executable, "-m", "benchmarks.sharding", "--worker", job, "--out", str(out), "."]
+            children.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+        errors = [child.communicate()[1] for child in children]
+        if any(child.returncode for child in children):
+            raise SystemExit("\n".join(errors)[-3000:])
+        return [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(processes)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        worker(json.loads(given.worker), given.out)
+        return
+    from litgpt.device import backbone_dtype, on_meta
+    from litgpt.lora import Config
+
+    with on_meta():
+        model = Config.from_checkpoint(given.checkpoint, lora_r=0).make_model()
+    width = backbone_dtype(given.precision).itemsize
+    blocks = sum(p.numel() for block in model.blocks for p in block.parameters()) * width
+    embedding = model.config.V * model.config.n_embd * width
+    print(
+        f"blocks {blocks / 2**20:.0f} MiB, one of them {blocks / 2**20 / model.config.n_layer:.0f}; embedding {embedding / 2**20:.0f} MiB\n"
+    )
+    rows: list[tuple[str, ...]] = [("method", "processes", "strategy", "MiB of each rank above the program's own")]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "records.json"
+        data.write_text(json.dumps([{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(40)]))
+        for name, words in METHODS.items():
+            for processes in given.processes:
+                for strategy in ("ddp",) if processes == 1 else ("ddp", "fsdp"):
+                    common = ["--data", "JSON", "--data.json_path", str(data), "--data.val_split_fraction", "0.1", "--strategy", strategy]
+                    size = ["--train.global_batch_size", str(processes), "--precision", given.precision]
+                    ranks = measured(["finetune_lora", str(given.checkpoint), *common, *SETTINGS, *size, *words], processes)
+                    peaks = ", ".join(f"{rank['peak'] / 2**20:.0f}" for rank in ranks)
+                    rows.append((name, str(processes), strategy, peaks))
+                    print(*rows[-1], flush=True)
+    print(f"\n{text_table(rows, left=(0, 2, 3))}")
+
+
+if __name__ == "__main__":
+    main()
