@@ -114,11 +114,7 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype) -> N
             module.set_gradient_divide_factor(1.0)  # the sum: the loss is divided by the weight of all ranks' tokens
             module.set_force_sum_reduction_for_comms(True)
     for group in _names(model):
-        own = {
-            name: _sharded(rows_of(value, model.get_parameter(name)).to(device, dtype, copy=True), model.get_parameter(name))
-            for name, value in load(group).items()
-        }
-        model.load_state_dict(own, strict=False, assign=True)
+        model.load_state_dict(_own_rows(model, load(group), device, dtype), strict=False, assign=True)
     model.to(device)  # pads rows
     for parameter in model.parameters():
         if hasattr(parameter, "to_local"):
@@ -127,10 +123,21 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype) -> N
     _keep_or_free_root(model)
 
 
+def _own_rows(model: GPT, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Return parameters with this rank's rows of the weights. Names of one parameter, such as a tied head's, get one."""
+    own: dict[int, nn.Parameter] = {}
+    for name, value in weights.items():
+        parameter = model.get_parameter(name)
+        if id(parameter) not in own:
+            rows = rows_of(value, parameter).to(device, dtype, copy=True)
+            own[id(parameter)] = nn.Parameter(_sharded(rows, parameter), parameter.requires_grad)
+    return {name: own[id(model.get_parameter(name))] for name in weights}
+
+
 def _names(model: GPT) -> list[list[str]]:
     """Return the names of the parameters on the meta device, by block, then those of no block."""
     groups: list[list[str]] = [[] for _ in range(len(model.blocks) + 1)]
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.is_meta:
             groups[int(name.split(".")[2]) if name.startswith("transformer.h.") else -1].append(name)
     return groups

@@ -121,6 +121,21 @@ def test_two_processes_train_like_one_and_finish_what_it_began(bench: Bench, tmp
     compare(bench, tmp_path, list(FAST), 2)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_tied_head_stays_tied(method: str, bench: Bench, tmp_path: Path) -> None:
+    base = shutil.copytree(bench.base, tmp_path / "tied")
+    weights = torch.load(base / "lit_model.pth", weights_only=True)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    torch.save(weights, base / "lit_model.pth")
+    tied, one, other = Bench(base, bench.data), tmp_path / "one", tmp_path / "other"
+    assert main(argv(tied, one, method)) == 0
+    by_processes(tmp_path, [argv(tied, other, method, devices=2, strategy="fsdp")])
+    assert_alike(one, other)
+    if method == "full":
+        saved = torch.load(other / "final/lit_model.pth", weights_only=True)
+        assert saved["lm_head.weight"].data_ptr() == saved["transformer.wte.weight"].data_ptr()
+
+
 @pytest.mark.slow
 def test_every_method_in_two_processes(bench: Bench, tmp_path: Path) -> None:
     compare(bench, tmp_path, [method for method in METHODS if method not in FAST], 2)
