@@ -97,6 +97,8 @@ def next_steps(out_dir: Path, config: Config, is_whole: bool = True) -> list[tup
     if config.skip2lora_enabled or config.alora_enabled:
         name, users = ("portable", "for transformers") if config.skip2lora_enabled else ("peft", "for transformers with PEFT, and vLLM")
         rows.append((f"litgpt convert_adapter {final} {stem}/{name}", users))
+        if not config.skip2lora_enabled:
+            rows.append((f"litgpt convert_adapter {final} {stem}/gguf --to gguf", "for llama.cpp"))
     elif not is_whole:
         rows.append((f"litgpt merge_lora {final}", "a model of its own"))
     else:
