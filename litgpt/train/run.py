@@ -261,7 +261,9 @@ class Session:
         optimizer = make_optimizer(self.settings.optimizer, [part_of(p) for p in self.model.parameters() if p.requires_grad])
         for group in optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
-        multiply_rate(optimizer, [p for name, p in self.model.named_parameters() if name.endswith("lora_B")], self.job.method.b_ratio)
+        multiply_rate(
+            optimizer, [part_of(p) for name, p in self.model.named_parameters() if name.endswith("lora_B")], self.job.method.b_ratio
+        )
         self.loop = None
         batches, own, val, val_batches = self.sources or self._sources(train, evaluation, cache)
         job = self.job
