@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,14 +26,13 @@ from litgpt.objectives.base import Objective
 from litgpt.objectives.named import objective_of
 from litgpt.optim import make_optimizer
 from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prompt_style
-from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.interrupts import memory_explained
 from litgpt.train.loop import require_divisible
 from litgpt.train.methods import Method, describe, describe_choice
 from litgpt.train.parallel import Rank, ends_together
 from litgpt.train.replay import base_answers, replay_samples
-from litgpt.train.resume import Stopwatch
+from litgpt.train.resume import Saved, Stopwatch
 from litgpt.train.settings import Run
 from litgpt.train.strategy import choose, require_shardable
 
@@ -63,8 +63,15 @@ class Job:
     """activations that several runs share; None: the run makes its own"""
     date: datetime = field(default_factory=datetime.now)
     """the date that the chat template sees; a resumed run keeps it"""
+    general_answers: list[str] | None = None
+    """of the base model, which `train.replay` trains; a resumed run keeps them"""
     answers: bool = True
     """show a sample answer at each validation, if `eval.max_new_tokens` asks for one"""
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What a resumed run takes over, as plain values."""
+        return {"date": self.date.isoformat(), "general_answers": self.general_answers}
 
     @property
     def objective(self) -> Objective:
@@ -94,12 +101,12 @@ def prepare(
     method: Method,
     base: Path,
     point: Path | None = None,
-    date: datetime | None = None,
+    saved: Saved | None = None,
     rank: Rank | None = None,
 ) -> Job:
     """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
 
-    `point`: the checkpoint to resume, which names the blocks that were chosen for the run. `date`: that of the run to resume. `rank`: this
+    `point`: the checkpoint to resume, which names the blocks that were chosen for the run. `saved`: its training state. `rank`: this
     process; by default one of as many as the settings ask for, which are started here.
     """
     precision = settings.precision or default_precision(default_device())
@@ -110,7 +117,7 @@ def prepare(
     with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
         require_divisible(settings.train, rank.size)
         seed_everything(settings.seed)
-        job = _read(settings, method, base, precision, rank, rank.broadcast(date or datetime.now()))
+        job = _read(settings, method, base, precision, rank, rank.broadcast((saved and saved.date) or datetime.now()), saved)
         optimizer = make_optimizer(
             settings.optimizer, [torch.nn.Parameter(torch.zeros(1))]
         )  # shows wrong settings before anything is written
@@ -125,7 +132,7 @@ def prepare(
     return job
 
 
-def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank, date: datetime) -> Job:
+def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank, date: datetime, saved: Saved | None) -> Job:
     """Return the run with its data and its model."""
     console, dtype = Console(rank.is_first), backbone_dtype(precision)
     tokenizer = Tokenizer(base)
@@ -148,15 +155,32 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     if not is_sharded:
         model.to(rank.device)
     model.max_seq_length = _max_seq_length(settings, model.config)
-    if settings.train.replay:
-        splits.train += _replayed(settings, rank, console, model, tokenizer, style)
+    answers = saved.general_answers if saved else None
+    if settings.train.replay and answers is None:
+        answers = _general_answers(settings, rank, console, model, tokenizer, style)
+    splits.train += replay_samples(answers or [], tokenizer, style, model.max_seq_length)
     _require_known_ids(splits, model.config, base)
     if model.config.alora_enabled:
         console.say(_switch_on_replies(settings, model, splits, style, tokenizer))
     model.activation_checkpointing = settings.train.activation_checkpointing
     model.neftune_alpha = settings.train.neftune_noise_alpha or 0.0
     examples, cache_dtype = _examples(settings, splits.examples), _cache_dtype(method.cache.dtype, dtype)
-    return Job(settings, method, base, precision, rank, console, tokenizer, style, splits, model, examples, cache_dtype, date=date)
+    return Job(
+        settings,
+        method,
+        base,
+        precision,
+        rank,
+        console,
+        tokenizer,
+        style,
+        splits,
+        model,
+        examples,
+        cache_dtype,
+        date=date,
+        general_answers=answers,
+    )
 
 
 def _require_fitting(settings: Run, objective: Objective) -> None:
@@ -213,14 +237,14 @@ def choose_taps(job: Job, count: int) -> list[int]:
     return list(rank.broadcast(blocks))
 
 
-def _replayed(settings: Run, rank: Rank, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> list[Sample]:
-    """Return general questions with the answers of the model, whose adapters change nothing yet; the first process's, for all."""
+def _general_answers(settings: Run, rank: Rank, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> list[str]:
+    """Return the answers of the model, whose adapters change nothing yet, to general questions; the first process's, for all."""
     answers: list[str] = []
     if rank.is_first:
         console.say(f"The base model answers {settings.train.replay} general questions")
         with rank.autocast():
             answers = base_answers(model, tokenizer, style, settings.train.replay)
-    return replay_samples(rank.broadcast(answers), tokenizer, style, model.max_seq_length)
+    return list(rank.broadcast(answers))
 
 
 def _require_known_ids(splits: Splits, config: Config, base: Path) -> None:

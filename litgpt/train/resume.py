@@ -308,6 +308,8 @@ def _require_facts(facts: dict[str, Any]) -> None:
             raise TypeError("a mapping")
     for part in (identity["train"], identity["val"]):
         _ = int(part[0]), str(part[1])
+    if not all(isinstance(answer, str) for answer in facts.get("general_answers") or ()):
+        raise TypeError("an answer")
     _ = identity["base"], facts["optimizer"], datetime.fromisoformat(facts.get("date", "2026-01-01"))
 
 
@@ -322,6 +324,11 @@ class Saved:
     def date(self) -> datetime | None:
         """The date that the run's chat template sees; None for a run of an earlier version."""
         return datetime.fromisoformat(self.facts["date"]) if "date" in self.facts else None
+
+    @property
+    def general_answers(self) -> list[str] | None:
+        """The base model's answers that `train.replay` trains; None if the folder has none."""
+        return self.facts.get("general_answers")
 
     @property
     def state(self) -> State:

@@ -70,7 +70,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
             return finished_report(settings.out_dir, is_first)
         point = out_dir.resume_point(Console(is_first).say)
         saved = read(point) if point else None
-        job = job_of() if job_of else prepare(settings, method, base, point, saved.date if saved else None)
+        job = job_of() if job_of else prepare(settings, method, base, point, saved)
         with ends_together(job.rank):
             job.say_what_is_trained()
             session = Session(job, out_dir, interrupts, clock, saved)
@@ -88,7 +88,7 @@ def require_same_run(settings: Run, method: Method, base: Path) -> None:
     if not (final / IDENTITY).is_file():  # written by an earlier version
         return
     saved = Saved(final, read_json(final / IDENTITY))
-    job = prepare(settings, method, base, final, saved.date, alone(settings.precision))
+    job = prepare(settings, method, base, final, saved, alone(settings.precision))
     require_same(final, identity_of(job), saved.facts)
 
 
@@ -146,7 +146,7 @@ class Session:
             self.log = MetricLoggers(path, self.settings.logger_name, self.settings.log, self.hyperparameters, resumed_at, columns)
         self._require_space()
         out_dir.make(resumed=saved is not None)
-        facts: dict[str, Any] = {"identity": identity.facts(), "date": job.date.isoformat(), "cached": self.cached}
+        facts: dict[str, Any] = {"identity": identity.facts(), **job.kept, "cached": self.cached}
         facts["environment"] = environment(self.rank.device)
         newest = saved.folder if saved else None
         keep_last = self.settings.train.keep_last
@@ -359,7 +359,7 @@ class Session:
 
             def finish(folder: Path) -> None:
                 state.consistent = False  # merging changes the weights
-                atomic.write_text(folder / IDENTITY, as_json({"date": self.job.date.isoformat(), **self.identity.facts()}))
+                atomic.write_text(folder / IDENTITY, as_json({**self.job.kept, **self.identity.facts()}))
                 if self.job.method.finish(self.model, folder) and report["final_val_loss"] is not None and self.rank.size == 1:
                     report["merged_val_loss"] = replace(loop).validate(*self.validation, lambda: False)
 

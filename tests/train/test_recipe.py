@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,21 @@ def test_a_run_as_a_user_starts_it(base: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(again) == 0
     first, second = ((folder / "final/lit_model.pth.lora").read_bytes() for folder in (out, tmp_path / "again"))
     assert first == second
+
+
+def test_a_resumed_run_keeps_the_general_answers(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine may round, and so answer, otherwise."""
+    data, out = write_data(tmp_path / "data.json"), tmp_path / "out"
+    words = ["--max_steps", "4", "--train.save_interval", "2", "--train.replay", "2", "--eval.max_new_tokens", "0"]
+    command = ["finetune", str(base), "--data", str(data), "--out_dir", str(out), *words]
+    assert main(command) == 0
+    weights = (out / "final/lit_model.pth.lora").read_bytes()
+    monkeypatch.setattr("litgpt.train.prepare.base_answers", lambda *given: ["something else"] * 2)
+    assert main([*command, "--resume", "true"]) == 0  # finished: nothing is left to do
+    for name in ("final", "best", "step-000004"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    assert main([*command, "--resume", "true"]) == 0
+    assert (out / "final/lit_model.pth.lora").read_bytes() == weights
 
 
 def test_pairs_of_answers_are_preferences(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
