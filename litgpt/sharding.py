@@ -7,7 +7,9 @@ so that its update must treat every number by itself.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,9 @@ from torch import nn
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
+
+
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -99,6 +104,9 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype) -> N
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    if device.type == "cpu":
+        with suppress(AttributeError, OSError):  # glibc: gathered weights that are freed go back to the system
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     copied = {p for block in model.blocks if block.skip2lora is not None for p in block.skip2lora.parameters()}
     for parameter in model.parameters():
