@@ -439,7 +439,16 @@ UPSTREAM_MODELS = {
 }
 
 
-OWN = {"save_every_minutes", "keep_last", "keep_best", "skip_nonfinite", "group_by_length", "activation_checkpointing", "replay"}
+OWN = {
+    "save_every_minutes",
+    "keep_last",
+    "keep_best",
+    "skip_nonfinite",
+    "group_by_length",
+    "activation_checkpointing",
+    "replay",
+    "neftune_noise_alpha",
+}
 """keys below train that upstream does not have"""
 
 

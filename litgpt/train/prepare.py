@@ -28,6 +28,7 @@ from litgpt.optim import make_optimizer
 from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.interrupts import memory_explained
+from litgpt.train.launch import place_of
 from litgpt.train.loop import require_divisible
 from litgpt.train.methods import Method, describe, describe_choice
 from litgpt.train.parallel import Rank, ends_together
@@ -113,9 +114,11 @@ def prepare(
     dtype = backbone_dtype(precision)
     _cache_dtype(method.cache.dtype, dtype)
     require_shardable(settings, method, base)
+    if rank is None:
+        place = place_of(settings.devices, settings.num_nodes)
+        require_divisible(settings.train, place.size if place else 1)  # before other processes are started
     rank = rank or Rank.start(precision, settings.devices, settings.num_nodes, settings.timeout, settings.strategy == "fsdp")
     with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
-        require_divisible(settings.train, rank.size)
         seed_everything(settings.seed)
         job = _read(settings, method, base, precision, rank, rank.broadcast((saved and saved.date) or datetime.now()), saved)
         optimizer = make_optimizer(

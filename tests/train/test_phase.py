@@ -99,7 +99,7 @@ def test_the_best_is_kept_and_patience_ends_the_run(
     evaluate = EvalArgs(interval=1, patience=2, initial_validation=True)
     loop = make_loop(make_model(), make_samples(16), eval=evaluate, saved=saved)
     told = iter([1.0, *losses])
-    loop.loop.rank = Rank(sum=lambda tensor: torch.tensor([next(told), 1.0]) if tensor.numel() == 2 else tensor)
+    loop.loop.rank = Rank(sum=lambda tensor: torch.tensor([next(told), 1.0, 0.0, 0.0]) if tensor.numel() == 4 else tensor)
     state = loop.run()
     assert state.step == steps and [step for step, _ in saved.bests] == best
 
@@ -109,7 +109,7 @@ def test_a_loss_as_low_as_the_target_ends_the_run(losses: list[float], target: f
     """The loss before the first step does not count."""
     loop = make_loop(make_model(), make_samples(16), eval=EvalArgs(interval=1, target_loss=target, initial_validation=True))
     told = iter([0.1, *losses])
-    loop.loop.rank = Rank(sum=lambda tensor: torch.tensor([next(told), 1.0]) if tensor.numel() == 2 else tensor)
+    loop.loop.rank = Rank(sum=lambda tensor: torch.tensor([next(told), 1.0, 0.0, 0.0]) if tensor.numel() == 4 else tensor)
     assert loop.run().step == steps
 
 

@@ -139,7 +139,9 @@ ROWS = [
     Case("turns as texts", record({"messages": ["hello"]}), "turn 1 of 'messages'", "'role' and 'content'"),
     Case("turns without content", record({"messages": [{"role": "user"}]}), "turn 1 of 'messages'", "'role' and 'content'"),
     Case("half of each dialect", record({"messages": [{"from": "human", "content": "a"}]}), "turn 1 of 'messages'", "'role' and 'content'"),
-    Case("a weight between", record({"messages": [{"role": "user", "content": "a", "weight": 0.5}]}), "'weight' is 0.5", "0 and 1"),
+    Case(
+        "a weight below 0", record({"messages": [{"role": "user", "content": "a", "weight": -0.5}]}), "'weight' is -0.5", "a number from 0"
+    ),
     Case("a number as a role", record({"messages": [{"role": 1, "content": "a"}]}), "'role' is 1", "system, developer, user"),
     Case("a role of 100,000 letters", record(turns("x" * 100_000)), "'role' is 'xxx", "system, developer, user"),
     Case("a late system turn", record(turns("user", "system", "assistant")), "turn 2", "only be the first"),

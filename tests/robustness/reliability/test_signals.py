@@ -36,6 +36,7 @@ MOMENTS: list[Moment] = [
     ("warm-up", ["step", 3], 2, signal.SIGINT),  # after the last step of a phase
     ("Skip2-LoRA", ["validate", 5], 4, signal.SIGTERM),
 ]
+QUICK_FIRST = [MOMENTS[0], *(pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS[1:])]
 MORE_MOMENTS: list[Moment] = [
     ("warm-up", ["step", 6], 3, signal.SIGTERM),
     ("LoRA", ["validate", 3], 2, signal.SIGINT),
@@ -44,7 +45,7 @@ MORE_MOMENTS: list[Moment] = [
 ]
 
 
-@pytest.mark.parametrize("moment", [MOMENTS[0], *(pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS[1:])], ids=str)
+@pytest.mark.parametrize("moment", QUICK_FIRST, ids=str)
 def test_the_step_is_finished_and_saved_and_the_run_goes_on_from_there(
     moment: Moment, bench: Bench, driver: Driver, reference: Any, tmp_path: Path
 ) -> None:
