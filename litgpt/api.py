@@ -18,7 +18,7 @@ from litgpt.device import backbone_dtype, default_precision, find_device
 from litgpt.download import fetch_named
 from litgpt.errors import UserError
 from litgpt.files import read_json
-from litgpt.generate.engine import generate, generate_batch
+from litgpt.generate.engine import Session, generate_batch
 from litgpt.generate.sampling import Sampling, until_stop_text
 from litgpt.lora import Config as LoRAConfig
 from litgpt.model import GPT
@@ -247,9 +247,8 @@ class LLM(ModelModule):
 
         `sampling` are the settings of `Sampling`.
         """
-        ids = torch.tensor(self.prompt_ids(text, max_new_tokens))
-        stops = self.prompt_style.stop_tokens(self.tokenizer)
-        return generate(self.model, ids, len(ids) + max_new_tokens, stop_tokens=stops, generator=generator, **sampling)
+        ids, stops = self.prompt_ids(text, max_new_tokens), self.prompt_style.stop_tokens(self.tokenizer)
+        return Session(self.model).answer(ids, max_new_tokens, Sampling(**sampling), stops, generator)
 
     def prompt_ids(self, text: str, max_new_tokens: int = 1) -> list[int]:
         """Return the ids of a text that is in the prompt style already."""

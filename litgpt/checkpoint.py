@@ -390,7 +390,6 @@ def require_same_base(folder: Path, base: Path) -> None:
 
 def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) -> None:
     """Copy an adapter's weights into the model. Raises UserError that lists every name and shape that does not fit."""
-
     from litgpt.adapters.base import adapter_parameters
     from litgpt.sharding import assign
 

@@ -6,12 +6,13 @@ The string below each field is its help text on the command line.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union, get_args
 
 from litgpt.args import setting
 from litgpt.errors import UserError
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
+Variant = Literal["lora", "dora", "pissa", "olora"]
 MAX_RANK = 2**16
 LAYER_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
 
@@ -26,7 +27,7 @@ class AdapterSettings:
     """Adapters are scaled by lora_alpha / lora_r."""
     lora_dropout: float = setting(0.0, varies=True)
     """Dropout on the adapters' input."""
-    lora_variant: Literal["lora", "dora", "pissa", "olora"] = setting("lora", varies=True)
+    lora_variant: Variant = setting("lora", varies=True)
     """lora; dora: weight-decomposed LoRA, which also learns the length of each row of a weight; pissa or olora: LoRA that starts from the
     weight's largest singular directions, or from its QR decomposition."""
     lora_rslora: bool = setting(False, varies=True)
@@ -72,8 +73,8 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         if self.skip2lora_norm not in ("rms", "none"):
             raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
-        if self.lora_variant not in ("lora", "dora", "pissa", "olora"):
-            raise UserError(f"lora_variant is {self.lora_variant!r}: choose 'lora', 'dora', 'pissa' or 'olora'")
+        if self.lora_variant not in (names := get_args(Variant)):
+            raise UserError(f"lora_variant is {self.lora_variant!r}: choose {', '.join(map(repr, names[:-1]))} or {names[-1]!r}")
         if self.alora_enabled and self.lora_variant != "lora":
             raise UserError("alora_enabled works with lora_variant lora only")
         if self.alora_enabled and not self.has_lora_in_blocks:

@@ -35,6 +35,15 @@ class Switch:
         finally:
             self.is_off = False
 
+    @contextmanager
+    def reply_at(self, start: int) -> Iterator[None]:
+        """Let the reply begin at `start` while a prompt is read in parts."""
+        self.start = start
+        try:
+            yield
+        finally:
+            self.start = None
+
     def start_of(self, tokens: Sequence[int]) -> int:
         """Return where the last invocation begins; the number of tokens if there is none."""
         n = len(self.invocation)

@@ -11,6 +11,7 @@ where they stood before. Such a draft is certain, q_i(d_i) = 1.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -127,12 +128,7 @@ class _Cached:
             device = next(self.model.parameters()).device
             idx = torch.tensor([tokens[self.computed :]], device=device)
             pos = self.model.positions(idx, torch.arange(self.computed, len(tokens), device=device), len(tokens))
-            if self.start is not None:
-                self.model.switch.start = self.start
-            try:
+            with nullcontext() if self.start is None else self.model.switch.reply_at(self.start):
                 x, taps = self.model.prefix(idx, pos)
-            finally:
-                if self.start is not None:
-                    self.model.switch.start = None
             self.computed = len(tokens)
             return self.model.logits(self.model.tail(x, taps, pos)[0, -count:])

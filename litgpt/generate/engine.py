@@ -8,6 +8,7 @@ Letters in shapes: as in `litgpt.model`; n the rows of a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,13 +148,8 @@ class Batch:
         for block, cache in zip(self.model.blocks, self.caches, strict=True):
             block.attn.kv_cache = cache.row(self.ready)
         switch = self.model.switch
-        if switch is not None:
-            switch.start = switch.start_of(row.tokens)
-        try:
+        with nullcontext() if switch is None else switch.reply_at(switch.start_of(row.tokens)):
             x = self.hidden(idx, self.model.positions(idx, torch.arange(row.computed, end, device=self.device), end), [row])
-        finally:
-            if switch is not None:
-                switch.start = None
         row.computed = end
         return x
 

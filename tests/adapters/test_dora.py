@@ -70,6 +70,18 @@ def loss(logits: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDX[:, 1:].flatten())
 
 
+def curve(model: Any, optimizer: torch.optim.Optimizer, logits: Any, steps: int = 4) -> list[float]:
+    """The losses of an optimizer's steps."""
+    losses = []
+    for _ in range(steps):
+        value = loss(logits(model))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
 @pytest.mark.parametrize(
     "flags", [("lora_query", "lora_value"), ("lora_key",), ("lora_projection", "lora_mlp"), tuple(FLAGS)], ids="+".join
 )

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from litgpt import lora
 from litgpt.adapters.base import adapter_state, renew_adapters
 from litgpt.convert import peft as converted
-from tests.adapters.test_dora import FLAGS, IDX, loss
+from tests.adapters.test_dora import FLAGS, IDX, curve
 from tests.helpers import tiny
 
 CHOICES = {"query and value": ("lora_query", "lora_value"), "all but the head": tuple(flag for flag in FLAGS if flag != "lora_head")}
@@ -31,16 +31,9 @@ def pair(variant: str, choice: str = "all but the head", **settings: Any) -> tup
     return peft.get_peft_model(hf, made).eval(), ours
 
 
-def curve(model: Any, logits: Any) -> list[float]:
+def sgd_curve(model: Any, logits: Any) -> list[float]:
     """The losses of SGD, whose steps do not depend on the signs of singular vectors."""
-    optimizer, losses = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05), []
-    for _ in range(5):
-        value = loss(logits(model))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    return losses
+    return curve(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05), logits, 5)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -49,7 +42,7 @@ def test_steps_are_pefts(variant: str, choice: str) -> None:
     theirs, ours = pair(variant, choice)
     trained = {name.rpartition(".")[2] for name, p in ours.named_parameters() if p.requires_grad}
     assert trained == {"lora_A", "lora_B"}
-    mine, other = curve(ours, lambda model: model(IDX)), curve(theirs, lambda model: model(IDX).logits)
+    mine, other = sgd_curve(ours, lambda model: model(IDX)), sgd_curve(theirs, lambda model: model(IDX).logits)
     assert_close(mine, other, rtol=1e-3, atol=1e-3)
     assert mine[0] - mine[-1] > 0.05
 

@@ -17,7 +17,7 @@ from litgpt.finetune.lora import Lora
 from litgpt.lora import mark_only_lora_as_trainable
 from litgpt.optim import make_optimizer, multiply_rate
 from litgpt.packing import Packing, pack
-from tests.adapters.test_dora import IDX, loss, pair
+from tests.adapters.test_dora import IDX, curve, loss, pair
 from tests.helpers import tiny
 from tests.helpers.training import CPU, SKIP, make_samples
 
@@ -29,17 +29,6 @@ def rated(model: Any, factor: float, **settings: Any) -> torch.optim.Optimizer:
     optimizer = make_optimizer({"class_path": "AdamW", "init_args": init_args}, [p for p in model.parameters() if p.requires_grad])
     multiply_rate(optimizer, [p for name, p in model.named_parameters() if name.endswith("lora_B")], factor)
     return optimizer
-
-
-def curve(model: Any, optimizer: torch.optim.Optimizer, logits: Any) -> list[float]:
-    losses = []
-    for _ in range(4):
-        value = loss(logits(model))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    return losses
 
 
 def test_steps_of_lora_plus_are_pefts() -> None:
