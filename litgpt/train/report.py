@@ -99,9 +99,9 @@ def next_steps(out_dir: Path, config: Config, is_whole: bool = True) -> list[tup
         rows.append((f"litgpt convert_adapter {final} {stem}/{name}", users))
         if not config.skip2lora_enabled:
             rows.append((f"litgpt convert_adapter {final} {stem}/gguf --to gguf", "for llama.cpp"))
-    elif not is_whole:
-        rows.append((f"litgpt merge_lora {final}", "a model of its own"))
-    else:
+    elif is_whole:
         rows.append((f"litgpt convert_from_litgpt {final} {stem}/hf", "for transformers"))
         rows.append((f"litgpt convert_to_gguf {final} {stem}/model.gguf", "for llama.cpp and Ollama"))
+    elif config.lora_r:  # of a sharded model, which was not merged; a LLaMA-Adapter cannot be
+        rows.append((f"litgpt merge_lora {final}", "a model of its own"))
     return [*rows, (str(out_dir / PAGE), "curves, answers and settings, in a browser")]
