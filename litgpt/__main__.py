@@ -45,6 +45,7 @@ COMMANDS = {
     "generate_adapter": Command("litgpt.generate.adapter:Adapter", "Answer one prompt with a base model and a LLaMA-Adapter."),
     "generate_adapter_v2": Command("litgpt.generate.adapter:AdapterV2", "Answer one prompt with a base model and a LLaMA-Adapter V2."),
     "generate_speculatively": Command("litgpt.generate.speculative:Speculatively", "Answer faster by a small model that drafts."),
+    "sample": Command("litgpt.generate.sample:SampleAnswers", "Draw several answers to each question of a file, and check them."),
     "chat": Command("litgpt.generate.chat:Chat", "Talk to a checkpoint or an adapter."),
     "data": Command("litgpt.examine:examine", "Look at a file of records: kinds, lengths, repetitions, and how a model reads them."),
     "prompts": Command("litgpt.examine:prompts", "Show the prompt styles, or the chat template of a model."),
@@ -86,7 +87,17 @@ OTHER_NAMES = {
 }
 
 
-TAKING_NAMES = ("finetune", "sweep", "generate", "chat", "serve", "evaluate", "validate", "pretrain")  # commands that download ORG/NAME
+TAKING_NAMES = (
+    "finetune",
+    "sweep",
+    "generate",
+    "sample",
+    "chat",
+    "serve",
+    "evaluate",
+    "validate",
+    "pretrain",
+)  # commands that download ORG/NAME
 
 
 def main(argv: Optional[list[str]] = None) -> int:

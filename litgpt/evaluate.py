@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from litgpt import checkpoint
 from litgpt.args import Quantization
 from litgpt.atomic import write_text
-from litgpt.data.base import DataModule, render
+from litgpt.data.base import DataModule, question_of
 from litgpt.data.text_files import Text
 from litgpt.errors import UserError
 from litgpt.generate.base import open_model
+from litgpt.generate.sample import is_exact
 from litgpt.keys import known_classes
 from litgpt.text import text_table
 
@@ -203,14 +204,12 @@ def _loss(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Consol
 
 def _answered(llm: "LLM", style: Any, record: "Record", max_new_tokens: int) -> dict[str, Any]:
     """Return the question of a record, its answer, the model's, and how they compare. Of a conversation the last reply is asked for."""
-    last = max(i for i, is_learned in enumerate(record.learned) if is_learned)
-    text, spans = render(record, style, llm.tokenizer, [last])
-    prompt, expected = text[: spans[0][0]], str(record.messages[last]["content"])
+    prompt, expected = question_of(record, style, llm.tokenizer), record.reply
     ids = llm.tokenizer.encode(prompt, bos=style.bos)
     room = min(max_new_tokens, llm.model.max_seq_length - len(ids))
     answer = llm.tokenizer.decode(list(llm.complete(prompt, room, temperature=0.0))) if room > 0 else ""
-    scores = {"exact_match": float(answer.split() == expected.split()), "rouge_l": rouge_l(expected, answer)}
-    return {"question": str(record.messages[last - 1]["content"]), "expected": expected, "answer": answer.strip(), **scores}
+    scores = {"exact_match": float(is_exact(expected, answer)), "rouge_l": rouge_l(expected, answer)}
+    return {"question": str(record.messages[record.last - 1]["content"]), "expected": expected, "answer": answer.strip(), **scores}
 
 
 def rouge_l(expected: str, answer: str) -> float:

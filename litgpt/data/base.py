@@ -302,6 +302,12 @@ def render(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", learned
     return Rendered(text, [(len(head), len(text))])
 
 
+def question_of(record: Record, style: "PromptStyle", tokenizer: "Tokenizer") -> str:
+    """Return the text before a record's last reply."""
+    text, spans = render(record, style, tokenizer, [record.last])
+    return text[: spans[0][0]]
+
+
 def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendered:
     """Find each reply between the starts of two messages, which the built-in styles report.
 

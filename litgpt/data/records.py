@@ -1,7 +1,7 @@
 """Records of the usual forms as conversations: the keys that are read, and their meaning.
 
 {"instruction", "input" or "context", "output" or "response", "system", "history", "tools"}
-{"prompt", "completion" or "response"}, {"question", "answer"}          each a text, or both lists of messages
+{"prompt", "completion", "response" or "answer"}, {"question", "answer"}          each a text, or both lists of messages
 {"messages": [{"role", "content", "weight" or "train", "tool_calls", "reasoning_content", ...}], "system", "tools"}
 {"conversations": [{"from", "value", ...}], "system", "tools"}
 {"prompt", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" it is what the two lists begin with
@@ -22,7 +22,8 @@ from litgpt.files import parse_json
 Message = dict[str, Any]  # as chat templates read it: "role", "content" and perhaps keys of PASSED
 
 # keys of question and answer; the first pair that a record has counts
-PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("instruction", "response"))
+PAIRS: tuple[tuple[str, str], ...] = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+PAIRS += (("instruction", "response"), ("prompt", "answer"))
 # key of a conversation -> keys of a turn's role and text
 CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -50,6 +51,16 @@ class Record:
     """whether the answer is a good one, if the record says so"""
     unread: tuple[str, ...] = ()
     """keys that mean nothing here"""
+
+    @property
+    def last(self) -> int:
+        """The place of the last reply that is learned; of the last reply if none is."""
+        return max(range(len(self.messages)), key=lambda i: (self.learned[i] > 0, self.messages[i]["role"] == "assistant", i))
+
+    @property
+    def reply(self) -> str:
+        """The text of the last reply."""
+        return str(self.messages[self.last]["content"])
 
     @property
     def question(self) -> str:

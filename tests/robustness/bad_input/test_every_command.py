@@ -52,6 +52,8 @@ def test_a_checkpoint_that_is_none(name: str, what: str, place: Place) -> None:
     words: list[Any] = [name, f"--{first}={given}"]
     if "data" in keys.classes:
         words += ["--data", "JSON", "--data.json_path", place.data()]
+    elif name == "sample":
+        words += ["--data", place.data(), "--out", "out.jsonl"]
     words += ["--grid.lora_r", "[4]"] if keys.grids else []
     for key in ("out_dir", "output_dir"):
         words += [f"--{key}", "out"] if key in keys.parameters else []

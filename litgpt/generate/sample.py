@@ -1,0 +1,173 @@
+"""`litgpt sample`: draw several answers to each question of a file and check them, for critics and rejection sampling."""
+
+import importlib.util
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from litgpt.data.base import question_of
+from litgpt.data.records import Record, read_record
+from litgpt.data.sources import read_records, read_rows
+from litgpt.errors import UserError
+from litgpt.files import expand_path
+from litgpt.generate.base import Checkpoint, Drawing, open_model
+
+if TYPE_CHECKING:
+    from litgpt.api import LLM
+
+EXACT = "exact"
+TOGETHER = 128  # answers between two reports of the progress
+Check = Callable[[dict[str, Any], str], Union[bool, float]]
+
+
+@dataclass
+class Files:
+    """What is read and written."""
+
+    data: Path
+    """The file of questions: records as for `litgpt finetune`."""
+    out: Path
+    """The .jsonl file for the answers, one a line: prompt, answer, and `correct` or `reward`."""
+
+
+@dataclass
+class SampleAnswers(Drawing, Files, Checkpoint):
+    """Draw several answers to each question of a file, and check them."""
+
+    n: int = 8
+    """Answers to each question."""
+    check: str = EXACT
+    """exact: the same words as the record's own answer. FILE.py:FUNCTION calls your function with the record, as it is in the file, and the
+    answer; it returns True or False, which is written as `correct`, or a number, which is written as `reward`."""
+    overwrite: bool = False
+    """Replace an existing file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n < 1:
+            raise UserError(f"n is {self.n}: at least 1 is needed")
+        self.data, self.out = expand_path(self.data), expand_path(self.out)
+
+    def main(self) -> None:
+        check = check_of(self.check)
+        if self.out.suffix != ".jsonl":
+            raise UserError(f"out: {self.out} is written in lines of JSON: give it a name that ends in .jsonl")
+        if self.out.is_dir() or (self.out.exists() and not self.overwrite):
+            raise UserError(f"{self.out} exists already: name another file, or add --overwrite to replace it")
+        if not self.data.is_file():
+            raise UserError(f"data: {self.data} is no file: name one with records, such as questions.jsonl")
+        rows, records = read_rows(self.data), read_records(self.data)
+        if self.sys_prompt is not None:
+            records = [_with_system(record, self.sys_prompt) for record in records]
+        llm = open_model(self.checkpoint_dir, self.precision, self.quantize)
+        from litgpt.atomic import write_text
+        from litgpt.logs import Console
+
+        lines, console = list[dict[str, Any]](), Console()
+        step = max(1, TOGETHER // self.n)
+        with console.progress("answers") as progress:
+            for first in range(0, len(records), step):
+                places = range(first, min(first + step, len(records)))
+                answers = iter(self._answers(llm, records, places))
+                for place in places:
+                    for _ in range(self.n):
+                        lines.append(_line(records[place], answer := next(answers), check(rows[place], answer), f"record {place + 1}"))
+                progress(self.n * places.stop, self.n * len(records))
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        console.say(f"{summary(lines, self.n)}. The answers are in {self.out}")
+
+    def _answers(self, llm: "LLM", records: Sequence[Record], places: Sequence[int]) -> list[str]:
+        """Return n answers to each of the records at `places`. An answer depends on the seed, its record's place and its number alone."""
+        import torch
+
+        from litgpt.generate.engine import generate_batch
+        from litgpt.generate.sampling import Sampling
+
+        style, device = llm.prompt_style, next(llm.model.parameters()).device
+        texts = [question_of(records[place], style, llm.tokenizer) for place in places for _ in range(self.n)]
+        seeds = (random.Random(f"{self.seed} {place} {k}").getrandbits(32) for place in places for k in range(self.n))
+        ids = generate_batch(
+            llm.model,
+            [llm.prompt_ids(text) for text in texts],
+            self.max_new_tokens,
+            Sampling(**self.sampling),
+            style.stop_tokens(llm.tokenizer),
+            (torch.Generator(device).manual_seed(seed) for seed in seeds),
+        )
+        return [llm.tokenizer.decode(answer).strip() for answer in ids]
+
+
+def check_of(name: str) -> Check:
+    """Return the function that checks answers. Raises UserError if there is none of this name."""
+    if name == EXACT:
+        return lambda row, answer: is_exact(read_record(row).reply, answer)
+    path, colon, function = name.rpartition(":")
+    file = expand_path(path)
+    if not colon or file.suffix != ".py":
+        raise UserError(f"check is {name!r}: {EXACT!r} or FILE.py:FUNCTION is needed")
+    if not file.is_file():
+        raise UserError(f"check: {file} does not exist: name the file with your function")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the module is the user's code
+        raise UserError(f"check: {file} cannot be run: {type(error).__name__}: {error}") from None
+    check = getattr(module, function, None)
+    if not callable(check):
+        raise UserError(f"check: {file} has no function {function!r}")
+
+    def checked(row: dict[str, Any], answer: str) -> Any:
+        try:
+            return check(row, answer)
+        except Exception as error:  # the function is the user's code
+            raise UserError(f"check: {function} fails on the answer {answer[:200]!r}: {type(error).__name__}: {error}") from None
+
+    return checked
+
+
+def is_exact(expected: str, answer: str) -> bool:
+    """Return True for the same words in the same order."""
+    return answer.split() == expected.split()
+
+
+def summary(lines: Sequence[dict[str, Any]], n: int) -> str:
+    """Return how good the answers are, n to each question."""
+    scores = [float(line["correct"] if "correct" in line else line["reward"]) for line in lines]
+    groups = [scores[i : i + n] for i in range(0, len(scores), n)]
+    mean = sum(scores) / len(scores)
+    if any("reward" in line for line in lines):
+        best = sum(max(group) for group in groups) / len(groups)
+        return f"{len(groups):,} questions, {n} answers each: mean reward {mean:.4g}, of the best answers {best:.4g}"
+    some, every = sum(max(group) > 0 for group in groups), sum(min(group) > 0 for group in groups)
+    return (
+        f"{len(groups):,} questions, {n} answers each: {100 * mean:.1f} % of the answers are correct; "
+        f"{some:,} questions have a correct answer, {every:,} have only correct ones"
+    )
+
+
+def _line(record: Record, answer: str, value: Any, where: str) -> dict[str, Any]:
+    """Return what is written for an answer: a record with its question."""
+    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+        raise UserError(f"check returned {value!r} for an answer to {where}: True, False or a number is needed")
+    result = {"correct": value} if isinstance(value, bool) else {"reward": float(value)}
+    before = record.messages[: record.last]
+    if not record.pair:
+        tools = {"tools": record.tools} if record.tools else {}
+        return {"prompt": before, "answer": [{"role": "assistant", "content": answer}], **tools, **result}
+    system = before[0]["content"] if before[0]["role"] == "system" else ""
+    texts = {"prompt": record.question, "input": record.input, "system": system, "answer": answer}
+    return {**{key: text for key, text in texts.items() if text or key == "answer"}, **result}
+
+
+def _with_system(record: Record, text: str) -> Record:
+    """Return a record with this system text in place of its own."""
+    start = int(record.messages[0]["role"] == "system")
+    system = [{"role": "system", "content": text}]
+    return replace(record, messages=[*system, *record.messages[start:]], learned=[0.0, *record.learned[start:]])

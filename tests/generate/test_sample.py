@@ -1,0 +1,126 @@
+"""`litgpt sample`: answers drawn from a model, checked and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from litgpt.__main__ import main
+from litgpt.api import LLM
+from litgpt.data.records import read_record
+from tests.helpers import tiny
+
+ROWS: list[dict[str, Any]] = [
+    {"instruction": "add 2 and 3", "output": "5", "sum": 5},
+    {"instruction": "greet", "input": "Ann", "system": "Be brief.", "output": "hello Ann", "sum": 0},
+    {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "hello", "weight": 0},
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": "hello"},
+        ],
+        "sum": 1,
+    },
+]
+CHECKS = """
+def even(record, answer):
+    return (len(answer) + record["sum"]) % 2 == 0
+def length(record, answer):
+    return len(answer)
+def nothing(record, answer):
+    return None
+def broken(record, answer):
+    return record["missing"]
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    (tmp_path / "checks.py").write_text(CHECKS)
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def sampled(base: Path, questions: Path, *words: object) -> list[dict[str, Any]]:
+    out = questions.with_name("answers.jsonl")
+    argv = ["sample", base, "--data", questions, "--out", out, "--max_new_tokens", 6, "--precision", "32-true", "--overwrite", *words]
+    assert main([str(word) for word in argv]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_answers_repeat_by_seed_and_do_not_depend_on_their_number(base: Path, questions: Path) -> None:
+    four, again, two = (sampled(base, questions, "--n", n) for n in (4, 4, 2))
+    assert four == again and len(four) == 12
+    assert [four[4 * question + k] for question in range(3) for k in range(2)] == two
+    assert len({line["answer"] for line in four[:8]}) > 4
+    assert sampled(base, questions, "--n", 4, "--seed", 5) != four
+
+
+def test_greedy_answers_are_the_models(base: Path, questions: Path) -> None:
+    llm = LLM.load(base, precision="32-true", device="cpu")
+    lines = sampled(base, questions, "--n", 1, "--temperature", 0)
+    assert lines[0]["answer"] == llm.generate("add 2 and 3", max_new_tokens=6, temperature=0.0).strip()
+
+
+def test_the_lines_are_records_with_the_same_questions(base: Path, questions: Path) -> None:
+    lines = sampled(base, questions, "--n", 1)
+    for row, line in zip(ROWS, lines, strict=True):
+        asked, answered = read_record(row), read_record(line)
+        assert answered.messages[:-1] == asked.messages[:-1] and answered.input == asked.input and answered.pair == asked.pair
+        assert answered.learned[:-1] == [0.0] * (len(asked.messages) - 1) and answered.learned[-1] == 1
+        assert set(line) >= {"prompt", "answer", "correct"}
+
+
+def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = questions.with_name("checks.py")
+    lines = sampled(base, questions, "--n", 2, "--check", f"{checks}:even")
+    texts = [line["answer"] if isinstance(line["answer"], str) else line["answer"][0]["content"] for line in lines]
+    sums = [row["sum"] for row in ROWS for _ in range(2)]
+    wanted = [(len(text) + number) % 2 == 0 for text, number in zip(texts, sums, strict=True)]
+    assert [line["correct"] for line in lines] == wanted
+    assert f"{100 * sum(wanted) / 6:.1f} % of the answers are correct" in capsys.readouterr().err
+    rewards = sampled(base, questions, "--n", 2, "--check", f"{checks}:length")
+    assert [line["reward"] for line in rewards] == [float(len(text)) for text in texts]
+    answers = [line["answer"] for line in sampled(base, questions, "--n", 1, "--temperature", 0)][:2]
+    known = [{**row, "output": answer} for row, answer in zip(ROWS, answers, strict=False)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in known))
+    assert all(line["correct"] for line in sampled(base, questions, "--n", 1, "--temperature", 0))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--check", "exactly"], "'exact' or FILE.py:FUNCTION"),
+        (["--check", "nowhere.py:even"], "nowhere.py does not exist"),
+        (["--check", "checks.py:odd"], "has no function 'odd'"),
+        (["--check", "checks.py:nothing"], "check returned None for an answer to record 1"),
+        (["--check", "checks.py:broken"], "KeyError: 'missing'"),
+        (["--check", "wrong.py:even"], "wrong.py cannot be run: SyntaxError"),
+        (["--n", "0"], "n is 0: at least 1"),
+        (["--out", "answers.txt"], "ends in .jsonl"),
+        (["--out", "old.jsonl"], "old.jsonl exists already"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),
+    ],
+)
+def test_refusals(
+    words: list[str], message: str, base: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(questions.parent)
+    Path("old.jsonl").write_text("mine")
+    Path("wrong.py").write_text("def even(:")
+    given = {word for word in words if word.startswith("--")}
+    rest = [word for key, value in (("--out", "a.jsonl"), ("--data", questions.name)) if key not in given for word in (key, value)]
+    assert main(["sample", str(base), "--max_new_tokens", "2", *rest, *words]) == 1
+    assert message in capsys.readouterr().err
+    assert Path("old.jsonl").read_text() == "mine" and not Path("a.jsonl").exists()
