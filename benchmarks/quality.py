@@ -453,7 +453,7 @@ def work(wanted: list[Setting], study: Study, again: bool, budget: float | None)
     shutil.rmtree(study.cache, ignore_errors=True)
     try:
         for number, setting in enumerate(todo):
-            filled = any((study.cache / setting.group).glob("*/index.json")) if setting.group else False
+            filled = any((study.cache / setting.group).glob("*/index.bin")) if setting.group else False
             needed = correction(runs) * setting.seconds(study.samples, filled)
             if budget is not None and time.time() - began + needed > 60 * budget:
                 print(f"{setting.name}: left out, it needs {needed / 60:.1f} minutes, more than the budget has left", flush=True)

@@ -35,9 +35,10 @@ from litgpt.model import GPT
 from litgpt.packing import loss_targets, pack, shared_stem
 from litgpt.rope import is_long
 from litgpt.sample import Sample
+from litgpt.sharding import whole
 from litgpt.text import gib
 
-FORMAT = 3
+FORMAT = 4
 MEMORY_SHARE = 0.5  # of the free memory that a cache may take
 FILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch of the filling pass: on a CPU its activations should stay in the cache
 STEM_SHARE = 8  # a batch of the filling pass, which computes the stem once, has at least this many times its tokens
@@ -132,9 +133,19 @@ def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: t
 class ActivationCache:
     """Rows (R, S + 1, d) in memory or in a file, by sample. Features have the model's dtype."""
 
-    def __init__(self, store: torch.Tensor | Rows, plan: Plan, samples: Sequence[Sample], model: GPT, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: torch.Tensor | Rows,
+        plan: Plan,
+        samples: Sequence[Sample],
+        model: GPT,
+        device: torch.device,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        """`indices`: of the samples that may be read, if the file holds more."""
         self.store, self.plan, self.samples, self.model, self.device = store, plan, samples, model, device
-        self.slices = plan.slices
+        slices = plan.slices
+        self.slices = slices if indices is None else {i: slices[i] for i in indices}
         self.parts: torch.Tensor | None = None  # parts of a row that are read: 0 for x, taps from 1 on; None: all
 
     def __call__(self, indices: Sequence[int]) -> Features:
@@ -170,7 +181,7 @@ def shared(cache: Activations, samples: Sequence[Sample], indices: Sequence[int]
         return None
     wanted = {i: (bytes(samples[i].input_ids), bytes(samples[i].loss_mask)) for i in indices}
     places = dict.fromkeys(wanted.values(), -1)
-    for i in cache.plan.indices:
+    for i in cache.slices:
         key = bytes(cache.samples[i].input_ids), bytes(cache.samples[i].loss_mask)
         if key in places:
             places[key] = i
@@ -191,7 +202,7 @@ class CacheSettings:
     say: Callable[[str], None] = lambda text: None
     # opens a progress bar with a title, for a cache that holds a number of samples already
     progress: Callable[[str, int], AbstractContextManager[Progress]] = lambda title, begun: nullcontext(lambda done, total: None)
-    # of a sharded model, whose ranks must do the same: returns whether the flag is set in any; caches are in memory then
+    # of a sharded model, whose ranks must do the same: returns whether the flag is set in any
     any: Callable[[bool], bool] | None = None
 
 
@@ -205,8 +216,8 @@ def activations(
 ) -> Activations:
     """Return a cache of the samples' activations, filled, or reused from disk; `Recompute` if settings or machine do not allow one.
 
-    "auto" takes memory if the cache fits `MEMORY_SHARE` of the free memory, else disk, if reading is faster than computing. A disk that is
-    too full is reported and not fatal.
+    "auto" takes memory if the cache fits `MEMORY_SHARE` of the free memory, else disk, if reading is faster than computing. The file has
+    room for all samples, for other processes and other `indices`. A disk that is too full is reported and not fatal.
     """
     if settings.mode == "off" or not is_cacheable(model) or not indices:
         return Recompute(model, samples, device)
@@ -226,22 +237,24 @@ def activations(
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return Recompute(model, samples, device)
         assert memory is not None
+        batches = fill_batches(samples, fill_order(samples, indices), layout.stem, device)
         with settings.progress(f"{name} cache", 0) as progress:
-            fill(model, samples, layout, memory, device, progress, agreed=agreed)
+            fill(model, samples, layout, memory, batches, device, progress, len(indices), agreed=agreed)
         return ActivationCache(memory, layout, samples, model, device)
+    layout = plan(model, samples, range(len(samples)), settings.dtype)
     try:
-        store = _on_disk(model, samples, layout, settings, device, name)
+        store = _on_disk(model, samples, indices, layout, settings, device, name)
     except OSError as error:
         reason = error.strerror or error
         settings.say(f"{name} cache: {settings.folder} cannot hold it ({reason}), activations are computed again for every batch")
         return Recompute(model, samples, device)
-    cache = ActivationCache(store, layout, samples, model, device)
+    cache = ActivationCache(store, layout, samples, model, device, indices)
     return _faster(cache, Recompute(model, samples, device), settings, name) if settings.mode == "auto" else cache
 
 
 def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSettings, name: str) -> Activations:
     """Return the faster of the two, by a few batches. They are read from the disk itself, not from memory that still holds the file."""
-    rows = cache.plan.indices[: TRIED_BATCHES * TRIED_SAMPLES]
+    rows = list(cache.slices)[: TRIED_BATCHES * TRIED_SAMPLES]
     seconds = []
     for source in (cache, recompute):
         start = time.perf_counter()
@@ -260,36 +273,39 @@ def fill(
     samples: Sequence[Sample],
     layout: Plan,
     store: torch.Tensor | Rows,
+    batches: Iterator[list[int]],
     device: torch.device,
     progress: Progress,
+    total: int,
     done: int = 0,
     agreed: Callable[[bool], bool] = bool,
 ) -> None:
-    """Run the prefix over the samples after the first `done`, in large batches, and write the rows into `store` (R, S + 1, d).
+    """Run the prefix over batches of samples and write the rows into `store` (R, S + 1, d).
 
-    It runs until it is no longer `agreed` that a rank has samples left: a sharded model runs in all ranks at the same time.
+    `total`: the samples to report to `progress`, of which `done` are written. The stem is computed with the longest of all samples, so that
+    it does not depend on the batches. The filling ends when it is no longer `agreed` that a rank has samples left: a sharded model
+    runs in all ranks at the same time.
     """
-    was_training, slices, order = model.training, layout.slices, fill_order(samples, layout)
+    was_training, slices, longest = model.training, layout.slices, fill_order(samples, range(len(samples)))[0]
     model.eval()
-    batches = fill_batches(samples, order[done:], layout.stem, device)
+    if layout.first and agreed(isinstance(store, torch.Tensor) or not store.has_stem):
+        store[: layout.first] = model.within(partial(_rows, model, [samples[longest]], layout, device))[: layout.first]
     while agreed((indices := next(batches, [])) != []):
-        chosen = [samples[i] for i in indices or order[:1]]
-        rows = model.within(partial(_rows, model, chosen, layout, device))
+        rows = model.within(partial(_rows, model, [samples[i] for i in indices or [longest]], layout, device))
         start = layout.first
-        store[:start] = rows[:start]
         for i in indices:
             own = slices[i]
             end = start + own.stop - own.start
             store[own] = rows[start:end]
             start = end
         done += len(indices)
-        progress(done, len(order))
+        progress(done, total)
     model.train(was_training)
 
 
-def fill_order(samples: Sequence[Sample], layout: Plan) -> list[int]:
-    """Return the indices of the cache's samples, longest first."""
-    return sorted(layout.indices, key=lambda i: -len(samples[i].input_ids))
+def fill_order(samples: Sequence[Sample], indices: Sequence[int]) -> list[int]:
+    """Return the indices, longest sample first."""
+    return sorted(indices, key=lambda i: -len(samples[i].input_ids))
 
 
 def _rows(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> torch.Tensor:
@@ -338,29 +354,27 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: tor
         for name, value in part.state_dict().items():
             if not name.startswith("skip2lora") and not (i >= trained and lora_filter(name)):
                 digest.update(f"{name} {value.dtype}".encode())
-                digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy())
+                digest.update(whole(value.detach()).contiguous().cpu().view(torch.uint8).numpy().data)
     for i in layout.indices:
         digest.update(samples[i].input_ids)
         digest.update(samples[i].loss_mask)
     return digest.hexdigest()
 
 
-def _on_disk(model: GPT, samples: Sequence[Sample], layout: Plan, settings: CacheSettings, device: torch.device, name: str) -> Rows:
+def _on_disk(
+    model: GPT, samples: Sequence[Sample], indices: Sequence[int], layout: Plan, settings: CacheSettings, device: torch.device, name: str
+) -> Rows:
     """Return the store in the cache's folder, reused or filled. Raises OSError if it cannot be written."""
 
-    def complete(store: Rows, done: int, advance: Callable[[int], None]) -> None:
-        with settings.progress(f"{name} cache", done) as show:
+    def complete(store: Rows, batches: Iterator[list[int]], done: int) -> None:
+        with settings.progress(f"{name} cache", done) as progress:
+            fill(model, samples, layout, store, batches, device, progress, len(indices), done, settings.any or bool)
 
-            def progress(count: int, total: int) -> None:
-                advance(count)
-                show(count, total)
-
-            fill(model, samples, layout, store, device, progress, done)
-
-    slices = layout.slices
-    spans = [slices[i] for i in fill_order(samples, layout)]
-    contents = Contents(fingerprint(model, samples, layout, device), layout.shape, layout.dtype, spans, slice(layout.first))
-    store = open_store(settings.folder, contents, complete, lambda text: settings.say(f"{name} cache: {text}"))
+    contents = Contents(fingerprint(model, samples, layout, device), layout.shape, layout.dtype, layout.slices, slice(layout.first))
+    batches = list(fill_batches(samples, fill_order(samples, indices), layout.stem, device))
+    store = open_store(
+        settings.folder, contents, batches, complete, lambda text: settings.say(f"{name} cache: {text}"), settings.any or bool
+    )
     if settings.mode == "auto":
         store.forget()
     return store

@@ -1,35 +1,34 @@
-"""The rows of an activation cache in a file: filled once, reused by later runs, resumed after a stop.
+"""The rows of an activation cache in a file: filled once by one process or several, reused by later runs, resumed after a stop.
 
-FOLDER/KEY/ holds activations.bin, (R, S + 1, d) values, and index.json with the CRC-32 of each filled sample's rows. Rows are compared
-with it whenever they are read; a cache that differs when a run starts is filled again. During the filling the folder is named KEY.begun
-and the run holds its lock. The next run resumes from there, after a kill as after a signal; a concurrent run waits and then reuses the
-cache. Others may write to FOLDER: links are not followed, and another user's folder under these names is an error.
+FOLDER/KEY/ holds activations.bin, (R, S + 1, d) values, and index.bin with 8 bytes for the stem and for each sample, in little-endian
+order: the CRC-32 of its rows, and 1 once they are written. Rows are compared with it whenever they are read; those that differ when a run
+starts are computed again. Processes that fill a cache at the same time lock the bytes of the samples that each is working on: a sample is
+computed once, and by another process if the first is killed. Others may write to FOLDER: links are not followed, and another user's
+folder under these names is an error.
 """
 
 from __future__ import annotations
 
 import errno
-import json
+import fcntl
 import math
 import os
 import shutil
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from litgpt.atomic import lock, write_text
-from litgpt.files import open_regular, read_json
+from litgpt.files import open_regular
 
-DATA, INDEX = "activations.bin", "index.json"
-SAVE_SECONDS = 20.0  # between two updates of the index during the filling: the work that a kill can cost
-POLL_SECONDS = 1.0
+DATA, INDEX = "activations.bin", "index.bin"
+ENTRY, WRITTEN = 8, 1 << 32  # bytes of the index for a sample, and their flag
+POLL_SECONDS = 0.2
 
 Say = Callable[[str], None]
 
@@ -41,68 +40,129 @@ class Contents:
     key: str  # the fingerprint, in hexadecimal
     shape: tuple[int, int, int]
     dtype: torch.dtype
-    spans: Sequence[slice]  # the rows of each sample, in the order of the filling
+    spans: Mapping[int, slice]  # the rows of each sample, by its index
     stem: slice  # the rows of the stem
 
     @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class Rows:
     """The rows in FOLDER/activations.bin. Reading those of a sample or of the stem raises OSError if they are not what was written."""
 
-    def __init__(self, folder: Path, contents: Contents, flags: int = os.O_RDONLY) -> None:
+    def __init__(self, folder: Path, contents: Contents) -> None:
         self.folder, self.contents = folder, contents
-        self.crcs: dict[tuple[int, int], int] = {}  # by first row and end
-        self.descriptor = open_regular(folder / DATA, flags | os.O_NOFOLLOW)
+        self.places = {i: k for k, i in enumerate(contents.spans, 1)}  # of the samples in the index; the stem has 0
+        spans = enumerate((contents.stem, *contents.spans.values()))
+        self._by_rows = {(span.start or 0, span.stop): k for k, span in spans if span.start != span.stop}
+        self.descriptor = self.index = -1
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        self._close()
 
-    def _place(self, rows: slice) -> tuple[tuple[int, int], int]:
-        """Return first row and end of a span, and its offset in the file."""
-        total, parts, d = self.contents.shape
-        start, end, _ = rows.indices(total)
-        return (start, end), start * parts * d * self.contents.dtype.itemsize
+    def _close(self) -> None:
+        for descriptor in (self.descriptor, self.index):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.descriptor = self.index = -1
+
+    def open(self, flags: int) -> None:
+        """Open the files anew. Raises OSError for a link, a pipe or a device, or if they are missing and are not to be created."""
+        self._close()
+        self.index = open_regular(self.folder / INDEX, flags | os.O_NOFOLLOW)
+        self.descriptor = open_regular(self.folder / DATA, flags | os.O_NOFOLLOW)
+        for descriptor, name in ((self.index, INDEX), (self.descriptor, DATA)):
+            if flags & os.O_RDWR and os.fstat(descriptor).st_nlink > 1:
+                raise OSError(errno.EMLINK, f"{self.folder / name} is a link to another file")
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         """(n, S + 1, d)"""
-        (start, end), offset = self._place(rows)
+        start, end, _ = rows.indices(self.contents.shape[0])
         values = torch.empty(end - start, *self.contents.shape[1:], dtype=self.contents.dtype)
-        content, done = _bytes(values), 0
+        content, done, offset = _bytes(values), 0, start * self.contents.row_bytes
         while done < len(content) and (count := os.preadv(self.descriptor, [content[done:]], offset + done)):
             done += count
-        if done < len(content) or self.crcs.get((start, end)) != zlib.crc32(content):
+        entry = self._entry(self._by_rows.get((start, end), -1))
+        if done < len(content) or (content and entry != WRITTEN | zlib.crc32(content)):
             reason = f"rows {start:,} to {end:,} are not what was written: the disk is faulty, or another program changed them"
             raise OSError(errno.EIO, f"{reason}. The next run fills the cache again", str(self.folder / DATA))
         return values
 
     def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
-        ends, offset = self._place(rows)
-        content, done = _bytes(values), 0
-        while done < len(content):
-            done += os.pwrite(self.descriptor, content[done:], offset + done)
-        self.crcs[ends] = zlib.crc32(content)
+        start, end, _ = rows.indices(self.contents.shape[0])
+        if content := _bytes(values):
+            _write(self.descriptor, content, start * self.contents.row_bytes)
+            self._note(self._by_rows[start, end], WRITTEN | zlib.crc32(content))
 
-    def save_index(self, done: int) -> None:
-        """Flush the rows to disk and write the index of the first `done` samples."""
-        os.fsync(self.descriptor)
-        crcs = [self.crcs[self._place(span)[0]] for span in (self.contents.stem, *self.contents.spans[:done])] if done else []
-        write_text(self.folder / INDEX, json.dumps({"fingerprint": self.contents.key, "samples": done, "crc32": crcs}))
+    def _entry(self, place: int) -> int:
+        return int.from_bytes(os.pread(self.index, ENTRY, ENTRY * place), "little") if place >= 0 else 0
 
-    def check_index(self) -> int:
-        """Return the number of filled samples after reading them. Raises OSError, TypeError, KeyError or ValueError if they are damaged."""
-        facts = read_json(self.folder / INDEX)
-        done, crcs = facts["samples"], facts["crc32"]
-        spans = [self.contents.stem, *self.contents.spans[:done]] if done else []
-        if facts["fingerprint"] != self.contents.key or not 0 <= done <= len(self.contents.spans):
-            raise ValueError("another cache's index")
-        self.crcs = dict(zip((self._place(span)[0] for span in spans), crcs, strict=True))
-        for span in spans:
-            self[span]
-        return int(done)
+    def _note(self, place: int, entry: int) -> None:
+        _write(self.index, memoryview(entry.to_bytes(ENTRY, "little")), ENTRY * place)
+
+    def is_written(self, indices: Sequence[int]) -> bool:
+        spans = self.contents.spans
+        return all(spans[i].start == spans[i].stop or self._entry(self.places[i]) & WRITTEN for i in indices)
+
+    @property
+    def has_stem(self) -> bool:
+        return bool(self._entry(0))
+
+    def damaged(self, indices: Sequence[int]) -> list[int]:
+        """Return the places of the samples, and of the stem, that are noted as written and cannot be read. Reads all of them."""
+        places, written = list[int](), [i for i in indices if self.is_written([i])]
+        for place, span in ((0, self.contents.stem), *((self.places[i], self.contents.spans[i]) for i in written)):
+            try:
+                if written:  # after the stem
+                    self[span]
+            except OSError:
+                places.append(place)
+        return places
+
+    def allocate(self, indices: Sequence[int], damaged: Sequence[int]) -> None:
+        """Prepare the files for the rows of the stem and the samples. Raises OSError if the disk is too full."""
+        for place in damaged:
+            self._note(place, 0)
+        spans, row_bytes = [self.contents.stem, *(self.contents.spans[i] for i in indices)], self.contents.row_bytes
+        missing = sum(span.stop - (span.start or 0) for span in spans) * row_bytes - os.fstat(self.descriptor).st_blocks * 512
+        free = shutil.disk_usage(self.folder).free
+        if free < missing:
+            raise OSError(errno.ENOSPC, f"{missing / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free")
+        for start, end in _joined(spans) if hasattr(os, "posix_fallocate") else ():
+            os.posix_fallocate(self.descriptor, start * row_bytes, (end - start) * row_bytes)  # a full disk shows here, not after hours
+
+    def missing(self, batches: Sequence[list[int]]) -> Iterator[list[int]]:
+        """Yield the batches that are to be written, each locked against other processes; then wait for those that others are writing."""
+        left = list(batches)
+        while left := [batch for batch in left if not self.is_written(batch)]:
+            was_idle = True
+            for batch in left:
+                if self._lock(batch):
+                    try:
+                        if not self.is_written(batch):
+                            was_idle = False
+                            yield batch
+                    finally:
+                        self._unlock(batch)
+            if was_idle:
+                time.sleep(POLL_SECONDS)
+
+    def _lock(self, batch: Sequence[int]) -> bool:
+        """Return whether no other process has locked one of the samples. File systems without locks are used unlocked."""
+        try:
+            for i in batch:
+                fcntl.lockf(self.index, fcntl.LOCK_EX | fcntl.LOCK_NB, ENTRY, ENTRY * self.places[i])
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._unlock(batch)
+                return False
+        return True
+
+    def _unlock(self, batch: Sequence[int]) -> None:
+        for i in batch:
+            with suppress(OSError):
+                fcntl.lockf(self.index, fcntl.LOCK_UN, ENTRY, ENTRY * self.places[i])
 
     def forget(self) -> None:
         """Drop the file from the system's page cache, so that reading it takes as long as when memory is short."""
@@ -110,40 +170,64 @@ class Rows:
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-class Fill(Protocol):
-    """Writes the rows of the samples after the first `done` into the store, and after each batch passes the number filled to `advance`."""
-
-    def __call__(self, store: Rows, done: int, advance: Callable[[int], None]) -> None: ...
+Fill = Callable[[Rows, Iterator[list[int]], int], None]
+"""Writes the stem, if it is missing, and the rows of each batch that the iterator yields; the number says how many samples are written."""
 
 
-def open_store(folder: Path, contents: Contents, fill: Fill, say: Say) -> Rows:
-    """Return the rows, those of FOLDER/KEY if they are complete, else filled. Raises OSError if that is impossible."""
-    target = folder / contents.key[:32]
-    store = _complete(target, contents)
-    if store is None:
-        if target.exists():
-            say(f"{target} is damaged, or of an earlier version, and is filled again")
-        with _held(target.with_name(f"{target.name}.begun"), say) as begun:
-            store = _complete(target, contents)
-            if store is None:
-                crcs = _fill(begun, contents, fill, say)
-                shutil.rmtree(target, ignore_errors=True)
-                begun.rename(target)
-                store = Rows(target, contents)
-                store.crcs = crcs
-                return store
-    say(f"{target} is reused")
+def open_store(
+    folder: Path, contents: Contents, batches: Sequence[list[int]], fill: Fill, say: Say, agreed: Callable[[bool], bool] = bool
+) -> Rows:
+    """Return the rows of FOLDER/KEY, of which at least those of the samples in `batches` are written.
+
+    `agreed` returns whether a flag is set in any of the processes that fill together. Raises OSError if the rows cannot be written.
+    """
+    store, indices = Rows(folder / contents.key[:32], contents), [i for batch in batches for i in batch]
+    left, failure = indices, None
+    try:
+        left = _opened(store, indices, say)
+    except OSError as error:
+        failure = error
+    if agreed(failure is not None):
+        raise failure or OSError(errno.EIO, "another process of the run cannot write it")
+    if agreed(bool(left)):
+        try:
+            fill(store, store.missing(batches), len(indices) - len(left))
+            os.fsync(store.descriptor)
+            os.fsync(store.index)
+        except OSError:
+            shutil.rmtree(store.folder, ignore_errors=True)
+            raise
+        store.open(os.O_RDONLY)
     return store
 
 
-def _complete(folder: Path, contents: Contents) -> Rows | None:
-    """Return the rows in the folder if they are complete and undamaged."""
+def _opened(store: Rows, indices: list[int], say: Say) -> list[int]:
+    """Open the files for what is to be done, and return the samples that are still to be written."""
+    folder = store.folder
     _require_own(folder)
-    with suppress(OSError, TypeError, KeyError, ValueError):
-        store = Rows(folder, contents)
-        if store.check_index() == len(contents.spans):
-            return store
-    return None
+    with suppress(FileNotFoundError):
+        store.open(os.O_RDONLY)
+    damaged = store.damaged(indices) if store.index >= 0 else []
+    left = [i for i in indices if store.index < 0 or store.places[i] in damaged or not store.is_written([i])]
+    if not left and not damaged:
+        say(f"{folder} is reused")
+        return left
+    if damaged:
+        say(f"{folder}: {len(damaged):,} of {len(indices):,} samples are damaged and are filled again")
+    elif len(left) < len(indices):
+        say(f"{folder} has {len(indices) - len(left):,} of {len(indices):,} samples, the others are added")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
+    _require_own(folder)
+    try:
+        store.open(os.O_RDWR | os.O_CREAT)
+        store.allocate(left, damaged)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return left or indices[:1]
 
 
 def _require_own(folder: Path) -> None:
@@ -158,76 +242,23 @@ def _require_own(folder: Path) -> None:
         raise OSError(errno.ENOTDIR, f"{folder} {kind}: remove it, or name another folder with skip2lora_cache_dir")
 
 
-@contextmanager
-def _held(begun: Path, say: Say) -> Iterator[Path]:
-    """Create the folder if needed, and lock it on file systems with locks. Waits for another run that fills it.
-
-    A disk error removes the folder; after any other end it can be resumed.
-    """
-    held, announced = None, False
-    begun.parent.mkdir(parents=True, exist_ok=True)
-    while held is None:
-        with suppress(FileExistsError):
-            begun.mkdir(0o700)
-        _require_own(begun)
-        try:
-            held = lock(begun)
-        except BlockingIOError:
-            if not announced:
-                say(f"another run is filling {begun}: waiting for it")
-            announced = True
-            time.sleep(POLL_SECONDS)
-        except FileNotFoundError:  # finished or removed between the two calls
-            continue
-        except OSError:
-            break
-    try:
-        yield begun
-    except OSError:
-        shutil.rmtree(begun, ignore_errors=True)
-        raise
-    finally:
-        with suppress(OSError):
-            begun.rmdir()  # empty after waiting for a run that completed the cache
-        if held is not None:
-            os.close(held)
+def _joined(spans: Sequence[slice]) -> Iterator[tuple[int, int]]:
+    """Yield first row and end of the stretches that the spans cover."""
+    begin = reached = 0
+    for start, end in sorted((span.start or 0, span.stop) for span in spans):
+        if start > reached:
+            if reached > begin:
+                yield begin, reached
+            begin = start
+        reached = end
+    if reached > begin:
+        yield begin, reached
 
 
-def _fill(begun: Path, contents: Contents, fill: Fill, say: Say) -> dict[tuple[int, int], int]:
-    """Fill the missing rows, flush them to disk, write the index. Return the CRCs."""
-    store = Rows(begun, contents, os.O_RDWR | os.O_CREAT)
-    status = os.fstat(store.descriptor)
-    if status.st_nlink > 1:
-        raise OSError(errno.EMLINK, f"{begun / DATA} is a link to another file")
-    missing = contents.nbytes - status.st_blocks * 512
-    free = shutil.disk_usage(begun).free
-    if free < missing:
-        raise OSError(errno.ENOSPC, f"{missing / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free")
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(store.descriptor, 0, contents.nbytes)  # a full disk shows here, not after hours
-    done, saved = 0, time.monotonic()
-    if (begun / INDEX).exists():
-        try:
-            done = store.check_index()
-            say(f"{begun} has {done:,} of {len(contents.spans):,} samples, the others are added")
-        except (OSError, TypeError, KeyError, ValueError):
-            say(f"{begun} is damaged and is filled from the start")
-
-    def advance(count: int) -> None:
-        nonlocal done, saved
-        done = count
-        if time.monotonic() - saved >= SAVE_SECONDS:
-            store.save_index(done)
-            saved = time.monotonic()
-
-    try:
-        fill(store, done, advance)
-    except BaseException:
-        with suppress(OSError):
-            store.save_index(done)
-        raise
-    store.save_index(done)
-    return store.crcs
+def _write(descriptor: int, content: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(content):
+        done += os.pwrite(descriptor, content[done:], offset + done)
 
 
 def _bytes(rows: torch.Tensor) -> memoryview:

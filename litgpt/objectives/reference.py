@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from litgpt import checkpoint
-from litgpt.activations.cache import CacheSettings, fill_batches
+from litgpt.activations.cache import CacheSettings, fill_batches, fill_order
 from litgpt.activations.store import Contents, Rows, open_store
 from litgpt.atomic import digest
 from litgpt.convert.resolve import open_checkpoint
@@ -20,7 +21,7 @@ from litgpt.model import GPT
 from litgpt.objectives.base import View
 from litgpt.sample import Sample
 
-FORMAT = 1
+FORMAT = 2
 
 
 def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, settings: CacheSettings, device: torch.device) -> None:
@@ -29,36 +30,34 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
     `model` says which model it is: digests of its weights, names of its number formats. A disk that cannot hold the file is reported.
     """
     samples = view.activations.samples
-    order = sorted((i for i in indices if samples[i].reference is None), key=lambda i: -len(samples[i].input_ids))
+    order = fill_order(samples, [i for i in indices if samples[i].reference is None])
     if not order:
         return
-    slices = _slices([samples[i] for i in order])
+    places, batches = _places(samples), list(fill_batches(samples, order, 0, device))
 
-    def fill(store: Rows | torch.Tensor, done: int, advance: Callable[[int], None]) -> None:
-        was_training, places = view.model.training, dict(zip(order, slices, strict=True))
+    def fill(store: Rows | torch.Tensor, batches: Iterator[list[int]], done: int) -> None:
+        was_training = view.model.training
         view.model.eval()
         with torch.no_grad(), settings.progress(f"{name} reference", done) as show:
-            store[0:0] = torch.empty(0, 1, 1)
-            for batch in fill_batches(samples, order[done:], 0, device):
+            for batch in batches:
                 losses = view.losses(batch).float().cpu()
                 for i, own in zip(batch, losses.split([samples[i].n_targets for i in batch]), strict=True):
                     store[places[i]] = own[:, None, None]
                 done += len(batch)
-                advance(done)
                 show(done, len(order))
         view.model.train(was_training)
 
-    shape = (slices[-1].stop, 1, 1)
-    contents = Contents(_key(model, [samples[i] for i in order]), shape, torch.float32, slices, slice(0, 0))
+    shape = (sum(sample.n_targets for sample in samples), 1, 1)
+    contents = Contents(_key(model, samples), shape, torch.float32, places, slice(0))
     store: Rows | torch.Tensor
     try:
-        store = open_store(settings.folder, contents, fill, lambda text: settings.say(f"{name} reference: {text}"))
+        store = open_store(settings.folder, contents, batches, fill, lambda text: settings.say(f"{name} reference: {text}"))
     except OSError as error:
         settings.say(f"{name} reference: {settings.folder} cannot hold it ({error.strerror or error}), it is kept in memory")
         store = torch.empty(shape)
-        fill(store, 0, lambda done: None)
-    for i, place in zip(order, slices, strict=True):
-        samples[i].reference = array("f", store[place].flatten().tolist())
+        fill(store, iter(batches), 0)
+    for i in order:
+        samples[i].reference = array("f", store[places[i]].flatten().tolist())
 
 
 def reference_model(path: Path, base: Path, longest: int, dtype: torch.dtype, device: torch.device) -> tuple[GPT, list[str]]:
@@ -87,12 +86,10 @@ def exchange(samples: Sequence[Sample], add: Callable[[torch.Tensor], torch.Tens
         sample.reference = array("f", own.tolist())
 
 
-def _slices(samples: Sequence[Sample]) -> list[slice]:
-    slices, end = [], 0
-    for sample in samples:
-        slices.append(slice(end, end + sample.n_targets))
-        end += sample.n_targets
-    return slices
+def _places(samples: Sequence[Sample]) -> dict[int, slice]:
+    """Return the rows of each sample in the file."""
+    ends = list(itertools.accumulate((sample.n_targets for sample in samples), initial=0))
+    return {i: slice(*ends[i : i + 2]) for i in range(len(samples))}
 
 
 def _key(model: Sequence[str], samples: Sequence[Sample]) -> str:

@@ -37,7 +37,6 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
         "loraplus_lr_ratio": method.b_ratio != 1,
         "LLaMA-Adapter": config.adapter_file != LoRAConfig.adapter_file,
         "skip2lora_block_indices auto (name the blocks)": config.taps_to_choose is not None,
-        "skip2lora_cache disk": method.cache.mode == "disk",
         "train.replay": bool(settings.train.replay),
         "trained experts of a mixture": trains_experts,
     }

