@@ -250,6 +250,26 @@ class LLM(ModelModule):
         ids, stops = self.prompt_ids(text, max_new_tokens), self.prompt_style.stop_tokens(self.tokenizer)
         return Session(self.model).answer(ids, max_new_tokens, Sampling(**sampling), stops, generator)
 
+    def value(self, prompt: str | list[Message], answer: str = "", sys_prompt: str | None = None) -> float:
+        """Return how good a critic's value head (`objective: critic`) takes an answer, or its beginning, for: from 0 to 1.
+
+        Without an answer it is the value of the question. Raises UserError for a model without a value head.
+        """
+        text = self.rendered(prompt, sys_prompt) + (self.prompt_style.gap + answer if answer else "")
+        return self.values([self.prompt_ids(text)])[0]
+
+    @torch.inference_mode()
+    def values(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Return the value at the end of each sequence of ids."""
+        model = self.model
+        if model.value_head is None:
+            raise UserError(f"{self.folder or self.config.name} has no value head: train one with `litgpt finetune --objective critic`")
+        values = []
+        for ids in sequences:
+            idx = torch.tensor([list(ids)], device=next(model.parameters()).device)
+            values.append(float(model.value_head(model.tail(*model.prefix(idx))[0, -1]).sigmoid()))
+        return values
+
     def prompt_ids(self, text: str, max_new_tokens: int = 1) -> list[int]:
         """Return the ids of a text that is in the prompt style already."""
         if max_new_tokens < 1:

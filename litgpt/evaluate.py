@@ -172,6 +172,8 @@ def on_records(
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
     }
+    if llm.model.value_head is not None:
+        results |= _judged(llm, samples[:count], batch_size)
     if max_new_tokens and not is_text:
         answers = []
         with console.progress("answers") as progress:
@@ -202,6 +204,24 @@ def _loss(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Consol
     return total / weight, sum(sample.n_targets for sample in samples)
 
 
+def _judged(llm: "LLM", samples: "list[Sample]", batch_size: int) -> dict[str, float]:
+    """Return how well the value head predicts the rewards of those samples that have one."""
+    import torch
+
+    from litgpt.activations.cache import Recompute
+    from litgpt.loss import HeadLoss
+    from litgpt.objectives.base import View
+    from litgpt.objectives.critic import last_values, quality
+
+    rated = [i for i, sample in enumerate(samples) if sample.reward is not None]
+    if not rated:
+        return {}
+    activations = Recompute(llm.model, samples, next(llm.model.parameters()).device)
+    with torch.no_grad():
+        values = last_values(View(llm.model, activations, HeadLoss.of(llm.model), batch_size), rated)
+    return {"rated": len(rated), **quality(values, [float(samples[i].reward or 0) for i in rated])}
+
+
 def _answered(llm: "LLM", style: Any, record: "Record", max_new_tokens: int) -> dict[str, Any]:
     """Return the question of a record, its answer, the model's, and how they compare. Of a conversation the last reply is asked for."""
     prompt, expected = question_of(record, style, llm.tokenizer), record.reply
@@ -227,6 +247,7 @@ def rouge_l(expected: str, answer: str) -> float:
 def rows_of(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the figures for people: name and value."""
     names = {"records": "records", "tokens": "tokens with loss", "loss": "loss per token", "perplexity": "perplexity"}
+    names |= {"rated": "answers with a reward", "auc": "value: AUC", "brier": "value: Brier score", "calibration_error": "value: ECE"}
     names |= {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
     shown = {int: "{:,}", float: "{:.4f}"}
     return [(title, shown[type(results[name])].format(results[name])) for name, title in names.items() if name in results]

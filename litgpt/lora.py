@@ -34,6 +34,7 @@ from litgpt.adapters.base import (
 )
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
 from litgpt.adapters.dora import DoRA
+from litgpt.adapters.heads import Head, ValueHead
 from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.settings import AdapterSettings
 from litgpt.adapters.switch import Switch
@@ -99,7 +100,7 @@ class Config(base.Config, AdapterSettings):
             return self._output_layer
         if self.has_lora_in_blocks and self.lora_blocks:
             return self.lora_blocks[0]
-        return self.n_layer + 1 if self.lora_r and self.lora_head else None
+        return self.n_layer + 1 if (self.lora_r and self.lora_head) or self.heads else None
 
     @property
     def _output_layer(self) -> int:
@@ -382,6 +383,7 @@ class GPT(base_model.GPT):
                 module.switch = self.switch
             elif isinstance(module, LLaMAMoE):
                 module.select = None if self.switch is None else self.switch.select
+        self.value_head = ValueHead(config.n_embd, config.value_head) if config.value_head else None
         for index in config.taps:
             assert config.skip2lora_r is not None and config.skip2lora_alpha is not None and config.skip2lora_dropout is not None
             self.blocks[index].skip2lora = Skip2LoRA(
@@ -501,6 +503,11 @@ def merge_lora_weights(model: nn.Module) -> None:
         raise UserError(
             "Skip2-LoRA cannot be merged: its adapters add functions of earlier blocks' outputs to the output layer's input, and no weight "
             "of the base model computes that. Use the adapter folder as it is: generate, chat and LLM.load take it and find the base"
+        )
+    if any(isinstance(module, Head) for module in model.modules()):
+        raise UserError(
+            "an adapter with a value head cannot be merged: no weight of the base model has room for it. Use the adapter folder as it is: "
+            "generate, evaluate and LLM.load take it and find the base"
         )
     if getattr(model, "switch", None) is not None:
         raise UserError(

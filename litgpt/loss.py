@@ -37,7 +37,7 @@ def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.
 
     In training the routers' auxiliary loss is added with the same weights.
     """
-    hidden = _hidden(model, features)
+    hidden = hidden_of(model, features)
     targets = features.targets
     if weights is not None:
         weights = weights.to(hidden.device)
@@ -53,10 +53,10 @@ def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.
 
 def losses_of(model: GPT, features: Features, head_loss: HeadLoss) -> torch.Tensor:
     """Return the losses at the batch's loss positions, (n,) fp32, without the routers' auxiliary loss."""
-    return head_loss.each(_hidden(model, features), features.targets)
+    return head_loss.each(hidden_of(model, features), features.targets)
 
 
-def _hidden(model: GPT, features: Features) -> torch.Tensor:
+def hidden_of(model: GPT, features: Features) -> torch.Tensor:
     """Return the head's input at the loss positions, (n, d)."""
     hidden = model.tail(features.x, features.taps, features.pos)
     return hidden if features.at is None else hidden[features.at]

@@ -79,6 +79,7 @@ class GPT(nn.Module):
         if config.rope_indices and 1 in config.rope_indices:
             self.rope.append(RotaryTable(config, local=True))
         self.switch: Any = None  # a `litgpt.adapters.switch.Switch` if LoRA acts on replies only
+        self.value_head: Any = None  # a `litgpt.adapters.heads.ValueHead`
         self.cut: int | None = None  # the first layer that gradients reach; None: everything is trained, the embedding included
         self.neftune_alpha = 0.0  # noise on the embeddings in training
         self.activation_checkpointing = False  # keep only the inputs of the tail's blocks, and run each again in the backward pass
@@ -573,7 +574,6 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., d)"""
         if self.unit_offset:
             return (rms_normalise(x.float(), self.eps) * (1 + self.weight.float())).to(x.dtype)
         return rms_normalise(x, self.eps) * self.weight

@@ -13,6 +13,7 @@ class Sample:
     weights: "array[float] | None" = None  # array('f') of T weights in the loss, 0 where the mask is 0; None: 1 for each target
     reference: "array[float] | None" = None  # array('f') of the targets' losses under the reference model
     label: bool = True  # False: the answer is a bad one
+    reward: float | None = None  # of the answer
 
     @property
     def n_inputs(self) -> int:

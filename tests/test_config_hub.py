@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("[!_]*.yaml"))
 SHARED = sorted(ROOT.rglob("_base.yaml"))  # what the presets of a model share
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
 PRESETS = ("alora", "lora", "skip2lora", "skip2lora_tail", "skip2lora_warmup")
-OBJECTIVES = ("dpo", "rho1")
+OBJECTIVES = ("critic", "dpo", "rho1")
 LLAMA_2 = ("lora", "lora_baseline", "skip2lora", "skip2lora_4blocks", "skip2lora_6blocks", "skip2lora_warmup")
 MODELS = ("llama-3.2-1B", "pythia-160m", "smollm2-135m", "tiny-llama")
 

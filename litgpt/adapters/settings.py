@@ -54,6 +54,8 @@ class AdapterSettings:
     computed once and cached, and an epoch computes the replies alone."""
     alora_invocation_tokens: Optional[list[int]] = None
     """The token ids that open a reply and switch LoRA on. Default: those that the prompt style writes between a prompt and its reply."""
+    value_head: Optional[Literal["linear", "mlp"]] = setting(None, varies=True)
+    """A head that says how good an answer is, linear or with a hidden layer, trained by objective critic."""
     skip2lora_enabled: bool = setting(False, varies=True)
     """Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only."""
     skip2lora_block_indices: BlockIndices = setting(None, varies=True, older_names=("skip2lora_positions",))
@@ -75,6 +77,8 @@ class AdapterSettings:
             raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
         if self.lora_variant not in (names := get_args(Variant)):
             raise UserError(f"lora_variant is {self.lora_variant!r}: choose {', '.join(map(repr, names[:-1]))} or {names[-1]!r}")
+        if self.value_head not in (None, "linear", "mlp"):
+            raise UserError(f"value_head is {self.value_head!r}: choose 'linear' or 'mlp'")
         if self.alora_enabled and self.lora_variant != "lora":
             raise UserError("alora_enabled works with lora_variant lora only")
         if self.alora_enabled and not self.has_lora_in_blocks:
@@ -95,6 +99,21 @@ class AdapterSettings:
         """Raise UserError, naming `key`, if there is no LoRA to train before Skip2-LoRA."""
         if not (self.skip2lora_enabled and self.has_lora_in_blocks):
             raise UserError(f"{key} needs skip2lora_enabled and LoRA to train: set lora_r and lora_query, lora_mlp, ...")
+
+    @property
+    def changes_text(self) -> bool:
+        """True if adapters change what the model writes."""
+        return self.has_lora_in_blocks or self.skip2lora_enabled or (self.lora_r > 0 and self.lora_head)
+
+    @property
+    def heads(self) -> list[str]:
+        """The settings that add a head beside the output layer."""
+        return ["value_head"] if self.value_head else []
+
+    @property
+    def is_mergeable(self) -> bool:
+        """True if the adapters can be folded into the base's weights."""
+        return not (self.skip2lora_enabled or self.alora_enabled or self.heads)
 
     @property
     def has_lora_in_blocks(self) -> bool:

@@ -109,6 +109,8 @@ def read_adapter(folder: Path, base: Optional[Path] = None) -> "tuple[LoRAConfig
     checkpoint.require_same_base(folder, trained_on)
     has_config = (folder / "model_config.yaml").is_file()
     config = Config.from_checkpoint(folder if has_config else checkpoint.adapter_settings(folder, base)[0], **settings)
+    if config.heads:
+        raise UserError(f"{folder} has {' and '.join(config.heads)}, for which other formats have no place: use the folder as it is")
     weights = checkpoint.load_weights(folder / LITGPT)
     portable.require_all(config, weights, folder / LITGPT)
     return config, weights

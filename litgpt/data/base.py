@@ -233,7 +233,7 @@ class Encoder:
         text, spans = render(record, self.style, self.tokenizer, learned)
         ids, offsets = self.tokenizer.ids_with_offsets(text)
         values = [record.learned[i] for i in learned]
-        if self.mask_prompt or not record.pair or record.label is not None:
+        if self.mask_prompt or not record.pair or record.label is not None or record.reward is not None:
             weights = loss_weights(offsets, spans, values)
         else:
             weights = array("f", values * len(ids))
@@ -253,7 +253,7 @@ class Encoder:
             self.dropped[CUT_AWAY] += 1
             return None
         self.cut += too_long
-        return Sample(array("i", ids), mask, None if set(values) == {1} else weights, label=record.label is not False)
+        return Sample(array("i", ids), mask, None if set(values) == {1} else weights, label=record.label is not False, reward=record.reward)
 
     def remarks(self) -> list[str]:
         """Return a remark for each reason to ignore keys, with the number of records that have them."""

@@ -6,6 +6,7 @@
 {"conversations": [{"from", "value", ...}], "system", "tools"}
 {"prompt", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" it is what the two lists begin with
 
+An answer may have a "reward", a number, or be "correct", true or false.
 Each may have a "weight" as a whole, and each turn of the assistant its own: a factor of the losses of its tokens, 1 unless given.
 """
 
@@ -49,6 +50,8 @@ class Record:
     """the same prompt with an answer that is worse than this one's"""
     label: bool | None = None
     """whether the answer is a good one, if the record says so"""
+    reward: float | None = None
+    """of the answer: "reward", or 1 and 0 for "correct" true and false"""
     unread: tuple[str, ...] = ()
     """keys that mean nothing here"""
 
@@ -102,6 +105,10 @@ def read_record(entry: Any) -> Record:
     record.unread += tuple(unread)
     if isinstance(entry.get("label"), bool):
         record.label = entry["label"]
+    if isinstance(entry.get("correct"), bool):
+        record.reward = float(entry["correct"])
+    elif isinstance(reward := entry.get("reward"), (int, float)) and math.isfinite(reward):
+        record.reward = float(reward)
     return record
 
 

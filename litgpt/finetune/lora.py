@@ -51,10 +51,23 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
         AdapterSettings.__post_init__(self)
         WarmupSettings.__post_init__(self)
         self.require_adapters(self)
+        self._require_fitting_heads()
         if not 0 < self.loraplus_lr_ratio < math.inf:
             raise UserError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}: a number above 0 is needed")
         if self.train.tie_embeddings is not None:
             raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
+
+    def _require_fitting_heads(self) -> None:
+        """Give a critic its head. Raise UserError for heads that the objective does not train, and adapters that a critic would change."""
+        if self.objective == "critic":
+            self.value_head = self.value_head or "linear"
+            if self.changes_text:
+                raise UserError(
+                    "objective critic trains the value head alone, on a frozen model: set lora_query, lora_value, ... and "
+                    "skip2lora_enabled to false. The critic of a tuned model takes its merged folder as checkpoint_dir"
+                )
+        elif self.value_head:
+            raise UserError(f"value_head is not trained by objective {self.objective}: set objective to critic, or leave value_head out")
 
     def method(self) -> "Method":
         from litgpt.train.methods import adapters

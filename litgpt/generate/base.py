@@ -1,5 +1,6 @@
 """`litgpt generate`: answer one prompt once or several times."""
 
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -51,9 +52,25 @@ class Drawing:
     """Hugging Face token, for a gated model that is downloaded by its name."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_samples", "speculative_k"):
+        for name in ("max_new_tokens", "num_samples", "speculative_k", "best_of"):
             if getattr(self, name, 1) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+
+    def drawn(self, llm: "LLM", texts: list[str], n: int, first: int = 0) -> list[list[int]]:
+        """Return the ids of n answers to each of the texts, which are in the prompt style.
+
+        Each has random numbers of its own, by the seed, the number of its text, counted from `first`, and its own.
+        """
+        import torch
+
+        from litgpt.generate.engine import generate_batch
+        from litgpt.generate.sampling import Sampling
+
+        device, prompts = next(llm.model.parameters()).device, [llm.prompt_ids(text) for text in texts for _ in range(n)]
+        seeds = (random.Random(f"{self.seed} {place} {k}").getrandbits(32) for place in range(first, first + len(texts)) for k in range(n))
+        generators = (torch.Generator(device).manual_seed(seed) for seed in seeds)
+        stops = llm.prompt_style.stop_tokens(llm.tokenizer)
+        return generate_batch(llm.model, prompts, self.max_new_tokens, Sampling(**self.sampling), stops, generators)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -102,9 +119,28 @@ class Generate(Answers, Checkpoint):
     """prompt_lookup takes drafts from the text so far and checks several tokens in one pass: faster where an answer repeats its prompt or
     itself, with the same distribution."""
 
+    best_of: int = 1
+    """Draw this many answers and show the best of them, by `by`."""
+    by: Literal["value"] = "value"
+    """value takes the answer that the model's value head takes for the best (`litgpt finetune --objective critic`)."""
+
     def main(self) -> None:
+        if self.best_of > 1 and (self.speculate or self.num_samples > 1):
+            raise UserError(f"best_of draws its answers in one batch: leave out {'speculate' if self.speculate else 'num_samples'}")
         llm = open_model(self.checkpoint_dir, self.precision, self.quantize)
-        self.show(llm, LOOKED_UP if self.speculate else 0)
+        if self.best_of > 1:
+            self._show_best(llm)
+        else:
+            self.show(llm, LOOKED_UP if self.speculate else 0)
+
+    def _show_best(self, llm: "LLM") -> None:
+        text = llm.prompt_style.apply(self.prompt, sys_prompt=self.sys_prompt)
+        prompt = llm.prompt_ids(text)
+        llm.values([prompt])  # an error if there is no value head
+        answers = self.drawn(llm, [text], self.best_of)
+        values = llm.values([[*prompt, *answer] for answer in answers])
+        show(f"{llm.tokenizer.decode(answers[values.index(max(values))])}\n")
+        print(f"value {max(values):.3f}, of {self.best_of} answers from {min(values):.3f} on", file=sys.stderr)
 
 
 def open_model(

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,23 +82,8 @@ class SampleAnswers(Drawing, Files, Checkpoint):
 
     def _answers(self, llm: "LLM", records: Sequence[Record], places: Sequence[int]) -> list[str]:
         """Return n answers to each of the records at `places`. An answer depends on the seed, its record's place and its number alone."""
-        import torch
-
-        from litgpt.generate.engine import generate_batch
-        from litgpt.generate.sampling import Sampling
-
-        style, device = llm.prompt_style, next(llm.model.parameters()).device
-        texts = [question_of(records[place], style, llm.tokenizer) for place in places for _ in range(self.n)]
-        seeds = (random.Random(f"{self.seed} {place} {k}").getrandbits(32) for place in places for k in range(self.n))
-        ids = generate_batch(
-            llm.model,
-            [llm.prompt_ids(text) for text in texts],
-            self.max_new_tokens,
-            Sampling(**self.sampling),
-            style.stop_tokens(llm.tokenizer),
-            (torch.Generator(device).manual_seed(seed) for seed in seeds),
-        )
-        return [llm.tokenizer.decode(answer).strip() for answer in ids]
+        answers = self.drawn(llm, [question_of(records[place], llm.prompt_style, llm.tokenizer) for place in places], self.n, places[0])
+        return [llm.tokenizer.decode(answer).strip() for answer in answers]
 
 
 def check_of(name: str) -> Check:

@@ -13,10 +13,12 @@ from litgpt.activations.cache import Activations
 from litgpt.data.base import Unit
 from litgpt.data.records import Record
 from litgpt.errors import UserError
-from litgpt.loss import HeadLoss, loss_of, losses_of
+from litgpt.loss import HeadLoss, hidden_of, loss_of, losses_of
 from litgpt.model import GPT
 from litgpt.packing import loss_weights
 from litgpt.sample import Sample
+
+ACCURACY = "val_accuracy"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class View:
     def total(self, indices: Sequence[int], weights: torch.Tensor | None) -> torch.Tensor:
         """Return the sum of the losses at the samples' loss positions, times weights (n,)."""
         return loss_of(self.model, self.activations(indices), self.head_loss, weights)
+
+    def hidden(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return the output layer's input at the samples' loss positions, (n, d), sample by sample."""
+        return hidden_of(self.model, self.activations(indices))
 
     def losses(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the losses at the samples' loss positions, (n,) fp32, sample by sample."""
@@ -62,6 +68,7 @@ class Objective:
     """
 
     group: ClassVar[int] = 1  # samples that stay together and are one sample to the settings, such as the two answers of a pair
+    of_answers: ClassVar[bool] = False  # the data need answers that are rated or compared
     referred: ClassVar[tuple[str, ...]] = ()  # the parts of the data that get their losses under a reference model
     reference: Path | None = None  # the folder of that model; None: the base
     is_token_mean: ClassVar[bool] = True  # `weight` is the sum of the samples' weights, which is known beforehand
@@ -70,14 +77,14 @@ class Objective:
     def __init__(self, settings: Any = None) -> None:
         """`settings`: a `litgpt.objectives.settings.ObjectiveSettings`."""
         self.settings = settings
-        self.tally = torch.zeros(2)  # of a validation, for `figures`
+        self.tally = torch.zeros(2)  # of a validation: what was judged rightly, and everything
 
     def units(self, records: Sequence[tuple[int, Record]]) -> list[Unit]:
         """Return the conversations of each unit of `group` samples, for records with their numbers."""
         for number, record in records:
             if record.rejected is not None:
                 raise UserError(f"record {number} holds 'chosen' and 'rejected' answers: set objective to dpo, orpo or kto")
-        return [(number, [replace(record, label=None)]) for number, record in records]
+        return [(number, [replace(record, label=None, reward=None)]) for number, record in records]
 
     def begin(self, view: View, indices: Sequence[int], rank: Any) -> None:
         """Look at this process's samples of a global batch, or of a validation, before their losses are asked for."""
@@ -92,4 +99,5 @@ class Objective:
 
     def figures(self, tally: torch.Tensor) -> dict[str, float]:
         """Return the figures of a validation besides the loss."""
-        return {}
+        right, total = tally.tolist()
+        return {ACCURACY: right / total} if total else {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from litgpt.objectives.base import Objective
+from litgpt.objectives.critic import Critic
 from litgpt.objectives.preferences import DPO, KTO, ORPO
 from litgpt.objectives.rho1 import Rho1
 
-OBJECTIVES: dict[str, type[Objective]] = {"next_token": Objective, "dpo": DPO, "orpo": ORPO, "kto": KTO, "rho1": Rho1}
+OBJECTIVES: dict[str, type[Objective]] = {"next_token": Objective, "dpo": DPO, "orpo": ORPO, "kto": KTO, "rho1": Rho1, "critic": Critic}
 
 
 def objective_of(settings: Any) -> Objective:

@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from litgpt.data.base import Unit
 from litgpt.data.records import Record
 from litgpt.errors import UserError
-from litgpt.objectives.base import Objective, View
+from litgpt.objectives.base import ACCURACY, Objective, View
 
-ACCURACY = "val_accuracy"
 ROUNDING = 1e-4  # of a logit, before anything is trained
 PARTS = ("training", "validation")
 
@@ -34,6 +33,7 @@ class Preferences(Objective):
     """Units of two samples. Subclasses say the loss of each unit."""
 
     group = 2
+    of_answers = True
     is_token_mean = False
     columns = (ACCURACY,)
 
@@ -64,10 +64,6 @@ class Preferences(Objective):
     def _weights(self, view: View, indices: Sequence[int]) -> torch.Tensor:
         """(units,): a unit has the weight of its first answer"""
         return torch.tensor([1.0 if s.weights is None else max(s.weights) for s in view.samples(indices[:: self.group])])
-
-    def figures(self, tally: torch.Tensor) -> dict[str, float]:
-        right, total = tally.tolist()
-        return {ACCURACY: right / total} if total else {}
 
 
 def log_probabilities(view: View, indices: Sequence[int], losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

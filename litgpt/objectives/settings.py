@@ -13,7 +13,7 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path
 
 Preference = Literal["dpo", "orpo", "kto"]
-Name = Literal["next_token", "rho1", Preference]
+Name = Literal["next_token", "rho1", "critic", Preference]
 
 
 @dataclass(kw_only=True)
@@ -21,8 +21,8 @@ class ObjectiveSettings:
     """What a step minimises, and its constants."""
 
     objective: Name = setting("next_token")
-    """next_token; rho1, of those tokens that a reference model finds learnable; or, from answers that are preferred to others, dpo, orpo or
-    kto."""
+    """next_token; rho1, of those tokens that a reference model finds learnable; from answers that are preferred to others, dpo, orpo or
+    kto; critic, which trains a value head alone on answers with a reward."""
     rho1_reference: Optional[Path] = None
     """A checkpoint or adapter folder: a model that was trained on good data, with the same tokenizer."""
     rho1_keep: float = setting(0.6, varies=True)
@@ -41,6 +41,8 @@ class ObjectiveSettings:
     """Factor of KTO's losses of answers that are good."""
     kto_undesirable_weight: float = setting(1.0, varies=True)
     """Factor of KTO's losses of answers that are bad."""
+    critic_lambda: float = setting(1.0, varies=True)
+    """The target of a critic's value: 1 is the answer's reward; below 1, it is mixed with the values of the tokens that follow (TD)."""
 
     def __post_init__(self) -> None:
         for key in ("dpo_beta", "kto_beta"):
@@ -48,6 +50,9 @@ class ObjectiveSettings:
         for key in ("orpo_lambda", "kto_desirable_weight", "kto_undesirable_weight"):
             _require(0 <= _number(self, key) < math.inf, self, key, "a number of at least 0")
         _require(0 < _number(self, "rho1_keep") <= 1, self, "rho1_keep", "a share above 0, at most 1,")
+        _require(0 <= _number(self, "critic_lambda") <= 1, self, "critic_lambda", "a number from 0 to 1")
+        if self.objective == "critic" and not hasattr(self, "value_head"):
+            raise UserError("objective critic trains a value head, which finetune_lora adds: use `litgpt finetune_lora`")
         if self.objective == "rho1" and self.rho1_reference is None:
             raise UserError(
                 "rho1_reference is missing: objective rho1 compares with a model that was trained on good data; name its folder"

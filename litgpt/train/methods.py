@@ -16,7 +16,7 @@ from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
 from litgpt.args import TrainArgs, shallow
 from litgpt.device import on_meta
 from litgpt.errors import UserError
-from litgpt.lora import GPT, LoRALayer, Skip2LoRA, mark_only_lora_as_trainable
+from litgpt.lora import GPT, LoRALayer, mark_only_lora_as_trainable
 from litgpt.lora import Config as LoRAConfig
 from litgpt.quantize import count, is_quantised, quantise
 from litgpt.sharding import assign, is_sharded, weights_of
@@ -94,7 +94,7 @@ def adapters(settings: Any) -> Method:
         mark_only_lora_as_trainable(model)
 
     def finish(model: GPT, folder: Path) -> bool:
-        if is_sharded(model) or model.switch is not None or any(isinstance(module, Skip2LoRA) for module in model.modules()):
+        if is_sharded(model) or not model.config.is_mergeable:
             return False
         from litgpt.convert.merge import merged_weights
 
@@ -172,6 +172,8 @@ def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) ->
     adapters = [module for module in model.modules() if isinstance(module, LoRALayer) and module.r]
     if adapters and not any(module.scaling for module in adapters):
         lines.append("warning: nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0")
+    if config.value_head:
+        lines.append(f"value head, {config.value_head}: {count(model.value_head):,} parameters")
     if model.cut is None:
         return lines
     frozen = min(model.cut, config.n_layer)

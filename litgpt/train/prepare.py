@@ -187,12 +187,14 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
 
 
 def _require_fitting(settings: Run, objective: Objective) -> None:
-    """Raise UserError if the objective compares answers and the data or other settings cannot."""
+    """Raise UserError if the objective rates or compares answers and the data or other settings cannot."""
     name = getattr(settings, "objective", "")
-    if objective.group > 1 and isinstance(settings.data, Text):
-        raise UserError(f"objective {name} compares answers, and {type(settings.data).__name__} is running text: give data with answers")
-    if objective.group > 1 and settings.train.replay:
-        raise UserError(f"train.replay has answers without others to compare them with: leave it out with objective {name}")
+    if objective.of_answers and isinstance(settings.data, Text):
+        raise UserError(
+            f"objective {name} rates or compares answers, and {type(settings.data).__name__} is running text: give data with answers"
+        )
+    if objective.of_answers and settings.train.replay:
+        raise UserError(f"train.replay has answers without others to compare them with, or a reward: leave it out with objective {name}")
 
 
 def _switch_on_replies(settings: Run, model: GPT, splits: Splits, style: PromptStyle, tokenizer: Tokenizer) -> str:

@@ -61,6 +61,11 @@ METHODS: dict[str, dict[str, tuple[Any, str]]] = {
         "lora_value": (False, "Skip2-LoRA alone is trained"),
         **EXACT,
     },
+    "critic": {
+        "value_head": ("mlp", "a hidden layer learns more than none"),
+        "lora_query": (False, "the model stays as it is"),
+        "lora_value": (False, "the model stays as it is"),
+    },
     "warm-up": {
         **LINEAR,
         **SKIP,
@@ -81,6 +86,7 @@ SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learni
     ("warm-up", True): (8, 5, 5e-4),
     ("warm-up", False): (2, 2, 1e-4),
 }
+CRITIC = (20, 10, 1e-3)
 PREFERENCES = (2, 1, 2e-4)  # the same for DPO, ORPO and KTO, whatever the method
 
 
@@ -115,7 +121,7 @@ class Look:
 
     def __str__(self) -> str:
         answers = f", {self.answers:,} different answers" if self.answers < self.records else ""
-        kind = "answers to prefer" if self.compares else "facts to repeat" if self.is_facts else "a style to learn"
+        kind = "answers to prefer or to rate" if self.compares else "facts to repeat" if self.is_facts else "a style to learn"
         return f"{self.records:,} records{answers}, taken as {kind}"
 
 
@@ -150,7 +156,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
         return given  # the run will say so
     module.prepare_data()
     look = Look.at(*module.records())
-    if given.get("objective", "next_token") in get_args(Preference):
+    if given.get("objective", "next_token") in (*get_args(Preference), "critic"):
         look = replace(look, compares=True)
     chosen = [choice for choice in choices(look, module, given, base) if _put(given, choice.key, choice.value)]
     console.say(f"{module.source}: {look}. Settings that you did not give:")
@@ -225,6 +231,8 @@ def _shown(value: Any) -> str:
 
 def _method_of(look: Look, given: dict[str, Any]) -> str:
     """Return the method that the given settings ask for, else the one that suits the data."""
+    if given.get("objective") == "critic":
+        return "critic"
     if given.get("alora_enabled"):
         return "answer-only LoRA"
     if given.get("skip2lora_enabled"):
@@ -239,7 +247,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     train = given.get("train", {})
     batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts else 8, train.get("micro_batch_size") or 1)
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
-    few, many, rate = PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
+    few, many, rate = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
     epochs = train.get("epochs") or (few if look.records <= FEW else many)
     replayed = train.get("replay", REPLAY) if look.is_facts else 0
     per_epoch = math.ceil((look.records + replayed) / batch)

@@ -102,6 +102,6 @@ def next_steps(out_dir: Path, config: Config, is_whole: bool = True) -> list[tup
     elif is_whole:
         rows.append((f"litgpt convert_from_litgpt {final} {stem}/hf", "for transformers"))
         rows.append((f"litgpt convert_to_gguf {final} {stem}/model.gguf", "for llama.cpp and Ollama"))
-    elif config.lora_r:  # of a sharded model, which was not merged; a LLaMA-Adapter cannot be
+    elif config.lora_r and config.is_mergeable:  # of a sharded model, which was not merged; a LLaMA-Adapter cannot be
         rows.append((f"litgpt merge_lora {final}", "a model of its own"))
     return [*rows, (str(out_dir / PAGE), "curves, answers and settings, in a browser")]

@@ -201,7 +201,7 @@ class Session:
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
         trained = sum(size for size, is_trained in sizes if is_trained)
         everything = sum(size for size, _ in sizes)
-        is_merged = trained < everything and not self.model.config.skip2lora_enabled and self.model.switch is None
+        is_merged = trained < everything and self.model.config.is_mergeable
         final, disk = trained + is_merged * everything, shutil.disk_usage(place)
         if not disk.total:  # no disk, such as /proc
             return

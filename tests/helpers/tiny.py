@@ -12,6 +12,8 @@ import yaml
 
 from litgpt import checkpoint, lora, model
 from litgpt import config as base_config
+from litgpt.adapters.base import adapter_parameters
+from litgpt.adapters.heads import Head
 from litgpt.convert.names import Stored, fit, hf_table, rows, slots
 
 SIZES: dict[str, Any] = {
@@ -131,11 +133,12 @@ ALL_LORA: dict[str, bool] = {f"lora_{part}": True for part in ("query", "key", "
 def tiny(seed: int = 1, **settings: Any) -> Any:
     """A random `litgpt.lora.GPT` of 5 blocks, d 32; the same base weights for the same seed, whatever the adapter. B is 0."""
     built = lora.GPT(lora.Config(**{**TINY, **settings}))
-    bases = [parameter for name, parameter in built.named_parameters() if not lora.lora_filter(name)]
+    own = adapter_parameters(built)
+    bases = [parameter for name, parameter in built.named_parameters() if name not in own]
     randomise(torch.nn.ParameterList(bases), seed)
     torch.manual_seed(seed)
     for module in built.modules():
-        if isinstance(module, lora.LoRALayer) and module.r:
+        if isinstance(module, Head) or (isinstance(module, lora.LoRALayer) and module.r):
             module.reset_parameters()
     return built.eval()
 

@@ -1,0 +1,54 @@
+"""Heads beside the output layer: adapters on its input h, which cost no pass of the blocks.
+
+    value head    v = s(w . a + b), the expected reward of an answer so far;  a = N(h), or silu(U N(h) + c) with "mlp"
+
+N divides by the root mean square, s is the logistic function; parameters are fp32. At the start v is 1/2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litgpt.adapters.base import Adapter
+from litgpt.model import rms_normalise
+
+EPS = 1e-5
+
+
+class Head(Adapter):
+    """A head on h (..., d)."""
+
+    skips_cut = True
+
+
+class ValueHead(Head):
+    """A scalar for each position: the logit of its value."""
+
+    up: nn.Parameter | None
+    shift: nn.Parameter | None
+
+    def __init__(self, d: int, kind: Literal["linear", "mlp"]) -> None:
+        super().__init__()
+        self.up, self.shift = (nn.Parameter(torch.empty(d, d)), nn.Parameter(torch.empty(d))) if kind == "mlp" else (None, None)
+        self.weight, self.bias = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.up is not None and self.shift is not None:
+            nn.init.kaiming_uniform_(self.up, a=math.sqrt(5))
+            nn.init.zeros_(self.shift)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (...), fp32"""
+        with torch.autocast(h.device.type, enabled=False):
+            a = rms_normalise(h.float(), EPS)
+            if self.up is not None:
+                a = F.silu(F.linear(a, self.up, self.shift))
+            return a @ self.weight + self.bias

@@ -1,0 +1,96 @@
+"""A critic: the value head learns what reward an answer will get, on a frozen trunk.
+
+An answer has the reward R, from 0 to 1, and loss positions 1 ... T; v_t is the value there, after the tokens before position t's own. Its
+target is the lambda-return without discount,
+
+    G_T = R,    G_t = (1 - lambda) v_{t+1} + lambda G_{t+1}
+
+with the v of the head as it is, without gradient; for lambda = 1, Monte Carlo, G_t = R. The loss is the cross-entropy
+-G_t log v_t - (1 - G_t) log(1 - v_t), its mean over positions by their weights: v_t estimates the probability that the answer is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from litgpt.data.base import Unit
+from litgpt.data.records import Record
+from litgpt.errors import UserError
+from litgpt.objectives.base import ACCURACY, Objective, View
+from litgpt.packing import loss_weights
+
+READ = ("reward", "correct")
+BINS = 10
+
+
+class Critic(Objective):
+    """The value head alone is trained."""
+
+    of_answers = True
+    columns = (ACCURACY,)
+
+    def units(self, records: Sequence[tuple[int, Record]]) -> list[Unit]:
+        """Each record with its reward."""
+        for number, record in records:
+            if record.reward is None:
+                raise UserError(f"objective critic: record {number} has no 'correct' (true or false) and no 'reward'")
+            if not 0 <= record.reward <= 1:
+                raise UserError(f"objective critic: record {number} has the reward {record.reward:g}: numbers from 0 to 1 are needed")
+        return [
+            (number, [replace(record, unread=tuple(key for key in record.unread if key not in READ), label=None, rejected=None)])
+            for number, record in records
+        ]
+
+    def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
+        samples, logits = view.samples(indices), view.model.value_head(view.hidden(indices))  # (n,)
+        counts, rewards = [sample.n_targets for sample in samples], [float(sample.reward or 0) for sample in samples]
+        values = logits.detach().sigmoid().split(counts)
+        targets = torch.cat([returns(v, reward, self.settings.critic_lambda) for v, reward in zip(values, rewards, strict=True)])
+        weights = loss_weights(samples)
+        weights = torch.ones_like(logits) if weights is None else weights.to(logits)
+        if not view.model.training:
+            right = sum((v[-1].item() > 0.5) == (r > 0.5) for v, r in zip(values, rewards, strict=True))
+            self.tally += torch.tensor([right, len(samples)]).to(self.tally)
+        return (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum()
+
+
+def returns(values: torch.Tensor, reward: float, decay: float) -> torch.Tensor:
+    """Return the lambda-returns G (T,) of an answer with the values v (T,)."""
+    targets = torch.full_like(values, reward)
+    for t in range(len(values) - 2, -1, -1) if decay < 1 else ():
+        targets[t] = (1 - decay) * values[t + 1] + decay * targets[t + 1]
+    return targets
+
+
+def last_values(view: View, indices: Sequence[int]) -> list[float]:
+    """Return the value of each sample at the end of its answer."""
+    values = []
+    for start in range(0, len(indices), view.micro_batch):
+        batch = indices[start : start + view.micro_batch]
+        counts = [sample.n_targets for sample in view.samples(batch)]
+        values += [float(v[-1]) for v in view.model.value_head(view.hidden(batch)).sigmoid().split(counts)]
+    return values
+
+
+def quality(values: Sequence[float], rewards: Sequence[float]) -> dict[str, float]:
+    """Return how well values predict rewards.
+
+    `auc`: the probability that of a right answer (reward above 1/2) and a wrong one, drawn at random, the right one has the higher value,
+    a tie counting half; left out if all are of one kind. `brier`: the mean squared error. `calibration_error`: over ten equal bins of
+    values, by their sizes, the mean distance between a bin's mean value and its mean reward (ECE, arXiv 1706.04599).
+    """
+    v, r = torch.tensor(values, dtype=torch.float64), torch.tensor(rewards, dtype=torch.float64)
+    bins = (v * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, v - r)
+    figures = {"brier": (v - r).square().mean().item(), "calibration_error": (gaps.abs().sum() / len(v)).item()}
+    right = r > 0.5
+    n, m = int(right.sum()), int((~right).sum())
+    if not n or not m:
+        return figures
+    _, place, counts = v.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # of ties the mean
+    return {"auc": ((ranks[right].sum() - n * (n + 1) / 2) / (n * m)).item(), **figures}

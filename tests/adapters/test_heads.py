@@ -1,0 +1,50 @@
+"""Heads beside the output layer, against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from litgpt.adapters.base import adapter_parameters
+from litgpt.errors import UserError
+from litgpt.lora import mark_only_lora_as_trainable, merge_lora_weights
+from tests.helpers import tiny
+
+
+def randomised(head: torch.nn.Module) -> None:
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_value_head(kind: str) -> None:
+    model = tiny.tiny(value_head=kind)
+    head, h = model.value_head, torch.randn(2, 3, 32)
+    assert_close(head(h).sigmoid(), torch.full((2, 3), 0.5))
+    randomised(head)
+    a = h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    if kind == "mlp":
+        z = a @ head.up.T + head.shift
+        a = z * z.sigmoid()
+    assert_close(head(h), (a * head.weight).sum(-1) + head.bias)
+
+
+def test_a_head_alone_is_trained_behind_a_frozen_model() -> None:
+    model = tiny.tiny(value_head="mlp")
+    mark_only_lora_as_trainable(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(adapter_parameters(model)) == {f"value_head.{name}" for name in ("up", "shift", "weight", "bias")}
+    assert model.cut == model.config.n_layer + 1
+
+
+def test_a_head_leaves_the_logits_alone_and_cannot_be_merged() -> None:
+    plain, model, idx = tiny.tiny(), tiny.tiny(value_head="linear"), tiny.ids(1, 9)
+    assert torch.equal(plain(idx), model(idx))
+    with pytest.raises(UserError, match="value head cannot be merged"):
+        merge_lora_weights(model)
+
+
+def test_a_wrong_kind() -> None:
+    with pytest.raises(UserError, match="value_head is 'deep': choose 'linear' or 'mlp'"):
+        tiny.tiny(value_head="deep")
