@@ -101,7 +101,9 @@ def test_trainable_parameters(file: Path) -> None:
     blocks, d, kv, mlp_layers, inner = SHAPES[model]
     every_layer = 8 * ((d + d) + 2 * (d + kv) + (d + d) + mlp_layers * (d + inner))
     arguments = parse("litgpt finetune", load("finetune"), [str(file)])
-    if preset in ("lora", "alora", *OBJECTIVES):
+    if preset == "critic":
+        expected = d * (d + 1) + d + 1  # a hidden layer, and the value
+    elif preset in ("lora", "alora", *OBJECTIVES):
         expected = blocks * every_layer
     elif preset == "lora_baseline":
         expected = blocks * 8 * ((d + d) + (d + kv))
