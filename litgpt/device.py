@@ -76,11 +76,11 @@ def backbone_dtype(precision: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-RANK_VARIABLES = ("RANK", "SLURM_PROCID")  # set by launchers of several processes
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "NODE_RANK")  # set by launchers of several processes, or by hand
 
 
 def process_rank() -> int:
-    """Return the index of this process among those that a launcher started; 0 if it was started alone."""
+    """Return the index of this process among those that a launcher started, or of its machine; 0 if it was started alone."""
     return next((int(value) for name in RANK_VARIABLES if (value := os.environ.get(name, "")).isdecimal()), 0)
 
 

@@ -43,8 +43,6 @@ class Sweep(Lora):
                 f"{key}: a warm-up changes what the frozen blocks compute, for each trial anew, so nothing could be shared. "
                 "Train LoRA alone once (litgpt finetune, --max_steps) and sweep from its final folder as checkpoint_dir: it has LoRA merged"
             )
-        if str(self.devices) != "1" or self.num_nodes != 1:
-            raise UserError("devices, num_nodes: a sweep trains its settings one after the other on one device: leave them out")
         if str(self.resume) not in ("True", "False", "auto"):
             raise UserError(f"resume is {self.resume}: a sweep is resumed by --resume auto, in its out_dir")
         self.resume = self.resume and "auto"

@@ -138,13 +138,18 @@ class Failure:
 
 
 class Group:
-    """The processes of a run, joined: those started here, and how each learns why another ended."""
+    """The processes of a run: those started here, and how each learns why another ended."""
 
     current: Group | None = None  # torch allows one
 
-    def __init__(self, place: Place, timeout: float) -> None:
-        self.place, self.timeout, self.ended, self.is_reachable = place, timeout, False, True
-        self.children, self.peers = list[subprocess.Popen[bytes]](), list[Peer]()
+    def __init__(self, place: Place, timeout: float, joined: bool = True) -> None:
+        """Start the other processes of this machine, unless a launcher has, and join all of them to torch's group.
+
+        Unless they are to be `joined` the first process waits for none, the others wait for the first, and none ends with another. Raises
+        UserError if they do not find each other, or if one that was started here ends before that.
+        """
+        self.place, self.timeout, self.ended, self.is_reachable, self.joined = place, timeout, False, True, joined
+        self.children, self.peers, self.has_begun = list[subprocess.Popen[bytes]](), list[Peer](), False
         self.device = default_device()
         if self.device.type == "cuda":
             self.device = torch.device("cuda", place.local_index)
@@ -155,33 +160,40 @@ class Group:
         is_host = place.index == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         limit = timedelta(seconds=timeout)
         start_limit = max(limit, timedelta(seconds=START_SECONDS))
+        self._parent = None if place.local_index == 0 or os.environ.get("TORCHELASTIC_RUN_ID") else os.getppid()
+        if self._parent is not None and not joined:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process stops the others
         try:
             store = TCPStore(place.address, place.port, None, is_host, start_limit, wait_for_workers=False)
             if not launched:
                 self._launch(replace(place, port=store.port))
+            atexit.register(self._close)
+            threading.Thread(target=self._watch, daemon=True).start()
             self.store = PrefixStore(f"litgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             self.store.set(f"peer/{place.index}", f"{os.getpid()} {socket.gethostname()}")
-            facts = (self.store.get(f"peer/{k}").decode().split(" ", 1) for k in range(place.size))
+            facts = (self.store.get(f"peer/{k}").decode().split(" ", 1) for k in range(place.size if joined else 1))
             self.peers = [Peer(host, int(pid)) for pid, host in facts]
             is_cuda = self.device.type == "cuda"
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-                store=self.store,
-                rank=place.index,
-                world_size=place.size,
-                timeout=limit,
-                device_id=self.device if is_cuda else None,
-            )
+            if joined:
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+                    store=self.store,
+                    rank=place.index,
+                    world_size=place.size,
+                    timeout=limit,
+                    device_id=self.device if is_cuda else None,
+                )
         except dist.DistError as error:
+            self.ended = True
+            child = self._failed_child
+            reason = f"process {child.pid} {_how(child)}" if child else str(error).splitlines()[0]
             self.end_children()
-            reason = str(error).splitlines()[0]
             raise UserError(f"the {place.size} processes of the run did not find each other at {place.address}: {reason}") from None
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
-        atexit.register(self._close)
-        self._parent = None if place.local_index == 0 or os.environ.get("TORCHELASTIC_RUN_ID") else os.getppid()
-        threading.Thread(target=self._watch, daemon=True).start()
-        Group.current = self
+        self.has_begun = True
+        if joined:
+            Group.current = self
 
     def _launch(self, first: Place) -> None:
         """Start the other processes of this machine with the same command."""
@@ -201,6 +213,15 @@ class Group:
                     child.wait(END_SECONDS)
         self.end_children()
 
+    @property
+    def lost(self) -> list[str]:
+        """Say how processes that were started here have ended before their time."""
+        return [f"process {child.pid} {_how(child)}" for child in self.children if child.poll()]
+
+    def stop_others(self) -> None:
+        """Let processes that are not joined save their state and end."""
+        self.store.set("stopped", "")
+
     def end_children(self) -> None:
         """Kill the processes that this one has started, and those of the run on this machine that are stopped."""
         for child in self.children:
@@ -210,16 +231,41 @@ class Group:
                 os.kill(peer.pid, signal.SIGKILL)
 
     def _watch(self) -> None:
-        """End this process, which may be busy, after another of this machine has ended: first by SIGTERM, then at once."""
-        while not (self._parent not in (None, os.getppid()) or any(child.poll() for child in self.children)):
+        """End this process, which may be busy, after another of this machine has ended: first by SIGTERM, then at once.
+
+        Before all have found each other nothing is lost, and it ends at once. Processes that are not joined end with the first alone.
+        """
+        while self._parent in (None, os.getppid()) and not self._is_stopped:
+            if self.joined and self._failed_child:
+                break
             time.sleep(POLL_SECONDS)
-        time.sleep(NOTICE_SECONDS)
-        if self.ended:
+        if self.has_begun:
+            time.sleep(NOTICE_SECONDS if self.joined else 0)
+            if self.ended:
+                return
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # it has come already
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(END_SECONDS)
+        elif self.ended:
             return
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(END_SECONDS)
+        elif child := self._failed_child:
+            print(f"Error: process {child.pid} of the run {_how(child)} before the run began", file=sys.stderr, flush=True)
         self.end_children()
         os._exit(1)
+
+    @property
+    def _is_stopped(self) -> bool:
+        """True if this process is not joined, and the first has stopped the others or cannot be reached."""
+        if self.joined or self.place.index == 0 or not self.has_begun:
+            return False
+        try:
+            return bool(self.store.check(["stopped"]))
+        except (dist.DistError, RuntimeError):
+            return True
+
+    @property
+    def _failed_child(self) -> subprocess.Popen[bytes] | None:
+        return next((child for child in self.children if child.poll()), None)
 
     def fail(self, code: int, message: str) -> None:
         """Let the others know why this process ends."""
@@ -262,9 +308,8 @@ class Group:
             return None
         if peer.state == "stopped":
             return Failure(index, 1, f"process {peer.pid} is stopped, and the others waited {self.timeout:g} s for it (--timeout)")
-        number = next((-(child.poll() or 0) for child in self.children if child.pid == peer.pid), 0)
-        how = f"was ended by {signal.Signals(number).name}" if number > 0 else "ended before its time"
-        return Failure(index, 1, f"process {peer.pid} {how}")
+        child = next((child for child in self.children if child.pid == peer.pid), None)
+        return Failure(index, 1, f"process {peer.pid} {_how(child) if child and child.poll() else 'ended before its time'}")
 
     @property
     def elsewhere(self) -> list[int]:
@@ -284,3 +329,9 @@ class Group:
         until = time.monotonic() + END_SECONDS
         while self.speaker != self.place.index and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
+
+
+def _how(child: subprocess.Popen[bytes]) -> str:
+    """Return how a process has ended."""
+    code = child.poll() or 0
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

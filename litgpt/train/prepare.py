@@ -18,7 +18,7 @@ from litgpt.config import Config
 from litgpt.data.base import Splits
 from litgpt.data.records import Record
 from litgpt.data.text_files import Text
-from litgpt.device import backbone_dtype, default_device, default_precision, seed_everything
+from litgpt.device import backbone_dtype, default_device, default_precision, process_rank, seed_everything
 from litgpt.errors import UserError
 from litgpt.logs import Console
 from litgpt.lora import GPT, keep_taps
@@ -137,7 +137,7 @@ def prepare(
 
 def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank, date: datetime, saved: Saved | None) -> Job:
     """Return the run with its data and its model."""
-    console, dtype = Console(rank.is_first), backbone_dtype(precision)
+    console, dtype = Console(rank.is_first and process_rank() == 0), backbone_dtype(precision)
     tokenizer = Tokenizer(base)
     dict(tokenizer_files(base))  # shows files that cannot be copied into the checkpoints
     assert settings.data is not None

@@ -54,9 +54,10 @@ from litgpt.train.settings import Run
 def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) -> dict[str, Any]:
     """Train as the settings say and return the figures of the report; with `dry_run` only say what training would do.
 
-    Raises UserError before anything is written if a setting, file or checkpoint is wrong. `job_of`: reads data and model, if not `prepare`.
+    Raises UserError before anything is written if a setting, file or checkpoint is wrong. `job_of`: reads data and model, if not `prepare`,
+    for a run of this process alone.
     """
-    clock, is_first = Stopwatch(), process_rank() == 0
+    clock, is_first = Stopwatch(), job_of is not None or process_rank() == 0
     base = settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
     checkpoint.require_checkpoint(base)
     if settings.dry_run:

@@ -4,6 +4,7 @@ adapters on the same frozen weights, in its own folder."""
 from __future__ import annotations
 
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from litgpt.activations.shared import SharedActivations
 from litgpt.args import Grid, as_config, shallow
 from litgpt.checkpoint import require_checkpoint
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.device import seed_everything
+from litgpt.device import default_device, default_precision, seed_everything
 from litgpt.errors import Stopped, UserError
 from litgpt.files import read_json
 from litgpt.logs import Console
@@ -24,14 +25,16 @@ from litgpt.lora import Config, keep_taps
 from litgpt.optim import make_optimizer
 from litgpt.text import gib, text_table
 from litgpt.train.interrupts import Interrupts
+from litgpt.train.launch import POLL_SECONDS, Group, Place, place_of
 from litgpt.train.methods import Method, ranges
 from litgpt.train.out_dir import OutDir
+from litgpt.train.parallel import alone
 from litgpt.train.prepare import Job, choose_taps, prepare
 from litgpt.train.rehearsal import rehearsed, require_data
 from litgpt.train.resume import Identity, Stopwatch, compared_settings, environment
 from litgpt.train.run import finished_report, run
 from litgpt.train.settings import Run
-from litgpt.train.trials import CSV, FAILED, FINISHED, JSON, STOPPED, WAITING, Table, Trial, expand
+from litgpt.train.trials import BEGUN, CSV, FAILED, FINISHED, JSON, STOPPED, WAITING, Table, Trial, expand
 
 RESUME = "the same command with --resume auto continues"
 
@@ -66,9 +69,22 @@ class Candidate:
 def sweep(settings: Run, grid: Grid | None, samples: int | None) -> None:
     """Train every trial and print the best; with `dry_run` only list the trials, their steps and the cache's bytes.
 
-    Raises UserError before anything is written if no trial can be trained, and at the end if any failed.
+    Each process trains one trial after the other, of those that no other has. Raises UserError before anything is written if no trial can
+    be trained, and at the end if any failed.
     """
-    clock, out_dir = Stopwatch(), settings.out_dir
+    place = place_of(settings.devices, settings.num_nodes)
+    if place and settings.method().cache.mode == "memory":
+        raise UserError("skip2lora_cache is memory: several processes share a cache on disk. Leave it out, or give disk")
+    settings.devices, settings.num_nodes = 1, 1  # of each trial
+    if place is None or place.index == 0:
+        _lead(settings, grid, samples, place)
+    elif not settings.dry_run:
+        _help(settings, grid, samples, Group(place, settings.timeout, joined=False))
+
+
+def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | None) -> None:
+    """Check everything, begin the table, start the other processes, and print the result: the work of the first process."""
+    clock, out_dir, group = Stopwatch(), settings.out_dir, None
     trials = expand(settings, grid, samples)
     settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
     candidates = _candidates(settings.checkpoint_dir, trials)
@@ -82,23 +98,82 @@ def sweep(settings: Run, grid: Grid | None, samples: int | None) -> None:
             if trial.status == WAITING and not atomic.damages(out_dir / trial.name / "final"):
                 trial.status, trial.figures = FINISHED, finished_report(out_dir / trial.name)
         table = Table(out_dir, trials, candidates[0].settings.train.keep_best)
-        waiting = [candidate for candidate in candidates if candidate.trial.status == WAITING]
+        waiting = len(table.of(WAITING))
         job = _prepare(candidates, out_dir, (before or {}).get("chosen"))
-        _introduce(job, table, len(waiting))
+        _introduce(job, table, waiting, place)
         identity = _identity(job, settings, list(trials[0].values))
         if before is not None and (changes := identity.changes(before["identity"])):
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
-        if waiting:
-            job.shared = _fill(job, _n_validated(candidates, job))
-            spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
         table.facts = {**(before or {}), **_facts(job, candidates, settings, identity), **spent}
-        folder.make(resumed)
-        table.save()
-        for number, candidate in enumerate(waiting, 1):
-            job.console.say(f"[{number}/{len(waiting)}] {candidate.trial.name}")
-            _train(candidate, job, table)
-    _conclude(table, clock.seconds, spent, len(waiting))
+        if waiting:
+            folder.make(resumed)
+            table.save()
+            try:
+                group = Group(place, settings.timeout, joined=False) if place else None
+                job.shared = _fill(job, _n_validated(candidates, job), place)
+                spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
+                table.facts |= {**_of_cache(job.shared), **spent}
+                _train_all(candidates, job, table)
+                for text in group.lost if group else ():
+                    job.console.say(f"{text}: the others have done its work")
+            except Stopped as stop:
+                if group is not None:
+                    group.stop_others()
+                    group = None
+                raise Stopped(stop.signum, stop.message or f"stopped: {RESUME}") from None
+            finally:
+                if group is not None:
+                    group.end_children()
+        with table.locked():
+            table.save()
+    table.close()
+    _conclude(table, clock.seconds, spent, waiting)
+
+
+def _help(settings: Run, grid: Grid | None, samples: int | None, group: Group) -> None:
+    """Train trials of a sweep that the first process leads."""
+    trials = expand(settings, grid, samples)
+    settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir).resolve()
+    candidates = _candidates(settings.checkpoint_dir, trials)
+    with Interrupts():
+        table = Table(settings.out_dir, trials, candidates[0].settings.train.keep_best)
+        table.refresh()
+        if not table.of(WAITING, BEGUN):
+            return
+        job = _prepare(candidates, settings.out_dir, table.facts.get("chosen"), group)
+        table.facts = {}
+        job.shared = _fill(job, _n_validated(candidates, job), group.place)
+        try:
+            _train_all(candidates, job, table, f" on rank {group.place.index}")
+        except Stopped as stop:
+            raise SystemExit(stop.code) from None  # the first process says so
+
+
+def _train_all(candidates: list[Candidate], job: Job, table: Table, where: str = "") -> None:
+    """Train the trials that no other process trains, until none is left; those of processes that were killed are among them."""
+    while left := [each for each in candidates if each.trial.status in (WAITING, BEGUN)]:
+        if not any(_train_if_free(candidate, job, table, where) for candidate in left):
+            time.sleep(POLL_SECONDS)
+        table.refresh()
+
+
+def _train_if_free(candidate: Candidate, job: Job, table: Table, where: str) -> bool:
+    """Train a trial and return True, unless another process trains or has trained it."""
+    trial = candidate.trial
+    with table.locked(trial, wait=False) as is_own:
+        if not is_own:
+            return False
+        table.refresh()
+        if trial.status not in (WAITING, BEGUN):
+            return False
+        if trial.status == BEGUN:
+            candidate.settings = replace(candidate.settings, resume="auto", overwrite=False)
+        table.note(trial, BEGUN)
+        console = Console()
+        console.say(f"[{len(table.trials) - len(table.of(WAITING))}/{len(table.trials)}] {trial.name}{where}")
+        _train(candidate, job, table, console, f"{trial.name}{where}: " if where else "")
+        return True
 
 
 def _rehearse(settings: Run, trials: list[Trial], candidates: list[Candidate]) -> None:
@@ -170,13 +245,16 @@ def _layer(config: Config) -> str:
     return f"block {cut}" if cut < config.n_layer else "ln_f" if cut == config.n_layer else "lm_head"
 
 
-def _prepare(candidates: list[Candidate], out_dir: Path, known: Any = None) -> Job:
+def _prepare(candidates: list[Candidate], out_dir: Path, known: Any = None, group: Group | None = None) -> Job:
     """Read data and model once; the model has the taps of all trials. `known`: blocks chosen in an earlier session, by trial."""
     widest = next((candidate for candidate in candidates if candidate.config.taps), candidates[0])
     taps = _taps(candidates)
     changes: dict[str, Any] = {"skip2lora_block_indices": taps} if taps else {}
     settings = replace(widest.settings, out_dir=out_dir, **changes)
-    job = prepare(settings, settings.method(), settings.checkpoint_dir)
+    rank = alone(settings.precision or default_precision(default_device()))
+    if group is not None:
+        rank = replace(rank, device=group.device)
+    job = prepare(settings, settings.method(), settings.checkpoint_dir, rank=rank)
     if job.model.config.alora_enabled:
         for candidate in candidates:
             candidate.settings = replace(candidate.settings, alora_invocation_tokens=job.model.config.alora_invocation_tokens)  # type: ignore[call-arg]
@@ -218,12 +296,12 @@ def _n_validated(candidates: list[Candidate], job: Job) -> int:
     return max(counts)
 
 
-def _fill(job: Job, validated: int) -> SharedActivations:
-    """Return the activations of all training samples and the first `validated` of the others."""
+def _fill(job: Job, validated: int, place: Place | None) -> SharedActivations:
+    """Return the activations of all training samples and the first `validated` of the others. Several processes fill a cache on disk."""
     samples = {"training": job.splits.train, "validation": job.splits.val}
-    counts = {"training": len(job.splits.train), "validation": validated}
+    counts, mode = {"training": len(job.splits.train), "validation": validated}, "disk" if place else job.method.cache.mode
     with job.rank.autocast():
-        return SharedActivations.fill(job.model, samples, counts, job.cache_settings(job.method.cache.mode), job.rank.device)
+        return SharedActivations.fill(job.model, samples, counts, job.cache_settings(mode), job.rank.device)
 
 
 def _adapted(job: Job, candidate: Candidate) -> Job:
@@ -233,15 +311,23 @@ def _adapted(job: Job, candidate: Candidate) -> Job:
     job.model.to(job.rank.device)
     if candidate.chosen is not None:
         keep_taps(job.model, candidate.chosen)
-    return replace(job, settings=candidate.settings, method=candidate.method, console=_Quiet(), chosen=candidate.chosen, answers=False)
+    return replace(
+        job,
+        settings=candidate.settings,
+        method=candidate.method,
+        console=_Quiet(job.console.active),
+        chosen=candidate.chosen,
+        answers=False,
+    )
 
 
-def _introduce(job: Job, table: Table, waiting: int) -> None:
+def _introduce(job: Job, table: Table, waiting: int, place: Place | None) -> None:
     """Say what is trained on what."""
     config, say = job.model.config, job.console.say
     taps = f", blocks {ranges(config.taps)} tapped" if config.taps else ""
     say(f"{config.name}, {job.precision} on {job.rank.device}; the layers before {_layer(config)} run once{taps}")
-    say(f"{len(table.trials)} settings" + (f", {waiting} of them to be trained" if waiting < len(table.trials) else ""))
+    by = f", by {place.size} processes" if place else ""
+    say(f"{len(table.trials)} settings{by}" + (f", {waiting} of them to be trained" if waiting < len(table.trials) else ""))
     for trial in table.of(FAILED):
         say(f"{trial.name} cannot be trained: {trial.reason}")
 
@@ -257,29 +343,29 @@ def _facts(job: Job, candidates: list[Candidate], settings: Run, identity: Ident
     facts = {"settings": as_config(shallow(settings)), "identity": identity.facts(), "environment": environment(job.rank.device)}
     if chosen := {candidate.trial.name: candidate.chosen for candidate in candidates if candidate.chosen is not None}:
         facts["chosen"] = chosen
-    if job.shared is not None:
-        facts["cache"] = {"blocks": list(job.shared.blocks), "bytes": sum(each.plan.nbytes for each in job.shared.caches.values())}
     return facts
 
 
-def _train(candidate: Candidate, job: Job, table: Table) -> None:
-    """Train one trial and record the result. Raises Stopped, saying how to resume."""
+def _of_cache(shared: SharedActivations) -> dict[str, Any]:
+    """Return what sweep.json says of the cache."""
+    return {"cache": {"blocks": list(shared.blocks), "bytes": sum(each.plan.nbytes for each in shared.caches.values())}}
+
+
+def _train(candidate: Candidate, job: Job, table: Table, console: Console, where: str) -> None:
+    """Train one trial and note the result. Raises Stopped, saying how to resume."""
     trial = candidate.trial
     try:
-        trial.figures = run(candidate.settings, candidate.method, lambda: _adapted(job, candidate))
-        trial.status = FINISHED
+        table.note(trial, FINISHED, figures=run(candidate.settings, candidate.method, lambda: _adapted(job, candidate)))
         loss = table.loss(trial)
         result = "not validated" if loss is None else f"validation loss {loss:.4f}"
-        job.console.say(f"  {result}, {trial.figures['total_seconds']:.1f} s")
+        console.say(f"  {where}{result}, {trial.figures['total_seconds']:.1f} s")
     except (UserError, OSError) as error:
-        trial.fail(str(error))
-        job.console.say(f"  failed: {error}")
+        table.note(trial, FAILED, str(error))
+        console.say(f"  {where}failed: {error}")
     except Stopped as stop:
-        trial.status, trial.reason = STOPPED, stop.message
+        table.note(trial, STOPPED, stop.message)
         done = f"{len(table.of(FINISHED))} of {len(table.trials)} settings are finished"
         raise Stopped(stop.signum, f"stopped in {trial.name}, {done}: {RESUME}") from None
-    finally:
-        table.save()
 
 
 def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: int) -> None:

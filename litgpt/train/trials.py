@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import math
+import os
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from litgpt.args import Grid, marked
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
+from litgpt.files import open_regular, read_json
 from litgpt.text import text_table
 from litgpt.train.settings import Run
 
@@ -38,10 +44,11 @@ SHOWN = (  # columns on the terminal: title, name, format
     ("steps", "steps", ","),
     ("seconds", "total_seconds", ".1f"),
 )
-WAITING, FINISHED, FAILED, STOPPED = "waiting", "finished", "failed", "stopped"
+WAITING, BEGUN, FINISHED, FAILED, STOPPED = "waiting", "begun", "finished", "failed", "stopped"
+LOCKS = ".sweep.lock"
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """One setting of a sweep and its result."""
 
@@ -153,7 +160,10 @@ def _recipe(optimizer: str | dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Table:
-    """The results of all trials, in the grid's order, and the files that hold them."""
+    """The results of all trials, in the grid's order, and the files that hold them, which all processes of a sweep read and write.
+
+    A process holds the lock of the trial that it trains, and the table's to write it. The system frees the locks of a process that ends.
+    """
 
     out_dir: Path
     trials: list[Trial]
@@ -161,6 +171,47 @@ class Table:
     """the runs keep their checkpoint with the lowest validation loss"""
     facts: dict[str, Any] = field(default_factory=dict)
     """of sweep.json: settings, identity, environment, cache, seconds"""
+
+    @cached_property
+    def _locks(self) -> int:
+        """A file with a byte for the table and for each trial."""
+        return open_regular(self.out_dir / LOCKS, os.O_RDWR | os.O_CREAT)
+
+    @contextmanager
+    def locked(self, trial: Trial | None = None, wait: bool = True) -> Iterator[bool]:
+        """Lock the table, or a trial, and yield whether that was possible. File systems without locks are used unlocked."""
+        place = 0 if trial is None else 1 + self.trials.index(trial)
+        is_held = True
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+        except OSError as error:
+            is_held = error.errno not in (errno.EACCES, errno.EAGAIN)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                with suppress(OSError):
+                    fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, place)
+
+    def refresh(self) -> None:
+        """Read what the processes of the sweep have noted."""
+        content = read_json(self.out_dir / JSON)
+        for trial, row in zip(self.trials, content.pop("runs"), strict=True):
+            trial.status, trial.reason = row["status"], row["reason"]
+            measured = {name: row[name] for name in MEASURED}
+            trial.figures = measured if any(value is not None for value in measured.values()) else {}
+        self.facts = {**content, **self.facts}
+
+    def note(self, trial: Trial, status: str, reason: str = "", figures: dict[str, Any] | None = None) -> None:
+        """Write how a trial stands."""
+        with self.locked():
+            self.refresh()
+            trial.status, trial.reason, trial.figures = status, reason, figures or {}
+            self.save()
+
+    def close(self) -> None:
+        """Remove the locks, after all trials."""
+        (self.out_dir / LOCKS).unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write both files, each complete or not at all."""
@@ -200,8 +251,8 @@ class Table:
         figures, run = trial.figures, self.out_dir / trial.name
         return run / ("best" if self.keep_best and figures["best_step"] not in (None, figures["steps"]) else "final")
 
-    def of(self, status: str) -> list[Trial]:
-        return [trial for trial in self.trials if trial.status == status]
+    def of(self, *statuses: str) -> list[Trial]:
+        return [trial for trial in self.trials if trial.status in statuses]
 
     @property
     def ranked(self) -> list[Trial]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 from litgpt.errors import UserError
 from litgpt.train.launch import VARIABLES, Peer, Place, place_of
+from tests.helpers.jobs import ROOT, environ
 
 TORCHRUN = {
     "RANK": "5",
@@ -110,3 +114,17 @@ def test_what_can_be_seen_of_a_process() -> None:
     process.kill()
     process.wait()
     assert peer.state == "gone"
+
+
+@pytest.mark.parametrize(("end", "how"), [("sys.exit(3)", "ended with exit code 3"), ("os.kill(os.getpid(), 9)", "was ended by SIGKILL")])
+def test_a_process_that_ends_before_the_others_have_found_it_ends_the_run_at_once(end: str, how: str, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import os, sys\nif 'RANK' in os.environ:\n    {end}\nfrom litgpt.train import launch\nlaunch.Group(launch.place_of(2, 1), 600)\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, env={**environ(), "PYTHONPATH": str(ROOT)}, timeout=120
+    )
+    assert done.returncode == 1 and re.fullmatch(rf"Error: process \d+ of the run {how} before the run began\n", done.stderr), done.stderr
+    assert time.monotonic() - began < 60, "most of it to load torch"

@@ -7,6 +7,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from litgpt.model import GPT
 from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
+from tests.helpers.jobs import ROOT, environ
 from tests.helpers.runs import Run, finetune, load
 
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "lora_dropout": 0.1, "eval__max_new_tokens": 0}
@@ -198,7 +202,7 @@ def test_what_the_cache_depends_on_cannot_vary(key: str, base: Path, data: Path,
         ({"skip2lora_cache": "off", **SKIP}, {"lora_r": [2]}, "skip2lora_cache is off"),
         ({"skip2lora_warmup_steps": 2, **SKIP}, {"lora_r": [2]}, "skip2lora_warmup_steps"),
         ({"skip2lora_warmup_epochs": 1, **SKIP}, {"lora_r": [2]}, "skip2lora_warmup_epochs"),
-        ({"devices": 2, **SKIP}, {"lora_r": [2]}, "one device"),
+        ({"devices": 2, "skip2lora_cache": "memory", **SKIP}, {"lora_r": [2]}, "several processes share a cache on disk"),
         ({"resume": "step-000002", **SKIP}, {"lora_r": [2]}, "--resume auto"),
         (SKIP, {"lora_r": [-1, 0]}, "no setting of the grid can be trained. lora_r=-1: lora_r is -1"),
         (SKIP, {"optimizer.lrr": [1]}, "AdamW has no argument lrr"),
@@ -329,3 +333,75 @@ def test_chosen_blocks_that_cannot_be_are_chosen_anew(broken: Any, base: Path, d
     file.write_text(json.dumps({**json.loads(file.read_text()), "chosen": {"lora_r=2": broken}}))
     run = sweep(base, data, tmp_path, {"lora_r": [2]}, resume="auto", **settings)
     assert run.code == 0 and run.err.count("auto: blocks ") == 1
+
+
+# --- several processes ---
+
+GRID = {"lora_r": [2, 4, 3], "seed": [1, 2]}
+EACH: dict[str, Any] = {**SKIP, "train__save_interval": 2, "train__micro_batch_size": 3}
+TIMES = {"train_seconds", "total_seconds", "folder"}
+
+
+def by_two(base: Path, data: Path, folder: Path, fault: str = "none", launcher: str = "devices", **settings: Any) -> subprocess.Popen[str]:
+    """Start a sweep of two processes, each of which trains at least one setting."""
+    (folder / "meeting").mkdir(parents=True, exist_ok=True)
+    keys = {**finetune_runs.SETTINGS, "data.val_split_fraction": 0.1, "data.json_path": data, "out_dir": folder / "out", **EACH, **settings}
+    keys |= {f"grid.{key}": json.dumps(values) for key, values in GRID.items()} | ({"devices": 2} if launcher == "devices" else {})
+    words = [f"--{key.replace('__', '.')}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
+    start = ["-mtorch.distributed.run", "--nproc_per_node=2"] if launcher == "torchrun" else []
+    command = [sys.executable, *start, str(ROOT / "tests/helpers/faulty.py"), fault, "1", "sweep", str(base), "--data=JSON", *words]
+    environment = {**environ(), "PYTHONPATH": str(ROOT), "MEETING": str(folder / "meeting")}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "out"
+    assert sweep(base, data, folder, GRID, **EACH).code == 0
+    return folder
+
+
+def assert_same_sweep(out_dir: Path, expected: Path) -> None:
+    """The same table and weights, bit for bit, but for the time that they took."""
+    tables = [[{key: value for key, value in row.items() if key not in TIMES} for row in rows(folder)] for folder in (out_dir, expected)]
+    assert tables[0] == tables[1]
+    for row in rows(expected):
+        ended, weights = (load(folder / row["setting"] / "final/lit_model.pth.lora")["model"] for folder in (out_dir, expected))
+        assert all(torch.equal(ended[key], weights[key]) for key in weights)
+    assert {path.name for path in out_dir.iterdir()} == {path.name for path in expected.iterdir()}
+
+
+@pytest.mark.parametrize("launcher", ["devices", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes_share_the_settings_and_one_cache(launcher: str, base: Path, data: Path, alone: Path, tmp_path: Path) -> None:
+    out, err = by_two(base, data, tmp_path, launcher=launcher).communicate(timeout=240)
+    assert "best: " in out and "6 settings, by 2 processes" in err and "on rank 1: validation loss" in err, err
+    assert all(err.count(f"] {row['setting']}") == 1 for row in rows(alone)), err
+    assert len(list((tmp_path / "activation_cache").glob("*"))) == 2, "of training and validation samples"
+    assert_same_sweep(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+def test_the_setting_of_a_killed_process_is_taken_by_another(base: Path, data: Path, alone: Path, tmp_path: Path) -> None:
+    process = by_two(base, data, tmp_path, "SIGKILL")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "was ended by SIGKILL: the others have done its work" in err, err
+    (taken,) = [row["setting"] for row in rows(alone) if err.count(f"] {row['setting']}") == 2]
+    assert f"] {taken} on rank 1" in err and "best: " in out
+    assert_same_sweep(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_processes_stop_together_and_one_resumes_the_sweep(
+    number: signal.Signals, base: Path, data: Path, alone: Path, tmp_path: Path
+) -> None:
+    process, began = by_two(base, data, tmp_path, "slow"), time.monotonic()
+    while not (tmp_path / "out/sweep.csv").exists() or sum(row["status"] == "begun" for row in rows(tmp_path / "out")) < 2:
+        assert process.poll() is None and time.monotonic() - began < 120
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and err.count("the same command with --resume auto continues") == 1, err
+    assert [row["status"] for row in rows(tmp_path / "out")].count("stopped") == 2
+    assert sweep(base, data, tmp_path / "out", GRID, resume="auto", **EACH).code == 0
+    assert_same_sweep(tmp_path / "out", alone)
