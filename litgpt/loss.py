@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from litgpt.model import GPT, Positions, finish_logits
+from litgpt.model import GPT, Positions, finish_logits, take
 
 CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows make the matrix products slow, more only cost memory
 BLOCK_ELEMENTS = 8 * 49152  # logits per softmax on a CPU: in fp32 they stay in its cache
@@ -43,7 +43,7 @@ def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.
         weights = weights.to(hidden.device)
         kept = weights.nonzero()[:, 0]
         if len(kept) < len(weights):  # the others cost no logits
-            hidden, targets, weights = hidden[kept], targets[kept], weights[kept]
+            hidden, targets, weights = take(hidden, kept), targets[kept], weights[kept]
     loss = head_loss(hidden, targets, weights)
     auxiliary = model.auxiliary_loss()
     if auxiliary is None:
@@ -59,7 +59,7 @@ def losses_of(model: GPT, features: Features, head_loss: HeadLoss) -> torch.Tens
 def hidden_of(model: GPT, features: Features) -> torch.Tensor:
     """Return the head's input at the loss positions, (n, d)."""
     hidden = model.tail(features.x, features.taps, features.pos)
-    return hidden if features.at is None else hidden[features.at]
+    return hidden if features.at is None else take(hidden, features.at)
 
 
 def chunked_cross_entropy(

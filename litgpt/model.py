@@ -135,7 +135,7 @@ class GPT(nn.Module):
         cut = self.cut or 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut is None):
             x, taps = self.through(self.blocks[:cut], self.embed(idx, pos), pos, rows)
-            x = x if rows is None else x[rows]
+            x = x if rows is None else take(x, rows)
             if cut > self.config.n_layer:
                 x = self.transformer["ln_f"](x)
         return x, torch.stack(taps, dim=-2) if taps else x.new_empty(*x.shape[:-1], 0, x.size(-1))
@@ -148,7 +148,7 @@ class GPT(nn.Module):
         for block in blocks:
             x = block(x, pos)
             if block.skip2lora is not None:
-                taps.append(block.skip2lora.tap(x if rows is None else x[rows]))
+                taps.append(block.skip2lora.tap(x if rows is None else take(x, rows)))
         return x, taps
 
     def tail(self, x: torch.Tensor, taps: torch.Tensor, pos: Positions | None = None) -> torch.Tensor:
@@ -531,11 +531,11 @@ class LLaMAMoE(nn.Module):
             if self.select is not None:
                 self.select(rows)
             if len(rows):
-                done.append(expert(flat[rows]))
+                done.append(expert(take(flat, rows)))
         if self.select is not None:
             self.select(None)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        each = torch.cat(done)[back].unflatten(0, (-1, k))  # (N, k, d)
+        each = take(torch.cat(done), back).unflatten(0, (-1, k))  # (N, k, d)
         return (each * weights.to(each.dtype)[..., None]).sum(1).view_as(x)
 
 
@@ -591,6 +591,14 @@ def norm(config: Config, size: int | None = None) -> Any:
     if config.norm_class_name == "RMSNorm":
         return RMSNorm(size, config.norm_eps, config.unit_offset)
     return nn.LayerNorm(size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+
+
+def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return x[rows] for x (N, ...) and rows (n,). The gradients of a row that occurs several times are added up in one order.
+
+    On a CPU the gradient of x[rows] is added up in the order in which threads arrive, on a GPU that of `index_select` is.
+    """
+    return x.index_select(0, rows) if x.device.type == "cpu" else x[rows]
 
 
 def finish_logits(logits: torch.Tensor, divisor: float, cap: float | None) -> torch.Tensor:

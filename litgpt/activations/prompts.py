@@ -23,7 +23,7 @@ from litgpt import model as base
 from litgpt.errors import UserError
 from litgpt.lora import GPT
 from litgpt.loss import Features
-from litgpt.model import Positions
+from litgpt.model import Positions, take
 from litgpt.packing import Packing, loss_targets, pack
 from litgpt.rope import is_long
 from litgpt.sample import Sample
@@ -135,8 +135,8 @@ def reply_features(model: GPT, rows: Rows) -> Features:
         taps = torch.cat((taps, torch.stack(late, dim=1)), dim=1) if late else taps
         if cut < config.n_layer:
             return Features(x, taps, targets, at, pos)
-        x = x[at] if cut == config.n_layer else model.transformer["ln_f"](x[at])
-    return Features(x, taps[at], targets)
+        x = take(x, at) if cut == config.n_layer else model.transformer["ln_f"](take(x, at))
+    return Features(x, take(taps, at), targets)
 
 
 def reply_positions(
