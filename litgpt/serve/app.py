@@ -26,9 +26,9 @@ from litgpt.args import LAST_SEED
 from litgpt.errors import UserError
 from litgpt.generate.engine import check
 from litgpt.generate.sampling import Sampling
-from litgpt.serve.models import Served
+from litgpt.serve.models import Models, Served
 from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
-from litgpt.serve.schemas import Chat, Completion, Predict, Settings
+from litgpt.serve.schemas import Adapter, AdapterFolder, Chat, Completion, Predict, Settings
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -49,13 +49,15 @@ class Limits:
 class State:
     """What all requests share."""
 
-    models: dict[str, Served]
+    models: Models
     scheduler: Scheduler
     sampling: dict[str, Any] = field(default_factory=dict)  # settings of the command line
     max_new_tokens: int = 50  # of /predict
     stream: bool = False  # of /predict
     api_key: str | None = None
     limits: Limits = field(default_factory=Limits)
+    adapter_dir: Path | None = None  # adapters below it may be loaded by a request
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     preparing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a template's sandbox renders one text at a time
 
 
@@ -263,6 +265,10 @@ def make_app(state: State, host: str = "127.0.0.1", api_path: str = "/predict") 
     app.add_api_route("/v1/completions", _completion, methods=["POST"], dependencies=protected, response_model=None)
     app.add_api_route("/v1/models", _models, methods=["GET"], dependencies=protected)
     app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"], dependencies=protected)
+    app.add_api_route("/v1/load_lora_adapter", _load_adapter, methods=["POST"], dependencies=protected, response_class=PlainTextResponse)
+    app.add_api_route(
+        "/v1/unload_lora_adapter", _unload_adapter, methods=["POST"], dependencies=protected, response_class=PlainTextResponse
+    )
     app.add_api_route(api_path, _predict, methods=["POST"], dependencies=protected, response_model=None)
     app.add_api_route("/health", _health, methods=["GET"], response_class=PlainTextResponse)
     app.add_api_route("/", _page, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
@@ -285,10 +291,13 @@ def _state(request: Request) -> State:
 
 def _answering(request: Request, body: Settings) -> Answering:
     state = _state(request)
-    name = body.model or next(iter(state.models))
+    return Answering(state, body, _find(state, body.model or next(iter(state.models))))
+
+
+def _find(state: State, name: str) -> Served:
     if name not in state.models:
         raise Refusal(404, f"there is no model {name[:100]!r}: {', '.join(state.models)}", "model_not_found", "model")
-    return Answering(state, body, state.models[name])
+    return state.models[name]
 
 
 async def _chat(request: Request, body: Chat) -> Response:
@@ -342,10 +351,36 @@ async def _models(request: Request) -> dict[str, Any]:
 
 
 async def _model(request: Request, name: str) -> dict[str, Any]:
-    models = _state(request).models
-    if name not in models:
-        raise Refusal(404, f"there is no model {name[:100]!r}", "model_not_found", "model")
-    return _described(models[name])
+    return _described(_find(_state(request), name))
+
+
+async def _load_adapter(request: Request, body: AdapterFolder) -> str:
+    state = _state(request)
+    root = _adapter_dir(state)
+    folder = (root / body.lora_path).resolve()
+    if not folder.is_relative_to(root):
+        raise Refusal(400, "lora_path is a folder below the server's --adapter_dir", param="lora_path")
+    async with state.loading:
+        try:
+            model = await asyncio.to_thread(state.models.open, body.lora_name, folder)
+        except (UserError, OSError) as error:
+            raise Refusal(400, str(error).replace(f"{root}/", ""), param="lora_path") from None
+        state.models[body.lora_name] = model
+    return f"{body.lora_name} is loaded"
+
+
+async def _unload_adapter(request: Request, body: Adapter) -> str:
+    state = _state(request)
+    _adapter_dir(state)
+    _find(state, body.lora_name)
+    state.models.drop(body.lora_name)
+    return f"{body.lora_name} is unloaded"
+
+
+def _adapter_dir(state: State) -> Path:
+    if state.adapter_dir is None:
+        raise Refusal(403, "this server's models are fixed: it was started without --adapter_dir")
+    return state.adapter_dir
 
 
 def _described(model: Served) -> dict[str, Any]:

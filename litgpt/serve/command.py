@@ -23,6 +23,8 @@ class Serve:
     """Folder of a base model, a merged model, an adapter (its base is served too) or a run."""
     adapters: Optional[list[str]] = None
     """Adapters of the same base as NAME=FOLDER, which requests name as `model`. Skip2-LoRA's run in one batch with the base."""
+    adapter_dir: Optional[Path] = None
+    """Folder below which /v1/load_lora_adapter may load adapters while the server runs. null: the models stay as they are."""
     host: str = "127.0.0.1"
     """Address to listen at. 0.0.0.0 is all of this machine's: give an api_key then."""
     port: int = 8000
@@ -69,6 +71,8 @@ class Serve:
         if not self.api_path.startswith("/"):
             raise UserError(f"api_path is {self.api_path!r}: it begins with /, for example /predict")
         self.folders = named(self.adapters or [])
+        if self.adapter_dir is not None and not self.adapter_dir.is_dir():
+            raise UserError(f"adapter_dir: there is no folder {self.adapter_dir}")
 
     def main(self) -> None:
         """Load the models and serve until SIGTERM or Ctrl-C."""
@@ -90,13 +94,22 @@ class Serve:
         Sampling(**{**sampling, "top_k": self.top_k or None})  # an error is reported here
         socket = listen(self.host, self.port)
         limits, scheduler = Limits(self.max_prompt_tokens, self.timeout), Scheduler(self.max_batch, self.max_queue)
-        state = State(self._load(), scheduler, sampling, self.max_new_tokens, self.stream, key, limits)
+        state = State(
+            self._load(),
+            scheduler,
+            sampling,
+            self.max_new_tokens,
+            self.stream,
+            key,
+            limits,
+            self.adapter_dir and self.adapter_dir.resolve(),
+        )
         try:
             run(make_app(state, self.host, self.api_path), socket, self.timeout)
         finally:
             scheduler.close()
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> Any:
         """Load the models, and print their names, dtype and device to standard error."""
         from litgpt.serve.models import load_models
 
@@ -107,7 +120,7 @@ class Serve:
         dtype = str(model.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else "")
         place = next(model.parameters()).device
         print(safe(f"{', '.join(models)}: {dtype} on {place}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)
-        return dict(models)
+        return models
 
 
 def named(adapters: list[str]) -> dict[str, Path]:

@@ -83,24 +83,43 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def load_models(folder: str | Path, adapters: dict[str, Path], quantize: str | None = None, **how: Any) -> dict[str, Served]:
+class Models(dict[str, Served]):
+    """The models by name. Without a name a request gets the first, which stays, as the base does."""
+
+    def __init__(self, base: Served, folder: Path, quantize: str | None, how: dict[str, Any]) -> None:
+        super().__init__()
+        self.base, self.folder, self.quantize, self.how = base, folder, quantize, how
+
+    def open(self, name: str, folder: Path) -> Served:
+        """Load an adapter over the base, or a model with weights of its own. It is not entered. Raises UserError."""
+        if name in (*self, self.base.name):
+            raise UserError(f"adapters: {name!r} is the name of a model that is served already: choose another for {folder}")
+        return _load_adapter(name, open_checkpoint(folder), self.base, self.folder, self.quantize, self.how)
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter. Its answers that run are completed. Raises UserError for the base and the first."""
+        if name in (self.base.name, next(iter(self))):
+            raise UserError(f"{name!r} is served as long as the server runs")
+        del self[name]
+
+
+def load_models(folder: str | Path, adapters: dict[str, Path], quantize: str | None = None, **how: Any) -> Models:
     """Load a checkpoint, and adapters over it by name; the first is the default. `how` are precision and device, as of `LLM.load`.
 
     If `folder` holds an adapter its base is served too. Raises UserError for folders that cannot be loaded or do not belong together.
     """
     opened = base_folder = open_checkpoint(folder)
-    if _is_over_a_base(opened):
+    if is_adapter := _is_over_a_base(opened):
         base_folder, _ = checkpoint.adapter_settings(opened)
-        adapters = {own_name(opened): opened, **adapters}
-    base = LLM.load(base_folder, quantize=quantize, **how)
-    name = base.config.name or base_folder.name
-    if name in adapters:
-        raise UserError(f"adapters: {name!r} is the base model's own name: choose another for {adapters[name]}")
-    served = {name: Served(name, base, SharedBatch(base.model, CHUNK, KEPT))}
+    llm = LLM.load(base_folder, quantize=quantize, **how)
+    name = llm.config.name or base_folder.name
+    models = Models(Served(name, llm, SharedBatch(llm.model, CHUNK, KEPT)), base_folder, quantize, how)
+    if is_adapter:
+        models[own_name(opened)] = models.open(own_name(opened), opened)
+    models[name] = models.base
     for own, path in adapters.items():
-        served[own] = _load_adapter(own, open_checkpoint(path), served[name], base_folder, quantize, how)
-    first = next(iter(adapters)) if base_folder is not opened else name
-    return {first: served[first], **served}
+        models[own] = models.open(own, path)
+    return models
 
 
 def _is_over_a_base(folder: Path) -> bool:

@@ -112,3 +112,13 @@ class Predict(Settings):
 
     prompt: Text
     max_new_tokens: int | None = Field(None, ge=1)
+
+
+class Adapter(BaseModel):
+    """An adapter that is loaded or unloaded while the server runs, as vLLM's clients ask for it."""
+
+    lora_name: str = Field(min_length=1, max_length=200)
+
+
+class AdapterFolder(Adapter):
+    lora_path: str = Field(pattern=r"^[^\x00]{1,1000}$")

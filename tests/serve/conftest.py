@@ -76,7 +76,16 @@ def start(base: Path, *options: str, log: Path) -> Server:
 def server(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One process for all tests of a worker."""
     named = [f"{name}={folder}" for name, folder in folders.adapters.items()]
-    running = start(folders.base, "--adapters", *named, "--max_queue", "8", log=tmp_path_factory.mktemp("log") / "out")
+    running = start(
+        folders.base,
+        "--adapters",
+        *named,
+        "--max_queue",
+        "8",
+        "--adapter_dir",
+        str(folders.base.parent),
+        log=tmp_path_factory.mktemp("log") / "out",
+    )
     yield running
     running.process.send_signal(signal.SIGTERM)
     assert running.process.wait(20) == 143

@@ -50,6 +50,43 @@ def test_models(client: openai.OpenAI, folders: Folders) -> None:
         client.models.retrieve("none")
 
 
+def test_adapters_come_and_go_while_answers_run(server: Server, client: openai.OpenAI, folders: Folders) -> None:
+    expected = llm(folders, "skip").generate(HELLO, max_new_tokens=12, temperature=0.0)
+    running = client.chat.completions.create(model="skip", messages=HELLO, stream=True, temperature=0.0, max_tokens=100)
+    next(running)
+    for name in ("skip", "lora"):
+        assert send(server, "POST", "/v1/load_lora_adapter", {"lora_name": f"new {name}", "lora_path": name}) == (
+            200,
+            f"new {name} is loaded".encode(),
+        )
+    assert client.chat.completions.create(model="new skip", messages=HELLO, **GREEDY).choices[0].message.content == expected
+    half = client.chat.completions.create(model="new lora", messages=HELLO, stream=True, temperature=0.0, max_tokens=60)
+    next(half)
+    for name in ("skip", "lora"):
+        assert send(server, "POST", "/v1/unload_lora_adapter", {"lora_name": f"new {name}"})[0] == 200
+    assert list(half)[-1].choices[0].finish_reason == list(running)[-1].choices[0].finish_reason == "length"
+    assert [model.id for model in client.models.list()] == ["tiny", *folders.adapters]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("load", {"lora_name": "x", "lora_path": "nowhere"}, 400, b"nowhere does not exist"),
+        ("load", {"lora_name": "x", "lora_path": "../.."}, 400, b"below the server's --adapter_dir"),
+        ("load", {"lora_name": "x", "lora_path": "/etc"}, 400, b"below the server's --adapter_dir"),
+        ("load", {"lora_name": "x", "lora_path": "a" * 900}, 400, b"error"),
+        ("load", {"lora_name": "x", "lora_path": "a\0b"}, 400, b"lora_path"),
+        ("load", {"lora_name": "skip", "lora_path": "skip"}, 400, b"served already"),
+        ("load", {"lora_path": "skip"}, 400, b"lora_name"),
+        ("unload", {"lora_name": "x"}, 404, b"there is no model"),
+        ("unload", {"lora_name": "tiny"}, 400, b"served as long as the server runs"),
+    ],
+)
+def test_adapters_that_cannot_come_or_go(path: str, body: dict[str, str], status: int, message: bytes, server: Server) -> None:
+    found, text = send(server, "POST", f"/v1/{path}_lora_adapter", body)
+    assert found == status and message in text
+
+
 @pytest.mark.parametrize("name", ["tiny", "skip", "other", "norm", "tail", "lora"])
 def test_chat_is_the_models_own_answer(name: str, client: openai.OpenAI, folders: Folders) -> None:
     own = llm(folders, name)
@@ -228,7 +265,10 @@ def test_nothing_of_a_request_is_logged(server: Server, client: openai.OpenAI) -
 
 def test_the_schema_names_every_address(server: Server) -> None:
     paths = json.loads(send(server, "GET", "/openapi.json")[1])["paths"]
-    assert set(paths) == {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/predict", "/health"}
+    own = {
+        f"/v1/{name}" for name in ("chat/completions", "completions", "models", "models/{name}", "load_lora_adapter", "unload_lora_adapter")
+    }
+    assert set(paths) == {*own, "/predict", "/health"}
 
 
 def test_the_page_is_whole_and_drives_the_interface(server: Server) -> None:

@@ -81,7 +81,7 @@ def test_a_model_of_its_own_weights(folders: Folders) -> None:
 
 
 def test_refusals(folders: Folders, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'tiny' is the base model's own name"):
+    with pytest.raises(UserError, match="'tiny' is the name of a model that is served already"):
         load_models(folders.base, {"tiny": folders.adapters["skip"]}, **HOW)
     with pytest.raises(UserError, match="nowhere does not exist"):
         load_models(folders.base, {"x": tmp_path / "nowhere"}, **HOW)
