@@ -367,7 +367,11 @@ def _on_disk(
     """Return the store in the cache's folder, reused or filled. Raises OSError if it cannot be written."""
 
     def complete(store: Rows, batches: Iterator[list[int]], done: int) -> None:
-        with settings.progress(f"{name} cache", done) as progress:
+        with settings.progress(f"{name} cache", done) as show:
+
+            def progress(own: int, total: int) -> None:  # others may fill the same samples
+                show(sum(store.is_written([i]) for i in indices), total)
+
             fill(model, samples, layout, store, batches, device, progress, len(indices), done, settings.any or bool)
 
     contents = Contents(fingerprint(model, samples, layout, device), layout.shape, layout.dtype, layout.slices, slice(layout.first))
