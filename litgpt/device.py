@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from litgpt.errors import UserError
+from litgpt.streams import safe
 
 PRECISIONS = {
     "32-true": torch.float32,
@@ -40,10 +43,25 @@ def on_meta() -> Iterator[None]:
 
 
 def default_device() -> torch.device:
-    """Return the first CUDA device if there is one, else Apple's GPU, else the CPU. Apple's GPU was never tried."""
+    """Return the first CUDA device if there is one, else Intel's or Apple's GPU if it works, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return next((torch.device(kind) for kind in _others() if _works(kind)), torch.device("cpu"))
+
+
+def _others() -> list[str]:
+    """Return the kinds of GPU besides CUDA that this machine has."""
+    return [kind for kind, module in (("xpu", torch.xpu), ("mps", torch.backends.mps)) if module.is_available()]
+
+
+@cache
+def _works(kind: str) -> bool:
+    """Return whether the device computes; say it once if it does not."""
+    try:
+        return bool((torch.ones(2, device=kind) * 2).sum().item() == 4)
+    except (RuntimeError, AssertionError) as error:
+        print(f"device {kind} does not work ({safe(str(error)).splitlines()[0]}): the CPU is used", file=sys.stderr)
+        return False
 
 
 def find_device(device: torch.device | str | int | None) -> torch.device:
@@ -52,21 +70,26 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
         found = default_device() if device is None else torch.device(device)
         torch.empty(1, device=found).cpu()  # a device may have a name and be absent
     except (RuntimeError, AssertionError, ImportError, AttributeError, TypeError, ValueError):
-        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if torch.backends.mps.is_available() else [])]
+        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *_others()]
         raise UserError(f"device {str(device)!r} does not exist on this machine: choose one of {', '.join(known)}") from None
     return found
 
 
 def default_precision(device: torch.device) -> str:
-    """Return bf16-true if the device multiplies bf16 matrices natively (Ampere and later, AVX512-BF16, AMX), else 32-true."""
+    """Return bf16-true if the device multiplies bf16 matrices natively (Ampere and later, macOS 14, AVX512-BF16, AMX).
+
+    Else 16-true on Intel's and Apple's GPUs, 32-true elsewhere.
+    """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "xpu":
+        native = torch.xpu.is_bf16_supported(including_emulation=False)
     elif device.type == "mps":
-        native = False
+        native = torch.backends.mps.is_macos_or_newer(14, 0)
     else:
         capabilities = torch.cpu.get_capabilities()
         native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bf16-true" if native else "32-true"
+    return "bf16-true" if native else "16-true" if device.type in ("xpu", "mps") else "32-true"
 
 
 def backbone_dtype(precision: str) -> torch.dtype:

@@ -94,7 +94,7 @@ class ModelModule(nn.Module):
         generate_strategy: str | None = None,
         fixed_kv_cache_size: int | str | None = None,
     ) -> None:
-        """Move the model to a device (cpu, cuda, mps or auto), in this precision, quantised if asked for.
+        """Move the model to a device (cpu, cuda, xpu, mps or auto), in this precision, quantised if asked for.
 
         One device is used: for several see `litgpt generate_tp` and `generate_sequentially`.
         """

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from litgpt import device
 from litgpt.device import backbone_dtype, default_device, default_precision, find_device
 from litgpt.errors import UserError
 
@@ -63,6 +64,63 @@ def test_the_default_here_agrees_with_the_kernels_flags() -> None:
 
 def test_the_default_device_is_the_one_there_is() -> None:
     assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Gpu:
+    """A kind of GPU that this machine seems to have: the choice alone is tested."""
+
+    def __init__(self, is_there: bool, has_bf16: bool = True) -> None:
+        self.is_there, self.has_bf16 = is_there, has_bf16
+
+    def is_available(self) -> bool:
+        return self.is_there
+
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        return self.has_bf16
+
+    def is_macos_or_newer(self, major: int, minor: int) -> bool:
+        assert (major, minor) == (14, 0)
+        return self.has_bf16
+
+
+@pytest.mark.parametrize(
+    ("xpu", "mps", "working", "expected"),
+    [
+        (True, False, ("xpu",), "xpu"),
+        (False, True, ("mps",), "mps"),
+        (True, True, ("mps",), "mps"),
+        (True, True, (), "cpu"),
+        (False, False, ("xpu", "mps"), "cpu"),
+    ],
+)
+def test_intels_and_apples_gpus_are_chosen_if_they_work(
+    xpu: bool, mps: bool, working: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "xpu", Gpu(xpu))
+    monkeypatch.setattr(torch.backends, "mps", Gpu(mps))
+    monkeypatch.setattr(device, "_works", lambda kind: kind in working)
+    assert default_device() == torch.device(expected)
+
+
+def test_a_gpu_that_does_not_compute_is_said_once_and_the_cpu_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This torch has no XPU, whatever the mock says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "xpu", Gpu(True))
+    device._works.cache_clear()
+    assert default_device() == default_device() == CPU
+    err = capsys.readouterr().err
+    assert err.startswith("device xpu does not work (") and err.endswith("): the CPU is used\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16-true"), (False, "16-true")])
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_these_gpus_compute_in_16_bits(kind: str, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "xpu", Gpu(True, has_bf16))
+    monkeypatch.setattr(torch.backends, "mps", Gpu(True, has_bf16))
+    assert default_precision(torch.device(kind)) == expected
 
 
 @pytest.mark.parametrize(

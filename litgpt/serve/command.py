@@ -44,7 +44,7 @@ class Serve:
     quantize: Optional[Quantization] = None
     """Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8)."""
     accelerator: str = "auto"
-    """auto, cpu, cuda (or gpu) or mps."""
+    """auto, cpu, cuda (or gpu), xpu or mps."""
     devices: int = 1
     """Number of devices; this server computes on one."""
     api_path: str = "/predict"
