@@ -294,6 +294,28 @@ def generate(
     return Session(model).answer(prompt.tolist(), max_returned_tokens - prompt.numel(), Sampling(**sampling), stop_tokens, generator)
 
 
+@torch.no_grad()
+def greedy(model: GPT, prompt: Sequence[int], most: int, stop_tokens: Sequence[Sequence[int]] = ()) -> list[int]:
+    """Return the most probable ids that follow the prompt, at most so many, from a sharded model, which all ranks run.
+
+    There is no key-value cache: the weights are gathered for every token, which takes longer than to read the prompt again.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    tokens, answer, stops = list(prompt), list[int](), StopFilter(stop_tokens)
+    model.eval()
+
+    def logits() -> torch.Tensor:  # (V,)
+        idx = torch.tensor([tokens], device=device)
+        pos = model.positions(idx)
+        return model.logits(model.tail(*model.prefix(idx, pos), pos)[0, -1])
+
+    while len(tokens) < len(prompt) + most and not stops.stopped:
+        tokens.append(int(model.within(logits).argmax()))
+        answer += stops.push(tokens[-1])
+    model.train(was_training)
+    return answer + stops.held
+
+
 def generate_batch(
     model: GPT,
     prompts: Iterable[Sequence[int]],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from litgpt import checkpoint
@@ -94,11 +95,14 @@ def adapters(settings: Any) -> Method:
         mark_only_lora_as_trainable(model)
 
     def finish(model: GPT, folder: Path) -> bool:
-        if is_sharded(model) or not model.config.is_mergeable:
+        if not model.config.is_mergeable:
             return False
+        if is_sharded(model) and 2 * sum(p.numel() * p.element_size() for p in model.parameters()) > psutil.virtual_memory().available:
+            return False  # `litgpt merge_lora` can do it on another machine
         from litgpt.convert.merge import merged_weights
 
-        whole = checkpoint.load_model(folder, model.dtype) if is_quantised(model) else model  # merged into the base's own precision
+        is_apart = is_quantised(model) or is_sharded(model)
+        whole = checkpoint.load_model(folder, model.dtype) if is_apart else model  # merged into the base's own precision
         checkpoint.save_weights(merged_weights(whole), folder / checkpoint.WEIGHTS)
         return whole is model and model.dtype.itemsize < 4
 

@@ -245,7 +245,7 @@ def choose_taps(job: Job, count: int) -> list[int]:
 def _general_answers(settings: Run, rank: Rank, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> list[str]:
     """Return the answers of the model, whose adapters change nothing yet, to general questions; the first process's, for all."""
     answers: list[str] = []
-    if rank.is_first:
+    if rank.is_first or rank.sharded:
         console.say(f"The base model answers {settings.train.replay} general questions")
         with rank.autocast():
             answers = base_answers(model, tokenizer, style, settings.train.replay)

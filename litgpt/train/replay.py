@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from litgpt.data.base import DataModule
-from litgpt.generate.engine import generate_batch
+from litgpt.generate.engine import generate_batch, greedy
 from litgpt.generate.sampling import Sampling
 from litgpt.lora import GPT
 from litgpt.prompts import PromptStyle
 from litgpt.sample import Sample
+from litgpt.sharding import is_sharded
 from litgpt.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 24
@@ -43,8 +44,11 @@ def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: in
     prompts = [tokenizer.ids(style.apply(question), bos=style.bos) for question in QUESTIONS[:count]]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.max_seq_length]
     room = min((model.max_seq_length - len(prompts[i]) for i in fitting), default=0)
-    greedy, stops = Sampling(temperature=0.0), style.stop_tokens(tokenizer)
-    replies = generate_batch(model, [prompts[i] for i in fitting], min(ANSWER_TOKENS, room), greedy, stops)
+    most, stops = min(ANSWER_TOKENS, room), style.stop_tokens(tokenizer)
+    if is_sharded(model):
+        replies = [greedy(model, prompts[i], most, stops) for i in fitting]
+    else:
+        replies = generate_batch(model, [prompts[i] for i in fitting], most, Sampling(temperature=0.0), stops)
     answers = [""] * len(prompts)
     for i, ids in zip(fitting, replies, strict=True):
         answers[i] = tokenizer.decode(ids).strip()

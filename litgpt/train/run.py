@@ -24,7 +24,7 @@ from litgpt.data.base import render
 from litgpt.device import process_rank
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
 from litgpt.files import nearest, read_json
-from litgpt.generate.engine import generate
+from litgpt.generate.engine import generate, greedy
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.loss import HeadLoss
@@ -301,13 +301,15 @@ class Session:
 
     def _answer(self) -> None:
         """Show the model's answers to the examples, if `eval.max_new_tokens` asks for them, and keep those for the report."""
-        if not self.settings.eval.max_new_tokens or not self.job.answers or not self.console.active or self.rank.sharded:
+        if not self.settings.eval.max_new_tokens or not self.job.answers or not (self.console.active or self.rank.sharded):
+            return
+        if self.rank.sharded and self.model.switch is not None:  # answer-only LoRA needs a key-value cache
             return
         for example in self.job.examples:
             rendered = render(example, self.job.style, self.job.tokenizer)
             prompt = rendered.text[: rendered.spans[0][0]]
             question, answer = example.question if example.pair else prompt, self._generated(prompt)
-            if answer is None or self.interrupts.asked is not None:
+            if answer is None or (self.interrupts.asked is not None and not self.rank.sharded):
                 return
             self.answers.setdefault(question, []).append((self.state.step, answer))
             self.console.say(f"  asked: {question}\n  answered: {answer}")
@@ -319,7 +321,10 @@ class Session:
         room = min(len(ids) + (self.settings.eval.max_new_tokens or 0), model.max_seq_length)
         if room <= len(ids):
             return None
-        for token in generate(model, ids, room, temperature=0.0, stop_tokens=self.job.style.stop_tokens(tokenizer)):
+        stops = self.job.style.stop_tokens(tokenizer)
+        if self.rank.sharded:
+            return tokenizer.decode(greedy(model, ids.tolist(), room - len(ids), stops)).strip()
+        for token in generate(model, ids, room, temperature=0.0, stop_tokens=stops):
             tokens.append(token)
             if self.interrupts.asked is not None:
                 break

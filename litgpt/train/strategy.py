@@ -38,7 +38,7 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
         **dict.fromkeys(config.heads, True),
         "LLaMA-Adapter": config.adapter_file != LoRAConfig.adapter_file,
         "skip2lora_block_indices auto (name the blocks)": config.taps_to_choose is not None,
-        "train.replay": bool(settings.train.replay),
+        "train.replay of answer-only LoRA": bool(settings.train.replay) and config.alora_enabled,
         "trained experts of a mixture": trains_experts,
     }
     return [what for what, is_so in found.items() if is_so]

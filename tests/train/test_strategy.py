@@ -145,6 +145,25 @@ def test_processes_fill_one_cache_on_disk_and_another_number_of_them_finds_it(
             assert torch.allclose(values, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_sharded_model_answers_replays_and_is_merged_as_one_process_does(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"eval.max_new_tokens": 6, "train.replay": 3, "lora_mlp": True, "lora_r": 2}
+    assert main(argv(bench, tmp_path / "one", "late", **settings)) == 0
+    said = capsys.readouterr().err
+    sharded = by_processes(tmp_path, [argv(bench, tmp_path / "fsdp", "late", devices=2, strategy="fsdp", **settings)])
+    assert_alike(tmp_path / "one", tmp_path / "fsdp")
+    answers = [[line for line in text.splitlines() if line.startswith("  answered: ")] for text in (said, sharded)]
+    assert answers[0] == answers[1] and len(set(answers[0])) > 1
+    kept = [json.loads((tmp_path / name / "final/identity.json").read_text())["general_answers"] for name in ("one", "fsdp")]
+    assert kept[0] == kept[1] and any(kept[0])
+    merged = [torch.load(tmp_path / name / "final/lit_model.pth", weights_only=True) for name in ("one", "fsdp")]
+    base = torch.load(bench.base / "lit_model.pth", weights_only=True)
+    assert list(merged[0]) == list(merged[1])
+    assert all(torch.allclose(merged[1][key], value, rtol=1e-3, atol=1e-4) for key, value in merged[0].items())
+    assert any(not torch.equal(merged[1][key], base[key]) for key in base)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_tied_head_stays_tied(method: str, bench: Bench, tmp_path: Path) -> None:
     base = shutil.copytree(bench.base, tmp_path / "tied")
