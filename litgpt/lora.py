@@ -34,7 +34,7 @@ from litgpt.adapters.base import (
 )
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
 from litgpt.adapters.dora import DoRA
-from litgpt.adapters.heads import Head, ValueHead
+from litgpt.adapters.heads import Head, MultiTokenHead, ValueHead
 from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.settings import AdapterSettings
 from litgpt.adapters.switch import Switch
@@ -384,6 +384,7 @@ class GPT(base_model.GPT):
             elif isinstance(module, LLaMAMoE):
                 module.select = None if self.switch is None else self.switch.select
         self.value_head = ValueHead(config.n_embd, config.value_head) if config.value_head else None
+        self.mtp_heads = nn.ModuleList(MultiTokenHead(config.n_embd) for _ in range(config.mtp_heads))
         for index in config.taps:
             assert config.skip2lora_r is not None and config.skip2lora_alpha is not None and config.skip2lora_dropout is not None
             self.blocks[index].skip2lora = Skip2LoRA(
@@ -506,8 +507,8 @@ def merge_lora_weights(model: nn.Module) -> None:
         )
     if any(isinstance(module, Head) for module in model.modules()):
         raise UserError(
-            "an adapter with a value head cannot be merged: no weight of the base model has room for it. Use the adapter folder as it is: "
-            "generate, evaluate and LLM.load take it and find the base"
+            "an adapter with value_head or mtp_heads cannot be merged: no weight of the base model has room for a head. Use the adapter "
+            "folder as it is: generate, evaluate and LLM.load take it and find the base"
         )
     if getattr(model, "switch", None) is not None:
         raise UserError(

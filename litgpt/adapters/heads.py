@@ -1,8 +1,11 @@
 """Heads beside the output layer: adapters on its input h, which cost no pass of the blocks.
 
-    value head    v = s(w . a + b), the expected reward of an answer so far;  a = N(h), or silu(U N(h) + c) with "mlp"
+    value head           v = s(w . a + b), the expected reward of an answer so far;  a = N(h), or silu(U N(h) + c) with "mlp"
+    multi-token head k   z = h + D silu(U [N(h), N(e)]),  e the embedding of the next token;  lm_head(z) predicts the token k behind it
 
-N divides by the root mean square, s is the logistic function; parameters are fp32. At the start v is 1/2.
+N divides by the root mean square, s is the logistic function; parameters are fp32. At the start v is 1/2 and z = h. A multi-token head is
+an MLP, not a decoder block (arXiv 2404.19737): it needs no keys and values of its own, learns from cached states of the reply alone, and
+all heads draft in one pass of the output layer. It reads the next token, which is known when it drafts, as DeepSeek-V3's modules do.
 """
 
 from __future__ import annotations
@@ -52,3 +55,22 @@ class ValueHead(Head):
             if self.up is not None:
                 a = F.silu(F.linear(a, self.up, self.shift))
             return a @ self.weight + self.bias
+
+
+class MultiTokenHead(Head):
+    """A token further ahead, by its input of the output layer."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.empty(d, 2 * d)), nn.Parameter(torch.empty(d, d))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.up, a=math.sqrt(5))
+        nn.init.zeros_(self.down)
+
+    def forward(self, h: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        """(..., d) each -> (..., d), in h's dtype"""
+        with torch.autocast(h.device.type, enabled=False):
+            a = torch.cat([rms_normalise(x.float(), EPS) for x in (h, e)], dim=-1)
+            return (h.float() + F.linear(F.silu(F.linear(a, self.up)), self.down)).to(h.dtype)

@@ -14,6 +14,7 @@ from litgpt.errors import UserError
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
 Variant = Literal["lora", "dora", "pissa", "olora"]
 MAX_RANK = 2**16
+MOST_HEADS = 16
 LAYER_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
 
 
@@ -56,6 +57,9 @@ class AdapterSettings:
     """The token ids that open a reply and switch LoRA on. Default: those that the prompt style writes between a prompt and its reply."""
     value_head: Optional[Literal["linear", "mlp"]] = setting(None, varies=True)
     """A head that says how good an answer is, linear or with a hidden layer, trained by objective critic."""
+    mtp_heads: int = setting(0, varies=True)
+    """Heads that predict the tokens behind the next one, for `litgpt generate --speculate heads`: trained together with LoRA and
+    Skip2-LoRA, or alone, on a frozen model, if these are off."""
     skip2lora_enabled: bool = setting(False, varies=True)
     """Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only."""
     skip2lora_block_indices: BlockIndices = setting(None, varies=True, older_names=("skip2lora_positions",))
@@ -79,6 +83,8 @@ class AdapterSettings:
             raise UserError(f"lora_variant is {self.lora_variant!r}: choose {', '.join(map(repr, names[:-1]))} or {names[-1]!r}")
         if self.value_head not in (None, "linear", "mlp"):
             raise UserError(f"value_head is {self.value_head!r}: choose 'linear' or 'mlp'")
+        if not (isinstance(self.mtp_heads, int) and 0 <= self.mtp_heads <= MOST_HEADS):
+            raise UserError(f"mtp_heads is {self.mtp_heads!r}: a whole number from 0 to {MOST_HEADS} is needed")
         if self.alora_enabled and self.lora_variant != "lora":
             raise UserError("alora_enabled works with lora_variant lora only")
         if self.alora_enabled and not self.has_lora_in_blocks:
@@ -108,7 +114,7 @@ class AdapterSettings:
     @property
     def heads(self) -> list[str]:
         """The settings that add a head beside the output layer."""
-        return ["value_head"] if self.value_head else []
+        return [name for name in ("value_head", "mtp_heads") if getattr(self, name)]
 
     @property
     def is_mergeable(self) -> bool:

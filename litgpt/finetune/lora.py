@@ -59,6 +59,8 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
 
     def _require_fitting_heads(self) -> None:
         """Give a critic its head. Raise UserError for heads that the objective does not train, and adapters that a critic would change."""
+        if self.mtp_heads and self.objective != "next_token":
+            raise UserError(f"mtp_heads are not trained by objective {self.objective}: leave one of them out")
         if self.objective == "critic":
             self.value_head = self.value_head or "linear"
             if self.changes_text:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 from litgpt.args import Quantization
 from litgpt.errors import UserError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from litgpt.model import GPT
     from litgpt.tokenizer import Tokenizer
 
+Speculation = Literal["heads", "prompt_lookup"]
 LOOKED_UP = 10  # tokens of a draft from the text
 
 
@@ -87,10 +88,10 @@ class Answers(Drawing):
     num_samples: int = 1
     """How many answers to draw."""
 
-    def show(self, llm: "LLM", drafted: int = 0, draft: "Optional[GPT]" = None, **style: str) -> None:
+    def show(self, llm: "LLM", drafted: int = 0, draft: "Union[GPT, Speculation]" = "prompt_lookup", **style: str) -> None:
         """Stream answers to standard output, and their length and speed to standard error.
 
-        `drafted` tokens at a time are drafted by the model `draft`, or looked up in the text without one. `style` goes to the prompt style.
+        `drafted` tokens at a time are drafted, as `litgpt.generate.drafts` says of `draft`. `style` goes to the prompt style.
         """
         from litgpt.generate import drafts
         from litgpt.generate.sampling import Sampling, until_stop
@@ -115,10 +116,9 @@ class Answers(Drawing):
 class Generate(Answers, Checkpoint):
     """Answer a prompt. The answer is streamed to standard output, its length and speed go to standard error."""
 
-    speculate: Optional[Literal["prompt_lookup"]] = None
-    """prompt_lookup takes drafts from the text so far and checks several tokens in one pass: faster where an answer repeats its prompt or
-    itself, with the same distribution."""
-
+    speculate: Optional[Speculation] = None
+    """Check several drafted tokens in one pass, with the same distribution. heads takes drafts from the model's own multi-token heads
+    (`litgpt finetune --mtp_heads 3`); prompt_lookup takes them from the text so far, where an answer repeats its prompt or itself."""
     best_of: int = 1
     """Draw this many answers and show the best of them, by `by`."""
     by: Literal["value"] = "value"
@@ -131,7 +131,11 @@ class Generate(Answers, Checkpoint):
         if self.best_of > 1:
             self._show_best(llm)
         else:
-            self.show(llm, LOOKED_UP if self.speculate else 0)
+            config: Any = llm.config
+            drafted = config.mtp_heads if self.speculate == "heads" else LOOKED_UP if self.speculate else 0
+            if self.speculate == "heads" and not drafted:
+                raise UserError(f"speculate: {self.checkpoint_dir} has no multi-token heads: train some with --mtp_heads 3")
+            self.show(llm, drafted, self.speculate or "prompt_lookup")
 
     def _show_best(self, llm: "LLM") -> None:
         text = llm.prompt_style.apply(self.prompt, sys_prompt=self.sys_prompt)

@@ -4,6 +4,8 @@ The draft draws k tokens d_i from its distributions q_i; one pass of the target 
 min(1, p_i(d_i) / q_i(d_i)); the first one that is not kept is replaced by a draw from max(0, p_i - q_i), normalised, and ends the round. If
 all are kept, another token is drawn from p_k. The tokens have exactly the target's distribution, whatever the draft is.
 
+A model's own multi-token heads (`litgpt.adapters.heads`) draft too, all tokens in one pass of the output layer, each independently.
+
 Drafts may also be looked up in the text so far (prompt lookup, `litgpt generate --speculate prompt_lookup`): what followed its last tokens
 where they stood before. Such a draft is certain, q_i(d_i) = 1.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,7 +25,7 @@ from litgpt.model import GPT
 
 
 def generate(
-    draft: GPT | None,
+    draft: GPT | Literal["heads", "prompt_lookup"],
     target: GPT,
     prompt: Sequence[int],
     max_returned_tokens: int,
@@ -34,9 +36,10 @@ def generate(
 ) -> Generator[int, None, None]:
     """Yield the ids that follow `prompt`, up to `max_returned_tokens` in all. `kept` gets the number of drafted tokens kept in each round.
 
-    `draft` None looks drafts up in the text. Raises UserError for models and lengths that do not fit.
+    `draft`: the model that drafts; "heads", the target's own; or "prompt_lookup", the text so far. Raises UserError for models and lengths
+    that do not fit.
     """
-    for model in (target,) if draft is None else (draft, target):
+    for model in (target,) if isinstance(draft, str) else (draft, target):
         check(model, prompt, max_returned_tokens - len(prompt))
         if model.config.rope_kind == "longrope":
             raise UserError(f"{model.config.name} has LongRoPE, whose keys change with the length: it cannot draft or check drafts")
@@ -45,11 +48,11 @@ def generate(
                 f"the draft has {model.config.V} tokens in its vocabulary, the target {target.config.V}: choose models of one family"
             )
     tokens, large = list(prompt), _Cached(target, prompt, max_returned_tokens)
-    drafter = (
-        Lookup(target.config.V, next(target.parameters()).device)
-        if draft is None
-        else Draft(draft, prompt, max_returned_tokens, sampling, generator)
-    )
+    drafter: Any
+    if draft == "prompt_lookup":
+        drafter = Lookup(target.config.V, next(target.parameters()).device)
+    else:
+        drafter = Heads(large, sampling, generator) if draft == "heads" else Draft(draft, prompt, max_returned_tokens, sampling, generator)
     try:
         while len(tokens) < max_returned_tokens:
             drafted, q = drafter(tokens, min(k, max_returned_tokens - len(tokens) - 1))
@@ -62,7 +65,7 @@ def generate(
             yield from new
     finally:
         target.clear_kv_cache()
-        if draft is not None:
+        if not isinstance(draft, str):
             draft.clear_kv_cache()
 
 
@@ -80,6 +83,25 @@ class Draft:
             q.append(self.sampling.probabilities(self.cached.logits([*tokens, *drafted], 1))[0])
             drafted.append(int(torch.multinomial(q[-1], 1, generator=self.generator)))
         return drafted, q
+
+
+class Heads:
+    """Drafts of the target's own multi-token heads, behind the token that it drew last."""
+
+    def __init__(self, target: _Cached, sampling: Sampling, generator: torch.Generator | None) -> None:
+        self.target, self.sampling, self.generator = target, sampling, generator
+
+    @torch.inference_mode()
+    def __call__(self, tokens: list[int], most: int) -> tuple[list[int], list[torch.Tensor]]:
+        """Return up to `most` tokens that may follow, and the distributions (V,) that they were drawn from."""
+        model, hidden = self.target.model, self.target.hidden
+        heads = list(model.mtp_heads)[:most]
+        if hidden is None or not heads:
+            return [], []
+        h = hidden[len(tokens) - 2 - self.target.computed_from]  # (d,), of which the last token was drawn
+        e = model.transformer["wte"](torch.tensor(tokens[-1], device=h.device))
+        q = self.sampling.probabilities(model.logits(torch.stack([head(h, e) for head in heads])))
+        return torch.multinomial(q, 1, generator=self.generator)[:, 0].tolist(), list(q)
 
 
 class Lookup:
@@ -120,6 +142,8 @@ class _Cached:
         self.model: Any = model.eval()
         self.start = None if model.switch is None else model.switch.start_of(prompt)
         self.computed = 0
+        self.hidden: torch.Tensor | None = None  # (count, d): the output layer's input of the last pass, of which logits were asked for
+        self.computed_from = 0  # the place of the first of them
         model.set_kv_cache(1, length)
 
     def logits(self, tokens: list[int], count: int) -> torch.Tensor:
@@ -130,5 +154,6 @@ class _Cached:
             pos = self.model.positions(idx, torch.arange(self.computed, len(tokens), device=device), len(tokens))
             with nullcontext() if self.start is None else self.model.switch.reply_at(self.start):
                 x, taps = self.model.prefix(idx, pos)
-            self.computed = len(tokens)
-            return self.model.logits(self.model.tail(x, taps, pos)[0, -count:])
+            self.computed, self.computed_from = len(tokens), len(tokens) - count
+            self.hidden = self.model.tail(x, taps, pos)[0, -count:]
+            return self.model.logits(self.hidden)

@@ -6,6 +6,7 @@ from typing import Any
 
 from litgpt.objectives.base import Objective
 from litgpt.objectives.critic import Critic
+from litgpt.objectives.multi_token import MultiToken
 from litgpt.objectives.preferences import DPO, KTO, ORPO
 from litgpt.objectives.rho1 import Rho1
 
@@ -14,4 +15,4 @@ OBJECTIVES: dict[str, type[Objective]] = {"next_token": Objective, "dpo": DPO, "
 
 def objective_of(settings: Any) -> Objective:
     """Return the objective of a command's settings; next-token prediction if they have none."""
-    return OBJECTIVES[getattr(settings, "objective", "next_token")](settings)
+    return (MultiToken if getattr(settings, "mtp_heads", 0) else OBJECTIVES[getattr(settings, "objective", "next_token")])(settings)

@@ -41,13 +41,15 @@ class ObjectiveSettings:
     """Factor of KTO's losses of answers that are good."""
     kto_undesirable_weight: float = setting(1.0, varies=True)
     """Factor of KTO's losses of answers that are bad."""
+    mtp_weight: float = setting(0.3, varies=True)
+    """The weight of the multi-token heads' mean loss (mtp_heads) beside the next token's, where adapters are trained too."""
     critic_lambda: float = setting(1.0, varies=True)
     """The target of a critic's value: 1 is the answer's reward; below 1, it is mixed with the values of the tokens that follow (TD)."""
 
     def __post_init__(self) -> None:
         for key in ("dpo_beta", "kto_beta"):
             _require(0 < _number(self, key) < math.inf, self, key, "a number above 0")
-        for key in ("orpo_lambda", "kto_desirable_weight", "kto_undesirable_weight"):
+        for key in ("orpo_lambda", "mtp_weight", "kto_desirable_weight", "kto_undesirable_weight"):
             _require(0 <= _number(self, key) < math.inf, self, key, "a number of at least 0")
         _require(0 < _number(self, "rho1_keep") <= 1, self, "rho1_keep", "a share above 0, at most 1,")
         _require(0 <= _number(self, "critic_lambda") <= 1, self, "critic_lambda", "a number from 0 to 1")

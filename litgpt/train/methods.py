@@ -178,6 +178,9 @@ def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) ->
         lines.append("warning: nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0")
     if config.value_head:
         lines.append(f"value head, {config.value_head}: {count(model.value_head):,} parameters")
+    if config.mtp_heads:
+        where = "and the adapters" if config.changes_text else "on the frozen model"
+        lines.append(f"multi-token heads: {config.mtp_heads} {where}, {count(model.mtp_heads):,} parameters")
     if model.cut is None:
         return lines
     frozen = min(model.cut, config.n_layer)

@@ -30,6 +30,15 @@ def test_value_head(kind: str) -> None:
     assert_close(head(h), (a * head.weight).sum(-1) + head.bias)
 
 
+def test_multi_token_head() -> None:
+    head, h, e = tiny.tiny(mtp_heads=1).mtp_heads[0], torch.randn(5, 32), torch.randn(5, 32)
+    assert torch.equal(head(h, e), h)
+    randomised(head)
+    a = torch.cat([x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() for x in (h, e)], -1) @ head.up.T
+    assert_close(head(h, e), h + (a * a.sigmoid()) @ head.down.T)
+    assert head(h.bfloat16(), e.bfloat16()).dtype == torch.bfloat16
+
+
 def test_a_head_alone_is_trained_behind_a_frozen_model() -> None:
     model = tiny.tiny(value_head="mlp")
     mark_only_lora_as_trainable(model)
@@ -41,10 +50,12 @@ def test_a_head_alone_is_trained_behind_a_frozen_model() -> None:
 def test_a_head_leaves_the_logits_alone_and_cannot_be_merged() -> None:
     plain, model, idx = tiny.tiny(), tiny.tiny(value_head="linear"), tiny.ids(1, 9)
     assert torch.equal(plain(idx), model(idx))
-    with pytest.raises(UserError, match="value head cannot be merged"):
+    with pytest.raises(UserError, match="value_head or mtp_heads cannot be merged"):
         merge_lora_weights(model)
 
 
-def test_a_wrong_kind() -> None:
+def test_wrong_settings() -> None:
+    with pytest.raises(UserError, match="mtp_heads is 99: a whole number from 0 to 16"):
+        tiny.tiny(mtp_heads=99)
     with pytest.raises(UserError, match="value_head is 'deep': choose 'linear' or 'mlp'"):
         tiny.tiny(value_head="deep")

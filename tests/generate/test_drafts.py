@@ -11,7 +11,7 @@ import torch
 
 from litgpt.__main__ import main
 from litgpt.errors import UserError
-from litgpt.generate import engine
+from litgpt.generate import drafts, engine
 from litgpt.generate.drafts import Lookup, generate, verify
 from litgpt.generate.sampling import Sampling, sample
 from tests.helpers import tiny
@@ -50,7 +50,7 @@ def test_looked_up_drafts(settings: dict[str, Any]) -> None:
     prompt = repetitive()
     expected = list(engine.generate(target, torch.tensor(prompt), 60, temperature=0.0))
     kept: list[int] = []
-    assert list(generate(None, target, prompt, 60, Sampling(temperature=0.0), 10, kept=kept)) == expected
+    assert list(generate("prompt_lookup", target, prompt, 60, Sampling(temperature=0.0), 10, kept=kept)) == expected
     assert kept and target.blocks[0].attn.kv_cache is None and (target.switch is None or target.switch.start is None)
 
 
@@ -91,6 +91,58 @@ def test_the_distribution_is_the_targets() -> None:
         chi = ((counts - counts.sum() * expected) ** 2 / (counts.sum() * expected)).sum()
         assert chi < 20.5  # 5 degrees of freedom: p = 0.001
     assert abs(second.sum() / N - torch.minimum(p[0], q).sum()) < 0.03  # as often as the paper says
+
+
+def with_heads(**settings: Any) -> Any:
+    """A model with random heads, which draft badly."""
+    model = tiny.tiny(mtp_heads=3, **settings)
+    for head in model.mtp_heads:
+        torch.nn.init.normal_(head.down, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_r": 4, "lora_query": True}, {"lora_r": 2, "skip2lora_enabled": True}])
+def test_greedy_text_with_heads_is_the_models_own(settings: dict[str, Any]) -> None:
+    target, kept = tiny.move_adapters(with_heads(**settings)), list[int]()
+    prompt = tiny.ids(1, 9)[0]
+    expected = list(engine.generate(target, prompt, 60, temperature=0.0))
+    assert list(generate("heads", target, prompt.tolist(), 60, Sampling(temperature=0.0), 3, kept=kept)) == expected
+    assert min(kept) == 0 and target.blocks[0].attn.kv_cache is None
+
+
+def test_heads_draft_what_they_predict_behind_the_last_token() -> None:
+    """Head k's own definition, on the model's states: the drafts at the second pass, and that all of them are kept if they are right."""
+    model, prompt = with_heads(), tiny.ids(1, 9)[0].tolist()
+    cached = drafts._Cached(model, prompt, 60)
+    drafter = drafts.Heads(cached, Sampling(temperature=0.0), None)
+    assert drafter(prompt, 3) == ([], [])
+    first = int(cached.logits(prompt, 1).argmax())
+    drafted, q = drafter([*prompt, first], 3)
+    model.clear_kv_cache()
+    with torch.no_grad():
+        h = model.tail(*model.prefix(torch.tensor([prompt])))[0, -1]
+        for token, p, head in zip(drafted, q, model.mtp_heads, strict=True):
+            assert token == int(p.argmax()) == int(model.logits(head(h, model.transformer["wte"].weight[first])).argmax())
+
+
+@torch.no_grad()
+def test_the_distribution_with_heads_is_the_models() -> None:
+    """Chi-square of the two tokens that heads drafted, against the exact probabilities of the model behind a given token."""
+    V, N, prompt, generator = 4, 1500, [1, 2, 3, 0], torch.Generator().manual_seed(0)
+    model = with_heads(vocab_size=V, padded_vocab_size=V, n_layer=1)
+    cached, counts = drafts._Cached(model, prompt, 8), torch.zeros(V, V)
+    cached.logits(prompt[:-1], 1)
+    drafter = drafts.Heads(cached, Sampling(), generator)
+    after = model(torch.tensor([[*prompt, b, 0] for b in range(V)])).softmax(-1)  # (b, T, V)
+    first, second = after[0, 3], after[:, 4]
+    for _ in range(N):
+        drafted, q = drafter(prompt, 2)
+        new = verify(torch.stack((first, second[drafted[0]], first)), q, drafted, generator)
+        last = new[1] if len(new) > 1 else int(torch.multinomial(second[new[0]], 1, generator=generator))
+        counts[new[0], last] += 1
+    expected = N * first[:, None] * second
+    assert expected.min() > 3 and (q[0] - first).abs().max() > 0.1
+    assert ((counts - expected) ** 2 / expected).sum() < 37.7  # 15 degrees of freedom: p = 0.001
 
 
 def test_probabilities_are_those_of_sample() -> None:

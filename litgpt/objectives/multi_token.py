@@ -1,0 +1,69 @@
+"""Multi-token prediction (arXiv 2404.19737): heads learn the tokens behind the next one, by the same output layer.
+
+Head k at a loss position predicts the token k behind the next one, if that is learned too. On a frozen trunk the loss is the mean over all
+heads' tokens, by their weights. With adapters that change what the model writes it is
+
+    (sum over tokens of w * loss + mtp_weight / n * sum over heads and tokens of w * loss) / sum over tokens of w
+
+for n heads, and the heads' gradient reaches the adapters; the validation loss is then that of the next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from litgpt.loss import IGNORED
+from litgpt.objectives.base import Objective, View
+from litgpt.packing import loss_targets
+from litgpt.sample import Sample
+
+
+class MultiToken(Objective):
+    """Next-token prediction if the trunk is trained, and the heads'."""
+
+    is_token_mean = False
+
+    def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
+        model: Any = view.model
+        samples, hidden = view.samples(indices), view.hidden(indices)  # (n, d)
+        total, factor = hidden.sum() * 0.0, 1.0
+        _, weights = ahead(samples, 0)
+        targets, weights = loss_targets(samples).to(hidden.device), weights.to(hidden.device)
+        if model.config.changes_text:
+            total, factor = view.head_loss(hidden, targets, weights), self.settings.mtp_weight / len(model.mtp_heads)
+            auxiliary = model.auxiliary_loss()
+            total = total if auxiliary is None else total + weights.sum() * auxiliary
+            if not model.training:
+                return total
+        following = model.transformer["wte"](targets)
+        for k, head in enumerate(model.mtp_heads, 1):
+            labels, weights = (part.to(hidden.device) for part in ahead(samples, k))
+            rows = (labels != IGNORED).nonzero()[:, 0]
+            total = total + factor * view.head_loss(head(hidden[rows], following[rows]), labels[rows], weights[rows])
+        return total
+
+    def weight(self, view: View, indices: Sequence[int]) -> float:
+        config: Any = view.model.config
+        if config.changes_text:
+            return super().weight(view, indices)
+        return float(sum(ahead(view.samples(indices), k)[1].sum() for k in range(1, 1 + config.mtp_heads)))
+
+
+def ahead(samples: Sequence[Sample], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (n,) each, for the loss positions sample by sample: the token k behind the next one and its weight; `IGNORED` and 0 if it is
+    not learned."""
+    labels, weights = [], []
+    for sample in samples:
+        mask = torch.frombuffer(sample.loss_mask, dtype=torch.bool)
+        ids = torch.frombuffer(sample.input_ids, dtype=torch.int32).long()
+        own = mask.float() if sample.weights is None else torch.frombuffer(sample.weights, dtype=torch.float32)
+        places = mask.nonzero()[:, 0] + k
+        inside = places < len(ids)
+        places = places.clamp(max=len(ids) - 1)
+        learned = inside & mask[places]
+        labels.append(torch.where(learned, ids[places], IGNORED))
+        weights.append(torch.where(learned, own[places], 0.0))
+    return torch.cat(labels), torch.cat(weights)
