@@ -9,7 +9,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,9 +70,8 @@ class Refusal(HTTPException):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def response(self) -> Response:
-        headers = {"Retry-After": "1"} if self.status_code == 429 else {}
-        return JSONResponse(self.body, self.status_code, headers)
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        return JSONResponse(self.body, self.status_code, {"Retry-After": "1"} if self.status_code == 429 else headers)
 
 
 class Answering:
@@ -251,14 +250,15 @@ def _event(content: dict[str, Any]) -> str:
 
 def make_app(state: State, host: str = "127.0.0.1", api_path: str = "/predict") -> FastAPI:
     """Return the application."""
-    app = FastAPI(title="litgpt serve", version=__version__, docs_url=None, redoc_url=None)
+    responses: dict[int | str, dict[str, Any]] = {"default": {"description": "A refusal, in the format of OpenAI's errors"}}
+    app = FastAPI(title="litgpt serve", version=__version__, docs_url=None, redoc_url=None, responses=responses)
     app.state.serve = state
     if host in LOOPBACK:  # a page of the web that lets its name mean this machine must not reach it
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK[:2], "[::1]"], www_redirect=False)
     app.add_middleware(LimitedBody, most=state.limits.body)
     app.add_exception_handler(Refusal, lambda _, error: error.response())
     app.add_exception_handler(UserError, lambda _, error: Refusal(400, str(error)).response())
-    app.add_exception_handler(HTTPException, lambda _, error: Refusal(error.status_code, str(error.detail)).response())
+    app.add_exception_handler(HTTPException, lambda _, error: Refusal(error.status_code, str(error.detail)).response(error.headers))
     app.add_exception_handler(RequestValidationError, lambda _, error: _invalid(error).response())
     protected = [Depends(_authorised)]
     app.add_api_route("/v1/chat/completions", _chat, methods=["POST"], dependencies=protected, response_model=None)

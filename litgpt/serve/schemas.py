@@ -1,10 +1,13 @@
-"""Requests as OpenAI's and LitGPT's clients send them. Settings that this server does not have are refused, unknown ones are ignored."""
+"""Requests as OpenAI's and LitGPT's clients send them. Settings that this server does not have are refused, unknown ones are ignored.
+
+Types are strict: true is no number, and "1" neither.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 MOST_STOPS = 16
 MOST_CHOICES = 16
@@ -14,7 +17,11 @@ Token = Annotated[int, Field(ge=0, lt=2**31)]
 UNSUPPORTED = ("tools", "functions", "audio", "modalities", "echo", "suffix", "best_of", "web_search_options", "use_beam_search")
 
 
-class Settings(BaseModel):
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Settings(Body):
     """How to draw, common to all requests. None: the server's default."""
 
     model_config = ConfigDict(extra="allow")
@@ -28,7 +35,7 @@ class Settings(BaseModel):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[Token, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1000)
+    logit_bias: dict[Annotated[Token, Strict(False)], Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1000)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -54,12 +61,12 @@ class Settings(BaseModel):
         return values | ({"top_k": max(0, values["top_k"])} if "top_k" in values else {})
 
 
-class Part(BaseModel):
+class Part(Body):
     type: Literal["text"]
     text: Text
 
 
-class Message(BaseModel):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[Part] | None = None
 
@@ -69,7 +76,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
@@ -114,7 +121,7 @@ class Predict(Settings):
     max_new_tokens: int | None = Field(None, ge=1)
 
 
-class Adapter(BaseModel):
+class Adapter(Body):
     """An adapter that is loaded or unloaded while the server runs, as vLLM's clients ask for it."""
 
     lora_name: str = Field(min_length=1, max_length=200)

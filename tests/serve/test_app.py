@@ -269,6 +269,14 @@ def test_the_schema_names_every_address(server: Server) -> None:
         f"/v1/{name}" for name in ("chat/completions", "completions", "models", "models/{name}", "load_lora_adapter", "unload_lora_adapter")
     }
     assert set(paths) == {*own, "/predict", "/health"}
+    assert all("default" in operation["responses"] for operations in paths.values() for operation in operations.values())
+
+
+def test_a_wrong_method_names_the_right_one(server: Server) -> None:
+    connection = http.client.HTTPConnection(urlparse(server.url).netloc, timeout=30)
+    connection.request("TRACE", "/v1/completions")
+    response = connection.getresponse()
+    assert (response.status, response.headers["Allow"]) == (405, "POST")
 
 
 def test_the_page_is_whole_and_drives_the_interface(server: Server) -> None:

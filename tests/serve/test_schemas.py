@@ -37,3 +37,20 @@ def test_unknown_keys_are_ignored_and_unsupported_ones_refused() -> None:
     for name, value in {"tools": [{}], "echo": True, "best_of": 2, "response_format": {"type": "json_schema"}}.items():
         with pytest.raises(ValidationError, match=f"{name}.* not supported"):
             Chat(**HELLO, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"presence_penalty": False},
+        {"temperature": "1"},
+        {"max_tokens": True},
+        {"stream_options": {"include_usage": 0}},
+        {"logit_bias": {"3": True}},
+    ],
+)
+def test_types_are_strict(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="valid (number|integer|boolean)"):
+        Chat(**HELLO, **wrong)
+    with pytest.raises(ValidationError):
+        Completion(prompt=[[False]])
