@@ -1,8 +1,8 @@
 """Sharded models: each rank holds a part of every parameter, and a block's parameters are gathered while it runs (FSDP2, arXiv 2304.11277).
 
-Each block is a group, its adapters among its parameters; embedding, final norm and head are the last one. Skip2-LoRA's adapters, which are
-read outside of their blocks, are copied to every rank. The optimizer sees the rank's rows of a parameter as an ordinary tensor (`part_of`),
-so that its update must treat every number by itself.
+Each block is a group, its adapters among its parameters; what is trained of embedding, final norm and head is the last one. What is frozen
+of them, and Skip2-LoRA's adapters, which are read outside of their blocks, are copied to every rank. The optimizer sees the rank's rows of
+a parameter as an ordinary tensor (`part_of`), so that its update must treat every number by itself.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype) -> N
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     copied = {p for block in model.blocks if block.skip2lora is not None for p in block.skip2lora.parameters()}
+    copied |= {p for p in _outside(model) if not p.requires_grad}  # needed in every pass
     for parameter in model.parameters():
         if not parameter.is_meta:  # an adapter's
             parameter.data = parameter.data.to(device)
@@ -128,7 +129,7 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype) -> N
         if hasattr(parameter, "to_local"):
             parameter.part = nn.Parameter(parameter.to_local().detach())  # type: ignore[attr-defined]
     register_fsdp_forward_method(model, "within")
-    _keep_or_free_root(model)
+    _free_root(model)
 
 
 def _own_rows(model: GPT, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
@@ -151,18 +152,21 @@ def _names(model: GPT) -> list[list[str]]:
     return groups
 
 
-def _keep_or_free_root(model: GPT) -> None:
-    """Keep the gathered embedding and head if they are frozen; else free them after a pass without gradients, too."""
+def _outside(model: GPT) -> list[nn.Parameter]:
+    """Return the parameters of no block: of embedding, final norm and head."""
+    return [p for name, p in model.named_parameters() if not name.startswith("transformer.h.")]
+
+
+def _free_root(model: GPT) -> None:
+    """Free what is trained of embedding and head after a pass without gradients, too: the optimizer reads the sharded parameters."""
     root: Any = model
-    if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("transformer.h.")):
-        root.set_reshard_after_backward(False, recurse=False)
-        return
     within = model.within
 
     def resharding(work: Callable[[], Any]) -> Any:
         result = within(work)
         if not torch.is_grad_enabled():
-            root.reshard()  # optimizer and checkpoints read the sharded parameters
+            root.reshard()
         return result
 
-    model.within = resharding  # type: ignore[method-assign]
+    if any(p.requires_grad for p in _outside(model)):
+        model.within = resharding  # type: ignore[method-assign]
