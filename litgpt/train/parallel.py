@@ -172,7 +172,9 @@ def ends_together(rank: Rank, saved: Callable[[], str] = lambda: "") -> Iterator
 
 def _of_another(group: Group, failures: list[Failure], saved: Callable[[], str]) -> BaseException:
     """Return what ends this process after others have failed."""
-    code, is_speaker = failures[0].code if failures else 1, group.speaker == group.place.index
+    code = failures[0].code if failures else 1
+    has_spoken = any(group.failure_of(k) for k in range(group.place.index))  # and may have ended since
+    is_speaker = group.speaker == group.place.index and not has_spoken
     text = (
         "; ".join(f"rank {failure.index}: {failure.message}" for failure in failures)
         or f"rank {', '.join(map(str, group.elsewhere))}, of another machine, cannot be reached"
