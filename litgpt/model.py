@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from litgpt.config import Config
-from litgpt.packing import Packing, noise_like
+from litgpt.packing import Packing, noise_like, take
 from litgpt.rope import RotaryTable, is_long, rotate
 
 FP32_ATTENTION = 256  # positions; a CPU trains shorter bf16 attention in fp32: the bf16 backward pass takes 1.1 to 6 times as long
@@ -591,14 +591,6 @@ def norm(config: Config, size: int | None = None) -> Any:
     if config.norm_class_name == "RMSNorm":
         return RMSNorm(size, config.norm_eps, config.unit_offset)
     return nn.LayerNorm(size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
-
-
-def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return x[rows] for x (N, ...) and rows (n,). The gradients of a row that occurs several times are added up in one order.
-
-    On a CPU the gradient of x[rows] is added up in the order in which threads arrive, on a GPU that of `index_select` is.
-    """
-    return x.index_select(0, rows) if x.device.type == "cpu" else x[rows]
 
 
 def finish_logits(logits: torch.Tensor, divisor: float, cap: float | None) -> torch.Tensor:

@@ -98,6 +98,14 @@ def pack(samples: Sequence[Sample], device: torch.device, stem: int) -> Batch:
     return Batch(ids.long().to(device), torch.cat(at).to(device), loss_targets(samples).to(device), packing)
 
 
+def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return x[rows] for x (N, ...) and rows (n,). The gradients of a row that occurs several times are added up in one order.
+
+    On a CPU the gradient of x[rows] is added up in the order in which threads arrive, on a GPU that of `index_select` is.
+    """
+    return x.index_select(0, rows) if x.device.type == "cpu" else x[rows]
+
+
 def noise_like(x: torch.Tensor, alpha: float, packing: Packing | None) -> torch.Tensor:
     """Return uniform noise of magnitude alpha / sqrt(L d) for each sequence of L positions in embeddings (..., L, d), or packed (N, d).
 

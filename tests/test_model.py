@@ -15,7 +15,7 @@ from litgpt.config import Config
 from litgpt.lora import GPT as LoRAGPT
 from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import lora_filter
-from litgpt.model import GPT, capped_attention, take
+from litgpt.model import GPT, capped_attention
 from tests.helpers import tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -278,22 +278,6 @@ def test_gpt2_and_its_lora_tutorial() -> None:
     adapters = sum(count for name, count in counts.items() if lora_filter(name))
     assert adapters == 998_024
     assert sum(counts.values()) - adapters - counts["lm_head.linear.weight"] == 124_439_808
-
-
-def test_rows_that_occur_several_times_have_the_same_gradient_each_time() -> None:
-    """It is the sum in their order, to the bit. x[rows] adds them up in the order in which two threads arrive."""
-    x, rows, grad = torch.randn(4, 576, requires_grad=True), torch.arange(4).repeat(500), torch.randn(2000, 576)
-    expected = torch.zeros(4, 576)
-    for row, value in zip(rows.tolist(), grad, strict=True):
-        expected[row] += value
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for _ in range(5):
-            (found,) = torch.autograd.grad(take(x, rows), x, grad)
-            assert torch.equal(found, expected)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()

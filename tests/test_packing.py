@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from litgpt.activations.cache import Recompute
-from litgpt.packing import Packing, pack
+from litgpt.packing import Packing, pack, take
 from litgpt.sample import Sample
 from tests.helpers import tiny
 
@@ -108,3 +108,19 @@ def test_activation_checkpointing_changes_memory_not_gradients(family: str) -> N
 
 def trained(model: Any) -> list[torch.nn.Parameter]:
     return [p for name, p in model.named_parameters() if "lora_" in name]
+
+
+def test_rows_that_occur_several_times_have_the_same_gradient_each_time() -> None:
+    """It is the sum in their order, to the bit. x[rows] adds them up in the order in which two threads arrive."""
+    x, rows, grad = torch.randn(4, 576, requires_grad=True), torch.arange(4).repeat(500), torch.randn(2000, 576)
+    expected = torch.zeros(4, 576)
+    for row, value in zip(rows.tolist(), grad, strict=True):
+        expected[row] += value
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(5):
+            (found,) = torch.autograd.grad(take(x, rows), x, grad)
+            assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(threads)

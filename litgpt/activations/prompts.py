@@ -23,8 +23,8 @@ from litgpt import model as base
 from litgpt.errors import UserError
 from litgpt.lora import GPT
 from litgpt.loss import Features
-from litgpt.model import Positions, take
-from litgpt.packing import Packing, loss_targets, pack
+from litgpt.model import Positions
+from litgpt.packing import Packing, loss_targets, pack, take
 from litgpt.rope import is_long
 from litgpt.sample import Sample
 
