@@ -6,6 +6,7 @@ Of a GPU: n tokens a step, N parameters of the blocks, W their bytes in bf16, P 
     bytes, ddp        2 (k - 1)/k 4 P     all-reduce of the gradients
     bytes, fsdp       (k - 1)/k times W for each gathering of the blocks (forward, backward: 2, Skip2-LoRA 1, cached 0), and 4 P for the
                       gradients of sharded parameters; Skip2-LoRA's are reduced as under ddp
+    memory, fsdp      2 N and 16 P over k; a frozen embedding and head, and Skip2-LoRA's adapters, are on each GPU
 """
 
 from __future__ import annotations
@@ -55,8 +56,19 @@ def rows(name: str) -> list[tuple[str, ...]]:
             share = (gpus - 1) / gpus
             copied, cut = 2 * share * 4 * trained, share * (2 * blocks * way.gathers + (4 * trained if way.gathers == 2 else 8 * trained))
             room = 2 * total + (16 * trained if adapters else 16 * total)
+            copies = 2 * 2 * head if adapters else 0
+            copies += 16 * trained if way.gathers < 2 else 0
             fits = "yes" if room < MEMORY else "no"
-            row = (name, way.name, f"{gpus}", f"{1000 * compute:,.0f}", fits, _ms(copied, link), f"{room / gpus / 1e9:.1f}", _ms(cut, link))
+            row = (
+                name,
+                way.name,
+                f"{gpus}",
+                f"{1000 * compute:,.0f}",
+                fits,
+                _ms(copied, link),
+                f"{(copies + (room - copies) / gpus) / 1e9:.1f}",
+                _ms(cut, link),
+            )
             table.append(row)
     return table
 
