@@ -13,12 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from litgpt.atomic import digest, new_file, require_whole, write_bytes, write_text
 from litgpt.config import CHOSEN_TAPS, Config
 from litgpt.errors import UserError
-from litgpt.files import decode_text, parse_object, read_json, read_own, read_yaml
+from litgpt.files import decode_text, dump_yaml, parse_object, read_json, read_own, read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +117,7 @@ def _not_plain(value: torch.Tensor) -> str:
 def save_config(config: Config, folder: str | Path, chosen: Sequence[int] | None = None) -> None:
     """Write `model_config.yaml` with the base model's fields, and the blocks that `skip2lora_block_indices: auto` chose if it did."""
     taps = {} if chosen is None else {CHOSEN_TAPS: list(chosen)}
-    write_text(Path(folder) / "model_config.yaml", yaml.safe_dump({**config.file_dict(), **taps}, sort_keys=False))
+    write_text(Path(folder) / "model_config.yaml", dump_yaml({**config.file_dict(), **taps}))
 
 
 def chosen_taps(folder: str | Path) -> list[int] | None:

@@ -197,6 +197,11 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not usable YAML: nested too deeply") from None
 
 
+def dump_yaml(content: Any, **style: Any) -> str:
+    """Return plain values as YAML, mappings in their order; `style` as of `yaml.dump`."""
+    return str(yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, **style))
+
+
 class _Loader(yaml.SafeLoader):
     """A loader that reads 2e-3 as a number, as YAML 1.2 does, and refuses repeated keys."""
 

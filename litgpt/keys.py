@@ -252,8 +252,8 @@ class Keys:
 
     def _mapping_above(self, key: str) -> str:
         """Return the key of the mapping in a group that `key` is an entry of: `log.metadata` for `log.metadata.x`."""
-        mappings = (name for name, kind in self.types.items() if name not in self.classes and is_mapping(kind))
-        return next((name for name in mappings if key.startswith(f"{name}.")), "")
+        above = (name for name in self.types if key.startswith(f"{name}.") and name not in self.classes)
+        return next((name for name in above if is_mapping(self.types[name])), "")
 
     def arguments(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the value of every parameter: that of `config`, else its default."""

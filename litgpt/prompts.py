@@ -13,12 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import yaml
-
 from litgpt import families
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
-from litgpt.files import read_yaml
+from litgpt.files import dump_yaml, read_yaml
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -331,7 +329,7 @@ def save_prompt_style(style: PromptStyle, folder: str | Path) -> None:
     content: dict[str, Any] = {"class_path": f"litgpt.prompts.{kind.__name__}"}
     if isinstance(style, TurnStyle) and style.system != type(style).system:
         content["init_args"] = {"system_message": style.system}
-    write_text(Path(folder) / PROMPT_STYLE_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_text(Path(folder) / PROMPT_STYLE_FILE, dump_yaml(content, allow_unicode=True))
 
 
 def load_prompt_style(folder: str | Path, tokenizer: Tokenizer | None = None) -> PromptStyle:

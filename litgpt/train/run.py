@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from litgpt import atomic, checkpoint
 from litgpt.activations.cache import ActivationCache, Activations, Recompute, activations, is_cacheable, shared
@@ -23,7 +22,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import render
 from litgpt.device import process_rank
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
-from litgpt.files import nearest, read_json
+from litgpt.files import dump_yaml, nearest, read_json
 from litgpt.generate.engine import generate, greedy
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
@@ -339,7 +338,7 @@ class Session:
             assert save is not None
             save(folder)
             checkpoint.save_config(self.model.config, folder, self.job.chosen)
-            atomic.write_text(folder / "hyperparameters.yaml", yaml.safe_dump(readable_by_litgpt(self.hyperparameters), sort_keys=False))
+            atomic.write_text(folder / "hyperparameters.yaml", dump_yaml(readable_by_litgpt(self.hyperparameters)))
             if checkpoint.is_adapter_folder(folder):
                 checkpoint.save_base(self.job.base, folder)
             checkpoint.copy_tokenizer_files(self.job.base, folder)

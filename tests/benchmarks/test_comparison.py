@@ -164,7 +164,7 @@ def test_names_and_files_that_are_unknown() -> None:
         comparison.plan(["lora", "lora", "lara", "x=nowhere.yaml", "a/b=c.yaml", "y=it's.yaml"], HUB / "smollm2-135m")
     for part in (
         "'lora' is named twice",
-        "'lara' is neither alora, dpo, lora, lora_baseline",
+        "'lara' is neither alora, critic, dpo, lora, lora_baseline",
         "nowhere.yaml does not exist",
         "'a/b=c.yaml' needs a plain",
     ):
