@@ -39,7 +39,8 @@ from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.settings import AdapterSettings
 from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
-from litgpt.model import Block, CausalSelfAttention, LLaMAMoE, Positions, rms_normalise
+from litgpt.fused import draw, drop, rms_norm
+from litgpt.model import Block, CausalSelfAttention, LLaMAMoE, Positions
 
 __all__ = [
     "GPT",
@@ -164,21 +165,19 @@ class Config(base.Config, AdapterSettings):
 
 
 class Dropout(nn.Module):
-    """Zero with probability p, else x / (1 - p). On a CPU 16 random bits decide for each element, p to the nearest 1/65536.
-
-    torch draws a CPU's Bernoulli variables one by one, which takes longer than an adapter's matrix products; 64 bits at once do not.
-    """
+    """Zero with probability p, else x / (1 - p)."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
+    @property
+    def now(self) -> float:
+        """p in training, else 0."""
+        return self.p if self.training else 0.0
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or x.device.type != "cpu":
-            return F.dropout(x, self.p, self.training)
-        count, dropped = x.numel(), round(self.p * 2**16)
-        bits = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),)).view(torch.int16)[:count].view(x.shape)
-        return x * (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+        return drop(x, draw(x, self.p), self.p) if self.now else x
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -247,16 +246,15 @@ class LoRALinear(LoRALayer, LinearAdapter):
     def adapted_rows(self) -> torch.Tensor:
         return torch.ones(self.out_features, dtype=torch.bool)
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        low = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        return F.linear(low, self.up().to(low.dtype))
+    def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return self.product(x, self.lora_A, self.lora_B, getattr(self.lora_dropout, "now", 0.0), y)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""
         y, switch = self.linear(x), self.switch
         if not self.r or (switch is not None and switch.is_off):
             return y
-        return y + (self.update(x) if switch is None else switch.masked(self.update(x)))
+        return self.update(x, y) if switch is None else y + switch.masked(self.update(x))
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -337,7 +335,7 @@ class Skip2LoRA(LoRALayer):
 
     def tap(self, x: torch.Tensor) -> torch.Tensor:
         """Return t = N(x), (..., in) -> (..., in), in x's dtype."""
-        return x if self.norm_eps is None else rms_normalise(x, self.norm_eps)
+        return x if self.norm_eps is None else rms_norm(x, None, self.norm_eps)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out), fp32"""

@@ -9,9 +9,10 @@ V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
     activations   n (L' + 1) A + f F + C            with checkpointing n (L' w d + A) + f F + C
       A  tensors that autograd keeps of a block for a token:
            w 3 (H + G) h + 4 H             qkv, the rotated q and k, attention's output and log-sums
-           4 d for each norm               fp32, and w d more where its weight learns; w d for LayerNorm
-           w 3 m                           of a gated MLP, w m without a gate; for each of a mixture's experts in use
-           w i                             inputs of the layers that learn, i wide; twice for adapters with dropout
+           w d                             for each norm
+           w 2 m                           of a gated MLP, w m without a gate; for each of a mixture's experts in use, and w d
+           w i                             inputs of the layers that learn, i wide, once for layers with one input; with dropout p of
+                                           adapters 8 p i more, at least i, for each
       F  w 2 d + (2 w + 4) S d             the hidden state and its gradient; the taps, at f = l positions with the cut at ln_f or
                                            lm_head, else at f = n
       C  a chunk of logits                 4 of them where the head learns (`litgpt.loss`)
@@ -90,33 +91,33 @@ def kept_by_block(block: Block, width: int, full: bool) -> float:
     attention: Any = block.attn
     config = attention.config
     numbers: float = (
-        3 * (config.n_head + config.n_query_groups) * config.head_size + learning_inputs(attention, full) + mlp_numbers(block.mlp, full)
+        3 * (config.n_head + config.n_query_groups) * config.head_size
+        + learning_inputs(attention, width, full)
+        + mlp_numbers(block.mlp, width, full)
     )
-    d = config.n_embd
-    for norm in block.modules():
-        if isinstance(norm, RMSNorm):
-            numbers += d * (4 / width + full)  # in fp32, and what the weight multiplies
-        elif isinstance(norm, nn.LayerNorm):
-            numbers += d
+    numbers += config.n_embd * sum(isinstance(norm, RMSNorm | nn.LayerNorm) for norm in block.modules())
     return width * numbers + 4 * config.n_head
 
 
-def mlp_numbers(mlp: Any, full: bool) -> int:
+def mlp_numbers(mlp: Any, width: int, full: bool) -> float:
     """Return the values that autograd keeps of an MLP for a token."""
     if isinstance(mlp, LLaMAMoE):
-        return mlp.config.n_expert_per_token * mlp_numbers(mlp.experts[0], full)
-    width = mlp.proj.in_features  # m, an expert's own
-    return (3 if hasattr(mlp, "fc_1") else 1) * width + learning_inputs(mlp, full)
+        return mlp.config.n_expert_per_token * (mlp_numbers(mlp.experts[0], width, full) + mlp.config.n_embd)
+    m = mlp.proj.in_features  # an expert's own
+    return (2 if hasattr(mlp, "fc_1") else 1) * m + learning_inputs(mlp, width, full)
 
 
-def learning_inputs(part: nn.Module, full: bool) -> int:
+def learning_inputs(part: nn.Module, width: int, full: bool) -> float:
     """Return the values that autograd keeps for the linear layers that learn, for a token."""
-    if full:
-        return sum(linear.in_features for linear in part.modules() if isinstance(linear, nn.Linear))
-    total = 0
-    for layer in part.modules():
+    total, inputs = 0.0, dict[str, int]()
+    for name, layer in part.named_modules():
+        shared = name.replace("fc_2", "fc_1")  # they read one input
+        if full and isinstance(layer, nn.Linear):
+            inputs[shared] = layer.in_features
         if isinstance(layer, lora.LoRALinear) and layer.r and layer.lora_A.requires_grad:
-            total += layer.in_features * (1 if isinstance(layer.lora_dropout, nn.Identity) else 2)
+            inputs[shared] = layer.in_features
+            p = getattr(layer.lora_dropout, "p", 0)
+            total += layer.in_features * max(1, 8 * p) / width if p else 0
         if isinstance(layer, Wrapper) and any(p.requires_grad for p in layer.parameters(recurse=False)):
             total += layer.out_features * layer.kept_outputs
-    return total
+    return total + sum(inputs.values())

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from litgpt.config import Config
+from litgpt.fused import gated, rms_norm
 from litgpt.packing import Packing, noise_like, take
 from litgpt.rope import RotaryTable, is_long, rotate
 
@@ -37,7 +38,7 @@ FP32_ATTENTION = 256  # positions; a CPU trains shorter bf16 attention in fp32: 
 class Positions:
     """Rotary tables and masks of the T input positions, computed once per forward pass for all blocks."""
 
-    # cos and sin, (T, n/2) each, or (B, 1, T, n/2) if samples have places of their own or take different factors of LongRoPE, in
+    # cos and sin, (T, n) each, or (B, 1, T, n) if samples have places of their own or take different factors of LongRoPE, in
     # attention's dtype: of `rope_base`, then of `rope_local_base_freq` if there is one
     rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     mask: torch.Tensor | None  # (T, K) or (B, 1, T, K), true where attention is allowed; None: causal over T, or everything if T = 1
@@ -229,7 +230,7 @@ class GPT(nn.Module):
         dtype, kinds = self.compute_dtype(places.device), sorted(set(long))
         pairs = [table(end, places.device, kind) for kind in kinds]
         at = _for_heads(places)
-        cos, sin = (torch.stack([part[at] for part in parts]).to(dtype) for parts in zip(*pairs, strict=True))  # (kinds, ..., T, n/2)
+        cos, sin = (torch.stack([part[at] for part in parts]).to(dtype) for parts in zip(*pairs, strict=True))  # (kinds, ..., T, n)
         if len(kinds) == 1:
             return cos[0], sin[0]
         chosen = torch.tensor(long, device=places.device).long()
@@ -485,7 +486,7 @@ class LLaMAMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., m) -> (..., d)"""
-        return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
+        return self.proj(gated(self.fc_1(x), self.fc_2(x)))
 
 
 class GemmaMLP(LLaMAMLP):
@@ -497,7 +498,7 @@ class GemmaMLP(LLaMAMLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., m) -> (..., d)"""
-        return self.proj(F.gelu(self.fc_1(x), approximate=self.approximate) * self.fc_2(x))
+        return self.proj(gated(self.fc_1(x), self.fc_2(x), self.approximate))
 
 
 class LLaMAMoE(nn.Module):
@@ -574,15 +575,8 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.unit_offset:
-            return (rms_normalise(x.float(), self.eps) * (1 + self.weight.float())).to(x.dtype)
-        return rms_normalise(x, self.eps) * self.weight
-
-
-def rms_normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x over its root mean square along the last dimension, in x's dtype, computed in fp32 (fp64 for fp64)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        """(..., d) -> (..., d)"""
+        return rms_norm(x, 1 + self.weight.float() if self.unit_offset else self.weight, self.eps)
 
 
 def norm(config: Config, size: int | None = None) -> Any:

@@ -77,7 +77,8 @@ def is_long(config: Config, length: int) -> bool:
 
 
 class RotaryTable:
-    """cos and sin of position * frequency, computed once per device and extended on demand. Not a module: checkpoints do not hold it.
+    """cos and sin of position * frequency as `rotate` takes them, computed once per device and extended on demand. Not a module:
+    checkpoints do not hold it.
 
     A `local` table has `rope_local_base_freq` and no scaling.
     """
@@ -87,7 +88,7 @@ class RotaryTable:
         self._tables: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, length: int, device: torch.device, long: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin for the positions 0 ... length-1, fp32, (length, n/2) each, with LongRoPE's `long` or short factors."""
+        """Return cos and sin for the positions 0 ... length-1, fp32, (length, n) each, with LongRoPE's `long` or short factors."""
         cos, sin = self._tables.get(long) or (torch.empty(0, 0),) * 2
         if cos.size(0) < length or cos.device != device:
             size = max(length, min(max(2 * cos.size(0), FIRST_SIZE), self.config.block_size))
@@ -98,18 +99,19 @@ class RotaryTable:
 
     def _make(self, size: int, long: bool) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
-        positions = torch.arange(size, dtype=torch.float32)
         if self.local:
             assert config.rope_local_base_freq is not None
-            angles = torch.outer(positions, plain_frequencies(config, config.rope_local_base_freq))
-            return angles.cos(), angles.sin()
-        angles = torch.outer(positions, frequencies(config, long))
-        factor = (config.rope_adjustments or {}).get("attention_factor", 1.0)
-        return (angles.cos(), angles.sin()) if factor == 1 else (angles.cos() * factor, angles.sin() * factor)
+            each, factor = plain_frequencies(config, config.rope_local_base_freq), 1.0
+        else:
+            each, factor = frequencies(config, long), (config.rope_adjustments or {}).get("attention_factor", 1.0)
+        angles = torch.outer(torch.arange(size, dtype=torch.float32), each)
+        cos, sin = angles.cos() * factor, angles.sin() * factor  # (length, n/2)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first n dimensions of x (..., T, h) by the angles of cos and sin (..., T, n/2). The other dimensions stay."""
-    half = cos.size(-1)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    """Turn the first n dimensions of x (..., T, h) by the angles of (cos, cos) and (-sin, sin), (..., T, n). The other dimensions stay."""
+    n = cos.size(-1)
+    turned, rest = (x, None) if n == x.size(-1) else x.split((n, x.size(-1) - n), dim=-1)
+    turned = turned * cos + turned.roll(n // 2, -1) * sin
+    return turned if rest is None else torch.cat((turned, rest), dim=-1)

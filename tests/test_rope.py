@@ -109,15 +109,22 @@ def test_longrope_frequencies_against_transformers() -> None:
         want, amplitude = ROPE_INIT_FUNCTIONS["longrope"](hf, torch.device("cpu"), seq_len=length)
         ours = config(n_embd=3072, n_head=32, rope_adjustments={**adjustments, "attention_factor": amplitude})
         assert torch.equal(frequencies(ours, beyond), want)
-        cos, sin = RotaryTable(ours)(9, torch.device("cpu"), beyond)
+        cos, sin = halves(RotaryTable(ours)(9, torch.device("cpu"), beyond))
         angles = torch.outer(torch.arange(9.0), want)
         assert_close((cos, sin), (angles.cos() * amplitude, angles.sin() * amplitude))
+
+
+def halves(table: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin (T, n/2) of (cos, cos) and (-sin, sin)."""
+    (cos, again), (negative, sin) = (part.chunk(2, dim=-1) for part in table)
+    assert torch.equal(cos, again) and torch.equal(negative, -sin)
+    return cos, sin
 
 
 def test_linear_frequencies_and_a_local_base() -> None:
     ours = config(rope_base=500, rope_adjustments={"factor": 8.0}, rope_local_base_freq=70.0)
     assert_close(frequencies(ours), 500 ** -(torch.arange(0, 8, 2) / 8) / 8)
-    cos, sin = RotaryTable(ours, local=True)(5, torch.device("cpu"))
+    cos, sin = halves(RotaryTable(ours, local=True)(5, torch.device("cpu")))
     angles = torch.outer(torch.arange(5.0), 70 ** -(torch.arange(0, 8, 2) / 8))
     assert_close((cos, sin), (angles.cos(), angles.sin()))
 
@@ -157,7 +164,7 @@ def test_table_grows_and_keeps_its_values() -> None:
     table = RotaryTable(config(block_size=100))
     short = table(3, torch.device("cpu"))
     long = table(80, torch.device("cpu"))
-    assert long[0].shape == (80, 4)
+    assert long[0].shape == (80, 8)
     assert_close((long[0][:3], long[1][:3]), short, rtol=0, atol=0)
     assert table(80, torch.device("cpu"))[0].data_ptr() == long[0].data_ptr()  # made once
 
@@ -165,11 +172,12 @@ def test_table_grows_and_keeps_its_values() -> None:
 def test_angles_are_fp32_whatever_the_model() -> None:
     """bf16 rounds position 1001 to 1000: angles computed in it would be off by up to a radian. Only cos and sin may be rounded."""
     model = tiny.tiny(n_layer=1, block_size=2000).bfloat16()
-    ((rough_cos, rough_sin),) = model.positions(tiny.ids(1, 1003)).rotary
+    (rough,) = model.positions(tiny.ids(1, 1003)).rotary
+    rough_cos, rough_sin = halves(rough)
     assert rough_cos.dtype == rough_sin.dtype == torch.bfloat16
     exact = torch.outer(torch.arange(1003, dtype=torch.float64), 10_000 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8))
     assert_close(rough_cos.double(), exact.cos(), rtol=0, atol=2**-8)
     assert_close(rough_sin.double(), exact.sin(), rtol=0, atol=2**-8)
     x = torch.randn(1, 1003, 8, generator=torch.Generator().manual_seed(0))
     cos, sin = RotaryTable(model.config)(1003, torch.device("cpu"))
-    assert_close(rotate(x.bfloat16(), rough_cos, rough_sin).float(), rotate(x, cos, sin), rtol=0, atol=0.05)
+    assert_close(rotate(x.bfloat16(), *rough).float(), rotate(x, cos, sin), rtol=0, atol=0.05)

@@ -23,6 +23,7 @@ values
 args adapters.settings objectives.settings
 families
 config
+fused
 rope packing model
 sharding
 adapters lora

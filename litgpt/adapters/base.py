@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from litgpt.fused import thin
 from litgpt.sharding import whole
 
 
@@ -63,9 +64,16 @@ class LinearAdapter(Wrapper):
         """Return (out,) bool: the rows of the weight that B has, in its order."""
         raise NotImplementedError
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the update applied to x: (..., in) -> (..., out)."""
+    def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the update applied to x, plus y if given: (..., in) -> (..., out)."""
         raise NotImplementedError
+
+    def product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, p: float = 0.0, y: torch.Tensor | None = None) -> torch.Tensor:
+        """Return s b a dropout(x), plus y if given, with factors of the shapes of A and B and dropout p."""
+        low = thin(x.reshape(-1, x.size(-1)), a.to(x.dtype), p)  # (N, r)
+        up = self.up(b).t().to(low.dtype, memory_format=torch.contiguous_format)  # (r, out)
+        rows = low @ up if y is None else torch.addmm(y.reshape(-1, y.size(-1)), low, up)
+        return rows.view(*x.shape[:-1], rows.size(-1))
 
     def weight(self) -> torch.Tensor:
         """Return the weight of `linear`, (out, in), fp32."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.adapters.base import Adapter
-from litgpt.model import rms_normalise
+from litgpt.fused import rms_norm
 
 EPS = 1e-5
 
@@ -51,7 +51,7 @@ class ValueHead(Head):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (...), fp32"""
         with torch.autocast(h.device.type, enabled=False):
-            a = rms_normalise(h.float(), EPS)
+            a = rms_norm(h.float(), None, EPS)
             if self.up is not None:
                 a = F.silu(F.linear(a, self.up, self.shift))
             return a @ self.weight + self.bias
@@ -72,5 +72,5 @@ class MultiTokenHead(Head):
     def forward(self, h: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         """(..., d) each -> (..., d), in h's dtype"""
         with torch.autocast(h.device.type, enabled=False):
-            a = torch.cat([rms_normalise(x.float(), EPS) for x in (h, e)], dim=-1)
+            a = torch.cat([rms_norm(x.float(), None, EPS) for x in (h, e)], dim=-1)
             return (h.float() + F.linear(F.silu(F.linear(a, self.up)), self.down)).to(h.dtype)

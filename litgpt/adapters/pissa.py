@@ -50,9 +50,9 @@ class PiSSA(LinearAdapter):
         root = (S[: self.r] / self.scaling).sqrt()
         return root[:, None] * V[:, : self.r].T, U[:, : self.r] * root
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        before = nn.functional.linear(nn.functional.linear(x, self.lora_A0.to(x.dtype)), self.up(self.lora_B0).to(x.dtype))
-        return super().update(x) - before
+    def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        change = super().update(x) - self.product(x, self.lora_A0, self.lora_B0)
+        return change if y is None else y + change
 
     def merged(self) -> torch.Tensor:
         return super().merged() - self.up(self.lora_B0) @ self.lora_A0

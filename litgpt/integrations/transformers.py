@@ -25,7 +25,7 @@ from litgpt import families
 from litgpt.config import Config
 from litgpt.convert import adapter, names, peft, portable
 from litgpt.errors import UserError
-from litgpt.model import rms_normalise
+from litgpt.fused import rms_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -106,7 +106,7 @@ class Skip2LoRAHooks:
 
     def _tap(self, factors: Factors, eps: float | None, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output  # (B, T, d)
-        t = x if eps is None else rms_normalise(x, eps)
+        t = x if eps is None else rms_norm(x, None, eps)
         with torch.autocast(x.device.type, enabled=False):
             update = factors(t.float())
         self._sum = update if self._sum is None else self._sum.to(update.device) + update

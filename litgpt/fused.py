@@ -1,0 +1,117 @@
+"""Passes with backward passes by hand: they keep less for the backward pass than autograd would, and take fewer operators.
+
+All are differentiable once. Letters in shapes: N rows, n inputs, r rank, m as in `litgpt.model`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+def draw(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Draw a dropout with probability p for `drop`: on a CPU the places that become 0, elsewhere a mask that is true where x stays.
+
+    A CPU draws the gaps between the places, which are geometric: p random numbers for an element in place of one. There are enough to reach
+    the end, but for a chance of 1e-9; those beyond it become one place too far.
+    """
+    if x.device.type != "cpu":
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+    expected = x.numel() * round(p * 2**16) // 2**16 + 1
+    gaps = torch.empty(expected + expected // 16 + 160, dtype=torch.int64).geometric_(p)  # 6 standard deviations more
+    return gaps.cumsum(0).sub_(1).clamp_(max=x.numel())
+
+
+def drop(x: torch.Tensor, drawn: torch.Tensor, p: float) -> torch.Tensor:
+    """Return 0 at the places that were drawn, x / (1 - p) elsewhere."""
+    if drawn.dtype == torch.bool:
+        return torch.ops.aten.native_dropout_backward(x, drawn, 1 / (1 - p))
+    return x * x.new_full((x.numel() + 1,), 1 / (1 - p)).index_fill_(0, drawn, 0)[:-1].view(x.shape)
+
+
+def thin(x: torch.Tensor, A: torch.Tensor, p: float = 0.0) -> torch.Tensor:
+    """Return D(x) A^T, D a dropout: (N, n) and (r, n) -> (N, r), column by column: processors multiply so faster by narrow matrices."""
+    return _Dropped.apply(x, A, draw(x, p), p) if p else (A @ x.t()).t()
+
+
+class _Dropped(torch.autograd.Function):
+    """y = D(x) A^T       dx = D(dy A)       dA = dy^T D(x), with x kept in place of D(x): layers that read the same x share it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, A: torch.Tensor, drawn: torch.Tensor, p: float) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A, drawn)
+        ctx.p = p
+        return (A @ drop(x, drawn, p).t()).t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        x, A, drawn = ctx.saved_tensors
+        grad = grad.to(A.dtype)  # with autocast it is narrower
+        dx = drop(grad @ A, drawn, ctx.p) if ctx.needs_input_grad[0] else None
+        return dx, None if x is None else grad.t() @ drop(x, drawn, ctx.p), None, None
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, approximate: str | None = None) -> torch.Tensor:
+    """Return silu(gate) * up, or gelu(gate) * up with an approximation of `F.gelu`: (..., m)."""
+    return _Gated.apply(gate, up, approximate)
+
+
+class _Gated(torch.autograd.Function):
+    """y = f(g) u       du = f(g) dy       dg = f'(g) u dy, with f(g) computed again"""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, approximate: str | None) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.approximate = approximate
+        return _activate(gate, approximate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        (gate, up), approximate, aten = ctx.saved_tensors, ctx.approximate, torch.ops.aten
+        d_gate = grad * up
+        d_gate = aten.silu_backward(d_gate, gate) if approximate is None else aten.gelu_backward(d_gate, gate, approximate=approximate)
+        return d_gate, _activate(gate, approximate).mul_(grad), None
+
+
+def _activate(x: torch.Tensor, approximate: str | None) -> torch.Tensor:
+    return F.silu(x) if approximate is None else F.gelu(x, approximate=approximate)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Return x over its root mean square along the last dimension, times the weight, in x's dtype.
+
+    The quotient is computed in fp32 (fp64 for fp64) and rounded to x's dtype; a weight of a wider dtype multiplies it before rounding.
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w x q,  q = 1 / sqrt(mean(x^2) + eps)       dx = q (w dy - x q^2 mean(x w dy))       dw = sum over rows of dy x q"""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        q = x.to(wide).square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, q, weight)
+        y = x * q  # fp32
+        if weight is None:
+            return y.to(x.dtype)
+        return y.mul_(weight).to(x.dtype) if weight.dtype == wide else y.to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        x, q, weight = ctx.saved_tensors
+        dx = dw = None
+        if weight is not None and ctx.needs_input_grad[1]:
+            dw = (x * q).mul_(grad).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            g = grad.to(q.dtype) if weight is None else grad * weight.to(q.dtype)  # (..., d)
+            share = (g * x).sum(-1, keepdim=True).mul_(q).mul_(q).div_(x.size(-1))  # (..., 1)
+            dx = torch.addcmul(g, x.to(q.dtype), share, value=-1).mul_(q).to(x.dtype)
+        return dx, dw, None
