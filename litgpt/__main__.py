@@ -87,7 +87,7 @@ OTHER_NAMES = {
 }
 
 
-TAKING_NAMES = (
+TAKING_NAMES = [
     "finetune",
     "sweep",
     "generate",
@@ -97,7 +97,7 @@ TAKING_NAMES = (
     "evaluate",
     "validate",
     "pretrain",
-)  # commands that download ORG/NAME
+]  # commands that download ORG/NAME
 
 
 def main(argv: Optional[list[str]] = None) -> int:

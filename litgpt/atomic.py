@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -50,6 +51,23 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def lock_bytes(descriptor: int, start: int, count: int = 1, wait: bool = False) -> bool:
+    """Lock bytes of an open file against other processes; return False if one of them holds the lock and `wait` is false.
+
+    File systems without locks are used unlocked. The system frees the locks of a process that ends or closes the file.
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), count, start)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def unlock_bytes(descriptor: int, start: int, count: int = 1) -> None:
+    with suppress(OSError):
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, count, start)
 
 
 # --- Files ---

@@ -162,18 +162,13 @@ def on_records(
     samples = [*splits.train, *splits.val] if is_text and everything else splits.val
     count = min(len(samples), int(limit or len(samples)))
     console = Console()
-    loss, tokens = _loss(llm, samples[:count], batch_size, console)
     results: dict[str, Any] = {
         "model": llm.config.name,
         "checkpoint_dir": str(llm.folder),
         "data": data.source,
         "records": count,
-        "tokens": tokens,
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        **_measured(llm, samples[:count], batch_size, console),
     }
-    if llm.model.value_head is not None:
-        results |= _judged(llm, samples[:count], batch_size)
     if max_new_tokens and not is_text:
         answers = []
         with console.progress("answers") as progress:
@@ -186,40 +181,31 @@ def on_records(
     return results
 
 
-def _loss(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Console") -> tuple[float, int]:
-    """Return the weighted mean loss of the samples' loss tokens, and their number."""
+def _measured(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Console") -> dict[str, float]:
+    """Return the number of loss tokens, their weighted mean loss, and how well a value head predicts the rewards, if there are both."""
     import torch
 
     from litgpt.activations.cache import Recompute
-    from litgpt.loss import HeadLoss, loss_of
+    from litgpt.loss import HeadLoss, hidden_of, loss_at
+    from litgpt.objectives.critic import last_values, quality
     from litgpt.packing import loss_weights
 
-    activations, head_loss = Recompute(llm.model, samples, next(llm.model.parameters()).device), HeadLoss.of(llm.model)
-    total, weight = 0.0, sum(sample.weight for sample in samples)
+    model = llm.model
+    activations, head_loss = Recompute(model, samples, next(model.parameters()).device), HeadLoss.of(model)
+    total, weight, values = 0.0, sum(sample.weight for sample in samples), list[float]()
     with torch.no_grad(), console.progress("loss") as progress:
         for start in range(0, len(samples), batch_size):
-            batch = range(start, min(start + batch_size, len(samples)))
-            total += loss_of(llm.model, activations(batch), head_loss, loss_weights([samples[i] for i in batch])).item()
-            progress(batch.stop, len(samples))
-    return total / weight, sum(sample.n_targets for sample in samples)
-
-
-def _judged(llm: "LLM", samples: "list[Sample]", batch_size: int) -> dict[str, float]:
-    """Return how well the value head predicts the rewards of those samples that have one."""
-    import torch
-
-    from litgpt.activations.cache import Recompute
-    from litgpt.loss import HeadLoss
-    from litgpt.objectives.base import View
-    from litgpt.objectives.critic import last_values, quality
-
-    rated = [i for i, sample in enumerate(samples) if sample.reward is not None]
-    if not rated:
-        return {}
-    activations = Recompute(llm.model, samples, next(llm.model.parameters()).device)
-    with torch.no_grad():
-        values = last_values(View(llm.model, activations, HeadLoss.of(llm.model), batch_size), rated)
-    return {"rated": len(rated), **quality(values, [float(samples[i].reward or 0) for i in rated])}
+            batch = samples[start : start + batch_size]
+            features = activations(range(start, start + len(batch)))
+            hidden = hidden_of(model, features)
+            total += loss_at(model, hidden, features.targets, head_loss, loss_weights(batch)).item()
+            if model.value_head is not None:
+                values += last_values(model.value_head, hidden, batch)
+            progress(start + len(batch), len(samples))
+    loss, rewards = total / weight, [sample.reward for sample in samples if sample.reward is not None]
+    judged = {"rated": len(values), **quality(values, rewards)} if values else {}
+    tokens = sum(sample.n_targets for sample in samples)
+    return {"tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), **judged}
 
 
 def _answered(llm: "LLM", style: Any, record: "Record", max_new_tokens: int) -> dict[str, Any]:

@@ -198,8 +198,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(content: Any, **style: Any) -> str:
-    """Return plain values as YAML, mappings in their order; `style` as of `yaml.dump`."""
-    return str(yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, **style))
+    """Return plain values as YAML, mappings in their order unless `style`, as of `yaml.dump`, says otherwise."""
+    return str(yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), **{"sort_keys": False, **style}))
 
 
 class _Loader(yaml.SafeLoader):

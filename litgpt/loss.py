@@ -38,8 +38,13 @@ def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.
 
     In training the routers' auxiliary loss is added with the same weights.
     """
-    hidden = hidden_of(model, features)
-    targets = features.targets
+    return loss_at(model, hidden_of(model, features), features.targets, head_loss, weights)
+
+
+def loss_at(
+    model: GPT, hidden: torch.Tensor, targets: torch.Tensor, head_loss: HeadLoss, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the loss of `loss_of` for the head's input at the loss positions, (n, d)."""
     if weights is not None:
         weights = weights.to(hidden.device)
         kept = weights.nonzero()[:, 0]

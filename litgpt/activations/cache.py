@@ -286,7 +286,8 @@ def fill(
     it does not depend on the batches. The filling ends when it is no longer `agreed` that a rank has samples left: a sharded model
     runs in all ranks at the same time.
     """
-    was_training, slices, longest = model.training, layout.slices, fill_order(samples, range(len(samples)))[0]
+    was_training, slices = model.training, layout.slices
+    longest = max(range(len(samples)), key=lambda i: len(samples[i].input_ids))
     model.eval()
     if layout.first and agreed(isinstance(store, torch.Tensor) or not store.has_stem):
         store[: layout.first] = model.within(partial(_rows, model, [samples[longest]], layout, device))[: layout.first]
@@ -370,7 +371,7 @@ def _on_disk(
         with settings.progress(f"{name} cache", done) as show:
 
             def progress(own: int, total: int) -> None:  # others may fill the same samples
-                show(sum(store.is_written([i]) for i in indices), total)
+                show(len(store.written(indices)), total)
 
             fill(model, samples, layout, store, batches, device, progress, len(indices), done, settings.any or bool)
 

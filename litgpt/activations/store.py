@@ -10,7 +10,6 @@ folder under these names is an error.
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from litgpt.atomic import lock_bytes, unlock_bytes
 from litgpt.files import open_regular
 
 DATA, INDEX = "activations.bin", "index.bin"
@@ -105,13 +105,19 @@ class Rows:
         spans = self.contents.spans
         return all(spans[i].start == spans[i].stop or self._entry(self.places[i]) & WRITTEN for i in indices)
 
+    def written(self, indices: Sequence[int]) -> list[int]:
+        """Return those of the samples that are written, by one look at the index."""
+        length, spans = ENTRY * (1 + len(self.places)), self.contents.spans
+        flags = os.pread(self.index, length, 0).ljust(length, b"\0")[ENTRY // 2 :: ENTRY]  # the byte of `WRITTEN`
+        return [i for i in indices if flags[self.places[i]] or spans[i].start == spans[i].stop]
+
     @property
     def has_stem(self) -> bool:
         return bool(self._entry(0))
 
     def damaged(self, indices: Sequence[int]) -> list[int]:
         """Return the places of the samples, and of the stem, that are noted as written and cannot be read. Reads all of them."""
-        places, written = list[int](), [i for i in indices if self.is_written([i])]
+        places, written = list[int](), self.written(indices)
         for place, span in ((0, self.contents.stem), *((self.places[i], self.contents.spans[i]) for i in written)):
             try:
                 if written:  # after the stem
@@ -149,20 +155,15 @@ class Rows:
                 time.sleep(POLL_SECONDS)
 
     def _lock(self, batch: Sequence[int]) -> bool:
-        """Return whether no other process has locked one of the samples. File systems without locks are used unlocked."""
-        try:
-            for i in batch:
-                fcntl.lockf(self.index, fcntl.LOCK_EX | fcntl.LOCK_NB, ENTRY, ENTRY * self.places[i])
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                self._unlock(batch)
-                return False
-        return True
+        """Return whether no other process has locked one of the samples."""
+        if all(lock_bytes(self.index, ENTRY * self.places[i], ENTRY) for i in batch):
+            return True
+        self._unlock(batch)
+        return False
 
     def _unlock(self, batch: Sequence[int]) -> None:
         for i in batch:
-            with suppress(OSError):
-                fcntl.lockf(self.index, fcntl.LOCK_UN, ENTRY, ENTRY * self.places[i])
+            unlock_bytes(self.index, ENTRY * self.places[i], ENTRY)
 
     def forget(self) -> None:
         """Drop the file from the system's page cache, so that reading it takes as long as when memory is short."""
@@ -207,8 +208,8 @@ def _opened(store: Rows, indices: list[int], say: Say) -> list[int]:
     _require_own(folder)
     with suppress(FileNotFoundError):
         store.open(os.O_RDONLY)
-    damaged = store.damaged(indices) if store.index >= 0 else []
-    left = [i for i in indices if store.index < 0 or store.places[i] in damaged or not store.is_written([i])]
+    damaged, written = ([], set()) if store.index < 0 else (store.damaged(indices), set(store.written(indices)))
+    left = [i for i in indices if i not in written or store.places[i] in damaged]
     if not left and not damaged:
         say(f"{folder} is reused")
         return left

@@ -11,13 +11,13 @@ all heads draft in one pass of the output layer. It reads the next token, which 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from litgpt.adapters.base import Adapter
+from litgpt.adapters.settings import ValueHeadKind
 from litgpt.fused import rms_norm
 
 EPS = 1e-5
@@ -35,7 +35,7 @@ class ValueHead(Head):
     up: nn.Parameter | None
     shift: nn.Parameter | None
 
-    def __init__(self, d: int, kind: Literal["linear", "mlp"]) -> None:
+    def __init__(self, d: int, kind: ValueHeadKind) -> None:
         super().__init__()
         self.up, self.shift = (nn.Parameter(torch.empty(d, d)), nn.Parameter(torch.empty(d))) if kind == "mlp" else (None, None)
         self.weight, self.bias = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(1))

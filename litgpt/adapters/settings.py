@@ -13,6 +13,8 @@ from litgpt.errors import UserError
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
 Variant = Literal["lora", "dora", "pissa", "olora"]
+ValueHeadKind = Literal["linear", "mlp"]
+TapNorm = Literal["rms", "none"]
 MAX_RANK = 2**16
 MOST_HEADS = 16
 LAYER_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
@@ -55,7 +57,7 @@ class AdapterSettings:
     computed once and cached, and an epoch computes the replies alone."""
     alora_invocation_tokens: Optional[list[int]] = None
     """The token ids that open a reply and switch LoRA on. Default: those that the prompt style writes between a prompt and its reply."""
-    value_head: Optional[Literal["linear", "mlp"]] = setting(None, varies=True)
+    value_head: Optional[ValueHeadKind] = setting(None, varies=True)
     """A head that says how good an answer is, linear or with a hidden layer, trained by objective critic."""
     mtp_heads: int = setting(0, varies=True)
     """Heads that predict the tokens behind the next one, for `litgpt generate --speculate heads`: trained together with LoRA and
@@ -67,7 +69,7 @@ class AdapterSettings:
     the outputs of all blocks on a sample of the training data. Default: the last 6."""
     skip2lora_output_layer: str = "lm_head"
     """The layer whose input the adapters' sum is added to: lm_head, transformer.ln_f or transformer.h.M."""
-    skip2lora_norm: Literal["rms", "none"] = "rms"
+    skip2lora_norm: TapNorm = "rms"
     """rms divides a block's output by its root mean square before its adapter, none does not."""
     skip2lora_r: Optional[int] = setting(None, varies=True)
     """Rank of the Skip2-LoRA adapters. Default: lora_r."""
@@ -77,12 +79,10 @@ class AdapterSettings:
     """Their dropout. Default: lora_dropout."""
 
     def __post_init__(self) -> None:
-        if self.skip2lora_norm not in ("rms", "none"):
-            raise UserError(f"skip2lora_norm is {self.skip2lora_norm!r}: choose 'rms' or 'none'")
-        if self.lora_variant not in (names := get_args(Variant)):
-            raise UserError(f"lora_variant is {self.lora_variant!r}: choose {', '.join(map(repr, names[:-1]))} or {names[-1]!r}")
-        if self.value_head not in (None, "linear", "mlp"):
-            raise UserError(f"value_head is {self.value_head!r}: choose 'linear' or 'mlp'")
+        for key, kind in (("skip2lora_norm", TapNorm), ("lora_variant", Variant), ("value_head", ValueHeadKind)):
+            value, names = getattr(self, key), get_args(kind)
+            if value not in names and not (key == "value_head" and value is None):
+                raise UserError(f"{key} is {value!r}: choose {', '.join(map(repr, names[:-1]))} or {names[-1]!r}")
         if not (isinstance(self.mtp_heads, int) and 0 <= self.mtp_heads <= MOST_HEADS):
             raise UserError(f"mtp_heads is {self.mtp_heads!r}: a whole number from 0 to {MOST_HEADS} is needed")
         if self.alora_enabled and self.lora_variant != "lora":

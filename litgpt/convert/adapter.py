@@ -9,7 +9,6 @@ from litgpt.convert import peft, portable
 from litgpt.convert.hf import hf_settings
 from litgpt.convert.resolve import locate, open_checkpoint
 from litgpt.errors import UserError
-from litgpt.files import dump_yaml
 from litgpt.prompts import PROMPT_STYLE_FILE
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def copy_prompt_style(source: Path, folder: Path) -> None:
         if not isinstance(style, dict) or not isinstance(style.get("class_path"), str):
             raise UserError(f"{file}: expected `class_path: litgpt.prompts.NAME`")
         kept = {key: style[key] for key in ("class_path", "init_args") if key in style}
-        atomic.write_text(folder / PROMPT_STYLE_FILE, dump_yaml(kept, allow_unicode=True))
+        atomic.write_text(folder / PROMPT_STYLE_FILE, files.dump_yaml(kept, allow_unicode=True))
 
 
 def kind_of(folder: Path) -> str:
@@ -127,6 +126,6 @@ def write_adapter(folder: Path, base: Path, settings: dict[str, Any], weights: "
     checkpoint.save_config(config, folder)
     checkpoint.save_base(base, folder)
     hyperparameters = readable_by_litgpt({"checkpoint_dir": str(base.resolve()), **settings})
-    atomic.write_text(folder / "hyperparameters.yaml", dump_yaml(hyperparameters))
+    atomic.write_text(folder / "hyperparameters.yaml", files.dump_yaml(hyperparameters))
     checkpoint.copy_tokenizer_files(base, folder)
     save_prompt_style(resolve_prompt_style(None, base, Tokenizer(base)), folder)

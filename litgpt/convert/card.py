@@ -12,7 +12,6 @@ from litgpt import __version__, args, atomic, files
 from litgpt.checkpoint import read_hyperparameters
 from litgpt.config import Config
 from litgpt.errors import UserError
-from litgpt.files import dump_yaml
 from litgpt.text import markdown_table
 
 Kind = Literal["lora", "skip2lora", "model"]
@@ -93,7 +92,7 @@ def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) 
     blocks += ["## Use", f"```python\n{words.loading.format(base=base, folder=name or folder.name)}\n```"]
     if (source / "prompt_style.yaml").is_file() and kind != "model":
         blocks.append("The prompts had the form that prompt_style.yaml names.")
-    atomic.write_text(folder / "README.md", f"---\n{dump_yaml(front)}---\n\n" + "\n\n".join(blocks) + "\n")
+    atomic.write_text(folder / "README.md", f"---\n{files.dump_yaml(front)}---\n\n" + "\n\n".join(blocks) + "\n")
 
 
 def base_name(source: Path, settings: dict[str, Any]) -> str:
@@ -147,7 +146,7 @@ def _data_class(data: dict[str, Any]) -> Any:
 def _word(value: Any) -> str:
     """Return a value as one word of the command line."""
     if isinstance(value, dict | list):
-        value = dump_yaml(_public(value), default_flow_style=True, width=10**6).strip()
+        value = files.dump_yaml(_public(value), default_flow_style=True, sort_keys=True, width=10**6).strip()
     if isinstance(value, bool) or value is None:
         value = {True: "true", False: "false", None: "null"}[value]
     if str(value).startswith(("litgpt.data.", "torch.optim.")):  # --data and --optimizer take the name of such a class

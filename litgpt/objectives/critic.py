@@ -11,7 +11,7 @@ with the v of the head as it is, without gradient; for lambda = 1, Monte Carlo, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,7 @@ from litgpt.data.records import Record
 from litgpt.errors import UserError
 from litgpt.objectives.base import ACCURACY, Objective, View
 from litgpt.packing import loss_weights
+from litgpt.sample import Sample
 
 READ = ("reward", "correct")
 BINS = 10
@@ -66,14 +67,10 @@ def returns(values: torch.Tensor, reward: float, decay: float) -> torch.Tensor:
     return targets
 
 
-def last_values(view: View, indices: Sequence[int]) -> list[float]:
-    """Return the value of each sample at the end of its answer."""
-    values = []
-    for start in range(0, len(indices), view.micro_batch):
-        batch = indices[start : start + view.micro_batch]
-        counts = [sample.n_targets for sample in view.samples(batch)]
-        values += [float(v[-1]) for v in view.model.value_head(view.hidden(batch)).sigmoid().split(counts)]
-    return values
+def last_values(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, samples: Sequence[Sample]) -> list[float]:
+    """Return the value at the end of the answer of each sample with a reward, by the output layer's input at the loss positions, (n, d)."""
+    values = head(hidden).sigmoid().split([sample.n_targets for sample in samples])
+    return [float(v[-1]) for v, sample in zip(values, samples, strict=True) if sample.reward is not None]
 
 
 def quality(values: Sequence[float], rewards: Sequence[float]) -> dict[str, float]:

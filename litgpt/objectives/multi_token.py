@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from litgpt.loss import IGNORED
+from litgpt.loss import IGNORED, loss_at
 from litgpt.objectives.base import Objective, View
-from litgpt.packing import loss_targets
+from litgpt.packing import loss_targets, loss_weights
 from litgpt.sample import Sample
 
 
@@ -29,13 +29,10 @@ class MultiToken(Objective):
     def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
         model: Any = view.model
         samples, hidden = view.samples(indices), view.hidden(indices)  # (n, d)
-        total, factor = hidden.sum() * 0.0, 1.0
-        _, weights = ahead(samples, 0)
-        targets, weights = loss_targets(samples).to(hidden.device), weights.to(hidden.device)
+        total, factor, targets = hidden.sum() * 0.0, 1.0, loss_targets(samples).to(hidden.device)
         if model.config.changes_text:
-            total, factor = view.head_loss(hidden, targets, weights), self.settings.mtp_weight / len(model.mtp_heads)
-            auxiliary = model.auxiliary_loss()
-            total = total if auxiliary is None else total + weights.sum() * auxiliary
+            total = loss_at(model, hidden, targets, view.head_loss, loss_weights(samples))
+            factor = self.settings.mtp_weight / len(model.mtp_heads)
             if not model.training:
                 return total
         following = model.transformer["wte"](targets)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -14,14 +12,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from litgpt.args import Grid, marked
-from litgpt.atomic import write_text
+from litgpt.atomic import lock_bytes, unlock_bytes, write_text
 from litgpt.errors import UserError
 from litgpt.files import open_regular, read_json
 from litgpt.text import text_table
@@ -162,7 +160,7 @@ def _recipe(optimizer: str | dict[str, Any]) -> dict[str, Any]:
 class Table:
     """The results of all trials, in the grid's order, and the files that hold them, which all processes of a sweep read and write.
 
-    A process holds the lock of the trial that it trains, and the table's to write it. The system frees the locks of a process that ends.
+    A process holds the lock of the trial that it trains, and the table's to write it.
     """
 
     out_dir: Path
@@ -181,17 +179,12 @@ class Table:
     def locked(self, trial: Trial | None = None, wait: bool = True) -> Iterator[bool]:
         """Lock the table, or a trial, and yield whether that was possible. File systems without locks are used unlocked."""
         place = 0 if trial is None else 1 + self.trials.index(trial)
-        is_held = True
-        try:
-            fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
-        except OSError as error:
-            is_held = error.errno not in (errno.EACCES, errno.EAGAIN)
+        is_held = lock_bytes(self._locks, place, wait=wait)
         try:
             yield is_held
         finally:
             if is_held:
-                with suppress(OSError):
-                    fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, place)
+                unlock_bytes(self._locks, place)
 
     def refresh(self) -> None:
         """Read what the processes of the sweep have noted."""

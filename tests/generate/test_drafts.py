@@ -16,6 +16,7 @@ from litgpt.generate.drafts import Lookup, generate, verify
 from litgpt.generate.sampling import Sampling, sample
 from tests.helpers import tiny
 from tests.helpers.family_configs import ours
+from tests.helpers.runs import greedy_words
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
@@ -167,18 +168,7 @@ def test_generate_with_looked_up_drafts(
     tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
-    words = [
-        "generate",
-        str(base),
-        "--prompt",
-        "why why why why?",
-        "--max_new_tokens",
-        "20",
-        "--temperature",
-        "0",
-        "--precision",
-        "32-true",
-    ]
+    words = greedy_words(base, "why why why why?", 20)
     assert main(words) == 0
     plain = capsys.readouterr().out
     assert main([*words, "--speculate", "prompt_lookup"]) == 0

@@ -100,6 +100,11 @@ def call(argv: list[str], out_dir: Path) -> Run:
     return Run(code, err.getvalue(), out_dir)
 
 
+def greedy_words(folder: Path, prompt: str, new: int) -> list[str]:
+    """The command that answers with the most probable tokens."""
+    return ["generate", str(folder), "--prompt", prompt, *f"--max_new_tokens {new} --temperature 0 --precision 32-true".split()]
+
+
 def in_two_processes(one: Path, out_dir: Path) -> Run:
     """The run that left the folder `one`, anew in `out_dir` by two processes."""
     argv = ["finetune_lora", "--config", str(one / "final/hyperparameters.yaml"), "--out_dir", str(out_dir), "--devices", "2"]

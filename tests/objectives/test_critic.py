@@ -17,8 +17,8 @@ from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.generate.base import Generate
 from litgpt.objectives.critic import quality, returns
-from tests.helpers.runs import finetune, in_two_processes
-from tests.objectives.test_commands import curve, rewound
+from tests.helpers.runs import finetune
+from tests.objectives.test_commands import assert_two_processes_train_like, curve, rewound
 
 CRITIC: dict[str, Any] = {"objective": "critic", "value_head": "mlp", "lora_query": False, "lora_value": False}
 FEW: dict[str, Any] = {"eval__max_new_tokens": 0}
@@ -130,10 +130,7 @@ def test_value_evaluate_and_the_best_answer(base: Path, rated: Path, tmp_path: P
 @pytest.mark.slow
 def test_two_processes_train_like_one(base: Path, rated: Path, tmp_path: Path) -> None:
     settings = {**CRITIC, **FEW, "train__global_batch_size": 8, "train__micro_batch_size": 4}
-    one = finetune("finetune_lora", base, rated, tmp_path / "one", **settings)
-    two = in_two_processes(one.out_dir, tmp_path / "two")
-    for (_, *mine), (_, *other) in zip(curve(one), curve(two), strict=True):
-        assert_close([float(x) for x in mine if x], [float(x) for x in other if x], rtol=1e-4, atol=1e-5)
+    assert_two_processes_train_like(finetune("finetune_lora", base, rated, tmp_path / "one", **settings), tmp_path / "two")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from litgpt import checkpoint
 from litgpt.__main__ import main
 from litgpt.objectives.multi_token import ahead
 from litgpt.sample import Sample
-from tests.helpers.runs import finetune, in_two_processes
-from tests.objectives.test_commands import rewound
+from tests.helpers.runs import finetune, greedy_words
+from tests.objectives.test_commands import assert_two_processes_train_like, rewound
 
 FROZEN: dict[str, Any] = {"mtp_heads": 2, "lora_query": False, "lora_value": False}
 JOINT: dict[str, Any] = {"mtp_heads": 2, "lora_r": 4, "lora_dropout": 0.0, "mtp_weight": 0.5}
@@ -99,18 +99,7 @@ def test_beside_adapters_the_next_token_is_validated(base: Path, data: Path, tmp
 
 def test_generate_by_heads(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finetune("finetune_lora", base, data, tmp_path / "run", **JOINT, **FEW)
-    words = [
-        "generate",
-        str(run.final),
-        "--prompt",
-        "add 3 and 4",
-        "--max_new_tokens",
-        "12",
-        "--temperature",
-        "0",
-        "--precision",
-        "32-true",
-    ]
+    words = greedy_words(run.final, "add 3 and 4", 12)
     assert main(words) == 0
     plain = capsys.readouterr().out
     assert main([*words, "--speculate", "heads"]) == 0
@@ -123,10 +112,7 @@ def test_generate_by_heads(base: Path, data: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.slow
 def test_two_processes_train_like_one(base: Path, data: Path, tmp_path: Path) -> None:
     settings = {**FROZEN, **FEW, "train__global_batch_size": 8, "train__micro_batch_size": 4}
-    one = finetune("finetune_lora", base, data, tmp_path / "one", **settings)
-    two = in_two_processes(one.out_dir, tmp_path / "two")
-    assert_close(two.column("train_loss"), one.column("train_loss"), rtol=1e-4, atol=1e-5)
-    assert_close(two.column("val_loss"), one.column("val_loss"), rtol=1e-4, atol=1e-5)
+    assert_two_processes_train_like(finetune("finetune_lora", base, data, tmp_path / "one", **settings), tmp_path / "two")
 
 
 @pytest.mark.parametrize(
