@@ -46,6 +46,16 @@ class Critic(Objective):
             for number, record in records
         ]
 
+    def check(self, samples: Sequence[Sample], source: str) -> None:
+        rewards = {float(sample.reward or 0) for sample in samples}
+        if len(rewards) == 1:
+            (reward,) = rewards
+            named = f"reward {reward:g}" + (f" ('correct' {reward == 1})".lower() if reward in (0, 1) else "")
+            raise UserError(
+                f"{source}: each of the {len(samples):,} training answers has the {named}, so a critic has nothing to learn: it needs good "
+                "and bad answers, such as `litgpt sample` writes"
+            )
+
     def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
         samples, logits = view.samples(indices), view.model.value_head(view.hidden(indices))  # (n,)
         counts, rewards = [sample.n_targets for sample in samples], [float(sample.reward or 0) for sample in samples]

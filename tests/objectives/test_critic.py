@@ -165,3 +165,19 @@ def test_answers_without_a_usable_reward(row: dict[str, Any], message: str, base
     file.write_text(json.dumps({"prompt": "add", "answer": "good", **row}) + "\n")
     run = finetune("finetune_lora", base, file, tmp_path / "run", **CRITIC, data__val_split_fraction=0)
     assert run.code == 1 and message in run.err
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [({"correct": True}, "reward 1 ('correct' true)"), ({"reward": 0}, "reward 0 ('correct' false)"), ({"reward": 0.5}, "reward 0.5")],
+)
+def test_equal_rewards_are_refused(own: dict[str, Any], named: str, base: Path, tmp_path: Path) -> None:
+    """The validation set's other reward does not help: it is not learned."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"prompt": f"add {i}", "answer": f"good {i}", **own} for i in range(6)]
+    for name, content in (("train", rows), ("val", [{"prompt": "add", "answer": "task", "reward": 0.25}])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    run = finetune("finetune_lora", base, folder, tmp_path / "run", **CRITIC, data__val_split_fraction=None)
+    assert run.code == 1 and f"{folder}: each of the 6 training answers has the {named}, so" in run.err and "Traceback" not in run.err
+    assert not (tmp_path / "run").exists()
