@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from litgpt.train.launch import Place
 from litgpt.train.parallel import Rank
 from litgpt.train.settings import Run
 from tests.helpers.jobs import ROOT, Bench, environ
+from tests.helpers.ranks import Ranks
 from tests.helpers.runs import write_data
 from tests.helpers.training import make_samples
 
@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "answers": {"alora_enabled": True, "lora_mlp": True, "data.mask_prompt": True, "data.prompt_style": "chatml"},
     "checkpointed": {**ALL, "train.activation_checkpointing": True},
 }
-FAST = ("lora", "skip", "full")
+FAST = ("lora", "skip")
 SETTINGS = {
     "lora_dropout": 0,
     "eval.interval": 2,
@@ -63,13 +63,23 @@ def argv(bench: Bench, out_dir: Path, method: str, **settings: Any) -> list[str]
     return [*bench.argv(out_dir, **{**SETTINGS, **METHODS[method], **settings}), "--data.val_split_fraction", "0.15"]
 
 
-def by_processes(folder: Path, commands: list[list[str]], timeout: float = 280) -> str:
-    """Run commands that name the same `devices`, in the same processes."""
-    (folder / "commands.json").write_text(json.dumps(commands))
-    words = [sys.executable, "-m", "tests.helpers.ranks", str(folder / "commands.json")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environ(), timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+RANKS: dict[str, Ranks] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks() -> Iterator[None]:
+    """End the processes that the tests of this module have started."""
+    yield
+    while RANKS:
+        RANKS.popitem()[1].close()
+
+
+def by_processes(commands: list[list[str]], timeout: float = 280) -> str:
+    """Run commands that name the same `devices` in processes that later commands use again, and return their stderr."""
+    devices = commands[0][commands[0].index("--devices") + 1]
+    if devices not in RANKS:
+        RANKS[devices] = Ranks(environ(), ROOT)
+    return RANKS[devices].run(commands, timeout)
 
 
 def curve(out_dir: Path) -> list[list[float]]:
@@ -108,7 +118,7 @@ def compare(bench: Bench, folder: Path, methods: list[str], devices: int) -> Non
         for kind in ("ddp", "fsdp"):
             commands.append(argv(bench, folder / f"{method}-{kind}", method, devices=devices, strategy=kind))
         commands.append(argv(bench, folder / f"{method}-joined", method, devices=devices, strategy="fsdp", resume=True))
-    output = by_processes(folder, commands, 280 if devices == 2 else 560)
+    output = by_processes(commands, 280 if devices == 2 else 560)
     assert f"{devices} processes, each with a part of the model" in output and output.count("resumed from") == len(methods)
     for method in methods:
         rewind(folder / f"{method}-fsdp", folder / f"{method}-left")
@@ -129,7 +139,7 @@ def test_processes_fill_one_cache_on_disk_and_another_number_of_them_finds_it(
         return argv(bench, tmp_path / name, "tail", **{**cache, **settings})
 
     assert main(words("one")) == 0
-    by_processes(tmp_path, [words(kind, devices=2, strategy=kind) for kind in ("ddp", "fsdp")])
+    by_processes([words(kind, devices=2, strategy=kind) for kind in ("ddp", "fsdp")])
     for kind in ("ddp", "fsdp"):
         assert_alike(tmp_path / "one", tmp_path / kind)
         rewind(tmp_path / kind, tmp_path / f"{kind}-left")
@@ -151,7 +161,7 @@ def test_a_sharded_model_answers_replays_and_is_merged_as_one_process_does(
     settings = {"eval.max_new_tokens": 6, "train.replay": 3, "lora_mlp": True, "lora_r": 2}
     assert main(argv(bench, tmp_path / "one", "late", **settings)) == 0
     said = capsys.readouterr().err
-    sharded = by_processes(tmp_path, [argv(bench, tmp_path / "fsdp", "late", devices=2, strategy="fsdp", **settings)])
+    sharded = by_processes([argv(bench, tmp_path / "fsdp", "late", devices=2, strategy="fsdp", **settings)])
     assert_alike(tmp_path / "one", tmp_path / "fsdp")
     answers = [[line for line in text.splitlines() if line.startswith("  answered: ")] for text in (said, sharded)]
     assert answers[0] == answers[1] and len(set(answers[0])) > 1
@@ -172,7 +182,7 @@ def test_a_tied_head_stays_tied(method: str, bench: Bench, tmp_path: Path) -> No
     torch.save(weights, base / "lit_model.pth")
     tied, one, other = Bench(base, bench.data), tmp_path / "one", tmp_path / "other"
     assert main(argv(tied, one, method)) == 0
-    by_processes(tmp_path, [argv(tied, other, method, devices=2, strategy="fsdp")])
+    by_processes([argv(tied, other, method, devices=2, strategy="fsdp")])
     assert_alike(one, other)
     if method == "full":
         saved = torch.load(other / "final/lit_model.pth", weights_only=True)
@@ -187,11 +197,10 @@ def test_every_method_in_two_processes(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_three_and_four_processes(bench: Bench, tmp_path: Path) -> None:
     for devices in (3, 4):
-        (tmp_path / str(devices)).mkdir()
         settings = {"train.global_batch_size": 12}
         one, more = tmp_path / f"{devices}-one", tmp_path / f"{devices}-more"
         assert main(argv(bench, one, "tail", **settings)) == 0
-        by_processes(tmp_path / str(devices), [argv(bench, more, "tail", devices=devices, strategy="fsdp", **settings)])
+        by_processes([argv(bench, more, "tail", devices=devices, strategy="fsdp", **settings)])
         assert_alike(one, more)
 
 
