@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.atomic import digest, new_file, require_whole, write_bytes, write_text
-from litgpt.config import CHOSEN_TAPS, Config
+from litgpt.config import CHOSEN_TAPS, CORRECTION, Config
 from litgpt.errors import UserError
 from litgpt.files import decode_text, dump_yaml, parse_object, read_json, read_own, read_yaml
 
@@ -261,7 +261,11 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
     from litgpt.adapters.base import renew_adapters
 
     weights, tied = fitting(model, weights, source)
-    cast = {name: value.to(dtype) for name, value in weights.items() if not (tied and name == "lm_head.weight")}
+    cast = {
+        name: value.float() if name.endswith(CORRECTION) else value.to(dtype)
+        for name, value in weights.items()
+        if not (tied and name == "lm_head.weight")
+    }
     model.load_state_dict(cast, strict=False, assign=True)
     if tied:
         model.tie_head()

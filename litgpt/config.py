@@ -17,25 +17,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self, TypeIs
 
 # LitGPT's fields for architectures that are not supported here, with the value that means "not used".
-UNSUPPORTED_FIELDS: dict[str, Any] = {
-    "rope_interleave": False,
-    "n_shared_expert": None,
-    "n_expert_groups": None,
-    "n_topk_groups": None,
-    "n_topk_scores_per_group": None,
-    "first_k_dense_replace": None,
-    "routed_scaling_factor": 1.0,
-    "latent_attention": None,
-}
+UNSUPPORTED_FIELDS: dict[str, Any] = {"rope_interleave": False, "latent_attention": None}
 
-OPTIONAL_SIZES = ("padded_vocab_size", "head_size", "n_query_groups", "intermediate_size", "moe_intermediate_size", "sliding_window_size")
-COUNTS = ("n_expert", "n_expert_per_token")  # may be 0
-SIZES = (*COUNTS, "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
+GROUPS = ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group")
+OF_EXPERTS = ("n_shared_expert", *GROUPS, "first_k_dense_replace")
+WIDTHS = ("padded_vocab_size", "head_size", "n_query_groups", "intermediate_size", "moe_intermediate_size", "sliding_window_size")
+OPTIONAL_SIZES = (*WIDTHS, *OF_EXPERTS)
+COUNTS = ("n_expert", "n_expert_per_token", "n_shared_expert", "first_k_dense_replace")  # may be 0
+SIZES = (*COUNTS[:2], "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
 MOST_SIZE, MOST_BLOCKS = 2**31 - 1, 10_000  # a broken file's sizes must not overflow, nor take hours to build
 OPTIONAL_FACTORS = ("attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq")
 SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
-FACTORS = ("norm_eps", "rope_base", "rope_condense_ratio", *SCALARS, *OPTIONAL_FACTORS)
-OWN_FIELDS = ("norm_affine", "learned_positions", "router_aux_loss_coef", *SCALARS)  # LitGPT does not have these
+FACTORS = ("norm_eps", "rope_base", "rope_condense_ratio", "routed_scaling_factor", *SCALARS, *OPTIONAL_FACTORS)
+# LitGPT 0.5.13 does not have these, and its older versions not those
+OWN_FIELDS = ("norm_affine", "learned_positions", "router_aux_loss_coef", "shared_expert_gate", "router_softmax", *SCALARS)
+NEWER_FIELDS: dict[str, Any] = {**dict.fromkeys(OF_EXPERTS), "routed_scaling_factor": 1.0, **UNSUPPORTED_FIELDS}  # and their defaults
+CORRECTION = "e_score_correction_bias"  # a router's buffer, fp32 in every checkpoint: see `litgpt.mlp.route`
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm_class_name": ("LayerNorm", "RMSNorm"),
     "norm_qk_type": ("default", "olmo2"),
@@ -103,6 +100,14 @@ class Config:
     n_expert_per_token: int = 0
     norm_topk_prob: bool = True  # scale the chosen experts' weights to sum 1, as LitGPT's LLaMAMoE always does
     router_aux_loss_coef: float = 0.0  # weight of the router's load-balancing loss in training
+    n_shared_expert: int | None = None  # experts that every token passes, joined in one MLP
+    shared_expert_gate: bool = False  # the shared experts' output is weighted by a sigmoid (Qwen 2)
+    n_expert_groups: int | None = None  # a token's experts are of `n_topk_groups` of the groups, see `litgpt.mlp.route`
+    n_topk_groups: int | None = None
+    n_topk_scores_per_group: int | None = None  # experts by whose scores a group is ranked
+    router_softmax: bool = False  # scores of experts in groups: their softmax (DeepSeek-V2) in place of sigmoids with a bias (V3)
+    routed_scaling_factor: float = 1.0  # of the chosen experts' weights
+    first_k_dense_replace: int | None = None  # the first blocks of a mixture, whose MLPs are dense
     scale_embeddings: bool = False  # multiply the embeddings by sqrt(n_embd) (Gemma)
     embedding_multiplier: float = 1.0  # Granite: a factor on the embeddings,
     residual_multiplier: float = 1.0  # on what a block adds to the residual stream,
@@ -131,11 +136,7 @@ class Config:
             self.sliding_window_indices = [1] * self.n_layer
         if self.shared_attention_norm and not self.parallel_residual:
             raise UserError("shared_attention_norm is true: only blocks with parallel_residual can share their norm")
-        if self.mlp_class_name == "LLaMAMoE" and not 1 <= self.n_expert_per_token <= self.n_expert:
-            raise UserError(
-                f"LLaMAMoE with n_expert {self.n_expert} and n_expert_per_token {self.n_expert_per_token}: "
-                "a token needs at least 1 expert and at most all of them"
-            )
+        self._check_experts()
         self._check_blocks()
         self._check_rope()
 
@@ -162,6 +163,35 @@ class Config:
             value = getattr(self, key)
             if (not _is_positive(value) and value != 0) or value > most:
                 raise UserError(f"{key} is {value!r}: a number from 0{'' if most == math.inf else ' to 1'} is needed")
+
+    def _check_experts(self) -> None:
+        """Raise UserError for settings of a mixture that do not fit each other."""
+        if self.mlp_class_name != "LLaMAMoE":
+            if found := [key for key in (*OF_EXPERTS, "shared_expert_gate", "router_softmax") if getattr(self, key)]:
+                raise UserError(f"{', '.join(found)}: only a mixture of experts, mlp_class_name LLaMAMoE, has that")
+            return
+        E, k = self.n_expert, self.n_expert_per_token
+        if not 1 <= k <= E:
+            raise UserError(
+                f"LLaMAMoE with n_expert {E} and n_expert_per_token {k}: a token needs at least 1 expert and at most all of them"
+            )
+        if self.shared_expert_gate and not self.n_shared_expert:
+            raise UserError("shared_expert_gate is true: it needs n_shared_expert")
+        if (self.first_k_dense_replace or 0) > self.n_layer:
+            raise UserError(f"first_k_dense_replace is {self.first_k_dense_replace}: the model has {self.n_layer} blocks")
+        groups, open_groups, scores = (getattr(self, key) for key in GROUPS)
+        if groups is None:
+            if open_groups or scores or self.router_softmax:
+                raise UserError("n_topk_groups, n_topk_scores_per_group and router_softmax need n_expert_groups")
+            return
+        size = E // groups
+        if E % groups or not open_groups or not scores or open_groups > groups or scores > size or k > open_groups * size:
+            raise UserError(
+                f"n_expert_groups {groups} for n_expert {E}, with n_topk_groups {open_groups}, n_topk_scores_per_group {scores} and "
+                f"n_expert_per_token {k}: groups of equal size are needed, and no more of a token's groups and experts than there are"
+            )
+        if self.router_aux_loss_coef and not self.router_softmax:
+            raise UserError("router_aux_loss_coef: experts in groups are balanced by the router's bias, without a loss. Leave it out")
 
     def _check_blocks(self) -> None:
         """Raise UserError for a list of one entry per block that has the wrong length or entries."""
@@ -232,6 +262,13 @@ class Config:
         return self.head_size * self.n_head, kv, kv
 
     @property
+    def expert_size(self) -> int:
+        """The width of an expert."""
+        size = self.moe_intermediate_size or self.intermediate_size
+        assert size is not None
+        return size
+
+    @property
     def unit_offset(self) -> bool:
         """True if every RMSNorm multiplies by 1 + weight, as Gemma's do."""
         return self.mlp_class_name == "GemmaMLP"
@@ -243,7 +280,7 @@ class Config:
 
     def file_dict(self) -> dict[str, Any]:
         """Return the fields in `model_config.yaml`. LitGPT 0.5.13 reads it, so fields that it lacks are left out at their default."""
-        plain = {key: Config.__dataclass_fields__[key].default for key in OWN_FIELDS}
+        plain = {key: Config.__dataclass_fields__[key].default for key in (*OWN_FIELDS, *NEWER_FIELDS) if hasattr(Config, key)}
         return {key: value for key, value in self.base_dict().items() if key not in plain or value != plain[key]}
 
     @classmethod
@@ -268,8 +305,10 @@ class Config:
         if CHOSEN_TAPS not in known:
             values.pop(CHOSEN_TAPS, None)
         problems = []
-        if not UNSUPPORTED_FIELDS.keys().isdisjoint(values):  # LitGPT wrote it
-            values.pop("norm_topk_prob", None)
+        if values.keys().isdisjoint(OWN_FIELDS) and any(values.get(key, ...) == plain for key, plain in NEWER_FIELDS.items()):
+            # LitGPT wrote it, which leaves out no field
+            if not values.get("n_expert_groups"):
+                values.pop("norm_topk_prob", None)
             values["norm_affine"] = values.get("norm_class_name") != "LayerNorm" or "OLMo" not in str(values.get("name"))
         for key in [key for key in values if key not in known]:
             value = values.pop(key)

@@ -40,7 +40,8 @@ from litgpt.adapters.settings import AdapterSettings
 from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
 from litgpt.fused import draw, drop, rms_norm
-from litgpt.model import Block, CausalSelfAttention, LLaMAMoE, Positions
+from litgpt.mlp import LLaMAMoE
+from litgpt.model import Block, CausalSelfAttention, Positions
 
 __all__ = [
     "GPT",

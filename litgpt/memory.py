@@ -32,7 +32,8 @@ from litgpt.activations.cache import is_flat
 from litgpt.adapters.base import Wrapper, adapter_parameters
 from litgpt.device import on_meta
 from litgpt.loss import CHUNK_BYTES
-from litgpt.model import Block, LLaMAMoE, RMSNorm
+from litgpt.mlp import LLaMAMoE
+from litgpt.model import Block, RMSNorm
 from litgpt.quantize import GROUP, frozen_linears
 
 NF4_BYTES = 0.5 + 4 / GROUP
@@ -102,7 +103,8 @@ def kept_by_block(block: Block, width: int, full: bool) -> float:
 def mlp_numbers(mlp: Any, width: int, full: bool) -> float:
     """Return the values that autograd keeps of an MLP for a token."""
     if isinstance(mlp, LLaMAMoE):
-        return mlp.config.n_expert_per_token * (mlp_numbers(mlp.experts[0], width, full) + mlp.config.n_embd)
+        shared = mlp_numbers(mlp.shared_experts, width, full) if mlp.config.n_shared_expert else 0
+        return mlp.config.n_expert_per_token * (mlp_numbers(mlp.experts[0], width, full) + mlp.config.n_embd) + shared
     m = mlp.proj.in_features  # an expert's own
     return (2 if hasattr(mlp, "fc_1") else 1) * m + learning_inputs(mlp, width, full)
 

@@ -27,7 +27,13 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from litgpt.config import Config
-from litgpt.fused import gated, rms_norm
+from litgpt.fused import rms_norm
+from litgpt.mlp import GemmaMLP as GemmaMLP
+from litgpt.mlp import GptNeoxMLP as GptNeoxMLP
+from litgpt.mlp import LLaMAMLP as LLaMAMLP
+from litgpt.mlp import LLaMAMoE as LLaMAMoE
+from litgpt.mlp import load_balance as load_balance
+from litgpt.mlp import mlp
 from litgpt.packing import Packing, noise_like, take
 from litgpt.rope import RotaryTable, is_long, rotate
 
@@ -263,10 +269,10 @@ class GPT(nn.Module):
         frozen, and so are their inputs: they do not take part.
         """
         logits: list[torch.Tensor] = []
-        for mlp in (block.mlp for block in self.blocks):
-            if isinstance(mlp, LLaMAMoE) and mlp.router_logits is not None:
-                logits.append(mlp.router_logits.flatten(0, -2))
-                mlp.router_logits = None  # the graph is not kept
+        for moe in (block.mlp for block in self.blocks):
+            if isinstance(moe, LLaMAMoE) and moe.router_logits is not None:
+                logits.append(moe.router_logits.flatten(0, -2))
+                moe.router_logits = None  # the graph is not kept
         return self.config.router_aux_loss_coef * load_balance(torch.cat(logits), self.config.n_expert_per_token) if logits else None
 
     def set_kv_cache(
@@ -309,7 +315,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, block_idx)
         self.post_attention_norm = norm(config) if config.post_attention_norm else None
         self.norm_2 = None if config.shared_attention_norm else norm(config) if config.norm_2 else nn.Identity()
-        self.mlp: nn.Module = MLPS[config.mlp_class_name](config)
+        self.mlp = mlp(config, block_idx)
         self.post_mlp_norm = norm(config) if config.post_mlp_norm else None
         self.skip2lora: Any = None  # a `litgpt.lora.Skip2LoRA` if this block's output is tapped
 
@@ -456,107 +462,6 @@ class KVCache:
             else:
                 stored.scatter_(2, index[:, None, :, None].expand_as(new), new)
         return self.k[:B, :, :end].to(k.dtype), self.v[:B, :, :end].to(v.dtype)
-
-
-class GptNeoxMLP(nn.Module):
-    """proj(gelu(fc(x)))"""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        assert config.intermediate_size is not None
-        self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
-        self.approximate = config.gelu_approximate
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, d) -> (B, T, m) -> (B, T, d)"""
-        return self.proj(F.gelu(self.fc(x), approximate=self.approximate))
-
-
-class LLaMAMLP(nn.Module):
-    """SwiGLU, arXiv 2002.05202: proj(silu(fc_1(x)) * fc_2(x)); m is `intermediate_size` unless given."""
-
-    def __init__(self, config: Config, m: int | None = None) -> None:
-        super().__init__()
-        m = m or config.intermediate_size
-        assert m is not None
-        self.fc_1 = nn.Linear(config.n_embd, m, bias=config.bias)
-        self.fc_2 = nn.Linear(config.n_embd, m, bias=config.bias)
-        self.proj = nn.Linear(m, config.n_embd, bias=config.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., m) -> (..., d)"""
-        return self.proj(gated(self.fc_1(x), self.fc_2(x)))
-
-
-class GemmaMLP(LLaMAMLP):
-    """GeGLU, arXiv 2002.05202: proj(gelu(fc_1(x)) * fc_2(x))"""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.approximate = config.gelu_approximate
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., m) -> (..., d)"""
-        return self.proj(gated(self.fc_1(x), self.fc_2(x), self.approximate))
-
-
-class LLaMAMoE(nn.Module):
-    """A sparse mixture of E experts (Mixtral, arXiv 2401.04088): the sum over the k experts e of a token with the largest p_e of
-    w_e expert_e(x), p = softmax(gate(x)) in fp32, w = p scaled to sum 1 over the k, or w = p without `norm_topk_prob`.
-
-    Each expert runs once, over all its tokens. Training with `router_aux_loss_coef` keeps the gate's logits for `GPT.auxiliary_loss`.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
-        self.experts = nn.ModuleList(LLaMAMLP(config, config.moe_intermediate_size) for _ in range(config.n_expert))
-        self.router_logits: torch.Tensor | None = None
-        self.select: Callable[[torch.Tensor | None], None] | None = None  # hears which rows of x the next expert gets
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, d) -> (B, T, d)"""
-        k = self.config.n_expert_per_token
-        router = self.gate(x)  # (B, T, E)
-        wanted = self.training and self.config.router_aux_loss_coef and torch.is_grad_enabled()
-        self.router_logits = router if wanted else None
-        weights, chosen = router.softmax(-1, dtype=torch.float32).flatten(0, -2).topk(k)  # (N, k) each
-        if self.config.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        order = chosen.flatten().argsort(stable=True)  # (N k): pairs of token and expert, by expert
-        counts = chosen.flatten().bincount(minlength=self.config.n_expert).tolist()
-        flat, done = x.flatten(0, -2), []
-        for expert, rows in zip(self.experts, (order // k).split(counts), strict=True):
-            if self.select is not None:
-                self.select(rows)
-            if len(rows):
-                done.append(expert(take(flat, rows)))
-        if self.select is not None:
-            self.select(None)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        each = take(torch.cat(done), back).unflatten(0, (-1, k))  # (N, k, d)
-        return (each * weights.to(each.dtype)[..., None]).sum(1).view_as(x)
-
-
-def load_balance(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Return E sum_e f_e P_e for router logits (N, E): f_e is expert e's share of tokens, P_e its mean probability.
-
-    It is k if all experts serve equally often, else more; fp32. Switch Transformer, arXiv 2101.03961 (4) to (6), for k choices.
-    """
-    p = logits.softmax(-1, dtype=torch.float32)
-    chosen = p.topk(k).indices.flatten()
-    f = chosen.bincount(minlength=p.size(-1)) / p.size(0)  # (E,)
-    return p.size(-1) * (f * p.mean(0)).sum()
-
-
-MLPS: dict[str, Callable[[Config], nn.Module]] = {
-    "GptNeoxMLP": GptNeoxMLP,
-    "LLaMAMLP": LLaMAMLP,
-    "GemmaMLP": GemmaMLP,
-    "LLaMAMoE": LLaMAMoE,
-}
 
 
 class RMSNorm(nn.Module):

@@ -174,7 +174,7 @@ def frozen_linears(model: GPT) -> list[tuple[nn.Module, str, nn.Linear]]:
     layers = []
     for block in model.blocks:
         for name, linear in block.named_modules():
-            if isinstance(linear, nn.Linear) and "gate" not in name.split("."):
+            if isinstance(linear, nn.Linear) and not any(part.endswith("gate") for part in name.split(".")):
                 layers.append((block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear))
     return layers
 

@@ -16,6 +16,8 @@ from litgpt.config import Config
 from litgpt.errors import UserError
 from tests.helpers import tiny
 
+EXPERTS = {"mlp_class_name": "LLaMAMoE", "intermediate_size": 8, "n_expert": 4, "n_expert_per_token": 2}
+
 
 def test_defaults_and_derived_sizes() -> None:
     """LitGPT's defaults are Pythia-like."""
@@ -41,6 +43,18 @@ def test_defaults_and_derived_sizes() -> None:
         ({"mlp_class_name": "LLaMAMoE", "intermediate_size": 8}, ["n_expert 0", "n_expert_per_token 0"]),
         ({"mlp_class_name": "LLaMAMoE", "intermediate_size": 8, "n_expert": 4, "n_expert_per_token": 5}, ["n_expert 4", "5"]),
         ({"n_expert": -1}, ["n_expert", "-1"]),
+        ({"n_shared_expert": 1}, ["n_shared_expert", "LLaMAMoE"]),
+        ({**EXPERTS, "shared_expert_gate": True}, ["shared_expert_gate", "n_shared_expert"]),
+        ({**EXPERTS, "n_shared_expert": "2"}, ["n_shared_expert", "'2'"]),
+        ({**EXPERTS, "first_k_dense_replace": 99}, ["first_k_dense_replace is 99"]),
+        ({**EXPERTS, "n_topk_groups": 2}, ["n_topk_groups", "need n_expert_groups"]),
+        ({**EXPERTS, "n_expert_groups": 3}, ["n_expert_groups 3", "n_expert 4"]),
+        ({**EXPERTS, "n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 2}, ["n_topk_scores_per_group 2"]),
+        ({**EXPERTS, "n_expert_groups": 4, "n_topk_groups": 1, "n_topk_scores_per_group": 1}, ["n_expert_per_token 2"]),
+        (
+            {**EXPERTS, "n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2, "router_aux_loss_coef": 0.1},
+            ["router_aux_loss_coef", "bias"],
+        ),
         ({"moe_intermediate_size": 0}, ["moe_intermediate_size", "0"]),
         ({"shared_attention_norm": True, "parallel_residual": False}, ["shared_attention_norm", "parallel_residual"]),
         ({"n_layer": 3, "sliding_window_size": 8, "sliding_window_indices": [1, 0]}, ["sliding_window_indices", "2 entries", "3 blocks"]),
@@ -256,17 +270,20 @@ def test_what_litgpts_files_mean_without_saying_it(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({**fields, "norm_affine": True}))
     own = Config.from_file(file)
     assert own.norm_affine and not own.norm_topk_prob
+    groups = {**EXPERTS, "n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2, "norm_topk_prob": False}
+    file.write_text(yaml.safe_dump({**tiny.TINY, **groups, "latent_attention": None}))
+    assert not Config.from_file(file).norm_topk_prob  # which it reads of experts in groups
 
 
 def test_file_lists_every_problem(tmp_path: Path) -> None:
     file = tmp_path / "model_config.yaml"
-    file.write_text(yaml.safe_dump({**tiny.TINY, "n_shared_expert": 2, "rope_interleave": True, "colour": "red", "n_layers": 3}))
+    file.write_text(yaml.safe_dump({**tiny.TINY, "latent_attention": {}, "rope_interleave": True, "colour": "red", "n_layers": 3}))
     with pytest.raises(UserError) as caught:
         Config.from_file(file)
     message = str(caught.value)
     for part in (
         str(file),
-        "n_shared_expert: 2 is not supported",
+        "latent_attention: {} is not supported",
         "rope_interleave: True",
         "unknown field 'colour'",
         "unknown field 'n_layers'",

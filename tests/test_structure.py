@@ -24,7 +24,7 @@ args adapters.settings objectives.settings
 families
 config
 fused
-rope packing model
+rope packing mlp model
 sharding
 adapters lora
 adapter
@@ -62,6 +62,7 @@ COVERED_BY = {
     "adapter_v2": "tests/test_adapter.py",
     "__main__": "tests/test_cli.py",
     "sample": "tests/test_packing.py",
+    "mlp": "tests/families/test_moe.py",
     "families": "tests/families/test_architectures.py",  # all families by the same tests
 }
 

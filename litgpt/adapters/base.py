@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from litgpt.config import CORRECTION
 from litgpt.fused import thin
 from litgpt.sharding import whole
 
@@ -27,7 +28,7 @@ class Adapter(nn.Module):
 
 
 class Wrapper(Adapter):
-    """An adapter around a linear layer. A state dict's `weight` and `bias` go to that layer."""
+    """An adapter around a linear layer. A state dict's `weight`, `bias` and router's bias go to that layer."""
 
     linear: Any  # an `nn.Linear`, or quantised
     in_features: int
@@ -35,7 +36,7 @@ class Wrapper(Adapter):
     kept_outputs = 0  # tensors of the layer's output size that autograd keeps for the adapter
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("weight", "bias"):
+        for name in ("weight", "bias", CORRECTION):
             if prefix + name in state_dict:
                 state_dict[f"{prefix}linear.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -48,11 +48,11 @@ def essence(config: Config) -> dict[str, Any]:
         for key in [key for key in f if key.startswith(("rope_", "rotary_"))]:
             f[key] = None
     experts = config.mlp_class_name == "LLaMAMoE"
-    if experts:
-        f["intermediate_size"] = config.moe_intermediate_size or config.intermediate_size
-    for key in () if experts else ("n_expert", "n_expert_per_token", "norm_topk_prob", "router_aux_loss_coef"):
+    f["moe_intermediate_size"] = config.expert_size if experts else None
+    f["intermediate_size"] = None if experts and not config.first_k_dense_replace else config.intermediate_size
+    f["n_shared_expert"], f["first_k_dense_replace"] = config.n_shared_expert or 0, config.first_k_dense_replace or 0
+    for key in () if experts else ("n_expert", "n_expert_per_token", "norm_topk_prob", "router_aux_loss_coef", "routed_scaling_factor"):
         f[key] = None
-    f["moe_intermediate_size"] = None
     if config.mlp_class_name in ("LLaMAMLP", "LLaMAMoE"):
         f["gelu_approximate"] = None
     return f

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from litgpt import atomic, checkpoint, files
-from litgpt.config import Config
+from litgpt.config import CORRECTION, Config
 from litgpt.convert.hf import hf_settings
 from litgpt.convert.litgpt import is_tied, open_own
 from litgpt.convert.names import Slot, hf_table, shapes, slots, stored_form, stored_shape, summary
@@ -67,13 +67,15 @@ def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> tuple[di
 
     Raises UserError for a model that no class of transformers computes, and for weights that do not fit it.
     """
+    import torch
+
     config, file = Config.from_checkpoint(source), source / checkpoint.WEIGHTS
     settings = hf_settings(config, source)
     loads = {key: load for keys, load in open_own(file, config, dtype).items() for key in keys}
     weights = {name.replace(".attn.attn.", ".attn.qkv."): tensor for name, tensor in checkpoint.load_weights(file).items()}
     tied = is_tied(weights)
     sizes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    dtypes = {key: dtype or tensor.dtype for key, tensor in weights.items()}
+    dtypes = {key: torch.float32 if key.endswith(CORRECTION) else dtype or tensor.dtype for key, tensor in weights.items()}
 
     def make(slot: Slot) -> "torch.Tensor":
         return stored_form(slot, config, {key: loads[key]() for key in slot.keys})

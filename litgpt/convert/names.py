@@ -19,7 +19,7 @@ from itertools import groupby, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt import families
-from litgpt.config import Config
+from litgpt.config import CORRECTION, Config
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def slots(table: Table, config: Config, keys: Mapping[str, tuple[int, ...]]) -> 
     for name, (module, part) in table.items():
         counts = (config.n_layer, config.n_expert)[: name.count("{}")]
         for numbers in product(*map(range, counts)):
-            for parameter in ("weight", "bias"):
+            for parameter in ("weight", "bias", CORRECTION):
                 key = f"{module.format(*numbers)}.{parameter}"
                 if key in keys:
                     places[f"{name.format(*numbers)}.{parameter}"] = Slot(key, part)
@@ -132,7 +132,7 @@ def fit(tensors: Mapping[str, Stored], table: Table, config: Config, source: str
     Without `dtype` each tensor keeps its own. Raise UserError that lists every missing and unknown tensor and every wrong shape.
     """
     tensors = unfused(tensors)
-    if 3 * config.n_layer * config.n_expert > len(tensors):
+    if 3 * (config.n_layer - (config.first_k_dense_replace or 0)) * config.n_expert > len(tensors):
         raise UserError(
             f"{source}: the model has {config.n_expert} experts a block by its settings, but only {len(tensors)} tensors are stored"
         )
@@ -196,6 +196,7 @@ def _gather(key: str, pieces: list[tuple[Stored, Slot]], shape: tuple[int, ...],
             raise UserError(f"the tensor for {key} holds {tensor.dtype}, not floating-point numbers: convert the unquantised model")
         if slot.part == "gate up":
             tensor = tensor.chunk(2)[slot.keys.index(key)]
+        dtype = torch.float32 if key.endswith(CORRECTION) else dtype
         if slot.part in ("all", "transposed", "gate up"):
             return (tensor.t() if slot.part == "transposed" else tensor).to(dtype or tensor.dtype).contiguous()
         if joined is None:

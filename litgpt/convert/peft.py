@@ -71,11 +71,14 @@ class Layout(NamedTuple):
 def layout(config: Config, model_type: str) -> Layout:
     """Return the layers that can have LoRA, in transformers' class for `model_type`.
 
-    Experts are not among them: transformers keeps them as one tensor, not as linear layers.
+    The MLPs of a mixture are not among them: transformers keeps the experts as one tensor, not as linear layers.
     """
     table = names.hf_table(model_type, config)
     shapes = names.shapes(config, 6 * config.n_layer, "the adapter's model")
-    slots = names.slots({name: slot for name, slot in table.items() if ADAPTABLE.fullmatch(slot[0])}, config, shapes)
+    adaptable = {
+        name: slot for name, slot in table.items() if ADAPTABLE.fullmatch(slot[0]) and not (config.n_expert and ".mlp." in slot[0])
+    }
+    slots = names.slots(adaptable, config, shapes)
     sizes: dict[str, tuple[int, int]] = {}
     layers: dict[str, Layer] = {}
     for key, slot in slots.items():

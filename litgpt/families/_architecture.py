@@ -211,3 +211,18 @@ def optional_window(is_windowed: Callable[[int, Hf], bool]) -> Aspect:
         return {"use_sliding_window": True, "sliding_window": size, "layer_types": layer_types(fields)}
 
     return Aspect(read, write)
+
+
+def _read_dense(hf: Hf) -> Fields:
+    step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    if step != 1 or sorted(dense) != list(range(len(dense))):
+        raise ValueError(
+            f"decoder_sparse_step {step} with mlp_only_layers {dense} is not supported: experts in all blocks but the first ones are"
+        )
+    return {"first_k_dense_replace": len(dense) or None}
+
+
+# The blocks of Qwen's mixtures that are dense.
+DENSE_FIRST = Aspect(
+    _read_dense, lambda fields: {"decoder_sparse_step": 1, "mlp_only_layers": list(range(fields["first_k_dense_replace"] or 0))}
+)

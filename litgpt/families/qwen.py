@@ -1,8 +1,10 @@
-"""Qwen 1.5, 2, 2.5 and QwQ: Llama's decoder with biases on q, k and v. Qwen 3: without them, q and k normalised; dense or of experts."""
+"""Qwen 1.5, 2, 2.5 and QwQ: Llama's decoder with biases on q, k and v. Qwen 3: without them, q and k normalised. Dense or of experts."""
 
 from __future__ import annotations
 
-from litgpt.families._architecture import Architecture, Key, optional_window, table
+from typing import Any
+
+from litgpt.families._architecture import DENSE_FIRST, Architecture, Aspect, Fields, Hf, Key, optional_window, table
 from litgpt.families._family import Family
 from litgpt.families._gguf import EXPERTS, Gguf
 from litgpt.families._pretokenizers import QWEN
@@ -13,6 +15,7 @@ from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NAMES, 
 from litgpt.families.mistral import MOE
 
 _QWEN_2 = {**DECODER, "attn_bias": True}
+_QWEN_2_MOE = {**MOE, "shared_expert_gate": True}
 _QWEN_3 = {**DECODER, "norm_qk": True}
 _QWEN_3_MOE = {**MOE, "norm_qk": True}
 
@@ -22,6 +25,7 @@ _1_5 = {**_QWEN_2, "block_size": 32768, "rope_base": 1000000, "norm_eps": 1e-6, 
 _2 = {**_1_5, "block_size": 131072}
 _3 = {**_QWEN_3, **_VOCAB, "norm_eps": 1e-6, "block_size": 40960, "rope_base": 1000000, "head_size": 128}
 _3_MOE = {**_QWEN_3_MOE, **_3, "mlp_class_name": "LLaMAMoE", "n_expert": 128, "n_expert_per_token": 8, "router_aux_loss_coef": 0.001}
+_2_MOE = {**_QWEN_2_MOE, **_1_5, "mlp_class_name": "LLaMAMoE", "norm_topk_prob": False, "router_aux_loss_coef": 0.001}
 _05B = {**size(24, 14, 896, 4864, 2), "block_size": 32768}
 _15B = size(28, 12, 1536, 8960, 2)
 _3B = {**size(36, 16, 2048, 11008, 2), "block_size": 32768}
@@ -32,6 +36,8 @@ _72B = {**size(80, 64, 8192, 29568, 8), **_WIDE, "norm_eps": 1e-5}
 _4B_3 = size(36, 32, 2560, 9728, 8)
 _30B_3 = {**size(48, 32, 2048, 6144, 4), "moe_intermediate_size": 768}
 _235B_3 = {**size(94, 64, 4096, 12288, 4), "moe_intermediate_size": 1536}
+_A27B = {**size(24, 16, 2048, 5632), "moe_intermediate_size": 1408, "n_expert": 60, "n_expert_per_token": 4, "n_shared_expert": 4}
+_57B = {**size(28, 28, 3584, 18944, 4), "moe_intermediate_size": 2560, "n_expert": 64, "n_expert_per_token": 8, "n_shared_expert": 8}
 _32K = {"block_size": 32768}
 _4K = {"block_size": 4096, "rope_base": 10000}
 _1M = {"block_size": 1010000, "rope_base": 10000000, "norm_eps": 1e-5}
@@ -90,6 +96,16 @@ MODELS = [
         },
     ),
     *expand(
+        "Qwen",
+        _2_MOE,
+        {
+            "Qwen1.5-MoE-A2.7B": {**_A27B, "block_size": 8192},
+            "Qwen1.5-MoE-A2.7B-Chat": _A27B,
+            "Qwen2-57B-A14B": {**_57B, "block_size": 131072},
+            "Qwen2-57B-A14B-Instruct": _57B,
+        },
+    ),
+    *expand(
         "deepseek-ai",
         _2,
         {
@@ -126,6 +142,7 @@ MODELS = [
 
 _WINDOW = optional_window(lambda i, hf: i >= hf.get("max_window_layers", 28))
 _WINDOW_OF_ALL = optional_window(lambda i, hf: True)
+_WINDOW_OF_EVEN = optional_window(lambda i, hf: i % 2 == 0 and i < hf.get("max_window_layers", 28))
 _EXPERTS = {
     "num_experts num_local_experts": Key("n_expert", 128),
     "num_experts_per_tok": Key("n_expert_per_token", 8),
@@ -135,11 +152,38 @@ _EXPERTS = {
 }
 _ACCEPTS = {**SILU, "attention_bias": (False,)}
 
+
+def _read_shared(hf: Hf) -> Fields:
+    width, each = hf.get("shared_expert_intermediate_size", 5632), hf.get("moe_intermediate_size", 1408)
+    if width % each or not width:
+        raise ValueError(f"shared_expert_intermediate_size {width} is not supported, only multiples of moe_intermediate_size, {each}, are")
+    return {"n_shared_expert": width // each}
+
+
+def _write_shared(fields: Fields) -> dict[str, Any]:
+    return {"shared_expert_intermediate_size": (fields["n_shared_expert"] or 0) * (fields["moe_intermediate_size"] or 0)}
+
+
+_EXPERTS_2 = {
+    **_EXPERTS,
+    "num_experts": Key("n_expert", 60),
+    "num_experts_per_tok": Key("n_expert_per_token", 4),
+    "moe_intermediate_size": Key("moe_intermediate_size", 1408),
+    "qkv_bias": Key("attn_bias", True),
+}
+del _EXPERTS_2["num_experts num_local_experts"]
+
 _EXPERT_NAMES = {
     "mlp.gate": "mlp.gate",
     "mlp.experts.{}.gate_proj": "mlp.experts.{}.fc_1",
     "mlp.experts.{}.up_proj": "mlp.experts.{}.fc_2",
     "mlp.experts.{}.down_proj": "mlp.experts.{}.proj",
+}
+_SHARED_NAMES = {
+    "mlp.shared_expert.gate_proj": "mlp.shared_experts.fc_1",
+    "mlp.shared_expert.up_proj": "mlp.shared_experts.fc_2",
+    "mlp.shared_expert.down_proj": "mlp.shared_experts.proj",
+    "mlp.shared_expert_gate": "mlp.shared_expert_gate",
 }
 
 STYLES = {
@@ -157,6 +201,14 @@ FAMILY = Family(
     MODELS,
     hf={
         "qwen2": Architecture("Qwen2ForCausalLM", NAMES, SIZES, _QWEN_2, SILU, (_WINDOW, rope())),
+        "qwen2_moe": Architecture(
+            "Qwen2MoeForCausalLM",
+            table(LAYERS, {**NORMS, **ATTENTION, **MLP, **_EXPERT_NAMES, **_SHARED_NAMES}, ENDS),
+            {**SIZES, **_EXPERTS_2},
+            _QWEN_2_MOE,
+            SILU,
+            (_WINDOW_OF_EVEN, DENSE_FIRST, Aspect(_read_shared, _write_shared), rope()),
+        ),
         "qwen3": Architecture(
             "Qwen3ForCausalLM",
             table(LAYERS, {**NORMS, **ATTENTION, **MLP, **QK_NORMS}, ENDS),
@@ -167,11 +219,11 @@ FAMILY = Family(
         ),
         "qwen3_moe": Architecture(
             "Qwen3MoeForCausalLM",
-            table(LAYERS, {**NORMS, **ATTENTION, **QK_NORMS, **_EXPERT_NAMES}, ENDS),
+            table(LAYERS, {**NORMS, **ATTENTION, **QK_NORMS, **MLP, **_EXPERT_NAMES}, ENDS),
             {**SIZES, **_EXPERTS},
             _QWEN_3_MOE,
-            {**_ACCEPTS, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
-            (_WINDOW_OF_ALL, rope()),
+            _ACCEPTS,
+            (_WINDOW_OF_ALL, DENSE_FIRST, rope()),
         ),
     },
     gguf={"qwen2": Gguf(_QWEN_2), "qwen3": Gguf(_QWEN_3), "qwen3moe": Gguf(_QWEN_3_MOE, EXPERTS, hub=("qwen3_moe",))},

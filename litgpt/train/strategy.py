@@ -40,6 +40,7 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
         "skip2lora_block_indices auto (name the blocks)": config.taps_to_choose is not None,
         "train.replay of answer-only LoRA": bool(settings.train.replay) and config.alora_enabled,
         "trained experts of a mixture": trains_experts,
+        "experts in groups": Config.from_checkpoint(base).n_expert_groups is not None,
     }
     return [what for what, is_so in found.items() if is_so]
 

@@ -24,7 +24,22 @@ from tests.helpers import tiny
 
 FAMILIES = (
     *("llama", "llama wide heads", "llama multi-query tied", "mistral", "mixtral", "gpt_neox", "falcon", "falcon new decoder", "stablelm"),
-    *("phi", "phi3", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "qwen3_moe", "olmo", "olmo2", "smollm3", "granite", "gpt2"),
+    *(
+        "phi",
+        "phi3",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "olmo",
+        "olmo2",
+        "smollm3",
+        "granite",
+        "gpt2",
+    ),
 )
 ATTENTION = {f"lora_{part}": True for part in ("query", "key", "value", "projection")}
 CHOICES: dict[str, dict[str, Any]] = {

@@ -143,6 +143,8 @@ SAID = [
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 4}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2, "head_dim": 8}),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9, "num_local_experts": 16}),
+    ("qwen3_moe", {"mlp_only_layers": [0, 1]}),
+    ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 3, "shared_expert_intermediate_size": 1408}),
     ("smollm3", {"no_rope_layer_interval": 3}),
     ("smollm3", {"use_sliding_window": True, "sliding_window": 9}),
     ("gemma", {"hidden_act": "gelu"}),
@@ -221,7 +223,11 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
-    ({"model_type": "qwen2_moe"}, ["'qwen2_moe'", "experts that every token shares", "qwen3_moe"]),
+    (
+        {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 30},
+        ["shared_expert_intermediate_size 30", "moe_intermediate_size, 1408"],
+    ),
+    ({"model_type": "qwen2_moe", "mlp_only_layers": [1]}, ["mlp_only_layers [1]", "all blocks but the first"]),
     ({"model_type": "deepseek_v3"}, ["'deepseek_v3'", "latent attention"]),
     ({"model_type": ["llama"]}, ["model_type", "['llama']"]),
     ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
@@ -254,7 +260,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         },
         ["'linear'", "sliding_attention"],
     ),
-    ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, ["mlp_only_layers [0]"]),
+    ({"model_type": "qwen3_moe", "mlp_only_layers": [0, 2]}, ["mlp_only_layers [0, 2]"]),
     ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, ["decoder_sparse_step 2"]),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, ["no_rope_layers", "1 entries"]),
     ({"model_type": "granite", "attention_multiplier": 0}, ["attention_multiplier", "0"]),

@@ -1,4 +1,4 @@
-"""The mixture of experts equals the dense form; the router's training loss equals transformers'."""
+"""The mixture of experts equals the dense form; experts in groups; the router's training loss equals transformers'."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from litgpt.activations.cache import Recompute
 from litgpt.config import Config
 from litgpt.lora import mark_only_lora_as_trainable
 from litgpt.loss import HeadLoss, loss_of
-from litgpt.model import LLaMAMoE, load_balance
+from litgpt.mlp import LLaMAMoE, load_balance, route
 from litgpt.sample import Sample
 from tests.helpers import family_configs as configs
 from tests.helpers import tiny
 
-MIXTURES = ["mixtral", "qwen3_moe", "qwen3_moe not normalised"]
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe not normalised"]
 CPU = torch.device("cpu")
 
 
@@ -44,6 +44,37 @@ def test_each_token_gets_the_weighted_sum_of_its_experts(normalised: bool) -> No
     inputs = [x, *moe.parameters()]
     for a, b in zip(torch.autograd.grad(got.square().sum(), inputs), torch.autograd.grad(want.square().sum(), inputs), strict=True):
         assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def best_within_groups(scores: list[float], ranked: list[float], config: Config) -> dict[int, float]:
+    """Return the weight of each chosen expert of one token, by plain loops."""
+    assert config.n_expert_groups and config.n_topk_groups and config.n_topk_scores_per_group
+    size = config.n_expert // config.n_expert_groups
+    groups = [list(range(start, start + size)) for start in range(0, config.n_expert, size)]
+    rank = lambda group: sum(sorted((ranked[e] for e in group), reverse=True)[: config.n_topk_scores_per_group])  # noqa: E731
+    allowed = [e for group in sorted(groups, key=rank, reverse=True)[: config.n_topk_groups] for e in group]
+    chosen = sorted(allowed, key=lambda e: ranked[e], reverse=True)[: config.n_expert_per_token]
+    total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1.0
+    return {e: config.routed_scaling_factor * scores[e] / total for e in chosen}
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_experts_in_groups(softmax: bool, normalised: bool) -> None:
+    """The bias decides which experts are taken, some against their scores, and never what they weigh."""
+    groups = {"n_expert": 12, "n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "n_expert_per_token": 4}
+    settings = {"mlp_class_name": "LLaMAMoE", "routed_scaling_factor": 2.5, "norm_topk_prob": normalised, "router_softmax": softmax}
+    config = Config(**{**tiny.TINY, **groups, **settings})
+    generator = torch.Generator().manual_seed(0)
+    logits, bias = torch.randn(50, 12, generator=generator), torch.randn(12, generator=generator) * 0.3
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    weights, chosen = route(logits, config, None if softmax else bias)
+    ranked, differ = scores if softmax else scores + bias, 0
+    for n in range(50):
+        want = best_within_groups(scores[n].tolist(), ranked[n].tolist(), config)
+        assert dict(zip(chosen[n].tolist(), weights[n].tolist(), strict=True)) == pytest.approx(want, rel=1e-5)
+        differ += set(want) != set(scores[n].topk(4).indices.tolist())
+    assert differ > 20
 
 
 def test_each_expert_runs_once_over_its_own_tokens() -> None:

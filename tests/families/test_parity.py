@@ -111,6 +111,9 @@ DETAILS: list[tuple[str, dict[str, Any]]] = [
     ("gemma3 linear", {"rope_local_base_freq": 5000.0}),
     ("qwen2 window", {"sliding_window_size": None}),
     ("qwen3_moe not normalised", {"norm_topk_prob": True}),
+    ("qwen2_moe", {"attn_bias": False}),
+    ("qwen2_moe dense first", {"norm_topk_prob": False}),
+    ("qwen2_moe dense first", {"sliding_window_size": None}),
     ("olmo", {"norm_eps": 0.1}),
     ("smollm3", {"rope_indices": None}),
     ("granite", {"embedding_multiplier": 1.0}),
@@ -126,7 +129,7 @@ def test_the_details_matter(family: str, without: dict[str, Any]) -> None:
     """Without this, a setting that neither side applied would pass the comparisons above."""
     _, fields, weights = configs.pair(family)
     changed = GPT(Config(**{**fields, **without}))
-    changed.load_state_dict(weights)
+    changed.load_state_dict({name: weights[name] for name in changed.state_dict()})
     idx = tiny.ids(2, LENGTH)
     assert (changed.eval()(idx) - configs.ours(family)(idx)).abs().max() > (1e-4 if "gelu_approximate" in without else 1e-2)
 

@@ -105,6 +105,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2": ("Qwen2", {}),
     "qwen2 window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {**MOE, "num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48},
+    ),
+    "qwen2_moe dense first": (
+        "Qwen2Moe",
+        {
+            **MOE,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [0],
+            "qkv_bias": False,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+    ),
     "qwen3": ("Qwen3", {"head_dim": 12}),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -159,6 +177,7 @@ QUICK = (
     "phi3 longrope",
     "gemma2",
     "gemma3",
+    "qwen2_moe",
     "qwen3",
     "olmo2",
     "gpt2",
