@@ -1,14 +1,7 @@
-"""LoRA (arXiv 2106.09685) and Skip2-LoRA (arXiv 2410.21073): layers, the extended Config, and the GPT that carries them.
-
-    LoRA          y = W x + s B A dropout(x),  s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)    inside a linear layer
-    Skip2-LoRA    D_i = (alpha / r) B_i A_i dropout(N(x_{i+1})),  s = sum over S of D_i   from block i's output to the output layer's input
-
-Letters in shapes: as in `litgpt.model`, and r the rank of an adapter.
-"""
+"""LoRA and Skip2-LoRA: the extended Config, the GPT that carries the adapters, and LoRA on any model. `litgpt.adapters` has the layers."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,29 +10,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from litgpt import config as base
 from litgpt import model as base_model
 from litgpt.adapters.anywhere import Entry, read_lora, require_fit, sizes, target_layers, write_lora
-from litgpt.adapters.base import (
-    Adapter,
-    LinearAdapter,
-    adapter_parameters,
-    adapter_state,
-    adapters,
-    is_transposed,
-    renew_adapters,
-)
+from litgpt.adapters.base import LinearAdapter, adapter_parameters, adapter_state, adapters, renew_adapters
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
 from litgpt.adapters.dora import DoRA
 from litgpt.adapters.heads import Head, MultiTokenHead, ValueHead
+from litgpt.adapters.layers import PARTS, LoRALayer, LoRALinear, LoRAQKVLinear, Skip2LoRA, skip_sum
+from litgpt.adapters.patterns import require_used
 from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.settings import AdapterSettings
 from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
-from litgpt.fused import draw, drop, rms_norm
 from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block, CausalSelfAttention, Positions
 
@@ -165,194 +150,6 @@ class Config(base.Config, AdapterSettings):
         return {field.name for field in fields(cls)} - {field.name for field in fields(base.Config)}  # no ClassVar
 
 
-class Dropout(nn.Module):
-    """Zero with probability p, else x / (1 - p)."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    @property
-    def now(self) -> float:
-        """p in training, else 0."""
-        return self.p if self.training else 0.0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return drop(x, draw(x, self.p), self.p) if self.now else x
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
-
-class LoRALayer(Adapter):
-    """A low-rank adapter: A (r, in) Kaiming-uniform, B (out, r) zero, dropout on its input, and a factor.
-
-    A and B are fp32 whatever the backbone's dtype.
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    switch: Switch | None = None
-
-    def __init__(self, r: int, lora_alpha: float, lora_dropout: float, rslora: bool = False) -> None:
-        super().__init__()
-        if r < 0:
-            raise ValueError(f"a rank of {r} makes no sense")
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout = Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
-        self.scaling = lora_alpha / (math.sqrt(r) if rslora else r) if r else 0.0
-
-    def _make(self, a: tuple[int, int], b: tuple[int, int]) -> None:
-        self.lora_A = nn.Parameter(torch.empty(a, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.empty(b, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        """A Kaiming-uniform as `nn.Linear` has it, B zero: the adapter adds nothing until it is trained."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-
-
-class LoRALinear(LoRALayer, LinearAdapter):
-    """A linear layer with LoRA: y = linear(x) + s B A dropout(x), A (r, in), B (out, r).
-
-    `linear` is the layer to adapt, quantised or not; without it a new one is made. A state dict's `weight` and `bias` go to `linear`.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int = 0,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        linear: nn.Module | None = None,
-        rslora: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(r, lora_alpha, lora_dropout, rslora)
-        self.in_features, self.out_features = in_features, out_features
-        self.linear: Any = linear if linear is not None else nn.Linear(in_features, out_features, **kwargs)
-        if r:
-            self.make_parameters(in_features, out_features)
-            self.reset_parameters()
-
-    def make_parameters(self, in_features: int, out_features: int) -> None:
-        self._make((self.r, in_features), (out_features, self.r))
-
-    def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
-        return (self.lora_B if b is None else b) * self.scaling
-
-    def adapted_rows(self) -> torch.Tensor:
-        return torch.ones(self.out_features, dtype=torch.bool)
-
-    def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        return self.product(x, self.lora_A, self.lora_B, getattr(self.lora_dropout, "now", 0.0), y)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)"""
-        y, switch = self.linear(x), self.switch
-        if not self.r or (switch is not None and switch.is_off):
-            return y
-        return self.update(x, y) if switch is None else y + switch.masked(self.update(x))
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Module:
-        """Return the plain layer with the update in its weight, added in fp32."""
-        if self.r:
-            weight, merged = self.linear.weight, self.merged()
-            merged = merged.T.contiguous() if is_transposed(self.linear) else merged
-            self.linear.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=weight.requires_grad)
-            self.r = 0  # another place of the model may hold this layer too
-        return self.linear
-
-
-class LoRAQKVLinear(LoRALinear):
-    """The joined projection with LoRA on any of q, k and v, each with its own A and B.
-
-    With e parts enabled A is (e r, d), one below the other; B (rows of the enabled parts, r), LitGPT's layout.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        head_size: int,
-        n_head: int,
-        n_query_groups: int,
-        r: int = 0,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        enable_lora: bool | tuple[bool, bool, bool] = False,
-        linear: nn.Module | None = None,
-        rslora: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        enabled = (enable_lora,) * 3 if isinstance(enable_lora, bool) else enable_lora
-        self.enable_lora = enabled
-        self.parts = list(zip((head_size * n_head, head_size * n_query_groups, head_size * n_query_groups), enabled, strict=True))
-        super().__init__(in_features, out_features, r if any(enabled) else 0, lora_alpha, lora_dropout, linear, rslora, **kwargs)
-
-    def part_sizes(self) -> list[int]:
-        return [size for size, on in self.parts if on]
-
-    def make_parameters(self, in_features: int, out_features: int) -> None:
-        rows = self.part_sizes()
-        self._make((self.r * len(rows), in_features), (sum(rows), self.r))
-
-    def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
-        """Return (q + k + v rows, e r): s B, block-diagonal over the enabled parts, with zero rows for the others."""
-        enabled = iter(super().up(b).split(self.part_sizes()))
-        return torch.block_diag(*(next(enabled) if on else self.lora_B.new_zeros(size, 0) for size, on in self.parts))
-
-    def adapted_rows(self) -> torch.Tensor:
-        return torch.cat([torch.full((size,), on) for size, on in self.parts])
-
-
-class Skip2LoRA(LoRALayer):
-    """The adapter from a block's output to the output layer: D = (alpha / r) dropout(t) A^T B^T, A (r, in), B (out, r), computed in fp32.
-
-    `norm_eps` makes the tap t = x / rms(x); None leaves t = x.
-    """
-
-    skips_cut = True
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        norm_eps: float | None = None,
-    ) -> None:
-        super().__init__(r, lora_alpha, lora_dropout)
-        if r == 0:
-            raise ValueError("a Skip2-LoRA adapter needs a rank of 1 or more")
-        self.norm_eps = norm_eps
-        self._make((r, in_features), (out_features, r))
-        self.reset_parameters()
-
-    def tap(self, x: torch.Tensor) -> torch.Tensor:
-        """Return t = N(x), (..., in) -> (..., in), in x's dtype."""
-        return x if self.norm_eps is None else rms_norm(x, None, self.norm_eps)
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out), fp32"""
-        return skip_sum([self], t.unsqueeze(-2))
-
-
-def skip_sum(layers: Sequence[Skip2LoRA], taps: torch.Tensor) -> torch.Tensor:
-    """Return s = sum over S of D_i for taps (..., S, d): (..., d), fp32. All adapters in two matrix products."""
-    a = torch.stack([layer.lora_A for layer in layers])  # (S, r, d)
-    b = torch.cat([layer.lora_B for layer in layers], dim=1) * layers[0].scaling  # (d, S r)
-    with torch.autocast(taps.device.type, enabled=False):
-        t = layers[0].lora_dropout(taps).to(a.dtype).flatten(0, -3)  # (N, S, d)
-        low = torch.bmm(t.transpose(0, 1), a.transpose(1, 2))  # (S, N, r)
-        return F.linear(low.transpose(0, 1).flatten(1), b).unflatten(0, taps.shape[:-2])
-
-
 class GPT(base_model.GPT):
     """A GPT with the adapters that its config asks for; everything else is the base model's."""
 
@@ -373,9 +170,12 @@ class GPT(base_model.GPT):
         for block in self.blocks:
             block.skip2lora = None
         for index in config.lora_blocks:
-            attach_lora(self.blocks[index], config)
+            attach_lora(self.blocks[index], config, f"transformer.h.{index}")
         if config.lora_r and config.lora_head:
-            self.lm_head = _adapted(self.lm_head, config)  # type: ignore[assignment]
+            self.lm_head = _adapted(self.lm_head, config, LM_HEAD)  # type: ignore[assignment]
+        units = [unit for name, module in self.named_modules() if isinstance(module, LoRALinear) for unit in module.units(name)]
+        for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+            require_used(key, getattr(config, key) or (), units)
         self.switch = Switch(config.alora_invocation_tokens or ()) if config.alora_enabled and config.lora_blocks else None
         for module in self.modules():
             if isinstance(module, LoRALinear):
@@ -411,29 +211,32 @@ class GPT(base_model.GPT):
         return total if self.switch is None else self.switch.masked(total)
 
 
-def attach_lora(block: Block, config: Config) -> None:
-    """Wrap the linear layers of a block that the config names."""
+def attach_lora(block: Block, config: Config, name: str) -> None:
+    """Wrap the linear layers of the block called `name` that the config names."""
     attention: Any = block.attn
     parts = (config.lora_query, config.lora_key, config.lora_value)
     if any(parts):
         heads = {"head_size": config.head_size, "n_head": config.n_head, "n_query_groups": config.n_query_groups}
-        attention.qkv = _adapted(attention.qkv, config, LoRAQKVLinear, enable_lora=parts, **heads)
+        sizes = [config.size_of(f"{name}.attn.qkv:{part}") for part in PARTS]
+        if config.lora_variant in ("pissa", "olora") and len({size for size, on in zip(sizes, parts, strict=True) if on}) > 1:
+            raise UserError(f"lora_variant {config.lora_variant} needs one rank and alpha for attn.qkv: name attn.qkv, not parts of it")
+        attention.qkv = _adapted(attention.qkv, config, f"{name}.attn.qkv", LoRAQKVLinear, enable_lora=parts, sizes=sizes, **heads)
     if config.lora_projection:
-        attention.proj = _adapted(attention.proj, config)
+        attention.proj = _adapted(attention.proj, config, f"{name}.attn.proj")
     if config.lora_mlp:  # a mixture's router and experts included
-        for parent in list(block.mlp.modules()):
-            for name, layer in list(parent.named_children()):
+        for above, parent in list(block.mlp.named_modules(prefix=f"{name}.mlp")):
+            for child, layer in list(parent.named_children()):
                 if hasattr(layer, "in_features"):  # linear, quantised or not
-                    setattr(parent, name, _adapted(layer, config))
+                    setattr(parent, child, _adapted(layer, config, f"{above}.{child}"))
 
 
-def _adapted(linear: Any, config: Config, kind: type[LoRALinear] = LoRALinear, **settings: Any) -> LoRALinear:
-    layer = _with_variant(kind, config.lora_variant)  # type: ignore[arg-type]
+def _adapted(linear: Any, config: Config, name: str, kind: type[LoRALinear] = LoRALinear, **settings: Any) -> LoRALinear:
+    layer, (rank, alpha) = _with_variant(kind, config.lora_variant), config.size_of(name)  # type: ignore[arg-type]
     return layer(
         linear.in_features,
         linear.out_features,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
         linear=linear,
         rslora=config.lora_rslora,

@@ -20,7 +20,7 @@ LAYERS = """
 errors
 text files atomic sample streams
 values
-args adapters.settings objectives.settings
+args adapters.patterns adapters.settings objectives.settings
 families
 config
 fused
@@ -61,6 +61,7 @@ WITHOUT_TESTS: set[str] = set()
 COVERED_BY = {
     "adapter_v2": "tests/test_adapter.py",
     "__main__": "tests/test_cli.py",
+    "adapters.layers": "tests/test_lora.py",
     "sample": "tests/test_packing.py",
     "mlp": "tests/families/test_moe.py",
     "families": "tests/families/test_architectures.py",  # all families by the same tests

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Optional, Union, get_args
 
+from litgpt.adapters.patterns import matching, names_of, require_patterns
 from litgpt.args import setting
 from litgpt.errors import UserError
 
@@ -35,6 +36,11 @@ class AdapterSettings:
     weight's largest singular directions, or from its QR decomposition."""
     lora_rslora: bool = setting(False, varies=True)
     """Scale LoRA by lora_alpha / sqrt(lora_r) (rsLoRA), which suits high ranks."""
+    lora_rank_pattern: Optional[dict[str, int]] = setting(None, varies=True)
+    """Layers with a rank of their own, as PEFT's rank_pattern: --lora_rank_pattern.q_proj 4, or a name or regular expression such as
+    attn.proj, mlp.fc_1 or h.[0-9].attn.qkv in YAML."""
+    lora_alpha_pattern: Optional[dict[str, float]] = setting(None, varies=True)
+    """Layers with an alpha of their own, as PEFT's alpha_pattern."""
     lora_freeze_a: bool = setting(False, varies=True)
     """Train B alone, A stays as it was drawn (LoRA-FA): less memory, as the adapted layers' inputs are not kept."""
     lora_query: bool = setting(False, varies=True)
@@ -92,14 +98,31 @@ class AdapterSettings:
         for prefix in ("lora", "skip2lora"):
             rank, alpha, dropout = (getattr(self, f"{prefix}_{name}") for name in ("r", "alpha", "dropout"))
             follows = prefix == "skip2lora"  # None stands for LoRA's value
-            if not (isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= MAX_RANK) and not (follows and rank is None):
+            if not (rank == 0 or _is_rank(rank)) and not (follows and rank is None):
                 raise UserError(f"{prefix}_r is {repr(rank)[:60]}: a rank is a whole number from 1 to {MAX_RANK}")
             if not _is_finite(alpha) and not (follows and alpha is None):
                 raise UserError(f"{prefix}_alpha is {alpha!r}: a number is needed")
             if not (_is_finite(dropout) and 0 <= dropout < 1) and not (follows and dropout is None):
                 raise UserError(f"{prefix}_dropout is {dropout!r}: a probability from 0 to below 1 is needed")
+        self._require_patterns()
         if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
+
+    def _require_patterns(self) -> None:
+        if self.lora_rank_pattern:
+            require_patterns("lora_rank_pattern", self.lora_rank_pattern, _is_rank, f"a whole number from 1 to {MAX_RANK}")
+        if self.lora_alpha_pattern:
+            require_patterns("lora_alpha_pattern", self.lora_alpha_pattern, _is_finite, "a number")
+
+    def size_of(self, unit: str) -> tuple[int, float]:
+        """Return rank and alpha of LoRA on a unit (`litgpt.adapters.patterns`)."""
+        ranks, alphas, names = self.lora_rank_pattern or {}, self.lora_alpha_pattern or {}, names_of(unit)
+        return ranks.get(matching(ranks, *names) or "", self.lora_r), alphas.get(matching(alphas, *names) or "", self.lora_alpha)
+
+    def scale_of(self, unit: str) -> float:
+        """Return the factor of LoRA's product on a unit."""
+        rank, alpha = self.size_of(unit)
+        return alpha / (math.sqrt(rank) if self.lora_rslora else rank)
 
     def require_warmup(self, key: str) -> None:
         """Raise UserError, naming `key`, if there is no LoRA to train before Skip2-LoRA."""
@@ -181,7 +204,7 @@ def readable_by_litgpt(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     own = {
         f.name: f.default
         for f in fields(AdapterSettings)
-        if f.name in ("lora_variant", "lora_rslora", "lora_freeze_a", "lora_block_indices")
+        if f.name in ("lora_variant", "lora_rslora", "lora_rank_pattern", "lora_alpha_pattern", "lora_freeze_a", "lora_block_indices")
     }
     return {key: value for key, value in hyperparameters.items() if key not in own or value != own[key]}
 
@@ -189,6 +212,10 @@ def readable_by_litgpt(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 def warmup_settings(settings: Mapping[str, Any]) -> WarmupSettings:
     """Return the warm-up of a command's settings."""
     return WarmupSettings(**{f.name: settings[f.name] for f in fields(WarmupSettings) if f.name in settings})
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
 
 
 def _is_finite(value: Any) -> bool:

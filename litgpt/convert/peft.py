@@ -8,6 +8,7 @@ for the layers that one side stores joined. A *unit* is a part with an A (r, in)
     several, joined      A = the units' A stacked, B block-diagonal, rank e r, alpha e alpha for e units
     several, with one A  that A, B = the units' B stacked, rank r: what PEFT itself trains on a joined layer
 
+Ranks and alphas of layers are in PEFT's rank_pattern and alpha_pattern; of joined units with different factors, B has the quotient.
 Read backwards, the third form repeats A for each unit. Units that the settings here switch on (a complete MLP, every block) and PEFT's
 adapter lacks get A = B = 0, and such units are left out on the way back.
 """
@@ -16,11 +17,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt import families, files
+from litgpt.adapters.patterns import compact, matching, wrong
 from litgpt.adapters.settings import LAYER_FLAGS
 from litgpt.atomic import write_bytes, write_text
 from litgpt.checkpoint import PEFT_ADAPTER, load_weights
@@ -109,7 +112,11 @@ def split(weights: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Unit]:
     for module in (key.removesuffix(".lora_A") for key in weights if key.endswith(".lora_A")):
         unit = {parameter: weights[f"{module}.{parameter}"] for parameter in PARAMETERS if f"{module}.{parameter}" in weights}
         if module.endswith(".qkv"):
-            parts = {name: value.chunk(len(on)) if name == "lora_A" else value.split(rows) for name, value in unit.items()}
+            ranks = [config.size_of(f"{module}:{part}")[0] for part in on]
+            ranks = [rank * len(unit["lora_A"]) // sum(ranks) for rank in ranks]  # twice as many of PiSSA
+            parts = {name: value.split(ranks if name == "lora_A" else rows) for name, value in unit.items()}
+            if "lora_B" in parts:
+                parts["lora_B"] = tuple(b[:, :rank] for b, rank in zip(parts["lora_B"], ranks, strict=True))
             units |= {f"{module}:{part}": {name: values[i] for name, values in parts.items()} for i, part in enumerate(on)}
         else:
             units[module] = unit
@@ -119,10 +126,14 @@ def split(weights: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Unit]:
 def join(units: Mapping[str, Unit]) -> dict[str, Tensor]:
     """Return the LoRA state dict of units, the reverse of `split`."""
     import torch
+    from torch.nn.functional import pad
 
     groups: dict[str, list[Unit]] = {}
     for name in sorted(units, key=lambda name: PARTS.index(name[-1]) if ":" in name else 0):
         groups.setdefault(name.partition(":")[0], []).append(units[name])
+    for group in groups.values():
+        widest = max(unit["lora_B"].size(1) for unit in group)
+        group[:] = [{**unit, "lora_B": pad(unit["lora_B"], (0, widest - unit["lora_B"].size(1)))} for unit in group]
     return {
         f"{module}.{parameter}": torch.cat([unit[parameter] for unit in group])
         for module, group in groups.items()
@@ -144,12 +155,13 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
             f"PEFT's format has no place for LoRA on {names.summary(unknown)}: transformers has no linear layers there. "
             "Leave lora_mlp off for a model with experts, or merge the adapter"
         )
-    stacked = {name: _stack(name, units, plan) for name, layer in plan.layers.items() if any(unit in units for unit in layer.units)}
+    stacked = {name: _stack(name, units, plan, config) for name, layer in plan.layers.items() if any(unit in units for unit in layer.units)}
     if not stacked:
         raise UserError("the adapter has no LoRA weights, or only zeros: there is nothing to write")
     targets, blocks = _targets(list(stacked), plan, config.n_layer)
-    factors = _by_short_name({name: len(layer["lora_A"]) // config.lora_r for name, layer in stacked.items()}, plan)
     alpha = config.lora_alpha * config.lora_r**0.5 if config.lora_rslora else config.lora_alpha  # the same scale without use_rslora
+    ranks = {name: len(layer["lora_A"]) for name, layer in stacked.items()}
+    alphas = {name: _alpha(name, rank, units, plan, config) for name, rank in ranks.items()}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -159,8 +171,8 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
         "lora_dropout": config.lora_dropout,
         "target_modules": targets,
         "layers_to_transform": blocks,
-        "rank_pattern": {name: factor * config.lora_r for name, factor in factors.items()},
-        "alpha_pattern": {name: factor * alpha for name, factor in factors.items()},
+        "rank_pattern": _by_short_name(ranks, config.lora_r, plan),
+        "alpha_pattern": _by_short_name(alphas, alpha, plan),
         "bias": "none",
         "fan_in_fan_out": plan.transposed,
         "use_rslora": False,
@@ -175,12 +187,23 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
     return settings, tensors
 
 
-def _stack(name: str, units: Mapping[str, Unit], plan: Layout) -> Unit:
+def _alpha(name: str, rank: int, units: Mapping[str, Unit], plan: Layout, config: LoRAConfig) -> float:
+    """Return PEFT's alpha of a layer: that of the first of its units, times its rank divided by the unit's."""
+    r, alpha = config.size_of(next(unit for unit in plan.layers[name].units if unit in units))
+    return _whole(alpha * (r**0.5 if config.lora_rslora else 1) * (rank / r))
+
+
+def _stack(name: str, units: Mapping[str, Unit], plan: Layout, config: LoRAConfig) -> Unit:
     """Return the parameters of a layer: A (R, in), B (out, R), of DoRA m (out,), for all rows of which PEFT needs values."""
     import torch
 
     layer = plan.layers[name]
-    present = [units[unit] for unit in layer.units if unit in units]
+    scales = {unit: config.scale_of(unit) for unit in layer.units if unit in units}
+    first = next(iter(scales.values()))
+    units = {
+        unit: units[unit] if s == first else {**units[unit], "lora_B": units[unit]["lora_B"] * (s / first)} for unit, s in scales.items()
+    }
+    present = list(units.values())
     a, shared = present[0]["lora_A"], len(present) > 1 and all(torch.equal(present[0]["lora_A"], unit["lora_A"]) for unit in present)
     blocks = [units.get(unit, {"lora_B": a.new_zeros(plan.sizes[unit][0], len(a) if shared else 0)})["lora_B"] for unit in layer.units]
     rows = {"lora_B": torch.cat(blocks) if shared else torch.block_diag(*blocks)}
@@ -223,15 +246,15 @@ def _targets(layers: list[str], plan: Layout, n_layer: int) -> tuple[list[str], 
     return sorted({short(kind, plan, kinds) for kind in kinds}), None if everywhere or not blocks else blocks
 
 
-def _by_short_name(factors: Mapping[str, int], plan: Layout) -> dict[str, int]:
-    """Return the factors other than 1, under short names where all layers of a kind have the same."""
-    by_kind: dict[str, set[int]] = {}
-    for name, factor in factors.items():
-        by_kind.setdefault(path(name), set()).add(factor)
+def _by_short_name(values: Mapping[str, float], default: float, plan: Layout) -> dict[str, float]:
+    """Return the values other than the default, under short names where all layers of a kind have the same."""
+    by_kind: dict[str, set[float]] = {}
+    for name, value in values.items():
+        by_kind.setdefault(path(name), set()).add(value)
     return {
-        short(path(name), plan, [path(name)]) if len(by_kind[path(name)]) == 1 else name: factor
-        for name, factor in factors.items()
-        if factor != 1
+        short(path(name), plan, [path(name)]) if len(by_kind[path(name)]) == 1 else name: value
+        for name, value in values.items()
+        if value != default
     }
 
 
@@ -242,27 +265,32 @@ def from_peft(
     plan = layout(config, model_type)
     problems = unsupported(settings)
     layers = _layers(tensors, plan, problems)
-    r, alpha = _rank(settings, layers, plan, problems)
-    units: dict[str, Unit] = {}
-    for name, layer in layers.items() if not problems else ():
-        parts = _unstack(plan.layers[name], layer, r, plan)
-        units |= parts
-        if not parts:
-            problems.append(f"the rank of {name} is {len(layer['lora_A'])}, that of others {r}: ours have the same rank everywhere")
+    whole = _alphas(settings, layers, problems)
     if problems:
         raise UserError(f"{source} cannot become a litgpt adapter of the model {config.name!r}:\n  " + "\n  ".join(problems))
+    units: dict[str, Unit] = {}
+    alphas: dict[str, float] = {}
+    for name, layer in layers.items():
+        parts = _unstack(plan.layers[name], layer, settings["r"], plan)
+        units |= parts
+        alphas |= {unit: _whole(whole[name] * len(part["lora_A"]) / len(layer["lora_A"])) for unit, part in parts.items()}
     flags = {flag: any(_flag(unit) == flag for unit in units) for flag in FLAGS.values()}
     blocks = sorted({block_of(unit) for unit in units} - {-1})
+    ranks = {name: len(unit["lora_A"]) for name, unit in units.items()}
+    (r, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
     a = next(iter(units.values()))["lora_A"]
     for unit, (out, size) in plan.sizes.items():
         if unit not in units and flags[_flag(unit)] and block_of(unit) in (-1, *blocks):
-            units[unit] = {"lora_A": a.new_zeros(len(a), size), "lora_B": a.new_zeros(out, len(a))}
+            units[unit] = {"lora_A": a.new_zeros(r, size), "lora_B": a.new_zeros(out, r)}
+            ranks[unit], alphas[unit] = r, alpha
     own = {
         "lora_r": r,
         "lora_alpha": alpha,
         "lora_dropout": settings.get("lora_dropout") or 0.0,
         **flags,
         "lora_block_indices": None if not blocks or blocks == list(range(config.n_layer)) else blocks,
+        "lora_rank_pattern": compact(ranks, r),
+        "lora_alpha_pattern": compact(alphas, alpha),
     }
     if invocation := settings.get("alora_invocation_tokens"):
         own |= {"alora_enabled": True, "alora_invocation_tokens": invocation}
@@ -324,57 +352,57 @@ def _layers(tensors: Mapping[str, Tensor], plan: Layout, problems: list[str]) ->
     return complete
 
 
-def _rank(settings: Mapping[str, Any], layers: Mapping[str, Unit], plan: Layout, problems: list[str]) -> tuple[int, float]:
-    """Return r, which all units share, and alpha; rsLoRA's factor alpha / sqrt(r) becomes alpha sqrt(r)."""
-    ranks = {name: len(layer["lora_A"]) for name, layer in layers.items()}
-    single = {rank for name, rank in ranks.items() if len(plan.layers[name].units) == 1}
-    r, alpha, patterns = settings.get("r"), settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+def value_of(settings: Mapping[str, Any], key: str, patterns: str, name: str) -> Any:
+    """Return rank or alpha of a layer of transformers: that of the first of PEFT's patterns that matches, else the one for all."""
+    own = settings.get(patterns) or {}
+    return own.get(matching(own, name), settings.get(key))
+
+
+def _alphas(settings: Mapping[str, Any], layers: Mapping[str, Unit], problems: list[str]) -> dict[str, float]:
+    """Return alpha of each layer, with rsLoRA's times sqrt(rank). Whatever is wrong in what says it is added to `problems`."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(key) or {}
+        if not isinstance(patterns, dict):
+            problems.append(f"{key} is {str(patterns)[:100]}: a mapping is needed")
+        elif odd := [f"{str(pattern)[:60]}: {problem}" for pattern in patterns if (problem := wrong(str(pattern)))]:
+            problems.append(f"{key} has {'; '.join(odd)}")
+    r, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
         problems.append(f"r is {r!r} and lora_alpha {alpha!r}: numbers are needed")
-        return 1, 1
-    if len(single) > 1:
-        problems.append(f"it has ranks {', '.join(map(str, sorted(single)))}: ours have the same rank everywhere")
-    elif single:
-        (r,) = single
-    if not isinstance(patterns, dict):
-        problems.append(f"alpha_pattern is {str(patterns)[:100]}: a mapping is needed")
-        return r, alpha
-    if odd := [key for key in patterns if not re.fullmatch(r"[\w.]+", key)]:
-        problems.append(f"alpha_pattern has {', '.join(odd)}: only plain names are read, not expressions")
-    factors: dict[float, list[str]] = {}
-    for name, rank in ranks.items():
-        value = next((patterns[key] for key in patterns if f".{name}".endswith(f".{key}")), alpha)
+    alphas: dict[str, float] = {}
+    for name, layer in layers.items() if not problems else ():
+        value = value_of(settings, "lora_alpha", "alpha_pattern", name)
         if not isinstance(value, int | float):
-            problems.append(f"alpha_pattern has {value!r} for {name}: a number is needed")
-            return r, alpha
-        factors.setdefault(value * r * (rank**0.5 if settings.get("use_rslora") else 1) / rank, []).append(name)
-    if len(factors) > 1:
-        listed = "; ".join(f"{factor / r:g} on {names.summary(layers)}" for factor, layers in factors.items())
-        problems.append(f"it has several factors alpha / r: {listed}. Ours have the same everywhere")
-    own = next(iter(factors), float(alpha))
-    return r, int(own) if own == int(own) else own
+            problems.append(f"alpha_pattern has {str(value)[:60]!r} for {name}: a number is needed")
+        else:
+            alphas[name] = value * (len(layer["lora_A"]) ** 0.5 if settings.get("use_rslora") else 1)
+    return alphas
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value
 
 
 def _unstack(layer: Layer, stacked: Unit, r: int, plan: Layout) -> dict[str, Unit]:
-    """Return the units of a layer, the reverse of `_stack`; {} if they have no equivalent here."""
+    """Return the units of a layer, the reverse of `_stack`; where their blocks cannot be told apart, each has the layer's A."""
     import torch
 
     a, b = stacked["lora_A"], stacked["lora_B"]
     if layer.order is not None:
         b = b[torch.argsort(layer.order)]
     parts = dict(zip(layer.units, b.split([plan.sizes[unit][0] for unit in layer.units]), strict=True))
-    if len(a) == r:
-        return {unit: {"lora_A": a, "lora_B": part} for unit, part in parts.items() if part.any() or not b.any()}
-    columns = range(0, len(a), r)
-    owners = [[unit for unit, part in parts.items() if part[:, start : start + r].any()] for start in columns]
-    chosen = list(layer.units) if len(owners) == len(layer.units) else [unit for owner in owners for unit in owner]
-    fits = len(a) % r == 0 and len(chosen) == len(owners) == len(set(chosen))
-    if not fits or any(owner not in ([], [unit]) for owner, unit in zip(owners, chosen, strict=True)):
-        return {}
-    return {
-        unit: {"lora_A": a[start : start + r], "lora_B": parts[unit][:, start : start + r]}
-        for unit, start in zip(chosen, columns, strict=True)
-    }
+    equal = (len(a) // e for e in range(len(parts), 1, -1) if len(a) % e == 0)
+    for rank in dict.fromkeys((r, *equal)) if len(a) != r else ():
+        columns = range(0, len(a), rank)
+        owners = [[unit for unit, part in parts.items() if part[:, start : start + rank].any()] for start in columns]
+        chosen = list(layer.units) if len(owners) == len(layer.units) else [unit for owner in owners for unit in owner]
+        fits = len(a) % rank == 0 and len(chosen) == len(owners) == len(set(chosen))
+        if fits and all(owner in ([], [unit]) for owner, unit in zip(owners, chosen, strict=True)):
+            return {
+                unit: {"lora_A": a[start : start + rank], "lora_B": parts[unit][:, start : start + rank]}
+                for unit, start in zip(chosen, columns, strict=True)
+            }
+    return {unit: {"lora_A": a, "lora_B": part} for unit, part in parts.items() if part.any() or not b.any()}
 
 
 def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

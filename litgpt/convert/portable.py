@@ -7,6 +7,7 @@ skip2lora_adapter.safetensors   transformer.h.{i}.skip2lora.lora_A (r, d) and .l
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def describe(config: LoRAConfig, lora: dict[str, Any] | None, base: str, model_t
         + (f", its input in the base model is what {norm} returns" if place == "lm_head" else ""),
     ]
     if lora:
-        formula.append("in the modules of `lora`: y = W x + bias + (lora_alpha / r) * B A x")
+        formula.append("in the modules of `lora`: y = W x + bias + (lora_alpha / r) * B A x, with alpha_pattern and rank_pattern")
     return {
         **FORMAT,
         "base_model_name_or_path": base,
@@ -127,7 +128,11 @@ def read(folder: Path, model: Config, where: str) -> tuple[LoRAConfig, dict[str,
     weights = {name: value for name, value in tensors.items() if not name.startswith(peft.PREFIX)}
     if rest := {name: value for name, value in tensors.items() if name not in weights}:
         lora = content.get("lora")
-        weights |= peft.from_peft(lora if isinstance(lora, dict) else {}, rest, config, folder, model_type)[1]
+        own, read = peft.from_peft(lora if isinstance(lora, dict) else {}, rest, config, folder, model_type)
+        weights |= read
+        if config.lora_variant != "lora" or config.lora_rank_pattern or config.lora_alpha_pattern:  # PEFT has other ranks for them
+            sizes = {key: own[key] for key in ("lora_r", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern")}
+            config = replace(config, lora_variant="lora", lora_rslora=False, **sizes)
     require_all(config, weights, folder / WEIGHTS)
     return config, weights
 

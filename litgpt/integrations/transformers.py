@@ -77,11 +77,11 @@ class Skip2LoRAHooks:
         else:
             inputs[norm if place == "transformer.ln_f" else block.format(place.rpartition(".")[2])] = self._add_to_input
         lora, tensors = portable.lora_in_peft(config, weights, config.name, model_type)
-        lora_scale = lora["lora_alpha"] / lora["r"] if lora else 0.0
         for key in tensors:
             if key.endswith(".lora_A.weight"):
                 name = key.removeprefix(peft.PREFIX).removesuffix(".lora_A.weight")
-                outputs[name] = partial(_add_lora, Factors(tensors[key], tensors[key.replace("lora_A", "lora_B")], lora_scale))
+                scale = peft.value_of(lora or {}, "lora_alpha", "alpha_pattern", name) / len(tensors[key])
+                outputs[name] = partial(_add_lora, Factors(tensors[key], tensors[key.replace("lora_A", "lora_B")], scale))
         known = {name for name, _ in model.named_modules()}
         if missing := [name for name in (*outputs, *inputs) if name not in known]:
             raise UserError(f"{type(model).__name__} has no modules {names.summary(missing)}: a plain causal LM of transformers is needed")

@@ -32,6 +32,13 @@ PLACES: dict[str, dict[str, Any]] = {
     "ln_f": {"skip2lora_output_layer": "transformer.ln_f", "lora_head": True},
     "block": {"skip2lora_output_layer": "transformer.h.2", "skip2lora_block_indices": [0, 1], **BEHIND, "lora_mlp": True},
     "warm-up": {"skip2lora_warmup": True, "skip2lora_block_indices": "all", **BEHIND},
+    "patterns": {
+        "skip2lora_output_layer": "transformer.h.2",
+        **BEHIND,
+        "lora_rank_pattern": {"q_proj": 5, "attn.proj": 2},
+        "lora_alpha_pattern": {"v_proj": 3, "lm_head": 2},
+    },
+    "PiSSA": {"skip2lora_output_layer": "transformer.h.2", "lora_variant": "pissa", **BEHIND},
     "rsLoRA": {"skip2lora_output_layer": "transformer.h.2", "lora_rslora": True, **BEHIND},
 }
 IDX = tiny.ids(2, 17)

@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 
 from litgpt import checkpoint
+from litgpt.adapters.layers import Dropout
 from litgpt.args import TrainArgs, marked
 from litgpt.data import JSON
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora
-from litgpt.lora import Dropout
 from litgpt.optim import UNUSABLE, make_optimizer
 from litgpt.sample import Sample
 from litgpt.train import resume as state_module

@@ -1,8 +1,8 @@
 """LoRA and answer-only LoRA as a GGUF file, which llama.cpp lays over the GGUF file of the base: `llama-cli -m base.gguf --lora FILE`.
 
 A tensor of the base, `blk.3.attn_q.weight`, is changed by `.lora_a` (R, in) and `.lora_b` (rows, R): W + (alpha / R) b a. R is the rank, or
-that of all units that the tensor joins; b makes up for the factor then. Rows are in the base file's order. llama.cpp's server switches
-answer-only LoRA on one token before its invocation.
+that of all units that the tensor joins; b makes up for the factor then, and for ranks and alphas of single layers. Rows are in the base
+file's order. llama.cpp's server switches answer-only LoRA on one token before its invocation.
 """
 
 from __future__ import annotations
@@ -61,27 +61,32 @@ def _factors(
     """Return a and b of a tensor of the file; None if no unit of it has LoRA. The units are added to `placed`."""
     import torch
 
-    owners: list[tuple[str, int, Unit]] = []  # tensor of ours, first row in it, unit
+    owners: list[tuple[str, int, Unit, float]] = []  # tensor of ours, first row in it, unit, its factor
     for key in slot.keys:
         module = key.removesuffix(".weight")
         own = {module: 0}
         if module.endswith(".attn.qkv"):
             starts = dict(zip(PARTS, accumulate(config.qkv_sizes, initial=0), strict=False))
             own = {f"{module}:{part}": start for part, start in starts.items() if slot.part not in PARTS or slot.part == part}
-        owners += [(key, start, units[unit]) for unit, start in own.items() if unit in units]
+        owners += [(key, start, units[unit], config.scale_of(unit)) for unit, start in own.items() if unit in units]
         placed |= own.keys() & units.keys()
     if not owners:
         return None
-    a = torch.cat([unit["lora_A"] for _, _, unit in owners])
+    a = torch.cat([unit["lora_A"] for _, _, unit, _ in owners])
     ours = {key: torch.zeros(sizes[key][0], len(a)) for key in slot.keys}
     column = 0
-    for key, start, unit in owners:
-        b = unit["lora_B"]
+    for key, start, unit, scale in owners:
+        b = unit["lora_B"] * (scale * len(a) / _alpha(config))
         ours[key][start : start + len(b), column : column + b.size(1)] = b
         column += b.size(1)
     loads = {key: lambda tensor=tensor: tensor for key, tensor in ours.items()}
     b = stored(name, Group([slot], (-1, len(a))), architecture, config, loads)
-    return a, b * (len(a) / config.lora_r)
+    return a, b
+
+
+def _alpha(config: Config) -> float:
+    """Return the file's alpha: LoRA's, with rsLoRA times sqrt(r)."""
+    return (config.lora_alpha or 1) * (config.lora_r**0.5 if config.lora_rslora else 1)
 
 
 def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
@@ -93,12 +98,11 @@ def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
 def _write(target: Path, architecture: str, config: Config, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     from gguf import GGUFType, GGUFValueType, GGUFWriter, Keys
 
-    alpha = config.lora_alpha * config.lora_r**0.5 if config.lora_rslora else config.lora_alpha
     with replacing(target) as temporary:
         writer = GGUFWriter(temporary, architecture)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
-        writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, float(_alpha(config)))
         if config.alora_enabled:
             key, tokens = Keys.Adapter.ALORA_INVOCATION_TOKENS, config.alora_invocation_tokens
             writer.add_key_value(key, tokens, GGUFValueType.ARRAY, GGUFValueType.UINT32)

@@ -107,7 +107,13 @@ def test_llama_cpp_gives_the_same_probabilities(case: str, tmp_path: Path, write
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "settings", [{"lora_rslora": True}, {"alora_enabled": True, "alora_invocation_tokens": [1, 17]}], ids=["rslora", "alora"]
+    "settings",
+    [
+        {"lora_rslora": True},
+        {"alora_enabled": True, "alora_invocation_tokens": [1, 17]},
+        {"lora_rslora": True, "lora_rank_pattern": {"q_proj": 5, "mlp.fc_1": 1}, "lora_alpha_pattern": {"h.1.attn.qkv": 2, "o_proj": 9}},
+    ],
+    ids=["rslora", "alora", "patterns"],
 )
 def test_settings(settings: dict[str, Any], tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     """rsLoRA's factor, and LoRA that acts from the last invocation on, or not at all without one."""

@@ -1,0 +1,94 @@
+"""Patterns of layers' names, PEFT's `rank_pattern` and `alpha_pattern`: they give layers a rank and an alpha of their own. Light.
+
+A *unit* is a linear layer, `transformer.h.3.mlp.fc_1`, or a part of the joined projection, `transformer.h.3.attn.qkv:q`. A pattern is its
+name, the end of it from a dot on, or a regular expression for either, in the names of this package or of transformers' Llama:
+
+    attn.qkv                                 all that is adapted of q, k and v
+    attn.q_proj, attn.k_proj, attn.v_proj    one of them, also self_attn.q_proj, ...
+    attn.proj                                self_attn.o_proj
+    mlp.fc_1, mlp.fc_2, mlp.proj             mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    mlp.fc, mlp.gate, mlp.experts.0.fc_1     only so; lm_head, in any family
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from litgpt.errors import UserError
+
+MAX_LENGTH = 200
+REPEATED_GROUP = re.compile(r"\)[*+?]?[*+{]")  # they may take exponential time
+LLAMA = {"attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+
+
+def wrong(pattern: str) -> str:
+    """Return what is wrong with a regular expression; "" if it can be used."""
+    if len(pattern) > MAX_LENGTH or REPEATED_GROUP.search(pattern):
+        return f"it repeats a group, or is longer than {MAX_LENGTH} characters"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"it is not a regular expression: {error}"
+    return ""
+
+
+def matching(patterns: Iterable[str], *names: str) -> str | None:
+    """Return the first pattern that matches one of a layer's names, in full or from a dot on, as PEFT does; None if there is none."""
+    return next((pattern for pattern in patterns if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)), None)
+
+
+@cache
+def names_of(unit: str) -> tuple[str, ...]:
+    """Return the names of a unit."""
+    match = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", unit)
+    if match is None:
+        return (unit,)
+    index, name = match.groups()
+    own, llama = [name], LLAMA.get(name, "")
+    if ":" in name:
+        joined, _, part = name.partition(":")
+        own, llama = [joined, f"attn.{part}_proj"], f"self_attn.{part}_proj"
+    return (*(f"transformer.h.{index}.{name}" for name in own), *([f"model.layers.{index}.{llama}"] if llama else []))
+
+
+def require_patterns(key: str, patterns: Any, is_value: Any, needed: str) -> None:
+    """Raise UserError, naming `key`, for patterns that are no regular expressions, or a value that is not what is `needed`."""
+    if not isinstance(patterns, Mapping):
+        raise UserError(f"{key} is {str(patterns)[:60]}: give names of layers with a value each, such as {{q_proj: 4}}")
+    for pattern, value in patterns.items():
+        if problem := wrong(str(pattern)):
+            raise UserError(f"{key} has {str(pattern)[:60]!r}: {problem}")
+        if not is_value(value):
+            raise UserError(f"{key}.{pattern} is {str(value)[:60]!r}: {needed} is needed")
+
+
+def require_used(key: str, patterns: Iterable[str], units: Iterable[str]) -> None:
+    """Raise UserError, naming `key`, for patterns that match no unit, or only those that an earlier pattern matches."""
+    units = list(units)
+    used = {matching(patterns, *names_of(unit)) for unit in units}
+    if unused := [pattern for pattern in patterns if pattern not in used]:
+        kinds = ", ".join(dict.fromkeys(_kind(_own_name(unit)) for unit in units)) or "none"
+        raise UserError(
+            f"{key} names {', '.join(map(repr, unused))}, which fits no layer with LoRA, or none that an earlier pattern leaves. "
+            f"Layers with LoRA: {kinds[:200]}"
+        )
+
+
+def compact(values: Mapping[str, Any], default: Any) -> dict[str, Any] | None:
+    """Return patterns that give units these values where they differ from the default; None if none does."""
+    named = {_own_name(unit): value for unit, value in values.items()}
+    kinds: dict[str, set[Any]] = {}
+    for name, value in named.items():
+        kinds.setdefault(_kind(name), set()).add(value)
+    return {_kind(name) if len(kinds[_kind(name)]) == 1 else name: value for name, value in named.items() if value != default} or None
+
+
+def _own_name(unit: str) -> str:
+    return names_of(unit)[1 if ":" in unit else 0]
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"^transformer\.h\.\d+\.", "", name)
