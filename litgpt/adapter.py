@@ -35,6 +35,8 @@ class Config(lora.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.latent_attention:
+            raise UserError("LLaMA-Adapter does not go with latent attention, which has no keys of its own for prompts: use LoRA")
         if not isinstance(self.adapter_prompt_length, int) or self.adapter_prompt_length < 1:
             raise UserError(f"adapter_prompt_length is {self.adapter_prompt_length!r}: 1 or more is needed")
         if not isinstance(self.adapter_start_layer, int) or not 0 <= self.adapter_start_layer < self.n_layer:

@@ -16,9 +16,6 @@ from litgpt.files import read_json, read_yaml
 if TYPE_CHECKING:
     from typing_extensions import Self, TypeIs
 
-# LitGPT's fields for architectures that are not supported here, with the value that means "not used".
-UNSUPPORTED_FIELDS: dict[str, Any] = {"rope_interleave": False, "latent_attention": None}
-
 GROUPS = ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group")
 OF_EXPERTS = ("n_shared_expert", *GROUPS, "first_k_dense_replace")
 WIDTHS = ("padded_vocab_size", "head_size", "n_query_groups", "intermediate_size", "moe_intermediate_size", "sliding_window_size")
@@ -31,7 +28,12 @@ SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 FACTORS = ("norm_eps", "rope_base", "rope_condense_ratio", "routed_scaling_factor", *SCALARS, *OPTIONAL_FACTORS)
 # LitGPT 0.5.13 does not have these, and its older versions not those
 OWN_FIELDS = ("norm_affine", "learned_positions", "router_aux_loss_coef", "shared_expert_gate", "router_softmax", *SCALARS)
-NEWER_FIELDS: dict[str, Any] = {**dict.fromkeys(OF_EXPERTS), "routed_scaling_factor": 1.0, **UNSUPPORTED_FIELDS}  # and their defaults
+NEWER_FIELDS: dict[str, Any] = {
+    "rope_interleave": False,
+    "latent_attention": None,
+    "routed_scaling_factor": 1.0,
+    **dict.fromkeys(OF_EXPERTS),
+}
 CORRECTION = "e_score_correction_bias"  # a router's buffer, fp32 in every checkpoint: see `litgpt.mlp.route`
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm_class_name": ("LayerNorm", "RMSNorm"),
@@ -39,6 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mlp_class_name": ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"),
     "gelu_approximate": ("none", "tanh"),
 }
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")  # the first may be null
 CHOSEN_TAPS = "skip2lora_block_indices"  # in an adapter's model_config.yaml: the blocks that `auto` chose
 PER_BLOCK: dict[str, tuple[int, ...]] = {"sliding_window_indices": (0, 1), "rope_indices": (-1, 0, 1)}  # lists, and their entries
 ROPE_KEYS: dict[str, tuple[str, ...]] = {  # of `rope_adjustments`, for each kind of scaling
@@ -81,6 +84,7 @@ class Config:
     n_query_groups: int | None = None  # key/value heads: `n_head` is multi-head, 1 multi-query, in between grouped-query attention
     attn_bias: bool = False  # bias on q, k and v; `bias` switches all linear layers
     attention_scores_scalar: float | None = None  # scores are divided by its square root; `head_size` unless given
+    latent_attention: dict[str, Any] | None = None  # sizes of LATENT, see `litgpt.latent`; `head_size` follows from them
     attention_logit_softcapping: float | None = None  # c: scores become c tanh(scores / c), before the mask
     sliding_window_size: int | None = None
     sliding_window_indices: list[int] | None = None  # per block: 1 for a window (default: all), 0 for global attention
@@ -90,6 +94,7 @@ class Config:
     rope_adjustments: dict[str, Any] | None = None  # scaling of the rotary frequencies, see `litgpt.rope`
     rope_local_base_freq: float | None = None  # the rotary base of the blocks that `rope_indices` marks with 1 (without scaling)
     rope_indices: list[int] | None = None  # per block: 0 for `rope_base`, 1 for `rope_local_base_freq`, -1 for no rotation (SmolLM3)
+    rope_interleave: bool = False  # of latent attention: the rotated pairs are neighbours instead of halves
     learned_positions: bool = False  # add a trained vector per position to the embeddings instead of rotating queries and keys (GPT-2)
     intermediate_size: int | None = None
     moe_intermediate_size: int | None = None  # the width of each expert, where it is not `intermediate_size`
@@ -117,6 +122,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_values()
+        self._check_latent()
         if self.head_size is None:
             if self.n_embd % self.n_head:
                 raise UserError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): give head_size")
@@ -163,6 +169,24 @@ class Config:
             value = getattr(self, key)
             if (not _is_positive(value) and value != 0) or value > most:
                 raise UserError(f"{key} is {value!r}: a number from 0{'' if most == math.inf else ' to 1'} is needed")
+
+    def _check_latent(self) -> None:
+        """Raise UserError for wrong sizes of latent attention, and what it does not go with. Set the size of a head."""
+        sizes = self.latent_attention
+        if sizes is None:
+            if self.rope_interleave:
+                raise UserError("rope_interleave is true: only latent_attention has that")
+            return
+        if not isinstance(sizes, dict) or set(sizes) != set(LATENT):
+            raise UserError(f"latent_attention is {str(sizes)[:100]}: a mapping of {', '.join(LATENT)} is needed")
+        for key, value in sizes.items():
+            if not (value is None and key == LATENT[0]) and (type(value) is not int or not 0 < value <= MOST_SIZE):
+                raise UserError(f"latent_attention: {key} is {value!r}, a whole number from 1 is needed")
+        others = {"n_query_groups": self.n_query_groups not in (None, self.n_head), "bias": self.bias, "attn_bias": self.attn_bias}
+        others |= {key: bool(getattr(self, key)) for key in ("norm_qk", "rope_indices", "learned_positions")}
+        if found := [key for key, is_so in others.items() if is_so]:
+            raise UserError(f"latent_attention does not go with {', '.join(f'{key} {getattr(self, key)}' for key in found)}")
+        self.head_size = sizes["qk_rope_head_dim"] + sizes["qk_nope_head_dim"]
 
     def _check_experts(self) -> None:
         """Raise UserError for settings of a mixture that do not fit each other."""
@@ -246,6 +270,8 @@ class Config:
     def rope_n_elem(self) -> int:
         """The number of rotated dimensions of a head."""
         assert self.head_size is not None
+        if self.latent_attention:
+            return self.latent_sizes[2]
         return int(self.rotary_percentage * self.head_size)
 
     @property
@@ -260,6 +286,20 @@ class Config:
         assert self.head_size is not None and self.n_query_groups is not None
         kv = self.head_size * self.n_query_groups
         return self.head_size * self.n_head, kv, kv
+
+    @property
+    def latent_sizes(self) -> tuple[int | None, int, int, int, int]:
+        """The sizes of latent attention, in the order of LATENT."""
+        assert self.latent_attention is not None
+        return tuple(self.latent_attention[key] for key in LATENT)
+
+    @property
+    def cache_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The heads of the key/value cache and their size, of keys and of values."""
+        if self.latent_attention:
+            return (1, self.latent_sizes[1]), (1, self.latent_sizes[2])
+        assert self.n_query_groups is not None and self.head_size is not None
+        return ((self.n_query_groups, self.head_size),) * 2
 
     @property
     def expert_size(self) -> int:
@@ -280,7 +320,7 @@ class Config:
 
     def file_dict(self) -> dict[str, Any]:
         """Return the fields in `model_config.yaml`. LitGPT 0.5.13 reads it, so fields that it lacks are left out at their default."""
-        plain = {key: Config.__dataclass_fields__[key].default for key in (*OWN_FIELDS, *NEWER_FIELDS) if hasattr(Config, key)}
+        plain = {key: Config.__dataclass_fields__[key].default for key in (*OWN_FIELDS, *NEWER_FIELDS)}
         return {key: value for key, value in self.base_dict().items() if key not in plain or value != plain[key]}
 
     @classmethod
@@ -311,12 +351,9 @@ class Config:
                 values.pop("norm_topk_prob", None)
             values["norm_affine"] = values.get("norm_class_name") != "LayerNorm" or "OLMo" not in str(values.get("name"))
         for key in [key for key in values if key not in known]:
-            value = values.pop(key)
-            if key not in UNSUPPORTED_FIELDS:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                problems.append(f"unknown field {str(key)[:60]!r}" + (f" (did you mean {near[0]}?)" if near else ""))
-            elif value != UNSUPPORTED_FIELDS[key]:
-                problems.append(f"{key}: {repr(value)[:60]} is not supported")
+            del values[key]
+            near = difflib.get_close_matches(str(key), known, n=1)
+            problems.append(f"unknown field {str(key)[:60]!r}" + (f" (did you mean {near[0]}?)" if near else ""))
         if problems:
             raise UserError(f"{path}: {'; '.join(problems)}")
         try:

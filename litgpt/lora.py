@@ -72,6 +72,11 @@ class Config(base.Config, AdapterSettings):
         self.skip2lora_r = self.lora_r if self.skip2lora_r is None else self.skip2lora_r
         self.skip2lora_alpha = self.lora_alpha if self.skip2lora_alpha is None else self.skip2lora_alpha
         self.skip2lora_dropout = self.lora_dropout if self.skip2lora_dropout is None else self.skip2lora_dropout
+        if self.latent_attention and self.alora_enabled and (self.lora_key or self.lora_value):
+            raise UserError(
+                "alora_enabled does not go with lora_key and lora_value on latent attention, whose kv_b_proj computes prompts' keys and "
+                "values anew in every pass: set both to false"
+            )
         if self.skip2lora_warmup:
             self.require_warmup("a warm-up")
         _ = self.taps, self.lora_blocks  # a wrong block index is reported here, not later
@@ -215,7 +220,12 @@ def attach_lora(block: Block, config: Config, name: str) -> None:
     """Wrap the linear layers of the block called `name` that the config names."""
     attention: Any = block.attn
     parts = (config.lora_query, config.lora_key, config.lora_value)
-    if any(parts):
+    if config.latent_attention:  # keys and values come from the same layers
+        for child, layer in list(attention.named_children()):
+            wanted = parts[0] if child.startswith("q_") else child.startswith("kv_") and any(parts[1:])
+            if wanted and hasattr(layer, "in_features"):
+                setattr(attention, child, _adapted(layer, config, f"{name}.attn.{child}"))
+    elif any(parts):
         heads = {"head_size": config.head_size, "n_head": config.n_head, "n_query_groups": config.n_query_groups}
         sizes = [config.size_of(f"{name}.attn.qkv:{part}") for part in PARTS]
         if config.lora_variant in ("pissa", "olora") and len({size for size, on in zip(sizes, parts, strict=True) if on}) > 1:

@@ -16,18 +16,21 @@ Training packs a batch into N rows without padding (`litgpt.packing`): x is then
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from litgpt.attention import CausalSelfAttention as CausalSelfAttention
+from litgpt.attention import KVCache as KVCache
+from litgpt.attention import Positions as Positions
+from litgpt.attention import RMSNorm as RMSNorm
+from litgpt.attention import norm
 from litgpt.config import Config
-from litgpt.fused import rms_norm
+from litgpt.latent import attention
 from litgpt.mlp import GemmaMLP as GemmaMLP
 from litgpt.mlp import GptNeoxMLP as GptNeoxMLP
 from litgpt.mlp import LLaMAMLP as LLaMAMLP
@@ -35,27 +38,7 @@ from litgpt.mlp import LLaMAMoE as LLaMAMoE
 from litgpt.mlp import load_balance as load_balance
 from litgpt.mlp import mlp
 from litgpt.packing import Packing, noise_like, take
-from litgpt.rope import RotaryTable, is_long, rotate
-
-FP32_ATTENTION = 256  # positions; a CPU trains shorter bf16 attention in fp32: the bf16 backward pass takes 1.1 to 6 times as long
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Rotary tables and masks of the T input positions, computed once per forward pass for all blocks."""
-
-    # cos and sin, (T, n) each, or (B, 1, T, n) if samples have places of their own or take different factors of LongRoPE, in
-    # attention's dtype: of `rope_base`, then of `rope_local_base_freq` if there is one
-    rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    mask: torch.Tensor | None  # (T, K) or (B, 1, T, K), true where attention is allowed; None: causal over T, or everything if T = 1
-    window_mask: torch.Tensor | None  # the same within the sliding window
-    index: torch.Tensor | None  # (T,) or (B, T), places in the key/value cache; None without a cache
-    end: int  # K
-    packing: Packing | None = None  # of x (N, d); the fields above are those of the samples' own T positions, with K = P + T
-    stem: Positions | None = None  # of the stem's P positions, which attend to each other
-    # keys and values by block: (N, G h) each of a packed batch, written while it runs; or (B, G, C, h) each, before the samples' own
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
-    context: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+from litgpt.rope import RotaryTable, is_long
 
 
 class GPT(nn.Module):
@@ -283,10 +266,10 @@ class GPT(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Allocate room for the keys and values of `max_seq_length` positions (default: the model's own) in every block."""
-        length, config = max_seq_length or self.max_seq_length, self.config
-        shape = (batch_size, config.n_query_groups, length, config.head_size)
+        length = max_seq_length or self.max_seq_length
         for block in self.blocks:
-            block.attn.kv_cache = KVCache(shape, device or next(block.parameters()).device, dtype or self.dtype)
+            where = device or next(block.parameters()).device
+            block.attn.kv_cache = KVCache(self.config.cache_sizes, batch_size, length, where, dtype or self.dtype)
 
     def clear_kv_cache(self) -> None:
         """Free the keys and values."""
@@ -312,7 +295,7 @@ class Block(nn.Module):
         super().__init__()
         self.parallel_residual, self.residual_multiplier = config.parallel_residual, config.residual_multiplier
         self.norm_1 = norm(config) if config.norm_1 else nn.Identity()
-        self.attn = CausalSelfAttention(config, block_idx)
+        self.attn = attention(config, block_idx)
         self.post_attention_norm = norm(config) if config.post_attention_norm else None
         self.norm_2 = None if config.shared_attention_norm else norm(config) if config.norm_2 else nn.Identity()
         self.mlp = mlp(config, block_idx)
@@ -338,158 +321,6 @@ class Block(nn.Module):
         """Return the term that attention's or the MLP's output x adds to the residual stream."""
         x = x if norm is None else norm(x)
         return x if self.residual_multiplier == 1 else x * self.residual_multiplier
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head, grouped-query or multi-query attention, causal, optionally over a sliding window.
-
-    The rows of `qkv` are all H query heads, then the G key heads, then the G value heads.
-    """
-
-    def __init__(self, config: Config, block_idx: int) -> None:
-        super().__init__()
-        self.config, self.index = config, block_idx
-        self.qkv = nn.Linear(config.n_embd, sum(config.qkv_sizes), bias=config.bias or config.attn_bias)
-        self.proj = nn.Linear(config.qkv_sizes[0], config.n_embd, bias=config.bias)
-        self.norm_q = self.norm_k = None
-        if config.norm_qk:
-            per_head, sizes = config.norm_qk_type == "default", config.qkv_sizes
-            self.norm_q, self.norm_k = (norm(config, config.head_size if per_head else size) for size in sizes[:2])
-        windows = config.sliding_window_indices
-        self.windowed = config.sliding_window_size is not None and windows is not None and bool(windows[block_idx])
-        # index of the table in `Positions.rotary` that turns q and k; -1: none
-        self.rotary = -1 if config.learned_positions else config.rope_indices[block_idx] if config.rope_indices else 0
-        self.scale = (config.attention_scores_scalar or config.head_size or 1) ** -0.5
-        self.softcap = config.attention_logit_softcapping
-        self.kv_cache: KVCache | None = None
-
-    def forward(self, x: torch.Tensor, pos: Positions) -> torch.Tensor:
-        """(B, T, d) -> (B, T, d), or packed (N, d) -> (N, d)"""
-        qkv = self.qkv(x)
-        if pos.packing is None:
-            q, k, v = self._heads(qkv, pos)
-            if pos.index is not None:
-                if self.kv_cache is None:
-                    raise ValueError("input_pos needs a key/value cache: call set_kv_cache first")
-                k, v = self.kv_cache(pos.index, k, v, pos.end)  # (B, G, K, h)
-            return self.proj(self._attend(q, k, v, pos))
-        shared, own = pos.packing.spread(qkv)  # (1, P, ...), (B, T, ...)
-        q, k, v = self._heads(own, pos)
-        stem = None if pos.stem is None else self._heads(shared, pos.stem)
-        if pos.kept is not None:
-            pos.kept[self.index] = tuple(  # type: ignore[assignment]
-                pos.packing.gather(None if stem is None else _rows(stem[i]), _rows(part)) for i, part in ((1, k), (2, v))
-            )
-        if pos.context is not None:
-            k, v = (torch.cat((earlier.to(part.dtype), part), dim=2) for earlier, part in zip(pos.context[self.index], (k, v), strict=True))
-        if stem is None or pos.stem is None:
-            return self.proj(pos.packing.gather(None, self._attend(q, k, v, pos)))
-        k, v = (torch.cat((first.expand(k.size(0), -1, -1, -1), rest), dim=2) for first, rest in zip(stem[1:], (k, v), strict=True))
-        return self.proj(pos.packing.gather(self._attend(*stem, pos.stem), self._attend(q, k, v, pos)))
-
-    def _heads(self, qkv: torch.Tensor, pos: Positions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, T, (H + 2 G) h) -> q (B, H, T, h), k and v (B, G, T, h), q and k normalised and turned."""
-        B, T, _ = qkv.shape
-        h = self.config.head_size
-        q, k, v = qkv.split(self.config.qkv_sizes, dim=-1)
-        if self.norm_q is not None and self.norm_k is not None:  # over h or, "olmo2", over H h and G h
-            q, k = (norm(part.view(B, T, -1, norm.weight.numel())) for norm, part in ((self.norm_q, q), (self.norm_k, k)))
-        q, k, v = (part.view(B, T, -1, h).transpose(1, 2) for part in (q, k, v))
-        if self.rotary >= 0:
-            cos, sin = pos.rotary[self.rotary]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q, k, v
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: Positions) -> torch.Tensor:
-        """q (B, H, T, h), k and v (B, G, K, h) -> (B, T, H h)"""
-        mask = pos.mask
-        if self.windowed and pos.window_mask is not None:
-            mask = pos.window_mask
-        if self.softcap is not None:
-            y = capped_attention(q, k, v, mask, self.scale, self.softcap)
-        else:
-            how: dict[str, Any] = {"scale": self.scale, "enable_gqa": q.size(1) != k.size(1)}
-            if mask is None and q.size(2) > 1:  # torch.compile needs the branch: the sizes are symbols
-                how["is_causal"] = True
-            if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= FP32_ATTENTION:
-                with torch.autocast("cpu", enabled=False):
-                    y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **how).to(q.dtype)
-            else:
-                y = F.scaled_dot_product_attention(q, k, v, mask, **how)
-        return _rows(y)
-
-
-def _rows(heads: torch.Tensor) -> torch.Tensor:
-    """(B, G, T, h) -> (B, T, G h)"""
-    return heads.transpose(1, 2).flatten(2)
-
-
-def capped_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, cap: float
-) -> torch.Tensor:
-    """Return softmax(mask(cap tanh(scale q k^T / cap))) v, the softmax in fp32, for q (B, H, T, h), k and v (B, G, K, h): (B, H, T, h).
-
-    torch's fused attention does not support the cap (Gemma 2, arXiv 2408.00118).
-    """
-    grouped = q.unflatten(1, (k.size(1), -1))  # (B, G, H/G, T, h)
-    scores = torch.tanh(grouped @ k[:, :, None].transpose(-2, -1) * (scale / cap)) * cap  # (B, G, H/G, T, K)
-    if mask is not None:
-        scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask[:, None]), -torch.inf)
-    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v[:, :, None]).flatten(1, 2)
-
-
-class KVCache:
-    """Keys and values of the positions seen so far: (B, G, max_seq_length, h) each."""
-
-    def __init__(self, shape: Sequence[int | None], device: torch.device | str, dtype: torch.dtype) -> None:
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # type: ignore[arg-type]
-        self.v = torch.zeros_like(self.k)
-
-    def row(self, index: int) -> KVCache:
-        """Return the cache of one sample, which shares this one's memory."""
-        view = copy(self)
-        view.k, view.v = self.k[index : index + 1], self.v[index : index + 1]
-        return view
-
-    def __call__(self, index: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, G, T, h) at `index`, (T,) or (B, T). Return the stored ones before `end`, (B, G, K, h) each."""
-        if end > self.k.size(2):
-            raise ValueError(f"position {end - 1} is beyond the key/value cache of {self.k.size(2)} positions")
-        B = k.size(0)
-        for stored, new in ((self.k[:B], k.to(self.k.dtype)), (self.v[:B], v.to(self.v.dtype))):
-            if index.dim() == 1:
-                stored.index_copy_(2, index, new)
-            else:
-                stored.scatter_(2, index[:, None, :, None].expand_as(new), new)
-        return self.k[:B, :, :end].to(k.dtype), self.v[:B, :, :end].to(v.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, arXiv 1910.07467; the quotient in fp32.
-
-    With `unit_offset` (Gemma) the factor is 1 + weight, and the whole product is in fp32.
-    """
-
-    def __init__(self, size: int, eps: float, unit_offset: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps, self.unit_offset = eps, unit_offset
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., d)"""
-        return rms_norm(x, 1 + self.weight.float() if self.unit_offset else self.weight, self.eps)
-
-
-def norm(config: Config, size: int | None = None) -> Any:
-    """Return the norm that the config names, over `size` (default: d)."""
-    size = size or config.n_embd
-    if config.norm_class_name == "RMSNorm":
-        return RMSNorm(size, config.norm_eps, config.unit_offset)
-    return nn.LayerNorm(size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
 
 
 def finish_logits(logits: torch.Tensor, divisor: float, cap: float | None) -> torch.Tensor:

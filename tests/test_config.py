@@ -16,6 +16,7 @@ from litgpt.config import Config
 from litgpt.errors import UserError
 from tests.helpers import tiny
 
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
 EXPERTS = {"mlp_class_name": "LLaMAMoE", "intermediate_size": 8, "n_expert": 4, "n_expert_per_token": 2}
 
 
@@ -44,6 +45,12 @@ def test_defaults_and_derived_sizes() -> None:
         ({"mlp_class_name": "LLaMAMoE", "intermediate_size": 8, "n_expert": 4, "n_expert_per_token": 5}, ["n_expert 4", "5"]),
         ({"n_expert": -1}, ["n_expert", "-1"]),
         ({"n_shared_expert": 1}, ["n_shared_expert", "LLaMAMoE"]),
+        ({"rope_interleave": True}, ["rope_interleave", "latent_attention"]),
+        ({"latent_attention": {"kv_lora_rank": 8}}, ["latent_attention", "v_head_dim"]),
+        ({"latent_attention": {**LATENT, "kv_lora_rank": None}, "bias": False}, ["kv_lora_rank is None"]),
+        ({"latent_attention": LATENT}, ["latent_attention does not go with bias True"]),
+        ({"latent_attention": LATENT, "bias": False, "n_head": 4, "n_embd": 32, "n_query_groups": 2}, ["n_query_groups 2"]),
+        ({"latent_attention": {**LATENT, "qk_rope_head_dim": 3}, "bias": False}, ["is 3: pairs are rotated"]),
         ({**EXPERTS, "shared_expert_gate": True}, ["shared_expert_gate", "n_shared_expert"]),
         ({**EXPERTS, "n_shared_expert": "2"}, ["n_shared_expert", "'2'"]),
         ({**EXPERTS, "first_k_dense_replace": 99}, ["first_k_dense_replace is 99"]),
@@ -277,14 +284,13 @@ def test_what_litgpts_files_mean_without_saying_it(tmp_path: Path) -> None:
 
 def test_file_lists_every_problem(tmp_path: Path) -> None:
     file = tmp_path / "model_config.yaml"
-    file.write_text(yaml.safe_dump({**tiny.TINY, "latent_attention": {}, "rope_interleave": True, "colour": "red", "n_layers": 3}))
+    file.write_text(yaml.safe_dump({**tiny.TINY, "rope_interleaved": True, "colour": "red", "n_layers": 3}))
     with pytest.raises(UserError) as caught:
         Config.from_file(file)
     message = str(caught.value)
     for part in (
         str(file),
-        "latent_attention: {} is not supported",
-        "rope_interleave: True",
+        "unknown field 'rope_interleaved' (did you mean rope_interleave?)",
         "unknown field 'colour'",
         "unknown field 'n_layers'",
     ):

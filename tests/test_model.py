@@ -11,11 +11,12 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config
 
+from litgpt.attention import capped_attention
 from litgpt.config import Config
 from litgpt.lora import GPT as LoRAGPT
 from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import lora_filter
-from litgpt.model import GPT, capped_attention
+from litgpt.model import GPT
 from tests.helpers import tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -318,7 +319,7 @@ def test_short_bf16_attention_is_trained_in_fp32(precision: str, limit: int, mon
         return y
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr("litgpt.model.FP32_ATTENTION", limit)
+    monkeypatch.setattr("litgpt.attention.FP32_ATTENTION", limit)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
     with autocast:
         logits = model(idx)

@@ -24,7 +24,7 @@ args adapters.patterns adapters.settings objectives.settings
 families
 config
 fused
-rope packing mlp model
+rope packing mlp attention latent model
 sharding
 adapters lora
 adapter
@@ -64,6 +64,7 @@ COVERED_BY = {
     "adapters.layers": "tests/test_lora.py",
     "sample": "tests/test_packing.py",
     "mlp": "tests/families/test_moe.py",
+    "attention": "tests/test_model.py",
     "families": "tests/families/test_architectures.py",  # all families by the same tests
 }
 

@@ -43,8 +43,7 @@ def width(model: GPT) -> int:
     """Return W."""
     config, first = model.config, first_block(model)
     taps = sum(block.skip2lora is not None for block in model.blocks[:first])
-    assert config.n_query_groups is not None and config.head_size is not None
-    return (1 + taps) * config.n_embd + (config.n_layer - first) * 2 * config.n_query_groups * config.head_size
+    return (1 + taps) * config.n_embd + (config.n_layer - first) * sum(heads * size for heads, size in config.cache_sizes)
 
 
 def replies(sample: Sample, invocation: Sequence[int]) -> list[tuple[int, int]]:
@@ -107,7 +106,7 @@ def reply_features(model: GPT, rows: Rows) -> Features:
     With the cut at `ln_f` or `lm_head` the blocks with LoRA, trained before, run here, and only positions with loss are returned.
     """
     config, switch, device = model.config, model.switch, rows.values.device
-    assert switch is not None and config.n_query_groups is not None and config.head_size is not None
+    assert switch is not None
     switch.mask = None
     first, d = first_block(model), config.n_embd
     found = [(b, *span) for b, sample in enumerate(rows.samples) for span in replies(sample, switch.invocation)]
@@ -117,10 +116,14 @@ def reply_features(model: GPT, rows: Rows) -> Features:
     earlier = torch.zeros(len(found), C, dtype=torch.long)
     for i, (b, start, _) in enumerate(found):
         earlier[i, :start] = rows.numbers(b, 0, start)
-    heads = (len(found), C, config.n_layer - first, 2, config.n_query_groups, config.head_size)
-    kv = rows.values.size(1) - (config.n_layer - first) * 2 * config.n_query_groups * config.head_size
-    cached = rows.values[:, kv:].index_select(0, earlier.flatten().to(device)).view(heads).permute(2, 3, 0, 4, 1, 5)  # (L', 2, B, G, C, h)
-    context = {first + i: (k, v) for i, (k, v) in enumerate(cached)}
+    sizes = config.cache_sizes
+    widths = [heads * size for heads, size in sizes]
+    kv = rows.values.size(1) - (config.n_layer - first) * sum(widths)
+    cached = rows.values[:, kv:].index_select(0, earlier.flatten().to(device)).view(len(found), C, -1, sum(widths))  # (B, C, L', w)
+    context = {
+        first + i: tuple(part.unflatten(-1, size).transpose(1, 2) for part, size in zip(block.split(widths, -1), sizes, strict=True))
+        for i, block in enumerate(cached.unbind(2))
+    }
     packing = Packing.of([stop - start for _, start, stop in found], 0, device, starts)
     pos = reply_positions(model, packing, [len(rows.samples[b].input_ids) for b, _, _ in found], context)
     at = torch.cat([torch.frombuffer(rows.samples[b].loss_mask, dtype=torch.bool)[start + 1 : stop + 1] for b, start, stop in found])

@@ -44,7 +44,9 @@ PARAMETERS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnit
 FACTORS = ("lora_A", "lora_B")
 PARTS = ("q", "k", "v")
 FLAGS = dict(zip((*PARTS, "attn.proj", "mlp", "lm_head"), LAYER_FLAGS, strict=True))  # the setting that switches a kind of unit on
-ADAPTABLE = re.compile(r"transformer\.h\.\{\}\.(attn\.(qkv|proj)|mlp\.(fc|fc_1|fc_2|proj))|lm_head")
+LATENT = {"q_proj": 0, "q_a_proj": 0, "q_b_proj": 0, "kv_a_proj_with_mqa": 2, "kv_b_proj": 2}  # layers of latent attention: its PARTS
+FLAGS |= {f"attn.{layer}": LAYER_FLAGS[part] for layer, part in LATENT.items()}
+ADAPTABLE = re.compile(rf"transformer\.h\.\{{\}}\.(attn\.(qkv|proj|{'|'.join(LATENT)})|mlp\.(fc|fc_1|fc_2|proj))|lm_head")
 HARMLESS = {  # keys of adapter_config.json that are read here, or do not change what the adapter computes
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
     *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern"),

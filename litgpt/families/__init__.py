@@ -35,8 +35,7 @@ _MODELS: dict[str, Fields] = {row["name"]: row for family in FAMILIES.values() f
 _BY_HUB_NAME: dict[str, Fields] = {row["hf_config"]["name"]: row for row in _MODELS.values()}
 _MULTIMODAL: dict[str, str] = {kind: text for family in FAMILIES.values() for kind, text in family.multimodal.items()}
 _WHY_NOT = {  # the reason why other common architectures are not supported
-    "deepseek_v2": "multi-head latent attention",
-    "deepseek_v3": "multi-head latent attention",
+    "deepseek_v32": "sparse attention with an indexer",
     "bloom": "ALiBi",
     "mpt": "ALiBi",
     "gptj": "interleaved rotary positions",

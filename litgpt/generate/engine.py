@@ -200,15 +200,14 @@ class Batch:
 
     def _make_room(self, rows: int, length: int) -> None:
         """Let the cache hold `rows` rows of `length` positions; it grows by doubling."""
-        config = self.model.config
         old = self.caches[0].k.shape if self.caches else (0, 0, 0, 0)
         if rows <= old[0] and length <= old[2]:
             return
         if rows > old[0]:
             rows = max(rows, 2 * old[0])
         length = old[2] if length <= old[2] else min(max(length, 2 * old[2], FIRST_ROOM), self.model.max_seq_length)
-        shape = (max(rows, old[0]), config.n_query_groups, length, config.head_size)
-        caches = [KVCache(shape, next(block.parameters()).device, self.model.dtype) for block in self.model.blocks]
+        sizes, rows = self.model.config.cache_sizes, max(rows, old[0])
+        caches = [KVCache(sizes, rows, length, next(block.parameters()).device, self.model.dtype) for block in self.model.blocks]
         for new, before in zip(caches, self.caches, strict=False):
             new.k[: old[0], :, : old[2]], new.v[: old[0], :, : old[2]] = before.k, before.v
         self.caches = caches

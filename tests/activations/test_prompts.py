@@ -36,6 +36,13 @@ CASES: dict[str, dict[str, Any]] = {
     "normalised q and k": {"norm_qk": True},
     "parallel": {"parallel_residual": True, "shared_attention_norm": True, "norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP"},
     "experts": {"mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2, "moe_intermediate_size": 24},
+    "latent attention": {
+        "latent_attention": {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 7},
+        "n_query_groups": 4,
+        "rope_interleave": True,
+        "lora_key": False,
+        "lora_value": False,
+    },
     "head": {"lora_head": True},
     "behind Skip2-LoRA": {**SKIP, "skip2lora_block_indices": [0, 2], "skip2lora_output_layer": "transformer.h.3"},
 }

@@ -123,7 +123,9 @@ def least_of(kind: str) -> dict[str, Any]:
         least = {"model_type": kind, "n_layer": 6, "n_embd": 32, "n_head": 4, "vocab_size": 50}
     if kind == "gemma3_text":
         del least["vocab_size"], least["max_position_embeddings"], least["num_attention_heads"]
-    least["num_key_value_heads"] = 2 if kind not in ("falcon", "gpt2", "gpt_neox") else None
+    if kind == "deepseek_v2":
+        least["num_experts_per_tok"] = 2
+    least["num_key_value_heads"] = 2 if kind not in ("falcon", "gpt2", "gpt_neox", "deepseek_v2", "deepseek_v3") else 4
     if kind in ("llama", "phi"):
         least["num_key_value_heads"] = None  # as many as heads
     return least
@@ -147,6 +149,8 @@ SAID = [
     ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 3, "shared_expert_intermediate_size": 1408}),
     ("smollm3", {"no_rope_layer_interval": 3}),
     ("smollm3", {"use_sliding_window": True, "sliding_window": 9}),
+    ("deepseek_v2", {"q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 2}),
+    ("deepseek_v3", {"n_group": 1, "topk_group": 1, "rope_interleave": False, "norm_topk_prob": False}),
     ("gemma", {"hidden_act": "gelu"}),
     ("gemma3_text", {"sliding_window_pattern": 3, "rope_theta": 5e5, "rope_local_base_freq": 2e4}),
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
@@ -228,7 +232,12 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["shared_expert_intermediate_size 30", "moe_intermediate_size, 1408"],
     ),
     ({"model_type": "qwen2_moe", "mlp_only_layers": [1]}, ["mlp_only_layers [1]", "all blocks but the first"]),
-    ({"model_type": "deepseek_v3"}, ["'deepseek_v3'", "latent attention"]),
+    ({"model_type": "deepseek_v32"}, ["'deepseek_v32'", "indexer"]),
+    ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, ["scoring_func 'softmax'", "'sigmoid'"]),
+    ({"model_type": "deepseek_v2", "norm_topk_prob": True}, ["norm_topk_prob True", "lacks the key 'num_experts_per_tok'"]),
+    ({"model_type": "deepseek_v2", "num_experts_per_tok": 2, "topk_method": "best"}, ["topk_method 'best'", "'greedy'"]),
+    ({"model_type": "deepseek_v2", "num_experts_per_tok": 2, "q_lora_rank": 0}, ["latent_attention", "q_lora_rank is 0"]),
+    ({"model_type": "deepseek_v2", "num_experts_per_tok": 2, "num_key_value_heads": 2}, ["latent_attention", "n_query_groups 2"]),
     ({"model_type": ["llama"]}, ["model_type", "['llama']"]),
     ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
     ({"attention_bias": True}, ["attention_bias True", "mlp_bias False"]),

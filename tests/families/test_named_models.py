@@ -146,6 +146,10 @@ PARAMETERS = {
     "Qwen2.5-0.5B": 494032768,
     "R1-Distill-Qwen-1.5B": 1777088000,
     "Qwen3-0.6B": 596049920,
+    "DeepSeek-V2-Lite": 15706484224,
+    "DeepSeek-V2": 235741434880,
+    "DeepSeek-V3": 671026419200,  # without the module that predicts a second token
+    "Moonlight-16B-A3B": 15960111936 - 27 * 64,  # without rotary tables
     "Gemma-2-2b": 2614341888,
     "Gemma-3-270m": 268098176,
     "Gemma-3-1b-it": 999885952,
@@ -173,7 +177,7 @@ TIED = ("gpt2", "distilgpt2", "Smol", "Llama-3.2", "Qwen2", "Qwen3-0.6B", "Gemma
 def test_parameters(name: str, published: int) -> None:
     with torch.device("meta"):
         model = GPT(Config.from_name(name))
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     assert total - name.startswith(TIED) * model.lm_head.weight.numel() == published
 
 

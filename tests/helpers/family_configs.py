@@ -54,6 +54,8 @@ LONG = rope(
     "longrope", short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 3.5, 6.0], original_max_position_embeddings=ORIGINAL, factor=4.0
 )
 
+LATENT = {"kv_lora_rank": 12, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 10, "moe_intermediate_size": 24, **MULTI_HEAD}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama multi-head": ("Llama", MULTI_HEAD),
@@ -139,6 +141,59 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Granite",
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.5, "attention_multiplier": 0.2},
     ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_routed_experts": 5,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN["rope_parameters"], "mscale": 0.7, "mscale_all_dim": 0.9},
+        },
+    ),
+    "deepseek_v2 groups": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            "q_lora_rank": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "q_lora_rank": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN["rope_parameters"], "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek_v3 one group": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 2,
+        },
+    ),
     "gpt2": ("GPT2", {"tie_word_embeddings": True}),
     "starcoder2": ("Starcoder2", {"sliding_window": WINDOW, "tie_word_embeddings": True}),
     "olmo3": (
@@ -180,6 +235,8 @@ QUICK = (
     "qwen2_moe",
     "qwen3",
     "olmo2",
+    "deepseek_v2",
+    "deepseek_v3",
     "gpt2",
 )
 QUICK_FIRST = [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
@@ -193,6 +250,9 @@ def hf_config(family: str, **changes: Any) -> Any:
 def hf_model(family: str, **changes: Any) -> Any:
     """Return a transformers model with random weights, norms and biases included, in eval mode. `changes` apply to its config."""
     hf = transformers.AutoModelForCausalLM.from_config(hf_config(family, **changes), attn_implementation="eager")
+    for name, buffer in hf.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(-0.2, 0.2, len(buffer)))
     return tiny.randomise(hf)
 
 
