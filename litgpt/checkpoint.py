@@ -395,6 +395,8 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
     from litgpt.adapters.base import adapter_parameters
     from litgpt.sharding import assign
 
+    if model.is_tied and not _are_equal(*(weights.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))):
+        model.untie_head()
     own = adapter_parameters(model)
     problems = [f"{name} is missing" for name in own if name not in weights]
     for name, value in weights.items():
@@ -408,6 +410,12 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
         raise UserError(f"{source} does not fit the adapter settings beside it: {'; '.join(problems)}")
     for name, value in weights.items():
         assign(own[name], value)
+
+
+def _are_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    import torch
+
+    return one is None or other is None or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def read_adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:

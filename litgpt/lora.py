@@ -22,6 +22,7 @@ from litgpt.adapters.heads import Head, MultiTokenHead, ValueHead
 from litgpt.adapters.layers import PARTS, LoRALayer, LoRALinear, LoRAQKVLinear, Skip2LoRA, skip_sum
 from litgpt.adapters.patterns import require_used
 from litgpt.adapters.pissa import OLoRA, PiSSA
+from litgpt.adapters.saved import fuse_saved, save_modules
 from litgpt.adapters.settings import AdapterSettings
 from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
@@ -87,12 +88,14 @@ class Config(base.Config, AdapterSettings):
 
     @property
     def cut(self) -> int | None:
-        """Number of the first layer that an adapter reaches (`litgpt.model` numbers them); None without adapters."""
+        """Number of the first layer that an adapter reaches (`litgpt.model` numbers them); None without adapters, and for the embedding."""
         if self.skip2lora_enabled:
             return self._output_layer
+        if "wte" in (self.modules_to_save or ()):
+            return None
         if self.has_lora_in_blocks and self.lora_blocks:
             return self.lora_blocks[0]
-        return self.n_layer + 1 if (self.lora_r and self.lora_head) or self.heads else None
+        return self.n_layer + 1 if (self.lora_r and self.lora_head) or self.heads or self.modules_to_save else None
 
     @property
     def _output_layer(self) -> int:
@@ -178,6 +181,7 @@ class GPT(base_model.GPT):
             attach_lora(self.blocks[index], config, f"transformer.h.{index}")
         if config.lora_r and config.lora_head:
             self.lm_head = _adapted(self.lm_head, config, LM_HEAD)  # type: ignore[assignment]
+        save_modules({"wte": self.transformer["wte"], "lm_head": self.head}, config.modules_to_save or [])
         units = [unit for name, module in self.named_modules() if isinstance(module, LoRALinear) for unit in module.units(name)]
         for key in ("lora_rank_pattern", "lora_alpha_pattern"):
             require_used(key, getattr(config, key) or (), units)
@@ -330,6 +334,7 @@ def merge_lora_weights(model: nn.Module) -> None:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.fuse())
+    fuse_saved(model)
 
 
 def apply_lora(

@@ -119,7 +119,7 @@ class HeadLoss:
             if torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
                 return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, weights, self, is_sum)
-            return _FrozenHead.apply(hidden, head.weight, head.bias, targets, weights, self, is_sum)
+            return _FrozenHead.apply(hidden, head.weight.to(hidden.dtype), head.bias, targets, weights, self, is_sum)
         width: Any = head.out_features
         rows = max(1, CHUNK_BYTES // (width * hidden.element_size()))
         each = targets.new_ones(len(targets)) if weights is None else weights

@@ -72,8 +72,9 @@ def estimate(
     with on_meta():
         model = config.make_model()
     lora.mark_only_lora_as_trainable(model)
-    adapters = sum(p.numel() for p in adapter_parameters(model).values())
-    base = sum(p.numel() for p in model.parameters()) - adapters - tied * config.V * config.n_embd
+    adapters, saved = sum(p.numel() for p in adapter_parameters(model).values()), config.modules_to_save or []
+    base = sum(p.numel() for p in model.parameters()) - adapters - (tied and not saved) * config.V * config.n_embd
+    adapters -= (tied and len(saved) == 2) * config.V * config.n_embd  # one of them is trained apart from the other
     quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 else 0
     weights = width * (base - quantised) + NF4_BYTES * quantised
     crossed = model.blocks if full or model.cut is None else model.blocks[model.cut :]
@@ -82,7 +83,7 @@ def estimate(
     blocks = [kept_by_block(block, width, full) for block in (*crossed, model.blocks[-1])]
     kept = len(crossed) * width * d + max(blocks) if checkpointing else sum(blocks)
     head = d * (2 * width + (2 * width + 4) * len(config.taps))
-    chunks = CHUNK_BYTES * (4 if full or (config.lora_r and config.lora_head) else 1)
+    chunks = CHUNK_BYTES * (4 if full or "lm_head" in saved or (config.lora_r and config.lora_head) else 1)
     training = (16 if width < 4 else 12) * base if full else 16 * adapters
     return Memory(base if full else adapters, int(weights), training, int(n * kept + tail_rows * head + chunks))
 

@@ -175,6 +175,10 @@ class GPT(nn.Module):
         """Let the output layer share the embedding's weight."""
         self.head.weight = cast("nn.Parameter", self.transformer["wte"].weight)
 
+    def untie_head(self) -> None:
+        """Give the output layer its own copy of the embedding's weight."""
+        self.head.weight = nn.Parameter(self.head.weight.detach().clone())
+
     @property
     def tapped_blocks(self) -> list[Block]:
         """The blocks in S, in order: those in front of the cut with a Skip2-LoRA adapter."""
@@ -231,7 +235,9 @@ class GPT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the backbone. Adapters are always fp32."""
-        return cast("torch.Tensor", self.transformer["wte"].weight).dtype
+        wte: Any = self.transformer["wte"]
+        dtype: torch.dtype = wte.base_dtype if hasattr(wte, "base_dtype") else wte.weight.dtype
+        return dtype
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype of linear layers' outputs: autocast's, or the weights'."""

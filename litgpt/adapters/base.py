@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Adapter(nn.Module):
     constant: tuple[str, ...] = ()  # names of parameters that are never trained
 
     tunes_base = False  # True: the parameters are the base's own, which start from its values
+    base_dtype = torch.float32  # of those parameters in the base
 
     def reset_parameters(self) -> None:
         """Set fresh values with which the model computes what it does without the adapter."""
@@ -117,9 +118,21 @@ def renew_adapters(model: nn.Module) -> None:
 
     Parameters of the base keep their values.
     """
+    own_copies([adapter for _, adapter in adapters(model) if adapter.tunes_base])
     for _, adapter in adapters(model):
-        own = dict(adapter.named_parameters(recurse=False))
+        own = {} if adapter.tunes_base else dict(adapter.named_parameters(recurse=False))
         for name, parameter in own.items():
-            setattr(adapter, name, nn.Parameter(parameter.detach().float() if adapter.tunes_base else torch.empty(parameter.shape)))
-        if own and not adapter.tunes_base:
+            setattr(adapter, name, nn.Parameter(torch.empty(parameter.shape)))
+        if own:
             adapter.reset_parameters()
+
+
+def own_copies(tuned: Sequence[Adapter]) -> None:
+    """Give adapters that tune the base's parameters fp32 copies of them. A parameter of two adapters becomes one copy."""
+    copies: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for adapter in tuned:
+        for name, parameter in list(adapter.named_parameters(recurse=False)):
+            if id(parameter) not in copies:
+                copies[id(parameter)] = parameter, nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+            adapter.base_dtype = parameter.dtype
+            setattr(adapter, name, copies[id(parameter)][1])

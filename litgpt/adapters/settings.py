@@ -18,6 +18,10 @@ ValueHeadKind = Literal["linear", "mlp"]
 TapNorm = Literal["rms", "none"]
 MAX_RANK = 2**16
 MOST_HEADS = 16
+MODULES = {  # names of the modules that can be saved, here and in transformers -> here
+    **dict.fromkeys(("wte", "embed_tokens", "embed_in", "word_embeddings"), "wte"),
+    **dict.fromkeys(("lm_head", "embed_out"), "lm_head"),
+}
 LAYER_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
 
 
@@ -58,6 +62,9 @@ class AdapterSettings:
     lora_block_indices: BlockIndices = setting(None, varies=True)
     """Blocks that get LoRA, in the forms of skip2lora_block_indices. The blocks before the first of them run frozen and are cached.
     Default: all."""
+    modules_to_save: Optional[list[str]] = setting(None)
+    """Modules that are trained whole beside LoRA, and saved with it: wte, the embedding, and lm_head, the output layer. Where the base ties
+    the two, name both."""
     alora_enabled: bool = False
     """Answer-only LoRA (aLoRA): LoRA acts from the tokens that open a reply on. Prompts run on the plain model: their keys and values are
     computed once and cached, and an epoch computes the replies alone."""
@@ -105,6 +112,7 @@ class AdapterSettings:
             if not (_is_finite(dropout) and 0 <= dropout < 1) and not (follows and dropout is None):
                 raise UserError(f"{prefix}_dropout is {dropout!r}: a probability from 0 to below 1 is needed")
         self._require_patterns()
+        self._require_modules()
         if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
 
@@ -113,6 +121,26 @@ class AdapterSettings:
             require_patterns("lora_rank_pattern", self.lora_rank_pattern, _is_rank, f"a whole number from 1 to {MAX_RANK}")
         if self.lora_alpha_pattern:
             require_patterns("lora_alpha_pattern", self.lora_alpha_pattern, _is_finite, "a number")
+
+    def _require_modules(self) -> None:
+        """Name the modules to save as this package does. Raise UserError for unknown ones, and for settings that do not go with them."""
+        if not self.modules_to_save:
+            self.modules_to_save = None
+            return
+        names = self.modules_to_save if isinstance(self.modules_to_save, list) else [self.modules_to_save]
+        if unknown := [str(name) for name in names if str(name).rpartition(".")[2] not in MODULES]:
+            raise UserError(f"modules_to_save names {', '.join(unknown)[:100]}: wte (the embedding) and lm_head can be trained whole")
+        self.modules_to_save = sorted({MODULES[str(name).rpartition(".")[2]] for name in names}, reverse=True)
+        obstacles = {
+            "lora_head": self.lora_r > 0 and self.lora_head and "lm_head" in self.modules_to_save,
+            "alora_enabled": self.alora_enabled,
+            "skip2lora_enabled, whose cache holds for a frozen embedding": self.skip2lora_enabled and "wte" in self.modules_to_save,
+            **dict.fromkeys(self.heads, True),
+        }
+        if found := [name for name, is_so in obstacles.items() if is_so]:
+            raise UserError(
+                f"modules_to_save [{', '.join(self.modules_to_save)}] does not work with {', '.join(found)}: leave one of them out"
+            )
 
     def size_of(self, unit: str) -> tuple[int, float]:
         """Return rank and alpha of LoRA on a unit (`litgpt.adapters.patterns`)."""
@@ -132,7 +160,7 @@ class AdapterSettings:
     @property
     def changes_text(self) -> bool:
         """True if adapters change what the model writes."""
-        return self.has_lora_in_blocks or self.skip2lora_enabled or (self.lora_r > 0 and self.lora_head)
+        return self.has_lora_in_blocks or self.skip2lora_enabled or (self.lora_r > 0 and self.lora_head) or bool(self.modules_to_save)
 
     @property
     def heads(self) -> list[str]:

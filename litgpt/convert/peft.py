@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt import families, files
 from litgpt.adapters.patterns import compact, matching, wrong
-from litgpt.adapters.settings import LAYER_FLAGS
+from litgpt.adapters.settings import LAYER_FLAGS, MODULES
 from litgpt.atomic import write_bytes, write_text
 from litgpt.checkpoint import PEFT_ADAPTER, load_weights
 from litgpt.checkpoint import WEIGHTS as BASE_WEIGHTS
@@ -51,7 +51,7 @@ HARMLESS = {  # keys of adapter_config.json that are read here, or do not change
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
     *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "peft_type", "task_type", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
-    *("alora_invocation_tokens", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
+    *("modules_to_save", "alora_invocation_tokens", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
 }
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that leave the base's weights unchanged
 
@@ -186,7 +186,28 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
     if config.alora_enabled:
         settings["alora_invocation_tokens"] = config.alora_invocation_tokens
     tensors = {f"{PREFIX}{name}.{PARAMETERS[key]}": value.contiguous() for name, layer in stacked.items() for key, value in layer.items()}
+    places = saved_places(config, model_type)
+    for name, key in places.items():
+        if key in weights:
+            tensors[f"{PREFIX}{name}"] = weights[key].clone()  # a head that is tied is a tensor of its own in the file
+    if config.modules_to_save:
+        saved = {name.rpartition(".")[0].rpartition(".")[2] for name, key in places.items() if key in weights}
+        settings["modules_to_save"] = sorted(saved)
     return settings, tensors
+
+
+def is_saved(key: str, settings: Mapping[str, Any]) -> bool:
+    """Return True for the key of a tensor whose module PEFT's modules_to_save names, or that is tied to one."""
+    module, named = key.rpartition(".")[0], settings.get("modules_to_save") or ()
+    return any(f".{module}".endswith(f".{name}") for name in (MODULES if named and settings.get("ensure_weight_tying") else named))
+
+
+def saved_places(config: Config, model_type: str) -> dict[str, str]:
+    """Return the parameters of the embedding and the output layer by their names in transformers: model.embed_tokens.weight."""
+    table = names.hf_table(model_type, config)
+    modules = {in_memory(name, module): module for name, (module, _) in table.items() if module in ("transformer.wte", "lm_head")}
+    modules.setdefault("lm_head", "lm_head")  # a tied one may be stored once
+    return {f"{name}.{part}": f"{module}.{part}" for name, module in modules.items() for part in ("weight", "bias")}
 
 
 def _alpha(name: str, rank: int, units: Mapping[str, Unit], plan: Layout, config: LoRAConfig) -> float:
@@ -266,8 +287,12 @@ def from_peft(
     """Return adapter settings and weights for an adapter of PEFT. Raises UserError that lists everything that has no equivalent here."""
     plan = layout(config, model_type)
     problems = unsupported(settings)
-    layers = _layers(tensors, plan, problems)
-    whole = _alphas(settings, layers, problems)
+    places = saved_places(config, model_type)
+    whole = {
+        places[name]: value for key, value in tensors.items() if (name := key.removeprefix(PREFIX)) in places and is_saved(key, settings)
+    }
+    layers = _layers({key: value for key, value in tensors.items() if places.get(key.removeprefix(PREFIX)) not in whole}, plan, problems)
+    by_layer = _alphas(settings, layers, problems)
     if problems:
         raise UserError(f"{source} cannot become a litgpt adapter of the model {config.name!r}:\n  " + "\n  ".join(problems))
     units: dict[str, Unit] = {}
@@ -275,7 +300,7 @@ def from_peft(
     for name, layer in layers.items():
         parts = _unstack(plan.layers[name], layer, settings["r"], plan)
         units |= parts
-        alphas |= {unit: _whole(whole[name] * len(part["lora_A"]) / len(layer["lora_A"])) for unit, part in parts.items()}
+        alphas |= {unit: _whole(by_layer[name] * len(part["lora_A"]) / len(layer["lora_A"])) for unit, part in parts.items()}
     flags = {flag: any(_flag(unit) == flag for unit in units) for flag in FLAGS.values()}
     blocks = sorted({block_of(unit) for unit in units} - {-1})
     ranks = {name: len(unit["lora_A"]) for name, unit in units.items()}
@@ -293,10 +318,11 @@ def from_peft(
         "lora_block_indices": None if not blocks or blocks == list(range(config.n_layer)) else blocks,
         "lora_rank_pattern": compact(ranks, r),
         "lora_alpha_pattern": compact(alphas, alpha),
+        "modules_to_save": sorted({MODULES[key.split(".")[-2]] for key in whole}, reverse=True) or None,
     }
     if invocation := settings.get("alora_invocation_tokens"):
         own |= {"alora_enabled": True, "alora_invocation_tokens": invocation}
-    return own, join(units)
+    return own, join(units) | whole
 
 
 def _flag(unit: str) -> str:
@@ -317,6 +343,9 @@ def unsupported(settings: Mapping[str, Any]) -> list[str]:
     if settings.get("init_lora_weights") not in KEEPS_BASE:
         problems.append(f"init_lora_weights is {settings['init_lora_weights']!r}: it changes the base's weights, which ours do not")
     problems += [f"{key} is {str(value)[:100]}: it has no place" for key, value in settings.items() if value and key not in HARMLESS]
+    saved = settings.get("modules_to_save") or []
+    if not isinstance(saved, list) or any(str(name).rpartition(".")[2] not in MODULES for name in saved):
+        problems.append(f"modules_to_save is {str(saved)[:100]}: the embedding and the output layer alone can be trained whole here")
     invocation = settings.get("alora_invocation_tokens") or []
     if not isinstance(invocation, list) or not all(isinstance(token, int) and token >= 0 for token in invocation):
         problems.append(f"alora_invocation_tokens is {str(invocation)[:100]}: a list of token ids is needed")
@@ -416,7 +445,9 @@ def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = load_weights(older) if older.is_file() and not (folder / WEIGHTS).exists() else read_tensors(folder / WEIGHTS)
     config = Config.from_checkpoint(base)
     model_type = hf_settings(config, base)["model_type"]
-    return from_peft(settings, without_base(tensors, names.hf_table(model_type, config), base), config, folder, model_type)
+    saved = {key: tensor for key, tensor in tensors.items() if is_saved(key, settings)}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in saved}
+    return from_peft(settings, without_base(rest, names.hf_table(model_type, config), base) | saved, config, folder, model_type)
 
 
 def without_base(tensors: Mapping[str, Tensor], table: families.Table, base: Path) -> dict[str, Tensor]:

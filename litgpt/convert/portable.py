@@ -48,8 +48,8 @@ def lora_in_peft(
     Raises UserError for LoRA on layers that transformers does not have, for DoRA and for answer-only LoRA.
     """
     lora = {name: value for name, value in weights.items() if ".skip2lora." not in name}
-    if lora and (config.lora_variant == "dora" or config.alora_enabled):
-        kind = "alora_enabled" if config.alora_enabled else "lora_variant dora"
+    if lora and (config.lora_variant == "dora" or config.alora_enabled or config.modules_to_save):
+        kind = "alora_enabled" if config.alora_enabled else "modules_to_save" if config.modules_to_save else "lora_variant dora"
         raise UserError(f"{kind} beside Skip2-LoRA has no portable form: use the folder that `litgpt finetune` wrote in litgpt")
     return peft.to_peft(config, lora, base, model_type) if lora else (None, {})
 

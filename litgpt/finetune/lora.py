@@ -66,7 +66,8 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
             if self.changes_text:
                 raise UserError(
                     "objective critic trains the value head alone, on a frozen model: set lora_query, lora_value, ... and "
-                    "skip2lora_enabled to false. The critic of a tuned model takes its merged folder as checkpoint_dir"
+                    "skip2lora_enabled to false, and leave modules_to_save out. The critic of a tuned model takes its merged folder as "
+                    "checkpoint_dir"
                 )
         elif self.value_head:
             raise UserError(f"value_head is not trained by objective {self.objective}: set objective to critic, or leave value_head out")

@@ -155,7 +155,7 @@ def _load_adapter(name: str, folder: Path, base: Served, base_folder: Path, quan
     checkpoint.load_adapter(model, checkpoint.load_weights(folder / checkpoint.ADAPTER_WEIGHTS), folder / checkpoint.ADAPTER_WEIGHTS)
     model.to(base.batch.device).eval().requires_grad_(False)
     llm = LLM.around(model, folder, base_folder)
-    changes_blocks = config.lora_blocks or (config.lora_r and config.lora_head)
+    changes_blocks = config.lora_blocks or (config.lora_r and config.lora_head) or config.modules_to_save
     if config.skip2lora_enabled and not changes_blocks and (config.cut or 0) >= config.n_layer:
         return Served(name, llm, base.batch, Head(model), base.name)
     return Served(name, llm, Batch(model, CHUNK, KEPT), parent=base.name)

@@ -151,7 +151,7 @@ def full(tie_embeddings: bool | None = None) -> Method:
         if tie_embeddings:
             model.tie_head()
         elif tie_embeddings is False and model.is_tied:
-            model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+            model.untie_head()
 
     def save(model: GPT) -> Callable[[Path], None]:
         state = weights_of(model) if is_sharded(model) else checkpoint.on_cpu(model.state_dict())
@@ -178,6 +178,8 @@ def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) ->
         lines.append("warning: nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0")
     if config.value_head:
         lines.append(f"value head, {config.value_head}: {count(model.value_head):,} parameters")
+    if config.modules_to_save:
+        lines.append(f"trained whole: {' and '.join(config.modules_to_save)}" + (", which are one weight" if model.is_tied else ""))
     if config.mtp_heads:
         where = "and the adapters" if config.changes_text else "on the frozen model"
         lines.append(f"multi-token heads: {config.mtp_heads} {where}, {count(model.mtp_heads):,} parameters")

@@ -35,6 +35,7 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
         f"objective {objective}": objective != "next_token",
         f"lora_variant {config.lora_variant}": config.lora_variant != "lora",
         "loraplus_lr_ratio": method.b_ratio != 1,
+        "modules_to_save": bool(config.modules_to_save),
         **dict.fromkeys(config.heads, True),
         "LLaMA-Adapter": config.adapter_file != LoRAConfig.adapter_file,
         "skip2lora_block_indices auto (name the blocks)": config.taps_to_choose is not None,

@@ -30,8 +30,9 @@ def write_gguf_adapter(target: Path, config: Config, weights: Mapping[str, Tenso
             f"{target}: llama.cpp adds adapters to single layers, and Skip2-LoRA leads from several blocks to the output layer. "
             "`litgpt serve` and transformers (`litgpt convert_adapter` without --to gguf) take it"
         )
-    if config.lora_variant != "lora":
-        raise UserError(f"{target}: llama.cpp has no {config.lora_variant}: run `litgpt merge_lora`, then `litgpt convert_to_gguf`")
+    if config.lora_variant != "lora" or config.modules_to_save:
+        kind = "modules_to_save" if config.modules_to_save else config.lora_variant
+        raise UserError(f"{target}: llama.cpp has no {kind}: run `litgpt merge_lora`, then `litgpt convert_to_gguf`")
     described, groups = describe(base, target)
     sizes, units = shapes(config, 6 * config.n_layer, str(base)), split(weights, config)
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
