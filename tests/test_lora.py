@@ -636,6 +636,7 @@ def test_public_names() -> None:
 # --- torch.compile ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_compiled_model_is_one_graph(variant: str) -> None:
     """With dropout and gradients: a graph for the first length, and one for all others; the same draws as without it."""

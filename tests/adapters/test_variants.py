@@ -43,9 +43,9 @@ def test_a_run_learns_is_saved_and_merged(base: Path, data: Path, tmp_path: Path
     "settings",
     [
         pytest.param(DORA, id="dora"),
-        pytest.param({"loraplus_lr_ratio": 4.0, "train__neftune_noise_alpha": 5.0}, id="lora+ with noise"),
+        pytest.param({"loraplus_lr_ratio": 4.0, "train__neftune_noise_alpha": 5.0}, id="lora+ with noise", marks=pytest.mark.slow),
         pytest.param({**jobs.SKIP, "lora_freeze_a": True}, id="lora-fa"),
-        pytest.param({"lora_variant": "pissa", "lora_mlp": True, "lora_dropout": 0.1}, id="pissa"),
+        pytest.param({"lora_variant": "pissa", "lora_mlp": True, "lora_dropout": 0.1}, id="pissa", marks=pytest.mark.slow),
         pytest.param(WARM, id="warm-up", marks=pytest.mark.slow),
         pytest.param({**DORA, "quantize": "int8"}, id="int8", marks=pytest.mark.slow),
     ],
@@ -65,6 +65,7 @@ def test_a_resumed_run_is_the_same(settings: dict[str, object], base: Path, data
     assert {name: mine[name] for name in theirs if name in mine} == {name: theirs[name] for name in mine}
 
 
+@pytest.mark.slow
 def test_the_prefix_with_dora_may_be_cached_or_not(base: Path, data: Path, tmp_path: Path) -> None:
     one, other = (
         runs.finetune("finetune_lora", base, data, tmp_path / cache, **{**WARM, "lora_dropout": 0.0, "skip2lora_cache": cache})

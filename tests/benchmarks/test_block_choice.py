@@ -17,6 +17,7 @@ from tests.helpers import tiny
 from tests.helpers.runs import finetune
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_command(
     tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

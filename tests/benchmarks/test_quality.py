@@ -232,6 +232,7 @@ def in_this_process(words: list[str], hear: Callable[[str], None]) -> tuple[int,
     return code, said.getvalue()
 
 
+@pytest.mark.slow
 def test_whole_runs(
     write_tiny_tokenizer: Callable[[Path], Path],
     tmp_path: Path,

@@ -85,6 +85,7 @@ def test_count_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"2,097,152", "2.10"} <= set(rows[NAMES[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_everything_is_measured_and_compared(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert steps.main(["--model", str(base), "--out", str(tmp_path), *TINY]) == 0

@@ -44,8 +44,8 @@ def load(folder: Path, caplog: pytest.LogCaptureFixture) -> Any:
 @pytest.mark.parametrize(
     ("family", "keep_config"),
     [
-        *((name, True) for name in configs.FAMILIES),
-        *(pytest.param(name, False, marks=() if name in configs.QUICK else pytest.mark.slow) for name in FIRST),
+        *(pytest.param(name, True, marks=() if name in configs.QUICK else pytest.mark.slow) for name in configs.FAMILIES),
+        *(pytest.param(name, False, marks=() if name in ("llama", "gpt2") else pytest.mark.slow) for name in FIRST),
     ],
 )
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 from tests.helpers.runs import Run, finetune, in_two_processes, load, plain_loss, val_samples
 
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "[0, 2]", "lora_r": 4}
@@ -61,7 +62,7 @@ def made(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 # --- the folder ---
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, "LoRA everywhere", "lm_head", "block"))
 def test_a_run_leaves_exactly_these_files(method: str, made: Callable[[str], Run]) -> None:
     run = made(method)
     assert run.code == 0, run.err
@@ -456,7 +457,7 @@ def test_a_logger_that_is_not_installed(overwrite: bool, base: Path, data: Path,
     assert finetune_runs.files(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", ["finetune", "finetune_lora"])
+@pytest.mark.parametrize("command", quick(["finetune", "finetune_lora"], "finetune"))
 def test_alpaca_is_the_default(command: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in LitGPT; a line says so before it is downloaded."""
     monkeypatch.chdir(tmp_path)

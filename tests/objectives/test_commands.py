@@ -13,6 +13,7 @@ import torch
 from torch.testing import assert_close
 
 from litgpt import checkpoint
+from tests.helpers.cases import quick
 from tests.helpers.runs import Run, finetune, in_two_processes
 from tests.objectives.test_preferences import log_p
 
@@ -56,7 +57,12 @@ def rewound(run: Run, to: Path, step: int) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "objective"),
-    [(method, "dpo") for method in METHODS] + [("LoRA", "orpo"), ("lm_head", "kto")],
+    quick(
+        [*((method, "dpo") for method in METHODS), ("LoRA", "orpo"), ("lm_head", "kto")],
+        ("alora", "dpo"),
+        ("LoRA", "orpo"),
+        ("lm_head", "kto"),
+    ),
 )
 def test_a_run_learns_and_is_resumed_bit_for_bit(method: str, objective: str, base: Path, pairs: Path, tmp_path: Path) -> None:
     """The resumed run has no file of the reference: it is computed from the base, not from the trained weights."""
@@ -126,7 +132,7 @@ def test_another_objective_is_another_run(base: Path, pairs: Path, tmp_path: Pat
     assert run.code == 1 and "objective was 'dpo' and is 'orpo'" in run.err
 
 
-@pytest.mark.parametrize("method", ["lm_head", "full"])
+@pytest.mark.parametrize("method", quick(["lm_head", "full"], "lm_head"))
 def test_rho1_from_a_reference_that_was_trained_before(method: str, base: Path, data: Path, tmp_path: Path) -> None:
     """An adapter or a full model as reference; resumed without its file the run is the same; keeping all tokens it is the plain one."""
     command, settings = METHODS[method]

@@ -58,7 +58,13 @@ def by_hand(model: Any, val: list[Sample]) -> float:
 
 @pytest.mark.parametrize(
     ("settings", "is_cached"),
-    [(FROZEN, True), (JOINT, False), (SKIP, True), ({**FROZEN, "skip2lora_cache": "off"}, False), ({**JOINT, "alora_enabled": True}, True)],
+    [
+        (FROZEN, True),
+        (JOINT, False),
+        pytest.param(SKIP, True, marks=pytest.mark.slow),
+        pytest.param({**FROZEN, "skip2lora_cache": "off"}, False, marks=pytest.mark.slow),
+        pytest.param({**JOINT, "alora_enabled": True}, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_learns_and_is_resumed_bit_for_bit(settings: dict[str, Any], is_cached: bool, base: Path, data: Path, tmp_path: Path) -> None:
     settings = {**FEW, **settings, **({"data__prompt_style": "chatml", "data__mask_prompt": True} if "alora_enabled" in settings else {})}

@@ -16,6 +16,7 @@ import torch
 
 from litgpt.errors import UserError
 from litgpt.train.launch import VARIABLES, Peer, Place, place_of
+from tests.helpers.cases import quick
 from tests.helpers.jobs import ROOT, environ
 
 TORCHRUN = {
@@ -116,7 +117,10 @@ def test_what_can_be_seen_of_a_process() -> None:
     assert peer.state == "gone"
 
 
-@pytest.mark.parametrize(("end", "how"), [("sys.exit(3)", "ended with exit code 3"), ("os.kill(os.getpid(), 9)", "was ended by SIGKILL")])
+ENDS = [("sys.exit(3)", "ended with exit code 3"), ("os.kill(os.getpid(), 9)", "was ended by SIGKILL")]
+
+
+@pytest.mark.parametrize(("end", "how"), quick(ENDS, ENDS[1]))
 def test_a_process_that_ends_before_the_others_have_found_it_ends_the_run_at_once(end: str, how: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(

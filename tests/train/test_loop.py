@@ -24,6 +24,7 @@ from litgpt.train.methods import full
 from litgpt.train.parallel import Rank
 from litgpt.train.resume import State
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 from tests.helpers.training import (
     ALONE,
     CLOSE,
@@ -123,11 +124,7 @@ def test_a_loop_that_goes_on_takes_the_batches_that_were_left(count: int) -> Non
 
 @pytest.mark.parametrize(
     ("method", "micro"),
-    [
-        pytest.param(method, micro, marks=() if micro == 2 or method == "block" else pytest.mark.slow)
-        for method in METHODS
-        for micro in (1, 2, 4, 8)
-    ],
+    quick(itertools.product(METHODS, (1, 2, 4, 8)), ("LoRA", 2), ("block", 4), ("full", 2)),
 )
 def test_accumulation_equals_one_large_batch_done_by_hand(method: str, micro: int) -> None:
     samples, model, other = make_samples(20), make_model(method), make_model(method)
@@ -333,11 +330,7 @@ def test_a_run_repeated_is_the_same_bit_for_bit_and_another_seed_is_another_run(
 
 @pytest.mark.parametrize(
     ("method", "mode"),
-    [
-        pytest.param(method, mode, marks=() if mode == "memory" or method == "block" else pytest.mark.slow)
-        for method in CUTS
-        for mode in ("memory", "disk")
-    ],
+    quick(itertools.product(CUTS, ("memory", "disk")), ("lm_head", "memory"), ("block", "disk"), ("late LoRA", "memory")),
 )
 def test_cached_and_recomputed_runs_have_the_same_curve(method: str, mode: str, tmp_path: Path) -> None:
     def cache(model: Any, samples: list[Sample]) -> ActivationCache:

@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
         pytest.param("int8", "lora", marks=pytest.mark.slow),
         pytest.param("int8", "skip2lora"),
         pytest.param("int8", "tail", marks=pytest.mark.slow),
-        pytest.param("int8", "warm-up"),
+        pytest.param("int8", "warm-up", marks=pytest.mark.slow),
     ],
 )
 def test_fine_tuning(mode: str, method: str, base: Path, data: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from litgpt import atomic, checkpoint
 from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
+from tests.helpers.cases import quick
 from tests.helpers.runs import Run, finetune
 
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "[0, 2]", "lora_r": 4, "lora_dropout": 0.2}
@@ -108,7 +109,7 @@ def assert_same(run: Run, other: Run) -> None:
 # --- exactness ---
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, "LoRA", "warm-up, cache on disk"))
 def test_a_run_stopped_after_every_single_step_is_the_uninterrupted_one(
     method: str, whole: Callable[[str], Run], base: Path, data: Path, tmp_path: Path, stop_at: list[int]
 ) -> None:

@@ -22,6 +22,7 @@ from litgpt.model import GPT
 from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
+from tests.helpers.cases import quick
 from tests.helpers.jobs import ROOT, environ
 from tests.helpers.runs import Run, finetune, load
 
@@ -248,7 +249,7 @@ def test_a_setting_that_fails_does_not_end_the_sweep(base: Path, data: Path, tmp
     assert run.code == 1 and "3 of 4 settings failed. lora_r=4,micro_batch_size=2: step 3" in run.err
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("cache", quick(["memory", "disk"], "disk"))
 def test_a_stopped_sweep_goes_on(cache: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished settings are left alone, the one that was stopped is resumed, the rest is trained: all as if nothing had happened."""
     values, settings = {"lora_r": [2, 4, 3]}, {**SKIP, "skip2lora_cache": cache}
@@ -325,7 +326,7 @@ def test_blocks_are_chosen_once(base: Path, data: Path, tmp_path: Path, monkeypa
     assert sweep(base, data, tmp_path, {"lora_r": [2, 4]}, resume="auto", **settings).code == 0
 
 
-@pytest.mark.parametrize("broken", [5, ["x"], [[0], [1]], [0, 1, 2], [99, 1]])
+@pytest.mark.parametrize("broken", quick([5, ["x"], [[0], [1]], [0, 1, 2], [99, 1]], [99, 1]))
 def test_chosen_blocks_that_cannot_be_are_chosen_anew(broken: Any, base: Path, data: Path, tmp_path: Path) -> None:
     settings = {**SKIP, "skip2lora_block_indices": "auto:2"}
     assert sweep(base, data, tmp_path, {"lora_r": [2]}, **settings).code == 0

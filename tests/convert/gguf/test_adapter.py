@@ -19,6 +19,7 @@ from litgpt.convert.adapter import convert_adapter
 from litgpt.convert.gguf.export import convert_to_gguf
 from litgpt.errors import UserError
 from tests.helpers import gguf_files, tiny
+from tests.helpers.cases import quick
 
 PROMPTS = ([5, 17, 99, 3, 200, 41, 7], [50, 51, 52, 53], [300, 60, 4], [60] * 9)
 LORA: dict[str, Any] = {"lora_r": 3, "lora_alpha": 7, **tiny.ALL_LORA}
@@ -94,7 +95,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", quick(FAMILIES, "llama", "falcon new decoder", "gpt2"))
 @torch.inference_mode()
 def test_llama_cpp_gives_the_same_probabilities(case: str, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     family, changes, *_ = gguf_files.CASES[case]

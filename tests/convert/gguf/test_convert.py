@@ -127,6 +127,7 @@ def test_names(tmp_path: Path, smollm2_gguf: Path, byte_level: AddMetadata) -> N
         convert_to_litgpt(named, tmp_path / "b", model_name="SmolLM2-135M")
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_smollm2_knows_the_capital_of_france(smollm2_dir: Path) -> None:
     tokenizer = Tokenizer(smollm2_dir)

@@ -26,6 +26,7 @@ from litgpt.train.parallel import Rank
 from litgpt.train.phase import Phase
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
+from tests.helpers.cases import quick
 from tests.helpers.jobs import SKIP, Bench, Driver, assert_sound
 from tests.helpers.runs import Run, finetune
 
@@ -85,12 +86,7 @@ def small_files(limit: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("at", "limit", "what"),
-    [
-        (3, 2**19, "best"),
-        (5, 2**19, "step-000006"),
-        (5, 2**21, "step-000006"),
-        (7, 2**19, "final"),
-    ],
+    quick([(3, 2**19, "best"), (5, 2**19, "step-000006"), (5, 2**21, "step-000006"), (7, 2**19, "final")], (5, 2**19, "step-000006")),
 )
 def test_a_disk_that_fills_up_costs_no_checkpoint(
     at: int, limit: int, what: str, bench: Bench, whole: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

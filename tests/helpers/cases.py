@@ -1,0 +1,17 @@
+"""Which cases of a test run by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def quick(cases: Iterable[Any], *names: Any) -> list[Any]:
+    """Return the cases for `parametrize`: those in `names` run by default, the others among the slow tests."""
+    cases = list(cases)
+    assert set(map(str, names)) <= set(map(str, cases)), f"not all of {names} are cases"
+    return [
+        case if case in names else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases
+    ]
