@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_samples_without_rows_are_never_missing(tmp_path: Path) -> None:
 MANY = Contents("a" * 32, (40, 2, 4), torch.float32, {i: slice(i, i + 1) for i in range(40)}, slice(0))
 
 
-def work(folder: Path, slow: float, results: multiprocessing.Queue[tuple[int, list[int]]]) -> None:
+def work(folder: Path, slow: float, start: Barrier, results: multiprocessing.Queue[tuple[int, list[int]]]) -> None:
     written: list[int] = []
 
     def fill(store: Rows, batches: Iterator[list[int]], done: int) -> None:
@@ -123,6 +124,7 @@ def work(folder: Path, slow: float, results: multiprocessing.Queue[tuple[int, li
                 store[MANY.spans[i]] = torch.full((1, 2, 4), float(i))
             written.extend(batch)
 
+    start.wait(30)
     store = open_store(folder, MANY, [[i, i + 1] for i in range(0, 40, 2)], fill, str)
     assert all(bool((store[MANY.spans[i]] == i).all()) for i in range(40))
     results.put((os.getpid(), written))
@@ -130,8 +132,8 @@ def work(folder: Path, slow: float, results: multiprocessing.Queue[tuple[int, li
 
 def test_processes_that_fill_a_cache_together_compute_each_sample_once_and_one_takes_what_a_killed_one_held(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    workers = [context.Process(target=work, args=(tmp_path, slow, results)) for slow in (0.02, 0.02, 60)]
+    results, start = context.Queue(), context.Barrier(3)
+    workers = [context.Process(target=work, args=(tmp_path, slow, start, results)) for slow in (0.05, 0.05, 60)]
     for worker in workers:
         worker.start()
     began = time.monotonic()
