@@ -1,4 +1,9 @@
-"""LoRA and Skip2-LoRA: the extended Config, the GPT that carries the adapters, and LoRA on any model. `litgpt.adapters` has the layers."""
+"""Skip2-LoRA (arXiv 2410.21073), the extended Config, the GPT that carries the adapters, and LoRA on any model.
+
+    D_i = (alpha / r) B_i A_i dropout(N(x_{i+1})),  s = sum over S of D_i   from block i's output to the output layer's input
+
+`litgpt.adapters.layers` has LoRA's layers. Letters in shapes: as in `litgpt.model`, and r the rank of an adapter.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from litgpt import config as base
@@ -19,13 +25,14 @@ from litgpt.adapters.base import LinearAdapter, adapter_parameters, adapter_stat
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
 from litgpt.adapters.dora import DoRA
 from litgpt.adapters.heads import Head, MultiTokenHead, ValueHead
-from litgpt.adapters.layers import PARTS, LoRALayer, LoRALinear, LoRAQKVLinear, Skip2LoRA, skip_sum
+from litgpt.adapters.layers import PARTS, LoRALayer, LoRALinear, LoRAQKVLinear
 from litgpt.adapters.patterns import require_used
 from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.saved import fuse_saved, save_modules
 from litgpt.adapters.settings import AdapterSettings
 from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
+from litgpt.fused import rms_norm
 from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block, CausalSelfAttention, Positions
 
@@ -156,6 +163,49 @@ class Config(base.Config, AdapterSettings):
     def adapter_fields(cls) -> set[str]:
         """Return the names of the adapters' settings."""
         return {field.name for field in fields(cls)} - {field.name for field in fields(base.Config)}  # no ClassVar
+
+
+class Skip2LoRA(LoRALayer):
+    """The adapter from a block's output to the output layer: D = (alpha / r) dropout(t) A^T B^T, A (r, in), B (out, r), computed in fp32.
+
+    `norm_eps` makes the tap t = x / rms(x); None leaves t = x.
+    """
+
+    skips_cut = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        norm_eps: float | None = None,
+    ) -> None:
+        super().__init__(r, lora_alpha, lora_dropout)
+        if r == 0:
+            raise ValueError("a Skip2-LoRA adapter needs a rank of 1 or more")
+        self.norm_eps = norm_eps
+        self.make((r, in_features), (out_features, r))
+        self.reset_parameters()
+
+    def tap(self, x: torch.Tensor) -> torch.Tensor:
+        """Return t = N(x), (..., in) -> (..., in), in x's dtype."""
+        return x if self.norm_eps is None else rms_norm(x, None, self.norm_eps)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out), fp32"""
+        return skip_sum([self], t.unsqueeze(-2))
+
+
+def skip_sum(layers: Sequence[Skip2LoRA], taps: torch.Tensor) -> torch.Tensor:
+    """Return s = sum over S of D_i for taps (..., S, d): (..., d), fp32. All adapters in two matrix products."""
+    a = torch.stack([layer.lora_A for layer in layers])  # (S, r, d)
+    b = torch.cat([layer.lora_B for layer in layers], dim=1) * layers[0].scaling  # (d, S r)
+    with torch.autocast(taps.device.type, enabled=False):
+        t = layers[0].lora_dropout(taps).to(a.dtype).flatten(0, -3)  # (N, S, d)
+        low = torch.bmm(t.transpose(0, 1), a.transpose(1, 2))  # (S, N, r)
+        return F.linear(low.transpose(0, 1).flatten(1), b).unflatten(0, taps.shape[:-2])
 
 
 class GPT(base_model.GPT):

@@ -1,7 +1,6 @@
-"""The layers of LoRA (arXiv 2106.09685) and Skip2-LoRA (arXiv 2410.21073).
+"""Linear layers with LoRA (arXiv 2106.09685).
 
-    LoRA          y = W x + s B A dropout(x),  s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)    inside a linear layer
-    Skip2-LoRA    D_i = (alpha / r) B_i A_i dropout(N(x_{i+1})),  s = sum over S of D_i   from block i's output to the output layer's input
+    y = W x + s B A dropout(x),  s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)
 
 Letters in shapes: as in `litgpt.model`, and r the rank of an adapter.
 """
@@ -13,12 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from litgpt.adapters.base import Adapter, LinearAdapter, is_transposed
 from litgpt.adapters.switch import Switch
-from litgpt.fused import draw, drop, rms_norm
+from litgpt.fused import draw, drop
 
 PARTS = ("q", "k", "v")
 
@@ -62,7 +60,7 @@ class LoRALayer(Adapter):
         self.lora_dropout = Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.scaling = lora_alpha / (math.sqrt(r) if rslora else r) if r else 0.0
 
-    def _make(self, a: tuple[int, int], b: tuple[int, int]) -> None:
+    def make(self, a: tuple[int, int], b: tuple[int, int]) -> None:
         self.lora_A = nn.Parameter(torch.empty(a, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(b, dtype=torch.float32))
 
@@ -97,7 +95,7 @@ class LoRALinear(LoRALayer, LinearAdapter):
             self.reset_parameters()
 
     def make_parameters(self, in_features: int, out_features: int) -> None:
-        self._make((self.r, in_features), (out_features, self.r))
+        self.make((self.r, in_features), (out_features, self.r))
 
     def units(self, name: str) -> list[str]:
         """Return the adapted units (`litgpt.adapters.patterns`) of this layer, which is called `name`."""
@@ -168,7 +166,7 @@ class LoRAQKVLinear(LoRALinear):
         return [size for size, on in self.parts if on]
 
     def make_parameters(self, in_features: int, out_features: int) -> None:
-        self._make((sum(self.ranks), in_features), (sum(self.part_sizes()), self.r))
+        self.make((sum(self.ranks), in_features), (sum(self.part_sizes()), self.r))
 
     def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
         """Return (q + k + v rows, columns of A): s B, block-diagonal over the enabled parts, with zero rows for the others."""
@@ -178,46 +176,3 @@ class LoRAQKVLinear(LoRALinear):
 
     def adapted_rows(self) -> torch.Tensor:
         return torch.cat([torch.full((size,), on) for size, on in self.parts])
-
-
-class Skip2LoRA(LoRALayer):
-    """The adapter from a block's output to the output layer: D = (alpha / r) dropout(t) A^T B^T, A (r, in), B (out, r), computed in fp32.
-
-    `norm_eps` makes the tap t = x / rms(x); None leaves t = x.
-    """
-
-    skips_cut = True
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        norm_eps: float | None = None,
-    ) -> None:
-        super().__init__(r, lora_alpha, lora_dropout)
-        if r == 0:
-            raise ValueError("a Skip2-LoRA adapter needs a rank of 1 or more")
-        self.norm_eps = norm_eps
-        self._make((r, in_features), (out_features, r))
-        self.reset_parameters()
-
-    def tap(self, x: torch.Tensor) -> torch.Tensor:
-        """Return t = N(x), (..., in) -> (..., in), in x's dtype."""
-        return x if self.norm_eps is None else rms_norm(x, None, self.norm_eps)
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out), fp32"""
-        return skip_sum([self], t.unsqueeze(-2))
-
-
-def skip_sum(layers: Sequence[Skip2LoRA], taps: torch.Tensor) -> torch.Tensor:
-    """Return s = sum over S of D_i for taps (..., S, d): (..., d), fp32. All adapters in two matrix products."""
-    a = torch.stack([layer.lora_A for layer in layers])  # (S, r, d)
-    b = torch.cat([layer.lora_B for layer in layers], dim=1) * layers[0].scaling  # (d, S r)
-    with torch.autocast(taps.device.type, enabled=False):
-        t = layers[0].lora_dropout(taps).to(a.dtype).flatten(0, -3)  # (N, S, d)
-        low = torch.bmm(t.transpose(0, 1), a.transpose(1, 2))  # (S, N, r)
-        return F.linear(low.transpose(0, 1).flatten(1), b).unflatten(0, taps.shape[:-2])

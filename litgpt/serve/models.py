@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from litgpt import checkpoint
-from litgpt.adapters.layers import Skip2LoRA, skip_sum
 from litgpt.api import LLM
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.generate.engine import Batch, Row
 from litgpt.lora import GPT as LoRAGPT
-from litgpt.lora import Config
+from litgpt.lora import Config, Skip2LoRA, skip_sum
 from litgpt.model import Positions
 
 CHUNK = 256  # prompt tokens that a step computes besides the running answers
