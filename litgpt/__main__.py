@@ -65,6 +65,7 @@ COMMANDS = {
     ),
     "convert_to_gguf": Command("litgpt.convert.gguf.export:convert_to_gguf", "Make a GGUF file, for llama.cpp, from a checkpoint."),
     "convert_adapter": Command("litgpt.convert.adapter:convert_adapter", "Make a PEFT or a portable Skip2-LoRA adapter, or read one."),
+    "add_tokens": Command("litgpt.convert.add_tokens:add_tokens", "Add tokens to a checkpoint's tokenizer, and rows for them."),
     "merge_lora": Command("litgpt.convert.merge:merge_lora", "Fold a LoRA adapter into the weights of its base."),
 }
 # Words that people try, and names of other versions.

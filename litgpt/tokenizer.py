@@ -116,6 +116,13 @@ class Tokenizer:
         """Return the id of a token by its text in the vocabulary, or None."""
         return self._backend.token_to_id(token)
 
+    def add(self, tokens: list[str], special: bool) -> str:
+        """Add tokens to the vocabulary. Return tokenizer.json with them."""
+        from tokenizers import AddedToken
+
+        self._backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens])
+        return str(self._backend.to_str(pretty=True))
+
     def ids(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
         """Return token ids. Special tokens in the text are recognised.
 

@@ -41,7 +41,7 @@ objectives
 generate.engine generate.sampling
 train
 finetune pretrain
-convert.card convert.adapter convert.from_litgpt
+convert.card convert.adapter convert.from_litgpt convert.add_tokens
 generate api module utils validate download integrations examine push
 serve
 keys help
