@@ -301,7 +301,9 @@ def build_sharded(config: LoRAConfig, base: Path, dtype: torch.dtype, device: to
 
     `mark` says what is trained.
     """
-    from litgpt.adapters.base import renew_adapters
+    import torch
+
+    from litgpt.adapters.base import renew_adapters, renew_sharded
     from litgpt.sharding import shard
 
     file = weights_file(base, now=True)
@@ -310,6 +312,7 @@ def build_sharded(config: LoRAConfig, base: Path, dtype: torch.dtype, device: to
     _, tied = fitting(model, weights, file.path)
     if tied:
         model.tie_head()
+    random = torch.get_rng_state()
     renew_adapters(model)
     mark(model)
 
@@ -318,6 +321,9 @@ def build_sharded(config: LoRAConfig, base: Path, dtype: torch.dtype, device: to
         return {name: mapped[name.replace(".linear.", ".")] for name in names}
 
     shard(model, device, load, dtype)
+    if config.lora_variant != "lora":  # it starts from the base's weights
+        torch.set_rng_state(random)
+        renew_sharded(model)
     file.require_unchanged()
     return model
 
@@ -483,19 +489,27 @@ def _answers_by_adapter(folder: Path, dtype: torch.dtype) -> bool:
         return False
 
 
+def _freeze(model: GPT) -> None:
+    model.requires_grad_(False)
+
+
 def load_model(
     folder: str | Path,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     base: str | Path | None = None,
     quantize: str | None = None,
+    sharded: bool = False,
 ) -> GPT:
     """Load a model to run (eval mode, nothing trainable) from a base or merged checkpoint, or from an adapter folder and its base.
 
     A folder with both merged weights and an adapter is read as base and adapter if the base is there and `dtype` is below fp32.
 
-    `base`: the adapter's base checkpoint (default: that of hyperparameters.yaml). `quantize`: a mode of `litgpt.quantize`.
+    `base`: the adapter's base checkpoint (default: that of hyperparameters.yaml). `quantize`: a mode of `litgpt.quantize`. `sharded`: over
+    all ranks of a run, if the model can be.
     """
+    import torch
+
     from litgpt.lora import Config as LoRAConfig
 
     adapter = is_adapter_folder(folder) or _answers_by_adapter(Path(folder), dtype)
@@ -508,7 +522,10 @@ def load_model(
             config = adapted_config(folder, base, settings)
         except UserError as error:
             raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
-    model = build_model(config, base, dtype, mapped=quantize is not None)
+    if sharded and config.adapter_file == LoRAConfig.adapter_file and not config.modules_to_save and config.n_expert_groups is None:
+        model = build_sharded(config, base, dtype, torch.device(device), _freeze)
+    else:
+        model = build_model(config, base, dtype, mapped=quantize is not None)
     if adapter:
         file = adapter_file(folder)
         load_adapter(model, load_weights(file), file)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -87,11 +88,13 @@ def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, pr
         rows = range(half, len(sample), 2)
         for start in range(0, len(rows), micro_batch):
             batch = list(rows[start : start + micro_batch])
-            features = source(batch)
+            with torch.no_grad():
+                features = model.within(partial(source, batch))
             x = features.x.detach().requires_grad_()
             with torch.enable_grad():
                 untapped = replace(features, x=x, taps=features.taps[..., :0, :])
-                (gradient,) = torch.autograd.grad(loss_of(model, untapped, head_loss), x)
+                loss = model.within(partial(loss_of, model, untapped, head_loss))
+                (gradient,) = torch.autograd.grad(loss, x)
             drawn = torch.randperm(len(x), generator=generator)[: max(1, int(share * len(x)))].to(device)
             halves[half].append((features.taps[drawn].cpu(), gradient[drawn].float().cpu()))
             done += len(batch)

@@ -10,7 +10,7 @@ from torch import nn
 
 from litgpt.config import CORRECTION
 from litgpt.fused import thin
-from litgpt.sharding import whole
+from litgpt.sharding import assign, whole
 
 
 class Adapter(nn.Module):
@@ -22,6 +22,8 @@ class Adapter(nn.Module):
 
     tunes_base = False  # True: the parameters are the base's own, which start from its values
     base_dtype = torch.float32  # of those parameters in the base
+
+    is_sharded = False  # True: the parameters are gathered for each pass, in memory that was another's
 
     def reset_parameters(self) -> None:
         """Set fresh values with which the model computes what it does without the adapter."""
@@ -80,7 +82,7 @@ class LinearAdapter(Wrapper):
     def weight(self) -> torch.Tensor:
         """Return the weight of `linear`, (out, in), fp32."""
         dense = getattr(self.linear, "dense", None)  # of a quantised layer
-        weight = self.linear.weight.float() if dense is None else dense(torch.float32)
+        weight = whole(self.linear.weight).float() if dense is None else dense(torch.float32)
         return weight.T if is_transposed(self.linear) else weight
 
     def merged(self) -> torch.Tensor:
@@ -136,3 +138,19 @@ def own_copies(tuned: Sequence[Adapter]) -> None:
                 copies[id(parameter)] = parameter, nn.Parameter(parameter.detach().to(torch.float32, copy=True))
             adapter.base_dtype = parameter.dtype
             setattr(adapter, name, copies[id(parameter)][1])
+
+
+@torch.no_grad()
+def renew_sharded(model: nn.Module) -> None:
+    """Give the adapters of a sharded model the values that `renew_adapters` gives those of one process: the first rank's."""
+    for _, adapter in adapters(model):
+        own: dict[str, nn.Parameter] = {} if adapter.tunes_base else dict(adapter.named_parameters(recurse=False))
+        adapter.is_sharded = True
+        adapter._parameters.update({name: nn.Parameter(torch.empty(p.shape)) for name, p in own.items()})
+        if own:
+            adapter.reset_parameters()
+        for name, parameter in own.items():
+            value = getattr(adapter, name).detach().to(parameter.device)
+            torch.distributed.broadcast(value, 0)
+            adapter._parameters[name] = parameter
+            assign(parameter, value)

@@ -32,12 +32,12 @@ class DoRA(LinearAdapter):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self._norms_of = ()
-        if not self.lora_magnitude.is_meta:
-            self.lora_magnitude.copy_(torch.linalg.vector_norm(self.weight(), dim=1)[self.adapted_rows()])
+        if not (self.lora_magnitude.is_meta or (weight := self.weight()).is_meta):
+            self.lora_magnitude.copy_(torch.linalg.vector_norm(weight, dim=1)[self.adapted_rows()])
 
     def norms(self) -> torch.Tensor:
         """Return c (out,). Passes without gradients, such as those of generation, share it until a weight changes."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.is_sharded:
             self._norms_of = ()  # a fused optimizer's step leaves versions as they are
             with torch.no_grad():
                 return torch.linalg.vector_norm(super().merged(), dim=1)

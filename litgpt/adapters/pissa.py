@@ -33,9 +33,9 @@ class PiSSA(LinearAdapter):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.lora_A.is_meta or not self.scaling:
+        if self.lora_A.is_meta or not self.scaling or (weight := self.weight()).is_meta:
             return
-        parts = self.weight()[self.adapted_rows()].split(self.part_sizes())
+        parts = weight[self.adapted_rows()].split(self.part_sizes())
         factors = [self.start(part.float()) for part in parts]
         for parameter, start, values in zip(
             (self.lora_A, self.lora_B), (self.lora_A0, self.lora_B0), zip(*factors, strict=True), strict=True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ class View:
     head_loss: HeadLoss
     micro_batch: int
     """samples in a forward pass"""
+    spare: Sequence[int] = ()
+    """a unit of this process, for passes of a sharded model in which only other processes have samples"""
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         return [self.activations.samples[i] for i in indices]
@@ -47,13 +50,24 @@ class View:
         return losses_of(self.model, self.activations(indices), self.head_loss)
 
     @torch.no_grad()
-    def measured(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return `losses` without gradients and without dropout, a micro-batch at a time."""
+    def measured(self, indices: Sequence[int], agreed: Callable[[bool], bool] = bool) -> torch.Tensor:
+        """Return `losses` without gradients and without dropout, a micro-batch at a time; `agreed` as in `passes`."""
         was_training = self.model.training
         self.model.eval()
-        parts = [self.losses(indices[i : i + self.micro_batch]) for i in range(0, len(indices), self.micro_batch)]
+        batches = [indices[i : i + self.micro_batch] for i in range(0, len(indices), self.micro_batch)]
+        parts = [losses for _, losses in self.passes(batches, agreed)]
         self.model.train(was_training)
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def passes(
+        self, batches: Iterable[Sequence[int]], agreed: Callable[[bool], bool] = bool
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """Yield each batch with its `losses`. `agreed` returns whether a flag is set in any process of a sharded model: all must run it."""
+        remaining = iter(batches)
+        while agreed(bool(batch := next(remaining, []))):
+            losses = self.model.within(partial(self.losses, batch or self.spare))
+            if batch:
+                yield batch, losses
 
     def sums(self, losses: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
         """(n,) of loss positions -> (samples,)"""

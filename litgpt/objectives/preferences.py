@@ -125,7 +125,8 @@ class KTO(Preferences):
 
     def begin(self, view: View, indices: Sequence[int], rank: Any) -> None:
         others = indices[1::2]
-        r, _ = log_ratios(view, others, view.measured(others)) if others else (torch.zeros(0), None)
+        losses = view.measured(others, rank.agreed)
+        r = log_ratios(view, others, losses)[0] if others else losses
         sums = torch.tensor([r.sum().item(), len(others)], dtype=torch.float64).to(rank.device)
         total, count = rank.sum(sums).tolist()
         self.z_0 = max(0.0, total / max(count, 1))

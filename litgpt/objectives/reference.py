@@ -29,19 +29,19 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
 
     `model` says which model it is: digests of its weights, names of its number formats. A disk that cannot hold the file is reported.
     """
-    samples = view.activations.samples
+    samples, agreed = view.activations.samples, settings.any or bool
     order = fill_order(samples, [i for i in indices if samples[i].reference is None])
-    if not order:
+    if not agreed(bool(order)):
         return
+    order = order or list(view.spare)
     places, batches = _places(samples), list(fill_batches(samples, order, 0, device))
 
     def fill(store: Rows | torch.Tensor, batches: Iterator[list[int]], done: int) -> None:
         was_training = view.model.training
         view.model.eval()
         with torch.no_grad(), settings.progress(f"{name} reference", done) as show:
-            for batch in batches:
-                losses = view.losses(batch).float().cpu()
-                for i, own in zip(batch, losses.split([samples[i].n_targets for i in batch]), strict=True):
+            for batch, losses in view.passes(batches, agreed):
+                for i, own in zip(batch, losses.float().cpu().split([samples[i].n_targets for i in batch]), strict=True):
                     store[places[i]] = own[:, None, None]
                 done += len(batch)
                 show(done, len(order))
@@ -51,7 +51,7 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
     contents = Contents(_key(model, samples), shape, torch.float32, places, slice(0))
     store: Rows | torch.Tensor
     try:
-        store = open_store(settings.folder, contents, batches, fill, lambda text: settings.say(f"{name} reference: {text}"))
+        store = open_store(settings.folder, contents, batches, fill, lambda text: settings.say(f"{name} reference: {text}"), agreed)
     except OSError as error:
         settings.say(f"{name} reference: {settings.folder} cannot hold it ({error.strerror or error}), it is kept in memory")
         store = torch.empty(shape)
@@ -60,13 +60,15 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
         samples[i].reference = array("f", store[places[i]].flatten().tolist())
 
 
-def reference_model(path: Path, base: Path, longest: int, dtype: torch.dtype, device: torch.device) -> tuple[GPT, list[str]]:
+def reference_model(
+    path: Path, base: Path, longest: int, dtype: torch.dtype, device: torch.device, sharded: bool = False
+) -> tuple[GPT, list[str]]:
     """Return the model of a checkpoint or adapter folder, and digests of its weights. Raises UserError if its tokens are not the base's.
 
-    `longest`: tokens of the longest sample.
+    `longest`: tokens of the longest sample. `sharded`: over all ranks.
     """
     folder = open_checkpoint(path)
-    model = checkpoint.load_model(folder, dtype, device)
+    model = checkpoint.load_model(folder, dtype, device, sharded=sharded)
     if (room := model.config.block_size) < longest:
         raise UserError(f"rho1_reference: {folder} reads {room} tokens, and a sample has {longest}: set train.max_seq_length")
     tokens = [file.read_bytes() if (file := each / "tokenizer.json").is_file() else b"" for each in (folder, base)]

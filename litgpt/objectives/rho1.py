@@ -33,7 +33,7 @@ class Rho1(Objective):
         self.kept = {}
         if not view.model.training:
             return
-        losses = view.measured(indices)
+        losses = view.measured(indices, rank.agreed)
         counts = [sample.n_targets for sample in view.samples(indices)]
         reference = torch.tensor([value for sample in view.samples(indices) for value in sample.reference or ()])
         excess, start = rank.join((losses - reference.to(losses)).to(rank.device))
@@ -50,7 +50,7 @@ class Rho1(Objective):
 
     def _weights(self, view: View, indices: Sequence[int]) -> torch.Tensor | None:
         weights = loss_weights(view.samples(indices))
-        if not view.model.training or not indices:
+        if not view.model.training or not indices or not self.kept:
             return weights
         kept = torch.cat([self.kept[i] for i in indices])
         return kept if weights is None else kept * weights.to(kept)

@@ -148,8 +148,11 @@ class Loop:
         self.head_loss = HeadLoss.of(self.model)
         self.micro_batch = self.train.micro_batch_size * self.objective.group
         self.measured: dict[str, float] = {}  # the last validation's figures besides the loss
-        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        places = {id(p): k for k, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.weights = sorted(trained, key=lambda p: places.get(id(part_of(p)), 0))  # in the optimizer's order
         self.trained = [part_of(p) for p in self.weights]
+        self.spare = self.batches.owned(self.rank.index)[: self.objective.group] if self.rank.sharded else []
         self.is_half = torch.float16 in (self.model.dtype, self.rank.mixed)  # small gradients would vanish (arXiv 1710.03740)
         self.highest_sound = DIVERGED * math.log(self.model.config.V)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -188,7 +191,7 @@ class Loop:
             if micro_batch := batch.indices[first : first + self.micro_batch]:
                 loss = self.loss(self.activations, micro_batch) / divisor
             else:  # a sharded model runs in all processes at the same time
-                loss = self.loss(self.activations, self.batches.owned(self.rank.index)[:1]) * 0.0
+                loss = self.loss(self.activations, batch.indices[: self.objective.group] or self.spare) * 0.0
             (loss * scale).backward()
             total += loss.detach()
         mean = self.rank.sum(total).item()
@@ -217,13 +220,13 @@ class Loop:
         with self.autocast():
             return self.model.within(lambda: self.objective.loss(self.view(activations), indices))
 
-    def view(self, activations: Activations) -> View:
+    def view(self, activations: Activations, spare: Sequence[int] = ()) -> View:
         """Return what the objective sees of the model and its samples."""
-        return View(self.model, activations, self.head_loss, self.micro_batch)
+        return View(self.model, activations, self.head_loss, self.micro_batch, spare)
 
     def _begin(self, batch: Batch) -> float:
         """Return the weight of the global batch."""
-        view = self.view(self.activations)
+        view = self.view(self.activations, self.spare)
         with self.autocast():
             self.objective.begin(view, batch.indices, self.rank)
         if self.objective.is_token_mean:
@@ -235,7 +238,9 @@ class Loop:
     def validate(self, activations: Activations, batches: Sequence[list[int]], is_stopped: Callable[[], bool]) -> float:
         """Return the mean loss over the batches of all processes; a partial mean if `is_stopped` becomes true."""
         self.model.eval()
-        view, objective = self.view(activations), self.objective
+        objective = self.objective
+        spare = (batches[0] if batches else [])[: objective.group] or list(range(objective.group))
+        view = self.view(activations, spare)
         with self.autocast():
             objective.begin(view, [i for indices in batches for i in indices], self.rank)
         sums = torch.zeros(2 + len(objective.tally), device=self.rank.device)
@@ -244,11 +249,11 @@ class Loop:
             if is_stopped():
                 break
             if not indices:  # others have more samples of a sharded model
-                self.loss(activations, batches[0][:1] or [0])
+                self.loss(activations, spare)
                 continue
             sums[0] += self.loss(activations, indices)
             sums[1] += objective.weight(view, indices)
-        sums[2:] = objective.tally
+            sums[2:] = objective.tally
         (loss, count), tally = self.rank.sum(sums).split([2, len(objective.tally)])
         self.measured = objective.figures(tally)
         loss, count = loss.item(), count.item()

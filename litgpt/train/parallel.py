@@ -78,6 +78,10 @@ class Rank:
         """Return whether the flag is set in any process."""
         return bool(self.which(flag))
 
+    def agreed(self, flag: bool) -> bool:
+        """Return whether the flag is set in any of the processes that run a sharded model together; of a copy, in this one."""
+        return self.any(flag) if self.sharded else flag
+
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """(n,) integers of this process, below 2^31 -> (processes, n) of all, in their dtype."""
         table = torch.zeros(self.size, len(own), dtype=torch.int32, device=self.device)

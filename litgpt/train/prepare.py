@@ -230,10 +230,10 @@ def _switch_on_replies(settings: Run, model: GPT, splits: Splits, style: PromptS
 
 
 def choose_taps(job: Job, count: int) -> list[int]:
-    """Return the `count` of the tapped blocks that the first process chooses for all, and say why."""
+    """Return the `count` of the tapped blocks that the first process chooses for all, and say why. All run a sharded model."""
     candidates, rank, console = job.model.config.taps, job.rank, job.console
     blocks = list(candidates)
-    if rank.is_first and count < len(candidates):
+    if (rank.is_first or rank.sharded) and count < len(candidates):
         clock = Stopwatch()
         memory = memory_explained(rank.device, "while blocks were chosen")
         with memory, console.progress("choosing blocks") as progress, rank.autocast():

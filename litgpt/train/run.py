@@ -163,14 +163,16 @@ class Session:
         facts = [checkpoint.weights_file(job.base).sha256, job.precision, str(job.method.quantize), str(job.cache_dtype)]
         if other is not None:
             longest = max(len(sample.input_ids) for sample in job.splits.train)
-            model, facts = reference_model(other, job.base, longest, self.model.dtype, self.rank.device)
+            model, facts = reference_model(other, job.base, longest, self.model.dtype, self.rank.device, self.rank.sharded)
             own = Recompute(model, job.splits.train, self.rank.device)
         share = samples_of(range(self.rank.index, len(job.splits.train) // batches.group, self.rank.size), batches.group)
-        cache, val_indices = job.cache_settings("disk"), [i for batch in val_batches for i in batch]
+        cache = job.cache_settings("disk")
+        val_indices = [i for batch in val_batches for i in batch] or list(range(batches.group * self.rank.sharded))
         parts = {"training": (own, share), "validation": (val, val_indices)}
         for name in self.objective.referred:
             source, indices = parts[name]
-            view = View(model, source, HeadLoss.of(model), settings.train.micro_batch_size * batches.group)
+            spare = indices[: batches.group]
+            view = View(model, source, HeadLoss.of(model), settings.train.micro_batch_size * batches.group, spare)
             with self.rank.autocast():
                 refer(view, indices, facts, name, cache, self.rank.device)
         if self.rank.size > 1 and not batches.by_owner:
@@ -247,7 +249,7 @@ class Session:
         own_val = range(n_val)[rank.index :: rank.size]
         val_batches = [samples_of(own_val[i : i + size], group) for i in range(0, len(own_val), size)]
         own = self._activations(splits.train, batches.owned(rank.index), "training", mode)
-        val_indices = [i for batch in val_batches for i in batch] or [0] * rank.sharded
+        val_indices = [i for batch in val_batches for i in batch] or list(range(group * rank.sharded))
         val_batches += [[]] * (math.ceil(n_val / rank.size / size) - len(val_batches)) * rank.sharded
         held = None if rank.sharded else shared(own, splits.val, val_indices)
         val = held or self._activations(splits.val, val_indices, "validation", cache.mode)

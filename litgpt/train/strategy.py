@@ -14,6 +14,7 @@ from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.lora import Config as LoRAConfig
 from litgpt.memory import PROCESS, estimate
+from litgpt.objectives.named import objective_of
 from litgpt.sample import Sample
 from litgpt.text import gib
 from litgpt.train.methods import Method
@@ -27,18 +28,13 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
     """Return the settings that do not work with a sharded model."""
     optimizer: Any = settings.optimizer
     name = str(optimizer if isinstance(optimizer, str) else optimizer.get("class_path", "")).rpartition(".")[2]
-    config, objective = method.config(base), getattr(settings, "objective", "next_token")
+    config = method.config(base)
     trains_experts = Config.from_checkpoint(base).n_expert > 0 and (config.cut is None or config.lora_mlp)
     found = {
         f"optimizer {name}": name in OF_WHOLE_TENSORS or "8bit" in name,
         f"quantize {method.quantize}": method.quantize is not None,
-        f"objective {objective}": objective != "next_token",
-        f"lora_variant {config.lora_variant}": config.lora_variant != "lora",
-        "loraplus_lr_ratio": method.b_ratio != 1,
         "modules_to_save": bool(config.modules_to_save),
-        **dict.fromkeys(config.heads, True),
         "LLaMA-Adapter": config.adapter_file != LoRAConfig.adapter_file,
-        "skip2lora_block_indices auto (name the blocks)": config.taps_to_choose is not None,
         "train.replay of answer-only LoRA": bool(settings.train.replay) and config.alora_enabled,
         "trained experts of a mixture": trains_experts,
         "experts in groups": Config.from_checkpoint(base).n_expert_groups is not None,
@@ -56,8 +52,8 @@ def choose(settings: Run, method: Method, base: Path, rank: Rank, samples: list[
     """Return whether the model is to be sharded, and a line that says why; the first process decides."""
     if settings.strategy != "auto" or rank.size == 1:
         is_fsdp = settings.strategy == "fsdp"
-        if is_fsdp and len(samples) < rank.size:
-            raise UserError(f"strategy fsdp: {rank.size} processes have only {len(samples)} training samples: use fewer processes")
+        if is_fsdp and (units := len(samples) // objective_of(settings).group) < rank.size:
+            raise UserError(f"strategy fsdp: {rank.size} processes have only {units} training samples: use fewer processes")
         return is_fsdp, f"strategy {settings.strategy}, as given"
     need, room = _needed(settings, method, base, samples, dtype), _room(rank)
     found = obstacles(settings, method, base) if need > room else []

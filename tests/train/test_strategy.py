@@ -41,6 +41,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "warmup": {**TAIL, "skip2lora_warmup_steps": 2},
     "answers": {"alora_enabled": True, "lora_mlp": True, "data.mask_prompt": True, "data.prompt_style": "chatml"},
     "checkpointed": {**ALL, "train.activation_checkpointing": True},
+    "dora": {**ALL, "lora_variant": "dora", "lora_rslora": True, "loraplus_lr_ratio": 4},
+    "pissa": {**ALL, "lora_variant": "pissa", "lora_freeze_a": True},
+    "olora": {**TAIL, "lora_variant": "olora"},
+    "auto": {**SKIP, "skip2lora_block_indices": "auto:2", "skip2lora_cache": "memory"},
+    "auto-tail": {**TAIL, "skip2lora_block_indices": "auto:2"},
+    "mtp": {**SKIP, "mtp_heads": 2, "skip2lora_cache": "memory"},
+}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "dpo": {**SKIP, "objective": "dpo", "skip2lora_cache": "memory"},
+    "dpo-full": {"objective": "dpo", "command": "finetune_full", "lora_dropout": None, "optimizer.lr": 0.001},
+    "dpo-dora": {**ALL, "objective": "dpo", "lora_variant": "dora"},
+    "orpo": {**ALL, "objective": "orpo"},
+    "kto": {**ALL, "objective": "kto"},
+    "rho1": {**ALL, "objective": "rho1", "rho1_keep": 0.5},
+    "critic": {"objective": "critic", "value_head": "mlp", "lora_query": False, "lora_value": False},
 }
 FAST = ("lora", "skip")
 SETTINGS = {
@@ -60,7 +75,7 @@ def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def argv(bench: Bench, out_dir: Path, method: str, **settings: Any) -> list[str]:
-    return [*bench.argv(out_dir, **{**SETTINGS, **METHODS[method], **settings}), "--data.val_split_fraction", "0.15"]
+    return [*bench.argv(out_dir, **{**SETTINGS, **(METHODS | ANSWERS)[method], **settings}), "--data.val_split_fraction", "0.15"]
 
 
 RANKS: dict[str, Ranks] = {}
@@ -109,20 +124,20 @@ def rewind(out_dir: Path, target: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def compare(bench: Bench, folder: Path, methods: list[str], devices: int) -> None:
+def compare(bench: Bench, folder: Path, methods: list[str], devices: int, **settings: Any) -> None:
     """Run each method by one process and by several; then finish what each began."""
     commands = []
     for method in methods:
-        assert main(argv(bench, folder / f"{method}-one", method)) == 0
+        assert main(argv(bench, folder / f"{method}-one", method, **settings)) == 0
         rewind(folder / f"{method}-one", folder / f"{method}-joined")
         for kind in ("ddp", "fsdp"):
-            commands.append(argv(bench, folder / f"{method}-{kind}", method, devices=devices, strategy=kind))
-        commands.append(argv(bench, folder / f"{method}-joined", method, devices=devices, strategy="fsdp", resume=True))
+            commands.append(argv(bench, folder / f"{method}-{kind}", method, devices=devices, strategy=kind, **settings))
+        commands.append(argv(bench, folder / f"{method}-joined", method, devices=devices, strategy="fsdp", resume=True, **settings))
     output = by_processes(commands, 280 if devices == 2 else 560)
     assert f"{devices} processes, each with a part of the model" in output and output.count("resumed from") == len(methods)
     for method in methods:
         rewind(folder / f"{method}-fsdp", folder / f"{method}-left")
-        assert main(argv(bench, folder / f"{method}-left", method, resume=True)) == 0
+        assert main(argv(bench, folder / f"{method}-left", method, resume=True, **settings)) == 0
         for kind in ("ddp", "fsdp", "joined", "left"):
             assert_alike(folder / f"{method}-one", folder / f"{method}-{kind}")
 
@@ -194,6 +209,37 @@ def test_every_method_in_two_processes(bench: Bench, tmp_path: Path) -> None:
     compare(bench, tmp_path, [method for method in METHODS if method not in FAST], 2)
 
 
+@pytest.fixture(scope="module")
+def answers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Questions with two answers each, and a reward."""
+    file = tmp_path_factory.mktemp("data") / "answers.jsonl"
+    rows = [
+        {"prompt": f"add {i} and {i + 1}", "chosen": f"{2 * i + 1} is the sum", "rejected": "no" + " idea" * (i % 3)} for i in range(20)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Bench(base, file)
+
+
+@pytest.fixture(scope="module")
+def rated(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    file = tmp_path_factory.mktemp("data") / "rated.jsonl"
+    rows = [{"prompt": f"add {i} and {i + 1}", "response": "it is so " * (i % 4 + 1), "reward": i % 3 / 2} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Bench(base, file)
+
+
+def test_preferences_and_a_variant_of_lora_with_a_sharded_model(answers: Bench, tmp_path: Path) -> None:
+    compare(answers, tmp_path, ["dpo-dora"], 2)
+
+
+@pytest.mark.slow
+def test_every_objective_with_a_sharded_model(answers: Bench, rated: Bench, bench: Bench, tmp_path: Path) -> None:
+    assert main(argv(bench, tmp_path / "reference", "lora", seed=5)) == 0
+    compare(bench, tmp_path, ["rho1"], 2, rho1_reference=tmp_path / "reference/final")
+    compare(answers, tmp_path, [name for name in ANSWERS if name not in ("dpo-dora", "rho1", "critic")], 2)
+    compare(rated, tmp_path, ["critic"], 2)
+
+
 @pytest.mark.slow
 def test_three_and_four_processes(bench: Bench, tmp_path: Path) -> None:
     for devices in (3, 4):
@@ -217,8 +263,6 @@ def settings_of(kind: type[Run], base: Path, data: Path, **values: Any) -> Any:
     ("kind", "values", "what"),
     [
         (Lora, {"quantize": "int8"}, "quantize int8"),
-        (Lora, {"lora_variant": "dora"}, "lora_variant dora"),
-        (Lora, {"skip2lora_enabled": True, "skip2lora_block_indices": "auto"}, "skip2lora_block_indices auto"),
         (Full, {"optimizer": "Adafactor"}, "optimizer Adafactor"),
         (Adapter, {}, "LLaMA-Adapter"),
     ],
