@@ -63,9 +63,9 @@ class Interrupts:
         finally:
             self._held = False
 
-    def stop(self, ranks: Sequence[int] = ()) -> NoReturn:
-        """Raise `Stopped` for the signal that has arrived, here or in other processes of the run, whose `ranks` the message names."""
-        raise Stopped(self.asked or signal.SIGTERM, f"rank {', '.join(map(str, ranks))} " if ranks else "")
+    def stop(self, ranks: Sequence[int] = (), number: int = 0) -> NoReturn:
+        """Raise `Stopped` for the signal that has arrived, or `number` in other processes of the run, whose `ranks` the message names."""
+        raise Stopped(number or self.asked or signal.SIGTERM, f"rank {', '.join(map(str, ranks))} " if ranks else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

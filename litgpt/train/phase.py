@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from litgpt.activations.cache import Activations
 from litgpt.args import EvalArgs
 from litgpt.errors import NonFiniteError, UserError
@@ -142,9 +144,11 @@ class Phase:
         return True
 
     def _stop_if_asked(self) -> None:
-        """Raise Stopped if a signal arrived in any process."""
-        if signalled := self.loop.rank.which(self.interrupts.asked is not None):
-            self.interrupts.stop(signalled if len(signalled) < self.loop.rank.size else [])
+        """Raise Stopped if a signal arrived in any process, with the same signal in all."""
+        rank = self.loop.rank
+        if signalled := rank.which(self.interrupts.asked is not None):
+            number = int(rank.gather(torch.tensor([self.interrupts.asked or 0])).max())
+            self.interrupts.stop(signalled if len(signalled) < rank.size else [], number)
 
     def _epoch(self, step: int) -> float:
         return round(step / self.loop.batches.per_epoch, 4)
