@@ -107,7 +107,7 @@ class CausalSelfAttention(base_model.CausalSelfAttention, Adapter):
         kept = self.adapter_kv_cache
         if kept is not None and kept[0].dtype == like.dtype and kept[0].device == like.device:
             return kept
-        rows = self.qkv(self.adapter_wte.weight.to(like.dtype)[None])  # (1, A, (H + 2 G) h)
+        rows = self.project(self.adapter_wte.weight.to(like.dtype)[None])  # (1, A, (H + 2 G) h)
         groups = rows.unflatten(-1, (self.config.n_query_groups or 1, -1, self.config.head_size or 1)).transpose(
             1, 2
         )  # (1, G, A, H/G + 2, h)

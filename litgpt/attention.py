@@ -26,7 +26,8 @@ class Positions:
     # cos and sin, (T, n) each, or (B, 1, T, n) if samples have places of their own or take different factors of LongRoPE, in
     # attention's dtype: of `rope_base`, then of `rope_local_base_freq` if there is one
     rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    mask: torch.Tensor | None  # (T, K) or (B, 1, T, K), true where attention is allowed; None: causal over T, or everything if T = 1
+    mask: torch.Tensor | None  # (T, K) or (B, 1, T, K), true where attention is allowed; None: causal over T, or everything if T = 1;
+    # with ALiBi numbers, (H, T, K) or (B, H, T, K), that are added to the scores
     window_mask: torch.Tensor | None  # the same within the sliding window
     index: torch.Tensor | None  # (T,) or (B, T), places in the key/value cache; None without a cache
     end: int  # K
@@ -57,12 +58,24 @@ class RMSNorm(nn.Module):
         return rms_norm(x, 1 + self.weight.float() if self.unit_offset else self.weight, self.eps)
 
 
+def alibi(config: Config, allowed: torch.Tensor, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to the scores of each head, -m_i distance where attention is `allowed`, else -inf: (T, K) or (B, 1, T, K), for
+    distances of the same shape -> (H, T, K) or (B, H, T, K).
+
+    ALiBi, arXiv 2108.12409: m_i = 2^(-8 i / P), i = 1 ... P, P the power of two from H on; if H is less, the even i come first.
+    """
+    P = 2 ** (config.n_head - 1).bit_length()
+    m = 2.0 ** (-8 / P * torch.arange(1, P + 1, device=distance.device))
+    m = m if config.n_head == P else torch.cat((m[1::2], m[::2]))[: config.n_head]
+    return (m[:, None, None] * -distance).masked_fill(~allowed, -torch.inf).to(dtype)
+
+
 def norm(config: Config, size: int | None = None) -> Any:
     """Return the norm that the config names, over `size` (default: d)."""
     size = size or config.n_embd
     if config.norm_class_name == "RMSNorm":
         return RMSNorm(size, config.norm_eps, config.unit_offset)
-    return nn.LayerNorm(size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+    return nn.LayerNorm(size, eps=config.norm_eps, elementwise_affine=config.norm_affine, bias=config.norm_bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -78,7 +91,7 @@ class CausalSelfAttention(nn.Module):
         windows = config.sliding_window_indices
         self.windowed = config.sliding_window_size is not None and windows is not None and bool(windows[block_idx])
         # index of the table in `Positions.rotary` that turns q and k; -1: none
-        self.rotary = -1 if config.learned_positions else config.rope_indices[block_idx] if config.rope_indices else 0
+        self.rotary = -1 if not config.rotates else config.rope_indices[block_idx] if config.rope_indices else 0
         self.scale = (config.attention_scores_scalar or config.head_size or 1) ** -0.5
         self.softcap = config.attention_logit_softcapping
         self.kv_cache: KVCache | None = None
@@ -94,7 +107,8 @@ class CausalSelfAttention(nn.Module):
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Return the rows that `_heads` divides, (..., d) -> (..., (H + 2 G) h)."""
-        return self.qkv(x)
+        qkv, most = self.qkv(x), self.config.clip_qkv
+        return qkv if most is None else qkv.clamp(-most, most)
 
     def forward(self, x: torch.Tensor, pos: Positions) -> torch.Tensor:
         """(B, T, d) -> (B, T, d), or packed (N, d) -> (N, d)"""
@@ -145,6 +159,8 @@ class CausalSelfAttention(nn.Module):
             if mask is None and q.size(2) > 1:  # torch.compile needs the branch: the sizes are symbols
                 how["is_causal"] = True
             if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= FP32_ATTENTION:
+                if mask is not None and mask.is_floating_point():
+                    mask = mask.float()
                 with torch.autocast("cpu", enabled=False):
                     y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **how).to(q.dtype)
             else:

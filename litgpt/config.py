@@ -23,11 +23,13 @@ OPTIONAL_SIZES = (*WIDTHS, *OF_EXPERTS)
 COUNTS = ("n_expert", "n_expert_per_token", "n_shared_expert", "first_k_dense_replace")  # may be 0
 SIZES = (*COUNTS[:2], "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
 MOST_SIZE, MOST_BLOCKS = 2**31 - 1, 10_000  # a broken file's sizes must not overflow, nor take hours to build
-OPTIONAL_FACTORS = ("attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq")
+CAPS = ("attention_logit_softcapping", "final_logit_softcapping", "clip_qkv")
+OPTIONAL_FACTORS = ("attention_scores_scalar", "rope_local_base_freq", *CAPS)
 SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 FACTORS = ("norm_eps", "rope_base", "rope_condense_ratio", "routed_scaling_factor", *SCALARS, *OPTIONAL_FACTORS)
 # LitGPT 0.5.13 does not have these, and its older versions not those
-OWN_FIELDS = ("norm_affine", "learned_positions", "router_aux_loss_coef", "shared_expert_gate", "router_softmax", *SCALARS)
+OWN_FLAGS = ("norm_affine", "norm_bias", "norm_embedding", "alibi", "learned_positions", "shared_expert_gate", "router_softmax")
+OWN_FIELDS = (*OWN_FLAGS, "clip_qkv", "router_aux_loss_coef", *SCALARS)
 NEWER_FIELDS: dict[str, Any] = {
     "rope_interleave": False,
     "latent_attention": None,
@@ -71,6 +73,8 @@ class Config:
     norm_class_name: str = "LayerNorm"
     norm_eps: float = 1e-5
     norm_affine: bool = True  # norms have weights; LitGPT has no such field and goes by the name, see `from_file`
+    norm_bias: bool = True  # of LayerNorm
+    norm_embedding: bool = False  # normalise the embeddings (BLOOM)
     norm_1: bool = True  # normalise attention's input, and `norm_2` the MLP's; OLMo 2 normalises outputs only
     norm_2: bool = True
     norm_qk: bool = False  # normalise queries and keys
@@ -83,6 +87,7 @@ class Config:
     head_size: int | None = None
     n_query_groups: int | None = None  # key/value heads: `n_head` is multi-head, 1 multi-query, in between grouped-query attention
     attn_bias: bool = False  # bias on q, k and v; `bias` switches all linear layers
+    clip_qkv: float | None = None  # c: queries, keys and values are clamped to [-c, c]
     attention_scores_scalar: float | None = None  # scores are divided by its square root; `head_size` unless given
     latent_attention: dict[str, Any] | None = None  # sizes of LATENT, see `litgpt.latent`; `head_size` follows from them
     attention_logit_softcapping: float | None = None  # c: scores become c tanh(scores / c), before the mask
@@ -95,6 +100,7 @@ class Config:
     rope_local_base_freq: float | None = None  # the rotary base of the blocks that `rope_indices` marks with 1 (without scaling)
     rope_indices: list[int] | None = None  # per block: 0 for `rope_base`, 1 for `rope_local_base_freq`, -1 for no rotation (SmolLM3)
     rope_interleave: bool = False  # of latent attention: the rotated pairs are neighbours instead of halves
+    alibi: bool = False  # distances lower the scores instead of a rotation, see `litgpt.attention.alibi`
     learned_positions: bool = False  # add a trained vector per position to the embeddings instead of rotating queries and keys (GPT-2)
     intermediate_size: int | None = None
     moe_intermediate_size: int | None = None  # the width of each expert, where it is not `intermediate_size`
@@ -143,6 +149,9 @@ class Config:
         if self.shared_attention_norm and not self.parallel_residual:
             raise UserError("shared_attention_norm is true: only blocks with parallel_residual can share their norm")
         self._check_experts()
+        others = ("learned_positions", "sliding_window_size", "attention_logit_softcapping", "rope_indices")
+        if self.alibi and (found := [key for key in others if getattr(self, key)]):
+            raise UserError(f"alibi does not go with {', '.join(found)}")
         self._check_blocks()
         self._check_rope()
 
@@ -183,7 +192,7 @@ class Config:
             if not (value is None and key == LATENT[0]) and (type(value) is not int or not 0 < value <= MOST_SIZE):
                 raise UserError(f"latent_attention: {key} is {value!r}, a whole number from 1 is needed")
         others = {"n_query_groups": self.n_query_groups not in (None, self.n_head), "bias": self.bias, "attn_bias": self.attn_bias}
-        others |= {key: bool(getattr(self, key)) for key in ("norm_qk", "rope_indices", "learned_positions")}
+        others |= {key: bool(getattr(self, key)) for key in ("norm_qk", "rope_indices", "learned_positions", "clip_qkv", "alibi")}
         if found := [key for key, is_so in others.items() if is_so]:
             raise UserError(f"latent_attention does not go with {', '.join(f'{key} {getattr(self, key)}' for key in found)}")
         self.head_size = sizes["qk_rope_head_dim"] + sizes["qk_nope_head_dim"]
@@ -286,6 +295,11 @@ class Config:
         assert self.head_size is not None and self.n_query_groups is not None
         kv = self.head_size * self.n_query_groups
         return self.head_size * self.n_head, kv, kv
+
+    @property
+    def rotates(self) -> bool:
+        """True if queries and keys are turned by their positions."""
+        return not (self.learned_positions or self.alibi)
 
     @property
     def latent_sizes(self) -> tuple[int | None, int, int, int, int]:

@@ -28,7 +28,7 @@ from litgpt.attention import CausalSelfAttention as CausalSelfAttention
 from litgpt.attention import KVCache as KVCache
 from litgpt.attention import Positions as Positions
 from litgpt.attention import RMSNorm as RMSNorm
-from litgpt.attention import norm
+from litgpt.attention import alibi, norm
 from litgpt.config import Config
 from litgpt.latent import attention
 from litgpt.mlp import GemmaMLP as GemmaMLP
@@ -65,7 +65,9 @@ class GPT(nn.Module):
         if config.learned_positions:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.max_seq_length = config.block_size
-        self.rope = [] if config.learned_positions else [RotaryTable(config)]
+        if config.norm_embedding:
+            self.transformer["norm_emb"] = norm(config)
+        self.rope = [RotaryTable(config)] if config.rotates else []
         if config.rope_indices and 1 in config.rope_indices:
             self.rope.append(RotaryTable(config, local=True))
         self.switch: Any = None  # a `litgpt.adapters.switch.Switch` if LoRA acts on replies only
@@ -102,6 +104,8 @@ class GPT(nn.Module):
             x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)  # rounded to the dtype, as in Gemma's own code
         if config.embedding_multiplier != 1:
             x = x * config.embedding_multiplier
+        if config.norm_embedding:
+            x = self.transformer["norm_emb"](x)
         if config.learned_positions:
             places = pos.index
             if places is None:
@@ -215,7 +219,10 @@ class GPT(nn.Module):
         long = [is_long(self.config, length) for length in tokens]
         rotary = tuple(self.rotary(table, places, end, long) for table in self.rope)
         mask = None
-        if places.dim() == 2 or (T > 1 and (end != T or self.config.attention_logit_softcapping is not None)):
+        if self.config.alibi:
+            distance = _for_heads(places)[..., None] - torch.arange(end, device=places.device)
+            mask = alibi(self.config, distance >= 0, distance, self.compute_dtype(places.device))
+        elif places.dim() == 2 or (T > 1 and (end != T or self.config.attention_logit_softcapping is not None)):
             mask = torch.arange(end, device=places.device) <= _for_heads(places)[..., None]
         return Positions(rotary, mask, self._window_mask(places, end), None, end)
 

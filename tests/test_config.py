@@ -45,6 +45,8 @@ def test_defaults_and_derived_sizes() -> None:
         ({"mlp_class_name": "LLaMAMoE", "intermediate_size": 8, "n_expert": 4, "n_expert_per_token": 5}, ["n_expert 4", "5"]),
         ({"n_expert": -1}, ["n_expert", "-1"]),
         ({"n_shared_expert": 1}, ["n_shared_expert", "LLaMAMoE"]),
+        ({"clip_qkv": 0.0}, ["clip_qkv is 0.0"]),
+        ({"alibi": True, "sliding_window_size": 8}, ["alibi does not go with sliding_window_size"]),
         ({"rope_interleave": True}, ["rope_interleave", "latent_attention"]),
         ({"latent_attention": {"kv_lora_rank": 8}}, ["latent_attention", "v_head_dim"]),
         ({"latent_attention": {**LATENT, "kv_lora_rank": None}, "bias": False}, ["kv_lora_rank is None"]),

@@ -20,6 +20,7 @@ from typing import TypeGuard
 import torch
 
 from litgpt import model as base
+from litgpt.attention import alibi
 from litgpt.errors import UserError
 from litgpt.lora import GPT
 from litgpt.loss import Features
@@ -165,4 +166,7 @@ def reply_positions(
     rotary = tuple(model.rotary(table, real, end, [is_long(model.config, length) for length in tokens]) for table in model.rope)
     window = model.config.sliding_window_size
     near = None if window is None else causal & (places[..., None] - keys[:, None] < window)
-    return Positions(rotary, causal[:, None], None if near is None else near[:, None], None, C + packing.width, packing, context=context)
+    mask = causal[:, None]
+    if model.config.alibi:
+        mask = alibi(model.config, mask, (places[..., None] - keys[:, None])[:, None], model.compute_dtype(device))
+    return Positions(rotary, mask, None if near is None else near[:, None], None, C + packing.width, packing, context=context)

@@ -34,6 +34,8 @@ def essence(config: Config) -> dict[str, Any]:
     f["rotary_percentage"] = config.rope_n_elem
     f["attention_scores_scalar"] = f["attention_scores_scalar"] or config.head_size
     f["attn_bias"] = config.attn_bias or config.bias
+    if config.norm_class_name == "RMSNorm" or not config.norm_affine:
+        f["norm_bias"] = None
     if not config.norm_qk:
         f["norm_qk_type"] = None
     if config.sliding_window_size is None or not any(config.sliding_window_indices or ()):
@@ -44,7 +46,7 @@ def essence(config: Config) -> dict[str, Any]:
         f["rope_local_base_freq"] = None
         if config.rope_adjustments and config.rope_kind == "linear":
             f["rope_condense_ratio"], f["rope_adjustments"] = f["rope_condense_ratio"] * config.rope_adjustments["factor"], None
-    if config.learned_positions:
+    if not config.rotates:
         for key in [key for key in f if key.startswith(("rope_", "rotary_"))]:
             f[key] = None
     experts = config.mlp_class_name == "LLaMAMoE"

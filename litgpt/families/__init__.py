@@ -36,8 +36,6 @@ _BY_HUB_NAME: dict[str, Fields] = {row["hf_config"]["name"]: row for row in _MOD
 _MULTIMODAL: dict[str, str] = {kind: text for family in FAMILIES.values() for kind, text in family.multimodal.items()}
 _WHY_NOT = {  # the reason why other common architectures are not supported
     "deepseek_v32": "sparse attention with an indexer",
-    "bloom": "ALiBi",
-    "mpt": "ALiBi",
     "gptj": "interleaved rotary positions",
     "cohere": "interleaved rotary positions",
     "cohere2": "interleaved rotary positions",

@@ -226,3 +226,13 @@ def _read_dense(hf: Hf) -> Fields:
 DENSE_FIRST = Aspect(
     _read_dense, lambda fields: {"decoder_sparse_step": 1, "mlp_only_layers": list(range(fields["first_k_dense_replace"] or 0))}
 )
+
+
+def _write_four_times(fields: Fields) -> dict[str, Any]:
+    if fields["intermediate_size"] != 4 * fields["n_embd"]:
+        raise ValueError("only an MLP of four times the width can be written")
+    return {}
+
+
+# Architectures without a key for the width of the MLP.
+FOUR_TIMES = Aspect(lambda hf: {}, _write_four_times)

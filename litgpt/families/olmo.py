@@ -82,9 +82,9 @@ FAMILY = Family(
         "olmo": Architecture(
             "OlmoForCausalLM",
             table(LAYERS, {**ATTENTION, **MLP}, without(ENDS, "model.norm")),  # norms have no weights
-            sizes(),
+            sizes(clip_qkv=Key("clip_qkv", None)),
             {**_OLMO, "norm_eps": 1e-5},
-            {**_ACCEPTS, "clip_qkv": (None,)},
+            _ACCEPTS,
             (rope(),),
         ),
         "olmo2": Architecture(

@@ -107,8 +107,9 @@ def shard(model: "GPT", index: int, size: int, add: "Callable[[torch.Tensor], to
     from litgpt.lora import LoRALinear
 
     config = model.config
-    if config.latent_attention:
-        raise UserError(f"generate_tp: the latent attention of {config.name} cannot be divided: use generate_sequentially")
+    if config.latent_attention or config.alibi:
+        kind = "latent attention" if config.latent_attention else "ALiBi"
+        raise UserError(f"generate_tp: the {kind} of {config.name} cannot be divided: use generate_sequentially")
     if model.switch is not None:
         raise UserError("generate_tp: answer-only LoRA cannot be merged into the parts of a model: use generate")
     for name, module in list(model.named_modules()):

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "soft cap": {"attention_logit_softcapping": 5.0},
     "learned positions": {"learned_positions": True, "norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP", "bias": True},
     "normalised q and k": {"norm_qk": True},
+    "alibi": {"alibi": True, "clip_qkv": 1.5, "rotary_percentage": 0.0},
     "parallel": {"parallel_residual": True, "shared_attention_norm": True, "norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP"},
     "experts": {"mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2, "moe_intermediate_size": 24},
     "latent attention": {

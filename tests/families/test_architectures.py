@@ -151,6 +151,8 @@ SAID = [
     ("smollm3", {"use_sliding_window": True, "sliding_window": 9}),
     ("deepseek_v2", {"q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 2}),
     ("deepseek_v3", {"n_group": 1, "topk_group": 1, "rope_interleave": False, "norm_topk_prob": False}),
+    ("olmo", {"clip_qkv": 8.0}),
+    ("mpt", {"attn_config": {"clip_qkv": 6.0, "attn_impl": "triton"}, "learned_pos_emb": False}),
     ("gemma", {"hidden_act": "gelu"}),
     ("gemma3_text", {"sliding_window_pattern": 3, "rope_theta": 5e5, "rope_local_base_freq": 2e4}),
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
@@ -258,7 +260,9 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False}, ["new_decoder_architecture", "parallel_attn"]),
     ({"model_type": "stablelm", "qk_layernorm": True}, ["qk_layernorm True"]),
     ({"model_type": "phi", "qk_layernorm": True}, ["qk_layernorm True"]),
-    ({"model_type": "olmo", "clip_qkv": 8.0}, ["clip_qkv 8.0", "only None"]),
+    ({"model_type": "olmo", "clip_qkv": "8"}, ["clip_qkv is '8'", "positive number"]),
+    ({"model_type": "mpt", "attn_config": {"alibi": False, "alibi_bias_max": 16}}, ["attn_config with alibi False, alibi_bias_max 16"]),
+    ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, ["apply_residual_connection_post_layernorm True"]),
     ({"model_type": "gemma", "use_bidirectional_attention": True}, ["use_bidirectional_attention True"]),
     ({"model_type": "gemma2", "layer_types": ["full_attention", "chunked_attention"]}, ["layer_types", "chunked_attention"]),
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping 50.0"]),
@@ -289,8 +293,11 @@ def test_what_cannot_be_built_is_named(changes: dict[str, Any], words: list[str]
 
 def test_all_problems_are_in_one_message() -> None:
     with pytest.raises(UserError) as caught:
-        Config.from_hf({"model_type": "olmo", "clip_qkv": 8.0, "hidden_act": "relu", "rope_scaling": {"type": "dynamic"}, "hidden_size": 8})
-    for word in ("clip_qkv", "hidden_act", "dynamic", "lacks the keys 'max_position_embeddings', 'vocab_size'", "'intermediate_size'"):
+        Config.from_hf(
+            {"model_type": "olmo", "attention_bias": True, "hidden_act": "relu", "rope_scaling": {"type": "dynamic"}, "hidden_size": 8}
+        )
+    lacks = "lacks the keys 'max_position_embeddings', 'vocab_size'"
+    for word in ("attention_bias", "hidden_act", "dynamic", lacks, "'intermediate_size'"):
         assert word in str(caught.value)
 
 

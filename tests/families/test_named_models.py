@@ -146,6 +146,10 @@ PARAMETERS = {
     "Qwen2.5-0.5B": 494032768,
     "R1-Distill-Qwen-1.5B": 1777088000,
     "Qwen3-0.6B": 596049920,
+    "bloom-560m": 559214592,
+    "bloom-7b1": 7069016064,
+    "bloom": 176247271424,
+    "mpt-7b": 6649286656,
     "DeepSeek-V2-Lite": 15706484224,
     "DeepSeek-V2": 235741434880,
     "DeepSeek-V3": 671026419200,  # without the module that predicts a second token
@@ -170,7 +174,21 @@ PARAMETERS = {
     "granite-3.0-2b-base": 2533531648,
     "granite-3.0-8b-base": 8170848256,
 }
-TIED = ("gpt2", "distilgpt2", "Smol", "Llama-3.2", "Qwen2", "Qwen3-0.6B", "Gemma", "Phi-4-mini", "OLMo-1B", "falcon-7b", "granite")
+TIED = (
+    "gpt2",
+    "bloom",
+    "mpt",
+    "distilgpt2",
+    "Smol",
+    "Llama-3.2",
+    "Qwen2",
+    "Qwen3-0.6B",
+    "Gemma",
+    "Phi-4-mini",
+    "OLMo-1B",
+    "falcon-7b",
+    "granite",
+)
 
 
 @pytest.mark.parametrize(("name", "published"), PARAMETERS.items())

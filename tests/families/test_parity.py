@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from litgpt.activations.cache import Recompute
 from litgpt.config import Config
-from litgpt.errors import UserError
 from litgpt.generate.engine import generate
 from litgpt.model import GPT
 from litgpt.sample import Sample
@@ -123,6 +122,11 @@ DETAILS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"rope_adjustments": None}),
     ("olmo", {"norm_eps": 0.1}),
     ("smollm3", {"rope_indices": None}),
+    ("olmo clipped", {"clip_qkv": None}),
+    ("mpt", {"clip_qkv": None}),
+    ("mpt", {"alibi": False}),
+    ("mpt scaled", {"attention_scores_scalar": None}),
+    ("bloom", {"gelu_approximate": "none"}),
     ("granite", {"embedding_multiplier": 1.0}),
     ("granite", {"residual_multiplier": 1.0}),
     ("granite", {"logits_scaling": 1.0}),
@@ -189,9 +193,3 @@ def test_longrope_trains_each_sample_by_its_own_length(lengths: tuple[int, ...])
     want = [hf(torch.tensor([row]), labels=torch.tensor([row])).loss for row in rows]
     got = [each.mean() for each in losses.split([len(row) - 1 for row in rows])]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_clipped_projections_are_refused() -> None:
-    """OLMo 7B clamps q, k and v, which is not built: said, not ignored."""
-    with pytest.raises(UserError, match="clip_qkv"):
-        Config.from_hf(configs.hf_config("olmo", clip_qkv=8.0).to_dict())

@@ -135,7 +135,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**MOE, "num_experts": 4, "moe_intermediate_size": 24, "norm_topk_prob": False, "head_dim": 8},
     ),
     "olmo": ("Olmo", {}),
+    "olmo clipped": ("Olmo", {"clip_qkv": 0.7}),
     "olmo2": ("Olmo2", {}),
+    "mpt": ("Mpt", {"hidden_size": 36, "num_attention_heads": 6, "tie_word_embeddings": True, "attn_config": {"clip_qkv": 0.7}}),
+    "mpt scaled": ("Mpt", {"tie_word_embeddings": True, "attn_config": {"softmax_scale": 0.2}}),
+    "bloom": ("Bloom", {"tie_word_embeddings": True}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1], "tie_word_embeddings": True}),
     "granite": (
         "Granite",
@@ -238,6 +242,8 @@ QUICK = (
     "deepseek_v2",
     "deepseek_v3",
     "gpt2",
+    "mpt",
+    "bloom",
 )
 QUICK_FIRST = [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 
