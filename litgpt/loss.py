@@ -38,7 +38,11 @@ def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.
 
     In training the routers' auxiliary loss is added with the same weights.
     """
-    return loss_at(model, hidden_of(model, features), features.targets, head_loss, weights)
+    hidden, targets = model.tail(features.x, features.taps, features.pos), features.targets
+    if features.at is not None:
+        rows, targets, weights = merged(features.at, targets, weights)
+        hidden = take(hidden, rows)
+    return loss_at(model, hidden, targets, head_loss, weights)
 
 
 def loss_at(
@@ -55,6 +59,21 @@ def loss_at(
     if auxiliary is None:
         return loss
     return loss + (len(targets) if weights is None else weights.sum()) * auxiliary
+
+
+def merged(
+    rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return rows, targets and weights (m,), each pair of a row and a target once, with the sum of its weights, for (n,) of them.
+
+    Samples share the rows of the stem, which cost the logits of one sample then.
+    """
+    pairs, place = torch.unique(rows * (int(targets.max()) + 1) + targets if len(rows) else rows, return_inverse=True)
+    if len(pairs) == len(rows):
+        return rows, targets, weights
+    first = torch.empty_like(pairs).scatter_(0, place, torch.arange(len(rows), device=rows.device))  # any of the equal ones
+    each = torch.ones(len(rows)) if weights is None else weights
+    return rows[first], targets[first], torch.zeros(len(pairs)).index_add_(0, place.cpu(), each.cpu())
 
 
 def losses_of(model: GPT, features: Features, head_loss: HeadLoss) -> torch.Tensor:

@@ -76,12 +76,30 @@ def stem_length(model: GPT, samples: Sequence[Sample]) -> int:
     return 0 if model.config.router_aux_loss_coef or mixed or model.neftune_alpha else shared_stem(samples)
 
 
+def stem_rows(samples: Sequence[Sample], stem: int) -> int:
+    """Return the number of rows of the stem that a flat tail gets once for all samples: P, or 0 if fewer rows of it carry loss."""
+    return stem if sum(sum(sample.loss_mask[1 : 1 + stem]) for sample in samples) > stem else 0
+
+
+def loss_rows(at: torch.Tensor, stem: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the rows of a batch with loss at `at` (n,) that a flat tail needs, and where the loss is among them; None: one is the other.
+
+    The rows of the stem come first, then those of each sample.
+    """
+    if not stem:
+        return at, None
+    own = at >= stem
+    rows = torch.cat((torch.arange(stem, device=at.device), at[own]))
+    return rows, torch.where(own, stem - 1 + own.cumsum(0), at)
+
+
 class Recompute:
     """The prefix, run for every batch."""
 
     def __init__(self, model: GPT, samples: Sequence[Sample], device: torch.device) -> None:
         self.model, self.samples, self.device = model, samples, device
         self.stem = stem_length(model, samples)
+        self.first = stem_rows(samples, self.stem)
 
     def __call__(self, indices: Sequence[int]) -> Features:
         chosen = [self.samples[i] for i in indices]
@@ -90,7 +108,8 @@ class Recompute:
         batch = pack(chosen, self.device, self.stem)
         pos = self.model.packed_positions(batch.packing)
         if is_flat(self.model):
-            return Features(*self.model.prefix(batch.ids, pos, batch.at), batch.targets)
+            rows, at = loss_rows(batch.at, self.first)
+            return Features(*self.model.prefix(batch.ids, pos, rows), batch.targets, at)
         return Features(*self.model.prefix(batch.ids, pos), batch.targets, batch.at, pos)
 
 
@@ -100,7 +119,7 @@ class Plan:
 
     indices: list[int]  # of the samples
     stem: int  # P
-    first: int  # rows of the stem, the first of the cache: P, or 0 if only positions with loss are kept
+    first: int  # rows of the stem, the first of the cache: P, or 0 if each sample has its own positions with loss alone
     counts: list[int]  # rows of each sample
     width: tuple[int, int]  # (S + 1, d): x, then the taps; or (1, W) with prompts' keys and values (`litgpt.activations.prompts`)
     dtype: torch.dtype
@@ -125,7 +144,8 @@ def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: t
     """Return the layout of a cache for the samples at `indices`."""
     width, stem = (len(model.tapped_blocks) + 1, model.config.n_embd), stem_length(model, samples)
     if is_flat(model):
-        return Plan(list(indices), stem, 0, [samples[i].n_targets for i in indices], width, dtype)
+        first = stem_rows(samples, stem)
+        return Plan(list(indices), stem, first, [sum(samples[i].loss_mask[1 + first :]) for i in indices], width, dtype)
     width = (1, prompts.width(model)) if is_answer_only(model) else width
     return Plan(list(indices), stem, stem, [samples[i].n_inputs - stem for i in indices], width, dtype)
 
@@ -152,7 +172,11 @@ class ActivationCache:
         chosen = [self.samples[i] for i in indices]
         slabs = [self._read(self.slices[i]) for i in indices]
         if is_flat(self.model):
-            return Features(*self._split(slabs), loss_targets(chosen).to(self.device))
+            if not self.plan.first:
+                return Features(*self._split(slabs), loss_targets(chosen).to(self.device))
+            batch = pack(chosen, self.device, self.plan.stem)
+            split = self._split([self._read(slice(self.plan.first)), *slabs])
+            return Features(*split, batch.targets, loss_rows(batch.at, self.plan.first)[1])
         if is_answer_only(self.model):
             values = torch.cat([self._read(slice(self.plan.first)), *slabs]).flatten(1).to(self.device, self.model.dtype)
             return reply_features(self.model, prompts.Rows(values, chosen, self.plan.stem))
@@ -318,7 +342,8 @@ def _rows(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.dev
         features = reply_features(model, rows)
         return torch.cat((features.x[:, None], features.taps), dim=1).to(layout.dtype).cpu()
     batch = pack(samples, device, layout.stem)
-    x, taps = model.prefix(batch.ids, model.packed_positions(batch.packing), batch.at if is_flat(model) else None)
+    kept = loss_rows(batch.at, layout.first)[0] if is_flat(model) else None
+    x, taps = model.prefix(batch.ids, model.packed_positions(batch.packing), kept)
     return torch.cat((x[:, None], taps), dim=1).to(layout.dtype).cpu()
 
 
@@ -345,6 +370,8 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: tor
     taps = [i for i, block in enumerate(model.blocks) if block.skip2lora is not None]
     dtypes = [str(dtype) for dtype in (layout.dtype, model.dtype, model.compute_dtype(device))]
     facts = [FORMAT, torch.__version__, model.config.base_dict(), model.cut, taps, norms, dtypes, layout.shape]
+    if is_flat(model) and layout.first:
+        facts.append("stem once")
     trained = read = min(model.cut or 0, model.config.n_layer)
     if is_answer_only(model):
         facts.append(model.config.alora_invocation_tokens)

@@ -14,6 +14,7 @@ import time
 from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from torch.testing import assert_close
 from litgpt.activations import cache as activation_cache
 from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations, fingerprint, is_flat, plan
 from litgpt.lora import end_warmup, lora_filter, mark_only_lora_as_trainable, start_warmup
-from litgpt.loss import HeadLoss
+from litgpt.loss import HeadLoss, loss_of
 from litgpt.packing import SHORTEST_STEM, pack, shared_stem
 from litgpt.sample import Sample
 from tests.helpers import tiny
@@ -146,6 +147,38 @@ def test_cached_features_losses_and_gradients_are_the_recomputed_ones(cut: str, 
         assert_same(outcome(model, cache, rows), outcome(model, recompute, rows))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cut", ["lm_head", "ln_f", "block", "LoRA in the head"])
+def test_a_stem_that_is_learned_costs_the_logits_of_one_sample(cut: str, cached: bool, weighted: bool) -> None:
+    """The last row of the stem has another target in each sample. Loss and gradients are those of every position by itself."""
+    model, samples, heard = make_model(cut), make_samples(stem=8), list[int]()
+    for sample in samples:
+        sample.loss_mask[1:] = bytes([1] * sample.n_inputs)
+    source = keep(model, samples)[0] if cached else Recompute(model, samples, CPU)
+    own = sum(length - 1 - 8 for length in LENGTHS)
+    if cached:
+        assert source.plan.shape[0] == 8 + own
+    rows = list(range(len(samples)))
+    features = source(rows)
+    weights = torch.rand(len(features.targets), generator=torch.Generator().manual_seed(1)) if weighted else None
+    hidden = model.tail(features.x, features.taps, features.pos)[features.at]
+    each = F.cross_entropy(model.lm_head(hidden), features.targets, reduction="none")
+    expected = (each if weights is None else each * weights).sum()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(expected, trained)
+
+    class Counted(HeadLoss):
+        def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+            heard.append(len(hidden))
+            return super().__call__(hidden, targets, weights)
+
+    loss = loss_of(model, source(rows), Counted(model.lm_head), weights)
+    assert heard == [7 + len(LENGTHS) + own] and len(features.targets) == 8 * len(LENGTHS) + own
+    assert_close(loss, expected, **CLOSE)
+    assert_close(torch.autograd.grad(loss, trained), gradients, **CLOSE)
+
+
 @pytest.mark.parametrize("shape", [NEOX, {**NEOX, "shared_attention_norm": True}, WINDOW, {"n_query_groups": 4}])
 @pytest.mark.parametrize("cut", ["lm_head", "block", "LoRA in late blocks"])
 def test_the_same_for_other_architectures(cut: str, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +221,8 @@ def test_features_are_what_hooks_on_the_blocks_see(cut: str, cached: bool) -> No
         layers = {**seen, model.config.n_layer: ln_f(seen[model.config.n_layer - 1]).detach()}
         keep_rows = torch.tensor(list(sample.loss_mask[1:]), dtype=torch.bool) if is_flat(model) else slice(None)
         features = source([number])
+        if is_flat(model) and features.at is not None:  # rows of the stem without loss in this sample
+            features = replace(features, x=features.x[features.at], taps=features.taps[features.at])
         assert_close(features.x, layers[model.cut - 1][keep_rows], **CLOSE)
         for tap, index in zip(features.taps.unbind(-2), model.config.taps, strict=True):
             expected = layers[index]
@@ -330,7 +365,9 @@ def test_shared_stem_is_the_common_prefix_that_leaves_every_sample_an_input(comm
 def test_the_planned_bytes_are_the_real_ones(cut: str, parts: int, stem: int, dtype: torch.dtype, tmp_path: Path) -> None:
     model, samples = make_model(cut), make_samples(stem=stem)
     everything = stem + sum(length - 1 - stem for length in LENGTHS)  # what all share is kept once
-    positions = sum(s.n_targets for s in samples) if is_flat(model) else everything
+    learned = [[p for p, on in enumerate(s.loss_mask[1:]) if on] for s in samples]
+    once = stem + sum(p >= stem for each in learned for p in each)
+    positions = min(once, sum(map(len, learned))) if is_flat(model) else everything
     layout = plan(model, samples, range(len(samples)), dtype)
     assert layout.nbytes == positions * parts * 32 * dtype.itemsize
     memory, said = keep(model, samples, dtype=dtype)
