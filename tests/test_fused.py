@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from litgpt import fused, lora, model
+from litgpt import attention, fused, lora, mlp
 from litgpt.adapters import base
 from litgpt.lora import LoRALinear, LoRAQKVLinear
 from litgpt.optim import make_optimizer
@@ -183,8 +183,8 @@ def test_losses_are_those_of_autograd(full: bool, monkeypatch: pytest.MonkeyPatc
 
     ours = losses()
     for module, name, plain in (
-        (model, "gated", plain_gated),
-        (model, "rms_norm", plain_norm),
+        (mlp, "gated", plain_gated),
+        (attention, "rms_norm", plain_norm),
         (base, "thin", lambda x, A, p: F.linear(x, A)),
     ):
         monkeypatch.setattr(module, name, plain)
