@@ -236,6 +236,9 @@ def respelled(tensors: Mapping[str, Stored], names: Container[str]) -> dict[str,
     return {known(name): stored for name, stored in tensors.items()}
 
 
+MOST_NAMED = 12  # names in a message: experts can be hundreds
+
+
 def summary(names: list[str]) -> str:
     """Return names in one line, with those that differ in the block number alone joined: `blk.{0..29}.attn_q.weight`."""
 
@@ -253,4 +256,5 @@ def summary(names: list[str]) -> str:
         else:
             number = f"{{{','.join(map(str, blocks))}}}"
         texts.append(pattern.replace("{}", number))
-    return ", ".join(texts)
+    more = [f"and {len(texts) - MOST_NAMED} more"] if len(texts) > MOST_NAMED + 1 else []
+    return ", ".join([*texts[: MOST_NAMED if more else None], *more])

@@ -75,3 +75,5 @@ def test_impossible_settings_build_no_model() -> None:
 
 def test_names_in_one_line() -> None:
     assert summary(["h.0.a", "h.1.a", "h.2.a", "h.4.b", "h.6.b", "end"]) == "end, h.{0..2}.a, h.{4,6}.b"
+    experts = [f"h.{block}.experts.{expert:02}.fc" for block in (1, 2) for expert in range(64)]
+    assert summary(experts).endswith("h.{1,2}.experts.11.fc, and 52 more") and summary(experts[:13]).count("more") == 0

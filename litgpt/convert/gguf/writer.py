@@ -107,7 +107,7 @@ def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, m
             differing = differences(config, read_config(made), INPUT_AND_TRAINING, TOLERANCE)
             problems += [f"{key} {stated!r} instead of {wanted!r}" for key, (wanted, stated) in differing.items()]
         except UserError as error:
-            problems.append(str(error).removeprefix(f"{target}: "))
+            problems.append(str(error).removeprefix(f"{target}: ").removeprefix(f"{target} has "))
         if not problems:
             return made, groups
         if not nearest or len(problems) < len(nearest) - 1:
