@@ -243,11 +243,11 @@ def greedy(folder: Path, ids: torch.Tensor, count: int) -> list[int]:
 def test_every_named_model_has_a_place_for_every_tensor() -> None:
     seen = set()
     for name in catalog.names():
-        config = Config.from_name(name, n_layer=1)
+        config = Config.from_name(name, n_layer=1 + (Config.from_name(name).first_k_dense_replace or 0))
         switches = {key: value for key, value in vars(config).items() if isinstance(value, bool)}
         kind = (to_hf(config)["model_type"], config.n_expert > 0, config.n_query_groups == config.n_head, *switches.values())
         if kind not in seen:
             seen.add(kind)
-            keys = shapes(config, 5, name)
+            keys = shapes(config, 5 * config.n_layer, name)
             assert {key for slot in hf_slots(config, kind[0], tied=False).values() for key in slot.keys} == keys.keys(), name
     assert len(seen) > 25

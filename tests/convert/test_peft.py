@@ -287,7 +287,7 @@ def test_experts_are_refused() -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, "use_dora is True"),
     "biases": ({"bias": "lora_only"}, "bias is 'lora_only'"),
-    "modules to save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+    "modules to save": ({"modules_to_save": ["down_proj"]}, r"modules_to_save is \['down_proj'\]"),
     "embeddings": ({"target_modules": ["embed_tokens"]}, r"not LoRA on a linear layer.*embed_tokens\.lora_embedding_A"),
     "a changed base": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     "a bias on B": ({"lora_bias": True}, "lora_bias is True"),

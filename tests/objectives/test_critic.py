@@ -142,7 +142,6 @@ def test_two_processes_train_like_one(base: Path, rated: Path, tmp_path: Path) -
         ("finetune_lora", {"critic_lambda": 1.5}, "critic_lambda is 1.5"),
         ("finetune_lora", {"train__replay": 3}, "or a reward"),
         ("finetune_lora", {"value_head": "deep"}, "value_head"),
-        ("finetune_lora", {"strategy": "fsdp"}, "strategy fsdp does not work with objective critic, value_head"),
         ("finetune_full", {"value_head": None, "lora_query": None, "lora_value": None}, "use `litgpt finetune_lora`"),
     ],
 )

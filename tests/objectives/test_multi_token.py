@@ -127,7 +127,6 @@ def test_two_processes_train_like_one(base: Path, data: Path, tmp_path: Path) ->
         ("finetune_lora", {"mtp_heads": -1}, "mtp_heads is -1: a whole number from 0 to 16"),
         ("finetune_lora", {"mtp_weight": -1}, "mtp_weight is -1"),
         ("finetune_lora", {"objective": "dpo"}, "mtp_heads are not trained by objective dpo"),
-        ("finetune_lora", {"strategy": "fsdp"}, "strategy fsdp does not work with mtp_heads"),
         ("finetune_full", {"lora_query": None, "lora_value": None}, "mtp_heads is not a known key"),
     ],
 )

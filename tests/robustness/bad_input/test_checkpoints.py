@@ -252,7 +252,7 @@ CONFIG = [
     Case("an unknown field", generate(config(n_layrs=2)), "unknown field 'n_layrs'", "did you mean n_layer"),
     Case("another unknown field", generate(config(rotary_percent=0.5)), "unknown field 'rotary_percent'", "did you mean rotary_percentage"),
     Case("a number as field", generate(config(**{"5": 1})), "unknown field '5'", "model_config.yaml"),
-    Case("an architecture not built", generate(config(latent_attention={"q": 1})), "latent_attention", "not supported"),
+    Case("half a latent attention", generate(config(latent_attention={"q": 1})), "latent_attention is {'q': 1}", "a mapping of"),
     Case("text for a size", generate(config(n_layer="two")), "n_layer is 'two'", "whole number from 1"),
     Case("a fraction for a size", generate(config(n_embd=32.5)), "n_embd is 32.5", "whole number from 1"),
     Case("a switch for a size", generate(config(n_head=True)), "n_head is True", "whole number from 1"),
