@@ -191,7 +191,10 @@ TIED = (
 )
 
 
-@pytest.mark.parametrize(("name", "published"), PARAMETERS.items())
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [pytest.param(*row, marks=pytest.mark.slow if row[0] in ("DeepSeek-V2", "DeepSeek-V3") else ()) for row in PARAMETERS.items()],
+)  # thousands of experts
 def test_parameters(name: str, published: int) -> None:
     with torch.device("meta"):
         model = GPT(Config.from_name(name))
