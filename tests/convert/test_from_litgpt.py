@@ -215,7 +215,7 @@ def test_smollm2_tuned_and_merged_says_the_same(smollm2_dir: Path, tmp_path: Pat
         "train.lr_warmup_steps": 0,
         "optimizer.lr": 0.002,
     }
-    settings |= {"precision": "32-true", "lora_head": True, "lora_mlp": True}
+    settings |= {"precision": "32-true", "lora_head": True, "lora_mlp": True, "lora_dropout": 0}
     assert main(["finetune_lora", str(smollm2_dir), *(f"--{key}={value}" for key, value in settings.items())]) == 0
     convert_from_litgpt(tmp_path / "run" / "final", tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
