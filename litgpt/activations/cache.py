@@ -144,7 +144,7 @@ def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: t
     """Return the layout of a cache for the samples at `indices`."""
     width, stem = (len(model.tapped_blocks) + 1, model.config.n_embd), stem_length(model, samples)
     if is_flat(model):
-        first = stem_rows(samples, stem)
+        first = 0 if is_answer_only(model) else stem_rows(samples, stem)
         return Plan(list(indices), stem, first, [sum(samples[i].loss_mask[1 + first :]) for i in indices], width, dtype)
     width = (1, prompts.width(model)) if is_answer_only(model) else width
     return Plan(list(indices), stem, stem, [samples[i].n_inputs - stem for i in indices], width, dtype)
@@ -171,17 +171,15 @@ class ActivationCache:
     def __call__(self, indices: Sequence[int]) -> Features:
         chosen = [self.samples[i] for i in indices]
         slabs = [self._read(self.slices[i]) for i in indices]
-        if is_flat(self.model):
-            if not self.plan.first:
-                return Features(*self._split(slabs), loss_targets(chosen).to(self.device))
-            batch = pack(chosen, self.device, self.plan.stem)
-            split = self._split([self._read(slice(self.plan.first)), *slabs])
-            return Features(*split, batch.targets, loss_rows(batch.at, self.plan.first)[1])
+        if is_flat(self.model) and not self.plan.first:
+            return Features(*self._split(slabs), loss_targets(chosen).to(self.device))
         if is_answer_only(self.model):
             values = torch.cat([self._read(slice(self.plan.first)), *slabs]).flatten(1).to(self.device, self.model.dtype)
             return reply_features(self.model, prompts.Rows(values, chosen, self.plan.stem))
         batch = pack(chosen, self.device, self.plan.stem)
         split = self._split([self._read(slice(self.plan.first)), *slabs])
+        if is_flat(self.model):
+            return Features(*split, batch.targets, loss_rows(batch.at, self.plan.first)[1])
         return Features(*split, batch.targets, batch.at, self.model.packed_positions(batch.packing))
 
     def _read(self, rows: slice) -> torch.Tensor:

@@ -18,6 +18,7 @@ from litgpt.generate.engine import Batch, Row, Session, generate, generate_batch
 from litgpt.generate.sampling import Sampling
 from litgpt.lora import end_warmup, mark_only_lora_as_trainable, start_warmup
 from litgpt.loss import HeadLoss, loss_of
+from litgpt.packing import shared_stem
 from litgpt.sample import Sample
 from tests.helpers import tiny
 
@@ -147,6 +148,20 @@ def test_features_behind_a_warm_up(layer: str) -> None:
         assert_close(got, loss, rtol=1e-5, atol=1e-4)
         for name, gradient in gradients(model, got).items():
             assert_close(gradient, want[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "transformer.ln_f"])
+def test_features_of_answers_that_begin_alike(layer: str) -> None:
+    """The stem of one question's answers reaches into the answers, so that it carries loss."""
+    chosen = [conversation([(4, 20)], [], 1)] * 3
+    chosen = [Sample(array("i", [*each.input_ids[:-3], 20 + i, 30, 40]), each.loss_mask) for i, each in enumerate(chosen)]
+    assert shared_stem(chosen) == len(chosen[0].input_ids) - 3
+    model = model_of("all blocks", **{**SKIP, "skip2lora_block_indices": [0, 2], "skip2lora_warmup": True, "skip2lora_output_layer": layer})
+    start_warmup(model)
+    end_warmup(model)
+    loss = reference(model, chosen)
+    for source in (Recompute(model, chosen, CPU), cached(model, chosen)):
+        assert_close(loss_of(model, source([0, 1, 2]), HeadLoss.of(model)), loss, rtol=1e-5, atol=1e-4)
 
 
 def without_skip(model: Any, chosen: list[Sample]) -> torch.Tensor:
