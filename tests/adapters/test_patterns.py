@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,6 @@ from tests.helpers import jobs, runs, tiny
 PATTERNS = ["--lora_rank_pattern.q_proj", "1", "--lora_rank_pattern.h.0.attn.v_proj", "5", "--lora_alpha_pattern", "{attn.qkv: 3}"]
 UNITS = [f"transformer.h.{i}.{name}" for i in (0, 1, 11) for name in ("attn.qkv:q", "attn.qkv:v", "attn.proj", "mlp.fc", "mlp.fc_1")]
 UNITS += ["transformer.h.2.mlp.experts.1.fc_1", "lm_head"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,6 @@ def base(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
-
-
 @TIES
 @CHOICES
 def test_what_is_trained_and_its_gradient(tied: bool, chosen: list[str]) -> None:

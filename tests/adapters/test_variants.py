@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from litgpt import checkpoint
-from tests.helpers import jobs, runs, tiny
+from tests.helpers import jobs, runs
 
 DORA = {"lora_variant": "dora", "lora_rslora": True, "lora_mlp": True, "lora_dropout": 0.1}
 WARM = {**jobs.WARM, "lora_variant": "dora"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")
 
 
 def test_a_run_learns_is_saved_and_merged(base: Path, data: Path, tmp_path: Path) -> None:
