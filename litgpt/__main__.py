@@ -88,17 +88,8 @@ OTHER_NAMES = {
 }
 
 
-TAKING_NAMES = [
-    "finetune",
-    "sweep",
-    "generate",
-    "sample",
-    "chat",
-    "serve",
-    "evaluate",
-    "validate",
-    "pretrain",
-]  # commands that download ORG/NAME
+# commands that download ORG/NAME
+TAKING_NAMES = ["finetune", "sweep", "generate", "sample", "chat", "serve", "evaluate", "validate", "pretrain"]
 
 
 def main(argv: Optional[list[str]] = None) -> int:

@@ -25,8 +25,8 @@ from litgpt.adapters.base import LinearAdapter, adapter_parameters, adapter_stat
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
 from litgpt.adapters.dora import DoRA
 from litgpt.adapters.heads import Head, MultiTokenHead, ValueHead
-from litgpt.adapters.layers import PARTS, LoRALayer, LoRALinear, LoRAQKVLinear
-from litgpt.adapters.patterns import require_used
+from litgpt.adapters.layers import LoRALayer, LoRALinear, LoRAQKVLinear
+from litgpt.adapters.patterns import PARTS, require_used
 from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.saved import fuse_saved, save_modules
 from litgpt.adapters.settings import AdapterSettings

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from litgpt.adapters.base import Adapter, LinearAdapter, is_transposed
+from litgpt.adapters.patterns import PARTS
+from litgpt.adapters.settings import scaling
 from litgpt.adapters.switch import Switch
 from litgpt.fused import draw, drop
-
-PARTS = ("q", "k", "v")
 
 
 class Dropout(nn.Module):
@@ -58,7 +58,7 @@ class LoRALayer(Adapter):
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
-        self.scaling = lora_alpha / (math.sqrt(r) if rslora else r) if r else 0.0
+        self.scaling = scaling(r, lora_alpha, rslora) if r else 0.0
 
     def make(self, a: tuple[int, int], b: tuple[int, int]) -> None:
         self.lora_A = nn.Parameter(torch.empty(a, dtype=torch.float32))
@@ -155,7 +155,7 @@ class LoRAQKVLinear(LoRALinear):
         self.parts = list(zip((head_size * n_head, head_size * n_query_groups, head_size * n_query_groups), enabled, strict=True))
         own = [size for size, on in zip(sizes or ((r, lora_alpha),) * 3, enabled, strict=True) if on and size[0]]
         self.ranks = [rank for rank, _ in own]
-        self.scalings = [alpha / (math.sqrt(rank) if rslora else rank) for rank, alpha in own]
+        self.scalings = [scaling(rank, alpha, rslora) for rank, alpha in own]
         r, lora_alpha = max(self.ranks, default=0), own[0][1] if own else lora_alpha
         super().__init__(in_features, out_features, r, lora_alpha, lora_dropout, linear, rslora, **kwargs)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from litgpt.errors import UserError
 
+PARTS = ("q", "k", "v")  # of the joined projection
 MAX_LENGTH = 200
 REPEATED_GROUP = re.compile(r"\)[*+?]?[*+{]")  # they may take exponential time
 LLAMA = {"attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}

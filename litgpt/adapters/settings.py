@@ -149,8 +149,7 @@ class AdapterSettings:
 
     def scale_of(self, unit: str) -> float:
         """Return the factor of LoRA's product on a unit."""
-        rank, alpha = self.size_of(unit)
-        return alpha / (math.sqrt(rank) if self.lora_rslora else rank)
+        return scaling(*self.size_of(unit), self.lora_rslora)
 
     def require_warmup(self, key: str) -> None:
         """Raise UserError, naming `key`, if there is no LoRA to train before Skip2-LoRA."""
@@ -225,6 +224,11 @@ def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if warmup_settings(settings).has_warmup:
         chosen["skip2lora_warmup"] = True
     return chosen
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """Return the factor of LoRA's product: alpha / r, with rsLoRA alpha / sqrt(r)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def readable_by_litgpt(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt import families, files
-from litgpt.adapters.patterns import compact, matching, wrong
+from litgpt.adapters.patterns import PARTS, compact, matching, wrong
 from litgpt.adapters.settings import LAYER_FLAGS, MODULES
 from litgpt.atomic import write_bytes, write_text
 from litgpt.checkpoint import PEFT_ADAPTER, load_weights
@@ -42,7 +42,6 @@ CONFIG, WEIGHTS = PEFT_ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARAMETERS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}  # here and in PEFT
 FACTORS = ("lora_A", "lora_B")
-PARTS = ("q", "k", "v")
 FLAGS = dict(zip((*PARTS, "attn.proj", "mlp", "lm_head"), LAYER_FLAGS, strict=True))  # the setting that switches a kind of unit on
 LATENT = {"q_proj": 0, "q_a_proj": 0, "q_b_proj": 0, "kv_a_proj_with_mqa": 2, "kv_b_proj": 2}  # layers of latent attention: its PARTS
 FLAGS |= {f"attn.{layer}": LAYER_FLAGS[part] for layer, part in LATENT.items()}

@@ -12,9 +12,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from litgpt.adapters.patterns import PARTS
 from litgpt.convert.gguf.writer import Group, describe, replacing, stored
 from litgpt.convert.names import Slot, shapes, summary
-from litgpt.convert.peft import PARTS, Unit, split
+from litgpt.convert.peft import Unit, split
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
