@@ -58,16 +58,21 @@ class RMSNorm(nn.Module):
         return rms_norm(x, 1 + self.weight.float() if self.unit_offset else self.weight, self.eps)
 
 
-def alibi(config: Config, allowed: torch.Tensor, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what is added to the scores of each head, -m_i distance where attention is `allowed`, else -inf: (T, K) or (B, 1, T, K), for
-    distances of the same shape -> (H, T, K) or (B, H, T, K).
+def alibi(config: Config, allowed: torch.Tensor, places: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to the scores of each head, -m_i (place - key) where attention is `allowed`, (T, K) or (B, 1, T, K), else
+    -inf: (H, T, K) or (B, H, T, K), for places (T,) or (B, 1, T) and keys (K,) or (B, 1, K).
 
-    ALiBi, arXiv 2108.12409: m_i = 2^(-8 i / P), i = 1 ... P, P the power of two from H on; if H is less, the even i come first.
+    ALiBi, arXiv 2108.12409: m_i = 2^(-8 i / P), i = 1 ... P, P the power of two from H on; if H is less, the even i come first. Falcon's
+    is m_i key / sqrt(h), whose product was rounded to bf16 in training, and is so in transformers.
     """
     P = 2 ** (config.n_head - 1).bit_length()
-    m = 2.0 ** (-8 / P * torch.arange(1, P + 1, device=distance.device))
-    m = m if config.n_head == P else torch.cat((m[1::2], m[::2]))[: config.n_head]
-    return (m[:, None, None] * -distance).masked_fill(~allowed, -torch.inf).to(dtype)
+    m = 2.0 ** (-8 / P * torch.arange(1, P + 1, device=places.device))
+    m = (m if config.n_head == P else torch.cat((m[1::2], m[::2]))[: config.n_head])[:, None, None]
+    if config.alibi_scaled:
+        added = (m.bfloat16() * keys[..., None, :]).float() * (config.head_size or 1) ** -0.5  # (H, 1, K) or (B, H, 1, K)
+    else:
+        added = m * (keys[..., None, :] - places[..., None])
+    return torch.where(allowed, added, -torch.inf).to(dtype)
 
 
 def norm(config: Config, size: int | None = None) -> Any:
@@ -94,6 +99,8 @@ class CausalSelfAttention(nn.Module):
         self.rotary = -1 if not config.rotates else config.rope_indices[block_idx] if config.rope_indices else 0
         self.scale = (config.attention_scores_scalar or config.head_size or 1) ** -0.5
         self.softcap = config.attention_logit_softcapping
+        if config.attention_sinks:
+            self.sinks = nn.Parameter(torch.zeros(config.n_head))
         self.kv_cache: KVCache | None = None
 
     def make_layers(self, config: Config) -> None:
@@ -152,8 +159,9 @@ class CausalSelfAttention(nn.Module):
         mask = pos.mask
         if self.windowed and pos.window_mask is not None:
             mask = pos.window_mask
-        if self.softcap is not None:
-            y = capped_attention(q, k, v, mask, self.scale, self.softcap)
+        if self.softcap is not None or self.config.attention_sinks:
+            sinks = self.sinks if self.config.attention_sinks else None
+            y = plain_attention(q, k, v, mask, self.scale, self.softcap, sinks)
         else:
             how: dict[str, Any] = {"scale": self.scale, "enable_gqa": q.size(1) != k.size(1)}
             if mask is None and q.size(2) > 1:  # torch.compile needs the branch: the sizes are symbols
@@ -173,18 +181,30 @@ def _rows(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def capped_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, cap: float
+def plain_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax(mask(cap tanh(scale q k^T / cap))) v, the softmax in fp32, for q (B, H, T, h), k and v (B, G, K, h): (B, H, T, h).
 
-    torch's fused attention does not support the cap (Gemma 2, arXiv 2408.00118).
+    torch's fused attention supports neither the cap (Gemma 2, arXiv 2408.00118) nor sinks (H,), scores that take a part of the softmax
+    (gpt-oss, arXiv 2508.10925).
     """
     grouped = q.unflatten(1, (k.size(1), -1))  # (B, G, H/G, T, h)
-    scores = torch.tanh(grouped @ k[:, :, None].transpose(-2, -1) * (scale / cap)) * cap  # (B, G, H/G, T, K)
+    scores = grouped @ k[:, :, None].transpose(-2, -1) * (scale if cap is None else scale / cap)  # (B, G, H/G, T, K)
+    if cap is not None:
+        scores = torch.tanh(scores) * cap
     if mask is not None:
         scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask[:, None]), -torch.inf)
-    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v[:, :, None]).flatten(1, 2)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype).view(k.size(1), -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
+    p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.size(2)]
+    return (p @ v[:, :, None]).flatten(1, 2)
 
 
 class KVCache:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt import families
 from litgpt.errors import UserError
-from litgpt.families._rope import scaling_kind
+from litgpt.families._rope import from_litgpt, scaling_kind
 from litgpt.files import read_json, read_yaml
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ OPTIONAL_SIZES = (*WIDTHS, *OF_EXPERTS)
 COUNTS = ("n_expert", "n_expert_per_token", "n_shared_expert", "first_k_dense_replace")  # may be 0
 SIZES = (*COUNTS[:2], "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
 MOST_SIZE, MOST_BLOCKS = 2**31 - 1, 10_000  # a broken file's sizes must not overflow, nor take hours to build
-CAPS = ("attention_logit_softcapping", "final_logit_softcapping", "clip_qkv")
+CAPS = ("attention_logit_softcapping", "final_logit_softcapping", "clip_qkv", "swiglu_limit")
 OPTIONAL_FACTORS = ("attention_scores_scalar", "rope_local_base_freq", *CAPS)
 SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
-FACTORS = ("norm_eps", "rope_base", "rope_condense_ratio", "routed_scaling_factor", *SCALARS, *OPTIONAL_FACTORS)
+FACTORS = ("norm_eps", "rope_base", "rope_condense_ratio", "routed_scaling_factor", "swiglu_alpha", *SCALARS, *OPTIONAL_FACTORS)
 # LitGPT 0.5.13 does not have these, and its older versions not those
-OWN_FLAGS = ("norm_affine", "norm_bias", "norm_embedding", "alibi", "learned_positions", "shared_expert_gate", "router_softmax")
-OWN_FIELDS = (*OWN_FLAGS, "clip_qkv", "router_aux_loss_coef", *SCALARS)
+OF_GPT_OSS = ("attention_sinks", "router_bias", "swiglu_limit", "swiglu_alpha")
+OWN_FLAGS = ("norm_affine", "norm_bias", "norm_embedding", "learned_positions", "shared_expert_gate", "router_softmax")
+OWN_FIELDS = (*OWN_FLAGS, "alibi", "alibi_scaled", "clip_qkv", "router_aux_loss_coef", *SCALARS, *OF_GPT_OSS)
 NEWER_FIELDS: dict[str, Any] = {
     "rope_interleave": False,
     "latent_attention": None,
@@ -44,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gelu_approximate": ("none", "tanh"),
 }
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")  # the first may be null
+NOT_LATENT = ("norm_qk", "rope_indices", "learned_positions", "clip_qkv", "alibi", "attention_sinks")
 CHOSEN_TAPS = "skip2lora_block_indices"  # in an adapter's model_config.yaml: the blocks that `auto` chose
 PER_BLOCK: dict[str, tuple[int, ...]] = {"sliding_window_indices": (0, 1), "rope_indices": (-1, 0, 1)}  # lists, and their entries
 ROPE_KEYS: dict[str, tuple[str, ...]] = {  # of `rope_adjustments`, for each kind of scaling
@@ -90,6 +92,7 @@ class Config:
     clip_qkv: float | None = None  # c: queries, keys and values are clamped to [-c, c]
     attention_scores_scalar: float | None = None  # scores are divided by its square root; `head_size` unless given
     latent_attention: dict[str, Any] | None = None  # sizes of LATENT, see `litgpt.latent`; `head_size` follows from them
+    attention_sinks: bool = False  # each head's softmax has one score more, a trained one, whose value is 0 (gpt-oss)
     attention_logit_softcapping: float | None = None  # c: scores become c tanh(scores / c), before the mask
     sliding_window_size: int | None = None
     sliding_window_indices: list[int] | None = None  # per block: 1 for a window (default: all), 0 for global attention
@@ -101,6 +104,7 @@ class Config:
     rope_indices: list[int] | None = None  # per block: 0 for `rope_base`, 1 for `rope_local_base_freq`, -1 for no rotation (SmolLM3)
     rope_interleave: bool = False  # of latent attention: the rotated pairs are neighbours instead of halves
     alibi: bool = False  # distances lower the scores instead of a rotation, see `litgpt.attention.alibi`
+    alibi_scaled: bool = False  # divided by sqrt(head_size), as the scores are (Falcon)
     learned_positions: bool = False  # add a trained vector per position to the embeddings instead of rotating queries and keys (GPT-2)
     intermediate_size: int | None = None
     moe_intermediate_size: int | None = None  # the width of each expert, where it is not `intermediate_size`
@@ -111,6 +115,9 @@ class Config:
     n_expert_per_token: int = 0
     norm_topk_prob: bool = True  # scale the chosen experts' weights to sum 1, as LitGPT's LLaMAMoE always does
     router_aux_loss_coef: float = 0.0  # weight of the router's load-balancing loss in training
+    router_bias: bool = False  # on the router's logits
+    swiglu_limit: float | None = None  # c: the experts clamp SwiGLU's inputs, see `litgpt.mlp.ClampedMLP`
+    swiglu_alpha: float = 1.702  # of the sigmoid, with `swiglu_limit`
     n_shared_expert: int | None = None  # experts that every token passes, joined in one MLP
     shared_expert_gate: bool = False  # the shared experts' output is weighted by a sigmoid (Qwen 2)
     n_expert_groups: int | None = None  # a token's experts are of `n_topk_groups` of the groups, see `litgpt.mlp.route`
@@ -149,10 +156,15 @@ class Config:
         if self.shared_attention_norm and not self.parallel_residual:
             raise UserError("shared_attention_norm is true: only blocks with parallel_residual can share their norm")
         self._check_experts()
-        others = ("learned_positions", "sliding_window_size", "attention_logit_softcapping", "rope_indices")
+        if self.alibi_scaled and not self.alibi:
+            raise UserError("alibi_scaled is true: it needs alibi")
+        others = ("learned_positions", "sliding_window_size", "attention_logit_softcapping", "attention_sinks", "rope_indices")
         if self.alibi and (found := [key for key in others if getattr(self, key)]):
             raise UserError(f"alibi does not go with {', '.join(found)}")
         self._check_blocks()
+        self.rope_adjustments, stretch = from_litgpt(self.rope_adjustments)
+        if stretch != 1:
+            self.attention_scores_scalar = (self.attention_scores_scalar or self.head_size) / stretch**4
         self._check_rope()
 
     def _check_values(self) -> None:
@@ -192,7 +204,7 @@ class Config:
             if not (value is None and key == LATENT[0]) and (type(value) is not int or not 0 < value <= MOST_SIZE):
                 raise UserError(f"latent_attention: {key} is {value!r}, a whole number from 1 is needed")
         others = {"n_query_groups": self.n_query_groups not in (None, self.n_head), "bias": self.bias, "attn_bias": self.attn_bias}
-        others |= {key: bool(getattr(self, key)) for key in ("norm_qk", "rope_indices", "learned_positions", "clip_qkv", "alibi")}
+        others |= {key: bool(getattr(self, key)) for key in NOT_LATENT}
         if found := [key for key, is_so in others.items() if is_so]:
             raise UserError(f"latent_attention does not go with {', '.join(f'{key} {getattr(self, key)}' for key in found)}")
         self.head_size = sizes["qk_rope_head_dim"] + sizes["qk_nope_head_dim"]
@@ -200,7 +212,9 @@ class Config:
     def _check_experts(self) -> None:
         """Raise UserError for settings of a mixture that do not fit each other."""
         if self.mlp_class_name != "LLaMAMoE":
-            if found := [key for key in (*OF_EXPERTS, "shared_expert_gate", "router_softmax") if getattr(self, key)]:
+            if found := [
+                key for key in (*OF_EXPERTS, "shared_expert_gate", "router_softmax", "router_bias", "swiglu_limit") if getattr(self, key)
+            ]:
                 raise UserError(f"{', '.join(found)}: only a mixture of experts, mlp_class_name LLaMAMoE, has that")
             return
         E, k = self.n_expert, self.n_expert_per_token
@@ -208,6 +222,10 @@ class Config:
             raise UserError(
                 f"LLaMAMoE with n_expert {E} and n_expert_per_token {k}: a token needs at least 1 expert and at most all of them"
             )
+        if self.swiglu_limit and self.first_k_dense_replace:
+            raise UserError("swiglu_limit does not go with first_k_dense_replace")
+        if self.router_bias and self.n_expert_groups:
+            raise UserError("router_bias does not go with n_expert_groups")
         if self.shared_expert_gate and not self.n_shared_expert:
             raise UserError("shared_expert_gate is true: it needs n_shared_expert")
         if (self.first_k_dense_replace or 0) > self.n_layer:
@@ -300,6 +318,11 @@ class Config:
     def rotates(self) -> bool:
         """True if queries and keys are turned by their positions."""
         return not (self.learned_positions or self.alibi)
+
+    @property
+    def needs_mask(self) -> bool:
+        """True if attention is not torch's own, which can do without a causal mask."""
+        return self.attention_logit_softcapping is not None or self.attention_sinks
 
     @property
     def latent_sizes(self) -> tuple[int | None, int, int, int, int]:

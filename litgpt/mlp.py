@@ -56,6 +56,21 @@ class GemmaMLP(LLaMAMLP):
         return self.proj(gated(self.fc_1(x), self.fc_2(x), self.approximate))
 
 
+class ClampedMLP(LLaMAMLP):
+    """SwiGLU with clamped inputs (gpt-oss, arXiv 2508.10925): proj(g sigmoid(alpha g) (u + 1)), with g = min(fc_1(x), c) and u = fc_2(x)
+    clamped to [-c, c]; alpha and c are `swiglu_alpha` and `swiglu_limit`.
+    """
+
+    def __init__(self, config: Config, m: int | None = None) -> None:
+        super().__init__(config, m)
+        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., m) -> (..., d)"""
+        gate, up = self.fc_1(x).clamp(max=self.limit), self.fc_2(x).clamp(-self.limit, self.limit)  # type: ignore[operator]
+        return self.proj(gate * torch.sigmoid(self.alpha * gate) * (up + 1))
+
+
 class LLaMAMoE(nn.Module):
     """A sparse mixture of E experts (Mixtral, arXiv 2401.04088): the sum over the k experts e of a token that `route` chooses of
     w_e expert_e(x), and of the experts that every token shares (DeepSeekMoE, arXiv 2401.06066).
@@ -67,8 +82,9 @@ class LLaMAMoE(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.gate = Router(config) if config.n_expert_groups else nn.Linear(config.n_embd, config.n_expert, bias=False)
-        self.experts = nn.ModuleList(LLaMAMLP(config, config.moe_intermediate_size) for _ in range(config.n_expert))
+        self.gate = Router(config) if config.n_expert_groups else nn.Linear(config.n_embd, config.n_expert, bias=config.router_bias)
+        expert = ClampedMLP if config.swiglu_limit else LLaMAMLP
+        self.experts = nn.ModuleList(expert(config, config.moe_intermediate_size) for _ in range(config.n_expert))
         if config.n_shared_expert:
             self.shared_experts = LLaMAMLP(config, config.expert_size * config.n_shared_expert)
         if config.shared_expert_gate:

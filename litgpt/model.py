@@ -220,9 +220,9 @@ class GPT(nn.Module):
         rotary = tuple(self.rotary(table, places, end, long) for table in self.rope)
         mask = None
         if self.config.alibi:
-            distance = _for_heads(places)[..., None] - torch.arange(end, device=places.device)
-            mask = alibi(self.config, distance >= 0, distance, self.compute_dtype(places.device))
-        elif places.dim() == 2 or (T > 1 and (end != T or self.config.attention_logit_softcapping is not None)):
+            at, keys = _for_heads(places), torch.arange(end, device=places.device)
+            mask = alibi(self.config, keys <= at[..., None], at, keys, self.compute_dtype(places.device))
+        elif places.dim() == 2 or (T > 1 and (end != T or self.config.needs_mask)):
             mask = torch.arange(end, device=places.device) <= _for_heads(places)[..., None]
         return Positions(rotary, mask, self._window_mask(places, end), None, end)
 

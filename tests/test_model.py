@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config
 
-from litgpt.attention import capped_attention
+from litgpt.attention import plain_attention
 from litgpt.config import Config
 from litgpt.lora import GPT as LoRAGPT
 from litgpt.lora import Config as LoRAConfig
@@ -287,8 +287,8 @@ def test_capped_attention_is_torchs_where_the_cap_is_far_away() -> None:
     q, k, v = (torch.randn(2, heads, 9, 8, generator=generator) for heads in (6, 2, 2))
     mask = torch.ones(9, 9).tril().bool()
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
-    assert_close(capped_attention(q, k, v, mask, 0.3, 1e3), want, rtol=1e-4, atol=1e-5)
-    assert (capped_attention(q, k, v, mask, 0.3, 0.5) - want).abs().max() > 0.1
+    assert_close(plain_attention(q, k, v, mask, 0.3, 1e3), want, rtol=1e-4, atol=1e-5)
+    assert (plain_attention(q, k, v, mask, 0.3, 0.5) - want).abs().max() > 0.1
 
 
 @pytest.mark.slow

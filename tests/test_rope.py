@@ -17,7 +17,7 @@ def config(**changes: object) -> Config:
     return Config(**{**tiny.TINY, **changes})
 
 
-WITHOUT = ("gpt2", "mpt", "mpt scaled", "bloom")  # learned positions, or ALiBi
+WITHOUT = ("gpt2", "mpt", "mpt scaled", "bloom", "falcon alibi")  # learned positions, or ALiBi
 
 
 @pytest.mark.parametrize("family", [name for name in family_configs.FAMILIES if name not in WITHOUT])
@@ -87,6 +87,21 @@ def test_yarn_frequencies_against_transformers(factor: float, original: int, bas
     assert (ratio < 1.001).any() and (ratio > factor * 0.999).any() and ((ratio > 1.1) & (ratio < factor * 0.9)).any()
     cos, sin = RotaryTable(ours)(50, torch.device("cpu"))
     assert_close(cos.square() + sin.square(), torch.full_like(cos, amplitude**2))
+
+
+@pytest.mark.parametrize(
+    ("mscales", "attention", "scores"),
+    [({}, 1.0, 1.0), ({"mscale": 1.0}, 1.3688879454, 1.0), ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0, 1.3688879454**2)],
+)
+def test_yarn_of_litgpt(mscales: dict[str, float], attention: float, scores: float) -> None:
+    """0.1 ln 40 + 1 = 1.36888...; LitGPT's file says nothing of attention's factor."""
+    yarn = {"factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_seq_len": 4096}
+    ours = config(rope_adjustments={**yarn, **mscales})
+    assert ours.rope_adjustments == {"rope_type": "yarn", **yarn, "attention_factor": pytest.approx(attention)}
+    assert (ours.attention_scores_scalar or ours.head_size or 0) ** -0.5 == pytest.approx((ours.head_size or 0) ** -0.5 * scores)
+    if len(mscales) == 2:
+        assert ours.rope_adjustments == Config.from_name("DeepSeek-V3").rope_adjustments
+    assert Config(**ours.base_dict()) == ours
 
 
 def test_longrope_frequencies_against_transformers() -> None:

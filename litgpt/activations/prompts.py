@@ -168,5 +168,5 @@ def reply_positions(
     near = None if window is None else causal & (places[..., None] - keys[:, None] < window)
     mask = causal[:, None]
     if model.config.alibi:
-        mask = alibi(model.config, mask, (places[..., None] - keys[:, None])[:, None], model.compute_dtype(device))
+        mask = alibi(model.config, mask, places[:, None], keys[:, None], model.compute_dtype(device))
     return Positions(rotary, mask, None if near is None else near[:, None], None, C + packing.width, packing, context=context)

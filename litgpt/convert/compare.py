@@ -55,6 +55,8 @@ def essence(config: Config) -> dict[str, Any]:
     f["n_shared_expert"], f["first_k_dense_replace"] = config.n_shared_expert or 0, config.first_k_dense_replace or 0
     for key in () if experts else ("n_expert", "n_expert_per_token", "norm_topk_prob", "router_aux_loss_coef", "routed_scaling_factor"):
         f[key] = None
+    if config.swiglu_limit is None:
+        f["swiglu_alpha"] = None
     if config.mlp_class_name in ("LLaMAMLP", "LLaMAMoE"):
         f["gelu_approximate"] = None
     return f

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from litgpt import atomic, checkpoint, files
 from litgpt.config import CORRECTION, Config
+from litgpt.convert.experts import interleaved
 from litgpt.convert.hf import hf_settings
 from litgpt.convert.litgpt import is_tied, open_own
 from litgpt.convert.names import Slot, hf_table, shapes, slots, stored_form, stored_shape, summary
@@ -18,7 +19,12 @@ from litgpt.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-NOT_KEPT = ("torch_dtype", "_name_or_path", "auto_map")  # keys of config.json that no longer hold, or name files that are not copied
+NOT_KEPT = (
+    "torch_dtype",
+    "_name_or_path",
+    "auto_map",
+    "quantization_config",
+)  # keys of config.json that no longer hold, or name files that are not copied
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -84,6 +90,8 @@ def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> tuple[di
         name: Pending(stored_shape(slot, config, sizes), dtypes[slot.key], partial(make, slot))
         for name, slot in hf_slots(config, settings["model_type"], tied).items()
     }
+    if config.swiglu_limit is not None:
+        tensors = interleaved(tensors)
     settings = {key: value for key, value in settings.items() if key not in NOT_KEPT}
     return {**settings, "tie_word_embeddings": tied, "dtype": str(dtypes["transformer.wte.weight"]).removeprefix("torch.")}, tensors
 

@@ -32,9 +32,8 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
     Raise UserError for unsupported architectures, broken files, and tensors that do not fit the model.
     """
     settings = read_json(source / "config.json")
-    if settings.get("quantization_config"):
-        quantised = settings["quantization_config"]
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    method = families.quantisation(settings)
+    if method not in (None, "mxfp4"):
         raise UserError(f"{source} holds weights quantised with {method!r}: convert the unquantised model, or a GGUF file of it")
     config = choose_config(source, model_name)
     tensors = open_weights(source)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt import families
 from litgpt.config import CORRECTION, Config
+from litgpt.convert.experts import Stored as Stored
+from litgpt.convert.experts import separated
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,15 +35,6 @@ BUFFERS = re.compile(
 )
 IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")  # a text model leaves them out of a multimodal one
 SPELLINGS = [spelling for row in families.HF.values() for spelling in row.spellings]
-FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
-"""All experts of a block in one tensor, (E, 2 m, d) or (E, d, m), as transformers 5 has them in memory."""
-
-
-class Stored(NamedTuple):
-    """A tensor in a file, not yet read."""
-
-    shape: tuple[int, ...]
-    load: Callable[[], torch.Tensor]
 
 
 class Slot(NamedTuple):
@@ -83,7 +76,7 @@ def slots(table: Table, config: Config, keys: Mapping[str, tuple[int, ...]]) -> 
     for name, (module, part) in table.items():
         counts = (config.n_layer, config.n_expert)[: name.count("{}")]
         for numbers in product(*map(range, counts)):
-            for parameter in ("weight", "bias", CORRECTION):
+            for parameter in ("weight", "bias", "sinks", CORRECTION):
                 key = f"{module.format(*numbers)}.{parameter}"
                 if key in keys:
                     places[f"{name.format(*numbers)}.{parameter}"] = Slot(key, part)
@@ -131,7 +124,7 @@ def fit(tensors: Mapping[str, Stored], table: Table, config: Config, source: str
 
     Without `dtype` each tensor keeps its own. Raise UserError that lists every missing and unknown tensor and every wrong shape.
     """
-    tensors = unfused(tensors)
+    tensors = separated(tensors, interleaved=config.swiglu_limit is not None)
     if 3 * (config.n_layer - (config.first_k_dense_replace or 0)) * config.n_expert > len(tensors):
         raise UserError(
             f"{source}: the model has {config.n_expert} experts a block by its settings, but only {len(tensors)} tensors are stored"
@@ -204,26 +197,6 @@ def _gather(key: str, pieces: list[tuple[Stored, Slot]], shape: tuple[int, ...],
         joined[rows(slot.part, config)] = tensor.to(joined.dtype)
     assert joined is not None
     return joined
-
-
-def unfused(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Return the tensors with one for each expert, where a tensor holds all experts of a block."""
-    separate = {}
-    for name, stored in tensors.items():
-        match = FUSED_EXPERTS.fullmatch(name)
-        if match is None or len(stored.shape) != 3:
-            separate[name] = stored
-            continue
-        experts, out, size = stored.shape
-        parts = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
-        for expert, (number, part) in product(range(experts), enumerate(parts)):
-            get = partial(_slice, stored.load, expert, number, len(parts))
-            separate[f"{match[1]}.{expert}.{part}.weight"] = Stored((out // len(parts), size), get)
-    return separate
-
-
-def _slice(load: Callable[[], torch.Tensor], expert: int, number: int, count: int) -> torch.Tensor:
-    return load()[expert].chunk(count)[number]
 
 
 def respelled(tensors: Mapping[str, Stored], names: Container[str]) -> dict[str, Stored]:

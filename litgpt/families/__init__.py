@@ -41,7 +41,6 @@ _WHY_NOT = {  # the reason why other common architectures are not supported
     "cohere2": "interleaved rotary positions",
     "opt": "learned positions with an offset, and ReLU",
     "gpt_bigcode": "learned positions with multi-query attention",
-    "gpt_oss": "attention sinks",
     "mamba": "state spaces instead of attention",
     "mamba2": "state spaces instead of attention",
 }
@@ -83,6 +82,12 @@ def architecture(model_type: object) -> Architecture | None:
     return HF.get(_MULTIMODAL.get(kind, kind))
 
 
+def quantisation(hf: Hf) -> object:
+    """Return the method by which the weights of a config.json are quantised, or None."""
+    quantised = hf.get("quantization_config") or None
+    return quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+
+
 def from_hf(hf: Hf) -> dict[str, Any]:
     """Return the Config fields of a Hugging Face config.json, of a multimodal model its text model's.
 
@@ -95,6 +100,8 @@ def from_hf(hf: Hf) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in HF:
         reason = f" ({_WHY_NOT[str(kind)]})" if str(kind) in _WHY_NOT else ""
         raise ValueError(f"model_type {kind!r} is not supported{reason}; supported are {', '.join(architectures())}")
+    if quantisation(hf) == "mxfp4":  # its weights are dequantised, see `litgpt.convert.experts`
+        hf = {**hf, "quantization_config": None}
     fields = HF[kind].read(hf)
     organisation, _, short = str(name or kind).rpartition("/")
     return {"name": short, "hf_config": {"org": organisation, "name": short}, **fields}

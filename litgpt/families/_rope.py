@@ -126,14 +126,10 @@ def long_attention_factor(factor: float, length: int) -> float:
 
 def _read_yarn(parameters: Hf, factor: float, length: int) -> Fields:
     """Read YaRN, arXiv 2309.00071: attention's factor is 0.1 m ln s + 1 at scaling s, or the quotient for mscale and mscale_all_dim."""
-
-    def attention(m: float) -> float:
-        return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
-
     m, m_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
     scale = parameters.get("attention_factor")
     if scale is None:
-        scale = attention(m) / attention(m_all) if m and m_all else attention(1.0)
+        scale = _stretch(factor, m) / _stretch(factor, m_all) if m and m_all else _stretch(factor, 1.0)
     fields = {
         "rope_type": "yarn",
         "factor": factor,
@@ -143,6 +139,26 @@ def _read_yarn(parameters: Hf, factor: float, length: int) -> Fields:
         "attention_factor": scale,
     }
     return fields if parameters.get("truncate", True) else {**fields, "truncate": False}
+
+
+def from_litgpt(adjustments: Any) -> tuple[Any, float]:
+    """Return `rope_adjustments`, LitGPT's YaRN (`beta_fast` without a `rope_type`) in the form used here, and m: LitGPT multiplies the
+    scores by m^2, for its `mscale_all_dim`.
+    """
+    if not isinstance(adjustments, dict) or "rope_type" in adjustments or "beta_fast" not in adjustments:
+        return adjustments, 1.0
+    adjustments = {"rope_type": "yarn", **adjustments}
+    m, m_all, factor = adjustments.pop("mscale", None), adjustments.pop("mscale_all_dim", None), adjustments.get("factor")
+    if not all(isinstance(value, int | float) for value in (factor, m or 0, m_all or 0)):
+        return adjustments, 1.0
+    stretch = _stretch(factor, m_all) if m_all else 1.0
+    adjustments["attention_factor"] = _stretch(factor, m) / stretch if m else stretch
+    return adjustments, stretch
+
+
+def _stretch(factor: float, m: float) -> float:
+    """Return 0.1 m ln s + 1 for scaling by s."""
+    return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def write_scaling(fields: Fields) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Falcon: LayerNorm, parallel residual, no biases, few key/value heads. (Falcon 3 is Llama's decoder.)"""
+"""Falcon: LayerNorm, parallel residual, no biases, few key/value heads; Falcon-RW: biases, ALiBi. (Falcon 3 is Llama's decoder.)"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from litgpt.families._rows import expand
 from litgpt.families._styles import plain
 
 _FALCON = {"block_size": 2048, "vocab_size": 65024, "padded_vocab_size": 65024, "rotary_percentage": 1.0, "bias": False}
+_RW = {"bias": True, "parallel_residual": False, "alibi": True, "alibi_scaled": True, "vocab_size": 50304, "padded_vocab_size": 50304}
 _NEW = {"n_query_groups": 8}
 
 MODELS = expand(
@@ -22,6 +23,7 @@ MODELS = expand(
         "falcon-7b falcon-7b-instruct": {"n_layer": 32, "n_head": 71, "n_embd": 4544, "n_query_groups": 1, "shared_attention_norm": True},
         "falcon-40b falcon-40b-instruct": {"n_layer": 60, "n_head": 128, "n_embd": 8192, **_NEW},
         "falcon-180B falcon-180B-chat": {"n_layer": 80, "n_head": 232, "n_embd": 14848, **_NEW},
+        "falcon-rw-1b": {**_RW, "n_layer": 24, "n_head": 32, "n_embd": 2048},
         "falcon-11B": {"n_layer": 60, "n_head": 32, **_NEW, "shared_attention_norm": True, "block_size": 8192, "rope_base": 500042},
     },
 )
@@ -50,6 +52,15 @@ def _write_layout(fields: Fields) -> dict[str, Any]:
     }
 
 
+def _read_positions(hf: Hf) -> Fields:
+    return {**_ROPE.read(hf), "alibi": hf.get("alibi", False), "alibi_scaled": hf.get("alibi", False)}
+
+
+def _write_positions(fields: Fields) -> dict[str, Any]:
+    return {**_ROPE.write(fields), "alibi": fields["alibi"]}
+
+
+_ROPE = rope()
 _KEYS = {
     "max_position_embeddings": Key("block_size", 2048),
     "vocab_size": Key("padded_vocab_size"),
@@ -82,8 +93,7 @@ FAMILY = Family(
             "FalconForCausalLM",
             table("transformer.h.{}", {**_NORMS, **_LAYERS}, _ENDS),
             _KEYS,
-            accepts={"alibi": (False,)},
-            aspects=(Aspect(_read_layout, _write_layout), activation("activation", "gelu"), rope()),
+            aspects=(Aspect(_read_layout, _write_layout), activation("activation", "gelu"), Aspect(_read_positions, _write_positions)),
             tied=True,
             variant=Variant(
                 {"parallel_residual": True, "shared_attention_norm": False}, table("transformer.h.{}", {**_TWO_NORMS, **_LAYERS}, _ENDS)

@@ -107,8 +107,8 @@ def shard(model: "GPT", index: int, size: int, add: "Callable[[torch.Tensor], to
     from litgpt.lora import LoRALinear
 
     config = model.config
-    if config.latent_attention or config.alibi:
-        kind = "latent attention" if config.latent_attention else "ALiBi"
+    undivided = {"latent attention": config.latent_attention, "ALiBi": config.alibi, "attention with sinks": config.attention_sinks}
+    for kind in (kind for kind, found in undivided.items() if found):
         raise UserError(f"generate_tp: the {kind} of {config.name} cannot be divided: use generate_sequentially")
     if model.switch is not None:
         raise UserError("generate_tp: answer-only LoRA cannot be merged into the parts of a model: use generate")

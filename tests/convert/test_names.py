@@ -9,7 +9,7 @@ import torch
 
 from litgpt import families
 from litgpt.config import Config
-from litgpt.convert.names import Slot, Stored, fit, hf_table, respelled, rows, shapes, slots, stored_form, stored_shape, summary, unfused
+from litgpt.convert.names import Slot, Stored, fit, hf_table, respelled, rows, shapes, slots, stored_form, stored_shape, summary
 from litgpt.errors import UserError
 from tests.helpers import family_configs as configs
 
@@ -56,16 +56,6 @@ def test_other_spellings_are_taken_for_a_name_that_the_table_has() -> None:
     assert respelled({"wte.weight": stored}, {"transformer.wte.weight"}).keys() == {"transformer.wte.weight"}
     assert respelled({"wte.weight": stored}, {"wte.weight", "transformer.wte.weight"}).keys() == {"wte.weight"}
     assert respelled({"odd.weight": stored}, {"transformer.wte.weight"}).keys() == {"odd.weight"}
-
-
-def test_fused_experts_are_separated() -> None:
-    fused = torch.arange(2 * 6 * 4.0).view(2, 6, 4)
-    name = "model.layers.0.mlp.experts"
-    separate = unfused({f"{name}.gate_up_proj": Stored((2, 6, 4), lambda: fused)})
-    assert {key: stored.shape for key, stored in separate.items()} == {
-        f"{name}.{expert}.{part}.weight": (3, 4) for expert in range(2) for part in ("gate_proj", "up_proj")
-    }
-    assert torch.equal(separate[f"{name}.1.up_proj.weight"].load(), fused[1, 3:])
 
 
 def test_impossible_settings_build_no_model() -> None:

@@ -256,7 +256,6 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "type of layer"]),
     ({"model_type": "gpt_neox", "attention_bias": False}, ["attention_bias False"]),
     ({"model_type": "gpt_neox", "hidden_act": "relu"}, ["hidden_act 'relu'", "'gelu'"]),
-    ({"model_type": "falcon", "alibi": True}, ["alibi True"]),
     ({"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False}, ["new_decoder_architecture", "parallel_attn"]),
     ({"model_type": "stablelm", "qk_layernorm": True}, ["qk_layernorm True"]),
     ({"model_type": "phi", "qk_layernorm": True}, ["qk_layernorm True"]),

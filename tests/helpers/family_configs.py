@@ -71,6 +71,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral window": ("Mixtral", {**MOE, "num_local_experts": 5, "sliding_window": WINDOW}),
     "gpt_neox": ("GPTNeoX", {}),
     "gpt_neox sequential": ("GPTNeoX", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **MOE,
+            "num_local_experts": 4,
+            "head_dim": 6,
+            "sliding_window": WINDOW,
+            "layer_types": [LOCAL, GLOBAL, LOCAL],
+            "swiglu_limit": 0.6,
+            "swiglu_alpha": 1.3,
+            "rope_parameters": {**YARN["rope_parameters"], "truncate": False},
+        },
+    ),
+    "falcon alibi": (
+        "Falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_attention_heads": 4, "tie_word_embeddings": True},
+    ),
     "falcon": ("Falcon", {"tie_word_embeddings": True}),
     "falcon new decoder": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": True}),
     "stablelm": ("StableLm", {"use_qkv_bias": False}),
@@ -237,6 +254,8 @@ QUICK = (
     "gemma2",
     "gemma3",
     "qwen2_moe",
+    "gpt_oss",
+    "falcon alibi",
     "qwen3",
     "olmo2",
     "deepseek_v2",
@@ -255,7 +274,9 @@ def hf_config(family: str, **changes: Any) -> Any:
 
 def hf_model(family: str, **changes: Any) -> Any:
     """Return a transformers model with random weights, norms and biases included, in eval mode. `changes` apply to its config."""
-    hf = transformers.AutoModelForCausalLM.from_config(hf_config(family, **changes), attn_implementation="eager")
+    # transformers' own attention adds Falcon's ALiBi twice
+    how = "sdpa" if family == "falcon alibi" else "eager"
+    hf = transformers.AutoModelForCausalLM.from_config(hf_config(family, **changes), attn_implementation=how)
     for name, buffer in hf.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.linspace(-0.2, 0.2, len(buffer)))
