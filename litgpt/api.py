@@ -251,7 +251,7 @@ class LLM(ModelModule):
         return Session(self.model).answer(ids, max_new_tokens, Sampling(**sampling), stops, generator)
 
     def value(self, prompt: str | list[Message], answer: str = "", sys_prompt: str | None = None) -> float:
-        """Return how good a critic's value head (`objective: critic`) takes an answer, or its beginning, for: from 0 to 1.
+        """Return how good a value head (`objective: critic` or `verifiable`) takes an answer, or its beginning, for: from 0 to 1.
 
         Without an answer it is the value of the question. Raises UserError for a model without a value head.
         """

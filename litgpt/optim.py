@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -101,15 +101,15 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
         raise UserError(f"optimizer: {name} refuses its arguments: {error}") from None
 
 
-def multiply_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], factor: float) -> None:
-    """Give these parameters of an optimizer of one group a multiple of its learning rate (LoRA+, arXiv 2402.12354)."""
-    if factor == 1:
-        return
-    (group,), chosen = optimizer.param_groups, set(map(id, parameters))
-    own = [p for p in group["params"] if id(p) in chosen]
-    group["params"] = [p for p in group["params"] if id(p) not in chosen]
-    if own:
-        optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor})
+def multiply_rates(optimizer: torch.optim.Optimizer, ratios: Mapping[int, float]) -> None:
+    """Give parameters of an optimizer of one group, by their `id`, multiples of its learning rate, as LoRA+ does (arXiv 2402.12354)."""
+    (group,) = optimizer.param_groups
+    parts: dict[float, list[torch.nn.Parameter]] = {1.0: []}
+    for parameter in group["params"]:
+        parts.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
+    group["params"] = parts.pop(1.0)
+    for ratio, own in parts.items():
+        optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * ratio})
     optimizer.param_groups[:] = [each for each in optimizer.param_groups if each["params"]]
 
 

@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("[!_]*.yaml"))
 SHARED = sorted(ROOT.rglob("_base.yaml"))  # what the presets of a model share
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
 PRESETS = ("alora", "lora", "skip2lora", "skip2lora_tail", "skip2lora_warmup")
-OBJECTIVES = ("critic", "dpo", "mtp", "rho1")
+OBJECTIVES = ("critic", "dpo", "mtp", "rho1", "verifiable")
 LLAMA_2 = ("lora", "lora_baseline", "skip2lora", "skip2lora_4blocks", "skip2lora_6blocks", "skip2lora_warmup")
 MODELS = ("llama-3.2-1B", "pythia-160m", "smollm2-135m", "tiny-llama")
 
@@ -103,6 +103,8 @@ def test_trainable_parameters(file: Path) -> None:
     arguments = parse("litgpt finetune", load("finetune"), [str(file)])
     if preset == "critic":
         expected = d * (d + 1) + d + 1  # a hidden layer, and the value
+    elif preset == "verifiable":
+        expected = blocks * every_layer + d * (d + 1) + d + 1
     elif preset == "mtp":
         expected = 3 * 3 * d * d  # each from 2 d to d to d
     elif preset in ("lora", "alora", *OBJECTIVES):

@@ -71,7 +71,7 @@ class AdapterSettings:
     alora_invocation_tokens: Optional[list[int]] = None
     """The token ids that open a reply and switch LoRA on. Default: those that the prompt style writes between a prompt and its reply."""
     value_head: Optional[ValueHeadKind] = setting(None, varies=True)
-    """A head that says how good an answer is, linear or with a hidden layer, trained by objective critic."""
+    """A head that says how good an answer is, linear or with a hidden layer, trained by objective critic or verifiable."""
     mtp_heads: int = setting(0, varies=True)
     """Heads that predict the tokens behind the next one, for `litgpt generate --speculate heads`: trained together with LoRA and
     Skip2-LoRA, or alone, on a frozen model, if these are off."""

@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional, get_args
 
 from litgpt.adapters.settings import AdapterSettings, WarmupSettings
 from litgpt.args import Quantization, setting
 from litgpt.errors import UserError
-from litgpt.objectives.settings import ObjectiveSettings
+from litgpt.objectives.settings import ObjectiveSettings, Rating
 from litgpt.train.settings import Run
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
     """LoRA on the value projections."""
     loraplus_lr_ratio: float = setting(1.0, varies=True)
     """The learning rate of B as a multiple of A's (LoRA+): 16 for example, with a lower rate."""
+    lr_ratios: Optional[dict[str, float]] = setting(None, varies=True)
+    """Groups of parameters with a learning rate of their own, as multiples of the optimizer's: lora, skip2lora, value_head, mtp_heads, wte
+    and lm_head. --lr_ratios.value_head 10 for example."""
     skip2lora_cache: Literal["auto", "memory", "disk", "off"] = setting("auto", may_change=True)
     """Where the frozen blocks' activations are kept for the epochs after the first: memory, disk, off, or auto (memory if they fit half of
     what is free, else disk)."""
@@ -52,25 +55,55 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
         WarmupSettings.__post_init__(self)
         self.require_adapters(self)
         self._require_fitting_heads()
-        if not 0 < self.loraplus_lr_ratio < math.inf:
-            raise UserError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}: a number above 0 is needed")
+        self._require_rates()
         if self.train.tie_embeddings is not None:
             raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
 
+    def _require_rates(self) -> None:
+        """Raise UserError for a factor that is no number above 0, and for one of parameters that are not trained."""
+        if not 0 < self.loraplus_lr_ratio < math.inf:
+            raise UserError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}: a number above 0 is needed")
+        trained = {
+            "lora": self.has_lora_in_blocks or (self.lora_r > 0 and self.lora_head),
+            "skip2lora": self.skip2lora_enabled,
+            **{head: head in self.heads for head in ("value_head", "mtp_heads")},
+            **{module: module in (self.modules_to_save or ()) for module in ("wte", "lm_head")},
+        }
+        groups = [group for group, is_trained in trained.items() if is_trained]
+        for group, ratio in (self.lr_ratios or {}).items():
+            if group not in groups:
+                raise UserError(f"lr_ratios names {group}, which is not trained: these settings train {', '.join(groups)}")
+            if not (isinstance(ratio, (int, float)) and 0 < ratio < math.inf):
+                raise UserError(f"lr_ratios.{group} is {ratio!r}: a number above 0 is needed")
+
+    def lr_ratio_of(self, name: str) -> float:
+        """Return the learning rate of a parameter as a multiple of the optimizer's."""
+        keys = {"skip2lora": "skip2lora.", "lora": ".lora_", **{key: key for key in ("value_head", "mtp_heads", "wte", "lm_head")}}
+        group = next((group for group, part in keys.items() if part in name), "")
+        own = (self.lr_ratios or {}).get(group, 1.0)
+        return own * self.loraplus_lr_ratio if name.endswith("lora_B") else own
+
     def _require_fitting_heads(self) -> None:
-        """Give a critic its head. Raise UserError for heads that the objective does not train, and adapters that a critic would change."""
-        if self.mtp_heads and self.objective != "next_token":
+        """Give an objective of values its head. Raise UserError for heads and adapters that do not go with the objective."""
+        if self.mtp_heads and self.objective not in ("next_token", "verifiable"):
             raise UserError(f"mtp_heads are not trained by objective {self.objective}: leave one of them out")
-        if self.objective == "critic":
-            self.value_head = self.value_head or "linear"
-            if self.changes_text:
+        if self.objective not in get_args(Rating):
+            if self.value_head:
                 raise UserError(
-                    "objective critic trains the value head alone, on a frozen model: set lora_query, lora_value, ... and "
-                    "skip2lora_enabled to false, and leave modules_to_save out. The critic of a tuned model takes its merged folder as "
-                    "checkpoint_dir"
+                    f"value_head is not trained by objective {self.objective}: set objective to critic or verifiable, or leave the head out"
                 )
-        elif self.value_head:
-            raise UserError(f"value_head is not trained by objective {self.objective}: set objective to critic, or leave value_head out")
+            return
+        self.value_head = self.value_head or "linear"
+        if self.objective == "critic" and self.changes_text:
+            raise UserError(
+                "objective critic trains the value head alone, on a frozen model: set lora_query, lora_value, ... and skip2lora_enabled to "
+                "false, and leave modules_to_save out. The critic of a tuned model takes its merged folder as checkpoint_dir"
+            )
+        if self.objective == "verifiable" and not self.changes_text:
+            raise UserError(
+                "objective verifiable trains adapters beside the value head: set lora_r and lora_query, lora_value, ... or "
+                "skip2lora_enabled, or take objective critic"
+            )
 
     def method(self) -> "Method":
         from litgpt.train.methods import adapters

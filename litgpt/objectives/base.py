@@ -100,8 +100,8 @@ class Objective:
                 raise UserError(f"record {number} holds 'chosen' and 'rejected' answers: set objective to dpo, orpo or kto")
         return [(number, [replace(record, label=None, reward=None)]) for number, record in records]
 
-    def check(self, samples: Sequence[Sample], source: str) -> None:
-        """Raise UserError if nothing can be learned from the training samples, which were read from `source`."""
+    def check(self, train: Sequence[Sample], val: Sequence[Sample], source: str) -> None:
+        """Raise UserError if nothing can be learned from the samples, or measured on them, which were read from `source`."""
 
     def begin(self, view: View, indices: Sequence[int], rank: Any) -> None:
         """Look at this process's samples of a global batch, or of a validation, before their losses are asked for."""

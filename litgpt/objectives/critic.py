@@ -28,8 +28,8 @@ READ = ("reward", "correct")
 BINS = 10
 
 
-class Critic(Objective):
-    """The value head alone is trained."""
+class Rated(Objective):
+    """Answers with rewards, from which a value head learns."""
 
     of_answers = True
     columns = (ACCURACY,)
@@ -38,35 +38,46 @@ class Critic(Objective):
         """Each record with its reward."""
         for number, record in records:
             if record.reward is None:
-                raise UserError(f"objective critic: record {number} has no 'correct' (true or false) and no 'reward'")
+                raise UserError(f"objective {self.settings.objective}: record {number} has no 'correct' (true or false) and no 'reward'")
             if not 0 <= record.reward <= 1:
-                raise UserError(f"objective critic: record {number} has the reward {record.reward:g}: numbers from 0 to 1 are needed")
+                raise UserError(
+                    f"objective {self.settings.objective}: record {number} has the reward {record.reward:g}: numbers from 0 to 1 are needed"
+                )
         return [
             (number, [replace(record, unread=tuple(key for key in record.unread if key not in READ), label=None, rejected=None)])
             for number, record in records
         ]
 
-    def check(self, samples: Sequence[Sample], source: str) -> None:
-        rewards = {float(sample.reward or 0) for sample in samples}
+    def check(self, train: Sequence[Sample], val: Sequence[Sample], source: str) -> None:
+        rewards = {float(sample.reward or 0) for sample in train}
         if len(rewards) == 1:
             (reward,) = rewards
             named = f"reward {reward:g}" + (f" ('correct' {reward == 1})".lower() if reward in (0, 1) else "")
             raise UserError(
-                f"{source}: each of the {len(samples):,} training answers has the {named}, so a critic has nothing to learn: it needs good "
+                f"{source}: each of the {len(train):,} training answers has the {named}, so a critic has nothing to learn: it needs good "
                 "and bad answers, such as `litgpt sample` writes"
             )
 
-    def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
-        samples, logits = view.samples(indices), view.model.value_head(view.hidden(indices))  # (n,)
-        counts, rewards = [sample.n_targets for sample in samples], [float(sample.reward or 0) for sample in samples]
-        values = logits.detach().sigmoid().split(counts)
-        targets = torch.cat([returns(v, reward, self.settings.critic_lambda) for v, reward in zip(values, rewards, strict=True)])
+    def judged(self, view: View, samples: Sequence[Sample], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the values' losses, and the advantages G_t - v_t, (n,), for the output layer's input (n, d)."""
+        logits = view.model.value_head(hidden)  # (n,)
+        values = logits.detach().sigmoid()
+        rewards = [float(sample.reward or 0) for sample in samples]
+        parts = list(zip(values.split([sample.n_targets for sample in samples]), rewards, strict=True))
+        targets = torch.cat([returns(v, reward, self.settings.critic_lambda) for v, reward in parts])
+        if not view.model.training:
+            right = sum((v[-1].item() > 0.5) == (reward > 0.5) for v, reward in parts)
+            self.tally += torch.tensor([right, len(samples)]).to(self.tally)
         weights = loss_weights(samples)
         weights = torch.ones_like(logits) if weights is None else weights.to(logits)
-        if not view.model.training:
-            right = sum((v[-1].item() > 0.5) == (r > 0.5) for v, r in zip(values, rewards, strict=True))
-            self.tally += torch.tensor([right, len(samples)]).to(self.tally)
-        return (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum()
+        return (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum(), targets - values
+
+
+class Critic(Rated):
+    """The value head alone is trained."""
+
+    def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
+        return self.judged(view, view.samples(indices), view.hidden(indices))[0]
 
 
 def returns(values: torch.Tensor, reward: float, decay: float) -> torch.Tensor:

@@ -35,12 +35,7 @@ class MultiToken(Objective):
             factor = self.settings.mtp_weight / len(model.mtp_heads)
             if not model.training:
                 return total
-        following = model.transformer["wte"](targets)
-        for k, head in enumerate(model.mtp_heads, 1):
-            labels, weights = (part.to(hidden.device) for part in ahead(samples, k))
-            rows = (labels != IGNORED).nonzero()[:, 0]
-            total = total + factor * view.head_loss(head(hidden[rows], following[rows]), labels[rows], weights[rows])
-        return total
+        return total + factor * heads_loss(view, samples, hidden, targets)
 
     def weight(self, view: View, indices: Sequence[int]) -> float:
         config: Any = view.model.config
@@ -49,14 +44,32 @@ class MultiToken(Objective):
         return float(sum(ahead(view.samples(indices), k)[1].sum() for k in range(1, 1 + config.mtp_heads)))
 
 
-def ahead(samples: Sequence[Sample], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def heads_loss(
+    view: View, samples: Sequence[Sample], hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the sum of the heads' losses for the output layer's input (n, d) and the next tokens (n,); `weights` as in `ahead`."""
+    model: Any = view.model
+    total, following = hidden.sum() * 0.0, model.transformer["wte"](targets)
+    for k, head in enumerate(model.mtp_heads, 1):
+        labels, own = (part.to(hidden.device) for part in ahead(samples, k, weights))
+        rows = (labels != IGNORED).nonzero()[:, 0]
+        total = total + view.head_loss(head(hidden[rows], following[rows]), labels[rows], own[rows])
+    return total
+
+
+def ahead(samples: Sequence[Sample], k: int, given: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (n,) each, for the loss positions sample by sample: the token k behind the next one and its weight; `IGNORED` and 0 if it is
-    not learned."""
+    not learned. `given`: the weights of the next tokens, (n,), in place of the data's."""
     labels, weights = [], []
-    for sample in samples:
+    parts: Sequence[torch.Tensor | None] = [None] * len(samples)
+    if given is not None:
+        parts = given.cpu().split([sample.n_targets for sample in samples])
+    for sample, part in zip(samples, parts, strict=True):
         mask = torch.frombuffer(sample.loss_mask, dtype=torch.bool)
         ids = torch.frombuffer(sample.input_ids, dtype=torch.int32).long()
         own = mask.float() if sample.weights is None else torch.frombuffer(sample.weights, dtype=torch.float32)
+        if part is not None:
+            own = mask.float().masked_scatter(mask, part)
         places = mask.nonzero()[:, 0] + k
         inside = places < len(ids)
         places = places.clamp(max=len(ids) - 1)

@@ -6,14 +6,15 @@ The string below each field is its help text on the command line.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, get_args
 
 from litgpt.args import setting
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 
 Preference = Literal["dpo", "orpo", "kto"]
-Name = Literal["next_token", "rho1", "critic", Preference]
+Rating = Literal["critic", "verifiable"]
+Name = Literal["next_token", "rho1", Rating, Preference]
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ class ObjectiveSettings:
 
     objective: Name = setting("next_token")
     """next_token; rho1, of those tokens that a reference model finds learnable; from answers that are preferred to others, dpo, orpo or
-    kto; critic, which trains a value head alone on answers with a reward."""
+    kto; from answers with a reward, critic, which trains a value head alone, or verifiable, which trains adapters beside it."""
     rho1_reference: Optional[Path] = None
     """A checkpoint or adapter folder: a model that was trained on good data, with the same tokenizer."""
     rho1_keep: float = setting(0.6, varies=True)
@@ -45,16 +46,20 @@ class ObjectiveSettings:
     """The weight of the multi-token heads' mean loss (mtp_heads) beside the next token's, where adapters are trained too."""
     critic_lambda: float = setting(1.0, varies=True)
     """The target of a critic's value: 1 is the answer's reward; below 1, it is mixed with the values of the tokens that follow (TD)."""
+    verifiable_beta: float = setting(1.0, varies=True)
+    """How much more objective verifiable learns the tokens that raised the value. 0: all tokens of a right answer alike."""
+    verifiable_cap: float = setting(2.0, varies=True)
+    """The largest factor of a token's loss."""
 
     def __post_init__(self) -> None:
-        for key in ("dpo_beta", "kto_beta"):
+        for key in ("dpo_beta", "kto_beta", "verifiable_cap"):
             _require(0 < _number(self, key) < math.inf, self, key, "a number above 0")
-        for key in ("orpo_lambda", "mtp_weight", "kto_desirable_weight", "kto_undesirable_weight"):
+        for key in ("orpo_lambda", "mtp_weight", "kto_desirable_weight", "kto_undesirable_weight", "verifiable_beta"):
             _require(0 <= _number(self, key) < math.inf, self, key, "a number of at least 0")
         _require(0 < _number(self, "rho1_keep") <= 1, self, "rho1_keep", "a share above 0, at most 1,")
         _require(0 <= _number(self, "critic_lambda") <= 1, self, "critic_lambda", "a number from 0 to 1")
-        if self.objective == "critic" and not hasattr(self, "value_head"):
-            raise UserError("objective critic trains a value head, which finetune_lora adds: use `litgpt finetune_lora`")
+        if self.objective in get_args(Rating) and not hasattr(self, "value_head"):
+            raise UserError(f"objective {self.objective} trains a value head, which finetune_lora adds: use `litgpt finetune_lora`")
         if self.objective == "rho1" and self.rho1_reference is None:
             raise UserError(
                 "rho1_reference is missing: objective rho1 compares with a model that was trained on good data; name its folder"

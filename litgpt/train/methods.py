@@ -57,8 +57,8 @@ class Method:
     """LoRA flags that are set, for the line that says where they apply"""
     quantize: str | None = None
     """how frozen weights are stored"""
-    b_ratio: float = 1.0
-    """the learning rate of each B as a multiple of the others'"""
+    lr_ratio_of: Callable[[str], float] = lambda name: 1.0
+    """returns the learning rate of a parameter as a multiple of the optimizer's"""
 
     def build(self, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device | None = None) -> GPT:
         """Return the model on the CPU, or sharded on `device`, the backbone in `dtype`, trainable parameters marked.
@@ -116,7 +116,7 @@ def adapters(settings: Any) -> Method:
         cache=CacheArgs(settings.skip2lora_cache, settings.skip2lora_cache_dir, settings.skip2lora_cache_dtype),
         lora_flags=tuple(flag for flag in LAYER_FLAGS if values[flag]),
         quantize=quantize,
-        b_ratio=settings.loraplus_lr_ratio,
+        lr_ratio_of=settings.lr_ratio_of,
     )
 
 

@@ -149,7 +149,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     objective = objective_of(settings)
     _require_fitting(settings, objective)
     splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)), objective.units)
-    objective.check(splits.train, settings.data.source)
+    objective.check(splits.train, splits.val, settings.data.source)
     console.say(f"data: {splits.report}")
     is_sharded, why = (False, "") if rank.group is None else choose(settings, method, base, rank, splits.train, dtype)
     rank = replace(rank, sharded=is_sharded)

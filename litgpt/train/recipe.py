@@ -27,7 +27,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
-from litgpt.objectives.settings import Preference
+from litgpt.objectives.settings import Preference, Rating
 from litgpt.text import text_table
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
@@ -156,7 +156,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
         return given  # the run will say so
     module.prepare_data()
     look = Look.at(*module.records())
-    if given.get("objective", "next_token") in (*get_args(Preference), "critic"):
+    if given.get("objective", "next_token") in (*get_args(Preference), *get_args(Rating)):
         look = replace(look, compares=True)
     chosen = [choice for choice in choices(look, module, given, base) if _put(given, choice.key, choice.value)]
     console.say(f"{module.source}: {look}. Settings that you did not give:")
@@ -205,6 +205,8 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     elif not look.has_validation:
         rows.append(Chosen("data.val_split_fraction", 0.1, "a tenth shows when to stop"))
     method = _method_of(look, given)
+    if given.get("objective") == "verifiable":
+        rows.append(Chosen("lr_ratios", {"value_head": 10.0}, "a head begins with nothing"))
     for key, (value, reason) in METHODS[method].items():
         if marks_replies or key != "alora_enabled":
             rows.append(Chosen(key, quarter if value == QUARTER else value, reason))

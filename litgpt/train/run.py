@@ -30,7 +30,7 @@ from litgpt.loss import HeadLoss
 from litgpt.model import GPT
 from litgpt.objectives.base import View
 from litgpt.objectives.reference import exchange, refer, reference_model
-from litgpt.optim import make_optimizer, multiply_rate
+from litgpt.optim import make_optimizer, multiply_rates
 from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
 from litgpt.sample import Sample
@@ -263,9 +263,8 @@ class Session:
         optimizer = make_optimizer(self.settings.optimizer, [part_of(p) for p in self.model.parameters() if p.requires_grad])
         for group in optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
-        multiply_rate(
-            optimizer, [part_of(p) for name, p in self.model.named_parameters() if name.endswith("lora_B")], self.job.method.b_ratio
-        )
+        named = [(name, part_of(p)) for name, p in self.model.named_parameters() if p.requires_grad]
+        multiply_rates(optimizer, {id(p): self.job.method.lr_ratio_of(name) for name, p in named})
         self.loop = None
         batches, own, val, val_batches = self.sources or self._sources(train, evaluation, cache)
         job = self.job

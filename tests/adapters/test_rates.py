@@ -15,7 +15,7 @@ from litgpt.activations.cache import Recompute, is_cacheable
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora
 from litgpt.lora import mark_only_lora_as_trainable
-from litgpt.optim import make_optimizer, multiply_rate
+from litgpt.optim import make_optimizer, multiply_rates
 from litgpt.packing import Packing, pack
 from tests.adapters.test_dora import IDX, curve, loss, pair
 from tests.helpers import tiny
@@ -27,7 +27,7 @@ FLAGS = ("lora_query", "lora_value", "lora_mlp")
 def rated(model: Any, factor: float, **settings: Any) -> torch.optim.Optimizer:
     init_args = {"lr": 1e-2, "weight_decay": 0.0, **settings}
     optimizer = make_optimizer({"class_path": "AdamW", "init_args": init_args}, [p for p in model.parameters() if p.requires_grad])
-    multiply_rate(optimizer, [p for name, p in model.named_parameters() if name.endswith("lora_B")], factor)
+    multiply_rates(optimizer, {id(p): factor for name, p in model.named_parameters() if name.endswith("lora_B")})
     return optimizer
 
 

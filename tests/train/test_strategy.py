@@ -56,6 +56,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "kto": {**ALL, "objective": "kto"},
     "rho1": {**ALL, "objective": "rho1", "rho1_keep": 0.5},
     "critic": {"objective": "critic", "value_head": "mlp", "lora_query": False, "lora_value": False},
+    "verifiable": {**ALL, "objective": "verifiable", "mtp_heads": 1, "lr_ratios.value_head": 2},
 }
 FAST = ("lora", "skip")
 SETTINGS = {
@@ -237,9 +238,9 @@ def test_preferences_and_a_variant_of_lora_with_a_sharded_model(answers: Bench, 
 def test_every_objective_with_a_sharded_model(answers: Bench, rated: Bench, bench: Bench, tmp_path: Path) -> None:
     assert main(argv(bench, tmp_path / "reference", "lora", seed=5)) == 0
     compare(bench, tmp_path, ["rho1"], 2, rho1_reference=tmp_path / "reference/final")
-    for name in ANSWERS.keys() - {"dpo-dora", "rho1", "critic"}:
+    for name in ANSWERS.keys() - {"dpo-dora", "rho1", "critic", "verifiable"}:
         compare(answers, tmp_path, [name], 2)
-    compare(rated, tmp_path, ["critic"], 2)
+    compare(rated, tmp_path, ["critic", "verifiable"], 2)
 
 
 @pytest.mark.slow
