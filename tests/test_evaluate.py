@@ -20,6 +20,7 @@ from litgpt.evaluate import rouge_l
 from litgpt.prompts import PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import runs, tiny
+from tests.helpers.cases import quick
 
 SKIP = {"lora_r": 4, "lora_alpha": 8, "skip2lora_enabled": True}
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_query": True, "lora_value": True}
@@ -38,7 +39,7 @@ def evaluate(folder: Path, *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("settings", [{}, SKIP, LORA])
-@pytest.mark.parametrize("batch_size", ["1", "auto"])
+@pytest.mark.parametrize("batch_size", quick(["1", "auto"], "auto"))
 def test_loss(settings: dict[str, Any], batch_size: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The loss is that of each sample alone through the whole model; all records of a file count."""
     folder, data = tmp_path / "adapter", runs.write_data(tmp_path / "data.json", 6)

@@ -13,6 +13,7 @@ from litgpt import lora
 from litgpt.loss import CHUNK_BYTES
 from litgpt.memory import NF4_BYTES, estimate, kept_by_block
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 ALL = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp")}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -62,7 +63,7 @@ def saved(config: lora.Config, dtype: torch.dtype, full: bool, checkpointing: bo
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / idx.numel()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", quick([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_keeps_what_the_formula_says(family: str, method: str, dtype: torch.dtype) -> None:

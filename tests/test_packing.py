@@ -16,6 +16,7 @@ from litgpt.activations.cache import Recompute
 from litgpt.packing import Packing, pack, take
 from litgpt.sample import Sample
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 CPU = torch.device("cpu")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -42,7 +43,7 @@ def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
-@pytest.mark.parametrize("lengths", [[15, 22, 11], [12, 12], [30, 11, 12, 13, 11], [17]])
+@pytest.mark.parametrize("lengths", quick([[15, 22, 11], [12, 12], [30, 11, 12, 13, 11], [17]], [15, 22, 11]))
 @pytest.mark.parametrize("stem", [0, 9])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_and_gradients_are_those_of_each_sample_alone(shape: str, stem: int, lengths: list[int]) -> None:

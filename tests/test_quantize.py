@@ -21,6 +21,7 @@ from litgpt.errors import UserError
 from litgpt.quantize import Int8Linear, Linear4bit, QuantisedLinear, count, quantise
 from litgpt.sample import Sample
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed: pip install bitsandbytes")
@@ -55,7 +56,7 @@ def layer(mode: str, bias: bool = False, dtype: torch.dtype = torch.float32, wid
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", quick([False, True], True))
 @pytest.mark.parametrize("width", [40, 128])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_layer_multiplies_by_the_weights_that_it_stands_for(mode: str, width: int, bias: bool, dtype: torch.dtype) -> None:

@@ -34,6 +34,7 @@ from litgpt.loss import HeadLoss, loss_of
 from litgpt.packing import SHORTEST_STEM, pack, shared_stem
 from litgpt.sample import Sample
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 CPU = torch.device("cpu")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -134,7 +135,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk"])
-@pytest.mark.parametrize("stem", [0, 8])
+@pytest.mark.parametrize("stem", quick([0, 8], 8))
 @pytest.mark.parametrize("cut", CUTS)
 def test_cached_features_losses_and_gradients_are_the_recomputed_ones(cut: str, stem: int, mode: str, tmp_path: Path) -> None:
     model, samples = make_model(cut), make_samples(stem=stem)

@@ -14,6 +14,7 @@ from litgpt import lora
 from litgpt.adapters.base import adapter_parameters, renew_adapters
 from litgpt.quantize import quantise
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 FLAGS = {
     "lora_query": ["q_proj"],
@@ -85,7 +86,7 @@ def curve(model: Any, optimizer: torch.optim.Optimizer, logits: Any, steps: int 
 @pytest.mark.parametrize(
     "flags", [("lora_query", "lora_value"), ("lora_key",), ("lora_projection", "lora_mlp"), tuple(FLAGS)], ids="+".join
 )
-@pytest.mark.parametrize("variant", ["dora", "rslora", "dora and rslora"])
+@pytest.mark.parametrize("variant", quick(["dora", "rslora", "dora and rslora"], "dora and rslora"))
 def test_logits_and_gradients_are_pefts(flags: tuple[str, ...], variant: str) -> None:
     theirs, ours = pair(flags, lora_variant="dora" if "dora" in variant else "lora", lora_rslora="rslora" in variant)
     want = theirs(IDX).logits

@@ -25,6 +25,7 @@ from litgpt.convert.merge import merged_weights
 from litgpt.memory import estimate
 from tests.helpers import family_configs as configs
 from tests.helpers import jobs, runs, tiny
+from tests.helpers.cases import first, quick
 
 IDX = tiny.ids(2, 17)
 BOTH = ["wte", "lm_head"]
@@ -116,7 +117,7 @@ def moved(family: str, chosen: list[str], tie: bool) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "llama multi-query tied", "gpt2", "gpt_neox", "gemma2", "phi"])
+@pytest.mark.parametrize("family", quick(["llama", "llama multi-query tied", "gpt2", "gpt_neox", "gemma2", "phi"], "llama", "gpt2"))
 @CHOICES
 def test_peft_computes_the_same_and_back(family: str, chosen: list[str], tmp_path: Path) -> None:
     hf, fields, stored = configs.pair(family)
@@ -135,7 +136,7 @@ def test_peft_computes_the_same_and_back(family: str, chosen: list[str], tmp_pat
     assert weights.keys() == state.keys() and all(torch.equal(value, state[name]) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("tying", [False, True])
+@pytest.mark.parametrize("tying", quick([False, True], True))
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids="-".join)
 @pytest.mark.parametrize("family", ["llama", "llama multi-query tied"])
 def test_adapters_of_peft(family: str, modules: list[str], tying: bool, tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_run_learns_is_resumed_merged_and_used(
     assert llm.model.dtype == torch.bfloat16 and llm.generate("add 3 and 4", max_new_tokens=3) is not None
 
 
-@pytest.mark.parametrize("settings", [{"quantize": "int8"}, {"precision": "bf16-true"}, {**jobs.SKIP, "skip2lora_cache": "disk"}])
+@pytest.mark.parametrize("settings", first([{"quantize": "int8"}, {"precision": "bf16-true"}, {**jobs.SKIP, "skip2lora_cache": "disk"}]))
 def test_beside_quantised_blocks_and_the_cache(settings: dict[str, Any], base: Path, data: Path, tmp_path: Path) -> None:
     """The cache holds for a head that is trained: the features are its input."""
     chosen = "[lm_head]" if "skip2lora_enabled" in settings else "[wte, lm_head]"

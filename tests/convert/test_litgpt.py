@@ -13,6 +13,7 @@ from litgpt.convert.litgpt import convert_own
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 H, G, h = 4, 2, 8
 
@@ -42,7 +43,7 @@ def assert_equal(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     assert all(found[name].dtype == weights[name].dtype and torch.equal(found[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("envelope", [False, True], ids=["plain", "in an envelope"])
+@pytest.mark.parametrize("envelope", quick([False, True], True), ids=["plain", "in an envelope"])
 @pytest.mark.parametrize("layout", ["now", "before 0.5"])
 def test_pth_to_ours_to_pth(layout: str, envelope: bool, base: Path, tmp_path: Path) -> None:
     weights = load_weights(base / "lit_model.pth")

@@ -133,7 +133,7 @@ def test_peft_computes_the_same_of_answer_only_lora(family: str, tmp_path: Path)
     assert own["alora_enabled"] and own["alora_invocation_tokens"] == invocation and same(weights, adapter_of(model))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", quick(["llama", "gpt_neox", "phi3", "gpt2"], "llama", "gpt2"))
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choices_of_layers(family: str, choice: str, tmp_path: Path) -> None:
     model = trained(family, **CHOICES[choice])
@@ -143,7 +143,7 @@ def test_choices_of_layers(family: str, choice: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", quick(FAMILIES, "llama", "mixtral", "gpt_neox", "falcon new decoder", "phi3", "gemma3", "gpt2"))
-@pytest.mark.parametrize("choice", ["query and value", "all", "all of some blocks"])
+@pytest.mark.parametrize("choice", quick(["query and value", "all", "all of some blocks"], "all of some blocks"))
 def test_ours_there_and_back(family: str, choice: str, tmp_path: Path) -> None:
     model = trained(family, lora_dropout=0.125, **CHOICES[choice])
     ours.write(tmp_path, *ours.to_peft(model.config, adapter_of(model), "org/base", kind_of(family)))
@@ -157,8 +157,8 @@ def test_ours_there_and_back(family: str, choice: str, tmp_path: Path) -> None:
     assert again == model.config
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "gpt2", "falcon new decoder"])
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("family", quick(["llama", "gpt_neox", "phi3", "gpt2", "falcon new decoder"], "llama", "gpt_neox", "gpt2"))
+@pytest.mark.parametrize("rslora", quick([False, True], True))
 @pytest.mark.parametrize("patterns", PATTERNS)
 def test_patterns_there_and_back(family: str, rslora: bool, patterns: str, tmp_path: Path) -> None:
     model = trained(family, lora_rslora=rslora, **tiny.ALL_LORA, **PATTERNS[patterns])
@@ -218,8 +218,23 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind",
+    quick(
+        TARGETS,
+        "all linear layers",
+        "down and head",
+        "some blocks",
+        "joined",
+        "two of one name",
+        "joined by group",
+        "joined gate and up",
+        "rank-stabilised",
+        "rank and alpha by layer",
+        "a rank of a joined layer",
+    ),
+)
+@pytest.mark.parametrize("dtype", quick([torch.float32, torch.bfloat16], torch.bfloat16))
 def test_theirs_here_and_back(kind: str, dtype: torch.dtype, tmp_path: Path, base_dir: Callable[[str], Path]) -> None:
     """We compute what PEFT computes; the way back gives the same tensors, bit for bit, in the same dtype, and the same layers."""
     family, settings = TARGETS[kind]
@@ -362,9 +377,16 @@ def test_broken_files(tmp_path: Path, base_dir: Callable[[str], Path]) -> None:
         ours.load(tmp_path, base)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "gpt2", "falcon new decoder", "mixtral"])
 @pytest.mark.parametrize(
-    "variant", [{"lora_variant": "dora"}, {"lora_rslora": True}, {"lora_variant": "dora", "lora_rslora": True}], ids=str
+    "family", quick(["llama", "gpt_neox", "phi3", "gpt2", "falcon new decoder", "mixtral"], "llama", "falcon new decoder", "gpt2")
+)
+@pytest.mark.parametrize(
+    "variant",
+    quick(
+        [{"lora_variant": "dora"}, {"lora_rslora": True}, {"lora_variant": "dora", "lora_rslora": True}],
+        {"lora_variant": "dora", "lora_rslora": True},
+    ),
+    ids=str,
 )
 def test_peft_computes_the_same_of_dora_and_rslora(family: str, variant: dict[str, Any], tmp_path: Path) -> None:
     model = trained(family, **tiny.ALL_LORA, **variant)

@@ -26,6 +26,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
 from tests.helpers import gguf_files, tiny
+from tests.helpers.cases import quick
 
 Write = Callable[[Path], Path]
 FILES_OF_A_CONVERSION = ("lit_model.pth", "model_config.yaml", "conversion.json", ".conversion.json.litgpt.tmp", ".conversion")
@@ -227,7 +228,7 @@ def test_a_failed_conversion_leaves_nothing_behind(hf: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("at", quick(range(8), 2, 5, 7))
 def test_killed_at_any_moment_of_a_conversion_in_place(hf: Path, again: bool, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file operations of the swap: the next use has the present weights and the chosen dtype, and so has the one after a change."""
     config = transformers.AutoConfig.from_pretrained(hf)

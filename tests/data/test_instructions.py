@@ -13,6 +13,7 @@ from litgpt.data import FLAN, LIMA, Deita, LongForm
 from litgpt.data.records import Record
 from litgpt.errors import UserError
 from tests.data.conftest import publish
+from tests.helpers.cases import quick
 from tests.helpers.fake_hub import Hub
 
 TURNS = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
@@ -45,7 +46,7 @@ def test_lima(every: bool, hub: Hub, tmp_path: Path) -> None:
         LIMA(download_dir=tmp_path / "other").records()
 
 
-@pytest.mark.parametrize("subsets", ["a_10templates,b_10templates", None, "b_10templates"])
+@pytest.mark.parametrize("subsets", quick(["a_10templates,b_10templates", None, "b_10templates"], None, "b_10templates"))
 def test_flan(subsets: str | None, hub: Hub, tmp_path: Path) -> None:
     rows: dict[str, Any] = {
         f"{split}/{name}_10templates_{split}.jsonl": [{"inputs": f"{split} {name} {i}", "targets": "yes", "task": name} for i in range(n)]

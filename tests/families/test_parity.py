@@ -16,6 +16,7 @@ from litgpt.model import GPT
 from litgpt.sample import Sample
 from tests.helpers import family_configs as configs
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 LENGTH = 40
 SHORT = 6
@@ -27,7 +28,7 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.std().clamp_min(1.0))
 
 
-@pytest.mark.parametrize("length", [1, SHORT, LENGTH])
+@pytest.mark.parametrize("length", quick([1, SHORT, LENGTH], LENGTH))
 @pytest.mark.parametrize("family", configs.FAMILIES)
 @torch.inference_mode()
 def test_logits(family: str, length: int) -> None:
@@ -38,7 +39,7 @@ def test_logits(family: str, length: int) -> None:
     assert difference(configs.ours(family)(idx), want) < 1e-5
 
 
-@pytest.mark.parametrize("family", configs.FAMILIES)
+@pytest.mark.parametrize("family", configs.QUICK_FIRST)
 @torch.inference_mode()
 def test_cached_decoding(family: str) -> None:
     """Token by token, and in chunks shorter and longer than the windows: transformers' logits of one pass.

@@ -18,7 +18,7 @@ from tests.helpers.runs import Run, finetune, load, plain_loss, run_files, val_s
 MODULES: dict[str, Any] = {"finetune_adapter": adapter, "finetune_adapter_v2": adapter_v2}
 
 
-@pytest.fixture(scope="module", params=MODULES)
+@pytest.fixture(scope="module", params=quick(MODULES, "finetune_adapter_v2"))
 def trained(request: pytest.FixtureRequest, base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Run]:
     return request.param, finetune(request.param, base, data, tmp_path_factory.mktemp("runs") / "out", adapter_prompt_length=4)
 

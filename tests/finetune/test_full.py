@@ -12,6 +12,7 @@ import yaml
 from litgpt import checkpoint
 from tests.helpers import runs as finetune_runs
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 from tests.helpers.runs import Run, finetune, load, plain_loss, val_samples
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
@@ -85,7 +86,10 @@ def test_hyperparameters_are_a_config_that_repeats_the_run_bit_for_bit(run: Run,
     assert second == {**first, "out_dir": str(tmp_path / "again")}
 
 
-@pytest.mark.parametrize(("start", "asked", "tied"), [(True, None, True), (False, None, False), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize(
+    ("start", "asked", "tied"),
+    quick([(True, None, True), (False, None, False), (True, False, False), (False, True, True)], (True, None, True), (True, False, False)),
+)
 def test_the_head_is_tied_as_asked_or_as_it_was(
     start: bool, asked: bool | None, tied: bool, base: Path, tied_base: Path, data: Path, tmp_path: Path
 ) -> None:

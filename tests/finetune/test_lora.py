@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import resource
 import traceback
@@ -27,7 +28,7 @@ from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
 from tests.helpers import tiny
-from tests.helpers.cases import quick
+from tests.helpers.cases import first, quick
 from tests.helpers.runs import Run, finetune, in_two_processes, load, plain_loss, val_samples
 
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "[0, 2]", "lora_r": 4}
@@ -74,7 +75,7 @@ def test_a_run_leaves_exactly_these_files(method: str, made: Callable[[str], Run
     assert {path.name for path in run.out_dir.parent.iterdir()} == {"out"}, "no cache on disk where memory suffices"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, "LoRA everywhere", "lm_head", "block"))
 def test_the_weights_file_holds_the_trained_adapters_and_nothing_else(method: str, made: Callable[[str], Run], base: Path) -> None:
     run = made(method)
     settings, values = checkpoint.adapter_settings(run.final)
@@ -91,7 +92,7 @@ def test_the_weights_file_holds_the_trained_adapters_and_nothing_else(method: st
     assert all(not torch.equal(value, earlier[name]) for name, value in content["model"].items())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, "LoRA everywhere", "lm_head", "block"))
 def test_the_reported_loss_is_that_of_the_saved_model(method: str, made: Callable[[str], Run], base: Path, data: Path) -> None:
     run, samples = made(method), val_samples(base, data)
     assert len(samples) == 2
@@ -102,7 +103,7 @@ def test_the_reported_loss_is_that_of_the_saved_model(method: str, made: Callabl
     assert after < before - 0.1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, "LoRA everywhere", "lm_head", "block"))
 def test_metrics_have_each_step_once_and_validation_where_it_was(method: str, made: Callable[[str], Run]) -> None:
     run = made(method)
     rows = run.rows()
@@ -142,7 +143,7 @@ def test_the_report_counts_in_closed_form(method: str, trained: int, made: Calla
         assert line in run.err
 
 
-@pytest.mark.parametrize("method", ["LoRA", "LoRA everywhere", "late LoRA"])
+@pytest.mark.parametrize("method", quick(["LoRA", "LoRA everywhere", "late LoRA"], "LoRA everywhere"))
 def test_plain_lora_is_also_left_merged(method: str, made: Callable[[str], Run], base: Path, tmp_path: Path) -> None:
     run = made(method)
     merged = load(run.final / "lit_model.pth")
@@ -214,7 +215,7 @@ def test_a_warm_up_trains_lora_first_and_freezes_it_before_the_cut(by: str, base
 # --- again ---
 
 
-@pytest.mark.parametrize("method", ["LoRA", "block"])
+@pytest.mark.parametrize("method", quick(["LoRA", "block"], "block"))
 def test_hyperparameters_are_a_config_that_repeats_the_run_bit_for_bit(method: str, made: Callable[[str], Run], tmp_path: Path) -> None:
     run = made(method)
     config = run.final / "hyperparameters.yaml"
@@ -268,14 +269,9 @@ def test_positions_is_the_older_name_of_block_indices(made: Callable[[str], Run]
 
 @pytest.mark.parametrize(
     ("precision", "method"),
-    [
-        ("bf16-true", "LoRA"),
-        ("bf16-mixed", "block"),
-        pytest.param("bf16-true", "block", marks=pytest.mark.slow),
-        pytest.param("bf16-mixed", "LoRA", marks=pytest.mark.slow),
-        pytest.param("bf16-true", "lm_head with LoRA", marks=pytest.mark.slow),
-        pytest.param("bf16-mixed", "lm_head with LoRA", marks=pytest.mark.slow),
-    ],
+    quick(
+        itertools.product(("bf16-true", "bf16-mixed"), ("LoRA everywhere", "lm_head with LoRA", "block")), ("bf16-true", "LoRA everywhere")
+    ),
 )
 def test_other_precisions_run_and_learn_the_same(
     precision: str, method: str, made: Callable[[str], Run], base: Path, data: Path, tmp_path: Path
@@ -284,13 +280,15 @@ def test_other_precisions_run_and_learn_the_same(
     assert run.code == 0, run.err
     assert run.column("val_loss") == pytest.approx(made(method).column("val_loss"), rel=0.02)
     assert all(value.dtype == torch.float32 for value in load(run.final / "lit_model.pth.lora")["model"].values())
-    if method == "LoRA":
+    if method == "LoRA everywhere":
         dtypes = {value.dtype for value in load(run.final / "lit_model.pth").values()}
         assert dtypes == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
 
 
-@pytest.mark.parametrize(("precision", "itemsize"), [("bf16-true", 2), ("bf16-mixed", 4), ("32-true", 4)])
-@pytest.mark.parametrize("method", ["lm_head", "lm_head with LoRA"])
+@pytest.mark.parametrize(
+    ("precision", "itemsize"), quick([("bf16-true", 2), ("bf16-mixed", 4), ("32-true", 4)], ("bf16-true", 2), ("bf16-mixed", 4))
+)
+@pytest.mark.parametrize("method", quick(["lm_head", "lm_head with LoRA"], "lm_head"))
 def test_a_cache_has_the_backbones_dtype_unless_told_otherwise(
     method: str, precision: str, itemsize: int, base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -301,7 +299,7 @@ def test_a_cache_has_the_backbones_dtype_unless_told_otherwise(
     assert sizes[0] == positions * 3 * 32 * itemsize
 
 
-@pytest.mark.parametrize("method", [pytest.param("late LoRA", marks=pytest.mark.slow), "lm_head", "block"])
+@pytest.mark.parametrize("method", quick(["late LoRA", "lm_head", "block"], "block"))
 def test_runs_without_a_cache_and_with_one_on_disk_have_the_same_curve(method: str, base: Path, data: Path, tmp_path: Path) -> None:
     runs = {}
     for mode in ("off", "memory", "disk"):
@@ -346,8 +344,8 @@ def test_a_run_of_one_epoch_does_not_cache_what_it_reads_once(base: Path, data: 
     assert run.code == 0 and "training cache" not in run.err and "validation cache" in run.err
 
 
-@pytest.mark.parametrize("which", ["first", "random", 1])
-@pytest.mark.parametrize("method", ["LoRA everywhere", "lm_head"])
+@pytest.mark.parametrize("which", quick(["first", "random", 1], "random", 1))
+@pytest.mark.parametrize("method", quick(["LoRA everywhere", "lm_head"], "lm_head"))
 def test_an_example_is_answered_at_every_validation(which: Any, method: str, base: Path, data: Path, tmp_path: Path) -> None:
     run = finetune("finetune_lora", base, data, tmp_path / "out", **METHODS[method], eval__evaluate_example=which, train__max_steps=1)
     assert run.code == 0, run.err
@@ -572,11 +570,14 @@ def test_two_processes_reach_the_loss_of_one(base: Path, data: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [
-        ({"optimizer.lr": 0.0}, "nothing is trained, as the optimizer's learning rate (lr) is 0"),
-        ({"lora_alpha": 0}, "nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0"),
-        ({}, None),
-    ],
+    first(
+        [
+            ({"optimizer.lr": 0.0}, "nothing is trained, as the optimizer's learning rate (lr) is 0"),
+            ({"lora_alpha": 0}, "nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0"),
+            ({}, None),
+        ],
+        2,
+    ),
 )
 def test_settings_that_train_nothing_are_reported(
     settings: dict[str, Any], message: str | None, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

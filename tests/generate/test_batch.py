@@ -12,6 +12,7 @@ from litgpt.generate.engine import Batch, Row, generate, generate_batch
 from litgpt.generate.sampling import Sampling
 from litgpt.model import GPT
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 from tests.helpers.family_configs import QUICK_FIRST, ours
 
 GREEDY = Sampling(temperature=0.0)
@@ -29,8 +30,8 @@ def test_ragged_prompts_of_every_family(family: str) -> None:
     assert generate_batch(model, PROMPTS, 12, GREEDY) == [single(model, prompt, 12) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "phi3 longrope", "gpt2", "gemma2"])
-@pytest.mark.parametrize("chunk", [4, None])
+@pytest.mark.parametrize("family", quick(["llama", "mistral", "phi3 longrope", "gpt2", "gemma2"], "mistral", "phi3 longrope", "gpt2"))
+@pytest.mark.parametrize("chunk", quick([4, None], 4))
 def test_rows_come_and_go(family: str, chunk: int | None) -> None:
     """A new row joins every second step, each has its own length, prompts are computed in parts; the cache grows meanwhile."""
     model, batch = ours(family), Batch(ours(family), chunk)

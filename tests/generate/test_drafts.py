@@ -15,11 +15,12 @@ from litgpt.generate import drafts, engine
 from litgpt.generate.drafts import Lookup, generate, verify
 from litgpt.generate.sampling import Sampling, sample
 from tests.helpers import tiny
+from tests.helpers.cases import first, quick
 from tests.helpers.family_configs import ours
 from tests.helpers.runs import greedy_words
 
 
-@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("k", quick([1, 3, 7], 3))
 def test_greedy_text_is_the_targets_own(k: int) -> None:
     target, prompt = tiny.tiny(1), tiny.ids(1, 9)[0]
     expected = list(engine.generate(target, prompt, 39, temperature=0.0))
@@ -102,7 +103,7 @@ def with_heads(**settings: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_r": 4, "lora_query": True}, {"lora_r": 2, "skip2lora_enabled": True}])
+@pytest.mark.parametrize("settings", first([{}, {"lora_r": 4, "lora_query": True}, {"lora_r": 2, "skip2lora_enabled": True}]))
 def test_greedy_text_with_heads_is_the_models_own(settings: dict[str, Any]) -> None:
     target, kept = tiny.move_adapters(with_heads(**settings)), list[int]()
     prompt = tiny.ids(1, 9)[0]

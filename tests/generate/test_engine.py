@@ -10,13 +10,14 @@ import torch
 from litgpt.errors import UserError
 from litgpt.generate.engine import generate
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 
 def greedy(model: Any, prompt: torch.Tensor, length: int, **settings: Any) -> list[int]:
     return list(generate(model, prompt, length, temperature=0.0, **settings))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "neox"])
+@pytest.mark.parametrize("family", quick(["llama", "mistral", "neox"], "mistral"))
 def test_greedy_text_of_transformers(family: str) -> None:
     changes = {"eos_token_id": None, "bos_token_id": None}
     hf = {"llama": tiny.hf_llama, "mistral": lambda **kw: tiny.hf_mistral(sliding_window=7, **kw), "neox": tiny.hf_neox}[family](**changes)
@@ -32,7 +33,7 @@ def test_greedy_text_of_transformers(family: str) -> None:
     assert greedy(model, prompt[0], 39, stop_tokens=(pair,)) == want[:first]
 
 
-@pytest.mark.parametrize("output", ["lm_head", "transformer.ln_f", "transformer.h.2"])
+@pytest.mark.parametrize("output", quick(["lm_head", "transformer.ln_f", "transformer.h.2"], "transformer.h.2"))
 def test_skip2lora_decodes_as_the_full_pass_says(output: str) -> None:
     settings = {
         "skip2lora_enabled": True,

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from litgpt.api import LLM
 from litgpt.serve.schemas import Chat, Completion, Predict
+from tests.helpers.cases import quick
 from tests.serve.conftest import KEY, Folders, Server
 
 HELLO: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "why?"}]
@@ -87,7 +88,7 @@ def test_adapters_that_cannot_come_or_go(path: str, body: dict[str, str], status
     assert found == status and message in text
 
 
-@pytest.mark.parametrize("name", ["tiny", "skip", "other", "norm", "tail", "lora"])
+@pytest.mark.parametrize("name", quick(["tiny", "skip", "other", "norm", "tail", "lora"], "tiny", "tail", "lora"))
 def test_chat_is_the_models_own_answer(name: str, client: openai.OpenAI, folders: Folders) -> None:
     own = llm(folders, name)
     expected = own.generate(HELLO, max_new_tokens=12, temperature=0.0)

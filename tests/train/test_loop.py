@@ -140,7 +140,7 @@ def test_accumulation_equals_one_large_batch_done_by_hand(method: str, micro: in
     assert_close(trained(model), trained(other), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, "LoRA", "block"))
 def test_weights_multiply_losses_and_the_mean_is_over_their_sum(method: str) -> None:
     """The oracle repeats a sample as often as its weight says; micro-batches and processes are parts of the same batch."""
     weights, plain = [1, 3, 2, 1, 2, 1, 3, 1], make_samples(8)
@@ -319,7 +319,7 @@ def curve(method: str = "block", seed: int = 1, source: Any = None, **settings: 
     return column(loop, "train_loss"), column(loop, "val_loss"), trained(model)
 
 
-@pytest.mark.parametrize("method", ["block", "full"])
+@pytest.mark.parametrize("method", quick(["block", "full"], "block"))
 def test_a_run_repeated_is_the_same_bit_for_bit_and_another_seed_is_another_run(method: str) -> None:
     dropout = {} if method == "full" else {"lora_dropout": 0.2}
     first, again, other = (curve(method, seed, epochs=2, **dropout) for seed in (1, 1, 2))

@@ -345,7 +345,7 @@ def loop_of_links(folder: Path, name: str) -> None:
 STATE, WEIGHTS, TENSORS = "training_state.json", "lit_model.pth.lora", "training_state.safetensors"
 
 
-@pytest.mark.parametrize("name", [STATE, WEIGHTS, TENSORS, "manifest.json"])
+@pytest.mark.parametrize("name", quick([STATE, WEIGHTS, TENSORS, "manifest.json"], WEIGHTS))
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit, remove, loop_of_links])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     damage: Callable[[Path, str], None], name: str, stopped: Path, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from litgpt.convert.adapter import convert_adapter
 from litgpt.convert.gguf.export import convert_to_gguf
 from litgpt.errors import UserError
 from tests.helpers import gguf_files, tiny
-from tests.helpers.cases import quick
+from tests.helpers.cases import first, quick
 
 PROMPTS = ([5, 17, 99, 3, 200, 41, 7], [50, 51, 52, 53], [300, 60, 4], [60] * 9)
 LORA: dict[str, Any] = {"lora_r": 3, "lora_alpha": 7, **tiny.ALL_LORA}
@@ -109,11 +109,18 @@ def test_llama_cpp_gives_the_same_probabilities(case: str, tmp_path: Path, write
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"lora_rslora": True},
-        {"alora_enabled": True, "alora_invocation_tokens": [1, 17]},
-        {"lora_rslora": True, "lora_rank_pattern": {"q_proj": 5, "mlp.fc_1": 1}, "lora_alpha_pattern": {"h.1.attn.qkv": 2, "o_proj": 9}},
-    ],
+    first(
+        [
+            {"lora_rslora": True},
+            {"alora_enabled": True, "alora_invocation_tokens": [1, 17]},
+            {
+                "lora_rslora": True,
+                "lora_rank_pattern": {"q_proj": 5, "mlp.fc_1": 1},
+                "lora_alpha_pattern": {"h.1.attn.qkv": 2, "o_proj": 9},
+            },
+        ],
+        0,
+    ),
     ids=["rslora", "alora", "patterns"],
 )
 def test_settings(settings: dict[str, Any], tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:

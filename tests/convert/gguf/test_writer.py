@@ -25,6 +25,7 @@ from litgpt.errors import UserError
 from litgpt.rope import frequencies
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import gguf_files
+from tests.helpers.cases import first, quick
 
 
 @pytest.mark.parametrize("case", gguf_files.QUICK_FIRST)
@@ -56,21 +57,26 @@ def test_there_and_back_and_into_transformers(tmp_path: Path, write_tiny_tokeniz
 
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [
+    quick(
+        [
+            ("Llama-3.2-1B", "llama"),
+            ("Mistral-7B-v0.1", "llama"),
+            ("Mixtral-8x7B-v0.1", "llama"),
+            ("Qwen2.5-0.5B", "qwen2"),
+            ("Qwen3-0.6B", "qwen3"),
+            ("Gemma-2-27b", "gemma2"),
+            ("Gemma-3-27b-it", "gemma3"),
+            ("phi-2", "phi2"),
+            ("Phi-3.5-mini-instruct", "phi3"),
+            ("Phi-4-mini-instruct", "phi3"),
+            ("gpt-neox-20b", "gptneox"),
+            ("falcon-40b", "falcon"),
+            ("SmolLM3-3B", "smollm3"),
+        ],
         ("Llama-3.2-1B", "llama"),
-        ("Mistral-7B-v0.1", "llama"),
-        ("Mixtral-8x7B-v0.1", "llama"),
-        ("Qwen2.5-0.5B", "qwen2"),
         ("Qwen3-0.6B", "qwen3"),
-        ("Gemma-2-27b", "gemma2"),
-        ("Gemma-3-27b-it", "gemma3"),
-        ("phi-2", "phi2"),
-        ("Phi-3.5-mini-instruct", "phi3"),
-        ("Phi-4-mini-instruct", "phi3"),
         ("gpt-neox-20b", "gptneox"),
-        ("falcon-40b", "falcon"),
-        ("SmolLM3-3B", "smollm3"),
-    ],
+    ),
 )
 def test_named_models_have_an_architecture(name: str, architecture: str) -> None:
     """With the rotary tables, scales and windows of the real sizes."""
@@ -90,16 +96,23 @@ def test_named_models_have_an_architecture(name: str, architecture: str) -> None
 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
-    [
-        ("qwen2 window", {}, r"sliding_window_indices \[1, 1, 1\] instead of \[0, 1, 1\]"),
-        ("qwen3_moe not normalised", {}, "the nearest, qwen3moe, has norm_topk_prob True instead of False"),
-        ("llama yarn not truncated", {}, "truncate"),
-        ("gemma2", {}, "the nearest, gemma2, has attention_scores_scalar 10 instead of 20"),
-        ("gemma3", {"query_pre_attn_scalar": 10}, r"the nearest, gemma3, has sliding_window_indices \[1, 1, 1\] instead of \[1, 1, 0\]"),
-        ("smollm3", {}, r"the nearest, smollm3, has rope_indices \[0, 0, 0, -1\] instead of \[0, 0, -1, 0\]"),
-        ("gemma", {"tie_word_embeddings": False}, "the nearest, gemma, has no place for output.weight"),
-        ("llama 3.1", {}, "the nearest, llama, has rope_freqs.weight is not Llama 3.1's rotary scaling"),
-    ],
+    first(
+        [
+            ("qwen2 window", {}, r"sliding_window_indices \[1, 1, 1\] instead of \[0, 1, 1\]"),
+            ("qwen3_moe not normalised", {}, "the nearest, qwen3moe, has norm_topk_prob True instead of False"),
+            ("llama yarn not truncated", {}, "truncate"),
+            ("gemma2", {}, "the nearest, gemma2, has attention_scores_scalar 10 instead of 20"),
+            (
+                "gemma3",
+                {"query_pre_attn_scalar": 10},
+                r"the nearest, gemma3, has sliding_window_indices \[1, 1, 1\] instead of \[1, 1, 0\]",
+            ),
+            ("smollm3", {}, r"the nearest, smollm3, has rope_indices \[0, 0, 0, -1\] instead of \[0, 0, -1, 0\]"),
+            ("gemma", {"tie_word_embeddings": False}, "the nearest, gemma, has no place for output.weight"),
+            ("llama 3.1", {}, "the nearest, llama, has rope_freqs.weight is not Llama 3.1's rotary scaling"),
+        ],
+        3,
+    ),
 )
 def test_what_no_architecture_expresses_is_named(
     tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], family: str, changes: dict[str, Any], message: str
@@ -112,7 +125,7 @@ def test_what_no_architecture_expresses_is_named(
     assert not [file for file in tmp_path.iterdir() if "gguf" in file.name]
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *BLOCKS])
+@pytest.mark.parametrize("kind", quick(["F32", "F16", "BF16", *BLOCKS], "F32", "BF16", "Q4_0", "Q8_0"))
 def test_number_formats(tmp_path: Path, mixture: Path, kind: str) -> None:
     """Each tensor is what the gguf library makes of the weight, in the type that llama.cpp would choose."""
     convert_to_gguf(mixture, tmp_path / "x.gguf", dtype=kind.lower())  # type: ignore[arg-type]

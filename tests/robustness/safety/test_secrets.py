@@ -14,6 +14,7 @@ import yaml
 
 from litgpt.download import download_from_hub
 from litgpt.errors import UserError
+from tests.helpers.cases import quick
 from tests.helpers.places import Place, run
 
 TOKEN = "hf_" + "SeSaMeOpen" * 3
@@ -37,7 +38,7 @@ def fine_tune(place: Place, *more: Any) -> list[Any]:
     return ["finetune_lora", place.base(), "--data", "JSON", "--data.json_path", place.data(), "--out_dir", "out", "--max_steps", 1, *more]
 
 
-@pytest.mark.parametrize("way", ["--access_token", "HF_TOKEN", "a config file"])
+@pytest.mark.parametrize("way", quick(["--access_token", "HF_TOKEN", "a config file"], "HF_TOKEN", "a config file"))
 def test_a_whole_run(way: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     more: list[Any] = []
     if way == "HF_TOKEN":
