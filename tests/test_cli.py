@@ -666,9 +666,9 @@ def test_sigterm_cleans_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_of_its_own() -> None:
     """Once for real: the module runs as a program, and its exit code and output reach the shell."""
-    command = [sys.executable, "-m", "litgpt", "finetune_lora", "checkpoints/base", "--data", "nowhere.json"]
+    command = [sys.executable, "-m", "litgpt", "finetune_lora", "checkpoints/base", "--no_such_key", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert (done.returncode, done.stdout) == (1, "") and re.fullmatch(r"Error: checkpoint folder .*\n", done.stderr)
+    assert (done.returncode, done.stdout) == (2, "") and re.match(r"Error: .*--no_such_key", done.stderr)
 
 
 def test_json_is_yaml(tmp_path: Path) -> None:

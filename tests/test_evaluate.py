@@ -79,7 +79,7 @@ def test_answers(base: Path, tmp_path: Path) -> None:
 
 def test_a_run_is_measured_on_its_own_validation_records(base: Path, tmp_path: Path) -> None:
     data = runs.write_data(tmp_path / "data.json")
-    run = runs.finetune("finetune_lora", base, data, tmp_path / "out", eval__max_new_tokens=None)
+    run = runs.finetune("finetune_lora", base, data, tmp_path / "out")
     assert run.code == 0, run.err
     results = evaluate(run.final, "--max_new_tokens", "0")
     assert results["records"] == 2 and results["loss"] == pytest.approx(run.report["final_val_loss"], rel=1e-5)

@@ -11,9 +11,26 @@ from litgpt.__main__ import COMMANDS, load, main
 from litgpt.cli import parse
 from litgpt.help import parser_of
 from litgpt.keys import Keys
+from tests.helpers.cases import quick
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        COMMANDS,
+        "finetune",
+        "finetune_lora",
+        "finetune_full",
+        "pretrain",
+        "sweep",
+        "generate",
+        "chat",
+        "serve",
+        "download",
+        "evaluate",
+        "merge_lora",
+    ),
+)
 def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every key has a help text."""
     with pytest.raises(SystemExit) as end:

@@ -201,6 +201,7 @@ def test_steps_without_dynamo_are_those_of_torch(name: str) -> None:
     assert ours.grad is None
 
 
+@pytest.mark.slow
 def test_torch_dynamo_is_not_imported() -> None:
     """It takes as long to import as torch itself."""
     code = """import sys, torch

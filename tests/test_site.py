@@ -35,6 +35,7 @@ def site() -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_reference(site: Any) -> None:
     page = site.reference()
     assert set(re.findall(r"^## (\w+)$", page, re.MULTILINE)) == set(COMMANDS)

@@ -148,8 +148,8 @@ def test_cached_features_losses_and_gradients_are_the_recomputed_ones(cut: str, 
         assert_same(outcome(model, cache, rows), outcome(model, recompute, rows))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("weighted", quick([False, True], True))
+@pytest.mark.parametrize("cached", quick([True, False], True))
 @pytest.mark.parametrize("cut", ["lm_head", "ln_f", "block", "LoRA in the head"])
 def test_a_stem_that_is_learned_costs_the_logits_of_one_sample(cut: str, cached: bool, weighted: bool) -> None:
     """The last row of the stem has another target in each sample. Loss and gradients are those of every position by itself."""
@@ -203,7 +203,7 @@ def test_the_size_of_the_filling_batches_changes_nothing(stem: int, tokens: int,
     assert len(calls) == {1: 7, 10_000: 1}.get(tokens, len(calls))
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", quick([True, False], True))
 @pytest.mark.parametrize("cut", CUTS)
 def test_features_are_what_hooks_on_the_blocks_see(cut: str, cached: bool) -> None:
     """Each sample alone, unpadded, through the bare modules; the tap worked out by hand."""
@@ -235,7 +235,7 @@ def test_features_are_what_hooks_on_the_blocks_see(cut: str, cached: bool) -> No
         hook.remove()
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", quick([True, False], True))
 @pytest.mark.parametrize("cut", CUTS)
 def test_the_loss_is_the_whole_models_plain_cross_entropy(cut: str, cached: bool) -> None:
     model, samples = make_model(cut), make_samples()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from litgpt.loss import HeadLoss, loss_of
 from litgpt.packing import shared_stem
 from litgpt.sample import Sample
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 CPU = torch.device("cpu")
 OPEN = [7, 9, 7]  # the invocation
@@ -99,7 +101,10 @@ def cached(model: Any, chosen: list[Sample], folder: Path = Path("unused"), mode
 
 @pytest.mark.parametrize(
     ("case", "stem"),
-    [(case, 9) for case in CASES] + [pytest.param(case, 0, marks=[] if case == "all blocks" else pytest.mark.slow) for case in CASES],
+    quick(
+        itertools.product(CASES, (9, 0)),
+        *(("all blocks", 0), ("all blocks", 9), ("window", 9), ("latent attention", 9), ("behind Skip2-LoRA", 9)),
+    ),
 )
 def test_replies_alone_are_full_passes(case: str, stem: int) -> None:
     model, chosen = model_of(case), samples(stem)

@@ -166,7 +166,10 @@ def test_adapters_of_peft(family: str, modules: list[str], tying: bool, tmp_path
     assert set(again["modules_to_save"]) == {name.split(".")[-2] for name in kept if "lora_" not in name}
 
 
-@pytest.mark.parametrize(("kind", "chosen"), [("untied", BOTH), ("base", BOTH), ("base", ["wte"]), ("base", ["lm_head"])])
+@pytest.mark.parametrize(
+    ("kind", "chosen"),
+    quick([("untied", BOTH), ("base", BOTH), ("base", ["wte"]), ("base", ["lm_head"])], ("base", BOTH), ("base", ["wte"])),
+)
 def test_a_run_learns_is_resumed_merged_and_used(
     kind: str, chosen: list[str], request: pytest.FixtureRequest, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

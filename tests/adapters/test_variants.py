@@ -33,7 +33,7 @@ def test_a_run_learns_is_saved_and_merged(base: Path, data: Path, tmp_path: Path
     [
         pytest.param(DORA, id="dora"),
         pytest.param({"loraplus_lr_ratio": 4.0, "train__neftune_noise_alpha": 5.0}, id="lora+ with noise", marks=pytest.mark.slow),
-        pytest.param({**jobs.SKIP, "lora_freeze_a": True}, id="lora-fa"),
+        pytest.param({**jobs.SKIP, "lora_freeze_a": True}, id="lora-fa", marks=pytest.mark.slow),
         pytest.param({"lora_variant": "pissa", "lora_mlp": True, "lora_dropout": 0.1}, id="pissa", marks=pytest.mark.slow),
         pytest.param(WARM, id="warm-up", marks=pytest.mark.slow),
         pytest.param({**DORA, "quantize": "int8"}, id="int8", marks=pytest.mark.slow),

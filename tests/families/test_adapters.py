@@ -21,6 +21,7 @@ from litgpt.loss import HeadLoss
 from litgpt.sample import Sample
 from tests.helpers import family_configs as configs
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 CPU = torch.device("cpu")
 LORA: dict[str, Any] = {"lora_r": 3, "lora_alpha": 5, **tiny.ALL_LORA}
@@ -32,7 +33,7 @@ SKIPS: dict[str, dict[str, Any]] = {
 }
 TAILS: dict[str, dict[str, Any]] = {**SKIPS, "block": {**SKIPS["block"], **tiny.ALL_LORA}}
 """with LoRA behind the cut too"""
-families = pytest.mark.parametrize("family", configs.QUICK_FIRST)
+families = pytest.mark.parametrize("family", quick(configs.FAMILIES, *configs.DISTINCT))
 IDX = tiny.ids(2, 24)
 
 
@@ -146,7 +147,7 @@ def hooked(hf: Any, model: Any, adapters: dict[str, torch.nn.Parameter]) -> Iter
             handle.remove()
 
 
-@pytest.mark.parametrize("cut", SKIPS)
+@pytest.mark.parametrize("cut", quick(SKIPS, "ln_f", "block"))
 @families
 def test_skip2lora_against_hooks_on_transformers(family: str, cut: str) -> None:
     """Logits and gradients, and nothing while B is zero."""
@@ -196,7 +197,7 @@ def batch_loss(model: Any, source: Any, rows: list[int]) -> torch.Tensor:
     return head(hidden, features.targets)
 
 
-@pytest.mark.parametrize("cut", TAILS)
+@pytest.mark.parametrize("cut", quick(TAILS, "block"))
 @families
 def test_a_cached_step_is_an_uncached_one(family: str, cut: str) -> None:
     """Loss and gradients from cached activations, from recomputed ones, and by torch's cross-entropy from the logits of one sample at a

@@ -69,6 +69,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
 """where LitGPT's figures are not those of the published checkpoints"""
 for _name in ("Gemma-3-4b-it", "Gemma-3-12b-it", "Gemma-3-27b-it"):
     DIFFERENT[_name] = {"norm_eps": 1e-6, "padded_vocab_size": 262208}
+LARGE = ("DeepSeek-V2", "DeepSeek-V2-Lite", "DeepSeek-V3", "Moonlight-16B-A3B", "Qwen1.5-MoE-A2.7B")  # thousands of experts
 LONG = ("Phi-3-mini-128k-instruct", "Phi-3.5-mini-instruct", "Phi-4-mini-instruct", "Phi-4-mini-reasoning")
 """LitGPT leaves out their LongRoPE"""
 
@@ -193,8 +194,8 @@ TIED = (
 
 @pytest.mark.parametrize(
     ("name", "published"),
-    [pytest.param(*row, marks=pytest.mark.slow if row[0] in ("DeepSeek-V2", "DeepSeek-V3") else ()) for row in PARAMETERS.items()],
-)  # thousands of experts
+    [pytest.param(*row, marks=pytest.mark.slow if row[0] in LARGE else ()) for row in PARAMETERS.items()],
+)
 def test_parameters(name: str, published: int) -> None:
     with torch.device("meta"):
         model = GPT(Config.from_name(name))

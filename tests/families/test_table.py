@@ -7,6 +7,7 @@ import pytest
 from scripts import family_table
 
 
+@pytest.mark.slow
 def test_the_table_is_up_to_date(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Collected once more in this process, where the modules are loaded already."""
     monkeypatch.setattr("sys.argv", ["family_table.py", "--check"])

@@ -82,6 +82,6 @@ def test_what_reads_it(trained: tuple[str, Run], base: Path, tmp_path: Path, cap
 def test_rehearsal_and_quantised(command: str, base: Path, data: Path, tmp_path: Path) -> None:
     run = finetune(command, base, data, tmp_path / "dry", dry_run=True)
     assert run.code == 0 and not run.out_dir.exists(), run.err
-    run = finetune(command, base, data, tmp_path / "out", quantize="int8", max_steps=2, eval__max_new_tokens=None)
+    run = finetune(command, base, data, tmp_path / "out", quantize="int8", max_steps=2)
     assert run.code == 0, run.err
     assert main(["evaluate", str(run.final), "--quantize", "int8", "--max_new_tokens", "0"]) == 0

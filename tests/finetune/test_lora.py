@@ -462,7 +462,7 @@ def test_alpaca_is_the_default(command: str, base: Path, data: Path, tmp_path: P
     place = tmp_path / "data/alpaca/alpaca_data_cleaned_archive.json"
     place.parent.mkdir(parents=True)
     place.write_bytes(data.read_bytes())
-    run = finetune(command, base, None, tmp_path / "out")
+    run = finetune(command, base, None, tmp_path / "out", train__max_steps=1)
     assert run.code == 0 and "No data given: Alpaca, 52,000 instructions" in run.err and run.report["steps"] > 0
 
 

@@ -42,7 +42,11 @@ def repetitive(count: int = 30) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"skip2lora_enabled": True, "lora_r": 2}, {"lora_r": 2, "lora_query": True, "alora_enabled": True}]
+    "settings",
+    quick(
+        [{}, {"skip2lora_enabled": True, "lora_r": 2}, {"lora_r": 2, "lora_query": True, "alora_enabled": True}],
+        {"lora_r": 2, "lora_query": True, "alora_enabled": True},
+    ),
 )
 def test_looked_up_drafts(settings: dict[str, Any]) -> None:
     """The target's own greedy text, in fewer passes; also where LoRA acts on the reply alone."""

@@ -17,6 +17,7 @@ from litgpt.errors import UserError
 from litgpt.generate.engine import generate
 from litgpt.generate.several import shard, spread
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 from tests.helpers.family_configs import ours
 from tests.train.test_parallel import in_processes
 
@@ -39,7 +40,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", quick(MODELS, "gpt2", "gemma3", "skip2lora"))
 def test_parts_of_every_block(kind: str) -> None:
     expected = greedy(MODELS[kind]())
 
@@ -70,7 +71,7 @@ def test_what_cannot_be_divided() -> None:
 
 
 def test_commands(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """generate_sequentially here, generate_tp with two processes: the answer of generate."""
+    """generate_sequentially gives the answer of generate."""
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
     words = [str(base), "--prompt", "why?", "--max_new_tokens", "20", "--temperature", "0", "--precision", "32-true"]
     assert main(["generate", *words]) == 0
@@ -79,6 +80,15 @@ def test_commands(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], 
     assert capsys.readouterr().out == expected
     assert main(["generate_sequentially", *words, "--devices", "7"]) == 1
     assert "this machine has" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """generate_tp gives the answer of generate."""
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    words = [str(base), "--prompt", "why?", "--max_new_tokens", "20", "--temperature", "0", "--precision", "32-true"]
+    assert main(["generate", *words]) == 0
+    expected = capsys.readouterr().out
     done = subprocess.run(
         [sys.executable, "-m", "litgpt", "generate_tp", *words, "--devices", "2"],
         capture_output=True,

@@ -264,6 +264,8 @@ QUICK = (
     "mpt",
     "bloom",
 )
+# The most different ones of these: for tests that go through what all families share.
+DISTINCT = ("llama 3.1", "mixtral", "gpt_neox", "phi3 longrope", "gemma2", "deepseek_v2", "gpt2")
 QUICK_FIRST = [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 
 

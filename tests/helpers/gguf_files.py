@@ -9,7 +9,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import pytest
 import torch
 import transformers
 
@@ -22,6 +21,7 @@ from litgpt.convert.hf import convert_hf
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import family_configs as configs
+from tests.helpers.cases import quick
 
 AddMetadata = Callable[[gguf.GGUFWriter], None]
 
@@ -100,10 +100,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "granite": ("granite", {}, "granite", False),
     "gpt2": ("gpt2", {"max_position_embeddings": 1024}, "gpt2", True),
 }
-_FIRST = {architecture: case for case, (*_, architecture, _) in reversed(CASES.items())}.values()
-QUICK_FIRST = [
-    case if case in _FIRST else pytest.param(case, marks=pytest.mark.slow) for case in CASES
-]  # one of each architecture is quick
+# Rows of q and k in pairs, joined layers, transposed layers, norms off by one, experts.
+QUICK_FIRST = quick(CASES, "llama", "gpt_neox", "falcon", "phi3", "gemma3", "qwen3_moe", "gpt2")
 
 
 def llama(seed: int = 5, **changes: Any) -> transformers.PreTrainedModel:

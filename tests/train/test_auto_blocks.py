@@ -16,13 +16,14 @@ from litgpt.errors import UserError
 from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
+from tests.helpers.cases import quick
 from tests.helpers.runs import Run, finetune, in_two_processes, load, plain_loss, val_samples
 
 RUN: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "auto:2", "lora_r": 4, "eval__max_new_tokens": 0}
 OUTPUT_LAYERS = ("lm_head", "transformer.ln_f", "transformer.h.3")
 
 
-@pytest.fixture(scope="module", params=OUTPUT_LAYERS)
+@pytest.fixture(scope="module", params=quick(OUTPUT_LAYERS, "transformer.h.3"))
 def made(request: pytest.FixtureRequest, base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with blocks chosen for each output layer. Do not write into its folder."""
     run = finetune("finetune_lora", base, data, tmp_path_factory.mktemp("made") / "out", **RUN, skip2lora_output_layer=request.param)
@@ -67,6 +68,7 @@ def test_a_folder_without_its_blocks_is_refused(made: Run, tmp_path: Path) -> No
         checkpoint.read_adapter_settings(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_same_command_makes_the_same_choice_and_weights(base: Path, data: Path, tmp_path: Path) -> None:
     one, two = (finetune("finetune_lora", base, data, tmp_path / name, **RUN) for name in ("one", "two"))
     assert blocks_of(one.final) == blocks_of(two.final) and one.column("val_loss") == two.column("val_loss")

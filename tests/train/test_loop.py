@@ -124,7 +124,7 @@ def test_a_loop_that_goes_on_takes_the_batches_that_were_left(count: int) -> Non
 
 @pytest.mark.parametrize(
     ("method", "micro"),
-    quick(itertools.product(METHODS, (1, 2, 4, 8)), ("LoRA", 2), ("block", 4), ("full", 2)),
+    quick(itertools.product(METHODS, (1, 2, 4, 8)), ("block", 4), ("full", 2)),
 )
 def test_accumulation_equals_one_large_batch_done_by_hand(method: str, micro: int) -> None:
     samples, model, other = make_samples(20), make_model(method), make_model(method)
@@ -330,7 +330,7 @@ def test_a_run_repeated_is_the_same_bit_for_bit_and_another_seed_is_another_run(
 
 @pytest.mark.parametrize(
     ("method", "mode"),
-    quick(itertools.product(CUTS, ("memory", "disk")), ("lm_head", "memory"), ("block", "disk"), ("late LoRA", "memory")),
+    quick(itertools.product(CUTS, ("memory", "disk")), ("lm_head", "memory"), ("block", "disk")),
 )
 def test_cached_and_recomputed_runs_have_the_same_curve(method: str, mode: str, tmp_path: Path) -> None:
     def cache(model: Any, samples: list[Sample]) -> ActivationCache:

@@ -109,7 +109,7 @@ def assert_same(run: Run, other: Run) -> None:
 # --- exactness ---
 
 
-@pytest.mark.parametrize("method", quick(METHODS, "LoRA", "warm-up, cache on disk"))
+@pytest.mark.parametrize("method", quick(METHODS, "warm-up, cache on disk"))
 def test_a_run_stopped_after_every_single_step_is_the_uninterrupted_one(
     method: str, whole: Callable[[str], Run], base: Path, data: Path, tmp_path: Path, stop_at: list[int]
 ) -> None:

@@ -39,7 +39,6 @@ SWEEPS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "late LoRA": ({"lora_block_indices": "last:2", "lora_key": True, "eval__max_new_tokens": 0}, {"lora_r": [2, 3], "lora_alpha": [4]}),
     "8 bits": ({**BLOCK, "quantize": "int8"}, {"lora_mlp": [True, False]}),
 }
-SLOW = {"auto", "late LoRA", "8 bits"}
 
 
 def sweep(base: Path, data: Path, out_dir: Path, values: dict[str, list[Any]], **settings: Any) -> Run:
@@ -70,7 +69,7 @@ def made(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 # --- each setting is the run of its own ---
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SWEEPS])
+@pytest.mark.parametrize("name", quick(SWEEPS, "lm_head"))
 def test_each_setting_is_the_run_of_its_own(name: str, made: Callable[[str], Run], base: Path, data: Path, tmp_path: Path) -> None:
     """Weights, losses and settings of `litgpt finetune`, bit for bit, for every combination."""
     settings, values = SWEEPS[name]
@@ -113,14 +112,14 @@ def test_the_prefix_runs_once(base: Path, data: Path, tmp_path: Path, monkeypatc
     assert counts[0] == counts[1] > 0
 
 
-def test_a_setting_is_a_run_like_others(made: Callable[[str], Run]) -> None:
+@pytest.mark.parametrize("name", quick(["lm_head", "late LoRA"], "lm_head"))
+def test_a_setting_is_a_run_like_others(name: str, made: Callable[[str], Run]) -> None:
     """Its folder answers, and has a run's files; only the merged weights of plain LoRA are left to merge_lora."""
-    for name in ("lm_head", "late LoRA"):
-        out_dir = made(name).out_dir
-        run = out_dir / rows(out_dir)[0]["setting"]
-        files = {file for file in finetune_runs.files(run) if "tfevents" not in file}
-        assert files == finetune_runs.run_files("lit_model.pth.lora")
-        assert finetune_runs.call(["generate", str(run / "final"), "--prompt", "add 1 and 2", "--max_new_tokens", "3"], run).code == 0
+    out_dir = made(name).out_dir
+    run = out_dir / rows(out_dir)[0]["setting"]
+    files = {file for file in finetune_runs.files(run) if "tfevents" not in file}
+    assert files == finetune_runs.run_files("lit_model.pth.lora")
+    assert finetune_runs.call(["generate", str(run / "final"), "--prompt", "add 1 and 2", "--max_new_tokens", "3"], run).code == 0
 
 
 # --- what it tells ---
@@ -305,6 +304,7 @@ def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys
 # --- blocks left to auto ---
 
 
+@pytest.mark.slow
 def test_the_sweep_says_which_blocks_were_chosen(made: Callable[[str], Run]) -> None:
     run = made("auto")
     facts, found = json.loads((run.out_dir / "sweep.json").read_text()), {row["setting"] for row in rows(run.out_dir)}

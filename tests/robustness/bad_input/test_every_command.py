@@ -10,6 +10,7 @@ import pytest
 
 from litgpt.__main__ import COMMANDS, load
 from litgpt.keys import Keys
+from tests.helpers.cases import quick
 from tests.helpers.places import Place, check_message, run, tree
 
 
@@ -43,7 +44,7 @@ BAD: dict[str, Callable[[Place], Any]] = {
 NOT_READ = {("prompts", what) for what in ("empty weights", "an empty config", "a config of bytes")}  # the tokenizer's files alone
 
 
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("what", quick(BAD, "nothing", "an empty folder", "an empty config"))
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "finetune_lora"])
 def test_a_checkpoint_that_is_none(name: str, what: str, place: Place) -> None:
     given = str(BAD[what](place))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 from litgpt.errors import NonFiniteError, OutOfMemory, UserError
@@ -12,18 +13,22 @@ ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs/reliability.md").read_text()
 
 
+@cache
+def functions(file: str) -> dict[str, ast.FunctionDef]:
+    """Return the functions at the top level of a file."""
+    return {node.name: node for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
 def test_every_named_test_exists() -> None:
     named = re.findall(r"\| .+ \| (tests/\S+)::(\w+) \|", TEXT)
     assert len(named) > 30
     for file, function in named:
-        tree = ast.parse((ROOT / file).read_text())
-        assert function in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], f"{file}::{function}"
+        assert function in functions(file), f"{file}::{function}"
 
 
 def test_slow_tests_are_called_slow_and_no_others() -> None:
     for line, file, function in re.findall(r"(\| .+ \| (tests/\S+)::(\w+) \|)", TEXT):
-        (node,) = [n for n in ast.parse((ROOT / file).read_text()).body if isinstance(n, ast.FunctionDef) and n.name == function]
-        marked = any("slow" in ast.unparse(decorator) for decorator in node.decorator_list)
+        marked = any("slow" in ast.unparse(decorator) for decorator in functions(file)[function].decorator_list)
         assert ("(slow)" in line) == marked, line
 
 

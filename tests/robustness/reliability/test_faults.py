@@ -34,7 +34,6 @@ LORA: dict[str, Any] = {"lora_r": 4, "lora_dropout": 0.2, "eval__max_new_tokens"
 LARGE: dict[str, Any] = {**LORA, "lora_r": 200, "lora_mlp": True}  # the weights are the only large files
 SETTINGS: dict[str, dict[str, Any]] = {
     "LORA": LORA,
-    "LARGE": LARGE,
     "BEST": {**LARGE, "eval__interval": 4},
     "SAVED": {**LARGE, "eval__interval": 4, "eval__final_validation": False},
 }
@@ -130,7 +129,7 @@ def test_a_checkpoint_by_the_clock_is_left_out_if_the_disk_is_full(
         patch.setattr(Loop, "step", filling)
         run = finetune("finetune_lora", bench.base, bench.data, tmp_path / "out", **settings)
     assert run.code == 0 and run.err.count("cannot be written: File too large") == 2, run.err
-    assert run.column("train_loss") == whole("LARGE").column("train_loss")
+    assert run.column("train_loss") == whole("SAVED").column("train_loss")
     assert not list((tmp_path / "out").glob("step-*")), "they were there to resume from only"
 
 
@@ -342,14 +341,18 @@ def test_no_best_where_none_is_wanted(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("locked", "message"),
-    [
+    quick(
+        [
+            ("base/lit_model.pth", "lit_model.pth"),
+            ("base/tokenizer.json", "tokenizer.json"),
+            ("data.json", "data.json"),
+            ("", "you may not write to"),
+            ("out", "you may not write to"),
+            ("out/step-000004/training_state.safetensors", "training_state.safetensors cannot be read: Permission denied"),
+        ],
         ("base/lit_model.pth", "lit_model.pth"),
-        ("base/tokenizer.json", "tokenizer.json"),
-        ("data.json", "data.json"),
-        ("", "you may not write to"),
         ("out", "you may not write to"),
-        ("out/step-000004/training_state.safetensors", "training_state.safetensors cannot be read: Permission denied"),
-    ],
+    ),
 )
 def test_permissions_that_are_gone(locked: str, message: str, bench: Bench, driver: Driver, tmp_path: Path) -> None:
     folder = tmp_path / "ours"

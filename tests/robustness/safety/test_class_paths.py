@@ -16,6 +16,7 @@ from litgpt.cli import parse
 from litgpt.errors import UserError
 from litgpt.keys import Keys
 from litgpt.optim import make_optimizer
+from tests.helpers.cases import quick
 from tests.helpers.places import Place, check_message, run, tree
 
 TARGETS = (
@@ -78,7 +79,20 @@ def forms(target: str) -> list[Any]:
     return [target, {"class_path": target}, {"class_path": target, "init_args": {"command": "touch sprung"}}]
 
 
-@pytest.mark.parametrize("target", [*TARGETS, *INSIDE])
+@pytest.mark.parametrize(
+    "target",
+    quick(
+        [*TARGETS, *INSIDE],
+        "os.system",
+        "torch.hub.load",
+        "trap_module.Trap",
+        "litgpt_evil.Trap",
+        "litgpt.data/../os.system",
+        "torch.optim.AdamW; import os",
+        "litgpt.checkpoint.shutil.rmtree",
+        "litgpt.api.LLM",
+    ),
+)
 def test_no_key_takes_a_foreign_class(target: str, place: Place) -> None:
     """The keys that take a class, and one of every other kind: refused, or taken for a plain text."""
     check_keys("finetune_lora", target, place, ["data", "optimizer", "logger_name", "out_dir", "log", "log.metadata", "train"])
@@ -148,7 +162,7 @@ def test_the_allow_list(target: str) -> None:
     assert ALLOWED_CLASSES == ("litgpt.", "torch.optim.", "bitsandbytes.optim.")
 
 
-@pytest.mark.parametrize("target", TARGETS[:10])
+@pytest.mark.parametrize("target", quick(TARGETS[:10], "os.system", "torch.hub.load", "trap_module.Trap"))
 def test_files_that_litgpt_wrote_are_not_believed_either(target: str, place: Place) -> None:
     """The settings of an adapter and a prompt style name classes; a foreign one is not looked up when the folder is used."""
     folder = place.adapter()

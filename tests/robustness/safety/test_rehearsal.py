@@ -14,6 +14,7 @@ import pytest
 
 from litgpt import atomic
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 from tests.helpers.places import Place, run, tree
 
 ROOT = Path(__file__).parents[3]
@@ -56,7 +57,7 @@ def words(place: Place, way: list[Any], *more: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", quick(WAYS, "all weights", "cache on disk", "a warm-up", "over an earlier run"))
 def test_nothing_is_written(way: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, folders, links, permissions and times: all as before, here and in the folder for temporary files."""
     (place.folder / "tmp").mkdir()

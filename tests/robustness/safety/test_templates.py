@@ -201,6 +201,7 @@ SLOW = (
     "objects in objects",
     "dict()",
     "arguments",
+    "lists in lists",
     "sum of lists",
     "branching recursion",
     "upper",
