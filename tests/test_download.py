@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -165,6 +166,7 @@ def test_an_interrupted_transfer_goes_on_in_the_next_run(
 
     size = (model / "model.safetensors").stat().st_size
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))  # before it tries again
     hub.breaks["model.safetensors"] = 1
     assert run(capsys, "org/model", "--checkpoint_dir", "a", "--convert_checkpoint", "false")[0] == 0
     (within,) = hub.ranges

@@ -18,6 +18,7 @@ from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import lora_filter
 from litgpt.model import GPT
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -103,7 +104,7 @@ SKIPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("skip", quick(SKIPS, "base", "at block 2"))
 @pytest.mark.parametrize("window", WINDOWS)
 @torch.inference_mode()
 def test_cached_decoding_equals_full_pass(window: str, skip: str) -> None:

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from litgpt.config import Config
 from litgpt.rope import RotaryTable, frequencies, is_long, plain_frequencies, rotate
 from tests.helpers import family_configs, tiny
+from tests.helpers.cases import quick
 
 
 def config(**changes: object) -> Config:
@@ -20,7 +21,12 @@ def config(**changes: object) -> Config:
 WITHOUT = ("gpt2", "mpt", "mpt scaled", "bloom", "falcon alibi")  # learned positions, or ALiBi
 
 
-@pytest.mark.parametrize("family", [name for name in family_configs.FAMILIES if name not in WITHOUT])
+@pytest.mark.parametrize(
+    "family",
+    quick(
+        [name for name in family_configs.FAMILIES if name not in WITHOUT], *(name for name in family_configs.QUICK if name not in WITHOUT)
+    ),
+)
 def test_frequencies_are_the_buffers_of_transformers(family: str) -> None:
     """Bit for bit, of every kind of layer that has its own."""
     hf, fields, _ = family_configs.pair(family)

@@ -15,6 +15,7 @@ import yaml
 from litgpt import atomic, checkpoint, validate
 from litgpt.__main__ import main
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 LLAMA = {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "intermediate_size": 48, "bias": False, "parallel_residual": False}
 ADAPTER: dict[str, Any] = {"lora_r": 2, "lora_query": True, "skip2lora_enabled": True}
@@ -126,7 +127,7 @@ def template(folder: Path, text: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**content, "chat_template": text}))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", quick(DAMAGES, *list(DAMAGES)[::2]))
 def test_what_is_wrong_is_named(damage: str, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     act, messages = DAMAGES[damage]
     act(base)

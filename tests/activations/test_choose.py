@@ -17,6 +17,7 @@ from litgpt.activations.choose import DAMPING, RIDGES, Evidence, choose, forward
 from litgpt.errors import UserError
 from litgpt.sample import Sample
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 AUTO: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": "auto:2", "lora_r": 4}
 OUTPUT_LAYERS = ("lm_head", "transformer.ln_f", "transformer.h.3")
@@ -130,7 +131,7 @@ def taught(block: int) -> tuple[Any, list[Sample]]:
     return candidates(n_layer=5), samples_of(ids, 4)
 
 
-@pytest.mark.parametrize("block", [0, 2, 4])
+@pytest.mark.parametrize("block", quick([0, 2, 4], 2))
 def test_the_block_that_the_data_come_from_is_chosen(block: int) -> None:
     model, samples = taught(block)
     choice = choose(model, samples, 1, 8, 1, lambda done, total: None)

@@ -105,7 +105,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
 
 
-@pytest.mark.parametrize("family", quick(FAMILIES, "llama", "mixtral", "gpt_neox", "falcon new decoder", "phi3", "gemma3", "gpt2"))
+@pytest.mark.parametrize("family", quick(FAMILIES, "llama", "mixtral", "falcon new decoder", "phi3", "gpt2"))
 def test_peft_computes_the_same(family: str, tmp_path: Path) -> None:
     model = trained(family, **tiny.ALL_LORA)
     ours.write(tmp_path, *ours.to_peft(model.config, adapter_of(model), "org/base", kind_of(family)))
@@ -142,7 +142,7 @@ def test_choices_of_layers(family: str, choice: str, tmp_path: Path) -> None:
         assert_close(peft_logits(family, tmp_path), model(IDX), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", quick(FAMILIES, "llama", "mixtral", "gpt_neox", "falcon new decoder", "phi3", "gemma3", "gpt2"))
+@pytest.mark.parametrize("family", quick(FAMILIES, "llama", "mixtral", "falcon new decoder", "phi3", "gpt2"))
 @pytest.mark.parametrize("choice", quick(["query and value", "all", "all of some blocks"], "all of some blocks"))
 def test_ours_there_and_back(family: str, choice: str, tmp_path: Path) -> None:
     model = trained(family, lora_dropout=0.125, **CHOICES[choice])

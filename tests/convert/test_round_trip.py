@@ -42,7 +42,7 @@ def load(folder: Path, how: str) -> Any:
 @pytest.mark.parametrize(
     ("family", "keep_config"),
     [
-        *(pytest.param(name, True, marks=() if name in configs.QUICK else pytest.mark.slow) for name in configs.FAMILIES),
+        *(pytest.param(name, True, marks=() if name in configs.DISTINCT else pytest.mark.slow) for name in configs.FAMILIES),
         *(pytest.param(name, False, marks=() if name in ("llama", "gpt2") else pytest.mark.slow) for name in FIRST),
     ],
 )

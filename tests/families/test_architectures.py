@@ -17,6 +17,7 @@ from litgpt.config import Config
 from litgpt.convert.hf import to_hf
 from litgpt.errors import UserError
 from tests.helpers import family_configs as configs
+from tests.helpers.cases import quick
 
 FAMILY = pytest.mark.parametrize("family", configs.FAMILIES)
 NOT_WRITTEN = {"architectures", "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "rope_parameters"}
@@ -72,7 +73,7 @@ def old_style(hf: dict[str, Any]) -> dict[str, Any]:
     return hf
 
 
-@FAMILY
+@pytest.mark.parametrize("family", configs.QUICK_FIRST)
 def test_written_as_it_was_read(family: str, tmp_path: Path) -> None:
     """transformers' config -> ours -> config.json -> transformers' config."""
     hf = configs.hf_config(family)
@@ -186,7 +187,7 @@ def distinct() -> list[str]:
     return sorted(rows.values())
 
 
-@pytest.mark.parametrize("name", distinct())
+@pytest.mark.parametrize("name", quick(distinct(), *distinct()[::8]))
 def test_every_named_model_is_written(name: str, tmp_path: Path) -> None:
     """transformers loads what is written, and reading that gives the same model."""
     config = Config.from_name(name)

@@ -15,7 +15,7 @@ import yaml
 from litgpt import LLM
 from litgpt.__main__ import main
 from tests.helpers.jobs import curve, results
-from tests.helpers.runs import finetune
+from tests.helpers.runs import Run, finetune
 
 ALORA: dict[str, Any] = {
     **{f"lora_{name}": True for name in ("query", "key", "value", "projection", "mlp")},
@@ -23,33 +23,33 @@ ALORA: dict[str, Any] = {
     "lora_r": 4,
     "lora_alpha": 8,
     "data__mask_prompt": True,
-    "train__epochs": 3,
-    "train__save_interval": 4,
-    "eval__interval": 4,
     "eval__max_new_tokens": 4,
 }
 
 
-def test_cached_stopped_and_resumed(base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run. Do not write into its folder."""
+    return finetune("finetune_lora", base, data, tmp_path_factory.mktemp("runs") / "whole", **ALORA)
+
+
+def test_cached_stopped_and_resumed(whole: Run, base: Path, data: Path, tmp_path: Path) -> None:
     """The same losses with the prompts in memory and computed for every batch; the same files after a resume."""
-    whole = finetune("finetune_lora", base, data, tmp_path / "whole", **ALORA)
     assert whole.code == 0, whole.err
     assert "answer-only LoRA: acts from '<|im_start|>assistant\\n' on, at " in whole.err and "training cache: " in whole.err
     uncached = finetune("finetune_lora", base, data, tmp_path / "uncached", **ALORA, skip2lora_cache="off")
-    for row, other in zip(curve(tmp_path / "whole"), curve(tmp_path / "uncached"), strict=True):
+    for row, other in zip(curve(whole.out_dir), curve(tmp_path / "uncached"), strict=True):
         assert [float(cell or 0) for cell in row] == pytest.approx([float(cell or 0) for cell in other], rel=1e-4), uncached.err
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    for name in ("final", "step-000008"):
+    shutil.copytree(whole.out_dir, tmp_path / "parts")
+    for name in ("final", "step-000006"):
         shutil.rmtree(tmp_path / "parts" / name)
     resumed = finetune("finetune_lora", base, data, tmp_path / "parts", resume=True, **ALORA)
     assert resumed.code == 0 and "step-000004" in resumed.err, resumed.err
-    assert results(tmp_path / "parts/final") == results(tmp_path / "whole/final")
+    assert results(tmp_path / "parts/final") == results(whole.final)
 
 
-def test_what_becomes_of_the_adapter(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = finetune("finetune_lora", base, data, tmp_path / "out", **ALORA)
-    assert run.code == 0, run.err
-    final = tmp_path / "out/final"
+def test_what_becomes_of_the_adapter(whole: Run, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    final = whole.final
     settings = yaml.safe_load((final / "hyperparameters.yaml").read_text())
     assert settings["alora_invocation_tokens"] and not (final / "lit_model.pth").exists()
     llm = LLM.load(final)
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_said(base: Path, data: Path, tmp_path: Path, chang
 
 
 def test_a_sweep_over_one_cache_of_prompts(base: Path, data: Path, tmp_path: Path) -> None:
-    settings = {key.replace("__", "."): value for key, value in ALORA.items() if not key.startswith(("train__save", "eval"))}
+    settings = {key.replace("__", "."): value for key, value in ALORA.items() if not key.startswith("eval")} | {"train.epochs": 1}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value).lower())]
     common = [str(base), "--data", "JSON", "--data.json_path", str(data), "--data.val_split_fraction", "0.1", *words]
     common += ["--precision", "32-true", "--train.global_batch_size", "6", "--train.micro_batch_size", "2", "--eval.max_new_tokens", "0"]

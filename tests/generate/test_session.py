@@ -10,6 +10,7 @@ import torch
 from litgpt.generate.engine import Session, generate
 from litgpt.generate.sampling import Sampling
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 
 GREEDY = Sampling(temperature=0.0)
 LONGROPE: dict[str, Any] = {
@@ -32,7 +33,7 @@ def whole(model: Any, prompt: list[int], count: int) -> list[int]:
     return list(generate(model, torch.tensor(prompt), len(prompt) + count, temperature=0.0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "longrope", "window", "skip2lora"))
 def test_answers_are_those_of_complete_passes(kind: str) -> None:
     model = tiny.move_adapters(tiny.tiny(**KINDS[kind]))
     session, passed = Session(model), list[int]()

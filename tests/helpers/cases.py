@@ -10,7 +10,7 @@ import pytest
 
 def slow(case: Any) -> Any:
     """Return the case for `parametrize` as one of the slow tests."""
-    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+    return pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.slow)
 
 
 def quick(cases: Iterable[Any], *names: Any) -> list[Any]:

@@ -33,13 +33,13 @@ def test_sigterm_lets_running_answers_end(folders: Folders, tmp_path: Path) -> N
     default = ask(server.url, "/predict", {"prompt": "why?"})["output"]
     assert default == ask(server.url, "/predict", {"prompt": "why?", "model": "skip", "max_tokens": 7, "temperature": 0})["output"]
     assert default != ask(server.url, "/predict", {"prompt": "why?", "model": "tiny"})["output"]
-    body = {"prompt": "why?", "max_tokens": 240, "logit_bias": {"2": -100}, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"prompt": "why?", "max_tokens": 120, "logit_bias": {"2": -100}, "stream": True, "stream_options": {"include_usage": True}}
     with request(server.url, "/v1/completions", body) as response:
         response.readline()
         server.process.send_signal(signal.SIGTERM)
         rest = response.read().split(b"\n\n")
     assert server.process.wait(20) == 143
-    assert rest[-2] == b"data: [DONE]" and json.loads(rest[-3].removeprefix(b"data: "))["usage"]["completion_tokens"] == 240
+    assert rest[-2] == b"data: [DONE]" and json.loads(rest[-3].removeprefix(b"data: "))["usage"]["completion_tokens"] == 120
     assert server.process.stderr is not None and server.process.stderr.read() == ""
 
 

@@ -106,7 +106,7 @@ def test_a_config_file_and_finetune_lora_keep_their_meaning(base: Path, tmp_path
 
 def test_a_run_as_a_user_starts_it(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It leaves a YAML file that runs the same again, and a page."""
-    data, out = write_data(tmp_path / "data.json"), tmp_path / "out"
+    data, out = write_data(tmp_path / "data.json", 8), tmp_path / "out"
     words = ["--epochs", "1", "--eval.max_new_tokens", "2", "--train.replay", "2"]
     assert main(["finetune", str(base), "--data", str(data), "--out_dir", str(out), *words]) == 0
     said = capsys.readouterr().err

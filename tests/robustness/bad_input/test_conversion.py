@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import worlds
+from tests.helpers.cases import quick
 from tests.helpers.places import Case, Place, check
 
 MODEL = "model.safetensors"
@@ -306,6 +307,6 @@ GGUF = [
 ROWS = [*SOURCES, *HF, *GGUF]
 
 
-@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(ROWS, *ROWS[::3]), ids=lambda case: case.name)
 def test_bad_source(case: Case, place: Place) -> None:
     check(case, place)

@@ -20,8 +20,10 @@ TABLES: dict[str, list[Case]] = {
     "sources": test_conversion.ROWS,
     "places": test_places.ROWS,
 }
-LIGHT = [("settings", name) for name in ("command misspelt", "a bomb of aliases", "a foreign class", "seed=-1")]
+LIGHT = [("settings", name) for name in ("command misspelt", "a foreign class")]
 HEAVY = [
+    ("settings", "a bomb of aliases"),
+    ("settings", "seed=-1"),
     ("settings", "nested too deeply"),
     ("settings", "a file as the checkpoint"),
     ("data", "half a character"),

@@ -16,7 +16,7 @@ from litgpt.cli import parse
 from litgpt.errors import UserError
 from litgpt.keys import Keys
 from litgpt.optim import make_optimizer
-from tests.helpers.cases import quick
+from tests.helpers.cases import first, quick
 from tests.helpers.places import Place, check_message, run, tree
 
 TARGETS = (
@@ -176,7 +176,7 @@ def test_files_that_litgpt_wrote_are_not_believed_either(target: str, place: Pla
     check_message(run(["generate", folder]), "prompt_style.yaml", "There are chat, alpaca", 1)
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", first(TAGS, 3))
 def test_python_tags_are_no_values(tag: str, place: Place) -> None:
     """In every YAML file that a command reads."""
     folder = place.adapter()
@@ -197,7 +197,7 @@ def test_python_tags_are_no_values(tag: str, place: Place) -> None:
         file.unlink() if kept is None else file.write_text(kept)
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", first(TAGS, 3))
 def test_python_tags_on_the_command_line(tag: str, place: Place) -> None:
     base, data = place.base(), place.data()
     for key in ("--data", "--optimizer", "--train", "--skip2lora_block_indices", "--log", "--config"):
