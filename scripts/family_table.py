@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from litgpt import families
+
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "families.md"
 COLUMNS = {
@@ -36,6 +38,9 @@ Made by `python scripts/family_table.py` from the tests, which compare tiny rand
 """
 
 
+REFUSED = ("", "Refused, with a message that says so, are all other architectures, among them:", "")
+
+
 class Recorder:
     """Record for each column and family if all its tests passed, or exist if they are only collected."""
 
@@ -59,13 +64,14 @@ class Recorder:
             self.passed[cell] = False
 
     def table(self) -> str:
-        families = dict.fromkeys(family for _, family in self.passed)
+        tested = dict.fromkeys(family for _, family in self.passed)
         lines = [f"| family | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
         words = {True: "yes", False: "**fails**", None: "-"}
-        for family in sorted(families):
+        for family in sorted(tested):
             cells = (words[self.passed.get((column, family))] for column in COLUMNS)
             lines.append(f"| {family} | {' | '.join(cells)} |")
-        return HEAD + "\n".join(lines) + "\n"
+        refused = (f"- `{kind}`: {reason}" for kind, reason in sorted(families.REFUSED.items()))
+        return HEAD + "\n".join([*lines, *REFUSED, *refused]) + "\n"
 
 
 def main() -> int:

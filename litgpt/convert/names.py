@@ -6,6 +6,7 @@ that is stored there. `fit` gathers LitGPT tensors from stored ones, `stored_for
     all                 the complete tensor
     transposed          its transpose, for a matrix: GPT-2 keeps (in, out)
     q, k, v             these rows of `attn.qkv`, which are all H query heads, then the G key heads, then the G value heads
+    q pairs, k pairs    the same, each head's rotated rows as neighbouring pairs: rows 2j and 2j+1 of n are rows j and n/2 + j here
     qkv grouped         all its rows as (G, H/G + 2, h): each key/value head behind its query heads. GPT-NeoX has H = G, old Falcon G = 1
     gate up             the rows of `mlp.fc_1`, then those of `mlp.fc_2`; the table names fc_1
 """
@@ -67,6 +68,10 @@ def rows(part: str, config: Config) -> torch.Tensor:
     parts = every.split(config.qkv_sizes)
     if part == "qkv grouped":
         return torch.cat([rows.view(config.n_query_groups or 1, -1) for rows in parts], dim=1).reshape(-1)  # (G, (H/G + 2) h)
+    if part.endswith(" pairs"):
+        n, within = config.rope_n_elem, torch.arange(config.head_size or 1)
+        within[:n] = within[:n].view(2, -1).t().flatten()
+        return parts["qkv".index(part[0])].view(-1, len(within))[:, within].flatten()
     return parts["qkv".index(part)] if part in ("q", "k", "v") else every
 
 

@@ -92,10 +92,11 @@ def layout(config: Config, model_type: str) -> Layout:
         size = shapes[slot.key][1]
         rows = [shapes[key][0] for key in slot.keys]
         if units[0].endswith(".qkv"):
-            letters = slot.part if slot.part in PARTS else PARTS
+            letters = slot.part[0] if slot.part[0] in PARTS and slot.part != "qkv grouped" else PARTS
             units, rows = tuple(f"{units[0]}:{part}" for part in letters), [config.qkv_sizes[PARTS.index(part)] for part in letters]
         sizes |= {unit: (out, size) for unit, out in zip(units, rows, strict=True)}
-        order = names.rows(slot.part, config) if slot.part == "qkv grouped" else None
+        order = names.rows(slot.part, config) if slot.part.endswith(("grouped", "pairs")) else None
+        order = None if order is None else order - order.min()
         layers[in_memory(key.removesuffix(".weight"), slot.key.removesuffix(".weight"))] = Layer(units, order)
     return Layout(layers, sizes, any(part == "transposed" for _, part in table.values()))
 

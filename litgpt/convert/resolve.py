@@ -14,6 +14,7 @@ source is converted again. Only an unmodified earlier conversion is overwritten.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from litgpt import checkpoint
 from litgpt.atomic import MANIFEST, locked, new_folder, write_text
 from litgpt.checkpoint import ADAPTER_WEIGHTS, TOKENIZER_FILES, WEIGHTS
 from litgpt.convert.gguf.convert import convert_gguf
+from litgpt.convert.gguf.reader import SPLIT, stem
 from litgpt.convert.hf import WEIGHT_FILES, convert_hf, shard_files
 from litgpt.errors import UserError
 from litgpt.files import read_json
@@ -96,7 +98,8 @@ def locate(path: Path) -> Path:
     if place.is_file():
         if place.suffix.lower() != ".gguf":
             raise UserError(f"{place} is a file: name its folder, a Hugging Face folder or a .gguf file")
-        return place
+        first = place.with_name(SPLIT.sub(r"\1-00001-of-\3.gguf", place.name))  # of a split file
+        return first if first.is_file() else place
     if not place.is_dir():
         raise UserError(f"{place} is a pipe or a device: name a folder or a .gguf file")
     if is_hf_folder(place) or has_weights(place):
@@ -104,7 +107,7 @@ def locate(path: Path) -> Path:
     if has_weights(place / "final"):
         return result_of(place)
     files = sorted(place.glob("*.gguf"))
-    if len(files) > 1:
+    if len({stem(file) for file in files}) > 1:
         raise UserError(f"{place} holds {len(files)} GGUF files: name one of them, such as {files[0]}")
     return files[0] if files else place
 
@@ -130,7 +133,7 @@ def is_hf_folder(folder: Path) -> bool:
 def target_of(source: Path) -> Path:
     """Return the folder for the conversion of `source`: `source` itself if it needs none or is converted in place."""
     if source.is_file():
-        return HOME / source.stem
+        return HOME / stem(source)
     if has_weights(source) or not is_hf_folder(source) or os.access(source, os.W_OK):
         return source
     target = HOME / source.resolve().name
@@ -264,7 +267,8 @@ class Conversion:
     def _source_files(self) -> list[Path]:
         """Return the files that the conversion reads. In place those of the tokenizer are not converted, but used as they are."""
         if self.source.is_file():
-            return [self.source]
+            match = SPLIT.fullmatch(self.source.name)
+            return sorted(self.source.parent.glob(f"{glob.escape(match[1])}-*-of-{match[3]}.gguf")) if match else [self.source]
         weights = next((self.source / name for name in WEIGHT_FILES if (self.source / name).is_file()), None)
         files = [self.source / name for name in ("config.json", *(() if self.in_place else TOKENIZER_FILES))]
         if weights is not None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from litgpt.checkpoint import WEIGHTS, adapter_hint
+from litgpt.convert.gguf.reader import stem
 from litgpt.convert.litgpt import convert_own
 from litgpt.convert.resolve import HOME, convert, is_hf_folder, locate
 from litgpt.errors import UserError
@@ -41,6 +42,6 @@ def convert_to_litgpt(
         path = locate(path)
         if (hint := adapter_hint(path)) and not is_hf_folder(path):
             raise UserError(f"{path} is no model{hint}")
-        target = (source and checkpoint_dir) or (path if path.is_dir() else HOME / path.stem)
+        target = (source and checkpoint_dir) or (path if path.is_dir() else HOME / stem(path))
         config = convert(path, target, model_name, dtype)
     print(f"Converted {path} to {target} (model {config.name}).")

@@ -34,11 +34,23 @@ STYLES: dict[str, Style] = OTHER_STYLES | {name: row for family in FAMILIES.valu
 _MODELS: dict[str, Fields] = {row["name"]: row for family in FAMILIES.values() for row in family.models}
 _BY_HUB_NAME: dict[str, Fields] = {row["hf_config"]["name"]: row for row in _MODELS.values()}
 _MULTIMODAL: dict[str, str] = {kind: text for family in FAMILIES.values() for kind, text in family.multimodal.items()}
-_WHY_NOT = {  # the reason why other common architectures are not supported
+REFUSED = {  # the reason why other common architectures are not supported
     "deepseek_v32": "sparse attention with an indexer",
-    "gptj": "interleaved rotary positions",
-    "cohere": "interleaved rotary positions",
-    "cohere2": "interleaved rotary positions",
+    "gptj": "neighbouring pairs in a head of which only a part is rotated, beside biases of the MLP alone",
+    "gemma3n": "embeddings for each block, and several residual streams",
+    "gemma4": "embeddings for each block",
+    "granitemoe": "all experts in one tensor with names of its own",
+    "granitemoehybrid": "state spaces beside attention",
+    "lfm2": "convolutions beside attention",
+    "ministral3": "queries that are scaled by their positions",
+    "mistral3": "a text model whose queries are scaled by their positions",
+    "llama4": "experts in some blocks, and attention over chunks",
+    "nemotron": "squared ReLU",
+    "apertus": "the xIELU activation",
+    "phimoe": "routing by sparse mixers",
+    "qwen3_next": "linear attention",
+    "qwen3_5": "linear attention",
+    "minimax_m2": "norms of q and k over all heads beside a sigmoid router without groups",
     "opt": "learned positions with an offset, and ReLU",
     "gpt_bigcode": "learned positions with multi-query attention",
     "mamba": "state spaces instead of attention",
@@ -98,7 +110,7 @@ def from_hf(hf: Hf) -> dict[str, Any]:
         hf = {"model_type": _MULTIMODAL[str(kind)], **hf["text_config"]}
         kind = hf["model_type"]
     if not isinstance(kind, str) or kind not in HF:
-        reason = f" ({_WHY_NOT[str(kind)]})" if str(kind) in _WHY_NOT else ""
+        reason = f" ({REFUSED[str(kind)]})" if str(kind) in REFUSED else ""
         raise ValueError(f"model_type {kind!r} is not supported{reason}; supported are {', '.join(architectures())}")
     if quantisation(hf) == "mxfp4":  # its weights are dequantised, see `litgpt.convert.experts`
         hf = {**hf, "quantization_config": None}

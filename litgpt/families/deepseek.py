@@ -1,4 +1,4 @@
-"""DeepSeek V2, V3 and R1, and Moonlight: Llama's decoder with latent attention; shared experts, and experts in groups."""
+"""DeepSeek V2, V3 and R1, Moonlight and GLM-4.7-Flash: Llama's decoder with latent attention; shared experts, and experts in groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from litgpt.families._rope import rope, settings
 from litgpt.families._rows import expand, size
 from litgpt.families._styles import turns
 from litgpt.families.llama import ENDS, LAYERS, MLP, NORMS, SILU, SIZES
-from litgpt.families.mistral import MOE
+from litgpt.families.mistral import MOE, WITH_SHARED
 
 _DEFAULTS = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 
@@ -108,13 +108,25 @@ MODELS = [
 ]
 
 
-def _read_latent(hf: Hf) -> Fields:
-    """Read the sizes of latent attention, and what YaRN's mscale_all_dim makes of the scores."""
-    sizes = {key: hf.get(key, default) for key, default in _DEFAULTS.items()}
+def _read_latent(hf: Hf, defaults: dict[str, int]) -> Fields:
+    """Read the rotary settings, the sizes of latent attention, and what YaRN's mscale_all_dim makes of the scores."""
+    sizes = {key: hf.get(key, default) for key, default in defaults.items()}
     head, scaling = sizes["qk_rope_head_dim"] + sizes["qk_nope_head_dim"], settings(hf)
     kind, m = scaling.get("rope_type") or scaling.get("type") or "default", scaling.get("mscale_all_dim")
-    fields: Fields = {"latent_attention": sizes, "attention_scores_scalar": None}
+    fields: Fields = {**_ROPE.read(hf), "latent_attention": sizes, "attention_scores_scalar": None}
     return fields if kind == "default" or not m else {**fields, "attention_scores_scalar": _scalar(scaling["factor"], m, head)}
+
+
+def _read_dense_first(hf: Hf) -> Fields:
+    types = hf.get("mlp_layer_types") or ["dense", *["sparse"] * (hf["num_hidden_layers"] - 1)]
+    if types != sorted(types) or not set(types) <= {"dense", "sparse"}:
+        raise ValueError(f"mlp_layer_types {types} is not supported: experts in all blocks but the first ones are")
+    return {"first_k_dense_replace": types.count("dense")}
+
+
+def _write_dense_first(fields: Fields) -> dict[str, Any]:
+    dense = fields["first_k_dense_replace"] or 0
+    return {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (fields["n_layer"] - dense)}
 
 
 def _write_latent(fields: Fields) -> dict[str, Any]:
@@ -131,7 +143,10 @@ def _write_latent(fields: Fields) -> dict[str, Any]:
 
 
 _ROPE = rope()
-_LATENT_ASPECT = Aspect(lambda hf: {**_ROPE.read(hf), **_read_latent(hf)}, _write_latent)
+_LATENT_ASPECT = Aspect(lambda hf: _read_latent(hf, _DEFAULTS), _write_latent)
+_GLM_LATENT = Aspect(
+    lambda hf: _read_latent(hf, {**_DEFAULTS, "q_lora_rank": 768, "qk_nope_head_dim": 192, "v_head_dim": 256}), _write_latent
+)
 
 
 def _read_v2_groups(hf: Hf) -> Fields:
@@ -168,6 +183,16 @@ _V2_SIZES = {
     "routed_scaling_factor": Key("routed_scaling_factor", 1.0),
 }
 del _V2_SIZES["n_routed_experts num_local_experts"]
+_GLM_FLASH = {
+    **without(_SIZES, "first_k_dense_replace"),
+    "moe_intermediate_size": Key("moe_intermediate_size", 1536),
+    "n_routed_experts num_local_experts": Key("n_expert", 64),
+    "num_experts_per_tok": Key("n_expert_per_token", 4),
+    "routed_scaling_factor": Key("routed_scaling_factor", 1.8),
+    "rms_norm_eps": Key("norm_eps", 1e-5),
+    "n_group": Key("n_expert_groups", 1),
+    "topk_group": Key("n_topk_groups", 1),
+}
 _V3_KEYS = {
     "rope_interleave": Key("rope_interleave", True),
     "norm_topk_prob": Key("norm_topk_prob", True),
@@ -184,9 +209,7 @@ _NAMES = table(
         **{f"self_attn.{name}": f"attn.{name}" for name in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")},
         **{f"self_attn.{name}_a_layernorm": f"attn.{name}_a_norm" for name in ("q", "kv")},
         "self_attn.o_proj": "attn.proj",
-        "mlp.gate": "mlp.gate",
-        **{name.replace("mlp.", "mlp.experts.{}."): place.replace("mlp.", "mlp.experts.{}.") for name, place in MLP.items()},
-        **{name.replace("mlp.", "mlp.shared_experts."): place.replace("mlp.", "mlp.shared_experts.") for name, place in MLP.items()},
+        **WITH_SHARED,
     },
     ENDS,
 )
@@ -213,6 +236,15 @@ FAMILY = Family(
             {**MOE, "rope_interleave": True, "norm_topk_prob": False},
             {**_ACCEPTS, "mlp_bias": (False,), "norm_topk_prob": (False, None), "scoring_func": ("softmax",)},
             (_LATENT_ASPECT, Aspect(_read_v2_groups, _write_v2_groups)),
+        ),
+        "glm4_moe_lite": Architecture(
+            "Glm4MoeLiteForCausalLM",
+            _NAMES,
+            {**_GLM_FLASH, "rope_interleave": Key("rope_interleave", True), "norm_topk_prob": Key("norm_topk_prob", True)},
+            {**MOE, "n_topk_scores_per_group": 2},
+            {**SILU, "attention_bias": (False,)},
+            (_GLM_LATENT, Aspect(_read_dense_first, _write_dense_first)),
+            ignored=r"model\.layers\.47\..*",  # the module that predicts a second token
         ),
         "deepseek_v3": Architecture(
             "DeepseekV3ForCausalLM",

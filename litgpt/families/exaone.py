@@ -29,6 +29,8 @@ def _write_local(fields: Fields) -> dict[str, Any]:
     return local_windows(4096).write(fields)
 
 
+LOCAL_ROTATION = Aspect(_read_local, _write_local)  # windows, and rotation only in their blocks
+
 FAMILY = Family(
     [],
     hf={
@@ -38,7 +40,7 @@ FAMILY = Family(
             sizes(rms_norm_eps=Key("norm_eps", 1e-5)),
             _4,
             SILU,
-            (Aspect(_read_local, _write_local), rope()),
+            (LOCAL_ROTATION, rope()),
         )
     },
 )

@@ -8,9 +8,18 @@ from litgpt.families._pretokenizers import Cut, by_case
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
 from litgpt.families._styles import turns
-from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, NAMES, NORMS, SILU, SIZES
+from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NAMES, NORMS, SILU, SIZES
 
 MOE = {**DECODER, "mlp_class_name": "LLaMAMoE"}
+# Names of the layers of experts, and of those that DeepSeek shares.
+EXPERT_LAYERS = {
+    "mlp.gate": "mlp.gate",
+    **{key.replace("mlp", "mlp.experts.{}"): place.replace("mlp", "mlp.experts.{}") for key, place in MLP.items()},
+}
+WITH_SHARED = {
+    **EXPERT_LAYERS,
+    **{key.replace("mlp", "mlp.shared_experts"): place.replace("mlp", "mlp.shared_experts") for key, place in MLP.items()},
+}
 _7B = {**DECODER, **size(32, 32, 4096, 14336, 8), "block_size": 32768}
 _WINDOW = {"block_size": 4096, "sliding_window_size": 4096}
 _1M = {"rope_base": 1000000}

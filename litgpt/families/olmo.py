@@ -1,6 +1,7 @@
 """OLMo 1: LayerNorm without weights. OLMo 2: norms on the outputs of attention and MLP, and on q and k over all heads together.
 
-OLMo 3: OLMo 2 with attention over a window in three of four blocks, whose rotation is not scaled.
+OLMo 3: OLMo 2 with attention over a window in three of four blocks, whose rotation is not scaled. OLMoE: a mixture, with OLMo 1's norms
+(RMSNorm) and OLMo 2's on q and k. FlexOlmo: a mixture of OLMo 2.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from litgpt.families._pretokenizers import GPT_2_COMPOSED
 from litgpt.families._rope import read_two_bases, rope, write_scaling
 from litgpt.families._rows import expand, size
 from litgpt.families._styles import by_role, turns
-from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, QK_NORMS, SILU
+from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NORMS, QK_NORMS, SILU
+from litgpt.families.mistral import EXPERT_LAYERS, MOE
 
 _OLMO = {**DECODER, "norm_class_name": "LayerNorm", "norm_affine": False}
 _OLMO_2 = {
@@ -55,6 +57,13 @@ MODELS = [
 _ACCEPTS = {**SILU, "attention_bias": (False,)}
 
 _LOCAL = local_windows(4096, lambda i: (i + 1) % 4 != 0)
+_MIXTURE = {
+    "num_experts num_local_experts": Key("n_expert", 64),
+    "num_experts_per_tok": Key("n_expert_per_token", 8),
+    "norm_topk_prob": Key("norm_topk_prob", False),
+    "router_aux_loss_coef": Key("router_aux_loss_coef", 0.01),
+}
+_FLEX = {**_MIXTURE, "num_experts num_local_experts": Key("n_expert", 7), "num_experts_per_tok": Key("n_expert_per_token", 5)}
 _NORMS_2 = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_mlp_norm"}
 
 
@@ -94,6 +103,22 @@ FAMILY = Family(
             _OLMO_2,
             _ACCEPTS,
             (rope(),),
+        ),
+        "olmoe": Architecture(
+            "OlmoeForCausalLM",
+            table(LAYERS, {**NORMS, **ATTENTION, **QK_NORMS, **EXPERT_LAYERS}, ENDS),
+            {**sizes(rms_norm_eps=Key("norm_eps", 1e-5)), **_MIXTURE},
+            {**MOE, "norm_qk": True, "norm_qk_type": "olmo2"},
+            {**_ACCEPTS, "clip_qkv": (None,)},
+            (rope(),),
+        ),
+        "flex_olmo": Architecture(
+            "FlexOlmoForCausalLM",
+            table(LAYERS, {**_NORMS_2, **ATTENTION, **QK_NORMS, **EXPERT_LAYERS}, ENDS),
+            {**sizes(rms_norm_eps=Key("norm_eps", 1e-6)), **_FLEX},
+            {**_OLMO_2, "mlp_class_name": "LLaMAMoE"},
+            _ACCEPTS,
+            (rope(500000.0),),
         ),
         "olmo3": Architecture(
             "Olmo3ForCausalLM",

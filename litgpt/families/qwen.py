@@ -12,7 +12,7 @@ from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
 from litgpt.families._styles import like
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NAMES, NORMS, QK_NORMS, SILU, SIZES
-from litgpt.families.mistral import MOE
+from litgpt.families.mistral import EXPERT_LAYERS, MOE
 
 _QWEN_2 = {**DECODER, "attn_bias": True}
 _QWEN_2_MOE = {**MOE, "shared_expert_gate": True}
@@ -173,12 +173,6 @@ _EXPERTS_2 = {
 }
 del _EXPERTS_2["num_experts num_local_experts"]
 
-_EXPERT_NAMES = {
-    "mlp.gate": "mlp.gate",
-    "mlp.experts.{}.gate_proj": "mlp.experts.{}.fc_1",
-    "mlp.experts.{}.up_proj": "mlp.experts.{}.fc_2",
-    "mlp.experts.{}.down_proj": "mlp.experts.{}.proj",
-}
 _SHARED_NAMES = {
     "mlp.shared_expert.gate_proj": "mlp.shared_experts.fc_1",
     "mlp.shared_expert.up_proj": "mlp.shared_experts.fc_2",
@@ -203,7 +197,7 @@ FAMILY = Family(
         "qwen2": Architecture("Qwen2ForCausalLM", NAMES, SIZES, _QWEN_2, SILU, (_WINDOW, rope())),
         "qwen2_moe": Architecture(
             "Qwen2MoeForCausalLM",
-            table(LAYERS, {**NORMS, **ATTENTION, **MLP, **_EXPERT_NAMES, **_SHARED_NAMES}, ENDS),
+            table(LAYERS, {**NORMS, **ATTENTION, **MLP, **EXPERT_LAYERS, **_SHARED_NAMES}, ENDS),
             {**SIZES, **_EXPERTS_2},
             _QWEN_2_MOE,
             SILU,
@@ -219,7 +213,7 @@ FAMILY = Family(
         ),
         "qwen3_moe": Architecture(
             "Qwen3MoeForCausalLM",
-            table(LAYERS, {**NORMS, **ATTENTION, **QK_NORMS, **MLP, **_EXPERT_NAMES}, ENDS),
+            table(LAYERS, {**NORMS, **ATTENTION, **QK_NORMS, **MLP, **EXPERT_LAYERS}, ENDS),
             {**SIZES, **_EXPERTS},
             _QWEN_3_MOE,
             _ACCEPTS,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from litgpt.convert.gguf.writer import has_gguf
 from litgpt.lora import Config
 from litgpt.text import duration
 from litgpt.train.page import Answers, Points, curve_of, flat, page
@@ -97,11 +98,12 @@ def next_steps(out_dir: Path, config: Config, is_whole: bool = True) -> list[tup
     if config.skip2lora_enabled or config.alora_enabled:
         name, users = ("portable", "for transformers") if config.skip2lora_enabled else ("peft", "for transformers with PEFT, and vLLM")
         rows.append((f"litgpt convert_adapter {final} {stem}/{name}", users))
-        if not config.skip2lora_enabled:
+        if not config.skip2lora_enabled and has_gguf(config):
             rows.append((f"litgpt convert_adapter {final} {stem}/gguf --to gguf", "for llama.cpp"))
     elif is_whole:
         rows.append((f"litgpt convert_from_litgpt {final} {stem}/hf", "for transformers"))
-        rows.append((f"litgpt convert_to_gguf {final} {stem}/model.gguf", "for llama.cpp and Ollama"))
+        if has_gguf(config):
+            rows.append((f"litgpt convert_to_gguf {final} {stem}/model.gguf", "for llama.cpp and Ollama"))
     elif config.lora_r and config.is_mergeable:  # of a sharded model, which was not merged; a LLaMA-Adapter cannot be
         rows.append((f"litgpt merge_lora {final}", "a model of its own"))
     return [*rows, (str(out_dir / PAGE), "curves, answers and settings, in a browser")]

@@ -33,6 +33,7 @@ FAMILIES = (
         "gemma3",
         "qwen2",
         "qwen2_moe",
+        "glm4",
         "deepseek_v2",
         "deepseek_v3",
         "qwen3",

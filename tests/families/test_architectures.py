@@ -126,7 +126,7 @@ def least_of(kind: str) -> dict[str, Any]:
         del least["vocab_size"], least["max_position_embeddings"], least["num_attention_heads"]
     if kind == "deepseek_v2":
         least["num_experts_per_tok"] = 2
-    least["num_key_value_heads"] = 2 if kind not in ("falcon", "gpt2", "gpt_neox", "deepseek_v2", "deepseek_v3") else 4
+    least["num_key_value_heads"] = 2 if kind not in ("falcon", "gpt2", "gpt_neox", "deepseek_v2", "deepseek_v3", "glm4_moe_lite") else 4
     if kind in ("llama", "phi"):
         least["num_key_value_heads"] = None  # as many as heads
     return least

@@ -3,12 +3,15 @@
 python tests/convert/make_sentencepiece.py tests/convert/sentencepiece.json
 """
 
+import base64
 import io
 import json
 import random
 import sys
+import tempfile
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 WORDS = """the quick brown fox jumps over the lazy dog while seven small cats sleep under the old oak tree near a river; nobody saw them
 It isn't what they'd said: we'll see, I've 12 apples, 345 pears and 6789 plums (about 3.14 kg) for $20!
@@ -26,6 +29,7 @@ TEXTS = [
     "def add(a, b):\n    return a + b",
     "x" * 20,
     "theoldoaktree",
+    "\ufb01ne \u212b",
     "<|user|>the dog<|end|> sleeps",
     "",
 ]
@@ -44,13 +48,25 @@ SHARED = {
 DEFINED = ["▁▁", "▁▁▁", "▁▁▁▁", "\n\n", "\n\n\n", "<|user|>", "<|end|>"]
 MODELS = {
     "llama": {"add_dummy_prefix": True, "unk_id": 0, "bos_id": 1, "eos_id": 2},
+    "unigram": {"model_type": "unigram", "vocab_size": 390, "add_dummy_prefix": True, "bos_id": -1, "pad_id": 0, "eos_id": 1, "unk_id": 2},
+    "unigram rules": {
+        "model_type": "unigram",
+        "vocab_size": 137,
+        "byte_fallback": False,
+        "remove_extra_whitespaces": True,
+    },
     "gemma": {"add_dummy_prefix": False, "pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "user_defined_symbols": DEFINED},
 }
 
 
 def describe(settings: dict, lines: list[str]) -> dict:
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **{**SHARED, **settings})
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+        if settings.get("remove_extra_whitespaces"):
+            rules.write("FB01\t66 69\n212B\tC5\n")
+            rules.flush()
+            settings = {**settings, "normalization_rule_tsv": rules.name}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **{**SHARED, **settings})
     sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     numbers = range(sp.vocab_size())
     defined = settings.get("user_defined_symbols", [])
@@ -60,7 +76,11 @@ def describe(settings: dict, lines: list[str]) -> dict:
     ]
     special = {"bos": sp.bos_id(), "eos": sp.eos_id(), "unk": sp.unk_id()}
     scores = [round(sp.get_score(i), 6) for i in numbers]
-    return {"pieces": pieces, "scores": scores, "types": kinds, **special, "ids": [sp.encode(text) for text in TEXTS]}
+    content = {"pieces": pieces, "scores": scores, "types": kinds, **special, "ids": [sp.encode(text) for text in TEXTS]}
+    if settings.get("remove_extra_whitespaces"):
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+        content["charsmap"] = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
+    return content
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from litgpt.train.report import as_json, figures, summary_rows
+from litgpt.lora import Config
+from litgpt.train.report import as_json, figures, next_steps, summary_rows
 from litgpt.train.resume import State
+from tests.helpers import family_configs
 
 STATE = State(step=6, tokens=300, seconds=2.0, losses=[(0, 3.0), (4, 1.5), (6, 2.0)], best=(4, 1.5))
 
@@ -54,3 +57,14 @@ def test_the_summary(tmp_path: Path) -> None:
     more = summary_rows({**report, "skipped_steps": 2, "merged_val_loss": 2.5, "initial_val_loss": None}, tmp_path / "none")
     assert more["skipped steps"].startswith("2 ") and more["merged into the base"].startswith("2.5000")
     assert more["validation loss before"] == "not measured" and "best checkpoint" not in more
+
+
+def test_the_next_steps_name_gguf_where_it_can_hold_the_model() -> None:
+    """Llama's decoder has a form there, gpt-oss's none in this package."""
+    llama, gpt_oss = (family_configs.pair(family)[1] for family in ("llama", "gpt_oss"))
+    answers: dict[str, Any] = {"lora_r": 2, "lora_query": True, "alora_enabled": True, "alora_invocation_tokens": [1]}
+    for settings, whole, gguf in (({}, True, "convert_to_gguf"), (answers, False, "--to gguf")):
+        for fields, has in ((llama, True), (gpt_oss, False)):
+            commands = [command for command, _ in next_steps(Path("out"), Config(**fields, **settings), whole)]
+            assert any(gguf in command for command in commands) is has, commands
+            assert commands[0] == "litgpt chat out/final" and len(commands) == 3 + has

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt import families
 from litgpt.config import Config
-from litgpt.convert.gguf.reader import Settings, Source
+from litgpt.convert.gguf.reader import Settings, Source, stem
 from litgpt.convert.gguf.rope import read_scaling, write_scaling
 from litgpt.errors import UserError
 from litgpt.families._gguf import INTEGERS, NEUTRAL, NORM_EPS, REALS, REQUIRED, SHARED, Gguf
@@ -100,12 +100,17 @@ def read_vocabulary(source: Source) -> dict[str, Any]:
         raise UserError(f"{source.path} has no tensor token_embd.weight")
     if len(tokens := settings.get("tokenizer.ggml.tokens", list)) > embedding[0]:
         raise UserError(f"{source.path}: {len(tokens)} tokens (tokenizer.ggml.tokens) for the {embedding[0]} rows of token_embd.weight")
-    name = settings.get("general.name", str, QUANTISATION.sub("", source.path.stem)).strip()
+    name = settings.get("general.name", str, unquantised(source.path)).strip()
     return {
         "name": re.sub(r"\s+", "-", name),
         "vocab_size": len(tokens) - padding(tokens),
         "padded_vocab_size": embedding[0],
     }
+
+
+def unquantised(file: Path) -> str:
+    """Return the name of a file without its ending, the number of a part, and the quantisation."""
+    return QUANTISATION.sub("", stem(file))
 
 
 def padding(tokens: list[Any]) -> int:

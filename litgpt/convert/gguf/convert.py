@@ -12,8 +12,8 @@ from litgpt.atomic import new_folder
 from litgpt.checkpoint import WEIGHTS, save_config
 from litgpt.config import Config
 from litgpt.convert.compare import INPUT_AND_TRAINING, differences
-from litgpt.convert.gguf.config import QUANTISATION, TOLERANCE, has_offset, read_architecture, read_config
-from litgpt.convert.gguf.reader import Reader, Settings
+from litgpt.convert.gguf.config import TOLERANCE, has_offset, read_architecture, read_config, unquantised
+from litgpt.convert.gguf.reader import Reader, Settings, open_gguf
 from litgpt.convert.gguf.rope import FACTORS
 from litgpt.convert.gguf.tokenizer import write_tokenizer
 from litgpt.convert.names import Stored, fit, summary
@@ -33,7 +33,7 @@ def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtyp
     By default fp32 and fp16 files keep their dtype, and quantised weights become bf16, which has about their precision. Raises UserError
     for broken files and for whatever is not supported.
     """
-    reader = Reader(source)
+    reader = open_gguf(source)
     _, row = read_architecture(reader)
     require_readable(reader)
     config = choose_config(reader, model_name)
@@ -48,12 +48,10 @@ def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtyp
 
 
 def require_readable(reader: Reader) -> None:
-    """Raise UserError for split files, and for tensor types without a dequantiser."""
+    """Raise UserError for tensor types without a dequantiser."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-    if Settings(reader).get("split.count", int, 0) > 1:
-        raise UserError(f"{reader.path} is one of several parts (split.count): join them with `llama-gguf-split --merge` first")
     unsupported: dict[str, list[str]] = {}
     for kind in map(GGMLQuantizationType, sorted({tensor.kind for tensor in reader.tensors.values()})):
         try:
@@ -86,7 +84,7 @@ def choose_config(reader: Reader, model_name: str | None) -> Config:
             raise UserError(f"{reader.path} is not of the model {model_name}: {text}. Without --model_name it is converted as it is")
         return named
     by_lower = {name.lower(): name for name in families.names()}
-    for name in (QUANTISATION.sub("", reader.path.stem), described.name):
+    for name in (unquantised(reader.path), described.name):
         row = families.find(name) or families.find(by_lower.get(name.lower(), name))
         if row and not differences(Config(**row), described, NOT_COMPARED, TOLERANCE):
             return Config(**row)

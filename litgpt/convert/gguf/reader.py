@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes by value type
 STRING, ARRAY = 8, 9
 CHUNK = 2**22  # numbers that are converted to or from fp32 at a time
+SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)  # the name of a part
 BROKEN = "it is truncated or broken, download it again"
 
 
@@ -51,6 +53,7 @@ class Reader:
         self._data = np.frombuffer(self._map or b"", np.uint8)
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
+        self._owners: dict[str, Reader] = {}  # of tensors in other parts
         self._read()
 
     def _error(self, problem: str) -> UserError:
@@ -139,6 +142,13 @@ class Reader:
             raise self._error(f"tensor {name!r} is at the bytes {start} to {start + size}: {BROKEN}")
         return Tensor(tuple(reversed(dims)), kind, start, size)
 
+    def add(self, part: Reader) -> None:
+        """Add the tensors of another part of a split file."""
+        if twice := self.tensors.keys() & part.tensors.keys():
+            raise self._error(f"tensor {min(twice)!r} occurs in {part.path} too")
+        self.tensors |= part.tensors
+        self._owners |= dict.fromkeys(part.tensors, part)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
@@ -154,6 +164,8 @@ class Reader:
         import torch
         from gguf import GGMLQuantizationType, dequantize
 
+        if name in self._owners:
+            return self._owners[name].load(name, dtype, part, parts)
         tensor = self.tensors[name]
         shape = tensor.shape if part is None else tensor.shape[1:]
         rows, columns = math.prod(shape[:-1]), shape[-1]
@@ -167,6 +179,38 @@ class Reader:
             if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):  # release the pages that were read
                 self._map.madvise(mmap.MADV_DONTNEED)
         return numbers.view(shape)
+
+
+def stem(path: Path) -> str:
+    """Return the name of a file without its ending and the number of a part."""
+    match = SPLIT.fullmatch(path.name)
+    return match[1] if match else path.stem
+
+
+def open_gguf(path: Path) -> Reader:
+    """Return the reader of a file, or of all parts of a split file if `path` is one of them, as llama.cpp names them.
+
+    Raises UserError for parts that are missing or do not belong together.
+    """
+    reader = Reader(path)
+    count = Settings(reader).get("split.count", int, 0)
+    if count < 2:
+        return reader
+    match = SPLIT.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise UserError(f"{path} is one of {count} parts (split.count): their names must end in -00001-of-{count:05}.gguf and so on")
+    parts = [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise UserError(f"{path} is one of {count} parts: {', '.join(missing[:5])} {'are' if missing[1:] else 'is'} missing beside it")
+    first, *others = (Reader(part) for part in parts)
+    for number, part in enumerate((first, *others)):
+        if [Settings(part).get(f"split.{key}", int, -1) for key in ("no", "count")] != [number, count]:
+            raise UserError(f"{part.path} is not the part that its name says (split.no, split.count): download it again")
+        if number:
+            first.add(part)
+    if (total := Settings(first).get("split.tensors.count", int, len(first.tensors))) != len(first.tensors):
+        raise UserError(f"{first.path}: the parts hold {len(first.tensors)} tensors in place of {total}: download them again")
+    return first
 
 
 class Source(Protocol):

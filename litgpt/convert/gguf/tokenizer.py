@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,22 +19,25 @@ from litgpt.families import PRETOKENIZERS
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # values of tokenizer.ggml.token_type
 BLANK = "▁"  # a blank in SentencePiece
 PHI_3_PLAIN = ("<s>", "<|endoftext|>")
+SCHEMES = {"gpt2": "byte-level BPE", "llama": "SentencePiece, BPE", "t5": "SentencePiece, unigram"}
 ENDS = ("eos", "eot", "eom")  # tokenizer.ggml.<name>_token_id of the tokens that end an answer
 
 
 def write_tokenizer(settings: Settings, config: Config, folder: Path) -> None:
     """Write the three files into `folder`. Raises UserError for tokenizers that cannot be built."""
     kind = settings.get("tokenizer.ggml.model", str)
-    if kind not in ("gpt2", "llama"):
-        raise UserError(
-            f"{settings.path}: tokenizer.ggml.model is {kind!r}, supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece)"
-        )
+    if kind not in SCHEMES:
+        known = ", ".join(f"{name!r} ({scheme})" for name, scheme in SCHEMES.items())
+        raise UserError(f"{settings.path}: tokenizer.ggml.model is {kind!r}, supported are {known}")
     tokens, kinds = _vocabulary(settings, kind)
     ids = {name: _token_id(settings, name, len(tokens)) for name in (*ENDS, "bos", "unknown", "padding")}
-    content = _byte_level(settings, tokens) if kind == "gpt2" else _sentencepiece(settings, tokens, kinds, ids["unknown"])
+    if kind == "gpt2":
+        content = _byte_level(settings, tokens)
+    else:
+        content = (_sentencepiece if kind == "llama" else _unigram)(settings, tokens, kinds, ids["unknown"])
     strips = kind == "llama" and settings.values.get("general.architecture") == "phi3"
-    content["added_tokens"] = _added(tokens, kinds, (CONTROL, UNKNOWN) if kind == "llama" else (CONTROL,), strips)
-    default = kind == "llama" or PRETOKENIZERS[settings.get("tokenizer.ggml.pre", str, "default")].bos
+    content["added_tokens"] = _added(tokens, kinds, (CONTROL,) if kind == "gpt2" else (CONTROL, UNKNOWN), strips)
+    default = kind == "llama" or (kind == "gpt2" and PRETOKENIZERS[settings.get("tokenizer.ggml.pre", str, "default")].bos)
     bos = ids["bos"] if settings.get("tokenizer.ggml.add_bos_token", bool, default) else None
     if bos is not None:
         content["post_processor"] = _bos_first(tokens[bos], bos)
@@ -72,7 +76,7 @@ def _vocabulary(settings: Settings, model: str) -> tuple[list[str], list[int]]:
     size = len(tokens) - padding(tokens)
     kinds = [int(kind) for kind in _numbers(settings, "tokenizer.ggml.token_type", len(tokens), NORMAL)[:size]]
     tokens = tokens[:size]
-    if model == "llama":
+    if model != "gpt2":
         known = set(tokens)
         for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
             if kind == USER_DEFINED and (text := token.replace(BLANK, " ")) not in known:
@@ -129,17 +133,48 @@ def _sentencepiece(settings: Settings, tokens: list[str], kinds: list[int], unkn
     """SentencePiece: blanks become U+2581, the neighbours whose union has the best score merge first, unknown characters become bytes."""
     scores = _numbers(settings, "tokenizer.ggml.scores", len(settings.get("tokenizer.ggml.tokens", list)))
     normal = {token: float(score) for token, kind, score in zip(tokens, kinds, scores, strict=False) if kind == NORMAL}
-    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
-    first = {"type": "Prepend", "prepend": BLANK}
-    words = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    prefix = settings.get("tokenizer.ggml.add_space_prefix", bool, True)
     unk = None if unknown is None else tokens[unknown]
     return {
         "model": _bpe(tokens, ranked_merges(normal), unk_token=unk, fuse_unk=True, byte_fallback=True),
-        "normalizer": {"type": "Sequence", "normalizers": [first, blanks]} if prefix else blanks,
+        **_blanks(settings),
+    }
+
+
+def _blanks(settings: Settings, *first: dict[str, Any]) -> dict[str, Any]:
+    """Return what puts U+2581 for blanks, after the normalisers `first`, and back."""
+    prefix = settings.get("tokenizer.ggml.add_space_prefix", bool, True)
+    steps = [*first, *([{"type": "Prepend", "prepend": BLANK}] if prefix else [])]
+    steps += [{"type": "Replace", "pattern": {"String": " "}, "content": BLANK}]
+    words = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": steps} if steps[1:] else steps[0],
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [*words, strip] if prefix else words},
+    }
+
+
+def _unigram(settings: Settings, tokens: list[str], kinds: list[int], unknown: int | None) -> dict[str, Any]:
+    """SentencePiece's unigram model: of all ways to cut a text the most probable one, by the scores, which are logarithms.
+
+    Characters are replaced by the table `precompiled_charsmap` first.
+    """
+    import numpy as np
+
+    if unknown is None:
+        raise UserError(f"{settings.path} has no tokenizer.ggml.unknown_token_id, which a unigram tokenizer needs")
+    scores = _numbers(settings, "tokenizer.ggml.scores", len(settings.get("tokenizer.ggml.tokens", list)))
+    table = settings.get("tokenizer.ggml.precompiled_charsmap", np.ndarray, np.zeros(0, np.uint8))
+    steps: list[dict[str, Any]] = []
+    if len(table):
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table.astype(np.uint8).tobytes()).decode()})
+    if settings.get("tokenizer.ggml.remove_extra_whitespaces", bool, False):
+        steps += [{"type": "Strip", "strip_left": True, "strip_right": True}]
+        steps += [{"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]
+    vocabulary = [[token, float(score)] for token, score in zip(tokens, scores, strict=False)]
+    return {
+        "model": {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": BYTE in kinds},
+        **_blanks(settings, *steps),
     }
 
 

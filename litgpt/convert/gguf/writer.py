@@ -73,6 +73,16 @@ def describe(source: Path, target: Path) -> tuple[Plan, dict[str, Group]]:
         raise error if isinstance(error, UserError) else UserError(f"{source}: {error}") from None
 
 
+def has_gguf(config: Config) -> bool:
+    """Return True if a GGUF file can hold the model; its tokenizer is not asked."""
+    plain = Config(**config.base_dict())
+    try:
+        choose(plain, {"tokenizer.ggml.tokens": [""] * plain.vocab_size}, Path("model.gguf"), False, "")
+    except ValueError:
+        return False
+    return True
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Give a name beside the file `target` to write to, which becomes the file if nothing fails. Raises UserError if it cannot."""

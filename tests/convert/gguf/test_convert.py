@@ -14,6 +14,7 @@ import transformers
 
 from litgpt.checkpoint import load_weights
 from litgpt.config import Config
+from litgpt.convert.gguf.reader import Reader
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
 from litgpt.model import GPT
@@ -85,7 +86,7 @@ def test_linear_rope_scaling(tmp_path: Path, byte_level: AddMetadata) -> None:
         (lambda w: w.add_string("llama.rope.scaling.type", "odd"), r"llama\.rope\.scaling\.type is 'odd'"),
         (lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 8, dtype=np.float32)), r"rope_freqs\.weight is not Llama 3\.1's"),
         (lambda w: w.add_expert_count(8), "LLaMAMoE with n_expert 8 and n_expert_per_token 0"),
-        (lambda w: w.add_uint16("split.count", 3), "split.count"),
+        (lambda w: w.add_uint16("split.count", 3), "is one of 3 parts .* must end in -00001-of-00003.gguf"),
         (lambda w: w.add_key_length(15), "dimension_count is 16, supported is only the whole head, here 15"),
         (lambda w: w.add_value_length(8), "value_length is 8"),
         (lambda w: w.add_pad_token_id(5000), "padding_token_id is 5000, but there are 320 tokens"),
@@ -103,6 +104,58 @@ def test_unsupported_files_name_the_key(
         convert_to_litgpt(path, tmp_path / "lit")
     assert str(path) in str(caught.value)
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"] == ["tiny.gguf"], "nothing may be left behind"
+
+
+def split_tiny(folder: Path, byte_level: AddMetadata) -> tuple[list[Path], Any]:
+    """Write a tiny model as llama.cpp splits files: here the tensors in turn into three parts, by the gguf library."""
+    whole = Reader(gguf_files.write_tiny(folder, byte_level, lambda writer: None))
+    parts = []
+    for number in range(3):
+        writer = gguf.GGUFWriter(folder / f"tiny-Q8_0-{number + 1:05}-of-00003.gguf", "llama")
+        for key, value in whole.metadata.items() if number == 0 else ():
+            if key not in ("general.architecture", "general.name"):
+                kind = gguf.GGUFValueType.get_type(value.tolist() if hasattr(value, "tolist") else value)
+                writer.add_key_value(key, value.tolist() if hasattr(value, "tolist") else value, kind)
+        for key, value in (("no", number), ("count", 3)):
+            writer.add_uint16(f"split.{key}", value)
+        writer.add_int32("split.tensors.count", len(whole.tensors))
+        for name in list(whole.tensors)[number::3]:
+            writer.add_tensor(name, whole.array(name))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(folder / f"tiny-Q8_0-{number + 1:05}-of-00003.gguf")
+    convert_to_litgpt(folder / "tiny.gguf", folder / "lit")
+    (folder / "tiny.gguf").unlink()
+    return parts, load_weights(folder / "lit" / "lit_model.pth")
+
+
+@pytest.mark.parametrize("given", [0, 2, None])
+def test_split_files(tmp_path: Path, byte_level: AddMetadata, given: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any part, or the folder, stands for all; the checkpoint bears the name without the parts' numbers."""
+    monkeypatch.chdir(tmp_path)
+    parts, weights = split_tiny(tmp_path, byte_level)
+    (tmp_path / "parts").mkdir()
+    parts = [part.rename(tmp_path / "parts" / part.name) for part in parts]
+    convert_to_litgpt(tmp_path / "parts" if given is None else parts[given])
+    again = load_weights(tmp_path / "checkpoints" / "tiny-Q8_0" / "lit_model.pth")
+    assert again.keys() == weights.keys() and all(torch.equal(again[key], weights[key]) for key in weights)
+    assert Config.from_checkpoint(tmp_path / "checkpoints" / "tiny-Q8_0").name == "tiny"
+
+
+def test_split_files_that_are_not_complete(tmp_path: Path, byte_level: AddMetadata) -> None:
+    parts, _ = split_tiny(tmp_path, byte_level)
+    content = parts[1].read_bytes()
+    parts[1].unlink()
+    with pytest.raises(UserError, match="is one of 3 parts: tiny-Q8_0-00002-of-00003.gguf is missing beside it"):
+        convert_to_litgpt(parts[0], tmp_path / "new")
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(UserError, match="00002-of-00003.gguf is not the part that its name says"):
+        convert_to_litgpt(parts[0], tmp_path / "new")
+    parts[1].write_bytes(content[:-100])
+    with pytest.raises(UserError, match="truncated or broken"):
+        convert_to_litgpt(parts[0], tmp_path / "new")
 
 
 def test_other_architectures_and_missing_tensors(tmp_path: Path, byte_level: AddMetadata) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import random
 from pathlib import Path
@@ -200,6 +201,32 @@ def test_sentencepieces_own_ids(tmp_path: Path, name: str, as_blanks: bool) -> N
         for text, ids in zip(gguf_files.GOLDEN["texts"], gguf_files.GOLDEN["models"][name]["ids"], strict=True):
             assert tokenizer.ids(text, bos=False) == ids, text
             assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("name", ["unigram", "unigram rules"])
+def test_unigram_ids_are_sentencepieces(tmp_path: Path, name: str) -> None:
+    """Of a model with bytes for unknown characters, and of one with a table of characters and without extra blanks."""
+    model = gguf_files.GOLDEN["models"][name]
+    values: dict[str, Any] = {"model": "t5", "tokens": model["pieces"], "scores": model["scores"], "token_type": model["types"]}
+    values |= {"eos_token_id": model["eos"], "unknown_token_id": model["unk"], "add_space_prefix": True}
+    values["remove_extra_whitespaces"] = "charsmap" in model
+    if "charsmap" in model:
+        values["precompiled_charsmap"] = list(base64.b64decode(model["charsmap"]))
+    path = gguf_files.write_metadata(tmp_path / "a.gguf", {f"tokenizer.ggml.{key}": value for key, value in values.items()})
+    write_tokenizer(Settings(Reader(path)), Config(), tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    for text, ids in zip(gguf_files.GOLDEN["texts"], model["ids"], strict=True):
+        assert tokenizer.ids(text, bos=False) == ids, text
+        if name == "unigram":
+            assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert not tokenizer.use_bos and tokenizer.stop_ids == {model["eos"]}
+
+
+def test_a_unigram_file_must_name_its_unknown_token(tmp_path: Path) -> None:
+    values = {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.scores": [0.0]}
+    path = gguf_files.write_metadata(tmp_path / "a.gguf", values)
+    with pytest.raises(UserError, match="has no tokenizer.ggml.unknown_token_id, which a unigram tokenizer needs"):
+        write_tokenizer(Settings(Reader(path)), Config(), tmp_path)
 
 
 def test_phi_3_takes_the_blanks_behind_its_control_tokens(tmp_path: Path) -> None:
