@@ -17,6 +17,7 @@ from litgpt.atomic import digest, new_file, require_whole, write_bytes, write_te
 from litgpt.config import CHOSEN_TAPS, CORRECTION, Config
 from litgpt.errors import UserError
 from litgpt.files import decode_text, dump_yaml, parse_object, read_json, read_own, read_yaml
+from litgpt.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ def load_weights(path: str | Path, mapped: bool = True) -> dict[str, torch.Tenso
             warnings.simplefilter("ignore")  # about a foreign file's pickle
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_mappable(path))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if "Weights only load failed" in reason:
             reason = "it holds other Python objects, which could run code: they are not loaded"
         raise UserError(f"{path} is not a readable checkpoint (truncated, or not made of plain tensors): {reason[:200]}") from None
@@ -227,7 +228,7 @@ def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: st
         with on_meta():
             return config.make_model()
     except (RuntimeError, TypeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{source} cannot be of the sizes that model_config.yaml gives (n_embd {config.n_embd} ...): {reason}") from None
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from litgpt.errors import UserError
 from litgpt.streams import safe
+from litgpt.text import first_line
 
 PRECISIONS = {
     "32-true": torch.float32,
@@ -60,7 +61,7 @@ def _works(kind: str) -> bool:
     try:
         return bool((torch.ones(2, device=kind) * 2).sum().item() == 4)
     except (RuntimeError, AssertionError) as error:
-        print(f"device {kind} does not work ({safe(str(error)).splitlines()[0]}): the CPU is used", file=sys.stderr)
+        print(f"device {kind} does not work ({safe(first_line(error))}): the CPU is used", file=sys.stderr)
         return False
 
 

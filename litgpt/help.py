@@ -11,6 +11,7 @@ import jsonargparse
 
 from litgpt.args import SECRET
 from litgpt.keys import Keys, UsageError, known_classes
+from litgpt.text import first_line
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):
@@ -43,7 +44,7 @@ def show(prog: str, command: Callable[..., Any], keys: Keys, config: dict[str, A
     try:
         parser_of(prog, command, keys).parse_args([f"--config={values}", *flags])
     except jsonargparse.ArgumentError as error:
-        raise UsageError(str(error).splitlines()[0]) from None
+        raise UsageError(first_line(error)) from None
 
 
 def parser_of(prog: str, command: Callable[..., Any], keys: Keys) -> jsonargparse.ArgumentParser:

@@ -19,6 +19,7 @@ from litgpt.atomic import write_text
 from litgpt.errors import UserError
 from litgpt.files import open_regular
 from litgpt.streams import safe, unescaped
+from litgpt.text import first_line
 
 METRICS = Path("logs") / "version_0" / "metrics.csv"  # in a run's folder, TensorBoard's events beside it
 COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")
@@ -37,7 +38,7 @@ class MetricLoggers:
     """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is another one.
 
     A run that is resumed after step `resumed_at` continues these files; their rows of later steps are dropped. `columns`: those besides
-    `COLUMNS`.
+    `COLUMNS`. Raises UserError if Lightning's logger cannot start; if it fails later, the run goes on without it.
     """
 
     def __init__(
@@ -53,8 +54,7 @@ class MetricLoggers:
         purge: dict[str, Any] = {} if resumed_at is None else {"purge_step": resumed_at + 1}
         self.loggers: list[Any] = [_Events(self.csv.parent, **purge)]
         if name not in ("csv", "tensorboard"):
-            self.loggers.append(_remote_logger(out_dir, name, log))
-            self.loggers[-1].log_hyperparams(hyperparameters)
+            self.loggers.append(_remote_logger(out_dir, name, log, hyperparameters))
         if resumed_at is not None and self.csv.is_file():
             write_text(self.csv, rows_until(self.csv.read_text(encoding="utf-8", errors="replace"), resumed_at))
 
@@ -66,8 +66,7 @@ class MetricLoggers:
             if not file.tell():
                 writer.writeheader()
             writer.writerow(metrics)
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step)
+        self._tell(lambda logger: logger.log_metrics(metrics, step))
 
     def flush(self) -> None:
         """Flush the rows to disk, so that they are not behind a checkpoint."""
@@ -77,8 +76,17 @@ class MetricLoggers:
             self.loggers[0].flush()
 
     def close(self) -> None:
-        for logger in self.loggers:
-            logger.finalize("success")
+        self._tell(lambda logger: logger.finalize("success"))
+
+    def _tell(self, call: Callable[[Any], None]) -> None:
+        events, *others = self.loggers
+        call(events)
+        for logger in others:
+            try:
+                call(logger)
+            except Exception as error:  # a server that is gone, its quota: training is worth more
+                self.loggers.remove(logger)
+                Console().say(f"{type(logger).__name__} failed and gets no more metrics, {METRICS} has them: {first_line(error)}")
 
 
 class _Events:
@@ -138,18 +146,27 @@ def read_metrics(out_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return columns
 
 
-def _remote_logger(out_dir: Path, name: str, log: LogArgs) -> Any:
+def _remote_logger(out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any]) -> Any:
     from lightning.pytorch import loggers
 
+    logger: Any
     try:
         if name == "wandb":
-            return loggers.WandbLogger(project=log.project, name=log.run, group=log.group, save_dir=out_dir)
-        if name == "mlflow":
-            return loggers.MLFlowLogger(experiment_name=log.project or "litgpt", run_name=log.run)
-        settings: dict[str, Any] = {"teamspace": log.teamspace, "metadata": log.metadata, "checkpoint_name": log.checkpoint_name}
-        return loggers.LitLogger(root_dir=out_dir, name=log.run, log_model=log.log_model, save_logs=log.save_logs, **settings)
+            logger = loggers.WandbLogger(project=log.project, name=log.run, group=log.group, save_dir=out_dir)
+        elif name == "mlflow":
+            place = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"  # where MLflow itself looks for it
+            logger = loggers.MLFlowLogger(experiment_name=log.project or "litgpt", run_name=log.run, tracking_uri=place)
+        else:
+            settings: dict[str, Any] = {"teamspace": log.teamspace, "metadata": log.metadata, "checkpoint_name": log.checkpoint_name}
+            logger = loggers.LitLogger(root_dir=out_dir, name=log.run, log_model=log.log_model, save_logs=log.save_logs, **settings)
+        logger.log_hyperparams(hyperparameters)
     except ModuleNotFoundError as error:
         raise UserError(f"logger_name {name!r} needs a package that is not installed ({error.name or name}): pip install it") from None
+    except Exception as error:
+        raise UserError(
+            f"logger_name {name!r} cannot start: {first_line(error).rstrip('.')}. --logger_name csv works without it"
+        ) from None
+    return logger
 
 
 class Console:

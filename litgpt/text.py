@@ -19,6 +19,11 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if re.search(r"[\udc80-\udcff]", text) else text
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def text_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """Return a plain-text table, indented by two spaces. Columns in `left` (negative counts from the end) are left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

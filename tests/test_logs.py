@@ -107,6 +107,69 @@ def test_a_remote_logger_gets_the_settings_and_the_rows(tmp_path: Path, monkeypa
     assert (hyperparameters, row, status) == ({"seed": 1}, (1, STEPS[1]), "success")
 
 
+def test_a_logger_that_fails_in_the_run_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch import loggers
+
+    class Gone(loggers.CSVLogger):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(tmp_path / "theirs")
+
+        def log_metrics(self, *args: Any) -> None:
+            raise ConnectionError("the server is gone\nand more")
+
+    monkeypatch.setattr(loggers, "WandbLogger", Gone)
+    log = MetricLoggers(tmp_path, "wandb", LogArgs(), {"seed": 1})
+    for step, row in STEPS.items():
+        log(step, row)
+    log.close()
+    assert len((tmp_path / "logs/version_0/metrics.csv").read_text().splitlines()) == 1 + len(STEPS)
+    assert capsys.readouterr().err.count("Gone failed and gets no more metrics, ") == 1
+
+
+def test_a_logger_that_cannot_start_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch import loggers
+
+    def refuse(**settings: Any) -> None:
+        assert settings["tracking_uri"] == "sqlite:///mlflow.db"
+        raise RuntimeError("no such database.\nSee elsewhere")
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(loggers, "MLFlowLogger", refuse)
+    with pytest.raises(UserError, match=r"^logger_name 'mlflow' cannot start: no such database\. --logger_name csv"):
+        MetricLoggers(tmp_path, "mlflow", LogArgs(), {})
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = MetricLoggers(tmp_path, "wandb", LogArgs(project="facts", run="first"), {"seed": 17})
+    for step, row in STEPS.items():
+        log(step, row)
+    log.close()
+    __import__("wandb").finish()
+    [run] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = run.read_bytes()
+    assert all(text in content for text in (b"facts", b"first", b"train_loss", b"3.25", b"val_loss", b"2.75"))
+
+
+@pytest.mark.slow
+def test_mlflow_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"file:{tmp_path / 'mlruns'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    log = MetricLoggers(tmp_path, "mlflow", LogArgs(project="facts", run="first"), {"seed": 17})
+    for step, row in STEPS.items():
+        log(step, row)
+    log.close()
+    client = mlflow.MlflowClient(uri)
+    [run] = client.search_runs([client.get_experiment_by_name("facts").experiment_id])
+    assert (run.info.run_name, run.info.status, run.data.params["seed"]) == ("first", "FINISHED", "17")
+    assert [(value.step, value.value) for value in client.get_metric_history(run.info.run_id, "train_loss")] == [(1, 3.25), (2, 3.0)]
+
+
 # --- a run that goes on ---
 
 

@@ -24,6 +24,7 @@ from litgpt.config import CORRECTION, Config
 from litgpt.convert.experts import Stored as Stored
 from litgpt.convert.experts import separated
 from litgpt.errors import UserError
+from litgpt.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def shapes(config: Config, stored: int, source: str) -> dict[str, tuple[int, ...
         with on_meta():
             return {key: tuple(value.shape) for key, value in GPT(config).state_dict().items()}
     except RuntimeError as error:
-        raise UserError(f"{source}: the model's settings are impossible: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{source}: the model's settings are impossible: {first_line(error)}") from None
 
 
 def stored_shape(slot: Slot, config: Config, keys: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

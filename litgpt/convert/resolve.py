@@ -6,6 +6,7 @@
       without write permission                       checkpoints/<the folder's name>
     a GGUF file, or a folder that holds one          checkpoints/<the file's name without .gguf>
     the folder of a run                              its best or final folder, whichever has the lower validation loss
+      that was stopped                               its best folder, else its last step
     ORG/NAME or another relative path                checkpoints/ORG/NAME, in any of these forms
 
 `checkpoints` is in the current folder. `conversion.json` beside the weights records the sizes and times of the source's files: a changed
@@ -104,16 +105,22 @@ def locate(path: Path) -> Path:
         raise UserError(f"{place} is a pipe or a device: name a folder or a .gguf file")
     if is_hf_folder(place) or has_weights(place):
         return place
-    if has_weights(place / "final"):
-        return result_of(place)
+    if result := result_of(place):
+        return result
     files = sorted(place.glob("*.gguf"))
     if len({stem(file) for file in files}) > 1:
         raise UserError(f"{place} holds {len(files)} GGUF files: name one of them, such as {files[0]}")
     return files[0] if files else place
 
 
-def result_of(run: Path) -> Path:
-    """Return `best` of a run's folder if its validation loss is lower than that of `final`, else `final`."""
+def result_of(run: Path) -> Path | None:
+    """Return `best` of a run's folder if its validation loss is lower than that of `final`, else `final`; None for other folders.
+
+    A run that was stopped has no `final`: `best`, else the last `step-*`.
+    """
+    if not has_weights(run / "final"):
+        steps = sorted(run.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
+        return next(filter(has_weights, (run / "best", *steps)), None)
     best, final = (read_json(file) if (file := run / name / "report.json").is_file() else {} for name in ("best", "final"))
     before, after = best.get("val_loss"), final.get("final_val_loss")
     is_better = isinstance(before, float) and isinstance(after, float) and before < after and has_weights(run / "best")

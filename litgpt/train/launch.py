@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from litgpt.device import default_device
 from litgpt.errors import UserError
+from litgpt.text import first_line
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torchrun; the fields of `Place`
 POLL_SECONDS = 0.2
@@ -186,7 +187,7 @@ class Group:
         except dist.DistError as error:
             self.ended = True
             child = self._failed_child
-            reason = f"process {child.pid} {_how(child)}" if child else str(error).splitlines()[0]
+            reason = f"process {child.pid} {_how(child)}" if child else first_line(error)
             self.end_children()
             raise UserError(f"the {place.size} processes of the run did not find each other at {place.address}: {reason}") from None
         if "OMP_NUM_THREADS" not in os.environ:

@@ -27,6 +27,7 @@ from litgpt.files import read_json
 from litgpt.logs import COLUMNS
 from litgpt.sample import Sample
 from litgpt.sharding import scattered
+from litgpt.text import first_line
 
 FORMAT = 1
 FACTS, TENSORS = "training_state.json", "training_state.safetensors"
@@ -358,7 +359,7 @@ class Saved:
                 try:
                     give(saved)
                 except (RuntimeError, TypeError) as error:
-                    reason = str(error).splitlines()[0]
+                    reason = first_line(error)
                     raise UserError(f"{self.folder / TENSORS} holds no state of a random generator: {reason}. {ELSEWHERE}") from None
 
     def _tensors(self) -> dict[str, torch.Tensor]:

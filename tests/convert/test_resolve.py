@@ -331,3 +331,16 @@ def test_every_command_takes_any_form(hf: Path, tmp_path: Path, tiny_tokenizer_d
     step = "out/lora/step-000001"
     assert main(["merge_lora", step, "--pretrained_checkpoint_dir", str(hf)]) == 0, capsys.readouterr().err
     assert main(["generate", step, "--max_new_tokens", "2"]) == 0
+
+
+def test_a_stopped_run_stands_for_its_best_folder_else_its_last_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("step-000009", "step-000010", "step-1000000"):  # the last is incomplete
+        (run / name).mkdir(parents=True)
+    assert resolve.locate(run) == run
+    for name in ("step-000009", "step-000010"):
+        (run / name / "lit_model.pth.lora").touch()
+    assert resolve.locate(run) == run / "step-000010"
+    (run / "best").mkdir()
+    (run / "best" / "lit_model.pth.lora").touch()
+    assert resolve.locate(run) == run / "best"
