@@ -143,7 +143,7 @@ def finished(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, divis
     return F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="sum")
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("chunk", quick([1, 3, 100], 3))
 @pytest.mark.parametrize(("divisor", "cap"), FINISHES)
 def test_gradient_through_divisor_and_cap_is_that_of_finite_differences(
     monkeypatch: pytest.MonkeyPatch, divisor: float, cap: float | None, chunk: int

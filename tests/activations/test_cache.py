@@ -34,7 +34,7 @@ from litgpt.loss import HeadLoss, loss_of
 from litgpt.packing import SHORTEST_STEM, pack, shared_stem
 from litgpt.sample import Sample
 from tests.helpers import tiny
-from tests.helpers.cases import quick
+from tests.helpers.cases import first, quick
 
 CPU = torch.device("cpu")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -180,7 +180,7 @@ def test_a_stem_that_is_learned_costs_the_logits_of_one_sample(cut: str, cached:
     assert_close(torch.autograd.grad(loss, trained), gradients, **CLOSE)
 
 
-@pytest.mark.parametrize("shape", [NEOX, {**NEOX, "shared_attention_norm": True}, WINDOW, {"n_query_groups": 4}])
+@pytest.mark.parametrize("shape", first([NEOX, {**NEOX, "shared_attention_norm": True}, WINDOW, {"n_query_groups": 4}], 2))
 @pytest.mark.parametrize("cut", ["lm_head", "block", "LoRA in late blocks"])
 def test_the_same_for_other_architectures(cut: str, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(activation_cache.FILL_TOKENS, "cpu", 50)
@@ -360,7 +360,7 @@ def test_shared_stem_is_the_common_prefix_that_leaves_every_sample_an_input(comm
 # --- size ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", quick([torch.float32, torch.bfloat16], torch.bfloat16))
 @pytest.mark.parametrize("stem", [0, 8])
 @pytest.mark.parametrize(("cut", "parts"), [("lm_head", 3), ("block", 3), ("LoRA in late blocks", 1)])
 def test_the_planned_bytes_are_the_real_ones(cut: str, parts: int, stem: int, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -15,8 +15,14 @@ DORA = {"lora_variant": "dora", "lora_rslora": True, "lora_mlp": True, "lora_dro
 WARM = {**jobs.WARM, "lora_variant": "dora"}
 
 
-def test_a_run_learns_is_saved_and_merged(base: Path, data: Path, tmp_path: Path) -> None:
-    run = runs.finetune("finetune_lora", base, data, tmp_path / "run", **DORA)
+@pytest.fixture(scope="module")
+def dora(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    """A run with DoRA. Do not write into its folder."""
+    return runs.finetune("finetune_lora", base, data, tmp_path_factory.mktemp("runs") / "run", **DORA)
+
+
+def test_a_run_learns_is_saved_and_merged(dora: runs.Run, base: Path, data: Path) -> None:
+    run = dora
     assert run.code == 0, run.err
     losses = run.column("val_loss")
     assert losses[-1] < losses[0]
@@ -39,10 +45,10 @@ def test_a_run_learns_is_saved_and_merged(base: Path, data: Path, tmp_path: Path
         pytest.param({**DORA, "quantize": "int8"}, id="int8", marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_is_the_same(settings: dict[str, object], base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_same(settings: dict[str, object], dora: runs.Run, base: Path, data: Path, tmp_path: Path) -> None:
     """With the warm-up, DoRA is in the frozen prefix too, which is cached."""
-    whole, resumed = tmp_path / "one" / "run", tmp_path / "other" / "run"
-    assert runs.finetune("finetune_lora", base, data, whole, **settings).code == 0
+    resumed = tmp_path / "other" / "run"
+    whole = dora.out_dir if settings == DORA else runs.finetune("finetune_lora", base, data, tmp_path / "one" / "run", **settings).out_dir
     shutil.copytree(whole, resumed)
     for folder in (*sorted(resumed.glob("step-*"))[1:], resumed / "final", resumed / "best"):
         shutil.rmtree(folder)

@@ -112,6 +112,7 @@ def test_the_report_of_real_runs(compared: tuple[Path, int], capsys: pytest.Capt
     assert page.count("<img") == len(list((out_dir / "report").glob("*.png"))) == text.count("![")
 
 
+@pytest.mark.slow
 def test_runs_that_were_started_by_hand(compared: tuple[Path, int], tmp_path: Path) -> None:
     """The same figures without comparison_results.json, from the folders alone; a run without report.json did not finish."""
     for run in ("lora_baseline", "skip2lora_4blocks"):
@@ -127,6 +128,7 @@ def test_runs_that_were_started_by_hand(compared: tuple[Path, int], tmp_path: Pa
     assert "| run | trainable |  | total | ratio | against lora_baseline_exp |" in (tmp_path / "r" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_not_taken_for_this_one(
     words: list[str], compared: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

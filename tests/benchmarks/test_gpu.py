@@ -30,6 +30,7 @@ def test_without_cuda_it_says_so_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_rows_are_written_with_the_error_of_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [gpu.Row("LoRA", "32-true", gpu.LORA), gpu.Row("Skip2-LoRA, cached", "32-true", gpu.SKIP, cached=True), gpu.Row("x", "fp8", {})]
     monkeypatch.setattr(gpu, "ROWS", rows)

@@ -30,7 +30,7 @@ def test_no_place_has_two_names() -> None:
             assert len(set(names.values())) == len(names), kind
 
 
-@pytest.mark.parametrize("family", configs.FAMILIES)
+@pytest.mark.parametrize("family", configs.QUICK_FIRST)
 def test_stored_and_back(family: str) -> None:
     """Every LitGPT tensor comes back bit for bit from its stored form, whose shape is the stated one."""
     _, fields, weights = configs.pair(family)

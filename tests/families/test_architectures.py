@@ -19,7 +19,7 @@ from litgpt.errors import UserError
 from tests.helpers import family_configs as configs
 from tests.helpers.cases import quick
 
-FAMILY = pytest.mark.parametrize("family", configs.FAMILIES)
+FAMILY = pytest.mark.parametrize("family", configs.QUICK_FIRST)
 NOT_WRITTEN = {"architectures", "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "rope_parameters"}
 UNUSED = {"max_window_layers", "no_rope_layer_interval"}  # layer_types and no_rope_layers are written instead
 
@@ -73,7 +73,7 @@ def old_style(hf: dict[str, Any]) -> dict[str, Any]:
     return hf
 
 
-@pytest.mark.parametrize("family", configs.QUICK_FIRST)
+@FAMILY
 def test_written_as_it_was_read(family: str, tmp_path: Path) -> None:
     """transformers' config -> ours -> config.json -> transformers' config."""
     hf = configs.hf_config(family)

@@ -15,6 +15,7 @@ from litgpt.config import Config
 from litgpt.convert.compare import essence
 from litgpt.model import GPT
 from litgpt.prompts import STYLES
+from tests.helpers.cases import quick
 
 DEFAULTS: dict[str, Any] = {
     "block_size": 4096,
@@ -194,7 +195,7 @@ TIED = (
 
 @pytest.mark.parametrize(
     ("name", "published"),
-    [pytest.param(*row, marks=pytest.mark.slow if row[0] in LARGE else ()) for row in PARAMETERS.items()],
+    quick(PARAMETERS.items(), *(row for row in list(PARAMETERS.items())[::4] if row[0] not in LARGE)),
 )
 def test_parameters(name: str, published: int) -> None:
     with torch.device("meta"):

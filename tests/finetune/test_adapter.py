@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ def test_it_learns_and_leaves_litgpts_files(trained: tuple[str, Run], base: Path
 def test_resumed_it_is_the_same(trained: tuple[str, Run], base: Path, data: Path, tmp_path: Path) -> None:
     command, run = trained
     name = MODULES[command].Config.adapter_file
-    first = finetune(command, base, data, tmp_path / "out", adapter_prompt_length=4)
-    assert first.code == 0
+    shutil.copytree(run.out_dir, tmp_path / "out")
     for folder in ("final", "best", "step-000006"):
         for file in sorted((tmp_path / "out" / folder).rglob("*")):
             file.unlink()

@@ -75,6 +75,7 @@ def test_metrics_have_each_step_once_and_validation_where_it_was(run: Run) -> No
     assert [int(row["step"]) for row in rows if row["val_loss"]] == [0, 4, 6]
 
 
+@pytest.mark.slow
 def test_hyperparameters_are_a_config_that_repeats_the_run_bit_for_bit(run: Run, tmp_path: Path) -> None:
     config = run.final / "hyperparameters.yaml"
     again = finetune_runs.call(["finetune_full", str(config), "--out_dir", str(tmp_path / "again")], tmp_path / "again")
@@ -116,9 +117,8 @@ def test_a_tied_head_stays_tied_when_the_weights_come_from_another_device(
     assert is_tied(run.final)
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16-true", torch.bfloat16), pytest.param("bf16-mixed", torch.float32, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)])
 def test_other_precisions_run_and_learn(precision: str, dtype: torch.dtype, run: Run, base: Path, data: Path, tmp_path: Path) -> None:
     other = finetune("finetune_full", base, data, tmp_path / "out", optimizer__lr=2e-3, precision=precision)
     assert other.code == 0, other.err

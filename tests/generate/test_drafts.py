@@ -131,6 +131,7 @@ def test_heads_draft_what_they_predict_behind_the_last_token() -> None:
             assert token == int(p.argmax()) == int(model.logits(head(h, model.transformer["wte"].weight[first])).argmax())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_distribution_with_heads_is_the_models() -> None:
     """Chi-square of the two tokens that heads drafted, against the exact probabilities of the model behind a given token."""

@@ -25,8 +25,8 @@ def expected(logits: list[float], temperature: float, top_k: int | None, top_p: 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [
-        (0.5, None, 1.0),
-        (1.0, 3, 1.0),
+        pytest.param(0.5, None, 1.0, marks=pytest.mark.slow),
+        pytest.param(1.0, 3, 1.0, marks=pytest.mark.slow),
         (1.0, None, 0.7),
         (0.7, 4, 0.8),
         pytest.param(1.0, None, 1.0, marks=pytest.mark.slow),

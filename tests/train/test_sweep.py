@@ -372,7 +372,8 @@ def assert_same_sweep(out_dir: Path, expected: Path) -> None:
     assert {path.name for path in out_dir.iterdir()} == {path.name for path in expected.iterdir()}
 
 
-@pytest.mark.parametrize("launcher", ["devices", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["devices", "torchrun"])
 def test_two_processes_share_the_settings_and_one_cache(launcher: str, base: Path, data: Path, alone: Path, tmp_path: Path) -> None:
     out, err = by_two(base, data, tmp_path, launcher=launcher).communicate(timeout=240)
     assert "best: " in out and "6 settings, by 2 processes" in err and "on rank 1: validation loss" in err, err
