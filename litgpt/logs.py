@@ -163,9 +163,7 @@ def _remote_logger(out_dir: Path, name: str, log: LogArgs, hyperparameters: dict
     except ModuleNotFoundError as error:
         raise UserError(f"logger_name {name!r} needs a package that is not installed ({error.name or name}): pip install it") from None
     except Exception as error:
-        raise UserError(
-            f"logger_name {name!r} cannot start: {first_line(error).rstrip('.')}. --logger_name csv works without it"
-        ) from None
+        raise UserError(f"logger_name {name!r} cannot start: {first_line(error).rstrip('.')}. --logger_name csv works without it") from None
     return logger
 
 

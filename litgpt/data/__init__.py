@@ -7,6 +7,7 @@ from litgpt.data.alpaca import Alpaca, Alpaca2k, AlpacaGPT4, Dolly
 from litgpt.data.base import DataModule, Splits
 from litgpt.data.instructions import FLAN, LIMA, Deita, LongForm
 from litgpt.data.json_data import JSON
+from litgpt.data.lit_data import LitData, MicroLlama, TinyLlama
 from litgpt.data.python_docs import PythonDocs
 from litgpt.data.text_files import OpenWebText, TextFiles, TinyStories
 from litgpt.sample import Sample
@@ -21,12 +22,15 @@ __all__ = [
     "DataModule",
     "Deita",
     "Dolly",
+    "LitData",
     "LongForm",
+    "MicroLlama",
     "OpenWebText",
     "PythonDocs",
     "Sample",
     "Splits",
     "TextFiles",
+    "TinyLlama",
     "TinyStories",
 ]
 
