@@ -24,7 +24,7 @@ from litgpt.adapters.anywhere import Entry, read_lora, require_fit, sizes, targe
 from litgpt.adapters.base import LinearAdapter, adapter_parameters, adapter_state, adapters, renew_adapters
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
 from litgpt.adapters.dora import DoRA
-from litgpt.adapters.heads import Head, MultiTokenHead, ValueHead
+from litgpt.adapters.heads import Head, MultiTokenHead, Tap, ValueHead
 from litgpt.adapters.layers import LoRALayer, LoRALinear, LoRAQKVLinear
 from litgpt.adapters.patterns import PARTS, require_used
 from litgpt.adapters.pissa import OLoRA, PiSSA
@@ -117,9 +117,10 @@ class Config(base.Config, AdapterSettings):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """S, sorted; empty without Skip2-LoRA. Every candidate for "auto" until `keep_taps` keeps the chosen blocks."""
+        """S, sorted; empty without Skip2-LoRA and `mtp_taps`. Every candidate for "auto" until `keep_taps` keeps the chosen blocks."""
         if not self.skip2lora_enabled:
-            return ()
+            last = self.n_layer - 1
+            return tuple(sorted({min(2, last), self.n_layer // 2, max(last - 2, 0)})) if self.mtp_taps else ()
         prefix = min(self._output_layer, self.n_layer)
         spec = self.skip2lora_block_indices
         if spec is None:
@@ -242,8 +243,11 @@ class GPT(base_model.GPT):
             elif isinstance(module, LLaMAMoE):
                 module.select = None if self.switch is None else self.switch.select
         self.value_head = ValueHead(config.n_embd, config.value_head) if config.value_head else None
-        self.mtp_heads = nn.ModuleList(MultiTokenHead(config.n_embd) for _ in range(config.mtp_heads))
+        self.mtp_heads = nn.ModuleList(MultiTokenHead(config.n_embd, config.mtp_taps) for _ in range(config.mtp_heads))
         for index in config.taps:
+            if not config.skip2lora_enabled:
+                self.blocks[index].skip2lora = Tap()
+                continue
             assert config.skip2lora_r is not None and config.skip2lora_alpha is not None and config.skip2lora_dropout is not None
             self.blocks[index].skip2lora = Skip2LoRA(
                 config.n_embd,
@@ -266,6 +270,8 @@ class GPT(base_model.GPT):
         return super().prefix(idx, pos, rows)
 
     def skip_sum(self, taps: torch.Tensor) -> torch.Tensor:
+        if not self.config.skip2lora_enabled:
+            return taps.new_zeros(())
         total = skip_sum([block.skip2lora for block in self.tapped_blocks], taps)
         return total if self.switch is None else self.switch.masked(total)
 

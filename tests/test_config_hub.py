@@ -23,6 +23,7 @@ SHARED = sorted(ROOT.rglob("_base.yaml"))  # what the presets of a model share
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
 PRESETS = ("alora", "lora", "skip2lora", "skip2lora_tail", "skip2lora_warmup")
 OBJECTIVES = ("critic", "dpo", "mtp", "rho1", "verifiable")
+SMOLLM2 = (*OBJECTIVES, "minimind")  # presets of this model alone
 LLAMA_2 = ("lora", "lora_baseline", "skip2lora", "skip2lora_4blocks", "skip2lora_6blocks", "skip2lora_warmup")
 MODELS = ("llama-3.2-1B", "pythia-160m", "smollm2-135m", "tiny-llama")
 
@@ -48,7 +49,7 @@ SHAPES = {
 
 def test_the_files_that_are_promised_are_there() -> None:
     llama = [f"llama-2-7b/{name}.yaml" for name in LLAMA_2]
-    own = [f"smollm2-135m/{objective}.yaml" for objective in OBJECTIVES]
+    own = [f"smollm2-135m/{name}.yaml" for name in SMOLLM2]
     assert sorted(llama + own + [f"{model}/{preset}.yaml" for model in MODELS for preset in PRESETS]) == NAMES
     assert [file.parent.name for file in SHARED] == sorted({file.parent.name for file in FILES})
 
@@ -104,6 +105,8 @@ def test_trainable_parameters(file: Path) -> None:
     arguments = parse("litgpt finetune", load("finetune"), [str(file)])
     if preset == "critic":
         expected = d * (d + 1) + d + 1  # a hidden layer, and the value
+    elif preset == "minimind":
+        expected = blocks * 8 * 2 * (d + d)  # of all layers only query and output projections have as many inputs as outputs
     elif preset == "verifiable":
         expected = blocks * every_layer + d * (d + 1) + d + 1
     elif preset == "mtp":

@@ -2,6 +2,7 @@
 
     value head           v = s(w . a + b), the expected reward of an answer so far;  a = N(h), or silu(U N(h) + c) with "mlp"
     multi-token head k   z = h + D silu(U [N(h), N(e)]),  e the embedding of the next token;  lm_head(z) predicts the token k behind it
+      with mtp_taps      z = h + D silu(U [N(h), N(e), N(t_1), N(t_2), N(t_3)]),  t low, middle and high taps, as EAGLE-3 reads them
 
 N divides by the root mean square, s is the logistic function; parameters are fp32. At the start v is 1/2 and z = h. A multi-token head is
 an MLP, not a decoder block (arXiv 2404.19737): it needs no keys and values of its own, learns from cached states of the reply alone, and
@@ -21,6 +22,7 @@ from litgpt.adapters.settings import ValueHeadKind
 from litgpt.fused import rms_norm
 
 EPS = 1e-5
+READ = 3  # taps: the first, the middle and the last
 
 
 class Head(Adapter):
@@ -57,20 +59,32 @@ class ValueHead(Head):
             return a @ self.weight + self.bias
 
 
-class MultiTokenHead(Head):
-    """A token further ahead, by its input of the output layer."""
+class Tap(nn.Module):
+    """Marks a block whose output heads read and nothing is added to (`litgpt.lora.Skip2LoRA` adds)."""
 
-    def __init__(self, d: int) -> None:
+    norm_eps = EPS
+
+    def tap(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., d), normalised: magnitudes differ much between blocks"""
+        return rms_norm(x, None, EPS)
+
+
+class MultiTokenHead(Head):
+    """A token further ahead, by its input of the output layer, and with `reads_taps` by taps (arXiv 2503.01840)."""
+
+    def __init__(self, d: int, reads_taps: bool = False) -> None:
         super().__init__()
-        self.up, self.down = nn.Parameter(torch.empty(d, 2 * d)), nn.Parameter(torch.empty(d, d))
+        self.reads_taps = reads_taps
+        self.up, self.down = nn.Parameter(torch.empty(d, (2 + READ * reads_taps) * d)), nn.Parameter(torch.empty(d, d))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.up, a=math.sqrt(5))
         nn.init.zeros_(self.down)
 
-    def forward(self, h: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """(..., d) each -> (..., d), in h's dtype"""
+    def forward(self, h: torch.Tensor, e: torch.Tensor, taps: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., d) each, and taps (..., S, d) -> (..., d), in h's dtype"""
+        read = [taps[..., i, :] for i in (0, taps.size(-2) // 2, -1)] if self.reads_taps and taps is not None else []
         with torch.autocast(h.device.type, enabled=False):
-            a = torch.cat([rms_norm(x.float(), None, EPS) for x in (h, e)], dim=-1)
+            a = torch.cat([rms_norm(x.float(), None, EPS) for x in (h, e, *read)], dim=-1)
             return (h.float() + F.linear(F.silu(F.linear(a, self.up)), self.down)).to(h.dtype)

@@ -75,6 +75,9 @@ class AdapterSettings:
     mtp_heads: int = setting(0, varies=True)
     """Heads that predict the tokens behind the next one, for `litgpt generate --speculate heads`: trained together with LoRA and
     Skip2-LoRA, or alone, on a frozen model, if these are off."""
+    mtp_taps: bool = False
+    """Let these heads read outputs of a low, a middle and a high block too, as EAGLE-3 does: the first, the middle and the last of those
+    that Skip2-LoRA taps; for heads that are trained alone, the third, the middle and the third last."""
     skip2lora_enabled: bool = setting(False, varies=True)
     """Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only."""
     skip2lora_block_indices: BlockIndices = setting(None, varies=True, older_names=("skip2lora_positions",))
@@ -111,6 +114,11 @@ class AdapterSettings:
                 raise UserError(f"{prefix}_alpha is {alpha!r}: a number is needed")
             if not (_is_finite(dropout) and 0 <= dropout < 1) and not (follows and dropout is None):
                 raise UserError(f"{prefix}_dropout is {dropout!r}: a probability from 0 to below 1 is needed")
+        if self.mtp_taps and not (self.mtp_heads and (self.skip2lora_enabled or not self.changes_text)):
+            raise UserError(
+                "mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA: LoRA in the blocks changes their outputs, and "
+                "nothing could be cached"
+            )
         self._require_patterns()
         self._require_modules()
         if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):

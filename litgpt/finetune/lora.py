@@ -87,6 +87,8 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
         """Give an objective of values its head. Raise UserError for heads and adapters that do not go with the objective."""
         if self.mtp_heads and self.objective not in ("next_token", "verifiable"):
             raise UserError(f"mtp_heads are not trained by objective {self.objective}: leave one of them out")
+        if self.mtp_taps and self.has_warmup:
+            raise UserError("mtp_taps does not work with a warm-up, in which the blocks' outputs change: leave one of them out")
         if self.objective not in get_args(Rating):
             if self.value_head:
                 raise UserError(

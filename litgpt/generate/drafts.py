@@ -94,13 +94,13 @@ class Heads:
     @torch.inference_mode()
     def __call__(self, tokens: list[int], most: int) -> tuple[list[int], list[torch.Tensor]]:
         """Return up to `most` tokens that may follow, and the distributions (V,) that they were drawn from."""
-        model, hidden = self.target.model, self.target.hidden
+        model, states = self.target.model, self.target.states
         heads = list(model.mtp_heads)[:most]
-        if hidden is None or not heads:
+        if states is None or not heads:
             return [], []
-        h = hidden[len(tokens) - 2 - self.target.computed_from]  # (d,), of which the last token was drawn
+        h, taps = (part[len(tokens) - 2 - self.target.computed_from] for part in states)  # (d,), of which the last token was drawn; (S, d)
         e = model.transformer["wte"](torch.tensor(tokens[-1], device=h.device))
-        q = self.sampling.probabilities(model.logits(torch.stack([head(h, e) for head in heads])))
+        q = self.sampling.probabilities(model.logits(torch.stack([head(h, e, taps) for head in heads])))
         return torch.multinomial(q, 1, generator=self.generator)[:, 0].tolist(), list(q)
 
 
@@ -142,7 +142,8 @@ class _Cached:
         self.model: Any = model.eval()
         self.start = None if model.switch is None else model.switch.start_of(prompt)
         self.computed = 0
-        self.hidden: torch.Tensor | None = None  # (count, d): the output layer's input of the last pass, of which logits were asked for
+        # (count, d), (count, S, d): the output layer's input and the taps of the last pass, where logits were asked for
+        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
         self.computed_from = 0  # the place of the first of them
         model.set_kv_cache(1, length)
 
@@ -155,5 +156,5 @@ class _Cached:
             with nullcontext() if self.start is None else self.model.switch.reply_at(self.start):
                 x, taps = self.model.prefix(idx, pos)
             self.computed, self.computed_from = len(tokens), len(tokens) - count
-            self.hidden = self.model.tail(x, taps, pos)[0, -count:]
-            return self.model.logits(self.hidden)
+            self.states = self.model.tail(x, taps, pos)[0, -count:], taps[0, -count:]
+            return self.model.logits(self.states[0])

@@ -16,7 +16,7 @@ from litgpt.data.records import Record
 from litgpt.errors import UserError
 from litgpt.loss import HeadLoss, hidden_of, loss_of, losses_of
 from litgpt.model import GPT
-from litgpt.packing import loss_weights
+from litgpt.packing import loss_weights, take
 from litgpt.sample import Sample
 
 ACCURACY = "val_accuracy"
@@ -43,7 +43,12 @@ class View:
 
     def hidden(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the output layer's input at the samples' loss positions, (n, d), sample by sample."""
-        return hidden_of(self.model, self.activations(indices))
+        return self.states(indices)[0]
+
+    def states(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `hidden`, and the taps at the same positions, (n, S, d)."""
+        features = self.activations(indices)
+        return hidden_of(self.model, features), features.taps if features.at is None else take(features.taps, features.at)
 
     def losses(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the losses at the samples' loss positions, (n,) fp32, sample by sample."""

@@ -28,14 +28,14 @@ class MultiToken(Objective):
 
     def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
         model: Any = view.model
-        samples, hidden = view.samples(indices), view.hidden(indices)  # (n, d)
+        samples, (hidden, taps) = view.samples(indices), view.states(indices)  # (n, d), (n, S, d)
         total, factor, targets = hidden.sum() * 0.0, 1.0, loss_targets(samples).to(hidden.device)
         if model.config.changes_text:
             total = loss_at(model, hidden, targets, view.head_loss, loss_weights(samples))
             factor = self.settings.mtp_weight / len(model.mtp_heads)
             if not model.training:
                 return total
-        return total + factor * heads_loss(view, samples, hidden, targets)
+        return total + factor * heads_loss(view, samples, (hidden, taps), targets)
 
     def weight(self, view: View, indices: Sequence[int]) -> float:
         config: Any = view.model.config
@@ -45,15 +45,20 @@ class MultiToken(Objective):
 
 
 def heads_loss(
-    view: View, samples: Sequence[Sample], hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+    view: View,
+    samples: Sequence[Sample],
+    states: tuple[torch.Tensor, torch.Tensor],
+    targets: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sum of the heads' losses for the output layer's input (n, d) and the next tokens (n,); `weights` as in `ahead`."""
+    """Return the sum of the heads' losses for the view's states and the next tokens (n,); `weights` as `given` in `ahead`."""
     model: Any = view.model
+    hidden, taps = states
     total, following = hidden.sum() * 0.0, model.transformer["wte"](targets)
     for k, head in enumerate(model.mtp_heads, 1):
         labels, own = (part.to(hidden.device) for part in ahead(samples, k, weights))
         rows = (labels != IGNORED).nonzero()[:, 0]
-        total = total + view.head_loss(head(hidden[rows], following[rows]), labels[rows], own[rows])
+        total = total + view.head_loss(head(hidden[rows], following[rows], taps[rows]), labels[rows], own[rows])
     return total
 
 

@@ -51,7 +51,7 @@ class Verifiable(Rated):
 
     def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
         model: Any = view.model
-        samples, hidden = view.samples(indices), view.hidden(indices)  # (n, d)
+        samples, (hidden, taps) = view.samples(indices), view.states(indices)  # (n, d), (n, S, d)
         targets, weights = loss_targets(samples).to(hidden.device), rewarded(samples).to(hidden.device)
         values_loss, advantages = self.judged(view, samples, hidden.detach())
         if not model.training:
@@ -60,7 +60,7 @@ class Verifiable(Rated):
         tokens_loss = loss_at(model, hidden, targets, view.head_loss, weights)
         if len(model.mtp_heads):
             factor = self.settings.mtp_weight / len(model.mtp_heads)
-            tokens_loss = tokens_loss + factor * heads_loss(view, samples, hidden, targets, weights)
+            tokens_loss = tokens_loss + factor * heads_loss(view, samples, (hidden, taps), targets, weights)
         return self.scale * tokens_loss + values_loss
 
     def weight(self, view: View, indices: Sequence[int]) -> float:

@@ -182,7 +182,8 @@ def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) ->
         lines.append(f"trained whole: {' and '.join(config.modules_to_save)}" + (", which are one weight" if model.is_tied else ""))
     if config.mtp_heads:
         where = "and the adapters" if config.changes_text else "on the frozen model"
-        lines.append(f"multi-token heads: {config.mtp_heads} {where}, {count(model.mtp_heads):,} parameters")
+        read = f", which read blocks {ranges(config.taps)}" if config.mtp_taps and not config.skip2lora_enabled else ""
+        lines.append(f"multi-token heads: {config.mtp_heads} {where}{read}, {count(model.mtp_heads):,} parameters")
     if model.cut is None:
         return lines
     frozen = min(model.cut, config.n_layer)
@@ -190,7 +191,7 @@ def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) ->
     if warmup.has_warmup:
         length = f"{warmup.skip2lora_warmup_steps} steps" if warmup.skip2lora_warmup_steps else f"{warmup.skip2lora_warmup_epochs:g} epochs"
         lines.append(f"LoRA warm-up: {length} on blocks {ranges(config.lora_blocks)}")
-    if taps:
+    if taps and config.skip2lora_enabled:
         norm = "" if config.skip2lora_norm == "none" else ", normalised"
         lines.append(f"Skip2-LoRA: outputs of blocks {ranges(taps)}{norm}, rank {config.skip2lora_r}, to {config.skip2lora_output_layer}")
         layers = [f"blocks {ranges(behind)}"] if behind else []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,20 @@ def test_gpt2_equals_peft(targets: list[str]) -> None:
     assert not state
     torch.testing.assert_close(logits(ours), logits(theirs.eval()), rtol=1e-5, atol=1e-5)
     assert sum(p.numel() for p in get_lora_parameters(ours)) == theirs.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.slow
+def test_the_table_of_gpt2_as_a_process() -> None:
+    """docs/gpt2_lora.py: GPT-2's own count before, and r (in + out) of each layer with LoRA behind it."""
+    script = Path(__file__).parents[2] / "docs/gpt2_lora.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert {row[-5] for row in rows} == {"124,439,808"}
+    learn = {(" ".join(row[:-6]), int(row[-6])): int(row[-3].replace(",", "")) for row in rows}
+    assert learn["c_attn", 8] == 12 * 8 * (768 + 2304) == 294_912
+    assert learn["square", 4] == 12 * 4 * (768 + 768)
+    assert learn["all-linear", 16] == 12 * 16 * ((768 + 2304) + (768 + 768) + 2 * (768 + 3072))
 
 
 def test_only_the_adapters_learn() -> None:

@@ -39,6 +39,24 @@ def test_multi_token_head() -> None:
     assert head(h.bfloat16(), e.bfloat16()).dtype == torch.bfloat16
 
 
+def test_a_multi_token_head_with_taps() -> None:
+    """The first, middle and last of the tapped blocks' outputs, normalised; of a frozen model three blocks, and nothing is added."""
+    model = tiny.tiny(mtp_heads=1, mtp_taps=True, n_layer=8)
+    head, h, e, taps = model.mtp_heads[0], torch.randn(5, 32), torch.randn(5, 32), torch.randn(5, 4, 32)
+    assert torch.equal(head(h, e, taps), h)
+    randomised(head)
+    read = (h, e, taps[:, 0], taps[:, 2], taps[:, 3])
+    a = torch.cat([x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() for x in read], -1) @ head.up.T
+    assert_close(head(h, e, taps), h + (a * a.sigmoid()) @ head.down.T)
+    outputs: list[torch.Tensor] = []
+    for i in (2, 4, 5):
+        model.blocks[i].register_forward_hook(lambda block, args, x: outputs.append(x))
+    idx = tiny.ids(1, 9)
+    _, tapped = model.prefix(idx)
+    assert_close(tapped, torch.stack([x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() for x in outputs], dim=-2))
+    assert torch.equal(model(idx), tiny.tiny(n_layer=8)(idx))
+
+
 def test_a_head_alone_is_trained_behind_a_frozen_model() -> None:
     model = tiny.tiny(value_head="mlp")
     mark_only_lora_as_trainable(model)
@@ -55,6 +73,9 @@ def test_a_head_leaves_the_logits_alone_and_cannot_be_merged() -> None:
 
 
 def test_wrong_settings() -> None:
+    for settings in ({}, {"mtp_heads": 1, "lora_r": 2, "lora_query": True}):
+        with pytest.raises(UserError, match="mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA"):
+            tiny.tiny(mtp_taps=True, **settings)
     with pytest.raises(UserError, match="mtp_heads is 99: a whole number from 0 to 16"):
         tiny.tiny(mtp_heads=99)
     with pytest.raises(UserError, match="value_head is 'deep': choose 'linear' or 'mlp'"):

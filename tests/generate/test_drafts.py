@@ -107,7 +107,15 @@ def with_heads(**settings: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("settings", first([{}, {"lora_r": 4, "lora_query": True}, {"lora_r": 2, "skip2lora_enabled": True}]))
+HEADED = [
+    {"lora_r": 2, "skip2lora_enabled": True, "mtp_taps": True},
+    {"lora_r": 4, "lora_query": True},
+    {"lora_r": 2, "skip2lora_enabled": True},
+    {},
+]
+
+
+@pytest.mark.parametrize("settings", first(HEADED))
 def test_greedy_text_with_heads_is_the_models_own(settings: dict[str, Any]) -> None:
     target, kept = tiny.move_adapters(with_heads(**settings)), list[int]()
     prompt = tiny.ids(1, 9)[0]
@@ -116,9 +124,10 @@ def test_greedy_text_with_heads_is_the_models_own(settings: dict[str, Any]) -> N
     assert min(kept) == 0 and target.blocks[0].attn.kv_cache is None
 
 
-def test_heads_draft_what_they_predict_behind_the_last_token() -> None:
+@pytest.mark.parametrize("reads_taps", [False, True])
+def test_heads_draft_what_they_predict_behind_the_last_token(reads_taps: bool) -> None:
     """Head k's own definition, on the model's states: the drafts at the second pass, and that all of them are kept if they are right."""
-    model, prompt = with_heads(), tiny.ids(1, 9)[0].tolist()
+    model, prompt = with_heads(mtp_taps=reads_taps), tiny.ids(1, 9)[0].tolist()
     cached = drafts._Cached(model, prompt, 60)
     drafter = drafts.Heads(cached, Sampling(temperature=0.0), None)
     assert drafter(prompt, 3) == ([], [])
@@ -126,9 +135,10 @@ def test_heads_draft_what_they_predict_behind_the_last_token() -> None:
     drafted, q = drafter([*prompt, first], 3)
     model.clear_kv_cache()
     with torch.no_grad():
-        h = model.tail(*model.prefix(torch.tensor([prompt])))[0, -1]
+        x, taps = model.prefix(torch.tensor([prompt]))
+        h = model.tail(x, taps)[0, -1]
         for token, p, head in zip(drafted, q, model.mtp_heads, strict=True):
-            assert token == int(p.argmax()) == int(model.logits(head(h, model.transformer["wte"].weight[first])).argmax())
+            assert token == int(p.argmax()) == int(model.logits(head(h, model.transformer["wte"].weight[first], taps[0, -1])).argmax())
 
 
 @pytest.mark.slow

@@ -44,11 +44,14 @@ def by_hand(model: Any, val: list[Sample]) -> float:
     total = weight = 0.0
     for each in val:
         ids = torch.tensor(each.input_ids).long()
-        h = model.tail(*model.prefix(ids[None, :-1]))[0]
+        x, taps = model.prefix(ids[None, :-1])
+        h, taps = model.tail(x, taps)[0], taps[0]
         for k, head in enumerate(model.mtp_heads, 1):
             for p in range(1, len(ids) - k):
                 if each.loss_mask[p] and each.loss_mask[p + k]:
-                    a = torch.cat([F.rms_norm(x, (len(x),), eps=1e-5) for x in (h[p - 1], model.transformer["wte"].weight[ids[p]])])
+                    chosen = [taps[p - 1, i] for i in (0, taps.size(1) // 2, -1)] if head.reads_taps else []
+                    read = (h[p - 1], model.transformer["wte"].weight[ids[p]], *chosen)
+                    a = torch.cat([F.rms_norm(x, (len(x),), eps=1e-5) for x in read])
                     logits = model.lm_head(h[p - 1] + head.down @ F.silu(head.up @ a))
                     own = 1.0 if each.weights is None else each.weights[p + k]
                     total += own * F.cross_entropy(logits, ids[p + k]).item()
@@ -61,6 +64,8 @@ def by_hand(model: Any, val: list[Sample]) -> float:
     [
         (FROZEN, True),
         (JOINT, False),
+        ({**FROZEN, "mtp_taps": True}, True),
+        ({**SKIP, "mtp_taps": True, "skip2lora_block_indices": "[0, 1, 3]"}, True),
         pytest.param(SKIP, True, marks=pytest.mark.slow),
         pytest.param({**FROZEN, "skip2lora_cache": "off"}, False, marks=pytest.mark.slow),
         pytest.param({**JOINT, "alora_enabled": True}, True, marks=pytest.mark.slow),
@@ -80,12 +85,13 @@ def test_a_run_learns_and_is_resumed_bit_for_bit(settings: dict[str, Any], is_ca
     assert ("training cache" in run.err) == is_cached
 
 
-def test_the_reported_loss_is_that_of_the_saved_heads(base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads_taps", [False, True])
+def test_the_reported_loss_is_that_of_the_saved_heads(reads_taps: bool, base: Path, data: Path, tmp_path: Path) -> None:
     from litgpt.data import JSON
     from litgpt.prompts import resolve_prompt_style
     from litgpt.tokenizer import Tokenizer
 
-    run = finetune("finetune_lora", base, data, tmp_path / "run", **FROZEN, **FEW)
+    run = finetune("finetune_lora", base, data, tmp_path / "run", **FROZEN, **FEW, mtp_taps=reads_taps)
     tokenizer, model = Tokenizer(base), checkpoint.load_model(run.final, torch.float32)
     val = JSON(json_path=data, val_split_fraction=0.1).splits(tokenizer, resolve_prompt_style(None, base, tokenizer, "alpaca"), 256).val
     with torch.no_grad():
@@ -126,6 +132,12 @@ def test_two_processes_train_like_one(base: Path, data: Path, tmp_path: Path) ->
     [
         ("finetune_lora", {"mtp_heads": -1}, "mtp_heads is -1: a whole number from 0 to 16"),
         ("finetune_lora", {"mtp_weight": -1}, "mtp_weight is -1"),
+        ("finetune_lora", {"mtp_taps": True, "lora_query": True}, "mtp_taps is for mtp_heads that are trained alone"),
+        (
+            "finetune_lora",
+            {**SKIP, "lora_mlp": True, "skip2lora_warmup_steps": 2, "mtp_taps": True},
+            "mtp_taps does not work with a warm-up",
+        ),
         ("finetune_lora", {"objective": "dpo"}, "mtp_heads are not trained by objective dpo"),
         ("finetune_full", {"lora_query": None, "lora_value": None}, "mtp_heads is not a known key"),
     ],
