@@ -297,14 +297,17 @@ def fitting(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) ->
     return weights, tied
 
 
-def build_sharded(config: LoRAConfig, base: Path, dtype: torch.dtype, device: torch.device, mark: Callable[[LoRAGPT], None]) -> LoRAGPT:
+def build_sharded(
+    config: LoRAConfig, base: Path, dtype: torch.dtype, device: torch.device, mark: Callable[[LoRAGPT], None], offload: bool = False
+) -> LoRAGPT:
     """Return the model of `build_model` sharded over all ranks, each of which reads its own rows from the file.
 
-    `mark` says what is trained.
+    `mark` says what is trained, and quantises. `offload`: as in `litgpt.sharding.shard`.
     """
     import torch
 
     from litgpt.adapters.base import renew_adapters, renew_sharded
+    from litgpt.quantize import rows_in_8_bits
     from litgpt.sharding import shard
 
     file = weights_file(base, now=True)
@@ -318,10 +321,18 @@ def build_sharded(config: LoRAConfig, base: Path, dtype: torch.dtype, device: to
     mark(model)
 
     def load(names: Iterable[str]) -> dict[str, torch.Tensor]:
-        mapped, _ = fitting(model, load_weights(file.path), file.path)
-        return {name: mapped[name.replace(".linear.", ".")] for name in names}
+        mapped, wanted = in_current_layout(load_weights(file.path), config), dict[str, torch.Tensor]()
+        if tied:
+            mapped["lm_head.weight"] = mapped["transformer.wte.weight"]
+        for name in names:
+            layer, _, leaf = name.replace(".linear.", ".").rpartition(".")
+            if leaf in ("quantised", "scales"):
+                wanted[name] = rows_in_8_bits(mapped[f"{layer}.weight"].to(dtype))[leaf]
+            else:
+                wanted[name] = mapped[f"{layer}.{leaf}"]
+        return wanted
 
-    shard(model, device, load, dtype)
+    shard(model, device, load, dtype, offload)
     if config.lora_variant != "lora":  # it starts from the base's weights
         torch.set_rng_state(random)
         renew_sharded(model)
@@ -507,7 +518,7 @@ def load_model(
     A folder with both merged weights and an adapter is read as base and adapter if the base is there and `dtype` is below fp32.
 
     `base`: the adapter's base checkpoint (default: that of hyperparameters.yaml). `quantize`: a mode of `litgpt.quantize`. `sharded`: over
-    all ranks of a run, if the model can be.
+    all ranks of a run.
     """
     import torch
 
@@ -523,7 +534,7 @@ def load_model(
             config = adapted_config(folder, base, settings)
         except UserError as error:
             raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
-    if sharded and config.adapter_file == LoRAConfig.adapter_file and not config.modules_to_save and config.n_expert_groups is None:
+    if sharded:
         model = build_sharded(config, base, dtype, torch.device(device), _freeze)
     else:
         model = build_model(config, base, dtype, mapped=quantize is not None)

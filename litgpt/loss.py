@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from litgpt.model import GPT, Positions, finish_logits
 from litgpt.packing import take
+from litgpt.vocabulary import IGNORED as IGNORED
+from litgpt.vocabulary import SpreadHead
 
 CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows make the matrix products slow, more only cost memory
 BLOCK_ELEMENTS = 8 * 49152  # logits per softmax on a CPU: in fp32 they stay in its cache
-IGNORED = -100  # a target without loss, as in `torch.nn.functional.cross_entropy`
 
 
 @dataclass
@@ -133,6 +134,9 @@ class HeadLoss:
 
     def _losses(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, is_sum: bool) -> torch.Tensor:
         head = self.head
+        if isinstance(head, SpreadHead):
+            losses = head.losses(hidden, targets, weights, self.divisor, self.cap)
+            return losses.sum() if is_sum else losses
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
             device = hidden.device.type
             if torch.is_autocast_enabled(device):

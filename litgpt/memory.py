@@ -3,7 +3,7 @@
 n tokens in a micro-batch, l of them with loss, w bytes of a backbone parameter, N parameters in the base, P in the adapters; d, H, G, h, m,
 V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
 
-    weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a parameter
+    weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a parameter, with int8 8
     training      12 N for all weights     the gradient and AdamW's two moments, fp32; 16 N with fp32 copies of bf16 weights
                   16 P for adapters        themselves, gradient and moments, fp32
     activations   n (L' + 1) A + f F + C            with checkpointing n (L' w d + A) + f F + C
@@ -18,7 +18,8 @@ V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
       C  a chunk of logits                 4 of them where the head learns (`litgpt.loss`)
 
 One block more than L' stands for the temporaries of a running block. Activation checkpointing keeps only the blocks' inputs, and A for the
-one block that runs again. Python and torch are added: `PROCESS`.
+one block that runs again. Python and torch are added: `PROCESS`. Of p processes with a sharded model each has (weights + training) / p,
+its activations, and what is gathered at once: a block, and embedding and head where they learn.
 """
 
 from __future__ import annotations
@@ -47,10 +48,16 @@ class Memory(NamedTuple):
     weights: int
     training: int
     activations: int
+    gathered: int = 0
+    """at once, of a sharded model"""
 
     @property
     def total(self) -> int:
         return self.weights + self.training + self.activations
+
+    def part(self, processes: int) -> int:
+        """Return the total of each of the processes that share a sharded model."""
+        return (self.weights + self.training) // processes + self.activations + self.gathered
 
 
 def estimate(
@@ -62,6 +69,7 @@ def estimate(
     width: int = 2,
     full: bool = False,
     nf4: bool = False,
+    int8: bool = False,
     checkpointing: bool = False,
 ) -> Memory:
     """Return the memory to train the adapters of `config`, or with `full` all weights, on a micro-batch of `tokens` tokens.
@@ -75,8 +83,11 @@ def estimate(
     adapters, saved = sum(p.numel() for p in adapter_parameters(model).values()), config.modules_to_save or []
     base = sum(p.numel() for p in model.parameters()) - adapters - (tied and not saved) * config.V * config.n_embd
     adapters -= (tied and len(saved) == 2) * config.V * config.n_embd  # one of them is trained apart from the other
-    quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 else 0
-    weights = width * (base - quantised) + NF4_BYTES * quantised
+    quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 or int8 else 0
+    weights = width * (base - quantised) + (NF4_BYTES if nf4 else 1) * quantised
+    in_blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
+    outside = base + adapters - in_blocks if full or saved else 0
+    gathered = width * outside + weights * in_blocks // max(1, base * config.n_layer)
     crossed = model.blocks if full or model.cut is None else model.blocks[model.cut :]
     n, d = tokens, config.n_embd
     tail_rows = loss_tokens if is_flat(model) and loss_tokens is not None else n
@@ -85,7 +96,7 @@ def estimate(
     head = d * (2 * width + (2 * width + 4) * len(config.taps))
     chunks = CHUNK_BYTES * (4 if full or "lm_head" in saved or (config.lora_r and config.lora_head) else 1)
     training = (16 if width < 4 else 12) * base if full else 16 * adapters
-    return Memory(base if full else adapters, int(weights), training, int(n * kept + tail_rows * head + chunks))
+    return Memory(base if full else adapters, int(weights), training, int(n * kept + tail_rows * head + chunks), int(gathered))
 
 
 def kept_by_block(block: Block, width: int, full: bool) -> float:

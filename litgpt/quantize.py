@@ -76,10 +76,11 @@ class Int8Linear(QuantisedLinear):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        weight = linear.weight.detach().float()
-        largest = weight.abs().amax(dim=1, keepdim=True)  # (out, 1)
-        self.register_buffer("quantised", (weight * (127 / largest.clamp(min=1e-30))).round().to(torch.int8))
-        self.register_buffer("scales", largest[:, 0] / 127)
+        for name, value in rows_in_8_bits(linear.weight.detach()).items():
+            if value.is_meta:  # FSDP2 shards parameters alone
+                self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            else:
+                self.register_buffer(name, value)
 
     quantised: torch.Tensor
     scales: torch.Tensor
@@ -102,6 +103,13 @@ class Int8Linear(QuantisedLinear):
             x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and self.in_features % 64 == 0 and not torch.is_autocast_enabled("cpu")
         )
         return fits and x.numel() <= FEW_ROWS * self.in_features and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def rows_in_8_bits(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return q (out, in) and s (out,) of a weight (out, in) by the names that `Int8Linear` has for them."""
+    weight = weight.float()
+    largest = weight.abs().amax(dim=1, keepdim=True)  # (out, 1)
+    return {"quantised": (weight * (127 / largest.clamp(min=1e-30))).round().to(torch.int8), "scales": largest[:, 0] / 127}
 
 
 class Linear4bit(QuantisedLinear):
@@ -186,8 +194,10 @@ def is_quantised(model: nn.Module) -> bool:
 
 def count(model: nn.Module) -> int:
     """Return the number of the model's parameters, with those stored quantised."""
-    quantised = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, QuantisedLinear))
-    return quantised + sum(parameter.numel() for parameter in model.parameters())
+    layers = [module for module in model.modules() if isinstance(module, QuantisedLinear)]
+    stored = {id(p) for layer in layers for p in layer.parameters() if p is not layer.bias}
+    quantised = sum(layer.in_features * layer.out_features for layer in layers)
+    return quantised + sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in stored)
 
 
 def bitsandbytes() -> Any:

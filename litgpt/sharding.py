@@ -1,8 +1,9 @@
 """Sharded models: each rank holds a part of every parameter, and a block's parameters are gathered while it runs (FSDP2, arXiv 2304.11277).
 
-Each block is a group, its adapters among its parameters; what is trained of embedding, final norm and head is the last one. What is frozen
-of them, and Skip2-LoRA's adapters, which are read outside of their blocks, are copied to every rank. The optimizer sees the rank's rows of
-a parameter as an ordinary tensor (`part_of`), so that its update must treat every number by itself.
+Each block is a group, its adapters among its parameters; a large frozen layer in it is one of its own, so that less is gathered at
+once. What is trained of embedding, final norm and head is the last group. A frozen embedding and head are spread (`litgpt.vocabulary`);
+the frozen rest of them, and Skip2-LoRA's adapters, which are read outside of their blocks, are copied to every rank. The optimizer sees
+the rank's rows of a parameter as an ordinary tensor (`part_of`), so that its update must treat every number by itself.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from litgpt.mlp import LLaMAMoE
+from litgpt.vocabulary import gather, spread
+
 if TYPE_CHECKING:
     from litgpt.model import GPT
 
 
 M_MMAP_THRESHOLD = -3  # of <malloc.h>
+LARGE = 2 * 2**20  # bytes of a layer that is a group of its own
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -96,25 +101,42 @@ def is_sharded(model: nn.Module) -> bool:
 Load = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 
 
-def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype) -> None:
+def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offload: bool = False) -> None:
     """Shard a model whose base weights are on the meta device over all ranks, and load this rank's rows of them.
 
     `load` returns the weights of so many names, mapped into memory. It is called for each group, so that no more of the file is held.
+    `offload`: the rows of the groups, their gradients and their optimizer stay in the CPU's memory.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     if device.type == "cpu":
         with suppress(AttributeError, OSError):  # glibc: gathered weights that are freed go back to the system
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    spread(model, mesh)
     copied = {p for block in model.blocks if block.skip2lora is not None for p in block.skip2lora.parameters()}
-    copied |= {p for p in _outside(model) if not p.requires_grad}  # needed in every pass
+    copied |= {p for p in _outside(model) if not p.requires_grad}
     for parameter in model.parameters():
         if not parameter.is_meta:  # an adapter's
             parameter.data = parameter.data.to(device)
-    how: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32), "ignored_params": copied}
+    how: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
+        "ignored_params": copied,
+    }
+    apart, exact = [name for name, p in model.named_parameters() if p in copied], _exact(model, dtype)
     for block in model.blocks:
+        for layer in _large_layers(block, dtype) if getattr(model.config, "lora_variant", "") != "dora" else ():  # which reads weights
+            fully_shard(layer, **how)
         fully_shard(block, **how)
         register_fsdp_forward_method(block, "attend")
     fully_shard(model, **how)
@@ -122,32 +144,86 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype) -> N
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum: the loss is divided by the weight of all ranks' tokens
             module.set_force_sum_reduction_for_comms(True)
-    for group in _names(model):
-        model.load_state_dict(_own_rows(model, load(group), device, dtype), strict=False, assign=True)
-    model.to(device)  # pads rows
+            if device.type == "cpu":
+                module.set_custom_all_gather(InPlace())  # type: ignore[arg-type]
+            if any(isinstance(part, LLaMAMoE) for part in module.modules()) and hasattr(module, "set_reduce_scatter_unused_params"):
+                module.set_reduce_scatter_unused_params(True)  # of an expert that has no token of this rank
+    home = torch.device("cpu") if offload else device
+    for k, group in enumerate(_names(model)):
+        model.load_state_dict(_own_rows(model, load(group), home, dtype, exact), strict=False, assign=True)
+        if offload and k < len(model.blocks):
+            model.blocks[k].to(home)
+    model.to(home)  # pads rows
+    if home != device:
+        for tensor in (*map(model.get_parameter, apart), *model.buffers()):
+            tensor.data = tensor.data.to(device)
     for parameter in model.parameters():
         if hasattr(parameter, "to_local"):
-            parameter.part = nn.Parameter(parameter.to_local().detach())  # type: ignore[attr-defined]
+            parameter.part = nn.Parameter(parameter.to_local().detach(), parameter.is_floating_point())  # type: ignore[attr-defined]
     register_fsdp_forward_method(model, "within")
     _free_root(model)
 
 
-def _own_rows(model: GPT, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Return parameters with this rank's rows of the weights. Names of one parameter, such as a tied head's, get one."""
-    own: dict[int, nn.Parameter] = {}
+class InPlace:
+    """FSDP2's gathering on a CPU, by `litgpt.vocabulary.gather`."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False) -> Any:
+        return gather(output_tensor, input_tensor, group, async_op)
+
+
+def _large_layers(block: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
+    """Return the frozen layers that are groups of their own: no experts, which not all ranks may run."""
+    apart = {id(layer) for module in block.modules() if isinstance(module, LLaMAMoE) for layer in module.modules()}
+    return [
+        layer
+        for layer in block.modules()
+        if type(layer) is nn.Linear
+        and id(layer) not in apart
+        and not layer.weight.requires_grad
+        and layer.weight.numel() * dtype.itemsize >= LARGE
+    ]
+
+
+def _exact(model: GPT, dtype: torch.dtype) -> set[str]:
+    """Return the names of the base's parameters that do not get the backbone's dtype: those that an adapter tunes are fp32."""
+    exact = set[str]()
+    for prefix, module in model.named_modules():
+        if getattr(module, "tunes_base", False):
+            module.base_dtype = dtype
+            exact |= {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        elif hasattr(module, "dense"):  # quantised
+            exact |= {f"{prefix}.quantised", f"{prefix}.scales"}
+    return exact
+
+
+def _own_rows(
+    model: GPT, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, exact: set[str]
+) -> dict[str, torch.Tensor]:
+    """Return this rank's rows of the weights as parameters. Names of one parameter, such as a tied head's, get one."""
+    buffers: dict[str, torch.Tensor] = dict(model.named_buffers())
+    own: dict[str, torch.Tensor] = {}
+    known: dict[int, nn.Parameter] = {}
     for name, value in weights.items():
+        if name in buffers:  # of a router
+            own[name] = value.to(device, torch.float32, copy=True)
+            continue
         parameter = model.get_parameter(name)
-        if id(parameter) not in own:
-            rows = rows_of(value, parameter).to(device, dtype, copy=True)
-            own[id(parameter)] = nn.Parameter(_sharded(rows, parameter), parameter.requires_grad)
-    return {name: own[id(model.get_parameter(name))] for name in weights}
+        if id(parameter) not in known:
+            kind = dtype if name not in exact else torch.float32 if parameter.is_floating_point() else parameter.dtype
+            rows = rows_of(value, parameter).to(device, kind, copy=True)
+            known[id(parameter)] = nn.Parameter(_sharded(rows, parameter), parameter.requires_grad)
+        own[name] = known[id(parameter)]
+    return own
 
 
 def _names(model: GPT) -> list[list[str]]:
-    """Return the names of the parameters on the meta device, by block, then those of no block."""
+    """Return the names of the parameters and buffers on the meta device, by block, then those of no block."""
     groups: list[list[str]] = [[] for _ in range(len(model.blocks) + 1)]
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_meta:
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        if tensor.is_meta:
             groups[int(name.split(".")[2]) if name.startswith("transformer.h.") else -1].append(name)
     return groups
 

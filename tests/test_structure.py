@@ -26,7 +26,7 @@ families
 config
 fused
 rope packing mlp attention latent model
-sharding
+vocabulary sharding
 adapters lora
 adapter
 adapter_v2

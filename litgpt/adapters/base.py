@@ -112,7 +112,9 @@ def adapter_parameters(model: nn.Module, added: bool = False) -> dict[str, nn.Pa
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the adapters' parameters as tensors on the CPU, to be saved. All ranks of a sharded model must ask for them."""
-    return {name: whole(parameter.detach()).cpu() for name, parameter in adapter_parameters(model).items()}
+    own = adapter_parameters(model)
+    known = {id(parameter): whole(parameter.detach()).cpu() for parameter in own.values()}
+    return {name: known[id(parameter)] for name, parameter in own.items()}
 
 
 def renew_adapters(model: nn.Module) -> None:

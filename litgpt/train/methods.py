@@ -60,13 +60,13 @@ class Method:
     lr_ratio_of: Callable[[str], float] = lambda name: 1.0
     """returns the learning rate of a parameter as a multiple of the optimizer's"""
 
-    def build(self, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device | None = None) -> GPT:
+    def build(self, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device | None = None, offload: bool = False) -> GPT:
         """Return the model on the CPU, or sharded on `device`, the backbone in `dtype`, trainable parameters marked.
 
-        Raises UserError if it does not fit.
+        `offload`: as in `litgpt.sharding.shard`. Raises UserError if it does not fit.
         """
         if device is not None:
-            return checkpoint.build_sharded(self.config(checkpoint_dir), checkpoint_dir, dtype, device, self._mark)
+            return checkpoint.build_sharded(self.config(checkpoint_dir), checkpoint_dir, dtype, device, self._mark, offload)
         model = checkpoint.build_model(self.config(checkpoint_dir), checkpoint_dir, dtype, mapped=self.quantize is not None)
         self._mark(model)
         return model
@@ -97,7 +97,7 @@ def adapters(settings: Any) -> Method:
     def finish(model: GPT, folder: Path) -> bool:
         if not model.config.is_mergeable:
             return False
-        if is_sharded(model) and 2 * sum(p.numel() * p.element_size() for p in model.parameters()) > psutil.virtual_memory().available:
+        if is_sharded(model) and 2 * count(model) * model.dtype.itemsize > psutil.virtual_memory().available:
             return False  # `litgpt merge_lora` can do it on another machine
         from litgpt.convert.merge import merged_weights
 

@@ -117,7 +117,9 @@ def prepare(
     if rank is None:
         place = place_of(settings.devices, settings.num_nodes)
         require_divisible(settings.train, place.size if place else 1)  # before other processes are started
-    rank = rank or Rank.start(precision, settings.devices, settings.num_nodes, settings.timeout, settings.strategy == "fsdp")
+    rank = rank or Rank.start(
+        precision, settings.devices, settings.num_nodes, settings.timeout, settings.strategy == "fsdp" or settings.cpu_offload
+    )
     with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
         seed_everything(settings.seed)
         job = _read(settings, method, base, precision, rank, rank.broadcast((saved and saved.date) or datetime.now()), saved)
@@ -155,7 +157,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     rank = replace(rank, sharded=is_sharded)
     if why:
         console.say(why)
-    model = method.build(base, dtype, rank.device if is_sharded else None)
+    model = method.build(base, dtype, rank.device if is_sharded else None, settings.cpu_offload)
     if not is_sharded:
         model.to(rank.device)
     model.max_seq_length = _max_seq_length(settings, model.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import shutil
 import sys
 import time
@@ -22,7 +21,7 @@ from litgpt.errors import UserError
 from litgpt.files import nearest
 from litgpt.logs import peak_memory_gb
 from litgpt.lora import end_warmup, start_warmup
-from litgpt.memory import PROCESS, estimate
+from litgpt.memory import PROCESS
 from litgpt.optim import make_optimizer
 from litgpt.prompts import reply_header
 from litgpt.quantize import count
@@ -30,6 +29,7 @@ from litgpt.sample import Sample
 from litgpt.streams import safe, unescaped
 from litgpt.text import duration, gib, text_table
 from litgpt.tokenizer import Tokenizer
+from litgpt.train.launch import place_of
 from litgpt.train.loop import Batch, Batches, Loop
 from litgpt.train.methods import Method
 from litgpt.train.out_dir import OutDir
@@ -37,6 +37,7 @@ from litgpt.train.parallel import Rank, alone
 from litgpt.train.prepare import Job, prepare
 from litgpt.train.resume import State
 from litgpt.train.settings import Run
+from litgpt.train.strategy import estimate_of
 
 MEASURED_STEPS = 2
 LONG_STEP = 20.0  # seconds; a longer step is not repeated
@@ -190,24 +191,16 @@ def _tokens(samples: list[Sample], indices: Iterable[int]) -> int:
 def _memory(job: Job) -> str:
     """Return `litgpt.memory`'s estimate for this job: in the warm-up, if there is one, LoRA reaches every block."""
     model: Any = job.model
-    config, samples, size = model.config, job.splits.train, job.settings.train.micro_batch_size * job.objective.group
-    stem = stem_length(model, samples)
-    tokens = stem + sum(heapq.nlargest(size, (sample.n_inputs - stem for sample in samples)))
-    loss_tokens = sum(heapq.nlargest(size, (sample.n_targets for sample in samples)))
+    config, settings, samples = model.config, job.settings, job.splits.train
     if config.skip2lora_warmup:
         config = replace(config, skip2lora_enabled=False, skip2lora_warmup=False)
-    estimated = estimate(
-        config,
-        tokens,
-        loss_tokens,
-        tied=model.is_tied,
-        width=model.dtype.itemsize,
-        full=model.cut is None,
-        checkpointing=job.settings.train.activation_checkpointing,
-        nf4=(job.method.quantize or "").startswith(("bnb.nf4", "bnb.fp4")),
-    )
+    stem = stem_length(model, samples)
+    estimated, tokens = estimate_of(settings, job.method, config, samples, model.dtype, model.is_tied, stem)
+    shards = settings.strategy == "fsdp" or settings.cpu_offload
+    processes = place.size if shards and (place := place_of(settings.devices, settings.num_nodes)) else 1
+    part = f"; with fsdp each of {processes} processes about {gib(estimated.part(processes) + PROCESS)}" if processes > 1 else ""
     return (
         f"about {gib(estimated.total + PROCESS)} without the cache: weights {gib(estimated.weights)}, trained parameters "
         f"{gib(estimated.training)}, activations {gib(estimated.activations)} for {tokens:,} tokens in a micro-batch, "
-        f"the program {gib(PROCESS)}"
+        f"the program {gib(PROCESS)}{part}"
     )

@@ -33,6 +33,8 @@ class Run:
     """Number of machines to train on."""
     strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", may_change=True)
     """ddp: each process has a copy of the model. fsdp: each has a part of it. auto: ddp if a copy fits, else fsdp."""
+    cpu_offload: bool = setting(False, may_change=True)
+    """With fsdp keep each process's part of the model, its gradients and its optimizer in the CPU's memory, and not on the GPU."""
     timeout: float = setting(1800.0, may_change=True)
     """Seconds that processes wait for each other before they end the run."""
     data: Optional[DataModule] = setting(None, may_change=True)

@@ -10,11 +10,11 @@ import psutil
 import torch
 
 from litgpt import checkpoint
-from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.lora import Config as LoRAConfig
-from litgpt.memory import PROCESS, estimate
+from litgpt.memory import PROCESS, Memory, estimate
 from litgpt.objectives.named import objective_of
+from litgpt.quantize import EIGHT_BITS, FOUR_BITS
 from litgpt.sample import Sample
 from litgpt.text import gib
 from litgpt.train.methods import Method
@@ -28,33 +28,42 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
     """Return the settings that do not work with a sharded model."""
     optimizer: Any = settings.optimizer
     name = str(optimizer if isinstance(optimizer, str) else optimizer.get("class_path", "")).rpartition(".")[2]
-    config = method.config(base)
-    trains_experts = Config.from_checkpoint(base).n_expert > 0 and (config.cut is None or config.lora_mlp)
+    config, quantize = method.config(base), method.quantize
     found = {
         f"optimizer {name}": name in OF_WHOLE_TENSORS or "8bit" in name,
-        f"quantize {method.quantize}": method.quantize is not None,
-        "modules_to_save": bool(config.modules_to_save),
-        "LLaMA-Adapter": config.adapter_file != LoRAConfig.adapter_file,
+        f"quantize {quantize} (int8 works)": quantize in FOUR_BITS,
         "train.replay of answer-only LoRA": bool(settings.train.replay) and config.alora_enabled,
-        "trained experts of a mixture": trains_experts,
-        "experts in groups": Config.from_checkpoint(base).n_expert_groups is not None,
+        f"trained experts of a mixture and torch {torch.__version__}": _trains_experts(config) and not has_unused_gradients(),
     }
     return [what for what, is_so in found.items() if is_so]
 
 
+def _trains_experts(config: LoRAConfig) -> bool:
+    return config.n_expert > 0 and (config.cut is None or config.lora_mlp)
+
+
+def has_unused_gradients() -> bool:
+    """Return True if FSDP2 can add up the gradients of an expert that had no token of a process."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+
+
 def require_shardable(settings: Run, method: Method, base: Path) -> None:
-    """Raise UserError if `strategy` fsdp is asked for and something else that does not work with it."""
-    if settings.strategy == "fsdp" and (found := obstacles(settings, method, base)):
+    """Raise UserError if `strategy` fsdp is asked for and something else that does not work with it, or `cpu_offload` without it."""
+    if settings.cpu_offload and settings.strategy == "ddp":
+        raise UserError("cpu_offload keeps parts of a sharded model, and strategy ddp has none: give --strategy fsdp, or leave it out")
+    if (settings.strategy == "fsdp" or settings.cpu_offload) and (found := obstacles(settings, method, base)):
         raise UserError(f"strategy fsdp does not work with {', '.join(found)}: leave it out, or give --strategy ddp")
 
 
 def choose(settings: Run, method: Method, base: Path, rank: Rank, samples: list[Sample], dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether the model is to be sharded, and a line that says why; the first process decides."""
-    if settings.strategy != "auto" or rank.size == 1:
-        is_fsdp = settings.strategy == "fsdp"
+    if settings.cpu_offload or settings.strategy != "auto" or rank.size == 1:
+        is_fsdp = settings.cpu_offload or settings.strategy == "fsdp"
         if is_fsdp and (units := len(samples) // objective_of(settings).group) < rank.size:
             raise UserError(f"strategy fsdp: {rank.size} processes have only {units} training samples: use fewer processes")
-        return is_fsdp, f"strategy {settings.strategy}, as given"
+        return is_fsdp, f"strategy {'fsdp' if is_fsdp else settings.strategy}, as given{' (cpu_offload)' if settings.cpu_offload else ''}"
     need, room = _needed(settings, method, base, samples, dtype), _room(rank)
     found = obstacles(settings, method, base) if need > room else []
     is_fsdp = need > room and not found
@@ -66,18 +75,30 @@ def choose(settings: Run, method: Method, base: Path, rank: Rank, samples: list[
 
 def _needed(settings: Run, method: Method, base: Path, samples: list[Sample], dtype: torch.dtype) -> int:
     """Return `litgpt.memory`'s estimate of a copy, in bytes."""
-    config, train = method.config(base), settings.train
+    tied = checkpoint.is_tied(checkpoint.load_weights(base / checkpoint.WEIGHTS))
+    return estimate_of(settings, method, method.config(base), samples, dtype, tied)[0].total
+
+
+def estimate_of(
+    settings: Run, method: Method, config: LoRAConfig, samples: list[Sample], dtype: torch.dtype, tied: bool, stem: int = 0
+) -> tuple[Memory, int]:
+    """Return `litgpt.memory`'s estimate of a run, and the tokens of its largest micro-batch. `stem`: tokens that all samples begin with."""
+    train, objective = settings.train, objective_of(settings)
+    size = train.micro_batch_size * objective.group
+    tokens = stem + sum(heapq.nlargest(size, (sample.n_inputs - stem for sample in samples)))
+    targets = sum(heapq.nlargest(size, (sample.n_targets for sample in samples)))
     estimated = estimate(
         config,
-        sum(heapq.nlargest(train.micro_batch_size, (sample.n_inputs for sample in samples))),
-        sum(heapq.nlargest(train.micro_batch_size, (sample.n_targets for sample in samples))),
-        tied=checkpoint.is_tied(checkpoint.load_weights(base / checkpoint.WEIGHTS)),
+        tokens,
+        targets,
+        tied=tied,
         width=dtype.itemsize,
-        full=config.cut is None,
+        full=config.cut is None and not config.modules_to_save,
         checkpointing=train.activation_checkpointing,
-        nf4=(method.quantize or "").startswith(("bnb.nf4", "bnb.fp4")),
+        nf4=method.quantize in FOUR_BITS,
+        int8=method.quantize in EIGHT_BITS,
     )
-    return estimated.total
+    return estimated, tokens
 
 
 def _room(rank: Rank) -> int:

@@ -224,7 +224,6 @@ def test_beside_quantised_blocks_and_the_cache(settings: dict[str, Any], base: P
         (["--modules_to_save", "[wte]", "--skip2lora_enabled", "true"], "[wte] does not work with skip2lora_enabled, whose cache"),
         (["--modules_to_save", "[wte]", "--alora_enabled", "true"], "does not work with alora_enabled"),
         (["--modules_to_save", "[wte]", "--mtp_heads", "2"], "does not work with mtp_heads"),
-        (["--modules_to_save", "[wte]", "--strategy", "fsdp"], "strategy fsdp does not work with modules_to_save"),
         (["--modules_to_save", "[wte]", "--objective", "critic", "--lora_query", "false", "--lora_value", "false"], "modules_to_save"),
     ],
 )

@@ -23,6 +23,7 @@ from litgpt.train import strategy
 from litgpt.train.launch import Place
 from litgpt.train.parallel import Rank
 from litgpt.train.settings import Run
+from tests.helpers import tiny
 from tests.helpers.jobs import ROOT, Bench, environ
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import write_data
@@ -47,6 +48,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "auto": {**SKIP, "skip2lora_block_indices": "auto:2", "skip2lora_cache": "memory"},
     "auto-tail": {**TAIL, "skip2lora_block_indices": "auto:2"},
     "mtp": {**SKIP, "mtp_heads": 2, "skip2lora_cache": "memory"},
+    "saved": {"lora_mlp": True, "modules_to_save": "[wte, lm_head]", "optimizer.lr": 0.001},
+    "saved-head": {"lora_mlp": True, "modules_to_save": "[lm_head]", "optimizer.lr": 0.001},
+    "experts": {"lora_mlp": True},
+    "int8": {**TAIL, "lora_key": True, "quantize": "int8"},
+    "prompts": {"command": "finetune_adapter", "lora_dropout": None},
+    "prompts-v2": {"command": "finetune_adapter_v2", "lora_dropout": None, "optimizer.lr": 0.001},
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "dpo": {**SKIP, "objective": "dpo", "skip2lora_cache": "memory"},
@@ -244,6 +251,26 @@ def test_every_objective_with_a_sharded_model(answers: Bench, rated: Bench, benc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["tail", "full"])
+def test_offloaded_rows_train_as_others(method: str, bench: Bench, tmp_path: Path) -> None:
+    assert main(argv(bench, tmp_path / "one", method)) == 0
+    assert main(argv(bench, tmp_path / "alone", method, cpu_offload=True)) == 0
+    by_processes([argv(bench, tmp_path / "two", method, devices=2, cpu_offload=True)])
+    for name in ("alone", "two"):
+        assert_alike(tmp_path / "one", tmp_path / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "groups"), [("full", None), ("experts", 2), ("skip", 2)])
+def test_a_mixture_whose_ranks_do_not_use_the_same_experts(
+    method: str, groups: int | None, bench: Bench, tmp_path: Path, write_tiny_tokenizer: Any
+) -> None:
+    sizes = {"n_expert_groups": groups, "n_topk_groups": 1, "n_topk_scores_per_group": 2} if groups else {}
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, mlp_class_name="LLaMAMoE", n_expert=8, n_expert_per_token=2, **sizes)
+    compare(Bench(base, bench.data), tmp_path, [method], 2, **{"optimizer.lr": 0.0002})  # rounding must not change a choice of experts
+
+
+@pytest.mark.slow
 def test_three_and_four_processes(bench: Bench, tmp_path: Path) -> None:
     for devices in (3, 4):
         settings = {"train.global_batch_size": 12}
@@ -265,16 +292,16 @@ def settings_of(kind: type[Run], base: Path, data: Path, **values: Any) -> Any:
 @pytest.mark.parametrize(
     ("kind", "values", "what"),
     [
-        (Lora, {"quantize": "int8"}, "quantize int8"),
+        (Lora, {"quantize": "bnb.nf4"}, r"quantize bnb.nf4 \(int8 works\)"),
         (Full, {"optimizer": "Adafactor"}, "optimizer Adafactor"),
-        (Adapter, {}, "LLaMA-Adapter"),
+        (Adapter, {"optimizer": "Muon", "cpu_offload": True}, "optimizer Muon"),
     ],
 )
 def test_what_does_not_work_with_a_sharded_model_is_refused(kind: type[Run], values: Any, what: str, base: Path, data: Path) -> None:
     settings = settings_of(kind, base, data, **values)
-    assert strategy.obstacles(settings, settings.method(), base)[0].startswith(what)
-    strategy.require_shardable(settings, settings.method(), base)
-    settings.strategy = "fsdp"
+    if not settings.cpu_offload:
+        strategy.require_shardable(settings, settings.method(), base)
+        settings.strategy = "fsdp"
     with pytest.raises(UserError, match=f"strategy fsdp does not work with {what}.*: leave it out, or give --strategy ddp"):
         strategy.require_shardable(settings, settings.method(), base)
 
@@ -304,9 +331,18 @@ def test_auto_shards_a_model_of_which_a_copy_does_not_fit(
     chosen, why = strategy.choose(settings, settings.method(), base, rank, samples, torch.float32)
     assert chosen == is_sharded
     assert why.startswith(f"strategy {'fsdp' if is_sharded else 'ddp'}: a copy of the model with gradients and optimizer takes about 0.")
-    settings = settings_of(Lora, base, data, quantize="int8")
+    settings = settings_of(Lora, base, data, quantize="bnb.nf4")
     chosen, why = strategy.choose(settings, settings.method(), base, rank, samples, torch.float32)
-    assert not chosen and ("fsdp does not work with quantize int8" in why) == is_sharded
+    assert not chosen and ("fsdp does not work with quantize bnb.nf4" in why) == is_sharded
+
+
+def test_cpu_offload_takes_fsdp_and_is_refused_with_ddp(base: Path, data: Path) -> None:
+    settings = settings_of(Full, base, data, cpu_offload=True)
+    chosen = strategy.choose(settings, settings.method(), base, Rank(), make_samples(8), torch.float32)
+    assert chosen == (True, "strategy fsdp, as given (cpu_offload)")
+    settings.strategy = "ddp"
+    with pytest.raises(UserError, match=r"cpu_offload keeps parts of a sharded model, and strategy ddp has none: give --strategy fsdp"):
+        strategy.require_shardable(settings, settings.method(), base)
 
 
 def test_one_process_is_not_sharded_and_more_processes_than_samples_are_refused(base: Path, data: Path) -> None:

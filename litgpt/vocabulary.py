@@ -1,0 +1,178 @@
+"""A frozen embedding and output layer whose rows are spread over all ranks. No rank holds all of them at any time.
+
+    wte(ids)     each id is sent to the rank that has its row, and the row is sent back
+    lm_head      y_v = W_v h: W is gathered a piece at a time, some rows of every rank's. A loss reads all pieces for log sum exp y_v,
+                 and with gradients once more for dh = w sum_v (softmax(y)_v - [v = target]) dy/dz W_v
+
+All ranks must call them equally often, with any number of tokens. Letters in shapes: as in `litgpt.model`, and P rows of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litgpt.model import GPT, finish_logits
+
+PIECE_BYTES, CPU_PIECE_BYTES = 32 * 2**20, 8 * 2**20
+BLOCK_BYTES = 8 * 2**20  # of a piece's logits
+IGNORED = -100  # a target without loss, as in `torch.nn.functional.cross_entropy`
+
+
+def spread(model: GPT, mesh: Any) -> None:
+    """Spread embedding and output layer of a model on the meta device over a mesh, as far as they are frozen and have no adapter."""
+    tied, embedding, head = model.is_tied, model.transformer["wte"], model.lm_head
+    is_plain = {nn.Embedding: SpreadEmbedding, nn.Linear: SpreadHead}
+    chosen: list[Any] = [module for module in (embedding, head) if type(module) in is_plain and not module.weight.requires_grad]
+    if mesh.size() == 1 or not chosen or (tied and len(chosen) == 1):  # all of a tied weight is needed by the other
+        return
+    for module in chosen:
+        module.__class__ = is_plain[type(module)]
+        module.weight = nn.Parameter(of_mesh(module.weight, mesh), requires_grad=False)
+    if tied:
+        model.tie_head()
+
+
+def of_mesh(weight: torch.Tensor, mesh: Any) -> torch.Tensor:
+    """Return a tensor on the meta device as one whose rows are spread over a mesh."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    chunks = weight.chunk(mesh.size())
+    own = chunks[mesh.get_local_rank()] if mesh.get_local_rank() < len(chunks) else weight[:0]
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride())
+
+
+def gather(out: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool = False) -> Any:
+    """Fill `out` with the tensors of all ranks, each as long as `own`. gloo's own gathering holds a copy of `out`."""
+    if out.device.type != "cpu":
+        return torch.distributed.all_gather_into_tensor(out, own, group, async_op)
+    parts = out.view(group.size(), -1)
+    if parts[group.rank()].data_ptr() != own.data_ptr():
+        parts[group.rank()].copy_(own.flatten())
+    for work in [torch.distributed.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)]:
+        work.wait()
+    return True  # no work is left; FSDP2 frees the buffer at once, and not after the next
+
+
+class SpreadEmbedding(nn.Embedding):
+    """The embedding."""
+
+    weight: Any
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(...) -> (..., d)"""
+        mesh, local = self.weight.device_mesh, self.weight.to_local()
+        size = -(-self.num_embeddings // mesh.size())  # rows of a rank
+        owners = ids.flatten() // size
+        order = owners.argsort(stable=True)
+        asked = owners.bincount(minlength=mesh.size())
+        wanted = _exchange(asked, [1] * mesh.size(), [1] * mesh.size(), mesh)
+        here, there = asked.tolist(), wanted.tolist()
+        rows = _exchange(ids.flatten()[order], here, there, mesh) - size * mesh.get_local_rank()
+        found = _exchange(local[rows.to(local.device)].to(ids.device), there, here, mesh)  # (N, d)
+        return torch.empty_like(found).index_copy_(0, order, found).unflatten(0, ids.shape)
+
+
+def _exchange(values: torch.Tensor, sizes: list[int], received: list[int], mesh: Any) -> torch.Tensor:
+    """Send `sizes` of the values to each rank in turn, and return those `received` from each."""
+    out = values.new_empty(sum(received), *values.shape[1:])
+    torch.distributed.all_to_all_single(out, values.contiguous(), received, sizes, group=mesh.get_group())
+    return out
+
+
+class SpreadHead(nn.Linear):
+    """The output layer."""
+
+    weight: Any
+
+    def pieces(self, like: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Yield the indices (P,), rows (P, d) and biases (P,) of one piece after the other, in the dtype and on the device of a tensor.
+
+        The rows are overwritten by the next piece's.
+        """
+        mesh, local = self.weight.device_mesh, self.weight.to_local()
+        ranks, V, d = mesh.size(), self.out_features, self.in_features
+        size = -(-V // ranks)
+        nbytes = CPU_PIECE_BYTES if like.device.type == "cpu" else PIECE_BYTES
+        step = min(size, max(1, nbytes // (ranks * d * like.element_size())))
+        buffer = like.new_empty(ranks * step, d)
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            own = local[start:stop].to(like)
+            own = F.pad(own, (0, 0, 0, stop - start - len(own)))
+            rows = buffer[: ranks * len(own)]
+            gather(rows, own, mesh.get_group())
+            indices = torch.arange(start, stop, device=like.device) + size * torch.arange(ranks, device=like.device)[:, None]
+            indices = indices.flatten()
+            if stop + size * (ranks - 1) > V:
+                rows, indices = rows[indices < V], indices[indices < V]
+            yield indices, rows, None if self.bias is None else self.bias[indices].to(like)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., V), without gradients"""
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for indices, rows, bias in self.pieces(x):
+            y[..., indices] = F.linear(x, rows, bias)
+        return y
+
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, divisor: float, cap: float | None) -> Any:
+        """Return -w log softmax(y)[target] of `litgpt.loss.HeadLoss`, (N,)."""
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        return _Losses.apply(hidden, targets, weights, self, divisor, cap)
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, head: SpreadHead, divisor: float, cap: Any
+    ) -> torch.Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weights = (targets != IGNORED).to(wide) if weights is None else torch.where(targets == IGNORED, 0, weights).to(wide)
+        norm = torch.full(targets.shape, -torch.inf, dtype=wide, device=hidden.device)  # (N,) log sum exp y
+        chosen = torch.zeros_like(norm)
+        for indices, rows, bias in head.pieces(hidden):
+            place = _places(indices, head.out_features)
+            for here in _blocks(len(targets), len(indices), wide):
+                y = finish_logits(F.linear(hidden[here], rows, bias).to(wide), divisor, cap)  # (rows of a block, P)
+                norm[here] = torch.logaddexp(norm[here], y.logsumexp(-1))
+                at = place[targets[here].clamp(min=0)]
+                chosen[here] += torch.where(at < 0, 0, y.gather(1, at.clamp(min=0)[:, None])[:, 0])
+        if hidden.requires_grad:
+            gradient = torch.zeros_like(hidden, dtype=wide)
+            for indices, rows, bias in head.pieces(hidden):
+                place = _places(indices, head.out_features)
+                for here in _blocks(len(targets), len(indices), wide):
+                    y = finish_logits(F.linear(hidden[here], rows, bias).to(wide), divisor, cap)
+                    p = (y - norm[here, None]).exp_()
+                    at = place[targets[here].clamp(min=0)]
+                    p.scatter_add_(1, at.clamp(min=0)[:, None], (at >= 0).to(wide).neg()[:, None])
+                    if cap is not None:
+                        p.mul_(1 - (y / cap).square_())
+                    p.mul_(weights[here, None] / divisor)
+                    gradient[here] += p.to(rows.dtype) @ rows
+            ctx.save_for_backward(gradient.to(hidden.dtype))
+        return (norm - chosen) * weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype)[:, None], None, None, None, None, None
+
+
+def _places(indices: torch.Tensor, V: int) -> torch.Tensor:
+    """Return (V,): the place of each token in a piece, or -1."""
+    places = torch.full((V,), -1, device=indices.device)
+    return places.index_copy_(0, indices, torch.arange(len(indices), device=indices.device))
+
+
+def _blocks(N: int, P: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Yield slices of N rows whose logits for a piece of P tokens stay small."""
+    rows = max(1, BLOCK_BYTES // (P * dtype.itemsize))
+    yield from (slice(start, min(start + rows, N)) for start in range(0, N, rows))

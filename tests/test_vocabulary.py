@@ -1,0 +1,118 @@
+"""A spread embedding and output layer, by ranks that are threads, against a layer of one process. Real processes: `tests/train`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litgpt import vocabulary
+from litgpt.vocabulary import IGNORED, SpreadEmbedding, SpreadHead
+
+V, D, RANKS = 7, 4, 3  # the ranks hold 3, 3 and 1 rows
+
+
+class Threads:
+    """Ranks that are threads, and the two collectives."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.own, self.barrier, self.sent = threading.local(), threading.Barrier(RANKS), dict[int, Any]()
+        monkeypatch.setattr(torch.distributed, "all_to_all_single", self.all_to_all)
+        monkeypatch.setattr(vocabulary, "gather", self.gather)
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        def started(rank: int) -> Any:
+            self.own.rank = rank
+            return work(rank)
+
+        with ThreadPoolExecutor(RANKS) as pool:
+            return list(pool.map(started, range(RANKS), timeout=20))
+
+    def exchange(self, value: Any) -> list[Any]:
+        self.sent[self.own.rank] = value
+        self.barrier.wait(10)
+        values = [self.sent[rank] for rank in range(RANKS)]
+        self.barrier.wait(10)
+        return values
+
+    def all_to_all(self, out: torch.Tensor, values: torch.Tensor, received: list[int], sizes: list[int], group: Any) -> None:
+        parts = [parts[self.own.rank] for parts in self.exchange(values.split(sizes))]
+        assert [len(part) for part in parts] == received
+        out.copy_(torch.cat(parts))
+
+    def gather(self, out: torch.Tensor, own: torch.Tensor, group: Any) -> None:
+        out.copy_(torch.cat(self.exchange(own)))
+
+    # as a mesh and as a weight that is spread over it
+
+    def size(self) -> int:
+        return RANKS
+
+    def get_local_rank(self) -> int:
+        return int(self.own.rank)
+
+    def get_group(self) -> None:
+        return None
+
+
+class Rows:
+    requires_grad = False
+
+    def __init__(self, weight: torch.Tensor, mesh: Threads) -> None:
+        self.weight, self.device_mesh = weight, mesh
+
+    def to_local(self) -> torch.Tensor:
+        return self.weight.chunk(RANKS)[self.device_mesh.get_local_rank()]
+
+
+def spread(kind: Any, plain: Any, mesh: Threads) -> Any:
+    layer = kind.__new__(kind)
+    layer.__dict__.update(plain.__dict__ | {"_parameters": {key: value for key, value in plain._parameters.items() if key != "weight"}})
+    layer.weight = Rows(plain.weight.detach(), mesh)
+    return layer
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Threads:
+    torch.manual_seed(0)
+    return Threads(monkeypatch)
+
+
+def test_each_rank_looks_up_its_own_ids(ranks: Threads) -> None:
+    plain = nn.Embedding(V, D)
+    layer = spread(SpreadEmbedding, plain, ranks)
+    ids = [torch.tensor([[6, 0], [3, 3]]), torch.empty(0, dtype=torch.int64), torch.tensor([5])]
+    for own, found in zip(ids, ranks.run(lambda rank: layer(ids[rank])), strict=True):
+        assert torch.equal(found, plain(own))
+
+
+@pytest.mark.parametrize(("piece", "block"), [(1, 1), (10**6, 10**6)])
+@pytest.mark.parametrize(("divisor", "cap", "bias"), [(1.0, None, True), (2.0, 3.0, False)])
+def test_logits_losses_and_gradients_are_those_of_one_process(
+    piece: int, block: int, divisor: float, cap: float | None, bias: bool, ranks: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "CPU_PIECE_BYTES", piece)
+    monkeypatch.setattr(vocabulary, "BLOCK_BYTES", block)
+    plain = nn.Linear(D, V, bias=bias, dtype=torch.float64).requires_grad_(False)
+    layer = spread(SpreadHead, plain, ranks)
+    counts = (5, 0, 2)  # a rank may have no position
+    hidden = [torch.randn(n, D, dtype=torch.float64, requires_grad=True) for n in counts]
+    targets = [torch.tensor([0, 6, IGNORED, 3, 5])[:n] for n in counts]
+    weights = [torch.tensor([1, 0.5, 1, 2, 1])[:n] for n in counts]
+
+    def losses(rank: int) -> Any:
+        found = layer.losses(hidden[rank], targets[rank], weights[rank] if rank else None, divisor, cap)
+        return found, torch.autograd.grad(found.sum(), hidden[rank])[0], layer(hidden[rank])
+
+    for rank, (found, gradient, logits) in enumerate(ranks.run(losses)):
+        z = plain(hidden[rank])
+        y = z / divisor if cap is None else cap * torch.tanh(z / divisor / cap)
+        expected = F.cross_entropy(y, targets[rank], reduction="none", ignore_index=IGNORED) * (weights[rank] if rank else 1)
+        assert torch.allclose(found, expected) and torch.allclose(logits, z)
+        assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), hidden[rank])[0])
