@@ -10,6 +10,8 @@ import pytest
 
 def slow(case: Any) -> Any:
     """Return the case for `parametrize` as one of the slow tests."""
+    if hasattr(case, "marks"):
+        return pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow], id=case.id)
     return pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.slow)
 
 

@@ -32,7 +32,7 @@ SETTINGS = {
     "train.lr_warmup_steps": 2,
     "train.save_interval": 2,
     "eval.interval": 4,
-    "eval.max_new_tokens": 3,
+    "eval.max_new_tokens": 1,
     "eval.initial_validation": True,
     "optimizer.lr": 0.02,
 }
