@@ -151,7 +151,7 @@ def test_every_linear_layer_of_the_blocks_and_no_other(settings: dict[str, Any],
     assert not torch.equal(near, logits) and (settings is MOE or (near - logits).norm() / logits.norm() < 0.1)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", quick(MODES, "int8", "bnb.int8-training"))
 def test_lora_learns_as_on_the_dense_weights(mode: str) -> None:
     """The gradients of every adapter, through quantised layers, equal those of a model that has W' in plain layers."""
     settings = {**LLAMA, "lora_r": 3, "lora_query": True, "lora_value": True, "lora_mlp": True}
@@ -196,7 +196,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callabl
     return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", quick(MODES, "int8"))
 def test_generate_and_chat(mode: str, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A cached token by token answer is the one of the whole sequence."""
     words = ["--quantize", mode, "--max_new_tokens", "4", "--temperature", "0", "--precision", "32-true"]

@@ -240,6 +240,7 @@ def greedy(folder: Path, ids: torch.Tensor, count: int) -> list[int]:
     return ids[0, -count:].tolist()
 
 
+@pytest.mark.slow
 def test_every_named_model_has_a_place_for_every_tensor() -> None:
     seen = set()
     for name in catalog.names():

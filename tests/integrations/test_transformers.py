@@ -90,7 +90,7 @@ def test_places_and_both_kinds_of_folder(family: str, place: str, tmp_path: Path
         assert_same(hf, ours)
 
 
-@pytest.mark.parametrize("family", quick(["llama", "gpt_neox", "gemma3", "phi3", "gpt2", "falcon"], "llama", "gemma3", "gpt2"))
+@pytest.mark.parametrize("family", quick(["llama", "gpt_neox", "gemma3", "phi3", "gpt2", "falcon"], "llama", "gemma3"))
 @pytest.mark.parametrize("place", quick(["lm_head", "block"], "block"))
 def test_greedy_text_with_a_cache(family: str, place: str, tmp_path: Path) -> None:
     ours = trained(family, tmp_path / "adapter", size=0.6, **PLACES[place])  # enough to change what a tied random model repeats

@@ -160,6 +160,7 @@ def test_wrong_magic_versions_and_types(tmp_path: Path, whole: Whole) -> None:
     assert "not a multiple" in broken(tmp_path, patched(whole, heads, "<I", 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_changed_bytes_give_one_clear_error_or_a_checkpoint(

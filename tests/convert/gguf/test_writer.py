@@ -162,6 +162,7 @@ def test_number_formats(tmp_path: Path, mixture: Path, kind: str) -> None:
         assert all(torch.equal(again[key], weight.to(stated)) for key, weight in weights.items())
 
 
+@pytest.mark.slow
 def test_paired_rows(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     """llama.cpp turns neighbours: rows 0, h/2, 1, h/2 + 1 ... of a head, for the architectures whose converter orders them so."""
     for family, paired in (("llama", True), ("granite", True), ("olmo", True), ("qwen2", False), ("gemma", False), ("olmo2", False)):
@@ -192,6 +193,7 @@ def test_numbers_that_f16_cannot_hold(tmp_path: Path, write_tiny_tokenizer: Call
     assert write_gguf(folder, tmp_path / "x.gguf", "bf16") == "qwen2"
 
 
+@pytest.mark.slow
 def test_the_hubs_name_decides_between_architectures(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     """A plain Qwen 2 without biases computes what a Llama does: config.json says which it is."""
     _, folder = gguf_files.checkpoint_folder(tmp_path, write_tiny_tokenizer, "llama")
