@@ -60,7 +60,6 @@ def rewound(run: Run, to: Path, step: int) -> Path:
     quick(
         [*((method, "dpo") for method in METHODS), ("LoRA", "orpo"), ("lm_head", "kto")],
         ("alora", "dpo"),
-        ("LoRA", "orpo"),
         ("lm_head", "kto"),
     ),
 )

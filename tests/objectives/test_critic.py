@@ -17,6 +17,7 @@ from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.generate.base import Generate
 from litgpt.objectives.critic import quality, returns
+from tests.helpers.cases import quick
 from tests.helpers.runs import finetune
 from tests.objectives.test_commands import assert_two_processes_train_like, curve, rewound
 
@@ -65,7 +66,10 @@ def test_figures_by_brute_force() -> None:
     assert "auc" not in quality([0.2, 0.3], [1.0, 1.0])
 
 
-@pytest.mark.parametrize("settings", [{}, {"critic_lambda": 0.5, "value_head": "linear"}, {"skip2lora_cache": "off"}])
+@pytest.mark.parametrize(
+    "settings",
+    quick([{}, {"critic_lambda": 0.5, "value_head": "linear"}, {"skip2lora_cache": "off"}], {"critic_lambda": 0.5, "value_head": "linear"}),
+)
 def test_a_run_learns_is_resumed_and_leaves_a_head(settings: dict[str, Any], base: Path, rated: Path, tmp_path: Path) -> None:
     settings = {**CRITIC, **FEW, **settings}
     run = finetune("finetune_lora", base, rated, tmp_path / "a" / "run", **settings)

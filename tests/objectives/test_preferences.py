@@ -24,6 +24,7 @@ from litgpt.sample import Sample
 from litgpt.train.loop import Batches
 from litgpt.train.resume import State
 from tests.helpers import tiny
+from tests.helpers.cases import quick
 from tests.helpers.training import CLOSE, CPU, Rank, make_loop, make_model, make_samples, record_gradients, trained
 from tests.train.test_parallel import in_processes
 
@@ -90,8 +91,8 @@ def compared_samples(base: Any) -> list[Sample]:
     return samples
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("method", ["LoRA", "lm_head", "block", "full"])
+@pytest.mark.parametrize("case", quick(CASES, "dpo", "orpo", "kto"))
+@pytest.mark.parametrize("method", quick(["LoRA", "lm_head", "block", "full"], "lm_head", "full"))
 def test_a_step_is_that_of_the_formula(method: str, case: str) -> None:
     """Accumulated in micro-batches of a pair; from the cache where there is one; loss and gradients."""
     base = make_model(method)

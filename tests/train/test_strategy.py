@@ -65,7 +65,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "critic": {"objective": "critic", "value_head": "mlp", "lora_query": False, "lora_value": False},
     "verifiable": {**ALL, "objective": "verifiable", "mtp_heads": 1, "lr_ratios.value_head": 2},
 }
-FAST = ("lora", "skip")
+FAST = ("lora",)
 SETTINGS = {
     "lora_dropout": 0,
     "eval.interval": 2,
@@ -154,6 +154,7 @@ def test_two_processes_train_like_one_and_finish_what_it_began(bench: Bench, tmp
     compare(bench, tmp_path, list(FAST), 2)
 
 
+@pytest.mark.slow
 def test_processes_fill_one_cache_on_disk_and_another_number_of_them_finds_it(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +179,7 @@ def test_processes_fill_one_cache_on_disk_and_another_number_of_them_finds_it(
             assert torch.allclose(values, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sharded_model_answers_replays_and_is_merged_as_one_process_does(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +199,7 @@ def test_a_sharded_model_answers_replays_and_is_merged_as_one_process_does(
     assert any(not torch.equal(merged[1][key], base[key]) for key in base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_tied_head_stays_tied(method: str, bench: Bench, tmp_path: Path) -> None:
     base = shutil.copytree(bench.base, tmp_path / "tied")
@@ -237,6 +240,7 @@ def rated(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(base, file)
 
 
+@pytest.mark.slow
 def test_preferences_and_a_variant_of_lora_with_a_sharded_model(answers: Bench, tmp_path: Path) -> None:
     compare(answers, tmp_path, ["dpo-dora"], 2)
 

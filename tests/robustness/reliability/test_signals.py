@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.cases import first
 from tests.helpers.jobs import SKIP, WARM, Bench, Driver, assert_same, assert_sound
 
 DISK = {**SKIP, "skip2lora_cache": "disk"}
@@ -86,6 +87,7 @@ def test_while_the_cache_is_filled_there_is_nothing_to_lose(bench: Bench, driver
     assert_same(tmp_path / "out", reference("Skip2-LoRA"))
 
 
+@pytest.mark.slow
 def test_the_warm_up_is_saved_before_the_cache_is_filled(bench: Bench, driver: Driver, reference: Any, tmp_path: Path) -> None:
     out_dir, settings = tmp_path / "out", {**JOBS["warm-up"], "train.save_interval": 1000}
     stopped = driver.run(bench.argv(out_dir, **settings), ["_rows", 3], number=signal.SIGTERM)
@@ -95,7 +97,7 @@ def test_the_warm_up_is_saved_before_the_cache_is_filled(bench: Bench, driver: D
     assert ended.status == 0 and not list(out_dir.glob("step-*")), "it was there to resume from only"
 
 
-@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("number", first(CODES))
 def test_a_second_signal_ends_the_run_at_once(number: signal.Signals, bench: Bench, driver: Driver, reference: Any, tmp_path: Path) -> None:
     """By the kernel: a shell shows 128 + its number."""
     out_dir = tmp_path / "out"
