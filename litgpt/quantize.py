@@ -7,7 +7,7 @@ W (out, in) is stored as small integers with scales. A pass over x computes W' i
     bnb.nf4, bnb.fp4      16 levels (normal-float of QLoRA, arXiv 2305.14314, or float), a scale for 64 neighbours: 4.5 bits a parameter
     bnb.nf4-dq, -fp4-dq   the scales in 8 bits too ("double quantisation"): 4.13 bits
     bnb.int8, -training   W'_ij = q_ij s_i, q_i = round(127 W_i / max |W_i|), s_i = max |W_i| / 127, row by row as in LLM.int8()
-    int8                  the same (arXiv 2208.07339); x stays as it is, where bitsandbytes quantises it too
+    int8                  the same (arXiv 2208.07339); x is bf16 where it has few rows; bitsandbytes quantises it too
 
 The linear layers of the blocks are quantised. The embedding, the head (in many models the same tensor; bitsandbytes skips it too), norms
 and routers stay in the compute dtype. bitsandbytes is needed for 4 bits only, on the CPU and on CUDA.
@@ -90,9 +90,8 @@ class Int8Linear(QuantisedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._is_short(x):
-            y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.quantised, self.scales.to(x.dtype)).unflatten(
-                0, x.shape[:-1]
-            )
+            rows = x.reshape(-1, self.in_features).bfloat16()  # fp32 takes ten times as long: torch has no vector code for it
+            y = torch._weight_int8pack_mm(rows, self.quantised, self.scales.bfloat16()).to(x.dtype).unflatten(0, x.shape[:-1])
             return y if self.bias is None else y + self.bias
         return super().forward(x)
 

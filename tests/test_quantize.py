@@ -72,6 +72,8 @@ def test_a_layer_multiplies_by_the_weights_that_it_stands_for(mode: str, width: 
         tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
         torch.testing.assert_close(quantised(x), F.linear(y, weight, linear.bias), **tolerance)
         torch.testing.assert_close(x.grad, y.grad, **tolerance)
+        if isinstance(quantised, Int8Linear) and rows == 1:  # few rows are multiplied in bf16
+            tolerance = {"atol": 2e-2, "rtol": 2e-2}
         with torch.no_grad():
             torch.testing.assert_close(quantised(x), F.linear(y, weight, linear.bias), **tolerance)
 

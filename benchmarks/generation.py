@@ -1,0 +1,69 @@
+"""Measure one stream of tokens on a CPU: the CPU time of a token, of its linear layers alone, and of one reading of the weights.
+
+    python -m benchmarks.generation CHECKPOINT [--quantize int8] [--precision 32-true] [--tokens 40]
+
+CPU time of one thread, the best of three, so that other processes on the machine change little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from litgpt.api import LLM
+from litgpt.generate.engine import Session
+from litgpt.generate.sampling import Sampling
+from litgpt.quantize import QuantisedLinear
+
+TEXT = "Once upon a time there was"
+
+
+def best(work: Callable[[], object], count: int, repeats: int = 3) -> float:
+    """Return the least CPU time of work(), in milliseconds, over its `count` parts."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        times.append((time.process_time() - start) / count * 1e3)
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--quantize")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--tokens", type=int, default=40)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    llm = LLM.load(args.checkpoint, precision=args.precision, quantize=args.quantize)
+    ids, session = llm.tokenizer.ids(TEXT), Session(llm.model)
+
+    def answer() -> None:
+        for _ in session.answer(list(ids), args.tokens, Sampling(), (), torch.Generator().manual_seed(1)):
+            pass
+
+    answer()
+    token = best(answer, args.tokens)
+    linears = [module for module in llm.model.modules() if isinstance(module, torch.nn.Linear | QuantisedLinear)]
+    inputs = [torch.randn(1, linear.in_features, dtype=llm.model.dtype) for linear in linears]
+
+    def products() -> None:
+        for linear, x in zip(linears, inputs, strict=True):
+            linear(x)
+
+    with torch.inference_mode():
+        products()
+        alone = best(lambda: [products() for _ in range(10)], 10)
+    weights = sum(tensor.nbytes for linear in linears for tensor in (*linear.parameters(False), *linear.buffers(False)))
+    buffer = torch.ones(weights // 4)
+    read = best(buffer.sum, 1, 9)
+    print(f"{llm.config.name}, {args.precision}, {args.quantize}: {weights / 1e6:.0f} MB of linear layers")
+    print(f"a token {token:.1f} ms; its linear layers {alone:.1f} ms; to read them {read:.1f} ms; ratio {token / read:.2f}")
+
+
+if __name__ == "__main__":
+    main()
