@@ -34,15 +34,16 @@ def test_a_run_learns_is_saved_and_merged(dora: runs.Run, base: Path, data: Path
     assert abs(runs.plain_loss(whole, samples) - losses[-1]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
         pytest.param(DORA, id="dora"),
-        pytest.param({"loraplus_lr_ratio": 4.0, "train__neftune_noise_alpha": 5.0}, id="lora+ with noise", marks=pytest.mark.slow),
-        pytest.param({**jobs.SKIP, "lora_freeze_a": True}, id="lora-fa", marks=pytest.mark.slow),
-        pytest.param({"lora_variant": "pissa", "lora_mlp": True, "lora_dropout": 0.1}, id="pissa", marks=pytest.mark.slow),
-        pytest.param(WARM, id="warm-up", marks=pytest.mark.slow),
-        pytest.param({**DORA, "quantize": "int8"}, id="int8", marks=pytest.mark.slow),
+        pytest.param({"loraplus_lr_ratio": 4.0, "train__neftune_noise_alpha": 5.0}, id="lora+ with noise"),
+        pytest.param({**jobs.SKIP, "lora_freeze_a": True}, id="lora-fa"),
+        pytest.param({"lora_variant": "pissa", "lora_mlp": True, "lora_dropout": 0.1}, id="pissa"),
+        pytest.param(WARM, id="warm-up"),
+        pytest.param({**DORA, "quantize": "int8"}, id="int8"),
     ],
 )
 def test_a_resumed_run_is_the_same(settings: dict[str, object], dora: runs.Run, base: Path, data: Path, tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def test_a_process_of_its_own(settings: step.Settings) -> None:
     assert found["first_loss"] == pytest.approx(step.measure(settings, {"lora_r": 2, "lora_query": True}, False)["first_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_failure_is_shown_and_stops_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_failure_is_shown_and_stops_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark_results.json"]
 
 
+@pytest.mark.slow
 def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     part = {"step_ms": {"median": 2.0}, "peak_memory_gb": 1.0}

@@ -196,6 +196,7 @@ def test_the_default_is_large_and_without_duplicates() -> None:
     assert min(kinds.count(kind) for kind in ("function", "class", "method")) > 500
 
 
+@pytest.mark.slow
 def test_same_result_in_every_process() -> None:
     code = (
         "import json, sys; from litgpt.data import PythonDocs\n"

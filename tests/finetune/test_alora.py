@@ -80,6 +80,7 @@ def test_what_does_not_fit_is_said(base: Path, data: Path, tmp_path: Path, chang
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_over_one_cache_of_prompts(base: Path, data: Path, tmp_path: Path) -> None:
     settings = {key.replace("__", "."): value for key, value in ALORA.items() if not key.startswith("eval")} | {"train.epochs": 1}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value).lower())]

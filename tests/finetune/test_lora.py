@@ -190,7 +190,8 @@ def test_the_model_config_is_the_bases_and_the_tokenizer_comes_along(made: Calla
     }
 
 
-@pytest.mark.parametrize("by", ["steps", pytest.param("epochs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["steps", "epochs"])
 def test_a_warm_up_trains_lora_first_and_freezes_it_before_the_cut(by: str, base: Path, data: Path, tmp_path: Path) -> None:
     length = {"skip2lora_warmup_steps": 2} if by == "steps" else {"skip2lora_warmup_epochs": 0.6}  # of 3 steps
     settings = {**METHODS["block"], **length, "skip2lora_warmup_lr": 0.05, "lora_dropout": 0.2}

@@ -98,6 +98,7 @@ def test_the_reported_loss_is_that_of_the_saved_heads(reads_taps: bool, base: Pa
         assert_close(run.report["final_val_loss"], by_hand(model, val), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_beside_adapters_the_next_token_is_validated(base: Path, data: Path, tmp_path: Path) -> None:
     """With the weight 0 the heads change nothing: the losses are those of a run without them."""
     own = {key: value for key, value in JOINT.items() if not key.startswith("mtp")}

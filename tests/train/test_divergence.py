@@ -74,6 +74,7 @@ def test_a_finished_run_is_another_one_with_other_settings_or_data(base: Path, d
     assert "optimizer was" in run.err and "training data are other ones" in run.err, run.err
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_date(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A template that prints the date gives the same samples when the run is resumed on another day, and when it has ended."""
     dated = tmp_path / "dated"

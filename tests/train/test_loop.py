@@ -215,6 +215,7 @@ def test_small_gradients_survive_fp16() -> None:
     assert (plain - exact).norm() > 0.02 * exact.norm() > 5 * (scaled - exact).norm()
 
 
+@pytest.mark.slow
 def test_a_loss_scale_that_is_too_large_is_halved_until_the_gradients_are_finite() -> None:
     model, samples = in_fp16(make_model("block")), make_samples(8)
     loop = make_loop(model, samples, epochs=20)

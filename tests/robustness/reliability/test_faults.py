@@ -114,6 +114,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
     assert_same(finetune("finetune_lora", bench.base, bench.data, out_dir, **settings, resume=True), whole(name))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_the_clock_is_left_out_if_the_disk_is_full(
     bench: Bench, whole: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +275,7 @@ def test_such_steps_can_be_left_out(bench: Bench, tmp_path: Path, spoil: Callabl
         assert [row["train_loss"] for row in csv.DictReader(file)][3] == "nan"
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_can_go_on_without_the_step(bench: Bench, tmp_path: Path, spoil: Callable[[float, int], None]) -> None:
     rows = third_batch(bench)
     spoil(math.nan, rows[0])

@@ -107,6 +107,7 @@ def test_data_cannot_steer_the_terminal(place: Place) -> None:
     assert "\\x1b[2Jb" in out and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out)
 
 
+@pytest.mark.slow
 def test_a_long_prompt_does_not_hide_the_answer(place: Place) -> None:
     place.data([{"instruction": "it was " * 300, "output": "the answer"}] * 4)
     base = place.base()
