@@ -1,6 +1,6 @@
 """Variants of LoRA on two small data sets: validation loss, CPU seconds and memory.
 
-    python -m benchmarks.variants CHECKPOINT_DIR [--sets faq docstrings] [--variants lora dora ...] [--rates 5e-4 2e-3] [--out DIR]
+    python -m benchmarks.variants CHECKPOINT_DIR [--sets faq docstrings] [--variants lora dora ...] [--rates 3e-4 1e-3] [--out DIR]
 
 Each run is a `litgpt finetune_lora` in a process of its own, on one thread: LoRA of rank 8 on every linear layer of the last 8 blocks. The
 blocks before them are cached on disk by a run of one step that is not counted. `faq` are invented facts (`benchmarks.facts`), a fifth of
@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("checkpoint_dir", type=Path)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--rates", nargs="+", default=["5e-4", "2e-3"])
+    parser.add_argument("--rates", nargs="+", default=["1e-3"])
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/variants"))
     chosen = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
