@@ -20,10 +20,10 @@ from litgpt.families._pretokenizers import Cut as Cut
 from litgpt.families._styles import OTHERS as OTHER_STYLES
 from litgpt.families._styles import Style
 
-# Of several architectures that express a model the first is taken: Llama's, then in alphabetical order.
-_NAMES = sorted(
-    (module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_"), key=lambda name: (name != "llama", name)
-)
+# Of several architectures that express a model the first is taken: of the best-known families, then in alphabetical order.
+_FIRST = ("llama", "mistral", "qwen", "phi")
+_NAMES = [module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_"]
+_NAMES.sort(key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
 FAMILIES: dict[str, Family] = {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in _NAMES}
 HF: dict[str, Architecture] = {kind: row for family in FAMILIES.values() for kind, row in family.hf.items()}  # by model_type
 GGUF: dict[str, Gguf] = {name: row for family in FAMILIES.values() for name, row in family.gguf.items()}  # by general.architecture

@@ -237,15 +237,6 @@ FAMILY = Family(
             {**_ACCEPTS, "mlp_bias": (False,), "norm_topk_prob": (False, None), "scoring_func": ("softmax",)},
             (_LATENT_ASPECT, Aspect(_read_v2_groups, _write_v2_groups)),
         ),
-        "glm4_moe_lite": Architecture(
-            "Glm4MoeLiteForCausalLM",
-            _NAMES,
-            {**_GLM_FLASH, "rope_interleave": Key("rope_interleave", True), "norm_topk_prob": Key("norm_topk_prob", True)},
-            {**MOE, "n_topk_scores_per_group": 2},
-            {**SILU, "attention_bias": (False,)},
-            (_GLM_LATENT, Aspect(_read_dense_first, _write_dense_first)),
-            ignored=r"model\.layers\.47\..*",  # the module that predicts a second token
-        ),
         "deepseek_v3": Architecture(
             "DeepseekV3ForCausalLM",
             _NAMES,
@@ -254,6 +245,15 @@ FAMILY = Family(
             {**_ACCEPTS, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
             (_LATENT_ASPECT,),
             ignored=r"model\.layers\.61\..*",  # DeepSeek-V3's module that predicts a second token
+        ),
+        "glm4_moe_lite": Architecture(
+            "Glm4MoeLiteForCausalLM",
+            _NAMES,
+            {**_GLM_FLASH, "rope_interleave": Key("rope_interleave", True), "norm_topk_prob": Key("norm_topk_prob", True)},
+            {**MOE, "n_topk_scores_per_group": 2},
+            {**SILU, "attention_bias": (False,)},
+            (_GLM_LATENT, Aspect(_read_dense_first, _write_dense_first)),
+            ignored=r"model\.layers\.47\..*",  # the module that predicts a second token
         ),
     },
     prompts={"deepseek-(coder-)?v2.*(chat|instruct)": "deepseek-v2", r"deepseek-(v3(?!-base)|r1|v2\.5)": "r1-base"},

@@ -263,7 +263,12 @@ STYLES = {
 }
 
 # Meta's Code World Model
-_CWM = {**SIZES, "max_position_embeddings": Key("block_size", 131072), "head_dim": Key("head_size", 128)}
+_CWM = {
+    **SIZES,
+    "max_position_embeddings": Key("block_size", 131072),
+    "head_dim": Key("head_size", 128),
+    "rms_norm_eps": Key("norm_eps", 1e-5),
+}
 _CWM_WINDOW = local_windows(8192, lambda i: i % 4 != 0)
 _CWM_ROPE = {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
 _ROPE = rope(1000000.0)

@@ -272,7 +272,7 @@ def test_broken_and_hostile_weight_files(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt_oss"}, "model_type 'gpt_oss' is not supported"),
+        ({"model_type": "qwen3_next"}, "model_type 'qwen3_next' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised with 'gptq'"),
         ({"num_hidden_layers": 9999}, "9999 blocks"),
         ({"hidden_size": 2**30}, "does not fit|impossible"),

@@ -34,8 +34,8 @@ def same(one: Any, other: Any) -> bool:
 
 
 def loaded(content: dict[str, Any], folder: Path) -> Any:
-    """Return transformers' config for a config.json."""
-    (folder / "config.json").write_text(json.dumps(content))
+    """Return transformers' config for a config.json, with a tokenizer's id of BOS, which CWM's needs."""
+    (folder / "config.json").write_text(json.dumps({**content, "bos_token_id": 1}))
     return transformers.AutoConfig.from_pretrained(folder)
 
 
@@ -110,6 +110,7 @@ def test_architecture_is_found_by_the_fields(family: str) -> None:
     hf = configs.hf_config(family)
     config = Config.from_hf(hf.to_dict(), name="mine")
     same = {"mistral global": "llama", "phi4 mini": "phi3", "phi3": "mistral", "phi3 longrope": "llama", "seed_oss": "qwen2"}
+    same |= {"ernie4_5": "llama", "helium": "llama", "glm4_moe_lite": "deepseek_v3"}
     assert to_hf(config)["model_type"] == same.get(family, hf.model_type)
 
 

@@ -271,8 +271,8 @@ def test_a_mixture_whose_ranks_do_not_use_the_same_experts(
 ) -> None:
     sizes = {"n_expert_groups": groups, "n_topk_groups": 1, "n_topk_scores_per_group": 2} if groups else {}
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, mlp_class_name="LLaMAMoE", n_expert=8, n_expert_per_token=2, **sizes)
-    # small steps, so that rounding changes no choice of experts; and SGD, as AdamW moves an expert without a token by its momentum only where
-    # several processes give it a gradient of zero
+    # small steps, so that rounding changes no choice of experts; and SGD, as AdamW moves an expert without a token by its momentum
+    # only where several processes give it a gradient of zero
     compare(Bench(base, bench.data), tmp_path, [method], 2, **{"optimizer": "SGD", "optimizer.lr": 0.01})
 
 

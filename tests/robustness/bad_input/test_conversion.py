@@ -282,7 +282,7 @@ GGUF = [
     Case("an infinite rope", gguf({"llama.rope.freq_base": float("inf")}), "llama.rope.freq_base is inf", "model.gguf"),
     Case("an unknown rope", gguf({"llama.rope.scaling.type": "wavy"}), "'wavy'", "linear"),
     Case("experts", gguf({"llama.expert_count": 8}), "n_expert 8", "at least 1 expert"),
-    Case("a part of a file", gguf({"split.count": 3}), "split.count", "llama-gguf-split --merge"),
+    Case("a part of a file", gguf({"split.count": 3}), "split.count", "-00001-of-00003.gguf"),
     Case("an alignment of 3", gguf({"general.alignment": 3}), "general.alignment is 3", "power of two"),
     Case("an alignment of 2^31", gguf({"general.alignment": 2**31}), "model.gguf", "truncated or broken"),
     Case("a missing tensor", gguf(None, {"blk.1.ffn_up.weight": ...}), "blk.1.ffn_up.weight", "missing"),
