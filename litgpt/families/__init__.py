@@ -20,12 +20,13 @@ from litgpt.families._pretokenizers import Cut as Cut
 from litgpt.families._styles import OTHERS as OTHER_STYLES
 from litgpt.families._styles import Style
 
-# Of several architectures that express a model the first is taken: of the best-known families, then in alphabetical order.
-_FIRST = ("llama", "mistral", "qwen", "phi")
-_NAMES = [module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_"]
-_NAMES.sort(key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+_NAMES = sorted(
+    (module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_"), key=lambda name: (name != "llama", name)
+)
 FAMILIES: dict[str, Family] = {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in _NAMES}
-HF: dict[str, Architecture] = {kind: row for family in FAMILIES.values() for kind, row in family.hf.items()}  # by model_type
+# By model_type. Of several architectures that express a model the first is taken: of the best-known families, then in alphabetical order.
+_FIRST = dict.fromkeys(("llama", "mistral", "qwen", "phi", *_NAMES))
+HF: dict[str, Architecture] = {kind: row for name in _FIRST for kind, row in FAMILIES[name].hf.items()}
 GGUF: dict[str, Gguf] = {name: row for family in FAMILIES.values() for name, row in family.gguf.items()}  # by general.architecture
 # By tokenizer.ggml.pre. Of several names for one way the first is written.
 PRETOKENIZERS: dict[str, Cut] = {name: cut for family in FAMILIES.values() for name, cut in family.pretokenizers.items()} | OTHERS
