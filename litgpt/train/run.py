@@ -22,7 +22,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import render
 from litgpt.device import process_rank
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
-from litgpt.files import dump_yaml, nearest, read_json
+from litgpt.files import dump_yaml, nearest, read_json, read_yaml
 from litgpt.generate.engine import generate, greedy
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
@@ -111,8 +111,11 @@ def require_same(folder: Path, identity: Identity, before: dict[str, Any]) -> No
 def finished_report(out_dir: Path, is_first: bool = True) -> dict[str, Any]:
     """Return the report of the finished run in this folder."""
     report = read_json(out_dir / "final" / REPORT)
-    if is_first and not (out_dir / REPORT).is_file():  # it was killed between the two
+    if is_first and not (out_dir / REPORT).is_file():  # it was killed between them
         atomic.write_text(out_dir / REPORT, as_json(report))
+    if is_first and not (out_dir / PAGE).is_file():
+        model, settings = (read_yaml(out_dir / "final" / name) for name in ("model_config.yaml", "hyperparameters.yaml"))
+        atomic.write_text(out_dir / PAGE, page_of(model["name"], report, read_metrics(out_dir), {}, settings))
     return report
 
 
