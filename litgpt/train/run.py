@@ -22,7 +22,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import render
 from litgpt.device import process_rank
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
-from litgpt.files import dump_yaml, nearest, read_json, read_yaml
+from litgpt.files import dump_yaml, nearest, read_json
 from litgpt.generate.engine import generate, greedy
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
@@ -111,11 +111,8 @@ def require_same(folder: Path, identity: Identity, before: dict[str, Any]) -> No
 def finished_report(out_dir: Path, is_first: bool = True) -> dict[str, Any]:
     """Return the report of the finished run in this folder."""
     report = read_json(out_dir / "final" / REPORT)
-    if is_first and not (out_dir / REPORT).is_file():  # it was killed between them
+    if is_first and not (out_dir / REPORT).is_file():  # it was killed between the two
         atomic.write_text(out_dir / REPORT, as_json(report))
-    if is_first and not (out_dir / PAGE).is_file():
-        model, settings = (read_yaml(out_dir / "final" / name) for name in ("model_config.yaml", "hyperparameters.yaml"))
-        atomic.write_text(out_dir / PAGE, page_of(model["name"], report, read_metrics(out_dir), {}, settings))
     return report
 
 
@@ -355,7 +352,7 @@ class Session:
 
     def finish(self) -> dict[str, Any]:
         """Write the final folder and return the report. Adapters, which are small, are saved before they are merged into the model."""
-        loop, state = self.loop, self.state
+        loop, state, out_dir = self.loop, self.state, self.settings.out_dir
         assert loop is not None
         with self.interrupts.held():
             if len(loop.trained) < sum(1 for _ in self.model.parameters()):
@@ -371,6 +368,8 @@ class Session:
                 atomic.write_text(folder / IDENTITY, as_json({**self.job.kept, **self.identity.facts()}))
                 if self.job.method.finish(self.model, folder) and report["final_val_loss"] is not None and self.rank.size == 1:
                     report["merged_val_loss"] = replace(loop).validate(*self.validation, lambda: False)
+                about = page_of(self.model.config.name, report, read_metrics(out_dir), self.answers, self.hyperparameters)
+                atomic.write_text(out_dir / PAGE, about)  # before `final`, with which the run is finished
 
             self.checkpoints.final(report, finish)
             if self.log is not None:
@@ -380,11 +379,8 @@ class Session:
         return report
 
     def _conclude(self, report: dict[str, Any]) -> None:
-        """Write the page about the run, and say what came out and what can be done next."""
+        """Say what came out and what can be done next."""
         out_dir, say = self.settings.out_dir, self.console.say
-        atomic.write_text(
-            out_dir / PAGE, page_of(self.model.config.name, report, read_metrics(out_dir), self.answers, self.hyperparameters)
-        )
         say(f"\nfinished: {out_dir / 'final'}\n{text_table(list(summary_rows(report, out_dir / 'best').items()), left=(0, 1))}")
         for question, answers in self.answers.items():
             before = f"\n  before:  {answers[0][1]}" if len(answers) > 1 else ""
