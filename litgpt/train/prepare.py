@@ -117,9 +117,7 @@ def prepare(
     if rank is None:
         place = place_of(settings.devices, settings.num_nodes)
         require_divisible(settings.train, place.size if place else 1)  # before other processes are started
-    rank = rank or Rank.start(
-        precision, settings.devices, settings.num_nodes, settings.timeout, settings.strategy == "fsdp" or settings.cpu_offload
-    )
+    rank = rank or Rank.start(precision, settings.devices, settings.num_nodes, settings.timeout, settings.wants_shards)
     with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
         seed_everything(settings.seed)
         job = _read(settings, method, base, precision, rank, rank.broadcast((saved and saved.date) or datetime.now()), saved)

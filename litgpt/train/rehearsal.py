@@ -196,8 +196,7 @@ def _memory(job: Job) -> str:
         config = replace(config, skip2lora_enabled=False, skip2lora_warmup=False)
     stem = stem_length(model, samples)
     estimated, tokens = estimate_of(settings, job.method, config, samples, model.dtype, model.is_tied, stem)
-    shards = settings.strategy == "fsdp" or settings.cpu_offload
-    processes = place.size if shards and (place := place_of(settings.devices, settings.num_nodes)) else 1
+    processes = place.size if settings.wants_shards and (place := place_of(settings.devices, settings.num_nodes)) else 1
     part = f"; with fsdp each of {processes} processes about {gib(estimated.part(processes) + PROCESS)}" if processes > 1 else ""
     return (
         f"about {gib(estimated.total + PROCESS)} without the cache: weights {gib(estimated.weights)}, trained parameters "

@@ -61,6 +61,11 @@ class Run:
     dry_run: bool = setting(False, may_change=True)
     """Check everything, show a sample with its loss mask, and estimate steps, memory and time. Writes nothing."""
 
+    @property
+    def wants_shards(self) -> bool:
+        """True if a sharded model is asked for; with strategy auto it may become one all the same."""
+        return self.strategy == "fsdp" or self.cpu_offload
+
     def __post_init__(self) -> None:
         self.checkpoint_dir, self.out_dir = expand_path(self.checkpoint_dir), expand_path(self.out_dir)
         if isinstance(self.resume, str) and self.resume != "auto":

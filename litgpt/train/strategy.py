@@ -53,14 +53,14 @@ def require_shardable(settings: Run, method: Method, base: Path) -> None:
     """Raise UserError if `strategy` fsdp is asked for and something else that does not work with it, or `cpu_offload` without it."""
     if settings.cpu_offload and settings.strategy == "ddp":
         raise UserError("cpu_offload keeps parts of a sharded model, and strategy ddp has none: give --strategy fsdp, or leave it out")
-    if (settings.strategy == "fsdp" or settings.cpu_offload) and (found := obstacles(settings, method, base)):
+    if settings.wants_shards and (found := obstacles(settings, method, base)):
         raise UserError(f"strategy fsdp does not work with {', '.join(found)}: leave it out, or give --strategy ddp")
 
 
 def choose(settings: Run, method: Method, base: Path, rank: Rank, samples: list[Sample], dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether the model is to be sharded, and a line that says why; the first process decides."""
-    if settings.cpu_offload or settings.strategy != "auto" or rank.size == 1:
-        is_fsdp = settings.cpu_offload or settings.strategy == "fsdp"
+    if settings.wants_shards or settings.strategy == "ddp" or rank.size == 1:
+        is_fsdp = settings.wants_shards
         if is_fsdp and (units := len(samples) // objective_of(settings).group) < rank.size:
             raise UserError(f"strategy fsdp: {rank.size} processes have only {units} training samples: use fewer processes")
         return is_fsdp, f"strategy {'fsdp' if is_fsdp else settings.strategy}, as given{' (cpu_offload)' if settings.cpu_offload else ''}"
