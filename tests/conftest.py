@@ -112,3 +112,19 @@ def write_tiny_tokenizer() -> Callable[[Path], Path]:
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny tokenizer's files. Do not write into it."""
     return _write_tiny_tokenizer(tmp_path_factory.mktemp("tiny_tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
+    """A tiny base model."""
+    from tests.helpers import tiny
+
+    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few sums, as instructions and answers."""
+    from tests.helpers import runs
+
+    return runs.write_data(tmp_path_factory.mktemp("data") / "sums.json")

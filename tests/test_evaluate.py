@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,6 @@ from tests.helpers.cases import quick
 
 SKIP = {"lora_r": 4, "lora_alpha": 8, "skip2lora_enabled": True}
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_query": True, "lora_value": True}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
 
 
 def evaluate(folder: Path, *words: str) -> dict[str, Any]:

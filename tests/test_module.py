@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,10 @@ from litgpt import LLM, adapter, adapter_v2, lora
 from litgpt.__main__ import main
 from litgpt.data import JSON
 from litgpt.errors import UserError
-from tests.helpers import fake_hub, runs, tiny
+from tests.helpers import fake_hub, runs
 from tests.helpers.fake_hub import Hub
 
 IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
 
 
 @pytest.fixture

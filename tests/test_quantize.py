@@ -6,7 +6,6 @@ import importlib.util
 import io
 import sys
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +190,6 @@ def test_a_cache_belongs_to_one_quantisation() -> None:
             quantise(model, mode)
         found.append(fingerprint(model, samples, plan(model, samples, [0], torch.float32), torch.device("cpu")))
     assert len(set(found)) == len(found)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
 
 
 @pytest.mark.parametrize("mode", quick(MODES, "int8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,6 @@ from litgpt.data import JSON, SFTDataset, get_sft_collate_fn
 from litgpt.prompts import PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import runs, tiny
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
 
 
 def connected(base: Path, tmp_path: Path, **settings: Any) -> Any:

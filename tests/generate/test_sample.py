@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.data.records import read_record
-from tests.helpers import tiny
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": "add 2 and 3", "output": "5", "sum": 5},
@@ -37,11 +35,6 @@ def nothing(record, answer):
 def broken(record, answer):
     return record["missing"]
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,6 @@ doc_to_target: "{{text}}"
 generation_kwargs: {until: ["e"], max_gen_toks: 12, do_sample: false}
 metric_list: [{metric: exact_match}]
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"), write_tiny_tokenizer)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A tiny base model, and answers of which one is better than the other."""
+"""Answers of which one is better than the other."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
-from tests.train.conftest import base, data
-
-__all__ = ["base", "data", "pairs"]
 
 
 @pytest.fixture(scope="module")

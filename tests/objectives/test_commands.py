@@ -31,6 +31,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 FEW: dict[str, Any] = {"eval__max_new_tokens": 0, "data__val_split_fraction": 0.1}
 
 
+def write_rated(file: Path, between: str) -> Path:
+    """Write 20 answers, of which those with a certain word are right."""
+    rows = [
+        {"prompt": f"add {i}", "answer": f"{'good' if i % 2 else 'task'}{between}{i}", "correct": bool(i % 2), "weight": 1 + i % 3}
+        for i in range(20)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def curve(run: Run) -> list[tuple[str, ...]]:
     """metrics.csv without what depends on the clock."""
     with (run.out_dir / "logs/version_0/metrics.csv").open(newline="") as file:

@@ -19,7 +19,7 @@ from litgpt.generate.base import Generate
 from litgpt.objectives.critic import quality, returns
 from tests.helpers.cases import quick
 from tests.helpers.runs import finetune
-from tests.objectives.test_commands import assert_two_processes_train_like, curve, rewound
+from tests.objectives.test_commands import assert_two_processes_train_like, curve, rewound, write_rated
 
 CRITIC: dict[str, Any] = {"objective": "critic", "value_head": "mlp", "lora_query": False, "lora_value": False}
 FEW: dict[str, Any] = {"eval__max_new_tokens": 0}
@@ -27,14 +27,7 @@ FEW: dict[str, Any] = {"eval__max_new_tokens": 0}
 
 @pytest.fixture(scope="module")
 def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 answers, of which those with a certain word are right."""
-    file = tmp_path_factory.mktemp("data") / "rated.jsonl"
-    rows = [
-        {"prompt": f"add {i}", "answer": f"{'good' if i % 2 else 'task'} {i}", "correct": bool(i % 2), "weight": 1 + i % 3}
-        for i in range(20)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_rated(tmp_path_factory.mktemp("data") / "rated.jsonl", " ")
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.95, 1.0])

@@ -24,7 +24,7 @@ from litgpt.sample import Sample
 from tests.helpers import tiny
 from tests.helpers.runs import call, finetune
 from tests.helpers.training import CPU
-from tests.objectives.test_commands import METHODS, assert_two_processes_train_like, curve, rewound
+from tests.objectives.test_commands import METHODS, assert_two_processes_train_like, curve, rewound, write_rated
 
 BOTH: dict[str, Any] = {"objective": "verifiable", "value_head": "mlp", "lora_r": 4, "critic_lambda": 0.9, "lr_ratios.value_head": 2}
 FEW: dict[str, Any] = {"eval__max_new_tokens": 0, "data__val_split_fraction": 0.2}
@@ -33,14 +33,7 @@ REWARDS = (1.0, 0.0, 0.4, 0.0)
 
 @pytest.fixture(scope="module")
 def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 answers, of which those with a certain word are right."""
-    file = tmp_path_factory.mktemp("data") / "rated.jsonl"
-    rows = [
-        {"prompt": f"add {i}", "answer": f"{'good' if i % 2 else 'task'} is {i}", "correct": bool(i % 2), "weight": 1 + i % 3}
-        for i in range(20)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_rated(tmp_path_factory.mktemp("data") / "rated.jsonl", " is ")
 
 
 def samples() -> list[Sample]:
