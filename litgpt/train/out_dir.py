@@ -203,7 +203,7 @@ class Checkpoints:
     def prove(self) -> None:
         """Remove what the newest checkpoint replaces: its weights, or later ones, gave a sound loss."""
         if self.unproven and self.log is not None:
-            self._prune(number(self.unproven[-1]) or 0)
+            prune(self.out_dir, number(self.unproven[-1]) or 0, self.keep_last)
         self.unproven.clear()
 
     def discard_unproven(self) -> None:
@@ -234,8 +234,7 @@ class Checkpoints:
         """Write `final` and report.json, and remove the checkpoints that existed only to resume from."""
         self.folder("final", report, finish)
         if self.log is not None:
-            atomic.write_text(self.out_dir / REPORT, as_json(report))
-            self._prune(report["steps"] + 1)
+            conclude(self.out_dir, report, self.keep_last)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -265,16 +264,23 @@ class Checkpoints:
             reason = inner[1] if inner else getattr(error, "strerror", None) or error
             raise UserError(f"{folder} cannot be written: {reason}{remedy}") from None
 
-    def _prune(self, step: int) -> None:
-        """Remove the checkpoints before `step` that are not to be kept, and all but the `keep_last` newest of the others."""
-        kept = 0
-        for folder in steps(self.out_dir):
-            folder_step = number(folder) or 0
-            flag = _is_kept(folder)
-            kept += folder_step <= step and flag is True
-            surplus = flag is True and self.keep_last is not None and kept > self.keep_last
-            if folder_step < step and (surplus or flag is False):
-                atomic.remove_folder(folder)
+
+def conclude(out_dir: Path, report: dict[str, Any], keep_last: int | None) -> None:
+    """Remove the checkpoints of a finished run that existed only to resume from. report.json comes last: it says that this was done."""
+    prune(out_dir, report["steps"] + 1, keep_last)
+    atomic.write_text(out_dir / REPORT, as_json(report))
+
+
+def prune(out_dir: Path, step: int, keep_last: int | None) -> None:
+    """Remove the checkpoints before `step` that are not to be kept, and all but the `keep_last` newest of the others."""
+    kept = 0
+    for folder in steps(out_dir):
+        folder_step = number(folder) or 0
+        flag = _is_kept(folder)
+        kept += folder_step <= step and flag is True
+        surplus = flag is True and keep_last is not None and kept > keep_last
+        if folder_step < step and (surplus or flag is False):
+            atomic.remove_folder(folder)
 
 
 def earlier(out_dir: Path) -> tuple[list[Path], list[Path]]:

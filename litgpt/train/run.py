@@ -40,7 +40,7 @@ from litgpt.text import text_table
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explained, out_of_memory
 from litgpt.train.loop import Batches, Loop, samples_of
 from litgpt.train.methods import CacheArgs, Method
-from litgpt.train.out_dir import RESUME, Checkpoints, OutDir, best_on_disk
+from litgpt.train.out_dir import RESUME, Checkpoints, OutDir, best_on_disk, conclude
 from litgpt.train.parallel import alone, ends_together
 from litgpt.train.phase import Phase
 from litgpt.train.prepare import Job, prepare
@@ -67,7 +67,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
         if out_dir.is_finished:
             require_same_run(settings, method, base)
             Console(is_first).say(f"{settings.out_dir / 'final'} exists: this run is finished, nothing is left to do")
-            return finished_report(settings.out_dir, is_first)
+            return finished_report(settings.out_dir, settings.train.keep_last, is_first)
         point = out_dir.resume_point(Console(is_first).say)
         saved = read(point) if point else None
         job = job_of() if job_of else prepare(settings, method, base, point, saved)
@@ -108,11 +108,11 @@ def require_same(folder: Path, identity: Identity, before: dict[str, Any]) -> No
         )
 
 
-def finished_report(out_dir: Path, is_first: bool = True) -> dict[str, Any]:
+def finished_report(out_dir: Path, keep_last: int | None = None, is_first: bool = True) -> dict[str, Any]:
     """Return the report of the finished run in this folder."""
     report = read_json(out_dir / "final" / REPORT)
     if is_first and not (out_dir / REPORT).is_file():  # it was killed between the two
-        atomic.write_text(out_dir / REPORT, as_json(report))
+        conclude(out_dir, report, keep_last)
     return report
 
 

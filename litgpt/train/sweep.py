@@ -96,7 +96,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
         before = _earlier(settings)
         for trial in trials if resumed else ():
             if trial.status == WAITING and not atomic.damages(out_dir / trial.name / "final"):
-                trial.status, trial.figures = FINISHED, finished_report(out_dir / trial.name)
+                trial.status, trial.figures = FINISHED, finished_report(out_dir / trial.name, settings.train.keep_last)
         table = Table(out_dir, trials, candidates[0].settings.train.keep_best)
         waiting = len(table.of(WAITING))
         job = _prepare(candidates, out_dir, (before or {}).get("chosen"))
