@@ -19,12 +19,8 @@ from litgpt.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-NOT_KEPT = (
-    "torch_dtype",
-    "_name_or_path",
-    "auto_map",
-    "quantization_config",
-)  # keys of config.json that no longer hold, or name files that are not copied
+# keys of config.json that no longer hold, or name files that are not copied
+NOT_KEPT = ("torch_dtype", "_name_or_path", "auto_map", "quantization_config")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
