@@ -232,7 +232,8 @@ class LLM(ModelModule):
                 f"prompt style {self.prompt_style.name!r} has no turns, and a conversation is given: give the question as a text"
             )
         system = [] if sys_prompt is None else [{"role": "system", "content": sys_prompt}]
-        turns = prompt[1:] if system and prompt[0]["role"] == "system" else prompt
+        turns = [{**message, "role": "system"} if message["role"] == "developer" else message for message in prompt]
+        turns = turns[1:] if system and turns[0]["role"] == "system" else turns
         return self.prompt_style.render([*system, *turns], add_generation_prompt=True)
 
     def complete(

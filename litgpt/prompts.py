@@ -6,9 +6,12 @@ role, which can hold a conversation. `ChatTemplate` renders the checkpoint's own
 
 from __future__ import annotations
 
+import copy
 import difflib
+import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -210,7 +213,17 @@ class ChatTemplate(ChatStyle):
         return re.search(rf"\b{re.escape(key)}\b", f"{self.template} {self.tool_template}") is not None
 
     def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> Marked:
-        """Return the conversation as text and its starts. Raise UserError if the template refuses it, is broken, or exceeds the bounds."""
+        """Return the conversation as text and its starts. Raise UserError if the template refuses it, is broken, or exceeds the bounds.
+
+        Arguments of tool calls that are JSON text, OpenAI's form, are given to it as objects, or as text if it takes no objects.
+        """
+        parsed = [_with_objects(message) for message in messages]
+        if parsed != list(messages):
+            with suppress(UserError):
+                return self._render(parsed, add_generation_prompt, tools)
+        return self._render(messages, add_generation_prompt, tools)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools) -> Marked:
         pieces = []
         try:
             from litgpt.templates import MAX_SIZE, Sandbox
@@ -238,6 +251,19 @@ class ChatTemplate(ChatStyle):
                 f"{self.source}: the chat template failed{line}: {reason[:300]}. Choose another prompt style, for example chatml"
             ) from None
         return "".join(pieces), [sandbox.marks.get(id(message), -1) for message in messages]
+
+
+def _with_objects(message: Message) -> Message:
+    """Return a message in whose tool calls arguments that are the JSON text of an object are that object."""
+    if not message.get("tool_calls"):
+        return message
+    calls = copy.deepcopy(message["tool_calls"])
+    for call in calls if isinstance(calls, list) else ():
+        called = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(called, dict) and isinstance(text := called.get("arguments"), str):
+            with suppress(ValueError, RecursionError):
+                called["arguments"] = parsed if isinstance(parsed := json.loads(text), dict) else text
+    return {**message, "tool_calls": calls}
 
 
 # --- The style of a name, a model, a folder ---

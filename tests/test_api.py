@@ -133,6 +133,7 @@ def test_a_conversation_is_rendered_as_transformers_does(base: Path) -> None:
     assert llm.generate([messages, messages[1:2]], max_new_tokens=12, temperature=0.0) == [text, llm.generate("user", None, 12, 0.0)]
     other = llm.generate(messages, "Be short.", 12, temperature=0.0)
     assert other == llm.generate([{"role": "system", "content": "Be short."}, *messages[1:]], None, 12, temperature=0.0) != text
+    assert text == llm.generate([{"role": "developer", "content": "system"}, *messages[1:]], None, 12, temperature=0.0)
 
 
 @pytest.mark.parametrize(

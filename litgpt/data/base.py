@@ -5,11 +5,12 @@ carries loss if its last character lies in a span.
 """
 
 import random
+import re
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -221,9 +222,9 @@ class Encoder:
 
     def encode(self, record: Record) -> Sample | None:
         unwritten = unwritten_keys(record, self.style)
-        for reason, keys in (("not read", record.unread), (f"not written by the prompt style {_name(self.style)}", sorted(unwritten))):
-            if keys:
-                self.ignored.setdefault(reason, Counter()).update(keys)
+        not_written = f"not written by the prompt style {_name(self.style)}"
+        self._ignore("not read", record.unread)
+        self._ignore(not_written, sorted(unwritten))
         replies = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
         chosen = replies[-1:] if self.last_turn_only else replies
         learned = [i for i in chosen if record.learned[i] and _has_text(record.messages[i], unwritten)]
@@ -231,6 +232,8 @@ class Encoder:
             self.dropped[EMPTY] += 1
             return None
         text, spans = render(record, self.style, self.tokenizer, learned)
+        left_out = {message["role"] for message in record.messages[: learned[-1]] if _is_left_out(message, text)}
+        self._ignore(not_written, [f"{role} messages" for role in sorted(left_out)])
         ids, offsets = self.tokenizer.ids_with_offsets(text)
         values = [record.learned[i] for i in learned]
         if self.mask_prompt or not record.pair or record.label is not None or record.reward is not None:
@@ -255,6 +258,10 @@ class Encoder:
         self.cut += too_long
         return Sample(array("i", ids), mask, None if set(values) == {1} else weights, label=record.label is not False, reward=record.reward)
 
+    def _ignore(self, reason: str, keys: Collection[str]) -> None:
+        if keys:
+            self.ignored.setdefault(reason, Counter()).update(keys)
+
     def remarks(self) -> list[str]:
         """Return a remark for each reason to ignore keys, with the number of records that have them."""
         remarks = []
@@ -271,6 +278,12 @@ def unwritten_keys(record: Record, style: "PromptStyle") -> set[str]:
 
     keys = {key for message in record.messages for key in message} - {"role", "content"} | ({"tools"} if record.tools else set())
     return {key for key in keys if not (isinstance(style, ChatTemplate) and style.reads(key))}
+
+
+def _is_left_out(message: Message, text: str) -> bool:
+    """Return True if the longest word of a system or tool message is not in the text, whatever form the style gives to the others."""
+    words = re.findall(r"\w+", message["content"]) if message["role"] in ("system", "tool") else []
+    return bool(words) and max(words, key=len) not in text
 
 
 def _has_text(message: Message, unwritten: set[str]) -> bool:

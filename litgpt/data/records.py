@@ -98,18 +98,24 @@ def read_record(entry: Any) -> Record:
             raise UserError("'system' differs from the system message of its conversation: leave one of them out")
     record.tools = _typed(entry.get("tools") or [], "'tools'", list) or None
     record.pair &= record.tools is None
-    if entry.get("weight") is not None:
+    if entry.get("weight") not in (None, ""):  # an empty cell of a table
         weight = _read_weight(entry["weight"], "'weight'")
         record.learned = [weight * each for each in record.learned]
     unread = [key for key, value in entry.items() if value is not None and key not in (*used, "system", "tools", "weight")]
     record.unread += tuple(unread)
-    if isinstance(entry.get("label"), bool):
-        record.label = entry["label"]
-    if isinstance(entry.get("correct"), bool):
-        record.reward = float(entry["correct"])
-    elif isinstance(reward := entry.get("reward"), (int, float)) and math.isfinite(reward):
-        record.reward = float(reward)
+    record.label = _flag(entry.get("label"))
+    if (correct := _flag(entry.get("correct"))) is not None:
+        record.reward = float(correct)
+    else:
+        with suppress(TypeError, ValueError, OverflowError):
+            reward = float(entry.get("reward"))  # type: ignore[arg-type]
+            record.reward = reward if math.isfinite(reward) else None
     return record
+
+
+def _flag(value: Any) -> bool | None:
+    """Return true or false, which a table writes as text; None for any other value."""
+    return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
 
 
 def _read_preference(entry: dict[str, Any]) -> Record:
@@ -174,9 +180,8 @@ def _missing_keys(keys: list[str]) -> str:
 
 def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record:
     """Return the conversation under a key. `replies`: there must be a reply."""
-    turns = entry[key]
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{key!r} is {'an empty list' if turns == [] else kind_of(turns)}, a list of turns is needed")
+    if not (turns := _typed(entry[key], repr(key), list)):
+        raise UserError(f"{key!r} is an empty list, a list of turns is needed")
     record, unread = Record([], []), dict[str, None]()
     for n, turn in enumerate(turns, 1):
         where = f"turn {n} of {key!r}"
@@ -242,7 +247,7 @@ def _read_content(value: Any, key: str, may_be_missing: bool) -> str:
 
 def _typed(value: Any, where: str, kind: type) -> Any:
     """Return a value of this type, which may be written as JSON text."""
-    value = parse_json(value, where) if isinstance(value, str) else value
+    value = parse_json(value, where, unique=True) if isinstance(value, str) else value
     if not isinstance(value, kind):
         raise UserError(f"{where} is {kind_of(value)}, {'a list' if kind is list else 'an object'} is needed")
     return value

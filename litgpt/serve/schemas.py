@@ -69,6 +69,7 @@ class Part(Body):
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[Part] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None  # without tools there is none, and it is not left out in silence
 
     def plain(self) -> dict[str, str]:
         """Return the message as prompt styles read it."""

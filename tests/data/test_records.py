@@ -101,6 +101,14 @@ Q, A = user("q"), reply("a")
             '<call>f{"a": 1}</call>a',
         ),
         ({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": "[]"}, [Q, A], "a"),
+        # OpenAI's form: arguments are JSON text, which the template would write as a text within JSON
+        (
+            {"messages": [Q, reply(None, tool_calls=[{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}])]},
+            [Q, reply("", tool_calls=CALLS)],
+            '<call>f{"a": 1}</call>',
+        ),
+        # a table's cells: JSON, and nothing
+        ({"messages": json.dumps([Q, A]), "weight": ""}, [Q, A], "a"),
         # columns of a table that this row does not use
         ({"messages": [{**Q, "weight": None, "tool_calls": None}, A], "conversations": None, "tools": None}, [Q, A], "a"),
     ],
@@ -116,6 +124,43 @@ def test_keys_are_read_as_transformers_reads_them(
     assert tokenizer.decode(list(sample.input_ids), skip_special_tokens=False) == expected.rstrip()
     marked = tokenizer.decode([i for i, m in zip(sample.input_ids, sample.loss_mask, strict=True) if m], skip_special_tokens=False)
     assert marked.replace("<|im_end|>", "") == learned
+
+
+def test_arguments_of_calls_for_a_template_that_takes_texts(tokenizer: Tokenizer) -> None:
+    text = '{"a":1}'
+    calls = [{"function": {"name": "f", "arguments": text}}]
+    taking = FULL.replace("call.function.arguments | tojson", "('' + call.function.arguments)")
+    assert f"<call>f{text}</call>" in ChatTemplate(taking).render([Q, reply("", tool_calls=calls)])
+
+
+def test_messages_that_a_style_leaves_out_are_named(tokenizer: Tokenizer) -> None:
+    pair = {"instruction": "q", "output": "a", "system": "Be very brief."}
+    deaf = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}[{{ m.content | upper }}]{% endif %}{% endfor %}"
+    turns = [system("S"), Q, reply("b"), {"role": "tool", "content": '{"found": "words"}'}, A]
+    for style, entry, kinds in (
+        (prompts.PromptStyle.from_name("phi-2"), pair, "system messages (2)"),
+        (ChatTemplate(deaf), {"messages": turns}, "system messages (2), tool messages (2)"),
+        (prompts.PromptStyle.from_name("llama2"), pair, ""),
+        (ChatTemplate(FULL), {"messages": turns}, ""),
+    ):
+        report = Given(entries=[entry]).splits(tokenizer, style).report
+        assert (f"keys not written by the prompt style '{style.name}': {kinds}" in report) if kinds else "not written" not in report
+    with pytest.raises(UserError, match="system messages"):
+        Given(strict=True, entries=[pair]).splits(tokenizer, prompts.PromptStyle.from_name("phi-2"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "label", "reward"),
+    [
+        ({"label": "True", "reward": "0.25"}, True, 0.25),
+        ({"label": "false", "correct": "TRUE"}, False, 1.0),
+        ({"label": "yes", "reward": "nan"}, None, None),
+        ({"label": "", "reward": "", "correct": ""}, None, None),
+    ],
+)
+def test_flags_and_numbers_of_a_table_are_texts(keys: dict[str, str], label: bool | None, reward: float | None) -> None:
+    record = read_record({"prompt": "q", "completion": "a", **keys})
+    assert (record.label, record.reward) == (label, reward)
 
 
 def test_last_turn_only(tokenizer: Tokenizer) -> None:

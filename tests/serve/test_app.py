@@ -173,6 +173,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"messages": "hello"}, 400, "messages: "),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role: "),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+        ({"messages": [HELLO[1], {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, 400, "messages.1.tool_calls"),
         ({"messages": HELLO, "temperature": -1}, 400, "temperature: "),
         ({"messages": HELLO, "n": 0}, 400, "n: "),
         ({"messages": HELLO, "repetition_penalty": 1e-285}, 400, "repetition_penalty: "),
