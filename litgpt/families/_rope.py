@@ -43,11 +43,11 @@ def rope(
 
 def read_two_bases(hf: Hf, base: float, local_base: float) -> Fields:
     """Read the rotary bases, with their defaults: local blocks have their own, without scaling."""
-    parameters = settings(hf)
-    if "full_attention" in parameters or "sliding_attention" in parameters:  # transformers 5
-        far, near = parameters.get("full_attention") or {}, parameters.get("sliding_attention") or {}
-    else:
-        far, near = parameters, {}
+    parameters = hf.get("rope_parameters") or {}
+    if parameters and not {"full_attention", "sliding_attention"} & set(parameters):
+        raise ValueError("rope_parameters lacks full_attention and sliding_attention, which each have their own for this model_type")
+    far = {**(parameters.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
+    near = parameters.get("sliding_attention") or {}
     if (kind := near.get("rope_type", "default")) != "default":
         raise ValueError(f"rotary scaling {kind!r} of sliding_attention is not supported, only of full_attention")
     for part in (far, near):
@@ -71,14 +71,11 @@ def scaling_kind(adjustments: Mapping[str, Any] | None) -> str | None:
 
 
 def settings(hf: Hf) -> Fields:
-    """Return `rope_scaling` and `rope_parameters` as one."""
-    merged: Fields = {}
-    for key in ("rope_parameters", "rope_scaling"):  # the older spelling, which model cards tell to add, counts more
-        value = hf.get(key) or {}
-        if not isinstance(value, Mapping):
+    """Return `rope_scaling` or, without it, `rope_parameters`; as in transformers, nothing of the latter counts beside the former."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(value := hf.get(key) or {}, Mapping):
             raise ValueError(f"{key} is {value!r}: an object is needed")
-        merged.update(value)
-    return merged
+    return dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
 
 
 def first(*values: Any) -> Any:

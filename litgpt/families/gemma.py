@@ -92,7 +92,10 @@ def _read_3(hf: Hf) -> Fields:
 
 def _write_3(fields: Fields) -> dict[str, Any]:
     bases = {"rope_theta": float(fields["rope_base"]), "rope_local_base_freq": float(fields["rope_local_base_freq"] or 10000)}
-    return {**local_windows(4096).write(fields), **bases, **write_scaling(fields)}
+    scaling = write_scaling(fields)
+    if "type" in (kind := scaling["rope_scaling"] or {}):  # the older name, which counts for nothing here
+        kind["rope_type"] = kind.pop("type")
+    return {**local_windows(4096).write(fields), **bases, **scaling}
 
 
 def _keys(**others: Key) -> dict[str, Key]:

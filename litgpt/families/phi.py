@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from litgpt.families._architecture import Architecture, Key, Variant, activation, sizes, table, window, without
+from litgpt.families._architecture import Architecture, Aspect, Fields, Hf, Key, Variant, activation, sizes, table, window, without
 from litgpt.families._family import Family
 from litgpt.families._gguf import WINDOW, Gguf
 from litgpt.families._pretokenizers import GPT_2
-from litgpt.families._rope import long_attention_factor, rope
+from litgpt.families._rope import long_attention_factor, rope, settings
 from litgpt.families._rows import expand, size
 from litgpt.families._styles import by_role, like, plain, turns
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, NORMS, SILU
@@ -116,6 +116,16 @@ _NAMES_3 = table(
     ENDS,
 )
 
+_ROPE_3 = rope(partial=1.0, original=4096)
+
+
+def _read_rope(hf: Hf) -> Fields:
+    """Read the scaling, which early files of Phi 3 call `yarn` where they mean LongRoPE."""
+    scaling = settings(hf)
+    is_yarn = "yarn" in (scaling.get("rope_type"), scaling.get("type"))
+    return _ROPE_3.read({**hf, "rope_scaling": {**scaling, "rope_type": "longrope"}} if is_yarn else hf)
+
+
 _REASONING = (
     "You are Phi, a language model trained by Microsoft to help users. Your role as an assistant involves thoroughly exploring "
     "questions through a systematic thinking process before providing the final precise and accurate solutions. This requires engaging in "
@@ -155,7 +165,7 @@ FAMILY = Family(
             sizes(rms_norm_eps=Key("norm_eps", 1e-5)),
             DECODER,
             {**SILU, "attention_bias": (False,), "mlp_bias": (False,), "lm_head_bias": (False,)},
-            (window(None), rope(partial=1.0, original=4096)),
+            (window(None), Aspect(_read_rope, _ROPE_3.write)),
         ),
     },
     gguf={

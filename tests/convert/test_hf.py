@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -432,12 +433,24 @@ def test_a_head_of_its_own_in_the_file_counts_more_than_the_flag(tmp_path: Path)
     assert torch.equal(weights["lm_head.weight"], theirs.lm_head.weight) and not checkpoint.is_tied(weights)
 
 
-def test_the_older_spelling_of_rotary_scaling_counts_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("parameters", "others"),
+    [
+        ({"rope_type": "default", "rope_theta": 300.0}, {}),  # theta is lost beside rope_scaling
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}, {"rope_theta": 500.0}),
+        ({"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 300.0}, {"rope_theta": 500}),
+    ],
+)
+def test_the_older_spelling_of_rotary_scaling_replaces_the_newer(
+    parameters: dict[str, Any], others: dict[str, Any], tmp_path: Path
+) -> None:
     """Model cards tell to add it to a config.json that transformers 5 wrote."""
     tiny.hf_llama().save_pretrained(tmp_path / "hf")
     file = tmp_path / "hf" / "config.json"
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_scaling": yarn}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": parameters, "rope_scaling": yarn, **others}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path / "hf").rope_parameters
-    ours = Config.from_hf(file).rope_adjustments
-    assert theirs["rope_type"] == ours["rope_type"] == "yarn" and theirs["factor"] == ours["factor"]
+    ours = Config.from_hf(file)
+    assert ours.rope_adjustments is not None
+    assert (ours.rope_adjustments["rope_type"], ours.rope_adjustments["factor"]) == (theirs["rope_type"], theirs["factor"])
+    assert ours.rope_base == theirs["rope_theta"]

@@ -141,6 +141,7 @@ SAID = [
     ("phi3", {"partial_rotary_factor": 0.75, "sliding_window": 9}),
     ("phi3", {"max_position_embeddings": 16384, "rope_scaling": {"type": "longrope", **LISTS}}),
     ("phi3", {"original_max_position_embeddings": 32, "rope_scaling": {"type": "longrope", **LISTS, "attention_factor": 1.5}}),
+    ("phi3", {"original_max_position_embeddings": 32, "rope_scaling": {"type": "yarn", **LISTS}}),  # what early files call LongRoPE
     ("llama", {"rope_scaling": {"type": "longrope", **LISTS, "factor": 4.0, "original_max_position_embeddings": 16}}),
     ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8, "beta_slow": 2}}),
     ("mistral", {"sliding_window": None, "head_dim": 6}),
@@ -175,8 +176,24 @@ def test_what_a_file_leaves_out_is_transformers(kind: str, said: dict[str, Any])
     if getattr(config, "layer_types", None) and ours.sliding_window_size is not None:
         assert ours.sliding_window_indices == [int(kind == configs.LOCAL) for kind in config.layer_types]
     if "rope_scaling" in said:
-        factor = ROPE_INIT_FUNCTIONS[said["rope_scaling"]["type"]](config, "cpu")[1]
+        factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")[1]
         assert ours.rope_adjustments is not None and ours.rope_adjustments["attention_factor"] == pytest.approx(factor)
+
+
+def test_rotary_settings_of_local_and_global_blocks(tmp_path: Path) -> None:
+    """rope_scaling is added to what rope_parameters say of the global blocks, and LongRoPE is written as transformers reads it."""
+    least = {**least_of("gemma3_text"), "max_position_embeddings": 64, "head_dim": 8, "original_max_position_embeddings": 16}
+    nested = {configs.GLOBAL: {"rope_type": "default", "rope_theta": 300.0}, configs.LOCAL: {"rope_type": "default", "rope_theta": 70.0}}
+    long = {"rope_type": "longrope", **LISTS}
+    theirs = loaded({**least, "rope_parameters": copy.deepcopy(nested), "rope_scaling": long}, tmp_path)
+    ours = Config.from_hf({**least, "rope_parameters": nested, "rope_scaling": long})
+    again = loaded(to_hf(ours, "gemma3_text"), tmp_path)
+    for config in (theirs, again):
+        far = config.rope_parameters[configs.GLOBAL]
+        assert far["rope_type"] == "longrope" and far["long_factor"] == LISTS["long_factor"]
+        assert (far["rope_theta"], config.rope_parameters[configs.LOCAL]["rope_theta"]) == (ours.rope_base, ours.rope_local_base_freq)
+    with pytest.raises(UserError, match="rope_parameters lacks full_attention and sliding_attention"):  # transformers ignores it
+        Config.from_hf({**least, "rope_parameters": {"rope_type": "linear", "factor": 2.0}})
 
 
 def distinct() -> list[str]:
