@@ -247,10 +247,15 @@ def in_current_layout(weights: dict[str, torch.Tensor], config: Config) -> dict[
     return current
 
 
-def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
-    """Return True if a checkpoint's output layer is its embedding: the same tensor, or stored once."""
+def is_tied(weights: Mapping[str, torch.Tensor], by_value: bool = False) -> bool:
+    """Return True if a checkpoint's output layer is its embedding: the same tensor, stored once, or with `by_value` equal to it.
+
+    A trained head is never equal to the embedding by chance.
+    """
     embedding, head = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
-    return embedding is not None and (head is None or head.data_ptr() == embedding.data_ptr())
+    if embedding is None or head is None:
+        return embedding is not None
+    return head.data_ptr() == embedding.data_ptr() or (by_value and head.dtype == embedding.dtype and head.equal(embedding))
 
 
 def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: str | Path) -> None:

@@ -98,6 +98,13 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "reshard")
 
 
+def reduces_unused_gradients() -> bool:
+    """Return True if this torch's FSDP2 can add up the gradients of an expert that had no token of a process."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+
+
 Load = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 
 
@@ -146,7 +153,7 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
             module.set_force_sum_reduction_for_comms(True)
             if device.type == "cpu":
                 module.set_custom_all_gather(InPlace())  # type: ignore[arg-type]
-            if any(isinstance(part, LLaMAMoE) for part in module.modules()) and hasattr(module, "set_reduce_scatter_unused_params"):
+            if any(isinstance(part, LLaMAMoE) for part in module.modules()) and reduces_unused_gradients():
                 module.set_reduce_scatter_unused_params(True)  # of an expert that has no token of this rank
     home = torch.device("cpu") if offload else device
     for k, group in enumerate(_names(model)):

@@ -13,7 +13,7 @@ name, the end of it from a dot on, or a regular expression for either, in the na
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -78,18 +78,20 @@ def require_used(key: str, patterns: Iterable[str], units: Iterable[str]) -> Non
         )
 
 
-def compact(values: Mapping[str, Any], default: Any) -> dict[str, Any] | None:
-    """Return patterns that give units these values where they differ from the default; None if none does."""
-    named = {_own_name(unit): value for unit, value in values.items()}
-    kinds: dict[str, set[Any]] = {}
-    for name, value in named.items():
-        kinds.setdefault(_kind(name), set()).add(value)
-    return {_kind(name) if len(kinds[_kind(name)]) == 1 else name: value for name, value in named.items() if value != default} or None
-
-
 def _own_name(unit: str) -> str:
     return names_of(unit)[1 if ":" in unit else 0]
 
 
 def _kind(name: str) -> str:
     return re.sub(r"^transformer\.h\.\d+\.", "", name)
+
+
+def compact(
+    values: Mapping[str, Any], default: Any, name_of: Callable[[str], str] = _own_name, kind_of: Callable[[str], str] = _kind
+) -> dict[str, Any] | None:
+    """Return patterns that give layers, by default units, these values where they differ from the default; None if none does."""
+    named = {name_of(layer): value for layer, value in values.items()}
+    kinds: dict[str, set[Any]] = {}
+    for name, value in named.items():
+        kinds.setdefault(kind_of(name), set()).add(value)
+    return {kind_of(name) if len(kinds[kind_of(name)]) == 1 else name: v for name, v in named.items() if v != default} or None

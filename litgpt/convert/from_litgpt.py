@@ -10,7 +10,7 @@ from litgpt import atomic, checkpoint, files
 from litgpt.config import CORRECTION, Config
 from litgpt.convert.experts import interleaved
 from litgpt.convert.hf import hf_settings
-from litgpt.convert.litgpt import is_tied, open_own
+from litgpt.convert.litgpt import open_own
 from litgpt.convert.names import Slot, hf_table, shapes, slots, stored_form, stored_shape, summary
 from litgpt.convert.resolve import open_full_model
 from litgpt.convert.write import Pending, write_sharded
@@ -75,7 +75,7 @@ def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> tuple[di
     settings = hf_settings(config, source)
     loads = {key: load for keys, load in open_own(file, config, dtype).items() for key in keys}
     weights = {name.replace(".attn.attn.", ".attn.qkv."): tensor for name, tensor in checkpoint.load_weights(file).items()}
-    tied = is_tied(weights)
+    tied = checkpoint.is_tied(weights, by_value=True)
     sizes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     dtypes = {key: torch.float32 if key.endswith(CORRECTION) else dtype or tensor.dtype for key, tensor in weights.items()}
 

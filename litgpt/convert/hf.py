@@ -37,7 +37,7 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
         raise UserError(f"{source} holds weights quantised with {method!r}: convert the unquantised model, or a GGUF file of it")
     config = choose_config(source, model_name)
     tensors = open_weights(source)
-    plan = fit(tensors, hf_table(settings["model_type"], config), config, str(source), is_tied(settings), dtype)
+    plan = fit(tensors, hf_table(settings["model_type"], config), config, str(source), says_tied(settings), dtype)
     if images := [name for name in tensors if IMAGES.fullmatch(name)]:
         print(f"{source}: {len(images)} tensors of the image side are left out, the text model is converted.")
     with new_folder(target) as folder:
@@ -48,7 +48,7 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
     return config
 
 
-def is_tied(settings: dict[str, Any]) -> bool:
+def says_tied(settings: dict[str, Any]) -> bool:
     """Return True if a config.json says that the head is the embedding, or its model type does where it is silent."""
     row = families.architecture(settings["model_type"])
     default = (settings.get("text_config") or {}).get("tie_word_embeddings", row is not None and row.tied)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt.atomic import new_folder
-from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, load_weights, save_config
+from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, is_tied, load_weights, save_config
 from litgpt.config import Config
 from litgpt.convert.hf import Reader
 from litgpt.convert.names import Plan, fit, shapes
@@ -46,12 +45,4 @@ def open_own(file: Path, config: Config, dtype: torch.dtype | None = None) -> Pl
     table: Table = {module: (module, "all") for module in modules}
     if any(".attn.attn." in name for name in tensors):
         table = {module: slot for module, slot in table.items() if not module.endswith(".attn.qkv")} | BEFORE_0_5
-    return fit(tensors, table, config, str(file), is_tied(load_weights(file)), dtype)
-
-
-def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
-    """Return True if the head is missing, or equal to the embedding: a trained head never is by chance."""
-    import torch
-
-    embedding, head = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
-    return embedding is not None and (head is None or (head.dtype == embedding.dtype and torch.equal(head, embedding)))
+    return fit(tensors, table, config, str(file), is_tied(load_weights(file), by_value=True), dtype)

@@ -164,6 +164,10 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
     alpha = config.lora_alpha * config.lora_r**0.5 if config.lora_rslora else config.lora_alpha  # the same scale without use_rslora
     ranks = {name: len(layer["lora_A"]) for name, layer in stacked.items()}
     alphas = {name: _alpha(name, rank, units, plan, config) for name, rank in ranks.items()}
+
+    def kind_of(name: str) -> str:
+        return short(path(name), plan, [path(name)])
+
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -173,8 +177,8 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
         "lora_dropout": config.lora_dropout,
         "target_modules": targets,
         "layers_to_transform": blocks,
-        "rank_pattern": _by_short_name(ranks, config.lora_r, plan),
-        "alpha_pattern": _by_short_name(alphas, alpha, plan),
+        "rank_pattern": compact(ranks, config.lora_r, str, kind_of) or {},
+        "alpha_pattern": compact(alphas, alpha, str, kind_of) or {},
         "bias": "none",
         "fan_in_fan_out": plan.transposed,
         "use_rslora": False,
@@ -267,18 +271,6 @@ def _targets(layers: list[str], plan: Layout, n_layer: int) -> tuple[list[str], 
     if matched != set(layers) or (blocks and not everywhere and any(block_of(name) == -1 for name in layers)):
         return layers, None
     return sorted({short(kind, plan, kinds) for kind in kinds}), None if everywhere or not blocks else blocks
-
-
-def _by_short_name(values: Mapping[str, float], default: float, plan: Layout) -> dict[str, float]:
-    """Return the values other than the default, under short names where all layers of a kind have the same."""
-    by_kind: dict[str, set[float]] = {}
-    for name, value in values.items():
-        by_kind.setdefault(path(name), set()).add(value)
-    return {
-        short(path(name), plan, [path(name)]) if len(by_kind[path(name)]) == 1 else name: value
-        for name, value in values.items()
-        if value != default
-    }
 
 
 def from_peft(
@@ -383,10 +375,10 @@ def _layers(tensors: Mapping[str, Tensor], plan: Layout, problems: list[str]) ->
     return complete
 
 
-def value_of(settings: Mapping[str, Any], key: str, patterns: str, name: str) -> Any:
-    """Return rank or alpha of a layer of transformers: that of the first of PEFT's patterns that matches, else the one for all."""
-    own = settings.get(patterns) or {}
-    return own.get(matching(own, name), settings.get(key))
+def alpha_of(settings: Mapping[str, Any], name: str) -> Any:
+    """Return alpha of a layer of transformers: that of the first of PEFT's patterns that matches, else the one for all."""
+    own = settings.get("alpha_pattern") or {}
+    return own.get(matching(own, name), settings.get("lora_alpha"))
 
 
 def _alphas(settings: Mapping[str, Any], layers: Mapping[str, Unit], problems: list[str]) -> dict[str, float]:
@@ -402,7 +394,7 @@ def _alphas(settings: Mapping[str, Any], layers: Mapping[str, Unit], problems: l
         problems.append(f"r is {r!r} and lora_alpha {alpha!r}: numbers are needed")
     alphas: dict[str, float] = {}
     for name, layer in layers.items() if not problems else ():
-        value = value_of(settings, "lora_alpha", "alpha_pattern", name)
+        value = alpha_of(settings, name)
         if not isinstance(value, int | float):
             problems.append(f"alpha_pattern has {str(value)[:60]!r} for {name}: a number is needed")
         else:

@@ -14,6 +14,9 @@ from litgpt.train.settings import Run
 if TYPE_CHECKING:
     from litgpt.train.methods import Method
 
+# groups of parameters that may have a learning rate of their own -> what their names contain
+RATE_GROUPS = {"lora": ".lora_", "skip2lora": "skip2lora.", **{name: name for name in ("value_head", "mtp_heads", "wte", "lm_head")}}
+
 
 @dataclass(kw_only=True)
 class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields come in the order from Run to WarmupSettings
@@ -63,13 +66,10 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
         """Raise UserError for a factor that is no number above 0, and for one of parameters that are not trained."""
         if not 0 < self.loraplus_lr_ratio < math.inf:
             raise UserError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}: a number above 0 is needed")
-        trained = {
-            "lora": self.has_lora_in_blocks or (self.lora_r > 0 and self.lora_head),
-            "skip2lora": self.skip2lora_enabled,
-            **{head: head in self.heads for head in ("value_head", "mtp_heads")},
-            **{module: module in (self.modules_to_save or ()) for module in ("wte", "lm_head")},
-        }
-        groups = [group for group, is_trained in trained.items() if is_trained]
+        trained = [*self.heads, *(self.modules_to_save or ())]
+        trained += ["lora"] if self.has_lora_in_blocks or (self.lora_r > 0 and self.lora_head) else []
+        trained += ["skip2lora"] if self.skip2lora_enabled else []
+        groups = [group for group in RATE_GROUPS if group in trained]
         for group, ratio in (self.lr_ratios or {}).items():
             if group not in groups:
                 raise UserError(f"lr_ratios names {group}, which is not trained: these settings train {', '.join(groups)}")
@@ -78,8 +78,7 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
 
     def lr_ratio_of(self, name: str) -> float:
         """Return the learning rate of a parameter as a multiple of the optimizer's."""
-        keys = {"skip2lora": "skip2lora.", "lora": ".lora_", **{key: key for key in ("value_head", "mtp_heads", "wte", "lm_head")}}
-        group = next((group for group, part in keys.items() if part in name), "")
+        group = next((group for group in ("skip2lora", *RATE_GROUPS) if RATE_GROUPS[group] in name), "")
         own = (self.lr_ratios or {}).get(group, 1.0)
         return own * self.loraplus_lr_ratio if name.endswith("lora_B") else own
 

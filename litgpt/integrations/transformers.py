@@ -80,7 +80,7 @@ class Skip2LoRAHooks:
         for key in tensors:
             if key.endswith(".lora_A.weight"):
                 name = key.removeprefix(peft.PREFIX).removesuffix(".lora_A.weight")
-                scale = peft.value_of(lora or {}, "lora_alpha", "alpha_pattern", name) / len(tensors[key])
+                scale = peft.alpha_of(lora or {}, name) / len(tensors[key])
                 outputs[name] = partial(_add_lora, Factors(tensors[key], tensors[key.replace("lora_A", "lora_B")], scale))
         known = {name for name, _ in model.named_modules()}
         if missing := [name for name in (*outputs, *inputs) if name not in known]:

@@ -13,6 +13,7 @@ from litgpt.activations import choose as choosing
 from litgpt.activations.cache import CacheSettings
 from litgpt.activations.prompts import replies
 from litgpt.activations.shared import SharedActivations
+from litgpt.adapters.blocks import is_auto
 from litgpt.checkpoint import chosen_taps, tokenizer_files
 from litgpt.config import Config
 from litgpt.data.base import Splits
@@ -58,8 +59,6 @@ class Job:
     examples: list[Record]
     """the validation records to answer"""
     cache_dtype: torch.dtype
-    chosen: list[int] | None = None
-    """the tapped blocks, if `auto` chose them"""
     shared: SharedActivations | None = None
     """activations that several runs share; None: the run makes its own"""
     date: datetime = field(default_factory=datetime.now)
@@ -73,6 +72,12 @@ class Job:
     def kept(self) -> dict[str, Any]:
         """What a resumed run takes over, as plain values."""
         return {"date": self.date.isoformat(), "general_answers": self.general_answers}
+
+    @property
+    def chosen(self) -> list[int] | None:
+        """The tapped blocks, if `auto` chose them."""
+        config, settings = self.model.config, vars(self.settings)
+        return list(config.taps) if config.skip2lora_enabled and is_auto(settings["skip2lora_block_indices"]) else None
 
     @property
     def objective(self) -> Objective:
@@ -127,9 +132,9 @@ def prepare(
         if not optimizer.param_groups[0]["lr"]:
             job.console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
         if count := job.model.config.taps_to_choose:
-            job.chosen = chosen_taps(point) if point else choose_taps(job, count)
-            if job.chosen:
-                keep_taps(job.model, job.chosen)
+            blocks = chosen_taps(point) if point else choose_taps(job, count)
+            if blocks:
+                keep_taps(job.model, blocks)
     if rank.index:
         torch.manual_seed(settings.seed + rank.index)  # dropout differs between ranks
     return job

@@ -16,6 +16,7 @@ from litgpt.memory import PROCESS, Memory, estimate
 from litgpt.objectives.named import objective_of
 from litgpt.quantize import EIGHT_BITS, FOUR_BITS
 from litgpt.sample import Sample
+from litgpt.sharding import reduces_unused_gradients
 from litgpt.text import gib
 from litgpt.train.methods import Method
 from litgpt.train.parallel import Rank
@@ -29,24 +30,14 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
     optimizer: Any = settings.optimizer
     name = str(optimizer if isinstance(optimizer, str) else optimizer.get("class_path", "")).rpartition(".")[2]
     config, quantize = method.config(base), method.quantize
+    trains_experts = config.n_expert > 0 and (config.cut is None or config.lora_mlp)
     found = {
         f"optimizer {name}": name in OF_WHOLE_TENSORS or "8bit" in name,
         f"quantize {quantize} (int8 works)": quantize in FOUR_BITS,
         "train.replay of answer-only LoRA": bool(settings.train.replay) and config.alora_enabled,
-        f"trained experts of a mixture and torch {torch.__version__}": _trains_experts(config) and not has_unused_gradients(),
+        f"trained experts of a mixture and torch {torch.__version__}": trains_experts and not reduces_unused_gradients(),
     }
     return [what for what, is_so in found.items() if is_so]
-
-
-def _trains_experts(config: LoRAConfig) -> bool:
-    return config.n_expert > 0 and (config.cut is None or config.lora_mlp)
-
-
-def has_unused_gradients() -> bool:
-    """Return True if FSDP2 can add up the gradients of an expert that had no token of a process."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 
 
 def require_shardable(settings: Run, method: Method, base: Path) -> None:

@@ -311,14 +311,7 @@ def _adapted(job: Job, candidate: Candidate) -> Job:
     job.model.to(job.rank.device)
     if candidate.chosen is not None:
         keep_taps(job.model, candidate.chosen)
-    return replace(
-        job,
-        settings=candidate.settings,
-        method=candidate.method,
-        console=_Quiet(job.console.active),
-        chosen=candidate.chosen,
-        answers=False,
-    )
+    return replace(job, settings=candidate.settings, method=candidate.method, console=_Quiet(job.console.active), answers=False)
 
 
 def _introduce(job: Job, table: Table, waiting: int, place: Place | None) -> None:

@@ -202,7 +202,7 @@ def open_gguf(path: Path) -> Reader:
     parts = [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise UserError(f"{path} is one of {count} parts: {', '.join(missing[:5])} {'are' if missing[1:] else 'is'} missing beside it")
-    first, *others = (Reader(part) for part in parts)
+    first, *others = (reader if part == path else Reader(part) for part in parts)
     for number, part in enumerate((first, *others)):
         if [Settings(part).get(f"split.{key}", int, -1) for key in ("no", "count")] != [number, count]:
             raise UserError(f"{part.path} is not the part that its name says (split.no, split.count): download it again")

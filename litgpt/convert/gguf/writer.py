@@ -17,7 +17,7 @@ from litgpt.convert.gguf.config import TOLERANCE, Plan, has_offset, plan, read_c
 from litgpt.convert.gguf.reader import CHUNK
 from litgpt.convert.gguf.vocabulary import vocabulary
 from litgpt.convert.hf import hf_settings
-from litgpt.convert.litgpt import is_tied, open_own
+from litgpt.convert.litgpt import open_own
 from litgpt.convert.names import Slot, shapes, slots, stored_form, stored_shape, summary
 from litgpt.errors import UserError
 
@@ -66,7 +66,7 @@ def describe(source: Path, target: Path) -> tuple[Plan, dict[str, Group]]:
         model_type = hf_settings(config, source)["model_type"]
     except UserError:  # transformers has no such model
         model_type = ""
-    tied = is_tied(checkpoint.load_weights(source / checkpoint.WEIGHTS))
+    tied = checkpoint.is_tied(checkpoint.load_weights(source / checkpoint.WEIGHTS), by_value=True)
     try:
         return choose(config, vocabulary(source, config.V), target, tied, model_type)
     except ValueError as error:
