@@ -48,8 +48,7 @@ class Memory(NamedTuple):
     weights: int
     training: int
     activations: int
-    gathered: int = 0
-    """at once, of a sharded model"""
+    gathered: int = 0  # at once, of a sharded model
 
     @property
     def total(self) -> int:

@@ -41,12 +41,9 @@ class PromptStyle:
 
     name: ClassVar[str] = ""
     bos: ClassVar[bool | None] = None  # BOS before a text: as the tokenizer does by default; not before a template, which writes its own
-    gap: ClassVar[str] = ""
-    """Text between prompt and reply. The model learns to write it, so it is not part of the prompt."""
-    end_of_turn: ClassVar[str] = ""
-    """Token that ends a reply, "" for the tokenizer's EOS."""
-    marker: ClassVar[str] = ""
-    """Another token that the style cannot do without."""
+    gap: ClassVar[str] = ""  # Text between prompt and reply. The model learns to write it, so it is not part of the prompt.
+    end_of_turn: ClassVar[str] = ""  # Token that ends a reply, "" for the tokenizer's EOS.
+    marker: ClassVar[str] = ""  # Another token that the style cannot do without.
 
     def apply(self, prompt: str, *, sys_prompt: str | None = None, **kwargs: str) -> str:
         """Return the text up to where the reply starts. `sys_prompt` replaces the style's system text; `input` follows the prompt."""

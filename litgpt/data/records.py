@@ -42,18 +42,12 @@ class Record:
     messages: list[Message]
     learned: list[float]
     tools: list[Any] | None = None
-    pair: bool = False
-    """one question and its answer: without `mask_prompt` the question is learned as well, with the same weight"""
-    input: str = ""
-    """of a pair: text that follows the question, for which some prompt styles have a place"""
-    rejected: "Record | None" = None
-    """the same prompt with an answer that is worse than this one's"""
-    label: bool | None = None
-    """whether the answer is a good one, if the record says so"""
-    reward: float | None = None
-    """of the answer: "reward", or 1 and 0 for "correct" true and false"""
-    unread: tuple[str, ...] = ()
-    """keys that mean nothing here"""
+    pair: bool = False  # one question and its answer: without `mask_prompt` the question is learned as well, with the same weight
+    input: str = ""  # of a pair: text that follows the question, for which some prompt styles have a place
+    rejected: "Record | None" = None  # the same prompt with an answer that is worse than this one's
+    label: bool | None = None  # whether the answer is a good one, if the record says so
+    reward: float | None = None  # of the answer: "reward", or 1 and 0 for "correct" true and false
+    unread: tuple[str, ...] = ()  # keys that mean nothing here
 
     @property
     def last(self) -> int:

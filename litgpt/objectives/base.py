@@ -29,10 +29,8 @@ class View:
     model: GPT
     activations: Activations
     head_loss: HeadLoss
-    micro_batch: int
-    """samples in a forward pass"""
-    spare: Sequence[int] = ()
-    """a unit of this process, for passes of a sharded model in which only other processes have samples"""
+    micro_batch: int  # samples in a forward pass
+    spare: Sequence[int] = ()  # a unit of this process, for passes of a sharded model in which only other processes have samples
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         return [self.activations.samples[i] for i in indices]

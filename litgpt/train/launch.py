@@ -42,10 +42,8 @@ class Place:
     index: int
     size: int
     local_index: int
-    local_size: int
-    """processes on this machine"""
-    address: str
-    """of the machine of the first process"""
+    local_size: int  # processes on this machine
+    address: str  # of the machine of the first process
     port: int
 
     @classmethod
@@ -133,8 +131,7 @@ class Failure:
     """The end of a process before its time."""
 
     index: int
-    code: int
-    """its exit code"""
+    code: int  # its exit code
     message: str
 
 

@@ -38,12 +38,9 @@ class Batch(NamedTuple):
     """This rank's samples of a step, and the counts of the whole global batch."""
 
     indices: list[int]
-    weight: float
-    """sum of the loss tokens' weights: their number, unless the data say otherwise"""
-    tokens: int
-    """input tokens"""
-    most: int
-    """samples of the rank that has most of them"""
+    weight: float  # sum of the loss tokens' weights: their number, unless the data say otherwise
+    tokens: int  # input tokens
+    most: int  # samples of the rank that has most of them
 
 
 @dataclass
@@ -55,15 +52,12 @@ class Batches:
     """
 
     samples: Sequence[Sample]
-    size: int
-    """samples of a global batch"""
+    size: int  # samples of a global batch
     rank: Rank
     seed: int
-    by_length: bool = False
-    """group samples of similar length"""
+    by_length: bool = False  # group samples of similar length
     by_owner: bool = False
-    group: int = 1
-    """samples that stay together, a unit (`litgpt.objectives.base`); `size` is a multiple"""
+    group: int = 1  # samples that stay together, a unit (`litgpt.objectives.base`); `size` is a multiple
 
     def owned(self, rank: int) -> list[int]:
         """Return the samples that a rank takes with `by_owner`; all of them without."""

@@ -41,24 +41,18 @@ class CacheArgs:
 class Method:
     """A way to fine-tune; the rest of the package knows no other difference between them."""
 
-    config: Callable[[Path], LoRAConfig]
-    """the model's config, adapters included, for a checkpoint folder"""
-    prepare: Callable[[GPT], None]
-    """sets what is trained, on a model with its base weights"""
+    config: Callable[[Path], LoRAConfig]  # the model's config, adapters included, for a checkpoint folder
+    prepare: Callable[[GPT], None]  # sets what is trained, on a model with its base weights
     save: Callable[[GPT], Callable[[Path], None]]
     """gathers the trained weights, of all ranks, and returns a function that writes them into a folder"""
-    load: Callable[[GPT, Path], None]
-    """gives a model the trained weights of a folder that `save` wrote"""
+    load: Callable[[GPT, Path], None]  # gives a model the trained weights of a folder that `save` wrote
     finish: Callable[[GPT, Path], bool] = lambda model, folder: False
     """adds files to the final folder; returns True if the model's weights are now merged and rounded"""
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
     cache: CacheArgs = CacheArgs("off")
-    lora_flags: tuple[str, ...] = ()
-    """LoRA flags that are set, for the line that says where they apply"""
-    quantize: str | None = None
-    """how frozen weights are stored"""
-    lr_ratio_of: Callable[[str], float] = lambda name: 1.0
-    """returns the learning rate of a parameter as a multiple of the optimizer's"""
+    lora_flags: tuple[str, ...] = ()  # LoRA flags that are set, for the line that says where they apply
+    quantize: str | None = None  # how frozen weights are stored
+    lr_ratio_of: Callable[[str], float] = lambda name: 1.0  # returns the learning rate of a parameter as a multiple of the optimizer's
 
     def build(self, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device | None = None, offload: bool = False) -> GPT:
         """Return the model on the CPU, or sharded on `device`, the backbone in `dtype`, trainable parameters marked.

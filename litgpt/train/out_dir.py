@@ -173,16 +173,12 @@ class Checkpoints:
     out_dir: Path
     contents: Callable[[], Callable[[Path], None]]
     """gathers the weights of all ranks; the result writes them, settings and tokenizer into a folder"""
-    facts: dict[str, Any]
-    """of the training state: identity and environment"""
+    facts: dict[str, Any]  # of the training state: identity and environment
     keep_last: int | None
     rank: Rank
-    log: MetricLoggers | None
-    """None in processes other than the first"""
-    newest: Path | None = None
-    """the last checkpoint that can be resumed"""
-    gathered: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state
-    """returns the optimizer's state of all ranks"""
+    log: MetricLoggers | None  # None in processes other than the first
+    newest: Path | None = None  # the last checkpoint that can be resumed
+    gathered: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state  # returns the optimizer's state of all ranks
     unproven: list[Path] = field(default_factory=list)
     """checkpoints since the last one whose weights gave a sound loss; nothing is removed for them"""
 

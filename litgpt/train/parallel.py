@@ -28,12 +28,9 @@ class Rank:
     device: torch.device = torch.device("cpu")
     sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     barrier: Callable[[], None] = lambda: None
-    mixed: torch.dtype | None = None
-    """autocast to this dtype"""
-    group: Group | None = None
-    """the joined processes; None for one"""
-    sharded: bool = False
-    """each process holds a part of the model, and all run it at the same time"""
+    mixed: torch.dtype | None = None  # autocast to this dtype
+    group: Group | None = None  # the joined processes; None for one
+    sharded: bool = False  # each process holds a part of the model, and all run it at the same time
 
     @classmethod
     def start(cls, precision: str, devices: int | str, num_nodes: int, timeout: float, shards: bool = False) -> Rank:

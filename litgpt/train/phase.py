@@ -37,10 +37,8 @@ class Phase:
     console: Console
     checkpoints: Checkpoints
     interrupts: Interrupts
-    answer: Callable[[], None]
-    """shows the model's answer to the example"""
-    losses: list[float] = field(default_factory=list)
-    """of this session's steps"""
+    answer: Callable[[], None]  # shows the model's answer to the example
+    losses: list[float] = field(default_factory=list)  # of this session's steps
     _course: str = ""
     saved_at: float = field(default_factory=lambda: time.perf_counter())
 

@@ -47,8 +47,7 @@ class Job:
 
     settings: Run
     method: Method
-    base: Path
-    """the base model's folder"""
+    base: Path  # the base model's folder
     precision: str
     rank: Rank
     console: Console
@@ -56,17 +55,12 @@ class Job:
     style: PromptStyle
     splits: Splits
     model: GPT
-    examples: list[Record]
-    """the validation records to answer"""
+    examples: list[Record]  # the validation records to answer
     cache_dtype: torch.dtype
-    shared: SharedActivations | None = None
-    """activations that several runs share; None: the run makes its own"""
-    date: datetime = field(default_factory=datetime.now)
-    """the date that the chat template sees; a resumed run keeps it"""
-    general_answers: list[str] | None = None
-    """of the base model, which `train.replay` trains; a resumed run keeps them"""
-    answers: bool = True
-    """show a sample answer at each validation, if `eval.max_new_tokens` asks for one"""
+    shared: SharedActivations | None = None  # activations that several runs share; None: the run makes its own
+    date: datetime = field(default_factory=datetime.now)  # the date that the chat template sees; a resumed run keeps it
+    general_answers: list[str] | None = None  # of the base model, which `train.replay` trains; a resumed run keeps them
+    answers: bool = True  # show a sample answer at each validation, if `eval.max_new_tokens` asks for one
 
     @property
     def kept(self) -> dict[str, Any]:

@@ -95,16 +95,11 @@ class Look:
     """What the settings depend on."""
 
     records: int
-    answers: int
-    """different ones"""
-    longest: int
-    """characters of the longest record"""
-    is_pair: bool
-    """questions and answers, not conversations"""
-    has_validation: bool
-    """the data have validation records of their own"""
-    compares: bool = False
-    """records say which answers are better"""
+    answers: int  # different ones
+    longest: int  # characters of the longest record
+    is_pair: bool  # questions and answers, not conversations
+    has_validation: bool  # the data have validation records of their own
+    compares: bool = False  # records say which answers are better
 
     @classmethod
     def at(cls, train: Sequence[Any], val: Sequence[Any] | None) -> Look:

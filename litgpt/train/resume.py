@@ -64,26 +64,17 @@ class State:
 
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0
-    """spent in training steps"""
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    """(step, validation loss)"""
-    best: tuple[int, float] | None = None
-    """the lowest of them after a step"""
-    skipped: int = 0
-    """steps that were skipped because of a non-finite loss or gradient"""
-    loss_scale: float = 2.0**16
-    """factor of the loss in fp16"""
+    seconds: float = 0.0  # spent in training steps
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss)
+    best: tuple[int, float] | None = None  # the lowest of them after a step
+    skipped: int = 0  # steps that were skipped because of a non-finite loss or gradient
+    loss_scale: float = 2.0**16  # factor of the loss in fp16
     clock: Stopwatch = field(default_factory=Stopwatch)
     phase: PhaseStart | None = None
-    pending: dict[str, float] | None = None
-    """metrics of the last step, until it is validated"""
-    random: dict[str, torch.Tensor] | None = None
-    """states of the random generators before the step under way"""
-    consistent: bool = True
-    """False while the optimizer writes: weights and optimizer are not those of `step`"""
-    saved: bool = True
-    """the newest checkpoint holds this state"""
+    pending: dict[str, float] | None = None  # metrics of the last step, until it is validated
+    random: dict[str, torch.Tensor] | None = None  # states of the random generators before the step under way
+    consistent: bool = True  # False while the optimizer writes: weights and optimizer are not those of `step`
+    saved: bool = True  # the newest checkpoint holds this state
 
     def advance(self, tokens: int, seconds: float) -> None:
         """Count a step that is done."""
@@ -136,14 +127,10 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
 class Identity:
     """The facts that must be equal for a resumed run to be the same run."""
 
-    settings: dict[str, Any]
-    """flat, without those that may change"""
-    base: str
-    """a digest of config and parts of the weights: all that earlier versions compared"""
-    weights: str
-    """sha256"""
-    train: tuple[int, str]
-    """number of samples and digest"""
+    settings: dict[str, Any]  # flat, without those that may change
+    base: str  # a digest of config and parts of the weights: all that earlier versions compared
+    weights: str  # sha256
+    train: tuple[int, str]  # number of samples and digest
     val: tuple[int, str]
 
     @classmethod

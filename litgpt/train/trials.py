@@ -50,17 +50,12 @@ LOCKS = ".sweep.lock"
 class Trial:
     """One setting of a sweep and its result."""
 
-    name: str
-    """of its folder in the sweep's out_dir"""
-    values: dict[str, Any]
-    """of the grid's keys"""
-    settings: Run | None
-    """None if the values contradict each other"""
+    name: str  # of its folder in the sweep's out_dir
+    values: dict[str, Any]  # of the grid's keys
+    settings: Run | None  # None if the values contradict each other
     status: str = WAITING
-    reason: str = ""
-    """why it failed, or cannot be trained"""
-    figures: dict[str, Any] = field(default_factory=dict)
-    """of its report.json"""
+    reason: str = ""  # why it failed, or cannot be trained
+    figures: dict[str, Any] = field(default_factory=dict)  # of its report.json
 
     def fail(self, reason: str) -> None:
         self.status, self.reason = FAILED, reason
@@ -169,10 +164,8 @@ class Table:
 
     out_dir: Path
     trials: list[Trial]
-    keep_best: bool
-    """the runs keep their checkpoint with the lowest validation loss"""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """of sweep.json: settings, identity, environment, cache, seconds"""
+    keep_best: bool  # the runs keep their checkpoint with the lowest validation loss
+    facts: dict[str, Any] = field(default_factory=dict)  # of sweep.json: settings, identity, environment, cache, seconds
 
     @cached_property
     def _locks(self) -> int:
