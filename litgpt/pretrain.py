@@ -37,7 +37,6 @@ class Pretrain(Run):
     model_config: Optional[dict[str, Any]] = None
     """Fields of the model's config that differ from those of model_name, or all of them: --model_config.n_layer 4."""
     out_dir: Path = setting(Path("out/pretrain"), may_change=True)
-    """Folder for checkpoints and logs."""
     initial_checkpoint_dir: Optional[Path] = setting(None, may_change=True)
     """Start from the weights of this checkpoint (continued pretraining)."""
     tokenizer_dir: Optional[Path] = setting(None, may_change=True)
@@ -45,13 +44,10 @@ class Pretrain(Run):
     train: TrainArgs = setting(
         TrainArgs(global_batch_size=512, epochs=None, max_tokens=int(3e12), max_norm=1.0, min_lr=4e-5, lr_warmup_steps=2000)
     )
-    """How long to train, in what batches, and how the learning rate moves."""
     eval: EvalArgs = setting(EvalArgs(interval=1000))
-    """When and on how much to validate."""
     devices: Union[int, str] = setting("auto", may_change=True)
     """Number of devices to train on, or "auto"."""
     logger_name: Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"] = setting("tensorboard", may_change=True)
-    """A logger besides metrics.csv and TensorBoard, which are always written."""
     seed: int = setting(42, varies=True)
     """Random seed, of the fresh weights too."""
 

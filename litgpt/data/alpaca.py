@@ -49,11 +49,9 @@ class Alpaca2k(Alpaca):
     val_split_fraction: float | None = 0.05
     """Share of the samples that is kept for validation: 100 of them."""
     download_dir: Path = Path("./data/alpaca2k")
-    """Folder for the downloaded file."""
     repo_id: str = "mhenrichsen/alpaca_2k_test"
     """The data set on the hub."""
     file_name: str = "alpaca2k_data_cleaned_archive.json"
-    """Name of the file in download_dir."""
 
     @property
     def on_hub(self) -> str:  # type: ignore[override]
@@ -65,13 +63,10 @@ class AlpacaGPT4(Alpaca):
     """52,000 instruction / input / output records with the answers of GPT-4, downloaded once."""
 
     val_split_fraction: float | None = 0.03847
-    """Share of the samples that is kept for validation: 2,000 of them."""
     download_dir: Path = Path("./data/alpacagpt4")
-    """Folder for the downloaded file."""
     file_url: str = "https://raw.githubusercontent.com/Instruction-Tuning-with-GPT-4/GPT-4-LLM/main/data/alpaca_gpt4_data.json"
     """Address of the file."""
     file_name: str = "alpacagpt4_data_cleaned_archive.json"
-    """Name of the file in download_dir."""
 
     on_hub: ClassVar[str] = ""
 
@@ -83,10 +78,8 @@ class Dolly(Alpaca):
     val_split_fraction: float | None = 0.1
     """Share of the samples that is kept for validation."""
     download_dir: Path = Path("./data/dolly")
-    """Folder for the downloaded file."""
     file_url: str = f"{HUB}databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl"
     """Address of the file."""
     file_name: str = "dolly_data_cleaned.json"
-    """Name of the file in download_dir."""
 
     on_hub: ClassVar[str] = ""

@@ -32,7 +32,6 @@ class Deita(_Parts):
     include_multiturn_conversations: bool = False
     """Make a sample of every question and its answer. Otherwise of the first in each conversation."""
     download_dir: Path = Path("./data/deita")
-    """Folder for the downloaded files."""
     repo_id: str = "HuggingFaceH4/deita-10k-v0-sft"
     """The data set on the hub."""
 
@@ -51,7 +50,6 @@ class FLAN(_Parts):
     prompt_style: str | None = "flan"
     """Name of a prompt style, or "chat" for the checkpoint's own template."""
     download_dir: Path = Path("./data/flan")
-    """Folder for the downloaded files."""
     url: str = f"{HUB}Muennighoff/flan/resolve/main"
     """Address below which the files are."""
     subsets: Optional[str] = None
@@ -80,7 +78,6 @@ class LongForm(_Parts):
     prompt_style: str | None = "longform"
     """Name of a prompt style, or "chat" for the checkpoint's own template."""
     download_dir: Path = Path("./data/longform")
-    """Folder for the downloaded files."""
 
     url = "https://raw.githubusercontent.com/akoksal/LongForm/main/dataset"
 

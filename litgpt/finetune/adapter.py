@@ -18,7 +18,6 @@ class Adapter(ObjectiveSettings, Run):
     """Fine-tune a model with LLaMA-Adapter: learned prompts that blocks attend to."""
 
     out_dir: Path = setting(Path("out/finetune/adapter"), may_change=True)
-    """Folder for checkpoints and logs."""
     quantize: Optional[Quantization] = None
     """Keep the frozen weights in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, also named bnb.int8-training)."""
     adapter_prompt_length: int = 10
@@ -49,7 +48,6 @@ class AdapterV2(Adapter):
     """Fine-tune a model with LLaMA-Adapter V2: learned prompts, a scale and a bias on every linear layer, and the norms."""
 
     out_dir: Path = setting(Path("out/finetune/adapter-v2"), may_change=True)
-    """Folder for checkpoints and logs."""
 
     def method(self) -> "Method":
         from litgpt.adapter_v2 import Config

@@ -17,9 +17,7 @@ class Full(ObjectiveSettings, Run):
     """Fine-tune all weights of a model."""
 
     out_dir: Path = setting(Path("out/finetune/full"), may_change=True)
-    """Folder for checkpoints and logs."""
     eval: EvalArgs = setting(EvalArgs(max_new_tokens=100))
-    """When and on how much to validate."""
 
     def __post_init__(self) -> None:
         Run.__post_init__(self)

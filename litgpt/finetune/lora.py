@@ -23,19 +23,13 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
     """Fine-tune a model with LoRA or Skip2-LoRA."""
 
     out_dir: Path = setting(Path("out/finetune/lora"), may_change=True)
-    """Folder for checkpoints and logs."""
     quantize: Optional[Quantization] = None
     """Keep the frozen weights in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, also named bnb.int8-training)."""
     lora_r: int = setting(8, varies=True)
-    """Rank of the adapters."""
     lora_alpha: int = setting(16, varies=True)
-    """Adapters are scaled by lora_alpha / lora_r."""
     lora_dropout: float = setting(0.05, varies=True)
-    """Dropout on the adapters' input."""
     lora_query: bool = setting(True, varies=True)
-    """LoRA on the query projections."""
     lora_value: bool = setting(True, varies=True)
-    """LoRA on the value projections."""
     loraplus_lr_ratio: float = setting(1.0, varies=True)
     """The learning rate of B as a multiple of A's (LoRA+): 16 for example, with a lower rate."""
     lr_ratios: Optional[dict[str, float]] = setting(None, varies=True)
