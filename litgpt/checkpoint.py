@@ -43,6 +43,11 @@ TOKENIZER_FILES = (
 )
 
 
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # best first
+HOME = Path("checkpoints")  # in the current folder: where models that are named ORG/NAME, and conversions, are
+HUB_NAME = re.compile(r"[a-zA-Z0-9_][\w.-]*/[a-zA-Z0-9_][\w.-]*")
+
+
 def save_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
     """Write a state dict atomically."""
     import torch
@@ -180,6 +185,11 @@ def _is_tokenizer_model(raw: bytes) -> bool:
     except DecodeError:
         return False
     return raw.startswith(b"\n")
+
+
+def hf_weights(folder: Path) -> Path | None:
+    """Return the weights file of a Hugging Face folder, or the index of several; None if it has none."""
+    return next((file for name in WEIGHT_FILES if (file := folder / name).is_file()), None)
 
 
 def adapter_hint(folder: Path) -> str:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Literal, Optional
 
 from litgpt import families as catalog
 from litgpt.atomic import locked
-from litgpt.checkpoint import TOKENIZER_FILES
-from litgpt.convert.hf import WEIGHT_FILES
-from litgpt.convert.resolve import HOME, HUB_NAME, convert, open_checkpoint
+from litgpt.checkpoint import HOME, HUB_NAME, TOKENIZER_FILES, WEIGHT_FILES, hf_weights
+from litgpt.convert.resolve import convert, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import open_regular, read_json
 from litgpt.streams import unescaped, without_secrets
@@ -226,7 +225,7 @@ def missing_files(folder: Path, tokenizer_only: bool) -> list[str]:
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if tokenizer_only:
         return missing
-    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    weights = hf_weights(folder)
     if weights is None:
         missing.append("model.safetensors (or model.safetensors.index.json and the files that it names)")
     elif weights.name.endswith(".index.json"):

@@ -307,7 +307,8 @@ def prompts(name: Optional[str] = None) -> None:
 
 def _style_of(name: str) -> "tuple[PromptStyle, Tokenizer, str]":
     """Return the style of this name, or that of a model's folder, with a tokenizer and a title."""
-    from litgpt.convert.resolve import HOME, open_checkpoint
+    from litgpt.checkpoint import HOME
+    from litgpt.convert.resolve import open_checkpoint
     from litgpt.prompts import CHAT, STYLES, PromptStyle, resolve_prompt_style
     from litgpt.tokenizer import Tokenizer
 

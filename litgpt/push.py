@@ -11,9 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Optional
 
-from litgpt.checkpoint import ADAPTER_WEIGHTS, FOREIGN_ADAPTERS, TOKENIZER_FILES, WEIGHTS
-from litgpt.convert.hf import WEIGHT_FILES
-from litgpt.convert.resolve import HUB_NAME, open_checkpoint
+from litgpt.checkpoint import ADAPTER_WEIGHTS, FOREIGN_ADAPTERS, HUB_NAME, TOKENIZER_FILES, WEIGHTS
+from litgpt.convert.resolve import is_hf_folder, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.streams import unescaped, without_secrets
@@ -62,8 +61,7 @@ def push(
 @contextmanager
 def _public_form(folder: Path, name: str) -> Iterator[Path]:
     """Yield the folder, or a temporary one named `name` with its converted form."""
-    is_hf = (folder / "config.json").is_file() and any((folder / file).is_file() for file in WEIGHT_FILES)
-    if is_hf or any((folder / file).is_file() for file in FOREIGN_ADAPTERS):
+    if is_hf_folder(folder) or any((folder / file).is_file() for file in FOREIGN_ADAPTERS):
         yield folder
         return
     if folder.is_dir() and any(folder.glob("*.gguf")) and not (folder / WEIGHTS).is_file():

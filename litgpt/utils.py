@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from litgpt import checkpoint
-from litgpt.checkpoint import save_config
-from litgpt.convert.resolve import HOME
+from litgpt.checkpoint import HOME, save_config
+from litgpt.convert.resolve import open_checkpoint
 from litgpt.device import default_device, default_precision
 from litgpt.download import fetch_named
 from litgpt.errors import UserError
@@ -84,8 +84,6 @@ def extend_checkpoint_dir(checkpoint_dir: Path) -> Path:
 
 def auto_download_checkpoint(model_name: str | Path, access_token: str | None = None, ignore_tokenizer_files: bool = False) -> Path:
     """Return the checkpoint folder of a path or of a name on the hub, which is downloaded if it is not there."""
-    from litgpt.convert.resolve import open_checkpoint
-
     fetch_named(model_name, access_token)
     folder = open_checkpoint(model_name)
     check_valid_checkpoint_dir(folder, raise_error=True, ignore_tokenizer_files=ignore_tokenizer_files)

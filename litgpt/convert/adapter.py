@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from litgpt import atomic, checkpoint, files
 from litgpt.adapters.settings import readable_by_litgpt
-from litgpt.convert import peft, portable
-from litgpt.convert.hf import hf_settings
 from litgpt.convert.resolve import locate, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.prompts import PROMPT_STYLE_FILE
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
 
     from litgpt.lora import Config as LoRAConfig
 
-LITGPT, PEFT, PORTABLE = checkpoint.ADAPTER_WEIGHTS, peft.CONFIG, portable.CONFIG  # the files by which a folder's format is known
+LITGPT, PEFT, PORTABLE = FORMATS = (checkpoint.ADAPTER_WEIGHTS, *checkpoint.FOREIGN_ADAPTERS)  # the files that tell a folder's format
 
 
 def convert_adapter(
@@ -33,7 +31,9 @@ def convert_adapter(
         checkpoint_dir: Folder of the base model. Needed for a PEFT or portable folder; for litgpt's own if the base has moved.
         to: gguf writes LoRA for llama.cpp, beside the base's GGUF file: to output_dir/adapter.gguf, or to output_dir if it ends in .gguf.
     """
+    from litgpt.convert import peft, portable
     from litgpt.convert.card import base_name, write_card
+    from litgpt.convert.hf import hf_settings
 
     source, target = Path(adapter_dir), Path(output_dir)
     source = locate(source) if (source / "final").is_dir() else source  # a run's folder
@@ -89,7 +89,7 @@ def copy_prompt_style(source: Path, folder: Path) -> None:
 
 def kind_of(folder: Path) -> str:
     """Return the file that marks the folder as a litgpt, PEFT or portable adapter. Raises UserError if there is none, or several."""
-    kinds = [name for name in (LITGPT, PEFT, PORTABLE) if (folder / name).is_file()]
+    kinds = [name for name in FORMATS if (folder / name).is_file()]
     if len(kinds) != 1:
         content = f"it has {' and '.join(kinds)}" if kinds else f"it has none of {LITGPT}, {PEFT} and {PORTABLE}"
         raise UserError(f"{folder} is not an adapter's folder: {content}")
@@ -101,6 +101,7 @@ def read_adapter(folder: Path, base: Optional[Path] = None) -> "tuple[LoRAConfig
 
     Raises UserError for broken files, and weights that do not match the settings.
     """
+    from litgpt.convert import portable
     from litgpt.lora import Config
 
     trained_on, settings = checkpoint.read_adapter_settings(folder, base)
@@ -116,6 +117,7 @@ def read_adapter(folder: Path, base: Optional[Path] = None) -> "tuple[LoRAConfig
 
 def write_adapter(folder: Path, base: Path, settings: dict[str, Any], weights: "dict[str, Tensor]") -> None:
     """Write an adapter of the checkpoint `base` as `litgpt finetune` does. Raises UserError if it does not fit."""
+    from litgpt.convert import portable
     from litgpt.lora import Config
     from litgpt.prompts import resolve_prompt_style, save_prompt_style
     from litgpt.tokenizer import Tokenizer

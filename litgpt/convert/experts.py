@@ -11,12 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from litgpt.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 ALL = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|)")
 ONE = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
@@ -74,8 +73,6 @@ def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
     MXFP4 of the OCP's microscaling formats: bf16 holds every product exactly, as its exponents are fp32's.
     """
-    import torch
-
     values = torch.tensor((*FP4, *(-value for value in FP4)))
     pairs = torch.stack((blocks & 15, blocks >> 4), dim=-1).long()
     return torch.ldexp(values[pairs].flatten(-2), scales.int()[..., None] - 127).flatten(1).bfloat16()
@@ -101,7 +98,5 @@ def interleaved(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _interleave(parts: list[Any], count: int) -> torch.Tensor:
     """Return the layers (out, in) or (out,) of experts, `count` each: (E, in, count out) or (E, count out)."""
-    import torch
-
     stacked = torch.stack([part.load() for part in parts]).unflatten(0, (-1, count))  # (E, count, out, in)
     return stacked.movedim(1, -1).flatten(-2) if stacked.dim() == 3 else stacked.permute(0, 3, 2, 1).flatten(-2).contiguous()

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from litgpt import atomic, checkpoint, files
 from litgpt.config import CORRECTION, Config
-from litgpt.convert.experts import interleaved
-from litgpt.convert.hf import hf_settings
-from litgpt.convert.litgpt import open_own
-from litgpt.convert.names import Slot, hf_table, shapes, slots, stored_form, stored_shape, summary
 from litgpt.convert.resolve import open_full_model
-from litgpt.convert.write import Pending, write_sharded
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from litgpt.convert.names import Slot
+    from litgpt.convert.write import Pending
 
 # keys of config.json that no longer hold, or name files that are not copied
 NOT_KEPT = ("torch_dtype", "_name_or_path", "auto_map", "quantization_config")
@@ -40,10 +38,12 @@ def convert_from_litgpt(
         max_shard_size: The largest weight file, such as 500MB or 5GB. A larger model is written as several files and their index.
     """
     largest = parse_size(max_shard_size)
-    source, target = open_full_model(checkpoint_dir, "a transformers model"), Path(output_dir)
     import torch
 
     from litgpt.convert.card import write_card
+    from litgpt.convert.write import write_sharded
+
+    source, target = open_full_model(checkpoint_dir, "a transformers model"), Path(output_dir)
 
     with atomic.new_folder(target, manifest=False) as folder:
         settings, tensors = model_to_hf(source, None if dtype is None else getattr(torch, dtype))
@@ -64,12 +64,18 @@ def parse_size(text: str) -> int:
     return size
 
 
-def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> tuple[dict[str, Any], dict[str, Pending]]:
+def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> "tuple[dict[str, Any], dict[str, Pending]]":
     """Return the config.json of a checkpoint folder, and its tensors under transformers' names, not yet loaded.
 
     Raises UserError for a model that no class of transformers computes, and for weights that do not fit it.
     """
     import torch
+
+    from litgpt.convert.experts import interleaved
+    from litgpt.convert.hf import hf_settings
+    from litgpt.convert.litgpt import open_own
+    from litgpt.convert.names import stored_form, stored_shape
+    from litgpt.convert.write import Pending
 
     config, file = Config.from_checkpoint(source), source / checkpoint.WEIGHTS
     settings = hf_settings(config, source)
@@ -79,7 +85,7 @@ def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> tuple[di
     sizes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     dtypes = {key: torch.float32 if key.endswith(CORRECTION) else dtype or tensor.dtype for key, tensor in weights.items()}
 
-    def make(slot: Slot) -> "torch.Tensor":
+    def make(slot: "Slot") -> "torch.Tensor":
         return stored_form(slot, config, {key: loads[key]() for key in slot.keys})
 
     tensors = {
@@ -92,11 +98,13 @@ def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> tuple[di
     return {**settings, "tie_word_embeddings": tied, "dtype": str(dtypes["transformer.wte.weight"]).removeprefix("torch.")}, tensors
 
 
-def hf_slots(config: Config, model_type: str, tied: bool) -> dict[str, Slot]:
+def hf_slots(config: Config, model_type: str, tied: bool) -> "dict[str, Slot]":
     """Return the name of every tensor that a transformers model of that type stores, and its place here.
 
     Raises UserError for a LitGPT tensor without a name there. A head that is the embedding is not stored.
     """
+    from litgpt.convert.names import hf_table, shapes, slots, summary
+
     keys = shapes(config, 6 * config.n_layer, f"the model {config.name!r}")
     by_name = slots(hf_table(model_type, config), config, keys)
     if unnamed := keys.keys() - {key for slot in by_name.values() for key in slot.keys}:

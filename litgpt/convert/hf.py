@@ -6,11 +6,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from litgpt import families, files
 from litgpt.atomic import new_folder, write_bytes
-from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, is_mappable, load_weights, read_hyperparameters, save_config
+from litgpt.checkpoint import (
+    WEIGHT_FILES,
+    WEIGHTS,
+    copy_tokenizer_files,
+    hf_weights,
+    is_mappable,
+    load_weights,
+    read_hyperparameters,
+    save_config,
+)
 from litgpt.config import Config
 from litgpt.convert.compare import INPUT_AND_TRAINING, differences
 from litgpt.convert.names import IMAGES, Stored, fit, hf_table, summary
@@ -18,11 +29,6 @@ from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
 from litgpt.files import read_own
 
-if TYPE_CHECKING:
-    import torch
-
-# In the order of preference.
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 RELEASE = 2**27  # a memory map is renewed after that many bytes, so that its pages do not pile up
 
 
@@ -151,22 +157,21 @@ class Reader:
 
 def open_weights(folder: Path) -> dict[str, Stored]:
     """Return every tensor of the folder's weight files, unread. Raise UserError for missing and broken files."""
-    name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if name is None:
+    file, reader = hf_weights(folder), Reader()
+    if file is None:
         raise UserError(f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} is needed")
-    reader = Reader()
-    if not name.endswith(".index.json"):
-        return reader.stored(folder / name)
+    if not file.name.endswith(".index.json"):
+        return reader.stored(file)
     tensors: dict[str, Stored] = {}
     problems = []
-    weight_map = read_index(folder / name)
+    weight_map = read_index(file)
     for shard in sorted(set(weight_map.values())):
         content = reader.stored(folder / shard)
-        if missing := [tensor for tensor, file in weight_map.items() if file == shard and tensor not in content]:
+        if missing := [tensor for tensor, name in weight_map.items() if name == shard and tensor not in content]:
             problems.append(f"{shard} lacks {summary(missing)}")
         tensors.update({tensor: stored for tensor, stored in content.items() if weight_map.get(tensor, shard) == shard})
     if problems:
-        raise UserError(f"{folder} is not what its {name} says: {'; '.join(problems)}. Download the model again")
+        raise UserError(f"{folder} is not what its {file.name} says: {'; '.join(problems)}. Download the model again")
     return tensors
 
 

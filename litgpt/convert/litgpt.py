@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from litgpt.atomic import new_folder
 from litgpt.checkpoint import WEIGHTS, copy_tokenizer_files, is_tied, load_weights, save_config
@@ -12,11 +13,7 @@ from litgpt.convert.hf import Reader
 from litgpt.convert.names import Plan, fit, shapes
 from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from litgpt.families import Table
+from litgpt.families import Table
 
 BEFORE_0_5: Table = {"transformer.h.{}.attn.attn": ("transformer.h.{}.attn.qkv", "qkv grouped")}
 

@@ -17,19 +17,19 @@ import re
 from collections.abc import Callable, Container, Mapping
 from functools import partial
 from itertools import groupby, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from litgpt import families
 from litgpt.config import CORRECTION, Config
 from litgpt.convert.experts import Stored as Stored
 from litgpt.convert.experts import separated
+from litgpt.device import on_meta
 from litgpt.errors import UserError
+from litgpt.families import Table
+from litgpt.model import GPT
 from litgpt.text import first_line
-
-if TYPE_CHECKING:
-    import torch
-
-    from litgpt.families import Table
 
 # The model computes these itself: rotary tables and causal masks that older files hold.
 BUFFERS = re.compile(
@@ -63,8 +63,6 @@ def hf_table(model_type: str, config: Config) -> Table:
 
 def rows(part: str, config: Config) -> torch.Tensor:
     """Return the rows of `attn.qkv` that the rows of a stored tensor fill, in the stored order, (rows,)."""
-    import torch
-
     every = torch.arange(sum(config.qkv_sizes))
     parts = every.split(config.qkv_sizes)
     if part == "qkv grouped":
@@ -91,9 +89,6 @@ def slots(table: Table, config: Config, keys: Mapping[str, tuple[int, ...]]) -> 
 
 def shapes(config: Config, stored: int, source: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the LitGPT model. `stored` is the number of tensors in `source`; a block has at least five."""
-    from litgpt.device import on_meta
-    from litgpt.model import GPT
-
     if 5 * config.n_layer > stored:
         raise UserError(f"{source}: the model has {config.n_layer} blocks by its settings, but only {stored} tensors are stored")
     try:
@@ -115,8 +110,6 @@ def stored_shape(slot: Slot, config: Config, keys: Mapping[str, tuple[int, ...]]
 
 def stored_form(slot: Slot, config: Config, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return a tensor as it is stored, made from LitGPT's."""
-    import torch
-
     tensors = [weights[key] for key in slot.keys]
     if slot.part == "gate up":
         return torch.cat(tensors)
@@ -186,8 +179,6 @@ def _misfits(
 
 def _gather(key: str, pieces: list[tuple[Stored, Slot]], shape: tuple[int, ...], config: Config, dtype: torch.dtype | None) -> torch.Tensor:
     """Return the LitGPT tensor `key` from the stored tensors that hold it, read one after the other."""
-    import torch
-
     joined: torch.Tensor | None = None
     for stored, slot in pieces:
         tensor = stored.load()

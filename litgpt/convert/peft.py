@@ -20,23 +20,24 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from litgpt import families, files
 from litgpt.adapters.patterns import PARTS, compact, matching, wrong
+from litgpt.adapters.pissa import as_lora
 from litgpt.adapters.settings import LAYER_FLAGS, MODULES
 from litgpt.atomic import write_bytes, write_text
 from litgpt.checkpoint import PEFT_ADAPTER, load_weights
 from litgpt.checkpoint import WEIGHTS as BASE_WEIGHTS
+from litgpt.config import Config
 from litgpt.convert import names
 from litgpt.convert.hf import hf_settings
 from litgpt.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from litgpt.config import Config
-    from litgpt.lora import Config as LoRAConfig
+from litgpt.lora import Config as LoRAConfig
 
 CONFIG, WEIGHTS = PEFT_ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -127,9 +128,6 @@ def split(weights: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Unit]:
 
 def join(units: Mapping[str, Unit]) -> dict[str, Tensor]:
     """Return the LoRA state dict of units, the reverse of `split`."""
-    import torch
-    from torch.nn.functional import pad
-
     groups: dict[str, list[Unit]] = {}
     for name in sorted(units, key=lambda name: PARTS.index(name[-1]) if ":" in name else 0):
         groups.setdefault(name.partition(":")[0], []).append(units[name])
@@ -148,8 +146,6 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
 
     `base` is the model's name, `model_type` its class in transformers. Raises UserError that lists the weights without a place there.
     """
-    from litgpt.adapters.pissa import as_lora
-
     plan = layout(config, model_type)
     units = {name: unit for name, unit in split(as_lora(weights), config).items() if any(bool(unit[factor].any()) for factor in FACTORS)}
     if unknown := [name for name in units if name not in plan.sizes]:
@@ -222,8 +218,6 @@ def _alpha(name: str, rank: int, units: Mapping[str, Unit], plan: Layout, config
 
 def _stack(name: str, units: Mapping[str, Unit], plan: Layout, config: LoRAConfig) -> Unit:
     """Return the parameters of a layer: A (R, in), B (out, R), of DoRA m (out,), for all rows of which PEFT needs values."""
-    import torch
-
     layer = plan.layers[name]
     scales = {unit: config.scale_of(unit) for unit in layer.units if unit in units}
     first = next(iter(scales.values()))
@@ -408,8 +402,6 @@ def _whole(value: float) -> float:
 
 def _unstack(layer: Layer, stacked: Unit, r: int, plan: Layout) -> dict[str, Unit]:
     """Return the units of a layer, the reverse of `_stack`; where their blocks cannot be told apart, each has the layer's A."""
-    import torch
-
     a, b = stacked["lora_A"], stacked["lora_B"]
     if layer.order is not None:
         b = b[torch.argsort(layer.order)]
@@ -430,8 +422,6 @@ def _unstack(layer: Layer, stacked: Unit, r: int, plan: Layout) -> dict[str, Uni
 
 def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return adapter settings and weights of a PEFT folder, for the checkpoint `base`."""
-    from litgpt.config import Config
-
     settings = files.read_json(folder / CONFIG)
     older = folder / "adapter_model.bin"
     tensors = load_weights(older) if older.is_file() and not (folder / WEIGHTS).exists() else read_tensors(folder / WEIGHTS)
@@ -444,8 +434,6 @@ def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def without_base(tensors: Mapping[str, Tensor], table: families.Table, base: Path) -> dict[str, Tensor]:
     """Return the tensors that are not the base's. PEFT stores the head and the embedding too if one of them has LoRA."""
-    import torch
-
     weights = load_weights(base / BASE_WEIGHTS)
     whole = ("transformer.wte", "lm_head")
     places = {in_memory(name, module): f"{module}.weight" for name, (module, _) in table.items() if module in whole}

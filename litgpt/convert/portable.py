@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from litgpt import families, files
 from litgpt.adapters.settings import WarmupSettings, model_settings
 from litgpt.checkpoint import PORTABLE_ADAPTER, load_adapter
+from litgpt.config import Config
 from litgpt.convert import names, peft
+from litgpt.device import on_meta
 from litgpt.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from litgpt.config import Config
-    from litgpt.lora import Config as LoRAConfig
+from litgpt.lora import GPT
+from litgpt.lora import Config as LoRAConfig
 
 CONFIG, WEIGHTS = PORTABLE_ADAPTER, "skip2lora_adapter.safetensors"
 FORMAT = {"format": "skip2lora", "version": 1}
@@ -106,8 +106,6 @@ def read(folder: Path, model: Config, where: str) -> tuple[LoRAConfig, dict[str,
 
     Raises UserError for broken files, unknown settings and another model.
     """
-    from litgpt.lora import Config
-
     file = folder / CONFIG
     content = files.read_json(file)
     if {key: content.get(key) for key in FORMAT} != FORMAT:
@@ -117,10 +115,11 @@ def read(folder: Path, model: Config, where: str) -> tuple[LoRAConfig, dict[str,
         raise UserError(f"{file} has no settings and model_config")
     if not isinstance(model_type, str) or families.architecture(model_type) is None:
         raise UserError(f"{file} has model_type {model_type!r}: only {', '.join(families.architectures())} are supported")
-    if unknown := [key for key in (*fields, *settings) if key not in (*Config.__dataclass_fields__, *WarmupSettings.__dataclass_fields__)]:
+    known = LoRAConfig.__dataclass_fields__ | WarmupSettings.__dataclass_fields__
+    if unknown := [key for key in (*fields, *settings) if key not in known]:
         raise UserError(f"{file} has unknown settings: {', '.join(unknown)}")
     try:
-        config = Config(**{**fields, **model_settings(settings)})
+        config = LoRAConfig(**{**fields, **model_settings(settings)})
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: {error}") from None
     require_fit(config, model, folder, where)
@@ -139,17 +138,12 @@ def read(folder: Path, model: Config, where: str) -> tuple[LoRAConfig, dict[str,
 
 def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return adapter settings and weights of a portable folder, for the checkpoint `base`. Raises UserError if it has another shape."""
-    from litgpt.config import Config
-
     config, weights = read(folder, Config.from_checkpoint(base), f"the model in {base}")
     return adapter_settings(config), weights
 
 
 def require_all(config: LoRAConfig, weights: dict[str, Tensor], source: Path) -> None:
     """Raise UserError that lists every missing, unknown and misshapen weight of an adapter with these settings."""
-    from litgpt.device import on_meta
-    from litgpt.lora import GPT
-
     with on_meta():
         model = GPT(config)
     load_adapter(model, weights, source)

@@ -18,33 +18,26 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litgpt import checkpoint
 from litgpt.atomic import MANIFEST, locked, new_folder, write_text
-from litgpt.checkpoint import ADAPTER_WEIGHTS, TOKENIZER_FILES, WEIGHTS
-from litgpt.convert.gguf.convert import convert_gguf
-from litgpt.convert.gguf.reader import SPLIT, stem
-from litgpt.convert.hf import WEIGHT_FILES, convert_hf, shard_files
+from litgpt.checkpoint import ADAPTER_WEIGHTS, HOME, HUB_NAME, TOKENIZER_FILES, WEIGHTS
+from litgpt.config import Config
+from litgpt.convert.gguf import SPLIT, stem
 from litgpt.errors import UserError
 from litgpt.files import read_json
 
-if TYPE_CHECKING:
-    from litgpt.config import Config
-
-HOME = Path("checkpoints")
 RECORD = "conversion.json"
 CONFIG = "model_config.yaml"
 STAGE = ".conversion"  # folder in which a conversion in place is made
 DTYPES = ("float32", "bfloat16", "float16")
-HUB_NAME = re.compile(r"[a-zA-Z0-9_][\w.-]*/[a-zA-Z0-9_][\w.-]*")
 
 
 def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
@@ -134,7 +127,7 @@ def has_weights(folder: Path) -> bool:
 
 def is_hf_folder(folder: Path) -> bool:
     """Return True if the folder has a Hugging Face model's config and weights."""
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHT_FILES)
+    return (folder / "config.json").is_file() and checkpoint.hf_weights(folder) is not None
 
 
 def target_of(source: Path) -> Path:
@@ -253,6 +246,9 @@ class Conversion:
     def _convert(self, folder: Path, record: dict[str, Any]) -> Config:
         import torch
 
+        from litgpt.convert.gguf.convert import convert_gguf
+        from litgpt.convert.hf import convert_hf
+
         dtype = None if record["dtype"] is None else getattr(torch, record["dtype"])
         return (convert_hf if self.source.is_dir() else convert_gguf)(self.source, folder, record["model_name"], dtype)
 
@@ -273,10 +269,12 @@ class Conversion:
 
     def _source_files(self) -> list[Path]:
         """Return the files that the conversion reads. In place those of the tokenizer are not converted, but used as they are."""
+        from litgpt.convert.hf import shard_files
+
         if self.source.is_file():
             match = SPLIT.fullmatch(self.source.name)
             return sorted(self.source.parent.glob(f"{glob.escape(match[1])}-*-of-{match[3]}.gguf")) if match else [self.source]
-        weights = next((self.source / name for name in WEIGHT_FILES if (self.source / name).is_file()), None)
+        weights = checkpoint.hf_weights(self.source)
         files = [self.source / name for name in ("config.json", *(() if self.in_place else TOKENIZER_FILES))]
         if weights is not None:
             files += [weights, *(shard_files(weights) if weights.name.endswith(".index.json") else [])]

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Literal, Optional
 
-from litgpt.checkpoint import WEIGHTS, adapter_hint
-from litgpt.convert.gguf.reader import stem
-from litgpt.convert.litgpt import convert_own
-from litgpt.convert.resolve import HOME, convert, is_hf_folder, locate
+from litgpt.checkpoint import HOME, WEIGHTS, adapter_hint
+from litgpt.convert.gguf import stem
+from litgpt.convert.resolve import convert, is_hf_folder, locate
 from litgpt.errors import UserError
 
 
@@ -26,6 +25,8 @@ def convert_to_litgpt(
         model_name: Take the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
         dtype: The number format of the stored weights. Default: the source's; bfloat16 where the source is quantised.
     """
+    from litgpt.convert.litgpt import convert_own
+
     source, checkpoint_dir = (None if path is None else Path(path) for path in (source, checkpoint_dir))
     path = source or checkpoint_dir
     if path is None:

@@ -14,13 +14,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from zipfile import ZIP64_LIMIT, ZipFile, ZipInfo
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from litgpt.convert.names import Plan
+from litgpt.convert.names import Plan
 
 PTH_ALIGNMENT, HEADER_ALIGNMENT = 64, 8  # bytes: of a record of a `.pth` file, and of the header's length in a safetensors file
 PADDING = 0x4246  # type of the zip field that torch uses as padding
@@ -54,8 +53,6 @@ class _Tensor:
         self.parts: tuple[Any, ...] = (storage, 0, tuple(tensor.shape), tensor.stride(), False, OrderedDict())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        import torch
-
         return torch._utils._rebuild_tensor_v2, self.parts
 
 
@@ -70,8 +67,6 @@ def write_pth(plan: Plan, path: Path) -> None:
     Layout: an uncompressed zip with a record `data/<number>` for each tensor's bytes and the pickled state dict in `data.pkl`
     (docs.pytorch.org/docs/stable/notes/serialization.html). torch's own record writer ends the process if the disk is full.
     """
-    import torch
-
     kinds: dict[torch.dtype, Any] = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage}
     kinds |= {torch.float16: torch.HalfStorage, torch.float64: torch.DoubleStorage}
     with path.open("wb") as file, ZipFile(file, "w") as archive:
@@ -100,8 +95,6 @@ def _add(archive: ZipFile, place: int, name: str, content: Any) -> None:
 
 def _data(tensor: torch.Tensor) -> Any:
     """Return the bytes of a contiguous tensor without a copy."""
-    import torch
-
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
@@ -111,8 +104,6 @@ def write_safetensors(tensors: Mapping[str, Pending], path: Path) -> None:
     Layout: the header's length (8 bytes), the header (JSON: dtype, shape and place of each tensor), the bytes
     (github.com/huggingface/safetensors#format). Wide numbers come first, which aligns all of them.
     """
-    import torch
-
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

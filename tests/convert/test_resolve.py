@@ -21,8 +21,8 @@ from safetensors import safe_open
 
 from litgpt import LLM, checkpoint
 from litgpt.__main__ import main
-from litgpt.convert import resolve
-from litgpt.convert.resolve import open_checkpoint
+from litgpt.convert.gguf import convert as conversion
+from litgpt.convert.resolve import locate, open_checkpoint
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
 from tests.helpers import gguf_files, tiny
@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_message(hf: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_two_at_once(tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One of them converts, both get the complete folder."""
     file = write_gguf(tmp_path / "tiny.gguf", tiny_tokenizer_dir)
-    convert, both = resolve.convert_gguf, threading.Barrier(2)
+    convert, both = conversion.convert_gguf, threading.Barrier(2)
 
     def slowly(*args: Any) -> Any:
         time.sleep(0.2)  # the other one waits meanwhile
@@ -288,7 +288,7 @@ def test_two_at_once(tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pyte
         both.wait(30)
         return open_checkpoint(file)
 
-    monkeypatch.setattr(resolve, "convert_gguf", slowly)
+    monkeypatch.setattr(conversion, "convert_gguf", slowly)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(open_it, range(2))) == [Path("checkpoints/tiny")] * 2
     assert len(converted(capsys)) == 1 and "lit_model.pth" in names(tmp_path / "checkpoints" / "tiny")
@@ -302,8 +302,9 @@ def test_two_processes_at_once(tmp_path: Path, tiny_tokenizer_dir: Path) -> None
 import sys, time
 import torch, gguf
 from litgpt.convert import resolve
-convert = resolve.convert_gguf
-resolve.convert_gguf = lambda *args: (time.sleep(1), convert(*args))[1]
+from litgpt.convert.gguf import convert as conversion
+convert = conversion.convert_gguf
+conversion.convert_gguf = lambda *args: (time.sleep(1), convert(*args))[1]
 print("ready", flush=True); sys.stdin.readline()
 print(resolve.open_checkpoint({str(file)!r}))
 """
@@ -337,10 +338,10 @@ def test_a_stopped_run_stands_for_its_best_folder_else_its_last_step(tmp_path: P
     run = tmp_path / "run"
     for name in ("step-000009", "step-000010", "step-1000000"):  # the last is incomplete
         (run / name).mkdir(parents=True)
-    assert resolve.locate(run) == run
+    assert locate(run) == run
     for name in ("step-000009", "step-000010"):
         (run / name / "lit_model.pth.lora").touch()
-    assert resolve.locate(run) == run / "step-000010"
+    assert locate(run) == run / "step-000010"
     (run / "best").mkdir()
     (run / "best" / "lit_model.pth.lora").touch()
-    assert resolve.locate(run) == run / "best"
+    assert locate(run) == run / "best"

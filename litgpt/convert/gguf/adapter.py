@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from litgpt.adapters.patterns import PARTS
 from litgpt.convert.gguf.writer import Group, describe, replacing, stored
 from litgpt.convert.names import Slot, shapes, summary
 from litgpt.convert.peft import Unit, split
 from litgpt.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from litgpt.lora import Config
+from litgpt.lora import Config
 
 
 def write_gguf_adapter(target: Path, config: Config, weights: Mapping[str, Tensor], base: Path) -> None:
@@ -61,8 +59,6 @@ def _factors(
     placed: set[str],
 ) -> tuple[Tensor, Tensor] | None:
     """Return a and b of a tensor of the file; None if no unit of it has LoRA. The units are added to `placed`."""
-    import torch
-
     owners: list[tuple[str, int, Unit, float]] = []  # tensor of ours, first row in it, unit, its factor
     for key in slot.keys:
         module = key.removesuffix(".weight")
@@ -92,8 +88,6 @@ def _alpha(config: Config) -> float:
 
 
 def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
-    import torch
-
     return torch.stack(tensors)
 
 

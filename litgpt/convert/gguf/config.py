@@ -10,18 +10,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from litgpt import families
 from litgpt.config import Config
-from litgpt.convert.gguf.reader import Settings, Source, stem
+from litgpt.convert.gguf import stem
+from litgpt.convert.gguf.reader import Settings, Source
 from litgpt.convert.gguf.rope import read_scaling, write_scaling
 from litgpt.errors import UserError
 from litgpt.families._gguf import INTEGERS, NEUTRAL, NORM_EPS, REALS, REQUIRED, SHARED, Gguf
 from litgpt.families._rope import whole
-
-if TYPE_CHECKING:
-    import numpy as np
 
 QUANTISATION = re.compile(r"[-._](i?q\d\w*|tq\d\w*|b?f16|f32|fp16|fp32|mxfp4\w*)$", re.IGNORECASE)  # at the end of a file's name
 PADDING = re.compile(r"\[PAD\d+\]")  # entries that fill the vocabulary up to the rows of the embedding
@@ -156,8 +156,6 @@ def read_heads(source: Source, name: str, row: Gguf, fields: Mapping[str, Any]) 
 
 def read_blocks(source: Source, name: str, row: Gguf, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the blocks with a sliding window, and the rotary base of each."""
-    import numpy as np
-
     settings, n_layer = Settings(source), fields["n_layer"]
     if n_layer > len(source.shapes):
         raise UserError(f"{source.path} has {n_layer} blocks ({name}.block_count), but only {len(source.shapes)} tensors")

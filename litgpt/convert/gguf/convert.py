@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
 
 from litgpt import families
 from litgpt.atomic import new_folder
@@ -19,9 +21,6 @@ from litgpt.convert.gguf.tokenizer import write_tokenizer
 from litgpt.convert.names import Stored, fit, summary
 from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 # Some files do not state the window, but the model's name does.
 NOT_COMPARED = (*INPUT_AND_TRAINING, "sliding_window_size", "sliding_window_indices")
@@ -49,7 +48,6 @@ def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtyp
 
 def require_readable(reader: Reader) -> None:
     """Raise UserError for tensor types without a dequantiser."""
-    import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     unsupported: dict[str, list[str]] = {}
@@ -67,7 +65,6 @@ def require_readable(reader: Reader) -> None:
 
 def own_dtype(reader: Reader) -> torch.dtype:
     """Return fp32 or fp16 if the matrices are stored so (a router may be fp32 among fp16), else bf16."""
-    import torch
     from gguf import GGMLQuantizationType
 
     kinds = {GGMLQuantizationType(tensor.kind).name for tensor in reader.tensors.values() if len(tensor.shape) > 1}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from litgpt.convert.gguf.ollama import write_modelfile
-from litgpt.convert.gguf.writer import BLOCKS, unwindowed, write_gguf
 from litgpt.convert.resolve import open_full_model
 from litgpt.errors import UserError
 
@@ -33,6 +32,8 @@ def convert_to_gguf(
             quarter. Formats with k (q4_k_m ...) are more exact at the same size, and need llama.cpp's llama-quantize on the PATH.
         overwrite: Replace an existing file.
     """
+    from litgpt.convert.gguf.writer import BLOCKS, unwindowed, write_gguf
+
     target = Path(gguf_file)
     if target.suffix.lower() != ".gguf":
         raise UserError(f"{target} is no name of a GGUF file: it ends in .gguf")
@@ -58,6 +59,8 @@ def convert_to_gguf(
 
 def _quantise(program: str, source: Path, target: Path, dtype: str) -> str:
     """Write the file in the weights' own format, and let llama.cpp's program make the wanted one of it. Returns the architecture."""
+    from litgpt.convert.gguf.writer import write_gguf
+
     plain, temporary = (target.with_name(f".{target.stem}.{part}.gguf") for part in ("plain", "tmp"))
     try:
         architecture = write_gguf(source, plain)

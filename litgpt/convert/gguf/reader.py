@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import math
 import mmap
-import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import torch
+
+from litgpt.convert.gguf import SPLIT
 from litgpt.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes by value type
 STRING, ARRAY = 8, 9
 CHUNK = 2**22  # numbers that are converted to or from fp32 at a time
-SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)  # the name of a part
 BROKEN = "it is truncated or broken, download it again"
 
 
@@ -44,8 +42,6 @@ class Reader:
     """
 
     def __init__(self, path: Path) -> None:
-        import numpy as np
-
         self.path = path
         self._at = 0
         with path.open("rb") as file:
@@ -83,8 +79,6 @@ class Reader:
             raise self._error("a text is not UTF-8") from None
 
     def _value(self, kind: int, in_array: bool = False) -> Any:
-        import numpy as np
-
         if kind in SCALARS:
             return self._number(SCALARS[kind])
         if kind == STRING:
@@ -160,8 +154,6 @@ class Reader:
 
     def load(self, name: str, dtype: torch.dtype | None = None, part: int | None = None, parts: int = 1) -> torch.Tensor:
         """Return a tensor in `dtype` (default: fp32), or one of the `parts` along its first dimension."""
-        import numpy as np
-        import torch
         from gguf import GGMLQuantizationType, dequantize
 
         if name in self._owners:
@@ -179,12 +171,6 @@ class Reader:
             if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):  # release the pages that were read
                 self._map.madvise(mmap.MADV_DONTNEED)
         return numbers.view(shape)
-
-
-def stem(path: Path) -> str:
-    """Return the name of a file without its ending and the number of a part."""
-    match = SPLIT.fullmatch(path.name)
-    return match[1] if match else path.stem
 
 
 def open_gguf(path: Path) -> Reader:
@@ -250,8 +236,6 @@ class Settings:
 
     def real(self, key: str, default: float | None = None) -> float:
         """Return a positive number: of the stored fp32 the shortest decimal that rounds to it, 1e-05 for 9.99999974e-06."""
-        import numpy as np
-
         value = float(str(np.float32(self.get(key, (int, float), default))))
         if not 0 < value < math.inf:
             raise UserError(f"{self.path}: {key} is {value}")

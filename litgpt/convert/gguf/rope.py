@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from litgpt.config import Config
 from litgpt.convert.gguf.reader import Settings, Source
 from litgpt.errors import UserError
 from litgpt.families._rope import long_attention_factor, whole
-
-if TYPE_CHECKING:
-    import numpy as np
+from litgpt.rope import frequencies, plain_frequencies
 
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # tensors of the rotary settings
 # factor, low_freq_factor, high_freq_factor, original_max_seq_len of Llama 3.1 and 3.2
@@ -64,8 +64,6 @@ def fit_adjustments(divisors: list[float], config: Config) -> dict[str, Any] | N
     s_j = clamp((C w_j - low) / (high - low), 0, 1), and 1 / divisor_j = s_j + (1 - s_j) / factor. So factor is the largest divisor, s is
     a straight line in w where it is between 0 and 1. The line has two parameters, C, low, high are three: they are stated for low = 1.
     """
-    import numpy as np
-
     stored = np.array(divisors)
     if np.allclose(stored, 1.0):
         return {}
@@ -95,10 +93,6 @@ def fit_adjustments(divisors: list[float], config: Config) -> dict[str, Any] | N
 
 def write_scaling(name: str, config: Config) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the keys and tensors from which `read_scaling` reads the config's scaling, for the architecture `name`."""
-    import numpy as np
-
-    from litgpt.rope import frequencies, plain_frequencies
-
     kind, adjustments = config.rope_kind, config.rope_adjustments or {}
     scaling: dict[str, Any] = {}
     tensors: dict[str, np.ndarray] = {}

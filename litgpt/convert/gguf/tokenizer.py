@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from litgpt.atomic import write_text
 from litgpt.config import Config
 from litgpt.convert.gguf.config import padding
@@ -86,8 +88,6 @@ def _vocabulary(settings: Settings, model: str) -> tuple[list[str], list[int]]:
 
 def _numbers(settings: Settings, key: str, size: int, default: float | None = None) -> Sequence[Any]:
     """Return an array with a number for each token."""
-    import numpy as np
-
     if key not in settings.values and default is not None:
         return [default] * size
     array = settings.get(key, np.ndarray)
@@ -159,8 +159,6 @@ def _unigram(settings: Settings, tokens: list[str], kinds: list[int], unknown: i
 
     Characters are replaced by the table `precompiled_charsmap` first.
     """
-    import numpy as np
-
     if unknown is None:
         raise UserError(f"{settings.path} has no tokenizer.ggml.unknown_token_id, which a unigram tokenizer needs")
     scores = _numbers(settings, "tokenizer.ggml.scores", len(settings.get("tokenizer.ggml.tokens", list)))

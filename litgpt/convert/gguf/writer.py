@@ -10,6 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import torch
+
 from litgpt import checkpoint, families
 from litgpt.config import Config
 from litgpt.convert.compare import INPUT_AND_TRAINING, differences
@@ -22,11 +25,9 @@ from litgpt.convert.names import Slot, shapes, slots, stored_form, stored_shape,
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
     from gguf import GGMLQuantizationType
 
-    Loads = Mapping[str, Callable[[], torch.Tensor]]
+Loads = Mapping[str, Callable[[], torch.Tensor]]
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # formats in blocks of 32 numbers, which the gguf library writes
 FINER = ("token_embd.weight", "output.weight")  # Q8_0 where others have fewer bits; llama.cpp takes Q6_K for them
@@ -47,8 +48,6 @@ def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
     `dtype` ("f32", "q8_0" ...) defaults to the weights' own. Returns the architecture. Raises UserError for a model or a tokenizer that
     GGUF cannot describe.
     """
-    import torch
-
     config, file = Config.from_checkpoint(source), source / checkpoint.WEIGHTS
     loads = {key: load for keys, load in open_own(file, config).items() for key in keys}
     own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -155,7 +154,6 @@ def group(architecture: str, config: Config, keys: Mapping[str, tuple[int, ...]]
 
 
 def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, loads: Loads, wanted: str) -> None:
-    import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
     writer = GGUFWriter(path, made.architecture)
@@ -200,8 +198,6 @@ def kind_of(name: str, shape: tuple[int, ...], wanted: str) -> str:
 
 def stored(name: str, entry: Group, architecture: str, config: Config, loads: Loads) -> torch.Tensor:
     """Return a tensor in the file's form: the reverse of `gguf.convert.stored`."""
-    import torch
-
     module = name.rpartition(".")[0]
     parts = [stored_form(slot, config, {key: loads[key]() for key in slot.keys}) for slot in entry.slots]
     weight = parts[0] if len(parts) == 1 else torch.stack(parts)
@@ -216,8 +212,6 @@ def stored(name: str, entry: Group, architecture: str, config: Config, loads: Lo
 
 def encoded(weight: torch.Tensor, kind: GGMLQuantizationType, where: str) -> np.ndarray:
     """Return the bytes of a tensor in a file's format. Raises UserError, `where`, for a finite number that F16 cannot hold."""
-    import numpy as np
-    import torch
     from gguf import quantize
 
     if kind.name in BLOCKS:
