@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MOST_TEXT = 2**21  # characters of a text, whose tokens take some 300 bytes each
 TEMPLATES = "additional_chat_templates"  # folder of templates besides chat_template.jinja, by name
-EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # in this order, as transformers reads them
 MOST_GROWTH = 64  # times that a decoder may lengthen a token
 
 
@@ -34,11 +34,14 @@ class Tokenizer:
         self._steps = _replacements(self._backend.normalizer)
         if (growth := _grown(1, _replacements(self._backend.decoder))) > MOST_GROWTH:
             raise UserError(f"{folder / 'tokenizer.json'}: its decoder makes a text {growth:,} times as long: it is broken, copy it again")
-        named = _load_json(folder / "special_tokens_map.json")
-        self._config = named | {key: value for key, value in _load_json(folder / "tokenizer_config.json").items() if value is not None}
-        self.special_tokens: dict[str, str] = {
-            name: text for name, value in self._config.items() if name.endswith("_token") and (text := _token_text(value))
-        }
+        config, named = (_load_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        if "added_tokens_decoder" not in config:  # else transformers does not read special_tokens_map.json
+            config |= named
+        self._config = {key: value for key, value in config.items() if value is not None}
+        special = {name: value for name, value in self._config.items() if name.endswith("_token")}
+        special |= more if isinstance(more := self._config.get("extra_special_tokens"), dict) else {}
+        self.special_tokens: dict[str, str] = {name: text for name, value in special.items() if (text := _token_text(value))}
+        self._backend.encode_special_tokens = self._config.get("split_special_tokens") is True
         self._add_tokens(folder)
         generation = folder / "generation_config.json"
         if not generation.is_file():  # transformers derives it from the model's config
@@ -57,11 +60,13 @@ class Tokenizer:
 
     def _add_tokens(self, folder: Path) -> None:
         """Add the tokens that files beside tokenizer.json name, as transformers does: tokenizer_config.json, else added_tokens.json and
-        special_tokens_map.json. A special token of the vocabulary becomes one that is recognised in a text."""
+        special_tokens_map.json. Special tokens become ones that are recognised in a text; BOS and EOS have to be in the vocabulary."""
         from tokenizers import AddedToken
 
-        extra = [text for key in EXTRA_TOKENS for entry in self._config.get(key) or [] if (text := _token_text(entry))]
+        lists = (entries for key in EXTRA_TOKENS if isinstance(entries := self._config.get(key), list))
+        extra = [text for entry in next(filter(None, lists), []) if (text := _token_text(entry))]
         special = [*self.special_tokens.values(), *extra]
+        required = {self.special_tokens.get(name) for name in ("bos_token", "eos_token")}
         listed = []
         for text, entry in _listed_tokens(self._config.get("added_tokens_decoder"), folder):
             flags = {key: entry.get(key) is True for key in ("single_word", "lstrip", "rstrip")}
@@ -71,7 +76,8 @@ class Tokenizer:
         same = {repr(token) for token in present}
         new = [token for token in listed if repr(token) not in same]
         known = {token.content for token in (*present, *new)}
-        new += [AddedToken(text, special=True) for text in special if text not in known and self.token_to_id(text) is not None]
+        missing = [text for text in special if text not in known and (text not in required or self.token_to_id(text) is not None)]
+        new += [AddedToken(text, special=True) for text in missing]
         if new:
             self._backend.add_tokens(new)
 
@@ -99,12 +105,8 @@ class Tokenizer:
         token_id = None if text is None else self.token_to_id(text)
         if token_id is None and fallback:
             token_id = fallback[0]
-        if token_id is None:
-            if text is not None and (name == "eos_token" or self._config.get("add_bos_token") is True):
-                raise UserError(f"{file}: {name} is {text[:60]!r}, which tokenizer.json does not have: correct it")
-            return None
-        if (token := self._backend.id_to_token(token_id)) is not None:
-            self.special_tokens.setdefault(name, token)
+        if token_id is None and text is not None and (name == "eos_token" or self._config.get("add_bos_token") is True):
+            raise UserError(f"{file}: {name} is {text[:60]!r}, which tokenizer.json does not have: correct it")
         return token_id
 
     @property

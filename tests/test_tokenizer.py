@@ -97,7 +97,7 @@ def test_bos_and_eos_follow_the_files(tmp_path: Path, write_tiny_tokenizer: Writ
     rewrite(folder, "generation_config.json", bos_token_id=1, eos_token_id=[2, 0])
     from_generation = Tokenizer(folder)
     assert (from_generation.bos_id, from_generation.eos_id, from_generation.stop_ids, from_generation.use_bos) == (1, 2, {0, 2}, False)
-    assert from_generation.special_tokens["eos_token"] == "<|im_end|>"
+    assert not {"bos_token", "eos_token"} & set(from_generation.special_tokens)  # templates get what transformers gives them
 
 
 def test_without_any_bos_asking_for_it_is_an_error(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
@@ -286,6 +286,22 @@ PLACES: dict[str, dict[str, Any]] = {
     "added and plain": {"tokenizer_config.json": {"added_tokens_decoder": {"320": {**NEW, "content": "<new>", "special": False}}}},
     "added in a file": {"added_tokens.json": {"<new>": 320}},
     "added in two files": {"added_tokens.json": {"<new>": 320}, "special_tokens_map.json": {"unk_token": "<new>"}},
+    "added by two lists": {"tokenizer_config.json": {"extra_special_tokens": ["<new>"], "additional_special_tokens": ["there"]}},
+    "added by the older list": {"tokenizer_config.json": {"additional_special_tokens": ["<new>"]}},
+    "added by the map": {"special_tokens_map.json": {"additional_special_tokens": ["<new>"], "pad_token": "<|im_start|>"}},
+    "added by a name": {
+        "tokenizer_config.json": {"extra_special_tokens": {"image_token": "<new>"}, "chat_template": A + "{{ image_token }}"}
+    },
+    "the map counts more": {"special_tokens_map.json": {"eos_token": "<|im_start|>", "bos_token": {"content": "<|im_end|>"}}},
+    "the map is not read": {
+        "tokenizer_config.json": {"added_tokens_decoder": {"320": {**NEW, "content": "<new>", "special": True}}, "pad_token": "<|im_end|>"},
+        "special_tokens_map.json": {"eos_token": "<|im_start|>", "pad_token": "<|im_start|>"},
+    },
+    "no special tokens in texts": {"tokenizer_config.json": {"split_special_tokens": True}},
+    "ids alone": {
+        "tokenizer_config.json": {"bos_token": None, "eos_token": None, "chat_template": A + "{{ bos_token }}{{ eos_token }}"},
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 1},
+    },
     "bos before no template": {"tokenizer_config.json": {"add_bos_token": True, "chat_template": A}},
 }
 
@@ -306,7 +322,8 @@ def test_every_place_and_form_as_in_transformers(place: str, write_tiny_tokenize
     checkpoint.copy_tokenizer_files(folder, tmp_path / "copy")
     turns, tools = [{"role": "user", "content": "Hi <new> there"}], [{"type": "function", "function": {"name": "f"}}]
     for ours in (Tokenizer(folder), Tokenizer(tmp_path / "copy")):
-        text = "a<new> b <|im_end|>c"
+        text = "a<new> b <|im_end|>c there"
+        assert theirs.eos_token_id in (ours.eos_id, None) and theirs.bos_token_id in (ours.bos_id, None)
         assert ours.ids(text, bos=False) == theirs(text, add_special_tokens=False).input_ids
         assert ours.decode(ours.ids(text, bos=False)) == theirs.decode(ours.ids(text, bos=False), skip_special_tokens=True)
         style = ChatTemplate.from_tokenizer(ours)
