@@ -123,6 +123,10 @@ class Tokenizer:
         from tokenizers import AddedToken
 
         self._backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens])
+        return self.to_json()
+
+    def to_json(self) -> str:
+        """Return tokenizer.json with the tokens of all files."""
         return str(self._backend.to_str(pretty=True))
 
     def ids(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:

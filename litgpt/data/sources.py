@@ -64,7 +64,7 @@ def _numbered(path: Path) -> list[tuple[str, Any]]:
         raise UserError(f"{path}: a file with one of the endings {', '.join(SUFFIXES)} is needed, or a folder with a train and a val file")
     raw = read_bytes(path, "does not exist: check data.json_path", most=None)
     if suffix in COLUMNS:
-        return _records(_read_columns(path, suffix))
+        return _records([_row(columns) for columns in _read_columns(path, suffix)])
     text = decode_text(_unpack(raw, path) if suffix.endswith(".gz") else raw, path)
     suffix = suffix.removesuffix(".gz")
     if not text.strip():
@@ -131,6 +131,17 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     return rows
 
 
+def _row(columns: Any) -> Any:
+    """Return a row of a column format without null keys in its objects: an object has the keys of all rows' objects there."""
+    return {name: _without_nulls(value) for name, value in columns.items()} if isinstance(columns, dict) else columns
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None} if isinstance(value, dict) else value
+
+
 def _read_columns(path: Path, suffix: str) -> list[Any]:
     arrow, parquet = import_library("pyarrow", path), import_library("pyarrow.parquet", path)
     try:
@@ -169,7 +180,7 @@ def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
         parts: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
         val = next((name for name in VALIDATION if name in parts), None)
-        rows = {name: list(parts[name]) for name in ("train", val) if name is not None and name in parts}
+        rows = {name: [_row(columns) for columns in parts[name]] for name in ("train", val) if name is not None and name in parts}
     except Exception as error:  # the library raises errors of many others
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(f"{path}: no file or folder, and `datasets` cannot read it: {reason[:300]}. Check data.json_path") from None

@@ -39,6 +39,20 @@ def test_formats(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [(record.question, record.answer) for record in train] == [tuple(row.values()) for row in rows]
 
 
+def test_keys_that_columns_add_to_nested_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet gives each object the keys of all rows' objects, null where a row has none."""
+    stand_in_pyarrow(monkeypatch)
+    call: dict[str, Any] = {"function": {"name": "f", "arguments": {"city": "Bern"}}}
+    tool: dict[str, Any] = {"function": {"name": "f", "parameters": {"properties": {"city": {"type": "string"}}}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    wide_call = {"function": {"name": "f", "arguments": {"city": "Bern", "day": None}}, "id": None}
+    wide_tool = {"function": {"name": "f", "parameters": {"properties": {"city": {"type": "string"}, "day": None}, "required": None}}}
+    wide = [{**turns[0], "tool_calls": None}, {**turns[1], "tool_calls": [wide_call]}]
+    (tmp_path / "a.parquet").write_text(json.dumps([{"messages": wide, "tools": [wide_tool], "system": None}]))
+    (record,), _ = JSON(json_path=tmp_path / "a.parquet").records()
+    assert record.messages == turns and record.tools == [tool] and not record.unread
+
+
 def stand_in_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pyarrow whose files hold JSON."""
 

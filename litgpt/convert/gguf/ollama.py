@@ -97,7 +97,7 @@ def _sampling(source: Path) -> dict[str, float]:
 
 def form_of(style: PromptStyle, tokenizer: Tokenizer) -> Form | None:
     """Return a style's form; None if it has none: its texts depend on more than their places."""
-    bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.use_bos else ""  # Ollama adds it
+    bos = tokenizer.decode([tokenizer.bos_id], False) if tokenizer.use_bos and tokenizer.bos_id is not None else ""  # Ollama adds it
 
     def rendered(turns: Sequence[Message]) -> str:
         return cast("ChatStyle", style).render(turns, add_generation_prompt=True).removeprefix(bos)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from litgpt import files
 from litgpt.convert.gguf.pretokenizers import name_of
 from litgpt.convert.gguf.tokenizer import BLANK, BYTE, CONTROL, ENDS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, ranked_merges
 from litgpt.errors import UserError
@@ -22,7 +22,8 @@ def vocabulary(folder: Path, rows: int) -> dict[str, Any]:
     Raises UserError for tokenizers that GGUF cannot describe, and for more tokens than rows. Files do not state that an added token absorbs
     the blanks beside it (Phi 3), or that the text is composed first (NFC): readers know it of a model, or do without.
     """
-    tokenizer, content = Tokenizer(folder), files.read_json(folder / "tokenizer.json")
+    tokenizer = Tokenizer(folder)
+    content = json.loads(tokenizer.to_json())
     model = content["model"]
     try:
         if model["type"] != "BPE":

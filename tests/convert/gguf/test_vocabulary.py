@@ -35,6 +35,15 @@ def test_transformers_sentencepiece_classes(tmp_path: Path, name: str) -> None:
         assert tokenizer.ids(text, bos=False) == reference.encode(text, add_special_tokens=False), text
 
 
+def test_added_tokens_of_the_other_files(write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path / "a")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "extra_special_tokens": ["<new>"]}))
+    values = vocabulary(folder, 322)
+    assert values["tokenizer.ggml.tokens"][319:] == [*values["tokenizer.ggml.tokens"][319:320], "<new>", "[PAD321]"]
+    assert values["tokenizer.ggml.token_type"][320:] == [3, 5]  # control, unused
+
+
 def own(cls: Any) -> Callable[[], Backend]:
     """An untrained tokenizer that cuts text as a class of transformers does."""
 
