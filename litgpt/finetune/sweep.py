@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from litgpt.args import EvalArgs, Grid, setting
 from litgpt.errors import UserError
@@ -12,7 +12,8 @@ from litgpt.train.settings import Resume
 
 @dataclass(kw_only=True)
 class Sweep(Lora):
-    """Train many settings of LoRA or Skip2-LoRA from one activation cache."""
+    """Train many settings of LoRA or Skip2-LoRA from one activation cache. Without a config file, settings that are not given follow from
+    the data and the model, as those of `litgpt finetune` do."""
 
     out_dir: Path = setting(Path("out/finetune/sweep"), may_change=True)
     """Folder for the results, sweep.csv and sweep.json, and a folder for each trial."""
@@ -26,7 +27,7 @@ class Sweep(Lora):
     """Check everything and list the trials, their steps and the cache's bytes. Writes nothing."""
     grid: Optional[Grid] = None
     """The values to try for each key: --grid.lora_r '[4, 8]' --grid.optimizer.lr '[5e-4, 1e-3]', or a mapping in a YAML file. All
-    combinations are trained."""
+    combinations are trained. Without a config file the default is three learning rates."""
     samples: Optional[int] = None
     """Train only this many of the combinations, drawn with the seed."""
 
@@ -46,6 +47,13 @@ class Sweep(Lora):
         if str(self.resume) not in ("True", "False", "auto"):
             raise UserError(f"resume is {self.resume}: a sweep is resumed by --resume auto, in its out_dir")
         self.resume = self.resume and "auto"
+
+    @staticmethod
+    def complete(given: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with those that are missing (`litgpt.train.recipe`)."""
+        from litgpt.train.recipe import complete
+
+        return complete(given, is_sweep=True)
 
     def main(self) -> None:
         from litgpt.train.sweep import sweep

@@ -1,4 +1,4 @@
-"""The settings of `litgpt finetune MODEL --data FILE` that were not given: they follow from the data and the model.
+"""The settings of `litgpt finetune MODEL --data FILE`, and of `litgpt sweep`, that were not given: they follow from the data and the model.
 
 Three kinds of data are trained in three ways:
 
@@ -6,6 +6,9 @@ Three kinds of data are trained in three ways:
             quarter of the blocks, behind cached prompts, until the model repeats the answers
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own: a tenth is held out, and the checkpoint with the lowest loss on it is kept
+
+The trials of a sweep share the frozen blocks' outputs, so Skip2-LoRA takes the place of LoRA in every block. They are compared by the loss
+on held-out records; those of facts are held out if each fact is told several times.
 
 `benchmarks/results/own_data.md` has the measurements behind the numbers. The same data and model give the same settings, so that a run can
 be resumed by the same command.
@@ -15,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
-from litgpt.adapters.settings import LAYER_FLAGS
+from litgpt.adapters.settings import LAYER_FLAGS, AdapterSettings, WarmupSettings
 from litgpt.checkpoint import require_checkpoint
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
@@ -75,6 +78,18 @@ METHODS: dict[str, dict[str, tuple[Any, str]]] = {
         "skip2lora_alpha": (64, "twice the rank"),
     },
 }
+SKIP_KEYS = {  # settings that ask for Skip2-LoRA
+    *(item.name for kind in (AdapterSettings, WarmupSettings) for item in fields(kind) if item.name.startswith("skip2lora_")),
+    "mtp_taps",
+}
+LORA_KEYS = {  # settings that ask for LoRA, or go with nothing else
+    "skip2lora_enabled",
+    "alora_enabled",
+    "lora_variant",
+    "modules_to_save",
+    "cpu_offload",
+    *LAYER_FLAGS,
+}
 TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
     ("LoRA", True): (8, 5, 1e-3),
@@ -100,6 +115,7 @@ class Look:
     is_pair: bool  # questions and answers, not conversations
     has_validation: bool  # the data have validation records of their own
     compares: bool = False  # records say which answers are better
+    is_sweep: bool = False  # the settings are those of a sweep's trials
 
     @classmethod
     def at(cls, train: Sequence[Any], val: Sequence[Any] | None) -> Look:
@@ -111,8 +127,13 @@ class Look:
         return cls(len(records), len(answers), longest, all(record.pair for record in records), val is not None, compares)
 
     @property
+    def is_repeated(self) -> bool:
+        """Return True if the same answers are given to several questions."""
+        return self.answers <= SHARED * self.records
+
+    @property
     def is_facts(self) -> bool:
-        return not self.has_validation and not self.compares and (self.records <= FEW or self.answers <= SHARED * self.records)
+        return not self.has_validation and not self.compares and (self.records <= FEW or self.is_repeated)
 
     def __str__(self) -> str:
         answers = f", {self.answers:,} different answers" if self.answers < self.records else ""
@@ -129,7 +150,7 @@ class Chosen:
     reason: str
 
 
-def complete(given: dict[str, Any]) -> dict[str, Any]:
+def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
     """Return a command's settings with those that are missing, and say which were chosen and why.
 
     `given` maps keys to values, nested as in a YAML file; a class is {"class_path": ..., "init_args": {...}}. Raises UserError if the
@@ -150,10 +171,12 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     if not module.is_ready() and dry:
         return given  # the run will say so
     module.prepare_data()
-    look = Look.at(*module.records())
+    look = replace(Look.at(*module.records()), is_sweep=is_sweep)
     if given.get("objective", "next_token") in (*get_args(Preference), *get_args(Rating)):
         look = replace(look, compares=True)
-    chosen = [choice for choice in choices(look, module, given, base) if _put(given, choice.key, choice.value)]
+    rows = choices(look, module, given, base)
+    varied = {key.replace("optimizer.init_args.", "optimizer.") for key in given.get("grid", ())}
+    chosen = [choice for choice in rows if choice.key not in varied and _put(given, choice.key, choice.value)]
     console.say(f"{module.source}: {look}. Settings that you did not give:")
     console.say(_table(chosen))
     return given
@@ -190,20 +213,23 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     if base is not None:
         quarter, marks_replies = f"last:{math.ceil(Config.from_checkpoint(base).n_layer / 4)}", _marks_replies(base, data, given)
     name = Path(data.source).name.partition(".")[0] or "data"
-    rows = [Chosen("out_dir", Path("out/finetune") / name, "named after the data")]
+    rows = [Chosen("out_dir", Path("out/sweep" if look.is_sweep else "out/finetune") / name, "named after the data")]
     if look.compares:
         rows.append(Chosen("objective", "dpo", "the records compare answers"))
     elif look.is_pair:
         rows.append(Chosen("data.mask_prompt", True, "the answers are learned, not the questions"))
-    if look.is_facts:
+    if look.is_facts and look.is_sweep and look.is_repeated:
+        rows.append(Chosen("data.val_split_fraction", 0.2, "questions in other words compare the settings"))
+    elif look.is_facts:
         rows.append(Chosen("data.val_split_fraction", 0.0, "no record can be spared"))
     elif not look.has_validation:
         rows.append(Chosen("data.val_split_fraction", 0.1, "a tenth shows when to stop"))
     method = _method_of(look, given)
     if given.get("objective") == "verifiable":
         rows.append(Chosen("lr_ratios", {"value_head": 10.0}, "a head begins with nothing"))
+    unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
     for key, (value, reason) in METHODS[method].items():
-        if marks_replies or key != "alora_enabled":
+        if not unfit.get(key):
             rows.append(Chosen(key, quarter if value == QUARTER else value, reason))
     return rows + _schedule(look, method, given)
 
@@ -232,11 +258,13 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
         return "critic"
     if given.get("alora_enabled"):
         return "answer-only LoRA"
-    if given.get("skip2lora_enabled"):
+    if given.get("skip2lora_enabled", any(key in given for key in SKIP_KEYS)):
         return "warm-up" if given.get("skip2lora_warmup_epochs") or given.get("skip2lora_warmup_steps") else "Skip2-LoRA"
-    if not given.keys().isdisjoint({"skip2lora_enabled", "alora_enabled", "lora_variant", *LAYER_FLAGS}):
+    if not given.keys().isdisjoint(LORA_KEYS) or given.get("strategy") == "fsdp":
         return "LoRA"
-    return "LoRA" if look.compares else "answer-only LoRA" if look.is_facts else "warm-up"
+    if look.is_facts:
+        return "answer-only LoRA"
+    return "Skip2-LoRA" if look.is_sweep else "LoRA" if look.compares else "warm-up"
 
 
 def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
@@ -250,18 +278,21 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     per_epoch = math.ceil((look.records + replayed) / batch)
     rows = [
         Chosen("train.epochs", epochs, "at most" if look.is_facts else "more epochs raise the loss on others"),
-        Chosen("optimizer.lr", rate, f"for {method}"),
+        Chosen("grid.optimizer.lr", [rate / 2, rate, 2 * rate], f"around {rate:g}, which suits {method}")
+        if look.is_sweep and not given.get("grid")
+        else Chosen("optimizer.lr", rate, f"for {method}"),
         Chosen("train.global_batch_size", batch, "small batches learn faster"),
         Chosen("train.micro_batch_size", micro, "as many as fit a few thousand tokens"),
         Chosen("eval.initial_validation", True, "the loss before training"),
         Chosen("eval.interval", max(1, epochs * per_epoch // VALIDATIONS), f"{VALIDATIONS} times a run"),
-        Chosen("eval.max_new_tokens", 24, "to see what it answers"),
     ]
+    if not look.is_sweep:
+        rows.append(Chosen("eval.max_new_tokens", 24, "to see what it answers"))
     if train.get("lr_warmup_steps") is None:
         rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
     if look.is_facts:
         rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
-    if look.is_facts and "val_split_fraction" not in given["data"].get("init_args", {}):
+    if look.is_facts and not (look.is_sweep and look.is_repeated) and "val_split_fraction" not in given["data"].get("init_args", {}):
         shown = min(look.records, MOST_REPEATED)
         rows.append(Chosen("eval.evaluate_example", [0, shown // 2][: look.records], "two questions"))
         rows.append(Chosen("eval.target_loss", TARGET, "then the answers are repeated word for word"))

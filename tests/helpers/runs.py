@@ -80,10 +80,13 @@ class Run:
         return [float(row[name]) for row in self.rows() if row[name]]
 
 
+PLAIN = Path(__file__).with_name("plain.yaml")  # with a config file no setting is chosen from the data
+
+
 def finetune(command: str, base: Path | None, data: Path | None, out_dir: Path, *words: str, **settings: Any) -> Run:
     """`litgpt COMMAND base --data JSON ... --key value`; a dot in a key is written `__`, None leaves a default away."""
     options: dict[str, Any] = {**SETTINGS, **{key.replace("__", "."): value for key, value in settings.items()}}
-    argv = [command] + ([str(base)] if base else [])
+    argv = [command, *([str(PLAIN)] if command == "sweep" else []), *([str(base)] if base else [])]
     argv += ["--data", "JSON", "--data.json_path", str(data)] if data else []
     argv += ["--data.val_split_fraction", "0.1"] if data and data.is_file() and "data__val_split_fraction" not in settings else []
     argv += ["--out_dir", str(out_dir)]

@@ -22,11 +22,11 @@ def records(count: int, answers: int) -> list[dict[str, str]]:
     return [{"instruction": f"question {i}", "output": f"answer {i % answers}"} for i in range(count)]
 
 
-def chosen(tmp_path: Path, base: Path, rows: list[dict[str, str]], *words: str) -> dict[str, Any]:
+def chosen(tmp_path: Path, base: Path, rows: list[dict[str, str]], *words: str, command: str = "finetune") -> dict[str, Any]:
     """The arguments of `litgpt finetune base --data FILE ...`"""
     file = tmp_path / "shop.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return parse("litgpt finetune", load("finetune"), [str(base), "--data", str(file), *words])
+    return parse(f"litgpt {command}", load(command), [str(base), "--data", str(file), *words])
 
 
 def test_all_questions_are_replayed() -> None:
@@ -132,6 +132,27 @@ def test_a_resumed_run_keeps_the_general_answers(base: Path, tmp_path: Path, mon
         shutil.rmtree(out / name, ignore_errors=True)
     assert main([*command, "--resume", "true"]) == 0
     assert (out / "final/lit_model.pth.lora").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("count", "answers", "method", "held_out"),
+    [(60, 12, "alora_enabled", 0.2), (60, 60, "alora_enabled", 0), (400, 400, "skip2lora_enabled", 0.1)],
+)
+def test_a_sweep(count: int, answers: int, method: str, held_out: float, base: Path, tmp_path: Path) -> None:
+    """Its trials share what frozen blocks compute, and are compared on records that they were not trained on, if any can be spared."""
+    given = chosen(tmp_path, base, records(count, answers), command="sweep")
+    assert given[method] and not given["skip2lora_warmup_epochs"] and given["data"].val_split_fraction == held_out
+    assert given["grid"] == {"optimizer.lr": [1e-3, 2e-3, 4e-3] if method == "alora_enabled" else [5e-4, 1e-3, 2e-3]}
+    assert given["out_dir"] == Path("out/sweep/shop") and given["train"].replay == (recipe.REPLAY if method == "alora_enabled" else 0)
+
+
+def test_a_sweep_with_a_grid(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What varies is not chosen."""
+    words = ["--grid.lora_r", "[2, 4]", "--grid.optimizer.lr", "[0.1]"]
+    given = chosen(tmp_path, base, records(60, 12), *words, command="sweep")
+    assert given["grid"] == {"lora_r": [2, 4], "optimizer.lr": [0.1]} and given["train"].epochs == 12
+    said = capsys.readouterr().err
+    assert "  train.epochs " in said and "  lora_r " not in said and "optimizer.lr" not in said
 
 
 def test_pairs_of_answers_are_preferences(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs
 from tests.helpers.cases import quick
 from tests.helpers.jobs import ROOT, environ
-from tests.helpers.runs import Run, finetune, load
+from tests.helpers.runs import PLAIN, Run, finetune, load
 
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "lora_dropout": 0.1, "eval__max_new_tokens": 0}
 BLOCK: dict[str, Any] = {**SKIP, "lora_r": 2, "skip2lora_output_layer": "transformer.h.3", "skip2lora_block_indices": "[0, 2]"}
@@ -164,7 +164,9 @@ def test_the_best_comes_first(base: Path, data: Path, tmp_path: Path, capsys: py
         "--precision",
         "32-true",
     ]
-    code = main(["sweep", str(base), *words, "--out_dir", str(tmp_path / "out"), "--grid", "{optimizer: {lr: [1e-9, 0.05, 1e-3]}}"])
+    code = main(
+        ["sweep", str(PLAIN), str(base), *words, "--out_dir", str(tmp_path / "out"), "--grid", "{optimizer: {lr: [1e-9, 0.05, 1e-3]}}"]
+    )
     out = capsys.readouterr().out
     assert code == 0
     lines = [line.split()[0] for line in out.splitlines() if line.startswith("  lr=")]
@@ -291,7 +293,18 @@ def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys
     words += ["--data.val_split_fraction", "0.1"]
     from litgpt.__main__ import main
 
-    argv = ["sweep", str(base), *words, "--grid.lora_r", "[2, 4, -1]", "--grid.epochs", "[1, 3]", "--out_dir", str(tmp_path / "out")]
+    argv = [
+        "sweep",
+        str(PLAIN),
+        str(base),
+        *words,
+        "--grid.lora_r",
+        "[2, 4, -1]",
+        "--grid.epochs",
+        "[1, 3]",
+        "--out_dir",
+        str(tmp_path / "out"),
+    ]
     assert main([*argv, "--dry_run", "true"]) == 0
     out = capsys.readouterr().out
     assert "6 settings, 24 steps in all; 0.00 GiB of activations, computed once" in out
@@ -351,7 +364,18 @@ def by_two(base: Path, data: Path, folder: Path, fault: str = "none", launcher: 
     keys |= {f"grid.{key}": json.dumps(values) for key, values in GRID.items()} | ({"devices": 2} if launcher == "devices" else {})
     words = [f"--{key.replace('__', '.')}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
     start = ["-mtorch.distributed.run", "--nproc_per_node=2"] if launcher == "torchrun" else []
-    command = [sys.executable, *start, str(ROOT / "tests/helpers/faulty.py"), fault, "1", "sweep", str(base), "--data=JSON", *words]
+    command = [
+        sys.executable,
+        *start,
+        str(ROOT / "tests/helpers/faulty.py"),
+        fault,
+        "1",
+        "sweep",
+        str(PLAIN),
+        str(base),
+        "--data=JSON",
+        *words,
+    ]
     environment = {**environ(), "PYTHONPATH": str(ROOT), "MEETING": str(folder / "meeting")}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 

@@ -131,7 +131,12 @@ COMMAND_LINE = [
     ),
     Case("a grid of a grid", command("sweep", "--grid.grid.lora_r", "[4]"), "--grid.grid.lora_r is not a known key", "grid.lora_r?", 2),
     Case("no samples", command("sweep", "--grid.lora_r", "[4]", "--samples", "0"), "samples is 0", "at least 1"),
-    Case("a sweep of nothing frozen", command("sweep", "--grid.lora_r", "[2, 4]"), "none is frozen", "skip2lora_enabled"),
+    Case(
+        "a sweep of nothing frozen",
+        command("sweep", "--lora_query", "true", "--grid.lora_r", "[2, 4]"),
+        "none is frozen",
+        "skip2lora_enabled",
+    ),
     # values of training
     tune("lora_r", -1, "from 1 to 65536"),
     tune("lora_r", 10**9, "from 1 to 65536"),
