@@ -15,17 +15,22 @@ import torch
 from litgpt.args import require_allowed_class
 from litgpt.errors import UserError
 
+SHORTENED = {torch.bfloat16: 16, torch.float16: 13}  # dtype -> bits of an fp32 number's fraction that it lacks
+ROUNDED = 1 << 18  # numbers that are rounded at a time, which fit a CPU's cache
 UNUSABLE = ("LBFGS", "SparseAdam")  # the first evaluates the loss itself, the second takes sparse gradients only
 
 
 class MasterWeights(torch.optim.Optimizer):
     """An optimizer of bf16 or fp16 parameters that keeps and updates fp32 copies of them, and rounds the copies after each step.
 
-    A step of 1e-5 is below the resolution of most bf16 weights: without the copies it would be lost (arXiv 1710.03740, section 3.1).
+    A step of 1e-5 is below the resolution of most bf16 weights: without the copies it would be lost (arXiv 1710.03740, section 3.1). The
+    copies are rounded up or down at random, so that the weights' mean is the copies' (arXiv 1502.02551): rounded to the nearest, most
+    weights would stay as they were for hundreds of steps. The draws depend on the number of steps alone.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> None:
         self.parameters = parameters
+        self.steps = 0
         self.masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
         self.inner = make(self.masters)
         self.param_groups, self.defaults = self.inner.param_groups, self.inner.defaults
@@ -36,8 +41,11 @@ class MasterWeights(torch.optim.Optimizer):
             master.grad, p.grad = None if p.grad is None else p.grad.float(), None
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
+        self.steps += 1
+        generator = torch.Generator().manual_seed(self.steps)
+        noise = torch.randint(1 << 16, (ROUNDED,), generator=generator, dtype=torch.int32).to(self.masters[0].device)
         for p, master in zip(self.parameters, self.masters, strict=True):
-            p.copy_(master)
+            _round(master, p, noise)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.parameters:
@@ -45,18 +53,32 @@ class MasterWeights(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         saved = self.inner.state_dict()
-        state = {i: {**saved["state"].get(i, {}), "master": master.detach()} for i, master in enumerate(self.masters)}
+        state = {
+            i: {**saved["state"].get(i, {}), "master": master.detach(), "roundings": self.steps} for i, master in enumerate(self.masters)
+        }
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state with or without the copies: without them the parameters' present values are the copies."""
         state = {}
         for i, values in state_dict["state"].items():
-            state[i] = {name: value for name, value in values.items() if name != "master"}
+            state[i] = {name: value for name, value in values.items() if name not in ("master", "roundings")}
+            self.steps = values.get("roundings", 0)
             if "master" in values:
                 self.masters[i].data.copy_(values["master"])
         self.inner.load_state_dict({**state_dict, "state": {i: values for i, values in state.items() if values}})
         self.param_groups = self.inner.param_groups
+
+
+def _round(exact: torch.Tensor, rounded: torch.Tensor, noise: torch.Tensor) -> None:
+    """Write fp32 values to a tensor of a shorter dtype, up or down with the probability that leaves their mean. `noise`: 16 random bits."""
+    if rounded.dtype not in SHORTENED:
+        rounded.copy_(exact)
+        return
+    bits = SHORTENED[rounded.dtype]
+    for part, target in zip(exact.view(-1).split(ROUNDED), rounded.view(-1).split(ROUNDED), strict=True):
+        sums = (noise[: len(part)] >> (16 - bits)).add_(part.view(torch.int32))
+        target.copy_(sums.bitwise_and_(-1 << bits).view(torch.float32))
 
 
 def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
