@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -171,46 +170,27 @@ class LLM(ModelModule):
         sampling = self.sampling | {name: value for name, value in given.items() if value is not None}
         sampling["top_k"] = sampling["top_k"] or None
         stops = [stop] if isinstance(stop, str) else list(stop)
-        if isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], dict)):
-            if stream:
-                raise UserError(f"stream answers one prompt at a time, and the list has {len(prompts)}: call generate for each")
-            texts = [self.rendered(one, sys_prompt) for one in prompts]
-            answers = self._batch(texts, max_new_tokens, sampling, seed, stops)
-            return [self._answer(ids, stops, return_as_token_ids) for ids in answers]
-        text = self.rendered(prompt, sys_prompt)
-        ids = self.complete(text, max_new_tokens, **sampling, generator=self.generator(seed))
-        if stops and stream and return_as_token_ids:
-            raise UserError("stop ends a text, and ids are to be streamed: leave out return_as_token_ids")
+        is_list = isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], dict))
+        if stream and is_list:
+            raise UserError(f"stream answers one prompt at a time, and the list has {len(prompts)}: call generate for each")
+        texts = [self.rendered(one, sys_prompt) for one in (prompts if is_list else [prompts])]
         if stream:
-            return ids if return_as_token_ids else until_stop_text(self.tokenizer.decode_stream(ids), stops)
-        return self._answer(self._until(ids, stops) if stops else ids, stops, return_as_token_ids)
-
-    def _batch(
-        self, texts: list[str], max_new_tokens: int, sampling: dict[str, Any], seed: int | None, stops: Sequence[str]
-    ) -> list[list[int]]:
-        prompts = [self.prompt_ids(text, max_new_tokens) for text in texts]
-        ends = self.prompt_style.stop_tokens(self.tokenizer)
-        generators = (self.generator(seed) for _ in texts)
-        ended = partial(self._has, stops) if stops else None
-        return generate_batch(self.model, prompts, max_new_tokens, Sampling(**sampling), ends, generators, ended)
+            if stops and return_as_token_ids:
+                raise UserError("stop ends a text, and ids are to be streamed: leave out return_as_token_ids")
+            tokens = self.complete(texts[0], max_new_tokens, **sampling, generator=self.generator(seed))
+            return tokens if return_as_token_ids else until_stop_text(self.tokenizer.decode_stream(tokens), stops)
+        ids, ends = [self.prompt_ids(text, max_new_tokens) for text in texts], self.prompt_style.stop_tokens(self.tokenizer)
+        generators, ended = (self.generator(seed) for _ in texts), partial(self._has, stops) if stops else None
+        generated = generate_batch(self.model, ids, max_new_tokens, Sampling(**sampling), ends, generators, ended)
+        answers = [self._answer(answer, stops, return_as_token_ids) for answer in generated]
+        return answers if is_list else answers[0]
 
     def _has(self, stops: Sequence[str], ids: list[int]) -> bool:
         text = self.tokenizer.decode(ids).rstrip("\ufffd")  # half a character
         return any(stop in text for stop in stops)
 
-    def _until(self, ids: Generator[int, None, None], stops: Sequence[str]) -> Iterator[int]:
-        """Yield ids until their text holds a stop string."""
-        with closing(ids):
-            seen: list[int] = []
-            for token in ids:
-                seen.append(token)
-                yield token
-                if self._has(stops, seen):
-                    return
-
-    def _answer(self, ids: Iterable[int], stops: Sequence[str], as_ids: bool) -> str | torch.Tensor:
+    def _answer(self, answer: list[int], stops: Sequence[str], as_ids: bool) -> str | torch.Tensor:
         """Return the answer as text before the first stop string, or as the ids that begin before it."""
-        answer = list(ids)
         text = self.tokenizer.decode(answer)
         cut = min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))
         if not as_ids:

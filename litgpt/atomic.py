@@ -226,13 +226,13 @@ def remove_folder(path: Path) -> None:
 # --- Manifests ---
 
 
-def digest(file: Path) -> str:
-    """Return the sha256 of a file's content."""
-    sha256 = hashlib.sha256()
+def digest(file: Path, begun: Any = None) -> str:
+    """Return the sha256 of a file's content, or what the hash `begun` gives after it."""
+    result = begun or hashlib.sha256()
     with file.open("rb") as handle:
         while block := handle.read(2**22):
-            sha256.update(block)
-    return sha256.hexdigest()
+            result.update(block)
+    return str(result.hexdigest())
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -313,7 +313,7 @@ def fitting(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) ->
 
 
 def build_sharded(
-    config: LoRAConfig, base: Path, dtype: torch.dtype, device: torch.device, mark: Callable[[LoRAGPT], None], offload: bool = False
+    config: LoRAConfig, base: Path, dtype: torch.dtype, device: torch.device, mark: Callable[[LoRAGPT], object], offload: bool = False
 ) -> LoRAGPT:
     """Return the model of `build_model` sharded over all ranks, each of which reads its own rows from the file.
 
@@ -428,7 +428,8 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
     from litgpt.adapters.base import adapter_parameters
     from litgpt.sharding import assign
 
-    if model.is_tied and not _are_equal(*(weights.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))):
+    embedding, head = (weights.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))
+    if model.is_tied and embedding is not None and head is not None and not embedding.equal(head):
         model.untie_head()
     own = adapter_parameters(model)
     problems = [f"{name} is missing" for name in own if name not in weights]
@@ -443,12 +444,6 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
         raise UserError(f"{source} does not fit the adapter settings beside it: {'; '.join(problems)}")
     for name, value in weights.items():
         assign(own[name], value)
-
-
-def _are_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    import torch
-
-    return one is None or other is None or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def read_adapter_settings(folder: str | Path, base: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -516,10 +511,6 @@ def _answers_by_adapter(folder: Path, dtype: torch.dtype) -> bool:
         return False
 
 
-def _freeze(model: GPT) -> None:
-    model.requires_grad_(False)
-
-
 def load_model(
     folder: str | Path,
     dtype: torch.dtype,
@@ -550,7 +541,7 @@ def load_model(
         except UserError as error:
             raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
     if sharded:
-        model = build_sharded(config, base, dtype, torch.device(device), _freeze)
+        model = build_sharded(config, base, dtype, torch.device(device), lambda model: model.requires_grad_(False))
     else:
         model = build_model(config, base, dtype, mapped=quantize is not None)
     if adapter:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
 from litgpt import families as catalog
-from litgpt.atomic import locked
+from litgpt.atomic import digest, locked
 from litgpt.checkpoint import HOME, HUB_NAME, TOKENIZER_FILES, WEIGHT_FILES, hf_weights
 from litgpt.convert.resolve import convert, open_checkpoint
 from litgpt.errors import UserError
@@ -106,7 +106,10 @@ def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer
 
         def get(names: list[str]) -> None:
             wanted = [files[name] for name in names if not _exists(folder / name, files[name])]
-            _require_room(folder, sum(file.size or 0 for file in wanted))
+            if (need := sum(file.size or 0 for file in wanted)) > (free := shutil.disk_usage(folder).free):
+                raise UserError(
+                    f"{folder} needs {size(need)}, and {size(free)} are free there: make room, or name another --checkpoint_dir"
+                )
             for file in wanted:
                 url = huggingface_hub.hf_hub_url(repo_id, file.rfilename, revision=info.sha, endpoint=api.endpoint)
                 _get(url, file, folder, access_token)
@@ -130,10 +133,10 @@ def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) 
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    digest = _hub_digest(file)
+    announced = _hub_digest(file)
     path = folder / file.rfilename
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.{(digest or 'unknown')[:12]}.part")
+    partial = path.with_name(f".{path.name}.{(announced or 'unknown')[:12]}.part")
     with open(open_regular(partial, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as content:
         headers = build_hf_headers(token=access_token)
         have = content.tell()
@@ -142,9 +145,9 @@ def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) 
                 http_get(url, content, resume_size=have, headers=headers, expected_size=file.size, displayed_filename=printable(path.name))
         content.flush()
         os.fsync(content.fileno())
-    if digest is not None and _digest(partial, file) != digest:
+    if announced is not None and _digest(partial, file) != announced:
         partial.unlink()
-        raise UserError(f"{without_secrets(url)} has another content than the hub announces (digest {digest}): try again")
+        raise UserError(f"{without_secrets(url)} has another content than the hub announces (digest {announced}): try again")
     partial.replace(path)
 
 
@@ -163,11 +166,8 @@ def _hub_digest(file: "RepoSibling") -> str | None:
 
 
 def _digest(path: Path, file: "RepoSibling") -> str:
-    digest = hashlib.sha256() if file.lfs is not None else hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as content:
-        while block := content.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    git = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    return digest(path, git if file.lfs is None else None)
 
 
 def choose_weights(repo_id: str, names: list[str]) -> str:

@@ -155,11 +155,6 @@ class Config(base.Config, AdapterSettings):
             )
         return blocks if self.has_lora_in_blocks else ()
 
-    @property
-    def warmup_cut(self) -> int:
-        """The cut while LoRA is warmed up: the first block that has it."""
-        return self.lora_blocks[0]
-
     @classmethod
     def adapter_fields(cls) -> set[str]:
         """Return the names of the adapters' settings."""
@@ -342,7 +337,7 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 
 def start_warmup(model: GPT) -> None:
     """Move the cut to the first block with LoRA and train LoRA everywhere, without Skip2-LoRA's adapters."""
-    model.cut = model.config.warmup_cut
+    model.cut = model.config.lora_blocks[0]
     mark_only_lora_as_trainable(model)
     for block in model.blocks:
         if block.skip2lora is not None:

@@ -77,11 +77,6 @@ def merged(
     return rows[first], targets[first], torch.zeros(len(pairs)).index_add_(0, place.cpu(), each.cpu())
 
 
-def losses_of(model: GPT, features: Features, head_loss: HeadLoss) -> torch.Tensor:
-    """Return the losses at the batch's loss positions, (n,) fp32, without the routers' auxiliary loss."""
-    return head_loss.each(hidden_of(model, features), features.targets)
-
-
 def hidden_of(model: GPT, features: Features) -> torch.Tensor:
     """Return the head's input at the loss positions, (n, d)."""
     hidden = model.tail(features.x, features.taps, features.pos)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from litgpt.mlp import LLaMAMoE
-from litgpt.vocabulary import gather, spread
+from litgpt.vocabulary import gather, own_chunk, spread
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
@@ -41,11 +41,7 @@ def part_of(parameter: nn.Parameter) -> nn.Parameter:
 
 def rows_of(value: torch.Tensor, parameter: Any) -> torch.Tensor:
     """Return the rows of a tensor that this rank holds of a parameter of its shape."""
-    if not hasattr(parameter, "device_mesh"):
-        return value
-    mesh = parameter.device_mesh
-    chunks = value.chunk(mesh.size(), dim=0)
-    return chunks[mesh.get_local_rank()] if mesh.get_local_rank() < len(chunks) else value[:0]
+    return own_chunk(value, parameter.device_mesh) if hasattr(parameter, "device_mesh") else value
 
 
 @torch.no_grad()

@@ -37,12 +37,17 @@ def spread(model: GPT, mesh: Any) -> None:
         model.tie_head()
 
 
+def own_chunk(value: torch.Tensor, mesh: Any) -> torch.Tensor:
+    """Return this rank's rows of a tensor whose rows are spread over a mesh."""
+    chunks = value.chunk(mesh.size())
+    return chunks[mesh.get_local_rank()] if mesh.get_local_rank() < len(chunks) else value[:0]
+
+
 def of_mesh(weight: torch.Tensor, mesh: Any) -> torch.Tensor:
     """Return a tensor on the meta device as one whose rows are spread over a mesh."""
     from torch.distributed.tensor import DTensor, Shard
 
-    chunks = weight.chunk(mesh.size())
-    own = chunks[mesh.get_local_rank()] if mesh.get_local_rank() < len(chunks) else weight[:0]
+    own = own_chunk(weight, mesh)
     return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride())
 
 

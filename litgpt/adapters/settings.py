@@ -119,16 +119,13 @@ class AdapterSettings:
                 "mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA: LoRA in the blocks changes their outputs, and "
                 "nothing could be cached"
             )
-        self._require_patterns()
-        self._require_modules()
-        if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):
-            raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
-
-    def _require_patterns(self) -> None:
         if self.lora_rank_pattern:
             require_patterns("lora_rank_pattern", self.lora_rank_pattern, _is_rank, f"a whole number from 1 to {MAX_RANK}")
         if self.lora_alpha_pattern:
             require_patterns("lora_alpha_pattern", self.lora_alpha_pattern, _is_finite, "a number")
+        self._require_modules()
+        if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):
+            raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
 
     def _require_modules(self) -> None:
         """Name the modules to save as this package does. Raise UserError for unknown ones, and for settings that do not go with them."""
@@ -229,7 +226,7 @@ def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {key: value for key, value in settings.items() if key in names}
     if settings.get("skip2lora_positions") is not None:  # the older name
         chosen["skip2lora_block_indices"] = settings["skip2lora_positions"]
-    if warmup_settings(settings).has_warmup:
+    if WarmupSettings(**{f.name: settings[f.name] for f in fields(WarmupSettings) if f.name in settings}).has_warmup:
         chosen["skip2lora_warmup"] = True
     return chosen
 
@@ -247,11 +244,6 @@ def readable_by_litgpt(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         if f.name in ("lora_variant", "lora_rslora", "lora_rank_pattern", "lora_alpha_pattern", "lora_freeze_a", "lora_block_indices")
     }
     return {key: value for key, value in hyperparameters.items() if key not in own or value != own[key]}
-
-
-def warmup_settings(settings: Mapping[str, Any]) -> WarmupSettings:
-    """Return the warm-up of a command's settings."""
-    return WarmupSettings(**{f.name: settings[f.name] for f in fields(WarmupSettings) if f.name in settings})
 
 
 def _is_rank(value: Any) -> bool:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from litgpt.config import Config
+from litgpt.errors import UserError
 
 INPUT_AND_TRAINING = ("block_size", "router_aux_loss_coef")  # do not change what a model computes
 
@@ -14,6 +15,15 @@ def differences(expected: Config, actual: Config, ignore: tuple[str, ...] = (), 
     """Return the fields in which two configs compute different things, with both values. `tolerance` is relative, for floats."""
     left, right = essence(expected), essence(actual)
     return {key: (left[key], right[key]) for key in left if key not in ignore and not _equal(left[key], right[key], tolerance)}
+
+
+def require_named(name: str, described: Config, source: object, ignore: tuple[str, ...], tolerance: float = 1e-12) -> Config:
+    """Return the config of the named model. Raise UserError if `source` is of another one: it is as `described`."""
+    named = Config.from_name(name)
+    if different := differences(named, described, ignore, tolerance):
+        listed = ", ".join(f"{key} is {actual}, expected {expected}" for key, (expected, actual) in different.items())
+        raise UserError(f"{source} is not of the model {name}: {listed}. Without --model_name it is converted as it is")
+    return named
 
 
 def _equal(left: Any, right: Any, tolerance: float) -> bool:

@@ -23,7 +23,7 @@ from litgpt.checkpoint import (
     save_config,
 )
 from litgpt.config import Config
-from litgpt.convert.compare import INPUT_AND_TRAINING, differences
+from litgpt.convert.compare import INPUT_AND_TRAINING, differences, require_named
 from litgpt.convert.names import IMAGES, Stored, fit, hf_table, summary
 from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
@@ -68,13 +68,7 @@ def choose_config(source: Path, model_name: str | None) -> Config:
     if model_name is None:
         named = Config.from_name(folder) if families.find(folder) else None
         return named if named and not differences(named, described, INPUT_AND_TRAINING) else described
-    named = Config.from_name(model_name)
-    if different := differences(named, described, INPUT_AND_TRAINING):
-        listed = ", ".join(f"{key} is {actual}, expected {expected}" for key, (expected, actual) in different.items())
-        raise UserError(
-            f"{source / 'config.json'} is not of the model {model_name}: {listed}. Without --model_name it is converted as it is"
-        )
-    return named
+    return require_named(model_name, described, source / "config.json", INPUT_AND_TRAINING)
 
 
 def to_hf(config: Config, prefer: str | None = None) -> dict[str, Any]:

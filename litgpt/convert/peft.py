@@ -35,7 +35,7 @@ from litgpt.checkpoint import PEFT_ADAPTER, load_weights
 from litgpt.checkpoint import WEIGHTS as BASE_WEIGHTS
 from litgpt.config import Config
 from litgpt.convert import names
-from litgpt.convert.hf import hf_settings
+from litgpt.convert.hf import Reader, hf_settings
 from litgpt.errors import UserError
 from litgpt.lora import Config as LoRAConfig
 
@@ -447,15 +447,9 @@ def without_base(tensors: Mapping[str, Tensor], table: families.Table, base: Pat
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Return the content of a safetensors file. Raises UserError if it is missing or broken."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not file.is_file():
         raise UserError(f"{file} is missing: the adapter's weights")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a readable safetensors file (truncated?): {error}") from None
+    return {name: stored.load() for name, stored in Reader().stored(file).items()}
 
 
 def write(folder: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], file_names: tuple[str, str] = (CONFIG, WEIGHTS)) -> None:

@@ -342,7 +342,8 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
         turn = full[starts[i] : starts[i + 1]].rstrip() if is_marked else ""
         kind = (*sorted(messages[i]), *(messages[j]["role"] if j < len(messages) else "" for j in (i - 1, i + 1)))
         is_new = kind not in kinds or i == learned[-1] or opening is None or not is_marked
-        if not is_new and turn.startswith(opening or "") and _is_verbatim(messages[i], turn):
+        is_verbatim = all(str(messages[i].get(key) or "").strip() in turn for key in ("content", "reasoning_content"))
+        if not is_new and turn.startswith(opening or "") and is_verbatim:
             spans.append((starts[i] + len(opening or ""), starts[i] + len(turn)))
             continue
         kinds.add(kind)
@@ -359,10 +360,6 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
         opening = head[starts[i] :] if is_marked and starts[i] <= len(head) and starts[i] + len(turn) == end else None
         spans.append((len(head), end))
     return Rendered(full[: spans[-1][1]], spans)
-
-
-def _is_verbatim(message: Message, turn: str) -> bool:
-    return all(str(message.get(key) or "").strip() in turn for key in ("content", "reasoning_content"))
 
 
 def _one_turn(messages: list[Message], style: "PromptStyle") -> tuple[str | None, str, str]:

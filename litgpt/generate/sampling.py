@@ -136,14 +136,18 @@ class StopFilter:
         free, self.held = self.held[:ready], [] if ended else self.held[ready:]
         return free
 
+    def free(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Push the items, one by one, and yield those that are free, up to the stop sequence."""
+        for item in () if self.stopped else items:
+            yield from self.push(item)
+            if self.stopped:
+                return
+
 
 def until_stop(ids: Iterable[int], stop_tokens: Sequence[Sequence[int]]) -> Generator[int, None, None]:
     """Yield the ids before the first stop sequence. Ids that may begin a stop sequence are held back until that is decided."""
     stops = StopFilter(stop_tokens)
-    for token in ids:
-        yield from stops.push(token)
-        if stops.stopped:
-            return
+    yield from stops.free(ids)
     yield from stops.held
 
 
@@ -151,12 +155,7 @@ def until_stop_text(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str
     """Yield the pieces of a text before the first of the stop strings."""
     chars = StopFilter(stops)
     for piece in pieces:
-        free = ""
-        for char in piece:
-            free += "".join(chars.push(char))
-            if chars.stopped:
-                break
-        if free:
+        if free := "".join(chars.free(piece)):
             yield free
         if chars.stopped:
             return

@@ -12,6 +12,7 @@ import torch
 from litgpt.api import LLM
 from litgpt.errors import UserError
 from litgpt.generate import engine
+from litgpt.generate.sampling import until_stop_text
 from litgpt.prompts import ChatStyle
 
 INSTALL = 'the tasks need the LM Evaluation Harness: pip install "litgpt[eval]"; --data FILE needs nothing'
@@ -104,16 +105,10 @@ class HarnessModel(TemplateLM):
             raise UserError(f"a task asks for {count} new tokens, and the model has room for {self.max_length} with the prompt")
         ids = torch.tensor(self.tok_encode(context)[-(self.max_length - count) :])
         temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
-        text = ""
         tokens = engine.generate(
             self.model, ids, len(ids) + count, temperature=temperature, stop_tokens=[[i] for i in sorted(self.tokenizer.stop_ids)]
         )
-        for piece in self.tokenizer.decode_stream(tokens):
-            text += piece
-            if any(stop and stop in text for stop in stops):
-                break
-        for stop in stops:
-            text = text.split(stop)[0] if stop else text
+        text = "".join(until_stop_text(self.tokenizer.decode_stream(tokens), stops))
         self.cache_hook.add_partial("generate_until", (context, settings), text)
         return text
 

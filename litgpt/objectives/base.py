@@ -14,7 +14,7 @@ from litgpt.activations.cache import Activations
 from litgpt.data.base import Unit
 from litgpt.data.records import Record
 from litgpt.errors import UserError
-from litgpt.loss import HeadLoss, hidden_of, loss_of, losses_of
+from litgpt.loss import HeadLoss, hidden_of, loss_of
 from litgpt.model import GPT
 from litgpt.packing import loss_weights, take
 from litgpt.sample import Sample
@@ -49,8 +49,9 @@ class View:
         return hidden_of(self.model, features), features.taps if features.at is None else take(features.taps, features.at)
 
     def losses(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return the losses at the samples' loss positions, (n,) fp32, sample by sample."""
-        return losses_of(self.model, self.activations(indices), self.head_loss)
+        """Return the losses at the samples' loss positions, (n,) fp32, sample by sample, without the routers' auxiliary loss."""
+        features = self.activations(indices)
+        return self.head_loss.each(hidden_of(self.model, features), features.targets)
 
     @torch.no_grad()
     def measured(self, indices: Sequence[int], agreed: Callable[[bool], bool] = bool) -> torch.Tensor:

@@ -65,24 +65,17 @@ class Job:
             self.tokens.append(self._logprobs(logits, token))
         count = len(self.row.tokens) - self.row.start
         free = self.ids.push(token)
-        text = self._until_stop(self.decoder.push(free) if free else "")
+        text = "".join(self.chars.free(self.decoder.push(free) if free else ""))
         stopped = self.ids.stopped or self.chars.stopped
         full = count == self.max_new_tokens or time.monotonic() > self.deadline
         if (stopped or full) and not self.chars.stopped:
-            text += self._until_stop(self.decoder.push(self.ids.held) + self.decoder.rest())
+            text += "".join(self.chars.free(self.decoder.push(self.ids.held) + self.decoder.rest()))
             text += "" if self.chars.stopped else "".join(self.chars.held)
         reason = "stop" if stopped or self.chars.stopped else "length" if full else None
         if text or reason:
             self.send(Piece(text, self.tokens, reason, count))
             self.tokens = []
         return reason is not None
-
-    def _until_stop(self, text: str) -> str:
-        free = ""
-        for char in text:
-            if not self.chars.stopped:
-                free += "".join(self.chars.push(char))
-        return free
 
     def _logprobs(self, logits: torch.Tensor, token: int) -> dict[str, Any]:
         """Return the token's logarithm of probability by the model itself, before temperature and penalties, and the largest ones."""

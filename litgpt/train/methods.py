@@ -73,6 +73,8 @@ class Method:
         self._mark(model)
 
     def _mark(self, model: GPT) -> None:
+        if self.quantize is not None:
+            quantise(model, self.quantize)
         self.prepare(model)
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
@@ -81,12 +83,7 @@ class Method:
 def adapters(settings: Any) -> Method:
     """Return the method of a `litgpt.finetune.lora.Lora`: LoRA and Skip2-LoRA."""
     values = shallow(settings)
-    config, quantize = model_settings(values), settings.quantize
-
-    def prepare(model: GPT) -> None:
-        if quantize is not None:
-            quantise(model, quantize)
-        mark_only_lora_as_trainable(model)
+    config = model_settings(values)
 
     def finish(model: GPT, folder: Path) -> bool:
         if not model.config.is_mergeable:
@@ -102,14 +99,14 @@ def adapters(settings: Any) -> Method:
 
     return Method(
         config=lambda folder: LoRAConfig.from_checkpoint(folder, **config),
-        prepare=prepare,
+        prepare=mark_only_lora_as_trainable,
         save=save_adapter,
         load=load_adapter,
         finish=finish,
         warmup=settings,
         cache=CacheArgs(settings.skip2lora_cache, settings.skip2lora_cache_dir, settings.skip2lora_cache_dtype),
         lora_flags=tuple(flag for flag in LAYER_FLAGS if values[flag]),
-        quantize=quantize,
+        quantize=settings.quantize,
         lr_ratio_of=settings.lr_ratio_of,
     )
 
@@ -128,14 +125,14 @@ def load_adapter(model: GPT, folder: Path) -> None:
 
 def prompts(settings: Any, config: type[LoRAConfig]) -> Method:
     """Return the method of a `litgpt.finetune.adapter.Adapter`: LLaMA-Adapter, whose kind `config` says."""
-
-    def prepare(model: GPT) -> None:
-        if settings.quantize is not None:
-            quantise(model, settings.quantize)
-        mark_only_lora_as_trainable(model)
-
     values = {name: getattr(settings, name) for name in checkpoint.PROMPT_SETTINGS}
-    return Method(lambda folder: config.from_checkpoint(folder, **values), prepare, save_adapter, load_adapter, quantize=settings.quantize)
+    return Method(
+        lambda folder: config.from_checkpoint(folder, **values),
+        mark_only_lora_as_trainable,
+        save_adapter,
+        load_adapter,
+        quantize=settings.quantize,
+    )
 
 
 def full(tie_embeddings: bool | None = None) -> Method:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -47,14 +46,11 @@ class OutDir:
         try:
             self._take()
         except BaseException:
-            self._release()
+            self.__exit__()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._release()
-
-    def _release(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._made:
             with suppress(OSError):  # not empty: there are results
                 self.path.rmdir()
@@ -225,12 +221,6 @@ class Checkpoints:
                 if finish is not None:
                     finish(temporary)
                 atomic.write_text(temporary / REPORT, as_json(measured))
-
-    def final(self, report: dict[str, Any], finish: Callable[[Path], None]) -> None:
-        """Write `final` and report.json, and remove the checkpoints that existed only to resume from."""
-        self.folder("final", report, finish)
-        if self.log is not None:
-            conclude(self.out_dir, report, self.keep_last)
 
     @contextmanager
     def _together(self) -> Iterator[None]:

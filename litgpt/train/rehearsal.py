@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from array import array
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, is_cacheable, plan, stem_length
+from litgpt.activations.cache import CacheSettings, Recompute, activations, is_cacheable, plan, stem_length
 from litgpt.adapters.base import adapter_parameters
 from litgpt.args import TrainArgs
 from litgpt.errors import UserError
@@ -145,8 +144,10 @@ def _costs(job: Job) -> dict[str, str]:
         lines["activation cache"] = f"{gib(need)}; free: {gib(free)} of memory, {gib(disk)} on disk ({folder})"
         indices = [i for batch in batches for i in batch.indices]
         start = time.perf_counter()
-        loop.activations = _cached(job, indices)
-        fill = (time.perf_counter() - start) / _tokens(splits.train, indices) * loop.batches.tokens_per_epoch
+        with job.rank.autocast():
+            settings = CacheSettings("memory", Path(), job.cache_dtype)
+            loop.activations = activations(model, splits.train, indices, "training", settings, job.rank.device)
+        fill = (time.perf_counter() - start) / sum(splits.train[i].n_inputs for i in indices) * loop.batches.tokens_per_epoch
         cached, _ = _time(loop, batches)
         lines["a step from the cache"] = f"about {cached:.2f} s, after {duration(fill)} of filling it"
         seconds = None if total is None else fill + total * cached
@@ -176,16 +177,6 @@ def products(job: Job) -> dict[str, str]:
         "products of an epoch": f"LoRA {plain:.3g} TFLOP; answer-only LoRA {answers:.3g}, and {once:.3g} once for the prompts: "
         f"{own:,} of {rows:,} positions are replies"
     }
-
-
-def _cached(job: Job, indices: list[int]) -> Activations:
-    settings = CacheSettings("memory", Path(), job.cache_dtype)
-    with job.rank.autocast():
-        return activations(job.model, job.splits.train, indices, "training", settings, job.rank.device)
-
-
-def _tokens(samples: list[Sample], indices: Iterable[int]) -> int:
-    return sum(samples[i].n_inputs for i in indices)
 
 
 def _memory(job: Job) -> str:

@@ -150,7 +150,7 @@ class Session:
         facts["environment"] = environment(self.rank.device)
         newest = saved.folder if saved else None
         keep_last = self.settings.train.keep_last
-        self.checkpoints = Checkpoints(path, self._contents, facts, keep_last, self.rank, self.log, newest, gathered=self._gathered)
+        self.checkpoints = Checkpoints(path, self._contents, facts, keep_last, self.rank, self.log, newest, self._gathered)
         self.checkpoints.unproven += [newest] if newest else []
 
     def _refer(self) -> None:
@@ -371,10 +371,10 @@ class Session:
                 about = page_of(self.model.config.name, report, read_metrics(out_dir), self.answers, self.hyperparameters)
                 atomic.write_text(out_dir / PAGE, about)  # before `final`, with which the run is finished
 
-            self.checkpoints.final(report, finish)
+            self.checkpoints.folder("final", report, finish)
             if self.log is not None:
+                conclude(out_dir, report, self.settings.train.keep_last)
                 self.log.close()
-            if self.rank.is_first:
                 self._conclude(report)
         return report
 

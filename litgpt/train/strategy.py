@@ -55,19 +55,14 @@ def choose(settings: Run, method: Method, base: Path, rank: Rank, samples: list[
         if is_fsdp and (units := len(samples) // objective_of(settings).group) < rank.size:
             raise UserError(f"strategy fsdp: {rank.size} processes have only {units} training samples: use fewer processes")
         return is_fsdp, f"strategy {'fsdp' if is_fsdp else settings.strategy}, as given{' (cpu_offload)' if settings.cpu_offload else ''}"
-    need, room = _needed(settings, method, base, samples, dtype), _room(rank)
+    tied = checkpoint.is_tied(checkpoint.load_weights(base / checkpoint.WEIGHTS))
+    need, room = estimate_of(settings, method, method.config(base), samples, dtype, tied)[0].total, _room(rank)
     found = obstacles(settings, method, base) if need > room else []
     is_fsdp = need > room and not found
     why = f"a copy of the model with gradients and optimizer takes about {gib(need)}, and each process has {gib(room)}"
     but = f"; fsdp does not work with {', '.join(found)}" if found else ""
     chosen: tuple[bool, str] = rank.broadcast((is_fsdp, f"strategy {'fsdp' if is_fsdp else 'ddp'}: {why}{but}"))
     return chosen
-
-
-def _needed(settings: Run, method: Method, base: Path, samples: list[Sample], dtype: torch.dtype) -> int:
-    """Return `litgpt.memory`'s estimate of a copy, in bytes."""
-    tied = checkpoint.is_tied(checkpoint.load_weights(base / checkpoint.WEIGHTS))
-    return estimate_of(settings, method, method.config(base), samples, dtype, tied)[0].total
 
 
 def estimate_of(

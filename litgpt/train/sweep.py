@@ -113,7 +113,8 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
                 group = Group(place, settings.timeout, joined=False) if place else None
                 job.shared = _fill(job, _n_validated(candidates, job), place)
                 spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
-                table.facts |= {**_of_cache(job.shared), **spent}
+                size = sum(cache.plan.nbytes for cache in job.shared.caches.values())
+                table.facts |= {"cache": {"blocks": list(job.shared.blocks), "bytes": size}, **spent}
                 _train_all(candidates, job, table)
                 for text in group.lost if group else ():
                     job.console.say(f"{text}: the others have done its work")
@@ -337,11 +338,6 @@ def _facts(job: Job, candidates: list[Candidate], settings: Run, identity: Ident
     if chosen := {candidate.trial.name: candidate.chosen for candidate in candidates if candidate.chosen is not None}:
         facts["chosen"] = chosen
     return facts
-
-
-def _of_cache(shared: SharedActivations) -> dict[str, Any]:
-    """Return what sweep.json says of the cache."""
-    return {"cache": {"blocks": list(shared.blocks), "bytes": sum(each.plan.nbytes for each in shared.caches.values())}}
 
 
 def _train(candidate: Candidate, job: Job, table: Table, console: Console, where: str) -> None:

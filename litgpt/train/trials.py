@@ -139,7 +139,8 @@ def _with(settings: Run, values: dict[str, Any]) -> Run:
     for key, value in sorted(values.items()):  # the optimizer's class before its arguments
         root, _, name = key.partition(".")
         if root == "optimizer":
-            recipe = _recipe(changes.get("optimizer", settings.optimizer))
+            optimizer = changes.get("optimizer", settings.optimizer)
+            recipe: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
             if name:
                 changes["optimizer"] = {**recipe, "init_args": {**recipe.get("init_args", {}), name: value}}
             elif value != recipe["class_path"]:
@@ -149,10 +150,6 @@ def _with(settings: Run, values: dict[str, Any]) -> Run:
         else:
             changes[key] = value
     return replace(settings, **changes, **{root: replace(getattr(settings, root), **group) for root, group in groups.items()})
-
-
-def _recipe(optimizer: str | dict[str, Any]) -> dict[str, Any]:
-    return {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
 
 
 @dataclass

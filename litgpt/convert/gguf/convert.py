@@ -13,7 +13,7 @@ from litgpt import families
 from litgpt.atomic import new_folder
 from litgpt.checkpoint import WEIGHTS, save_config
 from litgpt.config import Config
-from litgpt.convert.compare import INPUT_AND_TRAINING, differences
+from litgpt.convert.compare import INPUT_AND_TRAINING, differences, require_named
 from litgpt.convert.gguf.config import TOLERANCE, has_offset, read_architecture, read_config, unquantised
 from litgpt.convert.gguf.reader import Reader, Settings, open_gguf
 from litgpt.convert.gguf.rope import FACTORS
@@ -75,11 +75,7 @@ def choose_config(reader: Reader, model_name: str | None) -> Config:
     """Return the named model's config (by `model_name`, the file's name or general.name) if the file fits it, else the file's own."""
     described = read_config(reader)
     if model_name is not None:
-        named = Config.from_name(model_name)
-        if differing := differences(named, described, NOT_COMPARED, TOLERANCE):
-            text = ", ".join(f"{key} is {stated}, expected {expected}" for key, (expected, stated) in differing.items())
-            raise UserError(f"{reader.path} is not of the model {model_name}: {text}. Without --model_name it is converted as it is")
-        return named
+        return require_named(model_name, described, reader.path, NOT_COMPARED, TOLERANCE)
     by_lower = {name.lower(): name for name in families.names()}
     for name in (unquantised(reader.path), described.name):
         row = families.find(name) or families.find(by_lower.get(name.lower(), name))
