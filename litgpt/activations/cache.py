@@ -29,6 +29,7 @@ import torch
 from litgpt.activations import prompts
 from litgpt.activations.prompts import is_answer_only, plain_rows, reply_features
 from litgpt.activations.store import Contents, Rows, open_store
+from litgpt.errors import UserError
 from litgpt.lora import lora_filter
 from litgpt.loss import Features
 from litgpt.model import GPT
@@ -164,6 +165,7 @@ class ActivationCache:
     ) -> None:
         """`indices`: of the samples that may be read, if the file holds more."""
         self.store, self.plan, self.samples, self.model, self.device = store, plan, samples, model, device
+        self.blocks = [i for i, block in enumerate(model.blocks) if block.skip2lora is not None]  # whose taps it holds
         slices = plan.slices
         self.slices = slices if indices is None else {i: slices[i] for i in indices}
         self.parts: torch.Tensor | None = None  # parts of a row that are read: 0 for x, taps from 1 on; None: all
@@ -190,10 +192,10 @@ class ActivationCache:
         rows = torch.cat(slabs).to(self.device, self.model.dtype, non_blocking=True)  # (N, S + 1, d)
         return rows[:, 0], rows[:, 1:]
 
-    def narrowed(self, taps: Sequence[int]) -> ActivationCache:
-        """Return a view of the cache that reads only x and the taps with these numbers, counted from 0."""
+    def narrowed(self, blocks: Sequence[int]) -> ActivationCache:
+        """Return a view of the cache for a model that taps only these blocks; the taps of others are not read."""
         view = copy.copy(self)
-        view.parts = torch.tensor([0, *(1 + tap for tap in taps)])
+        view.parts = None if list(blocks) == self.blocks else torch.tensor([0, *(1 + self.blocks.index(block) for block in blocks)])
         return view
 
 
@@ -272,6 +274,17 @@ def activations(
         return Recompute(model, samples, device)
     cache = ActivationCache(store, layout, samples, model, device, indices)
     return _faster(cache, Recompute(model, samples, device), settings, name) if settings.mode == "auto" else cache
+
+
+def filled(model: GPT, samples: Sequence[Sample], count: int, name: str, settings: CacheSettings, device: torch.device) -> ActivationCache:
+    """Return the cache of the first `count` samples. Raises UserError if there is no room for it."""
+    cache = activations(model, samples, range(count), name, settings, device)
+    if not isinstance(cache, ActivationCache):
+        raise UserError(
+            "skip2lora_cache: there is no room for the activations, from which all settings of a sweep are trained. Free memory, "
+            "name a larger disk with skip2lora_cache_dir, give skip2lora_cache_dtype bfloat16, or take fewer blocks or samples"
+        )
+    return cache
 
 
 def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSettings, name: str) -> Activations:

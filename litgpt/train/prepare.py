@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from litgpt.activations import choose as choosing
-from litgpt.activations.cache import CacheSettings
+from litgpt.activations.cache import ActivationCache, CacheSettings
 from litgpt.activations.prompts import replies
-from litgpt.activations.shared import SharedActivations
 from litgpt.adapters.blocks import is_auto
 from litgpt.checkpoint import chosen_taps, tokenizer_files
 from litgpt.config import Config
@@ -57,7 +56,7 @@ class Job:
     model: GPT
     examples: list[Record]  # the validation records to answer
     cache_dtype: torch.dtype
-    shared: SharedActivations | None = None  # activations that several runs share; None: the run makes its own
+    shared: dict[str, ActivationCache] | None = None  # filled caches that several runs share; None: the run makes its own
     date: datetime = field(default_factory=datetime.now)  # the date that the chat template sees; a resumed run keeps it
     general_answers: list[str] | None = None  # of the base model, which `train.replay` trains; a resumed run keeps them
     answers: bool = True  # show a sample answer at each validation, if `eval.max_new_tokens` asks for one

@@ -277,7 +277,7 @@ class Session:
 
     def _activations(self, samples: list[Sample], indices: list[int], name: str, mode: str) -> Activations:
         if self.job.shared is not None:
-            result: Activations = self.job.shared.view(name, self.model.config.taps)
+            result: Activations = self.job.shared[name].narrowed(self.model.config.taps)
         else:
             with self.job.rank.autocast():
                 result = activations(self.model, samples, indices, name, self.job.cache_settings(mode), self.rank.device)

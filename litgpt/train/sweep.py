@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from litgpt import atomic
-from litgpt.activations.cache import plan
-from litgpt.activations.shared import SharedActivations
+from litgpt.activations.cache import ActivationCache, filled, plan
 from litgpt.args import Grid, as_config, shallow
 from litgpt.checkpoint import require_checkpoint
 from litgpt.convert.resolve import open_checkpoint
@@ -113,8 +112,8 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
                 group = Group(place, settings.timeout, joined=False) if place else None
                 job.shared = _fill(job, _n_validated(candidates, job), place)
                 spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
-                size = sum(cache.plan.nbytes for cache in job.shared.caches.values())
-                table.facts |= {"cache": {"blocks": list(job.shared.blocks), "bytes": size}, **spent}
+                size = sum(cache.plan.nbytes for cache in job.shared.values())
+                table.facts |= {"cache": {"blocks": job.shared["training"].blocks, "bytes": size}, **spent}
                 _train_all(candidates, job, table)
                 for text in group.lost if group else ():
                     job.console.say(f"{text}: the others have done its work")
@@ -297,12 +296,12 @@ def _n_validated(candidates: list[Candidate], job: Job) -> int:
     return max(counts)
 
 
-def _fill(job: Job, validated: int, place: Place | None) -> SharedActivations:
-    """Return the activations of all training samples and the first `validated` of the others. Several processes fill a cache on disk."""
-    samples = {"training": job.splits.train, "validation": job.splits.val}
-    counts, mode = {"training": len(job.splits.train), "validation": validated}, "disk" if place else job.method.cache.mode
+def _fill(job: Job, validated: int, place: Place | None) -> dict[str, ActivationCache]:
+    """Return caches of all training samples and the first `validated` of the others. Several processes fill caches on disk."""
+    splits, settings = job.splits, job.cache_settings("disk" if place else job.method.cache.mode)
+    parts = {"training": (splits.train, len(splits.train)), "validation": (splits.val, validated)}
     with job.rank.autocast():
-        return SharedActivations.fill(job.model, samples, counts, job.cache_settings(mode), job.rank.device)
+        return {name: filled(job.model, *part, name, settings, job.rank.device) for name, part in parts.items()}
 
 
 def _adapted(job: Job, candidate: Candidate) -> Job:

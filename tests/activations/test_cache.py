@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from litgpt.activations import cache as activation_cache
-from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations, fingerprint, is_flat, plan
+from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations, filled, fingerprint, is_flat, plan
+from litgpt.errors import UserError
 from litgpt.lora import end_warmup, lora_filter, mark_only_lora_as_trainable, start_warmup
 from litgpt.loss import HeadLoss, loss_of
 from litgpt.packing import SHORTEST_STEM, pack, shared_stem
@@ -37,6 +38,7 @@ from tests.helpers import tiny
 from tests.helpers.cases import first, quick
 
 CPU = torch.device("cpu")
+MEMORY = CacheSettings("memory", Path(), torch.float32)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": [0, 2], "lora_r": 3, "lora_alpha": 5}
@@ -318,7 +320,29 @@ def test_a_narrowed_cache_is_that_of_a_model_with_fewer_taps(cut: str, mode: str
         own, _ = keep(make_model(cut, skip2lora_block_indices=taps), samples, tmp_path, mode)
         got, want = wide.narrowed(taps)([3, 1]), own([3, 1])
         assert torch.equal(got.x, want.x) and torch.equal(got.taps, want.taps) and torch.equal(got.targets, want.targets)
+        assert wide.narrowed(taps).store is wide.store
     assert wide.narrowed([])([0]).taps.size(-2) == 0 and wide([0]).taps.size(-2) == 3
+
+
+@pytest.mark.parametrize("output_layer", ["lm_head", "transformer.h.3"])
+@pytest.mark.parametrize("taps", [[0, 2, 4], [2], [0, 4]], ids=str)
+def test_a_shared_cache_gives_what_a_model_alone_would_compute(taps: list[int], output_layer: str) -> None:
+    """Taps are named by their blocks. The samples behind the first ones are not in the cache."""
+    blocks, samples = [0, 1, 2] if output_layer != "lm_head" else [0, 2, 4], make_samples()
+    taps = [blocks[i // 2] for i in taps]
+    settings: dict[str, Any] = {"skip2lora_output_layer": output_layer}
+    wide = filled(make_model(skip2lora_block_indices=blocks, **settings), samples, 3, "training", MEMORY, CPU)
+    assert wide.blocks == blocks and wide.plan.indices == [0, 1, 2]
+    got = wide.narrowed(taps)([2, 0])
+    want = Recompute(make_model(skip2lora_block_indices=taps, **settings), samples, CPU)([2, 0])
+    assert torch.equal(got.targets, want.targets)
+    assert_close((got.x, got.taps), (want.x, want.taps), rtol=1e-5, atol=1e-5)
+
+
+def test_no_room_for_a_shared_cache_is_an_error_with_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10))
+    with pytest.raises(UserError, match=r"no room for the activations.*skip2lora_cache_dir"):
+        filled(make_model(), make_samples(), 3, "training", MEMORY, CPU)
 
 
 def test_only_the_samples_asked_for_are_cached() -> None:
