@@ -424,7 +424,7 @@ def require_same_base(folder: Path, base: Path) -> None:
 
 
 def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) -> None:
-    """Copy an adapter's weights into the model. Raises UserError that lists every name and shape that does not fit."""
+    """Copy an adapter's weights into the model. Raises UserError that lists all that does not fit or is not finite."""
     from litgpt.adapters.base import adapter_parameters
     from litgpt.sharding import assign
 
@@ -440,6 +440,8 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
             problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
         elif not value.is_floating_point():
             problems.append(f"{name} has {value.dtype} numbers, not floating ones")
+        elif not value.isfinite().all():
+            problems.append(f"{name} holds numbers that are not finite")
     if problems:
         raise UserError(f"{source} does not fit the adapter settings beside it: {'; '.join(problems)}")
     for name, value in weights.items():

@@ -13,7 +13,7 @@ from litgpt.args import Quantization
 from litgpt.atomic import write_text
 from litgpt.data.base import DataModule, question_of
 from litgpt.data.text_files import Text
-from litgpt.errors import UserError
+from litgpt.errors import NonFiniteError, UserError
 from litgpt.generate.base import open_model
 from litgpt.generate.sample import is_exact
 from litgpt.keys import known_classes
@@ -202,6 +202,8 @@ def _measured(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Co
             if model.value_head is not None:
                 values += last_values(model.value_head, hidden, batch)
             progress(start + len(batch), len(samples))
+    if not math.isfinite(total):
+        raise NonFiniteError(f"the loss is {total}: `litgpt validate {llm.folder}` names weights that are not finite")
     loss, rewards = total / weight, [sample.reward for sample in samples if sample.reward is not None]
     judged = {"rated": len(values), **quality(values, rewards)} if values else {}
     tokens = sum(sample.n_targets for sample in samples)

@@ -310,6 +310,7 @@ def test_load_adapter_lists_everything() -> None:
     weights["transformer.h.1.attn.proj.lora_A"] = torch.zeros(3, 32)
     before = model.transformer.h[0].attn.qkv.lora_B.clone()
     weights["transformer.h.0.attn.qkv.lora_B"] = before + 1
+    weights["transformer.h.1.attn.qkv.lora_B"] = torch.full_like(before, float("inf"))
     with pytest.raises(UserError) as caught:
         checkpoint.load_adapter(model, weights, "some/lit_model.pth.lora")
     for part in (
@@ -317,6 +318,7 @@ def test_load_adapter_lists_everything() -> None:
         "transformer.h.0.attn.qkv.lora_A is missing",
         "transformer.h.1.attn.qkv.lora_A has shape (9, 32), not (6, 32)",
         "transformer.h.1.attn.proj.lora_A is not in the model",
+        "transformer.h.1.attn.qkv.lora_B holds numbers that are not finite",
     ):
         assert part in str(caught.value)
     assert torch.equal(model.transformer.h[0].attn.qkv.lora_B, before)  # nothing was loaded

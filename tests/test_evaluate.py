@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from litgpt.__main__ import main
 from litgpt.api import LLM
-from litgpt.checkpoint import load_model
+from litgpt.checkpoint import load_model, load_weights, save_weights
 from litgpt.data import JSON, TextFiles
 from litgpt.evaluate import rouge_l
 from litgpt.prompts import PromptStyle, resolve_prompt_style
@@ -106,6 +107,21 @@ def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main(["evaluate", str(base), *words]) == 1
         assert said in capsys.readouterr().err
     assert not (base / "evaluate").exists()
+
+
+def test_weights_that_are_not_finite(
+    write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    weights = load_weights(base / "lit_model.pth")
+    weights["transformer.h.2.attn.qkv.weight"][3, 3] = math.nan
+    save_weights(weights, base / "lit_model.pth")
+    data = runs.write_data(tmp_path / "data.json", 3)
+    assert main(["evaluate", str(base), "--data", str(data), "--out_dir", str(tmp_path / "results")]) == 3
+    assert "the loss is nan" in capsys.readouterr().err and not (tmp_path / "results").exists()
+    for temperature in ("0", "0.8"):
+        assert main(["generate", str(base), "--prompt", "hi", "--temperature", temperature]) == 1
+        assert "the model's output is not finite" in capsys.readouterr().err
 
 
 def test_without_the_harness(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,10 @@ class Sampling:
     def draw(self, logits: torch.Tensor, tokens: Sequence[int], start: int, generator: torch.Generator | None = None) -> int:
         """Return the token that follows `tokens`, prompt and answer, which begins at `start`, by the logits (V,) of that place."""
         scores = self.penalised(logits, tokens, start)
+        if not scores.max().isfinite():
+            raise UserError(
+                "the model's output is not finite: `litgpt validate` names such weights; float16 may overflow where bfloat16 fits"
+            )
         return int(sample(scores, self.temperature, self.top_k, self.top_p, generator, self.min_p))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
