@@ -165,11 +165,13 @@ class LLM(ModelModule):
         may be: min_p, repetition_penalty, presence_penalty, frequency_penalty. None is the checkpoint's own value (generation_config.json),
         or the default of `litgpt chat`.
         """
-        prompts: Any = prompt
+        prompts: Any = [prompt] if isinstance(prompt, dict) else prompt
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **more}
         sampling = self.sampling | {name: value for name, value in given.items() if value is not None}
         sampling["top_k"] = sampling["top_k"] or None
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [text for text in ([stop] if isinstance(stop, str) else stop) if text]  # an empty text ends nothing
+        if not all(isinstance(text, str) for text in stops):
+            raise UserError(f"stop is {stop!r}: a text or a list of texts is needed")
         is_list = isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], dict))
         if stream and is_list:
             raise UserError(f"stream answers one prompt at a time, and the list has {len(prompts)}: call generate for each")
@@ -253,8 +255,8 @@ class LLM(ModelModule):
 
     def prompt_ids(self, text: str, max_new_tokens: int = 1) -> list[int]:
         """Return the ids of a text that is in the prompt style already."""
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens!r}: a whole number of at least 1 is needed")
         return self.tokenizer.ids(text, bos=self.prompt_style.bos)
 
     def generator(self, seed: int | None) -> torch.Generator | None:

@@ -200,7 +200,7 @@ class LogArgs:
 
 def require_seed(seed: Any, place: str = "seed") -> None:
     """Raise UserError, which names the setting, if `seed` is not a seed of every random generator."""
-    if not isinstance(seed, int) or not 0 <= seed <= LAST_SEED:
+    if type(seed) is not int or not 0 <= seed <= LAST_SEED:
         raise UserError(f"{place} is {seed!r}: a number from 0 to {LAST_SEED} is needed")
 
 

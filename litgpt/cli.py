@@ -8,7 +8,6 @@ first parameter; `train.*` keys may leave out `train.`; the command line overrid
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
@@ -106,12 +105,12 @@ def _read_config(file: str, keys: Keys, depth: int = 0) -> list[list[Setting]]:
             raise UsageError(f"{file}: {BASE}: {base!r} is not the name of a YAML file")
         if depth == MOST_BASES:
             raise UsageError(f"{file}: {BASE}: a chain of more than {MOST_BASES} base files: check that no file is its own base")
-        below = _read_config(urljoin(file, base) if is_url(file) else str(Path(file).parent / expand_path(base)), keys, depth + 1)
+        below = _read_config(urljoin(file, base) if is_url(file) else str(expand_path(file).parent / expand_path(base)), keys, depth + 1)
     return [*below, keys.of_mapping(mapping, file)]
 
 
 def _read_mapping(file: str) -> dict[str, Any]:
-    mapping = parse_yaml(decode_text(fetch(file, MOST_YAML), file), file) if is_url(file) else read_yaml(file)
+    mapping = parse_yaml(decode_text(fetch(file, MOST_YAML), file), file) if is_url(file) else read_yaml(expand_path(file))
     if not isinstance(mapping, dict):
         content = "is empty" if mapping is None else f"holds a {type(mapping).__name__}"
         raise UsageError(f"the config file {file} {content}: it needs lines such as `checkpoint_dir: DIR`")

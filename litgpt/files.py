@@ -30,8 +30,13 @@ def nearest(path: Path) -> Path:
 
 
 def expand_path(path: str | Path) -> Path:
-    """Return a path that a user wrote, with `~` and `$VARIABLES` expanded."""
-    return Path(os.path.expandvars(path)).expanduser()
+    """Return a path that a user wrote, with `~` and `$VARIABLES` expanded. Raises UserError for those that there are not."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    unknown = re.match(r"~[^/]*", expanded) or re.search(r"\$([A-Za-z_]\w*|\{\w+\})", expanded)
+    if unknown and not os.path.lexists(expanded):
+        kind = "user of that name" if unknown[0].startswith("~") else "variable of that name in the environment"
+        raise UserError(f"{path}: {unknown[0]} is no {kind}: write the path out")
+    return Path(expanded)
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:

@@ -199,6 +199,8 @@ class Keys:
             value = from_text(setting.value) if is_yaml else convert(setting.value, kind)
             if root in self.grids and not value:
                 raise ValueError("nothing to try")
+        except UserError as error:
+            raise UsageError(f"{setting.place}: {error}") from None
         except ValueError:
             shown = "the value" if key.rpartition(".")[2] == SECRET else repr(setting.value)[:MOST_SHOWN]
             example = " to try, such as '[4, 8]'" if root in self.grids else ""

@@ -52,8 +52,12 @@ def _exact(value: Any, kind: Any) -> Any:
     origin, members = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         for member in members:
-            with suppress(ValueError):
+            try:
                 return _exact(value, member)
+            except UserError:
+                raise
+            except ValueError:
+                continue
     elif kind is Any or (origin is Literal and value in members):
         return value
     elif origin is list and isinstance(value, list):

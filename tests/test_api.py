@@ -106,6 +106,38 @@ def test_a_list_of_prompts_is_answered_as_one_by_one(base: Path) -> None:
         llm.generate(prompts, stream=True)
 
 
+def test_an_empty_stop_text_ends_nothing(base: Path) -> None:
+    llm = load(base)
+    assert (
+        llm.generate("why?", None, 5, 0.0, stop="")
+        == llm.generate("why?", None, 5, 0.0, stop=["", ""])
+        == llm.generate("why?", None, 5, 0.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 2.5),
+        ("temperature", "1"),
+        ("top_k", 1.5),
+        ("top_p", True),
+        ("logit_bias", [1]),
+        ("logit_bias", {320: 1.0}),
+        ("stop", [5]),
+        ("seed", True),
+    ],
+)
+def test_settings_of_the_wrong_kind(name: str, value: Any, base: Path) -> None:
+    with pytest.raises(UserError, match=f"{name} (is|names)"):
+        load(base).generate("why?", **{"max_new_tokens": 2, name: value})
+
+
+def test_a_folder_in_the_home_folder(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(base.parent))
+    assert LLM.load(f"~/{base.name}/", precision="32-true").folder == base
+
+
 def test_sampling_defaults(base: Path) -> None:
     """Those of `litgpt chat`, or of generation_config.json; what the caller gives comes first."""
     llm = load(base)

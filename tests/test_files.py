@@ -14,11 +14,21 @@ from litgpt.files import MOST_VALUES, expand_path, open_regular, parse_yaml, rea
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in ("ab", "bc", "cd", "de", "ef"))
 
 
-def test_a_path_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/user")
     monkeypatch.setenv("DATA", "/data")
     assert expand_path("~/x") == Path("/home/user/x") and expand_path(Path("$DATA/x")) == expand_path("${DATA}/x") == Path("/data/x")
-    assert expand_path("$UNSET_NAME/~x") == Path("$UNSET_NAME/~x")
+    for name, said in (
+        ("$UNSET_NAME/~x", r"\$UNSET_NAME is no variable"),
+        ("a/${UNSET}", "UNSET} is no"),
+        ("~nobody.here/x", "~nobody.here is no user"),
+    ):
+        with pytest.raises(UserError, match=said):
+            expand_path(name)
+    assert expand_path("a/~x/cost$-5") == Path("a/~x/cost$-5")
+    monkeypatch.chdir(tmp_path)
+    Path("$UNSET_NAME").mkdir()
+    assert expand_path("$UNSET_NAME") == Path("$UNSET_NAME")  # a folder of the user's
 
 
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:

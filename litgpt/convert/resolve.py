@@ -32,7 +32,7 @@ from litgpt.checkpoint import ADAPTER_WEIGHTS, HOME, HUB_NAME, TOKENIZER_FILES, 
 from litgpt.config import Config
 from litgpt.convert.gguf import SPLIT, stem
 from litgpt.errors import UserError
-from litgpt.files import read_json
+from litgpt.files import expand_path, read_json
 
 RECORD = "conversion.json"
 CONFIG = "model_config.yaml"
@@ -47,7 +47,7 @@ def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
     place is taken, and, without `convert`, for a path that would have to be converted. A folder without weights is returned as it is, for
     `checkpoint.require_checkpoint` to judge.
     """
-    source = locate(Path(path))
+    source = locate(expand_path(path))
     conversion = Conversion(source, target_of(source))
     if conversion.is_fresh():
         conversion.remove_stage()

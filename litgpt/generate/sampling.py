@@ -66,6 +66,11 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind = int if name == "top_k" else (int, float)
+            is_right = isinstance(value, Mapping) if name == "logit_bias" else isinstance(value, kind) and not isinstance(value, bool)
+            if not is_right and (name, value) != ("top_k", None):
+                raise UserError(f"{name} is {value!r}: {'a mapping of token ids' if name == 'logit_bias' else 'a number'} is needed")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}: 0 (always the most probable token) or a positive number is needed")
         if self.top_k is not None and self.top_k < 1:
@@ -118,6 +123,8 @@ class Sampling:
             ids, counts = torch.tensor(tokens[start:], device=scores.device).unique(return_counts=True)
             scores[ids] -= self.presence_penalty + self.frequency_penalty * counts
         for token, bias in self.logit_bias.items():
+            if not 0 <= token < len(scores):
+                raise UserError(f"logit_bias names the token {token}: the model has the tokens 0 to {len(scores) - 1:,}")
             scores[token] += bias
         return scores
 
