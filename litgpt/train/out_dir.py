@@ -125,8 +125,8 @@ class OutDir:
         """Return the checkpoint to resume, or None to start anew. Raises UserError if there is none where one is asked for."""
         if self.resume is False:
             return None
-        if self.resume is not True and str(self.resume) != AUTO:
-            return self._named(Path(self.resume))
+        if (named := self._named_step()) is not None:
+            return self._last(named)
         skipped = []
         for folder in steps(self.path):
             if problem := unusable(folder):
@@ -142,11 +142,18 @@ class OutDir:
             raise UserError(f"resume: out_dir {self.path} holds a run, but no checkpoint to resume{why}: {ways}")
         return None
 
-    def _named(self, folder: Path) -> Path:
+    def _named_step(self) -> Path | None:
+        """Return the folder that `resume` names. Raises UserError if it is none of this run's checkpoints."""
+        if isinstance(self.resume, bool) or str(self.resume) == AUTO:
+            return None
+        folder = Path(self.resume)
         if not folder.is_dir():
             raise UserError(f"resume: there is no folder {folder}: give true, auto or a step-* folder of out_dir")
         if folder.resolve().parent != self.path.resolve() or number(folder) is None:
             raise UserError(f"resume: {folder} is not a step-* folder of out_dir {self.path}: give --out_dir {folder.resolve().parent}")
+        return folder
+
+    def _last(self, folder: Path) -> Path:
         if problem := unusable(folder):
             raise UserError(f"resume: {folder} is incomplete: {problem}. Name another step, or give --resume true for the newest one")
         later = [path for path in steps(self.path) if (number(path) or 0) > (number(folder) or 0)]
@@ -159,6 +166,7 @@ class OutDir:
     @property
     def is_finished(self) -> bool:
         """True if a run that is to be resumed has ended here."""
+        self._named_step()
         return self.resume is not False and not atomic.damages(self.path / "final")
 
 

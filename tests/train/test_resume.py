@@ -201,6 +201,9 @@ def test_a_finished_run_says_so_and_changes_nothing(whole: Callable[[str], Run],
         run = finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume=resume)
         assert run.code == 0 and f"{out_dir / 'final'} exists: this run is finished" in run.err
         assert finetune_runs.files(out_dir) == before
+    for name, said in ((out_dir / "step-009999", "there is no folder"), (base, "is not a step-* folder of out_dir")):
+        run = finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume=name)
+        assert run.code == 1 and said in run.err
     (out_dir / "report.json").unlink()
     assert finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], resume="auto").code == 0
     assert finetune_runs.files(out_dir) == before
