@@ -203,7 +203,8 @@ class ChatTemplate(ChatStyle):
         """Return the template in the tokenizer's files, or None."""
         if tokenizer.chat_template is None:
             return None
-        return cls(tokenizer.chat_template, source=source, tool_template=tokenizer.tool_template, **tokenizer.special_tokens)
+        special = {name: text for name, text in tokenizer.special_tokens.items() if name.endswith("_token")}
+        return cls(tokenizer.chat_template, source=source, tool_template=tokenizer.tool_template, **special)
 
     def reads(self, key: str) -> bool:
         """Return True if the template names a key of a message, or a variable."""

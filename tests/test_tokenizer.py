@@ -290,7 +290,10 @@ PLACES: dict[str, dict[str, Any]] = {
     "added by the older list": {"tokenizer_config.json": {"additional_special_tokens": ["<new>"]}},
     "added by the map": {"special_tokens_map.json": {"additional_special_tokens": ["<new>"], "pad_token": "<|im_start|>"}},
     "added by a name": {
-        "tokenizer_config.json": {"extra_special_tokens": {"image_token": "<new>"}, "chat_template": A + "{{ image_token }}"}
+        "tokenizer_config.json": {
+            "extra_special_tokens": {"image_token": "<new>", "source": "there"},
+            "chat_template": A + "{{ image_token }}",
+        }
     },
     "the map counts more": {"special_tokens_map.json": {"eos_token": "<|im_start|>", "bos_token": {"content": "<|im_end|>"}}},
     "the map is not read": {
