@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from litgpt import atomic, checkpoint, files
 from litgpt.adapters.settings import readable_by_litgpt
-from litgpt.convert.resolve import locate, open_checkpoint
+from litgpt.convert.resolve import adapter_folder, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.prompts import PROMPT_STYLE_FILE
 
@@ -35,8 +35,7 @@ def convert_adapter(
     from litgpt.convert.card import base_name, write_card
     from litgpt.convert.hf import hf_settings
 
-    source, target = Path(adapter_dir), Path(output_dir)
-    source = locate(source) if (source / "final").is_dir() else source  # a run's folder
+    source, target = adapter_folder(Path(adapter_dir)), Path(output_dir)
     kind = kind_of(source)
     if kind != LITGPT and checkpoint_dir is None:
         raise UserError(f"{source} does not hold its base model: give --checkpoint_dir, a checkpoint folder of it")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Optional
 
 from litgpt import atomic, checkpoint
 from litgpt.config import Config
-from litgpt.convert.resolve import open_checkpoint
+from litgpt.convert.resolve import adapter_folder, open_checkpoint
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
     """Fold a LoRA adapter into its base and write lit_model.pth beside the adapter.
 
     Args:
-        checkpoint_dir: Folder of the adapter (lit_model.pth.lora and hyperparameters.yaml).
+        checkpoint_dir: Folder of the adapter (lit_model.pth.lora and hyperparameters.yaml), or of its run.
         pretrained_checkpoint_dir: Folder of the base model. Default: the one that hyperparameters.yaml names.
         precision: Number format of the merged weights. Default: the one that the adapter was trained in.
     """
-    folder = Path(checkpoint_dir)
+    folder = adapter_folder(Path(checkpoint_dir))
     if not (folder / checkpoint.ADAPTER_WEIGHTS).is_file():
         if (other := checkpoint.adapter_file(folder)).is_file():
             raise UserError(f"{other} is a LLaMA-Adapter, which cannot be merged: generate and chat read the folder as it is")

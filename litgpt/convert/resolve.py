@@ -120,6 +120,11 @@ def result_of(run: Path) -> Path | None:
     return run / ("best" if is_better else "final")
 
 
+def adapter_folder(path: Path) -> Path:
+    """Return the folder of an adapter: for the folder of a run, its result; else `path` itself."""
+    return path if has_weights(path) else result_of(path) or path
+
+
 def has_weights(folder: Path) -> bool:
     """Return True if the folder holds a LitGPT model or adapter."""
     return any((folder / name).is_file() for name in (WEIGHTS, *checkpoint.ADAPTERS))

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from litgpt import atomic, checkpoint
 from litgpt.__main__ import main
+from litgpt.convert.adapter import convert_adapter
 from litgpt.convert.merge import merge_lora, merged_weights
 from litgpt.errors import UserError
 from tests.helpers import runs, tiny
@@ -51,6 +52,17 @@ def test_merged_folder_stands_alone(base: Path, capsys: pytest.CaptureFixture[st
         got = checkpoint.load_model(folder, torch.float32)(idx)
     assert_close(got, want, rtol=1e-3, atol=1e-4)
     assert (got - plain).abs().max() > 0.05
+
+
+def test_the_folder_of_a_run_stands_for_its_result(base: Path) -> None:
+    run = base.parent / "run"
+    for steps in (4, 12):
+        folder = adapter(base, **LORA)
+        run.mkdir(exist_ok=True)
+        folder.rename(run / f"step-{steps:06d}")
+    convert_adapter(run, base.parent / "peft")
+    merge_lora(run)
+    assert (run / "step-000012" / "lit_model.pth").is_file() and not (run / "step-000004" / "lit_model.pth").exists()
 
 
 def test_a_base_elsewhere_and_another_precision(base: Path) -> None:
