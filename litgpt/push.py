@@ -61,10 +61,8 @@ def push(
 @contextmanager
 def _public_form(folder: Path, name: str) -> Iterator[Path]:
     """Yield the folder, or a temporary one named `name` with its converted form."""
-    if is_hf_folder(folder) or any((folder / file).is_file() for file in FOREIGN_ADAPTERS):
-        yield folder
-        return
-    if folder.is_dir() and any(folder.glob("*.gguf")) and not (folder / WEIGHTS).is_file():
+    is_gguf = folder.is_dir() and any(folder.glob("*.gguf")) and not (folder / WEIGHTS).is_file()
+    if is_hf_folder(folder) or any((folder / file).is_file() for file in FOREIGN_ADAPTERS) or is_gguf:
         yield folder
         return
     source = open_checkpoint(folder)

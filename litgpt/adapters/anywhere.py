@@ -20,7 +20,7 @@ VERSION = 1  # of the file's form
 
 
 class Entry(NamedTuple):
-    """What the file says of a layer."""
+    """The entries of a file that describe one layer."""
 
     r: int
     alpha: float

@@ -18,7 +18,7 @@ Kind = Literal["lora", "skip2lora", "model"]
 
 
 class Words(NamedTuple):
-    """What a card says of one kind of export."""
+    """The parts of a card that differ between kinds of export."""
 
     title: str
     library: str

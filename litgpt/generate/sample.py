@@ -25,7 +25,7 @@ Check = Callable[[dict[str, Any], str], Union[bool, float]]
 
 @dataclass
 class Files:
-    """What is read and written."""
+    """The options for input and output."""
 
     data: Path
     """The file of questions: records as for `litgpt finetune`."""

@@ -38,7 +38,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass
 class Limits:
-    """What a request may ask for."""
+    """The limits of a request."""
 
     prompt_tokens: int | None = None  # None: what the model reads
     seconds: float = 300.0
@@ -47,7 +47,7 @@ class Limits:
 
 @dataclass
 class State:
-    """What all requests share."""
+    """The state that all requests share."""
 
     models: Models
     scheduler: Scheduler

@@ -26,7 +26,7 @@ COURSES = 256  # a new sparkline, which reads all losses, after each 256th of th
 
 @dataclass
 class Phase:
-    """What happens around the steps of a loop."""
+    """Everything around the steps of a loop."""
 
     title: str
     loop: Loop

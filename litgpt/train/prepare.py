@@ -63,7 +63,7 @@ class Job:
 
     @property
     def kept(self) -> dict[str, Any]:
-        """What a resumed run takes over, as plain values."""
+        """The values that a resumed run takes over, as plain ones."""
         return {"date": self.date.isoformat(), "general_answers": self.general_answers}
 
     @property
@@ -74,7 +74,7 @@ class Job:
 
     @property
     def objective(self) -> Objective:
-        """What a step minimises; an object of its own for each loop."""
+        """The objective that a step minimises; a new object for each loop."""
         return objective_of(self.settings)
 
     @property

@@ -107,7 +107,7 @@ PREFERENCES = (2, 1, 2e-4)  # the same for DPO, ORPO and KTO, whatever the metho
 
 @dataclass(frozen=True)
 class Look:
-    """What the settings depend on."""
+    """The facts that the settings depend on."""
 
     records: int
     answers: int  # different ones

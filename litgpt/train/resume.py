@@ -34,6 +34,7 @@ FACTS, TENSORS = "training_state.json", "training_state.safetensors"
 IDENTITY = "identity.json"  # in final: tells whether the run that ended there is the one that is asked for
 ELSEWHERE = "Name another step with --resume, or start anew in another --out_dir"
 SCALARS, FACTORS = ("step", "eta", "mu", "mu_product"), ("row_var", "col_var")  # of torch.optim: one number; Adafactor's
+STATE = ("step", "tokens", "seconds", "losses", "best", "skipped", "loss_scale", "pending")  # of `State`, written as they are
 PROBES, PROBE_BYTES = 64, 2**20  # parts of a weights file that tell it from another one
 
 
@@ -94,25 +95,15 @@ class State:
     def facts(self) -> dict[str, Any]:
         """Return the state as plain values; the seconds are those up to now."""
         phase = self.phase and {"step": self.phase.step, "tokens": self.phase.tokens, "seconds": self.phase.clock.seconds}
-        own = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "losses", "best", "skipped", "loss_scale", "pending")}
-        return {**own, "total_seconds": self.clock.seconds, "phase": phase}
+        return {**{name: getattr(self, name) for name in STATE}, "total_seconds": self.clock.seconds, "phase": phase}
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> State:
         """Return the state that `facts` describes, its clocks running again."""
         phase = facts["phase"] and PhaseStart(facts["phase"]["step"], facts["phase"]["tokens"], Stopwatch(facts["phase"]["seconds"]))
-        return cls(
-            step=facts["step"],
-            tokens=facts["tokens"],
-            seconds=facts["seconds"],
-            losses=[(step, loss) for step, loss in facts["losses"]],
-            best=facts["best"] and (facts["best"][0], facts["best"][1]),
-            skipped=facts["skipped"],
-            loss_scale=facts.get("loss_scale", cls.loss_scale),
-            clock=Stopwatch(facts["total_seconds"]),
-            phase=phase,
-            pending=facts["pending"],
-        )
+        own = {name: facts[name] for name in STATE if name in facts or name != "loss_scale"}  # which earlier versions did not write
+        own["losses"], own["best"] = [(step, loss) for step, loss in own["losses"]], own["best"] and (own["best"][0], own["best"][1])
+        return cls(**own, clock=Stopwatch(facts["total_seconds"]), phase=phase)
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -200,7 +200,7 @@ def open_gguf(path: Path) -> Reader:
 
 
 class Source(Protocol):
-    """What tells the model of a file: a file's header, or the plan of one."""
+    """The facts that describe the model in a file: a file's header, or the plan of one."""
 
     path: Path
     metadata: dict[str, Any]
