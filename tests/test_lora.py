@@ -19,6 +19,7 @@ from litgpt.errors import UserError
 from litgpt.lora import LoRALinear, LoRAQKVLinear, Skip2LoRA, lora_filter, mark_only_lora_as_trainable, merge_lora_weights
 from tests.helpers import tiny
 from tests.helpers.cases import first, quick
+from tests.helpers.peft_names import PEFT_NAMES, PEFT_TO_LITGPT
 
 OUTPUT_LAYERS = ("lm_head", "transformer.ln_f", "transformer.h.3")
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -38,16 +39,6 @@ def loss(model: Any, idx: torch.Tensor) -> torch.Tensor:
 
 
 # --- LoRA ---
-
-PEFT_NAMES = {
-    "lora_query": ["q_proj"],
-    "lora_key": ["k_proj"],
-    "lora_value": ["v_proj"],
-    "lora_projection": ["o_proj"],
-    "lora_mlp": ["gate_proj", "up_proj", "down_proj"],
-    "lora_head": ["lm_head"],
-}
-PEFT_TO_LITGPT = {"o_proj": "attn.proj", "gate_proj": "mlp.fc_1", "up_proj": "mlp.fc_2", "down_proj": "mlp.proj"}
 
 
 def adapters_from_peft(model: Any) -> dict[str, torch.Tensor]:

@@ -15,16 +15,8 @@ from litgpt.adapters.base import adapter_parameters, renew_adapters
 from litgpt.quantize import quantise
 from tests.helpers import tiny
 from tests.helpers.cases import quick
+from tests.helpers.peft_names import PEFT_NAMES, PEFT_TO_LITGPT
 
-FLAGS = {
-    "lora_query": ["q_proj"],
-    "lora_key": ["k_proj"],
-    "lora_value": ["v_proj"],
-    "lora_projection": ["o_proj"],
-    "lora_mlp": ["gate_proj", "up_proj", "down_proj"],
-    "lora_head": ["lm_head"],
-}
-PLACES = {"o_proj": "attn.proj", "gate_proj": "mlp.fc_1", "up_proj": "mlp.fc_2", "down_proj": "mlp.proj"}
 PARAMETERS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_magnitude_vector": "lora_magnitude"}
 IDX = tiny.ids(2, 20)
 
@@ -38,7 +30,7 @@ def under_our_names(model: Any, of: Any) -> dict[str, torch.Tensor]:
         if kind is not None:
             layer = parts[parts.index(kind) - 1]
             block = f"transformer.h.{parts[parts.index('layers') + 1]}." if "layers" in parts else ""
-            place = "lm_head" if layer == "lm_head" else block + PLACES.get(layer, "attn.qkv")
+            place = "lm_head" if layer == "lm_head" else block + PEFT_TO_LITGPT.get(layer, "attn.qkv")
             joined.setdefault(f"{place}.{PARAMETERS[kind]}", []).append(of(value))
     return {name: torch.cat(values) for name, values in joined.items()}
 
@@ -49,7 +41,7 @@ def pair(flags: tuple[str, ...], **settings: Any) -> tuple[Any, Any]:
     ours = tiny.from_hf(hf, lora_r=4, lora_alpha=10, **dict.fromkeys(flags, True), **settings)
     renew_adapters(ours)
     lora.mark_only_lora_as_trainable(ours)
-    targets = [name for flag in flags for name in FLAGS[flag]]
+    targets = [name for flag in flags for name in PEFT_NAMES[flag]]
     kinds = {"use_dora": settings.get("lora_variant") == "dora", "use_rslora": settings.get("lora_rslora", False)}
     theirs: Any = peft.get_peft_model(hf, peft.LoraConfig(r=4, lora_alpha=10, target_modules=targets, lora_dropout=0.0, **kinds)).eval()
     generator = torch.Generator().manual_seed(5)
@@ -84,7 +76,7 @@ def curve(model: Any, optimizer: torch.optim.Optimizer, logits: Any, steps: int 
 
 
 @pytest.mark.parametrize(
-    "flags", [("lora_query", "lora_value"), ("lora_key",), ("lora_projection", "lora_mlp"), tuple(FLAGS)], ids="+".join
+    "flags", [("lora_query", "lora_value"), ("lora_key",), ("lora_projection", "lora_mlp"), tuple(PEFT_NAMES)], ids="+".join
 )
 @pytest.mark.parametrize("variant", quick(["dora", "rslora", "dora and rslora"], "dora and rslora"))
 def test_logits_and_gradients_are_pefts(flags: tuple[str, ...], variant: str) -> None:

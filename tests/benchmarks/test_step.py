@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +10,6 @@ import torch.nn.functional as F
 
 from benchmarks import step
 from litgpt.activations.cache import Recompute
-from tests.helpers import tiny
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("model") / "base", write_tiny_tokenizer, n_layer=7)
-
-
-@pytest.fixture
-def settings(base: Path) -> step.Settings:
-    return step.Settings(str(base), 2, 8, 0.25, 2, 1, "32-true", "cpu", 8)
 
 
 def test_the_loss_is_the_next_tokens(settings: step.Settings) -> None:

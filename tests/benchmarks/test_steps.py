@@ -34,16 +34,6 @@ SECTIONS = [
 TINY = ["--batch_size", "2", "--seq_length", "8", "--iterations", "3", "--warmup", "1", "--precision", "32-true", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("model") / "base", write_tiny_tokenizer, n_layer=7)
-
-
-@pytest.fixture
-def settings(base: Path) -> step.Settings:
-    return step.Settings(str(base), 2, 8, 0.25, 2, 1, "32-true", "cpu", 8)
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure in this process, which is quicker; its peak of memory means nothing then."""

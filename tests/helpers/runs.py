@@ -22,20 +22,10 @@ from litgpt.data import JSON
 from litgpt.prompts import resolve_prompt_style
 from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
+from tests.helpers import jobs
 
 COLUMNS = ["step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb"]
-SETTINGS = {
-    "precision": "32-true",
-    "train.epochs": 2,
-    "train.global_batch_size": 6,
-    "train.micro_batch_size": 2,
-    "train.lr_warmup_steps": 2,
-    "train.save_interval": 2,
-    "eval.interval": 4,
-    "eval.max_new_tokens": 1,
-    "eval.initial_validation": True,
-    "optimizer.lr": 0.02,
-}
+SETTINGS = {**jobs.SETTINGS, "eval.interval": 4, "eval.max_new_tokens": 1}
 """18 training samples: 3 steps an epoch, 6 in all."""
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 CHECKPOINT_FILES = {"model_config.yaml", "hyperparameters.yaml", "manifest.json"} | TOKENIZER_FILES
