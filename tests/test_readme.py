@@ -20,6 +20,7 @@ from litgpt.__main__ import COMMANDS, load, main
 from litgpt.cli import parse
 from litgpt.examine import normalised
 from litgpt.finetune.lora import Finetune
+from litgpt.finetune.sweep import Sweep
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +46,8 @@ def test_short() -> None:
 def test_every_command_is_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings that follow from the data are left out: checkpoints and files of the pages do not exist here."""
     _, name, *words = shlex.split(line, comments=True)
-    monkeypatch.setattr(Finetune, "complete", staticmethod(lambda given: given))
+    for command in (Finetune, Sweep):
+        monkeypatch.setattr(command, "complete", staticmethod(lambda given: given))
     assert name in COMMANDS
     assert parse(f"litgpt {name}", load(name), words)
 
@@ -169,7 +171,8 @@ def notebook() -> Any:
 
 def test_the_notebooks_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds no outputs, which differ from machine to machine."""
-    monkeypatch.setattr(Finetune, "complete", staticmethod(lambda given: given))
+    for command in (Finetune, Sweep):
+        monkeypatch.setattr(command, "complete", staticmethod(lambda given: given))
     code = [cell for cell in notebook()["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] for cell in code)
     lines = [line for cell in code for line in "".join(cell["source"]).split("\n") if line.startswith("!litgpt")]
