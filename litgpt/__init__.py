@@ -18,6 +18,8 @@ __version__ = "0.6.0+skip2lora"
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+importlib.import_module("litgpt.aliases")
+
 _HOME = {
     "GPT": "litgpt.model",
     "Config": "litgpt.config",

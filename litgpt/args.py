@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -132,6 +132,20 @@ class TrainArgs:
             raise UserError("training would never end: set one of train.epochs, train.max_steps, train.max_tokens, train.max_time")
         if self.lr_warmup_fraction is not None:
             self._prefer_warmup_fraction(self.lr_warmup_fraction)
+
+    def batch_size(self, devices: int, num_nodes: int = 1) -> int:
+        """Return the samples per optimizer step of one device."""
+        return max(self.global_batch_size // (devices * num_nodes), 1)
+
+    def gradient_accumulation_iters(self, devices: int, num_nodes: int = 1) -> int:
+        """Return the forward passes per optimizer step of one device."""
+        return max(self.batch_size(devices, num_nodes) // self.micro_batch_size, 1)
+
+    def warmup_iters(self, devices: int, num_nodes: int, max_iters: int, train_dataloader: Sized) -> int:
+        """Return the forward passes of the warm-up, `max_iters` at most; a fraction is one of the loader's batches."""
+        if self.lr_warmup_fraction:
+            return min(max_iters, math.ceil(self.lr_warmup_fraction * len(train_dataloader)))
+        return min(max_iters, (self.lr_warmup_steps or 0) * self.gradient_accumulation_iters(devices, num_nodes))
 
     def _prefer_warmup_fraction(self, fraction: float) -> None:
         """Let a fraction replace the default number of steps. Raises UserError if another number is given too."""

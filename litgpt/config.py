@@ -56,6 +56,19 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {  # of `rope_adjustments`, for each kin
 }
 
 
+def find_multiple(n: int, k: int) -> int:
+    """Return the smallest multiple of k from n on."""
+    return -(-n // k) * k
+
+
+def __getattr__(name: str) -> Any:
+    """Return LitGPT's `configs`, the fields of each named model, or `name_to_config`, the same by name."""
+    if name not in ("configs", "name_to_config"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    rows = {key: families.find(key) or {} for key in families.names()}
+    return rows if name == "name_to_config" else list(rows.values())
+
+
 def _is_positive(value: Any) -> TypeIs[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
@@ -136,6 +149,7 @@ class Config:
     def __post_init__(self) -> None:
         self._check_values()
         self._check_latent()
+        self.name = self.name or self.hf_config.get("name", "")
         if self.head_size is None:
             if self.n_embd % self.n_head:
                 raise UserError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): give head_size")
@@ -148,7 +162,7 @@ class Config:
         if self.n_head % self.n_query_groups:
             raise UserError(f"n_head ({self.n_head}) is not a multiple of n_query_groups ({self.n_query_groups})")
         if self.intermediate_size is None:
-            if self.mlp_class_name != "GptNeoxMLP":
+            if self.mlp_class_name == "LLaMAMLP":
                 raise UserError(f"{self.mlp_class_name} needs intermediate_size")
             self.intermediate_size = 4 * self.n_embd
         if self.sliding_window_size is not None and self.sliding_window_indices is None:
@@ -400,9 +414,9 @@ class Config:
         return cls(**{**values, **overrides})
 
     @classmethod
-    def from_checkpoint(cls, checkpoint_dir: str | Path, **overrides: Any) -> Self:
+    def from_checkpoint(cls, path: str | Path, **overrides: Any) -> Self:
         """Load the `model_config.yaml` of a checkpoint folder."""
-        return cls.from_file(Path(checkpoint_dir) / "model_config.yaml", **overrides)
+        return cls.from_file(Path(path) / "model_config.yaml", **overrides)
 
     @classmethod
     def from_hf(cls, source: str | Path | dict[str, Any], **overrides: Any) -> Self:

@@ -54,7 +54,7 @@ class MetricLoggers:
         purge: dict[str, Any] = {} if resumed_at is None else {"purge_step": resumed_at + 1}
         self.loggers: list[Any] = [_Events(self.csv.parent, **purge)]
         if name not in ("csv", "tensorboard"):
-            self.loggers.append(_remote_logger(out_dir, name, log, hyperparameters))
+            self.loggers.append(remote_logger(out_dir, name, log, hyperparameters))
         if resumed_at is not None and self.csv.is_file():
             write_text(self.csv, rows_until(self.csv.read_text(encoding="utf-8", errors="replace"), resumed_at))
 
@@ -146,7 +146,7 @@ def read_metrics(out_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return columns
 
 
-def _remote_logger(out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any]) -> Any:
+def remote_logger(out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any]) -> Any:
     from lightning.pytorch import loggers
 
     logger: Any

@@ -80,18 +80,24 @@ class GPT(nn.Module):
     def blocks(self) -> list[Block]:
         return list(cast("nn.ModuleList", self.transformer["h"]))  # type: ignore[arg-type]
 
-    def forward(self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, input_pos_maxp1: int | None = None) -> torch.Tensor:
-        """Return logits (B, T, V) of token ids (B, T).
+    def forward(
+        self,
+        idx: torch.Tensor,
+        input_pos: torch.Tensor | None = None,
+        input_pos_maxp1: int | None = None,
+        lm_head_chunk_size: int = 0,
+    ) -> Any:
+        """Return logits (B, T, V) of token ids (B, T), or with `lm_head_chunk_size` a list of those of so many positions each.
 
         With `input_pos` (T,) the key/value cache is used: keys and values are stored at those places, and attention reaches all places
         before `input_pos_maxp1` (default: the largest place + 1). Raises ValueError if T exceeds `max_seq_length`.
         """
-        return self._forward_impl(idx, self.positions(idx, input_pos, input_pos_maxp1))
+        return self._forward_impl(idx, self.positions(idx, input_pos, input_pos_maxp1), lm_head_chunk_size)
 
-    def _forward_impl(self, idx: torch.Tensor, pos: Positions) -> torch.Tensor:
+    def _forward_impl(self, idx: torch.Tensor, pos: Positions, chunk_size: int = 0) -> Any:
         x, taps = self.prefix(idx, pos)  # (B, T, d), (B, T, S, d)
         x = self.tail(x, taps, pos)  # (B, T, d)
-        return self.logits(x)  # (B, T, V)
+        return [self.logits(part) for part in x.split(chunk_size, dim=1)] if chunk_size else self.logits(x)  # (B, T, V)
 
     def within(self, work: Callable[[], Any]) -> Any:
         """Return work(), which runs parts of the model. A sharded model gathers its weights for it (`litgpt.sharding`)."""
@@ -275,10 +281,14 @@ class GPT(nn.Module):
         self,
         batch_size: int,
         max_seq_length: int | None = None,
+        rope_cache_length: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Allocate room for the keys and values of `max_seq_length` positions (default: the model's own) in every block."""
+        """Allocate room for the keys and values of `max_seq_length` positions (default: the model's own) in every block.
+
+        `rope_cache_length` is accepted for LitGPT's callers; without effect.
+        """
         length = max_seq_length or self.max_seq_length
         for block in self.blocks:
             where = device or next(block.parameters()).device

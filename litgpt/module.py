@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,3 +139,14 @@ class ModelModule(nn.Module):
             for name, value in row.items():
                 figures.setdefault(name, []).append(value)
         return text, figures
+
+
+def benchmark_dict_to_markdown_table(data: Mapping[str, Sequence[float]]) -> str:
+    """Return means and standard deviations of the figures of `benchmark` as a table; nan for a single figure."""
+    rows = [("Metric", "Mean", "Std Dev")]
+    for name, figures in data.items():
+        values = torch.tensor(figures, dtype=torch.float64)
+        deviation = float(values.std()) if len(figures) > 1 else math.nan
+        rows.append((name, f"{float(values.mean()):.2f}", f"{deviation:.2f}"))
+    lines = [f"| {name:<35} | {mean:<27} | {deviation:<27} |\n" for name, mean, deviation in rows]
+    return "".join([lines[0], f"|{'-' * 37}|{'-' * 29}|{'-' * 29}|\n", *lines[1:]])

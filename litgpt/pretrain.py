@@ -37,7 +37,7 @@ class Pretrain(Run):
     model_config: Optional[dict[str, Any]] = None
     """Fields of the model's config that differ from those of model_name, or all of them: --model_config.n_layer 4."""
     out_dir: Path = setting(Path("out/pretrain"), may_change=True)
-    initial_checkpoint_dir: Optional[Path] = setting(None, may_change=True)
+    initial_checkpoint_dir: Optional[Path] = setting(None, may_change=True, older_names=("initial_checkpoint",))
     """Start from the weights of this checkpoint (continued pretraining)."""
     tokenizer_dir: Optional[Path] = setting(None, may_change=True)
     """The folder with the tokenizer. Default: initial_checkpoint_dir."""

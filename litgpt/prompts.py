@@ -64,7 +64,7 @@ class PromptStyle:
     @classmethod
     def from_config(cls, config: Config) -> PromptStyle:
         """Return the style that the model of this name was trained with; `Default` for base models."""
-        return STYLES[families.prompt_style(config.name) or "default"]()
+        return model_name_to_prompt_style(config.name)
 
 
 def _with_input(prompt: str, extra: dict[str, str]) -> str:
@@ -100,10 +100,10 @@ class ChatStyle(PromptStyle):
         """Return the conversation as text, and where each message starts in it; -1 or no list where that is unknown."""
         raise NotImplementedError
 
-    def apply(self, prompt: str, *, sys_prompt: str | None = None, **kwargs: str) -> str:
-        messages = [{"role": "user", "content": _with_input(prompt, kwargs)}]
+    def apply(self, prompt: str | list[Message], *, sys_prompt: str | None = None, **kwargs: str) -> str:
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": _with_input(prompt, kwargs)}]
         if sys_prompt is not None:
-            messages.insert(0, {"role": "system", "content": sys_prompt})
+            messages = [{"role": "system", "content": sys_prompt}, *messages]
         return self.render(messages, add_generation_prompt=True)
 
 
@@ -161,6 +161,9 @@ STYLES: dict[str, type[PromptStyle]] = {}  # by name
 _CLASSES: dict[str, type[PromptStyle]] = {"PlainStyle": PlainStyle, "TurnStyle": TurnStyle}  # by class name, with the two forms
 for _class, _row in families.STYLES.items():
     _CLASSES[_class] = STYLES[_row.name] = type(_class, (_CLASSES[_row.form],), {"__module__": __name__, "name": _row.name, **_row.pieces})
+
+
+prompt_styles = STYLES  # LitGPT's name
 
 
 def __getattr__(name: str) -> type[PromptStyle]:
@@ -343,8 +346,19 @@ def reply_header(style: PromptStyle) -> str:
     return style.apply(marker).rpartition(marker)[2]
 
 
-def save_prompt_style(style: PromptStyle, folder: str | Path) -> None:
+def model_name_to_prompt_style(model_name: str) -> PromptStyle:
+    """Return the style that a named model was trained with; `Default` for base models."""
+    return STYLES[families.prompt_style(model_name) or "default"]()
+
+
+def has_prompt_style(checkpoint_dir: str | Path) -> bool:
+    """Return True if the folder has a prompt_style.yaml."""
+    return (Path(checkpoint_dir) / PROMPT_STYLE_FILE).is_file()
+
+
+def save_prompt_style(style: PromptStyle | str, checkpoint_dir: str | Path) -> None:
     """Write prompt_style.yaml, but not for the checkpoint's own template: tokenizer files hold that, and LitGPT has no such style."""
+    style = PromptStyle.from_name(style) if isinstance(style, str) else style
     kind = type(style)
     if kind is ChatTemplate:
         return
@@ -353,18 +367,18 @@ def save_prompt_style(style: PromptStyle, folder: str | Path) -> None:
     content: dict[str, Any] = {"class_path": f"litgpt.prompts.{kind.__name__}"}
     if isinstance(style, TurnStyle) and style.system != type(style).system:
         content["init_args"] = {"system_message": style.system}
-    write_text(Path(folder) / PROMPT_STYLE_FILE, dump_yaml(content, allow_unicode=True))
+    write_text(Path(checkpoint_dir) / PROMPT_STYLE_FILE, dump_yaml(content, allow_unicode=True))
 
 
-def load_prompt_style(folder: str | Path, tokenizer: Tokenizer | None = None) -> PromptStyle:
+def load_prompt_style(checkpoint_dir: str | Path, tokenizer: Tokenizer | None = None) -> PromptStyle:
     """Load prompt_style.yaml: `class_path: litgpt.prompts.X` and perhaps `init_args`. No other module is looked up."""
-    file = Path(folder) / PROMPT_STYLE_FILE
+    file = Path(checkpoint_dir) / PROMPT_STYLE_FILE
     content = read_yaml(file, "does not exist: name a prompt style")
     if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
         raise UserError(f"{file}: expected `class_path: litgpt.prompts.NAME`")
     class_path, arguments = content["class_path"], content.get("init_args") or {}
     if class_path == "litgpt.prompts.ChatTemplate":
-        return _require_own_template(Path(folder), tokenizer)
+        return _require_own_template(Path(checkpoint_dir), tokenizer)
     try:
         style = _find(class_path)(**arguments)
     except UserError as error:

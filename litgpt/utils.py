@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from litgpt import checkpoint
+from litgpt.args import LogArgs
 from litgpt.checkpoint import HOME, save_config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.device import default_device, default_precision
 from litgpt.download import fetch_named
 from litgpt.errors import UserError
+from litgpt.logs import remote_logger
 from litgpt.loss import chunked_cross_entropy
+from litgpt.optim import make_optimizer
 from litgpt.quantize import count
 
 __all__ = [
+    "CLI",
     "CycleIterator",
     "auto_download_checkpoint",
+    "capture_hparams",
     "check_valid_checkpoint_dir",
+    "choose_logger",
     "chunked_cross_entropy",
     "copy_config_files",
     "extend_checkpoint_dir",
+    "find_resume_path",
     "get_default_supported_precision",
     "init_out_dir",
+    "instantiate_torch_optimizer",
+    "load_checkpoint",
     "num_parameters",
     "parse_devices",
     "reset_parameters",
     "save_config",
+    "save_hyperparameters",
 ]
 
 
@@ -100,8 +113,91 @@ def copy_config_files(source_dir: Path, out_dir: Path) -> None:
 
 
 def init_out_dir(out_dir: Path) -> Path:
-    """Return the path."""
-    return Path(out_dir)
+    """Return the path; a relative one is in the folder LIGHTNING_ARTIFACTS_DIR, if the environment has that."""
+    return Path(os.environ.get("LIGHTNING_ARTIFACTS_DIR", ""), out_dir)
+
+
+def find_resume_path(resume: bool | Literal["auto"] | Path | None, out_dir: Path) -> Path | None:
+    """Return the weights to resume from: a path as it is; for true and "auto" those of the newest step in `out_dir`.
+
+    None if there is none; for true that is a FileNotFoundError.
+    """
+    if not resume or isinstance(resume, Path):
+        return resume or None
+    steps = sorted(Path(out_dir).glob("step-*/*.pth"), key=lambda file: int(file.parent.name.partition("-")[2]))
+    if not steps and resume != "auto":
+        raise FileNotFoundError(f"You passed `--resume=True`, but no checkpoint file was found in {out_dir}")
+    return steps[-1] if steps else None
+
+
+def load_checkpoint(fabric: Any, model: nn.Module, checkpoint_path: Path, strict: bool = True) -> None:
+    """Load weights into a model that `fabric` has set up."""
+    from lightning.fabric import strategies
+
+    if isinstance(fabric.strategy, strategies.FSDPStrategy):  # type: ignore[attr-defined]
+        fabric.load_raw(checkpoint_path, model, strict=strict)
+    else:
+        model.load_state_dict(checkpoint.load_weights(checkpoint_path), strict=strict)
+
+
+def instantiate_torch_optimizer(
+    optimizer: str | dict[str, Any], model_parameters: Iterable[nn.Parameter], **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Return an optimizer by its name, or by `class_path` and `init_args`. Keyword arguments replace those."""
+    spec: dict[str, Any] = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
+    return make_optimizer({**spec, "init_args": {**(spec.get("init_args") or {}), **kwargs}}, model_parameters)
+
+
+def choose_logger(
+    logger_name: str,
+    out_dir: Path,
+    name: str,
+    log_interval: int = 1,
+    log_args: dict[str, Any] | None = None,
+    resume: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Return a logger for Fabric, csv, tensorboard, wandb, mlflow or litlogger; `log_args` are fields of `LogArgs`."""
+    from lightning.pytorch import loggers
+
+    folder = Path(out_dir) / "logs"
+    if logger_name == "csv":
+        return loggers.CSVLogger(folder, "csv", flush_logs_every_n_steps=log_interval, **kwargs)
+    if logger_name == "tensorboard":
+        return loggers.TensorBoardLogger(folder, "tensorboard", **kwargs)
+    if logger_name not in ("wandb", "mlflow", "litlogger"):
+        raise UserError(f"`--logger_name={logger_name}` is not a valid option: choose csv, tensorboard, wandb, mlflow or litlogger")
+    return remote_logger(Path(out_dir), logger_name, LogArgs(**{"project": name, **(log_args or {})}), {})
+
+
+def CLI(*args: Any, **kwargs: Any) -> Any:
+    """Run jsonargparse's CLI, with the strings below fields as their help, and configs by URL."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(config_read_mode_urls_enabled=True, docstring_parse_attribute_docstrings=True)
+    return jsonargparse.CLI(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+def capture_hparams() -> dict[str, Any]:
+    """Return the caller's local variables: numbers, texts and paths as they are, dataclasses as dicts, anything else as text."""
+    frame = inspect.currentframe()
+    assert frame is not None and frame.f_back is not None
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, int | float | str | Path):
+            return value
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+    return {name: plain(value) for name, value in frame.f_back.f_locals.items()}
+
+
+def save_hyperparameters(function: Callable[..., Any], checkpoint_dir: Path) -> None:
+    """Write what the command line, of a script or of `litgpt COMMAND`, gives to `function` as hyperparameters.yaml."""
+    from jsonargparse import capture_parser
+
+    words = sys.argv[2 if Path(sys.argv[0]).stem in ("litgpt", "__main__") else 1 :]
+    parser = capture_parser(lambda: CLI(function))
+    parser.save(parser.parse_args(words), Path(checkpoint_dir) / "hyperparameters.yaml", overwrite=True)
 
 
 def get_default_supported_precision(training: bool) -> str:
@@ -115,7 +211,7 @@ def parse_devices(devices: str | int) -> int:
         return torch.cuda.device_count() or 1
     if isinstance(devices, int) and devices > 0:
         return devices
-    raise UserError(f"devices is {devices!r}: give a number from 1, or auto")
+    raise UserError(f"devices must be 'auto' or a positive integer, but is {devices!r}")
 
 
 class CycleIterator:

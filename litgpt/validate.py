@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from litgpt import atomic, checkpoint
 from litgpt.config import Config
@@ -51,11 +51,13 @@ class Check(NamedTuple):
     problems: list[str]
 
 
-def validate(checkpoint_dir: Path) -> None:
+def validate(checkpoint_dir: Path, *, dtype: Optional[str] = None, training: bool = False) -> None:
     """Check a checkpoint or an adapter, and print the memory that each way to fine-tune it takes. The exit code is 1 if there is a problem.
 
     Args:
         checkpoint_dir: A base model, a merged model or an adapter. A Hugging Face folder or a GGUF file is converted first.
+        dtype: Accepted for LitGPT's command lines; without effect, as the table has every way to fine-tune.
+        training: The same.
     """
     from litgpt.convert.resolve import open_checkpoint
 

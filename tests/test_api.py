@@ -322,3 +322,13 @@ def test_smollm2_greedy_text_of_transformers(smollm2_dir: Path) -> None:
     settings = transformers.GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=0)
     want = hf.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)[0, prompt.size(1) :].tolist()
     assert list(llm.complete("Gravity is", 20, temperature=0.0)) == want
+
+
+def test_table_of_a_benchmark() -> None:
+    lines = litgpt.api.benchmark_dict_to_markdown_table({"Seconds total": [1.0, 2.0, 6.0], "Tokens generated": [7.0]}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["Metric", "Mean", "Std Dev"] and cells[2:] == [
+        ["Seconds total", "3.00", "2.65"],
+        ["Tokens generated", "7.00", "nan"],
+    ]
+    assert len({len(line) for line in lines}) == 1

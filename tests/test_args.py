@@ -81,3 +81,11 @@ def test_allowed_classes() -> None:
     for name in ("torch.hub.load", "litgpt", "litgpt.", "torch.optim.", "torch.optim.x y", None, ["torch.optim.AdamW"]):
         with pytest.raises(UserError, match="not allowed"):
             require_allowed_class(name, "x")
+
+
+def test_iterations_of_litgpts_loops() -> None:
+    train = TrainArgs(global_batch_size=32, micro_batch_size=4, lr_warmup_steps=10)
+    assert (train.batch_size(2), train.gradient_accumulation_iters(2), train.gradient_accumulation_iters(2, 4)) == (16, 4, 1)
+    assert (train.warmup_iters(2, 1, 1000, []), train.warmup_iters(2, 1, 30, [])) == (40, 30)
+    train = TrainArgs(lr_warmup_fraction=0.3)
+    assert (train.warmup_iters(1, 1, 1000, range(5)), train.warmup_iters(1, 1, 1, range(5))) == (2, 1)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from litgpt import config
 from litgpt import families as catalog
 from litgpt.config import Config
 from litgpt.errors import UserError
@@ -333,3 +334,9 @@ def test_config_is_light() -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_litgpts_names() -> None:
+    assert [config.find_multiple(*pair) for pair in ((17, 5), (10, 2), (5, 10))] == [20, 10, 10]
+    assert [row["name"] for row in config.configs] == list(config.name_to_config) and "pythia-14m" in config.name_to_config
+    assert Config(hf_config={"name": "pythia-14m"}).name == "pythia-14m"

@@ -263,3 +263,14 @@ def test_light_import() -> None:
     code = f"import sys, litgpt.prompts, litgpt.data; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_conversation_and_litgpts_names(tmp_path: Path) -> None:
+    style = PromptStyle.from_name("llama3")
+    question = [{"role": "user", "content": "Why?"}]
+    assert style.apply(question) == style.apply("Why?")  # type: ignore[arg-type]
+    assert style.apply(question, sys_prompt="Be brief.") == style.apply("Why?", sys_prompt="Be brief.")  # type: ignore[arg-type]
+    assert prompts.prompt_styles["llama3"] is type(style) is type(prompts.model_name_to_prompt_style("Llama-3-8B-Instruct"))
+    assert not prompts.has_prompt_style(tmp_path)
+    save_prompt_style("alpaca", tmp_path)
+    assert prompts.has_prompt_style(tmp_path) and load_prompt_style(tmp_path).name == "alpaca"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from lightning import Fabric
 
 from litgpt import utils
+from litgpt.args import LogArgs
 from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.quantize import quantise
@@ -76,3 +81,48 @@ def test_the_rest() -> None:
     before = layer.weight.clone()
     utils.reset_parameters(torch.nn.Sequential(layer))
     assert not torch.equal(layer.weight, before)
+
+
+def test_hyperparameters_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(out_dir: Path, rate: float = 0.1, epochs: int = 1) -> None:
+        utils.save_hyperparameters(train, out_dir)
+
+    for words in (["train.py"], ["/bin/litgpt", "finetune"]):
+        monkeypatch.setattr(sys, "argv", [*words, str(tmp_path), "--rate", "0.5"])
+        if len(words) == 1:
+            utils.CLI(train)
+        else:
+            utils.save_hyperparameters(train, tmp_path)
+        assert yaml.safe_load((tmp_path / "hyperparameters.yaml").read_text()) == {"out_dir": str(tmp_path), "rate": 0.5, "epochs": 1}
+
+
+def test_captured_hyperparameters() -> None:
+    number, path, settings, layer = 1, Path("x"), LogArgs(run="a"), torch.nn.Identity()
+    captured = utils.capture_hparams()
+    assert captured == {"number": number, "path": path, "settings": asdict(settings), "layer": str(layer)}
+
+
+def test_resume_path(tmp_path: Path) -> None:
+    assert utils.find_resume_path(False, tmp_path) is None and utils.find_resume_path("auto", tmp_path) is None
+    assert utils.find_resume_path(Path("a/b.pth"), tmp_path) == Path("a/b.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint file was found"):
+        utils.find_resume_path(True, tmp_path)
+    for step in (9, 10):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / "lit_model.pth").touch()
+    assert utils.find_resume_path(True, tmp_path) == utils.find_resume_path("auto", tmp_path) == tmp_path / "step-10/lit_model.pth"
+
+
+def test_parts_of_a_training_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    utils.load_checkpoint(Fabric(accelerator="cpu", devices=1), other, tmp_path / "a.pth")
+    assert torch.equal(other.weight, model.weight)
+    optimizer = utils.instantiate_torch_optimizer({"class_path": "torch.optim.Adam", "init_args": {"lr": 1.0}}, model.parameters(), lr=0.5)
+    assert type(optimizer).__name__ == "Adam" and optimizer.param_groups[0]["lr"] == 0.5
+    for name in ("csv", "tensorboard"):
+        assert Path(utils.choose_logger(name, tmp_path, "x").log_dir).is_relative_to(tmp_path / "logs" / name)
+    with pytest.raises(ValueError, match="`--logger_name=none` is not a valid option"):
+        utils.choose_logger("none", tmp_path, "x")
+    monkeypatch.setenv("LIGHTNING_ARTIFACTS_DIR", "/a")
+    assert (utils.init_out_dir(Path("b")), utils.init_out_dir(Path("/b"))) == (Path("/a/b"), Path("/b"))

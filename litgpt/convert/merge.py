@@ -28,7 +28,8 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
             raise UserError(f"{folder} has another format{hint}")
         raise UserError(f"{folder} holds no adapter: {checkpoint.ADAPTER_WEIGHTS} is missing. Name a folder that `litgpt finetune` wrote")
     if (folder / checkpoint.WEIGHTS).exists():
-        if checkpoint.WEIGHTS not in (atomic.read_manifest(folder) or ()) or atomic.damages(folder, [checkpoint.WEIGHTS]):
+        manifest = atomic.read_manifest(folder)  # LitGPT's folders have none
+        if manifest is not None and (checkpoint.WEIGHTS not in manifest or atomic.damages(folder, [checkpoint.WEIGHTS])):
             raise UserError(f"{folder / checkpoint.WEIGHTS} exists already: move it away to merge again")
         print(f"{folder} is merged already: {checkpoint.WEIGHTS} is there")
         return

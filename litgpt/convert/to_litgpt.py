@@ -15,6 +15,7 @@ def convert_to_litgpt(
     *,
     model_name: Optional[str] = None,
     dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None,
+    debug_mode: bool = False,
 ) -> None:
     """Convert a Hugging Face folder, a GGUF file or LitGPT's own weights into a LitGPT checkpoint folder.
 
@@ -24,6 +25,7 @@ def convert_to_litgpt(
             Given alone, it is the folder to convert in place, LitGPT's habit.
         model_name: Take the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
         dtype: The number format of the stored weights. Default: the source's; bfloat16 where the source is quantised.
+        debug_mode: Accepted for LitGPT's command lines; without effect.
     """
     from litgpt.convert.litgpt import convert_own
 

@@ -4,6 +4,7 @@ A record (`litgpt.data.records`) becomes one text and the spans of characters th
 carries loss if its last character lies in a span.
 """
 
+import importlib
 import random
 import re
 from abc import ABC, abstractmethod
@@ -403,3 +404,9 @@ def _report(encoded: Sequence[Sequence[tuple[Record, list[Sample]]]], encoder: E
         parts.append(f"{encoder.cut:,} cut to {encoder.max_length:,}")
     parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(encoder.dropped.items())]
     return ", ".join(parts + notes + encoder.remarks() + [remark for remark in (misfit(encoder.style, encoder.tokenizer),) if remark])
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("SFTDataset", "get_sft_collate_fn"):  # they load torch
+        return getattr(importlib.import_module("litgpt.data.lightning"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

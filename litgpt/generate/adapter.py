@@ -51,3 +51,8 @@ class Full(Tuned):
 
     def main(self) -> None:
         self.answer("finetuned_path", tokenizer=self.checkpoint_dir)
+
+
+def main(checkpoint_dir: Path | str, prompt: str = Answers.prompt, input: str = "", **settings: Any) -> None:
+    """Answer a prompt with these settings, the fields of `Adapter`."""
+    Adapter(checkpoint_dir=Path(checkpoint_dir), prompt=prompt, input=input, **settings).main()

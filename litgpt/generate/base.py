@@ -1,5 +1,6 @@
 """`litgpt generate`: answer one prompt once or several times."""
 
+import importlib
 import random
 import sys
 import time
@@ -47,6 +48,8 @@ class Drawing:
     """Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true."""
     quantize: Optional[Quantization] = None
     """Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU)."""
+    compile: bool = False
+    """Accepted for LitGPT's command lines; without effect."""
     seed: int = 1234
     """Random seed. The same seed gives the same answers."""
     access_token: Optional[str] = None
@@ -147,6 +150,11 @@ class Generate(Answers, Checkpoint):
         print(f"value {max(values):.3f}, of {self.best_of} answers from {min(values):.3f} on", file=sys.stderr)
 
 
+def main(checkpoint_dir: Path | str, prompt: str = Answers.prompt, **settings: Any) -> None:
+    """Answer a prompt with these settings, the fields of `Generate`."""
+    Generate(checkpoint_dir=Path(checkpoint_dir), prompt=prompt, **settings).main()
+
+
 def open_model(
     checkpoint_dir: Path,
     precision: Optional[str],
@@ -189,3 +197,9 @@ class Metered:
 
     def __str__(self) -> str:
         return f"{self.count} tokens in {self.seconds:.2f} s, {self.count / max(self.seconds, 1e-9):.1f} tokens/s"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("generate", "generate_fn", "next_token", "sample"):  # they load torch
+        return getattr(importlib.import_module("litgpt.generate.functions"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

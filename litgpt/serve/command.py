@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from litgpt.args import Quantization
 from litgpt.errors import UserError
@@ -47,6 +47,10 @@ class Serve:
     """auto, cpu, cuda (or gpu), xpu or mps."""
     devices: int = 1
     """Number of devices; this server computes on one."""
+    openai_spec: bool = False
+    """Accepted for LitGPT's command lines; without effect, as OpenAI's interface is always there."""
+    generate_strategy: Optional[Literal["sequential", "tensor_parallel"]] = None
+    """Accepted for LitGPT's command lines; without effect, as this server computes on one device."""
     api_path: str = "/predict"
     """Where LitGPT's /predict is."""
     api_key: Optional[str] = None

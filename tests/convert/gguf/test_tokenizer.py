@@ -74,7 +74,7 @@ def test_pre_tokenizers(tmp_path: Path, byte_level: AddMetadata, pre: str, digit
     convert_to_litgpt(path, tmp_path / "lit")
     tokenizer = Tokenizer(tmp_path / "lit")
     assert tokenizer.use_bos is bos
-    cut = tokenizer._backend.pre_tokenizer.pre_tokenize_str("1234567")
+    cut = tokenizer.processor.pre_tokenizer.pre_tokenize_str("1234567")
     assert [len(piece) for piece, _ in cut] == digits
     for text in ("I'll go  there\n\n now", "日本 ∑x"):
         assert tokenizer.decode(tokenizer.ids(text)) == text

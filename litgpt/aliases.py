@@ -1,0 +1,79 @@
+"""LitGPT's module paths that have no file here: `litgpt.scripts.merge_lora.merge_lora` is `litgpt.convert.merge.merge_lora`."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+# Names by module. Behind a class of settings stand the arguments that LitGPT's function takes by position.
+MODULES = {
+    "chat.base": {"generate": "generate.functions:generate_fn", "main": "generate.chat:Chat checkpoint_dir"},
+    "deploy.serve": {"run_server": "serve.command:Serve checkpoint_dir quantize precision temperature top_k top_p max_new_tokens"},
+    "eval.evaluate": {"convert_and_evaluate": "evaluate:evaluate"},
+    "finetune.adapter_v2": {"setup": "finetune.adapter:AdapterV2 checkpoint_dir out_dir precision quantize"},
+    "finetune.lora_legacy": {"setup": "finetune.lora:Lora checkpoint_dir out_dir precision quantize"},
+    "generate.adapter_v2": {"main": "generate.adapter:AdapterV2 checkpoint_dir prompt input sys_prompt adapter_path quantize"},
+    "generate.full": {"main": "generate.adapter:Full checkpoint_dir prompt input sys_prompt finetuned_path quantize"},
+    "generate.sequentially": {"main": "generate.several:Sequentially checkpoint_dir prompt"},
+    "generate.speculative_decoding": {
+        "main": "generate.speculative:Speculatively draft_model_checkpoint_dir target_model_checkpoint_dir prompt"
+    },
+    "generate.tp": {"main": "generate.several:TensorParallel checkpoint_dir prompt"},
+    "parser_config": {"save_hyperparameters": "utils:save_hyperparameters"},
+    "scripts.convert_hf_checkpoint": {"convert_hf_checkpoint": "convert.to_litgpt:convert_to_litgpt"},
+    "scripts.convert_lit_checkpoint": {"convert_lit_checkpoint": "convert.from_litgpt:convert_from_litgpt"},
+    "scripts.convert_pretrained_checkpoint": {"convert_pretrained_checkpoint": "convert.pretrained:convert_pretrained_checkpoint"},
+    "scripts.download": {"download_from_hub": "download:download_from_hub"},
+    "scripts.merge_lora": {"merge_lora": "convert.merge:merge_lora"},
+    "scripts.validate": {"validate_setup": "validate:validate"},
+    "data.alpaca_2k": {"Alpaca2k": "data:Alpaca2k"},
+    "data.alpaca_gpt4": {"AlpacaGPT4": "data:AlpacaGPT4"},
+    "data.deita": {"Deita": "data:Deita"},
+    "data.flan": {"FLAN": "data:FLAN"},
+    "data.lima": {"LIMA": "data:LIMA"},
+    "data.longform": {"LongForm": "data:LongForm"},
+    "data.microllama": {"MicroLlama": "data:MicroLlama"},
+    "data.openwebtext": {"OpenWebText": "data:OpenWebText"},
+    "data.tinyllama": {"TinyLlama": "data:TinyLlama"},
+    "data.tinystories": {"TinyStories": "data:TinyStories"},
+}
+FOLDERS = {name.partition(".")[0] for name in MODULES if "." in name}
+
+
+def function_of(settings: str, names: Sequence[str]) -> Callable[..., None]:
+    """Return a function that runs the command of a settings class; `names` are its arguments by position."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
+        load(settings)(**{key: Path(value) if key.endswith("_dir") else value for key, value in given.items()}).main()
+
+    return run
+
+
+def load(target: str) -> Any:
+    """Return the member `module:member` of this package."""
+    module, member = target.split(":")
+    return getattr(importlib.import_module(f"litgpt.{module}"), member)
+
+
+class Aliases:
+    """Finder and loader of MODULES, asked for what no other finder knows. The base classes, in importlib.abc, take 20 ms to import."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        known = package == "litgpt" and (name in MODULES or name in FOLDERS)
+        return ModuleSpec(fullname, cast("Any", self), is_package=name in FOLDERS) if known else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave it to Python."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        for name, target in MODULES.get(module.__name__.partition(".")[2], {}).items():
+            found, *names = target.split()
+            setattr(module, name, function_of(found, names) if names else load(found))
+
+
+sys.meta_path.append(Aliases())

@@ -1,0 +1,67 @@
+"""LitGPT's functions that continue a prompt of ids, for scripts. The commands use `litgpt.generate.engine`, and these do as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from litgpt.generate import engine
+from litgpt.generate.sampling import StopFilter, sample
+from litgpt.model import GPT
+
+
+def next_token(model: GPT, input_pos: torch.Tensor, x: torch.Tensor, input_pos_maxp1: int | None = None, **sampling: Any) -> torch.Tensor:
+    """Return the id (1,) that follows x (1, T) at the places `input_pos` (T,) of the model's key/value cache. `sampling`: see `sample`."""
+    return sample(model(x, input_pos, input_pos_maxp1), **sampling)
+
+
+def generate_fn(
+    model: GPT,
+    prompt: torch.Tensor,
+    max_returned_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[Sequence[int]] = (),
+    include_prompt: bool = False,
+    include_eos: bool = False,
+) -> Iterator[torch.Tensor]:
+    """Yield the prompt (T,) if it is included, then each id (1,) that follows, until there are `max_returned_tokens` with the prompt or a
+    stop sequence appears, which is yielded if it is included.
+    """
+    ids = engine.generate(model, prompt, max_returned_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if include_prompt:
+        yield prompt
+    stops, seen = StopFilter(stop_tokens), list[int]()
+    for token in ids:
+        seen.append(token)
+        free = stops.push(token)
+        if stops.stopped and include_eos:
+            free += next(stop for stop in sorted(stops.stops, key=len, reverse=True) if seen[-len(stop) :] == stop)
+        yield from (prompt.new_tensor([ready]) for ready in free)
+        if stops.stopped:
+            return
+    yield from (prompt.new_tensor([ready]) for ready in stops.held)
+
+
+def generate(
+    model: GPT,
+    prompt: torch.Tensor,
+    max_returned_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    include_prompt: bool = True,
+) -> torch.Tensor:
+    """Return the prompt (T,) and the ids that follow, `max_returned_tokens` at most, or up to and with `eos_id`; without the prompt if it
+    is not included.
+    """
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    stops = () if eos_id is None else ([eos_id],)
+    parts = generate_fn(model, prompt, max_returned_tokens, **sampling, stop_tokens=stops, include_prompt=include_prompt, include_eos=True)
+    return torch.cat(list(parts))
