@@ -158,6 +158,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             arguments = (*rest, *kwargs.values())
             if name in WITH_WIDTH and any(isinstance(number, int) and abs(number) > MAX_WIDTH for number in arguments):
                 raise SecurityError(f"the filter {name} is given a number beyond {MAX_WIDTH:,}")
+            if name == "indent" and not isinstance(value, str):  # jinja2 appends to a list before it finds that it is no text
+                raise SecurityError(f"the filter indent is given a {type(value).__name__}")
             self.spend(_filtered_size(name, value, arguments))
             result = function(*before, value, *rest, **kwargs)
             return self.each(result) if isinstance(result, Iterator) else self.made(result)

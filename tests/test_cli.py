@@ -20,6 +20,7 @@ from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config
 from litgpt.cli import UsageError, parse
 from litgpt.data import JSON, Alpaca, Alpaca2k, PythonDocs
 from litgpt.errors import UserError
+from tests.helpers.runs import PLAIN
 
 HEAVY = {"torch", "lightning", "transformers", "numpy", "rich", "tokenizers", "jinja2", "safetensors", "gguf"}
 
@@ -259,11 +260,12 @@ def test_a_grid(tmp_path: Path) -> None:
     file.write_text(json.dumps({"checkpoint_dir": "c", "grid": nested}).replace('"5e-4"', "5e-4"))
     words = ["--grid.lora_dropout", "[0, 0.1]", "--grid.skip2lora_block_indices", "[all, last:6, [0, 1]]", "--grid.optimizer.lr", "[5e-4]"]
     inline = "{lora_dropout: [0, 0.1], skip2lora_block_indices: [all, last:6, [0, 1]], optimizer: {lr: [5e-4]}, epochs: [1, 2]}"
-    for given in (["c", *words, "--grid.epochs", "[1, 2]"], [str(file)], ["c", "--grid", inline]):
+    plain = str(PLAIN)
+    for given in ([plain, "c", *words, "--grid.epochs", "[1, 2]"], [str(file)], [plain, "c", "--grid", inline]):
         found = parse("litgpt sweep", load("sweep"), given)["grid"]
         assert found == expected and isinstance(found["lora_dropout"][0], float)
     assert parse("litgpt sweep", load("sweep"), [str(file), "--grid.optimizer.lr", "[1]"])["grid"] == {**expected, "optimizer.lr": [1]}
-    given = parse("litgpt sweep", load("sweep"), ["c"])
+    given = parse("litgpt sweep", load("sweep"), [plain, "c"])
     assert given.pop("grid") == {} and given.pop("samples") is None and given.keys() == finetune("c").keys()
 
 

@@ -170,7 +170,8 @@ def notebook() -> Any:
 
 
 def test_the_notebooks_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It holds no outputs, which differ from machine to machine."""
+    """It holds no outputs, which differ from machine to machine. $MODEL is a variable of the notebook."""
+    monkeypatch.setenv("MODEL", "path/to/model")
     for command in (Finetune, Sweep):
         monkeypatch.setattr(command, "complete", staticmethod(lambda given: given))
     code = [cell for cell in notebook()["cells"] if cell["cell_type"] == "code"]

@@ -113,6 +113,15 @@ def test_template_is_refused(template: str, message: str) -> None:
     assert time.perf_counter() - start < 20  # a bound on the unbounded, not a benchmark
 
 
+def test_no_template_changes_the_conversation() -> None:
+    """jinja2's `indent` appends a line end to its input, which a list keeps."""
+    messages, tools = [{"role": "user", "content": "a"}], [{"type": "function"}]
+    for name in ("messages", "tools", "[messages]|first"):
+        with pytest.raises(UserError, match="indent"):
+            ChatTemplate(f"{{{{ {name}|indent }}}}").render(messages, tools=tools)
+    assert messages == [{"role": "user", "content": "a"}] and tools == [{"type": "function"}]
+
+
 def test_huge_template_is_refused() -> None:
     with pytest.raises(UserError, match="100,000"):
         ChatTemplate("x" * 100_001)

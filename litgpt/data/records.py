@@ -241,7 +241,7 @@ def _read_content(value: Any, key: str, may_be_missing: bool) -> str:
 
 def _typed(value: Any, where: str, kind: type) -> Any:
     """Return a value of this type, which may be written as JSON text."""
-    value = parse_json(value, where, unique=True) if isinstance(value, str) else value
+    value = parse_json(value, where, unique=True) if isinstance(value, str) and value.lstrip().startswith(("[", "{")) else value
     if not isinstance(value, kind):
         raise UserError(f"{where} is {kind_of(value)}, {'a list' if kind is list else 'an object'} is needed")
     return value

@@ -13,11 +13,12 @@ from torch.testing import assert_close
 from litgpt import lora
 from litgpt.adapters.base import adapter_state, renew_adapters
 from litgpt.convert import peft as converted
-from tests.adapters.test_dora import FLAGS, IDX, curve
+from tests.adapters.test_dora import IDX, curve
 from tests.helpers import tiny
 from tests.helpers.cases import first, quick
+from tests.helpers.peft_names import PEFT_NAMES
 
-CHOICES = {"query and value": ("lora_query", "lora_value"), "all but the head": tuple(flag for flag in FLAGS if flag != "lora_head")}
+CHOICES = {"query and value": ("lora_query", "lora_value"), "all but the head": tuple(flag for flag in PEFT_NAMES if flag != "lora_head")}
 
 
 def pair(variant: str, choice: str = "all but the head", **settings: Any) -> tuple[Any, Any]:
@@ -27,7 +28,7 @@ def pair(variant: str, choice: str = "all but the head", **settings: Any) -> tup
     torch.manual_seed(0)
     renew_adapters(ours)
     lora.mark_only_lora_as_trainable(ours)
-    targets = [name for flag in flags for name in FLAGS[flag]]
+    targets = [name for flag in flags for name in PEFT_NAMES[flag]]
     made = peft.LoraConfig(r=4, lora_alpha=10, target_modules=targets, lora_dropout=0.0, init_lora_weights=variant)  # type: ignore[arg-type]
     return peft.get_peft_model(hf, made).eval(), ours
 

@@ -135,7 +135,7 @@ ROWS = [
     Case("a key of control characters", record({"\x1b[2Jinstruction": "a", "\x07output": "b"}), "record 3: no key", "'instruction'"),
     # conversations
     Case("an empty conversation", record({"messages": []}), "'messages' is an empty list", "a list of turns"),
-    Case("a conversation as text", record({"messages": "hello"}), "'messages' is a text", "a list of turns"),
+    Case("a conversation as text", record({"messages": "hello"}), "'messages' is a text", "a list is needed"),
     Case("a conversation as null", record({"messages": None}), "'messages' is null", "a list of turns"),
     Case("turns as texts", record({"messages": ["hello"]}), "turn 1 of 'messages'", "'role' and 'content'"),
     Case("turns without content", record({"messages": [{"role": "user"}]}), "turn 1 of 'messages'", "'role' and 'content'"),
