@@ -69,7 +69,7 @@ TURN = {"role": "user", "content": "Hi"}
         ("a.json", [{"instruction": "x", "output": None}], "'output' is null"),
         ("a.json", [{**RECORD, "input": 4}], "'input' is a number"),
         ("a.json", [{"messages": []}], "'messages' is an empty list"),
-        ("a.json", [{"messages": "Hi"}], "'messages', line 1, column 1: not valid JSON"),
+        ("a.json", [{"messages": "Hi"}], "'messages' is a text, a list is needed"),
         ("a.json", [{"messages": [{"from": "human"}]}], "turn 1 of 'messages' needs the keys 'role' and 'content'"),
         ("a.json", [{"messages": [{"role": "robot", "content": "x"}]}], "'role' is 'robot', one of system, developer, user"),
         ("a.json", [{"messages": [TURN, {"role": "system", "content": "x"}]}], "turn 2 of 'messages' is a system message"),
