@@ -450,7 +450,7 @@ def test_gradients_equal_those_without_a_cut() -> None:
     for name in CUTS:
         model = cut_model(name, 4)
         whole = copy.deepcopy(model)
-        whole._forward_impl = lambda idx, pos, whole=whole: _uncut(whole, idx, pos)
+        whole._forward_impl = lambda idx, pos, chunk_size, whole=whole: _uncut(whole, idx, pos)
         loss(model, idx).backward()
         loss(whole, idx).backward()
         for (key, ours), (_, theirs) in zip(trainable(model).items(), trainable(whole).items(), strict=True):

@@ -27,10 +27,11 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
         if hint := checkpoint.adapter_hint(folder):
             raise UserError(f"{folder} has another format{hint}")
         raise UserError(f"{folder} holds no adapter: {checkpoint.ADAPTER_WEIGHTS} is missing. Name a folder that `litgpt finetune` wrote")
-    if (folder / checkpoint.WEIGHTS).exists():
+    if (target := folder / checkpoint.WEIGHTS).exists():
         manifest = atomic.read_manifest(folder)  # LitGPT's folders have none
-        if manifest is not None and (checkpoint.WEIGHTS not in manifest or atomic.damages(folder, [checkpoint.WEIGHTS])):
-            raise UserError(f"{folder / checkpoint.WEIGHTS} exists already: move it away to merge again")
+        is_whole = manifest is not None and checkpoint.WEIGHTS in manifest and not atomic.damages(folder, [checkpoint.WEIGHTS])
+        if not (is_whole or (manifest is None and checkpoint.is_mappable(target))):
+            raise UserError(f"{target} exists already: move it away to merge again")
         print(f"{folder} is merged already: {checkpoint.WEIGHTS} is there")
         return
     if pretrained_checkpoint_dir is not None:

@@ -377,7 +377,7 @@ def test_vocabulary_is_the_embedding() -> None:
 def test_architecture_of_named_and_nameless_models() -> None:
     mistral = Config.from_name("Mistral-7B-v0.3")
     assert to_hf(mistral)["model_type"] == "mistral"
-    nameless = Config(**{**mistral.base_dict(), "name": ""})
+    nameless = Config(**{**mistral.base_dict(), "name": "", "hf_config": {}})
     assert to_hf(nameless)["model_type"] == "llama"
     assert to_hf(nameless, "mistral")["model_type"] == "mistral"
     assert to_hf(nameless, "gpt2")["model_type"] == "llama"  # GPT-2 cannot be this
