@@ -30,9 +30,9 @@ class Tokenizer:
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
         self.folder = folder = Path(checkpoint_dir)
-        self.processor = _load_backend(folder)
-        self._steps = _replacements(self.processor.normalizer)
-        if (growth := _grown(1, _replacements(self.processor.decoder))) > MOST_GROWTH:
+        self._backend = _load_backend(folder)
+        self._steps = _replacements(self._backend.normalizer)
+        if (growth := _grown(1, _replacements(self._backend.decoder))) > MOST_GROWTH:
             raise UserError(f"{folder / 'tokenizer.json'}: its decoder makes a text {growth:,} times as long: it is broken, copy it again")
         config, named = (_load_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
         if "added_tokens_decoder" not in config:  # else transformers does not read special_tokens_map.json
@@ -41,7 +41,7 @@ class Tokenizer:
         special = {name: value for name, value in self._config.items() if name.endswith("_token")}
         special |= more if isinstance(more := self._config.get("extra_special_tokens"), dict) else {}
         self.special_tokens: dict[str, str] = {name: text for name, value in special.items() if (text := _token_text(value))}
-        self.processor.encode_special_tokens = self._config.get("split_special_tokens") is True
+        self._backend.encode_special_tokens = self._config.get("split_special_tokens") is True
         self._add_tokens(folder)
         generation = folder / "generation_config.json"
         if not generation.is_file():  # transformers derives it from the model's config
@@ -72,19 +72,19 @@ class Tokenizer:
             flags = {key: entry.get(key) is True for key in ("single_word", "lstrip", "rstrip")}
             is_special = entry.get("special") is True or text in special
             listed.append(AddedToken(text, **flags, normalized=entry.get("normalized", not is_special) is True, special=is_special))
-        present = self.processor.get_added_tokens_decoder().values()
+        present = self._backend.get_added_tokens_decoder().values()
         same = {repr(token) for token in present}
         new = [token for token in listed if repr(token) not in same]
         known = {token.content for token in (*present, *new)}
         missing = [text for text in special if text not in known and (text not in required or self.token_to_id(text) is not None)]
         new += [AddedToken(text, special=True) for text in missing]
         if new:
-            self.processor.add_tokens(new)
+            self._backend.add_tokens(new)
 
     def _adds_bos(self) -> bool:
         self._require_bounded("a")
         with _no_panics("tokenizer.json"):
-            return self.bos_id in self.processor.encode("a").ids
+            return self.bos_id in self._backend.encode("a").ids
 
     def _ids_in(self, file: Path, key: str) -> list[int]:
         """Return the ids under `key` of a JSON file: a number or a list of numbers. Some models write -1 for none."""
@@ -92,7 +92,7 @@ class Tokenizer:
         values = [value for value in (entry if isinstance(entry, list) else [entry]) if value not in (None, -1)]
         for value in values:
             number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
-            if not number or self.processor.id_to_token(value) is None:
+            if not number or self._backend.id_to_token(value) is None:
                 raise UserError(f"{file}: {key} is {str(value)[:60]!r}, which is no id of tokenizer.json: correct it")
         return values
 
@@ -110,24 +110,29 @@ class Tokenizer:
         return token_id
 
     @property
+    def processor(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the `tokenizers` package, under LitGPT's name."""
+        return self._backend
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
-        return self.processor.get_vocab_size(with_added_tokens=True)
+        return self._backend.get_vocab_size(with_added_tokens=True)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token by its text in the vocabulary, or None."""
-        return self.processor.token_to_id(token)
+        return self._backend.token_to_id(token)
 
     def add(self, tokens: list[str], special: bool) -> str:
         """Add tokens to the vocabulary. Return tokenizer.json with them."""
         from tokenizers import AddedToken
 
-        self.processor.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens])
+        self._backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens])
         return self.to_json()
 
     def to_json(self) -> str:
         """Return tokenizer.json with the tokens of all files."""
-        return str(self.processor.to_str(pretty=True))
+        return str(self._backend.to_str(pretty=True))
 
     def ids(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
         """Return token ids. Special tokens in the text are recognised.
@@ -158,7 +163,7 @@ class Tokenizer:
         self._require_bounded(text)
         try:
             with _no_panics("tokenizer.json"):
-                return self.processor.encode(text, add_special_tokens=False)
+                return self._backend.encode(text, add_special_tokens=False)
         except TypeError:  # the library takes UTF-8 only
             raise UserError(f"the text {text[:60]!r} holds half of a character, which UTF-8 cannot write: leave it out") from None
 
@@ -181,7 +186,7 @@ class Tokenizer:
         values = [ids] if isinstance(ids, int) else ids.tolist() if hasattr(ids, "tolist") else list(ids)
         values = [values] if isinstance(values, int) else values
         with _no_panics("tokenizer.json"):
-            return self.processor.decode(values, skip_special_tokens=skip_special_tokens)
+            return self._backend.decode(values, skip_special_tokens=skip_special_tokens)
 
     def decode_stream(self, ids: Iterable[Any], device: Any = None, skip_special_tokens: bool = True) -> Iterator[str]:
         """Yield pieces of text as ids (ints, or tensors of them) arrive; the joined pieces are `decode` of all ids.
