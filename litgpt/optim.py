@@ -32,6 +32,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.parameters = parameters
         self.steps = 0
         self.masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
+        self.drawn = min(ROUNDED, max(master.numel() for master in self.masters))  # random numbers of a step
         self.inner = make(self.masters)
         self.param_groups, self.defaults = self.inner.param_groups, self.inner.defaults
 
@@ -43,7 +44,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.inner.zero_grad(set_to_none=True)
         self.steps += 1
         generator = torch.Generator().manual_seed(self.steps)
-        noise = torch.randint(1 << 16, (ROUNDED,), generator=generator, dtype=torch.int32).to(self.masters[0].device)
+        noise = torch.randint(1 << 16, (self.drawn,), generator=generator, dtype=torch.int32).to(self.masters[0].device)
         for p, master in zip(self.parameters, self.masters, strict=True):
             _round(master, p, noise)
 

@@ -1,10 +1,8 @@
 """Data modules: where training samples come from. Importing this loads no heavy library."""
 
-import importlib
-from typing import Any
-
 from litgpt.data.alpaca import Alpaca, Alpaca2k, AlpacaGPT4, Dolly
 from litgpt.data.base import DataModule, Splits
+from litgpt.data.base import __getattr__ as __getattr__
 from litgpt.data.instructions import FLAN, LIMA, Deita, LongForm
 from litgpt.data.json_data import JSON
 from litgpt.data.lit_data import LitData, MicroLlama, TinyLlama
@@ -33,9 +31,3 @@ __all__ = [
     "TinyLlama",
     "TinyStories",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("SFTDataset", "get_sft_collate_fn"):  # they load torch
-        return getattr(importlib.import_module("litgpt.data.lightning"), name)
-    raise AttributeError(f"module 'litgpt.data' has no attribute {name!r}")

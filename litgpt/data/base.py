@@ -409,4 +409,4 @@ def _report(encoded: Sequence[Sequence[tuple[Record, list[Sample]]]], encoder: E
 def __getattr__(name: str) -> Any:
     if name in ("SFTDataset", "get_sft_collate_fn"):  # they load torch
         return getattr(importlib.import_module("litgpt.data.lightning"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module 'litgpt.data' has no attribute {name!r}")

@@ -52,16 +52,13 @@ def generate(
     prompt: torch.Tensor,
     max_returned_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     eos_id: int | None = None,
     include_prompt: bool = True,
+    **sampling: Any,
 ) -> torch.Tensor:
     """Return the prompt (T,) and the ids that follow, `max_returned_tokens` at most, or up to and with `eos_id`; without the prompt if it
-    is not included.
+    is not included. `sampling`: temperature, top_k and top_p of `generate_fn`.
     """
-    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     stops = () if eos_id is None else ([eos_id],)
     parts = generate_fn(model, prompt, max_returned_tokens, **sampling, stop_tokens=stops, include_prompt=include_prompt, include_eos=True)
     return torch.cat(list(parts))

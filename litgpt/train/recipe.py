@@ -32,6 +32,7 @@ from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
 from litgpt.objectives.settings import Preference, Rating
 from litgpt.text import text_table
+from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FEW = 200  # records that are facts whatever they hold
@@ -175,7 +176,7 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
     if given.get("objective", "next_token") in (*get_args(Preference), *get_args(Rating)):
         look = replace(look, compares=True)
     rows = choices(look, module, given, base)
-    varied = {key.replace("optimizer.init_args.", "optimizer.") for key in given.get("grid", ())}
+    varied = keys_of(given.get("grid", ()))
     chosen = [choice for choice in rows if choice.key not in varied and _put(given, choice.key, choice.value)]
     console.say(f"{module.source}: {look}. Settings that you did not give:")
     console.say(_table(chosen))

@@ -11,7 +11,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -85,9 +85,14 @@ def expand(settings: Run, grid: Grid | None, samples: int | None = None) -> list
     return [_trial(settings, name, values) for name, values in zip(_names(combinations), combinations, strict=True)]
 
 
+def keys_of(grid: Iterable[str]) -> list[str]:
+    """Return a grid's keys, with `optimizer.init_args.lr` as `optimizer.lr`."""
+    return [key.replace("optimizer.init_args.", "optimizer.") for key in grid]
+
+
 def _allowed(grid: Grid, varying: list[str]) -> Grid:
-    """Return the grid with `optimizer.init_args.lr` as `optimizer.lr`."""
-    keys = [key.replace("optimizer.init_args.", "optimizer.") for key in grid]
+    """Return the grid under the keys of `keys_of`. Raises UserError for keys that may not vary."""
+    keys = keys_of(grid)
     if fixed := [key for key in keys if key not in varying and not key.startswith("optimizer.")]:
         raise UserError(
             f"grid: {', '.join(fixed)} cannot vary: the frozen layers' outputs are computed once, and every trial is trained from them. "
