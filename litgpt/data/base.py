@@ -12,7 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from litgpt.data.records import Message, Record, read_record
@@ -43,8 +43,8 @@ Units = Callable[[Sequence[tuple[int, Record]]], list[Unit]]
 
 
 def alone(records: Sequence[tuple[int, Record]]) -> list[Unit]:
-    """Return a unit of each record."""
-    return [(number, [record]) for number, record in records]
+    """Return a unit of each record. Of two answers it is the chosen one."""
+    return [(number, [replace(one, unread=(*one.unread, "rejected")) if one.rejected else one]) for number, one in records]
 
 
 class Rendered(NamedTuple):

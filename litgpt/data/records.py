@@ -4,7 +4,11 @@
 {"prompt", "completion", "response" or "answer"}, {"question", "answer"}          each a text, or both lists of messages
 {"messages": [{"role", "content", "weight" or "train", "tool_calls", "reasoning_content", ...}], "system", "tools"}
 {"conversations": [{"from", "value", ...}], "system", "tools"}
-{"prompt", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" it is what the two lists begin with
+{"prompt", "instruction" or "question", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" it is what the
+    two lists begin with, or the conversation that "chosen" and "rejected", a message each, continue (LLaMA-Factory)
+{"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}, lists of messages (OpenAI)
+
+Beside "tools" and "tool_calls" their older names are read: "functions" and "function_call".
 
 An answer may have a "reward", a number, or be "correct", true or false.
 Each may have a "weight" as a whole, and each turn of the assistant its own: a factor of the losses of its tokens, 1 unless given.
@@ -29,6 +33,7 @@ PAIRS += (("instruction", "response"), ("prompt", "answer"))
 CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 ROLES |= {"model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"}
+QUESTIONS = {question for question, _ in PAIRS}
 PASSED = ("tool_calls", "reasoning_content", "thinking", "name", "tool_call_id")  # keys of a message that templates may write
 TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content
 MOST_WEIGHT = 1_000_000
@@ -74,10 +79,16 @@ def read_record(entry: Any) -> Record:
     """Return an entry of a data file as a conversation. Raise UserError if it has no known form, or a value of the wrong kind."""
     if not isinstance(entry, dict):
         raise UserError(f"{kind_of(entry)}, an object with keys is needed")
-    if entry.get("chosen") is not None and entry.get("rejected") is not None:
+    if "preferred_output" in entry and "non_preferred_output" in entry:
+        entry = _preference_of_openai(entry)
+    answers = [entry.get(key) for key in ("chosen", "rejected")]
+    if None not in answers and answers != ["", ""]:  # two empty cells of a table
         return _read_preference(entry)
-    pair = next((pair for pair in PAIRS if all(key in entry for key in pair)), None)
-    form = next((key for key in CONVERSATIONS if entry.get(key) is not None or (pair is None and key in entry)), None)
+    filled = [key for key, value in entry.items() if value not in (None, "")]
+    pair = next((pair for keys in (filled, entry) for pair in PAIRS if all(key in keys for key in pair)), None)
+    form = next((key for key in CONVERSATIONS if key in filled), None)
+    if form is None and pair is None:
+        form = next((key for key in CONVERSATIONS if key in entry), None)
     if form is not None:
         used, record = [form], _read_turns(entry, form)
     elif pair is not None:
@@ -90,19 +101,22 @@ def read_record(entry: Any) -> Record:
             record.learned.insert(0, 0.0)
         elif record.messages[0]["content"] != system:
             raise UserError("'system' differs from the system message of its conversation: leave one of them out")
-    record.tools = _typed(entry.get("tools") or [], "'tools'", list) or None
+    tools = _objects(entry.get("tools") or [], "'tools'") or _of_functions(_objects(entry.get("functions") or [], "'functions'"))
+    record.tools = tools or None
     record.pair &= record.tools is None
     if entry.get("weight") not in (None, ""):  # an empty cell of a table
         weight = _read_weight(entry["weight"], "'weight'")
         record.learned = [weight * each for each in record.learned]
-    unread = [key for key, value in entry.items() if value is not None and key not in (*used, "system", "tools", "weight")]
+    read = (*used, "system", "tools", "functions", "weight")
+    empty = [key for key in ("chosen", "rejected", *CONVERSATIONS) if entry.get(key) == ""]
+    unread = [key for key, value in entry.items() if value is not None and key not in read and key not in empty]
     record.unread += tuple(unread)
     record.label = _flag(entry.get("label"))
     if (correct := _flag(entry.get("correct"))) is not None:
         record.reward = float(correct)
     else:
         with suppress(TypeError, ValueError, OverflowError):
-            reward = float(entry.get("reward"))  # type: ignore[arg-type]
+            reward = float(entry.get("reward"))
             record.reward = reward if math.isfinite(reward) else None
     return record
 
@@ -115,7 +129,13 @@ def _flag(value: Any) -> bool | None:
 def _read_preference(entry: dict[str, Any]) -> Record:
     """Return the chosen conversation, which has the rejected one."""
     answers = [entry["chosen"], entry["rejected"]]
-    shared = {key: value for key, value in entry.items() if key not in ("chosen", "rejected", "label", *CONVERSATIONS)}
+    places = ["prompt", *sorted(QUESTIONS)]
+    if all(isinstance(answer, dict) for answer in answers):
+        answers, places = [[answer] for answer in answers], [*CONVERSATIONS, *places]
+    place = next((key for key in places if entry.get(key) not in (None, "")), "prompt")
+    skipped = {key for pair in PAIRS for key in pair} - {"prompt", place}
+    shared = {key: value for key, value in entry.items() if key not in ("chosen", "rejected", "label", *CONVERSATIONS, *skipped, place)}
+    shared["prompt"] = entry.get(place)
     are_lists = all(isinstance(answer, list) for answer in answers)
     if shared.get("prompt") is None or (are_lists and isinstance(shared["prompt"], str)):
         if not are_lists:
@@ -132,8 +152,18 @@ def _read_preference(entry: dict[str, Any]) -> Record:
         if not answer:
             raise UserError(f"{name!r} is empty: an answer is needed")
     chosen, rejected = (read_record({**shared, "completion": answer}) for answer in answers)
+    chosen.unread += tuple(key for key in entry if key in skipped)
     chosen.rejected, chosen.label, rejected.label = rejected, True, False
     return chosen
+
+
+def _preference_of_openai(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry of OpenAI's form for preferences with TRL's keys."""
+    given = _typed(entry.get("input"), "'input'", dict)
+    own = {key: value for key, value in entry.items() if key not in ("input", "preferred_output", "non_preferred_output")}
+    other = {key: value for key, value in given.items() if key != "messages"}
+    answers = {"chosen": entry["preferred_output"], "rejected": entry["non_preferred_output"]}
+    return {**own, **other, "prompt": given.get("messages"), **answers}
 
 
 def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str], Record]:
@@ -184,7 +214,8 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
             role_key, text_key = next(
                 (keys for keys in CONVERSATIONS.values() if keys[0] in turn and keys[1] in turn), (role_key, text_key)
             )
-        if not isinstance(turn, dict) or role_key not in turn or not (text_key in turn or turn.get("tool_calls")):
+        calls = isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("function_call"))
+        if not isinstance(turn, dict) or role_key not in turn or not (text_key in turn or calls):
             raise UserError(f"{where} needs the keys {role_key!r} and {text_key!r}")
         name = turn[role_key]
         role = ROLES.get(name) if isinstance(name, str) else None
@@ -192,20 +223,22 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
             raise UserError(f"{where}: {role_key!r} is {repr(name)[:60]}, one of {', '.join(ROLES)} is needed")
         if role == "system" and n > 1:
             raise UserError(f"{where} is a system message: it can only be the first")
-        message: Message = {"role": role, "content": _read_content(turn.get(text_key), text_key, bool(turn.get("tool_calls")))}
-        if name == "function_call":
-            message |= {"content": "", "tool_calls": [{"type": "function", "function": _typed(message["content"], where, dict)}]}
+        message: Message = {"role": role, "content": _read_content(turn.get(text_key), text_key, bool(calls))}
+        if name == "function_call":  # LLaMA-Factory's text of one call, or of a list
+            message |= {"content": "", "tool_calls": _read_calls(message["content"], where)}
+        elif turn.get("function_call"):
+            message["tool_calls"] = _read_calls(turn["function_call"], f"{where}: 'function_call'")
         message |= {name: turn[name] for name in PASSED if turn.get(name) is not None}
         for name in ("reasoning_content", "thinking"):
             _check_text(message.get(name, ""), name)
         if "tool_calls" in message:
-            message["tool_calls"] = _typed(message["tool_calls"], f"{where}: 'tool_calls'", list)
+            message["tool_calls"] = _objects(message["tool_calls"], f"{where}: 'tool_calls'")
         marks = {name: _read_weight(turn[name], f"{where}: {name!r}") for name in ("weight", "train") if turn.get(name) is not None}
         if role != "assistant":
             unread |= {f"{key}.{name} of {role} turns": None for name, mark in marks.items() if mark}
         record.messages.append(message)
         record.learned.append(math.prod(marks.values()) if role == "assistant" else 0.0)
-        known = (role_key, text_key, *PASSED, "weight", "train")
+        known = (role_key, text_key, *PASSED, "function_call", "weight", "train")
         unread |= {f"{key}.{name}": None for name, value in turn.items() if value is not None and name not in known}
     if replies and all(message["role"] != "assistant" for message in record.messages):
         raise UserError(f"{key!r} has no turn of the assistant, so there is nothing to learn")
@@ -216,7 +249,7 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
 def _read_weight(value: Any, where: str) -> float:
     """Return a weight: a number, which may be written as text, or true or false."""
     with suppress(TypeError, ValueError, OverflowError):
-        weight = float(value)
+        weight = float(value if (flag := _flag(value)) is None else flag)
         if 0 <= weight <= MOST_WEIGHT:
             return weight
     raise UserError(
@@ -245,6 +278,22 @@ def _typed(value: Any, where: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise UserError(f"{where} is {kind_of(value)}, {'a list' if kind is list else 'an object'} is needed")
     return value
+
+
+def _objects(value: Any, where: str) -> list[Any]:
+    """Return a list of objects, each of which may be written as JSON text."""
+    return [_typed(entry, f"{where}, entry {n}", dict) for n, entry in enumerate(_typed(value, where, list), 1)]
+
+
+def _of_functions(functions: list[Any]) -> list[Any]:
+    """Return functions, or calls of them, in the form of `tools` and `tool_calls`."""
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def _read_calls(value: Any, where: str) -> list[Any]:
+    """Return one call, or a list of calls, in the form of `tool_calls`."""
+    value = parse_json(value, where, unique=True) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    return _of_functions(_objects(value if isinstance(value, list) else [value], where))
 
 
 def _optional_text(entry: dict[str, Any], key: str) -> str:

@@ -109,6 +109,38 @@ Q, A = user("q"), reply("a")
         ),
         # a table's cells: JSON, and nothing
         ({"messages": json.dumps([Q, A]), "weight": ""}, [Q, A], "a"),
+        # two calls in one text, as LLaMA-Factory has them, and arguments that are JSON text
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {
+                        "from": "function_call",
+                        "value": '[{"name": "f", "arguments": {"a": 1}}, {"name": "f", "arguments": "{\\"a\\": 1}"}]',
+                    },
+                ]
+            },
+            [Q, reply("", tool_calls=CALLS * 2)],
+            '<call>f{"a": 1}</call>' * 2,
+        ),
+        # OpenAI's older names
+        (
+            {
+                "messages": [
+                    Q,
+                    {"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+                    {"role": "function", "name": "f", "content": "r"},
+                    reply("a", function_call=None),
+                ],
+                "functions": [TOOLS[0]["function"]],
+            },
+            [Q, reply("", tool_calls=CALLS), {"role": "tool", "name": "f", "content": "r"}, A],
+            '<call>f{"a": 1}</call>a',
+        ),
+        ({"messages": [Q, A], "tools": [json.dumps(TOOLS[0])]}, [Q, A], "a"),
+        ({"messages": [Q, reply("c", train="False"), user("b"), reply("d", train="true")]}, [Q, reply("c"), user("b"), reply("d")], "d"),
+        ({"messages": None, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [Q, A], "a"),
+        ({"messages": "", "chosen": "", "rejected": "", "instruction": None, "output": None, "question": "q", "answer": "a"}, [Q, A], "a"),
         # columns of a table that this row does not use
         ({"messages": [{**Q, "weight": None, "tool_calls": None}, A], "conversations": None, "tools": None}, [Q, A], "a"),
     ],
@@ -119,7 +151,7 @@ def test_keys_are_read_as_transformers_reads_them(
     splits = Given(mask_prompt=True, strict=True, entries=[entry]).splits(tokenizer, ChatTemplate(FULL))
     sample = splits.train[0]
     reference = PreTrainedTokenizerFast(tokenizer_file=str(tiny_tokenizer_dir / "tokenizer.json"))
-    tools = TOOLS if entry.get("tools") not in (None, "[]") else None
+    tools = TOOLS if entry.get("functions") or entry.get("tools") not in (None, "[]") else None
     expected = reference.apply_chat_template(messages, tools=tools, chat_template=FULL, tokenize=False)
     assert tokenizer.decode(list(sample.input_ids), skip_special_tokens=False) == expected.rstrip()
     marked = tokenizer.decode([i for i, m in zip(sample.input_ids, sample.loss_mask, strict=True) if m], skip_special_tokens=False)
@@ -213,7 +245,13 @@ def test_other_keys_are_named_with_their_counts(tokenizer: Tokenizer) -> None:
         ({"instruction": "q", "output": "a", "history": [["b"]]}, "entry 1 of 'history' is \\['b'\\], a list of a question"),
         ({"instruction": "q", "output": "a", "history": [["b", 1]]}, "'history, entry 1' is a number"),
         ({"instruction": "q", "output": "a", "input": "b", "context": "c"}, "both 'input' and 'context'"),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "[]"}]}, "is a list, an object is needed"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "[1]"}]},
+            "entry 1 is a number, an object is needed",
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f()"}]}, "entry 1 is a text, an object"),
+        ({"instruction": "q", "output": "a", "tools": ["f"]}, "'tools', entry 1 is a text, an object is needed"),
+        ({"messages": [Q, reply("a", tool_calls=[1])]}, "'tool_calls', entry 1 is a number, an object is needed"),
         ({"prompt": [Q], "completion": [user("b")]}, "'completion' has no turn of the assistant"),
     ],
 )
@@ -313,6 +351,24 @@ CHOSEN, REJECTED = reply("good"), reply("bad")
     [
         ({"prompt": "q", "chosen": "good", "rejected": "bad"}, [Q, CHOSEN], [Q, REJECTED]),
         ({"prompt": "q", "chosen": "good", "rejected": "bad", "system": "s"}, [system("s"), Q, CHOSEN], [system("s"), Q, REJECTED]),
+        # Intel's and LLaMA-Factory's keys, beside answers of other keys
+        (
+            {"question": "q", "chosen": "good", "rejected": "bad", "system": "s", "prompt": None},
+            [system("s"), Q, CHOSEN],
+            [system("s"), Q, REJECTED],
+        ),
+        ({"instruction": "q", "chosen": "good", "rejected": "bad"}, [Q, CHOSEN], [Q, REJECTED]),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}],
+                "chosen": {"from": "gpt", "value": "good"},
+                "rejected": {"from": "gpt", "value": "bad"},
+            },
+            [Q, CHOSEN],
+            [Q, REJECTED],
+        ),
+        # OpenAI's
+        ({"input": {"messages": [Q]}, "preferred_output": [CHOSEN], "non_preferred_output": [REJECTED]}, [Q, CHOSEN], [Q, REJECTED]),
         ({"prompt": [system("s"), Q], "chosen": [CHOSEN], "rejected": [REJECTED]}, [system("s"), Q, CHOSEN], [system("s"), Q, REJECTED]),
         ({"chosen": [Q, CHOSEN], "rejected": [Q, REJECTED]}, [Q, CHOSEN], [Q, REJECTED]),
         ({"prompt": "q", "messages": [Q, CHOSEN], "chosen": [Q, CHOSEN], "rejected": [Q, REJECTED]}, [Q, CHOSEN], [Q, REJECTED]),
@@ -331,9 +387,21 @@ def test_preferences(entry: dict[str, Any], chosen: list[Any], rejected: list[An
     assert record.learned[-1] == record.rejected.learned[-1] == 1 and not any(record.learned[:-1]) and record.unread == ("score_chosen",)
 
 
+def test_answers_under_other_keys_do_not_replace_the_preferred_ones(tokenizer: Tokenizer) -> None:
+    entry = {"prompt": "q", "chosen": "good", "rejected": "bad", "instruction": "r", "output": "c", "response": "d"}
+    record = read_record(entry)
+    assert record.rejected is not None and (record.reply, record.rejected.reply) == ("good", "bad")
+    assert record.unread == ("instruction", "output", "response")
+    assert (
+        "keys not read: instruction (2), output (2), response (2), rejected (2)"
+        in Given(entries=[entry]).splits(tokenizer, prompts.ChatML()).report
+    )
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
+        ({"input": [Q], "preferred_output": [CHOSEN], "non_preferred_output": [REJECTED]}, "'input' is a list, an object is needed"),
         ({"chosen": "good", "rejected": "bad"}, "'chosen' and 'rejected' but no 'prompt'"),
         ({"prompt": "q", "chosen": "good", "rejected": [REJECTED]}, "must all be texts, or all lists"),
         ({"prompt": [Q], "chosen": "good", "rejected": "bad"}, "must all be texts, or all lists"),
