@@ -28,8 +28,7 @@ from typing import Any
 
 from benchmarks import wordnet
 from benchmarks.convert_memory import held
-from benchmarks.process import environment as child_environment
-from benchmarks.process import in_worker
+from benchmarks.process import environment as child_environment, in_worker
 from benchmarks.report import Part, Sections, Table, as_markdown
 from benchmarks.runs import environment
 from benchmarks.step import TIED, Settings, build, random_samples, time_steps

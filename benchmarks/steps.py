@@ -24,8 +24,7 @@ from benchmarks.process import ROOT, in_worker
 from benchmarks.report import bars, figure, less, percent
 from benchmarks.runs import environment, finetune_arguments
 from benchmarks.step import Settings, count, model_config
-from litgpt import atomic
-from litgpt import families as catalog
+from litgpt import atomic, families as catalog
 from litgpt.adapters.settings import model_settings
 from litgpt.device import backbone_dtype, default_device, default_precision
 from litgpt.errors import UserError

@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from litgpt import lora
-from litgpt import model as base_model
+from litgpt import lora, model as base_model
 from litgpt.adapters.base import Adapter
 from litgpt.errors import UserError
 from litgpt.lora import mark_only_lora_as_trainable as mark_only_adapter_as_trainable

@@ -21,9 +21,7 @@ from litgpt.generate.engine import Session, generate_batch
 from litgpt.generate.sampling import Sampling, until_stop_text
 from litgpt.lora import Config as LoRAConfig
 from litgpt.model import GPT
-from litgpt.module import ModelModule
-from litgpt.module import Preprocessor as Preprocessor
-from litgpt.module import benchmark_dict_to_markdown_table as benchmark_dict_to_markdown_table
+from litgpt.module import ModelModule, Preprocessor as Preprocessor, benchmark_dict_to_markdown_table as benchmark_dict_to_markdown_table
 from litgpt.pretrain import fresh
 from litgpt.prompts import PROMPT_STYLE_FILE, ChatStyle, Message, PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer

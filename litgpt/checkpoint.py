@@ -22,8 +22,7 @@ from litgpt.text import first_line
 if TYPE_CHECKING:
     import torch
 
-    from litgpt.lora import GPT as LoRAGPT
-    from litgpt.lora import Config as LoRAConfig
+    from litgpt.lora import GPT as LoRAGPT, Config as LoRAConfig
     from litgpt.model import GPT
 
 WEIGHTS = "lit_model.pth"

@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from litgpt import config as base
-from litgpt import model as base_model
+from litgpt import config as base, model as base_model
 from litgpt.adapters.anywhere import Entry, read_lora, require_fit, sizes, target_layers, write_lora
-from litgpt.adapters.base import LinearAdapter, adapter_parameters, adapter_state, adapters, renew_adapters
-from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks
+from litgpt.adapters.base import LinearAdapter, adapter_parameters, adapter_state, adapters, renew_adapters as renew_adapters
+from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks as resolve_blocks
 from litgpt.adapters.dora import DoRA
 from litgpt.adapters.heads import Head, MultiTokenHead, Tap, ValueHead
-from litgpt.adapters.layers import LoRALayer, LoRALinear, LoRAQKVLinear
+from litgpt.adapters.layers import LoRALayer as LoRALayer, LoRALinear as LoRALinear, LoRAQKVLinear as LoRAQKVLinear
 from litgpt.adapters.patterns import PARTS, require_used
 from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.saved import fuse_saved, save_modules
@@ -34,27 +33,7 @@ from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
 from litgpt.fused import rms_norm
 from litgpt.mlp import LLaMAMoE
-from litgpt.model import Block, CausalSelfAttention, Positions
-
-__all__ = [
-    "GPT",
-    "Block",
-    "CausalSelfAttention",
-    "Config",
-    "LoRALayer",
-    "LoRALinear",
-    "LoRAQKVLinear",
-    "Skip2LoRA",
-    "apply_lora",
-    "get_lora_parameters",
-    "load_lora",
-    "lora_filter",
-    "mark_only_lora_as_trainable",
-    "merge_lora_weights",
-    "renew_adapters",
-    "resolve_blocks",
-    "save_lora",
-]
+from litgpt.model import Block as Block, CausalSelfAttention as CausalSelfAttention, Positions
 
 LM_HEAD, LN_F = "lm_head", "transformer.ln_f"
 VARIANTS: dict[str, tuple[type[LinearAdapter], ...]] = {

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litgpt.model import GPT, Positions, finish_logits
 from litgpt.packing import take
-from litgpt.vocabulary import IGNORED as IGNORED
-from litgpt.vocabulary import SpreadHead
+from litgpt.vocabulary import IGNORED as IGNORED, SpreadHead
 
 CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows make the matrix products slow, more only cost memory
 BLOCK_ELEMENTS = 8 * 49152  # logits per softmax on a CPU: in fp32 they stay in its cache

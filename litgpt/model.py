@@ -24,19 +24,24 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from litgpt.attention import CausalSelfAttention as CausalSelfAttention
-from litgpt.attention import KVCache as KVCache
-from litgpt.attention import Positions as Positions
-from litgpt.attention import RMSNorm as RMSNorm
-from litgpt.attention import alibi, norm
+from litgpt.attention import (
+    CausalSelfAttention as CausalSelfAttention,
+    KVCache as KVCache,
+    Positions as Positions,
+    RMSNorm as RMSNorm,
+    alibi,
+    norm,
+)
 from litgpt.config import Config
 from litgpt.latent import attention
-from litgpt.mlp import GemmaMLP as GemmaMLP
-from litgpt.mlp import GptNeoxMLP as GptNeoxMLP
-from litgpt.mlp import LLaMAMLP as LLaMAMLP
-from litgpt.mlp import LLaMAMoE as LLaMAMoE
-from litgpt.mlp import load_balance as load_balance
-from litgpt.mlp import mlp
+from litgpt.mlp import (
+    GemmaMLP as GemmaMLP,
+    GptNeoxMLP as GptNeoxMLP,
+    LLaMAMLP as LLaMAMLP,
+    LLaMAMoE as LLaMAMoE,
+    load_balance as load_balance,
+    mlp,
+)
 from litgpt.packing import Packing, noise_like, take
 from litgpt.rope import RotaryTable, is_long
 

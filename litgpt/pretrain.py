@@ -16,8 +16,7 @@ from litgpt.files import expand_path
 from litgpt.train.settings import Run
 
 if TYPE_CHECKING:
-    from litgpt.lora import GPT
-    from litgpt.lora import Config as LoRAConfig
+    from litgpt.lora import GPT, Config as LoRAConfig
     from litgpt.train.methods import Method
 
 INITIAL = "initial"  # folder in out_dir with the fresh weights that a run from scratch starts from

@@ -15,37 +15,15 @@ from torch import nn
 
 from litgpt import checkpoint
 from litgpt.args import LogArgs
-from litgpt.checkpoint import HOME, save_config
+from litgpt.checkpoint import HOME, save_config as save_config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.device import default_device, default_precision
 from litgpt.download import fetch_named
 from litgpt.errors import UserError
 from litgpt.logs import remote_logger
-from litgpt.loss import chunked_cross_entropy
+from litgpt.loss import chunked_cross_entropy as chunked_cross_entropy
 from litgpt.optim import make_optimizer
 from litgpt.quantize import count
-
-__all__ = [
-    "CLI",
-    "CycleIterator",
-    "auto_download_checkpoint",
-    "capture_hparams",
-    "check_valid_checkpoint_dir",
-    "choose_logger",
-    "chunked_cross_entropy",
-    "copy_config_files",
-    "extend_checkpoint_dir",
-    "find_resume_path",
-    "get_default_supported_precision",
-    "init_out_dir",
-    "instantiate_torch_optimizer",
-    "load_checkpoint",
-    "num_parameters",
-    "parse_devices",
-    "reset_parameters",
-    "save_config",
-    "save_hyperparameters",
-]
 
 
 def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from litgpt import config
-from litgpt import families as catalog
+from litgpt import config, families as catalog
 from litgpt.config import Config
 from litgpt.errors import UserError
 from tests.helpers import tiny

@@ -15,8 +15,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from litgpt import checkpoint, download
-from litgpt import families as catalog
+from litgpt import checkpoint, download, families as catalog
 from litgpt.__main__ import main
 from litgpt.checkpoint import Config
 from tests.helpers import fake_hub, tiny

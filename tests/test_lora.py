@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from litgpt import lora
-from litgpt import model as base_model
+from litgpt import lora, model as base_model
 from litgpt.errors import UserError
 from litgpt.lora import LoRALinear, LoRAQKVLinear, Skip2LoRA, lora_filter, mark_only_lora_as_trainable, merge_lora_weights
 from tests.helpers import tiny

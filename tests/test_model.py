@@ -13,9 +13,7 @@ from transformers import GPT2Config
 
 from litgpt.attention import plain_attention
 from litgpt.config import Config
-from litgpt.lora import GPT as LoRAGPT
-from litgpt.lora import Config as LoRAConfig
-from litgpt.lora import lora_filter
+from litgpt.lora import GPT as LoRAGPT, Config as LoRAConfig, lora_filter
 from litgpt.model import GPT
 from tests.helpers import tiny
 from tests.helpers.cases import quick

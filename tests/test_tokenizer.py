@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, processors
-from tokenizers import Tokenizer as Backend
+from hypothesis import given, strategies as st
+from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from litgpt import checkpoint

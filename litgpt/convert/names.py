@@ -23,8 +23,7 @@ import torch
 
 from litgpt import families
 from litgpt.config import CORRECTION, Config
-from litgpt.convert.experts import Stored as Stored
-from litgpt.convert.experts import separated
+from litgpt.convert.experts import Stored as Stored, separated
 from litgpt.device import on_meta
 from litgpt.errors import UserError
 from litgpt.families import Table

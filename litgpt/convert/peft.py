@@ -31,8 +31,7 @@ from litgpt.adapters.patterns import PARTS, compact, matching, wrong
 from litgpt.adapters.pissa import as_lora
 from litgpt.adapters.settings import LAYER_FLAGS, MODULES
 from litgpt.atomic import write_bytes, write_text
-from litgpt.checkpoint import PEFT_ADAPTER, load_weights
-from litgpt.checkpoint import WEIGHTS as BASE_WEIGHTS
+from litgpt.checkpoint import PEFT_ADAPTER, WEIGHTS as BASE_WEIGHTS, load_weights
 from litgpt.config import Config
 from litgpt.convert import names
 from litgpt.convert.hf import Reader, hf_settings

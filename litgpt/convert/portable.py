@@ -20,8 +20,7 @@ from litgpt.config import Config
 from litgpt.convert import names, peft
 from litgpt.device import on_meta
 from litgpt.errors import UserError
-from litgpt.lora import GPT
-from litgpt.lora import Config as LoRAConfig
+from litgpt.lora import GPT, Config as LoRAConfig
 
 CONFIG, WEIGHTS = PORTABLE_ADAPTER, "skip2lora_adapter.safetensors"
 FORMAT = {"format": "skip2lora", "version": 1}

@@ -1,8 +1,7 @@
 """Data modules: where training samples come from. Importing this loads no heavy library."""
 
 from litgpt.data.alpaca import Alpaca, Alpaca2k, AlpacaGPT4, Dolly
-from litgpt.data.base import DataModule, Splits
-from litgpt.data.base import __getattr__ as __getattr__
+from litgpt.data.base import DataModule, Splits, __getattr__ as __getattr__
 from litgpt.data.instructions import FLAN, LIMA, Deita, LongForm
 from litgpt.data.json_data import JSON
 from litgpt.data.lit_data import LitData, MicroLlama, TinyLlama

@@ -11,14 +11,11 @@ import pkgutil
 import re
 from typing import Any
 
-from litgpt.families._architecture import Architecture, Fields, Hf
-from litgpt.families._architecture import Table as Table
+from litgpt.families._architecture import Architecture, Fields, Hf, Table as Table
 from litgpt.families._family import Family
 from litgpt.families._gguf import Gguf
-from litgpt.families._pretokenizers import OTHERS
-from litgpt.families._pretokenizers import Cut as Cut
-from litgpt.families._styles import OTHERS as OTHER_STYLES
-from litgpt.families._styles import Style
+from litgpt.families._pretokenizers import OTHERS, Cut as Cut
+from litgpt.families._styles import OTHERS as OTHER_STYLES, Style
 
 _NAMES = sorted(
     (module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_"), key=lambda name: (name != "llama", name)

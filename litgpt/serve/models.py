@@ -21,8 +21,7 @@ from litgpt.api import LLM
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.generate.engine import Batch, Row
-from litgpt.lora import GPT as LoRAGPT
-from litgpt.lora import Config, Skip2LoRA, skip_sum
+from litgpt.lora import GPT as LoRAGPT, Config, Skip2LoRA, skip_sum
 from litgpt.model import Positions
 
 CHUNK = 256  # prompt tokens that a step computes besides the running answers

@@ -17,8 +17,7 @@ from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
 from litgpt.args import TrainArgs, shallow
 from litgpt.device import on_meta
 from litgpt.errors import UserError
-from litgpt.lora import GPT, LoRALayer, mark_only_lora_as_trainable
-from litgpt.lora import Config as LoRAConfig
+from litgpt.lora import GPT, Config as LoRAConfig, LoRALayer, mark_only_lora_as_trainable
 from litgpt.quantize import count, is_quantised, quantise
 from litgpt.sharding import assign, is_sharded, weights_of
 

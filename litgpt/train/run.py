@@ -35,8 +35,7 @@ from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
 from litgpt.sample import Sample
 from litgpt.sharding import gathered, part_of
-from litgpt.text import size as shown
-from litgpt.text import text_table
+from litgpt.text import size as shown, text_table
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explained, out_of_memory
 from litgpt.train.loop import Batches, Loop, samples_of
 from litgpt.train.methods import CacheArgs, Method

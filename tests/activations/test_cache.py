@@ -23,8 +23,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
 from litgpt.activations import cache as activation_cache

@@ -23,8 +23,7 @@ from litgpt.api import LLM
 from litgpt.convert import peft as ours
 from litgpt.convert.merge import merged_weights
 from litgpt.memory import estimate
-from tests.helpers import family_configs as configs
-from tests.helpers import jobs, runs, tiny
+from tests.helpers import family_configs as configs, jobs, runs, tiny
 from tests.helpers.cases import first, quick
 
 IDX = tiny.ids(2, 17)

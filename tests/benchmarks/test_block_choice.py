@@ -12,8 +12,7 @@ import pytest
 
 from benchmarks import block_choice
 from litgpt.data import JSON
-from tests.helpers import runs as finetune_runs
-from tests.helpers import tiny
+from tests.helpers import runs as finetune_runs, tiny
 from tests.helpers.runs import finetune
 
 

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks import analysis, comparison, runs, steps
-from litgpt.__main__ import load as command
-from litgpt.__main__ import main as litgpt
+from litgpt.__main__ import load as command, main as litgpt
 from litgpt.cli import parse
 from litgpt.errors import UserError
 from litgpt.logs import read_metrics

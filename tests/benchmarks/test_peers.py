@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.peers import __main__ as script
-from benchmarks.peers import evaluate, measure, report, stored, who
+from benchmarks.peers import __main__ as script, evaluate, measure, report, stored, who
 from benchmarks.peers.job import Job, orders, prepare, require_same
 from benchmarks.report import Part, Table
 from litgpt.checkpoint import load_model

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import quality, wordnet
-from litgpt.__main__ import load as command
-from litgpt.__main__ import main as litgpt
+from litgpt.__main__ import load as command, main as litgpt
 from litgpt.adapters.settings import model_settings
 from litgpt.cli import parse
 from litgpt.data import JSON

@@ -11,8 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, safe_open
 
-from litgpt import checkpoint
-from litgpt import families as catalog
+from litgpt import checkpoint, families as catalog
 from litgpt.__main__ import main
 from litgpt.config import Config
 from litgpt.convert.from_litgpt import convert_from_litgpt, hf_slots, parse_size
@@ -20,8 +19,7 @@ from litgpt.convert.hf import to_hf
 from litgpt.convert.merge import merge_lora
 from litgpt.convert.names import shapes, stored_form
 from litgpt.errors import UserError
-from tests.helpers import family_configs as configs
-from tests.helpers import tiny
+from tests.helpers import family_configs as configs, tiny
 
 WriteTokenizer = Callable[[Path], Path]
 

@@ -20,8 +20,7 @@ from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
-from tests.helpers import family_configs as configs
-from tests.helpers import tiny
+from tests.helpers import family_configs as configs, tiny
 from tests.helpers.cases import quick
 
 LLAMA_SIZES = {

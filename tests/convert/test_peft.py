@@ -19,8 +19,7 @@ from litgpt import checkpoint, lora
 from litgpt.config import Config
 from litgpt.convert import peft as ours
 from litgpt.errors import UserError
-from tests.helpers import family_configs as configs
-from tests.helpers import tiny
+from tests.helpers import family_configs as configs, tiny
 from tests.helpers.cases import quick
 
 FAMILIES = (

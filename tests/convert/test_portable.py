@@ -16,8 +16,7 @@ from litgpt import checkpoint, lora
 from litgpt.config import Config
 from litgpt.convert import portable as skip2lora
 from litgpt.errors import UserError
-from tests.helpers import family_configs as configs
-from tests.helpers import tiny
+from tests.helpers import family_configs as configs, tiny
 
 SKIP: dict[str, Any] = {"lora_r": 3, "lora_alpha": 7, "lora_dropout": 0.25, "skip2lora_enabled": True}
 KINDS: dict[str, dict[str, Any]] = {

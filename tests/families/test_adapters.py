@@ -19,8 +19,7 @@ from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, 
 from litgpt.lora import LoRALinear, LoRAQKVLinear, lora_filter, mark_only_lora_as_trainable, merge_lora_weights
 from litgpt.loss import HeadLoss
 from litgpt.sample import Sample
-from tests.helpers import family_configs as configs
-from tests.helpers import tiny
+from tests.helpers import family_configs as configs, tiny
 from tests.helpers.cases import quick
 
 CPU = torch.device("cpu")

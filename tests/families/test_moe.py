@@ -17,8 +17,7 @@ from litgpt.lora import mark_only_lora_as_trainable
 from litgpt.loss import HeadLoss, loss_of
 from litgpt.mlp import LLaMAMoE, load_balance, route
 from litgpt.sample import Sample
-from tests.helpers import family_configs as configs
-from tests.helpers import tiny
+from tests.helpers import family_configs as configs, tiny
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe not normalised"]
 CPU = torch.device("cpu")

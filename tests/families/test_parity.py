@@ -14,8 +14,7 @@ from litgpt.config import Config
 from litgpt.generate.engine import generate
 from litgpt.model import GPT
 from litgpt.sample import Sample
-from tests.helpers import family_configs as configs
-from tests.helpers import tiny
+from tests.helpers import family_configs as configs, tiny
 from tests.helpers.cases import quick
 
 LENGTH = 40

@@ -10,8 +10,7 @@ import torch
 import yaml
 
 from litgpt import checkpoint
-from tests.helpers import runs as finetune_runs
-from tests.helpers import tiny
+from tests.helpers import runs as finetune_runs, tiny
 from tests.helpers.cases import quick
 from tests.helpers.runs import Run, finetune, load, plain_loss, val_samples
 

@@ -26,8 +26,7 @@ from litgpt.model import GPT
 from litgpt.prompts import ChatTemplate, resolve_prompt_style
 from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
-from tests.helpers import runs as finetune_runs
-from tests.helpers import tiny
+from tests.helpers import runs as finetune_runs, tiny
 from tests.helpers.cases import first, quick
 from tests.helpers.runs import Run, finetune, in_two_processes, load, plain_loss, val_samples
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 import transformers
 
-from litgpt import config as base_config
-from litgpt import lora, model
+from litgpt import config as base_config, lora, model
 from litgpt.convert.hf import open_weights
 from tests.helpers import tiny
 

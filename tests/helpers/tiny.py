@@ -10,8 +10,7 @@ import torch
 import transformers
 import yaml
 
-from litgpt import checkpoint, lora, model
-from litgpt import config as base_config
+from litgpt import checkpoint, config as base_config, lora, model
 from litgpt.adapters.base import adapter_parameters
 from litgpt.adapters.heads import Head
 from litgpt.convert.names import Stored, fit, hf_table, rows, slots

@@ -17,8 +17,7 @@ from litgpt.convert import portable
 from litgpt.errors import UserError
 from litgpt.generate.engine import generate
 from litgpt.integrations.transformers import load_skip2lora
-from tests.helpers import family_configs as configs
-from tests.helpers import tiny
+from tests.helpers import family_configs as configs, tiny
 from tests.helpers.cases import quick
 
 FAMILIES = (

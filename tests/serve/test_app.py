@@ -15,8 +15,7 @@ from urllib.parse import urlparse
 
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from litgpt.api import LLM
 from litgpt.serve.schemas import Chat, Completion, Predict

@@ -14,8 +14,7 @@ from litgpt.__main__ import main
 from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.rehearsal import show_sample
-from tests.helpers import runs as finetune_runs
-from tests.helpers import tiny
+from tests.helpers import runs as finetune_runs, tiny
 from tests.helpers.cases import first
 from tests.helpers.runs import files, finetune
 

@@ -11,8 +11,7 @@ from litgpt.config import Config
 from litgpt.convert.gguf.writer import has_tensor
 from litgpt.convert.names import hf_table, shapes, slots
 from litgpt.families import GGUF
-from tests.helpers import family_configs as configs
-from tests.helpers import gguf_files
+from tests.helpers import family_configs as configs, gguf_files
 
 
 def test_every_architecture_has_a_case() -> None:

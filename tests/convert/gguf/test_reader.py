@@ -10,8 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from litgpt.checkpoint import require_checkpoint
 from litgpt.convert.gguf.reader import Reader

@@ -11,8 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from litgpt import families as catalog

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from tokenizers import AddedToken, Regex, models, trainers
-from tokenizers import Tokenizer as Backend
+from tokenizers import AddedToken, Regex, Tokenizer as Backend, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import runs as finetune_runs
-from tests.helpers import tiny
+from tests.helpers import runs as finetune_runs, tiny
 from tests.helpers.jobs import Bench, Driver
 
 
