@@ -8,6 +8,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ PROMPT_SETTINGS = ("adapter_prompt_length", "adapter_start_layer")  # of LLaMA-A
 ADAPTER_WEIGHTS = "lit_model.pth.lora"
 ADAPTERS = {ADAPTER_WEIGHTS: "litgpt.lora", "lit_model.pth.adapter": "litgpt.adapter", "lit_model.pth.adapter_v2": "litgpt.adapter_v2"}
 PEFT_ADAPTER, PORTABLE_ADAPTER = FOREIGN_ADAPTERS = ("adapter_config.json", "skip2lora_config.json")  # PEFT's; Skip2-LoRA's portable one
+READ_AS_IT_IS = "which generate, chat, serve, evaluate and validate read as it is"
 BASE = "base.json"  # beside an adapter: sha256, size and modification time of its base's weights
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -192,17 +194,24 @@ def hf_weights(folder: Path) -> Path | None:
 
 
 def adapter_hint(folder: Path) -> str:
-    """Return what to do with an adapter's folder where a model is needed, to follow a message; "" for another folder."""
-    if adapter_file(folder).name != ADAPTER_WEIGHTS:
-        return ": it holds a LLaMA-Adapter, which generate, chat and validate read as it is"
-    if (folder / ADAPTER_WEIGHTS).is_file():
+    """Return what to do with a folder that holds an adapter, or other folders, where a model is needed, to follow a message; else ""."""
+    if (file := adapter_file(folder)).is_file():
+        settings: dict[str, Any] = {}
+        with suppress(UserError):
+            settings = read_hyperparameters(folder)
+        is_skip2 = settings.get("skip2lora_enabled") is True
+        if file.name == ADAPTER_WEIGHTS and not is_skip2:
+            return f": it holds a LoRA adapter, {READ_AS_IT_IS}. `litgpt merge_lora {folder}` makes a checkpoint of it"
+        kind = "Skip2-LoRA adapter" if is_skip2 else "LLaMA-Adapter"
         return (
-            f": it holds an adapter, which generate, chat and validate read as it is. `litgpt merge_lora {folder}` makes a checkpoint of "
-            "LoRA; Skip2-LoRA cannot be merged"
+            f": it holds a {kind}, {READ_AS_IT_IS} and which cannot be merged. To train, name its base ({settings.get('checkpoint_dir')})"
         )
     if any((folder / name).is_file() for name in FOREIGN_ADAPTERS):
         command = f"litgpt convert_adapter {folder} OUTPUT_DIR --checkpoint_dir BASE"
         return f": it holds an adapter. `{command}` makes a folder that generate, chat and merge_lora read"
+    for inner in sorted(folder.glob("*")):
+        if hf_weights(inner) or any((inner / name).is_file() for name in (WEIGHTS, *ADAPTERS, *FOREIGN_ADAPTERS)):
+            return f": the folder {inner.name} in it holds a model or an adapter, name {inner}"
     return ""
 
 
@@ -216,15 +225,24 @@ def require_checkpoint(folder: str | Path) -> Path:
         for name in (WEIGHTS, "model_config.yaml")
         if not (folder / name).is_file()
     ]
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not _has_tokenizer(folder):
         missing.append("tokenizer.json")
     if missing:
         hint = adapter_hint(folder) or ": copy what is missing, or convert the model again with `litgpt convert_to_litgpt`"
-        if (folder / "config.json").is_file():
+        if hf_weights(folder) and (folder / "config.json").is_file():
             hint = f": it looks like a Hugging Face folder, convert it with `litgpt convert_to_litgpt {folder}`"
         raise UserError(f"checkpoint folder {folder} lacks {', '.join(missing)}{hint}")
     require_whole(folder, WEIGHTS)
     return folder
+
+
+def require_tokenizer(folder: Path) -> Path:
+    """Return the folder. Raises UserError if it holds no tokenizer, and says what it holds."""
+    return folder if _has_tokenizer(folder) else require_checkpoint(folder)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: str | Path) -> LoRAGPT:

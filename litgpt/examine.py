@@ -71,12 +71,13 @@ def examine(
 
 def _open(folder: Path, name: Optional[str], length: Optional[int]) -> "tuple[Tokenizer, PromptStyle, int]":
     """Return a checkpoint's tokenizer, its prompt style or the one of this name, and the length that samples are cut to."""
+    from litgpt.checkpoint import require_tokenizer
     from litgpt.config import Config
     from litgpt.convert.resolve import open_checkpoint
     from litgpt.prompts import resolve_prompt_style
     from litgpt.tokenizer import Tokenizer
 
-    folder = open_checkpoint(folder)
+    folder = require_tokenizer(open_checkpoint(folder))
     tokenizer, block_size = Tokenizer(folder), Config.from_checkpoint(folder).block_size
     return tokenizer, resolve_prompt_style(name, folder, tokenizer), min(length or block_size, block_size)
 
@@ -307,7 +308,7 @@ def prompts(name: Optional[str] = None) -> None:
 
 def _style_of(name: str) -> "tuple[PromptStyle, Tokenizer, str]":
     """Return the style of this name, or that of a model's folder, with a tokenizer and a title."""
-    from litgpt.checkpoint import HOME
+    from litgpt.checkpoint import HOME, require_tokenizer
     from litgpt.convert.resolve import open_checkpoint
     from litgpt.prompts import CHAT, STYLES, PromptStyle, resolve_prompt_style
     from litgpt.tokenizer import Tokenizer
@@ -315,7 +316,7 @@ def _style_of(name: str) -> "tuple[PromptStyle, Tokenizer, str]":
     if name in CHAT:
         raise UserError(f"{name!r} is the checkpoint's own template: name the model's folder to see it")
     if name not in STYLES and (expand_path(name).exists() or (HOME / name).exists()):
-        folder = open_checkpoint(expand_path(name))
+        folder = require_tokenizer(open_checkpoint(expand_path(name)))
         own = Tokenizer(folder)
         style = resolve_prompt_style(None, folder, own)
         kind = "the model's own chat template" if style.name == "chat" else f"the prompt style {style.name!r}"

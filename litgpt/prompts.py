@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from litgpt import families
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
-from litgpt.files import dump_yaml, read_yaml
+from litgpt.files import decode_text, dump_yaml, parse_yaml, read_own, read_yaml
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -370,12 +370,25 @@ def save_prompt_style(style: PromptStyle | str, checkpoint_dir: str | Path) -> N
     write_text(Path(checkpoint_dir) / PROMPT_STYLE_FILE, dump_yaml(content, allow_unicode=True))
 
 
+def copy_prompt_style(source: Path, folder: Path) -> None:
+    """Copy prompt_style.yaml if there is one. Raises UserError if it is a link out of its folder, or names no style."""
+    file = source / PROMPT_STYLE_FILE
+    if (raw := read_own(source, PROMPT_STYLE_FILE)) is not None:
+        style = _require_class_path(parse_yaml(decode_text(raw, file), str(file)), file)
+        kept = {key: style[key] for key in ("class_path", "init_args") if key in style}
+        write_text(folder / PROMPT_STYLE_FILE, dump_yaml(kept, allow_unicode=True))
+
+
+def _require_class_path(content: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
+        raise UserError(f"{file}: expected `class_path: litgpt.prompts.NAME`")
+    return content
+
+
 def load_prompt_style(checkpoint_dir: str | Path, tokenizer: Tokenizer | None = None) -> PromptStyle:
     """Load prompt_style.yaml: `class_path: litgpt.prompts.X` and perhaps `init_args`. No other module is looked up."""
     file = Path(checkpoint_dir) / PROMPT_STYLE_FILE
-    content = read_yaml(file, "does not exist: name a prompt style")
-    if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
-        raise UserError(f"{file}: expected `class_path: litgpt.prompts.NAME`")
+    content = _require_class_path(read_yaml(file, "does not exist: name a prompt style"), file)
     class_path, arguments = content["class_path"], content.get("init_args") or {}
     if class_path == "litgpt.prompts.ChatTemplate":
         return _require_own_template(Path(checkpoint_dir), tokenizer)

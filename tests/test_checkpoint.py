@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -434,6 +435,9 @@ NEEDS_A_MODEL: dict[str, list[str]] = {
     "convert_to_litgpt": [],
     "merge_lora": [],
     "convert_adapter": ["--output_dir", "new", "--checkpoint_dir", "folder"],
+    "add_tokens": ["--output_dir", "new", "--tokens", '["<x>"]'],
+    "convert_pretrained_checkpoint": ["--output_dir", "new"],
+    "prompts": [],
 }
 
 
@@ -450,4 +454,31 @@ def test_an_adapter_in_place_of_a_model_names_the_command_that_helps(
     Path("folder", file).write_text("{}")
     assert main([command, "folder", *NEEDS_A_MODEL[command]]) == 1
     helps = "litgpt merge_lora" if file == checkpoint.ADAPTER_WEIGHTS else "litgpt convert_adapter"
-    assert "it holds an adapter" in (error := capsys.readouterr().err) and helps in error and [*Path().iterdir()] == [Path("folder")]
+    assert re.search("holds an?( LoRA)? adapter", error := capsys.readouterr().err) and helps in error
+    assert [*Path().iterdir()] == [Path("folder")]
+
+
+HELPS = {
+    "a Skip2-LoRA result": ("lit_model.pth.lora", "Skip2-LoRA adapter, which generate", "To train, name its base (the/base)"),
+    "a LLaMA-Adapter": ("lit_model.pth.adapter", "LLaMA-Adapter, which generate", "To train, name its base (the/base)"),
+    "a Trainer's folder": ("checkpoint-500/adapter_config.json", "checkpoint-500 in it holds", "folder/checkpoint-500"),
+    "PEFT beside a config": ("adapter_config.json", "it holds an adapter", "OUTPUT_DIR --checkpoint_dir BASE"),
+    "a config without weights": ("onnx/model.onnx", "lacks lit_model.pth", "copy what is missing"),
+}
+
+
+@pytest.mark.parametrize("command", ["finetune", "finetune_full", "add_tokens"])
+@pytest.mark.parametrize("what", HELPS)
+def test_other_folders_in_place_of_a_model(
+    what: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, *texts = HELPS[what]
+    Path("folder", file).parent.mkdir(parents=True)
+    Path("folder", file).write_text("{}")
+    Path("folder/hyperparameters.yaml").write_text(f"checkpoint_dir: the/base\nskip2lora_enabled: {'Skip2' in what}\n")
+    if "config" in what:
+        Path("folder/config.json").write_text("{}")
+    assert main([command, "folder", *NEEDS_A_MODEL[command]]) == 1
+    error = capsys.readouterr().err
+    assert all(text in error for text in texts), error

@@ -7,7 +7,7 @@ from litgpt import atomic, checkpoint, files
 from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.convert.resolve import adapter_folder, open_checkpoint
 from litgpt.errors import UserError
-from litgpt.prompts import PROMPT_STYLE_FILE
+from litgpt.prompts import copy_prompt_style
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,23 +75,12 @@ def _to_gguf(source: Path, target: Path, kind: str, checkpoint_dir: Optional[Pat
     print(f"Its base: litgpt convert_to_gguf {base} base.gguf. Then: llama-server -m base.gguf --lora {target}")
 
 
-def copy_prompt_style(source: Path, folder: Path) -> None:
-    """Copy prompt_style.yaml if there is one. Raises UserError if it is a link out of its folder, or names no style."""
-    file = source / PROMPT_STYLE_FILE
-    if (raw := files.read_own(source, PROMPT_STYLE_FILE)) is not None:
-        style = files.parse_yaml(files.decode_text(raw, file), str(file))
-        if not isinstance(style, dict) or not isinstance(style.get("class_path"), str):
-            raise UserError(f"{file}: expected `class_path: litgpt.prompts.NAME`")
-        kept = {key: style[key] for key in ("class_path", "init_args") if key in style}
-        atomic.write_text(folder / PROMPT_STYLE_FILE, files.dump_yaml(kept, allow_unicode=True))
-
-
 def kind_of(folder: Path) -> str:
     """Return the file that marks the folder as a litgpt, PEFT or portable adapter. Raises UserError if there is none, or several."""
     kinds = [name for name in FORMATS if (folder / name).is_file()]
     if len(kinds) != 1:
         content = f"it has {' and '.join(kinds)}" if kinds else f"it has none of {LITGPT}, {PEFT} and {PORTABLE}"
-        raise UserError(f"{folder} is not an adapter's folder: {content}")
+        raise UserError(f"{folder} cannot be converted: {content}{checkpoint.adapter_hint(folder)}")
     return kinds[0]
 
 

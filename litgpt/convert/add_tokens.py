@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt import atomic, checkpoint
 from litgpt.config import Config
-from litgpt.convert.adapter import copy_prompt_style
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
+from litgpt.prompts import copy_prompt_style
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from litgpt import families, files
 from litgpt.atomic import new_folder, write_bytes
 from litgpt.checkpoint import (
+    FOREIGN_ADAPTERS,
     WEIGHT_FILES,
     WEIGHTS,
     copy_tokenizer_files,
@@ -45,7 +47,9 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
     tensors = open_weights(source)
     plan = fit(tensors, hf_table(settings["model_type"], config), config, str(source), says_tied(settings), dtype)
     if images := [name for name in tensors if IMAGES.fullmatch(name)]:
-        print(f"{source}: {len(images)} tensors of the image side are left out, the text model is converted.")
+        print(f"{source}: {len(images)} tensors of the image side are left out, the text model is converted.", file=sys.stderr)
+    if adapters := [name for name in FOREIGN_ADAPTERS if (source / name).is_file()]:
+        print(f"{source}: the model is converted, the adapter beside it ({adapters[0]}) is left out.", file=sys.stderr)
     with new_folder(target) as folder:
         copy_tokenizer_files(source, folder)
         write_bytes(folder / "config.json", read_own(source, "config.json") or b"")

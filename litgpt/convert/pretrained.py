@@ -7,6 +7,7 @@ from litgpt.atomic import new_folder
 from litgpt.config import Config
 from litgpt.convert.resolve import locate
 from litgpt.errors import UserError
+from litgpt.prompts import copy_prompt_style
 
 COMPILED = "_orig_mod."  # in the names of a model that torch.compile wrapped
 
@@ -20,12 +21,12 @@ def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> Non
     """
     folder = locate(checkpoint_dir)
     if not (folder / checkpoint.WEIGHTS).is_file():
-        raise UserError(f"{folder} holds no {checkpoint.WEIGHTS}: name a step's folder of a training run")
+        hint = checkpoint.adapter_hint(folder) or ": name a step's folder of a training run"
+        raise UserError(f"{folder} holds no {checkpoint.WEIGHTS}{hint}")
     weights = {name.replace(COMPILED, ""): value for name, value in checkpoint.load_weights(folder / checkpoint.WEIGHTS).items()}
     with new_folder(output_dir) as new:
         checkpoint.save_weights(weights, new / checkpoint.WEIGHTS)
         checkpoint.save_config(Config.from_checkpoint(folder), new)
         checkpoint.copy_tokenizer_files(folder, new)
-        if (folder / "prompt_style.yaml").is_file():
-            (new / "prompt_style.yaml").write_bytes((folder / "prompt_style.yaml").read_bytes())
+        copy_prompt_style(folder, new)
     print(f"{output_dir} is ready as a checkpoint_dir")

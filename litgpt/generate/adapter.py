@@ -20,7 +20,8 @@ class Tuned(Answers, Checkpoint):
         """Answer with the file that the setting `key` names; `how` goes to `open_model`."""
         file: Path = getattr(self, key)
         if not file.is_file():
-            raise UserError(f"{key}: {file} does not exist: name the file with the weights that fine-tuning left")
+            problem = "is a folder" if file.is_dir() else "does not exist"
+            raise UserError(f"{key}: {file} {problem}: name the file with the weights that fine-tuning left")
         self.show(open_model(file.parent, self.precision, self.quantize, **how), input=self.input)
 
 

@@ -95,8 +95,8 @@ def test_refusals_leave_nothing(base: Path) -> None:
         ((source, out), "exists already"),
         ((out, other), "give --checkpoint_dir"),
         ((out, other, base.parent / "nowhere"), "nowhere"),
-        ((base, other), "not an adapter's folder: it has none of lit_model.pth.lora"),
-        ((base.parent / "nothing", other), "not an adapter's folder"),
+        ((base, other), "cannot be converted: it has none of lit_model.pth.lora"),
+        ((base.parent / "nothing", other), "cannot be converted: it has none of"),
         ((wrong, other), "does not fit the adapter settings"),
     ]
     for arguments, message in cases:

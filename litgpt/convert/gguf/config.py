@@ -45,8 +45,13 @@ class Plan:
 
 
 def read_architecture(source: Source) -> tuple[str, Gguf]:
-    """Return `general.architecture` and its row. Raise UserError for unknown ones."""
-    name = Settings(source).get("general.architecture", str)
+    """Return `general.architecture` and its row. Raise UserError for unknown ones, and for files that hold no model."""
+    kind, name = (Settings(source).get(f"general.{key}", str, default) for key, default in (("type", "model"), ("architecture", None)))
+    if kind != "model":
+        raise UserError(
+            f"{source.path} is no model: its general.type is {kind!r}. Name the model's file; of an adapter, convert the PEFT folder with "
+            "`litgpt convert_adapter`"
+        )
     if name not in families.GGUF:
         raise UserError(f"{source.path} has the architecture {name!r}, supported are {', '.join(sorted(families.GGUF))}")
     return name, families.GGUF[name]

@@ -263,6 +263,7 @@ GGUF = [
     Case("a key of 2^63 letters", patched(at(24, "<Q", 2**63)), "model.gguf", "truncated or broken"),
     Case("no architecture", gguf({"general.architecture": ...}), "no general.architecture", "model.gguf"),
     Case("another architecture", gguf({"general.architecture": "mamba"}), "'mamba'", "llama"),
+    Case("an adapter's file", gguf({"general.type": "adapter"}), "model.gguf is no model", "litgpt convert_adapter"),
     Case("an architecture as a number", gguf({"general.architecture": 3}), "general.architecture", "3"),
     Case("no blocks", gguf({"llama.block_count": 0}), "llama.block_count is 0", "model.gguf"),
     Case("blocks as text", gguf({"llama.block_count": "two"}), "llama.block_count is two", "not supported"),

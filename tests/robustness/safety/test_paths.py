@@ -209,6 +209,7 @@ COMMANDS: dict[str, list[Any]] = {
     "convert_to_litgpt": ["hf", "--checkpoint_dir", "converted"],
     "convert_from_litgpt": ["base", "converted"],
     "convert_adapter": ["adapter", "converted"],
+    "convert_pretrained_checkpoint": ["base", "converted"],
     "finetune": [
         "base",
         "--data",
@@ -226,7 +227,8 @@ COMMANDS: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("command", "name"), [(c, n) for c in COMMANDS for n in (COPIED if c != "convert_adapter" else ["prompt_style.yaml"])]
+    ("command", "name"),
+    [(c, n) for c in COMMANDS for n in (["prompt_style.yaml"] if c.startswith(("convert_adapter", "convert_pre")) else COPIED)],
 )
 def test_a_link_is_not_copied_into_results(command: str, name: str, place: Place) -> None:
     """Not even if the secret is valid JSON or YAML: it is one message, and the results do not hold it."""
