@@ -14,11 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litgpt.adapters.settings import model_settings
 from litgpt.atomic import digest, new_file, require_whole, write_bytes, write_text
 from litgpt.config import CHOSEN_TAPS, CORRECTION, Config
 from litgpt.errors import UserError
 from litgpt.files import decode_text, dump_yaml, parse_object, read_json, read_own, read_yaml
 from litgpt.text import first_line
+from litgpt.tokenizer import template_files
 
 if TYPE_CHECKING:
     import torch
@@ -147,8 +149,6 @@ def tokenizer_files(source: str | Path) -> Iterator[tuple[str, bytes]]:
 
     Raises UserError if one is a link out of the folder, no regular file, or something else than its name says.
     """
-    from litgpt.tokenizer import template_files
-
     for name in dict.fromkeys((*TOKENIZER_FILES, *template_files(source))):
         if (raw := read_own(source, name)) is None:
             continue
@@ -471,8 +471,6 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
     They are read from `hyperparameters.yaml`, as in LitGPT; `base` takes precedence. The blocks that "auto" chose are in
     `model_config.yaml`. Raises UserError if any is missing.
     """
-    from litgpt.adapters.settings import model_settings
-
     file = Path(folder) / "hyperparameters.yaml"
     values = read_yaml(file, "is missing: an adapter folder holds it")
     if not isinstance(values, dict) or not (base or isinstance(values.get("checkpoint_dir"), str)):

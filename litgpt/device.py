@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -110,8 +111,6 @@ def process_rank() -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch."""
-    import numpy
-
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)

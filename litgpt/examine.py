@@ -7,18 +7,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, cast
 
+from litgpt.checkpoint import HOME, require_tokenizer
+from litgpt.config import Config
+from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import SHOWN_KEYS, Encoder, render
 from litgpt.data.json_data import JSON
 from litgpt.data.records import Record, read_record
 from litgpt.errors import UserError
 from litgpt.files import expand_path
+from litgpt.prompts import CHAT, STYLES, PromptStyle, misfit, resolve_prompt_style
 from litgpt.streams import safe, unescaped
+from litgpt.tokenizer import Tokenizer
+from litgpt.train.recipe import Look, advice
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from litgpt.prompts import PromptStyle
-    from litgpt.tokenizer import Tokenizer
 
 SPREAD, LONGEST = 4_000, 1_000  # records of a large file that are tokenised: evenly spread ones, and the longest
 BINS, BAR = 8, 40  # of a histogram
@@ -63,20 +66,12 @@ def examine(
         print("\n".join([*lines, "", *in_tokens(train, encoder, limit)]))
         print(f"\nRecord {record} in the prompt style {style.name!r}; what is learned is {_green()}:")
         show_record(train[record - 1], style, tokenizer, mask_prompt)
-    from litgpt.train.recipe import Look, advice
-
     settings = advice(data, Look.at(train, val), checkpoint_dir)
     print(f"\nlitgpt finetune {checkpoint_dir or 'MODEL'} --data {data.source}, without other options:\n{settings}")
 
 
-def _open(folder: Path, name: Optional[str], length: Optional[int]) -> "tuple[Tokenizer, PromptStyle, int]":
+def _open(folder: Path, name: Optional[str], length: Optional[int]) -> tuple[Tokenizer, PromptStyle, int]:
     """Return a checkpoint's tokenizer, its prompt style or the one of this name, and the length that samples are cut to."""
-    from litgpt.checkpoint import require_tokenizer
-    from litgpt.config import Config
-    from litgpt.convert.resolve import open_checkpoint
-    from litgpt.prompts import resolve_prompt_style
-    from litgpt.tokenizer import Tokenizer
-
     folder = require_tokenizer(open_checkpoint(folder))
     tokenizer, block_size = Tokenizer(folder), Config.from_checkpoint(folder).block_size
     return tokenizer, resolve_prompt_style(name, folder, tokenizer), min(length or block_size, block_size)
@@ -178,8 +173,6 @@ def _has_answer(record: Record) -> bool:
 
 def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[str]:
     """Return lines about the records' lengths in tokens, of which a model reads `limit`. Of a large file some records stand for all."""
-    from litgpt.prompts import misfit
-
     spread = range(0, len(records), -(-len(records) // SPREAD))
     longest = sorted(range(len(records)), key=lambda i: -_characters(records[i]))[:LONGEST]
     samples = {i: sample for i in {*spread, *longest} for _, (sample,) in encoder.encode_all([(i + 1, records[i])])}
@@ -223,7 +216,7 @@ def histogram(lengths: Sequence[int], unit: str, scale: float = 1.0, longest: Op
     return lines
 
 
-def show_record(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", mask_prompt: bool = True) -> None:
+def show_record(record: Record, style: PromptStyle, tokenizer: Tokenizer, mask_prompt: bool = True) -> None:
     """Print a record as the model reads it. What is learned is green on a terminal, elsewhere between marks."""
     from rich.text import Text
 
@@ -282,14 +275,12 @@ def prompts(name: Optional[str] = None) -> None:
     Args:
         name: A style, shown with an input and a conversation too where it has a place for them, or the folder of a model. Default: all.
     """
-    from litgpt.prompts import STYLES
-
     if name is None:
         print(f"Prompt styles, for data.prompt_style and prompt_style.yaml. What a model learns to answer is {_green()}.")
         print("`litgpt prompts NAME` shows more of one, `litgpt prompts FOLDER` that of a model.")
         for each, style in sorted(STYLES.items()):
             print(f"\n--- {each}")
-            show_record(read_record(QUESTION), style(), cast("Tokenizer", _AnyTokenizer()))
+            show_record(read_record(QUESTION), style(), cast(Tokenizer, _AnyTokenizer()))
         return
     chosen, tokenizer, title = _style_of(name)
     print(f"{title}. What a model learns to answer is {_green()}.")
@@ -306,13 +297,8 @@ def prompts(name: Optional[str] = None) -> None:
             print(f"not possible: {error}")
 
 
-def _style_of(name: str) -> "tuple[PromptStyle, Tokenizer, str]":
+def _style_of(name: str) -> tuple[PromptStyle, Tokenizer, str]:
     """Return the style of this name, or that of a model's folder, with a tokenizer and a title."""
-    from litgpt.checkpoint import HOME, require_tokenizer
-    from litgpt.convert.resolve import open_checkpoint
-    from litgpt.prompts import CHAT, STYLES, PromptStyle, resolve_prompt_style
-    from litgpt.tokenizer import Tokenizer
-
     if name in CHAT:
         raise UserError(f"{name!r} is the checkpoint's own template: name the model's folder to see it")
     if name not in STYLES and (expand_path(name).exists() or (HOME / name).exists()):
@@ -321,4 +307,4 @@ def _style_of(name: str) -> "tuple[PromptStyle, Tokenizer, str]":
         style = resolve_prompt_style(None, folder, own)
         kind = "the model's own chat template" if style.name == "chat" else f"the prompt style {style.name!r}"
         return style, own, f"{name}: {kind}"
-    return PromptStyle.from_name(name), cast("Tokenizer", _AnyTokenizer()), f"The prompt style {name!r}"
+    return PromptStyle.from_name(name), cast(Tokenizer, _AnyTokenizer()), f"The prompt style {name!r}"

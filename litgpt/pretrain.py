@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 
+from litgpt import families
 from litgpt.args import EvalArgs, TrainArgs, setting
+from litgpt.atomic import locked, new_folder, write_text
+from litgpt.checkpoint import copy_tokenizer_files, save_config, save_weights
+from litgpt.convert.resolve import locate
 from litgpt.errors import UserError
 from litgpt.files import expand_path
+from litgpt.prompts import PromptStyle, save_prompt_style
 from litgpt.train.settings import Run
 
 if TYPE_CHECKING:
@@ -71,8 +76,6 @@ class Pretrain(Run):
 
     def main(self) -> None:
         if self.model_name == "list":
-            from litgpt import families
-
             print("\n".join(families.names()))
             return
         from litgpt.train.run import run
@@ -90,8 +93,6 @@ class Pretrain(Run):
             with tempfile.TemporaryDirectory() as folder:
                 yield self._made(Path(folder) / INITIAL)
         else:
-            from litgpt.atomic import locked
-
             with locked(self.out_dir / f".{INITIAL}"):  # several processes may start at once
                 folder_in_run = self._made(self.out_dir / INITIAL)
             with suppress(OSError):  # another process was first, or is waiting
@@ -100,11 +101,7 @@ class Pretrain(Run):
 
     def _made(self, folder: Path) -> Path:
         """Return the folder with the fresh weights, after making it unless it holds them already."""
-        from litgpt.atomic import new_folder, write_text
-        from litgpt.checkpoint import copy_tokenizer_files, save_config, save_weights
-        from litgpt.convert.resolve import locate
         from litgpt.lora import Config
-        from litgpt.prompts import PromptStyle, save_prompt_style
 
         changes = self.model_config or {}
         config = Config.from_name(self.model_name, **changes) if self.model_name else Config(**changes)

@@ -20,12 +20,12 @@ from litgpt import families
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
 from litgpt.files import decode_text, dump_yaml, parse_yaml, read_own, read_yaml
+from litgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
     from litgpt.config import Config
-    from litgpt.tokenizer import Tokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant" | "tool", "content": ...}
 Tools = list[Any] | None
@@ -306,8 +306,6 @@ def resolve_prompt_style(
 
 
 def _own_template(folder: Path, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    from litgpt.tokenizer import Tokenizer
-
     return ChatTemplate.from_tokenizer(tokenizer or Tokenizer(folder), source=str(folder))
 
 

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from litgpt import atomic, checkpoint
 from litgpt.config import Config
+from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
+from litgpt.prompts import ChatStyle, resolve_prompt_style
 from litgpt.text import size, text_table
+from litgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +62,6 @@ def validate(checkpoint_dir: Path, *, dtype: Optional[str] = None, training: boo
         dtype: Accepted for LitGPT's command lines; without effect, as the table has every way to fine-tune.
         training: The same.
     """
-    from litgpt.convert.resolve import open_checkpoint
-
     folder = open_checkpoint(checkpoint_dir)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder")
@@ -146,8 +147,6 @@ def describe(config: Config) -> str:
 
 def tokenizer(folder: Path) -> Result:
     """Encode and decode texts of many kinds, and compare the ids with the model's vocabulary."""
-    from litgpt.tokenizer import Tokenizer
-
     tokenizer, problems = Tokenizer(folder), []
     vocabulary = Config.from_checkpoint(folder).V
     other_spaces = 0
@@ -170,9 +169,6 @@ def tokenizer(folder: Path) -> Result:
 
 def prompt_style(folder: Path) -> Result:
     """Apply the checkpoint's prompt style or chat template to a question, and to a conversation if it has turns."""
-    from litgpt.prompts import ChatStyle, resolve_prompt_style
-    from litgpt.tokenizer import Tokenizer
-
     tokenizer = Tokenizer(folder)
     style = resolve_prompt_style(None, folder, tokenizer)
     question = style.apply("What is a llama?")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from litgpt.adapters.base import Adapter, is_transposed
@@ -64,8 +66,6 @@ def target_layers(model: nn.Module, targets: str | Collection[str]) -> dict[str,
 
 def write_lora(file: Path | str, entries: Mapping[str, Entry], weights: dict[str, torch.Tensor]) -> None:
     """Write the layers' entries and tensors."""
-    from safetensors.torch import save
-
     layers = {name: entry._asdict() for name, entry in entries.items()}
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     write_bytes(expand_path(file), save(tensors, metadata={"format": "pt", "lora": json.dumps({"version": VERSION, "layers": layers})}))
@@ -73,8 +73,6 @@ def write_lora(file: Path | str, entries: Mapping[str, Entry], weights: dict[str
 
 def read_lora(file: Path | str) -> tuple[dict[str, Entry], dict[str, torch.Tensor]]:
     """Return the layers' entries and tensors. Raises UserError for a file that is not ours, or of another version."""
-    from safetensors import SafetensorError, safe_open
-
     path = expand_path(file)
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a file that save_lora wrote")

@@ -7,7 +7,8 @@ from litgpt import atomic, checkpoint, files
 from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.convert.resolve import adapter_folder, open_checkpoint
 from litgpt.errors import UserError
-from litgpt.prompts import copy_prompt_style
+from litgpt.prompts import copy_prompt_style, resolve_prompt_style, save_prompt_style
+from litgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,8 +108,6 @@ def write_adapter(folder: Path, base: Path, settings: dict[str, Any], weights: "
     """Write an adapter of the checkpoint `base` as `litgpt finetune` does. Raises UserError if it does not fit."""
     from litgpt.convert import portable
     from litgpt.lora import Config
-    from litgpt.prompts import resolve_prompt_style, save_prompt_style
-    from litgpt.tokenizer import Tokenizer
 
     config = Config.from_checkpoint(base, **settings)
     portable.require_all(config, weights, base)

@@ -10,6 +10,7 @@ from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.prompts import copy_prompt_style
+from litgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,8 +52,6 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
 
 def _extended(source: Path, contents: dict[str, bytes], tokens: list[str], special: bool) -> tuple[str, dict[str, int]]:
     """Return tokenizer.json with the tokens, and their ids. Raises UserError for tokens that cannot be added."""
-    from litgpt.tokenizer import Tokenizer
-
     if "tokenizer.json" not in contents:
         raise UserError(f"{source} has no tokenizer.json, to which tokens could be added: convert the model from its Hugging Face folder")
     known = Tokenizer(source)

@@ -8,10 +8,13 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from litgpt import __version__, args, atomic, files
+from litgpt import __version__, args, atomic, data as data_modules, files
 from litgpt.checkpoint import read_hyperparameters
 from litgpt.config import Config
 from litgpt.errors import UserError
+from litgpt.finetune.full import Full
+from litgpt.finetune.lora import Lora
+from litgpt.logs import read_metrics
 from litgpt.text import markdown_table
 
 Kind = Literal["lora", "skip2lora", "model"]
@@ -108,9 +111,6 @@ def base_name(source: Path, settings: dict[str, Any]) -> str:
 
 def command(settings: dict[str, Any]) -> str:
     """Return the command that gives these settings: what differs from the defaults, without loggers' names, paths by their last part."""
-    from litgpt.finetune.full import Full
-    from litgpt.finetune.lora import Lora
-
     name, kind = ("finetune_lora", Lora) if "lora_r" in settings else ("finetune_full", Full)
     defaults = _flat(args.as_config(args.defaults(kind)))
     if data := _data_class(settings.get("data") or {}):
@@ -137,10 +137,8 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _data_class(data: dict[str, Any]) -> Any:
     """Return the class of litgpt.data that a file names; None for any other, which is not imported."""
-    import litgpt.data
-
     module, _, name = str(data.get("class_path", "")).rpartition(".")
-    return getattr(litgpt.data, name, None) if module.startswith("litgpt.data") else None
+    return getattr(data_modules, name, None) if module.startswith("litgpt.data") else None
 
 
 def _word(value: Any) -> str:
@@ -200,8 +198,6 @@ def _table(settings: dict[str, Any]) -> str:
 
 def _losses(source: Path) -> str | None:
     """Return the first validation loss and that of the folder's step (`step-*`, `best`; else the last), from metrics.csv beside it."""
-    from litgpt.logs import read_metrics
-
     curve = read_metrics(source.resolve().parent).get("val_loss", [])
     name, end = source.resolve().name, math.inf
     if name == "best" and curve:

@@ -10,6 +10,7 @@ from litgpt import atomic, checkpoint, files
 from litgpt.config import CORRECTION, Config
 from litgpt.convert.resolve import open_full_model
 from litgpt.errors import UserError
+from litgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -114,8 +115,6 @@ def hf_slots(config: Config, model_type: str, tied: bool) -> "dict[str, Slot]":
 
 def _complete_tokenizer(source: Path, folder: Path, settings: dict[str, Any]) -> None:
     """State in `folder` and `settings` what transformers would guess otherwise: the tokenizer's class, and the ids of BOS and EOS."""
-    from litgpt.tokenizer import Tokenizer
-
     if not (folder / "tokenizer.json").is_file():
         return
     file = folder / "tokenizer_config.json"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from litgpt import families, files
 from litgpt.atomic import new_folder, write_bytes
@@ -201,8 +202,6 @@ def shard_files(index: Path) -> list[Path]:
 
 
 def _open_safetensors(file: Path) -> Content:
-    from safetensors import SafetensorError, safe_open
-
     try:
         content = safe_open(file, framework="pt")
         shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -453,7 +454,5 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def write(folder: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], file_names: tuple[str, str] = (CONFIG, WEIGHTS)) -> None:
     """Write the JSON and the safetensors file of an adapter folder."""
-    from safetensors.torch import save
-
     write_text(folder / file_names[0], json.dumps(settings, indent=2) + "\n")
     write_bytes(folder / file_names[1], save(tensors, metadata={"format": "pt"}))  # save_file's are private to their owner

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import expand_path, read_yaml
 from litgpt.generate.base import Checkpoint, Drawing, Metered, open_model
@@ -240,7 +241,6 @@ class Base:
     def _loaded(self) -> Any:
         """Return the model of the folder that hyperparameters.yaml names, None without one."""
         from litgpt.api import LLM
-        from litgpt.convert.resolve import open_checkpoint
 
         file = open_checkpoint(self.folder) / "hyperparameters.yaml"
         values = read_yaml(file) if file.is_file() else None

@@ -11,6 +11,7 @@ import torch
 
 from litgpt.api import LLM
 from litgpt.errors import UserError
+from litgpt.files import read_yaml
 from litgpt.generate import engine
 from litgpt.generate.sampling import until_stop_text
 from litgpt.prompts import ChatStyle
@@ -143,8 +144,6 @@ def run_tasks(
 
 def _name_in(file: Path) -> str:
     """Return the name of the task in a task's file."""
-    from litgpt.files import read_yaml
-
     content = read_yaml(file)
     if not isinstance(content, dict) or not isinstance(content.get("task"), str):
         raise UserError(f"{file} names no task: a line `task: NAME` is needed")

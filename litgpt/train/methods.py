@@ -15,6 +15,7 @@ from litgpt.activations.choose import Choice
 from litgpt.adapters.base import adapter_state, renew_adapters
 from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
 from litgpt.args import TrainArgs, shallow
+from litgpt.convert.merge import merged_weights
 from litgpt.device import on_meta
 from litgpt.errors import UserError
 from litgpt.lora import GPT, Config as LoRAConfig, LoRALayer, mark_only_lora_as_trainable
@@ -89,8 +90,6 @@ def adapters(settings: Any) -> Method:
             return False
         if is_sharded(model) and 2 * count(model) * model.dtype.itemsize > psutil.virtual_memory().available:
             return False  # `litgpt merge_lora` can do it on another machine
-        from litgpt.convert.merge import merged_weights
-
         is_apart = is_quantised(model) or is_sharded(model)
         whole = checkpoint.load_model(folder, model.dtype) if is_apart else model  # merged into the base's own precision
         checkpoint.save_weights(merged_weights(whole), folder / checkpoint.WEIGHTS)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 
 from litgpt import atomic
 from litgpt.errors import UserError
@@ -243,8 +244,6 @@ class Checkpoints:
     @contextmanager
     def _folder(self, folder: Path) -> Iterator[Path | None]:
         """Yield a new folder in the first process. If it cannot be written, raise a UserError that names the checkpoint to resume."""
-        from safetensors import SafetensorError
-
         if self.log is None:
             yield None
             return

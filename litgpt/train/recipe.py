@@ -31,7 +31,9 @@ from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
 from litgpt.objectives.settings import Preference, Rating
+from litgpt.prompts import reply_header, resolve_prompt_style
 from litgpt.text import text_table
+from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
@@ -185,9 +187,6 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
 
 def _marks_replies(base: Path, data: DataModule, given: dict[str, Any]) -> bool:
     """Return True if a reply can be told from its prompt, by its tokens and by the loss."""
-    from litgpt.prompts import reply_header, resolve_prompt_style
-    from litgpt.tokenizer import Tokenizer
-
     is_masked = given["data"].get("init_args", {}).get("mask_prompt", True)
     return bool(is_masked and reply_header(resolve_prompt_style(data.prompt_style, base, Tokenizer(base))).strip())
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from litgpt import __version__, checkpoint
 from litgpt.args import marked
@@ -208,8 +210,6 @@ def write(
 
     `optimizer`: its state dict. `random`: generator states by "kind.rank".
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, torch.Tensor] = {}
     packed = _pack(optimizer["state"] if optimizer else {}, tensors)
     tensors.update({f"random.{name}": value for name, value in random.items()})
@@ -341,8 +341,6 @@ class Saved:
                     raise UserError(f"{self.folder / TENSORS} holds no state of a random generator: {reason}. {ELSEWHERE}") from None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
         try:
             return load_file(self.folder / TENSORS)
