@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from litgpt.errors import UserError
 
@@ -31,20 +32,29 @@ def sample(
     scores = logits.reshape(-1, logits.size(-1))[-1].float()  # (V,)
     if temperature < COLDEST:
         return scores.argmax(dim=-1, keepdim=True)
+    p, ids = allowed(scores, temperature, top_k, top_p, min_p)
+    token = torch.multinomial(p, 1, generator=generator)
+    return token if ids is None else ids[token]
+
+
+def allowed(
+    scores: torch.Tensor, temperature: float, top_k: int | None, top_p: float, min_p: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what `sample` draws from, for scores (..., V): weights (..., K) of tokens, and their ids; None for all V in their order."""
     ids = None
-    if top_k is not None and top_k < scores.numel():
+    if top_k is not None and top_k < scores.size(-1):
         scores, ids = scores.topk(top_k)  # sorted
     elif top_p < 1:
         scores, ids = scores.sort(descending=True)
-    p = ((scores - scores.max()) / temperature).softmax(dim=-1)  # the difference stays finite however small the temperature
+    largest = scores.amax(-1, keepdim=True)
+    p = ((scores - largest) / temperature).softmax(-1)  # the difference stays finite however small the temperature
     if top_p < 1:
-        before = p.cumsum(dim=-1) - p
-        before[0] = -1.0  # always keep the most probable token
+        before = p.cumsum(-1) - p
+        before[..., 0] = -1.0  # always keep the most probable token
         p = p.masked_fill(before >= top_p, 0.0)
     if min_p > 0:
-        p = p.masked_fill(p < min_p * p.max(), 0.0)
-    token = torch.multinomial(p, 1, generator=generator)
-    return token if ids is None else ids[token]
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
+    return p, ids
 
 
 @dataclass(frozen=True)
@@ -97,17 +107,10 @@ class Sampling:
         """Return the distributions (n, V) from which `sample` draws for logits (n, V). Penalties do not take part."""
         scores = logits.float()
         if self.temperature < COLDEST:
-            ids = scores.argmax(-1, keepdim=True)
-            p = torch.ones_like(ids, dtype=torch.float32)
-        else:
-            kept, ids = scores.topk(min(self.top_k or scores.size(-1), scores.size(-1)))  # sorted
-            p = ((kept - kept[:, :1]) / self.temperature).softmax(-1)
-            before = p.cumsum(-1) - p
-            before[:, 0] = -1.0  # always keep the most probable token
-            p = p.masked_fill((before >= self.top_p) & (self.top_p < 1), 0.0)
-            p = p.masked_fill(p < self.min_p * p[:, :1], 0.0)
-            p = p / p.sum(-1, keepdim=True)
-        return torch.zeros_like(scores).scatter(-1, ids, p)
+            return F.one_hot(scores.argmax(-1), scores.size(-1)).float()
+        p, ids = allowed(scores, self.temperature, self.top_k, self.top_p, self.min_p)
+        p = p / p.sum(-1, keepdim=True)
+        return p if ids is None else torch.zeros_like(scores).scatter(-1, ids, p)
 
     def penalised(self, logits: torch.Tensor, tokens: Sequence[int], start: int) -> torch.Tensor:
         """Return the logits (V,) after the penalties, as they are without any."""
