@@ -18,6 +18,7 @@ from litgpt.errors import UserError
 from litgpt.generate.sampling import Sampling, StopFilter, until_stop
 from litgpt.model import GPT, KVCache, Positions
 from litgpt.rope import is_long
+from litgpt.sharding import is_sharded
 
 MOST_ROWS = 32  # answers that `generate_batch` computes at a time
 FIRST_ROOM = 256  # positions of a new cache
@@ -347,3 +348,16 @@ def generate_batch(
     finally:
         model.train(was_training)
     return [answers[row] + stops[row].held for row in rows]
+
+
+def most_probable(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    stop_tokens: Sequence[Sequence[int]],
+    ended: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Return the most probable ids that follow each prompt, `most` of them at the most; all ranks of a sharded model must ask for them."""
+    if is_sharded(model):
+        return [greedy(model, prompt, most, stop_tokens) for prompt in prompts]
+    return generate_batch(model, prompts, most, Sampling(temperature=0.0), stop_tokens, ended=ended)

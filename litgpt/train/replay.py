@@ -5,15 +5,11 @@ Rehearsal (Robins 1995, doi:10.1080/09540099550039318) with pseudo-items: nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from litgpt.data.base import DataModule
-from litgpt.generate.engine import generate_batch, greedy
-from litgpt.generate.sampling import Sampling
+from litgpt.data.base import Encoder
+from litgpt.generate.engine import most_probable
 from litgpt.lora import GPT
 from litgpt.prompts import PromptStyle
 from litgpt.sample import Sample
-from litgpt.sharding import is_sharded
 from litgpt.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 24
@@ -26,16 +22,6 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-@dataclass
-class _Pairs(DataModule):
-    mask_prompt: bool = True
-    val_split_fraction: float | None = 0.0
-    pairs: list[dict[str, str]] = field(default_factory=list)
-
-    def records(self) -> tuple[list[dict[str, str]], None]:
-        return self.pairs, None
-
-
 def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: int) -> list[str]:
     """Return the model's most probable answers to the first `count` questions, of `ANSWER_TOKENS` tokens at most.
 
@@ -45,12 +31,8 @@ def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: in
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.max_seq_length]
     room = min((model.max_seq_length - len(prompts[i]) for i in fitting), default=0)
     most, stops = min(ANSWER_TOKENS, room), style.stop_tokens(tokenizer)
-    if is_sharded(model):
-        replies = [greedy(model, prompts[i], most, stops) for i in fitting]
-    else:
-        replies = generate_batch(model, [prompts[i] for i in fitting], most, Sampling(temperature=0.0), stops)
     answers = [""] * len(prompts)
-    for i, ids in zip(fitting, replies, strict=True):
+    for i, ids in zip(fitting, most_probable(model, [prompts[i] for i in fitting], most, stops), strict=True):
         answers[i] = tokenizer.decode(ids).strip()
     return answers
 
@@ -58,4 +40,5 @@ def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: in
 def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int) -> list[Sample]:
     """Return the questions with these answers as training samples; the loss is on the answers."""
     pairs = [{"instruction": q, "output": a} for q, a in zip(QUESTIONS, answers, strict=False) if a]
-    return _Pairs(pairs=pairs).splits(tokenizer, style, max_seq_length).train if pairs else []
+    encoder = Encoder(tokenizer, style, mask_prompt=True, last_turn_only=False, max_length=max_seq_length, source="train.replay")
+    return [sample for _, (sample,) in encoder.encode_all(list(enumerate(pairs, 1)))]

@@ -23,7 +23,7 @@ from litgpt.data.base import render
 from litgpt.device import process_rank
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
 from litgpt.files import dump_yaml, nearest, read_json
-from litgpt.generate.engine import generate, greedy
+from litgpt.generate.engine import most_probable
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.loss import HeadLoss
@@ -315,20 +315,14 @@ class Session:
 
     def _generated(self, prompt: str) -> str | None:
         """Return the most probable answer, or None if the model has no room for one."""
-        model, tokenizer = self.model, self.job.tokenizer
-        ids, tokens = torch.tensor(tokenizer.ids(prompt, bos=self.job.style.bos)), list[int]()
-        room = min(len(ids) + (self.settings.eval.max_new_tokens or 0), model.max_seq_length)
-        if room <= len(ids):
+        tokenizer, style = self.job.tokenizer, self.job.style
+        ids = tokenizer.ids(prompt, bos=style.bos)
+        room = min(self.settings.eval.max_new_tokens or 0, self.model.max_seq_length - len(ids))
+        if room < 1:
             return None
-        stops = self.job.style.stop_tokens(tokenizer)
-        if self.rank.sharded:
-            return tokenizer.decode(greedy(model, ids.tolist(), room - len(ids), stops)).strip()
-        for token in generate(model, ids, room, temperature=0.0, stop_tokens=stops):
-            tokens.append(token)
-            if self.interrupts.asked is not None:
-                break
-        model.clear_kv_cache()
-        return tokenizer.decode(tokens).strip()
+        stops = style.stop_tokens(tokenizer)
+        (answer,) = most_probable(self.model, [ids], room, stops, lambda _: self.interrupts.asked is not None)
+        return tokenizer.decode(answer).strip()
 
     def _contents(self) -> Callable[[Path], None]:
         """Return a function that writes the contents of every checkpoint into a folder."""
