@@ -92,12 +92,9 @@ def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer
 
     Raises UserError, with the missing files, if the hub does not serve them, and if a file in the folder differs from the hub's.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import huggingface_hub
-    from huggingface_hub.utils import logging  # the package does not import it by itself
+    api = hub(access_token)
+    from huggingface_hub import hf_hub_url
 
-    logging.set_verbosity_error()
-    api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=access_token)
     with _explained(api, repo_id, folder, tokenizer_only):
         info = api.model_info(repo_id, files_metadata=True)
         files = {file.rfilename: file for file in info.siblings or []}
@@ -111,7 +108,7 @@ def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer
                     f"{folder} needs {size(need)}, and {size(free)} are free there: make room, or name another --checkpoint_dir"
                 )
             for file in wanted:
-                url = huggingface_hub.hf_hub_url(repo_id, file.rfilename, revision=info.sha, endpoint=api.endpoint)
+                url = hf_hub_url(repo_id, file.rfilename, revision=info.sha, endpoint=api.endpoint)
                 _get(url, file, folder, access_token)
 
         with locked(folder):
@@ -123,6 +120,16 @@ def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer
                     named = ", ".join(missing) or "no files"
                     raise UserError(f"{repo_id} on the hub is broken: its {weights} names {named}, not there")
                 get(shards)
+
+
+def hub(access_token: str | None) -> "HfApi":
+    """Return the hub's client."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import huggingface_hub
+    from huggingface_hub.utils import logging  # the package does not import it by itself
+
+    logging.set_verbosity_error()
+    return huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=access_token)
 
 
 def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) -> None:
@@ -186,11 +193,6 @@ def _shards(index: Path) -> list[str]:
     """Return the names of the files in a `.index.json`."""
     weight_map = read_json(index).get("weight_map")
     return sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-
-
-def _require_room(folder: Path, need: int) -> None:
-    if need > (free := shutil.disk_usage(folder).free):
-        raise UserError(f"{folder} needs {size(need)}, and {size(free)} are free there: make room, or name another --checkpoint_dir")
 
 
 @contextmanager

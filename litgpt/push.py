@@ -13,6 +13,7 @@ from typing import Optional
 
 from litgpt.checkpoint import ADAPTER_WEIGHTS, FOREIGN_ADAPTERS, HUB_NAME, TOKENIZER_FILES, WEIGHTS
 from litgpt.convert.resolve import is_hf_folder, open_checkpoint
+from litgpt.download import hub
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.streams import unescaped, without_secrets
@@ -81,13 +82,9 @@ def _public_form(folder: Path, name: str) -> Iterator[Path]:
 
 def _upload(folder: Path, names: list[str], repo_id: str, private: bool, token: Optional[str], message: str) -> str:
     """Upload the files and return the address of the model's page. Raises UserError if the hub refuses or is not reached."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import huggingface_hub
+    api = hub(token)
     from huggingface_hub import errors
-    from huggingface_hub.utils import logging  # the package does not import it by itself
 
-    logging.set_verbosity_error()
-    api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     page = without_secrets(f"{api.endpoint}/{repo_id}")
     try:
         with redirect_stderr(unescaped(sys.stderr)):  # for its progress bars
