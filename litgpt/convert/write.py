@@ -122,29 +122,15 @@ def write_safetensors(tensors: Mapping[str, Pending], path: Path) -> None:
             del tensor  # before the next one is loaded
 
 
-def shards(tensors: Mapping[str, Pending], largest: int) -> list[dict[str, Pending]]:
-    """Return the tensors in order, in groups of at most `largest` bytes. A larger tensor is a group of its own."""
-    groups: list[dict[str, Pending]] = []
-    size = 0
-    for name, pending in tensors.items():
-        if not groups or size + pending.nbytes > largest:
-            groups.append({})
-            size = 0
-        groups[-1][name] = pending
-        size += pending.nbytes
-    return groups
-
-
 def write_sharded(tensors: Mapping[str, Pending], folder: Path, largest: int) -> None:
     """Write model.safetensors, or parts of at most `largest` bytes and their index, as transformers names them."""
-    groups = shards(tensors, largest)
-    names = ["model.safetensors"]
-    if len(groups) > 1:
-        names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
-        index = {
-            "metadata": {"total_size": sum(pending.nbytes for pending in tensors.values())},
-            "weight_map": {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group},
-        }
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        dict(tensors), get_storage_size=lambda pending: pending.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=largest
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name, group in zip(names, groups, strict=True):
-        write_safetensors(group, folder / name)
+    for name, group in split.filename_to_tensors.items():
+        write_safetensors({tensor: tensors[tensor] for tensor in group}, folder / name)
