@@ -39,8 +39,10 @@ def parse(
 
             show(prog, command, keys, config, flags)
     before(config)
-    if not files and hasattr(command, "complete"):
-        config = command.complete(config)
+    if not files and getattr(command, "follows_data", False):
+        from litgpt.train.recipe import complete
+
+        config = complete(config, is_sweep=bool(keys.grids))
     with as_usage():
         return keys.arguments(config)
 

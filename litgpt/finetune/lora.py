@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, get_args
 
 from litgpt.adapters.settings import AdapterSettings, WarmupSettings
 from litgpt.args import Quantization, setting
@@ -115,12 +115,7 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
 class Finetune(Lora):
     """Fine-tune a model with LoRA or Skip2-LoRA. Without a config file, settings that are not given follow from the data and the model."""
 
-    @staticmethod
-    def complete(given: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings with those that are missing (`litgpt.train.recipe`)."""
-        from litgpt.train.recipe import complete
-
-        return complete(given)
+    follows_data: ClassVar[bool] = True
 
 
 def setup(checkpoint_dir: Path | str, **settings: Any) -> None:

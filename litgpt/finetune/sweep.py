@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import ClassVar, Optional
 
 from litgpt.args import EvalArgs, Grid, setting
 from litgpt.errors import UserError
@@ -14,6 +14,8 @@ from litgpt.train.settings import Resume
 class Sweep(Lora):
     """Train many settings of LoRA or Skip2-LoRA from one activation cache. Without a config file, settings that are not given follow from
     the data and the model, as those of `litgpt finetune` do."""
+
+    follows_data: ClassVar[bool] = True
 
     out_dir: Path = setting(Path("out/finetune/sweep"), may_change=True)
     """Folder for the results, sweep.csv and sweep.json, and a folder for each trial."""
@@ -47,13 +49,6 @@ class Sweep(Lora):
         if str(self.resume) not in ("True", "False", "auto"):
             raise UserError(f"resume is {self.resume}: a sweep is resumed by --resume auto, in its out_dir")
         self.resume = self.resume and "auto"
-
-    @staticmethod
-    def complete(given: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings with those that are missing (`litgpt.train.recipe`)."""
-        from litgpt.train.recipe import complete
-
-        return complete(given, is_sweep=True)
 
     def main(self) -> None:
         from litgpt.train.sweep import sweep

@@ -20,6 +20,7 @@ class Run:
     """The settings that every training command has."""
 
     needs_data: ClassVar[bool] = False  # True: there is no default
+    follows_data: ClassVar[bool] = False  # True: without a config file, `litgpt.train.recipe` chooses what is not given
 
     checkpoint_dir: Path = field(metadata={"may_change": True})
     """The base model: a checkpoint folder, or a Hugging Face folder or GGUF file, converted on first use."""
