@@ -54,9 +54,8 @@ class MasterWeights(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         saved = self.inner.state_dict()
-        state = {
-            i: {**saved["state"].get(i, {}), "master": master.detach(), "roundings": self.steps} for i, master in enumerate(self.masters)
-        }
+        state = {i: {**saved["state"].get(i, {}), "master": master.detach()} for i, master in enumerate(self.masters)}
+        state[0]["roundings"] = self.steps
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -64,7 +63,7 @@ class MasterWeights(torch.optim.Optimizer):
         state = {}
         for i, values in state_dict["state"].items():
             state[i] = {name: value for name, value in values.items() if name not in ("master", "roundings")}
-            self.steps = values.get("roundings", 0)
+            self.steps = values.get("roundings", self.steps)
             if "master" in values:
                 self.masters[i].data.copy_(values["master"])
         self.inner.load_state_dict({**state_dict, "state": {i: values for i, values in state.items() if values}})

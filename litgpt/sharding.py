@@ -81,13 +81,11 @@ def _sharded(value: torch.Tensor, like: Any) -> torch.Tensor:
     return DTensor.from_local(value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all parameters of a sharded model on the CPU, as `state_dict` would of one process. Every rank must call it."""
-    known: dict[int, torch.Tensor] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in known:
-            known[id(parameter)] = whole(parameter.detach()).cpu()
-    return {name: known[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+def on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return parameters as tensors on the CPU, those of several names once. All ranks of a sharded model must ask for them."""
+    unique = {id(parameter): parameter for parameter in parameters.values()}
+    values = {key: whole(parameter.detach()).cpu() for key, parameter in unique.items()}
+    return {name: values[id(parameter)] for name, parameter in parameters.items()}
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from litgpt.config import CORRECTION
 from litgpt.fused import thin
-from litgpt.sharding import assign, whole
+from litgpt.sharding import assign, on_cpu, whole
 
 
 class Adapter(nn.Module):
@@ -112,9 +112,7 @@ def adapter_parameters(model: nn.Module, added: bool = False) -> dict[str, nn.Pa
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the adapters' parameters as tensors on the CPU, to be saved. All ranks of a sharded model must ask for them."""
-    own = adapter_parameters(model)
-    known = {id(parameter): whole(parameter.detach()).cpu() for parameter in own.values()}
-    return {name: known[id(parameter)] for name, parameter in own.items()}
+    return on_cpu(adapter_parameters(model))
 
 
 def renew_adapters(model: nn.Module) -> None:

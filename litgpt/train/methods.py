@@ -20,7 +20,7 @@ from litgpt.device import on_meta
 from litgpt.errors import UserError
 from litgpt.lora import GPT, Config as LoRAConfig, LoRALayer, mark_only_lora_as_trainable
 from litgpt.quantize import count, is_quantised, quantise
-from litgpt.sharding import assign, is_sharded, weights_of
+from litgpt.sharding import assign, is_sharded, on_cpu
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def full(tie_embeddings: bool | None = None) -> Method:
             model.untie_head()
 
     def save(model: GPT) -> Callable[[Path], None]:
-        state = weights_of(model) if is_sharded(model) else checkpoint.on_cpu(model.state_dict())
+        named = dict(model.named_parameters(remove_duplicate=False))
+        state = on_cpu(named) if is_sharded(model) else checkpoint.on_cpu(model.state_dict())
         return lambda folder: checkpoint.save_weights(state, folder / checkpoint.WEIGHTS)
 
     def load(model: GPT, folder: Path) -> None:
