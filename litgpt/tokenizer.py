@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MOST_TEXT = 2**21  # characters of a text, whose tokens take some 300 bytes each
 TEMPLATES = "additional_chat_templates"  # folder of templates besides chat_template.jinja, by name
 EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # in this order, as transformers reads them
+STANDARD_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # other names are a model's own
 MOST_GROWTH = 64  # times that a decoder may lengthen a token
 
 
@@ -36,11 +37,9 @@ class Tokenizer:
             raise UserError(f"{folder / 'tokenizer.json'}: its decoder makes a text {growth:,} times as long: it is broken, copy it again")
         config, named = (_load_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
         if "added_tokens_decoder" not in config:  # else transformers does not read special_tokens_map.json
-            config |= named
+            config = _with_map(config, named)
         self._config = {key: value for key, value in config.items() if value is not None}
-        special = {name: value for name, value in self._config.items() if name.endswith("_token")}
-        special |= more if isinstance(more := self._config.get("extra_special_tokens"), dict) else {}
-        self.special_tokens: dict[str, str] = {name: text for name, value in special.items() if (text := _token_text(value))}
+        self.special_tokens = _named_tokens(self._config)
         self._backend.encode_special_tokens = self._config.get("split_special_tokens") is True
         self._add_tokens(folder)
         generation = folder / "generation_config.json"
@@ -51,9 +50,8 @@ class Tokenizer:
         self.eos_id = self._special_id("eos_token", eos_ids, folder)
         self.stop_ids: set[int] = set(eos_ids) | ({self.eos_id} if self.eos_id is not None else set())
         """Ids that end a generated answer."""
-        add_bos = self._config.get("add_bos_token")
-        self.use_bos: bool = self.bos_id is not None and (add_bos if isinstance(add_bos, bool) else self._adds_bos())
-        """Default of `ids`' argument `bos`."""
+        self.use_bos: bool = self.bos_id is not None and self._adds_bos()
+        """Default of `ids`' argument `bos`: what tokenizer.json does. transformers 5 reads no `add_bos_token` beside it."""
         templates = _chat_templates(self._config.get("chat_template"), folder)
         self.chat_template = templates.get("default")
         self.tool_template = templates.get("tool_use")  # of conversations with tools, if there is one
@@ -65,12 +63,13 @@ class Tokenizer:
 
         lists = (entries for key in EXTRA_TOKENS if isinstance(entries := self._config.get(key), list))
         extra = [text for entry in next(filter(None, lists), []) if (text := _token_text(entry))]
-        special = [*self.special_tokens.values(), *extra]
+        named = [*self.special_tokens.values()]
+        special = [*named, *extra]
         required = {self.special_tokens.get(name) for name in ("bos_token", "eos_token")}
         listed = []
         for text, entry in _listed_tokens(self._config.get("added_tokens_decoder"), folder):
             flags = {key: entry.get(key) is True for key in ("single_word", "lstrip", "rstrip")}
-            is_special = entry.get("special") is True or text in special
+            is_special = entry.get("special", text in extra) is True or text in named
             listed.append(AddedToken(text, **flags, normalized=entry.get("normalized", not is_special) is True, special=is_special))
         present = self._backend.get_added_tokens_decoder().values()
         same = {repr(token) for token in present}
@@ -292,6 +291,28 @@ def _no_panics(file: str) -> Iterator[None]:
 def _load_json(file: Path) -> dict[str, Any]:
     """Return the content of a JSON object file; empty if there is no file."""
     return read_json(file) if file.exists() else {}
+
+
+def _with_map(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Return tokenizer_config.json with special_tokens_map.json over it. Extra tokens are joined; the older key counts alone."""
+    extra, older = EXTRA_TOKENS
+    if older in config and not config.get(extra):
+        config[extra] = config.pop(older)
+    if isinstance(config.get(extra), list):
+        named = {key: value for key, value in named.items() if key != older}
+        if isinstance(named.get(extra), list):
+            named[extra] = config[extra] + named[extra]
+    return config | named
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Return the special tokens that have a name, such as bos_token, by their names."""
+    own = {name: value for name, value in config.items() if name.endswith("_token") and name not in STANDARD_TOKENS}
+    own = {name: value for name, value in own.items() if isinstance(value, str)}
+    own |= more if isinstance(more := config.get("extra_special_tokens"), dict) else {}
+    own = own or (more if isinstance(more := config.get("model_specific_special_tokens"), dict) else {})
+    named = {name: config.get(name) for name in STANDARD_TOKENS} | own
+    return {name: text for name, value in named.items() if (text := _token_text(value))}
 
 
 def _token_text(entry: Any) -> str | None:

@@ -16,6 +16,7 @@ from litgpt import checkpoint
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate
 from litgpt.tokenizer import Tokenizer
+from tests.helpers.tiny import put_bos_first
 
 WriteTokenizer = Callable[[Path], Path]
 TEXTS = ["Hello world, the year 2024 isn't", "  two  blanks\n\n\ttab", "naïve 日本語 👩‍👩‍👧 ∑", "<|im_start|>user\nhi<|im_end|>\n", ""]
@@ -86,12 +87,12 @@ def test_bos_and_eos_follow_the_files(tmp_path: Path, write_tiny_tokenizer: Writ
     assert (plain.bos_id, plain.eos_id, plain.use_bos, plain.stop_ids) == (0, 2, False, {2})
     assert plain.ids("a", bos=True, eos=True) == [0, *plain.ids("a"), 2]
 
-    adding = Tokenizer(rewrite(folder, "tokenizer_config.json", add_bos_token=True))
+    adding = Tokenizer(put_bos_first(write_tiny_tokenizer(tmp_path / "b")))
     assert adding.use_bos and adding.ids("a") == [0, *plain.ids("a")]
     assert adding.ids("a", bos=False) == plain.ids("a")
     assert adding.ids("<|endoftext|>a") == [0, *plain.ids("a")], "BOS must not be doubled"
 
-    rewrite(folder, "tokenizer_config.json", bos_token=None, eos_token=None, add_bos_token=None)
+    rewrite(folder, "tokenizer_config.json", bos_token=None, eos_token=None)
     rewrite(folder, "generation_config.json", bos_token_id=1, eos_token_id=[2, 0])
     from_generation = Tokenizer(folder)
     assert (from_generation.bos_id, from_generation.eos_id, from_generation.stop_ids, from_generation.use_bos) == (1, 2, {0, 2}, False)
@@ -108,16 +109,14 @@ def test_without_any_bos_asking_for_it_is_an_error(tmp_path: Path, write_tiny_to
         tokenizer.ids("a", bos=True)
 
 
-@pytest.mark.parametrize(
-    ("post_processor", "setting", "expected"), [(True, None, True), (False, None, False), (True, False, False), (False, True, True)]
-)
-def test_use_bos_is_what_is_said_else_what_the_post_processor_does(
-    tmp_path: Path, post_processor: bool, setting: bool | None, expected: bool
-) -> None:
-    folder = rewrite(sentencepiece_dir(tmp_path, post_processor), "tokenizer_config.json", add_bos_token=setting)
-    tokenizer = Tokenizer(folder)
-    assert tokenizer.bos_id == 1 and tokenizer.use_bos is expected
-    assert tokenizer.ids("hello").count(1) == expected
+@pytest.mark.parametrize("post_processor", [True, False])
+@pytest.mark.parametrize("setting", [None, True, False])
+def test_bos_as_in_transformers(tmp_path: Path, post_processor: bool, setting: bool | None) -> None:
+    """`add_bos_token` beside a tokenizer.json is not read."""
+    folder = rewrite(sentencepiece_dir(tmp_path, post_processor), "tokenizer_config.json", add_bos_token=setting, bos_token="<s>")
+    tokenizer, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.bos_id == 1 and tokenizer.use_bos is post_processor
+    assert tokenizer.ids("hello") == theirs("hello").input_ids
     assert tokenizer.ids("<s>hello").count(1) == 1
 
 
@@ -293,6 +292,39 @@ PLACES: dict[str, dict[str, Any]] = {
             "chat_template": A + "{{ image_token }}",
         }
     },
+    "names of a model's own": {
+        "tokenizer_config.json": {
+            "model_specific_special_tokens": {"image_token": "<new>"},
+            "sep_token": "there",
+            "chat_template": A + "{{ image_token }}",
+        }
+    },
+    "a name beside those of a model's own": {
+        "tokenizer_config.json": {
+            "model_specific_special_tokens": {"image_token": "there"},
+            "audio_token": "<new>",
+            "chat_template": A + "{{ image_token }}{{ audio_token }}",
+        }
+    },
+    "an empty list counts more than the map's": {
+        "tokenizer_config.json": {"additional_special_tokens": []},
+        "special_tokens_map.json": {"additional_special_tokens": ["<new>"]},
+    },
+    "lists of both": {
+        "tokenizer_config.json": {"extra_special_tokens": ["there"]},
+        "special_tokens_map.json": {"extra_special_tokens": ["<new>", "there"]},
+    },
+    "listed as plain, and extra": {
+        "tokenizer_config.json": {
+            "extra_special_tokens": ["<new>"],
+            "added_tokens_decoder": {"320": {**NEW, "content": "<new>", "special": False}},
+        }
+    },
+    "added in a file, and extra": {
+        "added_tokens.json": {"<new>": 320},
+        "tokenizer_config.json": {"additional_special_tokens": ["<new>"]},
+    },
+    "in the order of their names": {"tokenizer_config.json": {"sep_token": "there", "unk_token": "<new>"}},
     "the map counts more": {"special_tokens_map.json": {"eos_token": "<|im_start|>", "bos_token": {"content": "<|im_end|>"}}},
     "the map is not read": {
         "tokenizer_config.json": {"added_tokens_decoder": {"320": {**NEW, "content": "<new>", "special": True}}, "pad_token": "<|im_end|>"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.tokenizer import Tokenizer
+from tests.helpers.tiny import put_bos_first
 
 
 @dataclass
@@ -40,10 +40,7 @@ def tokenizer(tiny_tokenizer_dir: Path) -> Tokenizer:
 @pytest.fixture
 def bos_tokenizer(write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path) -> Tokenizer:
     """The same tokenizer, of a checkpoint that asks for BOS (<|endoftext|>, 0)."""
-    folder = write_tiny_tokenizer(tmp_path / "bos")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
-    return Tokenizer(folder)
+    return Tokenizer(put_bos_first(write_tiny_tokenizer(tmp_path / "bos")))
 
 
 def pair(question: str, answer: str, extra: str = "") -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from tokenizers import Tokenizer, processors
 
 from litgpt import checkpoint, config as base_config, lora, model
 from litgpt.adapters.base import adapter_parameters
@@ -154,6 +155,14 @@ def move_adapters(built: torch.nn.Module, seed: int = 3, size: float = 0.3) -> A
 def ids(B: int, T: int, V: int = 101, seed: int = 7) -> torch.Tensor:
     """Random token ids (B, T)."""
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def put_bos_first(folder: Path, token: str = "<|endoftext|>", number: int = 0) -> Path:
+    """Let a folder's tokenizer.json begin every text with BOS."""
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single=[token, "$A"], special_tokens=[(token, number)])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 SPEAKING: dict[str, Any] = {"vocab_size": 320, "padded_vocab_size": 320, "block_size": 256}

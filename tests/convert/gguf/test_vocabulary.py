@@ -11,6 +11,7 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer as Backend, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
+from tokenizers.processors import TemplateProcessing
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
 from litgpt.convert.gguf.vocabulary import vocabulary
@@ -127,7 +128,10 @@ def test_byte_level_bpe(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_bos_is_written(tmp_path: Path, add_bos: bool) -> None:
-    folder = save(trained(BYTE_LEVEL["llama-bpe"]()), tmp_path / "a", add_bos_token=add_bos)
+    backend = trained(BYTE_LEVEL["llama-bpe"]())
+    if add_bos:
+        backend.post_processor = TemplateProcessing(single=["<|start|>", "$A"], special_tokens=[("<|start|>", 0)])
+    folder = save(backend, tmp_path / "a")
     _, tokenizer = gguf_files.read_back(folder, 512, tmp_path / "b")
     assert (tokenizer.ids("x")[0] == 0) is add_bos
 
