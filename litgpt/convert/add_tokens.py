@@ -30,6 +30,8 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
         tokens: Their texts, such as "<tool>" "</tool>".
         special: Special tokens are left out of answers' texts. false: they are written.
     """
+    from litgpt.convert.litgpt import require_finite
+
     source, target = checkpoint.require_checkpoint(open_checkpoint(checkpoint_dir)), Path(output_dir)
     contents = dict(checkpoint.tokenizer_files(source))
     tokenizer, ids = _extended(source, contents, tokens, special)
@@ -38,7 +40,9 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
         contents["tokenizer_config.json"] = _listed(contents["tokenizer_config.json"], ids, special)
     config, last = Config.from_checkpoint(source), max(ids.values())
     config = replace(config, vocab_size=max(config.vocab_size, last + 1), padded_vocab_size=max(config.V, last + 1))
-    weights = _grown(checkpoint.load_weights(source / checkpoint.WEIGHTS), list(ids.values()), config.V)
+    file = source / checkpoint.WEIGHTS
+    weights = _grown(checkpoint.load_weights(file), list(ids.values()), config.V)
+    require_finite(weights, file)
     with atomic.new_folder(target) as folder:
         checkpoint.copy_tokenizer_files(source, folder)
         for name, raw in contents.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,10 +38,28 @@ def convert_own(source: Path, target: Path, model_name: str | None = None, dtype
 
 
 def open_own(file: Path, config: Config, dtype: torch.dtype | None = None) -> Plan:
-    """Return how to load each tensor of a `.pth` file, one at a time. A head equal to the embedding becomes one tensor with it."""
+    """Return how to load each tensor of a `.pth` file, one at a time. A head equal to the embedding becomes one tensor with it.
+
+    Loading raises UserError for numbers that are not finite.
+    """
     tensors = Reader().stored(file)
     modules = {key.rpartition(".")[0] for key in shapes(config, len(tensors), str(file))}
     table: Table = {module: (module, "all") for module in modules}
     if any(".attn.attn." in name for name in tensors):
         table = {module: slot for module, slot in table.items() if not module.endswith(".attn.qkv")} | BEFORE_0_5
-    return fit(tensors, table, config, str(file), is_tied(load_weights(file), by_value=True), dtype)
+    plan = fit(tensors, table, config, str(file), is_tied(load_weights(file), by_value=True), dtype)
+    return {keys: partial(_load_finite, load, keys[0], file) for keys, load in plan.items()}
+
+
+def _load_finite(load: Callable[[], torch.Tensor], name: str, file: Path) -> torch.Tensor:
+    tensor = load()
+    require_finite({name: tensor}, file)
+    return tensor
+
+
+def require_finite(weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Raise UserError for weights of a file with numbers that are not finite."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            check = f"`litgpt validate {file.parent}` lists all"
+            raise UserError(f"{file}: {name} holds numbers that are not finite ({check}): take an earlier checkpoint")

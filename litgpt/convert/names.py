@@ -187,12 +187,21 @@ def _gather(key: str, pieces: list[tuple[Stored, Slot]], shape: tuple[int, ...],
             tensor = tensor.chunk(2)[slot.keys.index(key)]
         dtype = torch.float32 if key.endswith(CORRECTION) else dtype
         if slot.part in ("all", "transposed", "gate up"):
-            return (tensor.t() if slot.part == "transposed" else tensor).to(dtype or tensor.dtype).contiguous()
+            return _cast(tensor.t() if slot.part == "transposed" else tensor, dtype or tensor.dtype, key).contiguous()
         if joined is None:
             joined = torch.empty(shape, dtype=dtype or tensor.dtype)
-        joined[rows(slot.part, config)] = tensor.to(joined.dtype)
+        joined[rows(slot.part, config)] = _cast(tensor, joined.dtype, key)
     assert joined is not None
     return joined
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
+    """Return the tensor in another format. Raises UserError for a finite number that becomes infinite."""
+    cast = tensor.to(dtype)
+    if cast.dtype != tensor.dtype and not torch.equal(cast.isfinite(), tensor.isfinite()):
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"the tensor for {key} holds numbers that {kind} cannot hold: choose bfloat16 or float32 with --dtype")
+    return cast
 
 
 def respelled(tensors: Mapping[str, Stored], names: Container[str]) -> dict[str, Stored]:

@@ -23,7 +23,10 @@ def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> Non
     if not (folder / checkpoint.WEIGHTS).is_file():
         hint = checkpoint.adapter_hint(folder) or ": name a step's folder of a training run"
         raise UserError(f"{folder} holds no {checkpoint.WEIGHTS}{hint}")
+    from litgpt.convert.litgpt import require_finite
+
     weights = {name.replace(COMPILED, ""): value for name, value in checkpoint.load_weights(folder / checkpoint.WEIGHTS).items()}
+    require_finite(weights, folder / checkpoint.WEIGHTS)
     with new_folder(output_dir) as new:
         checkpoint.save_weights(weights, new / checkpoint.WEIGHTS)
         checkpoint.save_config(Config.from_checkpoint(folder), new)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from litgpt.__main__ import main
 from litgpt.checkpoint import load_model, load_weights, save_config, save_weights
 from litgpt.config import Config
 from litgpt.convert.litgpt import convert_own
@@ -91,3 +92,41 @@ def test_what_is_wrong_is_said_at_once(base: Path, tmp_path: Path) -> None:
     for part in ("missing: transformer.h.{1,2}.attn.attn.weight", "unknown: extra", "shape (3,) where (32,) is expected: transformer.ln_f"):
         assert part in str(caught.value)
     assert not (tmp_path / "lit").exists()
+
+
+OUT_OF_OURS: dict[str, list[str]] = {
+    "convert_from_litgpt": ["new"],
+    "convert_to_gguf": ["new.gguf"],
+    "convert_pretrained_checkpoint": ["new"],
+    "add_tokens": ["new", "--tokens", '["<x>"]'],
+    "convert_to_litgpt": ["--checkpoint_dir", "new"],
+}
+
+
+@pytest.mark.parametrize("command", OUT_OF_OURS)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=str)
+def test_numbers_that_are_not_finite_are_not_handed_on(
+    value: float, command: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = load_weights(base / "lit_model.pth", mapped=False)
+    weights["transformer.h.2.mlp.proj.weight"][3, 5] = value
+    save_weights(weights, base / "lit_model.pth")
+    assert main([command, "base", *OUT_OF_OURS[command]]) == 1
+    error = capsys.readouterr().err
+    assert "transformer.h.2.mlp.proj.weight holds numbers that are not finite" in error and "litgpt validate" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("command", ["convert_from_litgpt", "convert_to_litgpt"])
+def test_numbers_that_a_format_cannot_hold(
+    command: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = load_weights(base / "lit_model.pth", mapped=False)
+    weights["transformer.h.0.attn.qkv.weight"][0, 0] = 70_000.0  # above 65504, the largest of fp16
+    save_weights(weights, base / "lit_model.pth")
+    assert main([command, "base", *OUT_OF_OURS[command], "--dtype", "float16"]) == 1
+    assert "float16 cannot hold: choose bfloat16 or float32" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert main([command, "base", *OUT_OF_OURS[command], "--dtype", "bfloat16"]) == 0
