@@ -3,8 +3,6 @@
 y = s (W x + b + c)      s = 1 and c = 0 at first
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar

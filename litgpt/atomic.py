@@ -1,7 +1,5 @@
 """Files and folders that appear completely or not at all, locks of folders, and manifests of their files."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

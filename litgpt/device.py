@@ -1,7 +1,5 @@
 """The device and the precision of a model."""
 
-from __future__ import annotations
-
 import os
 import random
 import sys

@@ -3,8 +3,6 @@
 All are differentiable once. Letters in shapes: N rows, n inputs, r rank, m as in `litgpt.model`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

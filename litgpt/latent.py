@@ -6,8 +6,6 @@ r and p_i are turned by the position, and r is one for all heads. The key/value 
 Letters in shapes: as in `litgpt.model`, with h = nope + rope the size of q and k; C the size of c, R of r, V' of v.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """The output of a run: metrics in files and loggers, messages and progress on the terminal."""
 
-from __future__ import annotations
-
 import csv
 import os
 import resource

@@ -22,8 +22,6 @@ one block that runs again. Python and torch are added: `PROCESS`. Of p processes
 its activations, and what is gathered at once: a block, and embedding and head where they learn.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from torch import nn

@@ -1,7 +1,5 @@
 """The MLPs of a block: dense, gated, and mixtures of experts. Letters in shapes: as in `litgpt.model`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

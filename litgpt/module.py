@@ -1,7 +1,5 @@
 """`litgpt.LLM` as a torch module: forward passes with a loss, weights, saving, measuring, and moving to a device, as LitGPT has them."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The optimizer and the learning rate."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect

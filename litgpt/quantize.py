@@ -13,8 +13,6 @@ The linear layers of the blocks are quantised. The embedding, the head (in many 
 and routers stay in the compute dtype. bitsandbytes is needed for 4 bits only, on the CPU and on CUDA.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import logging

@@ -14,8 +14,6 @@ YaRN and LongRoPE also multiply cos and sin by `attention_factor`. `rope_condens
 transformers', to the last bit: at position 93,000 one unit in the last place of theta changes the angle by 0.005.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -7,8 +7,6 @@ so that a check of the clock in every step ends what is merely slow, without thr
 that chat templates use are available.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

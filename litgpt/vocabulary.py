@@ -7,8 +7,6 @@
 All ranks must call them equally often, with any number of tokens. Letters in shapes: as in `litgpt.model`, and P rows of a piece.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -12,8 +12,6 @@ for the best ridge. Blocks overlap, so they are chosen one by one, each for its 
 Letters: N rows of the sample, d `n_embd`, S candidate blocks, k directions kept of each block's taps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

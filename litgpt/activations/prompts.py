@@ -10,8 +10,6 @@ once for all epochs, and a step computes the replies alone, forward and backward
 Letters as in `litgpt.model`; here B counts replies, C the longest prompt, W = (1 + S) d + 2 G h for each block from `first` on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate

@@ -7,8 +7,6 @@ computed once, and by another process if the first is killed. Others may write t
 folder under these names is an error.
 """
 
-from __future__ import annotations
-
 import errno
 import math
 import os

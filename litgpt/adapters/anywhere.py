@@ -1,7 +1,5 @@
 """LoRA on any torch model: which of its layers get it, and the file that holds it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path

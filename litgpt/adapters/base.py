@@ -1,7 +1,5 @@
 """The base class of adapters. `isinstance(module, Adapter)` decides what is trained, saved, counted and left unquantised."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which blocks get adapters: the forms [0, -1], "all", "last:6", "every:5", "auto:6" and "transformer.h.3" as block numbers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

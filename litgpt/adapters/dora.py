@@ -7,8 +7,6 @@ g multiplies row by row; s is LoRA's factor. c is a constant to autograd (sectio
 of W: with B = 0 the layer computes what the base does, bit for bit. Over a quantised layer m starts as the norms before quantisation.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

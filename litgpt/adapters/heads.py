@@ -9,8 +9,6 @@ an MLP, not a decoder block (arXiv 2404.19737): it needs no keys and values of i
 all heads draft in one pass of the output layer. It reads the next token, which is known when it drafts, as DeepSeek-V3's modules do.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@
 Letters in shapes: as in `litgpt.model`, and r the rank of an adapter.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -10,8 +10,6 @@ name, the end of it from a dot on, or a regular expression for either, in the na
     mlp.fc, mlp.gate, mlp.experts.0.fc_1     only so; lm_head, in any family
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache

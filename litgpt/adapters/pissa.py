@@ -6,8 +6,6 @@ PiSSA: s B_0 A_0 is the best approximation of rank r of W, with singular values 
 first r columns of Q, A_0 the first r rows of R. At the start the layer computes what the base does. q, k and v each have their own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -4,8 +4,6 @@ Their weights are fp32 copies, which start from the base's; the layer computes i
 stays so if both are trained: they are one parameter then, with one gradient. If one of them is trained, the other keeps the base's weight.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

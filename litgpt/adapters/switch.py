@@ -1,7 +1,5 @@
 """The switch of answer-only LoRA (aLoRA, arXiv 2504.12397): prompts run on the plain backbone, replies on the adapted one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 

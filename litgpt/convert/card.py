@@ -1,7 +1,5 @@
 """Model cards: the README.md beside an exported model or adapter, written from the files of the run."""
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Do two configs compute the same?"""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

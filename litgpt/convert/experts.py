@@ -5,8 +5,6 @@ interleaved   (E, d, 2 m), columns gate, up, gate, up ...; (E, m, d); biases (E,
 MXFP4         the same as *_blocks (E, out, in / 32, 16), bytes of two numbers of 4 bits, and *_scales (E, out, in / 32), exponents of 2
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from functools import partial

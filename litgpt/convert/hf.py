@@ -1,7 +1,5 @@
 """Hugging Face folders: config.json, and safetensors or .bin, in one file or shards."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """LitGPT's own weight files, of any version."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path

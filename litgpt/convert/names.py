@@ -11,8 +11,6 @@ that is stored there. `fit` gathers LitGPT tensors from stored ones, `stored_for
     gate up             the rows of `mlp.fc_1`, then those of `mlp.fc_2`; the table names fc_1
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Container, Mapping
 from functools import partial

@@ -13,8 +13,6 @@ Read backwards, the third form repeats A for each unit. Units that the settings 
 adapter lacks get A = B = 0, and such units are left out on the way back.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -5,8 +5,6 @@ skip2lora_adapter.safetensors   transformer.h.{i}.skip2lora.lora_A (r, d) and .l
                                 was trained too (behind the output layer, or in a warm-up) under the names of PEFT's format
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -13,8 +13,6 @@
 source is converted again. Only an unmodified earlier conversion is overwritten.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import os

@@ -3,8 +3,6 @@
 Both are written into a folder of `atomic.new_folder`, which flushes them to disk and shows them when they are complete.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import pickle

@@ -3,8 +3,6 @@
 The training commands do not use it: they pack samples without padding (`litgpt.packing`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any

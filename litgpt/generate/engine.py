@@ -5,8 +5,6 @@ They join and leave the batch between any two steps. A single answer, and a conv
 Letters in shapes: as in `litgpt.model`; n the rows of a step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field

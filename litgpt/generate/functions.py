@@ -1,7 +1,5 @@
 """LitGPT's functions that continue a prompt of ids, for scripts. The commands use `litgpt.generate.engine`, and these do as well."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Drawing tokens by the logits, and stop sequences. V `padded_vocab_size`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The interface between the loop and an objective, and next-token prediction, which is one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

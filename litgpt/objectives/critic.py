@@ -9,8 +9,6 @@ with the v of the head as it is, without gradient; for lambda = 1, Monte Carlo, 
 -G_t log v_t - (1 - G_t) log(1 - v_t), its mean over positions by their weights: v_t estimates the probability that the answer is right.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -8,8 +8,6 @@ heads' tokens, by their weights. With adapters that change what the model writes
 for n heads, and the heads' gradient reaches the adapters; the validation loss is then that of the next token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The objectives by their names."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from litgpt.objectives.base import Objective

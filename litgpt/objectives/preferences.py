@@ -11,8 +11,6 @@ KTO's z_0 >= 0 is the mean of r over the global batch's prompts with the answers
 multiplies the loss of its units; a batch's loss is the weighted mean over its units.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The losses of samples under a reference model: computed once, and kept in a file beside the activation caches."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

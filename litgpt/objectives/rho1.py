@@ -6,8 +6,6 @@ Of the N tokens with loss in a global batch the ceil(keep N) with the largest ex
 weights. The model's losses are taken without dropout in a forward pass before the step. Validation is the mean over all tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -14,8 +14,6 @@ u, the next token's loss l, and n multi-token heads, whose token k behind t has 
 The values' loss reaches the value head alone. The validation loss is the mean of l with the weights u R.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

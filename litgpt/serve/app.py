@@ -1,7 +1,5 @@
 """The addresses of the server and the formats of its answers: OpenAI's, and LitGPT's /predict."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib

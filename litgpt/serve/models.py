@@ -5,8 +5,6 @@ the base and of other such adapters: the sum over its taps is added for its rows
 with a batch of its own, that shares the base's weights in memory.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The thread that computes. Requests join the running batch between two steps, and leave it when they are complete or nobody waits."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -1,7 +1,5 @@
 """The training loop. There is one, for every method, with or without a cache."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

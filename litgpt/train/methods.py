@@ -1,7 +1,5 @@
 """The ways to fine-tune: how each builds the model, what it trains and what it saves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

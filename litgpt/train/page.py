@@ -1,7 +1,5 @@
 """`report.html` of a finished run: its answers before and after, its curves, cost and settings, in one file without external parts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """A phase of a run, warm-up or training: its loop, and validation, logs and checkpoints after steps."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

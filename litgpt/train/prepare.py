@@ -1,7 +1,5 @@
 """Everything that is read and checked before a run writes anything: settings, data, checkpoint, model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path

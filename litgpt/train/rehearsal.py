@@ -1,7 +1,5 @@
 """`--dry_run true`: what a run would do and need, from its real data and model and a few measured steps. Writes nothing."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 import time

@@ -3,8 +3,6 @@
 Rehearsal (Robins 1995, doi:10.1080/09540099550039318) with pseudo-items: nothing is taught, the answers are those that the base gives.
 """
 
-from __future__ import annotations
-
 from litgpt.data.base import Encoder
 from litgpt.generate.engine import most_probable
 from litgpt.lora import GPT

@@ -1,7 +1,5 @@
 """The figures that a run measured: report.json, report.html, and the summary on the terminal."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

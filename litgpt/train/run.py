@@ -1,7 +1,5 @@
 """A training run, from its settings to its final folder, or to the fault or signal that ends it earlier."""
 
-from __future__ import annotations
-
 import gc
 import math
 import shutil

@@ -1,7 +1,5 @@
 """How the processes of a run share the model: a copy for each (ddp), or a part (fsdp)."""
 
-from __future__ import annotations
-
 import heapq
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """A sweep: data and model are read once, the cache is filled once, and each trial is a run of its own (`litgpt.train.run`) that trains new
 adapters on the same frozen weights, in its own folder."""
 
-from __future__ import annotations
-
 import shlex
 import time
 from dataclasses import replace

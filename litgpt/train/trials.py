@@ -1,7 +1,5 @@
 """The trials of a sweep: every combination of a grid's values as settings of its own, and the table of their results."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

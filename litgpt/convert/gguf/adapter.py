@@ -5,8 +5,6 @@ that of all units that the tensor joins; b makes up for the factor then, and for
 file's order. llama.cpp's server switches answer-only LoRA on one token before its invocation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path

@@ -4,8 +4,6 @@
 config that computes something else (`differences`), GGUF cannot express the model, and nothing is lost in silence.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """GGUF files into checkpoint folders."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

@@ -5,8 +5,6 @@ A style is reduced to the texts around a system message, a question and a reply,
     {{ if .System }}HEAD{{ .System }}SYSTEM_END{{ end }}USER_HEAD{{ .Prompt }}REPLY_HEAD{{ .Response }}REPLY_END
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """`tokenizer.ggml.pre` of a GGUF file and `pre_tokenizer` of a tokenizer.json, both ways."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from litgpt.families import PRETOKENIZERS, Cut

@@ -1,7 +1,5 @@
 """Rotary scaling in GGUF files: keys under `<architecture>.rope.scaling`, and tensors with a factor for each rotated pair."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The tokenizer in a GGUF file's metadata (tokenizer.ggml.*) as tokenizer.json, tokenizer_config.json and generation_config.json."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence

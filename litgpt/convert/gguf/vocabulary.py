@@ -1,7 +1,5 @@
 """A checkpoint folder's tokenizer as GGUF metadata, tokenizer.ggml.*: the reverse of `litgpt.convert.gguf.tokenizer`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
