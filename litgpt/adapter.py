@@ -94,7 +94,7 @@ class CausalSelfAttention(base_model.CausalSelfAttention, Adapter):
         key, value = (part.expand(q.size(0), -1, -1, -1) for part in self._prompt(q))  # (B, G, A, h)
         everything = torch.ones(q.size(2), key.size(2), dtype=torch.bool, device=q.device)
         added = super()._attend(q, key, value, replace(pos, mask=everything, window_mask=None))
-        gates = self.gating_factor.to(y.dtype).expand(-1, -1, -1, self.config.head_size or 1).flatten(2)  # (1, 1, H h)
+        gates = self.gating_factor.to(y.dtype).expand(-1, -1, -1, self.config.head_size).flatten(2)  # (1, 1, H h)
         return y + gates * added
 
     def _prompt(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,9 +107,7 @@ class CausalSelfAttention(base_model.CausalSelfAttention, Adapter):
         if kept is not None and kept[0].dtype == like.dtype and kept[0].device == like.device:
             return kept
         rows = self.project(self.adapter_wte.weight.to(like.dtype)[None])  # (1, A, (H + 2 G) h)
-        groups = rows.unflatten(-1, (self.config.n_query_groups or 1, -1, self.config.head_size or 1)).transpose(
-            1, 2
-        )  # (1, G, A, H/G + 2, h)
+        groups = rows.unflatten(-1, (self.config.n_query_groups, -1, self.config.head_size)).transpose(1, 2)  # (1, G, A, H/G + 2, h)
         made = groups[..., -2, :].to(like.dtype), groups[..., -1, :].to(like.dtype)
         if not torch.is_grad_enabled() and not self.training:
             self.adapter_kv_cache = made

@@ -69,7 +69,7 @@ def alibi(config: Config, allowed: torch.Tensor, places: torch.Tensor, keys: tor
     m = 2.0 ** (-8 / P * torch.arange(1, P + 1, device=places.device))
     m = (m if config.n_head == P else torch.cat((m[1::2], m[::2]))[: config.n_head])[:, None, None]
     if config.alibi_scaled:
-        added = (m.bfloat16() * keys[..., None, :]).float() * (config.head_size or 1) ** -0.5  # (H, 1, K) or (B, H, 1, K)
+        added = (m.bfloat16() * keys[..., None, :]).float() * config.head_size**-0.5  # (H, 1, K) or (B, H, 1, K)
     else:
         added = m * (keys[..., None, :] - places[..., None])
     return torch.where(allowed, added, -torch.inf).to(dtype)
@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
         self.windowed = config.sliding_window_size is not None and windows is not None and bool(windows[block_idx])
         # index of the table in `Positions.rotary` that turns q and k; -1: none
         self.rotary = -1 if not config.rotates else config.rope_indices[block_idx] if config.rope_indices else 0
-        self.scale = (config.attention_scores_scalar or config.head_size or 1) ** -0.5
+        self.scale = (config.attention_scores_scalar or config.head_size) ** -0.5
         self.softcap = config.attention_logit_softcapping
         if config.attention_sinks:
             self.sinks = nn.Parameter(torch.zeros(config.n_head))

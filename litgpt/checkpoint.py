@@ -44,8 +44,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # best first
 HOME = Path("checkpoints")  # in the current folder: where models that are named ORG/NAME, and conversions, are
 HUB_NAME = re.compile(r"[a-zA-Z0-9_][\w.-]*/[a-zA-Z0-9_][\w.-]*")
@@ -266,7 +264,7 @@ def in_current_layout(weights: dict[str, torch.Tensor], config: Config) -> dict[
     current = {}
     for name, value in weights.items():
         if ".attn.attn." in name and value.dim() and len(value) == sum(config.qkv_sizes):
-            G = config.n_query_groups or 1
+            G = config.n_query_groups
             groups = value.unflatten(0, (G, -1))  # (G, (H/G + 2) h, ...)
             parts = groups.split([size // G for size in config.qkv_sizes], dim=1)
             value = torch.cat([part.flatten(0, 1) for part in parts])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt import families
+from litgpt.args import is_number
 from litgpt.errors import UserError
 from litgpt.families._rope import from_litgpt, scaling_kind
 from litgpt.files import read_json, read_yaml
@@ -70,7 +71,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_positive(value: Any) -> TypeIs[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return is_number(value) and value > 0
 
 
 @dataclass
@@ -84,7 +85,8 @@ class Config:
     n_embd: int = 4096
     vocab_size: int = 50254
     padding_multiple: int = 512
-    padded_vocab_size: int | None = None  # rows of the embedding; `vocab_size` rounded up to `padding_multiple` unless given
+    # `None` stands for a size that follows from the others: `__post_init__` sets it
+    padded_vocab_size: int = None  # type: ignore[assignment]  # rows of the embedding; `vocab_size` rounded up
     norm_class_name: str = "LayerNorm"
     norm_eps: float = 1e-5
     norm_affine: bool = True  # norms have weights; LitGPT has no such field and goes by the name, see `from_file`
@@ -99,8 +101,8 @@ class Config:
     parallel_residual: bool = True
     shared_attention_norm: bool = False  # with `parallel_residual`: the MLP reads `norm_1`'s output, and there is no `norm_2`
     n_head: int = 32
-    head_size: int | None = None
-    n_query_groups: int | None = None  # key/value heads: `n_head` is multi-head, 1 multi-query, in between grouped-query attention
+    head_size: int = None  # type: ignore[assignment]
+    n_query_groups: int = None  # type: ignore[assignment]  # key/value heads: `n_head` is multi-head, 1 multi-query, else grouped-query
     attn_bias: bool = False  # bias on q, k and v; `bias` switches all linear layers
     clip_qkv: float | None = None  # c: queries, keys and values are clamped to [-c, c]
     attention_scores_scalar: float | None = None  # scores are divided by its square root; `head_size` unless given
@@ -119,7 +121,7 @@ class Config:
     alibi: bool = False  # distances lower the scores instead of a rotation, see `litgpt.attention.alibi`
     alibi_scaled: bool = False  # divided by sqrt(head_size), as the scores are (Falcon)
     learned_positions: bool = False  # add a trained vector per position to the embeddings instead of rotating queries and keys (GPT-2)
-    intermediate_size: int | None = None
+    intermediate_size: int = None  # type: ignore[assignment]
     moe_intermediate_size: int | None = None  # the width of each expert, where it is not `intermediate_size`
     bias: bool = True
     mlp_class_name: str = "GptNeoxMLP"
@@ -310,21 +312,16 @@ class Config:
     @property
     def rope_n_elem(self) -> int:
         """The number of rotated dimensions of a head."""
-        assert self.head_size is not None
-        if self.latent_attention:
-            return self.latent_sizes[2]
-        return int(self.rotary_percentage * self.head_size)
+        return self.latent_sizes[2] if self.latent_attention else int(self.rotary_percentage * self.head_size)
 
     @property
     def V(self) -> int:
-        """`padded_vocab_size`, known to be set."""
-        assert self.padded_vocab_size is not None
+        """`padded_vocab_size`"""
         return self.padded_vocab_size
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
         """Rows of q, k and v in the joined projection."""
-        assert self.head_size is not None and self.n_query_groups is not None
         kv = self.head_size * self.n_query_groups
         return self.head_size * self.n_head, kv, kv
 
@@ -349,15 +346,12 @@ class Config:
         """The heads of the key/value cache and their size, of keys and of values."""
         if self.latent_attention:
             return (1, self.latent_sizes[1]), (1, self.latent_sizes[2])
-        assert self.n_query_groups is not None and self.head_size is not None
         return ((self.n_query_groups, self.head_size),) * 2
 
     @property
     def expert_size(self) -> int:
         """The width of an expert."""
-        size = self.moe_intermediate_size or self.intermediate_size
-        assert size is not None
-        return size
+        return self.moe_intermediate_size or self.intermediate_size
 
     @property
     def unit_offset(self) -> bool:

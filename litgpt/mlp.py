@@ -16,7 +16,6 @@ class GptNeoxMLP(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        assert config.intermediate_size is not None
         self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.approximate = config.gelu_approximate
@@ -32,7 +31,6 @@ class LLaMAMLP(nn.Module):
     def __init__(self, config: Config, m: int | None = None) -> None:
         super().__init__()
         m = m or config.intermediate_size
-        assert m is not None
         self.fc_1 = nn.Linear(config.n_embd, m, bias=config.bias)
         self.fc_2 = nn.Linear(config.n_embd, m, bias=config.bias)
         self.proj = nn.Linear(m, config.n_embd, bias=config.bias)

@@ -63,9 +63,9 @@ def rows(part: str, config: Config) -> torch.Tensor:
     every = torch.arange(sum(config.qkv_sizes))
     parts = every.split(config.qkv_sizes)
     if part == "qkv grouped":
-        return torch.cat([rows.view(config.n_query_groups or 1, -1) for rows in parts], dim=1).reshape(-1)  # (G, (H/G + 2) h)
+        return torch.cat([rows.view(config.n_query_groups, -1) for rows in parts], dim=1).reshape(-1)  # (G, (H/G + 2) h)
     if part.endswith(" pairs"):
-        n, within = config.rope_n_elem, torch.arange(config.head_size or 1)
+        n, within = config.rope_n_elem, torch.arange(config.head_size)
         within[:n] = within[:n].view(2, -1).t().flatten()
         return parts["qkv".index(part[0])].view(-1, len(within))[:, within].flatten()
     return parts["qkv".index(part)] if part in ("q", "k", "v") else every
@@ -133,8 +133,6 @@ def fit(tensors: Mapping[str, Stored], table: Table, config: Config, source: str
     if tied and embedding not in tensors and head in tensors:  # stored under the other of its two names
         tensors[embedding] = tensors.pop(head)
     if tied and embedding in tensors and head in tensors:  # a head of its own counts more than the flag, as in transformers
-        import torch
-
         first, other = tensors[embedding], tensors[head]
         tied = first.shape == other.shape and torch.equal(first.load(), other.load())
     shared = {key: (key, "lm_head.weight") if tied and key == "transformer.wte.weight" else (key,) for key in expected}

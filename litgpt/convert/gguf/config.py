@@ -197,7 +197,7 @@ def plan(path: Path, name: str, config: Config, shapes: Mapping[str, tuple[int, 
     if config.mlp_class_name == "GptNeoxMLP" and "gelu_approximate" not in row.fields:
         metadata[GELU] = config.gelu_approximate
     if "attention.scale" in row.keys:
-        metadata[f"{name}.attention.scale"] = float(config.attention_scores_scalar or config.head_size or 1) ** -0.5
+        metadata[f"{name}.attention.scale"] = float(config.attention_scores_scalar or config.head_size) ** -0.5
     if config.learned_positions:
         del metadata[f"{name}.rope.freq_base"]
         return Plan(path, name, metadata, dict(shapes))

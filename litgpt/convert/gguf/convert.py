@@ -102,7 +102,6 @@ def _load(reader: Reader, config: Config, name: str, dtype: torch.dtype) -> torc
         return (reader.load(name) - 1).to(dtype)
     weight = reader.load(name, dtype)
     if read_architecture(reader)[1].is_paired(module):
-        assert config.head_size is not None
         heads = weight.view(-1, config.head_size // 2, 2, *weight.shape[1:])  # (H, h/2, 2, ...)
         weight = heads.transpose(1, 2).reshape(weight.shape)  # (H, 2, h/2, ...)
     return weight

@@ -204,7 +204,6 @@ def stored(name: str, entry: Group, architecture: str, config: Config, loads: Lo
     if has_offset(config, module):
         return weight.float() + 1
     if families.GGUF[architecture].is_paired(module):
-        assert config.head_size is not None
         heads = weight.view(-1, 2, config.head_size // 2, *weight.shape[1:])  # (H, 2, h/2, ...)
         return heads.transpose(1, 2).reshape(weight.shape)  # (H, h/2, 2, ...)
     return weight.view(entry.shape)
