@@ -29,17 +29,10 @@ MODULES = {
     "scripts.download": {"download_from_hub": "download:download_from_hub"},
     "scripts.merge_lora": {"merge_lora": "convert.merge:merge_lora"},
     "scripts.validate": {"validate_setup": "validate:validate"},
-    "data.alpaca_2k": {"Alpaca2k": "data:Alpaca2k"},
-    "data.alpaca_gpt4": {"AlpacaGPT4": "data:AlpacaGPT4"},
-    "data.deita": {"Deita": "data:Deita"},
-    "data.flan": {"FLAN": "data:FLAN"},
-    "data.lima": {"LIMA": "data:LIMA"},
-    "data.longform": {"LongForm": "data:LongForm"},
-    "data.microllama": {"MicroLlama": "data:MicroLlama"},
-    "data.openwebtext": {"OpenWebText": "data:OpenWebText"},
-    "data.tinyllama": {"TinyLlama": "data:TinyLlama"},
-    "data.tinystories": {"TinyStories": "data:TinyStories"},
 }
+DATA = {"alpaca_2k": "Alpaca2k", "alpaca_gpt4": "AlpacaGPT4", "deita": "Deita", "flan": "FLAN", "lima": "LIMA", "longform": "LongForm"}
+DATA |= {"microllama": "MicroLlama", "openwebtext": "OpenWebText", "tinyllama": "TinyLlama", "tinystories": "TinyStories"}
+MODULES |= {f"data.{module}": {name: f"data:{name}"} for module, name in DATA.items()}
 FOLDERS = {name.partition(".")[0] for name in MODULES if "." in name}
 
 

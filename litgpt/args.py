@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, TypeGuard, Union
 
 from litgpt.errors import UserError
 
@@ -210,6 +210,11 @@ class LogArgs:
     """Store the terminal output with the run (litlogger)."""
     checkpoint_name: Optional[str] = None
     """Name of the stored checkpoints (litlogger)."""
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return True for a finite number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def require_seed(seed: Any, place: str = "seed") -> None:

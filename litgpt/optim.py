@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from litgpt.args import require_allowed_class
+from litgpt.args import is_number, require_allowed_class
 from litgpt.errors import UserError
 
 SHORTENED = {torch.bfloat16: 16, torch.float16: 13}  # dtype -> bits of an fp32 number's fraction that it lacks
@@ -148,19 +148,15 @@ def _require_kind(what: str, value: Any, default: Any) -> None:
     if isinstance(default, bool):
         fits, needed = isinstance(value, bool), "true or false"
     elif isinstance(default, (int, float)):
-        fits, needed = _is_number(value), "a finite number"
+        fits, needed = is_number(value), "a finite number"
     elif isinstance(default, tuple):
         fits = isinstance(value, (list, tuple)) and len(value) == len(default)
-        fits = fits and all(_is_number(item) or (item is None and number is None) for item, number in zip(value, default, strict=True))
+        fits = fits and all(is_number(item) or (item is None and number is None) for item, number in zip(value, default, strict=True))
         needed = f"a list of {len(default)} finite numbers"
     else:
         return
     if not fits:
         raise UserError(f"{what} is {value!r}, {needed} is needed, such as {default}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int, minimum: float) -> float:

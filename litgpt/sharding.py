@@ -22,7 +22,6 @@ from litgpt.vocabulary import gather, own_chunk, spread
 if TYPE_CHECKING:
     from litgpt.model import GPT
 
-
 M_MMAP_THRESHOLD = -3  # of <malloc.h>
 LARGE = 2 * 2**20  # bytes of a layer that is a group of its own
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Optional, Union, get_args
 
 from litgpt.adapters.patterns import matching, names_of, require_patterns
-from litgpt.args import setting
+from litgpt.args import is_number, setting
 from litgpt.errors import UserError
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
@@ -110,9 +110,9 @@ class AdapterSettings:
             follows = prefix == "skip2lora"  # None stands for LoRA's value
             if not (rank == 0 or _is_rank(rank)) and not (follows and rank is None):
                 raise UserError(f"{prefix}_r is {repr(rank)[:60]}: a rank is a whole number from 1 to {MAX_RANK}")
-            if not _is_finite(alpha) and not (follows and alpha is None):
+            if not is_number(alpha) and not (follows and alpha is None):
                 raise UserError(f"{prefix}_alpha is {alpha!r}: a number is needed")
-            if not (_is_finite(dropout) and 0 <= dropout < 1) and not (follows and dropout is None):
+            if not (is_number(dropout) and 0 <= dropout < 1) and not (follows and dropout is None):
                 raise UserError(f"{prefix}_dropout is {dropout!r}: a probability from 0 to below 1 is needed")
         if self.mtp_taps and not (self.mtp_heads and (self.skip2lora_enabled or not self.changes_text)):
             raise UserError(
@@ -122,7 +122,7 @@ class AdapterSettings:
         if self.lora_rank_pattern:
             require_patterns("lora_rank_pattern", self.lora_rank_pattern, _is_rank, f"a whole number from 1 to {MAX_RANK}")
         if self.lora_alpha_pattern:
-            require_patterns("lora_alpha_pattern", self.lora_alpha_pattern, _is_finite, "a number")
+            require_patterns("lora_alpha_pattern", self.lora_alpha_pattern, is_number, "a number")
         self._require_modules()
         if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
@@ -198,11 +198,11 @@ class WarmupSettings:
         steps, epochs, rate = self.skip2lora_warmup_steps, self.skip2lora_warmup_epochs, self.skip2lora_warmup_lr
         if not isinstance(steps, int) or steps < 0:
             raise UserError(f"skip2lora_warmup_steps is {steps}: give 0 (none) or more")
-        if not _is_finite(epochs) or epochs < 0:
+        if not is_number(epochs) or epochs < 0:
             raise UserError(f"skip2lora_warmup_epochs is {epochs}: give 0 (none) or more, such as 0.5")
         if steps and epochs:
             raise UserError("skip2lora_warmup_steps and skip2lora_warmup_epochs say the same in two ways: give one of them")
-        if rate is not None and not (_is_finite(rate) and rate > 0):
+        if rate is not None and not (is_number(rate) and rate > 0):
             raise UserError(f"skip2lora_warmup_lr is {rate!r}: a learning rate is a number above 0")
 
     def require_adapters(self, adapters: AdapterSettings) -> None:
@@ -248,7 +248,3 @@ def readable_by_litgpt(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -15,6 +15,7 @@ from litgpt.data.records import Record
 from litgpt.data.sources import check_rows, read_rows
 from litgpt.errors import UserError
 from litgpt.files import expand_path, fetch
+from litgpt.text import first_line
 
 HUB = "https://huggingface.co/datasets/"  # files below it come through the hub's client: HF_ENDPOINT, tokens and resuming apply
 MOST_DOWNLOAD = 2**32  # bytes
@@ -99,14 +100,13 @@ def download_from_hub(address: str, folder: Path, name: str, token: str | None =
     except UserError:
         raise
     except Exception as error:  # the hub's client raises errors of several libraries
-        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        reason = first_line(error)[:200]
         if not any(path.stat().st_size for path in partial.rglob("*.incomplete")):
             shutil.rmtree(partial, ignore_errors=True)
         gated = f"Accept the terms at {HUB}{repo}, then give HF_TOKEN in the environment. " if _is(error, GatedRepoError) else ""
         own = "" if "*" in name or name == file.rpartition("/")[2] else f", or its records as a JSON list named {name},"
         raise UserError(
-            f"{file} of the dataset {repo} could not be downloaded ({reason[:200]}). {gated}Without a network, put that file{own} "
-            f"into {folder}"
+            f"{file} of the dataset {repo} could not be downloaded ({reason}). {gated}Without a network, put that file{own} into {folder}"
         ) from None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from litgpt.data.records import Record, kind_of, read_record
 from litgpt.errors import UserError
 from litgpt.files import decode_text, parse_json, read_bytes
+from litgpt.text import first_line
 
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}  # and their delimiters
@@ -182,8 +183,8 @@ def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
         val = next((name for name in VALIDATION if name in parts), None)
         rows = {name: [_row(columns) for columns in parts[name]] for name in ("train", val) if name is not None and name in parts}
     except Exception as error:  # the library raises errors of many others
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UserError(f"{path}: no file or folder, and `datasets` cannot read it: {reason[:300]}. Check data.json_path") from None
+        reason = first_line(error)[:300]
+        raise UserError(f"{path}: no file or folder, and `datasets` cannot read it: {reason}. Check data.json_path") from None
     if "train" not in rows:
         raise UserError(f"{path} has the parts {', '.join(map(str, parts))}, and none is named train: save the one to train on")
     read = {name: check_rows(_records(part), f"{path}, {name}") for name, part in rows.items()}

@@ -16,6 +16,7 @@ from litgpt.data.sources import import_library
 from litgpt.errors import UserError
 from litgpt.files import expand_path, parse_json, read_text
 from litgpt.sample import Sample
+from litgpt.text import first_line
 
 if TYPE_CHECKING:
     from litgpt.prompts import PromptStyle
@@ -199,8 +200,6 @@ class OpenWebText(Text):
             loaded = datasets.load_from_disk(str(folder)) if is_saved else datasets.load_dataset(self.repo_id, cache_dir=str(folder))
             rows = loaded.get("train", loaded)
         except Exception as error:  # the library raises errors of many others
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise UserError(
-                f"the dataset {self.repo_id} could not be loaded ({reason[:200]}). Without a network, save it in {folder}"
-            ) from None
+            reason = first_line(error)[:200]
+            raise UserError(f"the dataset {self.repo_id} could not be loaded ({reason}). Without a network, save it in {folder}") from None
         return (row["text"] for row in rows), None

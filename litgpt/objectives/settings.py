@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 
-from litgpt.args import setting
+from litgpt.args import is_number, setting
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 
@@ -71,7 +71,7 @@ class ObjectiveSettings:
 
 def _number(settings: Any, key: str) -> float:
     value = getattr(settings, key)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    return value if is_number(value) else math.nan
 
 
 def _require(fits: bool, settings: Any, key: str, needed: str) -> None:

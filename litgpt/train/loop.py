@@ -24,8 +24,6 @@ from litgpt.train.parallel import Rank
 from litgpt.train.resume import PhaseStart, State, random_states
 
 SORTED_BATCHES = 50  # batches among which `train.group_by_length` sorts samples: more make batches more alike, and less random
-
-
 SCALE_STEPS = 2000  # after so many steps the loss scale is doubled
 NAMED = 8  # samples in a message
 DIVERGED = 2.0  # times the loss of a uniform guess, or the first loss if it was higher

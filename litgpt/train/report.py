@@ -44,7 +44,6 @@ def figures(state: State, steps_per_epoch: int, trainable: int, total: int, peak
 
 def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
     """Return the rows of the summary. `best`: the folder of the checkpoint with the lowest validation loss, if it was kept."""
-
     accuracy = figures.get("val_accuracy")
 
     def loss(value: float | None) -> str:

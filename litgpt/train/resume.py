@@ -189,12 +189,11 @@ def _samples_digest(samples: Sequence[Sample]) -> tuple[int, str]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the facts besides the settings on which the last digits of a run depend."""
-    processor = torch.backends.cpu.get_cpu_capability()
     return {
         "litgpt": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "processor": processor,
+        "processor": torch.backends.cpu.get_cpu_capability(),
         "device": device.type,
     }
 

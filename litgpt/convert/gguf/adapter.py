@@ -37,7 +37,7 @@ def write_gguf_adapter(target: Path, config: Config, weights: Mapping[str, Tenso
     for name, group in groups.items():
         if pairs := [pair for slot in group.slots if (pair := _factors(name, slot, described.architecture, config, sizes, units, placed))]:
             a, b = zip(*pairs, strict=True)
-            tensors[name] = (_stack(a), _stack(b)) if "_exps." in name else (a[0], b[0])
+            tensors[name] = (torch.stack(a), torch.stack(b)) if "_exps." in name else (a[0], b[0])
     if missing := units.keys() - placed:
         tied = " The base's head is its embedding, which llama.cpp keeps once." if "lm_head" in missing else ""
         raise UserError(
@@ -83,10 +83,6 @@ def _factors(
 def _alpha(config: Config) -> float:
     """Return the file's alpha: LoRA's, with rsLoRA times sqrt(r)."""
     return (config.lora_alpha or 1) * (config.lora_r**0.5 if config.lora_rslora else 1)
-
-
-def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack(tensors)
 
 
 def _write(target: Path, architecture: str, config: Config, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
