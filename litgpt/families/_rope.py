@@ -27,7 +27,7 @@ def rope(
         parameters = settings(hf)
         if any(isinstance(value, dict) for value in parameters.values()):
             raise ValueError("rope_parameters for each type of layer are not supported for this model_type")
-        base = first(parameters.get("rope_theta"), hf.get(theta_key), hf.get("rope_theta"), theta)
+        base = first(parameters.get("rope_theta"), hf.get(theta_key), theta)
         share = first(parameters.get("partial_rotary_factor"), hf.get(partial_key), partial, 1.0)
         if partial is None and share != 1:
             raise ValueError(f"{partial_key} {share!r} is not supported for this model_type, only 1.0 is")
@@ -46,7 +46,8 @@ def read_two_bases(hf: Hf, base: float, local_base: float) -> Fields:
     parameters = hf.get("rope_parameters") or {}
     if parameters and not {"full_attention", "sliding_attention"} & set(parameters):
         raise ValueError("rope_parameters lacks full_attention and sliding_attention, which each have their own for this model_type")
-    far = {**(parameters.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
+    # transformers fills in `rope_type`, and then `type` counts for nothing
+    far = {**(parameters.get("full_attention") or {"rope_type": "default"}), **(hf.get("rope_scaling") or {})}
     near = parameters.get("sliding_attention") or {}
     if (kind := near.get("rope_type", "default")) != "default":
         raise ValueError(f"rotary scaling {kind!r} of sliding_attention is not supported, only of full_attention")

@@ -69,8 +69,7 @@ _NORMS_2 = {"post_attention_layernorm": "post_attention_norm", "post_feedforward
 
 def _read_3(hf: Hf) -> Fields:
     local = _LOCAL.read(hf)
-    theta = hf.get("rope_theta", 500000)
-    return {**local, "rope_indices": local["sliding_window_indices"], **read_two_bases(hf, theta, theta)}
+    return {**local, "rope_indices": local["sliding_window_indices"], **read_two_bases(hf, 500000, 500000)}
 
 
 def _write_3(fields: Fields) -> dict[str, Any]:

@@ -122,7 +122,7 @@ _ROPE_3 = rope(partial=1.0, original=4096)
 def _read_rope(hf: Hf) -> Fields:
     """Read the scaling, which early files of Phi 3 call `yarn` where they mean LongRoPE."""
     scaling = settings(hf)
-    is_yarn = "yarn" in (scaling.get("rope_type"), scaling.get("type"))
+    is_yarn = scaling.get("rope_type", scaling.get("type")) == "yarn"
     return _ROPE_3.read({**hf, "rope_scaling": {**scaling, "rope_type": "longrope"}} if is_yarn else hf)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -16,6 +17,7 @@ from litgpt import families as catalog
 from litgpt.config import Config
 from litgpt.convert.hf import to_hf
 from litgpt.errors import UserError
+from litgpt.rope import frequencies, plain_frequencies
 from tests.helpers import family_configs as configs
 from tests.helpers.cases import quick
 
@@ -194,6 +196,37 @@ def test_rotary_settings_of_local_and_global_blocks(tmp_path: Path) -> None:
         assert (far["rope_theta"], config.rope_parameters[configs.LOCAL]["rope_theta"]) == (ours.rope_base, ours.rope_local_base_freq)
     with pytest.raises(UserError, match="rope_parameters lacks full_attention and sliding_attention"):  # transformers ignores it
         Config.from_hf({**least, "rope_parameters": {"rope_type": "linear", "factor": 2.0}})
+
+
+OLD_LONG = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+SPELLINGS: list[tuple[str, dict[str, Any]]] = [
+    ("gpt_neox", {"rope_theta": 5e5}),
+    ("gpt_neox", {"rotary_emb_base": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("olmo3", {"rope_theta": 2.5e5}),
+    ("olmo3", {"rope_theta": 2.5e5, "rope_scaling": OLD_LONG}),
+    ("olmo3", {"rope_theta": 2.5e5, "rope_scaling": {**OLD_LONG, "rope_type": "yarn"}}),
+    ("olmo3", {"rope_parameters": {configs.GLOBAL: {**OLD_LONG, "rope_theta": 300.0}, configs.LOCAL: None}}),
+    ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8.0}}),
+    ("gemma3_text", {"rope_scaling": {"type": "default", "rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 3e4}),
+    ("gemma3_text", {"rope_parameters": {configs.GLOBAL: {"type": "linear", "factor": 8.0}}}),
+    ("gemma3_text", {"rope_parameters": {configs.GLOBAL: None, configs.LOCAL: {"rope_type": "default", "rope_theta": 70.0}}}),
+    ("phi3", {"rope_parameters": {**OLD_LONG, **LISTS, "rope_type": "default"}}),
+    ("llama", {"rope_scaling": {"type": "llama3", "rope_type": "linear", "factor": 2.0}, "rope_parameters": OLD_LONG}),
+]
+
+
+@pytest.mark.parametrize(("kind", "said"), SPELLINGS, ids=str)
+def test_rotary_settings_in_every_spelling(kind: str, said: dict[str, Any]) -> None:
+    """The frequencies are those of transformers' model, bit for bit."""
+    least = {**least_of(kind), "max_position_embeddings": 64, "pad_token_id": None, **said}
+    config = type(transformers.AutoConfig.for_model(kind)).from_dict(copy.deepcopy(least))
+    theirs = dict(transformers.AutoModel.from_config(config).rotary_emb.named_buffers())
+    ours = Config.from_hf(copy.deepcopy(least))
+    name = next(name for name in (f"{configs.GLOBAL}_inv_freq", "inv_freq") if name in theirs)
+    assert torch.equal(frequencies(ours), theirs[name])
+    if (local := theirs.get(f"{configs.LOCAL}_inv_freq")) is not None:
+        assert ours.rope_local_base_freq is not None
+        assert torch.equal(plain_frequencies(ours, ours.rope_local_base_freq), local)
 
 
 def distinct() -> list[str]:
