@@ -352,10 +352,17 @@ def most_probable(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     most: int,
-    stop_tokens: Sequence[Sequence[int]],
+    stop_tokens: Sequence[Sequence[int]] = (),
     ended: Callable[[list[int]], bool] | None = None,
-) -> list[list[int]]:
-    """Return the most probable ids that follow each prompt, `most` of them at the most; all ranks of a sharded model must ask for them."""
+) -> list[list[int] | None]:
+    """Return the most probable ids that follow each prompt, at most `most`; None for a prompt that fills `model.max_seq_length`.
+
+    All answers are as short as the longest prompt needs it. The ranks of a sharded model run this together, and ignore `ended`.
+    """
+    fitting = [prompt for prompt in prompts if len(prompt) < model.max_seq_length]
+    most = min([most, *(model.max_seq_length - len(prompt) for prompt in fitting)])
     if is_sharded(model):
-        return [greedy(model, prompt, most, stop_tokens) for prompt in prompts]
-    return generate_batch(model, prompts, most, Sampling(temperature=0.0), stop_tokens, ended=ended)
+        answers = iter([greedy(model, prompt, most, stop_tokens) for prompt in fitting])
+    else:
+        answers = iter(generate_batch(model, fitting, most, Sampling(temperature=0.0), stop_tokens, ended=ended))
+    return [next(answers) if len(prompt) < model.max_seq_length else None for prompt in prompts]

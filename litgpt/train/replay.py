@@ -26,13 +26,8 @@ def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: in
     The answer is empty where the question leaves no room for one within the model's `max_seq_length`.
     """
     prompts = [tokenizer.ids(style.apply(question), bos=style.bos) for question in QUESTIONS[:count]]
-    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.max_seq_length]
-    room = min((model.max_seq_length - len(prompts[i]) for i in fitting), default=0)
-    most, stops = min(ANSWER_TOKENS, room), style.stop_tokens(tokenizer)
-    answers = [""] * len(prompts)
-    for i, ids in zip(fitting, most_probable(model, [prompts[i] for i in fitting], most, stops), strict=True):
-        answers[i] = tokenizer.decode(ids).strip()
-    return answers
+    replies = most_probable(model, prompts, ANSWER_TOKENS, style.stop_tokens(tokenizer))
+    return [tokenizer.decode(ids or []).strip() for ids in replies]
 
 
 def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int) -> list[Sample]:

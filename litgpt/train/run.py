@@ -302,25 +302,19 @@ class Session:
             return
         if self.rank.sharded and self.model.switch is not None:  # answer-only LoRA needs a key-value cache
             return
-        for example in self.job.examples:
-            rendered = render(example, self.job.style, self.job.tokenizer)
-            prompt = rendered.text[: rendered.spans[0][0]]
-            question, answer = example.question if example.pair else prompt, self._generated(prompt)
-            if answer is None or (self.interrupts.asked is not None and not self.rank.sharded):
-                return
-            self.answers.setdefault(question, []).append((self.state.step, answer))
-            self.console.say(f"  asked: {question}\n  answered: {answer}")
-
-    def _generated(self, prompt: str) -> str | None:
-        """Return the most probable answer, or None if the model has no room for one."""
-        tokenizer, style = self.job.tokenizer, self.job.style
-        ids = tokenizer.ids(prompt, bos=style.bos)
-        room = min(self.settings.eval.max_new_tokens or 0, self.model.max_seq_length - len(ids))
-        if room < 1:
-            return None
-        stops = style.stop_tokens(tokenizer)
-        (answer,) = most_probable(self.model, [ids], room, stops, lambda _: self.interrupts.asked is not None)
-        return tokenizer.decode(answer).strip()
+        style, tokenizer = self.job.style, self.job.tokenizer
+        rendered = [render(example, style, tokenizer) for example in self.job.examples]
+        texts = [conversation.text[: conversation.spans[0][0]] for conversation in rendered]
+        prompts = [tokenizer.ids(text, bos=style.bos) for text in texts]
+        most, asked = self.settings.eval.max_new_tokens, self.interrupts
+        replies = most_probable(self.model, prompts, most, style.stop_tokens(tokenizer), lambda ids: asked.asked is not None)
+        if asked.asked is not None and not self.rank.sharded:
+            return
+        for example, text, ids in zip(self.job.examples, texts, replies, strict=True):
+            if ids is not None:
+                question, answer = example.question if example.pair else text, tokenizer.decode(ids).strip()
+                self.answers.setdefault(question, []).append((self.state.step, answer))
+                self.console.say(f"  asked: {question}\n  answered: {answer}")
 
     def _contents(self) -> Callable[[Path], None]:
         """Return a function that writes the contents of every checkpoint into a folder."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from litgpt.errors import UserError
-from litgpt.generate.engine import Batch, Row, generate, generate_batch
+from litgpt.generate.engine import Batch, Row, generate, generate_batch, most_probable
 from litgpt.generate.sampling import Sampling
 from litgpt.model import GPT
 from tests.helpers import tiny
@@ -115,3 +115,13 @@ def test_prompts_take_their_beginning_from_others(family: str, monkeypatch: pyte
 def test_prompts_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="3 \\+ 62 = 65 tokens"):
         generate_batch(tiny.tiny(n_layer=1), PROMPTS, 62, GREEDY)
+
+
+def test_most_probable_answers_of_prompts_that_may_not_fit() -> None:
+    model = tiny.tiny()
+    full = tiny.ids(1, model.max_seq_length, seed=9)[0].tolist()
+    long = full[:-2]
+    assert most_probable(model, [PROMPTS[0], full, PROMPTS[1]], 9) == [single(model, PROMPTS[0], 9), None, single(model, PROMPTS[1], 9)]
+    assert most_probable(model, [PROMPTS[0], long], 9) == [single(model, PROMPTS[0], 2), single(model, long, 2)]
+    assert most_probable(model, [full], 9) == [None]
+    assert most_probable(model, [PROMPTS[0]], 9, ended=lambda ids: len(ids) == 4) == [single(model, PROMPTS[0], 4)]
