@@ -28,6 +28,7 @@ LINEAR = [word for name in ("query", "key", "value", "projection", "mlp") for wo
 LITGPT = ["--train.replay", "0", "--epochs", "5", "--train.global_batch_size", "16", "--train.micro_batch_size", "1"]
 SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data FILE`
     "default": [],
+    "to the last epoch": ["--eval.interval", "1000000", "--eval.initial_validation", "false", "--eval.max_new_tokens", "0"],
     "without general questions": ["--train.replay", "0"],
     "Skip2-LoRA, 12 epochs": ["--skip2lora_enabled", "true", "--epochs", "12"],
     "warm-up of 3 epochs, 5 cached": [
@@ -47,7 +48,6 @@ SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data
         "1e-3",
     ],
 }
-QUICK = ["--eval.interval", "1000000", "--eval.initial_validation", "false", "--eval.max_new_tokens", "0"]
 ANSWER_TOKENS = 24
 
 
@@ -58,7 +58,7 @@ def ask(folder: Path, name: str, size: int, seed: int) -> dict[str, Any]:
     llm = LLM.load(folder)
 
     def right(questions: list[facts.Question]) -> list[bool]:
-        answers = (llm.generate(question.text, max_new_tokens=ANSWER_TOKENS, temperature=0.0) for question in questions)
+        answers = llm.generate([question.text for question in questions], max_new_tokens=ANSWER_TOKENS, temperature=0.0)
         return [question.is_right(str(answer)) for question, answer in zip(questions, answers, strict=True)]
 
     return {"facts": right(facts.make(name, size, seed).questions) if size else [], "general": right(facts.GENERAL)}
@@ -71,7 +71,7 @@ def measure(checkpoint_dir: Path, name: str, size: int, seed: int, words: list[s
     atomic.write_text(data, "".join(json.dumps(record) + "\n" for record in records))
     start = time.perf_counter()
     command = ["finetune", str(checkpoint_dir), "--data", str(data), "--out_dir", str(out_dir), "--overwrite", "true", "--seed", str(seed)]
-    code, output = run_litgpt([*command, *QUICK, *words])
+    code, output = run_litgpt([*command, *words])
     seconds = time.perf_counter() - start
     if code:
         return {"error": output.strip().splitlines()[-1]}

@@ -5,6 +5,7 @@ carries loss if its last character lies in a span.
 """
 
 import importlib
+import math
 import random
 import re
 from abc import ABC, abstractmethod
@@ -160,7 +161,7 @@ class DataModule(ABC):
                 f"data.val_split_fraction is {fraction}: a number from 0 to below 1 is needed (0.1 keeps a tenth for validation)"
             )
         if fraction == 0:
-            return records, records[:: max(1, len(records) // MOST_REPEATED)]
+            return records, records[:: math.ceil(len(records) / MOST_REPEATED) or 1]
         if len(records) < 2:
             raise UserError(f"{self.source} holds one record: at least two are needed, one of them for validation")
         order = list(range(len(records)))
@@ -180,7 +181,7 @@ class DataModule(ABC):
         )
 
 
-MOST_REPEATED = 60  # training samples that are validated if none is held out
+MOST_REPEATED = 30  # training samples that are validated again, at most, if none is held out
 EMPTY = "empty answer"
 CUT_AWAY = "no answer token left"
 SHOWN_KEYS = 12  # in a remark
