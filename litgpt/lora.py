@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,15 +21,13 @@ from torch import nn
 
 from litgpt import config as base, model as base_model
 from litgpt.adapters.anywhere import Entry, read_lora, require_fit, sizes, target_layers, write_lora
-from litgpt.adapters.base import LinearAdapter, adapter_parameters, adapter_state, adapters, renew_adapters as renew_adapters
+from litgpt.adapters.base import adapter_parameters, adapter_state, adapters, renew_adapters as renew_adapters
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks as resolve_blocks
-from litgpt.adapters.dora import DoRA
 from litgpt.adapters.heads import Head, MultiTokenHead, Tap, ValueHead
 from litgpt.adapters.layers import LoRALayer as LoRALayer, LoRALinear as LoRALinear, LoRAQKVLinear as LoRAQKVLinear
 from litgpt.adapters.patterns import PARTS, require_used
-from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.saved import fuse_saved, save_modules
-from litgpt.adapters.settings import AdapterSettings
+from litgpt.adapters.settings import VARIANTS, AdapterSettings
 from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
 from litgpt.fused import rms_norm
@@ -36,12 +35,6 @@ from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block as Block, CausalSelfAttention as CausalSelfAttention, Positions
 
 LM_HEAD, LN_F = "lm_head", "transformer.ln_f"
-VARIANTS: dict[str, tuple[type[LinearAdapter], ...]] = {
-    "lora": (),
-    "dora": (DoRA,),
-    "pissa": (PiSSA,),
-    "olora": (OLoRA,),
-}  # mixed into LoRA's layers
 
 
 @dataclass
@@ -291,8 +284,11 @@ def _adapted(linear: Any, config: Config, name: str, kind: type[LoRALinear] = Lo
 @cache
 def _with_variant(kind: type[LoRALinear], variant: str) -> type[LoRALinear]:
     """Return the layer class `kind` with a variant of LoRA mixed in."""
-    mixins = VARIANTS[variant]
-    return type(kind.__name__.replace("LoRA", mixins[0].__name__), (*mixins, kind), {}) if mixins else kind
+    if variant == "lora":
+        return kind
+    module, _, name = VARIANTS[variant].partition(":")
+    mixin = getattr(importlib.import_module(f"litgpt.adapters.{module}"), name)
+    return type(kind.__name__.replace("LoRA", name), (mixin, kind), {})
 
 
 def lora_filter(key: str, value: Any = None) -> bool:

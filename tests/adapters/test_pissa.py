@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from litgpt import lora
 from litgpt.adapters.base import adapter_state, renew_adapters
+from litgpt.adapters.pissa import PiSSA
 from litgpt.convert import peft as converted
 from tests.adapters.test_dora import IDX, curve
 from tests.helpers import tiny
@@ -70,7 +71,7 @@ def test_pissa_takes_the_largest_singular_values() -> None:
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 30)
     linear = torch.nn.Linear(30, 40, bias=False)
     linear.weight.data = weight
-    kind = type("PiSSALinear", (lora.PiSSA, lora.LoRALinear), {})
+    kind = type("PiSSALinear", (PiSSA, lora.LoRALinear), {})
     layer = kind(30, 40, r=5, lora_alpha=20, linear=linear)
     U, S, V = torch.linalg.svd(weight)
     assert_close(layer.scaling * layer.lora_B @ layer.lora_A, U[:, :5] * S[:5] @ V[:5], rtol=1e-3, atol=1e-4)

@@ -9,10 +9,28 @@ import pytest
 import torch
 
 from litgpt import checkpoint
-from tests.helpers import jobs, runs
+from litgpt.adapters.base import adapter_state
+from litgpt.adapters.settings import VARIANTS
+from litgpt.lora import merge_lora_weights
+from tests.helpers import jobs, runs, tiny
 
+IDX = tiny.ids(2, 20)
 DORA = {"lora_variant": "dora", "lora_rslora": True, "lora_mlp": True, "lora_dropout": 0.1}
 WARM = {**jobs.WARM, "lora_variant": "dora"}
+
+
+@pytest.mark.parametrize("variant", ["lora", *VARIANTS])
+def test_each_variant_starts_as_the_base_is_saved_and_merged(variant: str) -> None:
+    """The test of a variant whose file has none of its own, as well."""
+    settings = {"lora_r": 4, "lora_alpha": 8, "lora_variant": variant, "lora_query": True, "lora_value": True, "lora_mlp": True}
+    model, again = tiny.tiny(**settings), tiny.tiny(**settings)
+    torch.testing.assert_close(model(IDX), tiny.tiny()(IDX))
+    tiny.move_adapters(model)
+    checkpoint.load_adapter(again, adapter_state(model), "a file")
+    moved = model(IDX)
+    assert torch.equal(again(IDX), moved) and (moved - tiny.tiny()(IDX)).abs().max() > 0.1
+    merge_lora_weights(model)
+    torch.testing.assert_close(model(IDX), moved, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
