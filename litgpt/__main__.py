@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from litgpt import __version__
 from litgpt.errors import Stopped, UserError
@@ -23,50 +23,41 @@ from litgpt.streams import guard, keep_secret, lost_output, safe
 LONGEST_ERROR = 2000  # characters of a message
 TOKEN_KEY = re.compile(r"-*(?:\w+\.)*(?:(?:acc?ess?|hf|hub)[_-]?tok\w*|token)\+?(?:=(.*))?", re.IGNORECASE | re.DOTALL)  # however misspelt
 
-
-class Command(NamedTuple):
-    target: str  # module:function or module:dataclass; the module must import quickly
-    help: str
-
-
-COMMANDS = {
-    "finetune": Command("litgpt.finetune.lora:Finetune", "Tune a model on your data, with settings that suit them, or with a YAML file's."),
-    "finetune_lora": Command("litgpt.finetune.lora:Lora", "Tune a model with LoRA or Skip2-LoRA, with LitGPT's defaults."),
-    "sweep": Command("litgpt.finetune.sweep:Sweep", "Tune a model with many settings of LoRA or Skip2-LoRA, from one activation cache."),
-    "finetune_full": Command("litgpt.finetune.full:Full", "Tune all weights of a model."),
-    "finetune_adapter": Command("litgpt.finetune.adapter:Adapter", "Tune a model with LLaMA-Adapter."),
-    "finetune_adapter_v2": Command("litgpt.finetune.adapter:AdapterV2", "Tune a model with LLaMA-Adapter V2."),
-    "pretrain": Command("litgpt.pretrain:Pretrain", "Train all weights of a model on running text, from scratch or from a checkpoint."),
-    "finetune_lora_legacy": Command("litgpt.finetune.lora:Lora", "The same as finetune_lora."),
-    "generate": Command("litgpt.generate.base:Generate", "Answer one prompt with a checkpoint or an adapter."),
-    "generate_full": Command("litgpt.generate.adapter:Full", "Answer one prompt with the weights of finetune_full."),
-    "generate_sequentially": Command("litgpt.generate.several:Sequentially", "Answer with a model whose blocks are divided among GPUs."),
-    "generate_tp": Command("litgpt.generate.several:TensorParallel", "Answer with a model whose every block is divided among processes."),
-    "generate_adapter": Command("litgpt.generate.adapter:Adapter", "Answer one prompt with a base model and a LLaMA-Adapter."),
-    "generate_adapter_v2": Command("litgpt.generate.adapter:AdapterV2", "Answer one prompt with a base model and a LLaMA-Adapter V2."),
-    "generate_speculatively": Command("litgpt.generate.speculative:Speculatively", "Answer faster by a small model that drafts."),
-    "sample": Command("litgpt.generate.sample:SampleAnswers", "Draw several answers to each question of a file, and check them."),
-    "chat": Command("litgpt.generate.chat:Chat", "Talk to a checkpoint or an adapter."),
-    "data": Command("litgpt.examine:examine", "Look at a file of records: kinds, lengths, repetitions, and how a model reads them."),
-    "prompts": Command("litgpt.examine:prompts", "Show the prompt styles, or the chat template of a model."),
-    "evaluate": Command("litgpt.evaluate:evaluate", "Measure a model or an adapter on your records, or on tasks of lm-evaluation-harness."),
-    "serve": Command("litgpt.serve.command:Serve", "Serve a model and its adapters: OpenAI's interface, /predict, a page to chat."),
-    "download": Command("litgpt.download:download_from_hub", "Get a model from the Hugging Face hub."),
-    "push": Command("litgpt.push:push", "Upload a model or an adapter to the Hugging Face hub."),
-    "validate": Command("litgpt.validate:validate", "Check a checkpoint or an adapter, and what memory it needs."),
-    "convert_to_litgpt": Command(
-        "litgpt.convert.to_litgpt:convert_to_litgpt", "Make a checkpoint from a GGUF file or a Hugging Face folder."
+COMMANDS = {  # module:function or module:dataclass of this package, in a module that imports quickly, and the help
+    "finetune": ("finetune.lora:Finetune", "Tune a model on your data, with settings that suit them, or with a YAML file's."),
+    "finetune_lora": ("finetune.lora:Lora", "Tune a model with LoRA or Skip2-LoRA, with LitGPT's defaults."),
+    "sweep": ("finetune.sweep:Sweep", "Tune a model with many settings of LoRA or Skip2-LoRA, from one activation cache."),
+    "finetune_full": ("finetune.full:Full", "Tune all weights of a model."),
+    "finetune_adapter": ("finetune.adapter:Adapter", "Tune a model with LLaMA-Adapter."),
+    "finetune_adapter_v2": ("finetune.adapter:AdapterV2", "Tune a model with LLaMA-Adapter V2."),
+    "pretrain": ("pretrain:Pretrain", "Train all weights of a model on running text, from scratch or from a checkpoint."),
+    "finetune_lora_legacy": ("finetune.lora:Lora", "The same as finetune_lora."),
+    "generate": ("generate.base:Generate", "Answer one prompt with a checkpoint or an adapter."),
+    "generate_full": ("generate.adapter:Full", "Answer one prompt with the weights of finetune_full."),
+    "generate_sequentially": ("generate.several:Sequentially", "Answer with a model whose blocks are divided among GPUs."),
+    "generate_tp": ("generate.several:TensorParallel", "Answer with a model whose every block is divided among processes."),
+    "generate_adapter": ("generate.adapter:Adapter", "Answer one prompt with a base model and a LLaMA-Adapter."),
+    "generate_adapter_v2": ("generate.adapter:AdapterV2", "Answer one prompt with a base model and a LLaMA-Adapter V2."),
+    "generate_speculatively": ("generate.speculative:Speculatively", "Answer faster by a small model that drafts."),
+    "sample": ("generate.sample:SampleAnswers", "Draw several answers to each question of a file, and check them."),
+    "chat": ("generate.chat:Chat", "Talk to a checkpoint or an adapter."),
+    "data": ("examine:examine", "Look at a file of records: kinds, lengths, repetitions, and how a model reads them."),
+    "prompts": ("examine:prompts", "Show the prompt styles, or the chat template of a model."),
+    "evaluate": ("evaluate:evaluate", "Measure a model or an adapter on your records, or on tasks of lm-evaluation-harness."),
+    "serve": ("serve.command:Serve", "Serve a model and its adapters: OpenAI's interface, /predict, a page to chat."),
+    "download": ("download:download_from_hub", "Get a model from the Hugging Face hub."),
+    "push": ("push:push", "Upload a model or an adapter to the Hugging Face hub."),
+    "validate": ("validate:validate", "Check a checkpoint or an adapter, and what memory it needs."),
+    "convert_to_litgpt": ("convert.to_litgpt:convert_to_litgpt", "Make a checkpoint from a GGUF file or a Hugging Face folder."),
+    "convert_from_litgpt": ("convert.from_litgpt:convert_from_litgpt", "Make a folder that transformers loads from a checkpoint."),
+    "convert_pretrained_checkpoint": (
+        "convert.pretrained:convert_pretrained_checkpoint",
+        "Make a checkpoint of a training run's step folder.",
     ),
-    "convert_from_litgpt": Command(
-        "litgpt.convert.from_litgpt:convert_from_litgpt", "Make a folder that transformers loads from a checkpoint."
-    ),
-    "convert_pretrained_checkpoint": Command(
-        "litgpt.convert.pretrained:convert_pretrained_checkpoint", "Make a checkpoint of a training run's step folder."
-    ),
-    "convert_to_gguf": Command("litgpt.convert.gguf.export:convert_to_gguf", "Make a GGUF file, for llama.cpp, from a checkpoint."),
-    "convert_adapter": Command("litgpt.convert.adapter:convert_adapter", "Make a PEFT or a portable Skip2-LoRA adapter, or read one."),
-    "add_tokens": Command("litgpt.convert.add_tokens:add_tokens", "Add tokens to a checkpoint's tokenizer, and rows for them."),
-    "merge_lora": Command("litgpt.convert.merge:merge_lora", "Fold a LoRA adapter into the weights of its base."),
+    "convert_to_gguf": ("convert.gguf.export:convert_to_gguf", "Make a GGUF file, for llama.cpp, from a checkpoint."),
+    "convert_adapter": ("convert.adapter:convert_adapter", "Make a PEFT or a portable Skip2-LoRA adapter, or read one."),
+    "add_tokens": ("convert.add_tokens:add_tokens", "Add tokens to a checkpoint's tokenizer, and rows for them."),
+    "merge_lora": ("convert.merge:merge_lora", "Fold a LoRA adapter into the weights of its base."),
 }
 # Words that people try, and names of other versions.
 OTHER_NAMES = {
@@ -177,14 +168,14 @@ def _print_error(message: str) -> None:
 
 def load(name: str) -> Callable[..., Any]:
     """Return the function or the settings class of a command."""
-    module, function = COMMANDS[name].target.split(":")
-    command: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    module, function = COMMANDS[name][0].split(":")
+    command: Callable[..., Any] = getattr(importlib.import_module(f"litgpt.{module}"), function)
     return command
 
 
 def _table() -> str:
     width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    rows = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: litgpt COMMAND [--help] ...", "", *rows, "", "  litgpt --version"])
 
 

@@ -76,7 +76,7 @@ def reference() -> str:
         rows = rows_of(name)
         trains = name != LIKE and len(rows.keys() & common.keys()) > 20
         shown = {key: row for key, row in rows.items() if not (trains and common.get(key) == row)}
-        lines += [f"## {name}", "", COMMANDS[name].help, ""]
+        lines += [f"## {name}", "", COMMANDS[name][1], ""]
         if trains:
             lines += [f"It has the settings of [{LIKE}](#{LIKE})" + (", and:" if shown else "."), ""]
         lines += table(shown)
