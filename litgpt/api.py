@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 
@@ -25,8 +26,10 @@ from litgpt.module import ModelModule, Preprocessor as Preprocessor, benchmark_d
 from litgpt.pretrain import fresh
 from litgpt.prompts import PROMPT_STYLE_FILE, ChatStyle, Message, PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
+from litgpt.values import checked
 
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 1.0}  # defaults, as of `litgpt chat`, where the checkpoint has none
+MORE = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -54,6 +57,7 @@ class LLM(ModelModule):
         """of the checkpoint or adapter"""
 
     @classmethod
+    @checked
     def load(
         cls,
         model: str | Path,
@@ -118,7 +122,7 @@ class LLM(ModelModule):
         top_p: float | None = ...,
         return_as_token_ids: Literal[False] = ...,
         stream: Literal[False] = ...,
-        seed: int | None = ...,
+        seed: SupportsIndex | None = ...,
         stop: str | Sequence[str] = ...,
         **more: Any,
     ) -> str: ...
@@ -134,11 +138,12 @@ class LLM(ModelModule):
         top_p: float | None = ...,
         return_as_token_ids: bool = ...,
         stream: bool = ...,
-        seed: int | None = ...,
+        seed: SupportsIndex | None = ...,
         stop: str | Sequence[str] = ...,
         **more: Any,
     ) -> str | torch.Tensor | Iterator[str] | Iterator[int] | list[Any]: ...
 
+    @checked
     def generate(
         self,
         prompt: str | list[Message] | list[str] | list[list[Message]],
@@ -149,8 +154,8 @@ class LLM(ModelModule):
         top_p: float | None = None,
         return_as_token_ids: bool = False,
         stream: bool = False,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        seed: SupportsIndex | None = None,
+        stop: str | Sequence[str] | None = (),
         **more: Any,
     ) -> str | torch.Tensor | Iterator[str] | Iterator[int] | list[Any]:
         """Return the answer to `prompt` in the checkpoint's prompt style, without the prompt.
@@ -167,11 +172,14 @@ class LLM(ModelModule):
         """
         prompts: Any = [prompt] if isinstance(prompt, dict) else prompt
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **more}
+        if unknown := sorted(set(given) - {item.name for item in fields(Sampling)}):
+            raise UserError(f"generate has no argument {unknown[0]!r}: {', '.join(MORE)} can be given besides those that it names")
         sampling = self.sampling | {name: value for name, value in given.items() if value is not None}
         sampling["top_k"] = sampling["top_k"] or None
-        stops = [text for text in ([stop] if isinstance(stop, str) else stop) if text]  # an empty text ends nothing
-        if not all(isinstance(text, str) for text in stops):
+        ends = [stop] if isinstance(stop, str) else stop or ()
+        if not isinstance(ends, list | tuple) or not all(isinstance(text, str) for text in ends):
             raise UserError(f"stop is {stop!r}: a text or a list of texts is needed")
+        stops = [text for text in ends if text]  # an empty text ends nothing
         is_list = isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], dict))
         if stream and is_list:
             raise UserError(f"stream answers one prompt at a time, and the list has {len(prompts)}: call generate for each")
@@ -181,9 +189,9 @@ class LLM(ModelModule):
                 raise UserError("stop ends a text, and ids are to be streamed: leave out return_as_token_ids")
             tokens = self.complete(texts[0], max_new_tokens, **sampling, generator=self.generator(seed))
             return tokens if return_as_token_ids else until_stop_text(self.tokenizer.decode_stream(tokens), stops)
-        ids, ends = [self.prompt_ids(text, max_new_tokens) for text in texts], self.prompt_style.stop_tokens(self.tokenizer)
+        ids, last = [self.prompt_ids(text, max_new_tokens) for text in texts], self.prompt_style.stop_tokens(self.tokenizer)
         generators, ended = (self.generator(seed) for _ in texts), partial(self._has, stops) if stops else None
-        generated = generate_batch(self.model, ids, max_new_tokens, Sampling(**sampling), ends, generators, ended)
+        generated = generate_batch(self.model, ids, max_new_tokens, Sampling(**sampling), last, generators, ended)
         answers = [self._answer(answer, stops, return_as_token_ids) for answer in generated]
         return answers if is_list else answers[0]
 
@@ -205,7 +213,8 @@ class LLM(ModelModule):
         """Return a question or a conversation in the prompt style. Raises UserError if it is neither."""
         if isinstance(prompt, str):
             return self.prompt_style.apply(prompt, sys_prompt=sys_prompt)
-        for message in prompt if isinstance(prompt, list) else [prompt]:
+        prompt = [prompt] if isinstance(prompt, dict) else prompt
+        for message in prompt if isinstance(prompt, list) and prompt else [prompt]:
             if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
                 forms = "a text, or a list of messages such as {'role': 'user', 'content': 'Hello'}"
                 raise UserError(f"prompt: {repr(message)[:200]} is not understood: give {forms} (roles: {', '.join(ROLES)})")
@@ -233,6 +242,7 @@ class LLM(ModelModule):
         ids, stops = self.prompt_ids(text, max_new_tokens), self.prompt_style.stop_tokens(self.tokenizer)
         return Session(self.model).answer(ids, max_new_tokens, Sampling(**sampling), stops, generator)
 
+    @checked
     def value(self, prompt: str | list[Message], answer: str = "", sys_prompt: str | None = None) -> float:
         """Return how good a value head (`objective: critic` or `verifiable`) takes an answer, or its beginning, for: from 0 to 1.
 
@@ -259,10 +269,11 @@ class LLM(ModelModule):
             raise UserError(f"max_new_tokens is {max_new_tokens!r}: a whole number of at least 1 is needed")
         return self.tokenizer.ids(text, bos=self.prompt_style.bos)
 
-    def generator(self, seed: int | None) -> torch.Generator | None:
+    def generator(self, seed: Any) -> torch.Generator | None:
         """Return a seeded random generator on the model's device, or None for torch's own."""
         if seed is None:
             return None
+        seed = seed.item() if getattr(seed, "shape", None) == () else seed  # of numpy
         require_seed(seed)
         return torch.Generator(next(self.model.parameters()).device).manual_seed(seed)
 

@@ -20,6 +20,7 @@ from litgpt.errors import UserError
 from litgpt.files import open_regular, read_json
 from litgpt.streams import unescaped, without_secrets
 from litgpt.text import printable, size
+from litgpt.values import checked
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -32,6 +33,7 @@ LOCAL = (str(HOME), "out", "data")  # folders of the commands, no organisations 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
+@checked
 def download_from_hub(
     repo_id: str,
     access_token: Optional[str] = None,

@@ -18,6 +18,7 @@ from litgpt.generate.base import open_model
 from litgpt.generate.sample import is_exact
 from litgpt.keys import known_classes
 from litgpt.text import text_table
+from litgpt.values import checked
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
@@ -30,6 +31,7 @@ AUTO_BATCH = 8
 WORD = re.compile(r"[^\W_]+")
 
 
+@checked
 def evaluate(
     checkpoint_dir: Path,
     tasks: Optional[str] = None,

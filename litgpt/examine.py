@@ -19,6 +19,7 @@ from litgpt.prompts import CHAT, STYLES, PromptStyle, misfit, resolve_prompt_sty
 from litgpt.streams import safe, unescaped
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.recipe import Look, advice
+from litgpt.values import checked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +31,7 @@ QUOTED = 60  # characters of a text
 IGNORED = re.compile(r"[\s.,;:!?¡¿'\"“”‘’„«»()\[\]…。，！？、]+")  # what near-duplicates differ in, besides upper and lower case
 
 
+@checked
 def examine(
     file: Path,
     *,

@@ -30,7 +30,12 @@ def nearest(path: Path) -> Path:
 
 
 def expand_path(path: str | Path) -> Path:
-    """Return a path that a user wrote, with `~` and `$VARIABLES` expanded. Raises UserError for those that there are not."""
+    """Return a path that a user wrote, with `~` and `$VARIABLES` expanded. Raises UserError for those that there are not.
+
+    An empty text is no path: it would stand for the current folder.
+    """
+    if not isinstance(path, str | Path) or not str(path):
+        raise UserError(f"{path!r} is no path: a text or a Path is needed")
     expanded = os.path.expanduser(os.path.expandvars(path))
     unknown = re.match(r"~[^/]*", expanded) or re.search(r"\$([A-Za-z_]\w*|\{\w+\})", expanded)
     if unknown and not os.path.lexists(expanded):

@@ -13,12 +13,14 @@ from litgpt import checkpoint
 from litgpt.adapters.base import adapter_parameters
 from litgpt.device import backbone_dtype, default_precision, find_device
 from litgpt.errors import UserError
+from litgpt.files import expand_path
 from litgpt.logs import peak_memory_gb
 from litgpt.loss import chunked_cross_entropy
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, save_prompt_style
 from litgpt.quantize import is_quantised
 from litgpt.tokenizer import Tokenizer
+from litgpt.values import checked
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -73,6 +75,7 @@ class ModelModule(nn.Module):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
 
+    @checked
     def trainer_setup(self, trainer_ckpt: str | Path | None = None) -> None:
         """Prepare the model for a Trainer: fp32 weights that all learn, those of `trainer_ckpt`, a file that a Trainer saved, if given."""
         if trainer_ckpt is not None:
@@ -84,6 +87,7 @@ class ModelModule(nn.Module):
             self.model = checkpoint.load_model(self.folder, torch.float32)
         self.model.float().train().requires_grad_(True)
 
+    @checked
     def distribute(
         self,
         accelerator: str = "auto",
@@ -105,17 +109,19 @@ class ModelModule(nn.Module):
         dtype = backbone_dtype((precision or default_precision(device)).replace("-mixed", "-true"))
         self.model = checkpoint.load_model(self.folder, dtype, device, quantize=quantize)
 
+    @checked
     def save(self, out_dir: str | Path, prompt_style: PromptStyle | None = None) -> None:
         """Write a checkpoint folder with the weights as they are now."""
         if adapter_parameters(self.model) or is_quantised(self.model):
             raise UserError("save: only a model without adapters, and not quantised, can be saved: `litgpt merge_lora` merges LoRA")
-        folder = Path(out_dir)
+        folder = expand_path(out_dir)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(checkpoint.on_cpu(self.model.state_dict()), folder / checkpoint.WEIGHTS)
         checkpoint.save_config(self.model.config, folder)
         checkpoint.copy_tokenizer_files(self.tokenizer.folder, folder)
         save_prompt_style(prompt_style or self.prompt_style, folder)
 
+    @checked
     def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str, dict[str, list[float]]]:
         """Return the answer of the last of `num_iterations` calls of `generate`, and lists of what each took."""
         figures: dict[str, list[float]] = {}

@@ -18,6 +18,7 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.streams import unescaped, without_secrets
 from litgpt.text import size
+from litgpt.values import checked
 
 PUBLIC = (  # the files of a model or an adapter; nothing else leaves the machine
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf", "Modelfile"),
@@ -26,6 +27,7 @@ PUBLIC = (  # the files of a model or an adapter; nothing else leaves the machin
 )
 
 
+@checked
 def push(
     folder: Path,
     repo_id: str,

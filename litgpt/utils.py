@@ -104,7 +104,7 @@ def find_resume_path(resume: bool | Literal["auto"] | Path | None, out_dir: Path
         return resume or None
     steps = sorted(Path(out_dir).glob("step-*/*.pth"), key=lambda file: int(file.parent.name.partition("-")[2]))
     if not steps and resume != "auto":
-        raise FileNotFoundError(f"You passed `--resume=True`, but no checkpoint file was found in {out_dir}")
+        raise FileNotFoundError(f"{out_dir} holds no step-*/*.pth to resume from: name the weights, or start anew with resume=False")
     return steps[-1] if steps else None
 
 
@@ -144,7 +144,7 @@ def choose_logger(
     if logger_name == "tensorboard":
         return loggers.TensorBoardLogger(folder, "tensorboard", **kwargs)
     if logger_name not in ("wandb", "mlflow", "litlogger"):
-        raise UserError(f"`--logger_name={logger_name}` is not a valid option: choose csv, tensorboard, wandb, mlflow or litlogger")
+        raise UserError(f"logger_name is {logger_name!r}: choose csv, tensorboard, wandb, mlflow or litlogger")
     return remote_logger(Path(out_dir), logger_name, LogArgs(**{"project": name, **(log_args or {})}), {})
 
 
@@ -189,7 +189,7 @@ def parse_devices(devices: str | int) -> int:
         return torch.cuda.device_count() or 1
     if isinstance(devices, int) and devices > 0:
         return devices
-    raise UserError(f"devices must be 'auto' or a positive integer, but is {devices!r}")
+    raise UserError(f"devices is {devices!r}: a number of devices from 1 on, or auto, is needed")
 
 
 class CycleIterator:

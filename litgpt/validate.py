@@ -11,6 +11,7 @@ from litgpt.errors import UserError
 from litgpt.prompts import ChatStyle, resolve_prompt_style
 from litgpt.text import size, text_table
 from litgpt.tokenizer import Tokenizer
+from litgpt.values import checked
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ class Check(NamedTuple):
     problems: list[str]
 
 
+@checked
 def validate(checkpoint_dir: Path, *, dtype: Optional[str] = None, training: bool = False) -> None:
     """Check a checkpoint or an adapter, and print the memory that each way to fine-tune it takes. The exit code is 1 if there is a problem.
 

@@ -1,17 +1,22 @@
 """Conversion of YAML values, and of texts from the command line, to the types of settings."""
 
+import functools
+import inspect
 import sys
 import types
 import typing
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, ParamSpec, TypeVar, Union
 
 from litgpt.errors import UserError
 from litgpt.files import expand_path, parse_yaml
 from litgpt.text import as_utf8
 
 NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path", type(None): "null"}
+P = ParamSpec("P")
+R = TypeVar("R")
 NULLS = ("null", "Null", "NULL", "~")
 
 
@@ -64,7 +69,7 @@ def _exact(value: Any, kind: Any) -> Any:
         return [convert(item, members[0]) for item in value]
     elif is_mapping(kind) and isinstance(value, dict):
         return {str(key): from_text(item) if isinstance(item, str) else item for key, item in value.items()}
-    elif kind is Path and isinstance(value, str):
+    elif kind is Path and isinstance(value, str | Path):
         return expand_path(value)
     elif kind is float and type(value) in (int, float):
         if abs(value) <= sys.float_info.max:  # neither infinite nor NaN
@@ -72,6 +77,29 @@ def _exact(value: Any, kind: Any) -> Any:
     elif type(value) is kind:
         return as_utf8(value) if kind is str else value
     raise ValueError(f"{value!r} is not {describe(kind)}")
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function of the Python API whose arguments are checked: UserError for one of another type than its annotation's.
+
+    Numbers and texts of numpy count as Python's. Types besides those of settings are left to the function.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        kinds, bound = typing.get_type_hints(function), signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            kind = kinds.get(name)
+            if kind is not None and all(member in NAMES or typing.get_origin(member) is Literal for member in members_of(kind)):
+                try:
+                    bound.arguments[name] = _exact(value.item() if getattr(value, "shape", None) == () else value, kind)
+                except ValueError:
+                    shown = "of another type" if name.endswith("_token") else repr(value)[:100]
+                    raise UserError(f"{name} is {shown}: {describe(kind)} is needed") from None
+        return function(*bound.args, **bound.kwargs)
+
+    return call
 
 
 def describe(kind: Any) -> str:

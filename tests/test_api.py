@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -125,7 +126,15 @@ def test_an_empty_stop_text_ends_nothing(base: Path) -> None:
         ("logit_bias", [1]),
         ("logit_bias", {320: 1.0}),
         ("stop", [5]),
+        ("stop", 5),
+        ("stop", {"a": 1}),
         ("seed", True),
+        ("max_new_tokens", True),
+        ("max_new_tokens", None),
+        ("sys_prompt", ["x"]),
+        ("stream", "x"),
+        ("return_as_token_ids", None),
+        ("temperature", float("nan")),
     ],
 )
 def test_settings_of_the_wrong_kind(name: str, value: Any, base: Path) -> None:
@@ -177,6 +186,8 @@ def test_a_conversation_is_rendered_as_transformers_does(base: Path) -> None:
         ([{"role": "user", "content": "x"}, "y"], "prompt: 'y' is not understood"),
         (["x", 7], "prompt: 7 is not understood"),
         ({"role": "user", "content": ["x"]}, "is not understood"),
+        ([[]], "prompt: [] is not understood"),
+        (b"x", "prompt: b'x' is not understood"),
     ],
 )
 def test_prompts_that_are_none(prompt: Any, message: str, base: Path) -> None:
@@ -202,6 +213,54 @@ def test_seeds_that_are_none(seed: Any, base: Path, tmp_path: Path) -> None:
 def test_a_device_that_does_not_exist(base: Path) -> None:
     with pytest.raises(UserError, match="device 'cuda:99' does not exist on this machine"):
         LLM.load(base, device="cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": None}, "model is None: text or a path is needed"),
+        ({"model": ["a"]}, "model is ['a']: text or a path is needed"),
+        ({"model": ""}, "'' is no path"),
+        ({"init": "other"}, "init is 'other': one of pretrained, random or null is needed"),
+        ({"init": "random", "model": 5}, "model is 5: text or a path is needed"),
+        ({"tokenizer_dir": 5}, "tokenizer_dir is 5: text or a path or null is needed"),
+        ({"base": 5}, "base is 5: text or a path or null is needed"),
+        ({"distribute": "all"}, "distribute is 'all': one of auto or null is needed"),
+        ({"precision": 32}, "precision is 32: text or null is needed"),
+        ({"quantize": 8}, "quantize is 8: text or null is needed"),
+        ({"access_token": b"hf_secret"}, "access_token is of another type: text or null is needed"),
+        ({"device": [1]}, "device '[1]' does not exist"),
+    ],
+)
+def test_arguments_of_load(settings: dict[str, Any], message: str, base: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        LLM.load(**{"model": base, **settings})
+
+
+def test_other_arguments(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = load(base)
+    monkeypatch.chdir(base.parent)
+    before = sorted(base.parent.iterdir())
+    for path in (None, 5, ""):
+        with pytest.raises(UserError, match="path"):
+            llm.save(path)  # type: ignore[arg-type]
+    assert sorted(base.parent.iterdir()) == before
+    for call in (lambda: llm.distribute(devices=None), lambda: llm.value("x", answer=5), lambda: llm.generate("x", beams=2)):  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="devices is None|answer is 5|no argument 'beams': min_p, .* can be given"):
+            call()
+    for function in (merge_lora, validate, convert_to_litgpt, convert_from_litgpt, convert_adapter):
+        with pytest.raises(UserError, match="checkpoint_dir is None: .*path is needed"):
+            function(None, *["x"] * (function in (convert_from_litgpt, convert_adapter)))  # type: ignore[arg-type]
+
+
+def test_numbers_and_texts_of_numpy(base: Path) -> None:
+    plain = load(base).generate("why?", None, 5, 0.5, 4, 0.75, seed=3)
+    numbers = (np.int64(5), np.float32(0.5), np.int32(4), np.float64(0.75))
+    assert plain == load(base).generate(np.str_("why?"), None, *numbers, seed=np.uint8(3))  # type: ignore[arg-type]
+    assert (
+        load(base).generate(["why?", {"role": "user", "content": "why?"}], None, 5, 0.0) == [load(base).generate("why?", None, 5, 0.0)] * 2
+    )
+    assert load(base).generate("why?", None, 5, 0.0, stop=None) == load(base).generate("why?", None, 5, 0.0)  # type: ignore[call-overload]
 
 
 def test_paths_may_be_texts(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_cycle_iterator() -> None:
 
 def test_the_rest() -> None:
     assert utils.parse_devices(2) == 2 and utils.parse_devices("auto") >= 1 and utils.init_out_dir(Path("a")) == Path("a")
-    with pytest.raises(UserError, match="devices"):
+    with pytest.raises(UserError, match="devices is 0: a number of devices from 1 on, or auto"):
         utils.parse_devices(0)
     assert utils.get_default_supported_precision(training=False) in ("bf16-true", "32-true")
     layer = torch.nn.Linear(2, 2)
@@ -105,7 +105,7 @@ def test_captured_hyperparameters() -> None:
 def test_resume_path(tmp_path: Path) -> None:
     assert utils.find_resume_path(False, tmp_path) is None and utils.find_resume_path("auto", tmp_path) is None
     assert utils.find_resume_path(Path("a/b.pth"), tmp_path) == Path("a/b.pth")
-    with pytest.raises(FileNotFoundError, match="no checkpoint file was found"):
+    with pytest.raises(FileNotFoundError, match="holds no step-.* to resume from"):
         utils.find_resume_path(True, tmp_path)
     for step in (9, 10):
         (tmp_path / f"step-{step}").mkdir()
@@ -122,7 +122,7 @@ def test_parts_of_a_training_script(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert type(optimizer).__name__ == "Adam" and optimizer.param_groups[0]["lr"] == 0.5
     for name in ("csv", "tensorboard"):
         assert Path(utils.choose_logger(name, tmp_path, "x").log_dir).is_relative_to(tmp_path / "logs" / name)
-    with pytest.raises(ValueError, match="`--logger_name=none` is not a valid option"):
+    with pytest.raises(ValueError, match="logger_name is 'none': choose csv"):
         utils.choose_logger("none", tmp_path, "x")
     monkeypatch.setenv("LIGHTNING_ARTIFACTS_DIR", "/a")
     assert (utils.init_out_dir(Path("b")), utils.init_out_dir(Path("/b"))) == (Path("/a/b"), Path("/b"))

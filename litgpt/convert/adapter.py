@@ -9,6 +9,7 @@ from litgpt.convert.resolve import adapter_folder, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.prompts import copy_prompt_style, resolve_prompt_style, save_prompt_style
 from litgpt.tokenizer import Tokenizer
+from litgpt.values import checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 LITGPT, PEFT, PORTABLE = FORMATS = (checkpoint.ADAPTER_WEIGHTS, *checkpoint.FOREIGN_ADAPTERS)  # the files that tell a folder's format
 
 
+@checked
 def convert_adapter(
     adapter_dir: Path, output_dir: Path, checkpoint_dir: Optional[Path] = None, *, to: Optional[Literal["gguf"]] = None
 ) -> None:

@@ -11,6 +11,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.prompts import copy_prompt_style
 from litgpt.tokenizer import Tokenizer
+from litgpt.values import checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 LONGEST, MOST = 200, 10_000  # characters of a token, and tokens
 
 
+@checked
 def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, special: bool = True) -> None:
     """Add tokens to a checkpoint's tokenizer, in a new folder.
 

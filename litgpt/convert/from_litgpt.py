@@ -11,6 +11,7 @@ from litgpt.config import CORRECTION, Config
 from litgpt.convert.resolve import open_full_model
 from litgpt.errors import UserError
 from litgpt.tokenizer import Tokenizer
+from litgpt.values import checked
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ NOT_KEPT = ("torch_dtype", "_name_or_path", "auto_map", "quantization_config")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+@checked
 def convert_from_litgpt(
     checkpoint_dir: Path,
     output_dir: Path,

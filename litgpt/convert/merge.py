@@ -7,11 +7,13 @@ from litgpt import atomic, checkpoint
 from litgpt.config import Config
 from litgpt.convert.resolve import adapter_folder, open_checkpoint
 from litgpt.errors import UserError
+from litgpt.values import checked
 
 if TYPE_CHECKING:
     import torch
 
 
+@checked
 def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] = None, precision: Optional[str] = None) -> None:
     """Fold a LoRA adapter into its base and write lit_model.pth beside the adapter.
 

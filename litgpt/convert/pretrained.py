@@ -8,10 +8,12 @@ from litgpt.config import Config
 from litgpt.convert.resolve import locate
 from litgpt.errors import UserError
 from litgpt.prompts import copy_prompt_style
+from litgpt.values import checked
 
 COMPILED = "_orig_mod."  # in the names of a model that torch.compile wrapped
 
 
+@checked
 def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
     """Make a checkpoint folder of a step of pretraining, ours or LitGPT's, without the optimizer's state.
 

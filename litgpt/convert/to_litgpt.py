@@ -7,8 +7,10 @@ from litgpt.checkpoint import HOME, WEIGHTS, adapter_hint
 from litgpt.convert.gguf import stem
 from litgpt.convert.resolve import convert, is_hf_folder, locate
 from litgpt.errors import UserError
+from litgpt.values import checked
 
 
+@checked
 def convert_to_litgpt(
     source: Optional[Path] = None,
     checkpoint_dir: Optional[Path] = None,

@@ -8,6 +8,7 @@ from typing import Literal, Optional
 from litgpt.convert.gguf.ollama import write_modelfile
 from litgpt.convert.resolve import open_full_model
 from litgpt.errors import UserError
+from litgpt.values import checked
 
 QUANTIZER = "llama-quantize"  # llama.cpp's program, for formats that the gguf library only reads
 Formats = Literal[
@@ -16,6 +17,7 @@ Formats = Literal[
 ]  # fmt: skip
 
 
+@checked
 def convert_to_gguf(
     checkpoint_dir: Path,
     gguf_file: Path,
