@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt import checkpoint
-from litgpt.atomic import MANIFEST, locked, new_folder, write_text
+from litgpt.atomic import MANIFEST, locked, new_folder, remove_leftovers, write_text
 from litgpt.checkpoint import ADAPTER_WEIGHTS, HOME, HUB_NAME, TOKENIZER_FILES, WEIGHTS
 from litgpt.config import Config
 from litgpt.convert.gguf import SPLIT, stem
@@ -48,7 +48,7 @@ def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
     source = locate(expand_path(path))
     conversion = Conversion(source, target_of(source))
     if conversion.is_fresh():
-        conversion.remove_stage()
+        conversion.remove_leftovers()
         return conversion.target
     if not convert:
         raise UserError(f"{source} would be converted first, and a dry run writes nothing: run `litgpt convert_to_litgpt {source}`")
@@ -193,9 +193,11 @@ class Conversion:
         now = stamps([self.folder / name for name in record["files"]], self.folder)
         return all(record["files"][name] == stamp for name, stamp in now.items())
 
-    def remove_stage(self) -> None:
-        """Remove what a conversion in place leaves that is killed after it is complete."""
-        if self.in_place and (self.source / STAGE).is_dir():
+    def remove_leftovers(self) -> None:
+        """Remove what a conversion leaves that is killed after it is complete."""
+        if not self.in_place:
+            remove_leftovers(self.target.parent)
+        elif (self.source / STAGE).is_dir():
             with self.locked():
                 shutil.rmtree(self.source / STAGE, ignore_errors=True)
 

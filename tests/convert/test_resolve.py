@@ -121,6 +121,13 @@ def test_a_file_converted_by_hand_is_known(tmp_path: Path, tiny_tokenizer_dir: P
     assert open_checkpoint(file) == Path("checkpoints/tiny") and converted(capsys) == []
 
 
+def test_what_a_killed_conversion_left_beside_the_complete_one_is_removed(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    folder = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", tiny_tokenizer_dir))
+    leftover = folder.with_name(f".{folder.name}.litgpt-0a1b2c3d.tmp.old")
+    leftover.mkdir()
+    assert open_checkpoint(tmp_path / "tiny.gguf") == folder and folder.is_dir() and not leftover.exists()
+
+
 def test_names_below_checkpoints(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints" / "org").mkdir(parents=True)
     hf.rename(tmp_path / "checkpoints" / "org" / "model")
