@@ -161,14 +161,19 @@ def tokenizer_files(source: str | Path) -> Iterator[tuple[str, bytes]]:
 
 
 def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
-    """Copy `tokenizer_files`."""
-    for name, raw in tokenizer_files(source):
+    """Copy `tokenizer_contents`."""
+    for name, raw in tokenizer_contents(source).items():
         write_bytes(Path(target) / name, raw)
-    config = read_own(source, "config.json")
-    if config is not None and not (Path(target) / "generation_config.json").is_file():
+
+
+def tokenizer_contents(source: str | Path) -> dict[str, bytes]:
+    """Return `tokenizer_files`, with a generation_config.json of what the tokenizer takes from config.json where there is none."""
+    contents, config = dict(tokenizer_files(source)), read_own(source, "config.json")
+    if config is not None and "generation_config.json" not in contents:
         content = parse_object(decode_text(config, "config.json"), Path(source) / "config.json")
         ids = {key: value for key, value in content.items() if key in ("bos_token_id", "eos_token_id")}
-        write_text(Path(target) / "generation_config.json", json.dumps(ids) + "\n")  # what the tokenizer takes from config.json
+        contents["generation_config.json"] = (json.dumps(ids) + "\n").encode()
+    return contents
 
 
 def _is_tokenizer_model(raw: bytes) -> bool:
@@ -293,7 +298,7 @@ def load_base(model: GPT, weights: dict[str, torch.Tensor], dtype: torch.dtype, 
 
     weights, tied = fitting(model, weights, source)
     cast = {
-        name: value.float() if name.endswith(CORRECTION) else value.to(dtype)
+        name: value.float().clone() if name.endswith(CORRECTION) else value.to(dtype)
         for name, value in weights.items()
         if not (tied and name == "lm_head.weight")
     }

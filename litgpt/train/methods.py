@@ -16,6 +16,7 @@ from litgpt.args import TrainArgs, shallow
 from litgpt.convert.merge import merged_weights
 from litgpt.device import on_meta
 from litgpt.errors import UserError
+from litgpt.logs import Console
 from litgpt.lora import GPT, Config as LoRAConfig, LoRALayer, mark_only_lora_as_trainable
 from litgpt.quantize import count, is_quantised, quantise
 from litgpt.sharding import assign, is_sharded, on_cpu
@@ -89,7 +90,11 @@ def adapters(settings: Any) -> Method:
         if is_sharded(model) and 2 * count(model) * model.dtype.itemsize > psutil.virtual_memory().available:
             return False  # `litgpt merge_lora` can do it on another machine
         is_apart = is_quantised(model) or is_sharded(model)
-        whole = checkpoint.load_model(folder, model.dtype) if is_apart else model  # merged into the base's own precision
+        try:
+            whole = checkpoint.load_model(folder, model.dtype) if is_apart else model  # merged into the base's own precision
+        except UserError as error:  # the base was changed or removed in the run
+            Console().say(f"warning: the adapter is not merged: {error}".replace(str(folder), str(folder.parent / "final")))
+            return False
         checkpoint.save_weights(merged_weights(whole), folder / checkpoint.WEIGHTS)
         return whole is model and model.dtype.itemsize < 4
 

@@ -11,7 +11,7 @@ from litgpt.activations import choose as choosing
 from litgpt.activations.cache import ActivationCache, CacheSettings
 from litgpt.activations.prompts import replies
 from litgpt.adapters.blocks import is_auto
-from litgpt.checkpoint import chosen_taps, tokenizer_files
+from litgpt.checkpoint import chosen_taps, tokenizer_contents
 from litgpt.config import Config
 from litgpt.data.base import Splits
 from litgpt.data.records import Record
@@ -49,6 +49,7 @@ class Job:
     rank: Rank
     console: Console
     tokenizer: Tokenizer
+    tokenizer_contents: dict[str, bytes]  # its files as they were read, for the checkpoints
     style: PromptStyle
     splits: Splits
     model: GPT
@@ -135,7 +136,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     """Return the run with its data and its model."""
     console, dtype = Console(rank.is_first and process_rank() == 0), backbone_dtype(precision)
     tokenizer = Tokenizer(base)
-    dict(tokenizer_files(base))  # shows files that cannot be copied into the checkpoints
+    contents = tokenizer_contents(base)
     assert settings.data is not None
     style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer, settings.data.fallback_style)
     if isinstance(style, ChatTemplate):
@@ -173,6 +174,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         rank,
         console,
         tokenizer,
+        contents,
         style,
         splits,
         model,

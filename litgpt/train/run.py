@@ -327,7 +327,8 @@ class Session:
             atomic.write_text(folder / "hyperparameters.yaml", dump_yaml(readable_by_litgpt(self.hyperparameters)))
             if checkpoint.is_adapter_folder(folder):
                 checkpoint.save_base(self.job.base, folder)
-            checkpoint.copy_tokenizer_files(self.job.base, folder)
+            for name, raw in self.job.tokenizer_contents.items():
+                atomic.write_bytes(folder / name, raw)
             save_prompt_style(self.job.style, folder)
 
         return write

@@ -156,6 +156,29 @@ def test_a_cache_that_changes_under_a_run_stops_it_with_its_state_saved(
     assert_same(resumed, reference)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_base_that_is_removed_under_a_run_is_not_needed(
+    quantize: str | None, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, step = Path(shutil.copytree(bench.base, tmp_path / "base")), Loop.step
+    settings = {**LORA, "quantize": quantize} if quantize else LORA
+    reference = finetune("finetune_lora", base, bench.data, tmp_path / "reference", **settings)
+
+    def removing(loop: Loop, state: State, *args: Any) -> dict[str, float]:
+        if state.step == 3:
+            shutil.rmtree(base)
+        return step(loop, state, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", removing)
+        run = finetune("finetune_lora", base, bench.data, tmp_path / "out", **settings)
+    assert run.code == 0, run.err
+    mine, others = (finetune_runs.files(one.final) for one in (run, reference))
+    merged = {"lit_model.pth"} if quantize else set()  # the weights before they were quantised are needed for it
+    assert others.keys() - mine.keys() == merged and ("the adapter is not merged" in run.err) is bool(merged)
+    assert all(mine[name] == others[name] for name in mine if name.startswith(("lit_model", "tokenizer", "generation")))
+
+
 def test_a_disk_too_full_for_the_cache_is_said_and_the_run_goes_on(bench: Bench, tmp_path: Path) -> None:
     settings = {**SKIP, "lora_dropout": 0.0, "skip2lora_output_layer": "transformer.h.3", "eval__max_new_tokens": 0}
     with small_files(2**17):
