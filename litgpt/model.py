@@ -172,6 +172,10 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, pos, use_reentrant=False) if again else block(x, pos)
         return x if cut > self.config.n_layer else self.transformer["ln_f"](x)
 
+    def last(self, idx: torch.Tensor, pos: Positions) -> torch.Tensor:
+        """Return `lm_head`'s input at the last of the positions: (B, T) -> (B, d)."""
+        return self.tail(*self.prefix(idx, pos), pos)[:, -1]
+
     def skip_sum(self, taps: torch.Tensor) -> torch.Tensor:
         """Return the adapters' sum for taps (..., S, d)."""
         raise NotImplementedError

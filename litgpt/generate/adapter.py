@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.errors import UserError
-from litgpt.generate.base import Answers, Checkpoint, open_model
+from litgpt.generate.base import Answers, Checkpoint
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Tuned(Answers, Checkpoint):
         if not file.is_file():
             problem = "is a folder" if file.is_dir() else "does not exist"
             raise UserError(f"{key}: {file} {problem}: name the file with the weights that fine-tuning left")
-        self.show(open_model(file.parent, self.precision, self.quantize, **how), input=self.input)
+        self.show(self.opened(file.parent, **how), input=self.input)
 
 
 @dataclass

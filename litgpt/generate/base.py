@@ -49,7 +49,7 @@ class Drawing:
     quantize: Optional[Quantization] = None
     """Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU)."""
     compile: bool = False
-    """Accepted for LitGPT's command lines; without effect."""
+    """Compile the computation of a token (torch.compile), which takes up to a minute before the first answer; not with generate_tp."""
     seed: int = 1234
     """Random seed. The same seed gives the same answers."""
     access_token: Optional[str] = None
@@ -59,6 +59,15 @@ class Drawing:
         for name in ("max_new_tokens", "num_samples", "speculative_k", "best_of"):
             if getattr(self, name, 1) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+
+    def opened(self, checkpoint_dir: Path, **how: Any) -> "LLM":
+        """Return the model of a folder. `how`: arguments of `open_model`."""
+        llm = open_model(checkpoint_dir, self.precision, self.quantize, **how)
+        if self.compile:
+            from litgpt.generate.engine import compile_steps
+
+            compile_steps(llm.model)
+        return llm
 
     def drawn(self, llm: "LLM", texts: list[str], n: int, first: int = 0) -> list[list[int]]:
         """Return the ids of n answers to each of the texts, which are in the prompt style.
@@ -130,7 +139,7 @@ class Generate(Answers, Checkpoint):
     def main(self) -> None:
         if self.best_of > 1 and (self.speculate or self.num_samples > 1):
             raise UserError(f"best_of draws its answers in one batch: leave out {'speculate' if self.speculate else 'num_samples'}")
-        llm = open_model(self.checkpoint_dir, self.precision, self.quantize)
+        llm = self.opened(self.checkpoint_dir)
         if self.best_of > 1:
             self._show_best(llm)
         else:

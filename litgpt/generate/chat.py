@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import expand_path, read_yaml
-from litgpt.generate.base import Checkpoint, Drawing, Metered, open_model
+from litgpt.generate.base import Checkpoint, Drawing, Metered
 from litgpt.streams import safe, show, unescaped
 from litgpt.text import as_utf8
 
@@ -44,7 +44,7 @@ class Chat(Drawing, Checkpoint):
         from litgpt.generate.sampling import Sampling
 
         sampling = Sampling(**self.sampling)
-        llm = open_model(self.checkpoint_dir, self.precision, self.quantize)
+        llm = self.opened(self.checkpoint_dir)
         talk(Conversation(llm, self.max_new_tokens, sampling, self.sys_prompt, self.checkpoint_dir, self.seed), self.multiline)
 
 

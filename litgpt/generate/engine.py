@@ -17,6 +17,7 @@ from litgpt.generate.sampling import Sampling, StopFilter, until_stop
 from litgpt.model import GPT, KVCache, Positions
 from litgpt.rope import is_long
 from litgpt.sharding import is_sharded
+from litgpt.text import first_line
 
 MOST_ROWS = 32  # answers that `generate_batch` computes at a time
 FIRST_ROOM = 256  # positions of a new cache
@@ -124,8 +125,7 @@ class Batch:
 
     def hidden(self, idx: torch.Tensor, pos: Positions, rows: Sequence[Row]) -> torch.Tensor:
         """Return the output layer's input at the last of the positions: idx (n, T) -> (n, d)."""
-        x, taps = self.model.prefix(idx, pos)
-        return self.model.tail(x, taps, pos)[:, -1]
+        return self.model.last(idx, pos)
 
     def _decode(self, rows: list[Row]) -> torch.Tensor:
         """Run the last tokens of rows: (n, d)."""
@@ -312,6 +312,24 @@ def greedy(model: GPT, prompt: Sequence[int], most: int, stop_tokens: Sequence[S
         answer += stops.push(tokens[-1])
     model.train(was_training)
     return answer + stops.held
+
+
+def compile_steps(model: GPT) -> None:
+    """Compile the pass of a single new token (`torch.compile`). It begins with the first answer, and takes up to a minute.
+
+    Raises UserError then if torch cannot compile, for lack of a C++ compiler for example.
+    """
+    eager, compiled = model.last, torch.compile(model.last, dynamic=True)
+
+    def last(idx: torch.Tensor, pos: Positions) -> torch.Tensor:
+        try:
+            return compiled(idx, pos) if idx.size(1) == 1 else eager(idx, pos)
+        except RuntimeError as error:
+            if type(error).__module__.startswith("torch._"):
+                raise UserError(f"compile: {first_line(error)}. Leave the option out") from None
+            raise
+
+    model.last = last  # type: ignore[method-assign]
 
 
 def generate_batch(

@@ -13,7 +13,7 @@ from litgpt.data.records import Record, read_record
 from litgpt.data.sources import read_records, read_rows
 from litgpt.errors import UserError
 from litgpt.files import expand_path
-from litgpt.generate.base import Checkpoint, Drawing, open_model
+from litgpt.generate.base import Checkpoint, Drawing
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
@@ -62,7 +62,7 @@ class SampleAnswers(Drawing, Files, Checkpoint):
         rows, records = read_rows(self.data), read_records(self.data)
         if self.sys_prompt is not None:
             records = [_with_system(record, self.sys_prompt) for record in records]
-        llm = open_model(self.checkpoint_dir, self.precision, self.quantize)
+        llm = self.opened(self.checkpoint_dir)
         from litgpt.atomic import write_text
         from litgpt.logs import Console
 

@@ -42,7 +42,7 @@ class Sequentially(Several):
         count = there if self.devices == "auto" else int(self.devices) if str(self.devices).isdecimal() else 0
         if not 1 <= count <= there:
             raise UserError(f"devices is {self.devices!r}: this machine has {there} for generate_sequentially")
-        llm = open_model(self.checkpoint_dir, self.precision, self.quantize, device="cpu")
+        llm = self.opened(self.checkpoint_dir, device="cpu")
         spread(llm.model, [torch.device("cuda", i) for i in range(count)] if torch.cuda.is_available() else [torch.device("cpu")])
         self.show(llm)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from litgpt.generate.base import Answers, open_model
+from litgpt.generate.base import Answers
 
 
 @dataclass
@@ -24,8 +24,5 @@ class Speculatively(Answers, Models):
     """Tokens that the small model drafts at a time."""
 
     def main(self) -> None:
-        draft, target = (
-            open_model(folder, self.precision, self.quantize)
-            for folder in (self.draft_model_checkpoint_dir, self.target_model_checkpoint_dir)
-        )
+        draft, target = (self.opened(folder) for folder in (self.draft_model_checkpoint_dir, self.target_model_checkpoint_dir))
         self.show(target, self.speculative_k, draft.model)
