@@ -91,9 +91,9 @@ def check_of(name: str) -> Check:
     if name == EXACT:
         return lambda row, answer: is_exact(read_record(row).reply, answer)
     path, colon, function = name.rpartition(":")
-    file = expand_path(path)
-    if not colon or file.suffix != ".py":
+    if not colon or not path.endswith(".py"):
         raise UserError(f"check is {name!r}: {EXACT!r} or FILE.py:FUNCTION is needed")
+    file = expand_path(path)
     if not file.is_file():
         raise UserError(f"check: {file} does not exist: name the file with your function")
     spec = importlib.util.spec_from_file_location(file.stem, file)
