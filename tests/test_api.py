@@ -248,8 +248,8 @@ def test_other_arguments(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (lambda: llm.distribute(devices=None), lambda: llm.value("x", answer=5), lambda: llm.generate("x", beams=2)):  # type: ignore[arg-type]
         with pytest.raises(UserError, match="devices is None|answer is 5|no argument 'beams': min_p, .* can be given"):
             call()
-    for function in (merge_lora, validate, convert_to_litgpt, convert_from_litgpt, convert_adapter):
-        with pytest.raises(UserError, match="checkpoint_dir is None: .*path is needed"):
+    for function in (merge_lora, validate, convert_from_litgpt, convert_adapter):
+        with pytest.raises(UserError, match="_dir is None: .*path is needed"):
             function(None, *["x"] * (function in (convert_from_litgpt, convert_adapter)))  # type: ignore[arg-type]
 
 
