@@ -171,7 +171,7 @@ def _empty_sibling(path: Path) -> Path:
 
 
 def _put_in_place(temporary: Path, path: Path, locks: list[int]) -> None:
-    """Rename `temporary` to `path`. An existing `path` is set aside, locked, and removed afterwards."""
+    """Rename `temporary` to `path`. An existing `path` is set aside, locked, and removed; files that it does not list move over."""
     old = None
     if path.exists():
         old = path.with_name(f"{temporary.name}.old")
@@ -186,6 +186,11 @@ def _put_in_place(temporary: Path, path: Path, locks: list[int]) -> None:
         raise
     _sync(path.parent)
     if old is not None:
+        for file in unlisted(old) if read_manifest(old) is not None else ():
+            with suppress(OSError):
+                kept = path / file.relative_to(old)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                file.rename(kept)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -200,7 +205,7 @@ def _sync(path: Path) -> None:
 def remove_leftovers(folder: str | Path) -> None:
     """Remove the temporary folders of killed processes in `folder`. A folder that one of them had set aside is restored."""
     for leftover in sorted(Path(folder).glob(".*.litgpt-*.tmp*")):
-        match = re.fullmatch(r"\.(.+)\.litgpt-\w+\.tmp(\.old)?", leftover.name)
+        match = re.fullmatch(r"\.(.+)\.litgpt-[0-9a-f]{8}\.tmp(\.old)?", leftover.name)
         if match is None or leftover.is_symlink() or not leftover.is_dir():
             continue
         try:
@@ -257,6 +262,12 @@ def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]] | None:
     except (UserError, KeyError, TypeError, AttributeError):
         return None
     return files if known and relative and typed else None
+
+
+def unlisted(folder: Path) -> list[Path]:
+    """Return the files in a folder that its manifest does not list."""
+    listed = {*(read_manifest(folder) or ()), MANIFEST}
+    return sorted(file for file in folder.rglob("*") if not file.is_dir() and file.relative_to(folder).as_posix() not in listed)
 
 
 def damages(folder: str | Path, names: Iterable[str] | None = None, contents: bool = False) -> list[str]:

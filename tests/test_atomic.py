@@ -291,8 +291,8 @@ def test_a_folder_put_aside_comes_back_if_its_successor_never_came(tmp_path: Pat
 
 
 def test_a_new_folder_clears_what_is_left_beside_it(tmp_path: Path) -> None:
-    (tmp_path / ".final.litgpt-dead.tmp").mkdir()
-    (tmp_path / ".other.litgpt-dead.tmp").mkdir()
+    (tmp_path / ".final.litgpt-0000dead.tmp").mkdir()
+    (tmp_path / ".other.litgpt-0000dead.tmp").mkdir()
     filled(tmp_path / "final")
     assert left_in(tmp_path) == ["final"]
 

@@ -194,7 +194,7 @@ def open_store(
             os.fsync(store.descriptor)
             os.fsync(store.index)
         except OSError:
-            shutil.rmtree(store.folder, ignore_errors=True)
+            _remove(store.folder)
             raise
         store.open(os.O_RDONLY)
     return store
@@ -224,9 +224,16 @@ def _opened(store: Rows, indices: list[int], say: Say) -> list[int]:
         store.allocate(left, damaged)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         raise
     return left or indices[:1]
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):  # not empty: there are files of others
+        for name in (DATA, INDEX):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _require_own(folder: Path) -> None:

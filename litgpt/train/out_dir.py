@@ -73,12 +73,12 @@ class OutDir:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"out_dir {path} cannot be written to: you may not write to {nearest}")
         results, foreign = earlier(path)
+        if misplaced := foreign if self.overwrite else _misplaced_logs(path):
+            self._refuse(misplaced)
         if (results or foreign) and refuse_earlier and self.resume is False and not self.overwrite:
             names = ", ".join(dict.fromkeys(result.relative_to(path).parts[0] for result in sorted(results + foreign)))
             ways = "give another --out_dir, --resume true to continue it, or --overwrite true to replace it"
             raise UserError(f"out_dir {path} holds an earlier run ({names}): {ways}")
-        if foreign and self.overwrite:
-            self._refuse(foreign)
         if any(self.base.resolve().is_relative_to(result.resolve()) for result in results):
             raise UserError(f"checkpoint_dir {self.base} is part of the run in out_dir, which would be replaced: give another --out_dir")
 
@@ -265,34 +265,43 @@ def conclude(out_dir: Path, report: dict[str, Any], keep_last: int | None) -> No
 
 
 def prune(out_dir: Path, step: int, keep_last: int | None) -> None:
-    """Remove the checkpoints before `step` that are not to be kept, and all but the `keep_last` newest of the others."""
+    """Remove the checkpoints before `step` that are not to be kept, and all but the `keep_last` newest of the others.
+
+    A folder into which the user has put a file stays.
+    """
     kept = 0
     for folder in steps(out_dir):
         folder_step = number(folder) or 0
         flag = _is_kept(folder)
         kept += folder_step <= step and flag is True
         surplus = flag is True and keep_last is not None and kept > keep_last
-        if folder_step < step and (surplus or flag is False):
+        if folder_step < step and (surplus or flag is False) and not atomic.unlisted(folder):
             atomic.remove_folder(folder)
 
 
 def earlier(out_dir: Path) -> tuple[list[Path], list[Path]]:
     """Return the results of an earlier run in the folder, and the files under the names of results that no run wrote."""
-    logs = [file for pattern in LOG_FILES for file in (out_dir / LOGS).glob(pattern)]
-    ours, foreign = sorted(file for file in logs if file.is_file()), list[Path]()
+    logs = sorted(file for pattern in LOG_FILES for file in (out_dir / LOGS).glob(pattern))
+    ours = [file for file in logs if file.is_file() and not file.is_symlink()]
+    foreign = [*_misplaced_logs(out_dir), *(file for file in logs if file not in ours)]
     for path in (*steps(out_dir), out_dir / "best", out_dir / "final"):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             foreign.append(path)
         elif path.is_dir():
-            listed = {*(atomic.read_manifest(path) or ()), atomic.MANIFEST}
-            extra = [file for file in path.rglob("*") if not file.is_dir() and file.relative_to(path).as_posix() not in listed]
-            foreign += sorted(extra)
+            extra = atomic.unlisted(path)
+            foreign += extra
             ours += [] if extra else [path]
     if (report := out_dir / REPORT).exists():
         (ours if _is_report(report) else foreign).append(report)
     if (about := out_dir / PAGE).exists():
         (ours if about.is_file() and MARK in about.read_bytes()[:400] else foreign).append(about)
     return ours, foreign
+
+
+def _misplaced_logs(out_dir: Path) -> list[Path]:
+    """Return what has the place of the folder of the logs and is none: a link would lead the logs elsewhere."""
+    places = ((out_dir / LOGS).parent, out_dir / LOGS)
+    return [place for place in places if os.path.lexists(place) and (place.is_symlink() or not place.is_dir())]
 
 
 def _is_report(file: Path) -> bool:

@@ -153,3 +153,16 @@ def entries(folder: Path) -> list[bytes]:
     file = folder / MANY.key / INDEX
     content = file.read_bytes() if file.exists() else b""
     return [content[k : k + ENTRY] for k in range(0, len(content), ENTRY)]
+
+
+def test_a_full_disk_costs_no_file_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Rows, "allocate", full)
+    folder = tmp_path / CONTENTS.key[:32]
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OSError, match="No space"):
+        open_store(tmp_path, CONTENTS, BATCHES, Fill(), lambda text: None)
+    assert [file.name for file in folder.iterdir()] == ["notes.txt"]

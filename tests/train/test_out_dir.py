@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from litgpt import atomic
 from litgpt.errors import UserError
-from litgpt.train.out_dir import OutDir, earlier
+from litgpt.train import out_dir as out_dir_module
+from litgpt.train.out_dir import OutDir, earlier, prune
 
 
 def fill(out_dir: Path) -> None:
@@ -73,5 +75,39 @@ def test_a_link_is_not_a_result(tmp_path: Path) -> None:
 def test_leftovers_are_told_by_their_mark(tmp_path: Path) -> None:
     for name in (".draft.tmp", ".report.json.litgpt.tmp"):
         (tmp_path / name).touch()
+    for name in (".thesis.litgpt-12.tmp", ".thesis.litgpt-chapters.tmp.old", ".final.litgpt-0123abcd.tmp"):
+        (tmp_path / name).mkdir()
     with OutDir(tmp_path, resume=False, overwrite=False, base=tmp_path / "base"):
-        assert [path.name for path in tmp_path.iterdir()] == [".draft.tmp"]
+        left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".draft.tmp", ".thesis.litgpt-12.tmp", ".thesis.litgpt-chapters.tmp.old"]
+
+
+@pytest.mark.parametrize("place", ["logs", "logs/version_0"])
+@pytest.mark.parametrize("kind", ["link", "file"])
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_the_logs_are_not_led_elsewhere(resume: Any, kind: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    planted = tmp_path / "out" / place
+    planted.parent.mkdir(parents=True)
+    planted.symlink_to(tmp_path / "elsewhere") if kind == "link" else planted.touch()
+    with pytest.raises(UserError, match=f"no run wrote \\({place}\\): move them away"):
+        OutDir(tmp_path / "out", resume=resume, overwrite=False, base=tmp_path / "base").check()
+
+
+def test_what_the_user_puts_into_a_checkpoint_stays(tmp_path: Path) -> None:
+    """Where a checkpoint is replaced, it moves to the new one; one that would be removed is kept."""
+    for content in ("first", "second"):
+        with atomic.new_folder(tmp_path / "best", overwrite=True) as folder:
+            (folder / "lit_model.pth.lora").write_text(content)
+        if content == "first":
+            (tmp_path / "best/deep").mkdir()
+            (tmp_path / "best/deep/notes.txt").write_text("mine")
+    assert (tmp_path / "best/lit_model.pth.lora").read_text() == "second" and (tmp_path / "best/deep/notes.txt").read_text() == "mine"
+    for step in (1, 2, 3):
+        with atomic.new_folder(tmp_path / f"step-00000{step}") as folder:
+            atomic.write_text(folder / "training_state.json", '{"facts": {"kept": false}}')
+    (tmp_path / "step-000001/notes.txt").write_text("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(out_dir_module, "_is_kept", lambda folder: False)
+        prune(tmp_path, 3, keep_last=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000001", "step-000003"]

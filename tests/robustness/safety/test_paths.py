@@ -138,8 +138,8 @@ def test_leftovers_are_removed_only_where_they_are_ours(tmp_path: Path) -> None:
     (precious / "file").write_text("x")
     place = tmp_path / "place"
     place.mkdir()
-    os.symlink(precious, place / ".out.litgpt-abc.tmp")
-    os.symlink(precious, place / ".out.litgpt-abc.tmp.old")
+    os.symlink(precious, place / ".out.litgpt-0123abcd.tmp")
+    os.symlink(precious, place / ".out.litgpt-0123abcd.tmp.old")
     atomic.remove_leftovers(place)
     assert (precious / "file").read_text() == "x"
 
