@@ -260,8 +260,7 @@ class Session:
         optimizer = make_optimizer(self.settings.optimizer, [part_of(p) for p in self.model.parameters() if p.requires_grad])
         for group in optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
-        named = [(name, part_of(p)) for name, p in self.model.named_parameters() if p.requires_grad]
-        multiply_rates(optimizer, {id(p): self.job.method.lr_ratio_of(name) for name, p in named})
+        multiply_rates(optimizer, self._ratios())
         self.loop = None
         batches, own, val, val_batches = self.sources or self._sources(train, evaluation, cache)
         job = self.job
@@ -280,6 +279,17 @@ class Session:
                 result = activations(self.model, samples, indices, name, self.job.cache_settings(mode), self.rank.device)
         self.cached[name] = isinstance(result, ActivationCache)
         return result
+
+    def _ratios(self) -> dict[int, float]:
+        """Return the trained parameters' learning rates as multiples of the optimizer's, by `id`. A tied weight has two names."""
+        ratios: dict[int, float] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                key, ratio = id(part_of(parameter)), self.job.method.lr_ratio_of(name)
+                if 1 not in (ratio, ratios.get(key, 1)) and ratio != ratios[key]:
+                    raise UserError(f"lr_ratios: {name} shares its weight with another layer, which has the ratio {ratios[key]:g}")
+                ratios[key] = ratio if ratio != 1 else ratios.get(key, 1)
+        return ratios
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Restore optimizer and random generators for the first loop of a resumed session."""

@@ -215,11 +215,29 @@ def test_beside_quantised_blocks_and_the_cache(settings: dict[str, Any], base: P
     assert losses[-1] < losses[0] and ("training cache" in run.err) == ("skip2lora_enabled" in settings)
 
 
+@pytest.mark.parametrize("group", BOTH)
+def test_one_weight_has_the_rate_of_either_name(group: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """A step of SGD without a warm-up: the rate is in the difference."""
+    plain = {"train__max_steps": 1, "train__lr_warmup_steps": 0, "optimizer": "SGD", "lora_dropout": 0.0}
+    before = checkpoint.load_weights(base / "lit_model.pth")["lm_head.weight"]
+    changes = []
+    for name, words in {"one": [], "three": [f"--lr_ratios.{group}", "3"]}.items():
+        run = runs.finetune("finetune_lora", base, data, tmp_path / name, "--modules_to_save", "[wte, lm_head]", *words, **plain)
+        assert run.code == 0, run.err
+        changes.append(checkpoint.load_weights(run.final / "lit_model.pth")["lm_head.weight"] - before)
+    assert changes[0].abs().max() > 1e-4
+    assert_close(changes[1], 3 * changes[0], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--modules_to_save", "[ln_f]"], "modules_to_save names ln_f: wte (the embedding) and lm_head can be trained whole"),
         (["--modules_to_save", "[lm_head]", "--lora_head", "true"], "does not work with lora_head"),
+        (
+            ["--modules_to_save", "[wte, lm_head]", "--lr_ratios.wte", "2", "--lr_ratios.lm_head", "3"],
+            "lr_ratios: transformer.wte.weight shares its weight with",
+        ),
         (["--modules_to_save", "[wte]", "--skip2lora_enabled", "true"], "[wte] does not work with skip2lora_enabled, whose cache"),
         (["--modules_to_save", "[wte]", "--alora_enabled", "true"], "does not work with alora_enabled"),
         (["--modules_to_save", "[wte]", "--mtp_heads", "2"], "does not work with mtp_heads"),
