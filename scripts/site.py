@@ -6,7 +6,6 @@ The settings come from the commands' dataclasses and signatures, when the site i
 from __future__ import annotations
 
 import argparse
-import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 import jsonargparse
 from mkdocs.structure.files import File
 
-from litgpt import data
 from litgpt.__main__ import COMMANDS, load
+from litgpt.data import DataModule
 from litgpt.help import parser_of
-from litgpt.keys import Keys
+from litgpt.keys import Keys, known_classes
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
@@ -92,12 +91,10 @@ def rows_of(name: str) -> dict[str, tuple[str, str, str]]:
 
 def data_sets() -> Iterator[str]:
     """Yield the lines about the classes of litgpt.data."""
-    for name in data.__all__:
-        kind = getattr(data, name)
-        if isinstance(kind, type) and issubclass(kind, data.DataModule) and not inspect.isabstract(kind):
-            parser = jsonargparse.ArgumentParser()
-            parser.add_class_arguments(kind)
-            yield from (f"### {name}", "", str(kind.__doc__).split("\n\n")[0], "", *table(rows(parser)))
+    for name, kind in sorted(known_classes(DataModule).items()):
+        parser = jsonargparse.ArgumentParser()
+        parser.add_class_arguments(kind)
+        yield from (f"### {name}", "", str(kind.__doc__).split("\n\n")[0], "", *table(rows(parser)))
 
 
 def table(rows: dict[str, tuple[str, str, str]]) -> list[str]:
