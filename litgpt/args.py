@@ -113,8 +113,6 @@ class TrainArgs:
     """Train this many general questions (24 at most) beside the data, with the base model's own answers: the model forgets less."""
     max_norm: Optional[float] = setting(None, varies=True)
     """Clip gradients to this norm. null: no clipping."""
-    clip_value: Optional[float] = setting(None, varies=True)
-    """Clip each value of the gradients to this size, after max_norm. null: no clipping."""
     min_lr: float = setting(6e-5, varies=True)
     """Learning rate at the end of the cosine decay."""
     skip_nonfinite: bool = setting(False, varies=True, may_change=True)
@@ -124,7 +122,7 @@ class TrainArgs:
         _at_least("train", self, 1, "save_interval", "keep_last", "log_interval", "global_batch_size", "micro_batch_size")
         _at_least("train", self, 1, "epochs", "max_tokens", "max_steps", "max_seq_length")
         _at_least("train", self, 0, "lr_warmup_steps", "lr_warmup_fraction", "min_lr", "replay")
-        _above_zero("train", self, "neftune_noise_alpha", "max_time", "max_norm", "clip_value", "save_every_minutes")
+        _above_zero("train", self, "neftune_noise_alpha", "max_time", "max_norm", "save_every_minutes")
         if self.global_batch_size % self.micro_batch_size:
             raise UserError(
                 f"train.global_batch_size ({self.global_batch_size}) must be a multiple of train.micro_batch_size"

@@ -192,8 +192,6 @@ class Loop:
         if self._is_finite(state, batch.indices, {"loss": mean, "gradient norm": norm.item()}):
             if self.train.max_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.trained, self.train.max_norm, norm)
-            if self.train.clip_value is not None:
-                torch.nn.utils.clip_grad_value_(self.trained, self.train.clip_value)
             state.consistent = False
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
