@@ -13,12 +13,11 @@ from litgpt.args import is_number, setting
 from litgpt.errors import UserError
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
-Variant = Literal["lora", "dora", "pissa", "olora", "orthogonal"]
+Variant = Literal["lora", "dora", "pissa", "olora"]
 VARIANTS = {  # the classes in this folder that are mixed into LoRA's layers
     "dora": "dora:DoRA",
     "pissa": "pissa:PiSSA",
     "olora": "pissa:OLoRA",
-    "orthogonal": "orthogonal:Orthogonal",
 }
 ValueHeadKind = Literal["linear", "mlp"]
 TapNorm = Literal["rms", "none"]
