@@ -43,7 +43,6 @@ COMMANDS = {  # module:function or module:dataclass of this package, in a module
     "chat": ("generate.chat:Chat", "Talk to a checkpoint or an adapter."),
     "data": ("examine:examine", "Look at a file of records: kinds, lengths, repetitions, and how a model reads them."),
     "prompts": ("examine:prompts", "Show the prompt styles, or the chat template of a model."),
-    "tokens": ("examine:tokens", "Show the tokens that a model reads a text as."),
     "evaluate": ("evaluate:evaluate", "Measure a model or an adapter on your records, or on tasks of lm-evaluation-harness."),
     "serve": ("serve.command:Serve", "Serve a model and its adapters: OpenAI's interface, /predict, a page to chat."),
     "download": ("download:download_from_hub", "Get a model from the Hugging Face hub."),

@@ -310,17 +310,3 @@ def _style_of(name: str) -> tuple[PromptStyle, Tokenizer, str]:
         kind = "the model's own chat template" if style.name == "chat" else f"the prompt style {style.name!r}"
         return style, own, f"{name}: {kind}"
     return PromptStyle.from_name(name), cast(Tokenizer, _AnyTokenizer()), f"The prompt style {name!r}"
-
-
-def tokens(checkpoint_dir: Path, text: str) -> None:
-    """Show the tokens that a model reads a text as.
-
-    Args:
-        checkpoint_dir: The model.
-        text: The text.
-    """
-    tokenizer, _, limit = _open(checkpoint_dir, None, None)
-    ids = tokenizer.ids(text)
-    print(f"{_count(len(ids), 'token')} of {limit:,} that the model can read at once:")
-    for token in ids:
-        print(f"{token:>8}  {tokenizer.decode([token], skip_special_tokens=False)!r}")
