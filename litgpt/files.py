@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import time
+from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ class _RepeatedKeyError(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        repeated = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         values = " and ".join(repr(value)[:40] for key, value in pairs if key == repeated)
         raise _RepeatedKeyError(f"{repr(repeated)[:60]} twice ({values})")
     return content

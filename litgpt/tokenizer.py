@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.errors import UserError
-from litgpt.files import decode_text, read_json, read_own
+from litgpt.files import decode_text, read_bytes, read_json, read_own
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,6 +21,11 @@ MOST_TEXT = 2**21  # characters of a text, whose tokens take some 300 bytes each
 TEMPLATES = "additional_chat_templates"  # folder of templates besides chat_template.jinja, by name
 EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # in this order, as transformers reads them
 STANDARD_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # other names are a model's own
+MOST_FILE = 2**28  # bytes of tokenizer.json
+MOST_ADDED = 2**22  # bytes of the texts of added tokens, each of which takes some 80 in memory
+MOST_LOOKS = 2**27  # characters of a text times those of the longest piece, which a Unigram model compares
+LONGEST_WORD = 1_000  # characters that a WordPiece model divides, in time that grows faster than their square
+CONTENT = re.compile(rb'"content"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')  # of an added token in tokenizer.json
 MOST_GROWTH = 64  # times that a decoder may lengthen a token
 
 
@@ -33,6 +39,7 @@ class Tokenizer:
         self.folder = folder = Path(checkpoint_dir)
         self._backend = _load_backend(folder)
         self._steps = _replacements(self._backend.normalizer)
+        self._longest_piece = _longest_piece(self._backend, folder / "tokenizer.json")
         if (growth := _grown(1, _replacements(self._backend.decoder))) > MOST_GROWTH:
             raise UserError(f"{folder / 'tokenizer.json'}: its decoder makes a text {growth:,} times as long: it is broken, copy it again")
         config, named = (_load_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
@@ -157,6 +164,12 @@ class Tokenizer:
         if (size := _grown(len(text), self._steps)) > MOST_TEXT:
             grown = "" if size == len(text) else f", which tokenizer.json may replace by {size:,}"
             raise UserError(f"a text has {len(text):,} characters{grown}: at most {MOST_TEXT:,} are tokenised. Split it")
+        if size * self._longest_piece > MOST_LOOKS:
+            most = MOST_LOOKS // self._longest_piece
+            raise UserError(
+                f"a text has {size:,} characters: with pieces of {self._longest_piece:,} in tokenizer.json at most {most:,} are tokenised. "
+                "Split it"
+            )
 
     def _encode(self, text: str) -> tokenizers.Encoding:
         self._require_bounded(text)
@@ -240,6 +253,11 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
                 "or write it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
         raise UserError(f"{file} is missing: a checkpoint folder holds it")
+    added = sum(len(match[1]) for match in CONTENT.finditer(read_bytes(file, most=MOST_FILE)))
+    if added > MOST_ADDED:
+        raise UserError(
+            f"{file}: its added tokens and replacements have {added:,} bytes, at most {MOST_ADDED:,} are read: it is broken, copy it again"
+        )
     try:
         with _no_panics(str(file)):
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -250,6 +268,14 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _longest_piece(backend: tokenizers.Tokenizer, file: Path) -> int:
+    """Return the longest piece's characters of a Unigram model, 0 for others. Raises UserError for a WordPiece model of endless words."""
+    kind = type(backend.model).__name__
+    if kind == "WordPiece" and (longest := backend.model.max_input_chars_per_word) > LONGEST_WORD:
+        raise UserError(f"{file}: max_input_chars_per_word is {longest:,}, at most {LONGEST_WORD:,} are supported: correct it")
+    return max(map(len, backend.get_vocab(with_added_tokens=False)), default=0) if kind == "Unigram" else 0
 
 
 def _replacements(part: Any) -> list[tuple[int, int]]:

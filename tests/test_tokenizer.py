@@ -197,7 +197,7 @@ REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
     ("part", "steps", "message"),
     [
         ("normalizer", [REPLACE] * 6, "a text has 5 characters, which tokenizer.json may replace by 5,000,000: at most 2,097,152"),
-        ("normalizer", [{**REPLACE, "pattern": {"Regex": "a"}, "content": "b" * 10_000_000}], "may replace by"),
+        ("normalizer", [{**REPLACE, "pattern": {"Regex": "a"}, "content": "b" * 1_000_000}], "may replace by"),
         ("normalizer", [{"type": "Prepend", "prepend": "b" * 3_000_000}], "may replace by 3,000,0"),
         ("decoder", [REPLACE] * 6, "its decoder makes a text 1,000,000 times as long"),
         ("normalizer", [REPLACE, {**REPLACE, "content": ""}, {"type": "Lowercase"}], None),
@@ -223,6 +223,49 @@ def test_long_texts_are_refused(tiny_tokenizer_dir: Path, monkeypatch: pytest.Mo
     assert tokenizer.ids("abc")
     with pytest.raises(UserError, match="a text has 4 characters"):
         tokenizer.ids_with_offsets("abcd")
+
+
+def wordpiece(longest: int) -> dict[str, object]:
+    vocab = {"[UNK]": 0, "a": 1, "##a": 2}
+    return {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": longest,
+        "vocab": vocab,
+    }
+
+
+def unigram(longest: int) -> dict[str, object]:
+    return {"type": "Unigram", "unk_id": 0, "vocab": [["a" * n, -1.0] for n in range(1, longest + 1)]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "message"),
+    [
+        ({"model": wordpiece(10**9)}, "a", "max_input_chars_per_word is 1,000,000,000, at most 1,000 are supported"),
+        ({"model": unigram(2000)}, "a" * 70_000, "a text has 70,000 characters: with pieces of 2,000 in tokenizer.json at most 67,108 are"),
+        ({"model": unigram(20)}, "a" * 70_000, None),
+        (
+            {"added_tokens": [{"id": 320, "content": "x" * 2**22 + "\\n"}]},
+            "a",
+            "its added tokens and replacements have 4,194,307 bytes, at most",
+        ),
+    ],
+    ids=["words", "pieces", "ordinary pieces", "an added token"],
+)
+def test_models_that_look_too_long_are_bounded(
+    changes: dict[str, object], text: str, message: str | None, tmp_path: Path, write_tiny_tokenizer: WriteTokenizer
+) -> None:
+    folder = write_tiny_tokenizer(tmp_path)
+    (folder / "generation_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text("{}")
+    rewrite(folder, "tokenizer.json", **{"added_tokens": [], "normalizer": None, "pre_tokenizer": None, **changes})
+    if message is None:
+        assert Tokenizer(folder).ids(text)
+        return
+    with pytest.raises(UserError, match=message):
+        Tokenizer(folder).ids(text)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import importlib
 import io
 import re
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     try:
         names = next(reader)
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
+        if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
             raise UserError(f"{path}, line 1: the column {repeated[0]!r} twice: leave one of them out")
         for cells in reader:
             if cells and len(cells) != len(names):

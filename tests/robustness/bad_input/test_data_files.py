@@ -78,6 +78,13 @@ ROWS = [
     Case("a zero byte in the name", data(None, "da\0ta.json"), "data.json_path", "zero byte", 2),
     # kinds of file
     Case("CSV", data("instruction,output\na,b,c\n", "data.csv"), "data.csv, line 2", "names 2 columns"),
+    Case("a column twice, of very many", data("c,".join(map(str, range(50_000))) + "c,0c\n", "data.csv"), "the column '0c'", "leave one"),
+    Case(
+        "a key twice, of very many",
+        data("[{" + ",".join(f'"{i}": 0' for i in (*range(50_000), 49_999)) + "}]"),
+        "data.json: an object has the key '49999' twice",
+        "leave one",
+    ),
     Case("parquet", data(b"PAR1" + bytes(20), "data.parquet"), "data.parquet", "pip install"),
     Case("no ending", data("[]", "data"), "data", ".json, .jsonl"),
     Case("gzip", data(gzip.compress(b"[]" * 99)), "data.json, line 1", "save the file as UTF-8"),
