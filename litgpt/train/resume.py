@@ -247,7 +247,7 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _misfit(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> str:
-    """Return what is wrong with a state for this optimizer, whose kernels read its tensors without looking at their shapes."""
+    """Return what is wrong with a state for this optimizer, whose kernels read its tensors without looking at shapes and dtypes."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     if type(optimizer).__module__.startswith("bitsandbytes"):  # its 8-bit states have shapes of their own
         return ""
@@ -259,8 +259,11 @@ def _misfit(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) 
             if isinstance(value, torch.Tensor):
                 factors = ((*shape[:-1], 1), (*shape[:-2], 1, *shape[-1:])) if name in FACTORS else ()
                 wanted = ((), (1,)) if name in SCALARS else (tuple(shape), *factors)
-                if tuple(value.shape) not in wanted or not value.is_floating_point():
-                    return f"{name} of parameter {i} is {value.dtype} {tuple(value.shape)}, not a float {tuple(shape)}"
+                dtype = torch.float32 if name in SCALARS else trained[i].dtype
+                if tuple(value.shape) not in wanted or value.dtype != dtype:
+                    return f"{name} of parameter {i} is {value.dtype} {tuple(value.shape)}, not {dtype} {wanted[0]}"
+                if not value.isfinite().all():
+                    return f"{name} of parameter {i} is not finite"
     return ""
 
 
