@@ -141,7 +141,9 @@ class Keys:
                 raise UsageError(f"{place} takes a class_path and the mapping init_args, nothing else")
             if "class_path" in value:
                 yield key, value["class_path"]
-            yield from ((f"{key}.init_args.{name}", item) for name, item in arguments.items())
+            for name, item in arguments.items():
+                is_style = name == "prompt_style" and isinstance(item, dict) and not item.get("init_args")  # LitGPT's form
+                yield f"{key}.init_args.{name}", item.get("class_path", item) if is_style else item
         elif key in self.classes and (reader := _reader_of(self.classes[key], value)):
             yield key, reader[0]
             yield f"{key}.init_args.{reader[1]}", value

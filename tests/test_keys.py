@@ -134,3 +134,15 @@ def test_a_class_that_is_made_later_does_not_take_a_name() -> None:
     """`data.connect` makes a subclass of the same name and module."""
     made = type("JSON", (JSON,), {"__module__": JSON.__module__})
     assert made.__name__ == "JSON" and known_classes(DataModule)["JSON"] is JSON
+
+
+@pytest.mark.parametrize("style", ["litgpt.prompts.Alpaca", {"class_path": "litgpt.prompts.Alpaca"}])
+def test_a_prompt_style_named_by_its_class(style: Any) -> None:
+    """Both of LitGPT's forms; its styles take no arguments."""
+
+    def of(value: Any) -> Any:
+        return merged({"data": {"class_path": "litgpt.data.JSON", "init_args": {"prompt_style": value}}})["data"]
+
+    assert of(style) == {"class_path": JSON, "init_args": {"prompt_style": "litgpt.prompts.Alpaca"}}
+    with pytest.raises(UsageError, match="is not text or null"):
+        of({"class_path": "litgpt.prompts.Alpaca", "init_args": {"a": 1}})
