@@ -16,8 +16,8 @@ from litgpt.text import printable
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
 SHORTEST_SECRET = 6  # characters; shorter ones would hide parts of words
-HUB_TOKEN = re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}(?:\.[\w.-]+)?")
-USER_PART = re.compile(r"(?<=://)[^/\s]*(?=@)")  # of a URL: name and password
+HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}(?:\.[\w.-]+)?")
+USER_PART = re.compile(r"(://|https?:/)[^/\s]*@")  # of a URL, which may have become a path: name and password
 HIDDEN = "***"
 
 _secrets: set[str] = set()
@@ -36,7 +36,7 @@ def without_secrets(text: str) -> str:
     for secret in sorted(known, key=len, reverse=True):
         if len(secret) >= SHORTEST_SECRET:
             text = text.replace(secret, HIDDEN)
-    return USER_PART.sub(HIDDEN, HUB_TOKEN.sub(HIDDEN, text))
+    return USER_PART.sub(rf"\1{HIDDEN}@", HUB_TOKEN.sub(HIDDEN, text))
 
 
 def safe(text: str) -> str:

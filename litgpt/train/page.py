@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from litgpt import args
+from litgpt.text import printable
 
 Points = Sequence[tuple[int, float]]
 Answers = Mapping[str, Sequence[tuple[int, str]]]  # question -> (step, answer)
@@ -33,17 +34,17 @@ table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: 
 def page(title: str, summary: Mapping[str, str], tiles: Mapping[str, str], curves: Mapping[str, Points], best: int | None,
          answers: Answers, settings: Mapping[str, str]) -> str:  # fmt: skip
     """Return the page. `curves` maps "training" and "validation" to (step, loss); `best`: the step to mark."""
-    parts = [f"<h1>{escape(title)}</h1>", *(f"<p class=soft>{escape(line)}</p>" for line in summary.values())]
+    parts = [f"<h1>{_safe(title)}</h1>", *(f"<p class=soft>{_safe(line)}</p>" for line in summary.values())]
     parts.append(
-        f"<div class=tiles>{''.join(f'<div class=tile>{escape(name)}<b>{escape(value)}</b></div>' for name, value in tiles.items())}</div>"
+        f"<div class=tiles>{''.join(f'<div class=tile>{_safe(name)}<b>{_safe(value)}</b></div>' for name, value in tiles.items())}</div>"
     )
     if answers:
         parts += ["<h2>Answers before and after</h2>", *(_answer(question, given) for question, given in answers.items())]
     if any(len(points) > 1 for points in curves.values()):
         parts += ["<h2>Loss</h2>", chart(curves, best)]
-    rows = "".join(f"<tr><td>{escape(key)}<td>{escape(value)}" for key, value in settings.items())
+    rows = "".join(f"<tr><td>{_safe(key)}<td>{_safe(value)}" for key, value in settings.items())
     parts.append(f"<h2>Settings</h2><details><summary>{len(settings)} settings</summary><table>{rows}</table></details>")
-    head = f'{MARK.decode()}<meta charset="utf-8"><title>{escape(title)}</title>'
+    head = f'{MARK.decode()}<meta charset="utf-8"><title>{_safe(title)}</title>'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return f"<!doctype html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
 
@@ -83,10 +84,10 @@ def chart(curves: Mapping[str, Points], best: int | None) -> str:
 
 
 def _answer(question: str, given: Sequence[tuple[int, str]]) -> str:
-    rows = [f"<b>{escape(question)}</b><dl>"]
+    rows = [f"<b>{_safe(question)}</b><dl>"]
     if len(given) > 1:
-        rows.append(f"<dt>before<dd>{escape(given[0][1])}")
-    rows.append(f"<dt>after {given[-1][0]:,} steps<dd class=after>{escape(given[-1][1])}</dl>")
+        rows.append(f"<dt>before<dd>{_safe(given[0][1])}")
+    rows.append(f"<dt>after {given[-1][0]:,} steps<dd class=after>{_safe(given[-1][1])}</dl>")
     return f"<div class=answer>{''.join(rows)}</div>"
 
 
@@ -101,3 +102,8 @@ def curve_of(points: Points, most: int = 400) -> list[tuple[int, float]]:
 def flat(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings as texts by their full key, without secrets and those that are null."""
     return {key: str(value) for key, value in args.flat(settings) if value is not None and not args.SECRET_KEY.search(key)}
+
+
+def _safe(text: str) -> str:
+    """Return foreign text for the page: neither HTML nor control characters, nor overrides of the writing direction."""
+    return escape(printable(text))
