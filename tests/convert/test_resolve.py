@@ -128,6 +128,12 @@ def test_what_a_killed_conversion_left_beside_the_complete_one_is_removed(tmp_pa
     assert open_checkpoint(tmp_path / "tiny.gguf") == folder and folder.is_dir() and not leftover.exists()
 
 
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    os.mkdir(os.fsencode(tmp_path) + b"/d\xe9")
+    with pytest.raises(UserError, match="its name is not UTF-8, .*: rename it, or set PYTHONUTF8=1"):
+        locate(tmp_path / os.fsdecode(b"d\xe9"))
+
+
 def test_names_below_checkpoints(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints" / "org").mkdir(parents=True)
     hf.rename(tmp_path / "checkpoints" / "org" / "model")
