@@ -270,4 +270,6 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    return str(value) if isinstance(value, Path) else f"{type(value).__module__}.{type(value).__qualname__}"

@@ -171,7 +171,7 @@ def on_records(
         "records": count,
         **_measured(llm, samples[:count], batch_size, console),
     }
-    if max_new_tokens and not is_text:
+    if max_new_tokens and splits.examples and not is_text:
         answers = []
         with console.progress("answers") as progress:
             for record in splits.examples[:count]:

@@ -18,6 +18,7 @@ import os
 import sys
 import types
 import typing
+from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,7 +102,7 @@ class Keys:
             self.types[name] = hint
             if Grid in members:
                 self.grids.append(name)
-            elif bases := [member for member in members if inspect.isabstract(member)]:
+            elif bases := [member for member in members if isinstance(member, type) and ABC in member.__bases__]:
                 self.classes[name] = bases[0]
             elif str in members and is_mapping(hint):
                 self.classes[name] = None
@@ -332,9 +333,13 @@ def _own_class(base: type, setting: Setting) -> type:
         own = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # the module is the user's code
         raise UserError(f"{setting.place}: {module!r} cannot be imported: {error or type(error).__name__}") from None
-    if not isinstance(own, type) or not issubclass(own, base) or inspect.isabstract(own):
-        raise UserError(f"{setting.place}: {setting.value!r} is no subclass of litgpt.data.{base.__name__} with a method `records`")
-    return own
+    ways, fits = ("records", "train_dataloader"), isinstance(own, type) and issubclass(own, base) and not inspect.isabstract(own)
+    if isinstance(own, type) and fits and any(getattr(own, name, None) is not getattr(base, name, None) for name in ways):
+        return own
+    raise UserError(
+        f"{setting.place}: {setting.value!r} is no subclass of litgpt.data.{base.__name__} with a method `records`, or LitGPT's `setup`, "
+        "`train_dataloader` and `val_dataloader`"
+    )
 
 
 def _init_types(cls: type) -> dict[str, Any]:

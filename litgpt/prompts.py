@@ -284,13 +284,15 @@ def _find(name: str) -> type[PromptStyle]:
 
 
 def resolve_prompt_style(
-    name: str | None, checkpoint_dir: str | Path, tokenizer: Tokenizer | None = None, fallback: str = "alpaca"
+    name: str | PromptStyle | None, checkpoint_dir: str | Path, tokenizer: Tokenizer | None = None, fallback: str = "alpaca"
 ) -> PromptStyle:
     """Return the requested style, else the one that the checkpoint was trained with.
 
     Order: `name`; the folder's prompt_style.yaml; its chat template; the model's name in model_config.yaml; `fallback` ("alpaca" to
     tune a base model on instructions, "default" to let it continue a text). "chat" names the checkpoint's own template.
     """
+    if isinstance(name, PromptStyle):
+        return name
     folder = Path(checkpoint_dir)
     if name in CHAT:
         return _require_own_template(folder, tokenizer)

@@ -8,7 +8,7 @@ import importlib
 import math
 import random
 import re
-from abc import ABC, abstractmethod
+from abc import ABC
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -55,8 +55,8 @@ class Rendered(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-@dataclass
-class DataModule(ABC):
+@dataclass(init=False)  # LitGPT's own data modules call `super().__init__()` after their fields are set
+class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
     """A source of records. Subclasses provide `records`; splitting, prompt styles, tokens and masks are the same for all."""
 
     mask_prompt: bool = False
@@ -105,12 +105,17 @@ class DataModule(ABC):
         """Return True if `prepare_data` has nothing to do."""
         return True
 
-    @abstractmethod
     def records(self) -> tuple[Sequence[Any], Sequence[Any] | None]:
         """Return training and validation records; None for the latter lets `splits` hold out a share of the former.
 
-        A record is a `Record`, or a mapping of a form that `litgpt.data.records` reads.
+        A record is a `Record`, or a mapping of a form that `litgpt.data.records` reads. Raises UserError unless a subclass gives some.
         """
+        raise UserError(f"{self.source} has no records: its loaders give tokens, which are for training and the loss alone")
+
+    @property
+    def gives_tokens(self) -> bool:
+        """Return True for a class of LitGPT's form, which has loaders in place of records."""
+        return type(self).records is DataModule.records
 
     def notes(self) -> list[str]:
         """Return remarks about the last call of `records`, for the report."""
@@ -127,6 +132,11 @@ class DataModule(ABC):
         """
         if max_seq_length is not None and max_seq_length < 2:
             raise UserError(f"train.max_seq_length is {max_seq_length}: a sample needs at least 2 tokens")
+        if self.gives_tokens:
+            from litgpt.data.lightning import loaded
+
+            own_train, own_val = loaded(self, tokenizer, max_seq_length)
+            return Splits(own_train, own_val, f"{len(own_train):,} train and {len(own_val):,} validation samples", [])
         train, val = self.records()
         if not train:
             raise UserError(f"{self.source} holds no records")

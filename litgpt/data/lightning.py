@@ -1,8 +1,10 @@
 """The face of a LightningDataModule for data modules: LitGPT's `connect`, `setup` and loaders of padded batches.
 
-The training commands do not use it: they pack samples without padding (`litgpt.packing`).
+The training commands do not use it: they pack samples without padding (`litgpt.packing`). They read a
+user's data module of LitGPT's form by the data sets of its loaders.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from litgpt.errors import UserError
 from litgpt.prompts import PromptStyle, resolve_prompt_style
 from litgpt.sample import Sample
 
@@ -93,9 +96,7 @@ class Face:
 
     def setup(self: Any, stage: str = "") -> None:
         """Read, split and tokenise the data. Labels are shifted by the loss, not here."""
-        style = self.prompt_style
-        if not isinstance(style, PromptStyle):
-            style = resolve_prompt_style(style, self.tokenizer.folder, self.tokenizer)
+        style = resolve_prompt_style(self.prompt_style, self.tokenizer.folder, self.tokenizer)
         splits = self.splits(self.tokenizer, style, self.max_seq_length if self.max_seq_length > 0 else None)
         self.train_dataset, self.test_dataset = (Samples(part, self.ignore_index) for part in (splits.train, splits.val))
         self.val_dataset = self.test_dataset
@@ -132,3 +133,32 @@ def connect(data: Any, tokenizer: Any, batch_size: int, max_seq_length: int | No
         LightningDataModule.__init__(data)
     data.tokenizer, data.batch_size, data.max_seq_length = tokenizer, batch_size, max_seq_length or -1
     data.train_dataset = data.test_dataset = data.val_dataset = None
+
+
+def loaded(data: Any, tokenizer: Any, max_seq_length: int | None) -> list[list[Sample]]:
+    """Return the samples of both loaders of a data module of LitGPT's form, which has a prompt style and a split of its own."""
+    data.connect(tokenizer=tokenizer, batch_size=1, max_seq_length=max_seq_length)
+    data.setup()
+    parts = []
+    for name in ("train_dataloader", "val_dataloader"):
+        place, dataset = f"{data.source}.{name}", getattr(getattr(data, name)(), "dataset", None)
+        if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise UserError(f"{place} is no loader of a data set with a length and items")
+        items = (dataset[i] for i in range(len(dataset)))
+        samples = [_sample(item, data.ignore_index, f"{place}, item {i}", max_seq_length) for i, item in enumerate(items)]
+        parts.append([sample for sample in samples if sample.n_targets])
+        if not parts[-1]:
+            raise UserError(f"{place}: no item has a label to learn")
+    return parts
+
+
+def _sample(item: Item, ignore_index: int, place: str, length: int | None) -> Sample:
+    try:
+        ids, labels = (torch.as_tensor(item[key]).flatten()[:length].tolist() for key in ("input_ids", "labels"))
+    except (TypeError, KeyError, ValueError, RuntimeError):
+        raise UserError(f"{place}: a mapping with input_ids and labels is needed") from None
+    mask = bytearray(label != ignore_index for label in labels)
+    mask[:1] = b"\0"
+    if len(ids) != len(labels) or any(learned and label != token for learned, label, token in zip(mask, labels, ids, strict=True)):
+        raise UserError(f"{place}: labels are input_ids, or {ignore_index} where nothing is learned; the loss shifts them")
+    return Sample(array("i", ids), mask)

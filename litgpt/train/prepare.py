@@ -274,6 +274,8 @@ def _cache_dtype(name: str | None, backbone: torch.dtype) -> torch.dtype:
 def _examples(settings: Run, records: list[Record]) -> list[Record]:
     """Return the validation records that `eval.evaluate_example` names."""
     which = settings.eval.evaluate_example
+    if not records:  # the data are tokens
+        return []
     if which == "random":
         which = int(torch.randint(len(records), (), generator=torch.Generator().manual_seed(settings.seed)))
     indices = which if isinstance(which, list) else [0 if which == "first" else int(which)]

@@ -171,8 +171,8 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
     dry = bool(given.get("dry_run"))
     base = require_checkpoint(open_checkpoint(given["checkpoint_dir"], convert=not dry))
     module: DataModule = data["class_path"](**data.get("init_args", {}))
-    if not module.is_ready() and dry:
-        return given  # the run will say so
+    if (not module.is_ready() and dry) or module.gives_tokens:
+        return given  # the run will say what is missing, or the data are tokens
     module.prepare_data()
     look = replace(Look.at(*module.records()), is_sweep=is_sweep)
     if given.get("objective", "next_token") in (*get_args(Preference), *get_args(Rating)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from litgpt import checkpoint
 from litgpt.data import JSON, SFTDataset, get_sft_collate_fn
 from litgpt.prompts import PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
@@ -97,3 +100,89 @@ def test_collate() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]] and batch["labels"].tolist() == [[1, 2, 3], [4, -5, -5]]
     assert batch["token_counts"]["raw"].tolist() == [[3], [1]]
     assert get_sft_collate_fn(max_seq_length=2)(items)["labels"].tolist() == [[1, 2], [4, -100]]
+
+
+OWN = """
+from dataclasses import dataclass
+from pathlib import Path
+import json
+from torch.utils.data import DataLoader
+from litgpt import PromptStyle
+from litgpt.data import DataModule, SFTDataset, get_sft_collate_fn
+
+@dataclass
+class Loaders(DataModule):
+    path: Path = Path("rows.json")
+    mask_prompt: bool = True
+    prompt_style: str = "alpaca"
+    held_out: int = 3
+
+    def __post_init__(self):
+        super().__init__()
+        self.prompt_style = PromptStyle.from_name(self.prompt_style)
+
+    def connect(self, tokenizer=None, batch_size=1, max_seq_length=None):
+        self.tokenizer, self.batch_size, self.max_seq_length = tokenizer, batch_size, max_seq_length or -1
+
+    def setup(self, stage=""):
+        rows = json.loads(self.path.read_text())
+        self.parts = [
+            SFTDataset(part, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, self.ignore_index)
+            for part in (rows[self.held_out:], rows[:self.held_out])
+        ]
+
+    def train_dataloader(self):
+        return DataLoader(self.parts[0], self.batch_size, shuffle=True, collate_fn=get_sft_collate_fn(self.max_seq_length))
+
+    def val_dataloader(self):
+        return DataLoader(self.parts[1], self.batch_size, collate_fn=get_sft_collate_fn(self.max_seq_length))
+
+class Shifted(Loaders):
+    def val_dataloader(self):
+        return DataLoader([{"input_ids": [1, 2, 3], "labels": [2, 3, -100]}])
+
+class Keyless(Loaders):
+    def val_dataloader(self):
+        return DataLoader([{"tokens": [1, 2, 3]}])
+
+class Nothing(Loaders):
+    def val_dataloader(self):
+        return DataLoader([{"input_ids": [1, 2, 3], "labels": [1, -100, -100]}])
+
+class Streamed(Loaders):
+    def train_dataloader(self):
+        return iter([])
+"""
+
+
+def test_a_data_module_with_loaders_of_its_own_is_trained(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LitGPT's form: the data set's ids and labels are learned, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("own_loaders.py").write_text(OWN)
+    runs.write_data(Path("rows.json"))
+    words = ["--data", "own_loaders.Loaders", "--data.held_out", "4", "--eval.max_new_tokens", "3"]
+    run = runs.finetune("finetune_lora", base, None, tmp_path / "out", *words, train__max_steps=3)
+    assert run.code == 0, run.err
+    from own_loaders import Loaders  # type: ignore[import-not-found]
+
+    rows, tokenizer, style = json.loads(Path("rows.json").read_text()), Tokenizer(base), PromptStyle.from_name("alpaca")
+    model = checkpoint.load_model(run.final, torch.float32)
+    total, count = 0.0, 0
+    for row in rows[:4]:
+        prompt = tokenizer.encode(style.apply(row["instruction"], **row)).tolist()
+        ids = torch.tensor([*prompt, *tokenizer.encode(row["output"], bos=False, eos=True).tolist()])
+        with torch.no_grad():
+            losses = F.cross_entropy(model(ids[None, :-1])[0], ids[1:].long(), reduction="none")[len(prompt) - 1 :]
+        total, count = total + losses.sum().item(), count + len(losses)
+    assert abs(run.report["final_val_loss"] - total / count) < 1e-4
+    assert f"data: {len(rows) - 4} train and 4 validation samples" in run.err
+    assert Loaders(mask_prompt=False).mask_prompt is False  # `super().__init__()` in __post_init__ takes nothing back
+    for name, message in {
+        "Shifted": "Shifted.val_dataloader, item 0: labels are input_ids, or -100 where nothing is learned",
+        "Keyless": "Keyless.val_dataloader, item 0: a mapping with input_ids and labels is needed",
+        "Nothing": "Nothing.val_dataloader: no item has a label to learn",
+        "Streamed": "Streamed.train_dataloader is no loader of a data set with a length and items",
+    }.items():
+        run = runs.finetune("finetune_lora", base, None, tmp_path / name, "--data", f"own_loaders.{name}")
+        assert run.code == 1 and message in run.err and "Traceback" not in run.err, run.err
