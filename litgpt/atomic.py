@@ -138,7 +138,7 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
             write_manifest(temporary)
         for folder in (*(entry for entry in content if entry.is_dir()), temporary):
             _sync(folder)
-        _put_in_place(temporary, path, locks)
+        _put_in_place(temporary, path, locks, keep_others=manifest)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and (error.filename is None or str(temporary) in str(error.filename)):
@@ -170,8 +170,11 @@ def _empty_sibling(path: Path) -> Path:
     return sibling
 
 
-def _put_in_place(temporary: Path, path: Path, locks: list[int]) -> None:
-    """Rename `temporary` to `path`. An existing `path` is set aside, locked, and removed; files that it does not list move over."""
+def _put_in_place(temporary: Path, path: Path, locks: list[int], keep_others: bool) -> None:
+    """Rename `temporary` to `path`. An existing `path` is set aside, locked, and removed.
+
+    With `keep_others` files that its manifest does not list move over, and none of the new ones is replaced.
+    """
     old = None
     if path.exists():
         old = path.with_name(f"{temporary.name}.old")
@@ -186,11 +189,12 @@ def _put_in_place(temporary: Path, path: Path, locks: list[int]) -> None:
         raise
     _sync(path.parent)
     if old is not None:
-        for file in unlisted(old) if read_manifest(old) is not None else ():
+        for file in unlisted(old) if keep_others and read_manifest(old) is not None else ():
+            kept = path / file.relative_to(old)
             with suppress(OSError):
-                kept = path / file.relative_to(old)
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                file.rename(kept)
+                if not os.path.lexists(kept):
+                    file.rename(kept)
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -361,3 +361,23 @@ def test_a_full_disk_names_the_folder_that_was_to_be_made(tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError) as missing, atomic.new_folder(tmp_path / "final"):
         (tmp_path / "source").read_text()
     assert missing.value.filename == str(tmp_path / "source")
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_new_folder_takes_over_what_others_put_in_and_nothing_of_its_own(manifest: bool, tmp_path: Path) -> None:
+    """Without a complete manifest nobody knows what others put in."""
+    folder = tmp_path / "run"
+    for content in ("old", "new"):
+        with atomic.new_folder(folder, overwrite=True, manifest=manifest) as made:
+            (made / "weights").write_text(content)
+            if content == "new":
+                (made / "late").write_text(content)
+            if not manifest:
+                atomic.write_manifest(made, ["weights"])
+        if content == "old":
+            (folder / "late").write_text("mine")
+            (folder / "notes").mkdir()
+            (folder / "notes" / "a.txt").write_text("mine")
+    assert ((folder / "weights").read_text(), (folder / "late").read_text()) == ("new", "new")
+    assert (folder / "notes" / "a.txt").exists() == manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file, safe_open, save_file
@@ -386,7 +385,7 @@ def test_memory_maps_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     convert_to_litgpt(tmp_path / "hf", tmp_path / "expected")
     opened: list[str] = []
     monkeypatch.setattr(hf, "RELEASE", 1)
-    monkeypatch.setattr(safetensors, "safe_open", lambda file, framework: opened.append(file.name) or safe_open(file, framework))
+    monkeypatch.setattr(hf, "safe_open", lambda file, framework: opened.append(file.name) or safe_open(file, framework))
     convert_to_litgpt(tmp_path / "hf", tmp_path / "lit")
     assert len(opened) > len(model.state_dict())
     assert_equal(converted(tmp_path / "lit"), converted(tmp_path / "expected"))

@@ -143,7 +143,7 @@ def test_refusals(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) 
         load_skip2lora(torch.nn.Linear(2, 2), tmp_path / "adapter")
     with pytest.raises(UserError, match=r"LlamaModel has no modules model\.layers\.0, model\.layers\.2, model\.norm: a plain causal LM"):
         load_skip2lora(transformers.AutoModel.from_config(configs.hf_config("llama")), tmp_path / "adapter")
-    with pytest.raises(UserError, match="not an adapter's folder"):
+    with pytest.raises(UserError, match="the folder adapter in it holds a model or an adapter"):
         load_skip2lora(hf_of("llama"), tmp_path)
     plain = tiny.move_adapters(configs.ours("llama", lora_r=2, lora_query=True))
     tiny.write_adapter(tmp_path / "lora", tmp_path, plain, lora_r=2, lora_query=True)

@@ -143,7 +143,7 @@ ROWS = [
     # conversations
     Case("an empty conversation", record({"messages": []}), "'messages' is an empty list", "a list of turns"),
     Case("a conversation as text", record({"messages": "hello"}), "'messages' is a text", "a list is needed"),
-    Case("a conversation as null", record({"messages": None}), "'messages' is null", "a list of turns"),
+    Case("a conversation as null", record({"messages": None}), "'messages' is null", "a list is needed"),
     Case("turns as texts", record({"messages": ["hello"]}), "turn 1 of 'messages'", "'role' and 'content'"),
     Case("turns without content", record({"messages": [{"role": "user"}]}), "turn 1 of 'messages'", "'role' and 'content'"),
     Case("half of each dialect", record({"messages": [{"from": "human", "content": "a"}]}), "turn 1 of 'messages'", "'role' and 'content'"),
