@@ -20,6 +20,7 @@ from litgpt.streams import safe, unescaped
 from litgpt.text import first_line
 
 METRICS = Path("logs") / "version_0" / "metrics.csv"  # in a run's folder, TensorBoard's events beside it
+EVENTS_SUFFIX = ".litgpt"  # of TensorBoard's files, so that those of others are told from them
 COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")
 PLAIN_LINES = 20  # progress lines of a phase without a terminal
 
@@ -98,7 +99,7 @@ class _Events:
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.purge_step, filename_suffix=EVENTS_SUFFIX)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from litgpt import atomic
 from litgpt.errors import UserError
 from litgpt.files import read_json
-from litgpt.logs import MetricLoggers
+from litgpt.logs import COLUMNS, EVENTS_SUFFIX, METRICS, MetricLoggers
 from litgpt.train import resume as training_state
 from litgpt.train.page import MARK
 from litgpt.train.parallel import Rank
@@ -28,7 +28,7 @@ from litgpt.train.settings import Resume
 RESUME = "the same command with --resume true continues from it"
 AUTO = "auto"
 LONGEST_NAME = 255  # bytes
-LOGS, LOG_FILES = "logs/version_0", ("metrics.csv", "hparams.yaml", "events.out.tfevents.*")
+LOGS, LOG_FILES = METRICS.parent, (METRICS.name, f"events.out.tfevents.*{EVENTS_SUFFIX}")
 
 
 class OutDir:
@@ -282,7 +282,7 @@ def prune(out_dir: Path, step: int, keep_last: int | None) -> None:
 def earlier(out_dir: Path) -> tuple[list[Path], list[Path]]:
     """Return the results of an earlier run in the folder, and the files under the names of results that no run wrote."""
     logs = sorted(file for pattern in LOG_FILES for file in (out_dir / LOGS).glob(pattern))
-    ours = [file for file in logs if file.is_file() and not file.is_symlink()]
+    ours = [file for file in logs if _is_log(file)]
     foreign = [*_misplaced_logs(out_dir), *(file for file in logs if file not in ours)]
     for path in (*steps(out_dir), out_dir / "best", out_dir / "final"):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -296,6 +296,14 @@ def earlier(out_dir: Path) -> tuple[list[Path], list[Path]]:
     if (about := out_dir / PAGE).exists():
         (ours if about.is_file() and MARK in about.read_bytes()[:400] else foreign).append(about)
     return ours, foreign
+
+
+def _is_log(file: Path) -> bool:
+    """Return True for a file of a run's logs. Another program's metrics.csv has other columns."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    with file.open("rb") as content:
+        return file.name != METRICS.name or content.readline(200).startswith(",".join(COLUMNS).encode())
 
 
 def _misplaced_logs(out_dir: Path) -> list[Path]:

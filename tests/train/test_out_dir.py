@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from litgpt import atomic
+from litgpt.args import LogArgs
 from litgpt.errors import UserError
+from litgpt.logs import METRICS, MetricLoggers
 from litgpt.train import out_dir as out_dir_module
 from litgpt.train.out_dir import OutDir, earlier, prune
 
@@ -20,8 +22,9 @@ def fill(out_dir: Path) -> None:
         with atomic.new_folder(out_dir / name) as folder:
             (folder / "lit_model.pth.lora").write_bytes(b"weights")
     (out_dir / "report.json").write_text(json.dumps({"trainable_parameters": 1}))
-    (out_dir / "logs" / "version_0").mkdir(parents=True)
-    (out_dir / "logs" / "version_0" / "metrics.csv").write_text("step\n")
+    logger = MetricLoggers(out_dir, "csv", LogArgs(), {})
+    logger(1, {"step": 1, "train_loss": 2.0})
+    logger.close()
 
 
 def replace(out_dir: Path) -> None:
@@ -34,6 +37,7 @@ def test_a_run_is_replaced_and_the_users_files_stay(tmp_path: Path) -> None:
     out_dir = tmp_path / "out"
     fill(out_dir)
     mine = ["step-by-step.json", "notes.txt", ".draft.tmp", "logs/notes.txt", "logs/version_0/plot.png", "step-mine/a.txt"]
+    mine += ["logs/version_0/events.out.tfevents.1.theirs.2.0", "logs/version_0/hparams.yaml"]
     for name in mine:
         (out_dir / name).parent.mkdir(exist_ok=True)
         (out_dir / name).write_text("mine")
@@ -47,12 +51,14 @@ def test_an_empty_log_folder_goes_with_the_run(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
 
 
-@pytest.mark.parametrize("name", ["best/notes.txt", "final/deep/notes.txt", "step-000002/extra.pth", "step-000007", "report.json"])
+@pytest.mark.parametrize(
+    "name", ["best/notes.txt", "final/deep/notes.txt", "step-000002/extra.pth", "step-000007", "report.json", METRICS.as_posix()]
+)
 def test_files_under_the_names_of_results_are_refused_by_name(name: str, tmp_path: Path) -> None:
     out_dir = tmp_path / "out"
     fill(out_dir)
     (out_dir / name).parent.mkdir(exist_ok=True)
-    (out_dir / name).write_text("[]" if name == "report.json" else "mine")
+    (out_dir / name).write_text("[]" if name == "report.json" else "step,train_loss_step\n1,2\n")
     with pytest.raises(UserError, match=f"no run wrote \\({name}\\): move them away"):
         replace(out_dir)
     assert (out_dir / name).exists() and (out_dir / "final").is_dir()

@@ -208,6 +208,7 @@ COPIED = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
 COMMANDS: dict[str, list[Any]] = {
     "convert_to_litgpt": ["hf", "--checkpoint_dir", "converted"],
     "convert_from_litgpt": ["base", "converted"],
+    "convert_to_gguf": ["base", "model.gguf"],
     "convert_adapter": ["adapter", "converted"],
     "convert_pretrained_checkpoint": ["base", "converted"],
     "finetune": [
