@@ -18,6 +18,7 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
 SHORTEST_SECRET = 6  # characters; shorter ones would hide parts of words
 HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{20,}(?:\.[\w.-]+)?")
 USER_PART = re.compile(r"(://|https?:/)[^/\s]*@")  # of a URL, which may have become a path: name and password
+QUERY = re.compile(r"([?&][\w.-]*(?:token|key|sig|secret|passw|auth|credential)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)  # of a URL
 HIDDEN = "***"
 
 _secrets: set[str] = set()
@@ -29,14 +30,16 @@ def keep_secret(*secrets: str) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """Return the text with *** in place of access tokens, and of names and passwords in URLs."""
+    """Return the text with *** in place of access tokens, and of names, passwords and signatures in URLs."""
     user = os.environ.get("HF_ENDPOINT", "").partition("://")[2].rpartition("@")[0]
     password = user.partition(":")[2]
     known = {*_secrets, user, password, unquote(password), *(os.environ.get(name, "").strip() for name in TOKENS)}
     for secret in sorted(known, key=len, reverse=True):
         if len(secret) >= SHORTEST_SECRET:
             text = text.replace(secret, HIDDEN)
-    return USER_PART.sub(rf"\1{HIDDEN}@", HUB_TOKEN.sub(HIDDEN, text))
+    for pattern, shown in ((HUB_TOKEN, HIDDEN), (USER_PART, rf"\1{HIDDEN}@"), (QUERY, rf"\1{HIDDEN}")):
+        text = pattern.sub(shown, text)
+    return text
 
 
 def safe(text: str) -> str:

@@ -139,6 +139,9 @@ def test_a_second_guard_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         ("the endpoint me:pa/ss%20word fails", "the endpoint *** fails"),
         ("the password pa/ss word", "the password ***"),
         ("open sesame", "open ***"),
+        ("https://a.example/x.yaml?rev=2&X-Amz-Signature=0aF-9 fails", "https://a.example/x.yaml?rev=2&X-Amz-Signature=*** fails"),
+        ("'https://a.example/x?access_token=abc&keys'", "'https://a.example/x?access_token=***&keys'"),
+        ("is a=b&c what? monkey = 3", "is a=b&c what? monkey = 3"),
         ("kept-secret and environment", "*** and ***"),
     ],
 )
