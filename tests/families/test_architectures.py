@@ -64,6 +64,7 @@ def old_style(hf: dict[str, Any]) -> dict[str, Any]:
     given = dict(hf.pop("rope_parameters", {}))
     if not given:
         return hf
+    key = "rope_type" if configs.GLOBAL in given else "type"  # transformers 5 reads no older key in families with two kinds of layers
     if configs.GLOBAL in given:
         hf["rope_local_base_freq"], given = given[configs.LOCAL]["rope_theta"], dict(given[configs.GLOBAL])
     names = ("rotary_emb_base", "rotary_pct") if hf["model_type"] == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
@@ -71,7 +72,7 @@ def old_style(hf: dict[str, Any]) -> dict[str, Any]:
     if (share := given.pop("partial_rotary_factor", None)) is not None:
         hf[names[1]] = share
     kind = given.pop("rope_type")
-    hf["rope_scaling"] = None if kind == "default" else {"type": kind, **given}
+    hf["rope_scaling"] = None if kind == "default" else {key: kind, **given}
     return hf
 
 

@@ -15,7 +15,7 @@ import yaml
 from litgpt import LLM
 from litgpt.__main__ import main
 from tests.helpers.jobs import curve, results
-from tests.helpers.runs import Run, finetune
+from tests.helpers.runs import PLAIN, Run, finetune
 
 ALORA: dict[str, Any] = {
     **{f"lora_{name}": True for name in ("query", "key", "value", "projection", "mlp")},
@@ -86,7 +86,7 @@ def test_a_sweep_over_one_cache_of_prompts(base: Path, data: Path, tmp_path: Pat
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value).lower())]
     common = [str(base), "--data", "JSON", "--data.json_path", str(data), "--data.val_split_fraction", "0.1", *words]
     common += ["--precision", "32-true", "--train.global_batch_size", "6", "--train.micro_batch_size", "2", "--eval.max_new_tokens", "0"]
-    assert main(["sweep", *common, "--out_dir", str(tmp_path / "sweep"), "--grid.lora_r", "[2, 4]"]) == 0
+    assert main(["sweep", str(PLAIN), *common, "--out_dir", str(tmp_path / "sweep"), "--grid.lora_r", "[2, 4]"]) == 0
     with (tmp_path / "sweep/sweep.csv").open(newline="") as file:
         losses = {row["setting"]: float(row["final_val_loss"]) for row in csv.DictReader(file)}
     assert main(["finetune_lora", *common, "--out_dir", str(tmp_path / "alone")]) == 0
