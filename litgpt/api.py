@@ -170,7 +170,6 @@ class LLM(ModelModule):
         may be: min_p, repetition_penalty, presence_penalty, frequency_penalty. None is the checkpoint's own value (generation_config.json),
         or the default of `litgpt chat`.
         """
-        prompts: Any = [prompt] if isinstance(prompt, dict) else prompt
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **more}
         if unknown := sorted(set(given) - {item.name for item in fields(Sampling)}):
             raise UserError(f"generate has no argument {unknown[0]!r}: {', '.join(MORE)} can be given besides those that it names")
@@ -180,10 +179,10 @@ class LLM(ModelModule):
         if not isinstance(ends, list | tuple) or not all(isinstance(text, str) for text in ends):
             raise UserError(f"stop is {stop!r}: a text or a list of texts is needed")
         stops = [text for text in ends if text]  # an empty text ends nothing
-        is_list = isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], dict))
+        is_list = isinstance(prompt, list | tuple) and not (prompt and isinstance(prompt[0], dict))
         if stream and is_list:
-            raise UserError(f"stream answers one prompt at a time, and the list has {len(prompts)}: call generate for each")
-        texts = [self.rendered(one, sys_prompt) for one in (prompts if is_list else [prompts])]
+            raise UserError(f"stream answers one prompt at a time, and the list has {len(prompt)}: call generate for each")
+        texts = [self.rendered(one, sys_prompt) for one in (prompt if is_list else [prompt])]
         if stream:
             if stops and return_as_token_ids:
                 raise UserError("stop ends a text, and ids are to be streamed: leave out return_as_token_ids")

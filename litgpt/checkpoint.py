@@ -162,7 +162,12 @@ def tokenizer_files(source: str | Path) -> Iterator[tuple[str, bytes]]:
 
 def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
     """Copy `tokenizer_contents`."""
-    for name, raw in tokenizer_contents(source).items():
+    write_tokenizer(tokenizer_contents(source), target)
+
+
+def write_tokenizer(contents: Mapping[str, bytes], target: str | Path) -> None:
+    """Write the files of `tokenizer_contents` to a folder."""
+    for name, raw in contents.items():
         write_bytes(Path(target) / name, raw)
 
 

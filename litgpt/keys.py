@@ -333,8 +333,8 @@ def _own_class(base: type, setting: Setting) -> type:
         own = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # the module is the user's code
         raise UserError(f"{setting.place}: {module!r} cannot be imported: {error or type(error).__name__}") from None
-    ways, fits = ("records", "train_dataloader"), isinstance(own, type) and issubclass(own, base) and not inspect.isabstract(own)
-    if isinstance(own, type) and fits and any(getattr(own, name, None) is not getattr(base, name, None) for name in ways):
+    ways = [name for name in ("records", "train_dataloader") if getattr(own, name, None) is not getattr(base, name, None)]
+    if isinstance(own, type) and issubclass(own, base) and not inspect.isabstract(own) and ways:
         return own
     raise UserError(
         f"{setting.place}: {setting.value!r} is no subclass of litgpt.data.{base.__name__} with a method `records`, or LitGPT's `setup`, "

@@ -84,11 +84,11 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     Numbers and texts of numpy count as Python's. Types besides those of settings are left to the function.
     """
-    signature = inspect.signature(function)
+    signature, hints = inspect.signature(function), functools.cache(typing.get_type_hints)  # hints are looked up at the first call
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        kinds, bound = typing.get_type_hints(function), signature.bind(*args, **kwargs)
+        kinds, bound = hints(function), signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
             kind = kinds.get(name)
             if kind is not None and all(member in NAMES or typing.get_origin(member) is Literal for member in members_of(kind)):

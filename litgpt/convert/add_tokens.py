@@ -35,7 +35,7 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
     from litgpt.convert.litgpt import require_finite
 
     source, target = checkpoint.require_checkpoint(open_checkpoint(checkpoint_dir)), Path(output_dir)
-    contents = dict(checkpoint.tokenizer_files(source))
+    contents = checkpoint.tokenizer_contents(source)
     tokenizer, ids = _extended(source, contents, tokens, special)
     contents["tokenizer.json"] = tokenizer.encode()
     if "tokenizer_config.json" in contents:
@@ -46,9 +46,7 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
     weights = _grown(checkpoint.load_weights(file), list(ids.values()), config.V)
     require_finite(weights, file)
     with atomic.new_folder(target) as folder:
-        checkpoint.copy_tokenizer_files(source, folder)
-        for name, raw in contents.items():
-            atomic.write_bytes(folder / name, raw)
+        checkpoint.write_tokenizer(contents, folder)
         copy_prompt_style(source, folder)
         checkpoint.save_config(config, folder)
         checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)

@@ -194,7 +194,7 @@ def _gather(key: str, pieces: list[tuple[Stored, Slot]], shape: tuple[int, ...],
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
     """Return the tensor in another format. Raises UserError for a finite number that becomes infinite."""
     cast = tensor.to(dtype)
-    if cast.dtype != tensor.dtype and not torch.equal(cast.isfinite(), tensor.isfinite()):
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not torch.equal(cast.isfinite(), tensor.isfinite()):
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"the tensor for {key} holds numbers that {kind} cannot hold: choose bfloat16 or float32 with --dtype")
     return cast

@@ -1,7 +1,7 @@
 """The face of a LightningDataModule for data modules: LitGPT's `connect`, `setup` and loaders of padded batches.
 
-The training commands do not use it: they pack samples without padding (`litgpt.packing`). They read a
-user's data module of LitGPT's form by the data sets of its loaders.
+The training commands do not use it: they pack samples without padding (`litgpt.packing`). They read a user's data module
+of LitGPT's form by the data sets of its loaders.
 """
 
 from array import array
@@ -144,8 +144,7 @@ def loaded(data: Any, tokenizer: Any, max_seq_length: int | None) -> list[list[S
         place, dataset = f"{data.source}.{name}", getattr(getattr(data, name)(), "dataset", None)
         if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise UserError(f"{place} is no loader of a data set with a length and items")
-        items = (dataset[i] for i in range(len(dataset)))
-        samples = [_sample(item, data.ignore_index, f"{place}, item {i}", max_seq_length) for i, item in enumerate(items)]
+        samples = [_sample(dataset[i], data.ignore_index, f"{place}, item {i}", max_seq_length) for i in range(len(dataset))]
         parts.append([sample for sample in samples if sample.n_targets])
         if not parts[-1]:
             raise UserError(f"{place}: no item has a label to learn")

@@ -343,7 +343,6 @@ class Saved:
                     raise UserError(f"{self.folder / TENSORS} holds no state of a random generator: {reason}. {ELSEWHERE}") from None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-
         try:
             return load_file(self.folder / TENSORS)
         except (SafetensorError, OSError) as error:

@@ -286,9 +286,10 @@ class Session:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter.requires_grad:
                 key, ratio = id(part_of(parameter)), self.job.method.lr_ratio_of(name)
-                if 1 not in (ratio, ratios.get(key, 1)) and ratio != ratios[key]:
-                    raise UserError(f"lr_ratios: {name} shares its weight with another layer, which has the ratio {ratios[key]:g}")
-                ratios[key] = ratio if ratio != 1 else ratios.get(key, 1)
+                other = ratios.get(key, 1)
+                if ratio != 1 and other not in (1, ratio):
+                    raise UserError(f"lr_ratios: {name} shares its weight with another layer, which has the ratio {other:g}")
+                ratios[key] = other if ratio == 1 else ratio
         return ratios
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
@@ -337,8 +338,7 @@ class Session:
             atomic.write_text(folder / "hyperparameters.yaml", dump_yaml(readable_by_litgpt(self.hyperparameters)))
             if checkpoint.is_adapter_folder(folder):
                 checkpoint.save_base(self.job.base, folder)
-            for name, raw in self.job.tokenizer_contents.items():
-                atomic.write_bytes(folder / name, raw)
+            checkpoint.write_tokenizer(self.job.tokenizer_contents, folder)
             save_prompt_style(self.job.style, folder)
 
         return write
