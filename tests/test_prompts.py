@@ -27,6 +27,7 @@ KNOWN = {
     ),
     "codellama": "[INST] Hi [/INST]",
     "mistral": "<s>[INST] Hi [/INST]",
+    "mistral-v3": "<s>[INST] Hi[/INST]",
     "llama3": (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful assistant.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -213,7 +214,7 @@ def test_chat_template_is_read_again_from_the_folder(form: str, write_tiny_token
         ("SmolLM2-135M-Instruct", "SmolLM2"),
         ("SmolLM2-135M", "Default"),
         ("CodeLlama-7b-Instruct-hf", "CodeLlama"),
-        ("Mistral-7B-Instruct-v0.3", "Mistral"),
+        ("Mistral-7B-Instruct-v0.3", "MistralV3"),
         ("Mixtral-8x7B-Instruct-v0.1", "Mistral"),
         ("pythia-160m", "Default"),
         ("Phi-3-mini-4k-instruct", "Phi3"),
@@ -221,30 +222,6 @@ def test_chat_template_is_read_again_from_the_folder(form: str, write_tiny_token
         ("Gemma-2-2b", "Default"),
         ("Qwen2.5-0.5B-Instruct", "Qwen2_5"),
         ("stablelm-zephyr-3b", "StableLMZephyr"),
-        # the styles that LitGPT 0.5.13 chooses for these names
-        ("CodeLlama-7b-hf", "CodeLlama"),
-        ("CodeLlama-7b-Python-hf", "CodeLlama"),
-        ("Qwen2.5-0.5B", "Qwen2_5"),
-        ("Qwen2.5-Coder-0.5B", "Qwen2_5"),
-        ("Qwen2.5-Math-1.5B", "Qwen2_5_Math"),
-        ("Qwen3-0.6B", "Qwen3"),
-        ("Qwen3-0.6B-Base", "Qwen3"),
-        ("falcon-7b", "Default"),
-        ("falcon-7b-instruct", "Falcon"),
-        ("Falcon3-1B-Base", "Default"),
-        ("Falcon3-1B-Instruct", "Falcon3"),
-        ("phi-4", "Phi4"),
-        ("Phi-4-reasoning", "Phi4Reasoning"),
-        ("Phi-4-reasoning-plus", "Phi4Reasoning"),
-        ("Phi-4-mini-instruct", "Phi4Mini"),
-        ("Phi-4-mini-reasoning", "Phi4MiniReasoning"),
-        ("salamandra-2b", "Default"),
-        ("salamandra-7b-instruct", "Salamandra"),
-        ("FreeWilly2", "FreeWilly2"),
-        ("Llama-2-7b-chat-hf-function-calling-v2", "Llama2FunctionCalling"),
-        ("stablecode-instruct-alpha-3b", "StableCode"),
-        ("stablecode-completion-alpha-3b", "Default"),
-        ("stable-code-3b", "Default"),
     ],
 )
 def test_style_by_model_name(model: str, style: str) -> None:

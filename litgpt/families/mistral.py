@@ -7,7 +7,7 @@ from litgpt.families._family import Family
 from litgpt.families._pretokenizers import Cut, by_case
 from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
-from litgpt.families._styles import turns
+from litgpt.families._styles import like, turns
 from litgpt.families.llama import ATTENTION, DECODER, ENDS, LAYERS, MLP, NAMES, NORMS, SILU, SIZES
 
 MOE = {**DECODER, "mlp_class_name": "LLaMAMoE"}
@@ -97,6 +97,7 @@ STYLES = {
     "Mistral": turns(
         "mistral", start="<s>", system_turn="{}\n\n", system_in_user=True, user_turn="[INST] {} [/INST]", gap=" ", end_of_turn="</s>"
     ),
+    "MistralV3": like("Mistral", "mistral-v3", user_turn="[INST] {}[/INST]"),
 }
 
 FAMILY = Family(
@@ -119,7 +120,11 @@ FAMILY = Family(
             ),
         ),
     },
-    prompts={"mi[sx]tral.*instruct": "mistral", "danube(?!3).*chat": "h2oai"},
+    prompts={
+        r"mathstral|mistral-7b-instruct-v0\.3|mixtral-8x22b-instruct|mistral-large-instruct": "mistral-v3",  # their tokenizer's version
+        "mi[sx]tral.*instruct": "mistral",
+        "danube(?!3).*chat": "h2oai",
+    },
     styles=STYLES,
     pretokenizers={"tekken": Cut((by_case(r"\p{N}"),), whole_words=True, bos=True)},
 )

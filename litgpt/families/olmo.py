@@ -129,7 +129,7 @@ FAMILY = Family(
         ),
     },
     gguf={"olmo": Gguf(_OLMO, paired=True), "olmo2": Gguf(_OLMO_2)},
-    prompts={"olmo.*instruct": "olmo"},
+    prompts={"olmo.*(instruct|sft|dpo)": "olmo"},
     styles=STYLES,
     pretokenizers={"olmo": GPT_2_COMPOSED},
 )

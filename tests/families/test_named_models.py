@@ -14,7 +14,7 @@ from litgpt import families as catalog
 from litgpt.config import Config
 from litgpt.convert.compare import essence
 from litgpt.model import GPT
-from litgpt.prompts import STYLES
+from litgpt.prompts import STYLES, model_name_to_prompt_style
 from tests.helpers.cases import quick
 
 DEFAULTS: dict[str, Any] = {
@@ -111,6 +111,27 @@ def test_figures_of_litgpt(name: str, row: dict[str, Any]) -> None:
         "norm_topk_prob": True,
     }
     assert {key: ours[key] for key in new} == new
+
+
+OTHER_STYLES = {  # than LitGPT's, by the chat templates that the models are published with
+    "Default": "OLMo-1B-hf OLMo-7B-hf",  # base models, without a template
+    "OLMo": (
+        "OLMo-2-1124-7B-SFT OLMo-2-1124-7B-DPO OLMo-2-1124-7B-Instruct OLMo-2-1124-13B-SFT OLMo-2-1124-13B-DPO OLMo-2-1124-13B-Instruct"
+    ),
+    "CodeLlama": "CodeLlama-34b-Instruct-hf",
+    "Mistral": "Mistral-7B-Instruct-v0.1 Mixtral-8x7B-Instruct-v0.1 Mistral-7B-Instruct-v0.2",
+    "MistralV3": (  # no space before [/INST], which is a token of its own
+        "Mistral-7B-Instruct-v0.3 Mixtral-8x22B-Instruct-v0.1 Mathstral-7B-v0.1 Mistral-Large-Instruct-2407 Mistral-Large-Instruct-2411"
+    ),
+}
+
+
+def test_prompt_styles_of_litgpt() -> None:
+    theirs = json.loads((Path(__file__).parent / "litgpt_0_5_13_styles.json").read_text())
+    by_name, other = ({name: style for style, names in of.items() for name in names.split()} for of in (theirs, OTHER_STYLES))
+    expected = {name: by_name.get(name, "Default") for name in rows()}
+    assert all(expected[name] != style for name, style in other.items())
+    assert {name: type(model_name_to_prompt_style(name)).__name__ for name in expected} == expected | other
 
 
 @pytest.mark.parametrize("name", LONG)
