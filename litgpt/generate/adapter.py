@@ -22,7 +22,7 @@ class Tuned(Answers, Checkpoint):
         if not file.is_file():
             problem = "is a folder" if file.is_dir() else "does not exist"
             raise UserError(f"{key}: {file} {problem}: name the file with the weights that fine-tuning left")
-        self.show(self.opened(file.parent, **how), input=self.input)
+        self.show(self.opened(file.parent, **how), with_prompt=False, input=self.input)
 
 
 @dataclass

@@ -4,8 +4,9 @@ import importlib
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
@@ -100,8 +101,10 @@ class Answers(Drawing):
     num_samples: int = 1
     """How many answers to draw."""
 
-    def show(self, llm: "LLM", drafted: int = 0, draft: "Union[GPT, Speculation]" = "prompt_lookup", **style: str) -> None:
-        """Stream answers to standard output, and their length and speed to standard error.
+    def show(
+        self, llm: "LLM", drafted: int = 0, draft: "Union[GPT, Speculation]" = "prompt_lookup", with_prompt: bool = True, **style: str
+    ) -> None:
+        """Stream the prompt, unless `with_prompt` is False, and answers to standard output; their length and speed to standard error.
 
         `drafted` tokens at a time are drafted, as `litgpt.generate.drafts` says of `draft`. `style` goes to the prompt style.
         """
@@ -111,22 +114,22 @@ class Answers(Drawing):
 
         generator, kept, device = llm.generator(self.seed), list[int](), next(llm.model.parameters()).device
         text = llm.prompt_style.apply(self.prompt, sys_prompt=self.sys_prompt, **style)
+        ids = llm.prompt_ids(text, self.max_new_tokens)
         for _ in range(self.num_samples):
             if drafted:
-                ids = llm.prompt_ids(text, self.max_new_tokens)
                 length, draws = len(ids) + self.max_new_tokens, Sampling(**self.sampling)
                 tokens = drafts.generate(draft, llm.model, ids, length, draws, drafted, generator, kept)
                 meter = Metered(until_stop(tokens, llm.prompt_style.stop_tokens(llm.tokenizer)))
             else:
                 meter = Metered(llm.complete(text, self.max_new_tokens, generator=generator, **self.sampling))
-            meter.show(llm.tokenizer)
+            meter.show(llm.tokenizer, ids if with_prompt else [])
             note = f", {sum(kept)} tokens from {len(kept)} drafts" if drafted else ""
             print(f"{meter}{note}, peak memory {peak_memory_gb(device):.2f} GiB", file=sys.stderr)
 
 
 @dataclass
 class Generate(Answers, Checkpoint):
-    """Answer a prompt. The answer is streamed to standard output, its length and speed go to standard error."""
+    """Answer a prompt. Prompt and answer are streamed to standard output, length and speed of the answer go to standard error."""
 
     speculate: Optional[Speculation] = None
     """Check several drafted tokens in one pass, with the same distribution. heads takes drafts from the model's own multi-token heads
@@ -155,7 +158,7 @@ class Generate(Answers, Checkpoint):
         llm.values([prompt])  # an error if there is no value head
         answers = self.drawn(llm, [text], self.best_of)
         values = llm.values([[*prompt, *answer] for answer in answers])
-        show(f"{llm.tokenizer.decode(answers[values.index(max(values))])}\n")
+        show(f"{llm.tokenizer.decode([*prompt, *answers[values.index(max(values))]])}\n")
         print(f"value {max(values):.3f}, of {self.best_of} answers from {min(values):.3f} on", file=sys.stderr)
 
 
@@ -198,9 +201,11 @@ class Metered:
             self.seconds = time.perf_counter() - start
             yield token
 
-    def show(self, tokenizer: "Tokenizer") -> None:
-        """Stream the ids' text to standard output."""
-        for piece in tokenizer.decode_stream(self):
+    def show(self, tokenizer: "Tokenizer", prompt: Iterable[int]) -> None:
+        """Stream the text of the prompt's ids and these to standard output; nothing if the first of these is an error."""
+        ids = iter(self)
+        first = list(islice(ids, 1))
+        for piece in tokenizer.decode_stream(chain(prompt, first, ids)):
             show(piece)
         show("\n")
 

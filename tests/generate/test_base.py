@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,11 +28,12 @@ def run(*words: object) -> int:
     return main(["generate", *map(str, words)])
 
 
-def test_answer_on_stdout_figures_on_stderr(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_and_answer_on_stdout_figures_on_stderr(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, "--prompt", "hello", "--temperature", 0, "--max_new_tokens", 20, "--precision", "32-true") == 0
     out, err = capsys.readouterr()
-    want = LLM.load(base, precision="32-true", device="cpu").generate("hello", max_new_tokens=20, temperature=0.0)
-    assert out == want + "\n"
+    llm = LLM.load(base, precision="32-true", device="cpu")
+    answer: Any = llm.generate("hello", max_new_tokens=20, temperature=0.0, return_as_token_ids=True)
+    assert out == llm.tokenizer.decode([*llm.prompt_ids(llm.prompt_style.apply("hello")), *answer.tolist()]) + "\n"
     assert re.search(r"^tiny, float32 on cpu, loaded in \d", err)
     assert re.search(r"\n20 tokens in \d+\.\d\d s, \d+\.\d tokens/s, peak memory \d+\.\d\d GiB\n$", err)
 

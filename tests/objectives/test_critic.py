@@ -114,7 +114,7 @@ def test_value_evaluate_and_the_best_answer(base: Path, rated: Path, tmp_path: P
     text = llm.prompt_style.apply("add 3")
     prompt, answers = llm.prompt_ids(text), Generate(run.final, prompt="add 3", max_new_tokens=5).drawn(llm, [text], 6)
     assert len({tuple(answer) for answer in answers}) > 3
-    assert out == llm.tokenizer.decode(max(answers, key=lambda answer: llm.values([[*prompt, *answer]]))) + "\n"
+    assert out == llm.tokenizer.decode(max(([*prompt, *answer] for answer in answers), key=lambda ids: llm.values([ids]))) + "\n"
     assert main(["generate", str(base), "--best_of", "2"]) == 1
     assert "has no value head" in capsys.readouterr().err
     assert main([*words, "--best_of", "2", "--num_samples", "2"]) == 1
