@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import facts
-from benchmarks.process import in_worker, run_litgpt
+from benchmarks.process import ROOT, in_worker, run_litgpt
 from benchmarks.runs import environment, read_json
 from litgpt import atomic
 from litgpt.text import markdown_table
@@ -48,6 +49,9 @@ SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data
         "1e-3",
     ],
 }
+PEFT = {  # epochs and learning rate of PEFT's LoRA on every linear layer
+    f"PEFT, {epochs} epochs at {rate}": {"epochs": epochs, "rate": float(rate)} for epochs in (5, 10) for rate in ("5e-4", "1e-3", "2e-3")
+}
 ANSWER_TOKENS = 24
 
 
@@ -55,20 +59,55 @@ def ask(folder: Path, name: str, size: int, seed: int) -> dict[str, Any]:
     """Return which facts, and which general questions, the model in `folder` answers right."""
     from litgpt import LLM
 
-    llm = LLM.load(folder)
+    asked = facts.make(name, size, seed).questions if size else []
+    texts = [question.text for question in asked + facts.GENERAL]
+    return marks(asked, LLM.load(folder).generate(texts, max_new_tokens=ANSWER_TOKENS, temperature=0.0))
 
-    def right(questions: list[facts.Question]) -> list[bool]:
-        answers = llm.generate([question.text for question in questions], max_new_tokens=ANSWER_TOKENS, temperature=0.0)
-        return [question.is_right(str(answer)) for question, answer in zip(questions, answers, strict=True)]
 
-    return {"facts": right(facts.make(name, size, seed).questions) if size else [], "general": right(facts.GENERAL)}
+def marks(asked: list[facts.Question], answers: Any) -> dict[str, Any]:
+    """Return which answers, first to `asked` and then to the general questions, are right."""
+    right = [question.is_right(str(answer)) for question, answer in zip(asked + facts.GENERAL, answers, strict=True)]
+    return {"facts": right[: len(asked)], "general": right[len(asked) :]}
+
+
+def write_records(name: str, size: int, seed: int, folder: Path) -> Path:
+    """Write the records of a set to a file in `folder`."""
+    data = folder / f"{name}-{size}-{seed}.jsonl"
+    atomic.write_text(data, "".join(json.dumps(record) + "\n" for record in facts.make(name, size, seed).records))
+    return data
+
+
+def measure_peft(checkpoint_dir: Path, name: str, size: int, seed: int, setting: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the figures of one setting of PEFT on one set; its base is the checkpoint as a Hugging Face model in `folder`."""
+    base, job, result = folder / "hf", folder / "peft.json", folder / "peft-result.json"
+    if not base.is_dir():
+        code, output = run_litgpt(["convert_from_litgpt", str(checkpoint_dir), str(base)])
+        if code:
+            return {"error": output.strip().splitlines()[-1]}
+    asked = facts.make(name, size, seed).questions
+    run = {
+        "checkpoint": str(base),
+        "data": str(write_records(name, size, seed, folder)),
+        "out_dir": str(folder / "peft"),
+        "result": str(result),
+        "questions": [question.text for question in asked + facts.GENERAL],
+        "answer_tokens": ANSWER_TOKENS,
+        "seed": seed,
+        "batch": 4,
+        "r": 16,
+        "warmup": 5,
+    }
+    atomic.write_text(job, json.dumps(run | setting))
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks/peers/facts_with_peft.py"), str(job)], capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    found = json.loads(result.read_text())
+    return {"seconds": found["seconds"], **marks(asked, found["answers"])}
 
 
 def measure(checkpoint_dir: Path, name: str, size: int, seed: int, words: list[str], folder: Path) -> dict[str, Any]:
     """Return the figures of one setting on one set."""
-    records = facts.make(name, size, seed).records
-    data, out_dir = folder / f"{name}-{size}-{seed}.jsonl", folder / "run"
-    atomic.write_text(data, "".join(json.dumps(record) + "\n" for record in records))
+    data, out_dir = write_records(name, size, seed, folder), folder / "run"
     start = time.perf_counter()
     command = ["finetune", str(checkpoint_dir), "--data", str(data), "--out_dir", str(out_dir), "--overwrite", "true", "--seed", str(seed)]
     code, output = run_litgpt([*command, *words])
@@ -105,7 +144,7 @@ def main() -> int:
     parser.add_argument("--sets", nargs="+", choices=list(facts.SETS), default=list(facts.SETS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[60])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, *PEFT], default=[*SETTINGS, *PEFT])
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/own_data"))
     chosen = parser.parse_args()
     file = chosen.out / "results.json"
@@ -116,7 +155,11 @@ def main() -> int:
         key = f"{name} {size} {seed} {setting}"
         if key not in results["runs"] or "error" in results["runs"][key]:
             print(f"== {key}", flush=True)
-            results["runs"][key] = measure(chosen.checkpoint_dir, name, size, seed, SETTINGS[setting], chosen.out)
+            place = (chosen.checkpoint_dir, name, size, seed)
+            if setting in PEFT:
+                results["runs"][key] = measure_peft(*place, PEFT[setting], chosen.out)
+            else:
+                results["runs"][key] = measure(*place, SETTINGS[setting], chosen.out)
             atomic.write_text(file, json.dumps(results, indent=1) + "\n")
             atomic.write_text(chosen.out / "own_data.md", table(results) + "\n")
     print(table(results))

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,9 @@ class Tokenizer:
         self.eos_id = self._special_id("eos_token", eos_ids, folder)
         self.stop_ids: set[int] = set(eos_ids) | ({self.eos_id} if self.eos_id is not None else set())
         """Ids that end a generated answer."""
-        self.use_bos: bool = self.bos_id is not None and self._adds_bos()
-        """Default of `ids`' argument `bos`: what tokenizer.json does. transformers 5 reads no `add_bos_token` beside it."""
+        self.first_ids = self._first_ids()
+        """Ids that tokenizer.json puts before a text: mostly BOS or none. transformers 5 reads no `add_bos_token` beside it."""
+        self.use_bos: bool = self.bos_id is not None and self.bos_id in self.first_ids
         templates = _chat_templates(self._config.get("chat_template"), folder)
         self.chat_template = templates.get("default")
         self.tool_template = templates.get("tool_use")  # of conversations with tools, if there is one
@@ -87,10 +89,11 @@ class Tokenizer:
         if new:
             self._backend.add_tokens(new)
 
-    def _adds_bos(self) -> bool:
+    def _first_ids(self) -> list[int]:
         self._require_bounded("a")
         with _no_panics("tokenizer.json"):
-            return self.bos_id in self._backend.encode("a").ids
+            encoding = self._backend.encode("a")
+        return [number for number, _ in takewhile(lambda pair: pair[1] is None, zip(encoding.ids, encoding.sequence_ids, strict=True))]
 
     def _ids_in(self, file: Path, key: str) -> list[int]:
         """Return the ids under `key` of a JSON file: a number or a list of numbers. Some models write -1 for none."""
@@ -143,14 +146,15 @@ class Tokenizer:
     def ids(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
         """Return token ids. Special tokens in the text are recognised.
 
-        `bos` defaults to `use_bos`; BOS is not repeated if the text starts with it. Raises UserError if BOS or EOS is requested and the
-        checkpoint has none.
+        `bos` defaults to what tokenizer.json does: its `first_ids`. They are not repeated if the text starts with them. Raises UserError if
+        BOS or EOS is requested and the checkpoint has none.
         """
         ids = self._encode(text).ids
-        if self.use_bos if bos is None else bos:
-            first = _required(self.bos_id, "beginning-of-sequence (bos_token)")
-            if ids[:1] != [first]:
-                ids = [first, *ids]
+        first = [] if bos is False else self.first_ids
+        if bos and not first:
+            first = [_required(self.bos_id, "beginning-of-sequence (bos_token)")]
+        if ids[: len(first)] != first:
+            ids = [*first, *ids]
         if eos:
             ids = [*ids, _required(self.eos_id, "end-of-sequence (eos_token)")]
         return ids

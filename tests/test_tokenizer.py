@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, norma
 from transformers import PreTrainedTokenizerFast
 
 from litgpt import checkpoint
+from litgpt.data.base import Encoder
 from litgpt.errors import UserError
-from litgpt.prompts import ChatTemplate
+from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.tokenizer import Tokenizer
 from tests.helpers.tiny import put_bos_first
 
@@ -118,6 +119,24 @@ def test_bos_as_in_transformers(tmp_path: Path, post_processor: bool, setting: b
     assert tokenizer.bos_id == 1 and tokenizer.use_bos is post_processor
     assert tokenizer.ids("hello") == theirs("hello").input_ids
     assert tokenizer.ids("<s>hello").count(1) == 1
+
+
+def test_two_tokens_before_every_text_as_in_transformers(tmp_path: Path) -> None:
+    """GLM's post-processor writes [gMASK]<sop>, neither of which is BOS."""
+    folder = rewrite(sentencepiece_dir(tmp_path, post_processor=False), "tokenizer_config.json", bos_token="<s>")
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["[gMASK]", "<sop>"])
+    first = [backend.token_to_id(token) for token in ("[gMASK]", "<sop>")]
+    template = ["[gMASK]", "<sop>", "$A"]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(zip(template, first, strict=False)))
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.first_ids == first and not tokenizer.use_bos
+    assert tokenizer.ids("hello") == theirs("hello").input_ids == tokenizer.ids("[gMASK]<sop>hello")
+    assert tokenizer.ids("hello", bos=False) == theirs("hello", add_special_tokens=False).input_ids
+    encoder = Encoder(tokenizer, PromptStyle.from_name("default"), mask_prompt=False, last_turn_only=False, max_length=None, source="")
+    sample = encoder.encode_all([(1, {"instruction": "a", "output": "b"})])[0][1][0]
+    assert list(sample.input_ids[:2]) == first and not any(sample.loss_mask[:2]) and all(sample.loss_mask[2:])
 
 
 def test_encode_is_a_cut_tensor(tiny_tokenizer_dir: Path) -> None:

@@ -256,9 +256,10 @@ class Encoder:
         if self.tokenizer.eos_id is not None and (not ids or ids[-1] not in self.stops):
             ids.append(self.tokenizer.eos_id)
             weights.append(values[-1])
-        if self.style.bos is None and self.tokenizer.use_bos and self.tokenizer.bos_id is not None and ids[0] != self.tokenizer.bos_id:
-            ids.insert(0, self.tokenizer.bos_id)
-            weights.insert(0, 0)
+        first = self.tokenizer.first_ids if self.style.bos is None else []
+        if ids[: len(first)] != first:
+            ids = [*first, *ids]
+            weights = array("f", [0] * len(first)) + weights
         weights[0] = 0
         too_long = self.max_length is not None and len(ids) > self.max_length
         if too_long:

@@ -7,7 +7,7 @@ import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ TEXTS = (".json", *LINES, *TABLES)
 SUFFIXES = (*TEXTS, *(f"{suffix}.gz" for suffix in TEXTS), *COLUMNS)
 SAVED = ("dataset_dict.json", "dataset_info.json")  # in a folder of `Dataset.save_to_disk`
 VALIDATION = ("val", "validation", "valid", "test")  # names of the validation part
-MOST_UNPACKED = 2**32  # bytes of a .gz file
+MOST_UNPACKED = 2**32  # bytes of a file or data set that is stored packed
+SLICE = 2**28  # bytes of the rows that are unpacked at once, if a row has fewer
 SHOWN = 3  # bad records in an error message
 INSTALL = 'pip install "litgpt[data]"'
 
@@ -66,7 +67,7 @@ def _numbered(path: Path) -> list[tuple[str, Any]]:
         raise UserError(f"{path}: a file with one of the endings {', '.join(SUFFIXES)} is needed, or a folder with a train and a val file")
     raw = read_bytes(path, "does not exist: check data.json_path", most=None)
     if suffix in COLUMNS:
-        return _records([_row(columns) for columns in _read_columns(path, suffix)])
+        return _records(_read_columns(path, suffix))
     text = decode_text(_unpack(raw, path) if suffix.endswith(".gz") else raw, path)
     suffix = suffix.removesuffix(".gz")
     if not text.strip():
@@ -133,9 +134,23 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     return rows
 
 
-def _row(columns: Any) -> Any:
-    """Return a row of a column format without null keys in its objects: an object has the keys of all rows' objects there."""
-    return {name: _without_nulls(value) for name, value in columns.items()} if isinstance(columns, dict) else columns
+def _bounded(rows: Iterable[Any], path: Path) -> list[Any]:
+    """Return the rows of a column format without null keys in their objects: an object has the keys of all rows' objects there."""
+    bounded, size = [], 0
+    for columns in rows:
+        size += _size(columns)
+        if size > MOST_UNPACKED:
+            raise UserError(f"{path} holds more than {MOST_UNPACKED:,} bytes once it is unpacked: split it")
+        bounded.append({name: _without_nulls(value) for name, value in columns.items()} if isinstance(columns, dict) else columns)
+    return bounded
+
+
+def _size(value: Any) -> int:
+    """Return about the bytes that a plain value takes in memory."""
+    if isinstance(value, str | bytes):
+        return 50 + len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 50 + sum(map(_size, parts))
 
 
 def _without_nulls(value: Any) -> Any:
@@ -148,14 +163,24 @@ def _read_columns(path: Path, suffix: str) -> list[Any]:
     arrow, parquet = import_library("pyarrow", path), import_library("pyarrow.parquet", path)
     try:
         if suffix == ".parquet":
-            return parquet.read_table(path).to_pylist()
+            return _bounded(_unpacked(parquet.ParquetFile(path).iter_batches(batch_size=1_000)), path)
         with arrow.memory_map(str(path)) as file:
             try:
-                return arrow.ipc.open_stream(file).read_all().to_pylist()
+                batches = arrow.ipc.open_stream(file)
             except arrow.ArrowInvalid:  # the format of a file, with an index at its end
-                return arrow.ipc.open_file(file).read_all().to_pylist()
-    except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+                indexed = arrow.ipc.open_file(file)
+                batches = map(indexed.get_batch, range(indexed.num_record_batches))
+            return _bounded(_unpacked(batches), path)
+    except (ValueError, OSError, MemoryError) as error:  # the library's errors are such
         raise UserError(f"{path} is no readable {suffix} file: {str(error)[:200]}. Copy it again") from None
+
+
+def _unpacked(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield rows of Arrow's batches as plain values. Few are unpacked at once: each row may repeat the longest value of its batch."""
+    for batch in batches:
+        count = max(1, SLICE // max(1, batch.get_total_buffer_size()))
+        for start in range(0, batch.num_rows, count):
+            yield from batch.slice(start, count).to_pylist()
 
 
 def import_library(name: str, what: object) -> Any:
@@ -182,7 +207,7 @@ def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
         parts: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
         val = next((name for name in VALIDATION if name in parts), None)
-        rows = {name: [_row(columns) for columns in parts[name]] for name in ("train", val) if name is not None and name in parts}
+        rows = {name: _bounded(parts[name], path) for name in ("train", val) if name is not None and name in parts}
     except Exception as error:  # the library raises errors of many others
         reason = first_line(error)[:300]
         raise UserError(f"{path}: no file or folder, and `datasets` cannot read it: {reason}. Check data.json_path") from None

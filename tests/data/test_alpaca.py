@@ -31,7 +31,7 @@ def filled(hub: Hub, tmp_path: Path) -> Hub:
 
 
 @pytest.mark.parametrize("module", ON_HUB)
-def test_downloaded_once(module: type[Alpaca], filled: Hub, json_as_parquet: None, tmp_path: Path) -> None:
+def test_downloaded_once(module: type[Alpaca], filled: Hub, tmp_path: Path) -> None:
     data = module(download_dir=tmp_path / "new" / "folder")
     assert not data.is_ready()
     data.prepare_data()

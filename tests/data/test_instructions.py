@@ -24,7 +24,7 @@ def texts(records: list[Record] | None) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("every", [False, True])
-def test_deita(every: bool, hub: Hub, json_as_parquet: None, tmp_path: Path) -> None:
+def test_deita(every: bool, hub: Hub, tmp_path: Path) -> None:
     row = {"prompt": "q1", "prompt_id": "x", "messages": [{"role": role, "content": text} for role, text in TURNS]}
     files = {f"data/{part}-00000-of-00001.parquet": [row] * n for part, n in (("train_sft", 3), ("test_sft", 1), ("train_gen", 5))}
     publish(hub, tmp_path / "hub", "HuggingFaceH4/deita-10k-v0-sft", files)

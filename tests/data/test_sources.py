@@ -1,4 +1,4 @@
-"""Data files of every format, and data sets of the datasets library, with stand-ins for pyarrow and datasets."""
+"""Data files of every format, and data sets of the datasets library, with a stand-in for datasets where it would ask the hub."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import gzip
 import io
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 
 from litgpt.data import JSON
@@ -21,7 +22,7 @@ RECORD: dict[str, Any] = {"instruction": "Hi", "input": "", "output": "Hello"}
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".json.gz", ".JSONL.gz", ".csv.gz", ".parquet", ".arrow"])
-def test_formats(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formats(suffix: str, tmp_path: Path) -> None:
     """Every format holds the same rows, read by the library of that format."""
     rows = [{"instruction": 'Say "a,\tb"\nplease', "output": "x" * 200_000}, {"instruction": "é", "output": "日本"}]
     text = io.StringIO(newline="")
@@ -32,47 +33,52 @@ def test_formats(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     lines = suffix.lower().startswith((".jsonl", ".ndjson"))
     content = (text.getvalue() if table else "\n\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)).encode()
     path = tmp_path / f"data{suffix}"
-    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
-    stand_in_pyarrow(monkeypatch)
+    if suffix in (".parquet", ".arrow"):
+        write_columns(path, rows)
+    else:
+        path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
     train, val = JSON(json_path=path).records()
     assert val is None
     assert [(record.question, record.answer) for record in train] == [tuple(row.values()) for row in rows]
 
 
-def test_keys_that_columns_add_to_nested_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_columns_add_to_nested_objects(tmp_path: Path) -> None:
     """Parquet gives each object the keys of all rows' objects, null where a row has none."""
-    stand_in_pyarrow(monkeypatch)
     call: dict[str, Any] = {"function": {"name": "f", "arguments": {"city": "Bern"}}}
     tool: dict[str, Any] = {"function": {"name": "f", "parameters": {"properties": {"city": {"type": "string"}}}}}
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    wide_call = {"function": {"name": "f", "arguments": {"city": "Bern", "day": None}}, "id": None}
-    wide_tool = {"function": {"name": "f", "parameters": {"properties": {"city": {"type": "string"}, "day": None}, "required": None}}}
-    wide = [{**turns[0], "tool_calls": None}, {**turns[1], "tool_calls": [wide_call]}]
-    (tmp_path / "a.parquet").write_text(json.dumps([{"messages": wide, "tools": [wide_tool], "system": None}]))
-    (record,), _ = JSON(json_path=tmp_path / "a.parquet").records()
+    other_call = {"function": {"name": "f", "arguments": {"day": 1}}, "id": "c1"}
+    other = [*turns[:1], {**turns[1], "tool_calls": [other_call]}]
+    other_tool = {"function": {"name": "f", "parameters": {"properties": {"day": {"type": "string"}}, "required": ["day"]}}}
+    rows = [{"messages": turns, "tools": [tool]}, {"messages": other, "tools": [other_tool], "system": "s"}]
+    write_columns(tmp_path / "a.parquet", rows)
+    (record, _), _ = JSON(json_path=tmp_path / "a.parquet").records()
     assert record.messages == turns and record.tools == [tool] and not record.unread
 
 
-def stand_in_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pyarrow whose files hold JSON."""
+def write_columns(path: Path, rows: list[dict[str, Any]]) -> None:
+    table = pyarrow.Table.from_pylist([{**dict.fromkeys(rows[-1]), **row} for row in rows])
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
 
-    def table(text: str) -> Any:
-        if not text.startswith("["):
-            raise ValueError("no magic bytes")
-        return SimpleNamespace(to_pylist=lambda: json.loads(text))
 
-    def open_stream(file: Any) -> Any:
-        raise package.ArrowInvalid("a file, no stream")
-
-    package, parquet = ModuleType("pyarrow"), ModuleType("pyarrow.parquet")
-    package.__dict__.update(
-        memory_map=lambda path: nullcontext(Path(path)),
-        ArrowInvalid=type("ArrowInvalid", (ValueError,), {}),
-        ipc=SimpleNamespace(open_stream=open_stream, open_file=lambda file: SimpleNamespace(read_all=lambda: table(file.read_text()))),
-    )
-    parquet.__dict__.update(read_table=lambda path: table(Path(path).read_text()))
-    for name, module in (("pyarrow", package), ("pyarrow.parquet", parquet)):
-        monkeypatch.setitem(sys.modules, name, module)
+@pytest.mark.parametrize(("suffix", "stream"), [(".parquet", False), (".arrow", False), (".arrow", True)])
+def test_a_value_that_all_rows_repeat_is_bounded(suffix: str, stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dictionary stores 200 GB of rows in 2 MB."""
+    values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100_000, pyarrow.int32()), pyarrow.array(["x" * 2_000_000]))
+    table = pyarrow.table({"instruction": values, "output": values})
+    monkeypatch.setattr("litgpt.data.sources.MOST_UNPACKED", 10**8)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with (pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file)(path, table.schema) as file:
+            file.write_table(table)
+    with pytest.raises(UserError, match="more than 100,000,000 bytes once it is unpacked"):
+        JSON(json_path=path).records()
 
 
 @pytest.mark.parametrize(
@@ -90,8 +96,7 @@ def stand_in_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a.jsonl", b'\n{"messages": [{"role": "user", "role": "x"}]}\n', "line 2: an object has the key 'role' twice"),
     ],
 )
-def test_broken_formats(name: str, content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_pyarrow(monkeypatch)
+def test_broken_formats(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         JSON(json_path=tmp_path / name).records()
@@ -103,6 +108,25 @@ def test_large_gz_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b" " * 1001))
     with pytest.raises(UserError, match="more than 1,000 bytes once it is unpacked"):
         JSON(json_path=tmp_path / "a.json.gz").records()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["saved", "saved parts", "folder"])
+def test_datasets_of_the_library(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = {part: [{**RECORD, "output": f"{part} {i}"} for i in range(2)] for part in ("train", "validation")}
+    parts = datasets.DatasetDict({part: datasets.Dataset.from_list(records) for part, records in rows.items()})
+    folder = tmp_path / "data"
+    if where == "folder":
+        folder.mkdir()
+        for part, records in parts.items():
+            records.to_parquet(folder / f"{part}-00000-of-00001.parquet")
+    else:
+        (parts["train"] if where == "saved" else parts).save_to_disk(folder)
+    train, val = JSON(json_path=folder).records()
+    assert [record.answer for record in train] == ["train 0", "train 1"]
+    assert [record.answer for record in val or []] == ([] if where == "saved" else ["validation 0", "validation 1"])
 
 
 @pytest.mark.parametrize("where", ["org/name", "saved", "folder"])
