@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Optional
 from litgpt import families as catalog
 from litgpt.atomic import digest, locked
 from litgpt.checkpoint import HOME, HUB_NAME, TOKENIZER_FILES, WEIGHT_FILES, hf_weights
+from litgpt.convert.hf import choose_config
 from litgpt.convert.resolve import convert, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import open_regular, read_json
@@ -63,7 +64,7 @@ def download_from_hub(
         hint = f", such as {', '.join(near)}" if near else ""
         raise UserError(f"{repo_id!r} is no name of a model on the hub: give ORG/NAME{hint} (`litgpt download list` prints those known)")
     folder = Path(checkpoint_dir) / repo_id
-    fetch(repo_id, folder, access_token, tokenizer_only)
+    fetch(repo_id, folder, access_token, tokenizer_only, convert_checkpoint, model_name)
     if tokenizer_only or not convert_checkpoint:
         print(f"{repo_id} is in {folder}")
         return
@@ -89,10 +90,18 @@ def hub_names() -> list[str]:
     return sorted({f"{row['org']}/{row['name']}" for row in rows}, key=str.lower)
 
 
-def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer_only: bool = False) -> None:
+def fetch(
+    repo_id: str,
+    folder: Path,
+    access_token: str | None = None,
+    tokenizer_only: bool = False,
+    will_convert: bool = True,
+    model_name: str | None = None,
+) -> None:
     """Download the files that a conversion needs into `folder`, unless they exist.
 
-    Raises UserError, with the missing files, if the hub does not serve them, and if a file in the folder differs from the hub's.
+    Raises UserError, with the missing files, if the hub does not serve them, if a file in the folder differs from the hub's, and before the
+    weights are downloaded if they cannot be converted.
     """
     api = hub(access_token)
     from huggingface_hub import hf_hub_url
@@ -114,8 +123,13 @@ def fetch(repo_id: str, folder: Path, access_token: str | None = None, tokenizer
                 _get(url, file, folder, access_token)
 
         with locked(folder):
-            get(names if weights is None else [*names, weights])
-            if weights is not None and weights.endswith(".index.json"):
+            get(names)
+            if weights is None:
+                return
+            if will_convert:
+                choose_config(folder, model_name)
+            get([weights])
+            if weights.endswith(".index.json"):
                 shards = _shards(folder / weights)
                 missing = [name for name in shards if name not in files or "/" in name]
                 if missing or not shards:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -154,6 +155,18 @@ def test_a_model_without_weights_that_can_be_read(hub: Hub, tmp_path: Path, caps
     hub.models["org/gguf"] = folder
     code, said = run(capsys, "org/gguf")
     assert code == 1 and "it holds model.Q4_K.gguf; get one of the .gguf files by hand" in said
+
+
+@pytest.mark.parametrize("change", [{"model_type": "qwen2_vl"}, {"quantization_config": {"quant_method": "fp8"}}])
+def test_what_cannot_be_converted_is_told_before_its_weights(
+    hub: Hub, model: Path, change: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.models["org/other"] = other = shutil.copytree(model, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(json.loads((other / "config.json").read_text()) | change))
+    code, said = run(capsys, "org/other")
+    assert code == 1 and ("qwen2_vl" in said or "fp8" in said)
+    assert "config.json" in hub.fetched() and "model.safetensors" not in hub.fetched()
+    assert run(capsys, "org/other", "--convert_checkpoint", "false")[0] == 0 and "model.safetensors" in hub.fetched()
 
 
 def test_an_interrupted_transfer_goes_on_in_the_next_run(

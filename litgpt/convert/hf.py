@@ -38,11 +38,7 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
 
     Raise UserError for unsupported architectures, broken files, and tensors that do not fit the model.
     """
-    settings = read_json(source / "config.json")
-    method = families.quantisation(settings)
-    if method not in (None, "mxfp4"):
-        raise UserError(f"{source} holds weights quantised with {method!r}: convert the unquantised model, or a GGUF file of it")
-    config = choose_config(source, model_name)
+    settings, config = read_json(source / "config.json"), choose_config(source, model_name)
     tensors = open_weights(source)
     plan = fit(tensors, hf_table(settings["model_type"], config), config, str(source), says_tied(settings), dtype)
     if images := [name for name in tensors if IMAGES.fullmatch(name)]:
@@ -65,7 +61,13 @@ def says_tied(settings: dict[str, Any]) -> bool:
 
 
 def choose_config(source: Path, model_name: str | None) -> Config:
-    """Return the named model, if a name is given or the folder bears one that fits; else what config.json says, named after the folder."""
+    """Return the named model, if a name is given or the folder bears one that fits; else what config.json says, named after the folder.
+
+    Raise UserError for an unsupported architecture, quantised weights and another model than the named one.
+    """
+    method = families.quantisation(read_json(source / "config.json"))
+    if method not in (None, "mxfp4"):
+        raise UserError(f"{source} holds weights quantised with {method!r}: convert the unquantised model, or a GGUF file of it")
     folder = source.resolve().name
     described = Config.from_hf(source / "config.json", name=folder, hf_config={})
     if model_name is None:
