@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from litgpt.adapters.base import adapter_parameters
 from litgpt.device import backbone_dtype, default_precision, find_device
 from litgpt.errors import UserError
 from litgpt.files import expand_path
+from litgpt.generate import divide
 from litgpt.logs import peak_memory_gb
 from litgpt.loss import chunked_cross_entropy
 from litgpt.model import GPT
@@ -22,6 +23,7 @@ from litgpt.quantize import is_quantised
 from litgpt.tokenizer import Tokenizer
 from litgpt.values import checked
 
+Strategy = Literal["sequential", "tensor_parallel"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -45,6 +47,7 @@ class ModelModule(nn.Module):
     tokenizer: Tokenizer
     prompt_style: PromptStyle
     folder: Path | None  # None: random weights
+    generate_strategy: Strategy | None = None  # how the model is divided among several devices
     generate: Any
 
     @property
@@ -84,7 +87,7 @@ class ModelModule(nn.Module):
             self.model.float()
             self.load_state_dict({name.removeprefix(first): value for name, value in state.items()})
         elif self.folder is not None:
-            self.model = checkpoint.load_model(self.folder, torch.float32)
+            self.model, self.generate_strategy = checkpoint.load_model(self.folder, torch.float32), None
         self.model.float().train().requires_grad_(True)
 
     @checked
@@ -94,26 +97,41 @@ class ModelModule(nn.Module):
         devices: int | str = "auto",
         precision: str | None = None,
         quantize: str | None = None,
-        generate_strategy: str | None = None,
-        fixed_kv_cache_size: int | str | None = None,
+        generate_strategy: Strategy | None = None,
+        fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
     ) -> None:
         """Move the model to a device (cpu, cuda, xpu, mps or auto), in this precision, quantised if asked for.
 
-        One device is used: for several see `litgpt generate_tp` and `generate_sequentially`.
+        Several `devices` need a `generate_strategy` (`litgpt.generate.divide`). For "tensor_parallel" this script is run once more for each
+        further device, unless torchrun has started them; each process gets every answer, and RANK in its environment numbers it.
+        `fixed_kv_cache_size` is the most tokens that prompt and answer may have together, of which keys and values are kept.
         """
-        if generate_strategy is not None or devices not in ("auto", 1):
-            raise UserError("distribute: one device is used here; the commands generate_sequentially and generate_tp use several")
         if self.folder is None:
             raise UserError("distribute: the model has random weights: it is where it is")
+        if generate_strategy is None and devices not in ("auto", 1):
+            raise UserError(f'distribute: {devices!r} devices need a generate_strategy: "sequential" or "tensor_parallel"')
         device = find_device(None if accelerator == "auto" else {"gpu": "cuda"}.get(accelerator, accelerator))
-        dtype = backbone_dtype((precision or default_precision(device)).replace("-mixed", "-true"))
-        self.model = checkpoint.load_model(self.folder, dtype, device, quantize=quantize)
+        precision = (precision or default_precision(device)).replace("-mixed", "-true")
+        dtype, home = backbone_dtype(precision), device if generate_strategy is None else torch.device("cpu")
+        homes = divide.places(device, devices) if generate_strategy == "sequential" else []
+        rank = divide.processes(device, devices, precision, quantize) if generate_strategy == "tensor_parallel" else None
+        model = checkpoint.load_model(self.folder, dtype, home, quantize=quantize)
+        if isinstance(fixed_kv_cache_size, int):
+            if not 1 <= fixed_kv_cache_size <= model.max_seq_length:
+                raise UserError(f"fixed_kv_cache_size is {fixed_kv_cache_size}: from 1 to {model.max_seq_length} tokens are possible")
+            model.max_seq_length = fixed_kv_cache_size
+        if homes:
+            divide.spread(model, homes)
+        if rank is not None:
+            divide.shard(model, rank.index, rank.size, rank.sum)
+            model.to(rank.device)
+        self.model, self.generate_strategy = model, generate_strategy
 
     @checked
     def save(self, out_dir: str | Path, prompt_style: PromptStyle | None = None) -> None:
         """Write a checkpoint folder with the weights as they are now."""
-        if adapter_parameters(self.model) or is_quantised(self.model):
-            raise UserError("save: only a model without adapters, and not quantised, can be saved: `litgpt merge_lora` merges LoRA")
+        if adapter_parameters(self.model) or is_quantised(self.model) or self.generate_strategy == "tensor_parallel":
+            raise UserError("save: only a whole model without adapters, and not quantised, can be saved: `litgpt merge_lora` merges LoRA")
         folder = expand_path(out_dir)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(checkpoint.on_cpu(self.model.state_dict()), folder / checkpoint.WEIGHTS)

@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from litgpt.logs import remote_logger
 from litgpt.loss import chunked_cross_entropy as chunked_cross_entropy
 from litgpt.optim import make_optimizer
 from litgpt.quantize import count
+from litgpt.validate import estimate_model_memory as estimate_model_memory
 
 
 def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
@@ -64,6 +65,42 @@ def check_valid_checkpoint_dir(
     if verbose:
         print(message, file=sys.stderr)
     raise SystemExit(1)
+
+
+@dataclass
+class CheckpointValidationResult:
+    """What a checkpoint's file lacks for a model, or has beyond it."""
+
+    is_valid: bool
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    shape_mismatches: list[str]
+    errors: list[str]
+
+    def summary(self) -> str:
+        """Return all of it in words."""
+        if self.is_valid:
+            return "Checkpoint validation passed."
+        names = ("errors", "missing_keys", "unexpected_keys", "shape_mismatches")
+        found = ((name.replace("_", " ").capitalize(), getattr(self, name)) for name in names)
+        return "\n".join(("Checkpoint validation failed:", *(f"  {name} ({len(keys)}): {', '.join(keys)}" for name, keys in found if keys)))
+
+
+def validate_checkpoint(checkpoint_path: Path, model: nn.Module, verbose: bool = True) -> CheckpointValidationResult:
+    """Compare names and shapes of a file's weights with a model's; print the result to standard error if `verbose`."""
+    path, stored, errors = Path(checkpoint_path), dict[str, torch.Tensor](), list[str]()
+    try:
+        stored = checkpoint.load_weights(path)
+    except (UserError, OSError) as error:
+        errors.append(f"Failed to load checkpoint: {error}" if path.is_file() else f"Checkpoint file not found: {path}")
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    missing, unexpected = ([], []) if errors else (sorted(shapes.keys() - stored), sorted(stored.keys() - shapes))
+    both = ((name, shapes[name], tuple(stored[name].shape)) for name in sorted(shapes.keys() & stored))
+    odd = [f"{name}: model={ours}, checkpoint={theirs}" for name, ours, theirs in both if ours != theirs]
+    result = CheckpointValidationResult(not (errors or missing or unexpected or odd), missing, unexpected, odd, errors)
+    if verbose:
+        print(result.summary(), file=sys.stderr)
+    return result
 
 
 def extend_checkpoint_dir(checkpoint_dir: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional
 
 from litgpt import atomic, checkpoint
 from litgpt.config import Config
@@ -56,13 +56,13 @@ class Check(NamedTuple):
 
 
 @checked
-def validate(checkpoint_dir: Path, *, dtype: Optional[str] = None, training: bool = False) -> None:
+def validate(checkpoint_dir: Path, *, dtype: Optional[Literal["float32", "float16", "bfloat16"]] = None, training: bool = False) -> None:
     """Check a checkpoint or an adapter, and print the memory that each way to fine-tune it takes. The exit code is 1 if there is a problem.
 
     Args:
         checkpoint_dir: A base model, a merged model or an adapter. A Hugging Face folder or a GGUF file is converted first.
-        dtype: Accepted for LitGPT's command lines; without effect, as the table has every way to fine-tune.
-        training: The same.
+        dtype: Estimate the memory of all weights in this format, too.
+        training: With their gradients and AdamW's two moments; in float32 unless dtype says otherwise.
     """
     folder = open_checkpoint(checkpoint_dir)
     if not folder.is_dir():
@@ -77,6 +77,29 @@ def validate(checkpoint_dir: Path, *, dtype: Optional[str] = None, training: boo
         raise UserError("\n  ".join((f"{folder} has {_counted(problems)}:", *problems)))
     base, settings = checkpoint.adapter_settings(folder) if is_adapter else (folder, {})
     print(f"\n{memory_table(base, settings, folder if is_adapter else None)}\n{ESTIMATED}")
+    if dtype or training:
+        tied = checkpoint.is_tied(checkpoint.load_weights(base / checkpoint.WEIGHTS))
+        need = estimate_model_memory(Config.from_checkpoint(base), dtype or "float32", training, tied)
+        purpose = "train" if training else "hold"
+        print(f"{need['estimated_total_gb']:.2f} GiB to {purpose} all {need['param_count']:,} weights in {dtype or 'float32'}")
+
+
+def estimate_model_memory(
+    config: Config, dtype: "str | torch.dtype" = "float32", training: bool = False, tied: bool = False
+) -> dict[str, Any]:
+    """Return the number of weights, their GiB, those with gradients and AdamW's two moments if they are trained, and the first GPU's."""
+    import torch
+
+    from litgpt.device import on_meta
+    from litgpt.model import GPT
+
+    with on_meta():
+        count = sum(p.numel() for p in GPT(config).parameters()) - (config.V * config.n_embd if tied else 0)
+    weights = count * (dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).itemsize / 2**30
+    total = weights * (4 if training else 1)
+    there = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
+    figures = {"param_count": count, "param_memory_gb": weights, "estimated_total_gb": total, "available_gpu_memory_gb": there}
+    return {**figures, "fits_in_memory": None if there is None else total < there}
 
 
 def _summary(check: Check) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,14 @@ from litgpt.errors import UserError
 from tests.helpers import fake_hub, runs
 from tests.helpers.fake_hub import Hub
 
+SCRIPT = """
+import json, os, sys
+from litgpt import LLM
+llm = LLM.load(sys.argv[1], distribute=None)
+llm.distribute("cpu", devices=2, precision="32-true", generate_strategy="tensor_parallel")
+answer, drawn = llm.generate("add", temperature=0), llm.generate("add", temperature=1.0)
+os.write(1, json.dumps({"rank": os.environ.get("RANK", "0"), "answer": answer, "drawn": drawn}).encode() + b"\\n")
+"""
 IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(7))
 
 
@@ -47,10 +59,39 @@ def test_save_and_load(llm: LLM, base: Path, tmp_path: Path) -> None:
     assert not torch.equal(again(IDS), llm(IDS))
     again.distribute("cpu", precision="32-true", quantize="int8")
     assert torch.allclose(again(IDS), llm(IDS), atol=0.3) and not torch.equal(again(IDS), llm(IDS))
-    with pytest.raises(UserError, match="save: only a model without adapters"):
+    with pytest.raises(UserError, match="save: only a whole model without adapters"):
         again.save(tmp_path / "quantised")
-    with pytest.raises(UserError, match="one device"):
-        again.distribute(devices=2)
+
+
+def test_distribute(llm: LLM) -> None:
+    expected = llm.generate("add", temperature=0)
+    llm.distribute("cpu", generate_strategy="sequential", precision="32-true", fixed_kv_cache_size=100)
+    assert llm.generate("add", temperature=0) == expected
+    with pytest.raises(UserError, match="the model reads at most 100"):
+        llm.generate("add", max_new_tokens=100)
+    for settings, message in (
+        ({"devices": 2}, "2 devices need a generate_strategy"),
+        ({"devices": 2, "generate_strategy": "sequential"}, "has 1 of type cpu"),
+        ({"generate_strategy": "parallel"}, "one of sequential, tensor_parallel"),
+        ({"generate_strategy": "tensor_parallel", "quantize": "int8"}, "parts of a quantised model"),
+        ({"fixed_kv_cache_size": 0}, "from 1 to 256 tokens"),
+    ):
+        with pytest.raises(UserError, match=message):
+            llm.distribute("cpu", **settings)
+
+
+@pytest.mark.slow
+def test_tensor_parallel(llm: LLM, base: Path, tmp_path: Path) -> None:
+    """A script runs in two processes; both draw the same answer, and the most probable one is that of one process."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [sys.executable, str(tmp_path / "script.py"), str(base)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, sorted(done.stdout.splitlines()))
+    assert (first["rank"], second["rank"]) == ("0", "1") and first["drawn"] == second["drawn"]
+    assert first["answer"] == second["answer"] == llm.generate("add", temperature=0)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(base)], capture_output=True, text=True)
+    assert "litgpt generate_tp" in done.stderr
 
 
 def test_preprocessor_and_benchmark(llm: LLM) -> None:

@@ -67,6 +67,22 @@ def test_folders(
     assert Config.from_checkpoint(tmp_path / "copy").n_embd == 32
 
 
+def test_validate_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, file = tiny.tiny(), tmp_path / "lit_model.pth"
+    state = {**model.state_dict(), "more": torch.zeros(1)}
+    torch.save({"model": model.state_dict()}, file)
+    assert utils.validate_checkpoint(file, model, verbose=False).is_valid and capsys.readouterr().err == ""
+    state["lm_head.weight"] = torch.zeros(2, 2)
+    del state["transformer.wte.weight"]
+    torch.save(state, file)
+    found = utils.validate_checkpoint(file, model)
+    assert (found.missing_keys, found.unexpected_keys, found.errors) == (["transformer.wte.weight"], ["more"], [])
+    assert found.shape_mismatches[0].endswith("checkpoint=(2, 2)") and "Missing keys (1): transformer.wte" in capsys.readouterr().err
+    file.write_text("no checkpoint")
+    assert "Failed to load" in utils.validate_checkpoint(file, model, verbose=False).errors[0]
+    assert "not found" in utils.validate_checkpoint(tmp_path / "no.pth", model, verbose=False).summary()
+
+
 def test_cycle_iterator() -> None:
     iterator = utils.CycleIterator(range(3))
     assert iterator.epoch == 0 and [next(iterator) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0] and iterator.epoch == 2

@@ -170,6 +170,18 @@ def test_a_damaged_base_is_told_apart(base: Path, tmp_path: Path, capsys: pytest
     assert code == 1 and "base: values: lm_head.weight is zero everywhere" in err
 
 
+def test_memory_in_a_format(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights, gradients and two moments of each parameter."""
+    config = checkpoint.load_model(whole, torch.float32).config
+    stored = checkpoint.load_weights(whole / checkpoint.WEIGHTS)
+    number = sum(value.numel() for value in validate.unique(stored).values())
+    assert main(["validate", str(whole), "--dtype", "float16", "--training", "true"]) == 0
+    assert f"{number * 8 / 2**30:.2f} GiB to train all {number:,} weights in float16" in capsys.readouterr().out
+    half, full = (validate.estimate_model_memory(config, kind) for kind in (torch.bfloat16, "float32"))
+    assert full["param_memory_gb"] == 2 * half["param_memory_gb"] and full["estimated_total_gb"] == full["param_memory_gb"]
+    assert main(["validate", str(whole), "--dtype", "float8"]) == 2
+
+
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, tmp_path / "nowhere")[0] == 1
     code, _, err = run(capsys, tmp_path)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Optional
 
-from litgpt.checkpoint import HOME, WEIGHTS, adapter_hint
+from litgpt.checkpoint import HOME, WEIGHTS, adapter_hint, load_weights
 from litgpt.convert.gguf import stem
 from litgpt.convert.resolve import convert, is_hf_folder, locate
 from litgpt.errors import UserError
@@ -27,7 +27,7 @@ def convert_to_litgpt(
             Given alone, it is the folder to convert in place, LitGPT's habit.
         model_name: Take the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
         dtype: The number format of the stored weights. Default: the source's; bfloat16 where the source is quantised.
-        debug_mode: Accepted for LitGPT's command lines; without effect.
+        debug_mode: Print each tensor that was written.
     """
     from litgpt.convert.litgpt import convert_own
 
@@ -49,4 +49,7 @@ def convert_to_litgpt(
             raise UserError(f"{path} is no model{hint}")
         target = (source and checkpoint_dir) or (path if path.is_dir() else HOME / stem(path))
         config = convert(path, target, model_name, dtype)
+    if debug_mode:
+        for name, tensor in load_weights(target / WEIGHTS).items():
+            print(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
     print(f"Converted {path} to {target} (model {config.name}).")

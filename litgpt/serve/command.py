@@ -48,9 +48,9 @@ class Serve:
     devices: int = 1
     """Number of devices; this server computes on one."""
     openai_spec: bool = False
-    """Accepted for LitGPT's command lines; without effect, as OpenAI's interface is always there."""
+    """OpenAI's interface is there with and without it, as /predict is."""
     generate_strategy: Optional[Literal["sequential", "tensor_parallel"]] = None
-    """Accepted for LitGPT's command lines; without effect, as this server computes on one device."""
+    """How several devices divide the model; this server computes on one, and says so."""
     api_path: str = "/predict"
     """Where LitGPT's /predict is."""
     api_key: Optional[str] = None
@@ -74,6 +74,8 @@ class Serve:
                 raise UserError(f"{name} is {getattr(self, name)}: a positive number is needed")
         if not self.api_path.startswith("/"):
             raise UserError(f"api_path is {self.api_path!r}: it begins with /, for example /predict")
+        if self.generate_strategy is not None:
+            print(f"generate_strategy {self.generate_strategy}: this server computes on one device, which needs none", file=sys.stderr)
         self.folders = named(self.adapters or [])
         if self.adapter_dir is not None and not self.adapter_dir.is_dir():
             raise UserError(f"adapter_dir: there is no folder {self.adapter_dir}")

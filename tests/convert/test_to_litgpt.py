@@ -28,11 +28,12 @@ def test_the_folder_to_convert_in_place_may_be_named_litgpts_way(tmp_path: Path,
     assert (tmp_path / "hf" / "lit_model.pth").is_file()
 
 
-def test_own_weights_need_a_place(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+def test_own_weights_need_a_place(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
     with pytest.raises(UserError, match="lit_model.pth is LitGPT's own file: give --checkpoint_dir"):
         convert_to_litgpt(base / "lit_model.pth")
-    convert_to_litgpt(base / "lit_model.pth", tmp_path / "new", dtype="bfloat16")
+    convert_to_litgpt(base / "lit_model.pth", tmp_path / "new", dtype="bfloat16", debug_mode=True)
+    assert "\ntransformer.h.0.attn.qkv.weight (" in capsys.readouterr().out
     assert {tensor.dtype for tensor in load_weights(tmp_path / "new" / "lit_model.pth").values()} == {torch.bfloat16}
 
 

@@ -74,3 +74,8 @@ def test_a_port_in_use(folders: Folders, capsys: pytest.CaptureFixture[str]) -> 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(folders.base), "--port", str(taken.getsockname()[1])]) == 1
     assert "in use. Choose another --port" in capsys.readouterr().err
+
+
+def test_a_strategy_that_one_device_does_not_need(capsys: pytest.CaptureFixture[str]) -> None:
+    Serve(Path("base"), generate_strategy="sequential")
+    assert "generate_strategy sequential: this server computes on one device" in capsys.readouterr().err

@@ -14,8 +14,8 @@ import torch
 
 from litgpt.__main__ import main
 from litgpt.errors import UserError
+from litgpt.generate.divide import shard, spread
 from litgpt.generate.engine import generate
-from litgpt.generate.several import shard, spread
 from tests.helpers import tiny
 from tests.helpers.cases import quick
 from tests.helpers.family_configs import ours
