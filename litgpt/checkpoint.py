@@ -337,6 +337,27 @@ def fitting(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) ->
     return weights, tied
 
 
+def open_base(config: LoRAConfig, base: Path) -> tuple[LoRAGPT, Callable[[Iterable[str]], dict[str, torch.Tensor]]]:
+    """Return a model with its base weights on the meta device and fresh adapters, and a function that maps weights of the base by name."""
+    from litgpt.adapters.base import renew_adapters
+
+    file = weights_file(base, now=True)
+    weights = load_weights(file.path)
+    model = empty_model(config, weights, file.path)
+    _, tied = fitting(model, weights, file.path)
+    if tied:
+        model.tie_head()
+    renew_adapters(model)
+
+    def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        sources = {name: "transformer.wte.weight" if tied and name == "lm_head.weight" else name for name in names}
+        wanted = {*sources.values(), *(name.replace(".attn.qkv.", ".attn.attn.") for name in sources.values())}
+        mapped = in_current_layout({name: value for name, value in load_weights(file.path).items() if name in wanted}, config)
+        return {name: mapped[source] for name, source in sources.items()}  # no more of the file is held
+
+    return model, read
+
+
 def build_sharded(
     config: LoRAConfig, base: Path, dtype: torch.dtype, device: torch.device, mark: Callable[[LoRAGPT], object], offload: bool = False
 ) -> LoRAGPT:
@@ -346,37 +367,27 @@ def build_sharded(
     """
     import torch
 
-    from litgpt.adapters.base import renew_adapters, renew_sharded
+    from litgpt.adapters.base import renew_sharded
     from litgpt.quantize import rows_in_8_bits
     from litgpt.sharding import shard
 
-    file = weights_file(base, now=True)
-    weights = load_weights(file.path)
-    model = empty_model(config, weights, file.path)
-    _, tied = fitting(model, weights, file.path)
-    if tied:
-        model.tie_head()
     random = torch.get_rng_state()
-    renew_adapters(model)
+    model, read = open_base(config, base)
     mark(model)
 
     def load(names: Iterable[str]) -> dict[str, torch.Tensor]:
-        mapped, wanted = in_current_layout(load_weights(file.path), config), dict[str, torch.Tensor]()
-        if tied:
-            mapped["lm_head.weight"] = mapped["transformer.wte.weight"]
-        for name in names:
-            layer, _, leaf = name.replace(".linear.", ".").rpartition(".")
-            if leaf in ("quantised", "scales"):
-                wanted[name] = rows_in_8_bits(mapped[f"{layer}.weight"].to(dtype))[leaf]
-            else:
-                wanted[name] = mapped[f"{layer}.{leaf}"]
-        return wanted
+        sources = {name: re.sub(r"\.(quantised|scales)$", ".weight", name.replace(".linear.", ".")) for name in names}
+        mapped, loaded = read(sources.values()), dict[str, torch.Tensor]()
+        for name, source in sources.items():
+            leaf = name.rpartition(".")[2]
+            loaded[name] = rows_in_8_bits(mapped[source].to(dtype))[leaf] if leaf in ("quantised", "scales") else mapped[source]
+        return loaded
 
     shard(model, device, load, dtype, offload)
     if config.lora_variant != "lora":  # it starts from the base's weights
         torch.set_rng_state(random)
         renew_sharded(model)
-    file.require_unchanged()
+    weights_file(base).require_unchanged()
     return model
 
 
@@ -526,6 +537,18 @@ def adapted_config(folder: str | Path, base: Path, settings: Mapping[str, Any]) 
     return config
 
 
+def adapted(folder: str | Path, base: str | Path | None = None) -> tuple[Path, LoRAConfig]:
+    """Return the base of an adapter folder, by default that of hyperparameters.yaml, and its config with the adapter."""
+    from litgpt.lora import Config as LoRAConfig
+
+    base, settings = adapter_settings(folder, base)
+    LoRAConfig.from_checkpoint(require_checkpoint(base))  # its faults are not those of the settings
+    try:
+        return base, adapted_config(folder, base, settings)
+    except UserError as error:
+        raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
+
+
 def _answers_by_adapter(folder: Path, dtype: torch.dtype) -> bool:
     """Return True if a folder with merged weights is better read as base and adapter: merging below fp32 rounds a part of LoRA away."""
     if dtype.itemsize >= 4 or not (folder / ADAPTER_WEIGHTS).is_file():
@@ -557,14 +580,11 @@ def load_model(
 
     adapter = is_adapter_folder(folder) or _answers_by_adapter(Path(folder), dtype)
     require_whole(folder, *ADAPTERS, WEIGHTS)
-    base, settings = adapter_settings(folder, base) if adapter else (Path(folder), {})
-    require_checkpoint(base)
-    config = LoRAConfig.from_checkpoint(base)
     if adapter:
-        try:
-            config = adapted_config(folder, base, settings)
-        except UserError as error:
-            raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
+        base, config = adapted(folder, base)
+    else:
+        base = require_checkpoint(folder)
+        config = LoRAConfig.from_checkpoint(base)
     if sharded:
         model = build_sharded(config, base, dtype, torch.device(device), lambda model: model.requires_grad_(False))
     else:

@@ -340,8 +340,17 @@ def keep_taps(model: GPT, blocks: Sequence[int]) -> None:
 def merge_lora_weights(model: nn.Module) -> None:
     """Fold every LoRA into its linear layer, in place; the model becomes a plain GPT with the base's keys.
 
-    Raises UserError for answer-only LoRA, and for Skip2-LoRA, whose adapters read earlier blocks and have no place in the base weights.
+    Raises UserError if it cannot be merged.
     """
+    require_mergeable(model)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.fuse())
+    fuse_saved(model)
+
+
+def require_mergeable(model: nn.Module) -> None:
+    """Raise UserError for answer-only LoRA, for heads, and for Skip2-LoRA: its adapters read earlier blocks, and the base has no place."""
     if any(isinstance(module, Skip2LoRA) for module in model.modules()):
         raise UserError(
             "Skip2-LoRA cannot be merged: its adapters add functions of earlier blocks' outputs to the output layer's input, and no weight "
@@ -357,10 +366,6 @@ def merge_lora_weights(model: nn.Module) -> None:
             "answer-only LoRA (alora_enabled) cannot be merged: it leaves prompts to the base's weights. Use the adapter folder as it is: "
             "generate, chat and LLM.load take it and find the base; `litgpt convert_adapter` makes PEFT's format of it"
         )
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, LoRALinear):
-            model.set_submodule(name, module.fuse())
-    fuse_saved(model)
 
 
 def apply_lora(

@@ -49,7 +49,8 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
         copy_tokenizer_files(source, folder)
         write_bytes(folder / "config.json", read_own(source, "config.json") or b"")
         save_config(config, folder)
-        write_pth(plan, folder / WEIGHTS)
+        with (folder / WEIGHTS).open("wb") as file:
+            write_pth(plan, file)
     return config
 
 

@@ -1,16 +1,20 @@
 """`litgpt merge_lora`: LoRA adapters folded into the base's weights, so that the result is an ordinary checkpoint."""
 
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from litgpt import atomic, checkpoint
-from litgpt.config import Config
+from litgpt.config import CORRECTION, Config
 from litgpt.convert.resolve import adapter_folder, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.values import checked
 
 if TYPE_CHECKING:
     import torch
+
+    from litgpt.convert.names import Plan
+    from litgpt.lora import Config as LoRAConfig
 
 
 @checked
@@ -38,28 +42,76 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
         return
     if pretrained_checkpoint_dir is not None:
         pretrained_checkpoint_dir = checkpoint.require_checkpoint(open_checkpoint(pretrained_checkpoint_dir))
-    base, _ = checkpoint.adapter_settings(folder, pretrained_checkpoint_dir)
 
     from litgpt.device import backbone_dtype, default_device, default_precision
 
     precision = precision or checkpoint.read_hyperparameters(folder).get("precision") or default_precision(default_device())
-    weights = merged_weights(checkpoint.load_model(folder, backbone_dtype(precision), base=base))
+    base = write_merged(folder, backbone_dtype(precision), pretrained_checkpoint_dir)
     if not (folder / "model_config.yaml").is_file():
         checkpoint.save_config(Config.from_checkpoint(base), folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         checkpoint.copy_tokenizer_files(base, folder)
-    checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)
     if atomic.read_manifest(folder) is not None:
         atomic.write_manifest(folder, [checkpoint.WEIGHTS])
     print(f"wrote {folder / checkpoint.WEIGHTS}")
 
 
-def merged_weights(model: "torch.nn.Module") -> "dict[str, torch.Tensor]":
-    """Fold every LoRA of the model into its layer, in place, and return the base's state dict on the CPU. Tied weights stay one tensor.
+def write_merged(folder: Path, dtype: "torch.dtype", base: Path | None = None) -> Path:
+    """Write lit_model.pth, the base's weights with every LoRA of an adapter folder folded in, and return the base's folder.
 
-    Raises UserError for Skip2-LoRA, before anything is changed.
+    One weight is computed and written after the other. Raises UserError if the base is missing or changed, and for what cannot be merged.
     """
-    from litgpt.lora import merge_lora_weights
+    from litgpt.convert.write import write_pth
 
-    merge_lora_weights(model)
-    return checkpoint.on_cpu(model.state_dict())
+    base, config = checkpoint.adapted(folder, base)
+    plan = merged(folder, base, config, dtype)
+    with atomic.new_file(folder / checkpoint.WEIGHTS) as file:
+        write_pth(plan, file)
+        checkpoint.weights_file(base).require_unchanged()
+    return base
+
+
+def merged(folder: Path, base: Path, config: "LoRAConfig", dtype: "torch.dtype") -> "Plan":
+    """Return how to compute each weight of the merged model. Tied weights stay one tensor, as long as no adapter changes one of them."""
+    from torch import nn
+
+    from litgpt.adapters.base import adapter_parameters
+    from litgpt.lora import LoRALinear, require_mergeable
+
+    model, read = checkpoint.open_base(config, base)
+    require_mergeable(model)
+    file = folder / checkpoint.ADAPTER_WEIGHTS
+    learned = checkpoint.load_weights(file)
+    checkpoint.load_adapter(model, learned, file)
+    layers = {
+        f"{name}.weight": layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, LoRALinear) and layer.r
+    }
+    added = adapter_parameters(model, added=True)
+    names: dict[int, list[str]] = {}  # of one tensor
+    for key, value in model.state_dict(keep_vars=True).items():
+        if key not in added:
+            name = key.replace(".linear.", ".")
+            names.setdefault(id(layers.get(name, value)), []).append(name)
+
+    @lru_cache(maxsize=1)
+    def weights_of(block: tuple[str, ...]) -> "dict[str, torch.Tensor]":
+        return read([name for name, *_ in names.values() if _block(name) == block])
+
+    def load(name: str) -> "torch.Tensor":
+        if name in learned:  # of a module that was trained whole
+            return learned[name].to(dtype)
+        weight = weights_of(_block(name))[name]
+        if name.endswith(CORRECTION):
+            return weight.float()
+        if (layer := layers.get(name)) is None:
+            return weight.to(dtype)
+        layer.linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        weight, layer.linear = layer.fuse().get_parameter("weight"), None
+        return weight.detach()
+
+    return {tuple(keys): partial(load, keys[0]) for keys in names.values()}
+
+
+def _block(name: str) -> tuple[str, ...]:
+    """Return the beginning of a weight's name that all weights of its block have, of one in no block its name."""
+    return tuple(name.split(".")[:3])

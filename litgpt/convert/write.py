@@ -1,6 +1,6 @@
 """Weight files written one tensor at a time, so that a model never has to be in memory at once: `.pth` and safetensors.
 
-Both are written into a folder of `atomic.new_folder`, which flushes them to disk and shows them when they are complete.
+They are written into a folder of `atomic.new_folder`, or to `atomic.new_file`, which flush to disk and show what is complete.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from zipfile import ZIP64_LIMIT, ZipFile, ZipInfo
 
 import torch
@@ -59,15 +59,15 @@ class _Pickler(pickle.Pickler):
         return ("storage", value.kind, value.record, "cpu", value.numbers) if isinstance(value, _Storage) else None
 
 
-def write_pth(plan: Plan, path: Path) -> None:
-    """Load the plan's tensors one after the other and write them to a file that `torch.load` reads as if `torch.save` had written it.
+def write_pth(plan: Plan, file: IO[bytes]) -> None:
+    """Load the plan's tensors one after the other and write them to a new file that `torch.load` reads like one of `torch.save`.
 
     Layout: an uncompressed zip with a record `data/<number>` for each tensor's bytes and the pickled state dict in `data.pkl`
     (docs.pytorch.org/docs/stable/notes/serialization.html). torch's own record writer ends the process if the disk is full.
     """
     kinds: dict[torch.dtype, Any] = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage}
     kinds |= {torch.float16: torch.HalfStorage, torch.float64: torch.DoubleStorage}
-    with path.open("wb") as file, ZipFile(file, "w") as archive:
+    with ZipFile(file, "w") as archive:
         state: dict[str, _Tensor] = {}
         for number, (keys, load) in enumerate(plan.items()):
             tensor = load().contiguous()

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from litgpt import checkpoint
@@ -13,11 +12,11 @@ from litgpt.activations.choose import Choice
 from litgpt.adapters.base import adapter_state, renew_adapters
 from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
 from litgpt.args import TrainArgs, shallow
-from litgpt.convert.merge import merged_weights
+from litgpt.convert.merge import write_merged
 from litgpt.device import on_meta
 from litgpt.errors import UserError
 from litgpt.logs import Console
-from litgpt.lora import GPT, Config as LoRAConfig, LoRALayer, mark_only_lora_as_trainable
+from litgpt.lora import GPT, Config as LoRAConfig, LoRALayer, mark_only_lora_as_trainable, merge_lora_weights
 from litgpt.quantize import count, is_quantised, quantise
 from litgpt.sharding import assign, is_sharded, on_cpu
 
@@ -87,16 +86,15 @@ def adapters(settings: Any) -> Method:
     def finish(model: GPT, folder: Path) -> bool:
         if not model.config.is_mergeable:
             return False
-        if is_sharded(model) and 2 * count(model) * model.dtype.itemsize > psutil.virtual_memory().available:
-            return False  # `litgpt merge_lora` can do it on another machine
-        is_apart = is_quantised(model) or is_sharded(model)
-        try:
-            whole = checkpoint.load_model(folder, model.dtype) if is_apart else model  # merged into the base's own precision
-        except UserError as error:  # the base was changed or removed in the run
-            Console().say(f"warning: the adapter is not merged: {error}".replace(str(folder), str(folder.parent / "final")))
+        if is_quantised(model) or is_sharded(model):
+            try:
+                write_merged(folder, model.dtype)  # into the base's own precision
+            except UserError as error:  # the base was changed or removed in the run
+                Console().say(f"warning: the adapter is not merged: {error}".replace(str(folder), str(folder.parent / "final")))
             return False
-        checkpoint.save_weights(merged_weights(whole), folder / checkpoint.WEIGHTS)
-        return whole is model and model.dtype.itemsize < 4
+        merge_lora_weights(model)
+        checkpoint.save_weights(checkpoint.on_cpu(model.state_dict()), folder / checkpoint.WEIGHTS)
+        return model.dtype.itemsize < 4
 
     return Method(
         config=lambda folder: LoRAConfig.from_checkpoint(folder, **config),

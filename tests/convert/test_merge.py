@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,14 +15,18 @@ import torch
 import yaml
 from torch.testing import assert_close
 
-from litgpt import atomic, checkpoint
+from litgpt import atomic, checkpoint, lora
 from litgpt.__main__ import main
+from litgpt.adapters.base import adapter_parameters, adapter_state
+from litgpt.adapters.settings import VARIANTS
 from litgpt.convert.adapter import convert_adapter
-from litgpt.convert.merge import merge_lora, merged_weights
+from litgpt.convert.merge import merge_lora
 from litgpt.errors import UserError
+from litgpt.lora import LoRALinear
 from tests.helpers import runs, tiny
 
 LORA: dict[str, Any] = {"lora_r": 3, "lora_alpha": 7, **tiny.ALL_LORA}
+PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
 SKIP: dict[str, Any] = {"lora_r": 3, "skip2lora_enabled": True}
 
 
@@ -122,38 +127,85 @@ def test_refusals(base: Path) -> None:
 
 def test_interrupted_merge_leaves_no_checkpoint(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = adapter(base, **LORA)
-    save = torch.save
+    before, fuse = contents(folder), LoRALinear.fuse
 
-    def half(weights: Any, file: Any) -> None:
-        save(weights, file)
-        raise KeyboardInterrupt
+    def interrupted(layer: LoRALinear) -> Any:
+        if next(folder.glob(".*tmp")).stat().st_size > 1000:  # some of it is written
+            raise KeyboardInterrupt
+        return fuse(layer)
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(LoRALinear, "fuse", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge_lora(folder)
-    assert not (folder / "lit_model.pth").exists() and checkpoint.is_adapter_folder(folder)
+    assert contents(folder) == before and checkpoint.is_adapter_folder(folder)
+
+    def rewritten(layer: LoRALinear) -> Any:
+        os.utime(base / "lit_model.pth", ns=(1, 1))
+        return fuse(layer)
+
+    monkeypatch.setattr(LoRALinear, "fuse", rewritten)
+    with pytest.raises(UserError, match="was changed while it was read"):
+        merge_lora(folder)
+    assert contents(folder) == before
     monkeypatch.undo()
     merge_lora(folder)
     assert checkpoint.load_weights(folder / "lit_model.pth")
 
 
-def test_merged_weights_of_a_tied_model_stay_tied() -> None:
-    for flags, tied in (({"lora_query": True}, True), ({"lora_head": True}, False)):
-        with torch.device("meta"):
-            model = checkpoint_model(flags)
-        weights = tiny.tiny().state_dict()
-        del weights["lm_head.weight"]
-        checkpoint.load_base(model, weights, torch.float32, "file")
-        tiny.move_adapters(model)
-        merged = merged_weights(model)
-        same = merged["lm_head.weight"].data_ptr() == merged["transformer.wte.weight"].data_ptr()
-        assert same == tied
+EVERYWHERE = {**tiny.ALL_LORA, "lora_r": 3}
+MERGED: dict[str, dict[str, Any]] = {
+    **{variant: {**EVERYWHERE, "lora_variant": variant} for variant in ("lora", *VARIANTS)},
+    "query": {"lora_r": 3, "lora_query": True},
+    "head": {"lora_r": 3, "lora_head": True},
+    "wte": {"lora_r": 3, "lora_query": True, "modules_to_save": ["wte"]},
+    "both": {"lora_r": 3, "lora_query": True, "modules_to_save": ["wte", "lm_head"]},
+    "mixture": {**EVERYWHERE, "mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2},
+    "corrected": {**EVERYWHERE, "mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2, "n_expert_groups": 2}
+    | {"n_topk_groups": 1, "n_topk_scores_per_group": 2},
+}
 
 
-def checkpoint_model(flags: dict[str, bool]) -> Any:
-    from litgpt import lora
+@pytest.mark.parametrize(("precision", "tied"), [("32-true", False), ("bf16-true", True)], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", MERGED)
+def test_what_is_written_is_what_merging_in_memory_gives(
+    name: str, precision: str, tied: bool, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]
+) -> None:
+    """Bit for bit, in the order and with the shared tensors of the model's own state dict."""
+    sizes = {key: value for key, value in MERGED[name].items() if key.startswith(("n_", "mlp"))}
+    settings = {key: value for key, value in MERGED[name].items() if key not in sizes}
+    base, dtype = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, **sizes), getattr(torch, PRECISIONS[precision])
+    if tied:
+        weights = checkpoint.load_weights(base / "lit_model.pth", mapped=False)
+        checkpoint.save_weights({**weights, "lm_head.weight": weights["transformer.wte.weight"]}, base / "lit_model.pth")
+    folder = adapter(base, **MERGED[name])
+    model = checkpoint.build_model(lora.Config.from_checkpoint(base, **settings), base, dtype)
+    for key, parameter in adapter_parameters(tiny.move_adapters(model, size=0.1)).items():
+        parameter.data += 0.01 * ("lora_" not in key)
+    checkpoint.save_weights({"model": adapter_state(model)}, folder / "lit_model.pth.lora")  # type: ignore[dict-item]
+    merge_lora(folder, precision=precision)
+    lora.merge_lora_weights(model)
+    expected, written = model.state_dict(), checkpoint.load_weights(folder / "lit_model.pth")
+    assert list(written) == list(expected)
+    for key, value in written.items():
+        assert value.dtype == expected[key].dtype and torch.equal(value, expected[key]), key
+    assert checkpoint.is_tied(written) == model.is_tied
+    assert checkpoint.is_tied(written) == (tied and name not in ("head", "wte", *(MERGED.keys() if settings.get("lora_head") else ())))
 
-    return lora.GPT(lora.Config(**tiny.TINY, lora_r=3, **flags))
+
+def test_no_more_than_a_block_is_read_at_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked, in_layout = adapter(base, **LORA), list[set[str]](), checkpoint.in_current_layout
+    merge_lora(folder)
+    whole = (folder / "lit_model.pth").read_bytes()
+    (folder / "lit_model.pth").unlink()
+
+    def counted(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        asked.append({".".join(name.split(".")[:3]) for name in weights})
+        return in_layout(weights, config)
+
+    monkeypatch.setattr(checkpoint, "in_current_layout", counted)
+    merge_lora(folder)
+    assert (folder / "lit_model.pth").read_bytes() == whole
+    assert max(len(blocks) for blocks in asked[1:]) == 1 and len(asked[1:]) == len(set.union(*asked[1:]))
 
 
 @pytest.mark.slow

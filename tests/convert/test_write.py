@@ -41,7 +41,8 @@ def test_pth_is_what_torch_saves(mmap: bool, long: bool, tmp_path: Path, monkeyp
     if long:
         monkeypatch.setattr(writer, "ZIP64_LIMIT", 16)
     plan = {(name, *(["head"] if name == "f32.12" else [])): getter(tensor) for name, tensor in TENSORS.items()}
-    write_pth(plan, tmp_path / "ours.pth")
+    with (tmp_path / "ours.pth").open("wb") as file:
+        write_pth(plan, file)
     torch.save({**TENSORS, "head": TENSORS["f32.12"]}, tmp_path / "torch.pth")
     ours, theirs = (torch.load(tmp_path / name, weights_only=True, mmap=mmap) for name in ("ours.pth", "torch.pth"))
     assert_equal(ours, theirs)
@@ -54,7 +55,8 @@ def test_pth_is_what_torch_saves(mmap: bool, long: bool, tmp_path: Path, monkeyp
 
 def test_parts_of_a_tensor_are_written_without_the_rest(tmp_path: Path) -> None:
     whole = torch.randn(1000, 10)
-    write_pth({("rows",): lambda: whole[3:5], ("turned",): lambda: whole[:4].t()}, tmp_path / "x.pth")
+    with (tmp_path / "x.pth").open("wb") as file:
+        write_pth({("rows",): lambda: whole[3:5], ("turned",): lambda: whole[:4].t()}, file)
     assert (tmp_path / "x.pth").stat().st_size < 3000
     assert_equal(torch.load(tmp_path / "x.pth", weights_only=True), {"rows": whole[3:5], "turned": whole[:4].t()})
 
@@ -82,7 +84,8 @@ def test_one_tensor_is_alive_at_a_time(kind: str, tmp_path: Path) -> None:
         return tensor
 
     if kind == "pth":
-        write_pth({(str(i),): make for i in range(5)}, tmp_path / "x")
+        with (tmp_path / "x").open("wb") as file:
+            write_pth({(str(i),): make for i in range(5)}, file)
     else:
         write_safetensors({str(i): Pending((10,), torch.float32, make) for i in range(5)}, tmp_path / "x")
     assert len(alive) == 5
@@ -96,7 +99,8 @@ def test_a_full_disk_is_an_oserror(write: str) -> None:
     tensor = torch.zeros(100_000)
     with pytest.raises(OSError, match="No space left"):
         if write == "pth":
-            write_pth({("x",): lambda: tensor}, full)
+            with full.open("wb") as file:
+                write_pth({("x",): lambda: tensor}, file)
         else:
             write_safetensors(pending({"x": tensor}), full)
 
