@@ -17,6 +17,9 @@ V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
                                            lm_head, else at f = n
       C  a chunk of logits                 4 of them where the head learns (`litgpt.loss`)
 
+    reference     w R                      R parameters of Rho-1's reference model, which is freed before training: what is larger of it and
+                                           of training with activations counts
+
 One block more than L' stands for the temporaries of a running block. Activation checkpointing keeps only the blocks' inputs, and A for the
 one block that runs again. Python and torch are added: `PROCESS`. Of p processes with a sharded model each has (weights + training) / p,
 its activations, and what is gathered at once: a block, and embedding and head where they learn.
@@ -47,14 +50,16 @@ class Memory(NamedTuple):
     training: int
     activations: int
     gathered: int = 0  # at once, of a sharded model
+    reference: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.training + self.activations
+        return self.weights + max(self.training + self.activations, self.reference)
 
     def part(self, processes: int) -> int:
         """Return the total of each of the processes that share a sharded model."""
-        return (self.weights + self.training) // processes + self.activations + self.gathered
+        training = self.training // processes + self.activations
+        return self.weights // processes + max(training, self.reference // processes) + self.gathered
 
 
 def estimate(

@@ -78,6 +78,14 @@ def reference_model(
     return model, [*map(digest, files), str(dtype)]
 
 
+def reference_size(path: Path) -> int:
+    """Return the number of parameters of a checkpoint, or of an adapter folder's base."""
+    folder = open_checkpoint(path)
+    base = checkpoint.adapter_settings(folder)[0] if checkpoint.is_adapter_folder(folder) else folder
+    weights = checkpoint.load_weights(base / checkpoint.WEIGHTS).values()
+    return sum({value.data_ptr(): value.numel() for value in weights}.values())
+
+
 def exchange(samples: Sequence[Sample], add: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
     """Give the samples of all processes the losses that each has of its share. `add` adds up a tensor over the processes."""
     parts = [torch.zeros(s.n_targets) if s.reference is None else torch.tensor(s.reference) for s in samples]

@@ -187,8 +187,9 @@ def _memory(job: Job) -> str:
     estimated, tokens = estimate_of(settings, job.method, config, samples, model.dtype, model.is_tied, stem)
     processes = place.size if settings.wants_shards and (place := place_of(settings.devices, settings.num_nodes)) else 1
     part = f"; with fsdp each of {processes} processes about {gib(estimated.part(processes) + PROCESS)}" if processes > 1 else ""
+    reference = f"the reference model {gib(estimated.reference)}, or after it is freed " if estimated.reference else ""
     return (
-        f"about {gib(estimated.total + PROCESS)} without the cache: weights {gib(estimated.weights)}, trained parameters "
+        f"about {gib(estimated.total + PROCESS)} without the cache: weights {gib(estimated.weights)}, {reference}trained parameters "
         f"{gib(estimated.training)}, activations {gib(estimated.activations)} for {tokens:,} tokens in a micro-batch, "
         f"the program {gib(PROCESS)}{part}"
     )

@@ -12,6 +12,7 @@ from litgpt.errors import UserError
 from litgpt.lora import Config as LoRAConfig
 from litgpt.memory import PROCESS, Memory, estimate
 from litgpt.objectives.named import objective_of
+from litgpt.objectives.reference import reference_size
 from litgpt.quantize import EIGHT_BITS, FOUR_BITS
 from litgpt.sample import Sample
 from litgpt.sharding import reduces_unused_gradients
@@ -82,7 +83,8 @@ def estimate_of(
         nf4=method.quantize in FOUR_BITS,
         int8=method.quantize in EIGHT_BITS,
     )
-    return estimated, tokens
+    reference = 0 if objective.reference is None else dtype.itemsize * reference_size(objective.reference)
+    return estimated._replace(reference=reference), tokens
 
 
 def _room(rank: Rank) -> int:
