@@ -1,9 +1,10 @@
 """Sharded models: each rank holds a part of every parameter, and a block's parameters are gathered while it runs (FSDP2, arXiv 2304.11277).
 
-Each block is a group, its adapters among its parameters; a large frozen layer in it is one of its own, so that less is gathered at
-once. What is trained of embedding, final norm and head is the last group. A frozen embedding and head are spread (`litgpt.vocabulary`);
-the frozen rest of them, and Skip2-LoRA's adapters, which are read outside of their blocks, are copied to every rank. The optimizer sees
-the rank's rows of a parameter as an ordinary tensor (`part_of`), so that its update must treat every number by itself.
+Each block is a group, its adapters among its parameters. A large frozen layer in it is gathered by itself, so that less is gathered at
+once: on a CPU, which gathers nothing ahead, for each of its products (`SpreadLinear`). What is trained of embedding, final norm and head
+is the last group. A frozen embedding and head are spread (`litgpt.vocabulary`); the frozen rest of them, and Skip2-LoRA's adapters, which
+are read outside of their blocks, are copied to every rank. The optimizer sees the rank's rows of a parameter as an ordinary tensor
+(`part_of`), so that its update must treat every number by itself.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from litgpt.mlp import LLaMAMoE
-from litgpt.vocabulary import gather, own_chunk, spread
+from litgpt.vocabulary import gather, of_mesh, own_chunk, spread
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
 
 M_MMAP_THRESHOLD = -3  # of <malloc.h>
-LARGE = 2 * 2**20  # bytes of a layer that is a group of its own
+LARGE = 2 * 2**20  # bytes of a layer that is gathered by itself
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -118,12 +120,18 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
     )
 
     if device.type == "cpu":
-        with suppress(AttributeError, OSError):  # glibc: gathered weights that are freed go back to the system
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
+        with suppress(AttributeError, OSError):  # glibc: gathered weights and activations that are freed go back to the system
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     spread(model, mesh)
     copied = {p for block in model.blocks if block.skip2lora is not None for p in block.skip2lora.parameters()}
     copied |= {p for p in _outside(model) if not p.requires_grad}
+    reads_weights = getattr(model.config, "lora_variant", "") == "dora"
+    large = [layer for block in model.blocks for layer in _large_layers(block, dtype)] if not reads_weights else []
+    for layer in large if device.type == "cpu" else ():
+        layer.__class__ = SpreadLinear
+        layer.weight = nn.Parameter(of_mesh(layer.weight, mesh), requires_grad=False)
+        copied.add(layer.weight)
     for parameter in model.parameters():
         if not parameter.is_meta:  # an adapter's
             parameter.data = parameter.data.to(device)
@@ -134,9 +142,9 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
         "ignored_params": copied,
     }
     apart, exact = [name for name, p in model.named_parameters() if p in copied], _exact(model, dtype)
+    for layer in large if device.type != "cpu" else ():
+        fully_shard(layer, **how)
     for block in model.blocks:
-        for layer in _large_layers(block, dtype) if getattr(model.config, "lora_variant", "") != "dora" else ():  # which reads weights
-            fully_shard(layer, **how)
         fully_shard(block, **how)
         register_fsdp_forward_method(block, "attend")
     fully_shard(model, **how)
@@ -160,8 +168,33 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
     for parameter in model.parameters():
         if hasattr(parameter, "to_local"):
             parameter.part = nn.Parameter(parameter.to_local().detach(), parameter.is_floating_point())  # type: ignore[attr-defined]
+    for module in model.modules():
+        for expert in module.experts if isinstance(module, LLaMAMoE) else ():
+            _note_tokens(expert)
     register_fsdp_forward_method(model, "within")
     _free_root(model)
+
+
+def _note_tokens(expert: nn.Module) -> None:
+    """Let the parameters of an expert know if it has run with gradients: FSDP2 gives those that have not a gradient of zero."""
+    parameters: list[Any] = list(expert.parameters())
+
+    def note(*_: Any) -> None:
+        for parameter in parameters if torch.is_grad_enabled() else ():
+            parameter.has_tokens = True
+
+    for parameter in parameters:
+        parameter.has_tokens = False
+    expert.register_forward_pre_hook(note)
+
+
+def take_used(parameters: Sequence[nn.Parameter]) -> list[bool]:
+    """Return for each parameter whether this rank has used it in its step, and forget that experts have run."""
+    used = [p.grad is not None and getattr(p, "has_tokens", True) for p in parameters]
+    for p in parameters:
+        if hasattr(p, "has_tokens"):
+            p.has_tokens = False
+    return used
 
 
 class InPlace:
@@ -174,8 +207,40 @@ class InPlace:
         return gather(output_tensor, input_tensor, group, async_op)
 
 
-def _large_layers(block: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
-    """Return the frozen layers that are groups of their own: no experts, which not all ranks may run."""
+class SpreadLinear(nn.Linear):
+    """A frozen layer whose weight is gathered for each product, and freed after it: y = W x + b, dx = W^T dy."""
+
+    weight: Any
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)"""
+        y: torch.Tensor = _Product.apply(x, self)
+        return y
+
+    def gathered(self) -> torch.Tensor:
+        """Return the weight, (out, in)."""
+        mesh, own = self.weight.device_mesh, self.weight.to_local()
+        size = -(-self.out_features // mesh.size())  # rows of a rank
+        rows = own.new_empty(mesh.size() * size, self.in_features)
+        part = rows[mesh.get_local_rank() * size :][:size]
+        part[: len(own)] = own
+        gather(rows, part, mesh.get_group())
+        return rows[: self.out_features]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: SpreadLinear) -> torch.Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return F.linear(x, layer.gathered(), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (grad @ ctx.layer.gathered().to(grad.dtype)).to(ctx.dtype), None
+
+
+def _large_layers(block: nn.Module, dtype: torch.dtype) -> list[Any]:
+    """Return the frozen layers that are gathered by themselves: no experts, which not all ranks may run."""
     apart = {id(layer) for module in block.modules() if isinstance(module, LLaMAMoE) for layer in module.modules()}
     return [
         layer

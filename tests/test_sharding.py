@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from litgpt.sharding import assign, gathered, is_sharded, part_of, rows_of, scattered, whole
+from litgpt import sharding
+from litgpt.sharding import SpreadLinear, assign, gathered, is_sharded, part_of, rows_of, scattered, whole
 
 
 class Mesh:
@@ -20,6 +22,9 @@ class Mesh:
 
     def get_local_rank(self) -> int:
         return self.rank
+
+    def get_group(self) -> None:
+        return None
 
 
 def held(value: torch.Tensor, rank: int, size: int) -> Any:
@@ -61,3 +66,57 @@ def test_nothing_changes_for_a_model_of_one_process() -> None:
     assert gathered(state, [parameter]) == state
     assign(parameter, value)
     assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [4, 5, 7])
+def test_a_layer_that_is_gathered_for_each_product(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a plain layer: the product and the input's gradient; no weight is kept for the backward pass."""
+    plain, size = nn.Linear(3, rows, bias=bias).requires_grad_(False), 3
+    chunks = [*plain.weight.chunk(size), plain.weight[:0]][:size]
+    x, upstream = torch.randn(2, 6, 3, requires_grad=True), torch.randn(2, 6, rows)
+    want = plain(x)
+    (gradient,) = torch.autograd.grad(want, x, upstream)
+
+    def gather(out: torch.Tensor, own: torch.Tensor, group: Any) -> None:
+        assert out.shape[0] == size * len(own) and torch.equal(own[: len(chunks[1])], chunks[1])
+        out.copy_(torch.cat([F.pad(chunk, (0, 0, 0, len(own) - len(chunk))) for chunk in chunks]))
+
+    monkeypatch.setattr(sharding, "gather", gather)
+    layer: Any = SpreadLinear(3, rows, bias=bias)
+    layer.bias = plain.bias
+    layer._parameters.pop("weight")
+    layer.__dict__["weight"] = Rows(chunks[1], 1, size)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        got = layer(x)
+    assert not kept
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x, upstream)[0], gradient)
+
+
+def test_16_bits_under_autocast_as_a_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain: Any = nn.Linear(3, 4, bias=False).requires_grad_(False)
+    monkeypatch.setattr(sharding, "gather", lambda out, own, group: None)
+    layer: Any = SpreadLinear(3, 4, bias=False)
+    layer._parameters.pop("weight")
+    layer.__dict__["weight"] = Rows(plain.weight, 0, 1)
+    results = []
+    for each in (plain, layer):
+        x = torch.ones(5, 3, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = each(x)
+        y.float().square().sum().backward()
+        results.append((y, x.grad))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+class Rows:
+    """A weight of which a rank has these rows."""
+
+    def __init__(self, own: torch.Tensor, rank: int, size: int) -> None:
+        self.own, self.device_mesh = own, Mesh(rank, size)
+
+    def to_local(self) -> torch.Tensor:
+        return self.own

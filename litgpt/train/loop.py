@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from litgpt.loss import HeadLoss
 from litgpt.objectives.base import Objective, View
 from litgpt.optim import learning_rate
 from litgpt.sample import Sample
-from litgpt.sharding import part_of
+from litgpt.sharding import part_of, take_used
 from litgpt.train.parallel import Rank
 from litgpt.train.resume import PhaseStart, State, random_states
 
@@ -177,6 +178,7 @@ class Loop:
         self.model.train()
         total = torch.zeros((), device=self.rank.device)
         divisor, scale = self._begin(batch), state.loss_scale if self.is_half else 1.0
+        used = take_used(self.weights)  # none yet
         for first in range(0, batch.most if self.rank.sharded else len(batch.indices), self.micro_batch):
             if micro_batch := batch.indices[first : first + self.micro_batch]:
                 loss = self.loss(self.activations, micro_batch) / divisor
@@ -184,8 +186,10 @@ class Loop:
                 loss = self.loss(self.activations, batch.indices[: self.objective.group] or self.spare) * 0.0
             (loss * scale).backward()
             total += loss.detach()
+            if micro_batch:
+                used = [*map(or_, used, take_used(self.weights))]
         mean = self.rank.sum(total).item()
-        self.rank.share_gradients(self.weights)
+        self.rank.share_gradients(self.weights, used)
         if scale != 1:
             torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], scale)
         norm = self.rank.gradient_norm(self.weights)

@@ -112,19 +112,28 @@ class Rank:
         if self.is_first:
             self.barrier()
 
-    def share_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Add up the parameters' gradients over all processes. A sharded parameter's are added up already: its rows move to its part."""
+    def share_gradients(self, parameters: list[torch.nn.Parameter], used: list[bool]) -> None:
+        """Add up the parameters' gradients over all processes. A sharded parameter's are added up already: its rows move to its part.
+
+        `used`: those that this process has used in the step. One that no process has used gets no gradient, as in one process: an
+        optimizer leaves it alone, where with a gradient of zero AdamW would move it by its momentum.
+        """
         for parameter in parameters:
             if (part := part_of(parameter)) is not parameter:
                 grad: Any = parameter.grad
                 part.grad, parameter.grad = None if grad is None else grad.to_local(), None
-        copied = [p for p in parameters if part_of(p) is p]
-        if self.size == 1 or not copied:
+        if self.size == 1 and not self.sharded:
             return
+        copied = [p for p in parameters if part_of(p) is p]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in copied]
-        flat = self.sum(torch.cat([grad.flatten() for grad in grads]))
-        for p, part in zip(copied, flat.split([grad.numel() for grad in grads]), strict=True):
+        flags = torch.tensor(used, dtype=grads[0].dtype if grads else torch.float32, device=self.device)
+        flat = self.sum(torch.cat([flags, *(grad.flatten() for grad in grads)]))
+        flags, *parts = flat.split([len(used), *(grad.numel() for grad in grads)])
+        for p, part in zip(copied, parts, strict=True):
             p.grad = part.view_as(p)
+        for p, is_used in zip(parameters, flags.tolist(), strict=True):
+            if not is_used:
+                part_of(p).grad = None
 
     def gradient_norm(self, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         """Return the norm of all gradients after `share_gradients`."""

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 
 from litgpt.__main__ import main
 from litgpt.errors import UserError
@@ -19,6 +20,7 @@ from litgpt.finetune.adapter import Adapter
 from litgpt.finetune.full import Full
 from litgpt.finetune.lora import Lora
 from litgpt.sample import Sample
+from litgpt.sharding import LARGE
 from litgpt.train import strategy
 from litgpt.train.launch import Place
 from litgpt.train.parallel import Rank
@@ -256,6 +258,17 @@ def test_every_objective_with_a_sharded_model(answers: Bench, rated: Bench, benc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["checkpointed", "int8"])
+def test_large_layers_that_are_gathered_by_themselves(method: str, bench: Bench, tmp_path: Path, write_tiny_tokenizer: Any) -> None:
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, n_embd=256, intermediate_size=2049)
+    assert LARGE < 4 * 256 * 2049
+    words = {"train.max_steps": 3, "optimizer.lr": 0.001, **METHODS[method]}
+    assert main(argv(Bench(base, bench.data), tmp_path / "one", method, **words)) == 0
+    by_processes([argv(Bench(base, bench.data), tmp_path / "fsdp", method, devices=2, strategy="fsdp", **words)])
+    assert_alike(tmp_path / "one", tmp_path / "fsdp")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tail", "full"])
 def test_offloaded_rows_train_as_others(method: str, bench: Bench, tmp_path: Path) -> None:
     assert main(argv(bench, tmp_path / "one", method)) == 0
@@ -272,9 +285,32 @@ def test_a_mixture_whose_ranks_do_not_use_the_same_experts(
 ) -> None:
     sizes = {"n_expert_groups": groups, "n_topk_groups": 1, "n_topk_scores_per_group": 2} if groups else {}
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, mlp_class_name="LLaMAMoE", n_expert=8, n_expert_per_token=2, **sizes)
-    # small steps, so that rounding changes no choice of experts; and SGD, as AdamW moves an expert without a token by its momentum
-    # only where several processes give it a gradient of zero
+    # small steps, so that rounding changes no choice of experts
     compare(Bench(base, bench.data), tmp_path, [method], 2, **{"optimizer": "SGD", "optimizer.lr": 0.01})
+
+
+def steps_taken(folder: Path) -> dict[int, int]:
+    """Return how often AdamW has updated each parameter that it has updated."""
+    state = json.loads((folder / "training_state.json").read_text())["optimizer"]
+    with safe_open(folder / "training_state.safetensors", "pt") as tensors:
+        names = {number: dict(values["dict"])["step"]["tensor"] for number, values in state["dict"]}
+        return {number: int(tensors.get_tensor(name)) for number, name in names.items()}
+
+
+@pytest.mark.slow
+def test_an_expert_without_tokens_stays_where_it_is(bench: Bench, tmp_path: Path, write_tiny_tokenizer: Any) -> None:
+    """AdamW would move it by its momentum, and decay it, if it had a gradient of zero. One process is the oracle: its gradient is None."""
+    sizes = {"mlp_class_name": "LLaMAMoE", "n_expert": 32, "n_expert_per_token": 2, "moe_intermediate_size": 16}
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, **sizes)
+    words = {"optimizer.lr": 0.001, "train.global_batch_size": 2, "train.max_steps": 4, "eval.interval": 4}
+    runs = Bench(base, bench.data)
+    assert main(argv(runs, tmp_path / "one", "experts", **words)) == 0
+    by_processes([argv(runs, tmp_path / kind, "experts", devices=2, strategy=kind, **words) for kind in ("ddp", "fsdp")])
+    taken = {name: steps_taken(tmp_path / name / "step-000004") for name in ("one", "ddp", "fsdp")}
+    assert len(set(taken["one"].values())) > 2, "experts have taken part in different numbers of steps"
+    for kind in ("ddp", "fsdp"):
+        assert taken[kind] == taken["one"]
+        assert_alike(tmp_path / "one", tmp_path / kind)
 
 
 @pytest.mark.slow
@@ -341,6 +377,27 @@ def test_auto_shards_a_model_of_which_a_copy_does_not_fit(
     settings = settings_of(Lora, base, data, quantize="bnb.nf4")
     chosen, why = strategy.choose(settings, settings.method(), base, rank, samples, torch.float32)
     assert not chosen and ("fsdp does not work with quantize bnb.nf4" in why) == is_sharded
+
+
+def test_the_reference_of_rho1_counts_until_it_is_freed(base: Path, data: Path, tmp_path: Path, write_tiny_tokenizer: Any) -> None:
+    """Its numbers are those of its file, those of an adapter's base; training takes more than a small one."""
+    sizes = {"n_embd": 512, "n_layer": 8, "intermediate_size": 2048}
+    large = tiny.write_base(tmp_path / "large", write_tiny_tokenizer, **sizes)
+    folder = tiny.write_adapter(tmp_path / "adapter", large, tiny.tiny(lora_r=2, lora_query=True), lora_r=2, lora_query=True)
+    stored = sum(value.numel() for value in torch.load(large / "lit_model.pth", weights_only=True).values())
+
+    def estimated(**values: Any) -> Any:
+        settings = settings_of(Lora, base, data, **values)
+        method = settings.method()
+        return strategy.estimate_of(settings, method, method.config(base), make_samples(8), torch.bfloat16, False)[0]
+
+    plain = estimated()
+    for reference in (large, folder):
+        need = estimated(objective="rho1", rho1_reference=reference)
+        assert need.reference == 2 * stored > need.training + need.activations
+        assert need.total == need.weights + 2 * stored == need.part(1) - need.gathered and need.part(4) == plain.part(4)
+    need = estimated(objective="rho1", rho1_reference=base)
+    assert plain.reference == 0 < need.reference and need.total == plain.total and need.part(4) == plain.part(4)
 
 
 def test_cpu_offload_takes_fsdp_and_is_refused_with_ddp(base: Path, data: Path) -> None:
