@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal, Optional
 from litgpt import families as catalog
 from litgpt.atomic import digest, locked
 from litgpt.checkpoint import HOME, HUB_NAME, TOKENIZER_FILES, WEIGHT_FILES, hf_weights
-from litgpt.convert.hf import choose_config
 from litgpt.convert.resolve import convert, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import open_regular, read_json
@@ -127,6 +126,8 @@ def fetch(
             if weights is None:
                 return
             if will_convert:
+                from litgpt.convert.hf import choose_config
+
                 choose_config(folder, model_name)
             get([weights])
             if weights.endswith(".index.json"):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from litgpt import adapter, lora
 from litgpt.config import Config
 from litgpt.errors import UserError
-from litgpt.generate.several import shard
+from litgpt.generate.divide import shard
 from litgpt.model import GPT
 from tests.helpers import tiny
 
