@@ -84,5 +84,5 @@ def test_what_does_not_go_with_it() -> None:
         adapter.Config(**settings)
     with pytest.raises(UserError, match="alora_enabled does not go with lora_key and lora_value"):
         lora.Config(**settings, lora_r=2, lora_value=True, alora_enabled=True, alora_invocation_tokens=[1])
-    with pytest.raises(UserError, match="generate_tp"):
+    with pytest.raises(UserError, match="latent attention"):
         shard(tiny.tiny(**LATENT), 0, 2, lambda tensor: tensor)
