@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import facts
-from benchmarks.process import ROOT, in_worker, run_litgpt
+from benchmarks.process import ROOT, in_worker, printed_by, run_litgpt
 from benchmarks.runs import environment, read_json
 from litgpt import atomic
 from litgpt.text import markdown_table
@@ -79,7 +78,7 @@ def write_records(name: str, size: int, seed: int, folder: Path) -> Path:
 
 def measure_peft(checkpoint_dir: Path, name: str, size: int, seed: int, setting: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the figures of one setting of PEFT on one set; its base is the checkpoint as a Hugging Face model in `folder`."""
-    base, job, result = folder / "hf", folder / "peft.json", folder / "peft-result.json"
+    base = folder / "hf"
     if not base.is_dir():
         code, output = run_litgpt(["convert_from_litgpt", str(checkpoint_dir), str(base)])
         if code:
@@ -89,20 +88,17 @@ def measure_peft(checkpoint_dir: Path, name: str, size: int, seed: int, setting:
         "checkpoint": str(base),
         "data": str(write_records(name, size, seed, folder)),
         "out_dir": str(folder / "peft"),
-        "result": str(result),
         "questions": [question.text for question in asked + facts.GENERAL],
         "answer_tokens": ANSWER_TOKENS,
         "seed": seed,
         "batch": 4,
         "r": 16,
         "warmup": 5,
+        "weight_decay": 0.0,
+        **setting,
     }
-    atomic.write_text(job, json.dumps(run | setting))
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks/peers/facts_with_peft.py"), str(job)], capture_output=True, text=True)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    found = json.loads(result.read_text())
-    return {"seconds": found["seconds"], **marks(asked, found["answers"])}
+    found = printed_by([sys.executable, str(ROOT / "benchmarks/peers/facts_with_peft.py"), json.dumps(run)])
+    return found if "error" in found else {"seconds": found["seconds"], **marks(asked, found["answers"])}
 
 
 def measure(checkpoint_dir: Path, name: str, size: int, seed: int, words: list[str], folder: Path) -> dict[str, Any]:

@@ -26,7 +26,11 @@ def in_worker(module: str, job: dict[str, Any]) -> dict[str, Any]:
 
     Each job gets its own process, so that a peak of memory belongs to that job alone.
     """
-    words = [sys.executable, "-m", module, "--worker", json.dumps(job)]
+    return printed_by([sys.executable, "-m", module, "--worker", json.dumps(job)])
+
+
+def printed_by(words: list[str]) -> dict[str, Any]:
+    """Return the JSON object that a process prints last, or {"error": ...} if it fails."""
     done = subprocess.run(words, capture_output=True, text=True, env=environment())
     if done.returncode < 0:
         return {"error": f"killed by signal {-done.returncode}, perhaps for want of memory"}

@@ -1,7 +1,7 @@
-"""PEFT's LoRA and transformers' Trainer on one's own records: facts_with_peft.py RUN.json.
+"""PEFT's LoRA and transformers' Trainer on one's own records: facts_with_peft.py RUN, a JSON object.
 
 What a careful user of PEFT does: every linear layer, loss on the replies alone, the model's own chat template, batches padded on the right.
-The seconds in RUN's `result` are those from the start of the process to the end of training.
+It prints a JSON object: the answers, and the seconds from the start of the process to the end of training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ began = time.perf_counter()
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from stored import Samples, collate  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed  # noqa: E402
+from with_peft import arguments_of  # noqa: E402
 
 
 def prompt_of(tokenizer: Any, question: str) -> list[int]:
@@ -49,32 +50,14 @@ def main(run: dict[str, Any]) -> None:
     set_seed(run["seed"])
     tokenizer = AutoTokenizer.from_pretrained(run["checkpoint"])
     model = AutoModelForCausalLM.from_pretrained(run["checkpoint"], dtype=torch.float32)
-    arguments = TrainingArguments(
-        output_dir=run["out_dir"],
-        per_device_train_batch_size=run["batch"],
-        num_train_epochs=run["epochs"],
-        learning_rate=run["rate"],
-        lr_scheduler_type="cosine",
-        warmup_steps=run["warmup"],
-        weight_decay=0.0,
-        optim="adamw_torch_fused",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        use_cpu=True,
-        seed=run["seed"],
-    )
     settings = LoraConfig(r=run["r"], lora_alpha=run["r"], target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, settings)
-    Trainer(model, arguments, collate, samples(tokenizer, run["data"])).train()
+    Trainer(model, arguments_of(run, save_strategy="no"), collate, samples(tokenizer, run["data"])).train()
     seconds = time.perf_counter() - began
     model.eval()
     answers = [answer(model, tokenizer, question, run["answer_tokens"]) for question in run["questions"]]
-    Path(run["result"]).write_text(json.dumps({"seconds": seconds, "answers": answers}))
+    print(json.dumps({"seconds": seconds, "answers": answers}))
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    main(json.loads(sys.argv[1]))

@@ -48,13 +48,9 @@ class OrderedTrainer(Trainer):
         return loss
 
 
-def main(run: dict[str, Any]) -> None:
-    set_seed(run["seed"])
-    train, _, order = read(run["tokens"])
-    model = AutoModelForCausalLM.from_pretrained(run["checkpoint"], dtype=DTYPES[run["precision"]])
-    layers = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}[run["layers"]]
-    settings = LoraConfig(r=run["r"], lora_alpha=run["alpha"], lora_dropout=run["dropout"], target_modules=layers, task_type="CAUSAL_LM")
-    arguments = TrainingArguments(
+def arguments_of(run: dict[str, Any], **more: Any) -> TrainingArguments:
+    """Return the Trainer's settings for a run: a cosine schedule, AdamW, nothing logged."""
+    return TrainingArguments(
         output_dir=run["out_dir"],
         per_device_train_batch_size=run["batch"],
         num_train_epochs=run["epochs"],
@@ -62,11 +58,7 @@ def main(run: dict[str, Any]) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=run["warmup"],
         weight_decay=run["weight_decay"],
-        max_grad_norm=0,
         optim="adamw_torch_fused",
-        save_strategy="steps",
-        save_steps=run["save_interval"],
-        save_only_model=True,
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -74,7 +66,18 @@ def main(run: dict[str, Any]) -> None:
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
         seed=run["seed"],
+        **more,
     )
+
+
+def main(run: dict[str, Any]) -> None:
+    set_seed(run["seed"])
+    train, _, order = read(run["tokens"])
+    model = AutoModelForCausalLM.from_pretrained(run["checkpoint"], dtype=DTYPES[run["precision"]])
+    layers = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}[run["layers"]]
+    settings = LoraConfig(r=run["r"], lora_alpha=run["alpha"], lora_dropout=run["dropout"], target_modules=layers, task_type="CAUSAL_LM")
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": run["save_interval"], "save_only_model": True}
+    arguments = arguments_of(run, max_grad_norm=0, **saving)
     clock = Clock()
     trainer = OrderedTrainer(get_peft_model(model, settings), arguments, collate, train, callbacks=[clock])
     trainer.order, trainer.losses = order, []

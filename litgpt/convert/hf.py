@@ -49,8 +49,7 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
         copy_tokenizer_files(source, folder)
         write_bytes(folder / "config.json", read_own(source, "config.json") or b"")
         save_config(config, folder)
-        with (folder / WEIGHTS).open("wb") as file:
-            write_pth(plan, file)
+        write_pth(plan, folder / WEIGHTS)
     return config
 
 

@@ -31,8 +31,7 @@ def convert_own(source: Path, target: Path, model_name: str | None = None, dtype
     with new_folder(target) as folder:
         copy_tokenizer_files(file.parent, folder)
         save_config(config, folder)
-        with (folder / WEIGHTS).open("wb") as written:
-            write_pth(open_own(file, config, dtype), written)
+        write_pth(open_own(file, config, dtype), folder / WEIGHTS)
     return config
 
 

@@ -59,7 +59,7 @@ class _Pickler(pickle.Pickler):
         return ("storage", value.kind, value.record, "cpu", value.numbers) if isinstance(value, _Storage) else None
 
 
-def write_pth(plan: Plan, file: IO[bytes]) -> None:
+def write_pth(plan: Plan, file: Path | IO[bytes]) -> None:
     """Load the plan's tensors one after the other and write them to a new file that `torch.load` reads like one of `torch.save`.
 
     Layout: an uncompressed zip with a record `data/<number>` for each tensor's bytes and the pickled state dict in `data.pkl`
@@ -71,21 +71,23 @@ def write_pth(plan: Plan, file: IO[bytes]) -> None:
         state: dict[str, _Tensor] = {}
         for number, (keys, load) in enumerate(plan.items()):
             tensor = load().contiguous()
-            _add(archive, file.tell(), f"data/{number}", _data(tensor))
+            _add(archive, f"data/{number}", _data(tensor))
             state |= dict.fromkeys(keys, _Tensor(_Storage(kinds[tensor.dtype], str(number), tensor.numel()), tensor))
             del tensor  # before the next one is loaded
         pickled = BytesIO()
         _Pickler(pickled, protocol=2).dump(state)
         for name, content in (("data.pkl", pickled.getbuffer()), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
-            _add(archive, file.tell(), name, content)
+            _add(archive, name, content)
 
 
-def _add(archive: ZipFile, place: int, name: str, content: Any) -> None:
-    """Add a record at the byte `place`, its content aligned by a field that readers skip."""
+def _add(archive: ZipFile, name: str, content: Any) -> None:
+    """Add a record, its content aligned by a field that readers skip."""
     record = ZipInfo(f"archive/{name}")
     record.file_size = memoryview(content).nbytes
     long = record.file_size > ZIP64_LIMIT // 2
-    before = place + 30 + len(record.filename) + (20 if long else 0) + 4  # the local header, its long sizes, the field's own head
+    before = (
+        archive.start_dir + 30 + len(record.filename) + (20 if long else 0) + 4
+    )  # the local header, its long sizes, the field's own head
     record.extra = struct.pack("<HH", PADDING, -before % PTH_ALIGNMENT) + bytes(-before % PTH_ALIGNMENT)
     with archive.open(record, "w", force_zip64=long) as target:
         target.write(content)

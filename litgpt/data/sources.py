@@ -67,7 +67,7 @@ def _numbered(path: Path) -> list[tuple[str, Any]]:
         raise UserError(f"{path}: a file with one of the endings {', '.join(SUFFIXES)} is needed, or a folder with a train and a val file")
     raw = read_bytes(path, "does not exist: check data.json_path", most=None)
     if suffix in COLUMNS:
-        return _records(_read_columns(path, suffix))
+        return _records(_read_columns(raw, path, suffix))
     text = decode_text(_unpack(raw, path) if suffix.endswith(".gz") else raw, path)
     suffix = suffix.removesuffix(".gz")
     if not text.strip():
@@ -159,18 +159,17 @@ def _without_nulls(value: Any) -> Any:
     return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None} if isinstance(value, dict) else value
 
 
-def _read_columns(path: Path, suffix: str) -> list[Any]:
+def _read_columns(raw: bytes, path: Path, suffix: str) -> list[Any]:
     arrow, parquet = import_library("pyarrow", path), import_library("pyarrow.parquet", path)
     try:
         if suffix == ".parquet":
-            return _bounded(_unpacked(parquet.ParquetFile(path).iter_batches(batch_size=1_000)), path)
-        with arrow.memory_map(str(path)) as file:
-            try:
-                batches = arrow.ipc.open_stream(file)
-            except arrow.ArrowInvalid:  # the format of a file, with an index at its end
-                indexed = arrow.ipc.open_file(file)
-                batches = map(indexed.get_batch, range(indexed.num_record_batches))
-            return _bounded(_unpacked(batches), path)
+            batches = parquet.ParquetFile(io.BytesIO(raw)).iter_batches(batch_size=1_000)
+        elif raw.startswith(b"ARROW1"):  # the format with an index at its end
+            file = arrow.ipc.open_file(raw)
+            batches = map(file.get_batch, range(file.num_record_batches))
+        else:
+            batches = arrow.ipc.open_stream(raw)
+        return _bounded(_unpacked(batches), path)
     except (ValueError, OSError, MemoryError) as error:  # the library's errors are such
         raise UserError(f"{path} is no readable {suffix} file: {str(error)[:200]}. Copy it again") from None
 
@@ -208,6 +207,8 @@ def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
         parts: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
         val = next((name for name in VALIDATION if name in parts), None)
         rows = {name: _bounded(parts[name], path) for name in ("train", val) if name is not None and name in parts}
+    except UserError:
+        raise
     except Exception as error:  # the library raises errors of many others
         reason = first_line(error)[:300]
         raise UserError(f"{path}: no file or folder, and `datasets` cannot read it: {reason}. Check data.json_path") from None

@@ -40,8 +40,7 @@ def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtyp
     with new_folder(target) as folder:
         write_tokenizer(Settings(reader), config, folder)
         save_config(config, folder)
-        with (folder / WEIGHTS).open("wb") as file:
-            write_pth(fit(dict(stored(reader, config, dtype)), names, config, str(source), tied, dtype), file)
+        write_pth(fit(dict(stored(reader, config, dtype)), names, config, str(source), tied, dtype), folder / WEIGHTS)
     return config
 
 
