@@ -171,7 +171,7 @@ def _read_columns(raw: bytes, path: Path, suffix: str) -> list[Any]:
             batches = arrow.ipc.open_stream(raw)
         return _bounded(_unpacked(batches), path)
     except (ValueError, OSError, MemoryError) as error:  # the library's errors are such
-        raise UserError(f"{path} is no readable {suffix} file: {str(error)[:200]}. Copy it again") from None
+        raise UserError(f"{path} is no readable {suffix} file: {str(error)[:200].rstrip('.')}. Copy it again") from None
 
 
 def _unpacked(batches: Iterable[Any]) -> Iterator[Any]:

@@ -85,7 +85,7 @@ ROWS = [
         "data.json: an object has the key '49999' twice",
         "leave one",
     ),
-    Case("parquet", data(b"PAR1" + bytes(20), "data.parquet"), "data.parquet", "pip install"),
+    Case("parquet", data(b"PAR1" + bytes(20), "data.parquet"), "data.parquet", "Copy it again"),
     Case("no ending", data("[]", "data"), "data", ".json, .jsonl"),
     Case("gzip", data(gzip.compress(b"[]" * 99)), "data.json, line 1", "save the file as UTF-8"),
     Case("Latin-1", data('[{"instruction": "é", "output": "b"}]'.encode("latin-1")), "data.json, line 1", "save the file as UTF-8"),

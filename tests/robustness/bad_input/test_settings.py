@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.cases import quick
 from tests.helpers.places import Case, Place, check, check_message, run
+from tests.helpers.runs import PLAIN
 
 JSON = ["--data", "JSON", "--data.json_path", "data.json"]
 
@@ -118,7 +119,7 @@ COMMAND_LINE = [
     Case("a seed too large", command("generate", "--seed", str(2**70)), "seed is 1180591620717411303424", "from 0 to 4294967295", 2),
     Case("chat precision", command("chat", "--precision", "fp16"), "precision 'fp16'", "16-true"),
     Case("full with LoRA's key", command("finetune_full", "--lora_r", "4"), "--lora_r", "not a known key", 2),
-    Case("no grid", command("sweep"), "no grid", "--grid.lora_r '[4, 8, 16]'"),
+    Case("no grid", command("sweep", "--config", PLAIN), "no grid", "--grid.lora_r '[4, 8, 16]'"),
     Case("a grid as a number", command("sweep", "--grid", "3"), "--grid needs keys below it", "--grid.lora_r '[4, 8]'", 2),
     Case("a grid of one value", command("sweep", "--grid.lora_r", "8"), "--grid.lora_r: '8' is not a list", "such as '[4, 8]'", 2),
     Case("a grid of no value", command("sweep", "--grid.lora_r", "[]"), "--grid.lora_r: '[]' is not a list", "such as '[4, 8]'", 2),
