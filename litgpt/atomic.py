@@ -10,11 +10,11 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from litgpt.errors import UserError
-from litgpt.files import read_json
+from litgpt.files import is_inside, read_json
 
 MANIFEST = "manifest.json"  # sizes and sha256 of a folder's files, written last: a training checkpoint is unusable without it
 MANIFEST_FORMAT = 1
@@ -261,11 +261,10 @@ def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]] | None:
         content = read_json(Path(folder) / MANIFEST)
         files = content["files"]
         known = content["litgpt_manifest"] == MANIFEST_FORMAT
-        relative = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in files)
         typed = all(isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str) for facts in files.values())
     except (UserError, KeyError, TypeError, AttributeError):
         return None
-    return files if known and relative and typed else None
+    return files if known and typed and all(map(is_inside, files)) else None
 
 
 def unlisted(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from litgpt.atomic import write_text
 from litgpt.data.base import DataModule, question_of
 from litgpt.data.text_files import Text
 from litgpt.errors import NonFiniteError, UserError
+from litgpt.files import read_json, require_place
 from litgpt.generate.base import open_model
 from litgpt.generate.sample import is_exact
 from litgpt.keys import known_classes
@@ -84,6 +85,9 @@ def evaluate(
     llm = open_model(checkpoint_dir, PRECISIONS[dtype or "auto"], quantize, device)
     folder = llm.folder or Path()
     file = save_filepath or (out_dir or folder / "evaluate") / "results.json"
+    require_place(file)
+    if file.exists() and not _is_result(file):
+        raise UserError(f"{file} exists and holds no results of litgpt evaluate: name another place, or move it away")
     if tasks is not None:
         results, table = run_tasks(llm, tasks, num_fewshot, size, limit, seed, access_token)
     else:
@@ -96,6 +100,14 @@ def evaluate(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n")
     Console().say(f"the results are in {file}")
+
+
+def _is_result(file: Path) -> bool:
+    """Return True for a file that this command wrote, for records or for tasks."""
+    try:
+        return not {"checkpoint_dir", "results"}.isdisjoint(read_json(file))
+    except UserError:
+        return False
 
 
 def _batch_size(value: Union[int, str]) -> int:

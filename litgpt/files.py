@@ -11,7 +11,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Hashable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -28,6 +28,19 @@ MISSING = "does not exist: check the path"
 def nearest(path: Path) -> Path:
     """Return the path, or the nearest of its parents that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def is_inside(name: str) -> bool:
+    """Return True if a file of this name in a folder is below it."""
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+
+
+def require_place(file: Path) -> None:
+    """Raise UserError if no file can be written to this place: to be called before hours of work for it."""
+    folder = nearest(file.parent)
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "it is a folder" if file.is_dir() else f"{folder} is a file" if folder.is_file() else f"you may not write to {folder}"
+        raise UserError(f"{file} cannot be written: {reason}. Name another place")
 
 
 def expand_path(path: str | Path) -> Path:

@@ -109,6 +109,21 @@ def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (base / "evaluate").exists()
 
 
+def test_a_file_that_holds_something_else_is_not_replaced(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = runs.write_data(tmp_path / "data.json", 3)
+    (tmp_path / "results.json").write_text('{"mine": 1}')
+    for words, said in (
+        (["--save_filepath", str(data)], "data.json exists and holds no results of litgpt evaluate"),
+        (["--out_dir", str(tmp_path)], "results.json exists and holds no results"),
+        (["--save_filepath", str(tmp_path)], "it is a folder"),
+        (["--save_filepath", f"{data}/a/b.json"], "data.json is a file"),
+    ):
+        before = data.read_bytes()
+        assert main(["evaluate", str(base), "--data", str(data), *words]) == 1
+        err = capsys.readouterr().err
+        assert said in err and "answers" not in err and data.read_bytes() == before
+
+
 def test_weights_that_are_not_finite(
     write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

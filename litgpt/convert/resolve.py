@@ -30,12 +30,12 @@ from litgpt.checkpoint import ADAPTER_WEIGHTS, HOME, HUB_NAME, TOKENIZER_FILES, 
 from litgpt.config import Config
 from litgpt.convert.gguf import SPLIT, stem
 from litgpt.errors import UserError
-from litgpt.files import expand_path, read_json
+from litgpt.files import expand_path, is_inside, read_json
 from litgpt.text import as_utf8
 
 RECORD = "conversion.json"
 CONFIG = "model_config.yaml"
-STAGE = ".conversion"  # folder in which a conversion in place is made
+STAGE = ".conversion.litgpt.tmp"  # folder in which a conversion in place is made
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -323,4 +323,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     valid = isinstance(record.get("source"), str) and record.get("dtype") in (None, *DTYPES)
-    return record if valid and all(isinstance(record.get(key), dict) for key in ("files", "made")) else None
+    return (
+        record
+        if valid and all(isinstance(names := record.get(key), dict) and all(map(is_inside, names)) for key in ("files", "made"))
+        else None
+    )

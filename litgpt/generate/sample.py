@@ -12,7 +12,7 @@ from litgpt.data.base import question_of
 from litgpt.data.records import Record, read_record
 from litgpt.data.sources import read_records, read_rows
 from litgpt.errors import UserError
-from litgpt.files import expand_path
+from litgpt.files import expand_path, require_place
 from litgpt.generate.base import Checkpoint, Drawing
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ class SampleAnswers(Drawing, Files, Checkpoint):
             raise UserError(f"{self.out} exists already: name another file, or add --overwrite to replace it")
         if not self.data.is_file():
             raise UserError(f"data: {self.data} is no file: name one with records, such as questions.jsonl")
+        if self.out.exists() and self.out.samefile(self.data):
+            raise UserError(f"out: {self.out} is the file of questions: name another file for the answers")
+        require_place(self.out)
         rows, records = read_rows(self.data), read_records(self.data)
         if self.sys_prompt is not None:
             records = [_with_system(record, self.sys_prompt) for record in records]

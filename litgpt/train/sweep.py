@@ -31,7 +31,7 @@ from litgpt.train.rehearsal import rehearsed, require_data
 from litgpt.train.resume import Identity, Stopwatch, compared_settings, environment
 from litgpt.train.run import finished_report, run
 from litgpt.train.settings import Run
-from litgpt.train.trials import BEGUN, CSV, FAILED, FINISHED, JSON, STOPPED, WAITING, Table, Trial, expand
+from litgpt.train.trials import BEGUN, CSV, FAILED, FINISHED, JSON, STOPPED, WAITING, Table, Trial, expand, foreign_files
 
 RESUME = "the same command with --resume auto continues"
 
@@ -196,15 +196,16 @@ def _rehearse(settings: Run, trials: list[Trial], candidates: list[Candidate]) -
 def _earlier(settings: Run) -> dict[str, Any] | None:
     """Return the state of the sweep to resume, or None. Raises UserError if out_dir holds a sweep that is not to be resumed or replaced."""
     file = settings.out_dir / JSON
+    if foreign := foreign_files(settings.out_dir):
+        raise UserError(
+            f"out_dir {settings.out_dir} holds files with the names of a sweep's that no sweep wrote ({', '.join(foreign)}): move them away"
+        )
     if settings.overwrite or not file.is_file():
         return None
     if settings.resume is False:
         ways = "give another --out_dir, --resume auto to continue it, or --overwrite true to replace it"
         raise UserError(f"out_dir {file.parent} holds an earlier sweep ({file.name}): {ways}")
-    facts = read_json(file)
-    if not isinstance(facts.get("identity"), dict):
-        raise UserError(f"resume: {file} is not as litgpt wrote it. Give another --out_dir, or --overwrite true without --resume")
-    return facts
+    return read_json(file)
 
 
 def _candidates(base: Path, trials: list[Trial]) -> list[Candidate]:

@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +81,22 @@ def expand(settings: Run, grid: Grid | None, samples: int | None = None) -> list
         raise UserError(f"the grid has {total:,} settings, more than {MOST:,}: name fewer values, or draw some with --samples 100")
     combinations = [_combination(grid, number) for number in numbers]
     return [_trial(settings, name, values) for name, values in zip(_names(combinations), combinations, strict=True)]
+
+
+def foreign_files(out_dir: Path) -> list[str]:
+    """Return the names of a sweep's files, in the folder, that no sweep wrote."""
+    files = [file for name in (CSV, JSON, LOCKS) if os.path.lexists(file := out_dir / name)]
+    return [file.name for file in files if file.is_symlink() or not file.is_file() or not _is_own(file)]
+
+
+def _is_own(file: Path) -> bool:
+    if file.name == JSON:
+        with suppress(UserError):
+            return isinstance(read_json(file).get("identity"), dict)
+        return False
+    with file.open("rb") as content:
+        header = content.readline(2**16)
+    return not header if file.name == LOCKS else header.startswith(b"setting,") and b",status,trainable_parameters," in header
 
 
 def keys_of(grid: Iterable[str]) -> list[str]:

@@ -29,7 +29,7 @@ from tests.helpers import gguf_files, tiny
 from tests.helpers.cases import quick
 
 Write = Callable[[Path], Path]
-FILES_OF_A_CONVERSION = ("lit_model.pth", "model_config.yaml", "conversion.json", ".conversion.json.litgpt.tmp", ".conversion")
+FILES_OF_A_CONVERSION = ("lit_model.pth", "model_config.yaml", "conversion.json", ".conversion.json.litgpt.tmp", ".conversion.litgpt.tmp")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -210,6 +210,24 @@ def test_a_folder_that_was_moved_or_copied(hf: Path, tmp_path: Path, how: str, c
         shutil.copytree(hf, new, copy_function=shutil.copy2 if how == "copied" else shutil.copyfile)
     capsys.readouterr()
     assert open_checkpoint(new) == new and converted(capsys) == []
+
+
+def test_a_folder_of_the_users_own_stays(hf: Path) -> None:
+    (hf / ".conversion").mkdir()
+    (hf / ".conversion" / "notes.txt").write_text("mine")
+    for _ in range(2):
+        open_checkpoint(hf)
+        assert (hf / ".conversion" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../config.json"])
+@pytest.mark.parametrize("key", ["files", "made"])
+def test_a_record_that_names_files_elsewhere_is_none(hf: Path, key: str, name: str) -> None:
+    open_checkpoint(hf)
+    record = json.loads((hf / "conversion.json").read_text())
+    (hf / "conversion.json").write_text(json.dumps({**record, key: {name: [1, 2]}}))
+    before = (hf / "lit_model.pth").read_bytes()
+    assert open_checkpoint(hf) == hf and (hf / "lit_model.pth").read_bytes() == before
 
 
 def test_a_settings_file_of_the_users_own_is_not_replaced(hf: Path) -> None:

@@ -104,6 +104,8 @@ def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str])
         (["--out", "answers.txt"], "ends in .jsonl"),
         (["--out", "old.jsonl"], "old.jsonl exists already"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),
+        (["--data", "old.jsonl", "--out", "old.jsonl", "--overwrite", "true"], "old.jsonl is the file of questions"),
+        (["--out", "old.jsonl/answers.jsonl"], "cannot be written: old.jsonl is a file"),
     ],
 )
 def test_refusals(

@@ -11,7 +11,7 @@ from litgpt.args import marked
 from litgpt.data import JSON
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora
-from litgpt.train.trials import expand
+from litgpt.train.trials import expand, foreign_files
 
 SETTINGS_OF_ALL = Lora(
     checkpoint_dir=Path("base"),
@@ -65,3 +65,18 @@ def test_the_keys_that_may_vary() -> None:
         "skip2lora_norm",
         "train.max_seq_length",
     }
+
+
+def test_files_that_no_sweep_wrote(tmp_path: Path) -> None:
+    own = {"sweep.csv": "setting,lora_r,status,trainable_parameters,", "sweep.json": '{"identity": {}}', ".sweep.lock": ""}
+    for name, content in own.items():
+        (tmp_path / name).write_text(content)
+    assert foreign_files(tmp_path) == [] == foreign_files(tmp_path / "missing")
+    for name, content in (("sweep.csv", "setting,mine"), ("sweep.json", "{}"), ("sweep.json", "[" * 9), (".sweep.lock", "mine")):
+        (tmp_path / name).write_text(content)
+        assert foreign_files(tmp_path) == [name]
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to("elsewhere")
+        assert foreign_files(tmp_path) == [name]
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_text(own[name])
