@@ -97,15 +97,20 @@ def read_bytes(path: str | Path, missing: str = MISSING, most: int | None = MOST
 def read_own(folder: str | Path, name: str) -> bytes | None:
     """Return the content of a regular file that belongs to a checkpoint folder, None if it has no such file.
 
-    Raises UserError for a link out of the folder, which may lead to a secret, unless the folder is a snapshot in the hub's cache.
+    Raises UserError as `require_own` does.
     """
-    path, home = Path(folder) / name, Path(os.path.realpath(folder))
+    path = Path(folder) / name
     if not os.path.lexists(path):
         return None
-    target = Path(os.path.realpath(path))
+    require_own(path, Path(folder))
+    return read_bytes(path)
+
+
+def require_own(path: Path, folder: Path) -> None:
+    """Raise UserError for a link out of the folder, which may lead to a secret, unless the folder is a snapshot in the hub's cache."""
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"):
         raise UserError(f"{path} is a link to {target}, outside its folder: put a copy of the file there, if it is the model's")
-    return read_bytes(path)
 
 
 def is_url(name: str) -> bool:

@@ -15,7 +15,7 @@ from litgpt.checkpoint import ADAPTER_WEIGHTS, FOREIGN_ADAPTERS, HUB_NAME, TOKEN
 from litgpt.convert.resolve import is_hf_folder, open_checkpoint
 from litgpt.download import hub
 from litgpt.errors import UserError
-from litgpt.files import expand_path
+from litgpt.files import expand_path, require_own
 from litgpt.streams import unescaped, without_secrets
 from litgpt.text import size
 from litgpt.values import checked
@@ -56,6 +56,8 @@ def push(
         names = [name for name in names if any(fnmatch(name, pattern) for pattern in PUBLIC)]
         if not any(fnmatch(name, pattern) for pattern in PUBLIC[:5] for name in names):
             raise UserError(f"{public} has no weights to upload")
+        for name in names:
+            require_own(public / name, public)
         total = sum((public / name).stat().st_size for name in names)
         print(f"Uploading {len(names)} files, {size(total)}, to {repo_id}: {', '.join(names)}", file=sys.stderr)
         print(without_secrets(_upload(public, names, repo_id, private, access_token, commit_message)))

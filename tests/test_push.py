@@ -97,6 +97,18 @@ def test_a_folder_in_a_public_form_goes_up_without_other_files(hub: Hub, base: P
     assert json.loads((uploaded / "config.json").read_text())["model_type"] == "llama"
 
 
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "model-2.safetensors", "additional_chat_templates/a.jinja"])
+def test_a_link_out_of_the_folder_is_not_followed(name: str, hub: Hub, base: Path, push: Any, tmp_path: Path) -> None:
+    folder, key = tmp_path / "hf", tmp_path / "id_rsa"
+    assert main(["convert_from_litgpt", str(base), str(folder)]) == 0
+    key.write_text("private")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(key)
+    code, out = push(folder, "me/model")
+    assert code == 1 and f"{name} is a link to {key}, outside its folder" in out and not hub.models
+
+
 def test_refusals(hub: Hub, base: Path, push: Any, tmp_path: Path) -> None:
     code, out = push(base, "me/model", token=None)
     assert code == 1 and "a token that may write there" in out and "401" in out
