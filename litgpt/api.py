@@ -175,7 +175,7 @@ class LLM(ModelModule):
             raise UserError(f"generate has no argument {unknown[0]!r}: {', '.join(MORE)} can be given besides those that it names")
         sampling = self.sampling | {name: value for name, value in given.items() if value is not None}
         sampling["top_k"] = sampling["top_k"] or None
-        ends = [stop] if isinstance(stop, str) else stop or ()
+        ends = [stop] if isinstance(stop, str) else () if stop is None else stop
         if not isinstance(ends, list | tuple) or not all(isinstance(text, str) for text in ends):
             raise UserError(f"stop is {stop!r}: a text or a list of texts is needed")
         stops = [text for text in ends if text]  # an empty text ends nothing

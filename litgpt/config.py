@@ -23,7 +23,7 @@ WIDTHS = ("padded_vocab_size", "head_size", "n_query_groups", "intermediate_size
 OPTIONAL_SIZES = (*WIDTHS, *OF_EXPERTS)
 COUNTS = ("n_expert", "n_expert_per_token", "n_shared_expert", "first_k_dense_replace")  # may be 0
 SIZES = (*COUNTS[:2], "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
-MOST_SIZE, MOST_BLOCKS = 2**31 - 1, 10_000  # a broken file's sizes must not overflow, nor take hours to build
+MOST_SIZE, MOST_BLOCKS, MOST_FACTOR = 2**31 - 1, 10_000, 1e18  # a broken file's sizes must not overflow, nor take hours to build
 CAPS = ("attention_logit_softcapping", "final_logit_softcapping", "clip_qkv", "swiglu_limit")
 OPTIONAL_FACTORS = ("attention_scores_scalar", "rope_local_base_freq", *CAPS)
 SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_positive(value: Any) -> TypeIs[float]:
-    return is_number(value) and value > 0
+    return is_number(value) and 0 < value <= MOST_FACTOR
 
 
 @dataclass
@@ -152,6 +152,8 @@ class Config:
         self._check_values()
         self._check_latent()
         self.name = self.name or self.hf_config.get("name", "")
+        if not isinstance(self.name, str):
+            raise UserError(f"name is {repr(self.name)[:60]}: a text is needed")
         if self.head_size is None:
             if self.n_embd % self.n_head:
                 raise UserError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): give head_size")
@@ -192,13 +194,15 @@ class Config:
             least, limit = int(key not in COUNTS), MOST_BLOCKS if key == "n_layer" else MOST_SIZE
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= limit:
                 raise UserError(f"{key} is {repr(value)[:60]}: a whole number from {least} to {limit} is needed")
+        if not isinstance(self.hf_config, dict):
+            raise UserError(f"hf_config is {repr(self.hf_config)[:60]}: a mapping of org and name is needed")
         for flag in fields(self):
             if flag.type == "bool" and not isinstance(getattr(self, flag.name), bool):
                 raise UserError(f"{flag.name} is {getattr(self, flag.name)!r}: true or false is needed")
         for key in FACTORS:
             value = getattr(self, key)
             if not (value is None and key in OPTIONAL_FACTORS) and not _is_positive(value):
-                raise UserError(f"{key} is {value!r}: a positive number is needed")
+                raise UserError(f"{key} is {value!r}: a positive number, at most {MOST_FACTOR:g}, is needed")
         for key, known in CHOICES.items():
             if getattr(self, key) not in known:
                 raise UserError(f"{key} {getattr(self, key)!r} of model {self.name!r} is not supported: only {', '.join(known)} are")

@@ -20,6 +20,7 @@ from litgpt.loss import chunked_cross_entropy
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, save_prompt_style
 from litgpt.quantize import is_quantised
+from litgpt.text import first_line
 from litgpt.tokenizer import Tokenizer
 from litgpt.values import checked
 
@@ -82,8 +83,11 @@ class ModelModule(nn.Module):
     def trainer_setup(self, trainer_ckpt: str | Path | None = None) -> None:
         """Prepare the model for a Trainer: fp32 weights that all learn, those of `trainer_ckpt`, a file that a Trainer saved, if given."""
         if trainer_ckpt is not None:
-            state = torch.load(trainer_ckpt, map_location="cpu", weights_only=True)["state_dict"]
-            first = next(iter(state)).partition("transformer.")[0].partition("lm_head.")[0]
+            try:
+                state = torch.load(trainer_ckpt, map_location="cpu", weights_only=True)["state_dict"]
+                first = next(iter(state)).partition("transformer.")[0].partition("lm_head.")[0]
+            except Exception as error:
+                raise UserError(f"trainer_ckpt: {trainer_ckpt} is no file that a Trainer saved: {first_line(error)[:200]}") from None
             self.model.float()
             self.load_state_dict({name.removeprefix(first): value for name, value in state.items()})
         elif self.folder is not None:

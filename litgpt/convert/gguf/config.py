@@ -190,7 +190,7 @@ def plan(path: Path, name: str, config: Config, shapes: Mapping[str, tuple[int, 
             if key in (*SHARED, *row.keys) and value:
                 metadata[f"{name}.{key}"] = value if table is INTEGERS else float(value)
     metadata[f"{name}.attention.value_length"] = config.head_size
-    metadata[f"{name}.{NORM_EPS[config.norm_class_name]}"] = config.norm_eps
+    metadata[f"{name}.{NORM_EPS[config.norm_class_name]}"] = float(config.norm_eps)
     metadata[f"{name}.vocab_size"] = config.V
     if "use_parallel_residual" in row.keys:
         metadata[f"{name}.use_parallel_residual"] = config.parallel_residual
