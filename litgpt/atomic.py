@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from litgpt.errors import UserError
 from litgpt.files import is_inside, read_json
+from litgpt.text import as_utf8
 
 MANIFEST = "manifest.json"  # sizes and sha256 of a folder's files, written last: a training checkpoint is unusable without it
 MANIFEST_FORMAT = 1
@@ -95,7 +96,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file as `new_file` does, and its folder if needed."""
-    write_bytes(path, text.encode())
+    write_bytes(path, as_utf8(text).encode())
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

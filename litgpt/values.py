@@ -49,7 +49,7 @@ def convert(value: Any, kind: Any) -> Any:
     """
     if isinstance(value, str) and kind is not Any:
         with suppress(ValueError):
-            return _exact(from_text(value), kind)
+            return _exact(from_text(value if Path in members_of(kind) else as_utf8(value)), kind)
     return _exact(value, kind)
 
 

@@ -381,3 +381,8 @@ def test_a_new_folder_takes_over_what_others_put_in_and_nothing_of_its_own(manif
     assert ((folder / "weights").read_text(), (folder / "late").read_text()) == ("new", "new")
     assert (folder / "notes" / "a.txt").exists() == manifest
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_name_that_the_locale_lacks_is_written_as_utf8(tmp_path: Path) -> None:
+    atomic.write_text(tmp_path / "a.json", "out/" + "ü".encode().decode("ascii", "surrogateescape"))
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "out/ü"

@@ -144,3 +144,7 @@ def test_paths_are_expanded_wherever_they_are_written(tmp_path: Path, monkeypatc
     values = parse("litgpt finetune", load("finetune_lora"), [str(file), "--checkpoint_dir=~/c"])
     assert (values["checkpoint_dir"], values["out_dir"]) == (tmp_path / "c", tmp_path / "a")
     assert values["skip2lora_cache_dir"] == tmp_path / "b" and values["data"].json_path == tmp_path / "d.json"
+
+
+def test_a_list_in_a_locale_that_lacks_its_characters() -> None:
+    assert convert("[<ü>, 日]".encode().decode("ascii", "surrogateescape"), list[str]) == ["<ü>", "日"]
