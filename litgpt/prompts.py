@@ -33,6 +33,7 @@ Marked = tuple[str, list[int]]  # a text, and where each message starts in it
 PROMPT_STYLE_FILE = "prompt_style.yaml"
 CHAT = ("chat", "chat_template")  # names of the checkpoint's own template
 MAX_TEMPLATE = 100_000  # characters of a chat template
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; the first that has a value counts
 OWN_TEMPLATE = 'choose data.prompt_style "chat", the checkpoint\'s own template'
 
 
@@ -210,16 +211,18 @@ class ChatTemplate(ChatStyle):
         return cls(tokenizer.chat_template, source=source, tool_template=tokenizer.tool_template, **special)
 
     def reads(self, key: str) -> bool:
-        """Return True if the template names a key of a message, or a variable."""
-        return re.search(rf"\b{re.escape(key)}\b", f"{self.template} {self.tool_template}") is not None
+        """Return True if the template names a key of a message, or one that `_with_reasoning` gives its value, or a variable."""
+        names = "|".join(map(re.escape, {key, *REASONING[:2]} if key in REASONING else {key}))
+        return re.search(rf"\b({names})\b", f"{self.template} {self.tool_template}") is not None
 
     def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> Marked:
         """Return the conversation as text and its starts. Raise UserError if the template refuses it, is broken, or exceeds the bounds.
 
         Arguments of tool calls that are JSON text, OpenAI's form, are given to it as objects, or as text if it takes no objects.
         """
+        messages = [_with_reasoning(message) for message in messages]
         parsed = [_with_objects(message) for message in messages]
-        if parsed != list(messages):
+        if parsed != messages:
             with suppress(UserError):
                 return self._render(parsed, add_generation_prompt, tools)
         return self._render(messages, add_generation_prompt, tools)
@@ -252,6 +255,12 @@ class ChatTemplate(ChatStyle):
                 f"{self.source}: the chat template failed{line}: {reason[:300]}. Choose another prompt style, for example chatml"
             ) from None
         return "".join(pieces), [sandbox.marks.get(id(message), -1) for message in messages]
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Return a message whose reasoning has both names that templates read, as transformers 5 gives it to them."""
+    reasoning = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _with_objects(message: Message) -> Message:

@@ -20,6 +20,7 @@ from litgpt.data.records import Message, Record, read_record
 from litgpt.data.sources import SUFFIXES, is_dataset
 from litgpt.errors import UserError
 from litgpt.files import expand_path
+from litgpt.prompts import REASONING
 from litgpt.sample import Sample
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def _is_left_out(message: Message, text: str) -> bool:
 
 def _has_text(message: Message, unwritten: set[str]) -> bool:
     """Return True if the reply has a text, a reasoning or a tool call that is written."""
-    keys = {"content", "reasoning_content", "thinking", "tool_calls"} - unwritten
+    keys = {"content", *REASONING, "tool_calls"} - unwritten
     return any(str(message.get(key) or "").strip() for key in keys)
 
 
@@ -355,7 +356,7 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
         turn = full[starts[i] : starts[i + 1]].rstrip() if is_marked else ""
         kind = (*sorted(messages[i]), *(messages[j]["role"] if j < len(messages) else "" for j in (i - 1, i + 1)))
         is_new = kind not in kinds or i == learned[-1] or opening is None or not is_marked
-        is_verbatim = all(str(messages[i].get(key) or "").strip() in turn for key in ("content", "reasoning_content"))
+        is_verbatim = all(str(messages[i].get(key) or "").strip() in turn for key in ("content", *REASONING))
         if not is_new and turn.startswith(opening or "") and is_verbatim:
             spans.append((starts[i] + len(opening or ""), starts[i] + len(turn)))
             continue

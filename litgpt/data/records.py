@@ -23,6 +23,7 @@ from typing import Any
 
 from litgpt.errors import UserError
 from litgpt.files import parse_json
+from litgpt.prompts import REASONING
 
 Message = dict[str, Any]  # as chat templates read it: "role", "content" and perhaps keys of PASSED
 
@@ -34,7 +35,7 @@ CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "val
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 ROLES |= {"model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"}
 QUESTIONS = {question for question, _ in PAIRS}
-PASSED = ("tool_calls", "reasoning_content", "thinking", "name", "tool_call_id")  # keys of a message that templates may write
+PASSED = ("tool_calls", *REASONING, "name", "tool_call_id")  # keys of a message that templates may write
 TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content
 MOST_WEIGHT = 1_000_000
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -229,7 +230,7 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
         elif turn.get("function_call"):
             message["tool_calls"] = _read_calls(turn["function_call"], f"{where}: 'function_call'")
         message |= {name: turn[name] for name in PASSED if turn.get(name) is not None}
-        for name in ("reasoning_content", "thinking"):
+        for name in REASONING:
             _check_text(message.get(name, ""), name)
         if "tool_calls" in message:
             message["tool_calls"] = _objects(message["tool_calls"], f"{where}: 'tool_calls'")

@@ -158,6 +158,21 @@ def test_keys_are_read_as_transformers_reads_them(
     assert marked.replace("<|im_end|>", "") == learned
 
 
+@pytest.mark.parametrize(
+    "given", [{"reasoning_content": "why"}, {"thinking": "why"}, {"reasoning": "why"}, {"reasoning": "x", "thinking": "why"}]
+)
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+def test_reasoning_under_any_of_its_names(given: dict[str, str], read: str, tokenizer: Tokenizer, tiny_tokenizer_dir: Path) -> None:
+    template = FULL.replace("m.reasoning_content", f"m.{read}")
+    messages = [Q, reply("a", **given), user("b"), reply("c", **given)]
+    sample = Given(strict=True, entries=[{"messages": messages}]).splits(tokenizer, ChatTemplate(template)).train[0]
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tiny_tokenizer_dir / "tokenizer.json"))
+    expected = reference.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert "<think>why</think>a" in expected
+    assert tokenizer.decode(list(sample.input_ids), skip_special_tokens=False) == expected.rstrip()
+    assert ChatTemplate(template).render(messages) == expected
+
+
 def test_arguments_of_calls_for_a_template_that_takes_texts(tokenizer: Tokenizer) -> None:
     text = '{"a":1}'
     calls = [{"function": {"name": "f", "arguments": text}}]
