@@ -213,10 +213,10 @@ class KVCache:
     def __init__(self, sizes: Sequence[tuple[int, int]], B: int, length: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.k, self.v = (torch.zeros(B, heads, length, size, device=device, dtype=dtype) for heads, size in sizes)
 
-    def row(self, index: int) -> KVCache:
-        """Return the cache of one sample, which shares this one's memory."""
+    def rows(self, index: int, count: int) -> KVCache:
+        """Return the cache of `count` samples from `index` on, which shares this one's memory."""
         view = copy(self)
-        view.k, view.v = self.k[index : index + 1], self.v[index : index + 1]
+        view.k, view.v = self.k[index : index + count], self.v[index : index + count]
         return view
 
     def __call__(self, index: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -107,21 +107,20 @@ class Batch:
                 outputs.append(self._decode(rows))
             left = self.chunk
             while self.ready < len(self.rows) and left != 0:
-                row = self.rows[self.ready]
-                if row.computed == 0:
-                    self._reuse(row)
-                size = len(row.tokens) - row.computed
-                size = size if left is None else min(size, left)
-                left = None if left is None else left - size
-                x = self._prefill(row, size)
-                if row.computed == len(row.tokens):
+                rows, size = self._next_prompts(left)
+                left = None if left is None else left - size * len(rows)
+                x = self._prefill(rows, size)
+                if rows[0].computed == len(rows[0].tokens):
                     outputs.append(x)
-                    self.ready += 1
+                    self.ready += len(rows)
         finally:
             self.model.clear_kv_cache()
         if not outputs:
             return []
-        return list(zip(self.rows[: self.ready], self.model.logits(torch.cat(outputs)), strict=True))
+        rows, x = self.rows[: self.ready], torch.cat(outputs)
+        if self.model.switch is not None:  # for LoRA on the output layer
+            self.model.switch.mask = torch.tensor([[len(row.tokens) > self._shareable(row)] for row in rows]).to(x)
+        return list(zip(rows, self.model.logits(x), strict=True))
 
     def hidden(self, idx: torch.Tensor, pos: Positions, rows: Sequence[Row]) -> torch.Tensor:
         """Return the output layer's input at the last of the positions: idx (n, T) -> (n, d)."""
@@ -140,17 +139,49 @@ class Batch:
             row.computed += 1
         return x
 
-    def _prefill(self, row: Row, size: int) -> torch.Tensor:
-        """Run the next `size` tokens of the first row that is not ready: (1, d)."""
-        end = row.computed + size
-        idx = torch.tensor([row.tokens[row.computed : end]], device=self.device)
+    def _next_prompts(self, left: int | None) -> tuple[list[Row], int]:
+        """Return the next rows whose prompts are computed, and the number of tokens of each; all of them at most `left` tokens.
+
+        Several rows have the same number of tokens, and none could take more keys from the first.
+        """
+        first = self.rows[self.ready]
+        if first.computed == 0:
+            self._reuse(self.ready)
+        size = len(first.tokens) - first.computed
+        if left is not None and size > left:
+            return [first], left
+        rows = [first]
+        for place in range(self.ready + 1, len(self.rows)):
+            row = self.rows[place]
+            is_alike = len(row.tokens) == len(first.tokens) and self._shareable(row) == self._shareable(first)
+            if not is_alike or row.computed or (left is not None and size * (len(rows) + 1) > left):
+                break
+            if common(row.tokens, first.tokens) >= first.computed + LEAST_SHARED:
+                break
+            self._reuse(place)
+            if row.computed != first.computed:
+                row.computed = 0
+                break
+            rows.append(row)
+        return rows, size
+
+    def _prefill(self, rows: list[Row], size: int) -> torch.Tensor:
+        """Run the next `size` tokens of the first rows that are not ready, which are at the same place: (n, d)."""
+        start, end = rows[0].computed, rows[0].computed + size
+        idx = torch.tensor([row.tokens[start:end] for row in rows], device=self.device)
         for block, cache in zip(self.model.blocks, self.caches, strict=True):
-            block.attn.kv_cache = cache.row(self.ready)
+            block.attn.kv_cache = cache.rows(self.ready, len(rows))
         switch = self.model.switch
-        with nullcontext() if switch is None else switch.reply_at(switch.start_of(row.tokens)):
-            x = self.hidden(idx, self.model.positions(idx, torch.arange(row.computed, end, device=self.device), end), [row])
-        row.computed = end
+        with nullcontext() if switch is None else switch.reply_at(self._shareable(rows[0])):
+            x = self.hidden(idx, self.model.positions(idx, torch.arange(start, end, device=self.device), end), rows)
+        for row in rows:
+            row.computed = end
         return x
+
+    def _shareable(self, row: Row) -> int:
+        """Return the number of the row's first tokens whose keys do not depend on the tokens behind them: those before its reply."""
+        switch = self.model.switch
+        return len(row.tokens) if switch is None else switch.start_of(row.tokens[: row.start])
 
     def _restart_long_rows(self) -> None:
         """Compute rows again where LongRoPE begins to take its long factors."""
@@ -165,27 +196,29 @@ class Batch:
 
     def _keep(self, row: Row, place: int) -> None:
         """Keep the keys and values of a row; the oldest make room."""
-        tokens = row.tokens[: row.computed]
+        tokens = row.tokens[: min(row.computed, self._shareable(row))]
         values = [(cache.k[place, :, : len(tokens)].clone(), cache.v[place, :, : len(tokens)].clone()) for cache in self.caches]
         self.past = [past for past in self.past if past.tokens != tokens[: len(past.tokens)]]  # without those that this one begins with
         self.past.append(Past(tokens, values))
         while len(self.past) > MOST_PAST or sum(past.nbytes for past in self.past) > self.keep_bytes:
             del self.past[0]
 
-    def _reuse(self, row: Row) -> None:
-        """Copy the keys and values of the row's longest beginning that another row or a past one has. The last token is always computed."""
-        if self.model.config.rope_kind == "longrope" or self.model.switch is not None:
-            return  # keys depend on the length, or on which reply they belong to
-        wanted, longest, values = row.tokens[:-1], LEAST_SHARED - 1, None
-        for place, other in enumerate(self.rows):
-            if other is not row and (length := common(wanted, other.tokens[: other.computed])) > longest:
-                longest, values = length, [(cache.k[place], cache.v[place]) for cache in self.caches]
+    def _reuse(self, place: int) -> None:
+        """Copy the keys and values of a row's longest beginning that another row or a past one has. The last token is always computed."""
+        if self.model.config.rope_kind == "longrope":
+            return  # keys depend on the length
+        row = self.rows[place]
+        wanted, longest, values = row.tokens[: min(len(row.tokens) - 1, self._shareable(row))], LEAST_SHARED - 1, None
+        for index, other in enumerate(self.rows):
+            ready = other.tokens[: min(other.computed, self._shareable(other))]
+            if other is not row and (length := common(wanted, ready)) > longest:
+                longest, values = length, [(cache.k[index], cache.v[index]) for cache in self.caches]
         for past in self.past:
             if (length := common(wanted, past.tokens)) > longest:
                 longest, values = length, past.values
         if values is not None:
             for cache, (k, v) in zip(self.caches, values, strict=True):
-                cache.k[self.ready, :, :longest], cache.v[self.ready, :, :longest] = k[:, :longest], v[:, :longest]
+                cache.k[place, :, :longest], cache.v[place, :, :longest] = k[:, :longest], v[:, :longest]
             row.computed = longest
 
     def _move(self, source: int, target: int) -> None:
@@ -349,7 +382,8 @@ def generate_batch(
     rows = [Row(list(prompt), sampling, next(generators) if generators else None) for prompt in prompts]
     for row in rows:
         check(model, row.tokens, max_new_tokens)
-    batch, waiting, was_training = Batch(model), rows[::-1], model.training
+    batch, was_training = Batch(model), model.training
+    waiting = sorted(rows, key=lambda row: -len(row.tokens))  # prompts of the same length are computed together
     answers, stops = {row: list[int]() for row in rows}, {row: StopFilter(stop_tokens) for row in rows}
     model.eval()
     try:

@@ -112,6 +112,32 @@ def test_prompts_take_their_beginning_from_others(family: str, monkeypatch: pyte
     assert batch.past == []
 
 
+ALORA = {"lora_r": 2, **tiny.ALL_LORA, "alora_enabled": True, "alora_invocation_tokens": [7, 8]}
+
+
+@pytest.mark.parametrize("settings", [{}, ALORA], ids=["base", "answer-only LoRA"])
+def test_prompts_with_the_same_beginning(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed once, and then prompts of one length together. Answer-only LoRA shares what stands before the last reply."""
+    model = tiny.move_adapters(tiny.tiny(**settings))
+    batch, shapes = Batch(model, keep_bytes=10**6), list[tuple[int, ...]]()
+    hidden = batch.hidden
+    monkeypatch.setattr(batch, "hidden", lambda idx, pos, rows: (shapes.append(tuple(idx.shape)), hidden(idx, pos, rows))[1])
+    stem = [*PROMPTS[3][:8], 7, 8, 9]  # with an earlier reply
+    rows = [Row([*stem, *own, 7, 8], GREEDY) for own in ([1, 2], [3, 4], [5, 6], [9, 2, 1], [1, 2])]
+    for row in rows:
+        batch.add(row)
+    for _ in range(6):
+        for row, logits in batch.step():
+            row.draw(logits)
+    assert shapes[:4] == [(1, 15), (2, 4), (1, 5), (1, 2 if settings else 1)]
+    for row in rows:
+        assert all(
+            int(model(torch.tensor([row.tokens[:end]]))[0, -1].argmax()) == row.tokens[end] for end in range(row.start, row.start + 6)
+        )
+    batch.remove(rows[0])
+    assert batch.past[0].tokens == (rows[0].tokens[:13] if settings else rows[0].tokens[:-1])
+
+
 def test_prompts_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="3 \\+ 62 = 65 tokens"):
         generate_batch(tiny.tiny(n_layer=1), PROMPTS, 62, GREEDY)
