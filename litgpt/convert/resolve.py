@@ -52,7 +52,7 @@ def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
         conversion.remove_leftovers()
         return conversion.target
     if not convert:
-        raise UserError(f"{source} would be converted first, and a dry run writes nothing: run `litgpt convert_to_litgpt {source}`")
+        raise UserError(f"{source} would have to be converted first, which this does not do: run `litgpt convert_to_litgpt {source}`")
     with conversion.locked():
         if not conversion.is_fresh():
             conversion.run_again()

@@ -88,10 +88,10 @@ class Models(dict[str, Served]):
         self.base, self.folder, self.quantize, self.how = base, folder, quantize, how
 
     def open(self, name: str, folder: Path) -> Served:
-        """Load an adapter over the base, or a model with weights of its own. It is not entered. Raises UserError."""
+        """Load an adapter over the base, or a model with weights of its own, which is not converted. It is not entered. Raises UserError."""
         if name in (*self, self.base.name):
             raise UserError(f"adapters: {name!r} is the name of a model that is served already: choose another for {folder}")
-        return _load_adapter(name, open_checkpoint(folder), self.base, self.folder, self.quantize, self.how)
+        return _load_adapter(name, open_checkpoint(folder, convert=False), self.base, self.folder, self.quantize, self.how)
 
     def drop(self, name: str) -> None:
         """Forget an adapter. Its answers that run are completed. Raises UserError for the base and the first."""
@@ -115,7 +115,7 @@ def load_models(folder: str | Path, adapters: dict[str, Path], quantize: str | N
         models[own_name(opened)] = models.open(own_name(opened), opened)
     models[name] = models.base
     for own, path in adapters.items():
-        models[own] = models.open(own, path)
+        models[own] = models.open(own, open_checkpoint(path))
     return models
 
 
