@@ -88,7 +88,7 @@ class Models(dict[str, Served]):
         self.base, self.folder, self.quantize, self.how = base, folder, quantize, how
 
     def open(self, name: str, folder: Path) -> Served:
-        """Load an adapter over the base, or a model with weights of its own, which is not converted. It is not entered. Raises UserError."""
+        """Load an adapter over the base, or a model of its own. It is neither converted nor entered. Raises UserError."""
         if name in (*self, self.base.name):
             raise UserError(f"adapters: {name!r} is the name of a model that is served already: choose another for {folder}")
         return _load_adapter(name, open_checkpoint(folder, convert=False), self.base, self.folder, self.quantize, self.how)

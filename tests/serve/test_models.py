@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,16 @@ def test_every_answer_of_a_mixed_batch_is_its_models_own(folders: Folders) -> No
     for row, model in rows.items():
         assert row.tokens[row.start :] == alone(paths[model.name], row.tokens[: row.start], 8), model.name
     assert len({tuple(row.tokens[-8:]) for row in rows}) == len(rows)
+
+
+def test_a_request_converts_nothing(folders: Folders, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    """A folder in Hugging Face's format named on the command line is converted; named by a request it is not."""
+    tiny.hf_llama().save_pretrained(write_tiny_tokenizer(tmp_path / "hf"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"hf would have to be converted first.*`litgpt convert_to_litgpt "):
+        load_models(folders.base, {}, **HOW).open("hf", tmp_path / "hf")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert list(load_models(folders.base, {"hf": tmp_path / "hf"}, **HOW)) == ["tiny", "hf"]
 
 
 def test_who_shares_what(folders: Folders) -> None:
