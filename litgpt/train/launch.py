@@ -55,12 +55,14 @@ class Place:
         tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
         if tasks == 1:
             return None
+        machines = int(environment.get("SLURM_STEP_NUM_NODES", 1))
         nodes = environment["SLURM_STEP_NODELIST"]  # such as node[07-09,12]
         first = re.match(r"([^\[,]+)(?:\[([0-9]+))?", nodes)
-        address = environment.get("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else nodes)
-        port_of_job = int(environment.get("MASTER_PORT", 12000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
-        local_size = tasks // int(environment.get("SLURM_STEP_NUM_NODES", 1))
-        return cls(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), local_size, address, port_of_job)
+        host = "".join(part or "" for part in first.groups()) if first else nodes
+        address = environment.get("MASTER_ADDR", host if machines > 1 else "127.0.0.1")  # a node's name may have no address
+        step = int(environment["SLURM_JOB_ID"]) + 997 * int(environment.get("SLURM_STEP_ID", 0))  # the steps of a job may run together
+        port = int(environment.get("MASTER_PORT", 12000 + step % 20000))
+        return cls(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), tasks // machines, address, port)
 
     @property
     def variables(self) -> dict[str, str]:

@@ -63,6 +63,11 @@ def test_sruns_variables(nodes: str, address: str) -> None:
     assert Place.of({**SLURM, "MASTER_ADDR": "here", "MASTER_PORT": "1234"}) == Place(5, 8, 1, 4, "here", 1234)
 
 
+def test_steps_of_srun_on_one_machine_need_no_name_of_it_and_each_has_its_port() -> None:
+    places = [Place.of({**SLURM, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_ID": step}) for step in ("0", "1")]
+    assert places == [Place(5, 8, 1, 8, "127.0.0.1", port) for port in (22001, 22998)]
+
+
 @pytest.mark.parametrize("environment", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}])
 def test_a_process_that_no_launcher_started_is_alone(environment: dict[str, str]) -> None:
     assert Place.of(environment) is None
