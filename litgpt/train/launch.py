@@ -61,8 +61,8 @@ class Place:
         host = "".join(part or "" for part in first.groups()) if first else nodes
         address = environment.get("MASTER_ADDR", host if machines > 1 else "127.0.0.1")  # a node's name may have no address
         step = int(environment["SLURM_JOB_ID"]) + 997 * int(environment.get("SLURM_STEP_ID", 0))  # the steps of a job may run together
-        port = int(environment.get("MASTER_PORT", 12000 + step % 20000))
-        return cls(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), tasks // machines, address, port)
+        meeting = int(environment.get("MASTER_PORT", 12000 + step % 20000))
+        return cls(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), tasks // machines, address, meeting)
 
     @property
     def variables(self) -> dict[str, str]:
