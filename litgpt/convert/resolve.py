@@ -323,8 +323,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     valid = isinstance(record.get("source"), str) and record.get("dtype") in (None, *DTYPES)
-    return (
-        record
-        if valid and all(isinstance(names := record.get(key), dict) and all(map(is_inside, names)) for key in ("files", "made"))
-        else None
-    )
+    tables = [record.get(key) for key in ("files", "made")]
+    whole = all(isinstance(table, dict) and all(map(is_inside, table)) for table in tables)
+    return record if valid and whole else None

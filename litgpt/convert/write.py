@@ -85,9 +85,7 @@ def _add(archive: ZipFile, name: str, content: Any) -> None:
     record = ZipInfo(f"archive/{name}")
     record.file_size = memoryview(content).nbytes
     long = record.file_size > ZIP64_LIMIT // 2
-    before = (
-        archive.start_dir + 30 + len(record.filename) + (20 if long else 0) + 4
-    )  # the local header, its long sizes, the field's own head
+    before = archive.start_dir + 30 + len(record.filename) + 20 * long + 4  # the local header, its long sizes, the field's own head
     record.extra = struct.pack("<HH", PADDING, -before % PTH_ALIGNMENT) + bytes(-before % PTH_ALIGNMENT)
     with archive.open(record, "w", force_zip64=long) as target:
         target.write(content)

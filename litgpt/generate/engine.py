@@ -37,6 +37,7 @@ class Row:
     def __post_init__(self) -> None:
         self.start = len(self.tokens)  # of the answer
         self.computed = 0  # tokens whose keys and values are in the cache
+        self.reply: int | None = None  # where answer-only LoRA begins, once it is known
 
     def draw(self, logits: torch.Tensor) -> int:
         """Return the next token, which joins the row's, by the logits (V,)."""
@@ -180,8 +181,11 @@ class Batch:
 
     def _shareable(self, row: Row) -> int:
         """Return the number of the row's first tokens whose keys do not depend on the tokens behind them: those before its reply."""
-        switch = self.model.switch
-        return len(row.tokens) if switch is None else switch.start_of(row.tokens[: row.start])
+        if self.model.switch is None:
+            return len(row.tokens)
+        if row.reply is None:
+            row.reply = self.model.switch.start_of(row.tokens[: row.start])
+        return row.reply
 
     def _restart_long_rows(self) -> None:
         """Compute rows again where LongRoPE begins to take its long factors."""
