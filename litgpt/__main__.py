@@ -1,7 +1,7 @@
 """The table of commands, and the exit code of each failure. Nothing heavy is imported until a command needs it.
 
-Exit codes: 0, 1 a `UserError`, 2 bad arguments, 3 a non-finite loss, 4 out of memory, 130 Ctrl-C, 143 SIGTERM. Any other exception is a
-bug and keeps its traceback.
+Exit codes: 0, 1 a `UserError`, 2 bad arguments, 3 a non-finite loss, 4 out of memory, 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM. Any other
+exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -92,7 +92,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             keep_secret(following if found[1] is None and word.startswith("-") else found[1] or "")
     code = 0
     try:
-        with _exit_on_sigterm():
+        with _exit_on_signals():
             work = _work_of(argv)
             if isinstance(work, int):
                 code = work
@@ -180,8 +180,8 @@ def _table() -> str:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into `SystemExit(143)`, so that half-written folders are cleaned up on the way out."""
+def _exit_on_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into `SystemExit(128 + number)`, so that half-written folders are cleaned up on the way out."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -189,11 +189,13 @@ def _exit_on_sigterm() -> Iterator[None]:
     def leave(signum: int, frame: Optional[FrameType]) -> None:
         raise SystemExit(128 + signum)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup does
+    before = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

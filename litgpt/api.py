@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -30,6 +31,12 @@ from litgpt.values import checked
 
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 1.0}  # defaults, as of `litgpt chat`, where the checkpoint has none
 MORE = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+IGNORED = {  # settings of generation_config.json by which transformers answers and we do not, with the values that change nothing
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "stop_strings"), None),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens", "epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("num_beams", "typical_p"), 1),
+}
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -171,8 +178,7 @@ class LLM(ModelModule):
         or the default of `litgpt chat`.
         """
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **more}
-        if unknown := sorted(set(given) - {item.name for item in fields(Sampling)}):
-            raise UserError(f"generate has no argument {unknown[0]!r}: {', '.join(MORE)} can be given besides those that it names")
+        require_known(given)
         sampling = self.sampling | {name: value for name, value in given.items() if value is not None}
         sampling["top_k"] = sampling["top_k"] or None
         ends = [stop] if isinstance(stop, str) else () if stop is None else stop
@@ -226,6 +232,7 @@ class LLM(ModelModule):
         turns = turns[1:] if system and turns[0]["role"] == "system" else turns
         return self.prompt_style.render([*system, *turns], add_generation_prompt=True)
 
+    @checked
     def complete(
         self,
         text: str,
@@ -238,6 +245,9 @@ class LLM(ModelModule):
 
         `sampling` are the settings of `Sampling`.
         """
+        require_known(sampling)
+        if not isinstance(generator, torch.Generator | None):
+            raise UserError(f"generator is {repr(generator)[:100]}: a torch.Generator is needed, `LLM.generator` makes one of a seed")
         ids, stops = self.prompt_ids(text, max_new_tokens), self.prompt_style.stop_tokens(self.tokenizer)
         return Session(self.model).answer(ids, max_new_tokens, Sampling(**sampling), stops, generator)
 
@@ -277,8 +287,17 @@ class LLM(ModelModule):
         return torch.Generator(next(self.model.parameters()).device).manual_seed(seed)
 
 
+def require_known(sampling: Mapping[str, Any]) -> None:
+    """Raise UserError for a setting that `Sampling` does not have."""
+    if unknown := sorted(set(sampling) - {item.name for item in fields(Sampling)}):
+        raise UserError(f"generate has no argument {unknown[0]!r}: {', '.join(MORE)} can be given besides those that it names")
+
+
 def recommended(folder: Path) -> dict[str, Any]:
-    """Return the sampling settings of generation_config.json. Raises UserError for values that are none."""
+    """Return the sampling settings of generation_config.json, and name on stderr those that transformers would follow and we do not.
+
+    Raises UserError for values that are none.
+    """
     file = folder / "generation_config.json"
     content = read_json(file) if file.is_file() else {}
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -287,6 +306,8 @@ def recommended(folder: Path) -> dict[str, Any]:
         Sampling(**{**values, "top_k": values.get("top_k") or None})
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from None
+    if ignored := [name for name, neutral in IGNORED.items() if content.get(name) not in (None, [], neutral)]:
+        print(f"warning: {file}: {', '.join(ignored)} would change answers in transformers and is not followed here", file=sys.stderr)
     return values
 
 

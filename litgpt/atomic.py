@@ -8,8 +8,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,12 +25,12 @@ MANIFEST_FORMAT = 1
 # --- Locks ---
 
 
-def lock(folder: str | Path, wait: bool = False) -> int:
-    """Return a descriptor that holds the folder's lock until it is closed or its process ends.
+def lock(path: str | Path, wait: bool = False) -> int:
+    """Return a descriptor that holds the lock of a folder or a file until it is closed or its process ends.
 
     Raises BlockingIOError if another process holds the lock and `wait` is false, another OSError if the file system has no locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
@@ -74,14 +75,19 @@ def unlock_bytes(descriptor: int, start: int, count: int = 1) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file under a temporary name; at the end flush it to disk and rename it to `path`. On an error it is removed.
+    """Open a new file under a temporary name, in a folder made if needed; at the end flush it to disk and rename it to `path`.
 
-    Raises OSError that names `path` if the disk is full, inside `torch.save` too.
+    On an error it is removed.
+    Raises OSError that names `path` if the disk is full, inside `torch.save` and numpy's `tofile` too.
     """
-    temporary = path.with_name(f".{path.name}.litgpt.tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        temporary, locks = _temporary(path, partial(Path.touch, exist_ok=False))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    try:
+        with temporary.open("r+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -89,21 +95,22 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the cause
-        if isinstance(cause, OSError) and cause.filename is None:
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        if isinstance(cause, OSError) and cause.filename in (None, str(temporary)):
+            reason = cause.strerror or f"the disk is full, or a limit on the size of files is reached ({cause})"  # `tofile` gives no reason
+            raise OSError(cause.errno, reason, str(path)) from None
         raise
+    finally:
+        _close(locks)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file as `new_file` does, and its folder if needed."""
+    """Write a text file as `new_file` does."""
     write_bytes(path, as_utf8(text).encode())
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file as `new_file` does, and its folder if needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as file:
+    """Write a file as `new_file` does."""
+    with new_file(Path(path)) as file:
         file.write(content)
 
 
@@ -126,7 +133,7 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
-        temporary, locks = _temporary_folder(path)
+        temporary, locks = _temporary(path, Path.mkdir)
     except OSError as error:
         raise UserError(f"{path} cannot be created: {error.strerror}") from None
     try:
@@ -146,14 +153,31 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
             raise OSError(error.errno, error.strerror or str(error), str(path)) from None
         raise
     finally:
-        for descriptor in locks:
-            os.close(descriptor)
+        _close(locks)
 
 
-def _temporary_folder(path: Path) -> tuple[Path, list[int]]:
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder in `parent` that is removed at the end, or by `remove_leftovers` if the process is killed."""
+    remove_leftovers(parent)
+    folder, locks = _temporary(parent / "scratch", Path.mkdir)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _close(locks)
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _temporary(path: Path, create: Callable[[Path], None]) -> tuple[Path, list[int]]:
     """Create a sibling of `path`. Return it and the descriptor of its lock, if the file system has locks."""
     while True:
-        temporary = _empty_sibling(path)
+        temporary = path.with_name(f".{path.name}.litgpt-{secrets.token_hex(4)}.tmp")
+        create(temporary)
         try:
             descriptor = lock(temporary)
         except (BlockingIOError, FileNotFoundError):  # another process is removing it as a leftover
@@ -163,12 +187,6 @@ def _temporary_folder(path: Path) -> tuple[Path, list[int]]:
         if temporary.exists():
             return temporary, [descriptor]
         os.close(descriptor)
-
-
-def _empty_sibling(path: Path) -> Path:
-    sibling = path.with_name(f".{path.name}.litgpt-{secrets.token_hex(4)}.tmp")
-    sibling.mkdir()
-    return sibling
 
 
 def _put_in_place(temporary: Path, path: Path, locks: list[int], keep_others: bool) -> None:
@@ -208,10 +226,10 @@ def _sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary folders of killed processes in `folder`. A folder that one of them had set aside is restored."""
+    """Remove the temporary files and folders of killed processes in `folder`. A folder that one of them had set aside is restored."""
     for leftover in sorted(Path(folder).glob(".*.litgpt-*.tmp*")):
         match = re.fullmatch(r"\.(.+)\.litgpt-[0-9a-f]{8}\.tmp(\.old)?", leftover.name)
-        if match is None or leftover.is_symlink() or not leftover.is_dir():
+        if match is None or leftover.is_symlink() or not (leftover.is_dir() or leftover.is_file()):
             continue
         try:
             descriptor = lock(leftover)
@@ -220,15 +238,18 @@ def remove_leftovers(folder: str | Path) -> None:
         with suppress(OSError):
             if match[2] and not leftover.with_name(match[1]).exists():
                 leftover.rename(leftover.with_name(match[1]))
-            else:
+            elif leftover.is_dir():
                 shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         os.close(descriptor)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder: if the process is killed, it is still complete or gone."""
-    doomed = path.rename(_empty_sibling(path))  # a rename replaces an empty folder
-    shutil.rmtree(doomed, ignore_errors=True)
+    temporary, locks = _temporary(path, Path.mkdir)
+    shutil.rmtree(path.rename(temporary), ignore_errors=True)  # a rename replaces an empty folder
+    _close(locks)
 
 
 # --- Manifests ---

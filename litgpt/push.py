@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Optional
 
+from litgpt.atomic import scratch_folder
 from litgpt.checkpoint import ADAPTER_WEIGHTS, FOREIGN_ADAPTERS, HUB_NAME, TOKENIZER_FILES, WEIGHTS
 from litgpt.convert.resolve import is_hf_folder, open_checkpoint
 from litgpt.download import hub
@@ -59,7 +59,8 @@ def push(
         for name in names:
             require_own(public / name, public)
         total = sum((public / name).stat().st_size for name in names)
-        print(f"Uploading {len(names)} files, {size(total)}, to {repo_id}: {', '.join(names)}", file=sys.stderr)
+        listed = ", ".join(names).replace("\n", "\\n")
+        print(f"Uploading {len(names)} files, {size(total)}, to {repo_id}: {listed}", file=sys.stderr)
         print(without_secrets(_upload(public, names, repo_id, private, access_token, commit_message)))
 
 
@@ -71,8 +72,8 @@ def _public_form(folder: Path, name: str) -> Iterator[Path]:
         yield folder
         return
     source = open_checkpoint(folder)
-    place = Path(tempfile.mkdtemp(prefix=".push-", dir=source.parent if os.access(source.parent, os.W_OK) else None))
-    try:
+    writable = os.access(source.parent, os.W_OK)
+    with scratch_folder(source.parent if writable else Path(tempfile.gettempdir())) as place:
         from litgpt.convert.adapter import convert_adapter
         from litgpt.convert.from_litgpt import convert_from_litgpt
 
@@ -80,8 +81,6 @@ def _public_form(folder: Path, name: str) -> Iterator[Path]:
         with redirect_stdout(io.StringIO()):  # a temporary path is of no use
             (convert_adapter if (source / ADAPTER_WEIGHTS).is_file() else convert_from_litgpt)(source, place / name)
         yield place / name
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _upload(folder: Path, names: list[str], repo_id: str, private: bool, token: Optional[str], message: str) -> str:

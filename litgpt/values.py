@@ -80,7 +80,8 @@ def _exact(value: Any, kind: Any) -> Any:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function of the Python API whose arguments are checked: UserError for one of another type than its annotation's.
+    """Return a function of the Python API whose arguments are checked: UserError for one that is missing, unknown, or
+    of another type than its annotation's.
 
     Numbers and texts of numpy count as Python's. Types besides those of settings are left to the function.
     """
@@ -88,7 +89,11 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        kinds, bound = hints(function), signature.bind(*args, **kwargs)
+        kinds = hints(function)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UserError(f"{function.__name__}: {error}") from None
         for name, value in bound.arguments.items():
             kind = kinds.get(name)
             if kind is not None and all(member in NAMES or typing.get_origin(member) is Literal for member in members_of(kind)):

@@ -16,7 +16,7 @@ import transformers
 
 import litgpt
 from litgpt import checkpoint
-from litgpt.api import LLM, inference_dtype
+from litgpt.api import LLM, inference_dtype, recommended
 from litgpt.args import TrainArgs
 from litgpt.convert.adapter import convert_adapter
 from litgpt.convert.from_litgpt import convert_from_litgpt
@@ -248,9 +248,45 @@ def test_other_arguments(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (lambda: llm.distribute(devices=None), lambda: llm.value("x", answer=5), lambda: llm.generate("x", beams=2)):  # type: ignore[arg-type]
         with pytest.raises(UserError, match="devices is None|answer is 5|no argument 'beams': min_p, .* can be given"):
             call()
+    for call, message in (
+        (lambda: llm.complete(text=5, max_new_tokens=2), "text is 5: text is needed"),  # type: ignore[arg-type]
+        (lambda: llm.complete("x", 2, generator=5), "generator is 5: a torch.Generator is needed"),  # type: ignore[arg-type]
+        (lambda: llm.complete("x", 2, beams=5), "no argument 'beams'"),
+        (lambda: llm.complete("x"), "complete: missing a required argument: 'max_new_tokens'"),  # type: ignore[call-arg]
+        (lambda: llm.benchmark(num_iterations=5), "generate: missing a required argument: 'prompt'"),
+        (lambda: llm.generate(), "generate: missing a required argument: 'prompt'"),  # type: ignore[call-overload]
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
     for function in (merge_lora, validate, convert_from_litgpt, convert_adapter):
         with pytest.raises(UserError, match="_dir is None: .*path is needed"):
             function(None, *["x"] * (function in (convert_from_litgpt, convert_adapter)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("suppress_tokens", list(range(50))),
+        ("begin_suppress_tokens", list(range(50))),
+        ("bad_words_ids", [[token] for token in range(50)]),
+        ("forced_bos_token_id", 0),
+        ("forced_eos_token_id", 3),
+        ("no_repeat_ngram_size", 1),
+        ("num_beams", 3),
+    ],
+)
+def test_settings_that_only_transformers_follows_are_named(name: str, value: Any, tmp_path: Path, capsys: Any) -> None:
+    model = tiny.hf_llama()
+    plain, changed = (
+        model.generate(torch.tensor([[5]]), generation_config=transformers.GenerationConfig(max_new_tokens=8, **settings)).tolist()
+        for settings in ({}, {name: value})
+    )
+    assert plain != changed
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value, "temperature": 0.7}))
+    assert recommended(tmp_path) == {"temperature": 0.7}
+    assert f": {name} would change answers in transformers" in capsys.readouterr().err
+    transformers.GenerationConfig(repetition_penalty=1.0, max_new_tokens=8).save_pretrained(tmp_path)
+    assert recommended(tmp_path) == {"repetition_penalty": 1.0} and not capsys.readouterr().err
 
 
 def test_numbers_and_texts_of_numpy(base: Path) -> None:

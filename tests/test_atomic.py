@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import resource
+import secrets
 import shutil
 import stat
 import subprocess
@@ -74,12 +75,40 @@ def test_the_umask_holds_for_folders(umask: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plant", [lambda path, victim: path.symlink_to(victim), lambda path, victim: os.mkfifo(path)])
-def test_a_file_is_not_written_through_a_planted_name(plant: Callable[[Path, Path], None], tmp_path: Path) -> None:
+def test_a_file_is_not_written_through_a_planted_name(
+    plant: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the name were guessed."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    plant(tmp_path / ".new.json.litgpt.tmp", victim)
-    atomic.write_text(tmp_path / "new.json", "{}")
-    assert victim.read_text() == "precious" and (tmp_path / "new.json").read_text() == "{}"
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "0123abcd")
+    plant(tmp_path / ".new.json.litgpt-0123abcd.tmp", victim)
+    with pytest.raises(FileExistsError):
+        atomic.write_text(tmp_path / "new.json", "{}")
+    assert victim.read_text() == "precious" and not (tmp_path / "new.json").exists()
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
+    """Each puts its whole content in place; what a killed one left is removed by the next."""
+    (tmp_path / ".new.bin.litgpt-0000dead.tmp").write_bytes(b"half")
+    with atomic.new_file(tmp_path / "new.bin") as first:
+        first.write(b"first")
+        with atomic.new_file(tmp_path / "new.bin") as second:
+            second.write(b"the second")
+        assert (tmp_path / "new.bin").read_bytes() == b"the second"
+    assert (tmp_path / "new.bin").read_bytes() == b"first" and left_in(tmp_path) == ["new.bin"]
+
+
+def test_a_scratch_folder_goes_with_its_process(tmp_path: Path) -> None:
+    code = "import os; from pathlib import Path; from litgpt.atomic import scratch_folder\n"
+    code += "with scratch_folder(Path(os.environ['PLACE'])): os.kill(os.getpid(), 9)"
+    environment = {**os.environ, "PLACE": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[1]).returncode == -9
+    (killed,) = tmp_path.iterdir()
+    with atomic.scratch_folder(tmp_path) as folder:
+        (folder / "x").touch()
+        assert not killed.exists() and list(tmp_path.iterdir()) == [folder]
+    assert left_in(tmp_path) == []
 
 
 def test_new_folder_keeps_what_is_there(tmp_path: Path) -> None:
@@ -233,7 +262,7 @@ def test_everything_is_flushed_before_the_rename_and_the_manifest_comes_last(tmp
     with atomic.new_folder(tmp_path / "final") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a.bin").write_text("unflushed")
-    first = calls.index(("fsync", ".manifest.json.litgpt.tmp"))
+    first = next(place for place, (_, name) in enumerate(calls) if name.startswith(".manifest.json.litgpt-"))
     assert ("fsync", "a.bin") in calls[:first]
     assert calls[first + 1 :] == [
         ("replace", "manifest.json"),

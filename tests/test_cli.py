@@ -649,21 +649,31 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
             run(bug)
 
 
-def test_sigterm_cleans_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_cleans_up(number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cleaned = []
 
     def command(checkpoint_dir: str) -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             signal.pause()
         finally:
             cleaned.append(True)
 
     monkeypatch.setattr("litgpt.__main__.load", lambda name: command)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(number, signal.SIG_DFL)
     with pytest.raises(SystemExit) as end:
         main(["finetune_lora", "c"])
-    assert end.value.code == 143 and cleaned and signal.getsignal(signal.SIGTERM) is before
+    assert end.value.code == code and cleaned and signal.signal(number, before) is signal.SIG_DFL
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(checkpoint_dir: str) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr("litgpt.__main__.load", lambda name: command)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert main(["finetune_lora", "c"]) == 0 and signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
 
 
 def test_a_process_of_its_own() -> None:

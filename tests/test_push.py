@@ -109,9 +109,17 @@ def test_a_link_out_of_the_folder_is_not_followed(name: str, hub: Hub, base: Pat
     assert code == 1 and f"{name} is a link to {key}, outside its folder" in out and not hub.models
 
 
+def test_a_line_break_in_a_name_is_shown_as_one(hub: Hub, base: Path, push: Any, tmp_path: Path) -> None:
+    assert main(["convert_from_litgpt", str(base), str(tmp_path / "hf")]) == 0
+    (tmp_path / "hf" / "LICENSE\nUploading 0 files").touch()
+    assert "LICENSE\\nUploading 0 files, " in push(tmp_path / "hf", "me/model")[1]
+
+
 def test_refusals(hub: Hub, base: Path, push: Any, tmp_path: Path) -> None:
+    (tmp_path / ".scratch.litgpt-0123abcd.tmp").mkdir()  # of an upload that was killed
     code, out = push(base, "me/model", token=None)
     assert code == 1 and "a token that may write there" in out and "401" in out
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     code, out = push(base, "me/model", token="hf_" + "wrong" * 5)
     assert code == 1 and "403" in out and "wrongwrong" not in out
     for words, message in (

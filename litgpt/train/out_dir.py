@@ -96,10 +96,8 @@ class OutDir:
             raise UserError(f"out_dir {self.path} is in use by another run: wait for it, or give another --out_dir") from None
         except OSError:
             return
-        atomic.remove_leftovers(self.path)
-        for file in (*self.path.glob(".*.litgpt.tmp"), *self.path.glob("logs/version_0/.*.litgpt.tmp")):
-            if file.is_file() and not file.is_symlink():
-                file.unlink()
+        for folder in (self.path, self.path / "logs" / "version_0"):
+            atomic.remove_leftovers(folder)
 
     def make(self, resumed: bool) -> None:
         """Make the folder and lock it; remove an earlier run that is to be replaced."""

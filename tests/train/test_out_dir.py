@@ -79,7 +79,7 @@ def test_a_link_is_not_a_result(tmp_path: Path) -> None:
 
 
 def test_leftovers_are_told_by_their_mark(tmp_path: Path) -> None:
-    for name in (".draft.tmp", ".report.json.litgpt.tmp"):
+    for name in (".draft.tmp", ".report.json.litgpt-0123abcd.tmp"):
         (tmp_path / name).touch()
     for name in (".thesis.litgpt-12.tmp", ".thesis.litgpt-chapters.tmp.old", ".final.litgpt-0123abcd.tmp"):
         (tmp_path / name).mkdir()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from litgpt.adapters.patterns import PARTS
-from litgpt.convert.gguf.writer import Group, describe, replacing, stored
+from litgpt.atomic import new_file
+from litgpt.convert.gguf.writer import Group, describe, stored
 from litgpt.convert.names import Slot, shapes, summary
 from litgpt.convert.peft import Unit, split
 from litgpt.errors import UserError
@@ -88,8 +89,8 @@ def _alpha(config: Config) -> float:
 def _write(target: Path, architecture: str, config: Config, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     from gguf import GGUFType, GGUFValueType, GGUFWriter, Keys
 
-    with replacing(target) as temporary:
-        writer = GGUFWriter(temporary, architecture)
+    with new_file(target) as file:
+        writer = GGUFWriter(file.name, architecture)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(_alpha(config)))

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Literal, Optional
 
+from litgpt.atomic import scratch_folder
 from litgpt.convert.gguf.ollama import write_modelfile
 from litgpt.convert.resolve import open_full_model
 from litgpt.errors import UserError
@@ -63,16 +64,13 @@ def _quantise(program: str, source: Path, target: Path, dtype: str) -> str:
     """Write the file in the weights' own format, and let llama.cpp's program make the wanted one of it. Returns the architecture."""
     from litgpt.convert.gguf.writer import write_gguf
 
-    plain, temporary = (target.with_name(f".{target.stem}.{part}.gguf") for part in ("plain", "tmp"))
-    try:
+    with scratch_folder(target.parent) as folder:
+        plain, made = folder / "plain.gguf", folder / "made.gguf"
         architecture = write_gguf(source, plain)
-        done = subprocess.run([program, str(plain), str(temporary), dtype.upper()], capture_output=True, text=True, errors="replace")
-        if done.returncode or not temporary.is_file():
+        done = subprocess.run([program, str(plain), str(made), dtype.upper()], capture_output=True, text=True, errors="replace")
+        if done.returncode or not made.is_file():
             reason = (done.stderr or done.stdout).strip().splitlines()
             raise UserError(f"{program} cannot make {dtype} of {source}: {reason[-1][:300] if reason else f'exit code {done.returncode}'}")
-        temporary.replace(target)
-    finally:
-        plain.unlink(missing_ok=True)
-        temporary.unlink(missing_ok=True)
+        made.replace(target)
     print(f"Quantised to {dtype} by {program}.")
     return architecture

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 
 from litgpt import checkpoint, families
+from litgpt.atomic import new_file
 from litgpt.config import Config
 from litgpt.convert.compare import INPUT_AND_TRAINING, differences
 from litgpt.convert.gguf.config import TOLERANCE, Plan, has_offset, plan, read_config
@@ -53,8 +52,8 @@ def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
     own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
     kind = (dtype or own.get(checkpoint.load_weights(file)["transformer.wte.weight"].dtype, "f32")).upper()
     made, groups = describe(source, target)
-    with replacing(target) as temporary:
-        _write(temporary, made, groups, config, loads, kind)
+    with new_file(target) as new:
+        _write(Path(new.name), made, groups, config, loads, kind)
     return made.architecture
 
 
@@ -80,21 +79,6 @@ def has_gguf(config: Config) -> bool:
     except ValueError:
         return False
     return True
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Give a name beside the file `target` to write to, which becomes the file if nothing fails. Raises UserError if it cannot."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}. Check the place, and that there is room") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, model_type: str) -> tuple[Plan, dict[str, Group]]:
@@ -180,9 +164,6 @@ def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, 
             writer.write_tensor_data(factors)
         for name, entry in groups.items():
             writer.write_tensor_data(encoded(stored(name, entry, made.architecture, config, loads), kinds[name], f"{made.path}: {name}"))
-        for file in writer.fout or ():
-            file.flush()
-            os.fsync(file.fileno())
     finally:
         writer.close()
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import gguf
 import pytest
 import torch
 import transformers
 
+from litgpt.__main__ import main
 from litgpt.checkpoint import load_model, load_weights
 from litgpt.config import Config
 from litgpt.convert.gguf.convert import convert_gguf
@@ -22,7 +22,7 @@ from litgpt.tokenizer import Tokenizer
 from tests.helpers import gguf_files, tiny
 
 
-def test_the_file_appears_whole_or_not_at_all(tmp_path: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_appears_whole_or_not_at_all(tmp_path: Path, mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "x.gguf"
     target.write_bytes(b"mine")
     with pytest.raises(UserError, match="exists already: name another file, or add --overwrite"):
@@ -30,12 +30,12 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path: Path, mixture: Path, mon
     with pytest.raises(UserError, match=r"x\.bin is no name of a GGUF file"):
         convert_to_gguf(mixture, tmp_path / "x.bin")
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"x\.gguf cannot be written: No space left on device"):
-        patch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-        convert_to_gguf(mixture, target, overwrite=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most, message in ((100, "File too large"), (9000, "the disk is full, or a limit on the size of files is reached")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        code = main(["convert_to_gguf", str(mixture), str(target), "--overwrite"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert code == 1 and f"Error: {target}: {message}" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"] and target.read_bytes() == b"mine"
     convert_to_gguf(mixture, target, overwrite=True)
     assert target.read_bytes()[:4] == b"GGUF"
