@@ -248,7 +248,8 @@ def _filtered_size(name: str, value: Any, arguments: tuple[Any, ...]) -> int:
     if name == "format":
         return _formatted_size(text, text.count("%"), arguments)
     if name in ("indent", "tojson"):
-        widths = [number if isinstance(number, int) else len(number) for number in arguments if isinstance(number, (int, str))]
+        flat = [one for argument in arguments for one in _plain_values(argument)]  # of two separators too
+        widths = [one if isinstance(one, int) else len(one) for one in flat if isinstance(one, (int, str))]
         return size + (text.count("\n") + 1 if text else size) * max(widths, default=0)
     if name in ("batch", "slice"):
         return size + sum(abs(number) for number in arguments if isinstance(number, int))

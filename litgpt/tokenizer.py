@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,9 @@ MOST_ADDED = 2**22  # bytes of the texts of added tokens, each of which takes so
 MOST_LOOKS = 2**27  # characters of a text times those of the longest piece, which a Unigram model compares
 LONGEST_WORD = 1_000  # characters that a WordPiece model divides, in time that grows faster than their square
 CONTENT = re.compile(rb'"content"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')  # of an added token in tokenizer.json
-MOST_GROWTH = 64  # times that a decoder may lengthen a token
+MOST_GROWTH = 64  # times that a decoder or a pre-tokenizer may lengthen a token
+MOST_FIRST = 1_000  # tokens that a post-processor may put around a text
+GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 2, "BertNormalizer": 12, "ByteLevel": 4}  # characters for one, at most
 
 
 class Tokenizer:
@@ -39,10 +42,13 @@ class Tokenizer:
     def __init__(self, checkpoint_dir: str | Path) -> None:
         self.folder = folder = Path(checkpoint_dir)
         self._backend = _load_backend(folder)
-        self._steps = _replacements(self._backend.normalizer)
+        self._steps = _growths(self._backend.normalizer)
         self._longest_piece = _longest_piece(self._backend, folder / "tokenizer.json")
-        if (growth := _grown(1, _replacements(self._backend.decoder))) > MOST_GROWTH:
-            raise UserError(f"{folder / 'tokenizer.json'}: its decoder makes a text {growth:,} times as long: it is broken, copy it again")
+        for part in ("decoder", "pre_tokenizer"):
+            if (growth := _grown(1, _growths(getattr(self._backend, part)))) > MOST_GROWTH:
+                raise UserError(
+                    f"{folder / 'tokenizer.json'}: its {part} makes a text {min(growth, 10**9):,} times as long: it is broken, copy it again"
+                )
         config, named = (_load_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
         if "added_tokens_decoder" not in config:  # else transformers does not read special_tokens_map.json
             config = _with_map(config, named)
@@ -91,6 +97,10 @@ class Tokenizer:
 
     def _first_ids(self) -> list[int]:
         self._require_bounded("a")
+        for step in _parts(self._backend.post_processor):
+            names = [piece["SpecialToken"]["id"] for piece in step.get("single") or () if "SpecialToken" in piece]
+            if (count := sum(len(step["special_tokens"][name]["ids"]) for name in names)) > MOST_FIRST:
+                raise UserError(f"tokenizer.json: its post_processor puts {count:,} tokens around a text: it is broken, copy it again")
         with _no_panics("tokenizer.json"):
             encoding = self._backend.encode("a")
         return [number for number, _ in takewhile(lambda pair: pair[1] is None, zip(encoding.ids, encoding.sequence_ids, strict=True))]
@@ -164,8 +174,20 @@ class Tokenizer:
         encoding = self._encode(text)
         return encoding.ids, encoding.offsets
 
+    def _normalised_size(self, text: str) -> int:
+        """Return the largest length that the text may have normalised: measured, part by part, where the bound of its steps is too high."""
+        bound, growth, size = _grown(len(text), self._steps), _grown(1, self._steps), 0
+        if bound <= MOST_TEXT or growth > MOST_TEXT or self._backend.normalizer is None:
+            return bound
+        part = MOST_TEXT // growth
+        for start in range(0, len(text), part):
+            size += len(self._backend.normalizer.normalize_str(text[start : start + part]))
+            if size > MOST_TEXT:
+                return bound
+        return size
+
     def _require_bounded(self, text: str) -> None:
-        if (size := _grown(len(text), self._steps)) > MOST_TEXT:
+        if (size := self._normalised_size(text)) > MOST_TEXT:
             grown = "" if size == len(text) else f", which tokenizer.json may replace by {size:,}"
             raise UserError(f"a text has {len(text):,} characters{grown}: at most {MOST_TEXT:,} are tokenised. Split it")
         if size * self._longest_piece > MOST_LOOKS:
@@ -176,9 +198,9 @@ class Tokenizer:
             )
 
     def _encode(self, text: str) -> tokenizers.Encoding:
-        self._require_bounded(text)
         try:
             with _no_panics("tokenizer.json"):
+                self._require_bounded(text)
                 return self._backend.encode(text, add_special_tokens=False)
         except TypeError:  # the library takes UTF-8 only
             raise UserError(f"the text {text[:60]!r} holds half of a character, which UTF-8 cannot write: leave it out") from None
@@ -282,18 +304,27 @@ def _longest_piece(backend: tokenizers.Tokenizer, file: Path) -> int:
     return max(map(len, backend.get_vocab(with_added_tokens=False)), default=0) if kind == "Unigram" else 0
 
 
-def _replacements(part: Any) -> list[tuple[int, int]]:
-    """Return (factor, summand) of each step of a normalizer or decoder that may lengthen a text."""
-    if part is None:
-        return []
-    steps, left = [], [json.loads(part.__getstate__())]
+def _parts(part: Any) -> list[dict[str, Any]]:
+    """Return the settings of each step of a part of tokenizer.json."""
+    left, steps = [] if part is None else [json.loads(part.__getstate__())], []
     while left:
-        step = left.pop()
-        left += [*(step.get("normalizers") or ()), *(step.get("decoders") or ())]
+        steps.append(step := left.pop())
+        left += [inner for key in ("normalizers", "pretokenizers", "processors", "decoders") for inner in step.get(key) or ()]
+    return steps
+
+
+def _growths(part: Any) -> list[tuple[int, int]]:
+    """Return (factor, summand) of each step of a normalizer, pre-tokenizer or decoder that may lengthen a text."""
+    steps = []
+    for step in _parts(part):
         content = len(step.get("content") or "") if step["type"] == "Replace" else 0
         pattern = len((step.get("pattern") or {}).get("String") or "") if content else 0
         # a regular expression may match single characters, and the empty text between them
-        steps.append((-(-content // pattern) if pattern else content + 1 if content else 1, len(step.get("prepend") or "")))
+        factor = -(-content // pattern) if pattern else content + 1 if content else GROWTH.get(step["type"], 1)
+        if step["type"] == "Precompiled":  # SentencePiece's: the length of a trie, the trie, and what characters are replaced by
+            charsmap = base64.b64decode(step["precompiled_charsmap"] or "")
+            factor = max(map(len, charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")))
+        steps.append((factor, len(step.get("prepend") or "")))
     return [step for step in steps if step != (1, 0)]
 
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import base64
 import json
+import struct
+import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from litgpt import checkpoint
 from litgpt.data.base import Encoder
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, PromptStyle
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer import GROWTH, Tokenizer
 from tests.helpers.tiny import put_bos_first
 
 WriteTokenizer = Callable[[Path], Path]
@@ -232,6 +236,63 @@ def test_what_multiplies_a_text_is_bounded(
         return
     with pytest.raises(UserError, match=message):
         Tokenizer(folder).ids("aaaaa")
+
+
+def charsmap(replacement: bytes) -> str:
+    """SentencePiece's map of "a" to another text: a double-array trie of three units, and the text."""
+    units = [0] * 512
+    units[0], units[0x100 ^ ord("a")], units[0x101 ^ ord("a")] = 0x100 << 10, ord("a") | 1 << 8 | 1 << 10, 1 << 31
+    trie = struct.pack("<512I", *units)
+    return base64.b64encode(struct.pack("<I", len(trie)) + trie + replacement + b"\0").decode()
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def beginning(count: int) -> dict[str, object]:
+    first = {"SpecialToken": {"id": "X", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"X": {"id": "X", "ids": [1] * count, "tokens": ["<|im_start|>"] * count}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "message"),
+    [
+        (
+            {"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap(b"b" * 30_000)}},
+            "a" * 80,
+            "may replace by 2,400,000: at",
+        ),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap(b"b" * 30_000)}}, "a" * 20 + "c" * 99_000, None),
+        ({"normalizer": {"type": "NFKD"}}, "\ufdfa" * 120_000, "may replace by 2,160,000: at most 2,097,152 are tokenised"),
+        ({"normalizer": {"type": "NFKD"}}, "\ufdfa" * 1000 + "c" * 200_000, None),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 40}}, "a", "its pre_tokenizer makes a text 1,000,000,000 times"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 2}}, "a", None),
+        ({"post_processor": beginning(10**6)}, "a", "its post_processor puts 2,000,000 tokens around a text"),
+        ({"post_processor": beginning(3)}, "a", None),
+    ],
+)
+def test_other_steps_that_multiply_a_text(
+    changes: dict[str, Any], text: str, message: str | None, tmp_path: Path, write_tiny_tokenizer: WriteTokenizer
+) -> None:
+    folder = rewrite(write_tiny_tokenizer(tmp_path), "tokenizer.json", **changes)
+    if message is None:
+        whole = Backend.from_file(str(folder / "tokenizer.json"))
+        assert Tokenizer(folder).ids(text) == whole.encode(text).ids
+        return
+    with pytest.raises(UserError, match=message):
+        Tokenizer(folder).ids(text)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_how_far_normal_forms_lengthen_a_text(form: Any) -> None:
+    composed = [letter for letter in map(chr, range(sys.maxunicode)) if unicodedata.decomposition(letter)]
+    assert max(len(unicodedata.normalize(form, letter)) for letter in composed) == GROWTH[form]
+    assert max(len(letter.lower()) for letter in map(chr, range(0x2FFFF))) == GROWTH["Lowercase"]
 
 
 def test_long_texts_are_refused(tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,7 @@ ENDLESS = {
     "arguments": "{% macro f() %}{% set ns.y = varargs %}{% endmacro %}" + DOUBLE("{{ f(ns.y, ns.y) }}"),
     "numbers": DOUBLE("{% set ns.z = ns.z * ns.z %}"),
     "sums": DOUBLE("{% for j in range(999) %}{% set ns.z = ns.z + ns.z %}{% endfor %}"),
+    "separators": "{{ ([1] * 3000)|tojson(separators=('x' * 1000000, ':')) }}",
     "join": DOUBLE("{% set ns.x = ns.x.join([ns.x, ns.x, ns.x]) %}"),
     "join filter": DOUBLE("{% set ns.x = [ns.x, ns.x]|join %}"),
     "replace": DOUBLE("{% set ns.x = ns.x.replace('x', 'xx') %}"),
