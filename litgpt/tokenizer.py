@@ -46,9 +46,7 @@ class Tokenizer:
         self._longest_piece = _longest_piece(self._backend, folder / "tokenizer.json")
         for part in ("decoder", "pre_tokenizer"):
             if (growth := _grown(1, _growths(getattr(self._backend, part)))) > MOST_GROWTH:
-                raise UserError(
-                    f"{folder / 'tokenizer.json'}: its {part} makes a text {min(growth, 10**9):,} times as long: it is broken, copy it again"
-                )
+                raise UserError(f"{folder / 'tokenizer.json'}: its {part} makes a text {min(growth, 10**9):,} times as long: copy it again")
         config, named = (_load_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
         if "added_tokens_decoder" not in config:  # else transformers does not read special_tokens_map.json
             config = _with_map(config, named)
