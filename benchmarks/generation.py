@@ -1,8 +1,9 @@
-"""Measure one stream of tokens on a CPU: the CPU time of a token, of its linear layers alone, and of one reading of the weights.
+"""Measure a token on a CPU: of one stream, of its linear layers alone, and of one reading of the weights; and of several rows in a batch.
 
-    python -m benchmarks.generation CHECKPOINT [--quantize int8] [--precision 32-true] [--tokens 40]
+    python -m benchmarks.generation CHECKPOINT [--quantize int8] [--precision 32-true] [--tokens 40] [--threads 1] [--rows 1 2 4 8 16]
 
-CPU time of one thread, the best of three, so that other processes on the machine change little.
+The first three are CPU time of one thread, the best of three, so that other processes on the machine change little. A step of a batch is
+wall-clock time with --threads threads, the best of three, with the weights plain and packed (`litgpt.packed`).
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from collections.abc import Callable
 import torch
 
 from litgpt.api import LLM
-from litgpt.generate.engine import Session
+from litgpt.generate.engine import Session, generate_batch
 from litgpt.generate.sampling import Sampling
+from litgpt.packed import pack
 from litgpt.quantize import QuantisedLinear
 
 TEXT = "Once upon a time there was"
 
 
-def best(work: Callable[[], object], count: int, repeats: int = 3) -> float:
-    """Return the least CPU time of work(), in milliseconds, over its `count` parts."""
+def best(work: Callable[[], object], count: int, repeats: int = 3, clock: Callable[[], float] = time.process_time) -> float:
+    """Return the least time of work(), in milliseconds, over its `count` parts."""
     times = []
     for _ in range(repeats):
-        start = time.process_time()
+        start = clock()
         work()
-        times.append((time.process_time() - start) / count * 1e3)
+        times.append((clock() - start) / count * 1e3)
     return min(times)
 
 
@@ -37,6 +39,8 @@ def main() -> None:
     parser.add_argument("--quantize")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     args = parser.parse_args()
     torch.set_num_threads(1)
     llm = LLM.load(args.checkpoint, precision=args.precision, quantize=args.quantize)
@@ -63,6 +67,20 @@ def main() -> None:
     read = best(buffer.sum, 1, 9)
     print(f"{llm.config.name}, {args.precision}, {args.quantize}: {weights / 1e6:.0f} MB of linear layers")
     print(f"a token {token:.1f} ms; its linear layers {alone:.1f} ms; to read them {read:.1f} ms; ratio {token / read:.2f}")
+    torch.set_num_threads(args.threads)
+    plain = [batch_step(llm, ids, rows, args.tokens) for rows in args.rows]
+    pack(llm.model)
+    for rows, before in zip(args.rows, plain, strict=True):
+        print(f"a step of {rows} rows, {args.threads} threads: {before:.0f} ms, packed {batch_step(llm, ids, rows, args.tokens):.0f} ms")
+
+
+def batch_step(llm: LLM, ids: list[int], rows: int, tokens: int) -> float:
+    """Return the milliseconds of a step, prompts included."""
+
+    def answer() -> None:
+        generate_batch(llm.model, [ids] * rows, tokens, Sampling(temperature=0.0))
+
+    return best(answer, tokens, clock=time.perf_counter)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class _Dropped(torch.autograd.Function):
 
 def gated(gate: torch.Tensor, up: torch.Tensor, approximate: str | None = None) -> torch.Tensor:
     """Return silu(gate) * up, or gelu(gate) * up with an approximation of `F.gelu`: (..., m)."""
-    return _Gated.apply(gate, up, approximate)
+    return _Gated.apply(gate, up, approximate) if torch.is_grad_enabled() else _activate(gate, approximate).mul_(up)
 
 
 class _Gated(torch.autograd.Function):
@@ -85,7 +85,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 
     The quotient is computed in fp32 (fp64 for fp64) and rounded to x's dtype; a weight of a wider dtype multiplies it before rounding.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normalised(x, weight, eps)[0]
+
+
+def _normalised(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y and q of `_RMSNorm`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    q = x.to(wide).square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+    y = x * q  # fp32
+    if weight is None:
+        return y.to(x.dtype), q
+    return (y.mul_(weight).to(x.dtype) if weight.dtype == wide else y.to(x.dtype).mul_(weight)), q
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -93,13 +103,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        q = x.to(wide).square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        y, q = _normalised(x, weight, eps)
         ctx.save_for_backward(x, q, weight)
-        y = x * q  # fp32
-        if weight is None:
-            return y.to(x.dtype)
-        return y.mul_(weight).to(x.dtype) if weight.dtype == wide else y.to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable

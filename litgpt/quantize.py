@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.errors import UserError
-from litgpt.lora import GPT
+from litgpt.model import GPT
 
 # mode -> the 16 levels, and True if the scales are quantised
 FOUR_BITS = {"bnb.nf4": ("nf4", False), "bnb.nf4-dq": ("nf4", True), "bnb.fp4": ("fp4", False), "bnb.fp4-dq": ("fp4", True)}

@@ -34,6 +34,7 @@ adapter
 adapter_v2
 loss
 quantize device optim logs tokenizer
+packed
 activations
 memory
 templates prompts
@@ -57,7 +58,7 @@ UPWARD: set[tuple[str, str]] = set()
 IN_CIRCLES: set[str] = set()  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
-LINES_TOO_MANY = 14_521
+LINES_TOO_MANY = 14_601
 WITHOUT_TESTS: set[str] = set()
 
 VARIANT_FILES = {f"adapters.{place.partition(':')[0]}" for place in VARIANTS.values()}  # tests/adapters/test_variants.py tests all of them

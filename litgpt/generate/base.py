@@ -62,12 +62,16 @@ class Drawing:
                 raise UserError(f"{name} is {getattr(self, name)}: at least 1 is needed")
 
     def opened(self, checkpoint_dir: Path, **how: Any) -> "LLM":
-        """Return the model of a folder. `how`: arguments of `open_model`."""
+        """Return the model of a folder. `how`: arguments of `open_model`; a model whose `device` is given is left to be divided."""
         llm = open_model(checkpoint_dir, self.precision, self.quantize, **how)
         if self.compile:
             from litgpt.generate.engine import compile_steps
 
             compile_steps(llm.model)
+        elif "device" not in how:
+            from litgpt.packed import pack
+
+            pack(llm.model)
         return llm
 
     def drawn(self, llm: "LLM", texts: list[str], n: int, first: int = 0) -> list[list[int]]:

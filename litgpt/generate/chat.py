@@ -229,6 +229,7 @@ class Base:
         """Return the model without its adapters: a copy that shares the base's weights. None if it has none."""
         from litgpt.adapters.base import adapters
         from litgpt.lora import Config
+        from litgpt.packed import pack
 
         model = self.llm.model
         if next(adapters(model), None) is None:
@@ -236,6 +237,7 @@ class Base:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         base: Any = copy.deepcopy(model, shared)
         base.adapt(Config(**model.config.base_dict()))
+        pack(base)
         return base
 
     def _loaded(self) -> Any:

@@ -21,6 +21,7 @@ from litgpt.errors import UserError
 from litgpt.generate.engine import Batch, Row
 from litgpt.lora import GPT as LoRAGPT, Config, Skip2LoRA, skip_sum
 from litgpt.model import Positions
+from litgpt.packed import pack
 
 CHUNK = 256  # prompt tokens that a step computes besides the running answers
 KEPT = 256 * 2**20  # bytes of keys and values of past answers, whose conversations may go on
@@ -109,6 +110,7 @@ def load_models(folder: str | Path, adapters: dict[str, Path], quantize: str | N
     if is_adapter := _is_over_a_base(opened):
         base_folder, _ = checkpoint.adapter_settings(opened)
     llm = LLM.load(base_folder, quantize=quantize, **how)
+    pack(llm.model)
     name = llm.config.name or base_folder.name
     models = Models(Served(name, llm, SharedBatch(llm.model, CHUNK, KEPT)), base_folder, quantize, how)
     if is_adapter:
@@ -139,6 +141,7 @@ def own_name(folder: Path) -> str:
 def _load_adapter(name: str, folder: Path, base: Served, base_folder: Path, quantize: str | None, how: dict[str, Any]) -> Served:
     if not _is_over_a_base(folder):
         llm = LLM.load(folder, quantize=quantize, **how)  # a model with weights of its own
+        pack(llm.model)
         return Served(name, llm, SharedBatch(llm.model, CHUNK, KEPT))
     _, settings = checkpoint.adapter_settings(folder, base_folder)
     try:
@@ -150,6 +153,7 @@ def _load_adapter(name: str, folder: Path, base: Served, base_folder: Path, quan
     model.adapt(config)
     checkpoint.load_adapter(model, checkpoint.load_weights(folder / checkpoint.ADAPTER_WEIGHTS), folder / checkpoint.ADAPTER_WEIGHTS)
     model.to(base.batch.device).eval().requires_grad_(False)
+    pack(model)
     llm = LLM.around(model, folder, base_folder)
     changes_blocks = config.lora_blocks or (config.lora_r and config.lora_head) or config.modules_to_save
     if config.skip2lora_enabled and not changes_blocks and (config.cut or 0) >= config.n_layer:

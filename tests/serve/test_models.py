@@ -64,8 +64,10 @@ def test_who_shares_what(folders: Folders) -> None:
     assert {name for name, model in models.items() if model.batch is base.batch} == {"tiny", "skip", "other", "norm"}
     assert isinstance(base.batch, SharedBatch) and models["tail"].batch is not models["lora"].batch
     assert {model.parent for model in models.values()} == {None, "tiny"}
-    weight = base.llm.model.blocks[0].attn.qkv.weight
-    assert models["lora"].llm.model.blocks[0].attn.qkv.linear.weight is weight  # type: ignore[union-attr]
+    own, adapted = (
+        [*layer.parameters(), *layer.buffers()] for layer in (base.llm.model.blocks[0].mlp, models["lora"].llm.model.blocks[0].mlp)
+    )
+    assert own and {*map(id, own)} <= {*map(id, adapted)}
 
 
 def test_quantised_base(folders: Folders) -> None:
