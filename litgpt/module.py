@@ -84,7 +84,7 @@ class ModelModule(nn.Module):
         """Prepare the model for a Trainer: fp32 weights that all learn, those of `trainer_ckpt`, a file that a Trainer saved, if given."""
         if trainer_ckpt is not None:
             try:
-                state = torch.load(trainer_ckpt, map_location="cpu", weights_only=True)["state_dict"]
+                state = torch.load(expand_path(trainer_ckpt), map_location="cpu", weights_only=True)["state_dict"]
                 first = next(iter(state)).partition("transformer.")[0].partition("lm_head.")[0]
             except Exception as error:
                 raise UserError(f"trainer_ckpt: {trainer_ckpt} is no file that a Trainer saved: {first_line(error)[:200]}") from None

@@ -163,7 +163,9 @@ def _read_columns(raw: bytes, path: Path, suffix: str) -> list[Any]:
     arrow, parquet = import_library("pyarrow", path), import_library("pyarrow.parquet", path)
     try:
         if suffix == ".parquet":
-            batches = parquet.ParquetFile(io.BytesIO(raw)).iter_batches(batch_size=1_000)
+            schema = parquet.ParquetFile(io.BytesIO(raw)).schema
+            columns = [schema.column(number).path for number in range(len(schema))]  # a value that rows repeat is in memory once
+            batches = parquet.ParquetFile(io.BytesIO(raw), read_dictionary=columns).iter_batches(batch_size=1_000)
         elif raw.startswith(b"ARROW1"):  # the format with an index at its end
             file = arrow.ipc.open_file(raw)
             batches = map(file.get_batch, range(file.num_record_batches))

@@ -30,6 +30,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
+from litgpt.errors import UserError
 from litgpt.objectives.settings import Preference, Rating
 from litgpt.prompts import reply_header, resolve_prompt_style
 from litgpt.text import text_table
@@ -164,6 +165,9 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
 
     if "checkpoint_dir" not in given:
         return given
+    rate = given.get("optimizer", {}).get("init_args", {}).get("lr")
+    if is_sweep and rate is not None and not given.get("grid"):
+        raise UserError(f"optimizer.lr is {rate}: a sweep needs a grid: give --grid.optimizer.lr '[5e-4, 1e-3]', or leave it out")
     console = Console(process_rank() == 0)
     if given.get("data") is None:
         console.say(DEFAULT)

@@ -72,13 +72,19 @@ def test_a_value_that_all_rows_repeat_is_bounded(suffix: str, stream: bool, tmp_
     table = pyarrow.table({"instruction": values, "output": values})
     monkeypatch.setattr("litgpt.data.sources.MOST_UNPACKED", 10**8)
     path = tmp_path / f"a{suffix}"
-    if suffix == ".parquet":
-        parquet.write_table(table, path)
+    if suffix == ".parquet":  # whose reader is not told that they are in a dictionary
+        parquet.write_table(table, path, store_schema=False, dictionary_pagesize_limit=2**24)
     else:
         with (pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file)(path, table.schema) as file:
             file.write_table(table)
-    with pytest.raises(UserError, match="more than 100,000,000 bytes once it is unpacked"):
-        JSON(json_path=path).records()
+    usual, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(pool)
+    try:
+        with pytest.raises(UserError, match="more than 100,000,000 bytes once it is unpacked"):
+            JSON(json_path=path).records()
+    finally:
+        pyarrow.set_memory_pool(usual)
+    assert pool.max_memory() < 10**8
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from litgpt.__main__ import load, main
 from litgpt.cli import parse
 from litgpt.data import JSON
+from litgpt.errors import UserError
 from litgpt.train import recipe
 from litgpt.train.recipe import Look
 from litgpt.train.replay import QUESTIONS
@@ -153,6 +154,15 @@ def test_a_sweep_with_a_grid(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert given["grid"] == {"lora_r": [2, 4], "optimizer.lr": [0.1]} and given["train"].epochs == 12
     said = capsys.readouterr().err
     assert "  train.epochs " in said and "  lora_r " not in said and "optimizer.lr" not in said
+
+
+@pytest.mark.parametrize("rate", ["5e-4", "[5e-4, 1e-3]"])
+def test_a_sweep_of_one_learning_rate(rate: str, base: Path, tmp_path: Path) -> None:
+    """What is given is not replaced by three others."""
+    with pytest.raises(UserError, match="optimizer.lr is .*: a sweep needs a grid"):
+        chosen(tmp_path, base, records(60, 12), "--optimizer.lr", rate, command="sweep")
+    given = chosen(tmp_path, base, records(60, 12), "--optimizer.lr", "5e-4", "--grid.lora_r", "[2, 4]", command="sweep")
+    assert given["grid"] == {"lora_r": [2, 4]} and given["optimizer"]["init_args"]["lr"] == 5e-4
 
 
 def test_pairs_of_answers_are_preferences(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
