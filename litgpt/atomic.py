@@ -20,6 +20,7 @@ from litgpt.text import as_utf8
 
 MANIFEST = "manifest.json"  # sizes and sha256 of a folder's files, written last: a training checkpoint is unusable without it
 MANIFEST_FORMAT = 1
+EXISTS = "{} exists already: name another folder, or move it away"
 
 
 # --- Locks ---
@@ -129,7 +130,7 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, a folder is needed: name another place")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"{path} exists already: name another folder, or move it away")
+        raise UserError(EXISTS.format(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
@@ -146,7 +147,7 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
             write_manifest(temporary)
         for folder in (*(entry for entry in content if entry.is_dir()), temporary):
             _sync(folder)
-        _put_in_place(temporary, path, locks, keep_others=manifest)
+        _put_in_place(temporary, path, locks, overwrite, keep_others=manifest)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and (error.filename is None or str(temporary) in str(error.filename)):
@@ -189,22 +190,24 @@ def _temporary(path: Path, create: Callable[[Path], None]) -> tuple[Path, list[i
         os.close(descriptor)
 
 
-def _put_in_place(temporary: Path, path: Path, locks: list[int], keep_others: bool) -> None:
-    """Rename `temporary` to `path`. An existing `path` is set aside, locked, and removed.
+def _put_in_place(temporary: Path, path: Path, locks: list[int], overwrite: bool, keep_others: bool) -> None:
+    """Rename `temporary` to `path`. An existing `path` is set aside, locked, and removed; without `overwrite` it has to be empty.
 
     With `keep_others` files that its manifest does not list move over, and none of the new ones is replaced.
     """
     old = None
-    if path.exists():
+    if overwrite and path.exists():
         old = path.with_name(f"{temporary.name}.old")
         with suppress(OSError):
             locks.append(lock(path))
         path.rename(old)
     try:
         temporary.rename(path)
-    except OSError:
+    except OSError as error:
         if old is not None:
             old.rename(path)
+        if error.errno == errno.ENOTEMPTY:  # another process has been faster
+            raise UserError(EXISTS.format(path)) from None
         raise
     _sync(path.parent)
     if old is not None:

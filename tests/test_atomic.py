@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -97,6 +98,17 @@ def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
             second.write(b"the second")
         assert (tmp_path / "new.bin").read_bytes() == b"the second"
     assert (tmp_path / "new.bin").read_bytes() == b"first" and left_in(tmp_path) == ["new.bin"]
+
+
+def test_the_second_of_two_that_make_a_folder_is_told(tmp_path: Path) -> None:
+    """What the first has made meanwhile stays, unless it may be replaced."""
+    for overwrite, content in ((False, "fast"), (True, "slow")):
+        told = contextlib.nullcontext() if overwrite else pytest.raises(UserError, match="final exists already")
+        with told, atomic.new_folder(tmp_path / "final", overwrite) as slow:
+            (slow / "a").write_text("slow")
+            with atomic.new_folder(tmp_path / "final", overwrite) as fast:
+                (fast / "a").write_text("fast")
+        assert left_in(tmp_path) == ["final"] and (tmp_path / "final" / "a").read_text() == content
 
 
 def test_a_scratch_folder_goes_with_its_process(tmp_path: Path) -> None:
