@@ -249,7 +249,7 @@ class Encoder:
         self._ignore(not_written, [f"{role} messages" for role in sorted(left_out)])
         ids, offsets = self.tokenizer.ids_with_offsets(text)
         values = [record.learned[i] for i in learned]
-        if self.mask_prompt or not record.pair or record.label is not None or record.reward is not None:
+        if self.mask_prompt or not record.pair or (record.label, record.reward, record.token_weights) != (None, None, None):
             weights = loss_weights(offsets, spans, values)
         else:
             weights = array("f", values * len(ids))
@@ -257,6 +257,15 @@ class Encoder:
         if self.tokenizer.eos_id is not None and (not ids or ids[-1] not in self.stops):
             ids.append(self.tokenizer.eos_id)
             weights.append(values[-1])
+        if record.token_weights is not None:
+            places = [i for i, weight in enumerate(weights) if weight]
+            if len(places) - len(record.token_weights) not in (0, 1):
+                raise UserError(
+                    f"'token_weights' has {len(record.token_weights):,} numbers and the reply {len(places):,} tokens: give one for each, "
+                    "with or without that for the token which ends the reply"
+                )
+            for i, weight in zip(places, record.token_weights, strict=False):
+                weights[i] *= weight
         first = self.tokenizer.first_ids if self.style.bos is None else []
         if ids[: len(first)] != first:
             ids = [*first, *ids]
@@ -270,7 +279,8 @@ class Encoder:
             self.dropped[CUT_AWAY] += 1
             return None
         self.cut += too_long
-        return Sample(array("i", ids), mask, None if set(values) == {1} else weights, label=record.label is not False, reward=record.reward)
+        plain = set(values) == {1} and record.token_weights is None
+        return Sample(array("i", ids), mask, None if plain else weights, label=record.label is not False, reward=record.reward)
 
     def _ignore(self, reason: str, keys: Collection[str]) -> None:
         if keys:

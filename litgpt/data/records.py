@@ -11,7 +11,8 @@
 Beside "tools" and "tool_calls" their older names are read: "functions" and "function_call".
 
 An answer may have a "reward", a number, or be "correct", true or false.
-Each may have a "weight" as a whole, and each turn of the assistant its own: a factor of the losses of its tokens, 1 unless given.
+Each may have a "weight" as a whole, and each turn of the assistant its own: a factor of the losses of its tokens, 1 unless given. A record
+with one reply to learn may have "token_weights", a list with a factor for each of its tokens.
 """
 
 import difflib
@@ -53,6 +54,7 @@ class Record:
     rejected: "Record | None" = None  # the same prompt with an answer that is worse than this one's
     label: bool | None = None  # whether the answer is a good one, if the record says so
     reward: float | None = None  # of the answer: "reward", or 1 and 0 for "correct" true and false
+    token_weights: list[float] | None = None  # of the tokens of the one reply that is learned
     unread: tuple[str, ...] = ()  # keys that mean nothing here
 
     @property
@@ -108,7 +110,13 @@ def read_record(entry: Any) -> Record:
     if entry.get("weight") not in (None, ""):  # an empty cell of a table
         weight = _read_weight(entry["weight"], "'weight'")
         record.learned = [weight * each for each in record.learned]
-    read = (*used, "system", "tools", "functions", "weight")
+    if entry.get("token_weights") not in (None, ""):
+        if sum(map(bool, record.learned)) > 1:
+            raise UserError("'token_weights' belong to one reply: give the other turns the weight 0")
+        given = _typed(entry["token_weights"], "'token_weights'", list)
+        record.token_weights = [_read_weight(value, f"number {n} of 'token_weights'") for n, value in enumerate(given, 1)]
+        record.learned = [each * any(record.token_weights) for each in record.learned]
+    read = (*used, "system", "tools", "functions", "weight", "token_weights")
     empty = [key for key in ("chosen", "rejected", *CONVERSATIONS) if entry.get(key) == ""]
     unread = [key for key, value in entry.items() if value is not None and key not in read and key not in empty]
     record.unread += tuple(unread)

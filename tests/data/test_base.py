@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -301,6 +302,36 @@ def test_weights_of_records_and_turns(tokenizer: Tokenizer, bos_tokenizer: Token
         whole = one_sample(question, each, prompts.Alpaca(), mask_prompt=False)
         assert whole.weights[0] == 0 and set(whole.weights[1:]) == {0.25}
         assert len(one_sample(question, each, prompts.Alpaca(), mask_prompt=False, length=9).weights) == 9
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_token_weights(tokenizer: Tokenizer, mask_prompt: bool) -> None:
+    answer = tokenizer.ids("Hello")
+    numbers = [float(n) for n in range(1, len(answer) + 1)]
+    for given, last in ((numbers, 1), ([*numbers, 9], 9)):
+        sample = one_sample({**pair("Hi", "Hello"), "token_weights": given}, tokenizer, prompts.ChatML(), mask_prompt)
+        (start,) = (i for i in range(len(sample.input_ids)) if sample.input_ids[i : i + len(answer)].tolist() == answer)
+        assert sample.weights.tolist() == [0] * start + [*numbers, last]
+    half = {**pair("Hi", "Hello"), "weight": 0.5, "token_weights": json.dumps([2, 0, *numbers[2:]])}  # as a table has it
+    assert one_sample(half, tokenizer, prompts.ChatML()).weights.tolist()[start:] == [1, 0, *(n / 2 for n in numbers[2:]), 0.5]
+    turns = [user := {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye", "weight": 0}, user]
+    turns.append({"role": "assistant", "content": "Hello"})
+    later = one_sample({"messages": turns, "token_weights": numbers}, tokenizer, prompts.ChatML())
+    assert later.weights.tolist()[-len(answer) - 1 :] == [*numbers, 1] and later.n_targets == len(answer) + 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1], r"'token_weights' has 1 numbers and the reply \d tokens: give one for each"),
+        ([1] * 50, "'token_weights' has 50 numbers"),
+        ([1, -1], "number 2 of 'token_weights' is -1: a number from 0"),
+        (0.5, "'token_weights' is a number, a list is needed"),
+    ],
+)
+def test_bad_token_weights(tokenizer: Tokenizer, given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        one_sample({**pair("Hi", "Hello"), "token_weights": given}, tokenizer, prompts.ChatML())
 
 
 def test_weight_1_is_no_weight(tokenizer: Tokenizer) -> None:
