@@ -55,14 +55,20 @@ class Place:
         tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
         if tasks == 1:
             return None
-        machines = int(environment.get("SLURM_STEP_NUM_NODES", 1))
+        machines, order = int(environment.get("SLURM_STEP_NUM_NODES", 1)), environment.get("SLURM_DISTRIBUTION", "block")
+        if machines > 1 and not order.startswith("block"):
+            raise UserError(
+                f"SLURM distributes tasks {order!r}: start srun with --distribution=block, so that a machine's tasks follow each other"
+            )
         nodes = environment["SLURM_STEP_NODELIST"]  # such as node[07-09,12]
         first = re.match(r"([^\[,]+)(?:\[([0-9]+))?", nodes)
         host = "".join(part or "" for part in first.groups()) if first else nodes
         address = environment.get("MASTER_ADDR", host if machines > 1 else "127.0.0.1")  # a node's name may have no address
         step = int(environment["SLURM_JOB_ID"]) + 997 * int(environment.get("SLURM_STEP_ID", 0))  # the steps of a job may run together
         meeting = int(environment.get("MASTER_PORT", 12000 + step % 20000))
-        return cls(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), tasks // machines, address, meeting)
+        counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"])  # such as 3(x2),1
+        own = [int(count) for count, times in counts for _ in range(int(times or 1))][int(environment["SLURM_NODEID"])]
+        return cls(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), own, address, meeting)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -314,8 +320,8 @@ class Group:
     @property
     def elsewhere(self) -> list[int]:
         """The processes of other machines."""
-        own = self.place.index // self.place.local_size
-        return [k for k in range(self.place.size) if k // self.place.local_size != own]
+        first = self.place.index - self.place.local_index
+        return [k for k in range(self.place.size) if not first <= k < first + self.place.local_size]
 
     @property
     def speaker(self) -> int:

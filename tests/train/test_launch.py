@@ -32,6 +32,8 @@ SLURM = {
     "SLURM_LOCALID": "1",
     "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_JOB_ID": "30001",
     "SLURM_STEP_NODELIST": "gpu-node[07-08,12]",
 }
@@ -63,8 +65,17 @@ def test_sruns_variables(nodes: str, address: str) -> None:
     assert Place.of({**SLURM, "MASTER_ADDR": "here", "MASTER_PORT": "1234"}) == Place(5, 8, 1, 4, "here", 1234)
 
 
+def test_srun_may_give_a_machine_more_tasks_than_another() -> None:
+    uneven = {**SLURM, "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_TASKS_PER_NODE": "3,2(x2),1"}
+    sizes = [Place.of({**uneven, "SLURM_NODEID": str(node)}).local_size for node in range(4)]  # type: ignore[union-attr]
+    assert sizes == [3, 2, 2, 1]
+    with pytest.raises(UserError, match="SLURM distributes tasks 'cyclic:block': start srun with --distribution=block"):
+        Place.of({**uneven, "SLURM_DISTRIBUTION": "cyclic:block"})
+
+
 def test_steps_of_srun_on_one_machine_need_no_name_of_it_and_each_has_its_port() -> None:
-    places = [Place.of({**SLURM, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_ID": step}) for step in ("0", "1")]
+    one = {**SLURM, "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "8"}
+    places = [Place.of({**one, "SLURM_STEP_ID": step}) for step in ("0", "1")]
     assert places == [Place(5, 8, 1, 8, "127.0.0.1", port) for port in (22001, 22998)]
 
 
