@@ -33,7 +33,6 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
     found = {
         f"optimizer {name}": name in OF_WHOLE_TENSORS or "8bit" in name,
         f"quantize {quantize} (int8 works)": quantize in FOUR_BITS,
-        "train.replay of answer-only LoRA": bool(settings.train.replay) and config.alora_enabled,
         f"trained experts of a mixture and torch {torch.__version__}": trains_experts and not reduces_unused_gradients(),
     }
     return [what for what, is_so in found.items() if is_so]

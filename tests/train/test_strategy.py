@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uncached": {**SKIP, "skip2lora_cache": "off"},
     "tail": {**TAIL, **ALL},
     "warmup": {**TAIL, "skip2lora_warmup_steps": 2},
-    "answers": {"alora_enabled": True, "lora_mlp": True, "data.mask_prompt": True, "data.prompt_style": "chatml"},
+    "answers": {"alora_enabled": True, "lora_mlp": True, "data.mask_prompt": True, "data.prompt_style": "chatml", "train.replay": 3},
     "checkpointed": {**ALL, "train.activation_checkpointing": True},
     "dora": {**ALL, "lora_variant": "dora", "lora_rslora": True, "loraplus_lr_ratio": 4},
     "pissa": {**ALL, "lora_variant": "pissa", "lora_freeze_a": True},
