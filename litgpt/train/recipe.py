@@ -264,7 +264,7 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
         return "answer-only LoRA"
     if given.get("skip2lora_enabled", any(key in given for key in SKIP_KEYS)):
         return "warm-up" if given.get("skip2lora_warmup_epochs") or given.get("skip2lora_warmup_steps") else "Skip2-LoRA"
-    if not given.keys().isdisjoint(LORA_KEYS) or given.get("strategy") == "fsdp":
+    if not given.keys().isdisjoint(LORA_KEYS):
         return "LoRA"
     if look.is_facts:
         return "answer-only LoRA"
