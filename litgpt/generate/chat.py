@@ -226,13 +226,14 @@ class Base:
         return self._session
 
     def _adapterless(self) -> Any:
-        """Return the model without its adapters: a copy that shares the base's weights. None if it has none."""
+        """Return the model without its LoRA: a copy that shares the base's weights. None if it has none, or tunes some of these."""
         from litgpt.adapters.base import adapters
-        from litgpt.lora import Config
+        from litgpt.lora import GPT, Config
         from litgpt.packed import pack
 
         model = self.llm.model
-        if next(adapters(model), None) is None:
+        own = [adapter for _, adapter in adapters(model)]
+        if not own or type(model) is not GPT or any(adapter.tunes_base for adapter in own):
             return None
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         base: Any = copy.deepcopy(model, shared)

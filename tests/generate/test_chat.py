@@ -27,7 +27,7 @@ from litgpt.generate.engine import Session
 from litgpt.generate.sampling import Sampling
 from litgpt.prompts import Alpaca, save_prompt_style
 from litgpt.tokenizer import Tokenizer
-from tests.helpers import tiny
+from tests.helpers import runs, tiny
 
 ROOT = Path(__file__).parents[2]
 GREEDY = Sampling(temperature=0.0)
@@ -299,3 +299,13 @@ def test_base_of_a_model_whose_weights_are_all_tuned(base: Path, tmp_path: Path,
     conversation = Conversation(tuned, 8, GREEDY, folder=full)
     idx = tiny.ids(1, 9)
     assert torch.equal(conversation.base.session.batch.model(idx), plain.model(idx))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("words", ["finetune_lora --modules_to_save [lm_head]", "finetune_adapter", "finetune_adapter_v2"])
+def test_base_of_a_model_that_changes_weights_of_the_base(base: Path, tmp_path: Path, words: str) -> None:
+    command, *options = words.split()
+    data = runs.write_data(tmp_path / "sums.json", 3)
+    final = runs.finetune(command, base, data, tmp_path / "run", *options, max_steps=1, optimizer__lr=0.1).final
+    tuned, plain = (LLM.load(where, precision="bf16-true", device="cpu") for where in (final, base))
+    base_model, idx = Conversation(tuned, 8, GREEDY, folder=final).base.session.batch.model, tiny.ids(1, 9)  # type: ignore[union-attr]
+    assert torch.equal(base_model(idx), plain.model(idx)) and not torch.equal(tuned.model(idx), plain.model(idx))
