@@ -115,7 +115,7 @@ def read_record(entry: Any) -> Record:
             raise UserError("'token_weights' belong to one reply: give the other turns the weight 0")
         given = _typed(entry["token_weights"], "'token_weights'", list)
         record.token_weights = [_read_weight(value, f"number {n} of 'token_weights'") for n, value in enumerate(given, 1)]
-        record.learned = [each * any(record.token_weights) for each in record.learned]
+        record.learned = [each * any(record.token_weights or [1]) for each in record.learned]
     read = (*used, "system", "tools", "functions", "weight", "token_weights")
     empty = [key for key in ("chosen", "rejected", *CONVERSATIONS) if entry.get(key) == ""]
     unread = [key for key, value in entry.items() if value is not None and key not in read and key not in empty]

@@ -37,12 +37,22 @@ class Preferences(Objective):
 
     def units(self, records: Sequence[tuple[int, Record]]) -> list[Unit]:
         """The chosen and the rejected answer of each record."""
+        self.require_whole(records)
         units = []
         for number, record in records:
             if record.rejected is None:
                 raise UserError(f"objective {self.settings.objective}: record {number} has no 'chosen' and 'rejected' answers")
             units.append((number, [record, record.rejected]))
         return units
+
+    def require_whole(self, records: Sequence[tuple[int, Record]]) -> None:
+        """Raise UserError for weights of single tokens: the losses are of whole answers."""
+        for number, record in records:
+            if record.token_weights is not None:
+                raise UserError(
+                    f"objective {self.settings.objective}: record {number} has 'token_weights', and answers are compared as a whole: "
+                    "leave them out, or give the record a 'weight'"
+                )
 
     def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
         losses, logits = self.of(view, indices)  # (units,) each
@@ -109,6 +119,7 @@ class KTO(Preferences):
     z_0 = 0.0
 
     def units(self, records: Sequence[tuple[int, Record]]) -> list[Unit]:
+        self.require_whole(records)
         answers: list[tuple[int, Record]] = []
         for number, record in records:
             if record.rejected is not None:

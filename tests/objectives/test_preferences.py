@@ -189,6 +189,8 @@ def test_pairs_and_labels_as_units() -> None:
         ("dpo", {"prompt": "a", "completion": "b"}, "objective dpo: record 1 has no 'chosen' and 'rejected'"),
         ("orpo", {"prompt": "a", "completion": "b", "label": True}, "objective orpo: record 1 has no 'chosen' and 'rejected'"),
         ("kto", {"prompt": "a", "completion": "b"}, "objective kto: record 1 has no 'label'"),
+        ("kto", {"prompt": "a", "completion": "b", "label": True, "token_weights": [1]}, "kto: record 1 has 'token_weights'"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c", "token_weights": [1]}, "dpo: record 1 has 'token_weights'"),
     ],
 )
 def test_records_of_another_objective(name: str, entry: dict[str, Any], message: str) -> None:
