@@ -112,8 +112,8 @@ def _not_plain(value: torch.Tensor) -> str:
     """Return why a tensor is not dense with all its values in the file; "" if it is."""
     import torch
 
-    if value.layout != torch.strided or value.is_quantized:
-        return "is not a dense tensor"
+    if value.layout != torch.strided or value.is_quantized or (value.is_floating_point() and value.itemsize < 2):
+        return "is not a dense tensor, or is quantised"
     if value.is_meta:
         return "has a shape but no data"
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():

@@ -204,10 +204,12 @@ def shard_files(index: Path) -> list[Path]:
 def _open_safetensors(file: Path) -> Content:
     try:
         content = safe_open(file, framework="pt")
-        shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+        parts = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file (truncated?): {error}") from None
-    return Content(shapes, content.get_tensor, mapped=True)
+    if scaled := [f"{name} ({part.get_dtype()})" for name, part in parts.items() if part.get_dtype().startswith(("F4", "F6_", "F8"))]:
+        raise UserError(f"{file} holds quantised weights, such as {scaled[0]}: convert the unquantised model")
+    return Content({name: tuple(part.get_shape()) for name, part in parts.items()}, content.get_tensor, mapped=True)
 
 
 def _open_torch(file: Path) -> Content:

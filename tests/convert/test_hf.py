@@ -215,6 +215,15 @@ def test_every_misfit_is_in_one_message(tmp_path: Path) -> None:
     assert not (tmp_path / "lit_model.pth").exists()
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("F8_E4M3", 8), ("F8_E8M0", 8), ("F6_E2M3", 6), ("F4", 4)])
+def test_floats_of_8_bits_need_scales(tmp_path: Path, kind: str, bits: int) -> None:
+    build().save_pretrained(tmp_path)
+    header = json.dumps({"lm_head.weight": {"dtype": kind, "shape": [64, 32], "data_offsets": [0, 256 * bits]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(256 * bits))
+    with pytest.raises(UserError, match=rf"holds quantised weights, such as lm_head.weight \({kind}\): convert the unquantised"):
+        convert_to_litgpt(tmp_path)
+
+
 def test_a_missing_head_is_only_fine_when_tied(tmp_path: Path) -> None:
     build("llama tied").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}

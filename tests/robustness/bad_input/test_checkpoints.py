@@ -236,6 +236,7 @@ WEIGHTS = [
         f"{QKV} is not a dense tensor",
         "ordinary tensor",
     ),
+    Case("8-bit floats", generate(weights(lambda state: state.update({QKV: state[QKV].to(torch.float8_e4m3fn)}))), QKV, "is quantised"),
     Case("a tensor without data", generate(weights(lambda state: state.update({QKV: torch.zeros(64, 32, device="meta")}))), QKV, "no data"),
 ]
 CONFIG = [
