@@ -112,7 +112,8 @@ def _not_plain(value: torch.Tensor) -> str:
     """Return why a tensor is not dense with all its values in the file; "" if it is."""
     import torch
 
-    if value.layout != torch.strided or value.is_quantized or (value.is_floating_point() and value.itemsize < 2):
+    is_small = value.is_floating_point() and value.itemsize < 2
+    if value.is_nested or value.layout != torch.strided or value.is_neg() or value.is_quantized or is_small:
         return "is not a dense tensor, or is quantised"
     if value.is_meta:
         return "has a shape but no data"

@@ -231,7 +231,7 @@ def values(stored: "dict[str, torch.Tensor]") -> Result:
     for name, value in unique(stored).items():
         not_finite, peak = 0, 0.0
         for part in value.flatten().split(CHUNK):
-            if part.is_floating_point():
+            if part.is_floating_point() and len(part):
                 finite = part.isfinite()
                 not_finite += part.numel() - int(finite.sum())
                 peak = max(peak, float(torch.where(finite, part, 0).abs().max()))

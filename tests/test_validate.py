@@ -79,6 +79,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["transformer.h.1.mlp.proj.weight is missing", "extra.weight is unknown"],
     ),
     "a shape": (lambda folder: change(folder, lm_head__weight=torch.ones(3, 4)), ["lm_head.weight has shape (3, 4)"]),
+    "an empty tensor": (lambda folder: change(folder, lm_head__weight=torch.ones(0, 32)), ["lm_head.weight has shape (0, 32)"]),
     "whole numbers": (lambda folder: change(folder, lm_head__weight=torch.ones(320, 32).int()), ["lm_head.weight holds torch.int32"]),
     "not a number": (
         lambda folder: change(folder, transformer__wte__weight=torch.full((320, 32), torch.nan).index_fill_(0, torch.arange(319), 1.0)),

@@ -18,6 +18,7 @@ from zipfile import ZIP64_LIMIT, ZipFile, ZipInfo
 import torch
 
 from litgpt.convert.names import Plan
+from litgpt.errors import UserError
 
 PTH_ALIGNMENT, HEADER_ALIGNMENT = 64, 8  # bytes: of a record of a `.pth` file, and of the header's length in a safetensors file
 PADDING = 0x4246  # type of the zip field that torch uses as padding
@@ -107,6 +108,8 @@ def write_safetensors(tensors: Mapping[str, Pending], path: Path) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, pending in ordered:
+        if pending.dtype not in names:
+            raise UserError(f"the tensor for {name} holds {pending.dtype}, not floating-point numbers: convert the unquantised model")
         start, end = end, end + pending.nbytes
         header[name] = {"dtype": names[pending.dtype], "shape": pending.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -149,6 +149,9 @@ def test_what_cannot_be_converted(base: Path, tmp_path: Path, write_tiny_tokeniz
     with pytest.raises(UserError, match="no architecture of transformers"):
         convert_from_litgpt(odd, tmp_path / "hf")
     weights = checkpoint.load_weights(base / "lit_model.pth")
+    checkpoint.save_weights({**weights, "lm_head.weight": weights["lm_head.weight"].long()}, base / "lit_model.pth")
+    with pytest.raises(UserError, match=r"lm_head.weight holds torch.int64, not floating-point numbers"):
+        convert_from_litgpt(base, tmp_path / "hf")
     torch.save({name: tensor.clone() for name, tensor in weights.items() if ".mlp.fc_1." not in name}, base / "lit_model.pth")
     with pytest.raises(UserError, match=r"missing: transformer.h.\{0..4\}.mlp.fc_1.weight"):
         convert_from_litgpt(base, tmp_path / "hf")

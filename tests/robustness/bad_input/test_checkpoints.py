@@ -236,6 +236,13 @@ WEIGHTS = [
         f"{QKV} is not a dense tensor",
         "ordinary tensor",
     ),
+    Case("negated views", generate(weights(lambda state: state.update({QKV: torch._neg_view(state[QKV])}))), QKV, "is not a dense tensor"),
+    Case(
+        "a nested tensor",
+        generate(weights(lambda state: state.update({QKV: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}))),
+        QKV,
+        "is not a dense tensor",
+    ),
     Case("8-bit floats", generate(weights(lambda state: state.update({QKV: state[QKV].to(torch.float8_e4m3fn)}))), QKV, "is quantised"),
     Case("a tensor without data", generate(weights(lambda state: state.update({QKV: torch.zeros(64, 32, device="meta")}))), QKV, "no data"),
 ]
