@@ -12,7 +12,7 @@ from litgpt import families
 from litgpt.args import is_number
 from litgpt.errors import UserError
 from litgpt.families._rope import from_litgpt, scaling_kind
-from litgpt.files import read_json, read_yaml
+from litgpt.files import expand_path, read_json, read_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Self, TypeIs
@@ -386,7 +386,7 @@ class Config:
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> Self:
         """Load a `model_config.yaml`, ours or LitGPT's. Raise UserError for unknown fields and unsupported architectures."""
-        path = Path(path)
+        path = expand_path(path)
         values = read_yaml(path, "is missing: a checkpoint folder holds it")
         if not isinstance(values, dict):
             raise UserError(f"{path} holds no settings: convert the checkpoint again")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.errors import UserError
-from litgpt.files import decode_text, read_bytes, read_json, read_own
+from litgpt.files import decode_text, expand_path, read_bytes, read_json, read_own
 
 if TYPE_CHECKING:
     import tokenizers
@@ -40,7 +40,7 @@ class Tokenizer:
     """
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
-        self.folder = folder = Path(checkpoint_dir)
+        self.folder = folder = expand_path(checkpoint_dir)
         self._backend = _load_backend(folder)
         self._steps = _growths(self._backend.normalizer)
         self._longest_piece = _longest_piece(self._backend, folder / "tokenizer.json")

@@ -18,6 +18,7 @@ import litgpt
 from litgpt import checkpoint
 from litgpt.api import LLM, inference_dtype, recommended
 from litgpt.args import TrainArgs
+from litgpt.config import Config
 from litgpt.convert.adapter import convert_adapter
 from litgpt.convert.from_litgpt import convert_from_litgpt
 from litgpt.convert.merge import merge_lora
@@ -28,6 +29,7 @@ from litgpt.finetune.lora import Lora, setup
 from litgpt.generate import engine
 from litgpt.generate.base import Generate
 from litgpt.prompts import Alpaca, ChatTemplate, save_prompt_style
+from litgpt.tokenizer import Tokenizer
 from litgpt.validate import validate
 from tests.helpers import tiny
 from tests.helpers.cases import quick
@@ -145,6 +147,7 @@ def test_settings_of_the_wrong_kind(name: str, value: Any, base: Path) -> None:
 def test_a_folder_in_the_home_folder(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(base.parent))
     assert LLM.load(f"~/{base.name}/", precision="32-true").folder == base
+    assert Tokenizer(f"~/{base.name}").folder == base and Config.from_checkpoint(f"~/{base.name}") == Config.from_checkpoint(base)
 
 
 def test_sampling_defaults(base: Path) -> None:
@@ -410,7 +413,7 @@ def test_smollm2_greedy_text_of_transformers(smollm2_dir: Path) -> None:
     """The same weights in transformers continue a text by the same 20 tokens."""
     import transformers
 
-    config = checkpoint.Config.from_checkpoint(smollm2_dir)
+    config = Config.from_checkpoint(smollm2_dir)
     hf = tiny.hf_of(config, checkpoint.load_weights(smollm2_dir / "lit_model.pth"))
     llm = LLM.load(smollm2_dir, precision="32-true", device="cpu")
     prompt = llm.tokenizer.encode("Gravity is")[None]
