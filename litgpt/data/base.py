@@ -358,6 +358,7 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
     is_own = type(style).__module__ == "litgpt.prompts"
     full, starts = style.render_marked(messages, **options) if is_own else (style.render(messages, add_generation_prompt=False), [])
     starts = [*starts, len(full)] if starts else []
+    written = {"content", *REASONING} - unwritten_keys(record, style)
     opening: str | None = None  # text between a message's start and the reply
     kinds: set[Any] = set()
     spans = []
@@ -366,7 +367,7 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
         turn = full[starts[i] : starts[i + 1]].rstrip() if is_marked else ""
         kind = (*sorted(messages[i]), *(messages[j]["role"] if j < len(messages) else "" for j in (i - 1, i + 1)))
         is_new = kind not in kinds or i == learned[-1] or opening is None or not is_marked
-        is_verbatim = all(str(messages[i].get(key) or "").strip() in turn for key in ("content", *REASONING))
+        is_verbatim = all(str(messages[i].get(key) or "").strip() in turn for key in written)
         if not is_new and turn.startswith(opening or "") and is_verbatim:
             spans.append((starts[i] + len(opening or ""), starts[i] + len(turn)))
             continue

@@ -319,7 +319,8 @@ def test_a_change_in_the_middle_of_history_is_noticed(tokenizer: Tokenizer) -> N
         render(read_record({"messages": messages}), ChatTemplate(stripping), tokenizer)
 
 
-def test_long_conversations_cost_their_length(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("unwritten", [{}, {"reasoning_content": "why"}])
+def test_long_conversations_cost_their_length(tokenizer: Tokenizer, unwritten: dict[str, str]) -> None:
     """Work, not time, is compared: characters that the template writes. A generous bound on time catches what is not counted."""
     written: list[int] = []
 
@@ -330,8 +331,8 @@ def test_long_conversations_cost_their_length(tokenizer: Tokenizer) -> None:
             return text, starts
 
     Counted.__module__ = ChatTemplate.__module__
-    style = Counted(FULL)
-    record = read_record({"messages": [m for i in range(200) for m in (user(f"t{i}"), reply(f"u{i}"))]})
+    style = Counted(FULL.replace("reasoning_content", "absent"))
+    record = read_record({"messages": [m for i in range(200) for m in (user(f"t{i}"), reply(f"u{i}") | unwritten)]})
     before = time.process_time()
     text, spans = render(record, style, tokenizer)
     assert time.process_time() - before < 0.5
