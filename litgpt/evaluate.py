@@ -14,7 +14,7 @@ from litgpt.atomic import write_text
 from litgpt.data.base import DataModule, question_of
 from litgpt.data.text_files import Text
 from litgpt.errors import NonFiniteError, UserError
-from litgpt.files import read_json, require_place
+from litgpt.files import json_in, require_place
 from litgpt.generate.base import open_model
 from litgpt.generate.sample import is_exact
 from litgpt.keys import known_classes
@@ -89,7 +89,7 @@ def evaluate(
     folder = llm.folder or Path()
     file = save_filepath or (out_dir or folder / "evaluate") / "results.json"
     require_place(file)
-    if file.exists() and not _is_result(file):
+    if file.exists() and {"checkpoint_dir", "results"}.isdisjoint(json_in(file)):  # of records, of tasks
         raise UserError(f"{file} exists and holds no results of litgpt evaluate: name another place, or move it away")
     if tasks is not None:
         results, table = run_tasks(llm, tasks, num_fewshot, size, limit, seed, access_token)
@@ -103,14 +103,6 @@ def evaluate(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n")
     Console().say(f"the results are in {file}")
-
-
-def _is_result(file: Path) -> bool:
-    """Return True for a file that this command wrote, for records or for tasks."""
-    try:
-        return not {"checkpoint_dir", "results"}.isdisjoint(read_json(file))
-    except UserError:
-        return False
 
 
 def _batch_size(value: Union[int, str]) -> int:

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional, cast
 
 from litgpt.checkpoint import HOME, require_tokenizer
@@ -252,6 +253,7 @@ def _pieces(text: str, spans: Iterable[tuple[int, int]]) -> Iterable[tuple[str, 
     yield text[end:], False
 
 
+ANY_TOKENIZER = cast(Tokenizer, SimpleNamespace(token_to_id=lambda token: 0))  # has every token
 QUESTION: dict[str, Any] = {"instruction": "What is the capital of France?", "output": "Paris."}
 CONVERSATION: dict[str, Any] = {
     "messages": [
@@ -262,13 +264,6 @@ CONVERSATION: dict[str, Any] = {
         {"role": "assistant", "content": "Rome."},
     ]
 }
-
-
-class _AnyTokenizer:
-    """Has every token."""
-
-    def token_to_id(self, token: str) -> int:
-        return 0
 
 
 def prompts(name: Optional[str] = None) -> None:
@@ -282,7 +277,7 @@ def prompts(name: Optional[str] = None) -> None:
         print("`litgpt prompts NAME` shows more of one, `litgpt prompts FOLDER` that of a model.")
         for each, style in sorted(STYLES.items()):
             print(f"\n--- {each}")
-            show_record(read_record(QUESTION), style(), cast(Tokenizer, _AnyTokenizer()))
+            show_record(read_record(QUESTION), style(), ANY_TOKENIZER)
         return
     chosen, tokenizer, title = _style_of(name)
     print(f"{title}. What a model learns to answer is {_green()}.")
@@ -309,4 +304,4 @@ def _style_of(name: str) -> tuple[PromptStyle, Tokenizer, str]:
         style = resolve_prompt_style(None, folder, own)
         kind = "the model's own chat template" if style.name == "chat" else f"the prompt style {style.name!r}"
         return style, own, f"{name}: {kind}"
-    return PromptStyle.from_name(name), cast(Tokenizer, _AnyTokenizer()), f"The prompt style {name!r}"
+    return PromptStyle.from_name(name), ANY_TOKENIZER, f"The prompt style {name!r}"

@@ -11,6 +11,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Hashable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -159,6 +160,13 @@ def decode_text(raw: bytes, path: str | Path) -> str:
 def read_json(path: str | Path, missing: str = MISSING) -> dict[str, Any]:
     """Return the content of a file that holds one JSON object."""
     return parse_object(read_text(path, missing), path)
+
+
+def json_in(path: str | Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds; {} if there is no such file, or it holds something else."""
+    with suppress(UserError):
+        return read_json(path)
+    return {}
 
 
 def parse_object(text: str, path: str | Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import pad
 
-from litgpt import families, files
+from litgpt import files
 from litgpt.adapters.patterns import PARTS, compact, matching, wrong
 from litgpt.adapters.pissa import as_lora
 from litgpt.adapters.settings import LAYER_FLAGS, MODULES
@@ -427,17 +427,15 @@ def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     model_type = hf_settings(config, base)["model_type"]
     saved = {key: tensor for key, tensor in tensors.items() if is_saved(key, settings)}
     rest = {key: tensor for key, tensor in tensors.items() if key not in saved}
-    return from_peft(settings, without_base(rest, names.hf_table(model_type, config), base) | saved, config, folder, model_type)
+    return from_peft(settings, without_base(rest, saved_places(config, model_type), base) | saved, config, folder, model_type)
 
 
-def without_base(tensors: Mapping[str, Tensor], table: families.Table, base: Path) -> dict[str, Tensor]:
+def without_base(tensors: Mapping[str, Tensor], places: Mapping[str, str], base: Path) -> dict[str, Tensor]:
     """Return the tensors that are not the base's. PEFT stores the head and the embedding too if one of them has LoRA."""
     weights = load_weights(base / BASE_WEIGHTS)
-    whole = ("transformer.wte", "lm_head")
-    places = {in_memory(name, module): f"{module}.weight" for name, (module, _) in table.items() if module in whole}
 
     def is_base(key: str, tensor: Tensor) -> bool:
-        weight = weights.get(places.get(key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer"), ""))
+        weight = weights.get(places.get(key.removeprefix(PREFIX).replace(".base_layer.", "."), ""))
         return weight is not None and torch.equal(weight.to(tensor.dtype), tensor)
 
     return {key: tensor for key, tensor in tensors.items() if not is_base(key, tensor)}

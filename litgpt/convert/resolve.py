@@ -30,7 +30,7 @@ from litgpt.checkpoint import ADAPTER_WEIGHTS, HOME, HUB_NAME, TOKENIZER_FILES, 
 from litgpt.config import Config
 from litgpt.convert.gguf import SPLIT, stem
 from litgpt.errors import UserError
-from litgpt.files import expand_path, is_inside, read_json
+from litgpt.files import expand_path, is_inside, json_in, read_json
 from litgpt.text import as_utf8
 
 RECORD = "conversion.json"
@@ -318,10 +318,7 @@ def write_record(folder: Path, record: dict[str, Any], made: dict[str, list[int]
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the content of a folder's conversion.json; None if it is missing or invalid."""
-    try:
-        record = read_json(folder / RECORD)
-    except UserError:
-        return None
+    record = json_in(folder / RECORD)
     valid = isinstance(record.get("source"), str) and record.get("dtype") in (None, *DTYPES)
     tables = [record.get(key) for key in ("files", "made")]
     whole = all(isinstance(table, dict) and all(map(is_inside, table)) for table in tables)

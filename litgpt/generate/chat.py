@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from litgpt.checkpoint import read_hyperparameters
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
-from litgpt.files import expand_path, read_yaml
+from litgpt.files import expand_path
 from litgpt.generate.base import Checkpoint, Drawing, Metered
 from litgpt.streams import safe, show, unescaped
 from litgpt.text import as_utf8
@@ -245,9 +246,7 @@ class Base:
         """Return the model of the folder that hyperparameters.yaml names, None without one."""
         from litgpt.api import LLM
 
-        file = open_checkpoint(self.folder) / "hyperparameters.yaml"
-        values = read_yaml(file) if file.is_file() else None
-        name = values.get("checkpoint_dir") if isinstance(values, dict) else None
+        name = read_hyperparameters(open_checkpoint(self.folder)).get("checkpoint_dir")
         if not isinstance(name, str) or not Path(name).is_dir():
             return None
         weight = next(self.llm.model.parameters())

@@ -72,7 +72,7 @@ class Skip2LoRAHooks:
             a, b = (weights[f"transformer.h.{i}.skip2lora.lora_{letter}"] for letter in "AB")
             outputs[block.format(i)] = partial(self._tap, Factors(a, b, scale), eps)
         if place == "lm_head":  # after the norm: the input of lm_head may be the last positions only
-            outputs[norm] = self._add_to_output
+            outputs[norm] = lambda module, args, output: self._add_sum(output)
         else:
             inputs[norm if place == "transformer.ln_f" else block.format(place.rpartition(".")[2])] = self._add_to_input
         lora, tensors = portable.lora_in_peft(config, weights, config.name, model_type)
@@ -115,9 +115,6 @@ class Skip2LoRAHooks:
         s, self._sum = self._sum, None
         assert s is not None and s.shape == x.shape
         return (x + s.to(x.device)).to(x.dtype)
-
-    def _add_to_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return self._add_sum(output)
 
     def _add_to_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from litgpt import atomic
 from litgpt.errors import UserError
-from litgpt.files import read_json
+from litgpt.files import json_in, read_json
 from litgpt.logs import COLUMNS, EVENTS_SUFFIX, METRICS, MetricLoggers
 from litgpt.train import resume as training_state
 from litgpt.train.page import MARK
@@ -290,7 +290,7 @@ def earlier(out_dir: Path) -> tuple[list[Path], list[Path]]:
             foreign += extra
             ours += [] if extra else [path]
     if (report := out_dir / REPORT).exists():
-        (ours if _is_report(report) else foreign).append(report)
+        (ours if "trainable_parameters" in json_in(report) else foreign).append(report)
     if (about := out_dir / PAGE).exists():
         (ours if about.is_file() and MARK in about.read_bytes()[:400] else foreign).append(about)
     return ours, foreign
@@ -308,13 +308,6 @@ def _misplaced_logs(out_dir: Path) -> list[Path]:
     """Return what has the place of the folder of the logs and is none: a link would lead the logs elsewhere."""
     places = ((out_dir / LOGS).parent, out_dir / LOGS)
     return [place for place in places if os.path.lexists(place) and (place.is_symlink() or not place.is_dir())]
-
-
-def _is_report(file: Path) -> bool:
-    try:
-        return "trainable_parameters" in read_json(file)
-    except UserError:
-        return False
 
 
 def number(folder: Path) -> int | None:

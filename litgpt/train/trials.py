@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from litgpt.args import Grid, marked
 from litgpt.atomic import lock_bytes, unlock_bytes, write_text
 from litgpt.errors import UserError
-from litgpt.files import open_regular, read_json
+from litgpt.files import json_in, open_regular, read_json
 from litgpt.text import text_table
 from litgpt.train.settings import Run
 
@@ -91,9 +91,7 @@ def foreign_files(out_dir: Path) -> list[str]:
 
 def _is_own(file: Path) -> bool:
     if file.name == JSON:
-        with suppress(UserError):
-            return isinstance(read_json(file).get("identity"), dict)
-        return False
+        return isinstance(json_in(file).get("identity"), dict)
     with file.open("rb") as content:
         header = content.readline(2**16)
     return not header if file.name == LOCKS else header.startswith(b"setting,") and b",status,trainable_parameters," in header
