@@ -1,4 +1,4 @@
-"""`litgpt finetune_adapter` and `finetune_adapter_v2`: LLaMA-Adapter. Light, as `litgpt.finetune.lora` is."""
+"""`litgpt finetune_adapter` and `finetune_adapter_v2`: LLaMA-Adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from litgpt.args import Quantization, setting
 from litgpt.errors import UserError
-from litgpt.objectives.settings import ObjectiveSettings
-from litgpt.train.settings import Run
+from litgpt.finetune import Finetuning
 
 if TYPE_CHECKING:
     from litgpt.train.methods import Method
 
 
 @dataclass(kw_only=True)
-class Adapter(ObjectiveSettings, Run):
+class Adapter(Finetuning):
     """Fine-tune a model with LLaMA-Adapter: learned prompts that blocks attend to."""
 
     out_dir: Path = setting(Path("out/finetune/adapter"), may_change=True)
@@ -26,8 +25,7 @@ class Adapter(ObjectiveSettings, Run):
     """The first block with a prompt."""
 
     def __post_init__(self) -> None:
-        Run.__post_init__(self)
-        ObjectiveSettings.__post_init__(self)
+        super().__post_init__()
         if self.train.tie_embeddings is not None:
             raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
 
@@ -36,11 +34,6 @@ class Adapter(ObjectiveSettings, Run):
         from litgpt.train.methods import prompts
 
         return prompts(self, Config)
-
-    def main(self) -> None:
-        from litgpt.train.run import run
-
-        run(self, self.method())
 
 
 @dataclass(kw_only=True)

@@ -1,37 +1,27 @@
-"""`litgpt finetune_full`: train every weight. Light, so that the command line answers before torch is loaded."""
+"""`litgpt finetune_full`: train every weight."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.args import EvalArgs, setting
-from litgpt.objectives.settings import ObjectiveSettings
-from litgpt.train.settings import Run
+from litgpt.finetune import Finetuning
 
 if TYPE_CHECKING:
     from litgpt.train.methods import Method
 
 
 @dataclass(kw_only=True)
-class Full(ObjectiveSettings, Run):
+class Full(Finetuning):
     """Fine-tune all weights of a model."""
 
     out_dir: Path = setting(Path("out/finetune/full"), may_change=True)
     eval: EvalArgs = setting(EvalArgs(max_new_tokens=100))
 
-    def __post_init__(self) -> None:
-        Run.__post_init__(self)
-        ObjectiveSettings.__post_init__(self)
-
     def method(self) -> "Method":
         from litgpt.train.methods import full
 
         return full(self.train.tie_embeddings)
-
-    def main(self) -> None:
-        from litgpt.train.run import run
-
-        run(self, self.method())
 
 
 def setup(checkpoint_dir: Path | str, **settings: Any) -> None:

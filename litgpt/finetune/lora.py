@@ -1,4 +1,4 @@
-"""`litgpt finetune` (`finetune_lora`): LoRA and Skip2-LoRA. Light, so that the command line answers before torch is loaded."""
+"""`litgpt finetune` (`finetune_lora`): LoRA and Skip2-LoRA."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, get_args
 from litgpt.adapters.settings import AdapterSettings, WarmupSettings
 from litgpt.args import Quantization, setting
 from litgpt.errors import UserError
-from litgpt.objectives.settings import ObjectiveSettings, Rating
-from litgpt.train.settings import Run
+from litgpt.finetune import Finetuning
+from litgpt.objectives.settings import Rating
 
 if TYPE_CHECKING:
     from litgpt.train.methods import Method
@@ -19,7 +19,7 @@ RATE_GROUPS = {"lora": ".lora_", "skip2lora": "skip2lora.", **{name: name for na
 
 
 @dataclass(kw_only=True)
-class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields come in the order from Run to WarmupSettings
+class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the order from Run to WarmupSettings
     """Fine-tune a model with LoRA or Skip2-LoRA."""
 
     out_dir: Path = setting(Path("out/finetune/lora"), may_change=True)
@@ -44,8 +44,7 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
     """bfloat16, float16 or float32. Default: the backbone's, which loses nothing."""
 
     def __post_init__(self) -> None:
-        Run.__post_init__(self)
-        ObjectiveSettings.__post_init__(self)
+        Finetuning.__post_init__(self)
         if self.skip2lora_cache_dir is not None:
             self.skip2lora_cache_dir = Path(self.skip2lora_cache_dir)
         AdapterSettings.__post_init__(self)
@@ -104,11 +103,6 @@ class Lora(WarmupSettings, AdapterSettings, ObjectiveSettings, Run):  # fields c
         from litgpt.train.methods import adapters
 
         return adapters(self)
-
-    def main(self) -> None:
-        from litgpt.train.run import run
-
-        run(self, self.method())
 
 
 @dataclass(kw_only=True)

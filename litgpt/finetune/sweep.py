@@ -1,4 +1,4 @@
-"""`litgpt sweep`: many settings of the adapters trained from one activation cache. Light, as `litgpt.finetune.lora` is."""
+"""`litgpt sweep`: many settings of the adapters trained from one activation cache."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path

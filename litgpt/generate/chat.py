@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -215,16 +216,14 @@ class Base:
 
     def __init__(self, llm: "LLM", folder: Path) -> None:
         self.llm, self.folder = llm, folder
-        self._session: Any = None
 
-    @property
+    @cached_property
     def session(self) -> Any:
         """Return a session of the base; None if the model is not tuned or its base is not known."""
         from litgpt.generate.engine import Session
 
-        if self._session is None and (model := self._adapterless() or self._loaded()):
-            self._session = Session(model)
-        return self._session
+        model = self._adapterless() or self._loaded()
+        return Session(model) if model else None
 
     def _adapterless(self) -> Any:
         """Return the model without its LoRA: a copy that shares the base's weights. None if it has none, or tunes some of these."""

@@ -187,10 +187,10 @@ def chat_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(tokens: list[dict[str, Any]], offset: int = 0) -> dict[str, Any]:
+def text_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
     """Return logprobs as /v1/completions has them."""
     texts = [token["token"] for token in tokens]
-    offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
     values = [token["logprob"] for token in tokens]
     return {"tokens": texts, "token_logprobs": values, "top_logprobs": [dict(t["top"]) for t in tokens], "text_offset": offsets}
 
@@ -382,14 +382,13 @@ def _adapter_dir(state: State) -> Path:
 
 
 def _described(model: Served) -> dict[str, Any]:
-    length = model.llm.model.max_seq_length
     return {
         "id": model.name,
         "object": "model",
         "created": model.created,
         "owned_by": "litgpt",
         "parent": model.parent,
-        "max_model_len": length,
+        "max_model_len": model.llm.model.max_seq_length,
     }
 
 

@@ -94,16 +94,16 @@ class Batches:
 
     def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
         """Return units sorted by length within `SORTED_BATCHES` batches, these batches shuffled; an incomplete batch stays last."""
-        size = self.size // self.group
+        size, lengths = self.size // self.group, [len(sample.input_ids) for sample in self.samples]
         complete = len(order) // size * size
         batches = []
         for start in range(0, complete, SORTED_BATCHES * size):
-            part = sorted(order[start : min(start + SORTED_BATCHES * size, complete)], key=self._length)
+            part = sorted(
+                order[start : min(start + SORTED_BATCHES * size, complete)],
+                key=lambda unit: max(lengths[i] for i in samples_of((unit,), self.group)),
+            )
             batches += [part[k : k + size] for k in range(0, len(part), size)]
         return [i for k in torch.randperm(len(batches), generator=generator) for i in batches[k]] + order[complete:]
-
-    def _length(self, unit: int) -> int:
-        return max(len(self.samples[i].input_ids) for i in samples_of((unit,), self.group))
 
 
 def samples_of(units: Iterable[int], group: int) -> list[int]:

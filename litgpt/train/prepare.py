@@ -11,6 +11,7 @@ from litgpt.activations import choose as choosing
 from litgpt.activations.cache import ActivationCache, CacheSettings
 from litgpt.activations.prompts import replies
 from litgpt.adapters.blocks import is_auto
+from litgpt.args import TrainArgs
 from litgpt.checkpoint import chosen_taps, tokenizer_contents
 from litgpt.config import Config
 from litgpt.data.base import Splits
@@ -27,7 +28,7 @@ from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prom
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.interrupts import memory_explained
 from litgpt.train.launch import place_of
-from litgpt.train.loop import require_divisible
+from litgpt.train.loop import Batches, require_divisible
 from litgpt.train.methods import Method, describe, describe_choice
 from litgpt.train.parallel import Rank, ends_together
 from litgpt.train.replay import base_answers, replay_samples
@@ -75,6 +76,11 @@ class Job:
     def objective(self) -> Objective:
         """The objective that a step minimises; a new object for each loop."""
         return objective_of(self.settings)
+
+    def batches(self, train: TrainArgs, rank: Rank) -> Batches:
+        """Return the batches of the training samples."""
+        group = self.objective.group
+        return Batches(self.splits.train, train.global_batch_size * group, rank, self.settings.seed, train.group_by_length, group=group)
 
     @property
     def cache_folder(self) -> Path:

@@ -27,7 +27,7 @@ from litgpt.streams import safe, unescaped
 from litgpt.text import duration, gib, text_table
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.launch import place_of
-from litgpt.train.loop import Batch, Batches, Loop
+from litgpt.train.loop import Batch, Loop
 from litgpt.train.methods import Method
 from litgpt.train.out_dir import OutDir
 from litgpt.train.parallel import Rank, alone
@@ -52,7 +52,7 @@ def rehearse(settings: Run, method: Method, base: Path) -> None:
     job.say_what_is_trained()
     show_sample(job.splits.train[0], job.tokenizer)
     model, lines = job.model, {}
-    warmup = method.warmup.warmup_steps(_batches(job, settings.train).per_epoch)
+    warmup = method.warmup.warmup_steps(job.batches(settings.train, job.rank).per_epoch)
     if warmup:
         start_warmup(model)
         loop = rehearsed(job, replace(settings.train, max_steps=warmup, epochs=None))
@@ -100,12 +100,7 @@ def rehearsed(job: Job, train: TrainArgs) -> Loop:
     own = Recompute(model, job.splits.train, rank.device)
     for sample in job.splits.train if job.objective.referred else ():
         sample.reference = array("f", bytes(4 * sample.n_targets))  # its values change no time
-    return Loop(model, optimizer, train, _batches(job, train), own, rank, job.objective, job.rank.autocast, job.console.say)
-
-
-def _batches(job: Job, train: TrainArgs) -> Batches:
-    rank, group = Rank(device=job.rank.device), job.objective.group
-    return Batches(job.splits.train, train.global_batch_size * group, rank, job.settings.seed, train.group_by_length, group=group)
+    return Loop(model, optimizer, train, job.batches(train, rank), own, rank, job.objective, job.rank.autocast, job.console.say)
 
 
 def _time(loop: Loop, batches: list[Batch]) -> tuple[float, list[Batch]]:

@@ -215,7 +215,7 @@ class Session:
     def phases(self) -> Iterator[Phase]:
         """Yield the phases that are left: LoRA's warm-up if there is one, then training."""
         state, settings, first = self.state, self.settings, self.job.method.warmup
-        warmup = first.warmup_steps(self._batches(settings.train).per_epoch)
+        warmup = first.warmup_steps(self.job.batches(settings.train, self.rank).per_epoch)
         if state.step < warmup or (state.step == warmup and state.pending is not None):
             start_warmup(self.model)
             train = replace(settings.train, max_steps=warmup, epochs=None, max_tokens=None, max_time=None)
@@ -231,15 +231,12 @@ class Session:
                     self.checkpoints.rescue(state, None)
         yield self._phase("training", settings.train, settings.eval, self.job.method.cache)
 
-    def _batches(self, train: TrainArgs) -> Batches:
-        size, group = train.global_batch_size * self.objective.group, self.objective.group
-        return Batches(self.job.splits.train, size, self.rank, self.settings.seed, train.group_by_length, group=group)
-
     def _sources(
         self, train: TrainArgs, evaluation: EvalArgs, cache: CacheArgs
     ) -> tuple[Batches, Activations, Activations, list[list[int]]]:
         """Return batches and activations for training, activations and batches for validation; cached if they are needed more than once."""
-        splits, rank, batches, group, size = self.job.splits, self.rank, self._batches(train), self.objective.group, train.micro_batch_size
+        splits, rank, group, size = self.job.splits, self.rank, self.objective.group, train.micro_batch_size
+        batches = self.job.batches(train, rank)
         mode = cache.mode_for(train, batches.per_epoch)
         batches.by_owner = mode != "off" and is_cacheable(self.model)
         n_val = min(len(splits.val) // group, evaluation.max_iters * size)
