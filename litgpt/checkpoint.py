@@ -57,13 +57,6 @@ def save_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
         torch.save(weights, file)
 
 
-def on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors on the CPU. Those that share memory, such as a tied head and embedding, still do."""
-    unique = {value.data_ptr(): value for value in weights.values()}
-    moved = {pointer: value.detach().cpu() for pointer, value in unique.items()}
-    return {name: moved[value.data_ptr()] for name, value in weights.items()}
-
-
 def is_mappable(path: Path) -> bool:
     """Return True if a torch file is a zip, torch's format since 1.6. Older files cannot be mapped."""
     with path.open("rb") as file:

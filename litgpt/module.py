@@ -20,6 +20,7 @@ from litgpt.loss import chunked_cross_entropy
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, save_prompt_style
 from litgpt.quantize import is_quantised
+from litgpt.sharding import on_cpu
 from litgpt.text import first_line
 from litgpt.tokenizer import Tokenizer
 from litgpt.values import checked
@@ -138,7 +139,7 @@ class ModelModule(nn.Module):
             raise UserError("save: only a whole model without adapters, and not quantised, can be saved: `litgpt merge_lora` merges LoRA")
         folder = expand_path(out_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_weights(checkpoint.on_cpu(self.model.state_dict()), folder / checkpoint.WEIGHTS)
+        checkpoint.save_weights(on_cpu(self.model.state_dict(keep_vars=True)), folder / checkpoint.WEIGHTS)
         checkpoint.save_config(self.model.config, folder)
         checkpoint.copy_tokenizer_files(self.tokenizer.folder, folder)
         save_prompt_style(prompt_style or self.prompt_style, folder)

@@ -82,8 +82,8 @@ def _sharded(value: torch.Tensor, like: Any) -> torch.Tensor:
     return DTensor.from_local(value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return parameters as tensors on the CPU, those of several names once. All ranks of a sharded model must ask for them."""
+def on_cpu(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers as tensors on the CPU, those of several names once. All ranks of a sharded model must ask for them."""
     unique = {id(parameter): parameter for parameter in parameters.values()}
     values = {key: whole(parameter.detach()).cpu() for key, parameter in unique.items()}
     return {name: values[id(parameter)] for name, parameter in parameters.items()}

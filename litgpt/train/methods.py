@@ -93,7 +93,7 @@ def adapters(settings: Any) -> Method:
                 Console().say(f"warning: the adapter is not merged: {error}".replace(str(folder), str(folder.parent / "final")))
             return False
         merge_lora_weights(model)
-        checkpoint.save_weights(checkpoint.on_cpu(model.state_dict()), folder / checkpoint.WEIGHTS)
+        checkpoint.save_weights(on_cpu(model.state_dict(keep_vars=True)), folder / checkpoint.WEIGHTS)
         return model.dtype.itemsize < 4
 
     return Method(
@@ -144,8 +144,7 @@ def full(tie_embeddings: bool | None = None) -> Method:
             model.untie_head()
 
     def save(model: GPT) -> Callable[[Path], None]:
-        named = dict(model.named_parameters(remove_duplicate=False))
-        state = on_cpu(named) if is_sharded(model) else checkpoint.on_cpu(model.state_dict())
+        state = on_cpu(model.state_dict(keep_vars=True))
         return lambda folder: checkpoint.save_weights(state, folder / checkpoint.WEIGHTS)
 
     def load(model: GPT, folder: Path) -> None:
