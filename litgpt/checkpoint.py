@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.adapters.settings import model_settings
+from litgpt.archive import is_mappable, refuse_compressed, require_full_records
 from litgpt.atomic import digest, new_file, require_whole, write_bytes, write_text
 from litgpt.config import CHOSEN_TAPS, CORRECTION, Config
 from litgpt.errors import UserError
@@ -57,12 +57,6 @@ def save_weights(weights: dict[str, torch.Tensor], path: str | Path) -> None:
         torch.save(weights, file)
 
 
-def is_mappable(path: Path) -> bool:
-    """Return True if a torch file is a zip, torch's format since 1.6. Older files cannot be mapped."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def load_weights(path: str | Path, mapped: bool = True) -> dict[str, torch.Tensor]:
     """Load the tensors of a `.pth` file on the CPU, `mapped` into memory or read, out of a `{"model": {...}}` envelope if there is one.
 
@@ -74,10 +68,13 @@ def load_weights(path: str | Path, mapped: bool = True) -> dict[str, torch.Tenso
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
-        _refuse_compressed(path)
+        if is_zip := is_mappable(path):
+            refuse_compressed(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a foreign file's pickle
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_mappable(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+            if is_zip:
+                require_full_records(path)
     except Exception as error:
         reason = first_line(error)
         if "Weights only load failed" in reason:
@@ -91,14 +88,6 @@ def load_weights(path: str | Path, mapped: bool = True) -> dict[str, torch.Tenso
         if reason := _not_plain(value):
             raise UserError(f"{path}: {name} {reason}: save it as an ordinary tensor")
     return content
-
-
-def _refuse_compressed(path: Path) -> None:
-    """Raise ValueError for a zip with compressed entries, which torch never writes: a kilobyte of them can fill the memory."""
-    if is_mappable(path):
-        with zipfile.ZipFile(path) as content:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in content.infolist()):
-                raise ValueError("its entries are compressed")
 
 
 def _not_plain(value: torch.Tensor) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from litgpt import families, files
+from litgpt.archive import is_mappable
 from litgpt.atomic import new_folder, write_bytes
 from litgpt.checkpoint import (
     FOREIGN_ADAPTERS,
@@ -18,7 +19,6 @@ from litgpt.checkpoint import (
     WEIGHTS,
     copy_tokenizer_files,
     hf_weights,
-    is_mappable,
     load_weights,
     read_hyperparameters,
     save_config,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from litgpt import atomic, checkpoint
+from litgpt.archive import is_mappable
 from litgpt.config import CORRECTION, Config
 from litgpt.convert.resolve import adapter_folder, open_checkpoint
 from litgpt.errors import UserError
@@ -36,7 +37,7 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
     if (target := folder / checkpoint.WEIGHTS).exists():
         manifest = atomic.read_manifest(folder)  # LitGPT's folders have none
         is_whole = manifest is not None and checkpoint.WEIGHTS in manifest and not atomic.damages(folder, [checkpoint.WEIGHTS])
-        if not (is_whole or (manifest is None and checkpoint.is_mappable(target))):
+        if not (is_whole or (manifest is None and is_mappable(target))):
             raise UserError(f"{target} exists already: move it away to merge again")
         print(f"{folder} is merged already: {checkpoint.WEIGHTS} is there")
         return

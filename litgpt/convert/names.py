@@ -102,7 +102,8 @@ def stored_shape(slot: Slot, config: Config, keys: Mapping[str, tuple[int, ...]]
         return shape
     if slot.part == "transposed":
         return shape[::-1]
-    return (2 * shape[0] if slot.part == "gate up" else len(rows(slot.part, config)), *shape[1:])
+    counts = {"gate": 2 * shape[0], "qkv": sum(config.qkv_sizes), **dict(zip("qkv", config.qkv_sizes, strict=True))}
+    return (counts[slot.part.split()[0]], *shape[1:])
 
 
 def stored_form(slot: Slot, config: Config, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

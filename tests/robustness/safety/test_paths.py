@@ -19,6 +19,7 @@ from litgpt.errors import UserError
 from tests.helpers import worlds
 from tests.helpers.cases import quick
 from tests.helpers.places import Place, check_message, run, tree
+from tests.helpers.worlds import gguf_bytes, gguf_metadata, gguf_tensors
 
 NAMES = (
     "../../escaped",
@@ -173,6 +174,18 @@ def test_a_gguf_header_that_claims_terabytes(patch: tuple[int, int], place: Plac
     before = tree(place.folder)
     check_message(run(["convert_to_litgpt", file]), "model.gguf", "truncated or broken", 1)
     assert tree(place.folder) == before
+
+
+@pytest.mark.parametrize("key", ["attention.head_count", "attention.head_count_kv", "embedding_length", "feed_forward_length"])
+def test_gguf_metadata_that_claims_terabytes(key: str, place: Place) -> None:
+    """Sizes are compared with the shapes of the stored tensors before anything of those sizes is made."""
+    metadata = gguf_metadata(place.base()) | {"llama.rope.dimension_count": 8, "llama.attention.key_length": 8}
+    heads = {"llama.attention.value_length": 8, "llama.attention.head_count_kv": 2**31 - 8}
+    file = place.folder / "model.gguf"
+    file.write_bytes(gguf_bytes(metadata | heads | {"llama.attention.head_count": 2**31 - 8, f"llama.{key}": 2**31 - 8}, gguf_tensors()))
+    check_message(
+        run(["convert_to_litgpt", file]), "model.gguf", "impossible" if key == "embedding_length" else "does not fit the model", 1
+    )
 
 
 def test_an_adapter_that_claims_terabytes(place: Place) -> None:
