@@ -14,7 +14,7 @@ import transformers
 
 from litgpt.checkpoint import load_weights, require_checkpoint
 from litgpt.config import Config
-from litgpt.convert.gguf.reader import Reader, Settings
+from litgpt.convert.gguf.reader import Reader
 from litgpt.convert.gguf.tokenizer import write_tokenizer
 from litgpt.convert.gguf.vocabulary import vocabulary
 from litgpt.convert.hf import convert_hf
@@ -213,7 +213,7 @@ def read_back(folder: Path, rows: int, target: Path) -> tuple[dict[str, Any], To
     """Return the folder's tokenizer as metadata, and the tokenizer that is read from a file with it."""
     values = vocabulary(folder, rows)
     target.mkdir()
-    write_tokenizer(Settings(Reader(write_metadata(target / "x.gguf", values))), Config(), target)
+    write_tokenizer(Reader(write_metadata(target / "x.gguf", values)), Config(), target)
     return values, Tokenizer(target)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from litgpt import families
 from litgpt.config import Config
 from litgpt.convert.gguf import stem
-from litgpt.convert.gguf.reader import Settings, Source
+from litgpt.convert.gguf.reader import Source
 from litgpt.convert.gguf.rope import read_scaling, write_scaling
 from litgpt.errors import UserError
 from litgpt.families._gguf import INTEGERS, NEUTRAL, NORM_EPS, REALS, REQUIRED, SHARED, Gguf
@@ -29,7 +29,7 @@ TOLERANCE = 1e-6  # of fp32
 
 
 @dataclass
-class Plan:
+class Plan(Source):
     """The content of a file to be written, without weights."""
 
     path: Path
@@ -44,7 +44,7 @@ class Plan:
 
 def read_architecture(source: Source) -> tuple[str, Gguf]:
     """Return `general.architecture` and its row. Raise UserError for unknown ones, and for files that hold no model."""
-    kind, name = (Settings(source).get(f"general.{key}", str, default) for key, default in (("type", "model"), ("architecture", None)))
+    kind, name = (source.get(f"general.{key}", str, default) for key, default in (("type", "model"), ("architecture", None)))
     if kind != "model":
         raise UserError(
             f"{source.path} is no model: its general.type is {kind!r}. Name the model's file; of an adapter, convert the PEFT folder with "
@@ -59,7 +59,7 @@ def read_config(source: Source) -> Config:
     """Return the model that metadata and tensors describe. Raise UserError for what is missing, impossible or not supported."""
     name, row = read_architecture(source)
     for key, neutral in NEUTRAL.items():
-        if (value := Settings(source).values.get(f"{name}.{key}", neutral)) != neutral:
+        if (value := source.metadata.get(f"{name}.{key}", neutral)) != neutral:
             raise UserError(f"{source.path}: {name}.{key} is {value}, supported is only {neutral}")
     fields = {"bias": False, "attn_bias": False, **row.fields, **read_keys(source, name, row), **read_vocabulary(source)}
     fields |= read_tensors(source, row, fields)
@@ -77,33 +77,31 @@ def read_config(source: Source) -> Config:
 
 def read_keys(source: Source, name: str, row: Gguf) -> dict[str, Any]:
     """Return the fields that keys of the metadata state."""
-    settings = Settings(source)
     fields: dict[str, Any] = {}
     for key, target in INTEGERS.items():
-        value = settings.values.get(f"{name}.{key}", None if key in REQUIRED else 0)
+        value = source.metadata.get(f"{name}.{key}", None if key in REQUIRED else 0)
         if key in (*SHARED, *row.keys) and not (isinstance(value, int) and value == 0 and key not in REQUIRED):
-            fields[target] = settings.size(f"{name}.{key}")
+            fields[target] = source.size(f"{name}.{key}")
     for key, target in REALS.items():
-        if key in (*SHARED, *row.keys) and f"{name}.{key}" in settings.values:
-            fields[target] = whole(settings.real(f"{name}.{key}"))
-    fields["norm_eps"] = settings.real(f"{name}.{NORM_EPS[row.fields.get('norm_class_name', 'LayerNorm')]}")
+        if key in (*SHARED, *row.keys) and f"{name}.{key}" in source.metadata:
+            fields[target] = whole(source.real(f"{name}.{key}"))
+    fields["norm_eps"] = source.real(f"{name}.{NORM_EPS[row.fields.get('norm_class_name', 'LayerNorm')]}")
     if "use_parallel_residual" in row.keys:
-        fields["parallel_residual"] = settings.get(f"{name}.use_parallel_residual", bool, True)
-    if "attention.scale" in row.keys and f"{name}.attention.scale" in settings.values:
-        fields["attention_scores_scalar"] = whole(settings.real(f"{name}.attention.scale") ** -2)
-    if GELU in settings.values and "gelu_approximate" not in row.fields:
-        fields["gelu_approximate"] = settings.get(GELU, str)
+        fields["parallel_residual"] = source.get(f"{name}.use_parallel_residual", bool, True)
+    if "attention.scale" in row.keys and f"{name}.attention.scale" in source.metadata:
+        fields["attention_scores_scalar"] = whole(source.real(f"{name}.attention.scale") ** -2)
+    if GELU in source.metadata and "gelu_approximate" not in row.fields:
+        fields["gelu_approximate"] = source.get(GELU, str)
     return fields
 
 
 def read_vocabulary(source: Source) -> dict[str, Any]:
     """Return the model's name and the sizes of the vocabulary."""
-    settings = Settings(source)
     if (embedding := source.shapes.get("token_embd.weight")) is None:
         raise UserError(f"{source.path} has no tensor token_embd.weight")
-    if len(tokens := settings.get("tokenizer.ggml.tokens", list)) > embedding[0]:
+    if len(tokens := source.get("tokenizer.ggml.tokens", list)) > embedding[0]:
         raise UserError(f"{source.path}: {len(tokens)} tokens (tokenizer.ggml.tokens) for the {embedding[0]} rows of token_embd.weight")
-    name = settings.get("general.name", str, unquantised(source.path)).strip()
+    name = source.get("general.name", str, unquantised(source.path)).strip()
     return {
         "name": re.sub(r"\s+", "-", name),
         "vocab_size": len(tokens) - padding(tokens),
@@ -138,11 +136,10 @@ def read_tensors(source: Source, row: Gguf, fields: Mapping[str, Any]) -> dict[s
 
 def read_heads(source: Source, name: str, row: Gguf, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the size of a head, and the rotated share of it."""
-    settings = Settings(source)
     head_size = fields.get("head_size", fields["n_embd"] // fields["n_head"])
     if head_size < 1:
         raise UserError(f"{source.path}: {fields['n_head']} heads ({name}.attention.head_count) for an embedding of {fields['n_embd']}")
-    if (size := settings.size(f"{name}.attention.value_length", head_size)) != head_size:
+    if (size := source.size(f"{name}.attention.value_length", head_size)) != head_size:
         raise UserError(f"{source.path}: {name}.attention.value_length is {size}, supported is only the size of the keys, here {head_size}")
     result: dict[str, Any] = {"head_size": head_size}
     if row.square_heads != -1:
@@ -150,7 +147,7 @@ def read_heads(source: Source, name: str, row: Gguf, fields: Mapping[str, Any]) 
         result["attention_scores_scalar"] = fields["n_embd"] // fields["n_head"] if square else head_size
     if row.fields.get("learned_positions"):
         return result
-    rotated = settings.size(f"{name}.rope.dimension_count", head_size)
+    rotated = source.size(f"{name}.rope.dimension_count", head_size)
     if rotated > head_size or rotated % 2 or (row.paired and rotated != head_size):
         only = "the whole head" if row.paired else "an even number up to the head"
         raise UserError(f"{source.path}: {name}.rope.dimension_count is {rotated}, supported is only {only}, here {head_size}")
@@ -159,7 +156,7 @@ def read_heads(source: Source, name: str, row: Gguf, fields: Mapping[str, Any]) 
 
 def read_blocks(source: Source, name: str, row: Gguf, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the blocks with a sliding window, and the rotary base of each."""
-    settings, n_layer = Settings(source), fields["n_layer"]
+    n_layer = fields["n_layer"]
     if n_layer > len(source.shapes):
         raise UserError(f"{source.path} has {n_layer} blocks ({name}.block_count), but only {len(source.shapes)} tensors")
     if row.rest_period:
@@ -168,8 +165,8 @@ def read_blocks(source: Source, name: str, row: Gguf, fields: Mapping[str, Any])
         return {}
     pattern = f"{name}.attention.sliding_window_pattern"
     period = row.window_period
-    if pattern in settings.values:
-        period = settings.get(pattern, (int, list, np.ndarray))
+    if pattern in source.metadata:
+        period = source.get(pattern, (int, list, np.ndarray))
     if isinstance(period, int):
         windowed = [int(period == 0 or (block + 1) % period != 0) for block in range(n_layer)]
     else:

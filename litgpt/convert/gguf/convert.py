@@ -13,7 +13,7 @@ from litgpt.checkpoint import WEIGHTS, save_config
 from litgpt.config import Config
 from litgpt.convert.compare import INPUT_AND_TRAINING, differences, require_named
 from litgpt.convert.gguf.config import TOLERANCE, has_offset, read_architecture, read_config, unquantised
-from litgpt.convert.gguf.reader import Reader, Settings, open_gguf
+from litgpt.convert.gguf.reader import Reader, open_gguf
 from litgpt.convert.gguf.rope import FACTORS
 from litgpt.convert.gguf.tokenizer import write_tokenizer
 from litgpt.convert.names import Stored, fit, summary
@@ -38,7 +38,7 @@ def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtyp
     dtype = dtype or own_dtype(reader)
     names = row.names(config.base_dict(), joined="blk.0.attn_qkv.weight" in reader.tensors)
     with new_folder(target) as folder:
-        write_tokenizer(Settings(reader), config, folder)
+        write_tokenizer(reader, config, folder)
         save_config(config, folder)
         write_pth(fit(dict(stored(reader, config, dtype)), names, config, str(source), tied, dtype), folder / WEIGHTS)
     return config

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +34,44 @@ class Tensor(NamedTuple):
     size: int
 
 
-class Reader:
+class Source:
+    """The facts that describe the model in a file, a file's header or the plan of one, with typed access to its metadata:
+    `source.size("llama.block_count")`. A value of the wrong type raises UserError.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]  # of all tensors
+
+    def array(self, name: str) -> np.ndarray:
+        """Return a tensor as an fp32 array."""
+        raise NotImplementedError
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """Return a value of the type `kind`."""
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise UserError(f"{self.path} has no {key}")
+        if not isinstance(value, kind):
+            raise UserError(f"{self.path}: {key} is {str(value)[:100]}, which is not supported")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """Return a positive integer."""
+        value = self.get(key, int, default)
+        if value < 1:
+            raise UserError(f"{self.path}: {key} is {value}")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """Return a positive number: of the stored fp32 the shortest decimal that rounds to it, 1e-05 for 9.99999974e-06."""
+        value = float(str(np.float32(self.get(key, (int, float), default))))
+        if not 0 < value < math.inf:
+            raise UserError(f"{self.path}: {key} is {value}")
+        return value
+
+
+class Reader(Source):
     """The header of a GGUF file: `metadata` (arrays of numbers as numpy arrays) and `tensors`.
 
     Raises UserError for anything but a complete, little-endian GGUF file of version 2 or 3.
@@ -47,7 +83,7 @@ class Reader:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else None
         self._data = np.frombuffer(self._map or b"", np.uint8)
-        self.metadata: dict[str, Any] = {}
+        self.metadata, self.shapes = {}, {}
         self.tensors: dict[str, Tensor] = {}
         self._owners: dict[str, Reader] = {}  # of tensors in other parts
         self._read()
@@ -115,6 +151,7 @@ class Reader:
             if name in self.tensors:
                 raise self._error(f"tensor {name!r} occurs twice")
             self.tensors[name] = self._tensor(name, dims, kind, start + offset, alignment)
+            self.shapes[name] = self.tensors[name].shape
 
     def _tensor_entry(self) -> tuple[str, list[int], int, int]:
         name, n_dims = self._string(), self._number("I")
@@ -141,15 +178,10 @@ class Reader:
         if twice := self.tensors.keys() & part.tensors.keys():
             raise self._error(f"tensor {min(twice)!r} occurs in {part.path} too")
         self.tensors |= part.tensors
+        self.shapes |= part.shapes
         self._owners |= dict.fromkeys(part.tensors, part)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
-
     def array(self, name: str) -> np.ndarray:
-        """Return a tensor as an fp32 array."""
         return self.load(name).numpy()
 
     def load(self, name: str, dtype: torch.dtype | None = None, part: int | None = None, parts: int = 1) -> torch.Tensor:
@@ -179,7 +211,7 @@ def open_gguf(path: Path) -> Reader:
     Raises UserError for parts that are missing or do not belong together.
     """
     reader = Reader(path)
-    count = Settings(reader).get("split.count", int, 0)
+    count = reader.get("split.count", int, 0)
     if count < 2:
         return reader
     match = SPLIT.fullmatch(path.name)
@@ -190,53 +222,10 @@ def open_gguf(path: Path) -> Reader:
         raise UserError(f"{path} is one of {count} parts: {', '.join(missing[:5])} {'are' if missing[1:] else 'is'} missing beside it")
     first, *others = (reader if part == path else Reader(part) for part in parts)
     for number, part in enumerate((first, *others)):
-        if [Settings(part).get(f"split.{key}", int, -1) for key in ("no", "count")] != [number, count]:
+        if [part.get(f"split.{key}", int, -1) for key in ("no", "count")] != [number, count]:
             raise UserError(f"{part.path} is not the part that its name says (split.no, split.count): download it again")
         if number:
             first.add(part)
-    if (total := Settings(first).get("split.tensors.count", int, len(first.tensors))) != len(first.tensors):
+    if (total := first.get("split.tensors.count", int, len(first.tensors))) != len(first.tensors):
         raise UserError(f"{first.path}: the parts hold {len(first.tensors)} tensors in place of {total}: download them again")
     return first
-
-
-class Source(Protocol):
-    """The facts that describe the model in a file: a file's header, or the plan of one."""
-
-    path: Path
-    metadata: dict[str, Any]
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def array(self, name: str) -> np.ndarray: ...
-
-
-class Settings:
-    """Typed access to a GGUF file's metadata: `settings.size("llama.block_count")`. A value of the wrong type raises UserError."""
-
-    def __init__(self, source: Source) -> None:
-        self.path = source.path
-        self.values: Mapping[str, Any] = source.metadata
-
-    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """Return a value of the type `kind`."""
-        value = self.values.get(key, default)
-        if value is None:
-            raise UserError(f"{self.path} has no {key}")
-        if not isinstance(value, kind):
-            raise UserError(f"{self.path}: {key} is {str(value)[:100]}, which is not supported")
-        return value
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """Return a positive integer."""
-        value = self.get(key, int, default)
-        if value < 1:
-            raise UserError(f"{self.path}: {key} is {value}")
-        return value
-
-    def real(self, key: str, default: float | None = None) -> float:
-        """Return a positive number: of the stored fp32 the shortest decimal that rounds to it, 1e-05 for 9.99999974e-06."""
-        value = float(str(np.float32(self.get(key, (int, float), default))))
-        if not 0 < value < math.inf:
-            raise UserError(f"{self.path}: {key} is {value}")
-        return value

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from litgpt.config import Config
-from litgpt.convert.gguf.reader import Settings, Source
+from litgpt.convert.gguf.reader import Source
 from litgpt.errors import UserError
 from litgpt.families._rope import long_attention_factor, whole
 from litgpt.rope import frequencies, plain_frequencies
@@ -19,10 +19,10 @@ YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 def read_scaling(source: Source, name: str, config: Config) -> dict[str, Any]:
     """Return rope_condense_ratio or rope_adjustments, from keys or a tensor of factors; nothing if there is no scaling."""
-    settings, prefix = Settings(source), f"{name}.rope.scaling."
-    kind = settings.get(f"{prefix}type", str, "none")
-    length = settings.size(f"{prefix}original_context_length", config.block_size)
-    attention = settings.real(f"{prefix}attn_factor", 1.0)
+    prefix = f"{name}.rope.scaling."
+    kind = source.get(f"{prefix}type", str, "none")
+    length = source.size(f"{prefix}original_context_length", config.block_size)
+    attention = source.real(f"{prefix}attn_factor", 1.0)
     if "rope_factors_short.weight" in source.shapes or "rope_factors_long.weight" in source.shapes:
         short, long = (factors(source, f"rope_factors_{kind}.weight", config) for kind in ("short", "long"))
         usual = long_attention_factor(config.block_size / length, length)
@@ -34,16 +34,16 @@ def read_scaling(source: Source, name: str, config: Config) -> dict[str, Any]:
         if fitted is None:
             raise UserError(f"{source.path}: rope_freqs.weight is not Llama 3.1's rotary scaling, the only one with such a table")
         return {"rope_adjustments": fitted or None}
-    factor = settings.real(f"{prefix}factor", settings.get(f"{name}.rope.scale_linear", float, 1.0))
+    factor = source.real(f"{prefix}factor", source.get(f"{name}.rope.scale_linear", float, 1.0))
     if kind == "yarn":
-        betas = {key: whole(settings.real(f"{prefix}yarn_{key}", default)) for key, default in YARN.items()}
+        betas = {key: whole(source.real(f"{prefix}yarn_{key}", default)) for key, default in YARN.items()}
         attention *= 1 + 0.1 * math.log(max(factor, 1.0))
-        length = settings.size(f"{prefix}original_context_length")
+        length = source.size(f"{prefix}original_context_length")
         yarn = {"rope_type": "yarn", "factor": factor, "original_max_seq_len": length, **betas, "attention_factor": attention}
         return {"rope_adjustments": yarn}
     if kind not in ("none", "linear"):
         raise UserError(f"{source.path}: {prefix}type is {kind!r}, supported are none, linear, yarn, and tables of factors")
-    if factor == 1.0 or (kind == "none" and f"{prefix}type" in settings.values):
+    if factor == 1.0 or (kind == "none" and f"{prefix}type" in source.metadata):
         return {}
     return {"rope_adjustments": {"factor": factor}} if config.rope_indices else {"rope_condense_ratio": whole(factor)}
 

@@ -12,7 +12,7 @@ from litgpt.atomic import write_text
 from litgpt.config import Config
 from litgpt.convert.gguf.config import padding
 from litgpt.convert.gguf.pretokenizers import pre_tokenizer
-from litgpt.convert.gguf.reader import Settings
+from litgpt.convert.gguf.reader import Source
 from litgpt.errors import UserError
 from litgpt.families import PRETOKENIZERS
 
@@ -23,32 +23,32 @@ SCHEMES = {"gpt2": "byte-level BPE", "llama": "SentencePiece, BPE", "t5": "Sente
 ENDS = ("eos", "eot", "eom")  # tokenizer.ggml.<name>_token_id of the tokens that end an answer
 
 
-def write_tokenizer(settings: Settings, config: Config, folder: Path) -> None:
+def write_tokenizer(source: Source, config: Config, folder: Path) -> None:
     """Write the three files into `folder`. Raises UserError for tokenizers that cannot be built."""
-    kind = settings.get("tokenizer.ggml.model", str)
+    kind = source.get("tokenizer.ggml.model", str)
     if kind not in SCHEMES:
         known = ", ".join(f"{name!r} ({scheme})" for name, scheme in SCHEMES.items())
-        raise UserError(f"{settings.path}: tokenizer.ggml.model is {kind!r}, supported are {known}")
-    tokens, kinds = _vocabulary(settings, kind)
-    ids = {name: _token_id(settings, name, len(tokens)) for name in (*ENDS, "bos", "unknown", "padding")}
+        raise UserError(f"{source.path}: tokenizer.ggml.model is {kind!r}, supported are {known}")
+    tokens, kinds = _vocabulary(source, kind)
+    ids = {name: _token_id(source, name, len(tokens)) for name in (*ENDS, "bos", "unknown", "padding")}
     if kind == "gpt2":
-        content = _byte_level(settings, tokens)
+        content = _byte_level(source, tokens)
     else:
-        content = (_sentencepiece if kind == "llama" else _unigram)(settings, tokens, kinds, ids["unknown"])
-    strips = kind == "llama" and settings.values.get("general.architecture") == "phi3"
+        content = (_sentencepiece if kind == "llama" else _unigram)(source, tokens, kinds, ids["unknown"])
+    strips = kind == "llama" and source.metadata.get("general.architecture") == "phi3"
     content["added_tokens"] = _added(tokens, kinds, (CONTROL,) if kind == "gpt2" else (CONTROL, UNKNOWN), strips)
-    default = kind == "llama" or (kind == "gpt2" and PRETOKENIZERS[settings.get("tokenizer.ggml.pre", str, "default")].bos)
-    bos = ids["bos"] if settings.get("tokenizer.ggml.add_bos_token", bool, default) else None
+    default = kind == "llama" or (kind == "gpt2" and PRETOKENIZERS[source.get("tokenizer.ggml.pre", str, "default")].bos)
+    bos = ids["bos"] if source.get("tokenizer.ggml.add_bos_token", bool, default) else None
     if bos is not None:
         content["post_processor"] = _bos_first(tokens[bos], bos)
-    _save(content, settings.path, folder / "tokenizer.json")
+    _save(content, source.path, folder / "tokenizer.json")
 
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     tokenizer_config: dict[str, Any] = {f"{name}_token": tokens[ids[key] or 0] for key, name in names.items() if ids[key] is not None}
     tokenizer_config |= {"add_bos_token": bos is not None, "clean_up_tokenization_spaces": False, "model_max_length": config.block_size}
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if "tokenizer.chat_template" in settings.values:
-        tokenizer_config["chat_template"] = settings.get("tokenizer.chat_template", str)
+    if "tokenizer.chat_template" in source.metadata:
+        tokenizer_config["chat_template"] = source.get("tokenizer.chat_template", str)
     ends = [number for number in dict.fromkeys(ids[name] for name in ENDS) if number is not None]
     generation = {"bos_token_id": ids["bos"], "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": ids["padding"]}
     generation = {key: value for key, value in generation.items() if value is not None}
@@ -65,16 +65,16 @@ def _save(content: dict[str, Any], source: Path, file: Path) -> None:
         raise UserError(f"{source}: the tokenizer cannot be built: {error}") from None
 
 
-def _vocabulary(settings: Settings, model: str) -> tuple[list[str], list[int]]:
+def _vocabulary(source: Source, model: str) -> tuple[list[str], list[int]]:
     """Return the tokens and their types (default: normal), without those that only fill up the embedding.
 
     SentencePiece's user-defined tokens are searched in the raw text: they get blanks for U+2581.
     """
-    tokens: list[str] = settings.get("tokenizer.ggml.tokens", list)
+    tokens: list[str] = source.get("tokenizer.ggml.tokens", list)
     if not all(isinstance(token, str) for token in tokens):
-        raise UserError(f"{settings.path}: tokenizer.ggml.tokens holds other things than texts")
+        raise UserError(f"{source.path}: tokenizer.ggml.tokens holds other things than texts")
     size = len(tokens) - padding(tokens)
-    kinds = [int(kind) for kind in _numbers(settings, "tokenizer.ggml.token_type", len(tokens), NORMAL)[:size]]
+    kinds = [int(kind) for kind in _numbers(source, "tokenizer.ggml.token_type", len(tokens), NORMAL)[:size]]
     tokens = tokens[:size]
     if model != "gpt2":
         known = set(tokens)
@@ -84,25 +84,25 @@ def _vocabulary(settings: Settings, model: str) -> tuple[list[str], list[int]]:
     return tokens, kinds
 
 
-def _numbers(settings: Settings, key: str, size: int, default: float | None = None) -> Sequence[Any]:
+def _numbers(source: Source, key: str, size: int, default: float | None = None) -> Sequence[Any]:
     """Return an array with a number for each token."""
-    if key not in settings.values and default is not None:
+    if key not in source.metadata and default is not None:
         return [default] * size
-    array = settings.get(key, np.ndarray)
+    array = source.get(key, np.ndarray)
     if len(array) != size:
-        raise UserError(f"{settings.path}: {len(array)} entries in {key} for {size} tokens")
+        raise UserError(f"{source.path}: {len(array)} entries in {key} for {size} tokens")
     numbers: list[Any] = array.tolist()
     return numbers
 
 
-def _token_id(settings: Settings, name: str, size: int) -> int | None:
+def _token_id(source: Source, name: str, size: int) -> int | None:
     """Return tokenizer.ggml.<name>_token_id; None if it is missing or -1 (also written without a sign)."""
     key = f"tokenizer.ggml.{name}_token_id"
-    number = settings.get(key, int, -1)
+    number = source.get(key, int, -1)
     if number in (-1, 2**32 - 1):
         return None
     if not 0 <= number < size:
-        raise UserError(f"{settings.path}: {key} is {number}, but there are {size} tokens")
+        raise UserError(f"{source.path}: {key} is {number}, but there are {size} tokens")
     return int(number)
 
 
@@ -111,14 +111,14 @@ def _bpe(tokens: Sequence[str], merges: Iterable[Sequence[str]], **settings: Any
     return {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in merges], **settings}
 
 
-def _byte_level(settings: Settings, tokens: list[str]) -> dict[str, Any]:
+def _byte_level(source: Source, tokens: list[str]) -> dict[str, Any]:
     """GPT-2's scheme: the bytes of the text, written as printable characters, are cut by a pattern and merged."""
-    pre = settings.get("tokenizer.ggml.pre", str, "default")
+    pre = source.get("tokenizer.ggml.pre", str, "default")
     if pre not in PRETOKENIZERS:
-        raise UserError(f"{settings.path}: tokenizer.ggml.pre is {pre!r}, supported are {', '.join(sorted(PRETOKENIZERS))}")
-    pairs = [str(merge).split(" ") for merge in settings.get("tokenizer.ggml.merges", list)]
+        raise UserError(f"{source.path}: tokenizer.ggml.pre is {pre!r}, supported are {', '.join(sorted(PRETOKENIZERS))}")
+    pairs = [str(merge).split(" ") for merge in source.get("tokenizer.ggml.merges", list)]
     if bad := [pair for pair in pairs if len(pair) != 2]:
-        raise UserError(f"{settings.path}: tokenizer.ggml.merges holds {' '.join(bad[0])!r}, which is not two tokens")
+        raise UserError(f"{source.path}: tokenizer.ggml.merges holds {' '.join(bad[0])!r}, which is not two tokens")
     return {
         "model": _bpe(tokens, pairs, ignore_merges=PRETOKENIZERS[pre].whole_words),
         "normalizer": {"type": "NFC"} if PRETOKENIZERS[pre].nfc else None,
@@ -127,20 +127,20 @@ def _byte_level(settings: Settings, tokens: list[str]) -> dict[str, Any]:
     }
 
 
-def _sentencepiece(settings: Settings, tokens: list[str], kinds: list[int], unknown: int | None) -> dict[str, Any]:
+def _sentencepiece(source: Source, tokens: list[str], kinds: list[int], unknown: int | None) -> dict[str, Any]:
     """SentencePiece: blanks become U+2581, the neighbours whose union has the best score merge first, unknown characters become bytes."""
-    scores = _numbers(settings, "tokenizer.ggml.scores", len(settings.get("tokenizer.ggml.tokens", list)))
+    scores = _numbers(source, "tokenizer.ggml.scores", len(source.get("tokenizer.ggml.tokens", list)))
     normal = {token: float(score) for token, kind, score in zip(tokens, kinds, scores, strict=False) if kind == NORMAL}
     unk = None if unknown is None else tokens[unknown]
     return {
         "model": _bpe(tokens, ranked_merges(normal), unk_token=unk, fuse_unk=True, byte_fallback=True),
-        **_blanks(settings),
+        **_blanks(source),
     }
 
 
-def _blanks(settings: Settings, *first: dict[str, Any]) -> dict[str, Any]:
+def _blanks(source: Source, *first: dict[str, Any]) -> dict[str, Any]:
     """Return what puts U+2581 for blanks, after the normalisers `first`, and back."""
-    prefix = settings.get("tokenizer.ggml.add_space_prefix", bool, True)
+    prefix = source.get("tokenizer.ggml.add_space_prefix", bool, True)
     steps = [*first, *([{"type": "Prepend", "prepend": BLANK}] if prefix else [])]
     steps += [{"type": "Replace", "pattern": {"String": " "}, "content": BLANK}]
     words = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -152,25 +152,25 @@ def _blanks(settings: Settings, *first: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unigram(settings: Settings, tokens: list[str], kinds: list[int], unknown: int | None) -> dict[str, Any]:
+def _unigram(source: Source, tokens: list[str], kinds: list[int], unknown: int | None) -> dict[str, Any]:
     """SentencePiece's unigram model: of all ways to cut a text the most probable one, by the scores, which are logarithms.
 
     Characters are replaced by the table `precompiled_charsmap` first.
     """
     if unknown is None:
-        raise UserError(f"{settings.path} has no tokenizer.ggml.unknown_token_id, which a unigram tokenizer needs")
-    scores = _numbers(settings, "tokenizer.ggml.scores", len(settings.get("tokenizer.ggml.tokens", list)))
-    table = settings.get("tokenizer.ggml.precompiled_charsmap", np.ndarray, np.zeros(0, np.uint8))
+        raise UserError(f"{source.path} has no tokenizer.ggml.unknown_token_id, which a unigram tokenizer needs")
+    scores = _numbers(source, "tokenizer.ggml.scores", len(source.get("tokenizer.ggml.tokens", list)))
+    table = source.get("tokenizer.ggml.precompiled_charsmap", np.ndarray, np.zeros(0, np.uint8))
     steps: list[dict[str, Any]] = []
     if len(table):
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table.astype(np.uint8).tobytes()).decode()})
-    if settings.get("tokenizer.ggml.remove_extra_whitespaces", bool, False):
+    if source.get("tokenizer.ggml.remove_extra_whitespaces", bool, False):
         steps += [{"type": "Strip", "strip_left": True, "strip_right": True}]
         steps += [{"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]
     vocabulary = [[token, float(score)] for token, score in zip(tokens, scores, strict=False)]
     return {
         "model": {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": BYTE in kinds},
-        **_blanks(settings, *steps),
+        **_blanks(source, *steps),
     }
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from litgpt import families as catalog
 from litgpt.config import Config
-from litgpt.convert.gguf.reader import Reader, Settings
+from litgpt.convert.gguf.reader import Reader
 from litgpt.convert.gguf.tokenizer import write_tokenizer
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
@@ -191,7 +191,7 @@ def test_sentencepieces_own_ids(tmp_path: Path, name: str, as_blanks: bool) -> N
     """Read from a file, and read again from a file made of that: the ids are SentencePiece's, and the texts come back."""
     (tmp_path / "a").mkdir()
     path = gguf_files.write_metadata(tmp_path / "a.gguf", sentencepiece_metadata(name, as_blanks))
-    write_tokenizer(Settings(Reader(path)), Config(), tmp_path / "a")
+    write_tokenizer(Reader(path), Config(), tmp_path / "a")
     values, again = gguf_files.read_back(tmp_path / "a", 530, tmp_path / "b")
     assert values["tokenizer.ggml.tokens"][520:] == [f"[PAD{i}]" for i in range(520, 530)]
     assert values["tokenizer.ggml.token_type"] == [*gguf_files.GOLDEN["models"][name]["types"], *[5] * 10]
@@ -212,7 +212,7 @@ def test_unigram_ids_are_sentencepieces(tmp_path: Path, name: str) -> None:
     if "charsmap" in model:
         values["precompiled_charsmap"] = list(base64.b64decode(model["charsmap"]))
     path = gguf_files.write_metadata(tmp_path / "a.gguf", {f"tokenizer.ggml.{key}": value for key, value in values.items()})
-    write_tokenizer(Settings(Reader(path)), Config(), tmp_path)
+    write_tokenizer(Reader(path), Config(), tmp_path)
     tokenizer = Tokenizer(tmp_path)
     for text, ids in zip(gguf_files.GOLDEN["texts"], model["ids"], strict=True):
         assert tokenizer.ids(text, bos=False) == ids, text
@@ -225,7 +225,7 @@ def test_a_unigram_file_must_name_its_unknown_token(tmp_path: Path) -> None:
     values = {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.scores": [0.0]}
     path = gguf_files.write_metadata(tmp_path / "a.gguf", values)
     with pytest.raises(UserError, match="has no tokenizer.ggml.unknown_token_id, which a unigram tokenizer needs"):
-        write_tokenizer(Settings(Reader(path)), Config(), tmp_path)
+        write_tokenizer(Reader(path), Config(), tmp_path)
 
 
 def test_phi_3_takes_the_blanks_behind_its_control_tokens(tmp_path: Path) -> None:
@@ -238,6 +238,6 @@ def test_phi_3_takes_the_blanks_behind_its_control_tokens(tmp_path: Path) -> Non
     for architecture, expected in (("phi3", "<|user|>the"), ("llama", "<|user|>\n the")):
         (tmp_path / architecture).mkdir()
         path = gguf_files.write_metadata(tmp_path / "a.gguf", values, architecture)
-        write_tokenizer(Settings(Reader(path)), Config(), tmp_path / architecture)
+        write_tokenizer(Reader(path), Config(), tmp_path / architecture)
         tokenizer = Tokenizer(tmp_path / architecture)
         assert tokenizer.decode(tokenizer.ids("<|user|>\n the", bos=False), skip_special_tokens=False) == expected
