@@ -8,11 +8,12 @@ import copy
 import dataclasses
 import math
 import re
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, TypeGuard, Union
+from typing import Any, Literal, NamedTuple, Optional, TypeGuard, Union
 
 from litgpt.errors import UserError
 
@@ -26,15 +27,51 @@ Grid = dict[str, list[Any]]  # values to try for other keys, in all combinations
 ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")  # packages of the classes that settings may name
 
 
-def setting(default: Any, *, varies: bool = False, may_change: bool = False, older_names: tuple[str, ...] = ()) -> Any:
+class Range(NamedTuple):
+    """The numbers that a setting may be."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False  # `least` itself is out of range
+    below: bool = False  # `most` itself is out of range
+    whole: bool = False
+    hint: str = ""
+
+    def holds(self, value: Any) -> bool:
+        """Return True for a finite number of the range."""
+        inside = is_number(value) and self.least <= value <= self.most
+        return (
+            inside
+            and isinstance(value, int if self.whole else (int, float))
+            and not (self.above and value == self.least)
+            and not (self.below and value == self.most)
+        )
+
+    def __str__(self) -> str:
+        text = "a whole number" if self.whole else "a number"
+        if self.most < math.inf:
+            text += f" {'above' if self.above else 'from'} {self.least:g} {'to below' if self.below else 'to'} {self.most:g}"
+        elif self.least > -math.inf:
+            text += f" {'above' if self.above else 'of at least'} {self.least:g}"
+        return f"{text} {self.hint}".rstrip()
+
+
+FROM_0, ABOVE_0, SHARE = Range(0), Range(0, above=True), Range(0, 1)
+COUNT, POSITIVE = Range(0, whole=True), Range(1, whole=True)
+
+
+def setting(
+    default: Any, numbers: Range | None = None, *, varies: bool = False, may_change: bool = False, older_names: tuple[str, ...] = ()
+) -> Any:
     """Return a dataclass field with this default.
 
     Args:
+        numbers: The numbers that `require_ranges` lets it be.
         varies: The trials of one sweep may have different values: the value changes neither the data nor the frozen layers' outputs.
         may_change: A resumed run may have another value: the steps that both runs take are the same.
         older_names: Names of the key in earlier versions, which configurations may still use.
     """
-    metadata = {"varies": varies, "may_change": may_change, "older_names": older_names}
+    metadata = {"numbers": numbers, "varies": varies, "may_change": may_change, "older_names": older_names}
     if dataclasses.is_dataclass(default):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -55,74 +92,66 @@ def older_names(settings: type) -> dict[str, str]:
     return {older: item.name for item in dataclasses.fields(settings) for older in item.metadata.get("older_names", ())}
 
 
-def _at_least(group: str, args: Any, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"{group}.{name} must be at least {least}, but is {value}")
-
-
-def _above_zero(group: str, args: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{group}.{name} must be above 0, but is {value}")
+def require_ranges(settings: Any, group: str = "") -> None:
+    """Raise UserError for a number of a settings dataclass that is out of its range; `group` precedes the key in the message."""
+    for item in dataclasses.fields(settings):
+        numbers, value = item.metadata.get("numbers"), getattr(settings, item.name)
+        may_be_missing = value is None and type(None) in typing.get_args(item.type)
+        if numbers is not None and not may_be_missing and not numbers.holds(value):
+            raise UserError(f"{group}{item.name} is {repr(value)[:60]}: {numbers} is needed")
 
 
 @dataclass
 class TrainArgs:
     """How long to train, in what batches, and how the learning rate moves."""
 
-    save_interval: Optional[int] = setting(1000, may_change=True)
+    save_interval: Optional[int] = setting(1000, POSITIVE, may_change=True)
     """Optimizer steps between checkpoints that stay. null: the final one only."""
-    save_every_minutes: Optional[float] = setting(30, may_change=True)
+    save_every_minutes: Optional[float] = setting(30, ABOVE_0, may_change=True)
     """Minutes between checkpoints to resume from, besides save_interval's. Each is removed when the next checkpoint is complete."""
-    keep_last: Optional[int] = setting(None, may_change=True)
+    keep_last: Optional[int] = setting(None, POSITIVE, may_change=True)
     """Keep only this many of save_interval's checkpoints, the newest. null keeps all."""
     keep_best: bool = setting(True, may_change=True)
     """Keep the checkpoint with the lowest validation loss, in best/."""
-    log_interval: int = setting(1, may_change=True)
+    log_interval: int = setting(1, POSITIVE, may_change=True)
     """Optimizer steps between lines in the log."""
-    global_batch_size: int = setting(16, varies=True)
+    global_batch_size: int = setting(16, POSITIVE, varies=True)
     """Samples per optimizer step, over all devices."""
-    micro_batch_size: int = setting(4, varies=True)
+    micro_batch_size: int = setting(4, POSITIVE, varies=True)
     """Samples per forward pass on one device. The rest of the global batch is accumulated."""
-    lr_warmup_steps: Optional[int] = setting(DEFAULT_WARMUP_STEPS, varies=True)
+    lr_warmup_steps: Optional[int] = setting(DEFAULT_WARMUP_STEPS, COUNT, varies=True)
     """Optimizer steps in which the learning rate rises from 0. null: see lr_warmup_fraction, or no warm-up."""
-    lr_warmup_fraction: Optional[float] = setting(None, varies=True)
+    lr_warmup_fraction: Optional[float] = setting(None, SHARE, varies=True)
     """Warm-up as a share (0 to 1) of all steps. Give this or lr_warmup_steps, not both."""
-    epochs: Optional[int] = setting(5, varies=True)
+    epochs: Optional[int] = setting(5, POSITIVE, varies=True)
     """Passes over the training samples."""
-    max_tokens: Optional[int] = setting(None, varies=True)
+    max_tokens: Optional[int] = setting(None, POSITIVE, varies=True)
     """Stop after this many tokens, over all devices."""
-    max_steps: Optional[int] = setting(None, varies=True)
+    max_steps: Optional[int] = setting(None, POSITIVE, varies=True)
     """Stop after this many optimizer steps."""
-    max_time: Optional[float] = setting(None, varies=True, may_change=True)
+    max_time: Optional[float] = setting(None, ABOVE_0, varies=True, may_change=True)
     """Stop after this many seconds of training."""
-    max_seq_length: Optional[int] = None
+    max_seq_length: Optional[int] = setting(None, POSITIVE)
     """Cut samples to this many tokens. null: what the model can read."""
     group_by_length: bool = setting(False, varies=True)
     """Make batches of samples of similar length, which take less memory. Their order stays random."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the blocks that gradients cross, and run each block again in the backward pass: less memory, more time."""
-    neftune_noise_alpha: Optional[float] = None
+    neftune_noise_alpha: Optional[float] = setting(None, ABOVE_0)
     """Add uniform noise to the embeddings in training (NEFTune), 5 for example. Nothing is cached then. null: none."""
     tie_embeddings: Optional[bool] = None
     """Share one weight between the token embedding and the output head. null: as the checkpoint has it."""
-    replay: int = 0
+    replay: int = setting(0, COUNT)
     """Train this many general questions (24 at most) beside the data, with the base model's own answers: the model forgets less."""
-    max_norm: Optional[float] = setting(None, varies=True)
+    max_norm: Optional[float] = setting(None, ABOVE_0, varies=True)
     """Clip gradients to this norm. null: no clipping."""
-    min_lr: float = setting(6e-5, varies=True)
+    min_lr: float = setting(6e-5, FROM_0, varies=True)
     """Learning rate at the end of the cosine decay."""
     skip_nonfinite: bool = setting(False, varies=True, may_change=True)
     """Skip a step whose loss or gradient is not finite. Otherwise the run saves its state and stops (exit code 3)."""
 
     def __post_init__(self) -> None:
-        _at_least("train", self, 1, "save_interval", "keep_last", "log_interval", "global_batch_size", "micro_batch_size")
-        _at_least("train", self, 1, "epochs", "max_tokens", "max_steps", "max_seq_length")
-        _at_least("train", self, 0, "lr_warmup_steps", "lr_warmup_fraction", "min_lr", "replay")
-        _above_zero("train", self, "neftune_noise_alpha", "max_time", "max_norm", "save_every_minutes")
+        require_ranges(self, "train.")
         if self.global_batch_size % self.micro_batch_size:
             raise UserError(
                 f"train.global_batch_size ({self.global_batch_size}) must be a multiple of train.micro_batch_size"
@@ -149,8 +178,6 @@ class TrainArgs:
 
     def _prefer_warmup_fraction(self, fraction: float) -> None:
         """Let a fraction replace the default number of steps. Raises UserError if another number is given too."""
-        if fraction > 1:
-            raise UserError(f"train.lr_warmup_fraction must be between 0 and 1, but is {fraction}")
         if self.lr_warmup_steps not in (None, 0, DEFAULT_WARMUP_STEPS):
             raise UserError(
                 f"train.lr_warmup_steps ({self.lr_warmup_steps}) and train.lr_warmup_fraction ({fraction}) are both given: leave one out; "
@@ -163,11 +190,11 @@ class TrainArgs:
 class EvalArgs:
     """When and on how much to validate."""
 
-    interval: int = 600
+    interval: int = setting(600, POSITIVE)
     """Optimizer steps between validations."""
-    max_new_tokens: Optional[int] = setting(None, may_change=True)
+    max_new_tokens: Optional[int] = setting(None, COUNT, may_change=True)
     """Length of the sample answer that is generated at each validation. null: none is generated."""
-    max_iters: int = 100
+    max_iters: int = setting(100, POSITIVE)
     """Batches per validation at most."""
     initial_validation: bool = False
     """Validate before the first step."""
@@ -175,15 +202,13 @@ class EvalArgs:
     """Validate after the last step."""
     evaluate_example: Union[int, list[int], str] = setting("first", may_change=True)
     """The validation sample to answer: "first", "random" or its number, counted from 0; or a list of numbers."""
-    target_loss: Optional[float] = setting(None, varies=True, may_change=True)
+    target_loss: Optional[float] = setting(None, ABOVE_0, varies=True, may_change=True)
     """Stop as soon as the validation loss is this low. null: never."""
-    patience: Optional[int] = setting(None, varies=True, may_change=True)
+    patience: Optional[int] = setting(None, POSITIVE, varies=True, may_change=True)
     """Stop after this many validations in a row without a lower loss. null: never."""
 
     def __post_init__(self) -> None:
-        _at_least("eval", self, 1, "interval", "max_iters", "patience")
-        _at_least("eval", self, 0, "max_new_tokens")
-        _above_zero("eval", self, "target_loss")
+        require_ranges(self, "eval.")
         examples = self.evaluate_example if isinstance(self.evaluate_example, list) else [self.evaluate_example]
         for example in examples:
             if example not in ("first", "random") and (isinstance(example, str) or example < 0):
@@ -214,7 +239,7 @@ class LogArgs:
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Return True for a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def require_seed(seed: Any, place: str = "seed") -> None:

@@ -34,7 +34,7 @@ class Example(Run):
         (dict(min_lr=-1.0), "train.min_lr"),
         (dict(max_time=0.0), "train.max_time"),
         (dict(epochs=None), "would never end"),
-        (dict(lr_warmup_fraction=1.5), "between 0 and 1"),
+        (dict(lr_warmup_fraction=1.5), "from 0 to 1"),
         (dict(lr_warmup_steps=7, lr_warmup_fraction=0.1), "both given"),
     ],
 )

@@ -500,7 +500,7 @@ def test_upstream_yaml(name: str, tmp_path: Path) -> None:
         (["c", "-x"], ["'-x' is not understood"]),
         (["c", "0", "1"], ["'0' stands alone", "'[0, 1, 2]'"]),
         (["c", "--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
-        (["c", "--epochs", "0"], ["train.epochs must be at least 1, but is 0"]),
+        (["c", "--epochs", "0"], ["train.epochs is 0: a whole number of at least 1 is needed"]),
     ],
 )
 def test_mistakes_on_the_command_line(words: list[str], parts: list[str]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Optional, Union, get_args
 
 from litgpt.adapters.patterns import matching, names_of, require_patterns
-from litgpt.args import is_number, setting
+from litgpt.args import ABOVE_0, COUNT, FROM_0, Range, is_number, require_ranges, setting
 from litgpt.errors import UserError
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
@@ -23,6 +23,7 @@ ValueHeadKind = Literal["linear", "mlp"]
 TapNorm = Literal["rms", "none"]
 MAX_RANK = 2**16
 MOST_HEADS = 16
+RANK, DROPOUT = Range(0, MAX_RANK, whole=True), Range(0, 1, below=True)
 MODULES = {  # names of the modules that can be saved, here and in transformers -> here
     **dict.fromkeys(("wte", "embed_tokens", "embed_in", "word_embeddings"), "wte"),
     **dict.fromkeys(("lm_head", "embed_out"), "lm_head"),
@@ -34,11 +35,11 @@ LAYER_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_
 class AdapterSettings:
     """Which adapters a model has, and their sizes. The defaults attach none."""
 
-    lora_r: int = setting(0, varies=True)
+    lora_r: int = setting(0, RANK, varies=True)
     """Rank of the adapters."""
-    lora_alpha: int = setting(1, varies=True)
+    lora_alpha: int = setting(1, Range(), varies=True)
     """Adapters are scaled by lora_alpha / lora_r."""
-    lora_dropout: float = setting(0.0, varies=True)
+    lora_dropout: float = setting(0.0, DROPOUT, varies=True)
     """Dropout on the adapters' input."""
     lora_variant: Variant = setting("lora", varies=True)
     """lora; dora: weight-decomposed LoRA, which also learns the length of each row of a weight; pissa or olora: LoRA that starts from the
@@ -77,7 +78,7 @@ class AdapterSettings:
     """The token ids that open a reply and switch LoRA on. Default: those that the prompt style writes between a prompt and its reply."""
     value_head: Optional[ValueHeadKind] = setting(None, varies=True)
     """A head that says how good an answer is, linear or with a hidden layer, trained by objective critic or verifiable."""
-    mtp_heads: int = setting(0, varies=True)
+    mtp_heads: int = setting(0, Range(0, MOST_HEADS, whole=True), varies=True)
     """Heads that predict the tokens behind the next one, for `litgpt generate --speculate heads`: trained together with LoRA and
     Skip2-LoRA, or alone, on a frozen model, if these are off."""
     mtp_taps: bool = False
@@ -92,11 +93,11 @@ class AdapterSettings:
     """The layer whose input the adapters' sum is added to: lm_head, transformer.ln_f or transformer.h.M."""
     skip2lora_norm: TapNorm = "rms"
     """rms divides a block's output by its root mean square before its adapter, none does not."""
-    skip2lora_r: Optional[int] = setting(None, varies=True)
+    skip2lora_r: Optional[int] = setting(None, RANK, varies=True)
     """Rank of the Skip2-LoRA adapters. Default: lora_r."""
-    skip2lora_alpha: Optional[int] = setting(None, varies=True)
+    skip2lora_alpha: Optional[int] = setting(None, Range(), varies=True)
     """Their alpha. Default: lora_alpha."""
-    skip2lora_dropout: Optional[float] = setting(None, varies=True)
+    skip2lora_dropout: Optional[float] = setting(None, DROPOUT, varies=True)
     """Their dropout. Default: lora_dropout."""
 
     def __post_init__(self) -> None:
@@ -104,21 +105,11 @@ class AdapterSettings:
             value, names = getattr(self, key), get_args(kind)
             if value not in names and not (key == "value_head" and value is None):
                 raise UserError(f"{key} is {value!r}: choose {', '.join(map(repr, names[:-1]))} or {names[-1]!r}")
-        if not (isinstance(self.mtp_heads, int) and 0 <= self.mtp_heads <= MOST_HEADS):
-            raise UserError(f"mtp_heads is {self.mtp_heads!r}: a whole number from 0 to {MOST_HEADS} is needed")
+        require_ranges(self)
         if self.alora_enabled and self.lora_variant != "lora":
             raise UserError("alora_enabled works with lora_variant lora only")
         if self.alora_enabled and not self.has_lora_in_blocks:
             raise UserError("alora_enabled needs LoRA in the blocks: set lora_r and lora_query, lora_mlp, ...")
-        for prefix in ("lora", "skip2lora"):
-            rank, alpha, dropout = (getattr(self, f"{prefix}_{name}") for name in ("r", "alpha", "dropout"))
-            follows = prefix == "skip2lora"  # None stands for LoRA's value
-            if not (rank == 0 or _is_rank(rank)) and not (follows and rank is None):
-                raise UserError(f"{prefix}_r is {repr(rank)[:60]}: a rank is a whole number from 1 to {MAX_RANK}")
-            if not is_number(alpha) and not (follows and alpha is None):
-                raise UserError(f"{prefix}_alpha is {alpha!r}: a number is needed")
-            if not (is_number(dropout) and 0 <= dropout < 1) and not (follows and dropout is None):
-                raise UserError(f"{prefix}_dropout is {dropout!r}: a probability from 0 to below 1 is needed")
         if self.mtp_taps and not (self.mtp_heads and (self.skip2lora_enabled or not self.changes_text)):
             raise UserError(
                 "mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA: LoRA in the blocks changes their outputs, and "
@@ -191,24 +182,18 @@ class AdapterSettings:
 class WarmupSettings:
     """A first phase in which ordinary LoRA is trained on every block, before Skip2-LoRA."""
 
-    skip2lora_warmup_steps: int = 0
+    skip2lora_warmup_steps: int = setting(0, COUNT)
     """Train ordinary LoRA on every block for this many steps first (besides train.epochs and max_steps), then freeze it with the blocks
     before the output layer. Slower to start, better."""
-    skip2lora_warmup_epochs: float = 0.0
+    skip2lora_warmup_epochs: float = setting(0.0, FROM_0)
     """The same in epochs, 0.5 or 1 for example, in place of steps."""
-    skip2lora_warmup_lr: Optional[float] = None
+    skip2lora_warmup_lr: Optional[float] = setting(None, ABOVE_0)
     """The learning rate of the warm-up. Default: the optimizer's."""
 
     def __post_init__(self) -> None:
-        steps, epochs, rate = self.skip2lora_warmup_steps, self.skip2lora_warmup_epochs, self.skip2lora_warmup_lr
-        if not isinstance(steps, int) or steps < 0:
-            raise UserError(f"skip2lora_warmup_steps is {steps}: give 0 (none) or more")
-        if not is_number(epochs) or epochs < 0:
-            raise UserError(f"skip2lora_warmup_epochs is {epochs}: give 0 (none) or more, such as 0.5")
-        if steps and epochs:
+        require_ranges(self)
+        if self.skip2lora_warmup_steps and self.skip2lora_warmup_epochs:
             raise UserError("skip2lora_warmup_steps and skip2lora_warmup_epochs say the same in two ways: give one of them")
-        if rate is not None and not (is_number(rate) and rate > 0):
-            raise UserError(f"skip2lora_warmup_lr is {rate!r}: a learning rate is a number above 0")
 
     def require_adapters(self, adapters: AdapterSettings) -> None:
         """Raise UserError if there is a warm-up and `adapters` have nothing to warm up."""

@@ -1,12 +1,11 @@
 """`litgpt finetune` (`finetune_lora`): LoRA and Skip2-LoRA."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, get_args
 
-from litgpt.adapters.settings import AdapterSettings, WarmupSettings
-from litgpt.args import Quantization, setting
+from litgpt.adapters.settings import DROPOUT, RANK, AdapterSettings, WarmupSettings
+from litgpt.args import ABOVE_0, Quantization, Range, setting
 from litgpt.errors import UserError
 from litgpt.finetune import Finetuning
 from litgpt.objectives.settings import Rating
@@ -25,12 +24,12 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
     out_dir: Path = setting(Path("out/finetune/lora"), may_change=True)
     quantize: Optional[Quantization] = None
     """Keep the frozen weights in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, also named bnb.int8-training)."""
-    lora_r: int = setting(8, varies=True)
-    lora_alpha: int = setting(16, varies=True)
-    lora_dropout: float = setting(0.05, varies=True)
+    lora_r: int = setting(8, RANK, varies=True)
+    lora_alpha: int = setting(16, Range(), varies=True)
+    lora_dropout: float = setting(0.05, DROPOUT, varies=True)
     lora_query: bool = setting(True, varies=True)
     lora_value: bool = setting(True, varies=True)
-    loraplus_lr_ratio: float = setting(1.0, varies=True)
+    loraplus_lr_ratio: float = setting(1.0, ABOVE_0, varies=True)
     """The learning rate of B as a multiple of A's (LoRA+): 16 for example, with a lower rate."""
     lr_ratios: Optional[dict[str, float]] = setting(None, varies=True)
     """Groups of parameters with a learning rate of their own, as multiples of the optimizer's: lora, skip2lora, value_head, mtp_heads, wte
@@ -57,8 +56,6 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
 
     def _require_rates(self) -> None:
         """Raise UserError for a factor that is no number above 0, and for one of parameters that are not trained."""
-        if not 0 < self.loraplus_lr_ratio < math.inf:
-            raise UserError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}: a number above 0 is needed")
         trained = [*self.heads, *(self.modules_to_save or ())]
         trained += ["lora"] if self.has_lora_in_blocks or (self.lora_r > 0 and self.lora_head) else []
         trained += ["skip2lora"] if self.skip2lora_enabled else []
@@ -66,8 +63,8 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
         for group, ratio in (self.lr_ratios or {}).items():
             if group not in groups:
                 raise UserError(f"lr_ratios names {group}, which is not trained: these settings train {', '.join(groups)}")
-            if not (isinstance(ratio, (int, float)) and 0 < ratio < math.inf):
-                raise UserError(f"lr_ratios.{group} is {ratio!r}: a number above 0 is needed")
+            if not ABOVE_0.holds(ratio):
+                raise UserError(f"lr_ratios.{group} is {ratio!r}: {ABOVE_0} is needed")
 
     def lr_ratio_of(self, name: str) -> float:
         """Return the learning rate of a parameter as a multiple of the optimizer's."""

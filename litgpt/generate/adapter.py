@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from litgpt.args import POSITIVE, setting
 from litgpt.errors import UserError
 from litgpt.generate.base import Answers, Checkpoint
 
@@ -14,7 +15,7 @@ class Tuned(Answers, Checkpoint):
 
     input: str = ""
     """Text that belongs to the question, for which some prompt styles have a place."""
-    max_new_tokens: int = 100
+    max_new_tokens: int = setting(100, POSITIVE)
 
     def answer(self, key: str, **how: Any) -> None:
         """Answer with the file that the setting `key` names; `how` goes to `open_model`."""

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
-from litgpt.args import Quantization
+from litgpt.args import POSITIVE, Quantization, require_ranges, setting
 from litgpt.errors import UserError
 from litgpt.streams import show
 
@@ -37,7 +37,7 @@ class Drawing:
 
     sys_prompt: Optional[str] = None
     """System text that replaces the prompt style's own."""
-    max_new_tokens: int = 50
+    max_new_tokens: int = setting(50, POSITIVE)
     """Longest answer in tokens."""
     top_k: Optional[int] = 50
     """Draw among this many of the most probable tokens. null: among all."""
@@ -57,9 +57,7 @@ class Drawing:
     """Hugging Face token, for a gated model that is downloaded by its name."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_samples", "speculative_k", "best_of"):
-            if getattr(self, name, 1) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        require_ranges(self)
 
     def opened(self, checkpoint_dir: Path, **how: Any) -> "LLM":
         """Return the model of a folder. `how`: arguments of `open_model`; a model whose `device` is given is left to be divided."""
@@ -102,7 +100,7 @@ class Answers(Drawing):
 
     prompt: str = "What food do llamas eat?"
     """The question, without the prompt style's wrapping."""
-    num_samples: int = 1
+    num_samples: int = setting(1, POSITIVE)
     """How many answers to draw."""
 
     def show(
@@ -138,7 +136,7 @@ class Generate(Answers, Checkpoint):
     speculate: Optional[Speculation] = None
     """Check several drafted tokens in one pass, with the same distribution. heads takes drafts from the model's own multi-token heads
     (`litgpt finetune --mtp_heads 3`); prompt_lookup takes them from the text so far, where an answer repeats its prompt or itself."""
-    best_of: int = 1
+    best_of: int = setting(1, POSITIVE)
     """Draw this many answers and show the best of them, by `by`."""
     by: Literal["value"] = "value"
     """value takes the answer that the model's value head takes for the best (`litgpt finetune --objective critic`)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+from litgpt.args import POSITIVE, setting
 from litgpt.data.base import question_of
 from litgpt.data.records import Record, read_record
 from litgpt.data.sources import read_records, read_rows
@@ -37,7 +38,7 @@ class Files:
 class SampleAnswers(Drawing, Files, Checkpoint):
     """Draw several answers to each question of a file, and check them."""
 
-    n: int = 8
+    n: int = setting(8, POSITIVE)
     """Answers to each question."""
     check: str = EXACT
     """exact: the same words as the record's own answer. FILE.py:FUNCTION calls your function with the record, as it is in the file, and the
@@ -47,8 +48,6 @@ class SampleAnswers(Drawing, Files, Checkpoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n < 1:
-            raise UserError(f"n is {self.n}: at least 1 is needed")
         self.data, self.out = expand_path(self.data), expand_path(self.out)
 
     def main(self) -> None:

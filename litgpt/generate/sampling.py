@@ -1,6 +1,5 @@
 """Drawing tokens by the logits, and stop sequences. V `padded_vocab_size`."""
 
-import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from litgpt.args import SHARE, Range, require_ranges, setting
 from litgpt.errors import UserError
 
 COLDEST = 1e-30  # a lower temperature is 0, which fp32 cannot tell apart
@@ -64,33 +64,19 @@ class Sampling:
     `logit_bias` is added. `sample` explains the others.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: float = setting(1.0, Range(0, hint="(0: always the most probable token)"))
+    top_k: int | None = setting(None, Range(1, whole=True, hint="(null: among all tokens)"))
+    top_p: float = setting(1.0, SHARE)
+    min_p: float = setting(0.0, SHARE)
+    repetition_penalty: float = setting(1.0, Range(0, above=True, hint="(1 changes nothing)"))
+    presence_penalty: float = setting(0.0, Range())
+    frequency_penalty: float = setting(0.0, Range())
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            kind = int if name == "top_k" else (int, float)
-            is_right = isinstance(value, Mapping) if name == "logit_bias" else isinstance(value, kind) and not isinstance(value, bool)
-            if not is_right and (name, value) != ("top_k", None):
-                raise UserError(f"{name} is {value!r}: {'a mapping of token ids' if name == 'logit_bias' else 'a number'} is needed")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}: 0 (always the most probable token) or a positive number is needed")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}: at least 1 token must remain (null for all)")
-        for name in ("top_p", "min_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}: a probability from 0 to 1 is needed")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}: a positive number is needed (1 changes nothing)")
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not abs(getattr(self, name)) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}: a number is needed (0 changes nothing)")
+        require_ranges(self)
+        if not isinstance(self.logit_bias, Mapping):
+            raise UserError(f"logit_bias is {self.logit_bias!r}: a mapping of token ids is needed")
 
     def draw(self, logits: torch.Tensor, tokens: Sequence[int], start: int, generator: torch.Generator | None = None) -> int:
         """Return the token that follows `tokens`, prompt and answer, which begins at `start`, by the logits (V,) of that place."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from litgpt.args import POSITIVE, setting
 from litgpt.generate.base import Answers
 
 
@@ -20,7 +21,7 @@ class Models:
 class Speculatively(Answers, Models):
     """Answer a prompt with a large model, faster by a small model of the same vocabulary that drafts its tokens."""
 
-    speculative_k: int = 3
+    speculative_k: int = setting(3, POSITIVE)
     """Tokens that the small model drafts at a time."""
 
     def main(self) -> None:

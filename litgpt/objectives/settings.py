@@ -3,12 +3,11 @@
 The string below each field is its help text on the command line.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional, get_args
+from typing import Literal, Optional, get_args
 
-from litgpt.args import is_number, setting
+from litgpt.args import ABOVE_0, FROM_0, SHARE, Range, require_ranges, setting
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 
@@ -26,38 +25,33 @@ class ObjectiveSettings:
     kto; from answers with a reward, critic, which trains a value head alone, or verifiable, which trains adapters beside it."""
     rho1_reference: Optional[Path] = None
     """A checkpoint or adapter folder: a model that was trained on good data, with the same tokenizer."""
-    rho1_keep: float = setting(0.6, varies=True)
+    rho1_keep: float = setting(0.6, Range(0, 1, above=True), varies=True)
     """The share of the tokens of each global batch that is trained: those with the largest loss above the reference's."""
-    dpo_beta: float = setting(0.1, varies=True)
+    dpo_beta: float = setting(0.1, ABOVE_0, varies=True)
     """How strongly DPO keeps the model near the base: lower lets it move further."""
-    dpo_label_smoothing: float = setting(0.0, varies=True)
+    dpo_label_smoothing: float = setting(0.0, Range(0, 0.5, below=True), varies=True)
     """The share of pairs, below 0.5, that DPO takes for labelled the wrong way round."""
     dpo_length_normalised: bool = setting(False, varies=True)
     """Divide DPO's log-ratio of each answer by its number of tokens. Then dpo_beta should be about as much higher."""
-    orpo_lambda: float = setting(0.1, varies=True)
+    orpo_lambda: float = setting(0.1, FROM_0, varies=True)
     """The weight of ORPO's odds ratio beside the loss of the preferred answer."""
-    kto_beta: float = setting(0.1, varies=True)
+    kto_beta: float = setting(0.1, ABOVE_0, varies=True)
     """The same as dpo_beta, for KTO."""
-    kto_desirable_weight: float = setting(1.0, varies=True)
+    kto_desirable_weight: float = setting(1.0, FROM_0, varies=True)
     """Factor of KTO's losses of answers that are good."""
-    kto_undesirable_weight: float = setting(1.0, varies=True)
+    kto_undesirable_weight: float = setting(1.0, FROM_0, varies=True)
     """Factor of KTO's losses of answers that are bad."""
-    mtp_weight: float = setting(0.3, varies=True)
+    mtp_weight: float = setting(0.3, FROM_0, varies=True)
     """The weight of the multi-token heads' mean loss (mtp_heads) beside the next token's, where adapters are trained too."""
-    critic_lambda: float = setting(1.0, varies=True)
+    critic_lambda: float = setting(1.0, SHARE, varies=True)
     """The target of a critic's value: 1 is the answer's reward; below 1, it is mixed with the values of the tokens that follow (TD)."""
-    verifiable_beta: float = setting(1.0, varies=True)
+    verifiable_beta: float = setting(1.0, FROM_0, varies=True)
     """How much more objective verifiable learns the tokens that raised the value. 0: all tokens of a right answer alike."""
-    verifiable_cap: float = setting(2.0, varies=True)
+    verifiable_cap: float = setting(2.0, ABOVE_0, varies=True)
     """The largest factor of a token's loss."""
 
     def __post_init__(self) -> None:
-        for key in ("dpo_beta", "kto_beta", "verifiable_cap"):
-            _require(0 < _number(self, key) < math.inf, self, key, "a number above 0")
-        for key in ("orpo_lambda", "mtp_weight", "kto_desirable_weight", "kto_undesirable_weight", "verifiable_beta"):
-            _require(0 <= _number(self, key) < math.inf, self, key, "a number of at least 0")
-        _require(0 < _number(self, "rho1_keep") <= 1, self, "rho1_keep", "a share above 0, at most 1,")
-        _require(0 <= _number(self, "critic_lambda") <= 1, self, "critic_lambda", "a number from 0 to 1")
+        require_ranges(self)
         if self.objective in get_args(Rating) and not hasattr(self, "value_head"):
             raise UserError(f"objective {self.objective} trains a value head, which finetune_lora adds: use `litgpt finetune_lora`")
         if self.objective == "rho1" and self.rho1_reference is None:
@@ -66,14 +60,3 @@ class ObjectiveSettings:
             )
         if self.rho1_reference is not None:
             self.rho1_reference = expand_path(self.rho1_reference)
-        _require(0 <= _number(self, "dpo_label_smoothing") < 0.5, self, "dpo_label_smoothing", "a number from 0 to below 0.5")
-
-
-def _number(settings: Any, key: str) -> float:
-    value = getattr(settings, key)
-    return value if is_number(value) else math.nan
-
-
-def _require(fits: bool, settings: Any, key: str, needed: str) -> None:
-    if not fits:
-        raise UserError(f"{key} is {getattr(settings, key)!r}: {needed} is needed")

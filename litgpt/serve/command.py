@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from litgpt.args import Quantization
+from litgpt.args import ABOVE_0, POSITIVE, Quantization, require_ranges, setting
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.streams import keep_secret, safe
@@ -29,7 +29,7 @@ class Serve:
     """Address to listen at. 0.0.0.0 is all of this machine's: give an api_key then."""
     port: int = 8000
     """Port to listen at; 0 for any that is free."""
-    max_new_tokens: int = 50
+    max_new_tokens: int = setting(50, POSITIVE)
     """Longest answer of /predict in tokens, where the request does not say."""
     temperature: Optional[float] = None
     """Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token. null: the checkpoint's, or 0.8."""
@@ -57,21 +57,19 @@ class Serve:
     """Key that requests must carry, as `Authorization: Bearer KEY`. Better given as LIT_SERVER_API_KEY in the environment."""
     access_token: Optional[str] = None
     """Hugging Face token, for a name on the hub that needs one."""
-    max_batch: int = 16
+    max_batch: int = setting(16, POSITIVE)
     """Answers computed at a time."""
-    max_queue: int = 64
+    max_queue: int = setting(64, POSITIVE)
     """Requests that wait; further ones are refused (429)."""
     max_prompt_tokens: Optional[int] = None
     """Longest prompt. null: what the model reads."""
-    timeout: float = 300.0
+    timeout: float = setting(300.0, ABOVE_0)
     """Seconds that a request may take, waiting included; its answer is cut then."""
 
     def __post_init__(self) -> None:
         if self.devices != 1:
             raise UserError(f"devices is {self.devices}: this server computes on one device")
-        for name in ("max_new_tokens", "max_batch", "max_queue", "timeout"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}: a positive number is needed")
+        require_ranges(self)
         if not self.api_path.startswith("/"):
             raise UserError(f"api_path is {self.api_path!r}: it begins with /, for example /predict")
         if self.generate_strategy is not None:

@@ -6,7 +6,6 @@ tensors and the states of the random generators. Neither can run code when it is
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -37,7 +36,6 @@ IDENTITY = "identity.json"  # in final: tells whether the run that ended there i
 ELSEWHERE = "Name another step with --resume, or start anew in another --out_dir"
 SCALARS, FACTORS = ("step", "eta", "mu", "mu_product"), ("row_var", "col_var")  # of torch.optim: one number; Adafactor's
 STATE = ("step", "tokens", "seconds", "losses", "best", "skipped", "loss_scale", "pending")  # of `State`, written as they are
-PROBES, PROBE_BYTES = 64, 2**20  # parts of a weights file that tell it from another one
 
 
 @dataclass
@@ -121,18 +119,16 @@ class Identity:
     """The facts that must be equal for a resumed run to be the same run."""
 
     settings: dict[str, Any]  # flat, without those that may change
-    base: str  # a digest of config and parts of the weights: all that earlier versions compared
-    weights: str  # sha256
+    config: str  # sha256 of the base's
+    weights: str  # sha256 of the base's
     train: tuple[int, str]  # number of samples and digest
     val: tuple[int, str]
 
     @classmethod
     def of(cls, settings: dict[str, Any], base: Path, config: dict[str, Any], train: Sequence[Sample], val: Sequence[Sample]) -> Identity:
         """Return the identity of a run with these settings, and digests of base and data."""
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        status = (base / checkpoint.WEIGHTS).stat()
-        digest.update(_weights_digest(base / checkpoint.WEIGHTS, status.st_size, status.st_mtime_ns).encode())
-        return cls(settings, digest.hexdigest(), checkpoint.weights_file(base).sha256, _samples_digest(train), _samples_digest(val))
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+        return cls(settings, digest, checkpoint.weights_file(base).sha256, _samples_digest(train), _samples_digest(val))
 
     def facts(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -145,7 +141,7 @@ class Identity:
             for key, value in now["settings"].items()
             if key in before["settings"] and before["settings"][key] != value
         ]
-        if any(now[key] != before.get(key, now[key]) for key in ("base", "weights")):
+        if any(now[key] != before.get(key, now[key]) for key in ("config", "weights")):  # which earlier versions did not write
             changes.append("the base model is another one (its weights or its config)")
         for key, name in (("train", "training"), ("val", "validation")):
             if now[key] != before[key]:
@@ -160,20 +156,6 @@ def compared_settings(hyperparameters: dict[str, Any], command: type) -> dict[st
     for key, value in hyperparameters.items():
         flat.update({f"{key}.{name}": item for name, item in value.items()} if key in ("train", "eval") else {key: value})
     return {key: value for key, value in flat.items() if key not in may_change}
-
-
-@functools.lru_cache(maxsize=1)
-def _weights_digest(file: Path, size: int, changed: int) -> str:
-    """Return a digest of a weights file's size and of its content at `PROBES` places, which is quick for a file of any size.
-
-    `changed` (its modification time) is part of the cache's key.
-    """
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as handle:
-        for start in (*range(0, size, max(PROBE_BYTES, size // PROBES)), max(0, size - PROBE_BYTES)):
-            handle.seek(start)
-            digest.update(handle.read(PROBE_BYTES))
-    return digest.hexdigest()
 
 
 def _samples_digest(samples: Sequence[Sample]) -> tuple[int, str]:
@@ -291,7 +273,7 @@ def _require_facts(facts: dict[str, Any]) -> None:
         _ = int(part[0]), str(part[1])
     if not all(isinstance(answer, str) for answer in facts.get("general_answers") or ()):
         raise TypeError("an answer")
-    _ = identity["base"], facts["optimizer"], datetime.fromisoformat(facts.get("date", "2026-01-01"))
+    _ = facts["optimizer"], datetime.fromisoformat(facts.get("date", "2026-01-01"))
 
 
 @dataclass

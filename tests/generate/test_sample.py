@@ -100,7 +100,7 @@ def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str])
         (["--check", "checks.py:nothing"], "check returned None for an answer to record 1"),
         (["--check", "checks.py:broken"], "KeyError: 'missing'"),
         (["--check", "wrong.py:even"], "wrong.py cannot be run: SyntaxError"),
-        (["--n", "0"], "n is 0: at least 1"),
+        (["--n", "0"], "n is 0: a whole number of at least 1"),
         (["--out", "answers.txt"], "ends in .jsonl"),
         (["--out", "old.jsonl"], "old.jsonl exists already"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),

@@ -110,7 +110,7 @@ def test_a_run_keeps_its_date(base: Path, data: Path, tmp_path: Path, monkeypatc
 
 
 FACTS: dict[str, Any] = {
-    "identity": {"settings": {}, "base": "", "train": [1, ""], "val": [1, ""]},
+    "identity": {"settings": {}, "train": [1, ""], "val": [1, ""]},
     "environment": {},
     "cached": {},
     "kept": True,

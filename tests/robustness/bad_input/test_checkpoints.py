@@ -567,7 +567,7 @@ ADAPTER = [
             lambda folder: (folder / "hyperparameters.yaml").write_text("checkpoint_dir: base\nlora_r: 1000000000\nlora_query: true\n")
         ),
         "hyperparameters.yaml: lora_r is 1000000000",
-        "from 1 to 65536",
+        "from 0 to 65536",
     ),
     Case("half the adapter", adapter(cut("lit_model.pth.lora", 0.5)), "lit_model.pth.lora is not a readable checkpoint", "truncated"),
     Case(
