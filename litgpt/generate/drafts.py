@@ -33,11 +33,12 @@ def generate(
     k: int = 3,
     generator: torch.Generator | None = None,
     kept: list[int] | None = None,
+    text: Sequence[int] = (),
 ) -> Generator[int, None, None]:
     """Yield the ids that follow `prompt`, up to `max_returned_tokens` in all. `kept` gets the number of drafted tokens kept in each round.
 
-    `draft`: the model that drafts; "heads", the target's own; or "prompt_lookup", the text so far. Raises UserError for models and lengths
-    that do not fit.
+    `draft`: the model that drafts; "heads", the target's own; or "prompt_lookup", the text so far, and `text` before it, such as the
+    prompt with a likely answer. Raises UserError for models and lengths that do not fit.
     """
     for model in (target,) if isinstance(draft, str) else (draft, target):
         check(model, prompt, max_returned_tokens - len(prompt))
@@ -50,7 +51,7 @@ def generate(
     tokens, large = list(prompt), _Cached(target, prompt, max_returned_tokens)
     drafter: Any
     if draft == "prompt_lookup":
-        drafter = Lookup(target.config.V, next(target.parameters()).device)
+        drafter = Lookup(target.config.V, next(target.parameters()).device, text)
     else:
         drafter = Heads(large, sampling, generator) if draft == "heads" else Draft(draft, prompt, max_returned_tokens, sampling, generator)
     try:
@@ -105,21 +106,24 @@ class Heads:
 
 
 class Lookup:
-    """Drafts from the text itself: what followed its last tokens, four of them or fewer, where they stood last."""
+    """Drafts from the text itself, and one before it: what followed the last tokens, four of them or fewer, where they stood last."""
 
     SIZES = (4, 3, 2)
 
-    def __init__(self, V: int, device: torch.device) -> None:
-        self.V, self.device, self.read = V, device, 0
+    def __init__(self, V: int, device: torch.device, before: Sequence[int] = ()) -> None:
+        self.V, self.device, self.read, self.before = V, device, 0, list(before)
         self.followed: dict[tuple[int, ...], int] = {}  # tokens -> where the text went on
 
     def __call__(self, tokens: list[int], most: int) -> tuple[list[int], list[torch.Tensor]]:
         """Return up to `most` tokens that may follow, and their distributions (V,), each of which is certain."""
-        for end in range(self.read, len(tokens)):
-            self.followed.update((tuple(tokens[end - n : end]), end) for n in self.SIZES if n <= end)
-        self.read = len(tokens)
-        place = next((place for n in self.SIZES if (place := self.followed.get(tuple(tokens[-n:])))), len(tokens))
-        drafted = tokens[place : place + most]
+        text = [*self.before, *tokens]
+        for end in range(self.read, len(text)):
+            self.followed.update((tuple(text[end - n : end]), end) for n in self.SIZES if n <= end)
+        self.read = len(text)
+        place = next((place for n in self.SIZES if (place := self.followed.get(tuple(text[-n:])))), len(text))
+        if self.before[: len(tokens)] == tokens:  # the text before goes on from here
+            place = len(tokens)
+        drafted = text[place : place + most]
         q = torch.zeros(len(drafted), self.V, device=self.device)
         q[range(len(drafted)), drafted] = 1.0
         return drafted, list(q)
@@ -157,4 +161,6 @@ class _Cached:
                 x, taps = self.model.prefix(idx, pos)
             self.computed, self.computed_from = len(tokens), len(tokens) - count
             self.states = self.model.tail(x, taps, pos)[0, -count:], taps[0, -count:]
+            if self.model.switch is not None:  # for LoRA on the output layer
+                self.model.switch.mask = self.model.switch.mask[0, -count:]
             return self.model.logits(self.states[0])

@@ -15,7 +15,6 @@ from litgpt.args import TrainArgs
 from litgpt.checkpoint import chosen_taps, tokenizer_contents
 from litgpt.config import Config
 from litgpt.data.base import Splits
-from litgpt.data.records import Record
 from litgpt.data.text_files import Text
 from litgpt.device import backbone_dtype, default_device, default_precision, process_rank, seed_everything
 from litgpt.errors import UserError
@@ -26,12 +25,13 @@ from litgpt.objectives.named import objective_of
 from litgpt.optim import make_optimizer
 from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
+from litgpt.train.examples import Example, examples_of
 from litgpt.train.interrupts import memory_explained
 from litgpt.train.launch import place_of
 from litgpt.train.loop import Batches, require_divisible
 from litgpt.train.methods import Method, describe, describe_choice
 from litgpt.train.parallel import Rank, ends_together
-from litgpt.train.replay import base_answers, replay_samples
+from litgpt.train.replay import ANSWER_TOKENS, base_answers, replay_samples
 from litgpt.train.resume import Saved, Stopwatch
 from litgpt.train.settings import Run
 from litgpt.train.strategy import choose, require_shardable
@@ -54,7 +54,7 @@ class Job:
     style: PromptStyle
     splits: Splits
     model: GPT
-    examples: list[Record]  # the validation records to answer
+    examples: list[Example]  # the validation records to answer
     cache_dtype: torch.dtype
     shared: dict[str, ActivationCache] | None = None  # filled caches that several runs share; None: the run makes its own
     date: datetime = field(default_factory=datetime.now)  # the date that the chat template sees; a resumed run keeps it
@@ -163,15 +163,16 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         model.to(rank.device)
     model.max_seq_length = _max_seq_length(settings, model.config)
     answers = saved.general_answers if saved else None
+    examples = examples_of(settings.eval, settings.seed, splits.examples, style, tokenizer)
     if settings.train.replay and answers is None:
-        answers = _general_answers(settings, rank, console, model, tokenizer, style)
+        answers = _general_answers(settings, rank, console, model, tokenizer, style, examples)
     splits.train += replay_samples(answers or [], tokenizer, style, model.max_seq_length)
     _require_known_ids(splits, model.config, base)
     if model.config.alora_enabled:
         console.say(_switch_on_replies(settings, model, splits, style, tokenizer))
     model.activation_checkpointing = settings.train.activation_checkpointing
     model.neftune_alpha = settings.train.neftune_noise_alpha or 0.0
-    examples, cache_dtype = _examples(settings, splits.examples), _cache_dtype(method.cache.dtype, dtype)
+    cache_dtype = _cache_dtype(method.cache.dtype, dtype)
     return Job(
         settings,
         method,
@@ -247,13 +248,19 @@ def choose_taps(job: Job, count: int) -> list[int]:
     return list(rank.broadcast(blocks))
 
 
-def _general_answers(settings: Run, rank: Rank, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> list[str]:
-    """Return the answers of the model, whose adapters change nothing yet, to general questions; the first process's, for all."""
+def _general_answers(
+    settings: Run, rank: Rank, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle, examples: list[Example]
+) -> list[str]:
+    """Return the answers of the model, whose adapters change nothing yet, to general questions; the first process's, for all.
+
+    If examples are answered by as many tokens, they are answered beside them, which takes hardly longer.
+    """
     answers: list[str] = []
     if rank.is_first or rank.sharded:
         console.say(f"The base model answers {settings.train.replay} general questions")
         with rank.autocast():
-            answers = base_answers(model, tokenizer, style, settings.train.replay)
+            others = examples if (settings.eval.max_new_tokens or 0) == ANSWER_TOKENS else []
+            answers = base_answers(model, tokenizer, style, settings.train.replay, others)
     return list(rank.broadcast(answers))
 
 
@@ -275,17 +282,3 @@ def _cache_dtype(name: str | None, backbone: torch.dtype) -> torch.dtype:
     if name is not None and name not in CACHE_DTYPES:
         raise UserError(f"skip2lora_cache_dtype is {name!r}: choose one of {', '.join(CACHE_DTYPES)}")
     return CACHE_DTYPES[name] if name else backbone
-
-
-def _examples(settings: Run, records: list[Record]) -> list[Record]:
-    """Return the validation records that `eval.evaluate_example` names."""
-    which = settings.eval.evaluate_example
-    if not records:  # the data are tokens
-        return []
-    if which == "random":
-        which = int(torch.randint(len(records), (), generator=torch.Generator().manual_seed(settings.seed)))
-    indices = which if isinstance(which, list) else [0 if which == "first" else int(which)]
-    for index in indices:
-        if index >= len(records):
-            raise UserError(f"eval.evaluate_example is {index}: the validation set has {len(records)} samples, counted from 0")
-    return [records[index] for index in indices]

@@ -3,12 +3,15 @@
 Rehearsal (Robins 1995, doi:10.1080/09540099550039318) with pseudo-items: nothing is taught, the answers are those that the base gives.
 """
 
+from collections.abc import Sequence
+
 from litgpt.data.base import Encoder
 from litgpt.generate.engine import most_probable
 from litgpt.lora import GPT
 from litgpt.prompts import PromptStyle
 from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
+from litgpt.train.examples import Example
 
 ANSWER_TOKENS = 24
 QUESTIONS = (
@@ -20,14 +23,18 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: int) -> list[str]:
+def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: int, examples: Sequence[Example] = ()) -> list[str]:
     """Return the model's most probable answers to the first `count` questions, of `ANSWER_TOKENS` tokens at most.
 
-    The answer is empty where the question leaves no room for one within the model's `max_seq_length`.
+    The answer is empty where the question leaves no room for one within the model's `max_seq_length`. Short examples are answered too.
     """
     prompts = [tokenizer.ids(style.apply(question), bos=style.bos) for question in QUESTIONS[:count]]
-    replies = most_probable(model, prompts, ANSWER_TOKENS, style.stop_tokens(tokenizer))
-    return [tokenizer.decode(ids or []).strip() for ids in replies]
+    longest = min(2 * max(map(len, prompts), default=0), model.max_seq_length - ANSWER_TOKENS)
+    examples = [example for example in examples if len(example.prompt) <= longest]
+    replies = most_probable(model, [*prompts, *(each.prompt for each in examples)], ANSWER_TOKENS, style.stop_tokens(tokenizer))
+    for example, ids in zip(examples, replies[len(prompts) :], strict=True):
+        example.base = ids
+    return [tokenizer.decode(ids or []).strip() for ids in replies[: len(prompts)]]
 
 
 def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int) -> list[Sample]:

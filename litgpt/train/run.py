@@ -17,11 +17,9 @@ from litgpt.activations.cache import ActivationCache, Activations, Recompute, ac
 from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.data.base import render
 from litgpt.device import process_rank
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
 from litgpt.files import dump_yaml, nearest, read_json
-from litgpt.generate.engine import most_probable
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.loss import HeadLoss
@@ -34,6 +32,7 @@ from litgpt.quantize import count
 from litgpt.sample import Sample
 from litgpt.sharding import gathered, part_of
 from litgpt.text import size as shown, text_table
+from litgpt.train.examples import answer
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explained, out_of_memory
 from litgpt.train.loop import Batches, Loop, samples_of
 from litgpt.train.methods import CacheArgs, Method
@@ -310,19 +309,18 @@ class Session:
             return
         if self.rank.sharded and self.model.switch is not None:  # answer-only LoRA needs a key-value cache
             return
-        style, tokenizer = self.job.style, self.job.tokenizer
-        rendered = [render(example, style, tokenizer) for example in self.job.examples]
-        texts = [conversation.text[: conversation.spans[0][0]] for conversation in rendered]
-        prompts = [tokenizer.ids(text, bos=style.bos) for text in texts]
-        most, asked = self.settings.eval.max_new_tokens, self.interrupts
-        replies = most_probable(self.model, prompts, most, style.stop_tokens(tokenizer), lambda ids: asked.asked is not None)
-        if asked.asked is not None and not self.rank.sharded:
-            return
-        for example, text, ids in zip(self.job.examples, texts, replies, strict=True):
+        job, asked, most = self.job, self.interrupts, self.settings.eval.max_new_tokens
+        stops = job.style.stop_tokens(job.tokenizer)
+        for example in job.examples:
+            ids = example.base if not self.state.step else None
+            if ids is None:
+                ids = answer(self.model, example, most, stops, lambda: asked.asked is not None)
+            if asked.asked is not None and not self.rank.sharded:
+                return
             if ids is not None:
-                question, answer = example.question if example.pair else text, tokenizer.decode(ids).strip()
-                self.answers.setdefault(question, []).append((self.state.step, answer))
-                self.console.say(f"  asked: {question}\n  answered: {answer}")
+                text = job.tokenizer.decode(ids).strip()
+                self.answers.setdefault(example.question, []).append((self.state.step, text))
+                self.console.say(f"  asked: {example.question}\n  answered: {text}")
 
     def _contents(self) -> Callable[[Path], None]:
         """Return a function that writes the contents of every checkpoint into a folder."""

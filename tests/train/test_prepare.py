@@ -28,7 +28,7 @@ def test_a_job_has_what_was_read_and_nothing_is_written(base: Path, data: Path, 
     job = prepared(base, data, out_dir=tmp_path / "out")
     assert (len(job.splits.train), len(job.splits.val)) == (18, 2)
     assert (job.precision, job.cache_dtype, job.chosen) == ("32-true", torch.float32, None)
-    assert job.examples[0] == job.splits.examples[0] and job.cache_folder == tmp_path / "activation_cache"
+    assert job.examples[0].question == job.splits.examples[0].question and job.cache_folder == tmp_path / "activation_cache"
     assert finetune_runs.files(base) == before and not list(tmp_path.iterdir())
 
 
@@ -45,15 +45,6 @@ def test_the_cache_has_the_dtype_that_is_asked_for(base: Path, data: Path, tmp_p
     assert job.cache_dtype == settings.dtype == torch.bfloat16 and job.cache_folder == tmp_path
     with pytest.raises(UserError, match="skip2lora_cache_dtype is 'int4': choose one of bfloat16, "):
         prepared(base, data, skip2lora_cache_dtype="int4")
-
-
-def test_the_example_to_answer(base: Path, data: Path) -> None:
-    job = prepared(base, data, eval=EvalArgs(evaluate_example=1))
-    assert job.examples[0] == job.splits.examples[1] != job.splits.examples[0]
-    chosen = {prepared(base, data, eval=EvalArgs(evaluate_example="random"), seed=seed).examples[0].question for seed in (1, 1)}
-    assert len(chosen) == 1
-    with pytest.raises(UserError, match="eval.evaluate_example is 2: the validation set has 2 samples"):
-        prepared(base, data, eval=EvalArgs(evaluate_example=2))
 
 
 def test_wrong_optimizers_and_rates_show_at_once(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

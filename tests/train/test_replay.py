@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from litgpt import LLM
+from litgpt.train.examples import Example
 from litgpt.train.replay import ANSWER_TOKENS, QUESTIONS, base_answers, replay_samples
 
 
@@ -16,6 +17,17 @@ def test_answers_are_those_of_generate(base: Path) -> None:
     answers = base_answers(llm.model, llm.tokenizer, llm.prompt_style, 5)
     expected = [llm.generate(question, max_new_tokens=ANSWER_TOKENS, temperature=0.0) for question in QUESTIONS[:5]]
     assert answers == [str(text).strip() for text in expected]
+
+
+def test_short_examples_are_answered_beside_them_and_change_nothing(base: Path) -> None:
+    llm = LLM.load(base, precision="32-true")
+    short = Example("Hi", llm.tokenizer.ids(llm.prompt_style.apply("Hi")), [])
+    full = Example("long", list(range(5, 5 + llm.model.max_seq_length - 2)), [])
+    answers = base_answers(llm.model, llm.tokenizer, llm.prompt_style, 3, [short, full])
+    assert answers == base_answers(llm.model, llm.tokenizer, llm.prompt_style, 3)
+    assert full.base is None and short.base is not None
+    expected = llm.generate("Hi", max_new_tokens=ANSWER_TOKENS, temperature=0.0)
+    assert llm.tokenizer.decode(short.base).strip() == str(expected).strip()
 
 
 def test_samples_have_loss_on_the_answers(base: Path) -> None:

@@ -1,0 +1,70 @@
+"""Records whose replies are shown while a model learns them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+
+from litgpt.args import EvalArgs
+from litgpt.data.base import render
+from litgpt.data.records import Record
+from litgpt.errors import UserError
+from litgpt.generate import drafts
+from litgpt.generate.engine import most_probable
+from litgpt.generate.sampling import Sampling, until_stop
+from litgpt.lora import GPT
+from litgpt.prompts import PromptStyle
+from litgpt.sharding import is_sharded
+from litgpt.tokenizer import Tokenizer
+
+DRAFTED = 16  # tokens of the record's own reply that are checked in one pass
+
+
+@dataclass
+class Example:
+    """A question, and the record's own reply, which the model may come to give."""
+
+    question: str  # as it is shown
+    prompt: list[int]
+    text: list[int]  # the prompt and the record's reply
+    base: list[int] | None = None  # the base model's answer, if it was drawn together with others
+
+
+def examples_of(evaluation: EvalArgs, seed: int, records: Sequence[Record], style: PromptStyle, tokenizer: Tokenizer) -> list[Example]:
+    """Return the validation records that `eval.evaluate_example` names. Raises UserError for one that does not exist."""
+    which = evaluation.evaluate_example
+    if not records:  # the data are tokens
+        return []
+    if which == "random":
+        which = int(torch.randint(len(records), (), generator=torch.Generator().manual_seed(seed)))
+    examples = []
+    for index in which if isinstance(which, list) else [0 if which == "first" else int(which)]:
+        if index >= len(records):
+            raise UserError(f"eval.evaluate_example is {index}: the validation set has {len(records)} samples, counted from 0")
+        rendered = render(records[index], style, tokenizer)
+        prompt = rendered.text[: rendered.spans[0][0]]
+        question = records[index].question if records[index].pair else prompt
+        examples.append(Example(question, tokenizer.ids(prompt, bos=style.bos), tokenizer.ids(rendered.text, bos=style.bos)))
+    return examples
+
+
+def answer(
+    model: GPT, example: Example, most: int, stop_tokens: Sequence[Sequence[int]], is_stopped: Callable[[], bool]
+) -> list[int] | None:
+    """Return the most probable answer, of `most` tokens at most; None if the prompt fills `model.max_seq_length`.
+
+    A reply that the model has learned takes a few passes, not one for each token: the record's own is the draft.
+    """
+    prompt, was_training = example.prompt, model.training
+    most = min(most, model.max_seq_length - len(prompt))
+    if is_sharded(model) or model.config.rope_kind == "longrope" or most < 1:
+        return most_probable(model, [prompt], most, stop_tokens, lambda ids: is_stopped())[0]
+    generator = torch.Generator(next(model.parameters()).device)  # the run's own random numbers stay as they are
+    draws = Sampling(temperature=0.0)
+    drafted = drafts.generate("prompt_lookup", model, prompt, len(prompt) + most, draws, DRAFTED, generator, text=example.text)
+    with closing(drafted):
+        ids = list(takewhile(lambda _: not is_stopped(), until_stop(drafted, stop_tokens)))
+    model.train(was_training)
+    return ids
