@@ -18,14 +18,14 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.device import backbone_dtype, default_precision, find_device
 from litgpt.download import fetch_named
 from litgpt.errors import UserError
-from litgpt.files import read_json
+from litgpt.files import json_if_there
 from litgpt.generate.engine import Session, generate_batch
 from litgpt.generate.sampling import Sampling, until_stop_text
 from litgpt.lora import Config as LoRAConfig
 from litgpt.model import GPT
 from litgpt.module import ModelModule, Preprocessor as Preprocessor, benchmark_dict_to_markdown_table as benchmark_dict_to_markdown_table
 from litgpt.pretrain import fresh
-from litgpt.prompts import PROMPT_STYLE_FILE, ChatStyle, Message, PromptStyle, resolve_prompt_style
+from litgpt.prompts import ChatStyle, Message, PromptStyle, has_prompt_style, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.values import checked
 
@@ -110,7 +110,7 @@ class LLM(ModelModule):
         if checkpoint.is_adapter_folder(folder) and not (folder / "tokenizer.json").is_file():
             tokenizer_dir, _ = checkpoint.adapter_settings(folder, base)
         tokenizer = Tokenizer(tokenizer_dir)
-        style_dir = folder if (folder / PROMPT_STYLE_FILE).is_file() else tokenizer_dir
+        style_dir = folder if has_prompt_style(folder) else tokenizer_dir
         style = resolve_prompt_style(None, style_dir, tokenizer, fallback="default")
         return cls(model, tokenizer, style, recommended(tokenizer_dir), folder)
 
@@ -299,7 +299,7 @@ def recommended(folder: Path) -> dict[str, Any]:
     Raises UserError for values that are none.
     """
     file = folder / "generation_config.json"
-    content = read_json(file) if file.is_file() else {}
+    content = json_if_there(file)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     values = {name: content[name] for name in names if content.get(name) is not None}
     try:

@@ -6,11 +6,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from litgpt.files import read_bytes
+
 
 def is_mappable(path: Path) -> bool:
     """Return True if a torch file is a zip, torch's format since 1.6. Older files cannot be mapped."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+    return read_bytes(path, "is missing", most=None, count=4) == b"PK\x03\x04"
 
 
 def refuse_compressed(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from litgpt.archive import is_mappable, refuse_compressed, require_full_records
 from litgpt.atomic import digest, new_file, require_whole, write_bytes, write_text
 from litgpt.config import CHOSEN_TAPS, CORRECTION, Config
 from litgpt.errors import UserError
-from litgpt.files import decode_text, dump_yaml, parse_object, read_json, read_own, read_yaml
+from litgpt.files import decode_text, dump_yaml, kind_note, parse_object, read_json, read_own, read_yaml
 from litgpt.text import first_line
 from litgpt.tokenizer import template_files
 
@@ -65,10 +66,9 @@ def load_weights(path: str | Path, mapped: bool = True) -> dict[str, torch.Tenso
     import torch
 
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
+    is_zip = is_mappable(path)
     try:
-        if is_zip := is_mappable(path):
+        if is_zip:
             refuse_compressed(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a foreign file's pickle
@@ -119,7 +119,7 @@ def chosen_taps(folder: str | Path) -> list[int] | None:
 def read_hyperparameters(folder: str | Path) -> dict[str, Any]:
     """Return the settings of the run that wrote the folder; {} if no run did."""
     file = Path(folder) / "hyperparameters.yaml"
-    values = read_yaml(file) if file.is_file() else {}
+    values = read_yaml(file) if os.path.lexists(file) else {}
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no settings: copy it again, or remove it")
     return values
@@ -181,7 +181,7 @@ def _is_tokenizer_model(raw: bytes) -> bool:
 
 def hf_weights(folder: Path) -> Path | None:
     """Return the weights file of a Hugging Face folder, or the index of several; None if it has none."""
-    return next((file for name in WEIGHT_FILES if (file := folder / name).is_file()), None)
+    return next((file for name in WEIGHT_FILES if os.path.lexists(file := folder / name)), None)
 
 
 def adapter_hint(folder: Path) -> str:
@@ -211,13 +211,9 @@ def require_checkpoint(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist: make one with `litgpt convert_to_litgpt`, or check the path")
-    missing = [
-        f"{name} (a folder has this name)" if (folder / name).is_dir() else name
-        for name in (WEIGHTS, "model_config.yaml")
-        if not (folder / name).is_file()
-    ]
+    missing = [name + kind_note(folder / name) for name in (WEIGHTS, "model_config.yaml") if not (folder / name).is_file()]
     if not _has_tokenizer(folder):
-        missing.append("tokenizer.json")
+        missing.append(f"tokenizer.json{kind_note(folder / 'tokenizer.json')}")
     if missing:
         hint = adapter_hint(folder) or ": copy what is missing, or convert the model again with `litgpt convert_to_litgpt`"
         if hf_weights(folder) and (folder / "config.json").is_file():
@@ -432,7 +428,7 @@ def save_base(base: Path, folder: Path) -> None:
 
 def require_same_base(folder: Path, base: Path) -> None:
     """Raise UserError if the weights of `base` are not those that `base.json` names. An older adapter without one passes."""
-    if not (folder / BASE).is_file() or not (base / WEIGHTS).is_file():
+    if not os.path.lexists(folder / BASE) or not (base / WEIGHTS).is_file():
         return
     facts, file = read_json(folder / BASE), weights_file(base, now=True)
     if facts.get("bytes") != file.size or (facts.get("mtime_ns") != file.mtime_ns and facts.get("sha256") != file.sha256):
@@ -504,13 +500,13 @@ def adapter_settings(folder: str | Path, base: str | Path | None = None) -> tupl
 
 def is_adapter_folder(folder: str | Path) -> bool:
     """Return True if the folder holds an adapter and no complete model."""
-    return adapter_file(folder).is_file() and not (Path(folder) / WEIGHTS).is_file()
+    return os.path.lexists(adapter_file(folder)) and not (Path(folder) / WEIGHTS).is_file()
 
 
 def adapter_file(folder: str | Path) -> Path:
     """Return the file with the adapter's weights in a folder; LoRA's name if there is none."""
     files = [Path(folder) / name for name in ADAPTERS]
-    return next((file for file in files if file.is_file()), files[0])
+    return next((file for file in files if os.path.lexists(file)), files[0])
 
 
 def adapted_config(folder: str | Path, base: Path, settings: Mapping[str, Any]) -> LoRAConfig:

@@ -81,18 +81,29 @@ def read_text(path: str | Path, missing: str = MISSING, most: int | None = MOST_
     return decode_text(read_bytes(path, missing, most), path)
 
 
-def read_bytes(path: str | Path, missing: str = MISSING, most: int | None = MOST_BYTES) -> bytes:
-    """Return the content of a regular file."""
+def read_bytes(path: str | Path, missing: str = MISSING, most: int | None = MOST_BYTES, count: int = -1) -> bytes:
+    """Return the content of a regular file, or its first `count` bytes."""
     try:
         with open(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if most is not None and size > most:
                 raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a file may have: check what it holds")
-            return file.read(size or -1) or b""  # of a file in /proc, which has no size, what is there now
+            return file.read(size if size and count < 0 else count) or b""  # of a file in /proc, which has no size, what is there now
     except FileNotFoundError:
         raise UserError(f"{path} {missing}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def require_file(path: str | Path, missing: str = MISSING) -> None:
+    """Raise UserError as `read_bytes` does, without reading the file."""
+    read_bytes(path, missing, most=None, count=0)
+
+
+def kind_note(path: Path) -> str:
+    """Return what has the name of a missing file, to follow it in a message."""
+    kind = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "a link to nothing"
+    return f" ({kind} has this name)" if os.path.lexists(path) and not path.is_file() else ""
 
 
 def read_own(folder: str | Path, name: str) -> bytes | None:
@@ -167,6 +178,11 @@ def json_in(path: str | Path) -> dict[str, Any]:
     with suppress(UserError):
         return read_json(path)
     return {}
+
+
+def json_if_there(path: str | Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds; {} if nothing has its name."""
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def parse_object(text: str, path: str | Path) -> dict[str, Any]:

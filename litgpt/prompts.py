@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -307,7 +308,7 @@ def resolve_prompt_style(
         return _require_own_template(folder, tokenizer)
     if name is not None:
         return PromptStyle.from_name(name)
-    if (folder / PROMPT_STYLE_FILE).exists():
+    if has_prompt_style(folder):
         return load_prompt_style(folder, tokenizer)
     if template := _own_template(folder, tokenizer):
         return template
@@ -362,7 +363,7 @@ def model_name_to_prompt_style(model_name: str) -> PromptStyle:
 
 def has_prompt_style(checkpoint_dir: str | Path) -> bool:
     """Return True if the folder has a prompt_style.yaml."""
-    return (Path(checkpoint_dir) / PROMPT_STYLE_FILE).is_file()
+    return os.path.lexists(Path(checkpoint_dir) / PROMPT_STYLE_FILE)
 
 
 def save_prompt_style(style: PromptStyle | str, checkpoint_dir: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.errors import UserError
-from litgpt.files import decode_text, expand_path, read_bytes, read_json, read_own
+from litgpt.files import decode_text, expand_path, json_if_there, read_bytes, read_own
 
 if TYPE_CHECKING:
     import tokenizers
@@ -47,7 +48,7 @@ class Tokenizer:
         for part in ("decoder", "pre_tokenizer"):
             if (growth := _grown(1, _growths(getattr(self._backend, part)))) > MOST_GROWTH:
                 raise UserError(f"{folder / 'tokenizer.json'}: its {part} makes a text {min(growth, 10**9):,} times as long: copy it again")
-        config, named = (_load_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        config, named = (json_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
         if "added_tokens_decoder" not in config:  # else transformers does not read special_tokens_map.json
             config = _with_map(config, named)
         self._config = {key: value for key, value in config.items() if value is not None}
@@ -55,7 +56,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = self._config.get("split_special_tokens") is True
         self._add_tokens(folder)
         generation = folder / "generation_config.json"
-        if not generation.is_file():  # transformers derives it from the model's config
+        if not os.path.lexists(generation):  # transformers derives it from the model's config
             generation = folder / "config.json"
         bos_ids, eos_ids = (self._ids_in(generation, key) for key in ("bos_token_id", "eos_token_id"))
         self.bos_id = self._special_id("bos_token", bos_ids, folder)
@@ -105,7 +106,7 @@ class Tokenizer:
 
     def _ids_in(self, file: Path, key: str) -> list[int]:
         """Return the ids under `key` of a JSON file: a number or a list of numbers. Some models write -1 for none."""
-        entry = _load_json(file).get(key)
+        entry = json_if_there(file).get(key)
         values = [value for value in (entry if isinstance(entry, list) else [entry]) if value not in (None, -1)]
         for value in values:
             number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
@@ -347,11 +348,6 @@ def _no_panics(file: str) -> Iterator[None]:
         ) from None
 
 
-def _load_json(file: Path) -> dict[str, Any]:
-    """Return the content of a JSON object file; empty if there is no file."""
-    return read_json(file) if file.exists() else {}
-
-
 def _with_map(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """Return tokenizer_config.json with special_tokens_map.json over it. Extra tokens are joined; the older key counts alone."""
     extra, older = EXTRA_TOKENS
@@ -383,7 +379,7 @@ def _token_text(entry: Any) -> str | None:
 def _listed_tokens(listed: Any, folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return text and flags of the tokens in `added_tokens_decoder`, or in added_tokens.json if there is none, by their ids."""
     if listed is None:
-        legacy = _load_json(folder / "added_tokens.json")
+        legacy = json_if_there(folder / "added_tokens.json")
         listed = {str(number): {"content": text} for text, number in legacy.items()}
     try:
         entries = sorted((int(number), entry["content"], entry) for number, entry in listed.items())

@@ -1,5 +1,6 @@
 """`litgpt validate`: check that a checkpoint or an adapter is complete and consistent, and estimate the memory to fine-tune it."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional
@@ -8,6 +9,7 @@ from litgpt import atomic, checkpoint
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
+from litgpt.files import kind_note
 from litgpt.prompts import ChatStyle, resolve_prompt_style
 from litgpt.text import size, text_table
 from litgpt.tokenizer import Tokenizer
@@ -150,14 +152,14 @@ def _run(name: str, check: Callable[[], Result]) -> Check:
 def files(folder: Path, needed: tuple[str, ...]) -> Result:
     """Check that all needed files exist and that no file is empty."""
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
-    problems = [f"{name} is missing" for name in needed if name not in sizes]
+    problems = [f"{name} is missing{kind_note(folder / name)}" for name in needed if name not in sizes]
     problems += [f"{name} is empty" for name, count in sizes.items() if not count and not name.startswith(".")]
     return f"{len(sizes)} files, {size(sum(sizes.values()))}", problems
 
 
 def manifest(folder: Path) -> Result:
     """Compare the files with the sizes and digests in the manifest."""
-    if not (folder / atomic.MANIFEST).is_file():
+    if not os.path.lexists(folder / atomic.MANIFEST):
         return "none", []
     return f"{len(atomic.read_manifest(folder) or ())} files compared", atomic.damages(folder, contents=True)
 

@@ -13,7 +13,7 @@ from torch import nn
 from litgpt.adapters.base import Adapter, is_transposed
 from litgpt.atomic import write_bytes
 from litgpt.errors import UserError
-from litgpt.files import expand_path
+from litgpt.files import expand_path, require_file
 
 ALL, SQUARE = "all-linear", "square"
 VERSION = 1  # of the file's form
@@ -72,8 +72,7 @@ def write_lora(file: Path | str, entries: Mapping[str, Entry], weights: dict[str
 def read_lora(file: Path | str) -> tuple[dict[str, Entry], dict[str, torch.Tensor]]:
     """Return the layers' entries and tensors. Raises UserError for a file that is not ours, or of another version."""
     path = expand_path(file)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name a file that save_lora wrote")
+    require_file(path, "does not exist: name a file that save_lora wrote")
     try:
         with safe_open(path, "pt") as content:
             header = json.loads((content.metadata() or {}).get("lora", "{}"))

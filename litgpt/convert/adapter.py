@@ -1,5 +1,6 @@
 """`litgpt convert_adapter`: adapters between litgpt's folders, PEFT's format and GGUF (LoRA) and the portable one (Skip2-LoRA)."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
@@ -80,7 +81,7 @@ def _to_gguf(source: Path, target: Path, kind: str, checkpoint_dir: Optional[Pat
 
 def kind_of(folder: Path) -> str:
     """Return the file that marks the folder as a litgpt, PEFT or portable adapter. Raises UserError if there is none, or several."""
-    kinds = [name for name in FORMATS if (folder / name).is_file()]
+    kinds = [name for name in FORMATS if os.path.lexists(folder / name)]
     if len(kinds) != 1:
         content = f"it has {' and '.join(kinds)}" if kinds else f"it has none of {LITGPT}, {PEFT} and {PORTABLE}"
         raise UserError(f"{folder} cannot be converted: {content}{checkpoint.adapter_hint(folder)}")

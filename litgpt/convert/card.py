@@ -13,6 +13,7 @@ from litgpt.errors import UserError
 from litgpt.finetune.full import Full
 from litgpt.finetune.lora import Lora
 from litgpt.logs import read_metrics
+from litgpt.prompts import has_prompt_style
 from litgpt.text import markdown_table
 
 Kind = Literal["lora", "skip2lora", "model"]
@@ -91,7 +92,7 @@ def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) 
             blocks += ["## Result", losses]
         blocks += ["## Command", f"With litgpt {__version__}:", f"```sh\n{command(settings)}\n```"]
     blocks += ["## Use", f"```python\n{words.loading.format(base=base, folder=name or folder.name)}\n```"]
-    if (source / "prompt_style.yaml").is_file() and kind != "model":
+    if has_prompt_style(source) and kind != "model":
         blocks.append("The prompts had the form that prompt_style.yaml names.")
     atomic.write_text(folder / "README.md", f"---\n{files.dump_yaml(front)}---\n\n" + "\n\n".join(blocks) + "\n")
 

@@ -120,7 +120,7 @@ def _complete_tokenizer(source: Path, folder: Path, settings: dict[str, Any]) ->
     if not (folder / "tokenizer.json").is_file():
         return
     file = folder / "tokenizer_config.json"
-    stated = files.read_json(file) if file.is_file() else {}
+    stated = files.json_if_there(file)
     if "tokenizer_class" not in stated:
         atomic.write_text(file, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **stated}, indent=2, ensure_ascii=False) + "\n")
     tokenizer = Tokenizer(source)

@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json, and safetensors or .bin, in one file or shards."""
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -108,7 +109,7 @@ def hf_settings(config: Config, source: Path) -> dict[str, Any]:
     base = read_hyperparameters(source).get("checkpoint_dir")
     settings: dict[str, Any] = {}
     for folder in (source, *([Path(base)] if isinstance(base, str) else [])):
-        if (folder / "config.json").is_file():
+        if os.path.lexists(folder / "config.json"):
             settings = read_json(folder / "config.json")
             with suppress(UserError):
                 if "text_config" not in settings and not differences(Config.from_hf(settings), config, INPUT_AND_TRAINING):
@@ -139,6 +140,7 @@ class Reader:
         """Open a file. Raise UserError if it is broken."""
         if self.content is None or self.file != file or (self.content.mapped and self.read > RELEASE):
             self.content = None
+            files.require_file(file, "is missing")
             self.content = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
             self.file, self.read = file, 0
         return self.content
@@ -186,7 +188,7 @@ def read_index(index: Path) -> dict[str, str]:
     suffix = index.name.removesuffix(".index.json").rpartition(".")[2]
     if bad := [name for name in shards if not _is_plain(name) or not name.endswith(f".{suffix}")]:
         raise UserError(f"{index} names {', '.join(map(repr, bad))}: only plain .{suffix} file names inside the folder are read")
-    if missing := [name for name in shards if not (index.parent / name).is_file()]:
+    if missing := [name + files.kind_note(index.parent / name) for name in shards if not (index.parent / name).is_file()]:
         raise UserError(f"{index.parent} lacks {', '.join(missing)}, named in {index.name}: download the model again")
     return weight_map
 

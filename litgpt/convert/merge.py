@@ -1,5 +1,6 @@
 """`litgpt merge_lora`: LoRA adapters folded into the base's weights, so that the result is an ordinary checkpoint."""
 
+import os
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
@@ -28,7 +29,7 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
         precision: Number format of the merged weights. Default: the one that the adapter was trained in.
     """
     folder = adapter_folder(Path(checkpoint_dir))
-    if not (folder / checkpoint.ADAPTER_WEIGHTS).is_file():
+    if not os.path.lexists(folder / checkpoint.ADAPTER_WEIGHTS):
         if (other := checkpoint.adapter_file(folder)).is_file():
             raise UserError(f"{other} is a LLaMA-Adapter, which cannot be merged: generate and chat read the folder as it is")
         if hint := checkpoint.adapter_hint(folder):

@@ -443,8 +443,7 @@ def without_base(tensors: Mapping[str, Tensor], places: Mapping[str, str], base:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Return the content of a safetensors file. Raises UserError if it is missing or broken."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing: the adapter's weights")
+    files.require_file(file, "is missing: the adapter's weights")
     return {name: stored.load() for name, stored in Reader().stored(file).items()}
 
 

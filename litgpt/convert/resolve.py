@@ -30,7 +30,7 @@ from litgpt.checkpoint import ADAPTER_WEIGHTS, HOME, HUB_NAME, TOKENIZER_FILES, 
 from litgpt.config import Config
 from litgpt.convert.gguf import SPLIT, stem
 from litgpt.errors import UserError
-from litgpt.files import expand_path, is_inside, json_in, read_json
+from litgpt.files import expand_path, is_inside, json_if_there, json_in, read_bytes
 from litgpt.text import as_utf8
 
 RECORD = "conversion.json"
@@ -116,7 +116,7 @@ def result_of(run: Path) -> Path | None:
     if not has_weights(run / "final"):
         steps = sorted(run.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
         return next(filter(has_weights, (run / "best", *steps)), None)
-    best, final = (read_json(file) if (file := run / name / "report.json").is_file() else {} for name in ("best", "final"))
+    best, final = (json_if_there(run / name / "report.json") for name in ("best", "final"))
     before, after = best.get("val_loss"), final.get("final_val_loss")
     is_better = isinstance(before, float) and isinstance(after, float) and before < after and has_weights(run / "best")
     return run / ("best" if is_better else "final")
@@ -129,12 +129,12 @@ def adapter_folder(path: Path) -> Path:
 
 def has_weights(folder: Path) -> bool:
     """Return True if the folder holds a LitGPT model or adapter."""
-    return any((folder / name).is_file() for name in (WEIGHTS, *checkpoint.ADAPTERS))
+    return any(os.path.lexists(folder / name) for name in (WEIGHTS, *checkpoint.ADAPTERS))
 
 
 def is_hf_folder(folder: Path) -> bool:
     """Return True if the folder has a Hugging Face model's config and weights."""
-    return (folder / "config.json").is_file() and checkpoint.hf_weights(folder) is not None
+    return os.path.lexists(folder / "config.json") and checkpoint.hf_weights(folder) is not None
 
 
 def target_of(source: Path) -> Path:
@@ -241,7 +241,7 @@ class Conversion:
         shutil.rmtree(stage, ignore_errors=True)  # of a process that was killed
         try:
             config = self._convert(stage, record)
-            if config_file.exists() and not overwrite and config_file.read_bytes() != (stage / CONFIG).read_bytes():
+            if config_file.exists() and not overwrite and read_bytes(config_file) != (stage / CONFIG).read_bytes():
                 raise UserError(f"{config_file} exists, and is not what {self.source / 'config.json'} says: move it away to convert")
             for old in (weights, config_file):
                 old.unlink(missing_ok=True)

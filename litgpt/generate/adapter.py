@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.args import POSITIVE, setting
-from litgpt.errors import UserError
+from litgpt.files import require_file
 from litgpt.generate.base import Answers, Checkpoint
 
 
@@ -20,9 +20,7 @@ class Tuned(Answers, Checkpoint):
     def answer(self, key: str, **how: Any) -> None:
         """Answer with the file that the setting `key` names; `how` goes to `open_model`."""
         file: Path = getattr(self, key)
-        if not file.is_file():
-            problem = "is a folder" if file.is_dir() else "does not exist"
-            raise UserError(f"{key}: {file} {problem}: name the file with the weights that fine-tuning left")
+        require_file(file, f"does not exist: name the file with the weights that fine-tuning left ({key})")
         self.show(self.opened(file.parent, **how), with_prompt=False, input=self.input)
 
 

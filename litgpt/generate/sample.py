@@ -13,7 +13,7 @@ from litgpt.data.base import question_of
 from litgpt.data.records import Record, read_record
 from litgpt.data.sources import read_records, read_rows
 from litgpt.errors import UserError
-from litgpt.files import expand_path, require_place
+from litgpt.files import expand_path, require_file, require_place
 from litgpt.generate.base import Checkpoint, Drawing
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def check_of(name: str) -> Check:
     if not colon or not path.endswith(".py"):
         raise UserError(f"check is {name!r}: {EXACT!r} or FILE.py:FUNCTION is needed")
     file = expand_path(path)
-    if not file.is_file():
-        raise UserError(f"check: {file} does not exist: name the file with your function")
+    require_file(file, "does not exist: name the file with your function (check)")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 from litgpt.atomic import write_text
 from litgpt.config import Config
 from litgpt.errors import UserError
-from litgpt.files import read_json
+from litgpt.files import json_if_there
 from litgpt.prompts import ChatStyle, Message, PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def write_modelfile(source: Path, gguf_file: Path) -> Path:
     """Write `Modelfile` beside a GGUF file of the checkpoint folder `source`, or `NAME.Modelfile` if another file's is there."""
     file = gguf_file.parent / "Modelfile"
     origin = f"FROM ./{gguf_file.name}\n"
-    if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(origin):
+    if file.exists() and not (file.is_file() and file.read_bytes().startswith(origin.encode())):
         file = gguf_file.with_suffix(".Modelfile")
     tokenizer = Tokenizer(source)
     style = resolve_prompt_style(None, source, tokenizer, fallback="default")
@@ -86,8 +86,7 @@ def write_modelfile(source: Path, gguf_file: Path) -> Path:
 
 
 def _sampling(source: Path) -> dict[str, float]:
-    file = source / "generation_config.json"
-    stated = read_json(file) if file.is_file() else {}
+    stated = json_if_there(source / "generation_config.json")
     if stated.get("do_sample") is False:
         stated = {"temperature": 0}
     return {name: stated[key] for key, name in SAMPLING.items() if isinstance(stated.get(key), (int, float))}

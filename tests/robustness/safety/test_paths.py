@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,35 @@ def test_a_link_is_not_copied_into_results(command: str, name: str, place: Place
     assert ended.code == 1 and f"{folder / name} is a link to {secret}, outside its folder: put a copy" in ended.err
     for file in place.folder.rglob("*"):
         assert file in (secret, folder / name) or file.is_dir() or b"hunter2" not in file.read_bytes()
+
+
+# Pipes, folders and sockets in the place of files
+
+ODD = [
+    ("adapter", "generate", "base.json"),
+    ("adapter", "generate", "hyperparameters.yaml"),
+    ("adapter", "generate", "lit_model.pth.lora"),
+    ("adapter", "merge_lora", "lit_model.pth"),
+    ("base", "generate", "model_config.yaml"),
+    ("base", "generate", "generation_config.json"),
+    ("base", "convert_from_litgpt", "hyperparameters.yaml"),
+    ("base", "convert_from_litgpt", "config.json"),
+    ("hf", "convert_to_litgpt", "config.json"),
+    ("hf", "convert_to_litgpt", "model.safetensors"),
+    ("hf", "convert_to_litgpt", "model_config.yaml"),
+]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "socket"])
+@pytest.mark.parametrize(("source", "command", "name"), ODD)
+def test_something_else_than_a_file(source: str, command: str, name: str, kind: str, place: Place) -> None:
+    """It is never waited for, and never taken for a file that is not there."""
+    folder = getattr(place, source)()
+    (folder / name).unlink(missing_ok=True)
+    if kind == "socket":
+        os.chdir(folder)  # a socket's path is short
+        socket.socket(socket.AF_UNIX).bind(name)
+    else:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(folder / name)
+    ended = run([command, folder, *([place.folder / "out"] if command == "convert_from_litgpt" else [])])
+    check_message(ended, name, "a folder" if kind == "folder" else "a pipe or a device", 1)
