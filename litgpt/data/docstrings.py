@@ -2,10 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Sequence
 from typing import Any
 
-SIGNATURE_CHARS = 72  # a longer signature ends in "...)"
+SIGNATURE_CHARS = 72
 _CALL = re.compile(r"[\w.]+\((?P<parameters>.*?)\)(\s*-+>\s*.*)?\s*[:.]?")
 _CALL_WITH_TEXT = re.compile(r"[\w.]+\(.*\)(\s*-+>\s*[^-]*)?\s+--\s+(?P<text>\S.*)")
 _HEADER = re.compile(
@@ -96,43 +95,29 @@ def signature(function: Any, doc: str, takes_self: bool) -> str:
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError, NameError, AttributeError):
-        return _signature_from_doc(doc)
+        stated = _CALL.fullmatch(doc.partition("\n")[0])
+        if not stated:
+            return ""
+        text = re.sub(r"\s*:[^=,(\[]*([\[(][^\])]*[\])])?\s*(?=[,=]|$)", "", stated["parameters"])  # such as "x: Tuple[int, int] = None"
+        return _cut(f"({re.sub(r' ?= ?', '=', text).removeprefix('self').removeprefix(', ')})")
     shown = [
         parameter.replace(annotation=empty, default=empty if parameter.default is empty else _Shown(_default_text(parameter.default)))
         for parameter in parameters[takes_self:]
         if not parameter.name.startswith("_")
     ]
     # Without private parameters a default may precede a parameter that has none, which Signature would refuse.
-    texts = [str(inspect.Signature(shown[:n], __validate_parameters__=False)) for n in range(len(shown) + 1)]
-    return _fitting(texts[-1], [text[:-1] for text in texts[:-1]])
+    return _cut(str(inspect.Signature(shown, __validate_parameters__=False)))
 
 
-def _fitting(full: str, shorter: Sequence[str]) -> str:
-    """Return the signature, or the longest of its `shorter` beginnings, with "...", that fits SIGNATURE_CHARS."""
-    candidates = [full, *(f"{start}{', ' if start != '(' else ''}...)" for start in reversed(shorter))]
-    return next((text for text in candidates if len(text) <= SIGNATURE_CHARS), candidates[-1])
+def _cut(text: str) -> str:
+    """Return a signature of `SIGNATURE_CHARS` at most: a longer one ends in "...)"."""
+    if len(text) <= SIGNATURE_CHARS:
+        return text
+    start = text[: SIGNATURE_CHARS - len("...)")].rpartition(", ")[0].removesuffix(", *")
+    return f"{start}, ...)" if start else "(...)"
 
 
 def _default_text(value: Any) -> str:
     """Return the value as written, if that is short and the same on every run."""
     plain = isinstance(value, (bool, int, float, str, bytes, type(None), tuple))
     return text if plain and len(text := repr(value)) <= 20 and "<" not in text else "..."
-
-
-def _signature_from_doc(doc: str) -> str:
-    """Return the signature in a first line such as "abs(input: Tensor, *, out=None) -> Tensor"."""
-    match = _CALL.fullmatch(doc.partition("\n")[0])
-    if not match:
-        return ""
-    parts, depth = [""], 0
-    for char in match["parameters"]:  # split at commas outside of brackets
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    parameters = [re.sub(r":[^=]*(?=$|=)", "", part.strip()).replace(" =", "=").replace("= ", "=") for part in parts if part.strip()]
-    if parameters and parameters[0] == "self":
-        del parameters[0]
-    starts = ["(" + ", ".join(parameters[:n]) for n in range(len(parameters) + 1)]
-    return _fitting(starts[-1] + ")", starts[:-1])
