@@ -53,6 +53,27 @@ class _Dropped(torch.autograd.Function):
         return dx, None if x is None else grad.t() @ drop(x, drawn, ctx.p), None, None
 
 
+def multiply(x: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Return x W^T, (..., in) -> (..., out), for a frozen W that `layer.dense(dtype)` computes, or gathers."""
+    y: torch.Tensor = _Multiplied.apply(x, layer)
+    return y
+
+
+class _Multiplied(torch.autograd.Function):
+    """y = x W^T       dx = dy W, with W computed again in place of being kept"""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return F.linear(x.to(dtype), layer.dense(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (grad @ ctx.layer.dense(grad.dtype)).to(ctx.dtype), None
+
+
 def gated(gate: torch.Tensor, up: torch.Tensor, approximate: str | None = None) -> torch.Tensor:
     """Return silu(gate) * up, or gelu(gate) * up with an approximation of `F.gelu`: (..., m)."""
     return _Gated.apply(gate, up, approximate) if torch.is_grad_enabled() else _activate(gate, approximate).mul_(up)

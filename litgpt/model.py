@@ -15,7 +15,8 @@ Training packs a batch into N rows without padding (`litgpt.packing`): x is then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -353,6 +354,17 @@ class Block(nn.Module):
         """Return the term that attention's or the MLP's output x adds to the residual stream."""
         x = x if norm is None else norm(x)
         return x if self.residual_multiplier == 1 else x * self.residual_multiplier
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def finish_logits(logits: torch.Tensor, divisor: float, cap: float | None) -> torch.Tensor:

@@ -20,10 +20,10 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from litgpt.errors import UserError
+from litgpt.fused import multiply
 from litgpt.model import GPT
 
 # mode -> the 16 levels, and True if the scales are quantised
@@ -47,26 +47,11 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""
-        y = _Multiply.apply(x, self)
+        y = multiply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-
-
-class _Multiply(torch.autograd.Function):
-    """x W'^T; W' is computed again for the gradient instead of being kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: QuantisedLinear) -> torch.Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x.to(dtype), layer.dense(dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (grad @ ctx.layer.dense(grad.dtype)).to(ctx.dtype), None
 
 
 class Int8Linear(QuantisedLinear):

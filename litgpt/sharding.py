@@ -15,9 +15,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from litgpt.fused import multiply
 from litgpt.mlp import LLaMAMoE
 from litgpt.vocabulary import gather, of_mesh, own_chunk, spread
 
@@ -214,10 +214,10 @@ class SpreadLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""
-        y: torch.Tensor = _Product.apply(x, self)
-        return y
+        y = multiply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def gathered(self) -> torch.Tensor:
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight, (out, in)."""
         mesh, own = self.weight.device_mesh, self.weight.to_local()
         size = -(-self.out_features // mesh.size())  # rows of a rank
@@ -225,18 +225,7 @@ class SpreadLinear(nn.Linear):
         part = rows[mesh.get_local_rank() * size :][:size]
         part[: len(own)] = own
         gather(rows, part, mesh.get_group())
-        return rows[: self.out_features]
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: SpreadLinear) -> torch.Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, layer.gathered(), layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (grad @ ctx.layer.gathered().to(grad.dtype)).to(ctx.dtype), None
+        return rows[: self.out_features].to(dtype)
 
 
 def _large_layers(block: nn.Module, dtype: torch.dtype) -> list[Any]:

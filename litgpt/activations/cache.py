@@ -32,7 +32,7 @@ from litgpt.activations.store import Contents, Rows, open_store
 from litgpt.errors import UserError
 from litgpt.lora import lora_filter
 from litgpt.loss import Features
-from litgpt.model import GPT
+from litgpt.model import GPT, evaluating
 from litgpt.packing import loss_targets, pack, shared_stem
 from litgpt.rope import is_long
 from litgpt.sample import Sample
@@ -321,22 +321,21 @@ def fill(
     it does not depend on the batches. The filling ends when it is no longer `agreed` that a rank has samples left: a sharded model
     runs in all ranks at the same time.
     """
-    was_training, slices = model.training, layout.slices
+    slices, source = layout.slices, Recompute(model, samples, device)
     longest = max(range(len(samples)), key=lambda i: len(samples[i].input_ids))
-    model.eval()
-    if layout.first and agreed(isinstance(store, torch.Tensor) or not store.has_stem):
-        store[: layout.first] = model.within(partial(_rows, model, [samples[longest]], layout, device))[: layout.first]
-    while agreed((indices := next(batches, [])) != []):
-        rows = model.within(partial(_rows, model, [samples[i] for i in indices or [longest]], layout, device))
-        start = layout.first
-        for i in indices:
-            own = slices[i]
-            end = start + own.stop - own.start
-            store[own] = rows[start:end]
-            start = end
-        done += len(indices)
-        progress(done, total)
-    model.train(was_training)
+    with evaluating(model):
+        if layout.first and agreed(isinstance(store, torch.Tensor) or not store.has_stem):
+            store[: layout.first] = model.within(partial(_rows, source, [longest], layout.dtype))[: layout.first]
+        while agreed((indices := next(batches, [])) != []):
+            rows = model.within(partial(_rows, source, indices or [longest], layout.dtype))
+            start = layout.first
+            for i in indices:
+                own = slices[i]
+                end = start + own.stop - own.start
+                store[own] = rows[start:end]
+                start = end
+            done += len(indices)
+            progress(done, total)
 
 
 def fill_order(samples: Sequence[Sample], indices: Sequence[int]) -> list[int]:
@@ -344,18 +343,13 @@ def fill_order(samples: Sequence[Sample], indices: Sequence[int]) -> list[int]:
     return sorted(indices, key=lambda i: -len(samples[i].input_ids))
 
 
-def _rows(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> torch.Tensor:
+def _rows(source: Recompute, indices: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return x and the taps of a batch, (n, S + 1, d) or (N, S + 1, d), on the CPU in the cache's dtype."""
-    if is_answer_only(model):
-        rows = plain_rows(model, samples, device, layout.stem)
-        if not is_flat(model):
-            return rows.values[:, None].to(layout.dtype).cpu()
-        features = reply_features(model, rows)
-        return torch.cat((features.x[:, None], features.taps), dim=1).to(layout.dtype).cpu()
-    batch = pack(samples, device, layout.stem)
-    kept = loss_rows(batch.at, layout.first)[0] if is_flat(model) else None
-    x, taps = model.prefix(batch.ids, model.packed_positions(batch.packing), kept)
-    return torch.cat((x[:, None], taps), dim=1).to(layout.dtype).cpu()
+    if is_answer_only(source.model) and not is_flat(source.model):
+        chosen = [source.samples[i] for i in indices]
+        return plain_rows(source.model, chosen, source.device, source.stem).values[:, None].to(dtype).cpu()
+    features = source(indices)
+    return torch.cat((features.x[:, None], features.taps), dim=1).to(dtype).cpu()
 
 
 def fill_batches(samples: Sequence[Sample], order: Sequence[int], stem: int, device: torch.device) -> Iterator[list[int]]:

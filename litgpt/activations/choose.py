@@ -21,6 +21,7 @@ import torch
 from litgpt.activations.cache import Recompute, is_flat
 from litgpt.lora import GPT
 from litgpt.loss import HeadLoss, loss_of
+from litgpt.model import evaluating
 from litgpt.sample import Sample
 
 SAMPLES, ROWS = 128, 2048  # of the training data at most; with twice as many, the chosen blocks predict no more (SmolLM2-135M)
@@ -73,8 +74,7 @@ def select(parts: Sequence[Part], candidates: Sequence[int], count: int, samples
 
 def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, progress: Callable[[int, int], None]) -> list[Part]:
     """Return taps and gradients of two halves of the sample, on the CPU, thinned at random to `ROWS` rows. Batches are training's."""
-    was_training, flat = model.training, is_flat(model)
-    model.eval()
+    flat = is_flat(model)
     device = next(model.parameters()).device
     source = Recompute(model, sample, device)
     head_loss = HeadLoss.of(model)
@@ -86,10 +86,10 @@ def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, pr
         rows = range(half, len(sample), 2)
         for start in range(0, len(rows), micro_batch):
             batch = list(rows[start : start + micro_batch])
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(model):
                 features = model.within(partial(source, batch))
             x = features.x.detach().requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), evaluating(model):
                 untapped = replace(features, x=x, taps=features.taps[..., :0, :])
                 loss = model.within(partial(loss_of, model, untapped, head_loss))
                 (gradient,) = torch.autograd.grad(loss, x)
@@ -97,7 +97,6 @@ def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, pr
             halves[half].append((features.taps[drawn].cpu(), gradient[drawn].float().cpu()))
             done += len(batch)
             progress(done, len(sample))
-    model.train(was_training)
     return [(torch.cat([t for t, _ in half]), torch.cat([g for _, g in half])) for half in halves if half]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from litgpt.errors import UserError
 from litgpt.generate.sampling import Sampling, StopFilter, until_stop
-from litgpt.model import GPT, KVCache, Positions
+from litgpt.model import GPT, KVCache, Positions, evaluating
 from litgpt.rope import is_long
 from litgpt.sharding import is_sharded
 from litgpt.text import first_line
@@ -290,16 +290,12 @@ class Session:
         check(self.batch.model, row.tokens, max_new_tokens)
 
         def ids() -> Generator[int, None, None]:
-            model, was_training = self.batch.model, self.batch.model.training
             self.row, row.computed = row, self._shared(row.tokens)
             self.batch.rows, self.batch.ready = [row], 0
-            model.eval()
-            try:
+            with evaluating(self.batch.model):
                 for _ in range(max_new_tokens):
                     [(_, logits)] = self.batch.step()
                     yield row.draw(logits)
-            finally:
-                model.train(was_training)
 
         return until_stop(ids(), stop_tokens)
 
@@ -335,19 +331,18 @@ def greedy(model: GPT, prompt: Sequence[int], most: int, stop_tokens: Sequence[S
 
     There is no key-value cache: the weights are gathered for every token, which takes longer than to read the prompt again.
     """
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     tokens, answer, stops = list(prompt), list[int](), StopFilter(stop_tokens)
-    model.eval()
 
     def logits() -> torch.Tensor:  # (V,)
         idx = torch.tensor([tokens], device=device)
         pos = model.positions(idx)
         return model.logits(model.tail(*model.prefix(idx, pos), pos)[0, -1])
 
-    while len(tokens) < len(prompt) + most and not stops.stopped:
-        tokens.append(int(model.within(logits).argmax()))
-        answer += stops.push(tokens[-1])
-    model.train(was_training)
+    with evaluating(model):
+        while len(tokens) < len(prompt) + most and not stops.stopped:
+            tokens.append(int(model.within(logits).argmax()))
+            answer += stops.push(tokens[-1])
     return answer + stops.held
 
 
@@ -386,11 +381,10 @@ def generate_batch(
     rows = [Row(list(prompt), sampling, next(generators) if generators else None) for prompt in prompts]
     for row in rows:
         check(model, row.tokens, max_new_tokens)
-    batch, was_training = Batch(model), model.training
+    batch = Batch(model)
     waiting = sorted(rows, key=lambda row: -len(row.tokens))  # prompts of the same length are computed together
     answers, stops = {row: list[int]() for row in rows}, {row: StopFilter(stop_tokens) for row in rows}
-    model.eval()
-    try:
+    with evaluating(model):
         while waiting or batch.rows:
             while waiting and len(batch.rows) < MOST_ROWS:
                 batch.add(waiting.pop())
@@ -399,8 +393,6 @@ def generate_batch(
                 full = len(row.tokens) - row.start == max_new_tokens
                 if full or stops[row].stopped or (ended and ended(answers[row])):
                     batch.remove(row)
-    finally:
-        model.train(was_training)
     return [answers[row] + stops[row].held for row in rows]
 
 

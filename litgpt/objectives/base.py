@@ -13,7 +13,7 @@ from litgpt.data.base import Unit
 from litgpt.data.records import Record
 from litgpt.errors import UserError
 from litgpt.loss import HeadLoss, hidden_of, loss_of
-from litgpt.model import GPT
+from litgpt.model import GPT, evaluating
 from litgpt.packing import loss_weights, take
 from litgpt.sample import Sample
 
@@ -54,11 +54,9 @@ class View:
     @torch.no_grad()
     def measured(self, indices: Sequence[int], agreed: Callable[[bool], bool] = bool) -> torch.Tensor:
         """Return `losses` without gradients and without dropout, a micro-batch at a time; `agreed` as in `passes`."""
-        was_training = self.model.training
-        self.model.eval()
         batches = [indices[i : i + self.micro_batch] for i in range(0, len(indices), self.micro_batch)]
-        parts = [losses for _, losses in self.passes(batches, agreed)]
-        self.model.train(was_training)
+        with evaluating(self.model):
+            parts = [losses for _, losses in self.passes(batches, agreed)]
         return torch.cat(parts) if parts else torch.empty(0)
 
     def passes(

@@ -15,7 +15,7 @@ from litgpt.activations.store import Contents, Rows, open_store
 from litgpt.atomic import digest
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
-from litgpt.model import GPT
+from litgpt.model import GPT, evaluating
 from litgpt.objectives.base import View
 from litgpt.sample import Sample
 
@@ -35,15 +35,12 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
     places, batches = _places(samples), list(fill_batches(samples, order, 0, device))
 
     def fill(store: Rows | torch.Tensor, batches: Iterator[list[int]], done: int) -> None:
-        was_training = view.model.training
-        view.model.eval()
-        with torch.no_grad(), settings.progress(f"{name} reference", done) as show:
+        with torch.no_grad(), evaluating(view.model), settings.progress(f"{name} reference", done) as show:
             for batch, losses in view.passes(batches, agreed):
                 for i, own in zip(batch, losses.float().cpu().split([samples[i].n_targets for i in batch]), strict=True):
                     store[places[i]] = own[:, None, None]
                 done += len(batch)
                 show(done, len(order))
-        view.model.train(was_training)
 
     shape = (sum(sample.n_targets for sample in samples), 1, 1)
     contents = Contents(_key(model, samples), shape, torch.float32, places, slice(0))
