@@ -12,7 +12,9 @@ from litgpt.args import TrainArgs
 from litgpt.data import JSON
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora
+from litgpt.sharding import is_sharded
 from litgpt.train.methods import CacheArgs, Method, adapters, describe, full, ranges
+from tests.helpers import tiny
 
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": [0, 2], "lora_query": False, "lora_value": False}
 
@@ -52,6 +54,19 @@ def test_adapters_are_trained_saved_and_loaded_and_nothing_else(settings: dict[s
     method.load(other, tmp_path)
     ours, theirs = model.state_dict(), other.state_dict()
     assert {name for name in ours if torch.equal(ours[name], theirs[name])} == names
+
+
+def test_a_sharded_mixture_is_saved_with_the_corrections_of_its_routers(tmp_path: Path) -> None:
+    groups = {"n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
+    model = tiny.tiny(mlp_class_name="LLaMAMoE", n_expert=8, n_expert_per_token=2, **groups)
+    corrections = {name: buffer for name, buffer in model.named_buffers() if name.endswith("mlp.gate.e_score_correction_bias")}
+    for number, correction in enumerate(corrections.values()):
+        correction.copy_(torch.arange(8) + number / 4)
+    model.reshard = None  # FSDP's mark
+    assert is_sharded(model) and len(corrections) == model.config.n_layer
+    full().save(model)(tmp_path)
+    saved = torch.load(tmp_path / "lit_model.pth", weights_only=True)
+    assert all(saved[name].tolist() == [i + number / 4 for i in range(8)] for number, name in enumerate(corrections))
 
 
 def test_full_trains_and_saves_every_weight(base: Path, tmp_path: Path) -> None:
