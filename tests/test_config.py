@@ -226,7 +226,7 @@ def test_from_hf_reads_old_and_new_rotary_keys() -> None:
         ({"hidden_act": "relu"}, ["hidden_act", "relu", "silu"]),
         ({"attention_bias": True}, ["attention_bias", "True"]),
         ({"mlp_bias": True}, ["mlp_bias", "True"]),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "llama3"]),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, ["ntk", "llama3"]),
     ],
 )
 def test_from_hf_refuses(changes: dict[str, Any], words: list[str], tmp_path: Path) -> None:

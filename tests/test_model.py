@@ -28,6 +28,7 @@ FAMILIES: dict[str, Any] = {
     "llama wide heads": lambda: tiny.hf_llama(head_dim=12),
     "llama large eps": lambda: tiny.hf_llama(rms_norm_eps=0.3),
     "llama rope theta": lambda: tiny.hf_llama(rope_theta=500.0),
+    "llama dynamic rope": lambda: tiny.hf_llama(rope_scaling={"rope_type": "dynamic", "factor": 4.0}, rope_theta=100.0),
     "llama 3.1 rope": lambda: tiny.hf_llama(rope_scaling=tiny.LLAMA3_ROPE, rope_theta=100.0),
     "llama linear rope": lambda: tiny.hf_llama(rope_scaling={"rope_type": "linear", "factor": 4.0}),
     "llama linear rope, a fraction": lambda: tiny.hf_llama(rope_scaling={"rope_type": "linear", "factor": 2.5}),

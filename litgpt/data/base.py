@@ -240,7 +240,7 @@ class Encoder:
         self._ignore(not_written, sorted(unwritten))
         replies = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
         chosen = replies[-1:] if self.last_turn_only else replies
-        learned = [i for i in chosen if record.learned[i] and _has_text(record.messages[i], unwritten)]
+        learned = [i for i in chosen if array("f", [record.learned[i]])[0] and _has_text(record.messages[i], unwritten)]
         if not learned:
             self.dropped[EMPTY] += 1
             return None
@@ -271,6 +271,9 @@ class Encoder:
             ids = [*first, *ids]
             weights = array("f", [0] * len(first)) + weights
         weights[0] = 0
+        if not any(weights):  # of a number too small for fp32
+            self.dropped[EMPTY] += 1
+            return None
         too_long = self.max_length is not None and len(ids) > self.max_length
         if too_long:
             ids, weights = ids[: self.max_length], weights[: self.max_length]

@@ -2,7 +2,7 @@
 
 {"instruction", "input" or "context", "output" or "response", "system", "history", "tools"}
 {"prompt", "completion", "response" or "answer"}, {"question", "answer"}          each a text, or both lists of messages
-{"messages": [{"role", "content", "weight" or "train", "tool_calls", "reasoning_content", ...}], "system", "tools"}
+{"messages": [{"role", "content", "weight" or "train" ..., "tool_calls", "reasoning_content", ...}], "system", "tools"}
 {"conversations": [{"from", "value", ...}], "system", "tools"}
 {"prompt", "instruction" or "question", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" it is what the
     two lists begin with, or the conversation that "chosen" and "rejected", a message each, continue (LLaMA-Factory)
@@ -37,6 +37,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
 ROLES |= {"model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"}
 QUESTIONS = {question for question, _ in PAIRS}
 PASSED = ("tool_calls", *REASONING, "name", "tool_call_id")  # keys of a message that templates may write
+WEIGHTS, FLAGS = ("weight", "train"), ("training", "loss")  # of a turn; the flags are axolotl's and ms-swift's
 TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content
 MOST_WEIGHT = 1_000_000
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -242,12 +243,13 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
             _check_text(message.get(name, ""), name)
         if "tool_calls" in message:
             message["tool_calls"] = _objects(message["tool_calls"], f"{where}: 'tool_calls'")
-        marks = {name: _read_weight(turn[name], f"{where}: {name!r}") for name in ("weight", "train") if turn.get(name) is not None}
+        marked = [name for name in WEIGHTS if turn.get(name) is not None] + [name for name in FLAGS if _flag(turn.get(name)) is not None]
+        marks = {name: _read_weight(turn[name], f"{where}: {name!r}") for name in marked}
         if role != "assistant":
             unread |= {f"{key}.{name} of {role} turns": None for name, mark in marks.items() if mark}
         record.messages.append(message)
         record.learned.append(math.prod(marks.values()) if role == "assistant" else 0.0)
-        known = (role_key, text_key, *PASSED, "function_call", "weight", "train")
+        known = (role_key, text_key, *PASSED, "function_call", *marked)
         unread |= {f"{key}.{name}": None for name, value in turn.items() if value is not None and name not in known}
     if replies and all(message["role"] != "assistant" for message in record.messages):
         raise UserError(f"{key!r} has no turn of the assistant, so there is nothing to learn")

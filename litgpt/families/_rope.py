@@ -99,12 +99,12 @@ def _number(parameters: Hf, key: str) -> Any:
 def read_scaling(parameters: Hf, length: int | None, hf: Hf) -> Fields:
     """Return `rope_condense_ratio` or `rope_adjustments`; `length` is the original context, if the file names it."""
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # dynamic: another base for each position behind the context, which ends here
         return {}
     if kind == "linear":
         return {"rope_condense_ratio": whole(_number(parameters, "factor"))}
     if kind not in ("llama3", "yarn", "longrope", "su"):
-        raise ValueError(f"rotary scaling {kind!r} is not supported, only default, linear, llama3, yarn, longrope are")
+        raise ValueError(f"rotary scaling {kind!r} is not supported, only default, dynamic, linear, llama3, yarn, longrope are")
     length = _number({"original_max_position_embeddings": length or hf["max_position_embeddings"]}, "original_max_position_embeddings")
     if kind == "llama3":
         return {"rope_adjustments": {**{key: float(_number(parameters, key)) for key in LLAMA_3}, "original_max_seq_len": length}}

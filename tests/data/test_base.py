@@ -335,6 +335,14 @@ def test_bad_token_weights(tokenizer: Tokenizer, given: Any, message: str) -> No
         one_sample({**pair("Hi", "Hello"), "token_weights": given}, tokenizer, prompts.ChatML())
 
 
+@pytest.mark.parametrize(("weight", "each"), [(1e-46, None), (1, 1e-46), (1e-46, 1), (1e-30, 1e-30)])
+def test_weights_that_are_0_in_fp32_are_not_learned(weight: float, each: float | None, tokenizer: Tokenizer) -> None:
+    count = len(tokenizer.ids("Hello")) + 1
+    record = {**pair("Hi", "Hello"), "weight": weight, "token_weights": None if each is None else [each] * count}
+    with pytest.raises(UserError, match="none of the . training records is left: their answers are empty.* let a turn have the weight 1"):
+        Given(train=[record] * 3).splits(tokenizer, prompts.ChatML())
+
+
 def test_weight_1_is_no_weight(tokenizer: Tokenizer) -> None:
     plain = one_sample(pair("Hi", "Hello"), tokenizer, prompts.Alpaca())
     assert plain.weights is None and plain.weight == plain.n_targets

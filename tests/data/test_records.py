@@ -138,6 +138,9 @@ Q, A = user("q"), reply("a")
             '<call>f{"a": 1}</call>a',
         ),
         ({"messages": [Q, A], "tools": [json.dumps(TOOLS[0])]}, [Q, A], "a"),
+        ({"messages": [Q, reply("c", training=False), user("b"), reply("d", training=True)]}, [Q, reply("c"), user("b"), reply("d")], "d"),
+        ({"messages": [Q, reply("c", loss=False), user("b"), reply("d", loss="true")]}, [Q, reply("c"), user("b"), reply("d")], "d"),
+        ({"messages": [Q, reply("c", loss=True, weight=0), user("b"), reply("d")]}, [Q, reply("c"), user("b"), reply("d")], "d"),
         ({"messages": [Q, reply("c", train="False"), user("b"), reply("d", train="true")]}, [Q, reply("c"), user("b"), reply("d")], "d"),
         ({"messages": None, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [Q, A], "a"),
         ({"messages": "", "chosen": "", "rejected": "", "instruction": None, "output": None, "question": "q", "answer": "a"}, [Q, A], "a"),
@@ -225,12 +228,12 @@ def test_other_keys_are_named_with_their_counts(tokenizer: Tokenizer) -> None:
     entries = [
         {"instruction": "q", "output": "a", "id": 1, "url\x1b[2J": ""},
         {"instruction": "q", "output": "a", "id": 2, "source": None},
-        {"messages": [user("q", train=True), reply("a", score=3, tool_calls=CALLS)], "tools": TOOLS},
+        {"messages": [user("q", train=True), reply("a", score=3, loss=2.5, tool_calls=CALLS)], "tools": TOOLS},
         {"messages": [Q, reply("", tool_calls=CALLS)]},
     ]
     splits = Given(entries=entries).splits(tokenizer, prompts.ChatML())
     for part in (
-        "keys not read: id (4), url\x1b[2J (2), messages.train of user turns (2), messages.score (2)",
+        "keys not read: id (4), url\x1b[2J (2), messages.train of user turns (2), messages.score (2), messages.loss (2)",
         "keys not written by the prompt style 'chatml': tool_calls (4), tools (2)",
         "2 dropped: empty answer",  # a call that is not written is no answer
     ):

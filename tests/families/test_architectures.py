@@ -297,7 +297,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
     ({"attention_bias": True}, ["attention_bias True", "mlp_bias False"]),
     ({"hidden_act": "relu"}, ["hidden_act 'relu'", "'silu'"]),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'", "yarn"]),
+    ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, ["'proportional'", "yarn"]),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}}, ["lacks the key 'low_freq_factor'"]),
     ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, ["factor", "'2'"]),
     ({"rope_scaling": "linear"}, ["rope_scaling", "'linear'"]),
@@ -346,10 +346,10 @@ def test_what_cannot_be_built_is_named(changes: dict[str, Any], words: list[str]
 def test_all_problems_are_in_one_message() -> None:
     with pytest.raises(UserError) as caught:
         Config.from_hf(
-            {"model_type": "olmo", "attention_bias": True, "hidden_act": "relu", "rope_scaling": {"type": "dynamic"}, "hidden_size": 8}
+            {"model_type": "olmo", "attention_bias": True, "hidden_act": "relu", "rope_scaling": {"type": "ntk"}, "hidden_size": 8}
         )
     lacks = "lacks the keys 'max_position_embeddings', 'vocab_size'"
-    for word in ("attention_bias", "hidden_act", "dynamic", lacks, "'intermediate_size'"):
+    for word in ("attention_bias", "hidden_act", "ntk", lacks, "'intermediate_size'"):
         assert word in str(caught.value)
 
 
