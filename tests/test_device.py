@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from litgpt import device
-from litgpt.device import backbone_dtype, default_device, default_precision, find_device
+from litgpt.device import backbone_dtype, default_device, default_precision, find_device, is_finite
 from litgpt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -50,6 +50,17 @@ def test_the_default_is_bf16_where_the_processor_multiplies_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert default_precision(CPU) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_numbers_that_are_not_finite_are_found_wherever_they_are(dtype: torch.dtype) -> None:
+    values = torch.randn(7, 33).to(dtype)
+    assert is_finite(values) and is_finite(values[:0]) and is_finite(values.t()) and is_finite(values[0, 0])
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for place in (0, 100, 230):
+            spoilt = values.clone()
+            spoilt.view(-1)[place] = value
+            assert not is_finite(spoilt)
 
 
 def test_the_default_here_agrees_with_the_kernels_flags() -> None:

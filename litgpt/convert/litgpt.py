@@ -12,6 +12,7 @@ from litgpt.config import Config
 from litgpt.convert.hf import Reader
 from litgpt.convert.names import Plan, fit, shapes
 from litgpt.convert.write import write_pth
+from litgpt.device import is_finite
 from litgpt.errors import UserError
 from litgpt.families import Table
 
@@ -58,6 +59,6 @@ def _load_finite(load: Callable[[], torch.Tensor], name: str, file: Path) -> tor
 def require_finite(weights: Mapping[str, torch.Tensor], file: Path) -> None:
     """Raise UserError for weights of a file with numbers that are not finite."""
     for name, value in weights.items():
-        if not value.isfinite().all():
+        if value.is_floating_point() and not is_finite(value):
             check = f"`litgpt validate {file.parent}` lists all"
             raise UserError(f"{file}: {name} holds numbers that are not finite ({check}): take an earlier checkpoint")

@@ -13,6 +13,7 @@ import torch
 
 from litgpt.activations.cache import Activations
 from litgpt.args import TrainArgs
+from litgpt.device import is_finite
 from litgpt.errors import NonFiniteError, UserError
 from litgpt.logs import peak_memory_gb
 from litgpt.lora import GPT
@@ -324,8 +325,8 @@ class Loop:
 
     def require_finite(self, state: State) -> None:
         """Raise NonFiniteError if a trained weight is not finite."""
-        is_finite = all(bool(torch.isfinite(p).all()) for p in self.trained)
-        if self.rank.any(not is_finite) if self.rank.sharded else not is_finite:
+        is_sound = all(is_finite(part_of(p)) for p in self.trained)
+        if self.rank.any(not is_sound) if self.rank.sharded else not is_sound:
             state.consistent = False
             raise NonFiniteError(f"step {state.step}: the trained weights are not finite: {REMEDY}")
 

@@ -12,8 +12,9 @@ from litgpt.activations.cache import ActivationCache, CacheSettings
 from litgpt.activations.prompts import replies
 from litgpt.adapters.blocks import is_auto
 from litgpt.args import TrainArgs
-from litgpt.checkpoint import chosen_taps, tokenizer_contents
+from litgpt.checkpoint import WEIGHTS, chosen_taps, tokenizer_contents
 from litgpt.config import Config
+from litgpt.convert.litgpt import require_finite
 from litgpt.data.base import Splits
 from litgpt.data.text_files import Text
 from litgpt.device import backbone_dtype, default_device, default_precision, process_rank, seed_everything
@@ -24,6 +25,7 @@ from litgpt.objectives.base import Objective
 from litgpt.objectives.named import objective_of
 from litgpt.optim import make_optimizer
 from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prompt_style
+from litgpt.sharding import part_of
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.examples import Example, examples_of
 from litgpt.train.interrupts import memory_explained
@@ -159,6 +161,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     if why:
         console.say(why)
     model = method.build(base, dtype, rank.device if is_sharded else None, settings.cpu_offload)
+    require_finite({name: part_of(parameter) for name, parameter in model.named_parameters()}, base / WEIGHTS)
     if not is_sharded:
         model.to(rank.device)
     model.max_seq_length = _max_seq_length(settings, model.config)

@@ -19,11 +19,27 @@ from litgpt.prompts import ChatTemplate
 from litgpt.train import prepare as prepare_module
 from litgpt.train.report import as_json
 from litgpt.train.resume import State, read, write
+from tests.helpers import tiny
 from tests.helpers.cases import quick
 from tests.helpers.jobs import curve
 from tests.helpers.runs import finetune
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("command", ["finetune_full", "finetune_lora"])
+def test_a_base_with_numbers_that_are_not_finite_is_not_trained(
+    command: str, value: float, base: Path, data: Path, tmp_path: Path, write_tiny_tokenizer: Any
+) -> None:
+    """In the row of a token that no sample has, so that no loss shows them: they would end up in the result."""
+    broken = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, n_layer=1)
+    weights = torch.load(broken / "lit_model.pth", weights_only=True)
+    weights["transformer.wte.weight"][319, 3] = value
+    torch.save(weights, broken / "lit_model.pth")
+    run = finetune(command, broken, data, tmp_path / "out", train__max_steps=1)
+    assert run.code == 1 and "transformer.wte.weight holds numbers that are not finite (`litgpt validate" in run.err
+    assert not (tmp_path / "out" / "final").exists()
 
 
 def test_a_last_step_that_blows_the_weights_up_is_no_success(base: Path, data: Path, tmp_path: Path) -> None:
