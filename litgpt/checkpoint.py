@@ -303,17 +303,22 @@ def fitting(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) ->
         weights = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
     adapters = adapter_parameters(model, added=True)
     expected = {name.replace(".linear.", "."): value.shape for name, value in model.state_dict().items() if name not in adapters}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name])}"
-        for name, value in weights.items()
-        if name in expected and value.shape != expected[name]
-    ]
-    problems += [f"{name} has {value.dtype} numbers, not floating ones" for name, value in weights.items() if not value.is_floating_point()]
-    if problems:
+    if problems := misfits(weights, expected):
         raise UserError(f"{source} does not fit model {config.name!r}: {'; '.join(problems)}")
     return weights, tied
+
+
+def misfits(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
+    """Return what keeps weights from being those of the expected shapes."""
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    for name, value in weights.items():
+        if name not in expected:
+            problems.append(f"{name} is unknown")
+        elif value.shape != expected[name]:
+            problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name])}")
+        elif not value.is_floating_point():
+            problems.append(f"{name} has {value.dtype} numbers, not floating ones")
+    return problems
 
 
 def open_base(config: LoRAConfig, base: Path) -> tuple[LoRAGPT, Callable[[Iterable[str]], dict[str, torch.Tensor]]]:
@@ -447,16 +452,8 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
     if model.is_tied and embedding is not None and head is not None and not embedding.equal(head):
         model.untie_head()
     own = adapter_parameters(model)
-    problems = [f"{name} is missing" for name in own if name not in weights]
-    for name, value in weights.items():
-        if name not in own:
-            problems.append(f"{name} is not in the model")
-        elif value.shape != own[name].shape:
-            problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
-        elif not value.is_floating_point():
-            problems.append(f"{name} has {value.dtype} numbers, not floating ones")
-        elif not value.isfinite().all():
-            problems.append(f"{name} holds numbers that are not finite")
+    problems = misfits(weights, {name: parameter.shape for name, parameter in own.items()})
+    problems += [f"{name} holds numbers that are not finite" for name, value in weights.items() if not value.isfinite().all()]
     if problems:
         raise UserError(f"{source} does not fit the adapter settings beside it: {'; '.join(problems)}")
     for name, value in weights.items():

@@ -318,7 +318,7 @@ def test_load_adapter_lists_everything() -> None:
         "some/lit_model.pth.lora",
         "transformer.h.0.attn.qkv.lora_A is missing",
         "transformer.h.1.attn.qkv.lora_A has shape (9, 32), not (6, 32)",
-        "transformer.h.1.attn.proj.lora_A is not in the model",
+        "transformer.h.1.attn.proj.lora_A is unknown",
         "transformer.h.1.attn.qkv.lora_B holds numbers that are not finite",
     ):
         assert part in str(caught.value)

@@ -59,8 +59,6 @@ class LitData(Text):
     """Names of the folders in data_path for training and validation. Default: the last blocks of data_path are for validation."""
     val_split_fraction: float | None = None
     """Share of the blocks that is kept for validation, without split_names. Default: 0.05."""
-    num_workers: int = 8
-    """Accepted for LitGPT's YAML files; without effect."""
 
     @property
     def source(self) -> str:

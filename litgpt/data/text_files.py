@@ -136,8 +136,6 @@ class TinyStories(Text):
 
     data_path: Path = Path("data/tinystories")
     """Folder for the downloaded files, JSON lists of stories. The first is for validation."""
-    num_workers: int = 8
-    """Accepted for LitGPT's YAML files; without effect."""
 
     archive: ClassVar[str] = "TinyStories_all_data.tar.gz"
 
@@ -187,8 +185,6 @@ class OpenWebText(Text):
     """Folder of the library's files, or a data set saved there with a column `text`."""
     val_split_fraction: float | None = 0.0005
     """Share of the blocks that is kept for validation."""
-    num_workers: int = 8
-    """Accepted for LitGPT's YAML files; without effect."""
 
     repo_id: ClassVar[str] = "Skylion007/openwebtext"
 

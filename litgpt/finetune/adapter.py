@@ -1,11 +1,11 @@
 """`litgpt finetune_adapter` and `finetune_adapter_v2`: LLaMA-Adapter."""
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from litgpt.args import Quantization, setting
-from litgpt.errors import UserError
 from litgpt.finetune import Finetuning
 
 if TYPE_CHECKING:
@@ -24,16 +24,12 @@ class Adapter(Finetuning):
     adapter_start_layer: int = 2
     """The first block with a prompt."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train.tie_embeddings is not None:
-            raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
+    module: ClassVar[str] = "litgpt.adapter"
 
     def method(self) -> "Method":
-        from litgpt.adapter import Config
         from litgpt.train.methods import prompts
 
-        return prompts(self, Config)
+        return prompts(self, importlib.import_module(self.module).Config)
 
 
 @dataclass(kw_only=True)
@@ -42,11 +38,7 @@ class AdapterV2(Adapter):
 
     out_dir: Path = setting(Path("out/finetune/adapter-v2"), may_change=True)
 
-    def method(self) -> "Method":
-        from litgpt.adapter_v2 import Config
-        from litgpt.train.methods import prompts
-
-        return prompts(self, Config)
+    module: ClassVar[str] = "litgpt.adapter_v2"
 
 
 def setup(checkpoint_dir: Path | str, **settings: Any) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from litgpt.args import EvalArgs, setting
 from litgpt.finetune import Finetuning
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class Full(Finetuning):
     """Fine-tune all weights of a model."""
+
+    trains_base: ClassVar[bool] = True
 
     out_dir: Path = setting(Path("out/finetune/full"), may_change=True)
     eval: EvalArgs = setting(EvalArgs(max_new_tokens=100))

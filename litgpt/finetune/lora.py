@@ -51,8 +51,6 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
         self.require_adapters(self)
         self._require_fitting_heads()
         self._require_rates()
-        if self.train.tie_embeddings is not None:
-            raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
 
     def _require_rates(self) -> None:
         """Raise UserError for a factor that is no number above 0, and for one of parameters that are not trained."""

@@ -1,9 +1,11 @@
 """Rotary scaling in GGUF files: keys under `<architecture>.rope.scaling`, and tensors with a factor for each rotated pair."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from litgpt.config import Config
 from litgpt.convert.gguf.reader import Source
@@ -12,8 +14,7 @@ from litgpt.families._rope import long_attention_factor, whole
 from litgpt.rope import frequencies, plain_frequencies
 
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # tensors of the rotary settings
-# factor, low_freq_factor, high_freq_factor, original_max_seq_len of Llama 3.1 and 3.2
-LLAMA_3 = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}  # in all models with llama.cpp's table
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
@@ -56,37 +57,17 @@ def factors(source: Source, name: str, config: Config) -> list[float]:
 
 
 def fit_adjustments(divisors: list[float], config: Config) -> dict[str, Any] | None:
-    """Return Llama 3.1's parameters from the n/2 divisors of the rotary frequencies; {} if all are 1, None if it is another scaling.
-
-    The known ones are tried first. Else: theta_j = base^(-2j/n), w_j = theta_j / (2 pi) turns a position, context C, kept share
-    s_j = clamp((C w_j - low) / (high - low), 0, 1), and 1 / divisor_j = s_j + (1 - s_j) / factor. So factor is the largest divisor, s is
-    a straight line in w where it is between 0 and 1. The line has two parameters, C, low, high are three: they are stated for low = 1.
+    """Return Llama 3.1's parameters from the n/2 divisors of the rotary frequencies, with the factor of the slowest; {} if all are 1, None
+    if it is another scaling.
     """
-    stored = np.array(divisors)
-    if np.allclose(stored, 1.0):
+    stored = torch.tensor(divisors)
+    if torch.allclose(stored, torch.ones(())):
         return {}
-    factor = float(stored.max())
-    if not np.isfinite(stored).all() or stored.min() <= 0 or factor <= 1:
+    if not stored.isfinite().all() or stored.min() <= 0:
         return None
-    turns = float(config.rope_base) ** -(np.arange(len(stored)) / len(stored)) / (2 * math.pi)
-
-    def fits(factor: float, low: float, high: float, context: float, tolerance: float) -> bool:
-        share = np.clip((context * turns - low) / (high - low), 0, 1)
-        return bool(np.allclose(1 / (share + (1 - share) / factor), stored, rtol=tolerance))
-
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
-    for known in LLAMA_3:
-        if fits(*known, tolerance=1e-4):
-            return dict(zip(names, known, strict=True))
-    share = (1 / stored - 1 / factor) / (1 - 1 / factor)
-    between = (share > 1e-4) & (share < 1 - 1e-4)
-    if between.sum() < 2:
-        return None
-    slope, intercept = np.polyfit(turns[between], share[between], 1)
-    if slope <= 0 or intercept >= 0:
-        return None
-    fitted = (round(factor, 3), 1.0, round(float(1 - 1 / intercept), 3), round(float(-slope / intercept)))
-    return dict(zip(names, fitted, strict=True)) if fitted[2] > 1 and fits(*fitted, tolerance=1e-3) else None
+    adjustments = {"factor": round(max(divisors), 3), **LLAMA_3}
+    known = plain_frequencies(config, config.rope_base) / frequencies(replace(config, rope_adjustments=adjustments))
+    return adjustments if torch.allclose(known, stored, rtol=1e-4) else None
 
 
 def write_scaling(name: str, config: Config) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

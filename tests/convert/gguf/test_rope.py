@@ -19,6 +19,13 @@ def test_the_rope_table_of_every_llama_is_recognised(name: str) -> None:
     assert fit_adjustments((plain / frequencies(config)).tolist(), config) == config.rope_adjustments
 
 
+def test_exaones_factor_is_read() -> None:
+    adjustments = {"factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+    config = Config.from_name("Llama-3.1-8B", rope_adjustments=adjustments)
+    divisors = frequencies(Config.from_name("Llama-3.1-8B", rope_adjustments=None)) / frequencies(config)
+    assert fit_adjustments(divisors.tolist(), config) == adjustments
+
+
 def test_other_rope_tables_are_not_taken_for_llamas() -> None:
     config = Config(n_embd=64, n_head=1, rotary_percentage=1.0)
     assert fit_adjustments([1.0] * 32, config) == {}
