@@ -75,11 +75,11 @@ def unlock_bytes(descriptor: int, start: int, count: int = 1) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
+def new_file(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """Open a new file under a temporary name, in a folder made if needed; at the end flush it to disk and rename it to `path`.
 
     On an error it is removed.
-    Raises OSError that names `path` if the disk is full, inside `torch.save` and numpy's `tofile` too.
+    Raises UserError as `put_file` does, and OSError that names `path` if the disk is full, inside `torch.save` and numpy's `tofile` too.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        put_file(temporary, path, replace)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the cause
@@ -102,6 +102,19 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         _close(locks)
+
+
+def put_file(made: Path, path: Path, replace: bool) -> None:
+    """Rename a file. Without `replace` raise UserError if another process has written `path` meanwhile."""
+    if not replace:
+        try:
+            os.link(made, path)
+            made.unlink()
+            return
+        except OSError:  # the file system may have no hard links
+            if os.path.lexists(path):
+                raise UserError(f"{path} exists already: it was written meanwhile. Name another file, or move it away") from None
+    made.replace(path)
 
 
 def write_text(path: str | Path, text: str) -> None:

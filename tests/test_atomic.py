@@ -100,6 +100,26 @@ def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
     assert (tmp_path / "new.bin").read_bytes() == b"first" and left_in(tmp_path) == ["new.bin"]
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_another_process_wrote_meanwhile_is_kept(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.gguf"
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links here")))
+    with (
+        pytest.raises(UserError, match="model.gguf exists already: it was written meanwhile"),
+        atomic.new_file(path, replace=False) as file,
+    ):
+        file.write(b"ours")
+        path.write_bytes(b"theirs")
+    assert path.read_bytes() == b"theirs" and os.listdir(tmp_path) == ["model.gguf"]
+    with atomic.new_file(tmp_path / "new", replace=False) as file:
+        file.write(b"ours")
+    assert (tmp_path / "new").read_bytes() == b"ours" and sorted(os.listdir(tmp_path)) == ["model.gguf", "new"]
+    with atomic.new_file(path) as file:
+        file.write(b"ours")
+    assert path.read_bytes() == b"ours"
+
+
 def test_the_second_of_two_that_make_a_folder_is_told(tmp_path: Path) -> None:
     """What the first has made meanwhile stays, unless it may be replaced."""
     for overwrite, content in ((False, "fast"), (True, "slow")):

@@ -89,7 +89,7 @@ def _alpha(config: Config) -> float:
 def _write(target: Path, architecture: str, config: Config, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     from gguf import GGUFType, GGUFValueType, GGUFWriter, Keys
 
-    with new_file(target) as file:
+    with new_file(target, replace=False) as file:
         writer = GGUFWriter(file.name, architecture)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Literal, Optional
 
-from litgpt.atomic import scratch_folder
+from litgpt.atomic import put_file, scratch_folder
 from litgpt.convert.gguf.ollama import write_modelfile
 from litgpt.convert.resolve import open_full_model
 from litgpt.errors import UserError
@@ -51,16 +51,16 @@ def convert_to_gguf(
         )
     source = open_full_model(checkpoint_dir, "a GGUF file")
     if by_program and program:
-        architecture = _quantise(program, source, target, str(dtype))
+        architecture = _quantise(program, source, target, str(dtype), overwrite)
     else:
-        architecture = write_gguf(source, target, dtype)
+        architecture = write_gguf(source, target, dtype, overwrite)
     if window := unwindowed(architecture, source):
         print(f"Note: llama.cpp applies no sliding window in files of this architecture: up to {window} tokens the model is the same.")
     print(f"Converted {source} to {target} (architecture {architecture}, {target.stat().st_size / 1e9:.2f} GB).")
     print(f"For Ollama: ollama create {target.stem.lower()} -f {write_modelfile(source, target)}")
 
 
-def _quantise(program: str, source: Path, target: Path, dtype: str) -> str:
+def _quantise(program: str, source: Path, target: Path, dtype: str, overwrite: bool) -> str:
     """Write the file in the weights' own format, and let llama.cpp's program make the wanted one of it. Returns the architecture."""
     from litgpt.convert.gguf.writer import write_gguf
 
@@ -71,6 +71,6 @@ def _quantise(program: str, source: Path, target: Path, dtype: str) -> str:
         if done.returncode or not made.is_file():
             reason = (done.stderr or done.stdout).strip().splitlines()
             raise UserError(f"{program} cannot make {dtype} of {source}: {reason[-1][:300] if reason else f'exit code {done.returncode}'}")
-        made.replace(target)
+        put_file(made, target, overwrite)
     print(f"Quantised to {dtype} by {program}.")
     return architecture

@@ -41,7 +41,7 @@ class Group(NamedTuple):
     shape: tuple[int, ...]
 
 
-def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
+def write_gguf(source: Path, target: Path, dtype: str | None = None, overwrite: bool = True) -> str:
     """Write the checkpoint folder `source` to the file `target`, a tensor at a time, under another name until it is complete.
 
     `dtype` ("f32", "q8_0" ...) defaults to the weights' own. Returns the architecture. Raises UserError for a model or a tokenizer that
@@ -52,7 +52,7 @@ def write_gguf(source: Path, target: Path, dtype: str | None = None) -> str:
     own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
     kind = (dtype or own.get(checkpoint.load_weights(file)["transformer.wte.weight"].dtype, "f32")).upper()
     made, groups = describe(source, target)
-    with new_file(target) as new:
+    with new_file(target, overwrite) as new:
         _write(Path(new.name), made, groups, config, loads, kind)
     return made.architecture
 

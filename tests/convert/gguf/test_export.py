@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import transformers
 from litgpt.__main__ import main
 from litgpt.checkpoint import load_model, load_weights
 from litgpt.config import Config
+from litgpt.convert.gguf import writer
 from litgpt.convert.gguf.convert import convert_gguf
 from litgpt.convert.gguf.export import convert_to_gguf
 from litgpt.convert.merge import merge_lora
@@ -39,6 +41,20 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path: Path, mixture: Path, cap
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"] and target.read_bytes() == b"mine"
     convert_to_gguf(mixture, target, overwrite=True)
     assert target.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_file_that_was_written_meanwhile_is_kept(tmp_path: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "x.gguf"
+
+    def meanwhile(*args: Any) -> Any:
+        target.write_bytes(b"theirs")
+        return stored(*args)
+
+    stored = writer.stored
+    monkeypatch.setattr(writer, "stored", meanwhile)
+    with pytest.raises(UserError, match="x.gguf exists already: it was written meanwhile"):
+        convert_to_gguf(mixture, target)
+    assert target.read_bytes() == b"theirs" and [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
 
 
 def test_adapter_folders_are_refused_with_the_reason(tmp_path: Path, mixture: Path) -> None:
