@@ -20,7 +20,7 @@ from litgpt.vocabulary import IGNORED as IGNORED, SpreadHead
 
 CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows make the matrix products slow, more only cost memory
 BLOCK_ELEMENTS = 8 * 49152  # logits per softmax on a CPU: in fp32 they stay in its cache
-TILE = 2048  # rows of the head's weight in a matrix product on a CPU: MKL takes up to a third less time than for all at once
+TILE = 2048  # rows of the head's weight in a matrix product on a CPU: MKL takes a tenth to a quarter less time than for all at once
 
 
 @dataclass
@@ -188,7 +188,7 @@ class _FrozenHead(torch.autograd.Function):
             else:
                 total[here] = losses
             if wanted:
-                gradient[here] = torch.mm(weight.t(), logits.t()).t()  # (C, d); on a CPU faster than logits @ weight
+                torch.mm(logits, weight, out=gradient[here])  # (C, d)
         ctx.save_for_backward(gradient)
         return total
 
