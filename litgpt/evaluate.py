@@ -82,10 +82,7 @@ def evaluate(
             return
     if dtype not in (None, *PRECISIONS):
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}")
-    from litgpt.packed import pack  # which loads torch
-
     llm = open_model(checkpoint_dir, PRECISIONS[dtype or "auto"], quantize, device)
-    pack(llm.model)
     folder = llm.folder or Path()
     file = save_filepath or (out_dir or folder / "evaluate") / "results.json"
     require_place(file)

@@ -64,20 +64,15 @@ def examine(
         lines += ["", *histogram([_characters(one) for one in train], "characters")]
         print("\n".join(lines))
     else:
-        tokenizer, style, limit = _open(checkpoint_dir, prompt_style, max_seq_length)
+        folder = require_tokenizer(open_checkpoint(checkpoint_dir))
+        tokenizer, block_size = Tokenizer(folder), Config.from_checkpoint(folder).block_size
+        style, limit = resolve_prompt_style(prompt_style, folder, tokenizer), min(max_seq_length or block_size, block_size)
         encoder = Encoder(tokenizer, style, mask_prompt, False, None, data.source)
         print("\n".join([*lines, "", *in_tokens(train, encoder, limit)]))
         print(f"\nRecord {record} in the prompt style {style.name!r}; what is learned is {_green()}:")
         show_record(train[record - 1], style, tokenizer, mask_prompt)
     settings = advice(data, Look.at(train, val), checkpoint_dir)
     print(f"\nlitgpt finetune {checkpoint_dir or 'MODEL'} --data {data.source}, without other options:\n{settings}")
-
-
-def _open(folder: Path, name: Optional[str], length: Optional[int]) -> tuple[Tokenizer, PromptStyle, int]:
-    """Return a checkpoint's tokenizer, its prompt style or the one of this name, and the length that samples are cut to."""
-    folder = require_tokenizer(open_checkpoint(folder))
-    tokenizer, block_size = Tokenizer(folder), Config.from_checkpoint(folder).block_size
-    return tokenizer, resolve_prompt_style(name, folder, tokenizer), min(length or block_size, block_size)
 
 
 def kinds(records: Sequence[Record]) -> list[str]:

@@ -61,15 +61,11 @@ class Drawing:
 
     def opened(self, checkpoint_dir: Path, **how: Any) -> "LLM":
         """Return the model of a folder. `how`: arguments of `open_model`; a model whose `device` is given is left to be divided."""
-        llm = open_model(checkpoint_dir, self.precision, self.quantize, **how)
+        llm = open_model(checkpoint_dir, self.precision, self.quantize, packed="device" not in how and not self.compile, **how)
         if self.compile:
             from litgpt.generate.engine import compile_steps
 
             compile_steps(llm.model)
-        elif "device" not in how:
-            from litgpt.packed import pack
-
-            pack(llm.model)
         return llm
 
     def drawn(self, llm: "LLM", texts: list[str], n: int, first: int = 0) -> list[list[int]]:
@@ -176,12 +172,16 @@ def open_model(
     device: Optional[str] = None,
     base: Optional[Path] = None,
     tokenizer: Optional[Path] = None,
+    packed: bool = True,
 ) -> "LLM":
-    """Load the checkpoint, and print its name, dtype and device to standard error."""
+    """Load the checkpoint, and print its name, dtype and device to standard error. `packed`: by `litgpt.packed`, not to be divided."""
     start = time.perf_counter()
     from litgpt.api import LLM
+    from litgpt.packed import pack
 
     llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize, device=device, base=base, tokenizer_dir=tokenizer)
+    if packed:
+        pack(llm.model)
     dtype, place = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
     form = f"{dtype}, {quantize}" if quantize else dtype
     print(f"{llm.config.name}, {form} on {place}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -45,7 +45,7 @@ class TensorParallel(Several):
         precision = self.precision or default_precision(default_device())
         rank = Rank.start(precision, self.devices, 1, TIMEOUT)
         with ends_together(rank), contextlib.nullcontext() if rank.is_first else _silence():
-            llm = open_model(self.checkpoint_dir, precision, device="cpu")
+            llm = open_model(self.checkpoint_dir, precision, device="cpu", packed=False)
             shard(llm.model, rank.index, rank.size, rank.sum)
             llm.model.to(rank.device)
             if self.compile:

@@ -177,35 +177,27 @@ async def _gone(request: Request) -> None:
 # --- The forms of answers ---
 
 
-def chat_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return logprobs as /v1/chat/completions has them."""
+def chat_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: bool = True) -> dict[str, Any]:
+    """Return a choice of /v1/chat/completions: its `key` is message, or delta while it is streamed."""
 
     def entry(token: str, logprob: float) -> dict[str, Any]:
         return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
 
-    content = [{**entry(t["token"], t["logprob"]), "top_logprobs": [entry(*pair) for pair in t["top"]]} for t in tokens]
-    return {"content": content, "refusal": None}
-
-
-def text_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return logprobs as /v1/completions has them."""
-    texts = [token["token"] for token in tokens]
-    offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
-    values = [token["logprob"] for token in tokens]
-    return {"tokens": texts, "token_logprobs": values, "top_logprobs": [dict(t["top"]) for t in tokens], "text_offset": offsets}
-
-
-def chat_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: bool = True) -> dict[str, Any]:
-    """Return a choice: its `key` is message, or delta while it is streamed."""
     content: dict[str, Any] = {"content": piece.text}
     if first:
         content = {"role": "assistant", **content} | ({"refusal": None} if key == "message" else {})
-    logprobs = chat_logprobs(piece.tokens) if with_logprobs else None
+    tokens = [{**entry(t["token"], t["logprob"]), "top_logprobs": [entry(*pair) for pair in t["top"]]} for t in piece.tokens]
+    logprobs = {"content": tokens, "refusal": None} if with_logprobs else None
     return {"index": index, key: content, "logprobs": logprobs, "finish_reason": piece.reason}
 
 
 def text_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: bool = True) -> dict[str, Any]:
-    logprobs = text_logprobs(piece.tokens) if with_logprobs else None
+    """Return a choice of /v1/completions."""
+    logprobs: dict[str, Any] | None = None
+    if with_logprobs:
+        texts, values = ([token[name] for token in piece.tokens] for name in ("token", "logprob"))
+        offsets, top = [sum(map(len, texts[:i])) for i in range(len(texts))], [dict(token["top"]) for token in piece.tokens]
+        logprobs = {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
     return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.reason}
 
 

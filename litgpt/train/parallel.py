@@ -16,6 +16,7 @@ from litgpt.errors import NonFiniteError, Stopped, UserError
 from litgpt.sharding import part_of
 from litgpt.train.launch import Failure, Group, Place, place_of
 
+# of an error whose cause is that another process of the run has ended, or does not answer
 LOST_PROCESS = re.compile(r"gloo|Connection (closed|reset) by peer|NCCL|Broken pipe", re.IGNORECASE)
 
 
@@ -150,12 +151,6 @@ def alone(precision: str | None) -> Rank:
     return Rank(device=default_device(), mixed=MIXED.get(precision or ""))
 
 
-def _is_lost_process(error: BaseException) -> bool:
-    """Return whether the error says that another process of the run has ended, or does not answer."""
-    distributed = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
-    return distributed or (isinstance(error, RuntimeError) and LOST_PROCESS.search(str(error)) is not None)
-
-
 @contextmanager
 def ends_together(rank: Rank, saved: Callable[[], str] = lambda: "") -> Iterator[None]:
     """End all processes when one of them fails, with one message: of the first process, as long as it lives.
@@ -168,7 +163,7 @@ def ends_together(rank: Rank, saved: Callable[[], str] = lambda: "") -> Iterator
         group = rank.group
         if group is None or group.ended:
             raise
-        lost = _is_lost_process(error)
+        lost = isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and bool(LOST_PROCESS.search(str(error))))
         others = group.failures(3.0 if lost else 0.0) if lost or isinstance(error, Stopped) else []
         if isinstance(error, Stopped):  # torchrun stops a process after another has failed
             others = [failure for failure in others if failure.code != error.code]

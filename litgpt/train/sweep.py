@@ -102,7 +102,10 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
         if before is not None and (changes := identity.changes(before["identity"])):
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
-        table.facts = {**(before or {}), **_facts(job, candidates, settings, identity), **spent}
+        facts = {"settings": as_config(shallow(settings)), "identity": identity.facts(), "environment": environment(job.rank.device)}
+        table.facts = {**(before or {}), **facts, **spent}
+        if chosen := {candidate.trial.name: candidate.chosen for candidate in candidates if candidate.chosen is not None}:
+            table.facts["chosen"] = chosen
         if waiting:
             folder.make(resumed)
             table.save()
@@ -328,14 +331,6 @@ def _identity(job: Job, settings: Run, varying: list[str]) -> Identity:
     """Return what a resumed sweep must have in common with this one: the settings that are the same for all trials."""
     shared = {key: value for key, value in compared_settings(as_config(shallow(settings)), type(settings)).items() if key not in varying}
     return Identity.of({**shared, "precision": job.precision}, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
-
-
-def _facts(job: Job, candidates: list[Candidate], settings: Run, identity: Identity) -> dict[str, Any]:
-    """Return what sweep.json says of all trials, and the blocks that were chosen for those with `auto`."""
-    facts = {"settings": as_config(shallow(settings)), "identity": identity.facts(), "environment": environment(job.rank.device)}
-    if chosen := {candidate.trial.name: candidate.chosen for candidate in candidates if candidate.chosen is not None}:
-        facts["chosen"] = chosen
-    return facts
 
 
 def _train(candidate: Candidate, job: Job, table: Table, console: Console, where: str) -> None:

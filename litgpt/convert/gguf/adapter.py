@@ -6,6 +6,7 @@ file's order. llama.cpp's server switches answer-only LoRA on one token before i
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
 
@@ -89,8 +90,7 @@ def _alpha(config: Config) -> float:
 def _write(target: Path, architecture: str, config: Config, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     from gguf import GGUFType, GGUFValueType, GGUFWriter, Keys
 
-    with new_file(target, replace=False) as file:
-        writer = GGUFWriter(file.name, architecture)
+    with new_file(target, replace=False) as file, closing(GGUFWriter(file.name, architecture)) as writer:
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(_alpha(config)))
@@ -100,9 +100,6 @@ def _write(target: Path, architecture: str, config: Config, tensors: Mapping[str
         for name, (a, b) in tensors.items():
             writer.add_tensor(f"{name}.lora_a", a.float().contiguous().numpy())
             writer.add_tensor(f"{name}.lora_b", b.float().contiguous().numpy())
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -140,23 +141,22 @@ def group(architecture: str, config: Config, keys: Mapping[str, tuple[int, ...]]
 def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, loads: Loads, wanted: str) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-    writer = GGUFWriter(path, made.architecture)
-    writer.add_file_type(LlamaFileType["ALL_F32" if wanted == "F32" else f"MOSTLY_{wanted}"])
-    if wanted in BLOCKS:
-        writer.add_quantization_version(2)
-    add: dict[type, Callable[[str, Any], None]] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-    add |= {str: writer.add_string, list: writer.add_array}
-    for key, value in made.metadata.items():
-        if key != "general.architecture":
-            add[type(value)](key, value)
-    kinds = {name: GGMLQuantizationType[kind_of(name, entry.shape, wanted)] for name, entry in groups.items()}
-    for name, factors in made.arrays.items():
-        writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
-    for name, entry in groups.items():
-        block, size = GGML_QUANT_SIZES[kinds[name]]
-        in_bytes = (*entry.shape[:-1], entry.shape[-1] // block * size)
-        writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), math.prod(in_bytes), raw_dtype=kinds[name])
-    try:
+    with closing(GGUFWriter(path, made.architecture)) as writer:
+        writer.add_file_type(LlamaFileType["ALL_F32" if wanted == "F32" else f"MOSTLY_{wanted}"])
+        if wanted in BLOCKS:
+            writer.add_quantization_version(2)
+        add: dict[type, Callable[[str, Any], None]] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add |= {str: writer.add_string, list: writer.add_array}
+        for key, value in made.metadata.items():
+            if key != "general.architecture":
+                add[type(value)](key, value)
+        kinds = {name: GGMLQuantizationType[kind_of(name, entry.shape, wanted)] for name, entry in groups.items()}
+        for name, factors in made.arrays.items():
+            writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
+        for name, entry in groups.items():
+            block, size = GGML_QUANT_SIZES[kinds[name]]
+            in_bytes = (*entry.shape[:-1], entry.shape[-1] // block * size)
+            writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), math.prod(in_bytes), raw_dtype=kinds[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -164,8 +164,6 @@ def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, 
             writer.write_tensor_data(factors)
         for name, entry in groups.items():
             writer.write_tensor_data(encoded(stored(name, entry, made.architecture, config, loads), kinds[name], f"{made.path}: {name}"))
-    finally:
-        writer.close()
 
 
 def kind_of(name: str, shape: tuple[int, ...], wanted: str) -> str:
