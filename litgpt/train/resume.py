@@ -250,30 +250,24 @@ def _misfit(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) 
 
 
 def _require_facts(facts: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError unless the values have the types that `write` gives them."""
+    """Raise KeyError, TypeError or ValueError unless the values have the types that `write` gives them."""
     progress, identity = facts["progress"], facts["identity"]
-    counts = [progress[name] for name in ("step", "tokens", "skipped")]
-    phase = progress["phase"] or {"step": 0, "tokens": 0, "seconds": 0}
-    counts += [phase["step"], phase["tokens"]]
-    counts += [pair[0] for pair in (*progress["losses"], *([progress["best"]] if progress["best"] else []))]
-    if not all(type(count) is int and 0 <= count < 2**53 for count in counts):
-        raise ValueError("a count")
+    phase, pending = progress["phase"] or {"step": 0, "tokens": 0, "seconds": 0}, progress["pending"] or {}
+    losses = [(step, loss) for step, loss in (*progress["losses"], *([progress["best"]] if progress["best"] else []))]
+    counts = [*(progress[name] for name in ("step", "tokens", "skipped")), phase["step"], phase["tokens"], *(step for step, _ in losses)]
     numbers = [progress["seconds"], progress["total_seconds"], phase["seconds"], progress.get("loss_scale", 1.0)]
-    numbers += [loss for _, loss in progress["losses"]] + ([progress["best"][1]] if progress["best"] else [])
-    if progress["pending"] is not None:
-        if not progress["pending"].keys() <= set(COLUMNS):
-            raise ValueError("a column")
-        numbers += progress["pending"].values()
-    if not all(type(number) in (int, float) for number in numbers):
-        raise TypeError("a number")
-    for mapping in (identity["settings"], facts["environment"], facts["cached"]):
-        if not isinstance(mapping, dict):
-            raise TypeError("a mapping")
-    for part in (identity["train"], identity["val"]):
-        _ = int(part[0]), str(part[1])
-    if not all(isinstance(answer, str) for answer in facts.get("general_answers") or ()):
-        raise TypeError("an answer")
+    numbers += [*(loss for _, loss in losses), *pending.values()]
+    samples = [(int(count), str(digest)) for count, digest in (identity["train"], identity["val"])]
+    is_sound = (
+        all(type(count) is int and 0 <= count < 2**53 for count in (*counts, *(count for count, _ in samples)))
+        and all(type(number) in (int, float) for number in numbers)
+        and all(isinstance(mapping, dict) for mapping in (identity["settings"], facts["environment"], facts["cached"]))
+        and all(isinstance(answer, str) for answer in facts.get("general_answers") or ())
+        and pending.keys() <= set(COLUMNS)
+    )
     _ = facts["optimizer"], datetime.fromisoformat(facts.get("date", "2026-01-01"))
+    if not is_sound:
+        raise ValueError("a value of another type")
 
 
 @dataclass
