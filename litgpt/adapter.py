@@ -16,6 +16,7 @@ from torch import nn
 
 from litgpt import lora, model as base_model
 from litgpt.adapters.base import Adapter
+from litgpt.args import POSITIVE, setting
 from litgpt.errors import UserError
 from litgpt.lora import mark_only_lora_as_trainable as mark_only_adapter_as_trainable
 from litgpt.model import Block, Positions
@@ -27,7 +28,7 @@ __all__ = ["GPT", "Block", "CausalSelfAttention", "Config", "adapter_filter", "m
 class Config(lora.Config):
     """The config of a model and its prompts."""
 
-    adapter_prompt_length: int = 10
+    adapter_prompt_length: int = setting(10, POSITIVE)
     adapter_start_layer: int = 2
 
     adapter_file: ClassVar[str] = "lit_model.pth.adapter"
@@ -36,8 +37,6 @@ class Config(lora.Config):
         super().__post_init__()
         if self.latent_attention:
             raise UserError("LLaMA-Adapter does not go with latent attention, which has no keys of its own for prompts: use LoRA")
-        if not isinstance(self.adapter_prompt_length, int) or self.adapter_prompt_length < 1:
-            raise UserError(f"adapter_prompt_length is {self.adapter_prompt_length!r}: 1 or more is needed")
         if not isinstance(self.adapter_start_layer, int) or not 0 <= self.adapter_start_layer < self.n_layer:
             raise UserError(f"adapter_start_layer is {self.adapter_start_layer!r}: the model has blocks 0 to {self.n_layer - 1}")
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
+from litgpt.args import Range
 from litgpt.errors import UserError
 
 PARTS = ("q", "k", "v")  # of the joined projection
@@ -53,15 +54,15 @@ def names_of(unit: str) -> tuple[str, ...]:
     return (*(f"transformer.h.{index}.{name}" for name in own), *([f"model.layers.{index}.{llama}"] if llama else []))
 
 
-def require_patterns(key: str, patterns: Any, is_value: Any, needed: str) -> None:
-    """Raise UserError, naming `key`, for patterns that are no regular expressions, or a value that is not what is `needed`."""
+def require_patterns(key: str, patterns: Any, numbers: Range) -> None:
+    """Raise UserError, naming `key`, for patterns that are no regular expressions, or a value out of range."""
     if not isinstance(patterns, Mapping):
         raise UserError(f"{key} is {str(patterns)[:60]}: give names of layers with a value each, such as {{q_proj: 4}}")
     for pattern, value in patterns.items():
         if problem := wrong(str(pattern)):
             raise UserError(f"{key} has {str(pattern)[:60]!r}: {problem}")
-        if not is_value(value):
-            raise UserError(f"{key}.{pattern} is {str(value)[:60]!r}: {needed} is needed")
+        if not numbers.holds(value):
+            raise UserError(f"{key}.{pattern} is {str(value)[:60]!r}: {numbers} is needed")
 
 
 def require_used(key: str, patterns: Iterable[str], units: Iterable[str]) -> None:

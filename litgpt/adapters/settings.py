@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Optional, Union, get_args
 
 from litgpt.adapters.patterns import matching, names_of, require_patterns
-from litgpt.args import ABOVE_0, COUNT, FROM_0, Range, is_number, require_ranges, setting
+from litgpt.args import ABOVE_0, COUNT, FROM_0, Range, require_ranges, setting
 from litgpt.errors import UserError
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
@@ -116,9 +116,9 @@ class AdapterSettings:
                 "nothing could be cached"
             )
         if self.lora_rank_pattern:
-            require_patterns("lora_rank_pattern", self.lora_rank_pattern, _is_rank, f"a whole number from 1 to {MAX_RANK}")
+            require_patterns("lora_rank_pattern", self.lora_rank_pattern, Range(1, MAX_RANK, whole=True))
         if self.lora_alpha_pattern:
-            require_patterns("lora_alpha_pattern", self.lora_alpha_pattern, is_number, "a number")
+            require_patterns("lora_alpha_pattern", self.lora_alpha_pattern, Range())
         self._require_modules()
         if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
@@ -234,7 +234,3 @@ def readable_by_litgpt(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         if f.name in ("lora_variant", "lora_rslora", "lora_rank_pattern", "lora_alpha_pattern", "lora_freeze_a", "lora_block_indices")
     }
     return {key: value for key, value in hyperparameters.items() if key not in own or value != own[key]}
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Optional
 
-from litgpt.args import EvalArgs, Grid, setting
+from litgpt.args import POSITIVE, EvalArgs, Grid, setting
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora
 from litgpt.train.settings import Resume
@@ -30,7 +30,7 @@ class Sweep(Lora):
     grid: Optional[Grid] = None
     """The values to try for each key: --grid.lora_r '[4, 8]' --grid.optimizer.lr '[5e-4, 1e-3]', or a mapping in a YAML file. All
     combinations are trained. Without a config file the default is three learning rates."""
-    samples: Optional[int] = None
+    samples: Optional[int] = setting(None, POSITIVE)
     """Train only this many of the combinations, drawn with the seed."""
 
     def __post_init__(self) -> None:

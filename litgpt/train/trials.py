@@ -66,8 +66,6 @@ def expand(settings: Run, grid: Grid | None, samples: int | None = None) -> list
     """
     if not grid:
         raise UserError("no grid: name what is to vary and the values to try, for example --grid.lora_r '[4, 8, 16]'")
-    if samples is not None and samples < 1:
-        raise UserError(f"samples is {samples}: give at least 1, or leave it out to train every setting of the grid")
     if getattr(settings, "modules_to_save", None):
         raise UserError(
             "modules_to_save trains weights of the base, which the trials of a sweep share: run `litgpt finetune_lora` for each"
