@@ -90,13 +90,21 @@ class Conversation:
     ) -> None:
         from litgpt.generate.engine import Session
 
-        self.llm, self.base = llm, None if folder is None else Base(llm, folder)
+        self.llm, self.folder = llm, folder
         self.max_new_tokens = max_new_tokens
         self.sampling, self.generator = sampling, llm.generator(seed)
         self.sys_prompt = sys_prompt
         self.turns: list[Message] = []
         self.render: Any = getattr(llm.prompt_style, "render", None)
         self.session = Session(llm.model)
+
+    @cached_property
+    def base(self) -> Any:
+        """A session of the model that a tuned one was made from, opened when it is asked for first; None if that is not known."""
+        from litgpt.generate.engine import Session
+
+        model = None if self.folder is None else _adapterless(self.llm.model) or _base_of_run(self.llm.model, self.folder)
+        return Session(model) if model else None
 
     def take(self, message: str) -> bool:
         """Answer a message, or do what a command says. Return False at the end."""
@@ -195,8 +203,7 @@ class Conversation:
 
     def _base(self, question: str) -> None:
         """Show the answers of the model as it was before it was tuned and as it is in two columns."""
-        base = None if self.base is None else self.base.session
-        if base is None:
+        if self.base is None:
             _note(f"{self.llm.config.name} is no tuned model whose base is known: open the folder of an adapter or a run")
             return
         if question:
@@ -207,50 +214,35 @@ class Conversation:
             return
         *before, asked, tuned = self.turns
         ids, room, _ = self._fit([*before, asked])
-        reply = self._reply(base, ids, room, str)
+        reply = self._reply(self.base, ids, room, str)
         _show_columns({"base": reply.strip(), "tuned": tuned["content"]})
 
 
-class Base:
-    """The model that a tuned one was made from, opened when it is asked for first."""
+def _adapterless(model: Any) -> Any:
+    """Return a model without its LoRA: a copy that shares the base's weights. None if it has none, or tunes some of these."""
+    from litgpt.adapters.base import adapters
+    from litgpt.lora import GPT, Config
+    from litgpt.packed import pack
 
-    def __init__(self, llm: "LLM", folder: Path) -> None:
-        self.llm, self.folder = llm, folder
+    own = [adapter for _, adapter in adapters(model)]
+    if not own or type(model) is not GPT or any(adapter.tunes_base for adapter in own):
+        return None
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    base: Any = copy.deepcopy(model, shared)
+    base.adapt(Config(**model.config.base_dict()))
+    pack(base)
+    return base
 
-    @cached_property
-    def session(self) -> Any:
-        """Return a session of the base; None if the model is not tuned or its base is not known."""
-        from litgpt.generate.engine import Session
 
-        model = self._adapterless() or self._loaded()
-        return Session(model) if model else None
+def _base_of_run(model: Any, folder: Path) -> Any:
+    """Return the model of the folder that hyperparameters.yaml in `folder` names, in the number format of `model`; None without one."""
+    from litgpt.api import LLM
 
-    def _adapterless(self) -> Any:
-        """Return the model without its LoRA: a copy that shares the base's weights. None if it has none, or tunes some of these."""
-        from litgpt.adapters.base import adapters
-        from litgpt.lora import GPT, Config
-        from litgpt.packed import pack
-
-        model = self.llm.model
-        own = [adapter for _, adapter in adapters(model)]
-        if not own or type(model) is not GPT or any(adapter.tunes_base for adapter in own):
-            return None
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        base: Any = copy.deepcopy(model, shared)
-        base.adapt(Config(**model.config.base_dict()))
-        pack(base)
-        return base
-
-    def _loaded(self) -> Any:
-        """Return the model of the folder that hyperparameters.yaml names, None without one."""
-        from litgpt.api import LLM
-
-        name = read_hyperparameters(open_checkpoint(self.folder)).get("checkpoint_dir")
-        if not isinstance(name, str) or not Path(name).is_dir():
-            return None
-        weight = next(self.llm.model.parameters())
-        precision = {"torch.bfloat16": "bf16-true", "torch.float16": "16-true"}.get(str(self.llm.model.dtype), "32-true")
-        return LLM.load(name, precision=precision, device=weight.device).model
+    name = read_hyperparameters(open_checkpoint(folder)).get("checkpoint_dir")
+    if not isinstance(name, str) or not Path(name).is_dir():
+        return None
+    precision = {"torch.bfloat16": "bf16-true", "torch.float16": "16-true"}.get(str(model.dtype), "32-true")
+    return LLM.load(name, precision=precision, device=next(model.parameters()).device).model
 
 
 def _show_columns(texts: dict[str, str]) -> None:

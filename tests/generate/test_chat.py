@@ -284,7 +284,7 @@ def test_base_beside_tuned(base: Path, tmp_path: Path, settings: Any, capsys: py
     shown = " ".join(re.findall(r"[^\s│|]+", capsys.readouterr().out))
     expected = [model.generate("hello", max_new_tokens=8, temperature=0.0) for model in (tuned, plain)]
     assert expected[0] != expected[1] and conversation.turns[1]["content"] == expected[0].strip()
-    base_model = conversation.base.session.batch.model  # type: ignore[union-attr]
+    base_model = conversation.base.batch.model
     idx = tiny.ids(1, 9)
     assert torch.equal(base_model(idx), plain.model(idx)) and not torch.equal(tuned.model(idx), plain.model(idx))
     weights = {parameter.data_ptr() for parameter in tuned.model.parameters()}
@@ -298,7 +298,7 @@ def test_base_of_a_model_whose_weights_are_all_tuned(base: Path, tmp_path: Path,
     tuned, plain = (LLM.load(where, precision="32-true", device="cpu") for where in (full, base))
     conversation = Conversation(tuned, 8, GREEDY, folder=full)
     idx = tiny.ids(1, 9)
-    assert torch.equal(conversation.base.session.batch.model(idx), plain.model(idx))  # type: ignore[union-attr]
+    assert torch.equal(conversation.base.batch.model(idx), plain.model(idx))
 
 
 @pytest.mark.parametrize("words", ["finetune_lora --modules_to_save [lm_head]", "finetune_adapter", "finetune_adapter_v2"])
@@ -307,5 +307,5 @@ def test_base_of_a_model_that_changes_weights_of_the_base(base: Path, tmp_path: 
     data = runs.write_data(tmp_path / "sums.json", 3)
     final = runs.finetune(command, base, data, tmp_path / "run", *options, max_steps=1, optimizer__lr=0.1).final
     tuned, plain = (LLM.load(where, precision="bf16-true", device="cpu") for where in (final, base))
-    base_model, idx = Conversation(tuned, 8, GREEDY, folder=final).base.session.batch.model, tiny.ids(1, 9)  # type: ignore[union-attr]
+    base_model, idx = Conversation(tuned, 8, GREEDY, folder=final).base.batch.model, tiny.ids(1, 9)
     assert torch.equal(base_model(idx), plain.model(idx)) and not torch.equal(tuned.model(idx), plain.model(idx))
