@@ -216,7 +216,7 @@ def require_checkpoint(folder: str | Path) -> Path:
         missing.append(f"tokenizer.json{kind_note(folder / 'tokenizer.json')}")
     if missing:
         hint = adapter_hint(folder) or ": copy what is missing, or convert the model again with `litgpt convert_to_litgpt`"
-        if hf_weights(folder) and (folder / "config.json").is_file():
+        if hf_weights(folder) and (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file():
             hint = f": it looks like a Hugging Face folder, convert it with `litgpt convert_to_litgpt {folder}`"
         raise UserError(f"checkpoint folder {folder} lacks {', '.join(missing)}{hint}")
     require_whole(folder, WEIGHTS)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Optional
 
 from litgpt import families as catalog
 from litgpt.atomic import digest, locked
-from litgpt.checkpoint import HOME, HUB_NAME, TOKENIZER_FILES, WEIGHT_FILES, hf_weights
+from litgpt.checkpoint import HOME, HUB_NAME, TOKENIZER_FILES, WEIGHT_FILES, hf_weights, require_tokenizer
 from litgpt.convert.resolve import convert, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import open_regular, read_json
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SETTINGS = ("config.json", *TOKENIZER_FILES)  # fetched if the model has them
 OPTIONAL = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
+ADDRESS = re.compile(r"(?:https?://[^/]+/)?([\w.-]+)/([\w.-]+)(?:/.*)?")  # of a model's page
 LOCAL = (str(HOME), "out", "data")  # folders of the commands, no organisations on the hub
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -60,6 +61,7 @@ def download_from_hub(
     if not HUB_NAME.fullmatch(repo_id):
         by_name = {name.partition("/")[2].lower(): name for name in hub_names()}
         near = [by_name[name] for name in difflib.get_close_matches(repo_id.lower(), by_name, n=3)]
+        near = near or ["/".join(match.groups())] if (match := ADDRESS.fullmatch(repo_id)) else near
         hint = f", such as {', '.join(near)}" if near else ""
         raise UserError(f"{repo_id!r} is no name of a model on the hub: give ORG/NAME{hint} (`litgpt download list` prints those known)")
     folder = Path(checkpoint_dir) / repo_id
@@ -71,6 +73,7 @@ def download_from_hub(
         convert(folder, folder, model_name, dtype)
     else:
         open_checkpoint(folder)
+    require_tokenizer(folder)
     print(f"{repo_id} is in {folder}, ready as a checkpoint_dir")
 
 

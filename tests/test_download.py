@@ -284,3 +284,17 @@ def test_the_command_as_a_process(hub: Hub, tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert ended.returncode == 0 and "ready as a checkpoint_dir" in ended.stdout, ended.stderr
     assert names(tmp_path / "new" / "org" / "model") >= CONVERTED | TOKENIZER
+
+
+def test_a_model_without_a_tokenizer_is_not_called_ready(hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    hub.models["org/bare"] = tmp_path / "bare"
+    for _ in range(2):
+        code, text = run(capsys, "org/bare")
+        assert code == 1 and "lacks tokenizer.json: copy what is missing" in text and "ready" not in text
+
+
+@pytest.mark.parametrize("address", ["https://huggingface.co/org/model", "org/model/", "https://huggingface.co/org/model/tree/main"])
+def test_the_address_of_a_page_is_answered_with_the_name(address: str, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run(capsys, address)
+    assert code == 1 and "is no name of a model on the hub: give ORG/NAME, such as org/model (" in text
