@@ -70,6 +70,11 @@ def __getattr__(name: str) -> Any:
     return rows if name == "name_to_config" else list(rows.values())
 
 
+def _is_affine(norm: Any, name: Any) -> bool:
+    """Return True if norms have weights, as LitGPT tells it without a field."""
+    return norm != "LayerNorm" or "OLMo" not in str(name)
+
+
 def _is_positive(value: Any) -> TypeIs[float]:
     return is_number(value) and 0 < value <= MOST_FACTOR
 
@@ -370,6 +375,7 @@ class Config:
     def file_dict(self) -> dict[str, Any]:
         """Return the fields in `model_config.yaml`. LitGPT 0.5.13 reads it, so fields that it lacks are left out at their default."""
         plain = {key: Config.__dataclass_fields__[key].default for key in (*OWN_FIELDS, *NEWER_FIELDS)}
+        plain["norm_affine"] = _is_affine(self.norm_class_name, self.name)
         return {key: value for key, value in self.base_dict().items() if key not in plain or value != plain[key]}
 
     @classmethod
@@ -394,11 +400,10 @@ class Config:
         if CHOSEN_TAPS not in known:
             values.pop(CHOSEN_TAPS, None)
         problems = []
-        if values.keys().isdisjoint(OWN_FIELDS) and any(values.get(key, ...) == plain for key, plain in NEWER_FIELDS.items()):
-            # LitGPT wrote it, which leaves out no field
-            if not values.get("n_expert_groups"):
-                values.pop("norm_topk_prob", None)
-            values["norm_affine"] = values.get("norm_class_name") != "LayerNorm" or "OLMo" not in str(values.get("name"))
+        all_fields = values.keys().isdisjoint(OWN_FIELDS) and any(values.get(key, ...) == plain for key, plain in NEWER_FIELDS.items())
+        if all_fields and not values.get("n_expert_groups"):  # LitGPT wrote it, which leaves out no field
+            values.pop("norm_topk_prob", None)
+        values.setdefault("norm_affine", _is_affine(values.get("norm_class_name", "LayerNorm"), values.get("name")))
         for key in [key for key in values if key not in known]:
             del values[key]
             near = difflib.get_close_matches(str(key), known, n=1)

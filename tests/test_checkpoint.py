@@ -250,6 +250,17 @@ def test_saved_config_is_litgpts(tmp_path: Path) -> None:
     assert Config.from_checkpoint(tmp_path) == granite
 
 
+@pytest.mark.parametrize("name", ["OLMo-1B-hf", "OLMo-2-1124-7B", "mine"])
+@pytest.mark.parametrize(("norm", "affine"), [("LayerNorm", False), ("LayerNorm", True), ("RMSNorm", True)])
+def test_norms_without_weights_are_told_as_litgpt_tells_them(name: str, norm: str, affine: bool, tmp_path: Path) -> None:
+    """LitGPT 0.5.13: a LayerNorm of a model with OLMo in its name has none. Another model needs our field, which LitGPT refuses."""
+    config = Config(**{**tiny.TINY, "name": name, "norm_class_name": norm, "norm_affine": affine})
+    checkpoint.save_config(config, tmp_path)
+    assert Config.from_checkpoint(tmp_path) == config
+    values = yaml.safe_load((tmp_path / "model_config.yaml").read_text())
+    assert ("norm_affine" in values) == (affine != (norm != "LayerNorm" or "OLMo" not in name))
+
+
 # --- The base into a model ---
 
 
