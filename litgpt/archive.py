@@ -28,6 +28,7 @@ def require_full_records(path: Path) -> None:
         if len(sizes) < len(content.namelist()):
             raise ValueError("two of its records have one name")
         storages = _Storages(io.BytesIO(content.read(next(name for name in content.namelist() if name.endswith("/data.pkl")))))
+        storages.needed = {}
         storages.load()
     for record, needed in storages.needed.items():
         if sizes[record] != needed:
@@ -44,9 +45,7 @@ class _Nothing(dict[Any, Any]):
 class _Storages(pickle._Unpickler):  # in Python: C's takes the memory that a number in the file asks for
     """Collects the bytes that each record needs."""
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.needed: dict[str, int] = {}
+    needed: dict[str, int]
 
     def find_class(self, module: str, name: str) -> Any:
         import torch

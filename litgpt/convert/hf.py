@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from litgpt import families, files
+from litgpt import families
 from litgpt.archive import is_mappable
 from litgpt.atomic import new_folder, write_bytes
 from litgpt.checkpoint import (
@@ -29,7 +29,7 @@ from litgpt.convert.compare import INPUT_AND_TRAINING, differences, require_name
 from litgpt.convert.names import IMAGES, Stored, fit, hf_table, summary
 from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
-from litgpt.files import read_own
+from litgpt.files import kind_note, read_json, read_own, require_file
 
 RELEASE = 2**27  # a memory map is renewed after that many bytes, so that its pages do not pile up
 
@@ -39,7 +39,8 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
 
     Raise UserError for unsupported architectures, broken files, and tensors that do not fit the model.
     """
-    settings, config = read_json(source / "config.json"), choose_config(source, model_name)
+    settings = read_json(source / "config.json", "is missing: a Hugging Face folder holds it")
+    config = choose_config(source, model_name)
     tensors = open_weights(source)
     plan = fit(tensors, hf_table(settings["model_type"], config), config, str(source), says_tied(settings), dtype)
     if images := [name for name in tensors if IMAGES.fullmatch(name)]:
@@ -140,7 +141,7 @@ class Reader:
         """Open a file. Raise UserError if it is broken."""
         if self.content is None or self.file != file or (self.content.mapped and self.read > RELEASE):
             self.content = None
-            files.require_file(file, "is missing")
+            require_file(file, "is missing")
             self.content = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
             self.file, self.read = file, 0
         return self.content
@@ -188,7 +189,7 @@ def read_index(index: Path) -> dict[str, str]:
     suffix = index.name.removesuffix(".index.json").rpartition(".")[2]
     if bad := [name for name in shards if not _is_plain(name) or not name.endswith(f".{suffix}")]:
         raise UserError(f"{index} names {', '.join(map(repr, bad))}: only plain .{suffix} file names inside the folder are read")
-    if missing := [name + files.kind_note(index.parent / name) for name in shards if not (index.parent / name).is_file()]:
+    if missing := [name + kind_note(index.parent / name) for name in shards if not (index.parent / name).is_file()]:
         raise UserError(f"{index.parent} lacks {', '.join(missing)}, named in {index.name}: download the model again")
     return weight_map
 
@@ -217,8 +218,3 @@ def _open_safetensors(file: Path) -> Content:
 def _open_torch(file: Path) -> Content:
     tensors = load_weights(file)
     return Content({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__, is_mappable(file))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the content of a JSON object file."""
-    return files.read_json(file, "is missing: a Hugging Face folder holds it")
