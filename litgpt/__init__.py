@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,12 +16,16 @@ __version__ = "0.6.0+skip2lora"
 
 
 def _is_idle() -> bool:
-    """Return True if this is the only running program, as far as Linux tells."""
-    try:
-        with open("/proc/stat") as file:
-            return "procs_running 1\n" in file
-    except OSError:
-        return False
+    """Return True if this is the only running program at one of some moments, as far as Linux tells: others start and end all the time."""
+    for _ in range(10):
+        try:
+            with open("/proc/stat") as file:
+                if "procs_running 1\n" in file:
+                    return True
+        except OSError:
+            return False
+        time.sleep(0.002)
+    return False
 
 
 # Between two parallel parts OpenMP's threads spin for milliseconds by default, on a core that another program may need; threads that sleep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import litgpt
 from litgpt.errors import UserError
 from litgpt.optim import MasterWeights, learning_rate, make_optimizer
 
@@ -258,3 +260,10 @@ def test_waiting_threads_do_not_spin_for_long_beside_another_program() -> None:
         assert count() == "1000"
         busy.kill()
     assert count(GOMP_SPINCOUNT="7") == "7" and count(OMP_WAIT_POLICY="active") == "None"
+
+
+@pytest.mark.parametrize(("running", "idle"), [([1], True), ([3, 2, 2, 1], True), ([2] * 10, False)])
+def test_a_program_that_ends_at_once_leaves_the_machine_idle(running: list[int], idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter(running)
+    monkeypatch.setattr(litgpt, "open", lambda path: io.StringIO(f"ctxt 7\nprocs_running {next(counts)}\nprocs_blocked 0\n"), raising=False)
+    assert litgpt._is_idle() is idle and not list(counts)
