@@ -15,6 +15,7 @@ from litgpt.generate import drafts
 from litgpt.generate.engine import most_probable
 from litgpt.generate.sampling import Sampling, until_stop
 from litgpt.lora import GPT
+from litgpt.model import evaluating
 from litgpt.prompts import PromptStyle
 from litgpt.sharding import is_sharded
 from litgpt.tokenizer import Tokenizer
@@ -57,14 +58,11 @@ def answer(
 
     A reply that the model has learned takes a few passes, not one for each token: the record's own is the draft.
     """
-    prompt, was_training = example.prompt, model.training
-    most = min(most, model.max_seq_length - len(prompt))
+    prompt, most = example.prompt, min(most, model.max_seq_length - len(example.prompt))
     if is_sharded(model) or model.config.rope_kind == "longrope" or most < 1:
         return most_probable(model, [prompt], most, stop_tokens, lambda ids: is_stopped())[0]
     generator = torch.Generator(next(model.parameters()).device)  # the run's own random numbers stay as they are
     draws = Sampling(temperature=0.0)
     drafted = drafts.generate("prompt_lookup", model, prompt, len(prompt) + most, draws, DRAFTED, generator, text=example.text)
-    with closing(drafted):
-        ids = list(takewhile(lambda _: not is_stopped(), until_stop(drafted, stop_tokens)))
-    model.train(was_training)
-    return ids
+    with evaluating(model), closing(drafted):
+        return list(takewhile(lambda _: not is_stopped(), until_stop(drafted, stop_tokens)))
