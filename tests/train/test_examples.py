@@ -17,7 +17,7 @@ from litgpt.train.examples import DRAFTED, Example, answer, examples_of
 from tests.helpers import tiny
 
 PROMPT = [5, 9, 2, 31, 7, 7, 12]
-MOST = 3 * DRAFTED
+MOST = 2 * DRAFTED
 ADAPTED = {"lora_r": 3, **tiny.ALL_LORA}
 RECORDS = [read_record({"instruction": f"add {i} and 1", "output": f"{i + 1}"}) for i in range(3)]
 
