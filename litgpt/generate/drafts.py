@@ -101,6 +101,8 @@ class Heads:
             return [], []
         h, taps = (part[len(tokens) - 2 - self.target.computed_from] for part in states)  # (d,), of which the last token was drawn; (S, d)
         e = model.transformer["wte"](torch.tensor(tokens[-1], device=h.device))
+        if model.switch is not None:  # for LoRA on the output layer: drafts stand in the reply
+            model.switch.mask = None
         q = self.sampling.probabilities(model.logits(torch.stack([head(h, e, taps) for head in heads])))
         return torch.multinomial(q, 1, generator=self.generator)[:, 0].tolist(), list(q)
 

@@ -262,7 +262,7 @@ def _general_answers(
     if rank.is_first or rank.sharded:
         console.say(f"The base model answers {settings.train.replay} general questions")
         with rank.autocast():
-            others = examples if (settings.eval.max_new_tokens or 0) == ANSWER_TOKENS else []
+            others = examples if settings.eval.max_new_tokens == ANSWER_TOKENS else []
             answers = base_answers(model, tokenizer, style, settings.train.replay, others)
     return list(rank.broadcast(answers))
 

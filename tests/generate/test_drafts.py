@@ -190,3 +190,13 @@ def test_generate_with_looked_up_drafts(
     assert main([*words, "--speculate", "prompt_lookup"]) == 0
     shown = capsys.readouterr()
     assert shown.out == plain and " drafts" in shown.err
+
+
+@pytest.mark.parametrize("draft", ["heads", "prompt_lookup"])
+@pytest.mark.parametrize("invoked", [True, False])
+def test_answer_only_lora_on_the_output_layer(draft: Any, invoked: bool) -> None:
+    prompt = [5, 9, 5, 9, 7, 12]
+    settings = {"lora_r": 3, **tiny.ALL_LORA, "alora_enabled": True, "alora_invocation_tokens": prompt[-2:] if invoked else [60, 61]}
+    model = tiny.move_adapters(tiny.tiny(**settings, mtp_heads=2))
+    [expected] = engine.most_probable(model, [prompt], 20)
+    assert list(generate(draft, model, prompt, len(prompt) + 20, Sampling(temperature=0.0), 2)) == expected
