@@ -91,18 +91,20 @@ def main(argv: Optional[list[str]] = None) -> int:
         if found := TOKEN_KEY.fullmatch(word):
             keep_secret(following if found[1] is None and word.startswith("-") else found[1] or "")
     code = 0
-    try:
-        with _exit_on_signals():
+    with _exit_on_signals() as heeded:
+        try:
             work = _work_of(argv)
             if isinstance(work, int):
                 code = work
             else:
                 work()
-    except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
-        code = _report(error)
-    except SystemExit as end:
-        if end.code or not lost_output():
-            raise
+        except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
+            for number in heeded:
+                signal.signal(number, signal.SIG_IGN)  # the command has ended: its message must not be lost
+            code = _report(error)
+        except SystemExit as end:
+            if end.code or not lost_output():
+                raise
     if (lost := lost_output()) and not code:
         return _report(OSError(lost.errno, lost.strerror, "standard output"))
     return code
@@ -180,19 +182,24 @@ def _table() -> str:
 
 
 @contextmanager
-def _exit_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `SystemExit(128 + number)`, so that half-written folders are cleaned up on the way out."""
+def _exit_on_signals() -> Iterator[list[signal.Signals]]:
+    """Turn SIGTERM and SIGHUP into `SystemExit(128 + number)`, so that half-written folders are cleaned up on the way out.
+
+    Yields these signals, without those that are ignored, as with `nohup`. A closed terminal sends several SIGHUPs: one counts.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield []
         return
 
     def leave(signum: int, frame: Optional[FrameType]) -> None:
+        if signal.SIGHUP in heeded:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         raise SystemExit(128 + signum)
 
-    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup does
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, leave) for number in heeded}
     try:
-        yield
+        yield heeded
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

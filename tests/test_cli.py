@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from litgpt import __version__
+from litgpt import __main__ as program, __version__
 from litgpt.__main__ import COMMANDS, OTHER_NAMES, load, main
 from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config
 from litgpt.cli import UsageError, parse
@@ -665,6 +665,41 @@ def test_a_signal_cleans_up(number: signal.Signals, code: int, monkeypatch: pyte
     with pytest.raises(SystemExit) as end:
         main(["finetune_lora", "c"])
     assert end.value.code == code and cleaned and signal.signal(number, before) is signal.SIG_DFL
+
+
+def test_a_signal_does_not_lose_the_message_of_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(checkpoint_dir: str) -> None:
+        raise UserError("the cause")
+
+    def report(error: BaseException) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        return original(error)
+
+    original = program._report
+    monkeypatch.setattr(program, "_report", report)
+    monkeypatch.setattr(program, "load", lambda name: command)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert main(["finetune_lora", "c"]) == 1 and capsys.readouterr().err == "Error: the cause\n"
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
+
+
+def test_hangups_after_the_first_do_not_disturb_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal that is closed sends one from the kernel and one from the shell."""
+    cleaned = []
+
+    def command(checkpoint_dir: str) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            cleaned.append(True)
+
+    monkeypatch.setattr(program, "load", lambda name: command)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with pytest.raises(SystemExit, match="129"):
+        main(["finetune_lora", "c"])
+    assert cleaned and signal.signal(signal.SIGHUP, before) is signal.SIG_DFL
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,13 +25,14 @@ class Interrupts:
     """Handlers for signals while the block lasts.
 
     Within `held` a signal is recorded in `asked`, so that the work there can finish and call `stop`. Elsewhere `Stopped` is raised at once.
-    A second signal ends the process immediately, by the kernel, even where Python is not running.
+    A second SIGINT or SIGTERM ends the process immediately, by the kernel, even where Python is not running; a SIGHUP does not, as the
+    shell and the kernel both send one when a terminal is closed. After an error within `ending` a first signal changes nothing.
     Signals reach the main thread only; in another one nothing is changed. A signal that was ignored, as with `nohup`, stays ignored.
     """
 
     def __init__(self) -> None:
         self.asked: int | None = None
-        self._held = False
+        self._held = self._ending = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -46,7 +47,9 @@ class Interrupts:
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
+        if self._ending:
+            return
         if not self._held:
             raise Stopped(number)
         self.asked = number
@@ -56,12 +59,19 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Delay signals until the block looks at `asked`."""
+        """Delay signals until the block looks at `asked`. They stay delayed after an error in it."""
         self._held = True
+        yield
+        self._held = False
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Let no signal replace an error of the block: torchrun sends SIGTERM to a process whose peer has failed."""
         try:
             yield
-        finally:
-            self._held = False
+        except BaseException:
+            self._ending = True
+            raise
 
     def stop(self, ranks: Sequence[int] = (), number: int = 0) -> NoReturn:
         """Raise `Stopped` for the signal that has arrived, or `number` in other processes of the run, whose `ranks` the message names."""

@@ -384,7 +384,8 @@ class Session:
         """Save the state if the block fails. The error that is raised names the checkpoint to resume."""
         with ends_together(self.rank, lambda: self._rescue("Stopped", together=False)):
             try:
-                yield
+                with self.interrupts.ending():
+                    yield
             except Stopped as stop:
                 raise Stopped(stop.signum, stop.message + self._rescue(f"stopped after step {self.state.step}")) from None
             except NonFiniteError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -37,6 +38,29 @@ def test_a_held_signal_waits_and_the_next_one_is_the_kernels(capfd: pytest.Captu
         assert stopped.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     assert capfd.readouterr().err == "\nSIGTERM: stopping after this step; a second signal ends the run at once\n"
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+def test_a_closed_terminal_which_sends_several_hangups_ends_nothing_at_once(first: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with Interrupts() as interrupts, interrupts.held():
+        for number in (first, signal.SIGHUP, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert interrupts.asked == first
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_signal_after_an_error_does_not_replace_it(is_held: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """As that of torchrun, which ends the other processes as soon as one has failed."""
+    with Interrupts() as interrupts:
+        with pytest.raises(ValueError, match="the cause"):
+            try:
+                with interrupts.ending(), interrupts.held() if is_held else nullcontext():
+                    raise ValueError("the cause")
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.asked is None and capfd.readouterr().err == ""
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
