@@ -75,6 +75,13 @@ def _is_affine(norm: Any, name: Any) -> bool:
     return norm != "LayerNorm" or "OLMo" not in str(name)
 
 
+def _router_loss(values: dict[str, Any]) -> float:
+    """Return the default of `router_aux_loss_coef`, a field that LitGPT lacks: the named model's, else transformers' for most mixtures."""
+    if row := families.find(str(values.get("name"))):
+        return float(row.get("router_aux_loss_coef", 0.0))
+    return 0.001 if values.get("mlp_class_name") == "LLaMAMoE" and not values.get("n_expert_groups") else 0.0
+
+
 def _is_positive(value: Any) -> TypeIs[float]:
     return is_number(value) and 0 < value <= MOST_FACTOR
 
@@ -376,6 +383,7 @@ class Config:
         """Return the fields in `model_config.yaml`. LitGPT 0.5.13 reads it, so fields that it lacks are left out at their default."""
         plain = {key: Config.__dataclass_fields__[key].default for key in (*OWN_FIELDS, *NEWER_FIELDS)}
         plain["norm_affine"] = _is_affine(self.norm_class_name, self.name)
+        plain["router_aux_loss_coef"] = _router_loss(self.base_dict())
         return {key: value for key, value in self.base_dict().items() if key not in plain or value != plain[key]}
 
     @classmethod
@@ -403,6 +411,8 @@ class Config:
         all_fields = values.keys().isdisjoint(OWN_FIELDS) and any(values.get(key, ...) == plain for key, plain in NEWER_FIELDS.items())
         if all_fields and not values.get("n_expert_groups"):  # LitGPT wrote it, which leaves out no field
             values.pop("norm_topk_prob", None)
+        elif "LLaMAMoE" in str(values.get("mlp_class_name")):
+            values.setdefault("router_aux_loss_coef", _router_loss(values))
         values.setdefault("norm_affine", _is_affine(values.get("norm_class_name", "LayerNorm"), values.get("name")))
         for key in [key for key in values if key not in known]:
             del values[key]

@@ -261,6 +261,24 @@ def test_norms_without_weights_are_told_as_litgpt_tells_them(name: str, norm: st
     assert ("norm_affine" in values) == (affine != (norm != "LayerNorm" or "OLMo" not in name))
 
 
+# the coefficients of their config.json on the hub; of an unknown mixture transformers' default for Mixtral, Qwen 2 and Qwen 3
+@pytest.mark.parametrize(("name", "default"), [("Mixtral-8x7B-v0.1", 0.02), ("Qwen3-30B-A3B", 0.001), ("mine", 0.001)])
+@pytest.mark.parametrize("value", [None, 0.0, 0.3])
+def test_the_routers_loss_is_in_the_file_only_if_it_is_not_the_models_own(
+    name: str, default: float, value: float | None, tmp_path: Path
+) -> None:
+    value = default if value is None else value
+    experts = {"name": name, "mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2, "router_aux_loss_coef": value}
+    config = Config(**{**tiny.TINY, **experts})
+    checkpoint.save_config(config, tmp_path)
+    assert Config.from_checkpoint(tmp_path) == config
+    values = yaml.safe_load((tmp_path / "model_config.yaml").read_text())
+    assert values.keys() - set(LITGPT_FIELDS.split()) == ({"router_aux_loss_coef"} if value != default else set())
+    text = yaml.safe_dump({**values, "rope_interleave": False, "latent_attention": None})  # LitGPT's, which trains without this loss
+    (tmp_path / "model_config.yaml").write_text(text)
+    assert Config.from_checkpoint(tmp_path).router_aux_loss_coef == (value if value != default else 0.0)
+
+
 # --- The base into a model ---
 
 
