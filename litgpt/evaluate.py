@@ -85,9 +85,7 @@ def evaluate(
     llm = open_model(checkpoint_dir, PRECISIONS[dtype or "auto"], quantize, device)
     folder = llm.folder or Path()
     file = save_filepath or (out_dir or folder / "evaluate") / "results.json"
-    require_place(file)
-    if file.exists() and {"checkpoint_dir", "results"}.isdisjoint(json_in(file)):  # of records, of tasks
-        raise UserError(f"{file} exists and holds no results of litgpt evaluate: name another place, or move it away")
+    _require_results(file)
     if tasks is not None:
         results, table = run_tasks(llm, tasks, num_fewshot, size, limit, seed, access_token)
     else:
@@ -97,9 +95,16 @@ def evaluate(
     print(table)
     from litgpt.logs import Console
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    _require_results(file)  # it may have been written meanwhile
     write_text(file, json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n")
     Console().say(f"the results are in {file}")
+
+
+def _require_results(file: Path) -> None:
+    """Raise UserError if results cannot be written to this place, or if something else is there."""
+    require_place(file)
+    if file.exists() and {"checkpoint_dir", "results"}.isdisjoint(json_in(file)):  # of records, of tasks
+        raise UserError(f"{file} exists and holds no results of litgpt evaluate: name another place, or move it away")
 
 
 def _batch_size(value: Union[int, str]) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from litgpt.errors import UserError
+from litgpt.text import as_utf8
 
 MOST_BYTES = 2**26  # of a JSON or text file
 MOST_YAML = 2**18  # bytes of a YAML file, whose parser is slow
@@ -74,6 +75,23 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
     raise OSError(errno.EINVAL, f"it is {kind}, not a file: put a file there", str(path))
+
+
+def add_text(path: Path, text: str) -> None:
+    """Add lines to a regular file, which is made if needed. If they cannot be written whole, OSError is raised and it stays as it was."""
+    descriptor = open_regular(path.resolve(), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    size = os.fstat(descriptor).st_size
+    content = as_utf8(text).encode()
+    try:
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            content = b"\n" + content
+        while content:
+            content = content[os.write(descriptor, content) :]
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: str | Path, missing: str = MISSING, most: int | None = MOST_BYTES) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import litgpt.evaluate as module
 from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.checkpoint import load_model, load_weights, save_weights
@@ -122,6 +123,22 @@ def test_a_file_that_holds_something_else_is_not_replaced(base: Path, tmp_path: 
         assert main(["evaluate", str(base), "--data", str(data), *words]) == 1
         err = capsys.readouterr().err
         assert said in err and "answers" not in err and data.read_bytes() == before
+
+
+def test_a_file_that_somebody_wrote_meanwhile_is_not_replaced(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+
+    def meanwhile(*args: Any, **settings: Any) -> Any:
+        out.write_text("theirs")
+        return on_records(*args, **settings)
+
+    on_records = module.on_records
+    monkeypatch.setattr(module, "on_records", meanwhile)
+    assert main(["evaluate", str(base), "--data", str(runs.write_data(tmp_path / "data.json", 3)), "--save_filepath", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert "holds no results" in printed.err and "loss" in printed.out and out.read_text() == "theirs"
 
 
 def test_weights_that_are_not_finite(

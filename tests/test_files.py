@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from litgpt.errors import UserError
-from litgpt.files import MOST_VALUES, expand_path, open_regular, parse_yaml, read_json, read_own, read_text, read_yaml
+from litgpt.files import MOST_VALUES, add_text, expand_path, open_regular, parse_yaml, read_json, read_own, read_text, read_yaml
 
 # six lines that stand for 10^6 values
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in ("ab", "bc", "cd", "de", "ef"))
@@ -135,3 +136,16 @@ def test_a_folders_own_files(tmp_path: Path) -> None:
     (plain / "blob").symlink_to("../../blobs/1")
     with pytest.raises(UserError, match="outside its folder"):
         read_own(plain, "blob")
+
+
+def test_lines_that_cannot_be_added_whole_leave_the_file_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "talk.jsonl"
+    add_text(file, "one\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            add_text(file, 1000 * "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text() == "one\n"

@@ -67,7 +67,7 @@ def write_merged(folder: Path, dtype: "torch.dtype", base: Path | None = None) -
 
     base, config = checkpoint.adapted(folder, base)
     plan = merged(folder, base, config, dtype)
-    with atomic.new_file(folder / checkpoint.WEIGHTS) as file:
+    with atomic.new_file(folder / checkpoint.WEIGHTS, replace=False) as file:
         write_pth(plan, file)
         checkpoint.weights_file(base).require_unchanged()
     return base

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from litgpt.checkpoint import read_hyperparameters
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
-from litgpt.files import expand_path
+from litgpt.files import add_text, expand_path
 from litgpt.generate.base import Checkpoint, Drawing, Metered
 from litgpt.streams import safe, show, unescaped
 from litgpt.text import as_utf8
@@ -194,8 +194,7 @@ class Conversation:
         else:
             text = "".join(f"{turn['role']}: {turn['content']}\n\n" for turn in turns)
         try:
-            with file.open("a", encoding="utf-8") as target:
-                target.write(text)
+            add_text(file, text)
         except OSError as error:
             _note(f"{file}: {error.strerror or error}")
         else:

@@ -15,6 +15,7 @@ from litgpt.data.sources import read_records, read_rows
 from litgpt.errors import UserError
 from litgpt.files import expand_path, require_file, require_place
 from litgpt.generate.base import Checkpoint, Drawing
+from litgpt.text import as_utf8
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
@@ -65,7 +66,7 @@ class SampleAnswers(Drawing, Files, Checkpoint):
         if self.sys_prompt is not None:
             records = [_with_system(record, self.sys_prompt) for record in records]
         llm = self.opened(self.checkpoint_dir)
-        from litgpt.atomic import write_text
+        from litgpt.atomic import new_file
         from litgpt.logs import Console
 
         lines, console = list[dict[str, Any]](), Console()
@@ -78,8 +79,8 @@ class SampleAnswers(Drawing, Files, Checkpoint):
                     for _ in range(self.n):
                         lines.append(_line(records[place], answer := next(answers), check(rows[place], answer), f"record {place + 1}"))
                 progress(self.n * places.stop, self.n * len(records))
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        with new_file(self.out, self.overwrite) as file:
+            file.writelines(as_utf8(json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
         console.say(f"{summary(lines, self.n)}. The answers are in {self.out}")
 
     def _answers(self, llm: "LLM", records: Sequence[Record], places: Sequence[int]) -> list[str]:

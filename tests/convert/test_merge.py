@@ -125,6 +125,19 @@ def test_refusals(base: Path) -> None:
         merge_lora(folder)
 
 
+def test_weights_that_somebody_wrote_meanwhile_are_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, fuse = adapter(base, **LORA), LoRALinear.fuse
+
+    def meanwhile(layer: LoRALinear) -> Any:
+        (folder / "lit_model.pth").write_bytes(b"theirs")
+        return fuse(layer)
+
+    monkeypatch.setattr(LoRALinear, "fuse", meanwhile)
+    with pytest.raises(UserError, match=r"lit_model\.pth exists already: it was written meanwhile"):
+        merge_lora(folder)
+    assert (folder / "lit_model.pth").read_bytes() == b"theirs" and not list(folder.glob(".*"))
+
+
 def test_interrupted_merge_leaves_no_checkpoint(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = adapter(base, **LORA)
     before, fuse = contents(folder), LoRALinear.fuse

@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -258,6 +259,32 @@ def test_commands(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert json.loads((tmp_path / "talk.jsonl").read_text()) == {"messages": messages}
     assert (tmp_path / "talk.txt").read_text() == "system: Be brief.\n\nuser: two\n\nassistant: answer\n\n"
     assert [record.messages for record in JSON(json_path=tmp_path / "talk.jsonl").records()[0]] == [messages]
+
+
+def test_a_conversation_is_saved_to_files_only(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said_to(monkeypatch, base)
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.jsonl")
+    Path("folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        code, _, err = chat("\n".join(["hi", *(f"/save {name}" for name in ("pipe.jsonl", "folder", "socket", "/dev/null", "no/file"))]))
+    assert code == 0 and re.findall(r"\[(\S+): (.*)\]", err) == [
+        ("pipe.jsonl", "it is a pipe or a device, not a file: put a file there"),
+        ("folder", "Is a directory"),
+        ("socket", "it is a link, a pipe or a device, not a file: put a file there"),
+        ("/dev/null", "it is a pipe or a device, not a file: put a file there"),
+        ("no/file", "No such file or directory"),
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "folder", "pipe.jsonl", "socket"}
+
+
+def test_a_saved_conversation_is_a_line_of_its_own(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said_to(monkeypatch, base)
+    (tmp_path / "own.jsonl").write_text('{"instruction": "a", "output": "b"}')  # as an editor leaves it, without an end of line
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "own.jsonl")
+    assert chat(f"hi\n/save {tmp_path}/link.jsonl\n")[0] == 0
+    assert [record.reply for record in JSON(json_path=tmp_path / "own.jsonl").records()[0]] == ["b", "answer"]
 
 
 def test_commands_with_nothing_to_do(chat: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.data.records import read_record
+from litgpt.generate import sample
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": "add 2 and 3", "output": "5", "sum": 5},
@@ -73,6 +74,23 @@ def test_the_lines_are_records_with_the_same_questions(base: Path, questions: Pa
         assert answered.messages[:-1] == asked.messages[:-1] and answered.input == asked.input and answered.pair == asked.pair
         assert answered.learned[:-1] == [0.0] * (len(asked.messages) - 1) and answered.learned[-1] == 1
         assert set(line) >= {"prompt", "answer", "correct"}
+
+
+def test_a_file_that_somebody_wrote_meanwhile_is_kept(
+    base: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = questions.with_name("answers.jsonl")
+
+    def meanwhile(*args: Any) -> str:
+        out.write_text("theirs")
+        return line(*args)
+
+    line = sample._line
+    monkeypatch.setattr(sample, "_line", meanwhile)
+    words = ["sample", str(base), "--data", str(questions), "--out", str(out), "--max_new_tokens", "2", "--n", "1"]
+    assert main(words) == 1 and "answers.jsonl exists already: it was written meanwhile" in capsys.readouterr().err
+    assert out.read_text() == "theirs"
+    assert main([*words, "--overwrite"]) == 0 and len(out.read_text().splitlines()) == len(ROWS)
 
 
 def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:

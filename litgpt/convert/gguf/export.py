@@ -57,7 +57,10 @@ def convert_to_gguf(
     if window := unwindowed(architecture, source):
         print(f"Note: llama.cpp applies no sliding window in files of this architecture: up to {window} tokens the model is the same.")
     print(f"Converted {source} to {target} (architecture {architecture}, {target.stat().st_size / 1e9:.2f} GB).")
-    print(f"For Ollama: ollama create {target.stem.lower()} -f {write_modelfile(source, target)}")
+    if modelfile := write_modelfile(source, target, overwrite):
+        print(f"For Ollama: ollama create {target.stem.lower()} -f {modelfile}")
+    else:
+        print(f"No Modelfile for Ollama is written: Modelfile and {target.stem}.Modelfile are there already, in {target.parent}")
 
 
 def _quantise(program: str, source: Path, target: Path, dtype: str, overwrite: bool) -> str:

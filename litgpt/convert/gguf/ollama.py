@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from litgpt.atomic import write_text
+from litgpt.atomic import write_bytes
 from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.files import json_if_there
@@ -60,12 +60,12 @@ class Form(NamedTuple):
         return "".join(texts)
 
 
-def write_modelfile(source: Path, gguf_file: Path) -> Path:
-    """Write `Modelfile` beside a GGUF file of the checkpoint folder `source`, or `NAME.Modelfile` if another file's is there."""
-    file = gguf_file.parent / "Modelfile"
+def write_modelfile(source: Path, gguf_file: Path, overwrite: bool) -> Path | None:
+    """Write `Modelfile` beside a GGUF file of the checkpoint folder `source`, or `NAME.Modelfile` if another one is there.
+
+    With `overwrite` one of the same GGUF file is replaced. Returns None if both are there.
+    """
     origin = f"FROM ./{gguf_file.name}\n"
-    if file.exists() and not (file.is_file() and file.read_bytes().startswith(origin.encode())):
-        file = gguf_file.with_suffix(".Modelfile")
     tokenizer = Tokenizer(source)
     style = resolve_prompt_style(None, source, tokenizer, fallback="default")
     lines = [origin]
@@ -81,8 +81,13 @@ def write_modelfile(source: Path, gguf_file: Path) -> Path:
             lines.append(f'PARAMETER stop "{text}"\n')
     lines += [f"PARAMETER {name} {value:g}\n" for name, value in _sampling(source).items()]
     lines.append(f"PARAMETER num_ctx {min(Config.from_checkpoint(source).block_size, MOST_CONTEXT)}\n")
-    write_text(file, "".join(lines))
-    return file
+    content = "".join(lines).encode()
+    for file in (gguf_file.parent / "Modelfile", gguf_file.with_suffix(".Modelfile")):
+        known = file.read_bytes() if file.is_file() else None
+        if known == content or not os.path.lexists(file) or (overwrite and known and known.startswith(origin.encode())):
+            write_bytes(file, content)
+            return file
+    return None
 
 
 def _sampling(source: Path) -> dict[str, float]:

@@ -88,3 +88,9 @@ def test_modelfile(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path],
     convert_to_gguf(base, tmp_path / "other.gguf")
     assert "FROM ./Shop.gguf" in file.read_text() and f"-f {tmp_path / 'other.Modelfile'}" in capsys.readouterr().out
     assert (tmp_path / "other.Modelfile").read_text().startswith("FROM ./other.gguf\n")
+    for name in ("Modelfile", "own.Modelfile"):  # written by hand, for a file that comes later
+        (tmp_path / name).write_text("FROM ./own.gguf\nSYSTEM mine\n")
+        convert_to_gguf(base, tmp_path / "own.gguf")
+        (tmp_path / "own.gguf").unlink()
+        assert (tmp_path / name).read_text() == "FROM ./own.gguf\nSYSTEM mine\n"
+    assert "No Modelfile for Ollama is written: Modelfile and own.Modelfile are there already" in capsys.readouterr().out
