@@ -159,6 +159,10 @@ class HeadLoss:
             self._logits = torch.empty(rows, width, dtype=like.dtype, device=like.device)
         return self._logits[:rows]
 
+    def packed(self, like: torch.Tensor) -> Any:
+        """Return the head's `litgpt.packed.Packed` for rows of this dtype; None if it has none."""
+        return getattr(self.head, "packed", None) if like.dtype == torch.float32 else None
+
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
@@ -174,21 +178,27 @@ class _FrozenHead(torch.autograd.Function):
             weights = counted.to(torch.float32) if weights is None else torch.where(counted, weights, 0)
             targets = torch.where(counted, targets, 0)
         total = torch.zeros(() if is_sum else (N,), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        buffer = owner.buffer(rows, hidden, V)
+        packed = owner.packed(hidden)
+        buffer = owner.buffer(rows, hidden, V) if packed is None else hidden
         for start in range(0, N, rows):
             here = slice(start, min(start + rows, N))
-            logits = buffer[: here.stop - start]
-            _product(hidden[here], weight, logits)
-            if bias is not None:
-                logits += bias
+            if packed is None:
+                logits = buffer[: here.stop - start]
+                _product(hidden[here], weight, logits)
+                if bias is not None:
+                    logits += bias
+            else:
+                logits = packed.times(hidden[here])
             each = None if weights is None else weights[here, None]
             losses = cross_entropy_(logits, targets[here], total.dtype, wanted, owner.divisor, owner.cap, each)
             if is_sum:
                 total += losses.sum()
             else:
                 total[here] = losses
-            if wanted:
+            if wanted and packed is None:
                 torch.mm(logits, weight, out=gradient[here])  # (C, d)
+            elif wanted:
+                gradient[here] = packed.back(logits)
         ctx.save_for_backward(gradient)
         return total
 

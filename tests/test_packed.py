@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import copy
-import platform
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from litgpt.lora import GPT
+from litgpt.activations.cache import fingerprint, plan
+from litgpt.lora import GPT, mark_only_lora_as_trainable
 from litgpt.loss import HeadLoss
-from litgpt.packed import PackedHead, PackedLinear, pack
+from litgpt.packed import Packed, PackedHead, PackedLinear, pack, unpack
 from tests.helpers import tiny
 from tests.helpers.cases import quick
 from tests.helpers.family_configs import FAMILIES, ours
+from tests.helpers.training import SKIP, make_model, make_samples
 
-pytestmark = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 only")
+pytestmark = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="x86 with AVX2 only")
 IDX = tiny.ids(2, 9)
 
 
-def packed(model: GPT) -> GPT:
-    pack(model)
+def rounded(model: GPT) -> GPT:
+    """Return the model with the weights of a bf16 checkpoint, frozen."""
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def packed(model: GPT, backward: bool = False) -> GPT:
+    pack(model, backward)
     assert isinstance(model.head, PackedHead) and any(isinstance(module, PackedLinear) for module in model.modules())
     return model
 
@@ -33,30 +43,83 @@ def require_equal(model: GPT, plain: GPT) -> None:
 
 @pytest.mark.parametrize("family", quick(FAMILIES, "llama", "gpt2", "mixtral", "deepseek_v2", "bloom"))
 def test_every_family(family: str) -> None:
-    require_equal(packed(ours(family)), ours(family))
+    require_equal(packed(rounded(ours(family))), rounded(ours(family)))
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_adapters_around_packed_layers(variant: str) -> None:
     settings = {"lora_r": 3, "lora_variant": variant, **tiny.ALL_LORA}
-    model, plain = (tiny.move_adapters(tiny.tiny(**settings)) for _ in range(2))
+    model, plain = (rounded(tiny.move_adapters(tiny.tiny(**settings))) for _ in range(2))
     require_equal(packed(model), plain)
     torch.testing.assert_close(model.blocks[0].mlp.fc_1.merged(), plain.blocks[0].mlp.fc_1.merged())
 
 
 def test_an_adapted_copy_shares_the_blocks() -> None:
-    base = packed(tiny.tiny())
+    base = packed(rounded(tiny.tiny()))
     model = copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
     config = tiny.tiny(lora_r=3, **tiny.ALL_LORA | {"lora_head": False}).config
     model.adapt(config)
     pack(model)
     assert model.blocks[0].mlp.proj.linear.packed is base.blocks[0].mlp.proj.packed and model.head.packed is base.head.packed
-    require_equal(model, tiny.tiny())
+    require_equal(model, rounded(tiny.tiny()))
 
 
-def test_the_loss_reads_the_plain_weight() -> None:
-    model, hidden, targets = packed(tiny.tiny()), torch.randn(5, 32), IDX[0, :5]
-    torch.testing.assert_close(HeadLoss.of(model)(hidden, targets), HeadLoss.of(tiny.tiny())(hidden, targets))
+@pytest.mark.parametrize("settings", [{"lora_r": 3, **tiny.ALL_LORA}, {"lora_r": 3, "lora_variant": "dora", "lora_query": True}, SKIP])
+def test_training_has_the_gradients_of_plain_weights(settings: dict[str, Any]) -> None:
+    gradients = []
+    for is_packed in (False, True):
+        model = rounded(tiny.move_adapters(tiny.tiny(**settings)))
+        mark_only_lora_as_trainable(model)
+        if is_packed:
+            packed(model, backward=True)
+        idx = IDX[:, :-1]
+        hidden = model.tail(*model.prefix(idx), model.positions(idx))
+        HeadLoss.of(model)(hidden.flatten(0, 1), IDX[:, 1:].flatten()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0] and gradients[1].keys() == gradients[0].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_come_back_bit_for_bit() -> None:
+    model, plain = rounded(tiny.tiny(lora_r=3, **tiny.ALL_LORA)), rounded(tiny.tiny(lora_r=3, **tiny.ALL_LORA))
+    for each in (model, plain):
+        each.blocks[1].mlp.proj.linear.weight[0] *= 2.0**-20  # below what fp16 has
+    packed(model)
+    names = {name.replace("linear.", "") for name in plain.state_dict()}
+    assert {name.replace("linear.", "") for name in model.state_dict()} == names
+    unpack(model)
+    assert type(model.head) is nn.Linear and not any(isinstance(module, PackedLinear) for module in model.modules())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_a_cache_does_not_depend_on_packing() -> None:
+    keys, samples = set(), make_samples(6)
+    for prepare in (rounded, lambda model: packed(rounded(model))):
+        model = prepare(make_model("block"))
+        keys.add(fingerprint(model, samples, plan(model, samples, range(len(samples)), torch.float32), torch.device("cpu")))
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize("change", [1 + 2.0**-14, 1e5, float("nan")])
+def test_weights_that_fp16_cannot_hold_stay_plain(change: float) -> None:
+    model = rounded(tiny.tiny())
+    weight = model.blocks[0].mlp.proj.weight
+    weight *= change
+    pack(model)
+    assert type(model.blocks[0].mlp.proj) is nn.Linear and isinstance(model.blocks[0].mlp.fc_1, PackedLinear)
+    with pytest.raises(ValueError):
+        Packed(weight)
+
+
+def test_what_is_trained_stays_plain() -> None:
+    model = rounded(tiny.tiny())
+    model.head.weight.requires_grad_(True)
+    model.blocks[0].mlp.fc_1.weight.requires_grad_(True)
+    pack(model, backward=True)
+    assert type(model.head) is nn.Linear and type(model.blocks[0].mlp.fc_1) is nn.Linear
+    assert isinstance(model.blocks[0].mlp.fc_2, PackedLinear)
 
 
 def test_other_dtypes_stay_as_they_are() -> None:

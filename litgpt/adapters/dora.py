@@ -40,7 +40,7 @@ class DoRA(LinearAdapter):
             with torch.no_grad():
                 return torch.linalg.vector_norm(super().merged(), dim=1)
         tensors = (self.lora_A, self.lora_B, *self.linear.parameters(), *self.linear.buffers())
-        versions = tuple((id(t) if t.is_mkldnn else t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         if versions != self._norms_of:
             with torch.inference_mode(False), torch.no_grad():
                 self._norms, self._norms_of = torch.linalg.vector_norm(super().merged(), dim=1), versions

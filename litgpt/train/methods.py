@@ -17,6 +17,7 @@ from litgpt.device import on_meta
 from litgpt.errors import UserError
 from litgpt.logs import Console
 from litgpt.lora import GPT, Config as LoRAConfig, LoRALayer, mark_only_lora_as_trainable, merge_lora_weights
+from litgpt.packed import unpack
 from litgpt.quantize import count, is_quantised, quantise
 from litgpt.sharding import assign, is_sharded, on_cpu
 
@@ -86,6 +87,7 @@ def adapters(settings: Any) -> Method:
     def finish(model: GPT, folder: Path) -> bool:
         if not model.config.is_mergeable:
             return False
+        unpack(model)
         if is_quantised(model) or is_sharded(model):
             try:
                 write_merged(folder, model.dtype)  # into the base's own precision

@@ -24,6 +24,7 @@ from litgpt.lora import GPT, keep_taps
 from litgpt.objectives.base import Objective
 from litgpt.objectives.named import objective_of
 from litgpt.optim import make_optimizer
+from litgpt.packed import pack
 from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prompt_style
 from litgpt.sharding import part_of
 from litgpt.tokenizer import Tokenizer
@@ -164,6 +165,8 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     require_finite({name: part_of(parameter) for name, parameter in model.named_parameters()}, base / WEIGHTS)
     if not is_sharded:
         model.to(rank.device)
+    if not is_sharded and precision == "32-true":
+        pack(model, backward=True)
     model.max_seq_length = _max_seq_length(settings, model.config)
     answers = saved.general_answers if saved else None
     examples = examples_of(settings.eval, settings.seed, splits.examples, style, tokenizer)
