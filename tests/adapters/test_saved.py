@@ -79,7 +79,7 @@ def test_what_is_trained_and_its_gradient(tied: bool, chosen: list[str]) -> None
     assert model.is_tied == (tied and chosen == BOTH)
     unique = {id(p): p for p in model.parameters() if p.requires_grad}
     assert estimate(model.config, 16, tied=tied).trained == sum(p.numel() for p in unique.values())
-    assert estimate(model.config, 16, tied=tied, width=4).weights == 4 * sum(p.numel() for p in model.parameters() if id(p) not in unique)
+    assert estimate(model.config, 16, tied=tied, width=2).weights == 2 * sum(p.numel() for p in model.parameters() if id(p) not in unique)
 
 
 @TIES
