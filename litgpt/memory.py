@@ -3,8 +3,8 @@
 n tokens in a micro-batch, l of them with loss, w bytes of a backbone parameter, N parameters in the base, P in the adapters; d, H, G, h, m,
 V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
 
-    weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a parameter, with int8 8; a frozen fp32
-                                           head 4 bytes a parameter more (`litgpt.packed`)
+    weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a parameter, with int8 8; frozen fp32
+                                           layers are in fp16, once or twice, and the head besides (`litgpt.packed`)
     training      12 N for all weights     the gradient and AdamW's two moments, fp32; 16 N with fp32 copies of bf16 weights
                   16 P for adapters        themselves, gradient and moments, fp32
     activations   n (L' + 1) A + f F + C            with checkpointing n (L' w d + A) + f F + C
@@ -37,6 +37,7 @@ from litgpt.device import on_meta
 from litgpt.loss import CHUNK_BYTES
 from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block, RMSNorm
+from litgpt.packed import packed_bytes
 from litgpt.quantize import GROUP, frozen_linears
 
 NF4_BYTES = 0.5 + 4 / GROUP
@@ -88,7 +89,11 @@ def estimate(
     adapters -= (tied and len(saved) == 2) * config.V * config.n_embd  # one of them is trained apart from the other
     quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 or int8 else 0
     weights = width * (base - quantised) + (NF4_BYTES if nf4 else 1) * quantised
-    weights += 4 * config.V * config.n_embd if width == 4 and not full and "lm_head" not in saved else 0
+    if width == 4 and not full:
+        behind = {id(layer) for block in model.blocks[model.cut or 0 :] for layer in block.modules()}
+        layers = [] if quantised else [linear for _, _, linear in frozen_linears(model)]
+        weights += sum(packed_bytes(linear, id(linear) in behind) - 4 * linear.weight.numel() for linear in layers)
+        weights += packed_bytes(model.head, backward=True) if "lm_head" not in saved else 0
     in_blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     outside = base + adapters - in_blocks if full or saved else 0
     gathered = width * outside + weights * in_blocks // max(1, base * config.n_layer)

@@ -18,6 +18,7 @@ from litgpt.model import GPT
 from litgpt.quantize import QuantisedLinear, frozen_linears
 
 PRECISION = 2.0**-24  # of fp32
+BLOCK = 512  # inputs of a block, of which FBGEMM allocates whole ones
 
 
 class Packed:
@@ -54,6 +55,12 @@ class Packed:
         """Return W, fp32, bit for bit."""
         weight, _ = torch.ops.quantized.linear_unpack_fp16(self.blocks)
         return cast("torch.Tensor", weight.index_put_(self.others, self.values))
+
+
+def packed_bytes(linear: nn.Linear, backward: bool) -> int:
+    """Return the memory of a packed layer. `backward`: gradients are asked for."""
+    shapes = [(linear.out_features, linear.in_features), (linear.in_features, linear.out_features)]
+    return sum(2 * rows * -(-columns // BLOCK) * BLOCK for rows, columns in shapes[: 1 + backward])
 
 
 def _blocks(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:

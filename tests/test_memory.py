@@ -79,14 +79,15 @@ def test_weights_and_training() -> None:
     settings = METHODS["lora"]
     numbers = sum(p.numel() for p in lora.GPT(config("llama")).parameters())
     adapters = sum(p.numel() for name, p in lora.GPT(config("llama", **settings)).named_parameters() if lora.lora_filter(name))
-    need = estimate(config("llama", **settings), 16, width=4)
-    head = 64 * 128
-    assert (need.trained, need.weights, need.training) == (adapters, 4 * (numbers + head), 16 * adapters)  # the head in fp16 too, twice
+    need = estimate(config("llama", **settings), 16)
+    assert (need.trained, need.weights, need.training) == (adapters, 2 * numbers, 16 * adapters)
     assert need.total == need.weights + need.training + need.activations
     full = estimate(config("llama"), 16, full=True)
     assert (full.trained, full.weights, full.training) == (numbers, 2 * numbers, 16 * numbers)  # fp32: a copy, the gradient, two moments
-    assert estimate(config("llama"), 16, full=True, tied=True).trained == numbers - head
+    assert estimate(config("llama"), 16, full=True, tied=True).trained == numbers - 64 * 128
     linear = 2 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 384)
+    packed = 2 * 512 * 2 * (128 + 2 * 64 + 128 + 128 + 128 + 3 * 384 + 3 * 128)  # in blocks of 512 inputs, there and back
+    assert estimate(config("llama", **settings), 16, width=4).weights == 4 * (numbers - linear) + packed + 2 * 512 * (64 + 128)
     quantised = estimate(config("llama", **settings), 16, nf4=True)
     assert quantised.weights == 2 * (numbers - linear) + NF4_BYTES * linear
 
