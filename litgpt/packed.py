@@ -128,10 +128,12 @@ def pack(model: GPT, backward: bool = False) -> None:
     if backward:
         places = [place for place in places if not hasattr(place[0], "lora_magnitude")]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        of_head = pool.submit(_packed, head, backward)
+        of_head = pool.submit(_packed, head, False)
+        transposed = pool.submit(_blocks, head.weight.detach().t()) if backward and type(head) is nn.Linear else None
         for _ in pool.map(replace, places):
             pass
     if type(head) is nn.Linear and (packed := of_head.result()) is not None:
+        packed.transposed = transposed.result() if transposed else packed.transposed
         head.__class__, head.packed = PackedHead, packed  # type: ignore[assignment]
 
 

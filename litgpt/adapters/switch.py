@@ -14,7 +14,7 @@ class Switch:
         self.is_off = False
         self.mask: torch.Tensor | None = None  # (B, T, 1), 1 where LoRA is on; None: everywhere
         self.rows: torch.Tensor | None = None  # those of the B T rows that an expert of a mixture gets; None: all
-        self.start: int | None = None  # where the reply begins, for a prompt that is read in parts
+        self.start: int | torch.Tensor | None = None  # where replies begin, of all or (B, 1), for prompts that are read in parts
 
     def select(self, rows: torch.Tensor | None) -> None:
         self.rows = rows
@@ -34,8 +34,8 @@ class Switch:
             self.is_off = False
 
     @contextmanager
-    def reply_at(self, start: int) -> Iterator[None]:
-        """Let the reply begin at `start` while a prompt is read in parts."""
+    def reply_at(self, start: int | torch.Tensor) -> Iterator[None]:
+        """Let the reply begin at `start`, of all rows or (B, 1), while a prompt is read in parts."""
         self.start = start
         try:
             yield

@@ -141,41 +141,47 @@ class Batch:
         return x
 
     def _next_prompts(self, left: int | None) -> tuple[list[Row], int]:
-        """Return the next rows whose prompts are computed, and the number of tokens of each; all of them at most `left` tokens.
+        """Return the next rows whose prompts are computed together, and the number of tokens of each; all of them at most `left` tokens.
 
-        Several rows have the same number of tokens, and none could take more keys from the first.
+        A row that lacks fewer tokens than others has some computed again, so that all end together: no more of them than are new, in all.
+        None of the rows could take more keys from the first.
         """
         first = self.rows[self.ready]
         if first.computed == 0:
             self._reuse(self.ready)
-        size = len(first.tokens) - first.computed
+        size = new = len(first.tokens) - first.computed
         if left is not None and size > left:
             return [first], left
         rows = [first]
         for place in range(self.ready + 1, len(self.rows)):
             row = self.rows[place]
-            is_alike = len(row.tokens) == len(first.tokens) and self._shareable(row) == self._shareable(first)
-            if not is_alike or row.computed or (left is not None and size * (len(rows) + 1) > left):
-                break
             if common(row.tokens, first.tokens) >= first.computed + LEAST_SHARED:
                 break
-            self._reuse(place)
-            if row.computed != first.computed:
-                row.computed = 0
+            computed = row.computed
+            if computed == 0:
+                self._reuse(place)
+            new += len(row.tokens) - row.computed
+            widest = max(size, len(row.tokens) - row.computed)
+            shortest = min(len(each.tokens) for each in (*rows, row))
+            if widest > shortest or widest * (len(rows) + 1) > (2 * new if left is None else min(2 * new, left)):
+                row.computed = computed
                 break
             rows.append(row)
+            size = widest
         return rows, size
 
     def _prefill(self, rows: list[Row], size: int) -> torch.Tensor:
-        """Run the next `size` tokens of the first rows that are not ready, which are at the same place: (n, d)."""
-        start, end = rows[0].computed, rows[0].computed + size
-        idx = torch.tensor([row.tokens[start:end] for row in rows], device=self.device)
+        """Run `size` tokens of the first rows that are not ready, up to their last ones, or the next ones of a single row: (n, d)."""
+        ends = [min(row.computed + size, len(row.tokens)) for row in rows]
+        idx = torch.tensor([row.tokens[end - size : end] for row, end in zip(rows, ends, strict=True)], device=self.device)
+        places = torch.tensor(ends, device=self.device)[:, None] + torch.arange(-size, 0, device=self.device)
         for block, cache in zip(self.model.blocks, self.caches, strict=True):
             block.attn.kv_cache = cache.rows(self.ready, len(rows))
-        switch = self.model.switch
-        with nullcontext() if switch is None else switch.reply_at(self._shareable(rows[0])):
-            x = self.hidden(idx, self.model.positions(idx, torch.arange(start, end, device=self.device), end), rows)
-        for row in rows:
+        switch, replies = self.model.switch, torch.tensor([[self._shareable(row)] for row in rows], device=self.device)
+        with nullcontext() if switch is None else switch.reply_at(replies):
+            alike = min(ends) == max(ends)  # then no mask is needed
+            x = self.hidden(idx, self.model.positions(idx, places[0] if alike else places, max(ends)), rows)
+        for row, end in zip(rows, ends, strict=True):
             row.computed = end
         return x
 
