@@ -22,6 +22,7 @@ from litgpt.text import as_utf8
 
 MOST_BYTES = 2**26  # of a JSON or text file
 MOST_YAML = 2**18  # bytes of a YAML file, whose parser is slow
+MOST_NAME = 255  # bytes of a file's name, on all common file systems
 MOST_VALUES = 100_000  # in a YAML file, aliases expanded
 FETCH_SECONDS = 60
 MISSING = "does not exist: check the path"
@@ -53,6 +54,8 @@ def expand_path(path: str | Path) -> Path:
     if not isinstance(path, str | Path) or not str(path):
         raise UserError(f"{path!r} is no path: a text or a Path is needed")
     expanded = os.path.expanduser(os.path.expandvars(path))
+    if "\0" in expanded or any(len(os.fsencode(part)) > MOST_NAME for part in expanded.split("/")):
+        raise UserError(f"{expanded[:60]!r}... is no path: a name in it has more than {MOST_NAME} bytes, or a NUL character")
     unknown = re.match(r"~[^/]*", expanded) or re.search(r"\$([A-Za-z_]\w*|\{\w+\})", expanded)
     if unknown and not os.path.lexists(expanded):
         kind = "user of that name" if unknown[0].startswith("~") else "variable of that name in the environment"

@@ -11,6 +11,7 @@ from torch import nn
 
 from litgpt import checkpoint
 from litgpt.adapters.base import adapter_parameters
+from litgpt.atomic import new_folder, read_manifest
 from litgpt.device import backbone_dtype, default_precision, find_device
 from litgpt.errors import UserError
 from litgpt.files import expand_path
@@ -134,15 +135,17 @@ class ModelModule(nn.Module):
 
     @checked
     def save(self, out_dir: str | Path, prompt_style: PromptStyle | None = None) -> None:
-        """Write a checkpoint folder with the weights as they are now."""
+        """Write a checkpoint folder with the weights as they are now, in place of an earlier one of ours, if there is one."""
         if adapter_parameters(self.model) or is_quantised(self.model) or self.generate_strategy == "tensor_parallel":
             raise UserError("save: only a whole model without adapters, and not quantised, can be saved: `litgpt merge_lora` merges LoRA")
-        folder = expand_path(out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_weights(on_cpu(self.model.state_dict(keep_vars=True)), folder / checkpoint.WEIGHTS)
-        checkpoint.save_config(self.model.config, folder)
-        checkpoint.copy_tokenizer_files(self.tokenizer.folder, folder)
-        save_prompt_style(prompt_style or self.prompt_style, folder)
+        target = expand_path(out_dir)
+        if target.exists() and any(source and target.samefile(source) for source in (self.folder, self.tokenizer.folder)):
+            raise UserError(f"save: {target} is the folder that the model was read from: name another one")
+        with new_folder(target, overwrite=read_manifest(target) is not None) as folder:
+            checkpoint.save_weights(on_cpu(self.model.state_dict(keep_vars=True)), folder / checkpoint.WEIGHTS)
+            checkpoint.save_config(self.model.config, folder)
+            checkpoint.copy_tokenizer_files(self.tokenizer.folder, folder)
+            save_prompt_style(prompt_style or self.prompt_style, folder)
 
     @checked
     def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str, dict[str, list[float]]]:

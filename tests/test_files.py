@@ -32,6 +32,13 @@ def test_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert expand_path("$UNSET_NAME") == Path("$UNSET_NAME")  # a folder of the user's
 
 
+@pytest.mark.parametrize("path", ["x" * 256, f"a/{'é' * 128}", "a\0b"])
+def test_texts_that_no_file_system_takes_for_a_path(path: str) -> None:
+    with pytest.raises(UserError, match="is no path: a name in it has more than 255 bytes, or a NUL character"):
+        expand_path(path)
+    assert expand_path(f"a/{'x' * 255}/b").parts[1] == "x" * 255
+
+
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 
 import litgpt
-from litgpt import LLM, adapter, adapter_v2, lora
+from litgpt import LLM, adapter, adapter_v2, atomic, lora
 from litgpt.__main__ import main
 from litgpt.data import JSON
 from litgpt.errors import UserError
@@ -61,6 +62,34 @@ def test_save_and_load(llm: LLM, base: Path, tmp_path: Path) -> None:
     assert torch.allclose(again(IDS), llm(IDS), atol=0.3) and not torch.equal(again(IDS), llm(IDS))
     with pytest.raises(UserError, match="save: only a whole model without adapters"):
         again.save(tmp_path / "quantised")
+
+
+def test_saving_replaces_only_what_was_saved_before(llm: LLM, base: Path, tmp_path: Path) -> None:
+    def digests(folder: Path) -> dict[str, str]:
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+    before = digests(base)
+    (tmp_path / "link").symlink_to(base)
+    for own in (base, tmp_path / "link", base / ".." / base.name):
+        with pytest.raises(UserError, match="is the folder that the model was read from: name another one"):
+            llm.save(own)
+    assert digests(base) == before
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "lit_model.pth").write_text("mine")
+    with pytest.raises(UserError, match="foreign exists already"):
+        llm.save(tmp_path / "foreign")
+    assert (tmp_path / "foreign" / "lit_model.pth").read_text() == "mine"
+    with pytest.raises(UserError, match="null is a file, a folder is needed"):
+        llm.save("/dev/null")
+    llm.save(tmp_path / "saved")
+    first = digests(tmp_path / "saved")
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    with torch.no_grad():
+        llm.model.lm_head.weight.mul_(1.5)
+    llm.save(tmp_path / "saved")
+    changed = {name for name, digest in digests(tmp_path / "saved").items() if first.get(name) != digest}
+    assert changed == {"lit_model.pth", "manifest.json", "notes.txt"} and (tmp_path / "saved" / "notes.txt").read_text() == "mine"
+    assert atomic.damages(tmp_path / "saved", contents=True) == []
 
 
 def test_distribute(llm: LLM) -> None:
