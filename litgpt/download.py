@@ -61,7 +61,8 @@ def download_from_hub(
     if not HUB_NAME.fullmatch(repo_id):
         by_name = {name.partition("/")[2].lower(): name for name in hub_names()}
         near = [by_name[name] for name in difflib.get_close_matches(repo_id.lower(), by_name, n=3)]
-        near = near or ["/".join(match.groups())] if (match := ADDRESS.fullmatch(repo_id)) else near
+        if not near and (match := ADDRESS.fullmatch(repo_id)) and HUB_NAME.fullmatch(meant := "/".join(match.groups())):
+            near = [meant]
         hint = f", such as {', '.join(near)}" if near else ""
         raise UserError(f"{repo_id!r} is no name of a model on the hub: give ORG/NAME{hint} (`litgpt download list` prints those known)")
     folder = Path(checkpoint_dir) / repo_id

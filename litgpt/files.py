@@ -40,9 +40,9 @@ def is_inside(name: str) -> bool:
 
 def require_place(file: Path) -> None:
     """Raise UserError if no file can be written to this place: to be called before hours of work for it."""
-    folder = nearest(file.parent)
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        reason = "it is a folder" if file.is_dir() else f"{folder} is a file" if folder.is_file() else f"you may not write to {folder}"
+    folder, kind = nearest(file.parent), other_kind(file)
+    if kind or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"it is {kind}" if kind else f"{folder} is a file" if folder.is_file() else f"you may not write to {folder}"
         raise UserError(f"{file} cannot be written: {reason}. Name another place")
 
 
@@ -121,10 +121,17 @@ def require_file(path: str | Path, missing: str = MISSING) -> None:
     read_bytes(path, missing, most=None, count=0)
 
 
+def other_kind(path: Path) -> str:
+    """Return what has the name of a file and is none; empty for a file, and if nothing has its name."""
+    if path.is_file() or not os.path.lexists(path):
+        return ""
+    return "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "a link to nothing"
+
+
 def kind_note(path: Path) -> str:
     """Return what has the name of a missing file, to follow it in a message."""
-    kind = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "a link to nothing"
-    return f" ({kind} has this name)" if os.path.lexists(path) and not path.is_file() else ""
+    kind = other_kind(path)
+    return f" ({kind} has this name)" if kind else ""
 
 
 def read_own(folder: str | Path, name: str) -> bytes | None:

@@ -145,6 +145,7 @@ def test_names_that_the_hub_does_not_know(hub: Hub, capsys: pytest.CaptureFixtur
     for name in ("pythia-14m", "../../etc", "org/../x", "https://x.y/org/model"):
         code, said = run(capsys, name)
         assert code == 1 and f"{name!r} is no name of a model on the hub: give ORG/NAME" in said
+        assert ".." not in said.partition("give ORG/NAME")[2]
     assert "such as EleutherAI/pythia-14m" in run(capsys, "pythia-14m")[1]
 
 

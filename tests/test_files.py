@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from litgpt.errors import UserError
-from litgpt.files import MOST_VALUES, add_text, expand_path, open_regular, parse_yaml, read_json, read_own, read_text, read_yaml
+from litgpt.files import (
+    MOST_VALUES,
+    add_text,
+    expand_path,
+    open_regular,
+    parse_yaml,
+    read_json,
+    read_own,
+    read_text,
+    read_yaml,
+    require_place,
+)
 
 # six lines that stand for 10^6 values
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in ("ab", "bc", "cd", "de", "ef"))
@@ -37,6 +48,22 @@ def test_texts_that_no_file_system_takes_for_a_path(path: str) -> None:
     with pytest.raises(UserError, match="is no path: a name in it has more than 255 bytes, or a NUL character"):
         expand_path(path)
     assert expand_path(f"a/{'x' * 255}/b").parts[1] == "x" * 255
+
+
+def test_a_result_takes_the_place_of_files_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    for name, kind in (
+        ("pipe", "a pipe or a device"),
+        ("/dev/null", "a pipe or a device"),
+        ("link", "a link to nothing"),
+        (".", "a folder"),
+    ):
+        with pytest.raises(UserError, match=f"cannot be written: it is {kind}. Name another place"):
+            require_place(tmp_path / name)
+    for name in ("file", "new", "folder/new"):
+        require_place(tmp_path / name)
 
 
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:

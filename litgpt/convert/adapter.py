@@ -70,6 +70,7 @@ def _to_gguf(source: Path, target: Path, kind: str, checkpoint_dir: Optional[Pat
 
     if kind != LITGPT:
         raise UserError(f"{source} holds {kind}: convert it to a litgpt folder first, then to GGUF")
+    files.require_place(target)
     if target.exists():
         raise UserError(f"{target} exists already: name another file, or remove it")
     base, _ = checkpoint.adapter_settings(source, checkpoint_dir)

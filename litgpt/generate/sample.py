@@ -55,13 +55,13 @@ class SampleAnswers(Drawing, Files, Checkpoint):
         check = check_of(self.check)
         if self.out.suffix != ".jsonl":
             raise UserError(f"out: {self.out} is written in lines of JSON: give it a name that ends in .jsonl")
-        if self.out.is_dir() or (self.out.exists() and not self.overwrite):
+        require_place(self.out)
+        if self.out.exists() and not self.overwrite:
             raise UserError(f"{self.out} exists already: name another file, or add --overwrite to replace it")
         if not self.data.is_file():
             raise UserError(f"data: {self.data} is no file: name one with records, such as questions.jsonl")
         if self.out.exists() and self.out.samefile(self.data):
             raise UserError(f"out: {self.out} is the file of questions: name another file for the answers")
-        require_place(self.out)
         rows, records = read_rows(self.data), read_records(self.data)
         if self.sys_prompt is not None:
             records = [_with_system(record, self.sys_prompt) for record in records]

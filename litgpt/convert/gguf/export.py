@@ -9,6 +9,7 @@ from litgpt.atomic import put_file, scratch_folder
 from litgpt.convert.gguf.ollama import write_modelfile
 from litgpt.convert.resolve import open_full_model
 from litgpt.errors import UserError
+from litgpt.files import require_place
 from litgpt.values import checked
 
 QUANTIZER = "llama-quantize"  # llama.cpp's program, for formats that the gguf library only reads
@@ -40,7 +41,8 @@ def convert_to_gguf(
     target = Path(gguf_file)
     if target.suffix.lower() != ".gguf":
         raise UserError(f"{target} is no name of a GGUF file: it ends in .gguf")
-    if target.is_dir() or (target.exists() and not overwrite):
+    require_place(target)
+    if target.exists() and not overwrite:
         raise UserError(f"{target} exists already: name another file, or add --overwrite to replace it")
     program = shutil.which(QUANTIZER)
     by_program = "_k" in (dtype or "")
