@@ -185,15 +185,15 @@ def _table() -> str:
 def _exit_on_signals() -> Iterator[list[signal.Signals]]:
     """Turn SIGTERM and SIGHUP into `SystemExit(128 + number)`, so that half-written folders are cleaned up on the way out.
 
-    Yields these signals, without those that are ignored, as with `nohup`. A closed terminal sends several SIGHUPs: one counts.
+    Yields these signals, without those that are ignored, as with `nohup`. A closed terminal and `timeout` send them twice: one counts.
     """
     if threading.current_thread() is not threading.main_thread():
         yield []
         return
 
     def leave(signum: int, frame: Optional[FrameType]) -> None:
-        if signal.SIGHUP in heeded:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in heeded:
+            signal.signal(number, signal.SIG_IGN)
         raise SystemExit(128 + signum)
 
     heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]

@@ -684,22 +684,25 @@ def test_a_signal_does_not_lose_the_message_of_an_error(monkeypatch: pytest.Monk
     assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
 
 
-def test_hangups_after_the_first_do_not_disturb_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal that is closed sends one from the kernel and one from the shell."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, "143"), (signal.SIGHUP, "129")])
+def test_a_signal_that_comes_twice_does_not_disturb_the_cleaning_up(
+    number: signal.Signals, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed terminal sends two SIGHUPs, from the kernel and from the shell; `timeout` sends SIGTERM to the process and to its group."""
     cleaned = []
 
     def command(checkpoint_dir: str) -> None:
         try:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), number)
         finally:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), number)
             cleaned.append(True)
 
     monkeypatch.setattr(program, "load", lambda name: command)
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    with pytest.raises(SystemExit, match="129"):
+    before = signal.signal(number, signal.SIG_DFL)
+    with pytest.raises(SystemExit, match=code):
         main(["finetune_lora", "c"])
-    assert cleaned and signal.signal(signal.SIGHUP, before) is signal.SIG_DFL
+    assert cleaned and signal.signal(number, before) is signal.SIG_DFL
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -17,6 +18,7 @@ import torch
 from litgpt.errors import OutOfMemory, Stopped
 from litgpt.logs import peak_memory_gb
 
+SAME_SECONDS = 0.1  # `timeout`, `uv run` and others send a signal to a process and to its group: it arrives twice
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|out of memory", re.IGNORECASE)
 
@@ -26,7 +28,8 @@ class Interrupts:
 
     Within `held` a signal is recorded in `asked`, so that the work there can finish and call `stop`. Elsewhere `Stopped` is raised at once.
     A second SIGINT or SIGTERM ends the process immediately, by the kernel, even where Python is not running; a SIGHUP does not, as the
-    shell and the kernel both send one when a terminal is closed. After an error within `ending` a first signal changes nothing.
+    shell and the kernel both send one when a terminal is closed. One within `SAME_SECONDS` is the same signal, sent twice. After an error
+    within `ending` a first signal changes nothing.
     Signals reach the main thread only; in another one nothing is changed. A signal that was ignored, as with `nohup`, stays ignored.
     """
 
@@ -46,6 +49,9 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
+        for each in self._before:
+            signal.signal(each, signal.SIG_IGN)
+        time.sleep(SAME_SECONDS)
         for each in self._before:
             signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
         if self._ending:

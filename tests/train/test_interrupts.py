@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 
@@ -14,6 +16,19 @@ from litgpt.errors import OutOfMemory, Stopped
 from litgpt.train.interrupts import SIGNALS, Interrupts, is_out_of_memory, memory_explained
 
 CPU = torch.device("cpu")
+TWICE = """
+import os, sys, threading, time
+from litgpt.train.interrupts import Interrupts
+def send():
+    for _ in range(2):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(0.02)
+with Interrupts() as interrupts, interrupts.held():
+    thread = threading.Thread(target=send)
+    thread.start()
+    thread.join()
+    print(interrupts.asked)
+"""
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -48,6 +63,17 @@ def test_a_closed_terminal_which_sends_several_hangups_ends_nothing_at_once(firs
             os.kill(os.getpid(), number)
         assert interrupts.asked == first
     assert signal.getsignal(signal.SIGHUP) == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_sent_to_the_process_and_to_its_group_is_one(number: signal.Signals) -> None:
+    """As `timeout` sends it: the second comes while Python handles the first."""
+
+    def heed() -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    done = subprocess.run([sys.executable, "-c", TWICE, str(int(number))], capture_output=True, text=True, preexec_fn=heed)
+    assert (done.returncode, done.stdout) == (0, f"{int(number)}\n"), done.stderr
 
 
 @pytest.mark.parametrize("is_held", [False, True])
