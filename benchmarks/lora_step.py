@@ -24,7 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.runs import environment
-from benchmarks.step import Settings, build, head_products
+from benchmarks.step import Settings, build, frozen_products, head_products
 from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations
 from litgpt.lora import GPT
 from litgpt.loss import HeadLoss, loss_of
@@ -97,22 +97,12 @@ def bare_forward(model: GPT, source: Recompute) -> Callable[[], None]:
 
 
 def block_products(model: GPT, rows: int, backward: bool) -> Callable[[], None]:
-    """Return the products of the blocks' frozen linear layers for N rows, with the gradients' if `backward`, in allocated memory."""
-    weights = []
+    """Return the products of the blocks' frozen linear layers for N rows, with the gradients' if `backward`."""
+    layers = []
     for block in model.blocks:
-        layers = (getattr(layer, "linear", layer) for layer in (block.attn.qkv, block.attn.proj, *block.mlp.children()))
-        weights += [layer.weight.detach() for layer in layers if layer.weight is not None]
-    spaces = {size: torch.randn(rows, size).to(model.dtype) for weight in weights for size in weight.shape}
-    outs = {size: torch.empty_like(space) for size, space in spaces.items()}
-
-    def run() -> None:
-        for weight in weights:
-            torch.mm(spaces[weight.size(1)], weight.t(), out=outs[weight.size(0)])  # (N, out)
-        if backward:
-            for weight in reversed(weights):
-                torch.mm(spaces[weight.size(0)], weight, out=outs[weight.size(1)])  # (N, in)
-
-    return run
+        each = (getattr(layer, "linear", layer) for layer in (block.attn.qkv, block.attn.proj, *block.mlp.children()))
+        layers += [layer for layer in each if hasattr(layer, "in_features")]
+    return frozen_products(layers, rows, model.dtype, backward)
 
 
 def seconds(run: Callable[[], None]) -> float:

@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,6 +35,7 @@ from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 from litgpt.loss import CHUNK_BYTES, HeadLoss, loss_of
 from litgpt.model import GPT as BaseGPT
 from litgpt.optim import make_optimizer
+from litgpt.packed import Packed, pack
 from litgpt.sample import Sample
 
 BATCHES = 4  # different ones, in turn
@@ -107,18 +109,21 @@ def build(settings: Settings, adapter: dict[str, Any]) -> GPT:
         model = GPT(config)
     checkpoint.load_base(model, weights, dtype, source)
     mark_only_lora_as_trainable(model)
-    return model.to(settings.device)
+    model.to(settings.device)
+    if settings.precision == "32-true":
+        pack(model, backward=True)
+    return model
 
 
 def random_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Return N(0, 0.02) matrices, norms of 1, biases of 0."""
+    """Return N(0, 0.02) matrices as of a bf16 checkpoint, norms of 1, biases of 0."""
     torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in BaseGPT(config).state_dict().items()}
     weights = {name: torch.full(shape, float(not name.endswith("bias")), dtype=dtype, device=device) for name, shape in shapes.items()}
     for value in weights.values():
         if value.dim() == 2:
-            value.normal_(std=0.02)
+            value.copy_(value.normal_(std=0.02).bfloat16())
     if config.name.startswith(TIED):
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return weights
@@ -180,19 +185,38 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def head_products(model: GPT, settings: Settings) -> Callable[[], None]:
-    """Return a function that does the two matrix products of a cached step: N rows in the chunks of the loss, into allocated memory."""
+    """Return a function that does the two matrix products of a cached step: N rows in the chunks of the loss."""
     with settings.autocast():
         dtype = model.compute_dtype(torch.device(settings.device))
-    weight = model.head.weight.detach().to(dtype)  # (V, d)
     N = settings.batch_size * settings.loss_positions
-    hidden = torch.randn(N, weight.size(1), device=weight.device).to(dtype)
-    rows = max(1, min(N, CHUNK_BYTES // (weight.size(0) * weight.element_size())))
-    logits, out = weight.new_empty(rows, weight.size(0)), torch.empty_like(hidden)
+    rows = max(1, min(N, CHUNK_BYTES // (model.config.V * dtype.itemsize)))
+    runs = [frozen_products([model.head], min(rows, N - first), dtype) for first in range(0, N, rows)]
 
     def run() -> None:
-        for part, target in zip(hidden.split(rows), out.split(rows), strict=True):
-            torch.mm(part, weight.t(), out=logits[: len(part)])  # (C, V)
-            torch.mm(logits[: len(part)], weight, out=target)  # (C, d)
+        for products in runs:
+            products()
+
+    return run
+
+
+def frozen_products(layers: Sequence[Any], rows: int, dtype: torch.dtype, backward: bool = True) -> Callable[[], None]:
+    """Return a function that does the products of frozen linear layers for so many rows, and for their gradients, as training does them."""
+    device = next(layers[0].parameters(), torch.empty(0)).device
+    space = cache(lambda size, _: torch.randn(rows, size, device=device).to(dtype))
+    forward, back = list[Callable[[], Any]](), list[Callable[[], Any]]()
+    for layer in layers:
+        x, grad = space(layer.in_features, "read"), space(layer.out_features, "read")
+        if isinstance(packed := getattr(layer, "packed", None), Packed):
+            forward.append(partial(packed.times, x))
+            back.append(partial(packed.back, grad))
+        else:
+            weight = layer.weight.detach().to(dtype)
+            forward.append(partial(torch.mm, x, weight.t(), out=space(layer.out_features, "written")))
+            back.append(partial(torch.mm, grad, weight, out=space(layer.in_features, "written")))
+
+    def run() -> None:
+        for product in (*forward, *(reversed(back) if backward else ())):
+            product()
 
     return run
 
