@@ -20,7 +20,6 @@ from litgpt.vocabulary import IGNORED as IGNORED, SpreadHead
 
 CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows make the matrix products slow, more only cost memory
 BLOCK_ELEMENTS = 8 * 49152  # logits per softmax on a CPU: in fp32 they stay in its cache
-TILE = 2048  # rows of the head's weight in a matrix product on a CPU: MKL takes a tenth to a quarter less time than for all at once
 
 
 @dataclass
@@ -184,7 +183,7 @@ class _FrozenHead(torch.autograd.Function):
             here = slice(start, min(start + rows, N))
             if packed is None:
                 logits = buffer[: here.stop - start]
-                _product(hidden[here], weight, logits)
+                torch.mm(hidden[here], weight.t(), out=logits)  # (C, V)
                 if bias is not None:
                     logits += bias
             else:
@@ -206,13 +205,6 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype).expand(len(gradient))[:, None], None, None, None, None, None, None
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Write x W^T into `out`, for x (C, d) and W (V, d)."""
-    tile = TILE if x.is_cpu else len(weight)
-    for rows, columns in zip(weight.split(tile), out.split(tile, dim=1), strict=True):
-        torch.mm(x, rows.t(), out=columns)
 
 
 def cross_entropy_(

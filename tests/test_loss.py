@@ -56,14 +56,6 @@ def test_gradient_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPatch,
     assert torch.autograd.gradcheck(lambda h: HeadLoss(head)(h, targets) * 0.37, hidden)
 
 
-def test_a_vocabulary_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, head, targets = problem(dtype=torch.float64, bias=True)
-    monkeypatch.setattr(loss_module, "TILE", 4)
-    assert V % 4
-    assert_close(HeadLoss(head)(hidden, targets), reference(hidden, head, targets))
-    assert torch.autograd.gradcheck(lambda h: HeadLoss(head)(h, targets), hidden)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [(1, 1), (3, 2), (100, 100)])
 def test_value_and_gradient_are_torchs(monkeypatch: pytest.MonkeyPatch, rows: tuple[int, int], bias: bool) -> None:
