@@ -3,7 +3,8 @@
 Three kinds of data are trained in three ways:
 
     facts   few records, or many that share their answers: all are trained and none is held out, by LoRA on the replies and in the last
-            quarter of the blocks, behind cached prompts, until the model repeats the answers
+            quarter of the blocks, behind cached prompts, until the model repeats the answers; very few records by LoRA in every block,
+            on the prompts too, so that their answers are found by other words
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own: a tenth is held out, and the checkpoint with the lowest loss on it is kept
 
@@ -39,6 +40,7 @@ from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FEW = 200  # records that are facts whatever they hold
+SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
 SHARED = 0.5  # facts: at most this many different answers a record
 VALIDATIONS = 8
 MICRO_CHARS = 8192  # characters in a micro-batch, about four in a token
@@ -266,8 +268,10 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
         return "warm-up" if given.get("skip2lora_warmup_epochs") or given.get("skip2lora_warmup_steps") else "Skip2-LoRA"
     if not given.keys().isdisjoint(LORA_KEYS):
         return "LoRA"
-    if look.is_facts:
+    if look.is_facts and (look.records >= SCARCE or look.is_sweep):
         return "answer-only LoRA"
+    if look.is_facts:
+        return "LoRA"
     return "Skip2-LoRA" if look.is_sweep else "LoRA" if look.compares else "warm-up"
 
 

@@ -62,6 +62,13 @@ def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(f"  {key} " in said for key in ("train.epochs", "optimizer.lr", "train.micro_batch_size", "data.val_split_fraction"))
 
 
+@pytest.mark.parametrize(("count", "is_answer_only"), [(recipe.SCARCE - 1, False), (recipe.SCARCE, True)])
+def test_very_few_facts_are_trained_in_every_block(base: Path, tmp_path: Path, count: int, is_answer_only: bool) -> None:
+    given = chosen(tmp_path, base, records(count, 10))
+    assert given["alora_enabled"] is is_answer_only and (given["lora_block_indices"] is None) is not is_answer_only
+    assert given["lora_mlp"] and given["train"].replay == recipe.REPLAY
+
+
 @pytest.mark.parametrize("words", ["--data.mask_prompt false", "--data.prompt_style default", "--alora_enabled false"])
 def test_replies_that_cannot_be_told_from_prompts(base: Path, tmp_path: Path, words: str) -> None:
     given = chosen(tmp_path, base, records(60, 12), *words.split())
