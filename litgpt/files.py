@@ -54,8 +54,10 @@ def expand_path(path: str | Path) -> Path:
     if not isinstance(path, str | Path) or not str(path):
         raise UserError(f"{path!r} is no path: a text or a Path is needed")
     expanded = os.path.expanduser(os.path.expandvars(path))
-    if "\0" in expanded or any(len(os.fsencode(part)) > MOST_NAME for part in expanded.split("/")):
-        raise UserError(f"{expanded[:60]!r}... is no path: a name in it has more than {MOST_NAME} bytes, or a NUL character")
+    if "\0" in expanded:
+        raise UserError(f"{expanded[:60]!r}... is no path: it has a NUL character")
+    if any(len(os.fsencode(part)) > MOST_NAME for part in expanded.split("/")):
+        raise UserError(f"{expanded[:60]!r}... is no path: a name in it is too long, more than {MOST_NAME} bytes")
     unknown = re.match(r"~[^/]*", expanded) or re.search(r"\$([A-Za-z_]\w*|\{\w+\})", expanded)
     if unknown and not os.path.lexists(expanded):
         kind = "user of that name" if unknown[0].startswith("~") else "variable of that name in the environment"

@@ -18,6 +18,7 @@ from litgpt.__main__ import main
 from litgpt.config import Config
 from litgpt.examine import histogram, normalised
 from litgpt.prompts import STYLES
+from litgpt.train.recipe import SCARCE
 from tests.helpers import tiny
 
 
@@ -183,7 +184,7 @@ def test_a_models_own_template(base: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_advice_is_for_the_model_and_its_style(base: Path, look: Any) -> None:
-    rows = [pair("Who?", "Me"), pair("Where?", "Here")]
+    rows = [pair(f"Who is {i}?", "Me") for i in range(SCARCE)]
     out = look(rows, "--checkpoint_dir", base, "--prompt_style", "chatml")
     assert re.search(r"^ *alora_enabled +true ", out, re.MULTILINE) and re.search(
         r"^ *lora_query \.\.\. lora_mlp +true ", out, re.MULTILINE

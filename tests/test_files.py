@@ -45,7 +45,7 @@ def test_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("path", ["x" * 256, f"a/{'é' * 128}", "a\0b"])
 def test_texts_that_no_file_system_takes_for_a_path(path: str) -> None:
-    with pytest.raises(UserError, match="is no path: a name in it has more than 255 bytes, or a NUL character"):
+    with pytest.raises(UserError, match="is no path: (a name in it is too long|it has a NUL character)"):
         expand_path(path)
     assert expand_path(f"a/{'x' * 255}/b").parts[1] == "x" * 255
 

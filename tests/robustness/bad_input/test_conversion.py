@@ -169,8 +169,9 @@ SOURCES = [
     Case(
         "a target's name too long",
         lambda place: ["convert_to_litgpt", place.gguf(), "--checkpoint_dir", "x" * 300],
-        "cannot be converted to xxx",
+        "--checkpoint_dir: 'xxx",
         "too long",
+        code=2,
     ),
 ]
 HF = [
