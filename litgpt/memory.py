@@ -37,7 +37,7 @@ from litgpt.device import on_meta
 from litgpt.loss import CHUNK_BYTES
 from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block, RMSNorm
-from litgpt.packed import packed_bytes
+from litgpt.packed import behind_cut, packed_bytes
 from litgpt.quantize import GROUP, frozen_linears
 
 NF4_BYTES = 0.5 + 4 / GROUP
@@ -90,7 +90,7 @@ def estimate(
     quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 or int8 else 0
     weights = width * (base - quantised) + (NF4_BYTES if nf4 else 1) * quantised
     if width == 4 and not full:
-        behind = {id(layer) for block in model.blocks[model.cut or 0 :] for layer in block.modules()}
+        behind = behind_cut(model)
         layers = [] if quantised else [linear for _, _, linear in frozen_linears(model)]
         weights += sum(packed_bytes(linear, id(linear) in behind) - 4 * linear.weight.numel() for linear in layers)
         weights += packed_bytes(model.head, backward=True) if "lm_head" not in saved else 0

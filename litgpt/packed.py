@@ -116,7 +116,7 @@ def pack(model: GPT, backward: bool = False) -> None:
     head, device = model.head, next(model.parameters()).device
     if "fbgemm" not in torch.backends.quantized.supported_engines or device.type != "cpu" or model.dtype != torch.float32:
         return
-    behind = {id(layer) for block in model.blocks[model.cut or 0 :] for layer in block.modules()}
+    behind = behind_cut(model)
 
     def replace(place: tuple[nn.Module, str]) -> None:
         parent, name = place
@@ -129,12 +129,18 @@ def pack(model: GPT, backward: bool = False) -> None:
         places = [place for place in places if not hasattr(place[0], "lora_magnitude")]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         of_head = pool.submit(_packed, head, False)
-        transposed = pool.submit(_blocks, head.weight.detach().t()) if backward and type(head) is nn.Linear else None
+        transposed = pool.submit(_blocks, head.weight.detach().t()) if backward and _is_frozen(head) else None  # the largest: by itself
         for _ in pool.map(replace, places):
             pass
     if type(head) is nn.Linear and (packed := of_head.result()) is not None:
-        packed.transposed = transposed.result() if transposed else packed.transposed
+        if transposed is not None:
+            packed.transposed = transposed.result()
         head.__class__, head.packed = PackedHead, packed  # type: ignore[assignment]
+
+
+def behind_cut(model: GPT) -> set[int]:
+    """Return the ids of the blocks' modules that gradients reach."""
+    return {id(module) for block in model.blocks[model.cut or 0 :] for module in block.modules()}
 
 
 def unpack(model: GPT) -> None:
@@ -161,9 +167,13 @@ def _packed(linear: Any, backward: bool) -> Packed | None:
     """Return the packed weight of a layer. None if the layer is trained, or its weight cannot be packed."""
     if isinstance(packed := getattr(linear, "packed", None), Packed):
         return packed
-    if type(linear) is not nn.Linear or any(parameter.requires_grad for parameter in linear.parameters()):
+    if not _is_frozen(linear):
         return None
     try:
         return Packed(linear.weight, linear.bias, backward)
     except ValueError:
         return None
+
+
+def _is_frozen(linear: Any) -> bool:
+    return type(linear) is nn.Linear and not any(parameter.requires_grad for parameter in linear.parameters())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from litgpt import packed as packing
 from litgpt.activations.cache import fingerprint, plan
 from litgpt.lora import GPT, mark_only_lora_as_trainable
 from litgpt.loss import HeadLoss
@@ -113,13 +114,15 @@ def test_weights_that_fp16_cannot_hold_stay_plain(change: float) -> None:
         Packed(weight)
 
 
-def test_what_is_trained_stays_plain() -> None:
-    model = rounded(tiny.tiny())
+def test_what_is_trained_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shapes, blocks = rounded(tiny.tiny()), list[tuple[int, ...]](), packing._blocks
+    monkeypatch.setattr(packing, "_blocks", lambda weight, bias=None: (shapes.append(tuple(weight.shape)), blocks(weight, bias))[1])
     model.head.weight.requires_grad_(True)
     model.blocks[0].mlp.fc_1.weight.requires_grad_(True)
     pack(model, backward=True)
     assert type(model.head) is nn.Linear and type(model.blocks[0].mlp.fc_1) is nn.Linear
     assert isinstance(model.blocks[0].mlp.fc_2, PackedLinear)
+    assert shapes and not any(101 in shape for shape in shapes)  # no work for the head
 
 
 def test_other_dtypes_stay_as_they_are() -> None:

@@ -152,7 +152,7 @@ class Batch:
         size = new = len(first.tokens) - first.computed
         if left is not None and size > left:
             return [first], left
-        rows = [first]
+        rows, shortest = [first], len(first.tokens)
         for place in range(self.ready + 1, len(self.rows)):
             row = self.rows[place]
             if common(row.tokens, first.tokens) >= first.computed + LEAST_SHARED:
@@ -161,8 +161,7 @@ class Batch:
             if computed == 0:
                 self._reuse(place)
             new += len(row.tokens) - row.computed
-            widest = max(size, len(row.tokens) - row.computed)
-            shortest = min(len(each.tokens) for each in (*rows, row))
+            widest, shortest = max(size, len(row.tokens) - row.computed), min(shortest, len(row.tokens))
             if widest > shortest or widest * (len(rows) + 1) > (2 * new if left is None else min(2 * new, left)):
                 row.computed = computed
                 break
@@ -177,7 +176,8 @@ class Batch:
         places = torch.tensor(ends, device=self.device)[:, None] + torch.arange(-size, 0, device=self.device)
         for block, cache in zip(self.model.blocks, self.caches, strict=True):
             block.attn.kv_cache = cache.rows(self.ready, len(rows))
-        switch, replies = self.model.switch, torch.tensor([[self._shareable(row)] for row in rows], device=self.device)
+        switch = self.model.switch
+        replies = None if switch is None else torch.tensor([[self._shareable(row)] for row in rows], device=self.device)
         with nullcontext() if switch is None else switch.reply_at(replies):
             alike = min(ends) == max(ends)  # then no mask is needed
             x = self.hidden(idx, self.model.positions(idx, places[0] if alike else places, max(ends)), rows)

@@ -268,10 +268,8 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
         return "warm-up" if given.get("skip2lora_warmup_epochs") or given.get("skip2lora_warmup_steps") else "Skip2-LoRA"
     if not given.keys().isdisjoint(LORA_KEYS):
         return "LoRA"
-    if look.is_facts and (look.records >= SCARCE or look.is_sweep):
-        return "answer-only LoRA"
     if look.is_facts:
-        return "LoRA"
+        return "LoRA" if look.records < SCARCE and not look.is_sweep else "answer-only LoRA"
     return "Skip2-LoRA" if look.is_sweep else "LoRA" if look.compares else "warm-up"
 
 
