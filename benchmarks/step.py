@@ -110,7 +110,7 @@ def build(settings: Settings, adapter: dict[str, Any]) -> GPT:
     checkpoint.load_base(model, weights, dtype, source)
     mark_only_lora_as_trainable(model)
     model.to(settings.device)
-    if settings.precision == "32-true":
+    if not settings.precision.endswith("-mixed"):
         pack(model, backward=True)
     return model
 

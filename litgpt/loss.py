@@ -160,7 +160,7 @@ class HeadLoss:
 
     def packed(self, like: torch.Tensor) -> Any:
         """Return the head's `litgpt.packed.Packed` for rows of this dtype; None if it has none."""
-        return getattr(self.head, "packed", None) if like.dtype == torch.float32 else None
+        return getattr(self.head, "packed", None) if like.dtype == self.head.weight.dtype else None
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -1,8 +1,10 @@
-"""Frozen fp32 weights kept in fp16, for products on an x86 processor.
+"""Frozen weights in the layout that a library multiplies by fastest, on an x86 processor.
 
-Few rows are multiplied as fast as the weight is read: half the bytes take half the time. FBGEMM multiplies fp32 rows by weights in fp16,
-with sums in fp32, and is no slower than MKL at many rows. The weights of a bf16 checkpoint are the same numbers in fp16, but for the
-tiniest; others are packed only if rounding them to fp16 changes them by less than fp32's own precision.
+fp32 weights are kept in fp16. Few rows are multiplied as fast as the weight is read: half the bytes take half the time. FBGEMM multiplies
+fp32 rows by weights in fp16, with sums in fp32, and is no slower than MKL at many rows. The weights of a bf16 checkpoint are the same
+numbers in fp16, but for the tiniest; others are packed only if rounding them to fp16 changes them by less than fp32's own precision.
+
+bf16 weights are kept in oneDNN's blocks, if the processor multiplies bf16. From a plain weight oneDNN makes the blocks for each product.
 """
 
 from __future__ import annotations
@@ -22,18 +24,14 @@ BLOCK = 512  # inputs of a block, of which FBGEMM allocates whole ones
 
 
 class Packed:
-    """W (out, in) in fp16: x W^T for x (..., in), and with gradients dx = dy W. Copies of a model share it."""
+    """W (out, in) in another layout: x W^T for x (..., in), and with gradients dx = dy W. Copies of a model share it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, backward: bool = False) -> None:
-        """Raise ValueError if fp16 is too coarse for the weight. `backward`: it will be asked for gradients."""
+        """Raise ValueError if fp16 is too coarse for an fp32 weight. `backward`: it will be asked for gradients."""
         weight = weight.detach()
-        rounded = weight.half().float()
-        if not torch.linalg.vector_norm(weight - rounded) <= PRECISION * torch.linalg.vector_norm(weight):
-            raise ValueError("these weights are no fp16 numbers")
-        self.others = (weight != rounded).nonzero(as_tuple=True)
-        self.values = weight[self.others]
-        self.blocks = _blocks(weight, bias)
-        self.transposed = _blocks(weight.t()) if backward else None
+        self.lost = lost_in_fp16(weight) if weight.dtype == torch.float32 else None
+        self.blocks = _layout(weight, bias)
+        self.transposed = _layout(weight.t()) if backward else None
 
     def __deepcopy__(self, memo: Any) -> Packed:
         return self
@@ -43,28 +41,63 @@ class Packed:
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + b, (..., in) -> (..., out), without a graph."""
-        return cast("torch.Tensor", torch.ops.quantized.linear_dynamic_fp16(x, self.blocks))
+        return self.blocks.times(x)
 
     def back(self, grad: torch.Tensor) -> torch.Tensor:
         """Return dy W, (..., out) -> (..., in)."""
         if self.transposed is None:
-            self.transposed = _blocks(self.dense().t())
-        return cast("torch.Tensor", torch.ops.quantized.linear_dynamic_fp16(grad, self.transposed))
+            self.transposed = _layout(self.dense().t())
+        return self.transposed.times(grad)
 
     def dense(self) -> torch.Tensor:
-        """Return W, fp32, bit for bit."""
-        weight, _ = torch.ops.quantized.linear_unpack_fp16(self.blocks)
-        return cast("torch.Tensor", weight.index_put_(self.others, self.values))
+        """Return W in its own dtype, bit for bit."""
+        weight = self.blocks.dense()
+        return weight if self.lost is None else weight.index_put_(*self.lost)
+
+
+class Half:
+    """fp32 weights in fp16, by FBGEMM."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.weight = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        return cast("torch.Tensor", torch.ops.quantized.linear_dynamic_fp16(x, self.weight))
+
+    def dense(self) -> torch.Tensor:
+        return cast("torch.Tensor", torch.ops.quantized.linear_unpack_fp16(self.weight)[0])
+
+
+class Blocks:
+    """bf16 weights, by oneDNN."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        return cast("torch.Tensor", torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], ""))
+
+    def dense(self) -> torch.Tensor:
+        return cast("torch.Tensor", self.weight.to_dense())
+
+
+def _layout(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Half | Blocks:
+    return (Half if weight.dtype == torch.float32 else Blocks)(weight, bias)
+
+
+def lost_in_fp16(weight: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return the places and values of the few numbers that fp16 cannot hold. Raise ValueError if they matter."""
+    rounded = weight.half().float()
+    if not torch.linalg.vector_norm(weight - rounded) <= PRECISION * torch.linalg.vector_norm(weight):
+        raise ValueError("these weights are no fp16 numbers")
+    places = (weight != rounded).nonzero(as_tuple=True)
+    return places, weight[places]
 
 
 def packed_bytes(linear: nn.Linear, backward: bool) -> int:
-    """Return the memory of a packed layer. `backward`: gradients are asked for."""
+    """Return the memory of a packed fp32 layer. `backward`: gradients are asked for."""
     shapes = [(linear.out_features, linear.in_features), (linear.in_features, linear.out_features)]
     return sum(2 * rows * -(-columns // BLOCK) * BLOCK for rows, columns in shapes[: 1 + backward])
-
-
-def _blocks(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-    return torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
 
 
 class _Product(torch.autograd.Function):
@@ -82,7 +115,7 @@ class _Product(torch.autograd.Function):
 
 
 class PackedLinear(QuantisedLinear):
-    """y = x W^T + b, with W in fp16 alone. In a state dict it is in fp32."""
+    """y = x W^T + b, with W packed alone. In a state dict it is plain."""
 
     def __init__(self, linear: nn.Linear, packed: Packed) -> None:
         super().__init__(linear)
@@ -96,11 +129,11 @@ class PackedLinear(QuantisedLinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.dense(torch.float32)
+        destination[f"{prefix}weight"] = self.packed.dense()
 
 
 class PackedHead(nn.Linear):
-    """An output layer with W in fp16 beside the plain weight, which is the embedding's if the two are tied."""
+    """An output layer with W packed beside the plain weight, which is the embedding's if the two are tied."""
 
     packed: Packed
 
@@ -111,31 +144,39 @@ class PackedHead(nn.Linear):
 def pack(model: GPT, backward: bool = False) -> None:
     """Pack the frozen linear layers of the blocks and the output layer, in place, where it pays. Adapters stay.
 
-    `backward`: for training too. Layers that gradients reach are made ready for them, and those with DoRA, which reads W, stay plain.
+    `backward`: for training too. Layers that gradients reach are made ready for them; those in bf16 stay plain, because a second layout
+    would double their memory for a few percent of time, and so do those with DoRA, which reads W.
     """
     head, device = model.head, next(model.parameters()).device
-    if "fbgemm" not in torch.backends.quantized.supported_engines or device.type != "cpu" or model.dtype != torch.float32:
+    if device.type != "cpu" or not is_supported(model.dtype):
         return
     behind = behind_cut(model)
 
     def replace(place: tuple[nn.Module, str]) -> None:
         parent, name = place
         linear = getattr(parent, name)
-        if (packed := _packed(linear, backward and id(linear) in behind)) is not None:
+        learns = backward and id(linear) in behind
+        if learns and (model.dtype == torch.bfloat16 or hasattr(parent, "lora_magnitude")):
+            return
+        if (packed := _packed(linear, learns)) is not None:
             setattr(parent, name, PackedLinear(linear, packed).train(linear.training))
 
     places = [(parent, name) for parent, name, linear in frozen_linears(model) if type(linear) is nn.Linear]
-    if backward:
-        places = [place for place in places if not hasattr(place[0], "lora_magnitude")]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         of_head = pool.submit(_packed, head, False)
-        transposed = pool.submit(_blocks, head.weight.detach().t()) if backward and _is_frozen(head) else None  # the largest: by itself
+        transposed = pool.submit(_layout, head.weight.detach().t()) if backward and _is_frozen(head) else None  # the largest: by itself
         for _ in pool.map(replace, places):
             pass
     if type(head) is nn.Linear and (packed := of_head.result()) is not None:
         if transposed is not None:
             packed.transposed = transposed.result()
         head.__class__, head.packed = PackedHead, packed  # type: ignore[assignment]
+
+
+def is_supported(dtype: torch.dtype) -> bool:
+    """Return True if this processor multiplies faster by packed weights of that dtype."""
+    is_x86 = "fbgemm" in torch.backends.quantized.supported_engines
+    return is_x86 and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def behind_cut(model: GPT) -> set[int]:
@@ -150,7 +191,7 @@ def unpack(model: GPT) -> None:
         parent, name, layer = place
         with torch.device("meta"):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        linear.weight, linear.bias = nn.Parameter(layer.dense(torch.float32), requires_grad=False), layer.bias
+        linear.weight, linear.bias = nn.Parameter(layer.packed.dense(), requires_grad=False), layer.bias
         setattr(parent, name, linear.train(layer.training))
 
     modules = list(model.modules())

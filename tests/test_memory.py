@@ -36,6 +36,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litgpt.memory.is_supported", lambda dtype: False)
+
+
 def config(family: str, n_layer: int = 2, **settings: Any) -> lora.Config:
     return lora.Config(n_layer=n_layer, n_embd=128, n_head=4, vocab_size=64, padded_vocab_size=64, **FAMILIES[family], **settings)
 
@@ -75,7 +80,7 @@ def test_a_block_keeps_what_the_formula_says(family: str, method: str, dtype: to
     assert kept_by_block(model.blocks[-1], dtype.itemsize, full) == pytest.approx((four - two) / 2, rel=0.15)
 
 
-def test_weights_and_training() -> None:
+def test_weights_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = METHODS["lora"]
     numbers = sum(p.numel() for p in lora.GPT(config("llama")).parameters())
     adapters = sum(p.numel() for name, p in lora.GPT(config("llama", **settings)).named_parameters() if lora.lora_filter(name))
@@ -88,6 +93,9 @@ def test_weights_and_training() -> None:
     linear = 2 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 384)
     packed = 2 * 512 * 2 * (128 + 2 * 64 + 128 + 128 + 128 + 3 * 384 + 3 * 128)  # in blocks of 512 inputs, there and back
     assert estimate(config("llama", **settings), 16, width=4).weights == 4 * (numbers - linear) + packed + 2 * 512 * (64 + 128)
+    monkeypatch.setattr("litgpt.memory.is_supported", lambda dtype: True)
+    assert estimate(config("llama", **settings), 16).weights == 2 * numbers + 2 * 2 * 64 * 128  # the head, there and back
+    monkeypatch.setattr("litgpt.memory.is_supported", lambda dtype: False)
     quantised = estimate(config("llama", **settings), 16, nf4=True)
     assert quantised.weights == 2 * (numbers - linear) + NF4_BYTES * linear
 

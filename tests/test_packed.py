@@ -13,7 +13,7 @@ from litgpt import packed as packing
 from litgpt.activations.cache import fingerprint, plan
 from litgpt.lora import GPT, mark_only_lora_as_trainable
 from litgpt.loss import HeadLoss
-from litgpt.packed import Packed, PackedHead, PackedLinear, pack, unpack
+from litgpt.packed import Packed, PackedHead, PackedLinear, is_supported, pack, unpack
 from tests.helpers import tiny
 from tests.helpers.cases import quick
 from tests.helpers.family_configs import FAMILIES, ours
@@ -21,6 +21,7 @@ from tests.helpers.training import SKIP, make_model, make_samples
 
 pytestmark = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="x86 with AVX2 only")
 IDX = tiny.ids(2, 9)
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not is_supported(torch.bfloat16), reason="no bf16 here"))]
 
 
 def rounded(model: GPT) -> GPT:
@@ -42,9 +43,27 @@ def require_equal(model: GPT, plain: GPT) -> None:
         torch.testing.assert_close(model(idx), plain(idx), rtol=1e-4, atol=1e-5)
 
 
+@torch.inference_mode()
+def require_near(model: GPT, plain: GPT) -> None:
+    """Both compute in bf16: neither is further from the same weights in fp32 than roundings are."""
+    exact = copy.deepcopy(plain).float()(IDX)
+    errors = [torch.linalg.vector_norm(each(IDX).float() - exact) / torch.linalg.vector_norm(exact) for each in (model, plain)]
+    assert errors[0] <= 1.5 * errors[1] < 0.05
+
+
 @pytest.mark.parametrize("family", quick(FAMILIES, "llama", "gpt2", "mixtral", "deepseek_v2", "bloom"))
 def test_every_family(family: str) -> None:
     require_equal(packed(rounded(ours(family))), rounded(ours(family)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "bloom"])
+@pytest.mark.skipif(not is_supported(torch.bfloat16), reason="no bf16 here")
+def test_bf16(family: str) -> None:
+    model, plain = rounded(ours(family)).bfloat16(), rounded(ours(family)).bfloat16()
+    require_near(packed(model), plain)
+    unpack(model)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -65,12 +84,22 @@ def test_an_adapted_copy_shares_the_blocks() -> None:
     require_equal(model, rounded(tiny.tiny()))
 
 
-@pytest.mark.parametrize("settings", [{"lora_r": 3, **tiny.ALL_LORA}, {"lora_r": 3, "lora_variant": "dora", "lora_query": True}, SKIP])
-def test_training_has_the_gradients_of_plain_weights(settings: dict[str, Any]) -> None:
-    gradients = []
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_r": 3, **tiny.ALL_LORA, "lora_block_indices": [1]},
+        {"lora_r": 3, "lora_variant": "dora", "lora_query": True, "lora_block_indices": [1]},
+        SKIP,
+    ],
+)
+def test_training_has_the_gradients_of_plain_weights(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    gradients, tolerance = [], (1e-4, 1e-6) if dtype == torch.float32 else (0.05, 2e-3)
     for is_packed in (False, True):
         model = rounded(tiny.move_adapters(tiny.tiny(**settings)))
         mark_only_lora_as_trainable(model)
+        for parameter in model.parameters():
+            parameter.data = parameter if parameter.requires_grad else parameter.to(dtype)
         if is_packed:
             packed(model, backward=True)
         idx = IDX[:, :-1]
@@ -79,7 +108,7 @@ def test_training_has_the_gradients_of_plain_weights(settings: dict[str, Any]) -
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0] and gradients[1].keys() == gradients[0].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=tolerance[0], atol=tolerance[1])
 
 
 def test_weights_come_back_bit_for_bit() -> None:
@@ -115,8 +144,8 @@ def test_weights_that_fp16_cannot_hold_stay_plain(change: float) -> None:
 
 
 def test_what_is_trained_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shapes, blocks = rounded(tiny.tiny()), list[tuple[int, ...]](), packing._blocks
-    monkeypatch.setattr(packing, "_blocks", lambda weight, bias=None: (shapes.append(tuple(weight.shape)), blocks(weight, bias))[1])
+    model, shapes, blocks = rounded(tiny.tiny()), list[tuple[int, ...]](), packing._layout
+    monkeypatch.setattr(packing, "_layout", lambda weight, bias=None: (shapes.append(tuple(weight.shape)), blocks(weight, bias))[1])
     model.head.weight.requires_grad_(True)
     model.blocks[0].mlp.fc_1.weight.requires_grad_(True)
     pack(model, backward=True)
@@ -125,7 +154,17 @@ def test_what_is_trained_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes and not any(101 in shape for shape in shapes)  # no work for the head
 
 
-def test_other_dtypes_stay_as_they_are() -> None:
-    model = tiny.tiny().bfloat16()
+@pytest.mark.skipif(not is_supported(torch.bfloat16), reason="no bf16 here")
+def test_bf16_layers_that_learn_stay_plain() -> None:
+    model = rounded(tiny.tiny(lora_r=3, **tiny.ALL_LORA, lora_block_indices=[1])).bfloat16()
+    mark_only_lora_as_trainable(model)
+    packed(model, backward=True)
+    assert isinstance(model.blocks[0].mlp.proj, PackedLinear) and type(model.blocks[1].mlp.proj.linear) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_stay_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = tiny.tiny().to(dtype)
     pack(model)
     assert not any(isinstance(module, PackedHead | PackedLinear) for module in model.modules())

@@ -165,7 +165,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     require_finite({name: part_of(parameter) for name, parameter in model.named_parameters()}, base / WEIGHTS)
     if not is_sharded:
         model.to(rank.device)
-    if not is_sharded and precision == "32-true":
+    if not is_sharded and not precision.endswith("-mixed"):
         pack(model, backward=True)
     model.max_seq_length = _max_seq_length(settings, model.config)
     answers = saved.general_answers if saved else None
