@@ -145,13 +145,17 @@ class CausalSelfAttention(nn.Module):
         """(B, T, (H + 2 G) h) -> q (B, H, T, h), k and v (B, G, T, h), q and k normalised and turned."""
         B, T, _ = qkv.shape
         h = self.config.head_size
+        if self.norm_q is None and self.rotary >= 0:  # q and k are turned together
+            H, G = self.config.n_head, self.config.n_query_groups
+            both, v = (part.view(B, T, -1, h).transpose(1, 2) for part in qkv.split(((H + G) * h, G * h), dim=-1))
+            q, k = rotate(both, *pos.rotary[self.rotary]).split((H, G), dim=1)
+            return q, k, v
         q, k, v = qkv.split(self.config.qkv_sizes, dim=-1)
         if self.norm_q is not None and self.norm_k is not None:  # over h or, "olmo2", over H h and G h
             q, k = (norm(part.view(B, T, -1, norm.weight.numel())) for norm, part in ((self.norm_q, q), (self.norm_k, k)))
         q, k, v = (part.view(B, T, -1, h).transpose(1, 2) for part in (q, k, v))
         if self.rotary >= 0:
-            cos, sin = pos.rotary[self.rotary]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = (rotate(part, *pos.rotary[self.rotary]) for part in (q, k))
         return q, k, v
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: Positions) -> torch.Tensor:
