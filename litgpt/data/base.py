@@ -165,12 +165,15 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
             [record for record, _ in encoded[1]],
         )
 
+    def held_out_share(self) -> float:
+        """Return the share of the records that is kept for validation. Raises UserError if it is no share."""
+        share = UNSET_SHARE if self.val_split_fraction is None else self.val_split_fraction
+        if not 0 <= share < 1:
+            raise UserError(f"data.val_split_fraction is {share}: a number from 0 to below 1 is needed (0.1 keeps a tenth for validation)")
+        return share
+
     def _split(self, records: list[tuple[int, Any]]) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
-        fraction = UNSET_SHARE if self.val_split_fraction is None else self.val_split_fraction
-        if not 0 <= fraction < 1:
-            raise UserError(
-                f"data.val_split_fraction is {fraction}: a number from 0 to below 1 is needed (0.1 keeps a tenth for validation)"
-            )
+        fraction = self.held_out_share()
         if fraction == 0:
             return records, records[:: math.ceil(len(records) / MOST_REPEATED) or 1]
         if len(records) < 2:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from litgpt.data.base import UNSET_SHARE, DataModule, Splits, Units, alone
+from litgpt.data.base import DataModule, Splits, Units, alone
 from litgpt.data.downloads import HUB, download_from_hub
 from litgpt.data.records import Record
 from litgpt.data.sources import import_library
@@ -53,8 +53,7 @@ class Text(DataModule):
         train, tokens = self._blocks(tokenizer, train_texts, max_seq_length + 1)
         val = [] if val_texts is None else self._blocks(tokenizer, val_texts, max_seq_length + 1)[0]
         if val_texts is None:
-            share = UNSET_SHARE if self.val_split_fraction is None else self.val_split_fraction
-            held_out = max(1, round(share * len(train)))
+            held_out = max(1, round(self.held_out_share() * len(train)))
             train, val = train[:-held_out], train[-held_out:]
         for name, blocks in (("training", train), ("validation", val)):
             if not blocks:

@@ -60,7 +60,10 @@ def test_validation(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path) -> None:
+    (file := tmp_path / "text").write_text("x" * 99)
     for data, said in (
+        (TextFiles(train_data_path=file, val_split_fraction=1.5), "val_split_fraction is 1.5: a number from 0 to below 1"),
+        (TextFiles(train_data_path=file, val_split_fraction=-0.5), "val_split_fraction is -0.5"),
         (TextFiles(), "train_data_path is missing"),
         (TextFiles(train_data_path=tmp_path), "holds no .txt files"),
         (TextFiles(train_data_path=tmp_path / "no.txt"), "does not exist"),
