@@ -85,16 +85,11 @@ def test_an_adapted_copy_shares_the_blocks() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"lora_r": 3, **tiny.ALL_LORA, "lora_block_indices": [1]},
-        {"lora_r": 3, "lora_variant": "dora", "lora_query": True, "lora_block_indices": [1]},
-        SKIP,
-    ],
-)
+@pytest.mark.parametrize("settings", [{"lora_r": 3, **tiny.ALL_LORA}, {"lora_r": 3, "lora_variant": "dora", "lora_query": True}, SKIP])
 def test_training_has_the_gradients_of_plain_weights(settings: dict[str, Any], dtype: torch.dtype) -> None:
-    gradients, tolerance = [], (1e-4, 1e-6) if dtype == torch.float32 else (0.05, 2e-3)
+    gradients, tolerance = [], (1e-4, 1e-6)
+    if dtype == torch.bfloat16:  # in which only the layers in front of the cut are packed
+        settings, tolerance = settings | ({} if settings is SKIP else {"lora_block_indices": [1]}), (0.05, 2e-3)
     for is_packed in (False, True):
         model = rounded(tiny.move_adapters(tiny.tiny(**settings)))
         mark_only_lora_as_trainable(model)
