@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -66,22 +67,34 @@ class SampleAnswers(Drawing, Files, Checkpoint):
         if self.sys_prompt is not None:
             records = [_with_system(record, self.sys_prompt) for record in records]
         llm = self.opened(self.checkpoint_dir)
-        from litgpt.atomic import new_file
         from litgpt.logs import Console
 
         lines, console = list[dict[str, Any]](), Console()
         step = max(1, TOGETHER // self.n)
-        with console.progress("answers") as progress:
-            for first in range(0, len(records), step):
-                places = range(first, min(first + step, len(records)))
-                answers = iter(self._answers(llm, records, places))
-                for place in places:
-                    for _ in range(self.n):
-                        lines.append(_line(records[place], answer := next(answers), check(rows[place], answer), f"record {place + 1}"))
-                progress(self.n * places.stop, self.n * len(records))
-        with new_file(self.out, self.overwrite) as file:
+        try:
+            with console.progress("answers") as progress:
+                for first in range(0, len(records), step):
+                    places = range(first, min(first + step, len(records)))
+                    answers = iter(self._answers(llm, records, places))
+                    for place in places:
+                        for _ in range(self.n):
+                            lines.append(_line(records[place], answer := next(answers), check(rows[place], answer), f"record {place + 1}"))
+                    progress(self.n * places.stop, self.n * len(records))
+        finally:  # a signal or an error ends the work of hours: what is complete is kept
+            if complete := lines[: len(lines) // self.n * self.n]:
+                rest = len(records) - len(complete) // self.n
+                missing = f". {rest:,} questions are missing" if rest else ""
+                console.say(f"{summary(complete, self.n)}. The answers are in {self._write(complete)}{missing}")
+
+    def _write(self, lines: Sequence[dict[str, Any]]) -> Path:
+        """Write the answers to `out`, or to a name beside it if somebody has written `out` meanwhile. Returns the file's name."""
+        from litgpt.atomic import new_file
+
+        names = (self.out.with_stem(f"{self.out.stem}-{i}") for i in count(2))
+        out = self.out if self.overwrite or not self.out.exists() else next(name for name in names if not name.exists())
+        with new_file(out, self.overwrite) as file:
             file.writelines(as_utf8(json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
-        console.say(f"{summary(lines, self.n)}. The answers are in {self.out}")
+        return out
 
     def _answers(self, llm: "LLM", records: Sequence[Record], places: Sequence[int]) -> list[str]:
         """Return n answers to each of the records at `places`. An answer depends on the seed, its record's place and its number alone."""

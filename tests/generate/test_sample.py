@@ -11,6 +11,7 @@ import pytest
 from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.data.records import read_record
+from litgpt.errors import UserError
 from litgpt.generate import sample
 
 ROWS: list[dict[str, Any]] = [
@@ -88,9 +89,33 @@ def test_a_file_that_somebody_wrote_meanwhile_is_kept(
     line = sample._line
     monkeypatch.setattr(sample, "_line", meanwhile)
     words = ["sample", str(base), "--data", str(questions), "--out", str(out), "--max_new_tokens", "2", "--n", "1"]
-    assert main(words) == 1 and "answers.jsonl exists already: it was written meanwhile" in capsys.readouterr().err
-    assert out.read_text() == "theirs"
+    assert main(words) == 0 and "answers-2.jsonl" in capsys.readouterr().err
+    assert out.read_text() == "theirs" and len(out.with_name("answers-2.jsonl").read_text().splitlines()) == len(ROWS)
     assert main([*words, "--overwrite"]) == 0 and len(out.read_text().splitlines()) == len(ROWS)
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (UserError("the check fails"), 1), (SystemExit(143), 143)])
+def test_complete_answers_are_kept_when_the_command_ends_early(
+    error: BaseException, code: int, base: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, line, made = sampled(base, questions, "--n", 2), sample._line, list[object]()
+
+    def interrupted(*args: Any) -> dict[str, Any]:
+        made.append(args)
+        if len(made) == 4:  # the second answer to the second question
+            raise error
+        return line(*args)
+
+    monkeypatch.setattr(sample, "_line", interrupted)
+    out = questions.with_name("some.jsonl")
+    argv = ["sample", base, "--data", questions, "--out", out, "--max_new_tokens", 6, "--precision", "32-true", "--n", 2]
+    if isinstance(error, SystemExit):
+        with pytest.raises(SystemExit):
+            main([str(word) for word in argv])
+    else:
+        assert main([str(word) for word in argv]) == code
+    assert [json.loads(text) for text in out.read_text().splitlines()] == whole[:2]
+    assert "some.jsonl. 2 questions are missing" in capsys.readouterr().err
 
 
 def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
