@@ -180,14 +180,15 @@ def on_records(
         "records": count,
         **_measured(llm, samples[:count], batch_size, console),
     }
-    if max_new_tokens and splits.examples and not is_text:
+    asked = [record for record in splits.examples[:count] if not record.is_text] if max_new_tokens else []
+    if asked:
         answers = []
         with console.progress("answers") as progress:
-            for record in splits.examples[:count]:
+            for record in asked:
                 answers.append(_answered(llm, style, record, max_new_tokens))
-                progress(len(answers), count)
+                progress(len(answers), len(asked))
         for name in ("exact_match", "rouge_l"):
-            results[name] = sum(answer[name] for answer in answers) / count
+            results[name] = sum(answer[name] for answer in answers) / len(asked)
         results["answers"] = answers
     return results
 

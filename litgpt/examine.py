@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional, cast
 from litgpt.checkpoint import HOME, require_tokenizer
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.data.base import SHOWN_KEYS, Encoder, render
+from litgpt.data.base import SHOWN_KEYS, DataModule, Encoder, render
 from litgpt.data.json_data import JSON
 from litgpt.data.records import Record, read_record
 from litgpt.errors import UserError
@@ -52,6 +52,8 @@ def examine(
         mask_prompt: Learn answers only, not questions. Conversations are always learned on the assistant's turns only.
         record: Number of the record to show.
     """
+    if (DataModule.reader_of(str(file)) or ("",))[0] == "TextFiles":
+        raise UserError(f"{file} is running text, without records to look at: `litgpt finetune MODEL --data {file}` trains it in blocks")
     data = JSON(json_path=Path(file), mask_prompt=mask_prompt, prompt_style=prompt_style)
     train, val = data.records()
     if not 1 <= record <= len(train):
@@ -77,9 +79,9 @@ def examine(
 
 def kinds(records: Sequence[Record]) -> list[str]:
     """Return a line for each kind of record."""
-    pairs = [one for one in records if one.pair]
-    turns = sorted(sum(message["role"] == "assistant" for message in one.messages) for one in records if not one.pair)
-    lines = []
+    pairs, texts = ([one for one in records if getattr(one, name)] for name in ("pair", "is_text"))
+    turns = sorted(sum(message["role"] == "assistant" for message in one.messages) for one in records if not (one.pair or one.is_text))
+    lines = [f"  {_count(len(texts), 'text')}, learned as a whole"] if texts else []
     if pairs:
         inputs = sum(bool(one.input) for one in pairs)
         lines.append(f"  {_count(len(pairs), 'question')} with an answer" + (f", {inputs:,} of them with an input" if inputs else ""))
@@ -114,7 +116,7 @@ def repetitions(train: Sequence[Record], val: Sequence[Record]) -> list[str]:
             exact.append((number, same))
         elif (same := plain.setdefault(words, number)) != number:
             near.append((number, same))
-        if one.messages[-1]["content"]:
+        if one.messages[-1]["content"] and not one.is_text:
             answers.setdefault(question, {}).setdefault(answer, number)
     known = {*first}
     shared = [(number, first[_whole(one)]) for number, one in enumerate(val, 1) if _whole(one) in known]

@@ -96,6 +96,15 @@ def test_running_text(base: Path, tmp_path: Path) -> None:
     assert results["loss"] == pytest.approx(runs.plain_loss(load_model(base, torch.float32), samples), rel=1e-5)
 
 
+def test_records_of_text_have_a_loss_and_no_answers(base: Path, tmp_path: Path) -> None:
+    records = [{"text": "hello there, numbers and llamas"}, {"instruction": "hello", "output": "there"}]
+    (folder := tmp_path / "model").symlink_to(base)
+    for name, count in (("both", 2), ("text", 1)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records[:count]))
+        results = evaluate(folder, "--data", str(tmp_path / f"{name}.json"), "--max_new_tokens", "4")
+        assert results["records"] == count and len(results.get("answers", ())) == count - 1
+
+
 def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = runs.write_data(tmp_path / "data.json", 3)
     for words, said in (

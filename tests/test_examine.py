@@ -55,6 +55,12 @@ def test_kinds_and_unread_keys(look: Any) -> None:
     assert "litgpt finetune MODEL --data" in out and "train.epochs" in out  # advice without a model
 
 
+def test_texts(look: Any) -> None:
+    out = look([{"text": "one"}, {"text": "two"}, {"text": "one"}])
+    assert "  3 texts, learned as a whole\n  1 record equal to an earlier one: 3 (as 1)\n" in out
+    assert "2 different texts, taken as texts to continue" in out and "question" not in out and "conversation" not in out
+
+
 def test_repetitions_and_contradictions(look: Any) -> None:
     rows = [
         pair("What is it?", "A cat."),
@@ -124,6 +130,7 @@ def test_mistakes(tmp_path: Path, look: Any, capsys: pytest.CaptureFixture[str])
     for words, message in (
         ([tmp_path / "shop.jsonl", "--record", 2], "has records 1 to 1"),
         ([tmp_path / "nosuch.jsonl"], "does not exist"),
+        ([tmp_path / "book.md"], "book.md is running text, without records to look at"),
         ([tmp_path / "shop.jsonl", "--checkpoint_dir", tmp_path / "none"], "does not exist"),
     ):
         assert main(["data", *map(str, words)]) == 1

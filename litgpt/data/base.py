@@ -55,6 +55,11 @@ class Rendered(NamedTuple):
     text: str
     spans: list[tuple[int, int]]
 
+    @property
+    def prompt(self) -> str:
+        """The text before the first span; of running text its beginning, which a model continues."""
+        return self.text[: self.spans[0][0] or min(CONTINUED, len(self.text) // 2) or 1]
+
 
 @dataclass(init=False)  # LitGPT's own data modules call `super().__init__()` after their fields are set
 class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
@@ -83,7 +88,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
     def reader_of(name: str) -> tuple[str, str] | None:
         """Return the class that reads the file or folder `name`, and its key for the path; None if `name` is that of a class."""
         path = expand_path(name)
-        if name.endswith(".txt") or (path.is_dir() and any(path.glob("*.txt"))):
+        if name.endswith((".txt", ".md")) or (path.is_dir() and any(path.glob("*.txt"))):
             return "TextFiles", "train_data_path"
         is_path = path.exists() or name.endswith(SUFFIXES) or is_dataset(path)
         return ("JSON", "json_path") if is_path else None
@@ -195,6 +200,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         )
 
 
+CONTINUED = 200  # characters of running text that a model continues at a validation, at most
 MOST_REPEATED = 30  # training samples that are validated again, at most, if none is held out
 EMPTY = "empty answer"
 CUT_AWAY = "no answer token left"
@@ -269,7 +275,7 @@ class Encoder:
                 )
             for i, weight in zip(places, record.token_weights, strict=False):
                 weights[i] *= weight
-        first = self.tokenizer.first_ids if self.style.bos is None else []
+        first = self.tokenizer.first_ids if self.style.bos is None or record.is_text else []
         if ids[: len(first)] != first:
             ids = [*first, *ids]
             weights = array("f", [0] * len(first)) + weights
@@ -334,6 +340,8 @@ def render(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", learned
     """
     from litgpt.prompts import ChatTemplate
 
+    if record.is_text:
+        return Rendered(record.reply, [(0, len(record.reply))])
     if learned is None:
         learned = [i for i, flag in enumerate(record.learned) if flag]
     if isinstance(style, ChatTemplate) or (hasattr(style, "render") and not record.pair):
@@ -346,9 +354,8 @@ def render(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", learned
 
 
 def question_of(record: Record, style: "PromptStyle", tokenizer: "Tokenizer") -> str:
-    """Return the text before a record's last reply."""
-    text, spans = render(record, style, tokenizer, [record.last])
-    return text[: spans[0][0]]
+    """Return the text before a record's last reply; of running text its beginning."""
+    return render(record, style, tokenizer, [record.last]).prompt
 
 
 def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendered:

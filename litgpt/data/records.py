@@ -1,7 +1,8 @@
 """Records of the usual forms as conversations: the keys that are read, and their meaning.
 
 {"instruction", "input" or "context", "output" or "response", "system", "history", "tools"}
-{"prompt", "completion", "response" or "answer"}, {"question", "answer"}          each a text, or both lists of messages
+{"prompt", "completion", "response" or "answer"}, {"question", "answer"}, {"input", "output"}     each a text, or both lists of messages
+{"text"}: running text, or a conversation with the marks of its template; all of it is learned, as it is
 {"messages": [{"role", "content", "weight" or "train" ..., "tool_calls", "reasoning_content", ...}], "system", "tools"}
 {"conversations": [{"from", "value", ...}], "system", "tools"}
 {"prompt", "instruction" or "question", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" it is what the
@@ -31,6 +32,7 @@ Message = dict[str, Any]  # as chat templates read it: "role", "content" and per
 # keys of question and answer; the first pair that a record has counts
 PAIRS: tuple[tuple[str, str], ...] = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 PAIRS += (("instruction", "response"), ("prompt", "answer"))
+ALONE = ("input", "output")  # the question, if there is no key of another
 # key of a conversation -> keys of a turn's role and text
 CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -56,6 +58,7 @@ class Record:
     label: bool | None = None  # whether the answer is a good one, if the record says so
     reward: float | None = None  # of the answer: "reward", or 1 and 0 for "correct" true and false
     token_weights: list[float] | None = None  # of the tokens of the one reply that is learned
+    is_text: bool = False  # running text in the one message
     unread: tuple[str, ...] = ()  # keys that mean nothing here
 
     @property
@@ -89,7 +92,8 @@ def read_record(entry: Any) -> Record:
     if None not in answers and answers != ["", ""]:  # two empty cells of a table
         return _read_preference(entry)
     filled = [key for key, value in entry.items() if value not in (None, "")]
-    pair = next((pair for keys in (filled, entry) for pair in PAIRS if all(key in keys for key in pair)), None)
+    pairs = [(keys, pair) for keys in (filled, entry) for pair in PAIRS] + [(entry, ALONE)]
+    pair = next((pair for keys, pair in pairs if all(key in keys for key in pair)), None)
     form = next((key for key in CONVERSATIONS if key in filled), None)
     if form is None and pair is None:
         form = next((key for key in CONVERSATIONS if key in entry), None)
@@ -97,6 +101,11 @@ def read_record(entry: Any) -> Record:
         used, record = [form], _read_turns(entry, form)
     elif pair is not None:
         used, record = _read_pair(entry, pair)
+    elif "text" in entry:
+        if unfit := [key for key in ("system", "tools", "functions") if entry.get(key)]:
+            raise UserError(f"it has {unfit[0]!r} and 'text', which is learned as it is: write all of it in 'text'")
+        message = {"role": "assistant", "content": _check_text(entry["text"], "text")}
+        used, record = ["text"], Record([message], [1.0], is_text=True)
     else:
         raise UserError(_missing_keys(list(entry)))
     if system := _optional_text(entry, "system"):
@@ -184,7 +193,7 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
         record = Record(before.messages + after.messages, [0.0] * len(before.messages) + after.learned)
         record.unread = before.unread + after.unread
         return list(pair), record
-    extra, context = _optional_text(entry, "input"), _optional_text(entry, "context")
+    extra, context = "" if pair == ALONE else _optional_text(entry, "input"), _optional_text(entry, "context")
     if extra and context:
         raise UserError("it has both 'input' and 'context': leave one of them out")
     messages: list[Message] = []

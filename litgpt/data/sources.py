@@ -114,7 +114,10 @@ def _unpack(raw: bytes, path: Path) -> bytes:
 
 
 def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
-    """Return the rows of a table whose first line names the columns."""
+    """Return the rows of a table whose first line names the columns. Some spreadsheets write semicolons in place of commas."""
+    names_line = text.partition("\n")[0]
+    if delimiter == "," and "," not in names_line and ";" in names_line:
+        delimiter = ";"
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[str, Any]] = []

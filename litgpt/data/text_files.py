@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
 
 PIECE = 2**20  # characters that are tokenised at once
-EXAMPLE = 200  # characters of the text that a model continues at a validation
 
 
 @dataclass
@@ -62,11 +61,8 @@ class Text(DataModule):
                     "add text, or lower train.max_seq_length"
                 )
         report = f"{len(train):,} train and {len(val):,} validation blocks of {max_seq_length + 1:,} tokens"
-        start = tokenizer.decode(list(val[0].input_ids))
-        example = Record(
-            [{"role": "user", "content": start[:EXAMPLE]}, {"role": "assistant", "content": start[EXAMPLE:]}], [False, True], pair=True
-        )
-        return Splits(train, val, report, [example])
+        start = {"role": "assistant", "content": tokenizer.decode(list(val[0].input_ids))}
+        return Splits(train, val, report, [Record([start], [1.0], is_text=True)])
 
     def _blocks(self, tokenizer: "Tokenizer", texts: Iterable[str], length: int) -> tuple[list[Sample], int]:
         """Return the blocks, and the number of tokens before they were cut."""
@@ -107,13 +103,18 @@ class TextFiles(Text):
     def source(self) -> str:
         return str(self.train_data_path)
 
-    def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
+    def files(self) -> tuple[list[Path], list[Path] | None]:
+        """Return the files of the training and the validation text; None for the latter if it is a share of the former."""
         if self.train_data_path is None:
             raise UserError("data.train_data_path is missing: name a folder with .txt files")
         train = self._files(self.train_data_path)
         val = None if self.val_data_path is None else self._files(self.val_data_path)
         if val is None and len(train) > 1 and self.val_split_fraction is None:
             val, train = train[:1], train[1:]
+        return train, val
+
+    def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
+        train, val = self.files()
         return map(read_any, train), None if val is None else map(read_any, val)
 
     def _files(self, path: Path) -> list[Path]:

@@ -64,6 +64,8 @@ class SampleAnswers(Drawing, Files, Checkpoint):
         if self.out.exists() and self.out.samefile(self.data):
             raise UserError(f"out: {self.out} is the file of questions: name another file for the answers")
         rows, records = read_rows(self.data), read_records(self.data)
+        if texts := [place for place, record in enumerate(records, 1) if record.is_text]:
+            raise UserError(f"data: {self.data}, record {texts[0]} is a text without a question: there is nothing to answer")
         if self.sys_prompt is not None:
             records = [_with_system(record, self.sys_prompt) for record in records]
         llm = self.opened(self.checkpoint_dir)

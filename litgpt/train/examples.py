@@ -45,9 +45,9 @@ def examples_of(evaluation: EvalArgs, seed: int, records: Sequence[Record], styl
         if index >= len(records):
             raise UserError(f"eval.evaluate_example is {index}: the validation set has {len(records)} samples, counted from 0")
         rendered = render(records[index], style, tokenizer)
-        prompt = rendered.text[: rendered.spans[0][0]]
-        question = records[index].question if records[index].pair else prompt
-        examples.append(Example(question, tokenizer.ids(prompt, bos=style.bos), tokenizer.ids(rendered.text, bos=style.bos)))
+        question = records[index].question if records[index].pair else rendered.prompt
+        ids = [tokenizer.ids(text, bos=None if records[index].is_text else style.bos) for text in (rendered.prompt, rendered.text)]
+        examples.append(Example(question, *ids))
     return examples
 
 

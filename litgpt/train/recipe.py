@@ -6,7 +6,8 @@ Three kinds of data are trained in three ways:
             quarter of the blocks, behind cached prompts, until the model repeats the answers; very few records by LoRA in every block,
             on the prompts too, so that their answers are found by other words
     pairs   records that say which answer is better than another: DPO, by LoRA
-    style   many records with answers of their own: a tenth is held out, and the checkpoint with the lowest loss on it is kept
+    style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
+            is kept
 
 The trials of a sweep share the frozen blocks' outputs, so Skip2-LoRA takes the place of LoRA in every block. They are compared by the loss
 on held-out records; those of facts are held out if each fact is told several times.
@@ -31,6 +32,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
+from litgpt.data.text_files import TextFiles
 from litgpt.errors import UserError
 from litgpt.objectives.settings import Preference, Rating
 from litgpt.prompts import reply_header, resolve_prompt_style
@@ -43,7 +45,10 @@ FEW = 200  # records that are facts whatever they hold
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
 SHARED = 0.5  # facts: at most this many different answers a record
 VALIDATIONS = 8
-MICRO_CHARS = 8192  # characters in a micro-batch, about four in a token
+TOKEN = 4  # characters, about
+MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
+BLOCKS = 512, 128  # tokens of running text that are a sample; the second if the first would be fewer than FEWEST
+FEWEST = 20
 
 QUARTER = "last quarter"  # of the model's blocks
 LINEAR = {f"lora_{name}": (True, "LoRA on every linear layer") for name in ("query", "key", "value", "projection", "mlp")}
@@ -98,7 +103,7 @@ LORA_KEYS = {  # settings that ask for LoRA, or go with nothing else
 }
 TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
-    ("LoRA", True): (8, 5, 1e-3),
+    ("LoRA", True): (12, 5, 1e-3),
     ("LoRA", False): (2, 2, 5e-4),
     ("answer-only LoRA", True): (12, 8, 2e-3),
     ("answer-only LoRA", False): (2, 2, 5e-4),
@@ -121,6 +126,8 @@ class Look:
     is_pair: bool  # questions and answers, not conversations
     has_validation: bool  # the data have validation records of their own
     compares: bool = False  # records say which answers are better
+    is_text: bool = False  # some are running text
+    block: int | None = None  # tokens of a sample of running text that is cut into blocks
     is_sweep: bool = False  # the settings are those of a sweep's trials
 
     @classmethod
@@ -130,7 +137,17 @@ class Look:
         answers = {str(record.messages[-1]["content"]).strip() for record in records}
         longest = max((sum(len(str(message["content"])) for message in record.messages) for record in records), default=0)
         compares = any(record.rejected is not None for record in records)
-        return cls(len(records), len(answers), longest, all(record.pair for record in records), val is not None, compares)
+        is_pair, is_text = all(record.pair for record in records), any(record.is_text for record in records)
+        return cls(len(records), len(answers), longest, is_pair, val is not None, compares, is_text)
+
+    @classmethod
+    def of_text(cls, data: TextFiles, block: int | None) -> Look:
+        """Look at files of running text, from their sizes. `block`: tokens of a sample, if it is given."""
+        train, val = data.files()
+        tokens = sum(file.stat().st_size for file in train) // TOKEN
+        block = block or next((size for size in BLOCKS if tokens >= FEWEST * size), BLOCKS[-1])
+        count = max(1, tokens // block)
+        return cls(count, count, TOKEN * block, False, val is not None, is_text=True, block=block)
 
     @property
     def is_repeated(self) -> bool:
@@ -139,12 +156,15 @@ class Look:
 
     @property
     def is_facts(self) -> bool:
-        return not self.has_validation and not self.compares and (self.records <= FEW or self.is_repeated)
+        return not (self.has_validation or self.compares or self.is_text) and (self.records <= FEW or self.is_repeated)
 
     def __str__(self) -> str:
-        answers = f", {self.answers:,} different answers" if self.answers < self.records else ""
-        kind = "answers to prefer or to rate" if self.compares else "facts to repeat" if self.is_facts else "a style to learn"
-        return f"{self.records:,} records{answers}, taken as {kind}"
+        noun = "texts" if self.is_text else "answers"
+        answers = f", {self.answers:,} different {noun}" if self.answers < self.records else ""
+        kind = "texts to continue" if self.is_text else "facts to repeat" if self.is_facts else "a style to learn"
+        kind = "answers to prefer or to rate" if self.compares else kind
+        unit = "records" if self.block is None else f"blocks of {self.block} tokens, about"
+        return f"{self.records:,} {unit}{answers}, taken as {kind}"
 
 
 @dataclass(frozen=True)
@@ -180,7 +200,11 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
     if (not module.is_ready() and dry) or module.gives_tokens:
         return given  # the run will say what is missing, or the data are tokens
     module.prepare_data()
-    look = replace(Look.at(*module.records()), is_sweep=is_sweep)
+    if isinstance(module, TextFiles):
+        look = Look.of_text(module, given.get("train", {}).get("max_seq_length"))
+    else:
+        look = Look.at(*module.records())
+    look = replace(look, is_sweep=is_sweep)
     if given.get("objective", "next_token") in (*get_args(Preference), *get_args(Rating)):
         look = replace(look, compares=True)
     rows = choices(look, module, given, base)
@@ -270,7 +294,7 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
         return "LoRA"
     if look.is_facts:
         return "LoRA" if look.records < SCARCE and not look.is_sweep else "answer-only LoRA"
-    return "Skip2-LoRA" if look.is_sweep else "LoRA" if look.compares else "warm-up"
+    return "Skip2-LoRA" if look.is_sweep else "LoRA" if look.compares or look.block else "warm-up"
 
 
 def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
@@ -287,6 +311,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
         Chosen("grid.optimizer.lr", [rate / 2, rate, 2 * rate], f"around {rate:g}, which suits {method}")
         if look.is_sweep and not given.get("grid")
         else Chosen("optimizer.lr", rate, f"for {method}"),
+        *([Chosen("train.max_seq_length", look.block, "the text is cut into blocks")] if look.block else []),
         Chosen("train.global_batch_size", batch, "small batches learn faster"),
         Chosen("train.micro_batch_size", micro, "as many as fit a few thousand tokens"),
         Chosen("eval.initial_validation", True, "the loss before training"),

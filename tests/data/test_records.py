@@ -19,6 +19,7 @@ from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate
 from litgpt.tokenizer import Tokenizer
+from tests.helpers.tiny import put_bos_first
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
@@ -144,6 +145,7 @@ Q, A = user("q"), reply("a")
         ({"messages": [Q, reply("c", train="False"), user("b"), reply("d", train="true")]}, [Q, reply("c"), user("b"), reply("d")], "d"),
         ({"messages": None, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [Q, A], "a"),
         ({"messages": "", "chosen": "", "rejected": "", "instruction": None, "output": None, "question": "q", "answer": "a"}, [Q, A], "a"),
+        ({"input": "q", "output": "a"}, [Q, A], "a"),
         # columns of a table that this row does not use
         ({"messages": [{**Q, "weight": None, "tool_calls": None}, A], "conversations": None, "tools": None}, [Q, A], "a"),
     ],
@@ -224,6 +226,23 @@ def test_last_turn_only(tokenizer: Tokenizer) -> None:
         Given(entries=[entry]).splits(tokenizer, ChatTemplate(shortening))
 
 
+def test_texts_are_learned_as_they_are(tiny_tokenizer_dir: Path, write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path) -> None:
+    """As TRL reads the key: the tokenizer's own ids, BOS included, and EOS behind them; every token but the first has loss."""
+    text = "User: q\n\nAssistant: a "
+    for folder in (tiny_tokenizer_dir, put_bos_first(write_tiny_tokenizer(tmp_path / "bos"))):
+        theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+        own = Tokenizer(folder)
+        for style in (ChatTemplate(FULL), prompts.Alpaca(), prompts.ChatML()):
+            for mask_prompt in (False, True):
+                entry = {"text": text, "source": "web", "weight": 2}
+                splits = Given(entries=[entry], mask_prompt=mask_prompt).splits(own, style)
+                sample = splits.train[0]
+                assert list(sample.input_ids) == [*theirs(text).input_ids, own.eos_id]
+                assert list(sample.loss_mask) == [0, *[1] * (len(sample.input_ids) - 1)] and set(sample.weights or ()) == {0, 2}
+                assert "keys not read: source (2)" in splits.report
+    assert not read_record({"text": "t", "instruction": "q", "output": "a"}).is_text
+
+
 def test_other_keys_are_named_with_their_counts(tokenizer: Tokenizer) -> None:
     entries = [
         {"instruction": "q", "output": "a", "id": 1, "url\x1b[2J": ""},
@@ -271,6 +290,8 @@ def test_other_keys_are_named_with_their_counts(tokenizer: Tokenizer) -> None:
         ({"instruction": "q", "output": "a", "tools": ["f"]}, "'tools', entry 1 is a text, an object is needed"),
         ({"messages": [Q, reply("a", tool_calls=[1])]}, "'tool_calls', entry 1 is a number, an object is needed"),
         ({"prompt": [Q], "completion": [user("b")]}, "'completion' has no turn of the assistant"),
+        ({"text": 3}, "'text' is a number, a text is needed"),
+        ({"text": "t", "system": "s"}, "'system' and 'text', which is learned as it is: write all of it in 'text'"),
     ],
 )
 def test_wrong_values(entry: dict[str, Any], message: str, tokenizer: Tokenizer) -> None:

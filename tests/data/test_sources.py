@@ -16,6 +16,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from litgpt.data import JSON
+from litgpt.data.sources import read_records
 from litgpt.errors import UserError
 
 RECORD: dict[str, Any] = {"instruction": "Hi", "input": "", "output": "Hello"}
@@ -85,6 +86,15 @@ def test_a_value_that_all_rows_repeat_is_bounded(suffix: str, stream: bool, tmp_
     finally:
         pyarrow.set_memory_pool(usual)
     assert pool.max_memory() < 10**8
+
+
+@pytest.mark.parametrize("head", ["instruction;output", '"instruction";"output"', "instruction,output"])
+def test_tables_of_spreadsheets_that_write_semicolons(head: str, tmp_path: Path) -> None:
+    """Where the comma is the decimal mark, spreadsheets write semicolons; with commas in the first line a semicolon is text."""
+    mark = ";" if ";" in head else ","
+    (tmp_path / "a.csv").write_text(f'{head}\n"1{mark} 2";a\n' if mark == ";" else f'{head}\n"1{mark} 2",a;b\n')
+    [record] = read_records(tmp_path / "a.csv")
+    assert (record.question, record.answer) == (f"1{mark} 2", "a" if mark == ";" else "a;b")
 
 
 @pytest.mark.parametrize(

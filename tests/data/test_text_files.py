@@ -76,7 +76,8 @@ def test_mistakes(tmp_path: Path) -> None:
 
 def test_a_folder_of_text_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    for name in (tmp_path, tmp_path / "a.txt"):
+    (tmp_path / "b.md").write_text("# Text")
+    for name in (tmp_path, tmp_path / "a.txt", tmp_path / "b.md"):
         keys = Keys(Pretrain)
         config = keys.merge([keys.of_mapping({"data": str(name)})])
         assert config["data"] == {"class_path": TextFiles, "init_args": {"train_data_path": name}}

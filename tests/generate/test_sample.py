@@ -147,6 +147,7 @@ def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str])
         (["--out", "answers.txt"], "ends in .jsonl"),
         (["--out", "old.jsonl"], "old.jsonl exists already"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),
+        (["--data", "text.jsonl"], "text.jsonl, record 1 is a text without a question"),
         (["--data", "old.jsonl", "--out", "old.jsonl", "--overwrite", "true"], "old.jsonl is the file of questions"),
         (["--out", "old.jsonl/answers.jsonl"], "cannot be written: old.jsonl is a file"),
     ],
@@ -157,6 +158,7 @@ def test_refusals(
     monkeypatch.chdir(questions.parent)
     Path("old.jsonl").write_text("mine")
     Path("wrong.py").write_text("def even(:")
+    Path("text.jsonl").write_text('{"text": "hello"}\n')
     given = {word for word in words if word.startswith("--")}
     rest = [word for key, value in (("--out", "a.jsonl"), ("--data", questions.name)) if key not in given for word in (key, value)]
     assert main(["sample", str(base), "--max_new_tokens", "2", *rest, *words]) == 1

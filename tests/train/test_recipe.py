@@ -11,7 +11,7 @@ import pytest
 
 from litgpt.__main__ import load, main
 from litgpt.cli import parse
-from litgpt.data import JSON
+from litgpt.data import JSON, TextFiles
 from litgpt.errors import UserError
 from litgpt.train import recipe
 from litgpt.train.recipe import Look
@@ -78,6 +78,28 @@ def test_replies_that_cannot_be_told_from_prompts(base: Path, tmp_path: Path, wo
 def test_a_style(base: Path, tmp_path: Path) -> None:
     given = chosen(tmp_path, base, records(400, 400))
     assert given["data"].val_split_fraction == 0.1 and given["skip2lora_warmup_epochs"] == 1 and given["train"].replay == 0
+
+
+def test_texts(base: Path, tmp_path: Path) -> None:
+    """Few texts are no facts: they are continued, and a tenth of them says when to stop."""
+    given = chosen(tmp_path, base, [{"text": f"text {i}"} for i in range(20)])
+    assert given["data"].val_split_fraction == 0.1 and not given["data"].mask_prompt and given["train"].replay == 0
+
+
+@pytest.mark.parametrize(("size", "words", "block"), [(50_000, "", 512), (5_000, "", 128), (50_000, "--train.max_seq_length 64", 64)])
+def test_running_text(size: int, words: str, block: int, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "book.md").write_text("a word " * (size // 7))
+    given = parse("litgpt finetune", load("finetune"), [str(base), "--data", str(tmp_path / "book.md"), *words.split()])
+    assert isinstance(given["data"], TextFiles) and given["data"].val_split_fraction == 0.1 and given["out_dir"].name == "book"
+    assert given["train"].max_seq_length == block and given["lora_mlp"] and not given["skip2lora_enabled"]
+    assert f"{size // 7 * 7 // 4 // block:,} blocks of {block} tokens, about, taken as texts to continue" in capsys.readouterr().err
+
+
+def test_a_run_on_running_text(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "book.txt").write_text("hello there, numbers and llamas. " * 300)
+    words = ["--epochs", "1", "--eval.max_new_tokens", "2", "--out_dir", str(tmp_path / "out")]
+    assert main(["finetune", str(base), "--data", str(tmp_path / "book.txt"), *words]) == 0
+    assert "asked: " in capsys.readouterr().err and (tmp_path / "out/best").is_dir()
 
 
 def test_what_is_given_stays(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

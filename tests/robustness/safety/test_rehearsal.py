@@ -97,6 +97,7 @@ def test_the_sample_can_be_read_without_colours(place: Place, monkeypatch: pytes
     assert len(learned) == 1 and re.match(r"answer \d", learned[0]) and re.search(r"question \d", out)
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")  # a dumb terminal has no colours
     coloured = run(argv).out
     assert "\x1b[2m" in coloured and re.sub(r"\x1b\[[\d;]*m", "", coloured).partition("what the run")[0] == out.partition("what the run")[0]
 
