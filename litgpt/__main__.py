@@ -116,7 +116,9 @@ def _work_of(argv: list[str]) -> int | Callable[[], Any]:
         print(_table(), file=sys.stderr)
         return 2
     name, *words = argv
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
+        if words and words[0] in COMMANDS:
+            return _work_of([words[0], "--help"])
         print(_table())
         return 0
     if name == "--version":

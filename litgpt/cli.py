@@ -7,6 +7,7 @@ first parameter; `train.*` keys may leave out `train.`; the command line overrid
 """
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urljoin
@@ -81,7 +82,10 @@ def _split(argv: list[str], keys: Keys) -> tuple[list[str], list[tuple[str, str]
         else:
             options.append((name, value))
     if len(free) > len(keys.bare):
-        raise UsageError(f"{free[len(keys.bare)]!r} stands alone: values are written --key value, and a list in quotes: '[0, 1, 2]'")
+        stray = free[len(keys.bare)]
+        meant = "data" if "data" in keys.classes and expand_path(stray).exists() else "prompt" if "prompt" in keys.types else None
+        hint = f"do you mean --{meant} {shlex.quote(stray)}?" if meant else "a list is written in quotes: '[0, 1, 2]'"
+        raise UsageError(f"{stray!r} stands alone, and values are written --key value: {hint}")
     return files, [*zip(keys.bare, free, strict=False), *options], flags
 
 

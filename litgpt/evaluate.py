@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from litgpt import checkpoint
 from litgpt.args import Quantization
 from litgpt.atomic import write_text
+from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import DataModule, question_of
 from litgpt.data.text_files import Text
 from litgpt.errors import NonFiniteError, UserError
@@ -82,15 +83,16 @@ def evaluate(
             return
     if dtype not in (None, *PRECISIONS):
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}")
+    measured = data or (data_of_run(open_checkpoint(checkpoint_dir)) if tasks is None else None)
     llm = open_model(checkpoint_dir, PRECISIONS[dtype or "auto"], quantize, device)
     folder = llm.folder or Path()
     file = save_filepath or (out_dir or folder / "evaluate") / "results.json"
     _require_results(file)
-    if tasks is not None:
+    if measured is None:
+        assert tasks is not None
         results, table = run_tasks(llm, tasks, num_fewshot, size, limit, seed, access_token)
     else:
-        chosen = data or data_of_run(folder)
-        results = on_records(llm, chosen, everything=data is not None, batch_size=size, limit=limit, max_new_tokens=max_new_tokens)
+        results = on_records(llm, measured, everything=data is not None, batch_size=size, limit=limit, max_new_tokens=max_new_tokens)
         table = text_table([[name, value] for name, value in rows_of(results)])
     print(table)
     from litgpt.logs import Console

@@ -40,7 +40,18 @@ ELSEWHERE = {  # what other tools call a key -> its name here
     **dict.fromkeys(("warmup_steps", "num_warmup_steps"), "train.lr_warmup_steps"),
     **dict.fromkeys(("warmup_ratio", "warmup_fraction"), "train.lr_warmup_fraction"),
     **dict.fromkeys(("lora_rank", "rank", "r"), "lora_r"),
-    **dict.fromkeys(("output_dir", "output"), "out_dir"),
+    **dict.fromkeys(("output_dir", "output", "out", "save_dir"), "out_dir"),
+    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "data_path", "train_file", "file"), "data"),
+    **dict.fromkeys(("gpus", "num_gpus", "n_gpus"), "devices"),
+    **dict.fromkeys(("dtype", "torch_dtype", "bf16", "fp16"), "precision"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bits"), "quantize"),
+    **dict.fromkeys(("system", "system_prompt"), "sys_prompt"),
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "eval_steps": "eval.interval",
+    "save_steps": "train.save_interval",
+    "logging_steps": "train.log_interval",
+    "max_tokens": "max_new_tokens",
+    "device": "accelerator",
     **dict.fromkeys(("model", "model_name", "model_name_or_path", "base_model"), "checkpoint_dir"),
 }
 
@@ -332,7 +343,10 @@ def _own_class(base: type, setting: Setting) -> type:
     try:
         own = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # the module is the user's code
-        raise UserError(f"{setting.place}: {module!r} cannot be imported: {error or type(error).__name__}") from None
+        raise UserError(
+            f"{setting.place}: {setting.value!r} is no file or folder here, and no class: {module!r} cannot be imported "
+            f"({error or type(error).__name__})"
+        ) from None
     ways = [name for name in ("records", "train_dataloader") if getattr(own, name, None) is not getattr(base, name, None)]
     if isinstance(own, type) and issubclass(own, base) and not inspect.isabstract(own) and ways:
         return own

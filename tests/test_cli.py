@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -310,8 +311,8 @@ def test_a_data_class_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "own_data.Other": "no subclass of litgpt.data.DataModule with a method `records`, or LitGPT's `setup`",
         "own_data.None_": "no subclass of litgpt.data.DataModule",
         "os.system": "no subclass of litgpt.data.DataModule",
-        "litgpt_nowhere.X": "'litgpt_nowhere' cannot be imported: No module",
-        "broken_data.X": "'broken_data' cannot be imported: division by zero",
+        "litgpt_nowhere.X": "'litgpt_nowhere' cannot be imported (No module",
+        "broken_data.X": "'broken_data' cannot be imported (division by zero",
     }.items():
         assert message in error("c", "--data", name)
     Path("f.yaml").write_text("checkpoint_dir: c\ndata: own_data.Mine\n")
@@ -499,6 +500,11 @@ def test_upstream_yaml(name: str, tmp_path: Path) -> None:
         (["c", "--config"], ["--config needs a value"]),
         (["c", "-x"], ["'-x' is not understood"]),
         (["c", "0", "1"], ["'0' stands alone", "'[0, 1, 2]'"]),
+        (["c", "pyproject.toml"], ["'pyproject.toml' stands alone", "do you mean --data pyproject.toml?"]),
+        (["c", "--out", "x"], ["--out is not a known key (did you mean out_dir?)"]),
+        (["c", "--dataset", "x.jsonl"], ["did you mean data?"]),
+        (["c", "--max_new_tokens", "5"], ["did you mean eval.max_new_tokens?"]),
+        (["c", "--data", "my.jsnol"], ["'my.jsnol' is no file or folder here, and no class: 'my' cannot be imported"]),
         (["c", "--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
         (["c", "--epochs", "0"], ["train.epochs is 0: a whole number of at least 1 is needed"]),
     ],
@@ -727,6 +733,20 @@ def test_json_is_yaml(tmp_path: Path) -> None:
     assert finetune(str(file))["train"].min_lr == 1e-7
 
 
+def test_help_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, same in (
+        (["help"], ["--help"]),
+        (["help", "merge_lora"], ["merge_lora", "--help"]),
+        (["--help", "data"], ["data", "--help"]),
+    ):
+        shown = []
+        for argv in (words, same):
+            with suppress(SystemExit):
+                assert main(argv) == 0
+            shown.append(capsys.readouterr().out)
+        assert shown[0] == shown[1] != ""
+
+
 def test_other_names_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert OTHER_NAMES.keys() <= COMMANDS.keys()
     words = [word for names in OTHER_NAMES.values() for word in names.split()]
@@ -740,4 +760,5 @@ def test_other_names_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main([word]) == 2
         assert f"there is no command {word!r}. Did you mean {meant!r}?" in capsys.readouterr().err
+    assert main(["generate", "c", "Who's there?"]) == 2 and """do you mean --prompt 'Who'"'"'s there?'?""" in capsys.readouterr().err
     assert main(["qqq"]) == 2 and "Did you mean" not in capsys.readouterr().err
