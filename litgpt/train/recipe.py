@@ -113,6 +113,7 @@ SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learni
     ("warm-up", False): (2, 2, 1e-4),
 }
 CRITIC = (20, 10, 1e-3)
+BLOCKS_OF_TEXT = (3, 3, 1e-3)
 PREFERENCES = (2, 1, 2e-4)  # the same for DPO, ORPO and KTO, whatever the method
 
 
@@ -302,7 +303,8 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     train = given.get("train", {})
     batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts else 8, train.get("micro_batch_size") or 1)
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
-    few, many, rate = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
+    schedule = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
+    few, many, rate = BLOCKS_OF_TEXT if look.block and method == "LoRA" else schedule
     epochs = train.get("epochs") or (few if look.records <= FEW else many)
     replayed = train.get("replay", REPLAY) if look.is_facts else 0
     per_epoch = math.ceil((look.records + replayed) / batch)

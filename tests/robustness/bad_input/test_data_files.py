@@ -130,7 +130,7 @@ ROWS = [
     Case("no answer", record({"instruction": "a"}), "record 3: no key 'output'", "it has 'instruction'"),
     Case("a misspelt key", record({"instruction": "a", "outptu": "b"}), "no key 'output'", "is 'outptu' meant to be 'output'?"),
     Case("a key in capitals", record({"Instruction": "a", "Output": "b"}), "record 3: no key", "is 'Output' meant to be 'output'?"),
-    Case("keys of no pair", record({"text": "all in one"}), "record 3: no key 'instruction'", "it has 'text'"),
+    Case("keys of no pair", record({"content": "all in one"}), "record 3: no key 'instruction'", "it has 'content'"),
     Case("a number as the answer", record({"instruction": "a", "output": 3}), "record 3: 'output' is a number", "a text is needed"),
     Case("NaN as the answer", data('[{"instruction": "a", "output": NaN}]'), "record 1: 'output' is a number", "a text is needed"),
     Case("infinity as the question", data('[{"instruction": -Infinity, "output": "b"}]'), "'instruction' is a number", "a text is needed"),
