@@ -16,7 +16,9 @@ from litgpt.fused import rms_norm
 from litgpt.packing import Packing
 from litgpt.rope import rotate
 
-FP32_ATTENTION = 256  # positions; a CPU trains shorter bf16 attention in fp32: the bf16 backward pass takes 1.1 to 6 times as long
+# A CPU computes bf16 attention in fp32 for a single place, where bf16 takes 1.5 to 4 times as long, and trains up to so many positions in
+# fp32: the bf16 backward pass takes 1.1 to 6 times as long.
+FP32_ATTENTION = 256
 
 
 @dataclass(frozen=True)
@@ -167,16 +169,22 @@ class CausalSelfAttention(nn.Module):
             sinks = self.sinks if self.config.attention_sinks else None
             y = plain_attention(q, k, v, mask, self.scale, self.softcap, sinks)
         else:
-            how: dict[str, Any] = {"scale": self.scale, "enable_gqa": q.size(1) != k.size(1)}
-            if mask is None and q.size(2) > 1:  # torch.compile needs the branch: the sizes are symbols
+            B, H, T, _ = q.shape
+            how: dict[str, Any] = {"scale": self.scale}
+            if mask is None and T > 1:  # torch.compile needs the branch: the sizes are symbols
                 how["is_causal"] = True
-            if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= FP32_ATTENTION:
+            if T == 1 and k.size(1) != H and (mask is None or not mask.is_floating_point()):
+                q = q.reshape(B, k.size(1), -1, q.size(3))  # the heads of a group as places of one, which take one product
+            how["enable_gqa"] = q.size(1) != k.size(1)
+            in_training = q.requires_grad and k.size(2) <= FP32_ATTENTION
+            if (q.size(2) == 1 or in_training) and q.dtype == torch.bfloat16 and q.device.type == "cpu":
                 if mask is not None and mask.is_floating_point():
                     mask = mask.float()
                 with torch.autocast("cpu", enabled=False):
                     y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **how).to(q.dtype)
             else:
                 y = F.scaled_dot_product_attention(q, k, v, mask, **how)
+            y = y.reshape(B, H, T, -1)
         return _rows(y)
 
 
@@ -231,6 +239,6 @@ class KVCache:
         for stored, new in ((self.k[:B], k.to(self.k.dtype)), (self.v[:B], v.to(self.v.dtype))):
             if index.dim() == 1:
                 stored.index_copy_(2, index, new)
-            else:
-                stored.scatter_(2, index[:, None, :, None].expand_as(new), new)
+            else:  # on a CPU `scatter_` takes 25 times as long in bf16
+                stored[torch.arange(B, device=index.device)[:, None], :, index] = new.transpose(1, 2)
         return self.k[:B, :, :end].to(k.dtype), self.v[:B, :, :end].to(v.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config
 
-from litgpt.attention import plain_attention
+from litgpt.attention import CausalSelfAttention, KVCache, Positions, plain_attention
 from litgpt.config import Config
 from litgpt.lora import GPT as LoRAGPT, Config as LoRAConfig, lora_filter
 from litgpt.model import GPT
@@ -289,6 +289,46 @@ def test_capped_attention_is_torchs_where_the_cap_is_far_away() -> None:
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     assert_close(plain_attention(q, k, v, mask, 0.3, 1e3), want, rtol=1e-4, atol=1e-5)
     assert (plain_attention(q, k, v, mask, 0.3, 0.5) - want).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("kind", ["everything", "rows", "by head"])
+def test_attention_of_one_place(dtype: torch.dtype, groups: int, kind: str) -> None:
+    """The last token's, as in decoding: the softmax written out in fp64, for masks of all forms."""
+    B, H, K, h = 3, 6, 11, 8
+    generator = torch.Generator().manual_seed(0)
+    config = Config(block_size=16, vocab_size=8, n_layer=1, n_head=H, n_embd=H * h, n_query_groups=groups)
+    q, k, v = (torch.randn(B, K, heads, h, generator=generator).to(dtype).transpose(1, 2) for heads in (H, groups, groups))
+    q = q[:, :, -1:]
+    rows = (torch.arange(K) <= torch.tensor([4, 10, 7])[:, None])[:, None, None]  # (B, 1, 1, K)
+    added = torch.where(rows, torch.randn(H, 1, K, generator=generator), -torch.inf).to(dtype)  # (B, H, 1, K)
+    mask = {"everything": None, "rows": rows, "by head": added}[kind]
+    scores = q.double() @ k.double().repeat_interleave(H // groups, 1).mT * h**-0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if kind == "rows" else scores + mask.double()
+    want = (scores.softmax(-1) @ v.double().repeat_interleave(H // groups, 1)).transpose(1, 2).flatten(2)
+    with torch.no_grad():
+        got = CausalSelfAttention(config, 0)._attend(q, k, v, Positions((), mask, None, None, K))
+    assert got.dtype == dtype and got.shape == (B, 1, H * h)
+    assert_close(got.double(), want, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_key_value_cache_with_places_of_each_row(dtype: torch.dtype) -> None:
+    """(T,) places for all rows, (B, T) for each: those of other rows stay as they are."""
+    B, G, T, h = 2, 3, 4, 5
+    new = torch.randn(B, T, G, h).to(dtype).transpose(1, 2)
+    index = torch.tensor([[3, 0, 5, 1], [2, 4, 6, 0]])
+    for places in (index, index[0]):
+        cache = KVCache([(G, h), (G, h)], B + 1, 8, "cpu", dtype)
+        want = torch.zeros(B + 1, G, 8, h, dtype=dtype)
+        for b in range(B):
+            for t in range(T):
+                want[b, :, (places if places.dim() == 1 else places[b])[t]] = new[b, :, t]
+        k, v = cache(places, new, new * 2, 7)
+        assert torch.equal(cache.k, want) and torch.equal(cache.v, want * 2) and torch.equal(k, want[:B, :, :7])
+        assert torch.equal(v, want[:B, :, :7] * 2)
 
 
 @pytest.mark.slow
