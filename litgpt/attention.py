@@ -207,8 +207,8 @@ def plain_attention(
     torch's fused attention supports neither the cap (Gemma 2, arXiv 2408.00118) nor sinks (H,), scores that take a part of the softmax
     (gpt-oss, arXiv 2508.10925).
     """
-    grouped = q.unflatten(1, (k.size(1), -1))  # (B, G, H/G, T, h)
-    scores = grouped @ k[:, :, None].transpose(-2, -1) * (scale if cap is None else scale / cap)  # (B, G, H/G, T, K)
+    grouped = q.unflatten(1, (k.size(1), -1)).flatten(2, 3)  # (B, G, H/G T, h): one product for the heads of a group
+    scores = (grouped @ k.mT * (scale if cap is None else scale / cap)).unflatten(2, (-1, q.size(2)))  # (B, G, H/G, T, K)
     if cap is not None:
         scores = torch.tanh(scores) * cap
     if mask is not None:
@@ -216,7 +216,7 @@ def plain_attention(
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(scores.dtype).view(k.size(1), -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
     p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.size(2)]
-    return (p @ v[:, :, None]).flatten(1, 2)
+    return (p.flatten(2, 3) @ v).unflatten(2, (-1, q.size(2))).flatten(1, 2)
 
 
 class KVCache:

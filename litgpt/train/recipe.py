@@ -113,7 +113,7 @@ SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learni
     ("warm-up", False): (2, 2, 1e-4),
 }
 CRITIC = (20, 10, 1e-3)
-BLOCKS_OF_TEXT = (3, 3, 1e-3)
+BLOCKS_OF_TEXT = (3, 3, 2e-3)
 PREFERENCES = (2, 1, 2e-4)  # the same for DPO, ORPO and KTO, whatever the method
 
 
@@ -301,7 +301,7 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
 def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     """Return the settings of the steps and of validation."""
     train = given.get("train", {})
-    batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts else 8, train.get("micro_batch_size") or 1)
+    batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts or look.block else 8, train.get("micro_batch_size") or 1)
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
     schedule = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
     few, many, rate = BLOCKS_OF_TEXT if look.block and method == "LoRA" else schedule
