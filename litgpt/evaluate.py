@@ -13,13 +13,14 @@ from litgpt.args import Quantization
 from litgpt.atomic import write_text
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import DataModule, question_of
-from litgpt.data.text_files import Text
+from litgpt.data.text_files import Text, TextFiles
 from litgpt.errors import NonFiniteError, UserError
 from litgpt.files import json_in, require_place
 from litgpt.generate.base import open_model
 from litgpt.generate.sample import is_exact
 from litgpt.keys import known_classes
 from litgpt.text import text_table
+from litgpt.train.recipe import Look
 from litgpt.values import checked
 
 if TYPE_CHECKING:
@@ -165,13 +166,13 @@ def on_records(
     if everything and data.val_split_fraction is None and not is_text:
         shared = {name: getattr(data, name) for name in ("mask_prompt", "prompt_style", "last_turn_only", "strict")}
         data = _AsItIs(of=data, **shared)
-    style, model = llm.prompt_style, llm.model
+    style = llm.prompt_style
     if data.prompt_style is not None:
         from litgpt.prompts import resolve_prompt_style
 
         style = resolve_prompt_style(data.prompt_style, llm.tokenizer.folder, llm.tokenizer)
     llm.prompt_style = style
-    splits = data.splits(llm.tokenizer, style, model.max_seq_length)
+    splits = data.splits(llm.tokenizer, style, _length(data, llm, is_own=not everything))
     samples = [*splits.train, *splits.val] if is_text and everything else splits.val
     count = min(len(samples), int(limit or len(samples)))
     console = Console()
@@ -193,6 +194,21 @@ def on_records(
             results[name] = sum(answer[name] for answer in answers) / len(asked)
         results["answers"] = answers
     return results
+
+
+def _length(data: DataModule, llm: "LLM", is_own: bool) -> int:
+    """Return the longest sample in tokens: what the model reads; of running text, and of data that are the run's own, as in training.
+
+    Blocks of a text that would be fewer than two are shorter.
+    """
+    trained = checkpoint.read_hyperparameters(llm.folder or Path()).get("train") if is_own or isinstance(data, Text) else None
+    own, most = trained.get("max_seq_length") if isinstance(trained, dict) else None, llm.model.max_seq_length
+    most = min(own, most) if isinstance(own, int) else most
+    if isinstance(data, TextFiles):
+        look = Look.of_text(data, None)
+        assert look.block is not None
+        most = most if look.records * look.block >= 2 * most else min(most, look.block)
+    return most
 
 
 def _measured(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Console") -> dict[str, float]:

@@ -85,7 +85,7 @@ def test_running_text(base: Path, tmp_path: Path) -> None:
     """Perplexity of a folder of text: all of its blocks."""
     (tmp_path / "text").mkdir()
     for name in ("a", "b"):
-        (tmp_path / "text" / f"{name}.txt").write_text("hello there, numbers and llamas. " * 60)
+        (tmp_path / "text" / f"{name}.txt").write_text("hello there, numbers and llamas. " * 200)
     folder = tmp_path / "model"
     folder.symlink_to(base)
     results = evaluate(folder, "--data", str(tmp_path / "text"))
@@ -94,6 +94,29 @@ def test_running_text(base: Path, tmp_path: Path) -> None:
     samples = [*splits.train, *splits.val]
     assert results["records"] == len(samples) > 2 and "answers" not in results
     assert results["loss"] == pytest.approx(runs.plain_loss(load_model(base, torch.float32), samples), rel=1e-5)
+
+
+def test_blocks_are_as_long_as_in_training_and_fit_the_text(base: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "book.txt").write_text("hello there, numbers and llamas. " * 100)
+    words = [
+        "--train.max_seq_length",
+        "64",
+        "--precision",
+        "32-true",
+        "--epochs",
+        "1",
+        "--eval.max_new_tokens",
+        "0",
+        "--out_dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(["finetune", str(base), "--data", str(file), *words]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    own, again = evaluate(tmp_path / "out/final"), evaluate(tmp_path / "out/final", "--data", str(file))
+    assert own["loss"] == pytest.approx(report["final_val_loss"], rel=1e-5) and again["records"] > own["records"]
+    (short := tmp_path / "short.txt").write_text("hello there, numbers and llamas. " * 30)
+    (folder := tmp_path / "model").symlink_to(base)
+    assert evaluate(folder, "--data", str(short))["records"] > 0
 
 
 def test_records_of_text_have_a_loss_and_no_answers(base: Path, tmp_path: Path) -> None:
