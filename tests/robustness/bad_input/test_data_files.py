@@ -74,7 +74,7 @@ ROWS = [
     Case("a device behind a name", made(lambda path: path.symlink_to("/dev/zero")), "data.json", "not a file"),
     Case("a link to itself", made(lambda path: path.symlink_to(path)), "data.json", "a link"),
     Case("a link to nothing", made(lambda path: path.symlink_to("nowhere")), "data.json does not exist", "check data.json_path"),
-    Case("a name too long", data(None, "x" * 300 + ".json"), "x.json", "too long"),
+    Case("a name too long", data(None, "x" * 300 + ".json"), "data.json_path", "too long", 2),
     Case("a zero byte in the name", data(None, "da\0ta.json"), "data.json_path", "zero byte", 2),
     # kinds of file
     Case("CSV", data("instruction,output\na,b,c\n", "data.csv"), "data.csv, line 2", "names 2 columns"),

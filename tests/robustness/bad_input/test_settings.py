@@ -201,7 +201,7 @@ COMMAND_LINE = [
         "negative warm-up",
         command("finetune_lora", "--skip2lora_enabled", "--skip2lora_warmup_steps", "-5"),
         "skip2lora_warmup_steps",
-        "give 0 (none) or more",
+        "is -5: a whole number of at least 0 is needed",
     ),
     Case(
         "warm-up twice",
@@ -213,7 +213,7 @@ COMMAND_LINE = [
         "negative warm-up in epochs",
         command("finetune_lora", "--skip2lora_enabled", "--skip2lora_warmup_epochs", "-1"),
         "skip2lora_warmup_epochs is -1.0",
-        "such as 0.5",
+        "a number of at least 0 is needed",
     ),
     Case(
         "warm-up that goes nowhere",
