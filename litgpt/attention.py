@@ -236,9 +236,10 @@ class KVCache:
         if end > self.k.size(2):
             raise ValueError(f"position {end - 1} is beyond the key/value cache of {self.k.size(2)} positions")
         B = k.size(0)
+        rows = None if index.dim() == 1 else torch.arange(B, device=index.device)[:, None]
         for stored, new in ((self.k[:B], k.to(self.k.dtype)), (self.v[:B], v.to(self.v.dtype))):
-            if index.dim() == 1:
+            if rows is None:
                 stored.index_copy_(2, index, new)
             else:  # on a CPU `scatter_` takes 25 times as long in bf16
-                stored[torch.arange(B, device=index.device)[:, None], :, index] = new.transpose(1, 2)
+                stored[rows, :, index] = new.transpose(1, 2)
         return self.k[:B, :, :end].to(k.dtype), self.v[:B, :, :end].to(v.dtype)

@@ -20,7 +20,6 @@ from litgpt.generate.base import open_model
 from litgpt.generate.sample import is_exact
 from litgpt.keys import known_classes
 from litgpt.text import text_table
-from litgpt.train.recipe import Look
 from litgpt.values import checked
 
 if TYPE_CHECKING:
@@ -84,16 +83,16 @@ def evaluate(
             return
     if dtype not in (None, *PRECISIONS):
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}")
-    measured = data or (data_of_run(open_checkpoint(checkpoint_dir)) if tasks is None else None)
+    chosen = data or (data_of_run(open_checkpoint(checkpoint_dir)) if tasks is None else None)
     llm = open_model(checkpoint_dir, PRECISIONS[dtype or "auto"], quantize, device)
     folder = llm.folder or Path()
     file = save_filepath or (out_dir or folder / "evaluate") / "results.json"
     _require_results(file)
-    if measured is None:
+    if chosen is None:
         assert tasks is not None
         results, table = run_tasks(llm, tasks, num_fewshot, size, limit, seed, access_token)
     else:
-        results = on_records(llm, measured, everything=data is not None, batch_size=size, limit=limit, max_new_tokens=max_new_tokens)
+        results = on_records(llm, chosen, everything=data is not None, batch_size=size, limit=limit, max_new_tokens=max_new_tokens)
         table = text_table([[name, value] for name, value in rows_of(results)])
     print(table)
     from litgpt.logs import Console
@@ -204,11 +203,7 @@ def _length(data: DataModule, llm: "LLM", is_own: bool) -> int:
     trained = checkpoint.read_hyperparameters(llm.folder or Path()).get("train") if is_own or isinstance(data, Text) else None
     own, most = trained.get("max_seq_length") if isinstance(trained, dict) else None, llm.model.max_seq_length
     most = min(own, most) if isinstance(own, int) else most
-    if isinstance(data, TextFiles):
-        look = Look.of_text(data, None)
-        assert look.block is not None
-        most = most if look.records * look.block >= 2 * most else min(most, look.block)
-    return most
+    return min(most, data.block()) if isinstance(data, TextFiles) and data.tokens() < 2 * most else most
 
 
 def _measured(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Console") -> dict[str, float]:

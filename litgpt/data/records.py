@@ -92,8 +92,8 @@ def read_record(entry: Any) -> Record:
     if None not in answers and answers != ["", ""]:  # two empty cells of a table
         return _read_preference(entry)
     filled = [key for key, value in entry.items() if value not in (None, "")]
-    pairs = [(keys, pair) for keys in (filled, entry) for pair in PAIRS] + [(entry, ALONE)]
-    pair = next((pair for keys, pair in pairs if all(key in keys for key in pair)), None)
+    tried = ((filled, PAIRS), (entry, (*PAIRS, ALONE)))
+    pair = next((pair for keys, pairs in tried for pair in pairs if all(key in keys for key in pair)), None)
     form = next((key for key in CONVERSATIONS if key in filled), None)
     if form is None and pair is None:
         form = next((key for key in CONVERSATIONS if key in entry), None)

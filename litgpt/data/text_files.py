@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
 
 PIECE = 2**20  # characters that are tokenised at once
+TOKEN = 4  # characters, about
+BLOCKS = 512, 128  # tokens of a block; the second if the first would be fewer than FEWEST
+FEWEST = 20
 
 
 @dataclass
@@ -112,6 +115,14 @@ class TextFiles(Text):
         if val is None and len(train) > 1 and self.val_split_fraction is None:
             val, train = train[:1], train[1:]
         return train, val
+
+    def tokens(self) -> int:
+        """Return about how many tokens the training text has, by the sizes of its files."""
+        return sum(file.stat().st_size for file in self.files()[0]) // TOKEN
+
+    def block(self) -> int:
+        """Return the tokens of a block that suits the length of the training text."""
+        return next((size for size in BLOCKS if self.tokens() >= FEWEST * size), BLOCKS[-1])
 
     def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
         train, val = self.files()

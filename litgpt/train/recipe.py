@@ -32,7 +32,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
-from litgpt.data.text_files import TextFiles
+from litgpt.data.text_files import TOKEN, TextFiles
 from litgpt.errors import UserError
 from litgpt.objectives.settings import Preference, Rating
 from litgpt.prompts import reply_header, resolve_prompt_style
@@ -45,10 +45,7 @@ FEW = 200  # records that are facts whatever they hold
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
 SHARED = 0.5  # facts: at most this many different answers a record
 VALIDATIONS = 8
-TOKEN = 4  # characters, about
 MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
-BLOCKS = 512, 128  # tokens of running text that are a sample; the second if the first would be fewer than FEWEST
-FEWEST = 20
 
 QUARTER = "last quarter"  # of the model's blocks
 LINEAR = {f"lora_{name}": (True, "LoRA on every linear layer") for name in ("query", "key", "value", "projection", "mlp")}
@@ -144,11 +141,9 @@ class Look:
     @classmethod
     def of_text(cls, data: TextFiles, block: int | None) -> Look:
         """Look at files of running text, from their sizes. `block`: tokens of a sample, if it is given."""
-        train, val = data.files()
-        tokens = sum(file.stat().st_size for file in train) // TOKEN
-        block = block or next((size for size in BLOCKS if tokens >= FEWEST * size), BLOCKS[-1])
-        count = max(1, tokens // block)
-        return cls(count, count, TOKEN * block, False, val is not None, is_text=True, block=block)
+        block = block or data.block()
+        count = max(1, data.tokens() // block)
+        return cls(count, count, TOKEN * block, False, data.files()[1] is not None, is_text=True, block=block)
 
     @property
     def is_repeated(self) -> bool:
