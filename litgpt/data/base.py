@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from litgpt.data.records import Message, Record, read_record
-from litgpt.data.sources import SUFFIXES, is_dataset
+from litgpt.data.sources import SUFFIXES, is_dataset, is_text
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.prompts import REASONING
@@ -88,7 +88,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
     def reader_of(name: str) -> tuple[str, str] | None:
         """Return the class that reads the file or folder `name`, and its key for the path; None if `name` is that of a class."""
         path = expand_path(name)
-        if name.endswith((".txt", ".md")) or (path.is_dir() and any(path.glob("*.txt"))):
+        if is_text(path):
             return "TextFiles", "train_data_path"
         is_path = path.exists() or name.endswith(SUFFIXES) or is_dataset(path)
         return ("JSON", "json_path") if is_path else None

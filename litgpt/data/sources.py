@@ -21,6 +21,7 @@ TABLES = {".csv": ",", ".tsv": "\t"}  # and their delimiters
 COLUMNS = (".parquet", ".arrow")
 TEXTS = (".json", *LINES, *TABLES)
 SUFFIXES = (*TEXTS, *(f"{suffix}.gz" for suffix in TEXTS), *COLUMNS)
+RUNNING = (".txt", ".md")  # of running text
 SAVED = ("dataset_dict.json", "dataset_info.json")  # in a folder of `Dataset.save_to_disk`
 VALIDATION = ("val", "validation", "valid", "test")  # names of the validation part
 MOST_UNPACKED = 2**32  # bytes of a file or data set that is stored packed
@@ -201,6 +202,29 @@ def is_dataset(path: Path) -> bool:
             file.name in SAVED or (suffix_of(file) in SUFFIXES and file.stem not in VALIDATION) for file in path.rglob("*")
         )
     return not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None and suffix_of(path) not in SUFFIXES
+
+
+def visible(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Return the files below a folder whose formats have these suffixes, in order, without hidden ones."""
+    files = (file for file in folder.rglob("*") if suffix_of(file) in suffixes)
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def texts_of(folder: Path) -> list[Path]:
+    """Return the .txt files below a folder, or its .md files if it has none."""
+    return next((files for suffix in RUNNING if (files := visible(folder, [suffix]))), [])
+
+
+def is_text(path: Path) -> bool:
+    """Return True for a .txt or .md file, and for a folder of such files.
+
+    A folder with data files beside them holds records, unless it has .txt files and no training data.
+    """
+    if not path.is_dir():
+        return path.suffix in RUNNING
+    if visible(path, SUFFIXES):
+        return any(path.glob("*.txt")) and not any((path / f"train{suffix}").is_file() for suffix in SUFFIXES)
+    return bool(texts_of(path))
 
 
 def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:

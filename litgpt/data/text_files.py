@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from litgpt.data.base import DataModule, Splits, Units, alone
 from litgpt.data.downloads import HUB, download_from_hub
 from litgpt.data.records import Record
-from litgpt.data.sources import import_library
+from litgpt.data.sources import import_library, texts_of
 from litgpt.errors import UserError
 from litgpt.files import expand_path, parse_json, read_text
 from litgpt.sample import Sample
@@ -93,7 +93,7 @@ def pieces(text: str) -> Iterator[str]:
 
 @dataclass
 class TextFiles(Text):
-    """The .txt files of a folder."""
+    """The .txt files of a folder, or its .md files if it has none."""
 
     train_data_path: Path | None = None
     """The folder, or a single file."""
@@ -130,9 +130,11 @@ class TextFiles(Text):
 
     def _files(self, path: Path) -> list[Path]:
         place = expand_path(path)
-        files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
-        if not files or not place.exists():
-            raise UserError(f"{path} holds no .txt files" if place.is_dir() else f"{path} does not exist: name a folder with .txt files")
+        if not place.exists():
+            raise UserError(f"{path} does not exist: name a folder with .txt files")
+        files = texts_of(place) if place.is_dir() else [place]
+        if not files:
+            raise UserError(f"{path} holds no .txt or .md files")
         return files
 
 

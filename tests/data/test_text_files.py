@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from litgpt.data import OpenWebText, TextFiles, TinyStories
+from litgpt.data.base import DataModule
 from litgpt.data.text_files import PIECE, pieces
 from litgpt.errors import UserError
 from litgpt.keys import Keys
@@ -65,7 +66,7 @@ def test_mistakes(tmp_path: Path) -> None:
         (TextFiles(train_data_path=file, val_split_fraction=1.5), "val_split_fraction is 1.5: a number from 0 to below 1"),
         (TextFiles(train_data_path=file, val_split_fraction=-0.5), "val_split_fraction is -0.5"),
         (TextFiles(), "train_data_path is missing"),
-        (TextFiles(train_data_path=tmp_path), "holds no .txt files"),
+        (TextFiles(train_data_path=tmp_path), "holds no .txt or .md files"),
         (TextFiles(train_data_path=tmp_path / "no.txt"), "does not exist"),
     ):
         with pytest.raises(UserError, match=said):
@@ -81,6 +82,28 @@ def test_a_folder_of_text_on_the_command_line(tmp_path: Path) -> None:
         keys = Keys(Pretrain)
         config = keys.merge([keys.of_mapping({"data": str(name)})])
         assert config["data"] == {"class_path": TextFiles, "init_args": {"train_data_path": name}}
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        ("a.txt b.txt", "a.txt b.txt"),
+        ("a.txt notes.md", "a.txt"),  # as LitGPT reads a folder
+        ("notes.md deep/more.md .trash/gone.md .obsidian/app.json", "deep/more.md notes.md"),
+        ("a.txt b.txt list.json", "a.txt b.txt"),
+        ("README.md data/train-0000.parquet", None),  # a data set of the hub
+        ("README.md LICENSE.txt train.jsonl val.jsonl", None),
+        ("picture.png", None),
+    ],
+)
+def test_what_a_folder_of_text_is(files: str, read: str | None, tmp_path: Path) -> None:
+    for name in files.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert DataModule.reader_of(str(tmp_path)) == (("TextFiles", "train_data_path") if read else ("JSON", "json_path"))
+    if read:
+        chosen, held_out = TextFiles(train_data_path=tmp_path).files()
+        assert [str(file.relative_to(tmp_path)) for file in sorted([*chosen, *(held_out or [])])] == read.split()
 
 
 @pytest.mark.parametrize("mark", ["\n\n", "\n", " ", ""])
