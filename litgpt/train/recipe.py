@@ -127,6 +127,7 @@ class Look:
     is_text: bool = False  # some are running text
     block: int | None = None  # tokens of a sample of running text that is cut into blocks
     is_sweep: bool = False  # the settings are those of a sweep's trials
+    spares_none: bool = False  # the user keeps no record for validation: all of them shall be known
 
     @classmethod
     def at(cls, train: Sequence[Any], val: Sequence[Any] | None) -> Look:
@@ -152,13 +153,16 @@ class Look:
 
     @property
     def is_facts(self) -> bool:
-        return not (self.has_validation or self.compares or self.is_text) and (self.records <= FEW or self.is_repeated)
+        is_facts = self.records <= FEW or self.is_repeated or self.spares_none
+        return is_facts and not (self.has_validation or self.compares or self.is_text)
 
     def __str__(self) -> str:
         noun = "texts" if self.is_text else "answers"
         answers = f", {self.answers:,} different {noun}" if self.answers < self.records else ""
         kind = "texts to continue" if self.is_text else "facts to repeat" if self.is_facts else "a style to learn"
         kind = "answers to prefer or to rate" if self.compares else kind
+        if replace(self, spares_none=True).is_facts and not self.is_facts:
+            kind += " (for facts to repeat give --data.val_split_fraction 0)"
         unit = "records" if self.block is None else f"blocks of {self.block} tokens, about"
         return f"{self.records:,} {unit}{answers}, taken as {kind}"
 
@@ -200,7 +204,7 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
         look = Look.of_text(module, given.get("train", {}).get("max_seq_length"))
     else:
         look = Look.at(*module.records())
-    look = replace(look, is_sweep=is_sweep)
+    look = replace(look, is_sweep=is_sweep, spares_none=data.get("init_args", {}).get("val_split_fraction") == 0)
     if given.get("objective", "next_token") in (*get_args(Preference), *get_args(Rating)):
         look = replace(look, compares=True)
     rows = choices(look, module, given, base)
@@ -320,7 +324,8 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
         rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
     if look.is_facts:
         rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
-    if look.is_facts and not (look.is_sweep and look.is_repeated) and "val_split_fraction" not in given["data"].get("init_args", {}):
+    held_out = given["data"].get("init_args", {}).get("val_split_fraction", 0.0)
+    if look.is_facts and not (look.is_sweep and look.is_repeated) and not held_out:
         shown = min(look.records, MOST_REPEATED)
         rows.append(Chosen("eval.evaluate_example", [0, shown // 2][: look.records], "two questions"))
         rows.append(Chosen("eval.target_loss", TARGET, "then the answers are repeated word for word"))

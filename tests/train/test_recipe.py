@@ -52,6 +52,17 @@ def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
     assert not Look.at(*JSON(json_path=tmp_path).records()).is_facts
 
 
+def test_records_of_which_none_is_spared_are_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    style = chosen(tmp_path, base, records(300, 300))
+    assert "a style to learn (for facts to repeat give --data.val_split_fraction 0)" in capsys.readouterr().err
+    assert style["train"].replay == 0 and style["eval"].target_loss is None
+    facts = chosen(tmp_path, base, records(300, 300), "--data.val_split_fraction", "0")
+    assert "300 records, taken as facts to repeat. Settings" in capsys.readouterr().err
+    few = chosen(tmp_path, base, records(600, 120))
+    assert facts["data"].val_split_fraction == 0 and facts["alora_enabled"] and facts["eval"].target_loss == recipe.TARGET
+    assert (facts["train"].replay, facts["train"].epochs) == (few["train"].replay, few["train"].epochs)
+
+
 def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = chosen(tmp_path, base, records(60, 12))
     assert given["data"].val_split_fraction == 0 and given["data"].mask_prompt
