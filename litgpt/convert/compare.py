@@ -1,8 +1,10 @@
 """Do two configs compute the same?"""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+from litgpt import families
 from litgpt.config import Config
 from litgpt.errors import UserError
 
@@ -15,13 +17,21 @@ def differences(expected: Config, actual: Config, ignore: tuple[str, ...] = (), 
     return {key: (left[key], right[key]) for key in left if key not in ignore and not _equal(left[key], right[key], tolerance)}
 
 
-def require_named(name: str, described: Config, source: object, ignore: tuple[str, ...], tolerance: float = 1e-12) -> Config:
-    """Return the config of the named model. Raise UserError if `source` is of another one: it is as `described`."""
-    named = Config.from_name(name)
-    if different := differences(named, described, ignore, tolerance):
-        listed = ", ".join(f"{key} is {actual}, expected {expected}" for key, (expected, actual) in different.items())
-        raise UserError(f"{source} is not of the model {name}: {listed}. Without --model_name it is converted as it is")
-    return named
+def named_or_described(
+    model_name: str | None, names: Iterable[str], described: Config, source: object, ignore: tuple[str, ...], tolerance: float = 1e-12
+) -> Config:
+    """Return the config of the model `model_name`, by default of the first of `names` that computes as `described`, else `described`.
+
+    Raise UserError if `source`, which is as described, is not of the model `model_name`.
+    """
+    if model_name is not None:
+        named = Config.from_name(model_name)
+        if different := differences(named, described, ignore, tolerance):
+            listed = ", ".join(f"{key} is {actual}, expected {expected}" for key, (expected, actual) in different.items())
+            raise UserError(f"{source} is not of the model {model_name}: {listed}. Without --model_name it is converted as it is")
+        return named
+    known = [Config.from_name(name) for name in names if families.find(name)]
+    return next((named for named in known if not differences(named, described, ignore, tolerance)), described)
 
 
 def _equal(left: Any, right: Any, tolerance: float) -> bool:

@@ -11,21 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from litgpt import families
+from litgpt import checkpoint, families
 from litgpt.archive import is_mappable
 from litgpt.atomic import new_folder, write_bytes
-from litgpt.checkpoint import (
-    FOREIGN_ADAPTERS,
-    WEIGHT_FILES,
-    WEIGHTS,
-    copy_tokenizer_files,
-    hf_weights,
-    load_weights,
-    read_hyperparameters,
-    save_config,
-)
 from litgpt.config import Config
-from litgpt.convert.compare import INPUT_AND_TRAINING, differences, require_named
+from litgpt.convert.compare import INPUT_AND_TRAINING, differences, named_or_described
 from litgpt.convert.names import IMAGES, Stored, fit, hf_table, summary
 from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
@@ -45,13 +35,13 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
     plan = fit(tensors, hf_table(settings["model_type"], config), config, str(source), says_tied(settings), dtype)
     if images := [name for name in tensors if IMAGES.fullmatch(name)]:
         print(f"{source}: {len(images)} tensors of the image side are left out, the text model is converted.", file=sys.stderr)
-    if adapters := [name for name in FOREIGN_ADAPTERS if (source / name).is_file()]:
+    if adapters := [name for name in checkpoint.FOREIGN_ADAPTERS if (source / name).is_file()]:
         print(f"{source}: the model is converted, the adapter beside it ({adapters[0]}) is left out.", file=sys.stderr)
     with new_folder(target) as folder:
-        copy_tokenizer_files(source, folder)
+        checkpoint.copy_tokenizer_files(source, folder)
         write_bytes(folder / "config.json", read_own(source, "config.json") or b"")
-        save_config(config, folder)
-        write_pth(plan, folder / WEIGHTS)
+        checkpoint.save_config(config, folder)
+        write_pth(plan, folder / checkpoint.WEIGHTS)
     return config
 
 
@@ -72,10 +62,7 @@ def choose_config(source: Path, model_name: str | None) -> Config:
         raise UserError(f"{source} holds weights quantised with {method!r}: convert the unquantised model, or a GGUF file of it")
     folder = source.resolve().name
     described = Config.from_hf(source / "config.json", name=folder, hf_config={})
-    if model_name is None:
-        named = Config.from_name(folder) if families.find(folder) else None
-        return named if named and not differences(named, described, INPUT_AND_TRAINING) else described
-    return require_named(model_name, described, source / "config.json", INPUT_AND_TRAINING)
+    return named_or_described(model_name, [folder], described, source / "config.json", INPUT_AND_TRAINING)
 
 
 def to_hf(config: Config, prefer: str | None = None) -> dict[str, Any]:
@@ -86,7 +73,7 @@ def to_hf(config: Config, prefer: str | None = None) -> dict[str, Any]:
     """
     home = families.home(config.name)
     preferred = [kind for kind in (prefer, config.name) if kind in families.HF]
-    nearest: tuple[str, dict[str, tuple[Any, Any]]] | None = None
+    problems: dict[str, list[str]] = {}
     for kind in dict.fromkeys((*preferred, *(home.hf if home else ()), *families.HF)):
         try:
             hf = families.HF[kind].write(config.base_dict(), kind)
@@ -95,10 +82,9 @@ def to_hf(config: Config, prefer: str | None = None) -> dict[str, Any]:
             continue
         if not different:
             return hf
-        if nearest is None or len(different) < len(nearest[1]):
-            nearest = kind, different
-    listed = [f"{key} {actual!r} instead of {expected!r}" for key, (expected, actual) in (nearest[1] if nearest else {}).items()]
-    reason = f"; the nearest, {nearest[0]}, has {', '.join(listed)}" if nearest else ""
+        problems[kind] = [f"{key} {actual!r} instead of {expected!r}" for key, (expected, actual) in different.items()]
+    nearest = min(problems, key=lambda kind: len(problems[kind]), default=None)
+    reason = f"; the nearest, {nearest}, has {', '.join(problems[nearest])}" if nearest else ""
     raise ValueError(f"no architecture of transformers expresses this model{reason}")
 
 
@@ -107,7 +93,7 @@ def hf_settings(config: Config, source: Path) -> dict[str, Any]:
 
     Raises UserError if no architecture of transformers computes the model.
     """
-    base = read_hyperparameters(source).get("checkpoint_dir")
+    base = checkpoint.read_hyperparameters(source).get("checkpoint_dir")
     settings: dict[str, Any] = {}
     for folder in (source, *([Path(base)] if isinstance(base, str) else [])):
         if os.path.lexists(folder / "config.json"):
@@ -159,9 +145,9 @@ class Reader:
 
 def open_weights(folder: Path) -> dict[str, Stored]:
     """Return every tensor of the folder's weight files, unread. Raise UserError for missing and broken files."""
-    file, reader = hf_weights(folder), Reader()
+    file, reader = checkpoint.hf_weights(folder), Reader()
     if file is None:
-        raise UserError(f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} is needed")
+        raise UserError(f"{folder} holds no weights: one of {', '.join(checkpoint.WEIGHT_FILES)} is needed")
     if not file.name.endswith(".index.json"):
         return reader.stored(file)
     tensors: dict[str, Stored] = {}
@@ -199,11 +185,6 @@ def _is_plain(name: str) -> bool:
     return "/" not in name and "\\" not in name and name.isprintable() and len(name.encode(errors="replace")) <= 255
 
 
-def shard_files(index: Path) -> list[Path]:
-    """Return the files that a `.index.json` names. Raise UserError if one is missing."""
-    return [index.parent / name for name in sorted(set(read_index(index).values()))]
-
-
 def _open_safetensors(file: Path) -> Content:
     try:
         content = safe_open(file, framework="pt")
@@ -216,5 +197,5 @@ def _open_safetensors(file: Path) -> Content:
 
 
 def _open_torch(file: Path) -> Content:
-    tensors = load_weights(file)
+    tensors = checkpoint.load_weights(file)
     return Content({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__, is_mappable(file))

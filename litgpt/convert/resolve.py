@@ -278,7 +278,7 @@ class Conversion:
 
     def _source_files(self) -> list[Path]:
         """Return the files that the conversion reads. In place those of the tokenizer are not converted, but used as they are."""
-        from litgpt.convert.hf import shard_files
+        from litgpt.convert.hf import read_index
 
         if self.source.is_file():
             match = SPLIT.fullmatch(self.source.name)
@@ -286,7 +286,9 @@ class Conversion:
         weights = checkpoint.hf_weights(self.source)
         files = [self.source / name for name in ("config.json", *(() if self.in_place else TOKENIZER_FILES))]
         if weights is not None:
-            files += [weights, *(shard_files(weights) if weights.name.endswith(".index.json") else [])]
+            files.append(weights)
+            if weights.name.endswith(".index.json"):
+                files += sorted({self.source / name for name in read_index(weights).values()})
         return files
 
     def _record(self) -> dict[str, Any] | None:

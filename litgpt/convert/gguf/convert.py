@@ -11,7 +11,7 @@ from litgpt import families
 from litgpt.atomic import new_folder
 from litgpt.checkpoint import WEIGHTS, save_config
 from litgpt.config import Config
-from litgpt.convert.compare import INPUT_AND_TRAINING, differences, require_named
+from litgpt.convert.compare import INPUT_AND_TRAINING, named_or_described
 from litgpt.convert.gguf.config import TOLERANCE, has_offset, read_architecture, read_config, unquantised
 from litgpt.convert.gguf.reader import Reader, open_gguf
 from litgpt.convert.gguf.rope import FACTORS
@@ -72,14 +72,9 @@ def own_dtype(reader: Reader) -> torch.dtype:
 def choose_config(reader: Reader, model_name: str | None) -> Config:
     """Return the named model's config (by `model_name`, the file's name or general.name) if the file fits it, else the file's own."""
     described = read_config(reader)
-    if model_name is not None:
-        return require_named(model_name, described, reader.path, NOT_COMPARED, TOLERANCE)
     by_lower = {name.lower(): name for name in families.names()}
-    for name in (unquantised(reader.path), described.name):
-        row = families.find(name) or families.find(by_lower.get(name.lower(), name))
-        if row and not differences(Config(**row), described, NOT_COMPARED, TOLERANCE):
-            return Config(**row)
-    return described
+    names = [by_lower.get(name.lower(), name) for name in (unquantised(reader.path), described.name)]
+    return named_or_described(model_name, names, described, reader.path, NOT_COMPARED, TOLERANCE)
 
 
 def stored(reader: Reader, config: Config, dtype: torch.dtype) -> Iterator[tuple[str, Stored]]:

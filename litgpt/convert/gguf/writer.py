@@ -89,24 +89,23 @@ def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, m
     """
     ordered = sorted(families.GGUF, key=lambda name: name != model_type and model_type not in families.GGUF[name].hub)
     keys = shapes(config, 6 * config.n_layer, config.name)
-    nearest: list[str] = []
+    problems: dict[str, list[str]] = {}
     for name in ordered:
         groups = group(name, config, keys, tied)
         made = plan(target, name, config, {tensor: entry.shape for tensor, entry in groups.items()}, words["tokenizer.ggml.tokens"])
         made.metadata.update(words)
         lacking = keys.keys() - {key for entry in groups.values() for slot in entry.slots for key in slot.keys} - {"lm_head.weight"}
         lacking |= {tensor for tensor in (*groups, *made.arrays) if not has_tensor(name, tensor)}
-        problems = [f"no place for {summary(sorted(lacking))}"] if lacking else []
+        problems[name] = [f"no place for {summary(sorted(lacking))}"] if lacking else []
         try:
             differing = differences(config, read_config(made), INPUT_AND_TRAINING, TOLERANCE)
-            problems += [f"{key} {stated!r} instead of {wanted!r}" for key, (wanted, stated) in differing.items()]
+            problems[name] += [f"{key} {stated!r} instead of {wanted!r}" for key, (wanted, stated) in differing.items()]
         except UserError as error:
-            problems.append(str(error).removeprefix(f"{target}: ").removeprefix(f"{target} has "))
-        if not problems:
+            problems[name].append(str(error).removeprefix(f"{target}: ").removeprefix(f"{target} has "))
+        if not problems[name]:
             return made, groups
-        if not nearest or len(problems) < len(nearest) - 1:
-            nearest = [name, *problems]
-    raise ValueError(f"no architecture of GGUF expresses this model; the nearest, {nearest[0]}, has {', '.join(nearest[1:])}")
+    nearest = min(problems, key=lambda name: len(problems[name]))
+    raise ValueError(f"no architecture of GGUF expresses this model; the nearest, {nearest}, has {', '.join(problems[nearest])}")
 
 
 def unwindowed(architecture: str, source: Path) -> int | None:
