@@ -51,7 +51,7 @@ COMMANDS = {  # module:function or module:dataclass of this package, in a module
     "convert_to_litgpt": ("convert.to_litgpt:convert_to_litgpt", "Make a checkpoint from a GGUF file or a Hugging Face folder."),
     "convert_from_litgpt": ("convert.from_litgpt:convert_from_litgpt", "Make a folder that transformers loads from a checkpoint."),
     "convert_pretrained_checkpoint": (
-        "convert.pretrained:convert_pretrained_checkpoint",
+        "convert.to_litgpt:convert_pretrained_checkpoint",
         "Make a checkpoint of a training run's step folder.",
     ),
     "convert_to_gguf": ("convert.gguf.export:convert_to_gguf", "Make a GGUF file, for llama.cpp, from a checkpoint."),

@@ -25,7 +25,7 @@ MODULES = {
     "parser_config": {"save_hyperparameters": "utils:save_hyperparameters"},
     "scripts.convert_hf_checkpoint": {"convert_hf_checkpoint": "convert.to_litgpt:convert_to_litgpt"},
     "scripts.convert_lit_checkpoint": {"convert_lit_checkpoint": "convert.from_litgpt:convert_from_litgpt"},
-    "scripts.convert_pretrained_checkpoint": {"convert_pretrained_checkpoint": "convert.pretrained:convert_pretrained_checkpoint"},
+    "scripts.convert_pretrained_checkpoint": {"convert_pretrained_checkpoint": "convert.to_litgpt:convert_pretrained_checkpoint"},
     "scripts.download": {"download_from_hub": "download:download_from_hub"},
     "scripts.merge_lora": {"merge_lora": "convert.merge:merge_lora"},
     "scripts.validate": {"validate_setup": "validate:validate"},

@@ -87,7 +87,7 @@ def load_weights(path: str | Path, mapped: bool = True) -> dict[str, torch.Tenso
     for name, value in content.items():
         if reason := _not_plain(value):
             raise UserError(f"{path}: {name} {reason}: save it as an ordinary tensor")
-    return content
+    return {name.replace("_orig_mod.", ""): value for name, value in content.items()}  # torch.compile's prefix
 
 
 def _not_plain(value: torch.Tensor) -> str:

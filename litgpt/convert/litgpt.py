@@ -15,6 +15,7 @@ from litgpt.convert.write import write_pth
 from litgpt.device import is_finite
 from litgpt.errors import UserError
 from litgpt.families import Table
+from litgpt.prompts import copy_prompt_style
 
 BEFORE_0_5: Table = {"transformer.h.{}.attn.attn": ("transformer.h.{}.attn.qkv", "qkv grouped")}
 
@@ -27,10 +28,11 @@ def convert_own(source: Path, target: Path, model_name: str | None = None, dtype
     """
     file = source / WEIGHTS if source.is_dir() else source
     if model_name is None and not (file.parent / "model_config.yaml").is_file():
-        raise UserError(f"{file} says nothing about its model: give --model_name, or put its model_config.yaml beside it")
+        raise UserError(f"{file} says nothing about its model: give --model_name to convert_to_litgpt, or put model_config.yaml beside it")
     config = Config.from_checkpoint(file.parent) if model_name is None else Config.from_name(model_name)
     with new_folder(target) as folder:
         copy_tokenizer_files(file.parent, folder)
+        copy_prompt_style(file.parent, folder)
         save_config(config, folder)
         write_pth(open_own(file, config, dtype), folder / WEIGHTS)
     return config

@@ -1,4 +1,4 @@
-"""`litgpt convert_to_litgpt`: a Hugging Face folder, a GGUF file or LitGPT's own weights into a checkpoint folder."""
+"""`litgpt convert_to_litgpt` and `convert_pretrained_checkpoint`: checkpoint folders of Hugging Face's, GGUF's and LitGPT's own weights."""
 
 from pathlib import Path
 from typing import Literal, Optional
@@ -31,7 +31,6 @@ def convert_to_litgpt(
     """
     from litgpt.convert.litgpt import convert_own
 
-    source, checkpoint_dir = (None if path is None else Path(path) for path in (source, checkpoint_dir))
     path = source or checkpoint_dir
     if path is None:
         raise UserError("there is nothing to convert: name a Hugging Face folder, a .gguf file or a .pth file")
@@ -53,3 +52,21 @@ def convert_to_litgpt(
         for name, tensor in load_weights(target / WEIGHTS).items():
             print(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
     print(f"Converted {path} to {target} (model {config.name}).")
+
+
+@checked
+def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
+    """Make a checkpoint folder of a step of pretraining, ours or LitGPT's, without the optimizer's state.
+
+    Args:
+        checkpoint_dir: Folder of the step, with lit_model.pth.
+        output_dir: Folder to make.
+    """
+    from litgpt.convert.litgpt import convert_own
+
+    folder = locate(checkpoint_dir)
+    if not (folder / WEIGHTS).is_file():
+        hint = adapter_hint(folder) or ": name a step's folder of a training run"
+        raise UserError(f"{folder} holds no {WEIGHTS}{hint}")
+    convert_own(folder, output_dir)
+    print(f"{output_dir} is ready as a checkpoint_dir")

@@ -1,4 +1,4 @@
-"""`litgpt convert_to_litgpt`: where the checkpoint goes, by what is converted."""
+"""`litgpt convert_to_litgpt` and `convert_pretrained_checkpoint`: where the checkpoint goes, by what is converted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt.checkpoint import load_weights, require_checkpoint
+from litgpt.__main__ import main
+from litgpt.checkpoint import load_model, load_weights, require_checkpoint
 from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.errors import UserError
 from tests.helpers import gguf_files, tiny
@@ -40,3 +41,19 @@ def test_own_weights_need_a_place(tmp_path: Path, write_tiny_tokenizer: Callable
 def test_nothing_to_convert() -> None:
     with pytest.raises(UserError, match="nothing to convert"):
         convert_to_litgpt()
+
+
+def test_a_pretrained_step_in_litgpts_envelope(
+    write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a compiled model's names. `tests/test_pretrain.py` has our own steps."""
+    base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
+    weights = load_weights(base / "lit_model.pth", mapped=False)
+    torch.save({"model": {f"_orig_mod.{name}": value for name, value in weights.items()}, "iter_num": 3}, base / "lit_model.pth")
+    assert main(["convert_pretrained_checkpoint", str(base), str(tmp_path / "new")]) == 0
+    made = load_weights(tmp_path / "new/lit_model.pth")
+    assert made.keys() == weights.keys() and all(torch.equal(made[name], weights[name]) for name in weights)
+    load_model(tmp_path / "new", torch.float32)
+    assert main(["convert_pretrained_checkpoint", str(base), str(tmp_path / "new")]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["convert_pretrained_checkpoint", str(tmp_path), str(tmp_path / "x")]) == 1
