@@ -70,7 +70,7 @@ def require_used(key: str, patterns: Iterable[str], units: Iterable[str]) -> Non
     units = list(units)
     used = {matching(patterns, *names_of(unit)) for unit in units}
     if unused := [pattern for pattern in patterns if pattern not in used]:
-        kinds = ", ".join(dict.fromkeys(_kind(_own_name(unit)) for unit in units)) or "none"
+        kinds = ", ".join(dict.fromkeys(within_block(_own_name(unit)) for unit in units)) or "none"
         raise UserError(
             f"{key} names {', '.join(map(repr, unused))}, which fits no layer with LoRA, or none that an earlier pattern leaves. "
             f"Layers with LoRA: {kinds[:200]}"
@@ -81,12 +81,13 @@ def _own_name(unit: str) -> str:
     return names_of(unit)[1 if ":" in unit else 0]
 
 
-def _kind(name: str) -> str:
-    return re.sub(r"^transformer\.h\.\d+\.", "", name)
+def within_block(name: str) -> str:
+    """Return a layer's name within its block: model.layers.3.mlp.up_proj -> mlp.up_proj."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def compact(
-    values: Mapping[str, Any], default: Any, name_of: Callable[[str], str] = _own_name, kind_of: Callable[[str], str] = _kind
+    values: Mapping[str, Any], default: Any, name_of: Callable[[str], str] = _own_name, kind_of: Callable[[str], str] = within_block
 ) -> dict[str, Any] | None:
     """Return patterns that give layers, by default units, these values where they differ from the default; None if none does."""
     named = {name_of(layer): value for layer, value in values.items()}

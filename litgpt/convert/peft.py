@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from litgpt import files
-from litgpt.adapters.patterns import PARTS, compact, matching, wrong
+from litgpt.adapters.patterns import PARTS, compact, matching, within_block, wrong
 from litgpt.adapters.pissa import as_lora
 from litgpt.adapters.settings import LAYER_FLAGS, MODULES
 from litgpt.atomic import write_bytes, write_text
@@ -35,6 +35,7 @@ from litgpt.config import Config
 from litgpt.convert import names
 from litgpt.convert.hf import Reader, hf_settings
 from litgpt.errors import UserError
+from litgpt.families._rope import whole
 from litgpt.lora import Config as LoRAConfig
 
 CONFIG, WEIGHTS = PEFT_ADAPTER, "adapter_model.safetensors"
@@ -160,7 +161,8 @@ def to_peft(config: LoRAConfig, weights: Mapping[str, Tensor], base: str, model_
     alphas = {name: _alpha(name, rank, units, plan, config) for name, rank in ranks.items()}
 
     def kind_of(name: str) -> str:
-        return short(path(name), plan, [path(name)])
+        kind = within_block(name)
+        return short(kind, plan, [kind])
 
     settings = {
         "peft_type": "LORA",
@@ -211,7 +213,7 @@ def saved_places(config: Config, model_type: str) -> dict[str, str]:
 def _alpha(name: str, rank: int, units: Mapping[str, Unit], plan: Layout, config: LoRAConfig) -> float:
     """Return PEFT's alpha of a layer: that of the first of its units, times its rank divided by the unit's."""
     r, alpha = config.size_of(next(unit for unit in plan.layers[name].units if unit in units))
-    return _whole(alpha * (r**0.5 if config.lora_rslora else 1) * (rank / r))
+    return whole(alpha * (r**0.5 if config.lora_rslora else 1) * (rank / r))
 
 
 def _stack(name: str, units: Mapping[str, Unit], plan: Layout, config: LoRAConfig) -> Unit:
@@ -240,12 +242,7 @@ def _stack(name: str, units: Mapping[str, Unit], plan: Layout, config: LoRAConfi
 def short(kind: str, plan: Layout, chosen: Collection[str]) -> str:
     """Return the last part of a layer's name, q_proj, if only layers of the chosen kinds have it; else the name within the block."""
     leaf = kind.rpartition(".")[2]
-    return leaf if {path(name) for name in plan.layers if f".{name}".endswith(f".{leaf}")} <= set(chosen) else kind
-
-
-def path(name: str) -> str:
-    """Return a layer's name within its block: model.layers.3.mlp.up_proj -> mlp.up_proj."""
-    return re.sub(r"^.*?\.\d+\.", "", name)
+    return leaf if {within_block(name) for name in plan.layers if f".{name}".endswith(f".{leaf}")} <= set(chosen) else kind
 
 
 def block_of(name: str) -> int:
@@ -256,10 +253,10 @@ def block_of(name: str) -> int:
 
 def _targets(layers: list[str], plan: Layout, n_layer: int) -> tuple[list[str], list[int] | None]:
     """Return target_modules and layers_to_transform that name exactly these layers, by short names if possible."""
-    kinds = {path(name) for name in layers}
+    kinds = {within_block(name) for name in layers}
     blocks = sorted({block_of(name) for name in layers} - {-1})
     everywhere = blocks == list(range(n_layer))
-    matched = {name for name in plan.layers if path(name) in kinds and block_of(name) in (*blocks, -1)}
+    matched = {name for name in plan.layers if within_block(name) in kinds and block_of(name) in (*blocks, -1)}
     if matched != set(layers) or (blocks and not everywhere and any(block_of(name) == -1 for name in layers)):
         return layers, None
     return sorted({short(kind, plan, kinds) for kind in kinds}), None if everywhere or not blocks else blocks
@@ -272,10 +269,10 @@ def from_peft(
     plan = layout(config, model_type)
     problems = unsupported(settings)
     places = saved_places(config, model_type)
-    whole = {
+    saved = {
         places[name]: value for key, value in tensors.items() if (name := key.removeprefix(PREFIX)) in places and is_saved(key, settings)
     }
-    layers = _layers({key: value for key, value in tensors.items() if places.get(key.removeprefix(PREFIX)) not in whole}, plan, problems)
+    layers = _layers({key: value for key, value in tensors.items() if places.get(key.removeprefix(PREFIX)) not in saved}, plan, problems)
     by_layer = _alphas(settings, layers, problems)
     if problems:
         raise UserError(f"{source} cannot become a litgpt adapter of the model {config.name!r}:\n  " + "\n  ".join(problems))
@@ -284,7 +281,7 @@ def from_peft(
     for name, layer in layers.items():
         parts = _unstack(plan.layers[name], layer, settings["r"], plan)
         units |= parts
-        alphas |= {unit: _whole(by_layer[name] * len(part["lora_A"]) / len(layer["lora_A"])) for unit, part in parts.items()}
+        alphas |= {unit: whole(by_layer[name] * len(part["lora_A"]) / len(layer["lora_A"])) for unit, part in parts.items()}
     flags = {flag: any(_flag(unit) == flag for unit in units) for flag in FLAGS.values()}
     blocks = sorted({block_of(unit) for unit in units} - {-1})
     ranks = {name: len(unit["lora_A"]) for name, unit in units.items()}
@@ -302,16 +299,16 @@ def from_peft(
         "lora_block_indices": None if not blocks or blocks == list(range(config.n_layer)) else blocks,
         "lora_rank_pattern": compact(ranks, r),
         "lora_alpha_pattern": compact(alphas, alpha),
-        "modules_to_save": sorted({MODULES[key.split(".")[-2]] for key in whole}, reverse=True) or None,
+        "modules_to_save": sorted({MODULES[key.split(".")[-2]] for key in saved}, reverse=True) or None,
     }
     if invocation := settings.get("alora_invocation_tokens"):
         own |= {"alora_enabled": True, "alora_invocation_tokens": invocation}
-    return own, join(units) | whole
+    return own, join(units) | saved
 
 
 def _flag(unit: str) -> str:
     """Return the setting that switches a unit on."""
-    kind = unit.rpartition(":")[2] if ":" in unit else path(unit)
+    kind = unit.rpartition(":")[2] if ":" in unit else within_block(unit)
     return FLAGS["mlp" if kind.startswith("mlp.") else kind]
 
 
@@ -392,10 +389,6 @@ def _alphas(settings: Mapping[str, Any], layers: Mapping[str, Unit], problems: l
         else:
             alphas[name] = value * (len(layer["lora_A"]) ** 0.5 if settings.get("use_rslora") else 1)
     return alphas
-
-
-def _whole(value: float) -> float:
-    return int(value) if value == int(value) else value
 
 
 def _unstack(layer: Layer, stacked: Unit, r: int, plan: Layout) -> dict[str, Unit]:
