@@ -17,7 +17,7 @@ from litgpt.adapters.patterns import PARTS
 from litgpt.atomic import new_file
 from litgpt.convert.gguf.writer import Group, describe, stored
 from litgpt.convert.names import Slot, shapes, summary
-from litgpt.convert.peft import Unit, split
+from litgpt.convert.peft import split
 from litgpt.errors import UserError
 from litgpt.lora import Config
 
@@ -34,52 +34,47 @@ def write_gguf_adapter(target: Path, config: Config, weights: Mapping[str, Tenso
         raise UserError(f"{target}: llama.cpp has no {kind}: run `litgpt merge_lora`, then `litgpt convert_to_gguf`")
     described, groups = describe(base, target)
     sizes, units = shapes(config, 6 * config.n_layer, str(base)), split(weights, config)
-    tensors: dict[str, tuple[Tensor, Tensor]] = {}
-    placed: set[str] = set()
-    for name, group in groups.items():
-        if pairs := [pair for slot in group.slots if (pair := _factors(name, slot, described.architecture, config, sizes, units, placed))]:
-            a, b = zip(*pairs, strict=True)
-            tensors[name] = (torch.stack(a), torch.stack(b)) if "_exps." in name else (a[0], b[0])
-    if missing := units.keys() - placed:
+    if missing := units.keys() - {unit for group in groups.values() for slot in group.slots for unit in places_of(slot, config)}:
         tied = " The base's head is its embedding, which llama.cpp keeps once." if "lm_head" in missing else ""
         raise UserError(
             f"{target}: llama.cpp's file of this model has no place for LoRA on {summary(sorted(missing))}.{tied} "
             "Run `litgpt merge_lora`, then `litgpt convert_to_gguf`"
         )
+
+    def factors(name: str, slot: Slot) -> tuple[Tensor, Tensor] | None:
+        """Return a and b of a tensor of the file; None if no unit of it has LoRA."""
+        places = {unit: place for unit, place in places_of(slot, config).items() if unit in units}
+        if not places:
+            return None
+        a = torch.cat([units[unit]["lora_A"] for unit in places])
+        ours = {key: torch.zeros(sizes[key][0], len(a)) for key in slot.keys}
+        column = 0
+        for unit, (key, start) in places.items():
+            b = units[unit]["lora_B"] * (config.scale_of(unit) * len(a) / _alpha(config))
+            ours[key][start : start + len(b), column : column + b.size(1)] = b
+            column += b.size(1)
+        loads = {key: lambda tensor=tensor: tensor for key, tensor in ours.items()}
+        return a, stored(name, Group([slot], (-1, len(a))), described.architecture, config, loads)
+
+    tensors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, group in groups.items():
+        if pairs := [pair for slot in group.slots if (pair := factors(name, slot))]:
+            a, b = zip(*pairs, strict=True)
+            tensors[name] = (torch.stack(a), torch.stack(b)) if "_exps." in name else (a[0], b[0])
     _write(target, described.architecture, config, tensors)
 
 
-def _factors(
-    name: str,
-    slot: Slot,
-    architecture: str,
-    config: Config,
-    sizes: Mapping[str, tuple[int, ...]],
-    units: Mapping[str, Unit],
-    placed: set[str],
-) -> tuple[Tensor, Tensor] | None:
-    """Return a and b of a tensor of the file; None if no unit of it has LoRA. The units are added to `placed`."""
-    owners: list[tuple[str, int, Unit, float]] = []  # tensor of ours, first row in it, unit, its factor
+def places_of(slot: Slot, config: Config) -> dict[str, tuple[str, int]]:
+    """Return the units that a tensor of the file joins, each with the tensor of ours that has it and its first row there."""
+    places: dict[str, tuple[str, int]] = {}
     for key in slot.keys:
         module = key.removesuffix(".weight")
-        own = {module: 0}
         if module.endswith(".attn.qkv"):
-            starts = dict(zip(PARTS, accumulate(config.qkv_sizes, initial=0), strict=False))
-            own = {f"{module}:{part}": start for part, start in starts.items() if slot.part not in PARTS or slot.part == part}
-        owners += [(key, start, units[unit], config.scale_of(unit)) for unit, start in own.items() if unit in units]
-        placed |= own.keys() & units.keys()
-    if not owners:
-        return None
-    a = torch.cat([unit["lora_A"] for _, _, unit, _ in owners])
-    ours = {key: torch.zeros(sizes[key][0], len(a)) for key in slot.keys}
-    column = 0
-    for key, start, unit, scale in owners:
-        b = unit["lora_B"] * (scale * len(a) / _alpha(config))
-        ours[key][start : start + len(b), column : column + b.size(1)] = b
-        column += b.size(1)
-    loads = {key: lambda tensor=tensor: tensor for key, tensor in ours.items()}
-    b = stored(name, Group([slot], (-1, len(a))), architecture, config, loads)
-    return a, b
+            starts = zip(PARTS, accumulate(config.qkv_sizes, initial=0), strict=False)
+            places |= {f"{module}:{part}": (key, start) for part, start in starts if slot.part not in PARTS or slot.part == part}
+        else:
+            places[module] = (key, 0)
+    return places
 
 
 def _alpha(config: Config) -> float:

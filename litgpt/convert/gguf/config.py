@@ -7,6 +7,7 @@ config that computes something else (`differences`), GGUF cannot express the mod
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,7 @@ def unquantised(file: Path) -> str:
 
 def padding(tokens: list[Any]) -> int:
     """Return the number of last tokens that only fill up the vocabulary."""
-    count = 0
-    while count < len(tokens) - 1 and PADDING.fullmatch(str(tokens[-1 - count])):
-        count += 1
-    return count
+    return len(list(takewhile(PADDING.fullmatch, map(str, tokens[:0:-1]))))
 
 
 def read_tensors(source: Source, row: Gguf, fields: Mapping[str, Any]) -> dict[str, Any]:

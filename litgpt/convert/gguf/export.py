@@ -38,7 +38,7 @@ def convert_to_gguf(
     """
     from litgpt.convert.gguf.writer import BLOCKS, unwindowed, write_gguf
 
-    target = Path(gguf_file)
+    target = gguf_file
     if target.suffix.lower() != ".gguf":
         raise UserError(f"{target} is no name of a GGUF file: it ends in .gguf")
     require_place(target)

@@ -21,6 +21,7 @@ from litgpt.tokenizer import Tokenizer
 MOST_CONTEXT = 8192  # tokens that Ollama reserves memory for, unless a user asks for more
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}  # here, Ollama's
 PLACES = ("\ue000Aa", "\ue001Bb", "\ue002Cc", "\ue003Dd")  # stand for a system text, a question, a reply and another question
+SYSTEM, *TURNS = ({"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user"), PLACES, strict=True))
 
 
 class Form(NamedTuple):
@@ -38,11 +39,8 @@ class Form(NamedTuple):
         """Return the Go template, which Ollama runs for each question, with the system text for the first."""
         head, end, user, reply, reply_end = (text.replace("{{", '{{ "{{" }}') for text in self[:5])
         block = f"{{{{ if .System }}}}{head}{{{{ .System }}}}{end}{{{{ end }}}}" if head or end else ""
-        return (
-            f"{user}{block}" * self.in_user
-            + f"{block}{user}" * (not self.in_user)
-            + f"{{{{ .Prompt }}}}{reply}{{{{ .Response }}}}{reply_end}"
-        )
+        start = user + block if self.in_user else block + user
+        return f"{start}{{{{ .Prompt }}}}{reply}{{{{ .Response }}}}{reply_end}"
 
     def render(self, turns: Sequence[Message]) -> str:
         """Return what the template makes of a conversation that ends with a question."""
@@ -79,7 +77,12 @@ def write_modelfile(source: Path, gguf_file: Path, overwrite: bool) -> Path | No
     for ids in style.stop_tokens(tokenizer):
         if (text := tokenizer.decode(ids, skip_special_tokens=False)) and not re.search(r'["\n]', text):
             lines.append(f'PARAMETER stop "{text}"\n')
-    lines += [f"PARAMETER {name} {value:g}\n" for name, value in _sampling(source).items()]
+    stated = json_if_there(source / "generation_config.json")
+    if stated.get("do_sample") is False:
+        stated = {"temperature": 0}
+    for key, name in SAMPLING.items():
+        if isinstance(value := stated.get(key), (int, float)):
+            lines.append(f"PARAMETER {name} {value:g}\n")
     lines.append(f"PARAMETER num_ctx {min(Config.from_checkpoint(source).block_size, MOST_CONTEXT)}\n")
     content = "".join(lines).encode()
     for file in (gguf_file.parent / "Modelfile", gguf_file.with_suffix(".Modelfile")):
@@ -88,13 +91,6 @@ def write_modelfile(source: Path, gguf_file: Path, overwrite: bool) -> Path | No
             write_bytes(file, content)
             return file
     return None
-
-
-def _sampling(source: Path) -> dict[str, float]:
-    stated = json_if_there(source / "generation_config.json")
-    if stated.get("do_sample") is False:
-        stated = {"temperature": 0}
-    return {name: stated[key] for key, name in SAMPLING.items() if isinstance(stated.get(key), (int, float))}
 
 
 def form_of(style: PromptStyle, tokenizer: Tokenizer) -> Form | None:
@@ -109,25 +105,22 @@ def form_of(style: PromptStyle, tokenizer: Tokenizer) -> Form | None:
             before, after = style.apply(PLACES[1]).removeprefix(bos).split(PLACES[1])
             return Form("", "", before, after)
         form = _of_conversation(rendered)
-        question, *more = ({"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), PLACES[1:], strict=True))
-        system = {"role": "system", "content": PLACES[0]}
-        cases = [[question], [question, *more]] + [[system, question], [system, question, *more]] * bool(
-            form.system_head or form.system_end
-        )
+        cases = [TURNS[:1], TURNS]
+        if form.system_head or form.system_end:
+            cases += [[SYSTEM, *turns] for turns in cases]
         return form if all(form.render(turns) == rendered(turns) for turns in cases) else None
     except (UserError, ValueError):
         return None
 
 
 def _of_conversation(rendered: Callable[[Sequence[Message]], str]) -> Form:
-    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), PLACES[1:], strict=True)]
-    plain, reply_head, between, _ = _split(rendered(turns), *PLACES[1:])
+    plain, reply_head, between, _ = _split(rendered(TURNS), *PLACES[1:])
     user_head = os.path.commonprefix([plain[::-1], between[::-1]])[::-1]  # noqa: RUF071 - of texts, not paths
     if plain != user_head and (end := re.match(r"\s*<[^<>\s]+>\s*", user_head)):
         user_head = user_head[end.end() :]  # what ends a turn belongs to the turn before
     reply_end, own = between.removesuffix(user_head), plain.removesuffix(user_head)
     try:
-        start, rest, *_ = _split(rendered([{"role": "system", "content": PLACES[0]}, *turns]), *PLACES)
+        start, rest, *_ = _split(rendered([SYSTEM, *TURNS]), *PLACES)
     except (UserError, ValueError):  # no place for a system text
         return Form("", "", plain, reply_head, reply_end)
     if start.startswith(user_head) and not rest.endswith(user_head):

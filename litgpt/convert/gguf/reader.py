@@ -26,12 +26,12 @@ BROKEN = "it is truncated or broken, download it again"
 
 
 class Tensor(NamedTuple):
-    """A tensor in the file, within its bounds. `shape` is in torch's order: rows first."""
+    """A tensor in a file. `shape` is in torch's order: rows first."""
 
     shape: tuple[int, ...]
     kind: int
-    start: int
-    size: int
+    content: np.ndarray  # its bytes in the memory map of the file
+    map: mmap.mmap | None
 
 
 class Source:
@@ -85,7 +85,6 @@ class Reader(Source):
         self._data = np.frombuffer(self._map or b"", np.uint8)
         self.metadata, self.shapes = {}, {}
         self.tensors: dict[str, Tensor] = {}
-        self._owners: dict[str, Reader] = {}  # of tensors in other parts
         self._read()
 
     def _error(self, problem: str) -> UserError:
@@ -171,7 +170,7 @@ class Reader(Source):
         size = math.prod(dims) // block * block_bytes
         if start % alignment or start + size > len(self._data):
             raise self._error(f"tensor {name!r} is at the bytes {start} to {start + size}: {BROKEN}")
-        return Tensor(tuple(reversed(dims)), kind, start, size)
+        return Tensor(tuple(reversed(dims)), kind, self._data[start : start + size], self._map)
 
     def add(self, part: Reader) -> None:
         """Add the tensors of another part of a split file."""
@@ -179,7 +178,6 @@ class Reader(Source):
             raise self._error(f"tensor {min(twice)!r} occurs in {part.path} too")
         self.tensors |= part.tensors
         self.shapes |= part.shapes
-        self._owners |= dict.fromkeys(part.tensors, part)
 
     def array(self, name: str) -> np.ndarray:
         return self.load(name).numpy()
@@ -188,20 +186,18 @@ class Reader(Source):
         """Return a tensor in `dtype` (default: fp32), or one of the `parts` along its first dimension."""
         from gguf import GGMLQuantizationType, dequantize
 
-        if name in self._owners:
-            return self._owners[name].load(name, dtype, part, parts)
         tensor = self.tensors[name]
         shape = tensor.shape if part is None else tensor.shape[1:]
         rows, columns = math.prod(shape[:-1]), shape[-1]
-        content = self._data[tensor.start : tensor.start + tensor.size].reshape(rows * parts, -1)[rows * (part or 0) :][:rows]
+        content = tensor.content.reshape(rows * parts, -1)[rows * (part or 0) :][:rows]
         numbers = torch.empty(rows, columns, dtype=dtype or torch.float32)
         step = max(1, CHUNK // columns)
         for start in range(0, rows, step):
             with np.errstate(all="ignore"):  # broken scales give nan
                 chunk = dequantize(content[start : start + step], GGMLQuantizationType(tensor.kind))
             numbers[start : start + step] = torch.from_numpy(np.require(chunk, np.float32, "W"))
-            if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):  # release the pages that were read
-                self._map.madvise(mmap.MADV_DONTNEED)
+            if tensor.map is not None and hasattr(mmap, "MADV_DONTNEED"):  # release the pages that were read
+                tensor.map.madvise(mmap.MADV_DONTNEED)
         return numbers.view(shape)
 
 

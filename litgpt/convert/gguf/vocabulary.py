@@ -58,11 +58,6 @@ def _tokens(content: Mapping[str, Any], rows: int, pieces: bool) -> tuple[list[s
     return [text for text, _ in entries], [kind for _, kind in entries]
 
 
-def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
-    return [(left, right) for left, right in pairs]
-
-
 def _flat(entry: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
     """Return the steps of a normaliser or pre-tokenizer, with sequences expanded."""
     if entry is None:
@@ -77,7 +72,7 @@ def _byte_level(content: Mapping[str, Any]) -> dict[str, Any]:
     if content["pre_tokenizer"] is None:
         raise ValueError("a tokenizer that does not cut text")
     pre = name_of(content["pre_tokenizer"], content["model"].get("ignore_merges", False), bool(normalisers))
-    return {"pre": pre, "merges": [f"{left} {right}" for left, right in _merges(content)]}
+    return {"pre": pre, "merges": [f"{left} {right}" for left, right in content["model"]["merges"]]}
 
 
 def _sentencepiece(content: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
@@ -94,7 +89,7 @@ def _sentencepiece(content: Mapping[str, Any], tokens: list[str], kinds: list[in
         elif step["type"] != "Split" or step["pattern"] != {"String": " "}:
             raise ValueError(f"the pre-tokenizer {dict(step)}")
     normal = dict.fromkeys(token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL)
-    merges = [(left, right) for left, right in _merges(content) if {left, right, left + right} <= normal.keys()]
+    merges = [(left, right) for left, right in content["model"]["merges"] if {left, right, left + right} <= normal.keys()]
     ranks = {token: rank for rank, token in enumerate(dict.fromkeys([*(left + right for left, right in merges), *normal]))}
     again = ranked_merges({token: -float(ranks[token]) for token in normal})
     if set(again) != set(merges) or _unions(again) != _unions(merges):
