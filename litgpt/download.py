@@ -65,7 +65,7 @@ def download_from_hub(
             near = [meant]
         hint = f", such as {', '.join(near)}" if near else ""
         raise UserError(f"{repo_id!r} is no name of a model on the hub: give ORG/NAME{hint} (`litgpt download list` prints those known)")
-    folder = Path(checkpoint_dir) / repo_id
+    folder = checkpoint_dir / repo_id
     fetch(repo_id, folder, access_token, tokenizer_only, convert_checkpoint, model_name)
     if tokenizer_only or not convert_checkpoint:
         print(f"{repo_id} is in {folder}")

@@ -165,8 +165,7 @@ def pack(model: GPT, backward: bool = False) -> None:
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         of_head = pool.submit(_packed, head, False)
         transposed = pool.submit(_layout, head.weight.detach().t()) if backward and _is_frozen(head) else None  # the largest: by itself
-        for _ in pool.map(replace, places):
-            pass
+        list(pool.map(replace, places))
     if type(head) is nn.Linear and (packed := of_head.result()) is not None:
         if transposed is not None:
             packed.transposed = transposed.result()
@@ -197,8 +196,7 @@ def unpack(model: GPT) -> None:
     modules = list(model.modules())
     places = [(parent, name, layer) for parent in modules for name, layer in parent.named_children() if isinstance(layer, PackedLinear)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(restore, places):
-            pass
+        list(pool.map(restore, places))
     if isinstance(head := model.head, PackedHead):
         head.__class__ = nn.Linear  # type: ignore[assignment]
         del head.packed

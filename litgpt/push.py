@@ -15,7 +15,7 @@ from litgpt.checkpoint import ADAPTER_WEIGHTS, FOREIGN_ADAPTERS, HUB_NAME, TOKEN
 from litgpt.convert.resolve import is_hf_folder, open_checkpoint
 from litgpt.download import hub
 from litgpt.errors import UserError
-from litgpt.files import expand_path, require_own
+from litgpt.files import require_own
 from litgpt.streams import unescaped, without_secrets
 from litgpt.text import size
 from litgpt.values import checked
@@ -51,7 +51,7 @@ def push(
     """
     if not HUB_NAME.fullmatch(repo_id):
         raise UserError(f"{repo_id!r} is no name on the hub: give ORG/NAME, such as your-name/my-model")
-    with _public_form(expand_path(folder), repo_id.partition("/")[2]) as public:
+    with _public_form(folder, repo_id.partition("/")[2]) as public:
         names = [path.relative_to(public).as_posix() for path in sorted(public.rglob("*")) if path.is_file()]
         names = [name for name in names if any(fnmatch(name, pattern) for pattern in PUBLIC)]
         if not any(fnmatch(name, pattern) for pattern in PUBLIC[:5] for name in names):

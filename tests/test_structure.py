@@ -58,7 +58,7 @@ UPWARD: set[tuple[str, str]] = set()
 IN_CIRCLES: set[str] = set()  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
-LINES_TOO_MANY = 15_011
+LINES_TOO_MANY = 14_887
 WITHOUT_TESTS: set[str] = set()
 
 VARIANT_FILES = {f"adapters.{place.partition(':')[0]}" for place in VARIANTS.values()}  # tests/adapters/test_variants.py tests all of them

@@ -39,7 +39,7 @@ def convert_adapter(
     from litgpt.convert.card import base_name, write_card
     from litgpt.convert.hf import hf_settings
 
-    source, target = adapter_folder(Path(adapter_dir)), Path(output_dir)
+    source, target = adapter_folder(adapter_dir), output_dir
     kind = kind_of(source)
     if kind != LITGPT and checkpoint_dir is None:
         raise UserError(f"{source} does not hold its base model: give --checkpoint_dir, a checkpoint folder of it")

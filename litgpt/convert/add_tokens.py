@@ -34,7 +34,7 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
     """
     from litgpt.convert.litgpt import require_finite
 
-    source, target = checkpoint.require_checkpoint(open_checkpoint(checkpoint_dir)), Path(output_dir)
+    source, target = checkpoint.require_checkpoint(open_checkpoint(checkpoint_dir)), output_dir
     contents = checkpoint.tokenizer_contents(source)
     tokenizer, ids = _extended(source, contents, tokens, special)
     contents["tokenizer.json"] = tokenizer.encode()

@@ -28,7 +28,7 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
         pretrained_checkpoint_dir: Folder of the base model. Default: the one that hyperparameters.yaml names.
         precision: Number format of the merged weights. Default: the one that the adapter was trained in.
     """
-    folder = adapter_folder(Path(checkpoint_dir))
+    folder = adapter_folder(checkpoint_dir)
     if not os.path.lexists(folder / checkpoint.ADAPTER_WEIGHTS):
         if (other := checkpoint.adapter_file(folder)).is_file():
             raise UserError(f"{other} is a LLaMA-Adapter, which cannot be merged: generate and chat read the folder as it is")

@@ -139,7 +139,9 @@ def fit(tensors: Mapping[str, Stored], table: Table, config: Config, source: str
     shared = {key: (key, "lm_head.weight") if tied and key == "transformer.wte.weight" else (key,) for key in expected}
     places = {name: slot for name, slot in names.items() if not (tied and slot.key == "lm_head.weight")}
 
-    problems = _misfits(tensors, names, places, config, expected)
+    problems = _misfits(tensors, names, {name: stored_shape(slot, config, expected) for name, slot in places.items()})
+    if homeless := sorted(expected.keys() - {key for slot in names.values() for key in slot.keys}):
+        problems.insert(0, f"such a file has no place for these of the model: {summary(homeless)}")
     if problems:
         raise UserError(f"{source} does not fit the model {config.name!r}:\n  " + "\n  ".join(problems))
 
@@ -150,24 +152,15 @@ def fit(tensors: Mapping[str, Stored], table: Table, config: Config, source: str
     return {shared[key]: partial(_gather, key, parts, expected[key], config, dtype) for key, parts in pieces.items()}
 
 
-def _misfits(
-    tensors: Mapping[str, Stored],
-    names: Mapping[str, Slot],
-    places: Mapping[str, Slot],
-    config: Config,
-    expected: Mapping[str, tuple[int, ...]],
-) -> list[str]:
-    """Return all that keeps stored tensors from being the `expected` ones. `names` are known, `places` are required."""
+def _misfits(tensors: Mapping[str, Stored], known: Container[str], required: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return the missing, unknown and misshapen among stored tensors. `known` names may be there, `required` ones have these shapes."""
     problems = []
-    if homeless := sorted(expected.keys() - {key for slot in names.values() for key in slot.keys}):
-        problems.append(f"such a file has no place for these of the model: {summary(homeless)}")
-    if missing := [name for name in places if name not in tensors]:
+    if missing := [name for name in required if name not in tensors]:
         problems.append(f"missing: {summary(missing)}")
-    if unknown := [name for name in tensors if name not in names and not BUFFERS.fullmatch(name) and not IMAGES.fullmatch(name)]:
+    if unknown := [name for name in tensors if name not in known and not BUFFERS.fullmatch(name) and not IMAGES.fullmatch(name)]:
         problems.append(f"unknown: {summary(unknown)}")
     misshapen: dict[tuple[Any, Any], list[str]] = {}
-    for name, slot in places.items():
-        shape = stored_shape(slot, config, expected)
+    for name, shape in required.items():
         if name in tensors and tensors[name].shape != shape:
             misshapen.setdefault((tensors[name].shape, shape), []).append(name)
     return problems + [f"shape {got} where {want} is expected: {summary(names)}" for (got, want), names in misshapen.items()]
