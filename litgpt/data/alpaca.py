@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from litgpt.data.downloads import HUB, Downloaded
-from litgpt.data.records import Record
 from litgpt.errors import UserError
 
 DEFAULT = "No data given: Alpaca, 52,000 instructions with answers, as in LitGPT. Your own: --data FILE"
@@ -24,8 +22,6 @@ class Alpaca(Downloaded):
     file_name: str = "alpaca_data_cleaned_archive.json"
     """Name of the file in download_dir."""
 
-    on_hub: ClassVar[str] = "yahma/alpaca-cleaned/resolve/main/alpaca_data_cleaned.json"  # in place of the default of file_url; "" for none
-
     def __post_init__(self) -> None:
         if Path(self.file_name).name != self.file_name:
             raise UserError(f"data.file_name is {self.file_name!r}: the name of a file in data.download_dir is needed")
@@ -34,12 +30,12 @@ class Alpaca(Downloaded):
     def source(self) -> str:
         return str(self.folder / self.file_name)
 
-    def addresses(self) -> dict[str, str]:
-        is_default = self.file_url == type(self).file_url
-        return {self.file_name: HUB + self.on_hub if is_default and self.on_hub else self.file_url}
+    def addresses(self) -> tuple[dict[str, str], dict[str, str]]:
+        return {self.file_name: self.on_hub() if self.file_url == Alpaca.file_url else self.file_url}, {}
 
-    def records(self) -> tuple[list[Record], list[Record] | None]:
-        return self.read(self.file_name), None
+    def on_hub(self) -> str:
+        """Return the address of the records for which LitGPT's `file_url` stands."""
+        return f"{HUB}yahma/alpaca-cleaned/resolve/main/alpaca_data_cleaned.json"
 
 
 @dataclass
@@ -53,9 +49,8 @@ class Alpaca2k(Alpaca):
     """The data set on the hub."""
     file_name: str = "alpaca2k_data_cleaned_archive.json"
 
-    @property
-    def on_hub(self) -> str:  # type: ignore[override]
-        return f"{self.repo_id}/resolve/main/alpaca_2000.parquet"
+    def on_hub(self) -> str:
+        return f"{HUB}{self.repo_id}/resolve/main/alpaca_2000.parquet"
 
 
 @dataclass
@@ -68,8 +63,6 @@ class AlpacaGPT4(Alpaca):
     """Address of the file."""
     file_name: str = "alpacagpt4_data_cleaned_archive.json"
 
-    on_hub: ClassVar[str] = ""
-
 
 @dataclass
 class Dolly(Alpaca):
@@ -81,5 +74,3 @@ class Dolly(Alpaca):
     file_url: str = f"{HUB}databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl"
     """Address of the file."""
     file_name: str = "dolly_data_cleaned.json"
-
-    on_hub: ClassVar[str] = ""

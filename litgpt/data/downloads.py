@@ -5,9 +5,10 @@ import json
 import os
 import shutil
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from litgpt.atomic import write_bytes, write_text
 from litgpt.data.base import DataModule
@@ -29,9 +30,19 @@ class Downloaded(DataModule):
     download_dir: Path = Path("./data")
     """Folder for the downloaded files."""
 
+    renamed: ClassVar[dict[str, str]] = {}  # the keys of a row that are read -> their names in a record; {}: all keys, as they are
+
     @abstractmethod
-    def addresses(self) -> dict[str, str]:
-        """Return the address of each file by its name in `download_dir`, or several on the hub by the pattern of their names."""
+    def addresses(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the address of each training file by its name in `download_dir`, and those of the validation files if there are any.
+
+        The pattern of their names stands for several files on the hub.
+        """
+
+    def records(self) -> tuple[list[Record], list[Record] | None]:
+        self.prepare_data()
+        train, val = self.addresses()
+        return self._read(train), self._read(val) if val else None
 
     @property
     def folder(self) -> Path:
@@ -48,11 +59,11 @@ class Downloaded(DataModule):
         return [self.folder / found for found in fnmatch.filter(names, name) if (self.folder / found).is_file()]
 
     def is_ready(self) -> bool:
-        return all(self.files(name) for name in self.addresses())
+        return all(self.files(name) for part in self.addresses() for name in part)
 
     def prepare_data(self) -> None:
         """Download the files that are missing. A failure is a UserError that says which file to put where."""
-        for name, address in self.addresses().items():
+        for name, address in (entry for part in self.addresses() for entry in part.items()):
             if not self.files(name):
                 by_hand = self.folder / address.rpartition("/")[2]
                 if by_hand.is_file():
@@ -62,18 +73,18 @@ class Downloaded(DataModule):
                 else:
                     write_bytes(self.folder / name, fetch(address, MOST_DOWNLOAD, DOWNLOAD_SECONDS))
 
-    def read(self, name: str) -> list[Record]:
-        """Return the records of a file, or of those of a pattern."""
-        self.prepare_data()
+    def _read(self, names: Iterable[str]) -> list[Record]:
+        """Return the records of the files with these names or patterns."""
         records = list[Record]()
-        for file in self.files(name):
+        for file in (file for name in names for file in self.files(name)):
             rows = [(f"record {n}", converted) for n, row in enumerate(read_rows(file), 1) for converted in self.convert(row)]
             records += check_rows(rows, str(file))
         return records
 
     def convert(self, row: Any) -> list[Any]:
         """Return the records, in a form that `litgpt.data.records` reads, of a row of a file."""
-        return [row]
+        is_renamed = self.renamed and isinstance(row, dict)
+        return [{new: row[old] for old, new in self.renamed.items() if old in row} if is_renamed else row]
 
 
 def download_from_hub(address: str, folder: Path, name: str, token: str | None = None) -> None:
@@ -95,7 +106,11 @@ def download_from_hub(address: str, folder: Path, name: str, token: str | None =
         if not arrived:
             raise FileNotFoundError("the data set has no such file")
         for path in arrived:
-            _keep(path, folder / (path.name if "*" in name else name))
+            target = folder / (path.name if "*" in name else name)
+            if path.suffix == target.suffix:
+                path.replace(target)
+            else:
+                write_rows(path, target)
         shutil.rmtree(partial)
     except UserError:
         raise
@@ -103,24 +118,11 @@ def download_from_hub(address: str, folder: Path, name: str, token: str | None =
         reason = first_line(error)[:200]
         if not any(path.stat().st_size for path in partial.rglob("*.incomplete")):
             shutil.rmtree(partial, ignore_errors=True)
-        gated = f"Accept the terms at {HUB}{repo}, then give HF_TOKEN in the environment. " if _is(error, GatedRepoError) else ""
+        gated = f"Accept the terms at {HUB}{repo}, then give HF_TOKEN in the environment. " if isinstance(error, GatedRepoError) else ""
         own = "" if "*" in name or name == file.rpartition("/")[2] else f", or its records as a JSON list named {name},"
         raise UserError(
             f"{file} of the dataset {repo} could not be downloaded ({reason}). {gated}Without a network, put that file{own} into {folder}"
         ) from None
-
-
-def _is(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Return True if the error, or the one behind it, is of this kind."""
-    return error is not None and (isinstance(error, kind) or _is(error.__cause__, kind))
-
-
-def _keep(path: Path, target: Path) -> None:
-    """Give a file that has arrived its name; records of another format than the name's are written as JSON."""
-    if path.suffix == target.suffix:
-        path.replace(target)
-    else:
-        write_rows(path, target)
 
 
 def write_rows(path: Path, target: Path) -> None:

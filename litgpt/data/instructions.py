@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from litgpt.data.downloads import HUB, Downloaded
-from litgpt.data.records import Record
 from litgpt.errors import UserError
 
 
@@ -14,15 +13,6 @@ class _Parts(Downloaded):
     """A training and a validation part, each with files of its own."""
 
     val_split_fraction: float | None = field(default=None, init=False, repr=False)  # the data set has a validation part
-
-    def records(self) -> tuple[list[Record], list[Record] | None]:
-        train, val = ([record for name in names for record in self.read(name)] for names in self.parts())
-        return train, val
-
-    def parts(self) -> tuple[list[str], list[str]]:
-        """Return the names of the training files, and of the validation files."""
-        first, second = self.addresses()
-        return [first], [second]
 
 
 @dataclass
@@ -35,8 +25,9 @@ class Deita(_Parts):
     repo_id: str = "HuggingFaceH4/deita-10k-v0-sft"
     """The data set on the hub."""
 
-    def addresses(self) -> dict[str, str]:
-        return {f"{part}-*": f"{HUB}{self.repo_id}/resolve/main/data/{part}-*" for part in ("train_sft", "test_sft")}
+    def addresses(self) -> tuple[dict[str, str], dict[str, str]]:
+        train, val = ({f"{part}-*": f"{HUB}{self.repo_id}/resolve/main/data/{part}-*"} for part in ("train_sft", "test_sft"))
+        return train, val
 
     def convert(self, row: Any) -> list[Any]:
         texts = [turn.get("content") for turn in row.get("messages") or [] if turn.get("role") != "system"] if isinstance(row, dict) else []
@@ -55,20 +46,16 @@ class FLAN(_Parts):
     subsets: Optional[str] = None
     """Names of the data sets to use, with commas between them: aeslc_10templates,squad_v2_10templates. Default: all of them."""
 
+    renamed: ClassVar[dict[str, str]] = {"inputs": "instruction", "targets": "output"}
+
     def __post_init__(self) -> None:
         if not self.subsets and not self.url.startswith(HUB):
             raise UserError("data.subsets is missing: only the hub lists the files below data.url, so name those to use")
 
-    def addresses(self) -> dict[str, str]:
-        return {name: f"{self.url}/{split}/{name}" for split, names in zip(("train", "test"), self.parts(), strict=True) for name in names}
-
-    def parts(self) -> tuple[list[str], list[str]]:
+    def addresses(self) -> tuple[dict[str, str], dict[str, str]]:
         names = [name.strip() for name in (self.subsets or "*").split(",")]
         train, val = ([f"{name}_{split}.jsonl" for name in names] for split in ("train", "test"))
-        return train, val
-
-    def convert(self, row: Any) -> list[Any]:
-        return [_renamed(row, {"inputs": "instruction", "targets": "output"})]
+        return {file: f"{self.url}/train/{file}" for file in train}, {file: f"{self.url}/test/{file}" for file in val}
 
 
 @dataclass
@@ -80,12 +67,10 @@ class LongForm(_Parts):
     download_dir: Path = Path("./data/longform")
 
     url = "https://raw.githubusercontent.com/akoksal/LongForm/main/dataset"
+    renamed: ClassVar[dict[str, str]] = {"input": "instruction", "output": "output"}
 
-    def addresses(self) -> dict[str, str]:
-        return {f"{split}.json": f"{self.url}/{split}.json" for split in ("train", "val")}
-
-    def convert(self, row: Any) -> list[Any]:
-        return [_renamed(row, {"input": "instruction", "output": "output"})]
+    def addresses(self) -> tuple[dict[str, str], dict[str, str]]:
+        return {"train.json": f"{self.url}/train.json"}, {"val.json": f"{self.url}/val.json"}
 
 
 @dataclass
@@ -101,11 +86,8 @@ class LIMA(Downloaded):
     access_token: Optional[str] = field(default=None, repr=False)
     """Hugging Face token. Default: HF_TOKEN in the environment, or the saved login."""
 
-    def addresses(self) -> dict[str, str]:
-        return {"train.jsonl": f"{HUB}{self.repo_id}/resolve/main/train.jsonl"}
-
-    def records(self) -> tuple[list[Record], list[Record] | None]:
-        return self.read("train.jsonl"), None
+    def addresses(self) -> tuple[dict[str, str], dict[str, str]]:
+        return {"train.jsonl": f"{HUB}{self.repo_id}/resolve/main/train.jsonl"}, {}
 
     def convert(self, row: Any) -> list[Any]:
         return pairs(row.get("conversations") or [] if isinstance(row, dict) else [], self.include_multiturn_conversations)
@@ -115,8 +97,3 @@ def pairs(texts: list[Any], every: bool) -> list[dict[str, Any]]:
     """Return a record of each question in a list of turns' texts and of its answer, or of the first ones."""
     found = [{"instruction": texts[i], "output": texts[i + 1]} for i in range(0, len(texts) - 1, 2)]
     return found if every else found[:1]
-
-
-def _renamed(row: Any, names: dict[str, str]) -> Any:
-    """Return the named keys of a row under other names."""
-    return {new: row[old] for old, new in names.items() if old in row} if isinstance(row, dict) else row
