@@ -14,18 +14,15 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from litgpt.data.records import Message, Record, read_record
 from litgpt.data.sources import SUFFIXES, is_dataset, is_text
 from litgpt.errors import UserError
 from litgpt.files import expand_path
-from litgpt.prompts import REASONING
+from litgpt.prompts import REASONING, ChatTemplate, PromptStyle, misfit
 from litgpt.sample import Sample
-
-if TYPE_CHECKING:
-    from litgpt.prompts import PromptStyle
-    from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer import Tokenizer
 
 UNSET_SHARE = 0.05  # of the samples that is kept for validation if nothing says how many, as in LitGPT
 
@@ -82,6 +79,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
     num_workers: int = 4
     """Accepted for LitGPT's YAML files; without effect, as samples are tokenised before training starts."""
 
+    path_key: ClassVar[str] = ""  # the setting that names the data, if one does
     fallback_style: ClassVar[str] = "alpaca"  # prompt style of a model that has none of its own
 
     @staticmethod
@@ -96,9 +94,9 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
     @property
     def source(self) -> str:
         """Name of this data in messages."""
-        return type(self).__name__
+        return str(getattr(self, self.path_key)) if self.path_key else type(self).__name__
 
-    def connect(self, tokenizer: "Tokenizer | None" = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
+    def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
         """Turn this into a LightningDataModule with loaders of padded batches (`litgpt.data.lightning`), as LitGPT's data modules are."""
         from litgpt.data.lightning import connect
 
@@ -127,9 +125,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         """Return remarks about the last call of `records`, for the report."""
         return []
 
-    def splits(
-        self, tokenizer: "Tokenizer", prompt_style: "PromptStyle", max_seq_length: int | None = None, units: Units = alone
-    ) -> Splits:
+    def splits(self, tokenizer: Tokenizer, prompt_style: PromptStyle, max_seq_length: int | None = None, units: Units = alone) -> Splits:
         """Tokenise all records. Samples longer than `max_seq_length` are cut at the end; units with one without loss tokens are dropped.
 
         `units`: which conversations belong together (`litgpt.objectives.base`); their samples follow each other.
@@ -152,23 +148,17 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
                 f"{100 * UNSET_SHARE:g} % of them for validation, as neither data.val_split_fraction nor a validation file is given"
             )
         numbered = list(enumerate(train, 1))
-        if val is None:
-            numbered, numbered_val = self._split(numbered)
-        else:
-            numbered_val = list(enumerate(val, 1))
+        parts = self._split(numbered) if val is None else (numbered, list(enumerate(val, 1)))
         encoder = Encoder(tokenizer, prompt_style, self.mask_prompt, self.last_turn_only, max_seq_length, self.source)
-        encoded = [encoder.encode_all(part, units) for part in (numbered, numbered_val)]
-        for name, samples, part in zip(("training", "validation"), encoded, (numbered, numbered_val), strict=True):
+        encoded = [encoder.encode_all(part, units) for part in parts]
+        for name, samples, part in zip(("training", "validation"), encoded, parts, strict=True):
             if not samples:
                 raise UserError(self._nothing_left(name, len(part), encoder))
         if self.strict and encoder.ignored:
             raise UserError(f"{self.source}: {', '.join(encoder.remarks())}. Remove these keys, or leave data.strict out")
-        return Splits(
-            [sample for _, unit in encoded[0] for sample in unit],
-            [sample for _, unit in encoded[1] for sample in unit],
-            _report(encoded, encoder, notes, repeats=val is None and self.val_split_fraction == 0),
-            [record for record, _ in encoded[1]],
-        )
+        train_samples, val_samples = ([sample for _, unit in part for sample in unit] for part in encoded)
+        report = _report(encoded, encoder, notes, repeats=val is None and self.val_split_fraction == 0)
+        return Splits(train_samples, val_samples, report, [record for record, _ in encoded[1]])
 
     def held_out_share(self) -> float:
         """Return the share of the records that is kept for validation. Raises UserError if it is no share."""
@@ -211,8 +201,8 @@ SHOWN_KEYS = 12  # in a remark
 class Encoder:
     """Encodes records, and counts those that are cut or dropped and the keys that are ignored."""
 
-    tokenizer: "Tokenizer"
-    style: "PromptStyle"
+    tokenizer: Tokenizer
+    style: PromptStyle
     mask_prompt: bool
     last_turn_only: bool
     max_length: int | None
@@ -308,10 +298,8 @@ class Encoder:
         return remarks
 
 
-def unwritten_keys(record: Record, style: "PromptStyle") -> set[str]:
+def unwritten_keys(record: Record, style: PromptStyle) -> set[str]:
     """Return the keys of a record that the prompt style leaves out of its text."""
-    from litgpt.prompts import ChatTemplate
-
     keys = {key for message in record.messages for key in message} - {"role", "content"} | ({"tools"} if record.tools else set())
     return {key for key in keys if not (isinstance(style, ChatTemplate) and style.reads(key))}
 
@@ -328,18 +316,16 @@ def _has_text(message: Message, unwritten: set[str]) -> bool:
     return any(str(message.get(key) or "").strip() for key in keys)
 
 
-def _name(style: "PromptStyle") -> str:
+def _name(style: PromptStyle) -> str:
     return repr(style.name or type(style).__name__)
 
 
-def render(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", learned: Sequence[int] | None = None) -> Rendered:
+def render(record: Record, style: PromptStyle, tokenizer: Tokenizer, learned: Sequence[int] | None = None) -> Rendered:
     """Return the text of a record up to the end of its last learned reply, and the spans of its learned replies.
 
     A span starts where the prompt ends and includes the marker that ends the turn, but not the white space that follows. Styles other than
     chat templates omit the marker if the tokenizer does not have it as a token.
     """
-    from litgpt.prompts import ChatTemplate
-
     if record.is_text:
         return Rendered(record.reply, [(0, len(record.reply))])
     if learned is None:
@@ -353,7 +339,7 @@ def render(record: Record, style: "PromptStyle", tokenizer: "Tokenizer", learned
     return Rendered(text, [(len(head), len(text))])
 
 
-def question_of(record: Record, style: "PromptStyle", tokenizer: "Tokenizer") -> str:
+def question_of(record: Record, style: PromptStyle, tokenizer: Tokenizer) -> str:
     """Return the text before a record's last reply; of running text its beginning."""
     return render(record, style, tokenizer, [record.last]).prompt
 
@@ -400,7 +386,7 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
     return Rendered(full[: spans[-1][1]], spans)
 
 
-def _one_turn(messages: list[Message], style: "PromptStyle") -> tuple[str | None, str, str]:
+def _one_turn(messages: list[Message], style: PromptStyle) -> tuple[str | None, str, str]:
     turns = [(message["role"], message["content"]) for message in messages]
     system = turns.pop(0)[1] if turns[0][0] == "system" else None
     if [role for role, _ in turns] != ["user", "assistant"]:
@@ -425,8 +411,6 @@ def loss_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, 
 
 
 def _report(encoded: Sequence[Sequence[tuple[Record, list[Sample]]]], encoder: Encoder, notes: list[str], repeats: bool) -> str:
-    from litgpt.prompts import misfit
-
     lengths = [len(sample.input_ids) for part in encoded for _, unit in part for sample in unit]
     parts = [
         f"{len(encoded[0]):,} train samples, {len(encoded[1]):,} of them validated again"

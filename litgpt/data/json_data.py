@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from litgpt.data.base import DataModule
 from litgpt.data.records import Record
@@ -24,9 +25,7 @@ class JSON(DataModule):
     val_split_fraction: float | None = None
     """Share of the samples that is kept for validation. Default: 0.05. Leave it unset for a folder, which has a validation file."""
 
-    @property
-    def source(self) -> str:
-        return str(self.json_path)
+    path_key: ClassVar[str] = "json_path"
 
     def records(self) -> tuple[list[Record], list[Record] | None]:
         """Read and check all records. Raise UserError with the file, the line or record, and the problem."""

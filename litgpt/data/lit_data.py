@@ -14,11 +14,10 @@ from litgpt.data.text_files import Text
 from litgpt.errors import UserError
 from litgpt.files import expand_path, read_json
 from litgpt.sample import Sample
+from litgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from litgpt.tokenizer import Tokenizer
 
 INDEX = "index.json"
 # numpy's names, by the numbers of litdata's lists of torch's and of numpy's formats
@@ -60,9 +59,7 @@ class LitData(Text):
     val_split_fraction: float | None = None
     """Share of the blocks that is kept for validation, without split_names. Default: 0.05."""
 
-    @property
-    def source(self) -> str:
-        return str(self.data_path)
+    path_key: ClassVar[str] = "data_path"
 
     def texts(self) -> tuple[Iterable[Any], Iterable[Any] | None]:
         if re.match(r"\w{2,}:/", str(self.data_path)):
@@ -75,7 +72,7 @@ class LitData(Text):
         train, val = (folder / name for name in self.split_names)
         return [train], [val]
 
-    def _blocks(self, tokenizer: "Tokenizer", texts: Iterable[Any], length: int) -> tuple[list[Sample], int]:
+    def _blocks(self, tokenizer: Tokenizer, texts: Iterable[Any], length: int) -> tuple[list[Sample], int]:
         """Return the blocks of all chunks of the folders, and the number of tokens before they were cut."""
         blocks, count, mask = list[Sample](), 0, bytearray(b"\0" + b"\1" * (length - 1))
         for tokens in (chunk for folder in texts for chunk in chunks(folder)):
@@ -104,7 +101,7 @@ class TinyLlama(LitData):
             raise UserError(f"{', '.join(missing)} {'are' if missing[1:] else 'is'} missing: name their folder as data.data_path")
         return wanted[::2], [val]
 
-    def _blocks(self, tokenizer: "Tokenizer", texts: Iterable[Any], length: int) -> tuple[list[Sample], int]:
+    def _blocks(self, tokenizer: Tokenizer, texts: Iterable[Any], length: int) -> tuple[list[Sample], int]:
         parts = [super(TinyLlama, self)._blocks(tokenizer, [folder], length) for folder in texts]
         if len(parts) == 1:
             return parts[0]

@@ -37,7 +37,6 @@ ALONE = ("input", "output")  # the question, if there is no key of another
 CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 ROLES |= {"model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"}
-QUESTIONS = {question for question, _ in PAIRS}
 PASSED = ("tool_calls", *REASONING, "name", "tool_call_id")  # keys of a message that templates may write
 WEIGHTS, FLAGS = ("weight", "train"), ("training", "loss")  # of a turn; the flags are axolotl's and ms-swift's
 TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content
@@ -75,11 +74,6 @@ class Record:
     def question(self) -> str:
         """The question of a pair."""
         return str(self.messages[-2]["content"])
-
-    @property
-    def answer(self) -> str:
-        """The answer of a pair."""
-        return str(self.messages[-1]["content"])
 
 
 def read_record(entry: Any) -> Record:
@@ -148,7 +142,7 @@ def _flag(value: Any) -> bool | None:
 def _read_preference(entry: dict[str, Any]) -> Record:
     """Return the chosen conversation, which has the rejected one."""
     answers = [entry["chosen"], entry["rejected"]]
-    places = ["prompt", *sorted(QUESTIONS)]
+    places = ["prompt", *sorted({question for question, _ in PAIRS})]
     if all(isinstance(answer, dict) for answer in answers):
         answers, places = [[answer] for answer in answers], [*CONVERSATIONS, *places]
     place = next((key for key in places if entry.get(key) not in (None, "")), "prompt")
@@ -190,9 +184,8 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
     question, answer = pair
     if isinstance(entry[question], list) and isinstance(entry[answer], list):  # the prompt's own replies are not learned
         before, after = _read_turns(entry, question, False), _read_turns(entry, answer)
-        record = Record(before.messages + after.messages, [0.0] * len(before.messages) + after.learned)
-        record.unread = before.unread + after.unread
-        return list(pair), record
+        learned = [0.0] * len(before.messages) + after.learned
+        return list(pair), Record(before.messages + after.messages, learned, unread=before.unread + after.unread)
     extra, context = "" if pair == ALONE else _optional_text(entry, "input"), _optional_text(entry, "context")
     if extra and context:
         raise UserError("it has both 'input' and 'context': leave one of them out")
@@ -202,10 +195,9 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
             raise UserError(f"entry {n} of 'history' is {repr(turns)[:60]}, a list of a question and its answer is needed")
         texts = [_check_text(text, f"history, entry {n}") for text in turns]
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
-    alone = not messages
     messages += [{"role": role, "content": _check_text(entry[key], key)} for role, key in zip(("user", "assistant"), pair, strict=True)]
     learned = [float(message["role"] == "assistant") for message in messages]
-    return [*pair, "input", "context", "history"], Record(messages, learned, None, alone, extra or context)
+    return [*pair, "input", "context", "history"], Record(messages, learned, pair=len(messages) == 2, input=extra or context)
 
 
 def _missing_keys(keys: list[str]) -> str:

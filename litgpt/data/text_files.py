@@ -7,20 +7,18 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from litgpt.data.base import DataModule, Splits, Units, alone
 from litgpt.data.downloads import HUB, download_from_hub
 from litgpt.data.records import Record
-from litgpt.data.sources import import_library, texts_of
+from litgpt.data.sources import SAVED, import_library, texts_of
 from litgpt.errors import UserError
 from litgpt.files import expand_path, parse_json, read_text
+from litgpt.prompts import PromptStyle
 from litgpt.sample import Sample
 from litgpt.text import first_line
-
-if TYPE_CHECKING:
-    from litgpt.prompts import PromptStyle
-    from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer import Tokenizer
 
 PIECE = 2**20  # characters that are tokenised at once
 TOKEN = 4  # characters, about
@@ -46,9 +44,7 @@ class Text(DataModule):
             f"{type(self).__name__} holds running text, no questions and answers: use `litgpt pretrain`, finetune_lora or finetune_full"
         )
 
-    def splits(
-        self, tokenizer: "Tokenizer", prompt_style: "PromptStyle", max_seq_length: int | None = None, units: Units = alone
-    ) -> Splits:
+    def splits(self, tokenizer: Tokenizer, prompt_style: PromptStyle, max_seq_length: int | None = None, units: Units = alone) -> Splits:
         """Tokenise all texts. Raises UserError if they do not fill a block of `max_seq_length` + 1 tokens."""
         assert max_seq_length is not None
         train_texts, val_texts = self.texts()
@@ -67,7 +63,7 @@ class Text(DataModule):
         start = {"role": "assistant", "content": tokenizer.decode(list(val[0].input_ids))}
         return Splits(train, val, report, [Record([start], [1.0], is_text=True)])
 
-    def _blocks(self, tokenizer: "Tokenizer", texts: Iterable[str], length: int) -> tuple[list[Sample], int]:
+    def _blocks(self, tokenizer: Tokenizer, texts: Iterable[str], length: int) -> tuple[list[Sample], int]:
         """Return the blocks, and the number of tokens before they were cut."""
         ids, blocks, count = array("i"), list[Sample](), 0
         mask = bytearray(b"\0" + b"\1" * (length - 1))
@@ -102,9 +98,7 @@ class TextFiles(Text):
     val_split_fraction: float | None = None
     """Share of a single file that is kept for validation. Default: 0.05."""
 
-    @property
-    def source(self) -> str:
-        return str(self.train_data_path)
+    path_key: ClassVar[str] = "train_data_path"
 
     def files(self) -> tuple[list[Path], list[Path] | None]:
         """Return the files of the training and the validation text; None for the latter if it is a share of the former."""
@@ -150,11 +144,8 @@ class TinyStories(Text):
     data_path: Path = Path("data/tinystories")
     """Folder for the downloaded files, JSON lists of stories. The first is for validation."""
 
+    path_key: ClassVar[str] = "data_path"
     archive: ClassVar[str] = "TinyStories_all_data.tar.gz"
-
-    @property
-    def source(self) -> str:
-        return str(self.data_path)
 
     def is_ready(self) -> bool:
         return len(self._files()) > 1
@@ -205,7 +196,7 @@ class OpenWebText(Text):
         datasets: Any = import_library("datasets", "OpenWebText")
         folder = expand_path(self.data_path)
         try:
-            is_saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+            is_saved = any((folder / name).is_file() for name in SAVED)
             loaded = datasets.load_from_disk(str(folder)) if is_saved else datasets.load_dataset(self.repo_id, cache_dir=str(folder))
             rows = loaded.get("train", loaded)
         except Exception as error:  # the library raises errors of many others

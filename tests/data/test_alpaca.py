@@ -47,7 +47,7 @@ def test_dolly_has_contexts(hub: Hub, tmp_path: Path) -> None:
     row = {"instruction": "q", "context": "c", "response": "a", "category": "closed_qa"}
     publish(hub, tmp_path / "dolly", "databricks/databricks-dolly-15k", {"databricks-dolly-15k.jsonl": [row]})
     (record,) = Dolly(download_dir=tmp_path).records()[0]
-    assert (record.question, record.input, record.answer, record.unread) == ("q", "c", "a", ("category",))
+    assert (record.question, record.input, record.reply, record.unread) == ("q", "c", "a", ("category",))
 
 
 def test_another_address(hub: Hub, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_examples_belong_to_the_validation_samples(tokenizer: Tokenizer) -> None
     records = [pair(f"question {i}", "" if i % 3 else f"answer {i}") for i in range(30)]
     splits = Given(val_split_fraction=0.5, train=records).splits(tokenizer, prompts.Default())
     texts = [full_text(sample, tokenizer) for sample in splits.val]
-    assert texts == [f"{record.question}{record.answer}<|im_end|>" for record in splits.examples]
+    assert texts == [f"{record.question}{record.reply}<|im_end|>" for record in splits.examples]
 
 
 def test_without_a_validation_share_training_samples_are_validated(tokenizer: Tokenizer) -> None:

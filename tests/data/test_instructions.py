@@ -20,7 +20,7 @@ TURNS = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"
 
 
 def texts(records: list[Record] | None) -> list[tuple[str, str]]:
-    return [(record.question, record.answer) for record in records or []]
+    return [(record.question, record.reply) for record in records or []]
 
 
 @pytest.mark.parametrize("every", [False, True])

@@ -34,7 +34,7 @@ def test_folder_has_its_own_validation(tmp_path: Path, tiny_tokenizer_dir: Path)
     write(tmp_path / "val.jsonl", json.dumps({**RECORD, "output": "Bye"}) + "\n")
     splits = JSON(json_path=tmp_path).splits(Tokenizer(tiny_tokenizer_dir), prompts.ChatML())
     assert (len(splits.train), len(splits.val)) == (4, 1)
-    assert splits.examples[0].answer == "Bye"
+    assert splits.examples[0].reply == "Bye"
     with pytest.raises(UserError, match="val_split_fraction is set"):
         JSON(json_path=tmp_path, val_split_fraction=0.1).records()
 

@@ -40,7 +40,7 @@ def test_formats(suffix: str, tmp_path: Path) -> None:
         path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
     train, val = JSON(json_path=path).records()
     assert val is None
-    assert [(record.question, record.answer) for record in train] == [tuple(row.values()) for row in rows]
+    assert [(record.question, record.reply) for record in train] == [tuple(row.values()) for row in rows]
 
 
 def test_keys_that_columns_add_to_nested_objects(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_tables_of_spreadsheets_that_write_semicolons(head: str, tmp_path: Path)
     mark = ";" if ";" in head else ","
     (tmp_path / "a.csv").write_text(f'{head}\n"1{mark} 2";a\n' if mark == ";" else f'{head}\n"1{mark} 2",a;b\n')
     [record] = read_records(tmp_path / "a.csv")
-    assert (record.question, record.answer) == (f"1{mark} 2", "a" if mark == ";" else "a;b")
+    assert (record.question, record.reply) == (f"1{mark} 2", "a" if mark == ";" else "a;b")
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_datasets_of_the_library(where: str, tmp_path: Path, monkeypatch: pytest
     else:
         (parts["train"] if where == "saved" else parts).save_to_disk(folder)
     train, val = JSON(json_path=folder).records()
-    assert [record.answer for record in train] == ["train 0", "train 1"]
-    assert [record.answer for record in val or []] == ([] if where == "saved" else ["validation 0", "validation 1"])
+    assert [record.reply for record in train] == ["train 0", "train 1"]
+    assert [record.reply for record in val or []] == ([] if where == "saved" else ["validation 0", "validation 1"])
 
 
 @pytest.mark.parametrize("where", ["org/name", "saved", "folder"])
@@ -166,8 +166,8 @@ def test_datasets(where: str, parts: tuple[str, ...] | None, tmp_path: Path, mon
         (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
     train, val = JSON(json_path=path).records()
     assert asked == [("load_from_disk" if where == "saved" else "load_dataset", str(path))]
-    assert [record.answer for record in train] == [f"{(parts or ('train',))[0]} {i}" for i in range(2)]
-    assert [record.answer for record in val or []] == (["validation 0", "validation 1"] if parts and len(parts) > 1 else [])
+    assert [record.reply for record in train] == [f"{(parts or ('train',))[0]} {i}" for i in range(2)]
+    assert [record.reply for record in val or []] == (["validation 0", "validation 1"] if parts and len(parts) > 1 else [])
     assert JSON(json_path=path, val_split_fraction=0.5).records()[1] is None
 
 
