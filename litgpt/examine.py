@@ -3,7 +3,7 @@
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional, cast
@@ -111,15 +111,13 @@ def repetitions(train: Sequence[Record], val: Sequence[Record]) -> list[str]:
             (message["role"], normalised(str(message["content"]))) for message in (*one.messages, {"role": "", "content": one.input})
         )
         question, answer = (*words[:-2], words[-1]), words[-2][1]
-        whole = _whole(one)
-        if (same := first.setdefault(whole, number)) != number:
+        if (same := first.setdefault(_whole(one), number)) != number:
             exact.append((number, same))
         elif (same := plain.setdefault(words, number)) != number:
             near.append((number, same))
         if one.messages[-1]["content"] and not one.is_text:
             answers.setdefault(question, {}).setdefault(answer, number)
-    known = {*first}
-    shared = [(number, first[_whole(one)]) for number, one in enumerate(val, 1) if _whole(one) in known]
+    shared = [(number, first[whole]) for number, one in enumerate(val, 1) if (whole := _whole(one)) in first]
     differing = [tuple(found.values()) for found in answers.values() if len(found) > 1]
     lines = []
     for text, pairs in (
@@ -182,9 +180,7 @@ def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[s
             f"{encoder.source}: no record has an answer. Fill in the key of the answer (`output`), or let a turn have the weight 1"
         )
     chosen = [i for i in spread if i in samples]
-    learned, total = (
-        sum(map(count, (samples[i] for i in chosen))) for count in (lambda one: sum(one.loss_mask), lambda one: len(one.input_ids))
-    )
+    learned, total = sum(samples[i].n_targets for i in chosen), sum(lengths[i] for i in chosen)
     scale = len(records) / len(spread)
     about = "about " if scale > 1 else ""
     lines = histogram([lengths[i] for i in chosen], "tokens", scale, max(lengths.values()))
@@ -224,10 +220,13 @@ def show_record(record: Record, style: PromptStyle, tokenizer: Tokenizer, mask_p
     if record.pair and not mask_prompt:
         spans = [(0, len(text))]
     console = _console()
-    shown = Text()
-    for piece, is_learned in _pieces(text, spans):
-        marks = ("⟦", "⟧") if is_learned and console.color_system is None else ("", "")
-        shown.append(f"{marks[0]}{safe(piece)}{marks[1]}", "green" if is_learned else "dim")
+    opening, closing = ("⟦", "⟧") if console.color_system is None else ("", "")
+    shown, end = Text(), 0
+    for start, stop in spans:
+        shown.append(safe(text[end:start]), "dim")
+        shown.append(f"{opening}{safe(text[start:stop])}{closing}", "green")
+        end = stop
+    shown.append(safe(text[end:]), "dim")
     console.print(shown)
 
 
@@ -239,15 +238,6 @@ def _console() -> "Console":
 
 def _green() -> str:
     return "between ⟦ and ⟧" if _console().color_system is None else "green"
-
-
-def _pieces(text: str, spans: Iterable[tuple[int, int]]) -> Iterable[tuple[str, bool]]:
-    end = 0
-    for start, stop in spans:
-        yield text[end:start], False
-        yield text[start:stop], True
-        end = stop
-    yield text[end:], False
 
 
 ANY_TOKENIZER = cast(Tokenizer, SimpleNamespace(token_to_id=lambda token: 0))  # has every token
