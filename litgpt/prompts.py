@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -128,32 +129,27 @@ class TurnStyle(ChatStyle):
             self.system = system_message
 
     def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> Marked:
-        turns, system, starts = list(messages), self.system, []
+        turns, system, starts = list(messages), self.system, list[int]()
         if turns and turns[0]["role"] == "system":
             system = turns.pop(0)["content"]
             starts.append(0)
         system_text = self.system_turn.replace("{}", system) if system else ""
-        parts = [self.start] if self.system_in_user else [self.start, system_text]
-        head = system_text if self.system_in_user else ""
-        length, between = sum(map(len, parts)), ""
+        head, before = (system_text, "") if self.system_in_user else ("", system_text)
+        parts, between = [self.start + before], ""
         for turn in turns:
-            starts.append(length)
-            written = len(parts)
-            parts.append(between)
-            between = ""
             if turn["role"] == "user":
-                parts.append(self.user_turn.replace("{}", head + turn["content"]))
-                head = ""
+                parts.append(between + self.user_turn.replace("{}", head + turn["content"]))
+                head = between = ""
             elif turn["role"] == "assistant":
-                parts += (self.reply_head, self.gap, turn["content"], self.end_of_turn)
+                parts.append(between + self.reply_head + self.gap + turn["content"] + self.end_of_turn)
                 between = self.between
             elif turn["role"] == "system":
                 raise UserError(f"prompt style {self.name}: a conversation holds at most one system message, at its start")
             else:
                 raise UserError(f"the prompt style {self.name!r} has no form for the role {turn['role']!r}: {OWN_TEMPLATE}")
-            length += sum(map(len, parts[written:]))
+        starts += list(accumulate(map(len, parts)))[:-1]
         if add_generation_prompt:
-            parts += (between, self.reply_head)
+            parts.append(between + self.reply_head)
         return "".join(parts), starts
 
 
@@ -189,7 +185,6 @@ class ChatTemplate(ChatStyle):
     """
 
     name = "chat"
-
     bos = False
 
     def __init__(
@@ -238,13 +233,8 @@ class ChatTemplate(ChatStyle):
                 self._compiled[template] = Sandbox(self.now).from_string(template)
             sandbox: Any = self._compiled[template].environment
             sandbox.start()
-            for piece in self._compiled[template].generate(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-                tools=tools,
-                documents=None,
-            ):
+            variables = {**self.special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
+            for piece in self._compiled[template].generate(variables, tools=tools, documents=None):
                 pieces.append(piece)
                 sandbox.written += len(piece)
                 if sandbox.written > MAX_SIZE:
@@ -310,19 +300,15 @@ def resolve_prompt_style(
         return PromptStyle.from_name(name)
     if has_prompt_style(folder):
         return load_prompt_style(folder, tokenizer)
-    if template := _own_template(folder, tokenizer):
+    if template := ChatTemplate.from_tokenizer(tokenizer or Tokenizer(folder), str(folder)):
         return template
     config = read_yaml(folder / "model_config.yaml") if (folder / "model_config.yaml").exists() else None
     style = families.prompt_style(str(config.get("name", ""))) if isinstance(config, dict) else None
     return PromptStyle.from_name(style or fallback)
 
 
-def _own_template(folder: Path, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    return ChatTemplate.from_tokenizer(tokenizer or Tokenizer(folder), source=str(folder))
-
-
 def _require_own_template(folder: Path, tokenizer: Tokenizer | None) -> ChatTemplate:
-    template = _own_template(folder, tokenizer)
+    template = ChatTemplate.from_tokenizer(tokenizer or Tokenizer(folder), str(folder))
     if template is None:
         raise UserError(f"{folder} has no chat template (tokenizer_config.json or chat_template.jinja): choose a prompt style by name")
     return template

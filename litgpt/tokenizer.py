@@ -54,23 +54,23 @@ class Tokenizer:
         self._config = {key: value for key, value in config.items() if value is not None}
         self.special_tokens = _named_tokens(self._config)
         self._backend.encode_special_tokens = self._config.get("split_special_tokens") is True
-        self._add_tokens(folder)
+        self._add_tokens()
         generation = folder / "generation_config.json"
         if not os.path.lexists(generation):  # transformers derives it from the model's config
             generation = folder / "config.json"
         bos_ids, eos_ids = (self._ids_in(generation, key) for key in ("bos_token_id", "eos_token_id"))
-        self.bos_id = self._special_id("bos_token", bos_ids, folder)
-        self.eos_id = self._special_id("eos_token", eos_ids, folder)
+        self.bos_id = self._special_id("bos_token", bos_ids)
+        self.eos_id = self._special_id("eos_token", eos_ids)
         self.stop_ids: set[int] = set(eos_ids) | ({self.eos_id} if self.eos_id is not None else set())
         """Ids that end a generated answer."""
         self.first_ids = self._first_ids()
         """Ids that tokenizer.json puts before a text: mostly BOS or none. transformers 5 reads no `add_bos_token` beside it."""
-        self.use_bos: bool = self.bos_id is not None and self.bos_id in self.first_ids
+        self.use_bos: bool = self.bos_id in self.first_ids
         templates = _chat_templates(self._config.get("chat_template"), folder)
         self.chat_template = templates.get("default")
         self.tool_template = templates.get("tool_use")  # of conversations with tools, if there is one
 
-    def _add_tokens(self, folder: Path) -> None:
+    def _add_tokens(self) -> None:
         """Add the tokens that files beside tokenizer.json name, as transformers does: tokenizer_config.json, else added_tokens.json and
         special_tokens_map.json. Special tokens become ones that are recognised in a text; BOS and EOS have to be in the vocabulary."""
         from tokenizers import AddedToken
@@ -81,7 +81,7 @@ class Tokenizer:
         special = [*named, *extra]
         required = {self.special_tokens.get(name) for name in ("bos_token", "eos_token")}
         listed = []
-        for text, entry in _listed_tokens(self._config.get("added_tokens_decoder"), folder):
+        for text, entry in _listed_tokens(self._config.get("added_tokens_decoder"), self.folder):
             flags = {key: entry.get(key) is True for key in ("single_word", "lstrip", "rstrip")}
             is_special = entry.get("special", text in extra) is True or text in named
             listed.append(AddedToken(text, **flags, normalized=entry.get("normalized", not is_special) is True, special=is_special))
@@ -114,9 +114,9 @@ class Tokenizer:
                 raise UserError(f"{file}: {key} is {str(value)[:60]!r}, which is no id of tokenizer.json: correct it")
         return values
 
-    def _special_id(self, name: str, fallback: list[int], folder: Path) -> int | None:
+    def _special_id(self, name: str, fallback: list[int]) -> int | None:
         """Return the id of a special token, by its text in tokenizer_config.json, else by generation_config.json."""
-        entry, file = self._config.get(name), folder / "tokenizer_config.json"
+        entry, file = self._config.get(name), self.folder / "tokenizer_config.json"
         text = _token_text(entry)
         if entry is not None and text is None:
             raise UserError(f"{file}: {name} is {str(entry)[:60]!r}, a text is needed")
@@ -249,22 +249,20 @@ class StreamDecoder:
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self.context: list[int] = []
         self.pending: list[int] = []
-        self.before = ""  # the text of `context`
 
     def push(self, ids: list[int]) -> str:
         """Return the text that is new and complete with these ids; "" if none is."""
         self.pending += ids
-        text = self.tokenizer.decode(self.context + self.pending, self.skip_special_tokens)
-        if len(text) <= len(self.before) or text.endswith("\ufffd"):
+        piece = self.rest()
+        if not piece or piece.endswith("\ufffd"):
             return ""
-        piece = text[len(self.before) :]
         self.context, self.pending = self.pending, []
-        self.before = self.tokenizer.decode(self.context, self.skip_special_tokens)
         return piece
 
     def rest(self) -> str:
-        """Return what was held back."""
-        return self.tokenizer.decode(self.context + self.pending, self.skip_special_tokens)[len(self.before) :]
+        """Return what is held back."""
+        before, text = (self.tokenizer.decode(ids, self.skip_special_tokens) for ids in (self.context, self.context + self.pending))
+        return text[len(before) :]
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
