@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,11 +125,13 @@ def read_hyperparameters(folder: str | Path) -> dict[str, Any]:
     return values
 
 
-def tokenizer_files(source: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each tokenizer and generation file of `source`.
+def tokenizer_contents(source: str | Path) -> dict[str, bytes]:
+    """Return name and content of each tokenizer and generation file of `source`.
 
-    Raises UserError if one is a link out of the folder, no regular file, or something else than its name says.
+    Without a generation_config.json there is one of what the tokenizer takes from config.json. Raises UserError if a file is a link out of
+    the folder, no regular file, or something else than its name says.
     """
+    contents: dict[str, bytes] = {}
     for name in dict.fromkeys((*TOKENIZER_FILES, *template_files(source))):
         if (raw := read_own(source, name)) is None:
             continue
@@ -140,7 +142,13 @@ def tokenizer_files(source: str | Path) -> Iterator[tuple[str, bytes]]:
             decode_text(raw, file)
         elif not _is_tokenizer_model(raw):
             raise UserError(f"{file} is not what its name says: copy it again from where the model came from")
-        yield name, raw
+        contents[name] = raw
+    config = read_own(source, "config.json")
+    if config is not None and "generation_config.json" not in contents:
+        content = parse_object(decode_text(config, "config.json"), Path(source) / "config.json")
+        ids = {key: value for key, value in content.items() if key in ("bos_token_id", "eos_token_id")}
+        contents["generation_config.json"] = (json.dumps(ids) + "\n").encode()
+    return contents
 
 
 def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
@@ -152,16 +160,6 @@ def write_tokenizer(contents: Mapping[str, bytes], target: str | Path) -> None:
     """Write the files of `tokenizer_contents` to a folder."""
     for name, raw in contents.items():
         write_bytes(Path(target) / name, raw)
-
-
-def tokenizer_contents(source: str | Path) -> dict[str, bytes]:
-    """Return `tokenizer_files`, with a generation_config.json of what the tokenizer takes from config.json where there is none."""
-    contents, config = dict(tokenizer_files(source)), read_own(source, "config.json")
-    if config is not None and "generation_config.json" not in contents:
-        content = parse_object(decode_text(config, "config.json"), Path(source) / "config.json")
-        ids = {key: value for key, value in content.items() if key in ("bos_token_id", "eos_token_id")}
-        contents["generation_config.json"] = (json.dumps(ids) + "\n").encode()
-    return contents
 
 
 def _is_tokenizer_model(raw: bytes) -> bool:
@@ -212,7 +210,7 @@ def require_checkpoint(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist: make one with `litgpt convert_to_litgpt`, or check the path")
     missing = [name + kind_note(folder / name) for name in (WEIGHTS, "model_config.yaml") if not (folder / name).is_file()]
-    if not _has_tokenizer(folder):
+    if not has_tokenizer(folder):
         missing.append(f"tokenizer.json{kind_note(folder / 'tokenizer.json')}")
     if missing:
         hint = adapter_hint(folder) or ": copy what is missing, or convert the model again with `litgpt convert_to_litgpt`"
@@ -225,10 +223,11 @@ def require_checkpoint(folder: str | Path) -> Path:
 
 def require_tokenizer(folder: Path) -> Path:
     """Return the folder. Raises UserError if it holds no tokenizer, and says what it holds."""
-    return folder if _has_tokenizer(folder) else require_checkpoint(folder)
+    return folder if has_tokenizer(folder) else require_checkpoint(folder)
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Return True if the folder holds a tokenizer."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
@@ -507,9 +506,12 @@ def adapter_file(folder: str | Path) -> Path:
 
 
 def adapted_config(folder: str | Path, base: Path, settings: Mapping[str, Any]) -> LoRAConfig:
-    """Return the config of `base` with the adapter of a folder, whose settings are given."""
+    """Return the config of `base` with the adapter of a folder, whose settings are given. A UserError names hyperparameters.yaml."""
     kind = importlib.import_module(ADAPTERS[adapter_file(folder).name]).Config
-    config: LoRAConfig = kind.from_checkpoint(base, **settings)
+    try:
+        config: LoRAConfig = kind.from_checkpoint(base, **settings)
+    except UserError as error:
+        raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
     return config
 
 
@@ -519,10 +521,7 @@ def adapted(folder: str | Path, base: str | Path | None = None) -> tuple[Path, L
 
     base, settings = adapter_settings(folder, base)
     LoRAConfig.from_checkpoint(require_checkpoint(base))  # its faults are not those of the settings
-    try:
-        return base, adapted_config(folder, base, settings)
-    except UserError as error:
-        raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
+    return base, adapted_config(folder, base, settings)
 
 
 def _answers_by_adapter(folder: Path, dtype: torch.dtype) -> bool:

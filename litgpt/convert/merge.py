@@ -51,7 +51,7 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
     base = write_merged(folder, backbone_dtype(precision), pretrained_checkpoint_dir)
     if not (folder / "model_config.yaml").is_file():
         checkpoint.save_config(Config.from_checkpoint(base), folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not checkpoint.has_tokenizer(folder):
         checkpoint.copy_tokenizer_files(base, folder)
     if atomic.read_manifest(folder) is not None:
         atomic.write_manifest(folder, [checkpoint.WEIGHTS])

@@ -19,7 +19,7 @@ from litgpt.api import LLM
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.generate.engine import Batch, Row
-from litgpt.lora import GPT as LoRAGPT, Config, Skip2LoRA, skip_sum
+from litgpt.lora import GPT as LoRAGPT, Skip2LoRA, skip_sum
 from litgpt.model import Positions
 from litgpt.packed import pack
 
@@ -144,10 +144,7 @@ def _load_adapter(name: str, folder: Path, base: Served, base_folder: Path, quan
         pack(llm.model)
         return Served(name, llm, SharedBatch(llm.model, CHUNK, KEPT))
     _, settings = checkpoint.adapter_settings(folder, base_folder)
-    try:
-        config = Config.from_checkpoint(base_folder, **settings)
-    except UserError as error:
-        raise UserError(f"{folder / 'hyperparameters.yaml'}: {error}") from None
+    config = checkpoint.adapted_config(folder, base_folder, settings)
     shared = {id(tensor): tensor for tensor in (*base.llm.model.parameters(), *base.llm.model.buffers())}
     model: Any = copy.deepcopy(base.llm.model, shared)
     model.adapt(config)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from litgpt.checkpoint import tokenizer_files
+from litgpt.checkpoint import tokenizer_contents
 from litgpt.convert.gguf.pretokenizers import name_of
 from litgpt.convert.gguf.tokenizer import BLANK, BYTE, CONTROL, ENDS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, ranked_merges
 from litgpt.errors import UserError
@@ -21,7 +21,7 @@ def vocabulary(folder: Path, rows: int) -> dict[str, Any]:
     Raises UserError for tokenizers that GGUF cannot describe, and for more tokens than rows. Files do not state that an added token absorbs
     the blanks beside it (Phi 3), or that the text is composed first (NFC): readers know it of a model, or do without.
     """
-    dict(tokenizer_files(folder))  # an error if one leads out of the folder
+    tokenizer_contents(folder)  # an error if one leads out of the folder
     tokenizer = Tokenizer(folder)
     content = json.loads(tokenizer.to_json())
     model = content["model"]
