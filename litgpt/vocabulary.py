@@ -140,26 +140,30 @@ class _Losses(torch.autograd.Function):
         weights = (targets != IGNORED).to(wide) if weights is None else torch.where(targets == IGNORED, 0, weights).to(wide)
         norm = torch.full(targets.shape, -torch.inf, dtype=wide, device=hidden.device)  # (N,) log sum exp y
         chosen = torch.zeros_like(norm)
-        for indices, rows, bias in head.pieces(hidden):
-            place = _places(indices, head.out_features)
-            for here in _blocks(len(targets), len(indices), wide):
-                y = finish_logits(F.linear(hidden[here], rows, bias).to(wide), divisor, cap)  # (rows of a block, P)
-                norm[here] = torch.logaddexp(norm[here], y.logsumexp(-1))
-                at = place[targets[here].clamp(min=0)]
-                chosen[here] += torch.where(at < 0, 0, y.gather(1, at.clamp(min=0)[:, None])[:, 0])
+
+        def blocks() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+            """Yield rows of `hidden`, their logits y for a piece, the targets' places in the piece or -1, and the piece."""
+            for indices, rows, bias in head.pieces(hidden):
+                place = torch.full((head.out_features,), -1, device=indices.device)  # (V,): of each token in the piece
+                place.index_copy_(0, indices, torch.arange(len(indices), device=indices.device))
+                step = max(1, BLOCK_BYTES // (len(indices) * wide.itemsize))
+                for start in range(0, len(targets), step):
+                    here = slice(start, start + step)
+                    y = finish_logits(F.linear(hidden[here], rows, bias).to(wide), divisor, cap)  # (rows of a block, P)
+                    yield here, y, place[targets[here].clamp(min=0)], rows
+
+        for here, y, at, _ in blocks():
+            norm[here] = torch.logaddexp(norm[here], y.logsumexp(-1))
+            chosen[here] += torch.where(at < 0, 0, y.gather(1, at.clamp(min=0)[:, None])[:, 0])
         if hidden.requires_grad:
             gradient = torch.zeros_like(hidden, dtype=wide)
-            for indices, rows, bias in head.pieces(hidden):
-                place = _places(indices, head.out_features)
-                for here in _blocks(len(targets), len(indices), wide):
-                    y = finish_logits(F.linear(hidden[here], rows, bias).to(wide), divisor, cap)
-                    p = (y - norm[here, None]).exp_()
-                    at = place[targets[here].clamp(min=0)]
-                    p.scatter_add_(1, at.clamp(min=0)[:, None], (at >= 0).to(wide).neg()[:, None])
-                    if cap is not None:
-                        p.mul_(1 - (y / cap).square_())
-                    p.mul_(weights[here, None] / divisor)
-                    gradient[here] += p.to(rows.dtype) @ rows
+            for here, y, at, rows in blocks():
+                p = (y - norm[here, None]).exp_()
+                p.scatter_add_(1, at.clamp(min=0)[:, None], (at >= 0).to(wide).neg()[:, None])
+                if cap is not None:
+                    p.mul_(1 - (y / cap).square_())
+                p.mul_(weights[here, None] / divisor)
+                gradient[here] += p.to(rows.dtype) @ rows
             ctx.save_for_backward(gradient.to(hidden.dtype))
         return (norm - chosen) * weights
 
@@ -167,15 +171,3 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype)[:, None], None, None, None, None, None
-
-
-def _places(indices: torch.Tensor, V: int) -> torch.Tensor:
-    """Return (V,): the place of each token in a piece, or -1."""
-    places = torch.full((V,), -1, device=indices.device)
-    return places.index_copy_(0, indices, torch.arange(len(indices), device=indices.device))
-
-
-def _blocks(N: int, P: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Yield slices of N rows whose logits for a piece of P tokens stay small."""
-    rows = max(1, BLOCK_BYTES // (P * dtype.itemsize))
-    yield from (slice(start, min(start + rows, N)) for start in range(0, N, rows))
