@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,18 +22,20 @@ from litgpt import config as base, model as base_model
 from litgpt.adapters.anywhere import Entry, read_lora, require_fit, sizes, target_layers, write_lora
 from litgpt.adapters.base import adapter_parameters, adapter_state, adapters, renew_adapters as renew_adapters
 from litgpt.adapters.blocks import DEFAULT_TAPS, auto_count, listed, resolve_blocks as resolve_blocks
+from litgpt.adapters.dora import DoRA
 from litgpt.adapters.heads import Head, MultiTokenHead, Tap, ValueHead
 from litgpt.adapters.layers import LoRALayer as LoRALayer, LoRALinear as LoRALinear, LoRAQKVLinear as LoRAQKVLinear
 from litgpt.adapters.patterns import PARTS, require_used
+from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.saved import fuse_saved, save_modules
-from litgpt.adapters.settings import VARIANTS, AdapterSettings
+from litgpt.adapters.settings import AdapterSettings
 from litgpt.adapters.switch import Switch
 from litgpt.errors import UserError
-from litgpt.fused import rms_norm
 from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block as Block, CausalSelfAttention as CausalSelfAttention, Positions
 
 LM_HEAD, LN_F = "lm_head", "transformer.ln_f"
+VARIANTS: dict[str, type[LoRALinear]] = {"dora": DoRA, "pissa": PiSSA, "olora": OLoRA}  # mixed into LoRA's layers
 
 
 @dataclass
@@ -133,11 +134,8 @@ class Config(base.Config, AdapterSettings):
         return {field.name for field in fields(cls)} - {field.name for field in fields(base.Config)}  # no ClassVar
 
 
-class Skip2LoRA(LoRALayer):
-    """The adapter from a block's output to the output layer: D = (alpha / r) dropout(t) A^T B^T, A (r, in), B (out, r), computed in fp32.
-
-    `norm_eps` makes the tap t = x / rms(x); None leaves t = x.
-    """
+class Skip2LoRA(LoRALayer, Tap):
+    """The adapter from a block's output to the output layer: D = (alpha / r) dropout(t) A^T B^T, fp32, for A (r, in) and B (out, r)."""
 
     skips_cut = True
 
@@ -156,10 +154,6 @@ class Skip2LoRA(LoRALayer):
         self.norm_eps = norm_eps
         self.make((r, in_features), (out_features, r))
         self.reset_parameters()
-
-    def tap(self, x: torch.Tensor) -> torch.Tensor:
-        """Return t = N(x), (..., in) -> (..., in), in x's dtype."""
-        return x if self.norm_eps is None else rms_norm(x, None, self.norm_eps)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out), fp32"""
@@ -205,10 +199,8 @@ class GPT(base_model.GPT):
             require_used(key, getattr(config, key) or (), units)
         self.switch = Switch(config.alora_invocation_tokens or ()) if config.alora_enabled and config.lora_blocks else None
         for module in self.modules():
-            if isinstance(module, LoRALinear):
+            if isinstance(module, LoRALinear | LLaMAMoE):
                 module.switch = self.switch
-            elif isinstance(module, LLaMAMoE):
-                module.select = None if self.switch is None else self.switch.select
         self.value_head = ValueHead(config.n_embd, config.value_head) if config.value_head else None
         self.mtp_heads = nn.ModuleList(MultiTokenHead(config.n_embd, config.mtp_taps) for _ in range(config.mtp_heads))
         for index in config.taps:
@@ -286,9 +278,8 @@ def _with_variant(kind: type[LoRALinear], variant: str) -> type[LoRALinear]:
     """Return the layer class `kind` with a variant of LoRA mixed in."""
     if variant == "lora":
         return kind
-    module, _, name = VARIANTS[variant].partition(":")
-    mixin = getattr(importlib.import_module(f"litgpt.adapters.{module}"), name)
-    return type(kind.__name__.replace("LoRA", name), (mixin, kind), {})
+    mixin = VARIANTS[variant]
+    return type(kind.__name__.replace("LoRA", mixin.__name__), (mixin, kind), {})
 
 
 def lora_filter(key: str, value: Any = None) -> bool:
@@ -326,7 +317,7 @@ def end_warmup(model: GPT) -> None:
     for block in model.blocks[: model.cut]:
         for layer in block.modules():
             if isinstance(layer, LoRALinear):
-                layer.lora_dropout = nn.Identity()
+                layer.lora_dropout.p = 0.0
 
 
 def keep_taps(model: GPT, blocks: Sequence[int]) -> None:
@@ -427,5 +418,5 @@ def _entries(model: nn.Module, file: Path | str) -> dict[str, Entry]:
     for name, layer in adapters(model):
         if type(layer) is not LoRALinear:
             raise UserError(f"{file}: {name} has an adapter of another kind; save_lora and load_lora are for the LoRA of apply_lora alone")
-        found[name] = Entry(layer.r, layer.scaling * layer.r, getattr(layer.lora_dropout, "p", 0.0))
+        found[name] = Entry(layer.r, layer.scaling * layer.r, layer.lora_dropout.p)
     return found

@@ -1,6 +1,7 @@
 """The MLPs of a block: dense, gated, and mixtures of experts. Letters in shapes: as in `litgpt.model`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ class LLaMAMoE(nn.Module):
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.n_embd, 1, bias=False)
         self.router_logits: torch.Tensor | None = None
-        self.select: Callable[[torch.Tensor | None], None] | None = None  # hears which rows of x the next expert gets
+        self.switch: Any = None  # a `litgpt.adapters.switch.Switch`, which needs to know the rows of x that an expert gets
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)"""
@@ -100,18 +101,15 @@ class LLaMAMoE(nn.Module):
         counts = chosen.flatten().bincount(minlength=self.config.n_expert).tolist()
         flat, done = x.flatten(0, -2), []
         for expert, rows in zip(self.experts, (order // k).split(counts), strict=True):
-            if self.select is not None:
-                self.select(rows)
+            if self.switch is not None:
+                self.switch.rows = rows
             if len(rows):
                 done.append(expert(take(flat, rows)))
-        if self.select is not None:
-            self.select(None)
+        if self.switch is not None:
+            self.switch.rows = None
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         each = take(torch.cat(done), back).unflatten(0, (-1, k))  # (N, k, d)
-        return self._add_shared(x, (each * weights.to(each.dtype)[..., None]).sum(1).view_as(x))
-
-    def _add_shared(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return y and what the shared experts make of x, (B, T, d)."""
+        y = (each * weights.to(each.dtype)[..., None]).sum(1).view_as(x)
         if not self.config.n_shared_expert:
             return y
         shared = self.shared_experts(x)

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from litgpt.config import CORRECTION
-from litgpt.fused import thin
-from litgpt.sharding import assign, on_cpu, whole
+from litgpt.sharding import assign, on_cpu
 
 
 class Adapter(nn.Module):
@@ -41,51 +40,6 @@ class Wrapper(Adapter):
             if prefix + name in state_dict:
                 state_dict[f"{prefix}linear.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class LinearAdapter(Wrapper):
-    """An adapter around a linear layer, `linear`, that acts as an update of its weight: B A, scaled."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    r: int
-
-    def make_parameters(self, in_features: int, out_features: int) -> None:
-        """Register the adapter's parameters, without values."""
-        raise NotImplementedError
-
-    def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
-        """Return (out, columns of A x): B, or another one, scaled, with zeros in the rows that are not adapted."""
-        raise NotImplementedError
-
-    def part_sizes(self) -> list[int]:
-        """Return the rows of B that each have an A of their own."""
-        return [len(self.lora_B)]
-
-    def adapted_rows(self) -> torch.Tensor:
-        """Return (out,) bool: the rows of the weight that B has, in its order."""
-        raise NotImplementedError
-
-    def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the update applied to x, plus y if given: (..., in) -> (..., out)."""
-        raise NotImplementedError
-
-    def product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, p: float = 0.0, y: torch.Tensor | None = None) -> torch.Tensor:
-        """Return s b a dropout(x), plus y if given, with factors of the shapes of A and B and dropout p."""
-        low = thin(x.reshape(-1, x.size(-1)), a.to(x.dtype), p)  # (N, r)
-        up = self.up(b).t().to(low.dtype, memory_format=torch.contiguous_format)  # (r, out)
-        rows = low @ up if y is None else torch.addmm(y.reshape(-1, y.size(-1)), low, up)
-        return rows.view(*x.shape[:-1], rows.size(-1))
-
-    def weight(self) -> torch.Tensor:
-        """Return the weight of `linear`, (out, in), fp32."""
-        dense = getattr(self.linear, "dense", None)  # of a quantised layer
-        weight = whole(self.linear.weight).float() if dense is None else dense(torch.float32)
-        return weight.T if is_transposed(self.linear) else weight
-
-    def merged(self) -> torch.Tensor:
-        """Return the weight with the update in it, (out, in), fp32."""
-        return self.weight() + self.up() @ self.lora_A
 
 
 def is_transposed(linear: nn.Module) -> bool:

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from litgpt.adapters.base import LinearAdapter
+from litgpt.adapters.layers import LoRALinear
 
 
-class DoRA(LinearAdapter):
-    """A mixin for LoRA's layers, put before them: `class DoRALinear(DoRA, LoRALinear)`. m is `lora_magnitude` (rows of B,), fp32."""
+class DoRA(LoRALinear):
+    """A mixin for LoRA's layers, put before them: `class DoRAQKVLinear(DoRA, LoRAQKVLinear)`. m is `lora_magnitude` (rows of B,), fp32."""
 
     lora_magnitude: nn.Parameter
     kept_outputs = 2  # linear(x) - b, and the update
     _norms, _norms_of = torch.empty(0), tuple[Any, ...]()
 
-    def make_parameters(self, in_features: int, out_features: int) -> None:
-        super().make_parameters(in_features, out_features)
+    def make_parameters(self) -> None:
+        super().make_parameters()
         self.lora_magnitude = nn.Parameter(torch.empty(len(self.lora_B)))
 
     @torch.no_grad()

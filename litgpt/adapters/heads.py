@@ -58,13 +58,13 @@ class ValueHead(Head):
 
 
 class Tap(nn.Module):
-    """Marks a block whose output heads read and nothing is added to (`litgpt.lora.Skip2LoRA` adds)."""
+    """Marks a block whose output adapters or heads read."""
 
-    norm_eps = EPS
+    norm_eps: float | None = EPS
 
     def tap(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., d), normalised: magnitudes differ much between blocks"""
-        return rms_norm(x, None, EPS)
+        """Return t = x / rms(x), as magnitudes differ much between blocks, or x if `norm_eps` is None: (..., d), in x's dtype."""
+        return x if self.norm_eps is None else rms_norm(x, None, self.norm_eps)
 
 
 class MultiTokenHead(Head):

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from litgpt.adapters.base import Adapter, LinearAdapter, is_transposed
+from litgpt.adapters.base import Adapter, Wrapper, is_transposed
 from litgpt.adapters.patterns import PARTS
 from litgpt.adapters.settings import scaling
 from litgpt.adapters.switch import Switch
-from litgpt.fused import draw, drop
+from litgpt.fused import draw, drop, thin
+from litgpt.sharding import whole
 
 
 class Dropout(nn.Module):
@@ -55,7 +56,7 @@ class LoRALayer(Adapter):
             raise ValueError(f"a rank of {r} makes no sense")
         self.r = r
         self.lora_alpha = lora_alpha
-        self.lora_dropout = Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.lora_dropout = Dropout(lora_dropout)
         self.scaling = scaling(r, lora_alpha, rslora) if r else 0.0
 
     def make(self, a: tuple[int, int], b: tuple[int, int]) -> None:
@@ -68,7 +69,7 @@ class LoRALayer(Adapter):
         nn.init.zeros_(self.lora_B)
 
 
-class LoRALinear(LoRALayer, LinearAdapter):
+class LoRALinear(LoRALayer, Wrapper):
     """A linear layer with LoRA: y = linear(x) + s B A dropout(x), A (r, in), B (out, r).
 
     `linear` is the layer to adapt, quantised or not; without it a new one is made. A state dict's `weight` and `bias` go to `linear`.
@@ -89,24 +90,49 @@ class LoRALinear(LoRALayer, LinearAdapter):
         self.in_features, self.out_features = in_features, out_features
         self.linear: Any = linear if linear is not None else nn.Linear(in_features, out_features, **kwargs)
         if r:
-            self.make_parameters(in_features, out_features)
+            self.make_parameters()
             self.reset_parameters()
 
-    def make_parameters(self, in_features: int, out_features: int) -> None:
-        self.make((self.r, in_features), (out_features, self.r))
+    def make_parameters(self) -> None:
+        """Register the adapter's parameters, without values."""
+        self.make((self.r, self.in_features), (self.out_features, self.r))
 
     def units(self, name: str) -> list[str]:
         """Return the adapted units (`litgpt.adapters.patterns`) of this layer, which is called `name`."""
         return [name]
 
+    def part_sizes(self) -> list[int]:
+        """Return the rows of B that each have an A of their own."""
+        return [len(self.lora_B)]
+
     def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
+        """Return (out, columns of A x): B, or another one, scaled, with zeros in the rows that are not adapted."""
         return (self.lora_B if b is None else b) * self.scaling
 
     def adapted_rows(self) -> torch.Tensor:
+        """Return (out,) bool: the rows of the weight that B has, in its order."""
         return torch.ones(self.out_features, dtype=torch.bool)
 
+    def product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, p: float = 0.0, y: torch.Tensor | None = None) -> torch.Tensor:
+        """Return s b a dropout(x), plus y if given, with factors of the shapes of A and B and dropout p."""
+        low = thin(x.reshape(-1, x.size(-1)), a.to(x.dtype), p)  # (N, r)
+        up = self.up(b).t().to(low.dtype, memory_format=torch.contiguous_format)  # (r, out)
+        rows = low @ up if y is None else torch.addmm(y.reshape(-1, y.size(-1)), low, up)
+        return rows.view(*x.shape[:-1], rows.size(-1))
+
     def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        return self.product(x, self.lora_A, self.lora_B, getattr(self.lora_dropout, "now", 0.0), y)
+        """Return the update applied to x, plus y if given: (..., in) -> (..., out)."""
+        return self.product(x, self.lora_A, self.lora_B, self.lora_dropout.now, y)
+
+    def weight(self) -> torch.Tensor:
+        """Return the weight of `linear`, (out, in), fp32."""
+        dense = getattr(self.linear, "dense", None)  # of a quantised layer
+        weight = whole(self.linear.weight).float() if dense is None else dense(torch.float32)
+        return weight.T if is_transposed(self.linear) else weight
+
+    def merged(self) -> torch.Tensor:
+        """Return the weight with the update in it, (out, in), fp32."""
+        return self.weight() + self.up() @ self.lora_A
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""
@@ -163,8 +189,8 @@ class LoRAQKVLinear(LoRALinear):
     def part_sizes(self) -> list[int]:
         return [size for size, on in self.parts if on]
 
-    def make_parameters(self, in_features: int, out_features: int) -> None:
-        self.make((sum(self.ranks), in_features), (sum(self.part_sizes()), self.r))
+    def make_parameters(self) -> None:
+        self.make((sum(self.ranks), self.in_features), (sum(self.part_sizes()), self.r))
 
     def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
         """Return (q + k + v rows, columns of A): s B, block-diagonal over the enabled parts, with zero rows for the others."""

@@ -11,21 +11,20 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from litgpt.adapters.base import LinearAdapter
+from litgpt.adapters.layers import LoRALinear
 
 ITERATIONS = 8  # of the randomised singular value decomposition, which takes a few more directions than r
 
 
-class PiSSA(LinearAdapter):
+class PiSSA(LoRALinear):
     """A mixin for LoRA's layers, put before them. `lora_A0` and `lora_B0` are saved with the adapter and not trained."""
 
     lora_A0: nn.Parameter
     lora_B0: nn.Parameter
-    scaling: float
     constant = ("lora_A0", "lora_B0")
 
-    def make_parameters(self, in_features: int, out_features: int) -> None:
-        super().make_parameters(in_features, out_features)
+    def make_parameters(self) -> None:
+        super().make_parameters()
         self.lora_A0, self.lora_B0 = (nn.Parameter(torch.empty_like(p), requires_grad=False) for p in (self.lora_A, self.lora_B))
 
     @torch.no_grad()

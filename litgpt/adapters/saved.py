@@ -45,11 +45,7 @@ def save_modules(modules: dict[str, Any], chosen: list[str]) -> None:
 
 def fuse_saved(model: nn.Module) -> None:
     """Make plain modules of the base's dtype of those that were trained, in place."""
-    rounded: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for module in list(model.modules()):
         if isinstance(module, Saved):
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) not in rounded:
-                    rounded[id(parameter)] = parameter, nn.Parameter(parameter.detach().to(module.base_dtype), requires_grad=False)
-                setattr(module, name, rounded[id(parameter)][1])
+            module.to(module.base_dtype).requires_grad_(False)
             save_modules({"": module}, [])

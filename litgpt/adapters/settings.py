@@ -14,11 +14,6 @@ from litgpt.errors import UserError
 
 BlockIndices = Optional[Union[int, list[Union[int, str]], str]]
 Variant = Literal["lora", "dora", "pissa", "olora"]
-VARIANTS = {  # the classes in this folder that are mixed into LoRA's layers
-    "dora": "dora:DoRA",
-    "pissa": "pissa:PiSSA",
-    "olora": "pissa:OLoRA",
-}
 ValueHeadKind = Literal["linear", "mlp"]
 TapNorm = Literal["rms", "none"]
 MAX_RANK = 2**16

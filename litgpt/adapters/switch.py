@@ -16,9 +16,6 @@ class Switch:
         self.rows: torch.Tensor | None = None  # those of the B T rows that an expert of a mixture gets; None: all
         self.start: int | torch.Tensor | None = None  # where replies begin, of all or (B, 1), for prompts that are read in parts
 
-    def select(self, rows: torch.Tensor | None) -> None:
-        self.rows = rows
-
     def masked(self, update: torch.Tensor) -> torch.Tensor:
         """Return the update (..., out) where LoRA is on, 0 elsewhere."""
         if self.mask is None:

@@ -10,8 +10,7 @@ import torch
 
 from litgpt import checkpoint
 from litgpt.adapters.base import adapter_state
-from litgpt.adapters.settings import VARIANTS
-from litgpt.lora import merge_lora_weights
+from litgpt.lora import VARIANTS, merge_lora_weights
 from tests.helpers import jobs, runs, tiny
 
 IDX = tiny.ids(2, 20)

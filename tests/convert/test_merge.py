@@ -18,11 +18,10 @@ from torch.testing import assert_close
 from litgpt import atomic, checkpoint, lora
 from litgpt.__main__ import main
 from litgpt.adapters.base import adapter_parameters, adapter_state
-from litgpt.adapters.settings import VARIANTS
 from litgpt.convert.adapter import convert_adapter
 from litgpt.convert.merge import merge_lora
 from litgpt.errors import UserError
-from litgpt.lora import LoRALinear
+from litgpt.lora import VARIANTS, LoRALinear
 from tests.helpers import runs, tiny
 
 LORA: dict[str, Any] = {"lora_r": 3, "lora_alpha": 7, **tiny.ALL_LORA}
