@@ -19,25 +19,15 @@ if TYPE_CHECKING:
 
 GROUPS = ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group")
 OF_EXPERTS = ("n_shared_expert", *GROUPS, "first_k_dense_replace")
-WIDTHS = ("padded_vocab_size", "head_size", "n_query_groups", "intermediate_size", "moe_intermediate_size", "sliding_window_size")
-OPTIONAL_SIZES = (*WIDTHS, *OF_EXPERTS)
 COUNTS = ("n_expert", "n_expert_per_token", "n_shared_expert", "first_k_dense_replace")  # may be 0
-SIZES = (*COUNTS[:2], "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head", *OPTIONAL_SIZES)
+SHARES = {"rotary_percentage": 1.0, "router_aux_loss_coef": math.inf}  # may be 0 too, and are at most
 MOST_SIZE, MOST_BLOCKS, MOST_FACTOR = 2**31 - 1, 10_000, 1e18  # a broken file's sizes must not overflow, nor take hours to build
-CAPS = ("attention_logit_softcapping", "final_logit_softcapping", "clip_qkv", "swiglu_limit")
-OPTIONAL_FACTORS = ("attention_scores_scalar", "rope_local_base_freq", *CAPS)
 SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
-FACTORS = ("norm_eps", "rope_base", "rope_condense_ratio", "routed_scaling_factor", "swiglu_alpha", *SCALARS, *OPTIONAL_FACTORS)
 # LitGPT 0.5.13 does not have these, and its older versions not those
 OF_GPT_OSS = ("attention_sinks", "router_bias", "swiglu_limit", "swiglu_alpha")
 OWN_FLAGS = ("norm_affine", "norm_bias", "norm_embedding", "learned_positions", "shared_expert_gate", "router_softmax")
 OWN_FIELDS = (*OWN_FLAGS, "alibi", "alibi_scaled", "clip_qkv", "router_aux_loss_coef", *SCALARS, *OF_GPT_OSS)
-NEWER_FIELDS: dict[str, Any] = {
-    "rope_interleave": False,
-    "latent_attention": None,
-    "routed_scaling_factor": 1.0,
-    **dict.fromkeys(OF_EXPERTS),
-}
+NEWER_FIELDS = ("rope_interleave", "latent_attention", "routed_scaling_factor", *OF_EXPERTS)
 CORRECTION = "e_score_correction_bias"  # a router's buffer, fp32 in every checkpoint: see `litgpt.mlp.route`
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm_class_name": ("LayerNorm", "RMSNorm"),
@@ -123,9 +113,9 @@ class Config:
     attention_logit_softcapping: float | None = None  # c: scores become c tanh(scores / c), before the mask
     sliding_window_size: int | None = None
     sliding_window_indices: list[int] | None = None  # per block: 1 for a window (default: all), 0 for global attention
-    rope_base: int = 10000
+    rope_base: float = 10000
     rotary_percentage: float = 0.25
-    rope_condense_ratio: int = 1
+    rope_condense_ratio: float = 1
     rope_adjustments: dict[str, Any] | None = None  # scaling of the rotary frequencies, see `litgpt.rope`
     rope_local_base_freq: float | None = None  # the rotary base of the blocks that `rope_indices` marks with 1 (without scaling)
     rope_indices: list[int] | None = None  # per block: 0 for `rope_base`, 1 for `rope_local_base_freq`, -1 for no rotation (SmolLM3)
@@ -171,7 +161,7 @@ class Config:
                 raise UserError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): give head_size")
             self.head_size = self.n_embd // self.n_head
         if self.padded_vocab_size is None:
-            self.padded_vocab_size = -(-self.vocab_size // self.padding_multiple) * self.padding_multiple
+            self.padded_vocab_size = find_multiple(self.vocab_size, self.padding_multiple)
         self.vocab_size = min(self.vocab_size, self.padded_vocab_size)
         if self.n_query_groups is None:
             self.n_query_groups = self.n_head
@@ -198,27 +188,24 @@ class Config:
         self._check_rope()
 
     def _check_values(self) -> None:
-        """Raise UserError for the first field with a wrong value."""
-        for key in SIZES:
-            value = getattr(self, key)
-            if value is None and key in OPTIONAL_SIZES:
+        """Raise UserError for the first field whose value is not what its type says, or out of range."""
+        for item in fields(self):
+            key, kind, value = item.name, item.type, getattr(self, item.name)
+            if kind == "bool" and not isinstance(value, bool):
+                raise UserError(f"{key} is {value!r}: true or false is needed")
+            if key not in Config.__dataclass_fields__ or (value is None and item.default is None):  # an adapter's, or left out
                 continue
             least, limit = int(key not in COUNTS), MOST_BLOCKS if key == "n_layer" else MOST_SIZE
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= limit:
+            if kind in ("int", "int | None") and (type(value) is not int or not least <= value <= limit):
                 raise UserError(f"{key} is {repr(value)[:60]}: a whole number from {least} to {limit} is needed")
+            if kind in ("float", "float | None") and key not in SHARES and not _is_positive(value):
+                raise UserError(f"{key} is {value!r}: a positive number, at most {MOST_FACTOR:g}, is needed")
         if not isinstance(self.hf_config, dict):
             raise UserError(f"hf_config is {repr(self.hf_config)[:60]}: a mapping of org and name is needed")
-        for flag in fields(self):
-            if flag.type == "bool" and not isinstance(getattr(self, flag.name), bool):
-                raise UserError(f"{flag.name} is {getattr(self, flag.name)!r}: true or false is needed")
-        for key in FACTORS:
-            value = getattr(self, key)
-            if not (value is None and key in OPTIONAL_FACTORS) and not _is_positive(value):
-                raise UserError(f"{key} is {value!r}: a positive number, at most {MOST_FACTOR:g}, is needed")
         for key, known in CHOICES.items():
             if getattr(self, key) not in known:
                 raise UserError(f"{key} {getattr(self, key)!r} of model {self.name!r} is not supported: only {', '.join(known)} are")
-        for key, most in (("rotary_percentage", 1.0), ("router_aux_loss_coef", math.inf)):
+        for key, most in SHARES.items():
             value = getattr(self, key)
             if (not _is_positive(value) and value != 0) or value > most:
                 raise UserError(f"{key} is {value!r}: a number from 0{'' if most == math.inf else ' to 1'} is needed")
@@ -376,12 +363,11 @@ class Config:
 
     def base_dict(self) -> dict[str, Any]:
         """Return the base model's fields (without adapters' settings)."""
-        names = {f.name for f in fields(Config)}
-        return {key: value for key, value in asdict(self).items() if key in names}
+        return {key: value for key, value in asdict(self).items() if key in Config.__dataclass_fields__}
 
     def file_dict(self) -> dict[str, Any]:
         """Return the fields in `model_config.yaml`. LitGPT 0.5.13 reads it, so fields that it lacks are left out at their default."""
-        plain = {key: Config.__dataclass_fields__[key].default for key in (*OWN_FIELDS, *NEWER_FIELDS)}
+        plain = {key: getattr(Config, key) for key in (*OWN_FIELDS, *NEWER_FIELDS)}
         plain["norm_affine"] = _is_affine(self.norm_class_name, self.name)
         plain["router_aux_loss_coef"] = _router_loss(self.base_dict())
         return {key: value for key, value in self.base_dict().items() if key not in plain or value != plain[key]}
@@ -408,7 +394,7 @@ class Config:
         if CHOSEN_TAPS not in known:
             values.pop(CHOSEN_TAPS, None)
         problems = []
-        all_fields = values.keys().isdisjoint(OWN_FIELDS) and any(values.get(key, ...) == plain for key, plain in NEWER_FIELDS.items())
+        all_fields = values.keys().isdisjoint(OWN_FIELDS) and any(values.get(key, ...) == getattr(Config, key) for key in NEWER_FIELDS)
         if all_fields and not values.get("n_expert_groups"):  # LitGPT wrote it, which leaves out no field
             values.pop("norm_topk_prob", None)
         elif "LLaMAMoE" in str(values.get("mlp_class_name")):
