@@ -73,19 +73,20 @@ def estimate(
     *,
     tied: bool = False,
     width: int = 2,
-    full: bool = False,
     nf4: bool = False,
     int8: bool = False,
     checkpointing: bool = False,
 ) -> Memory:
-    """Return the memory to train the adapters of `config`, or with `full` all weights, on a micro-batch of `tokens` tokens.
+    """Return the memory to train the adapters of `config`, or all weights if it has none, on a micro-batch of `tokens` tokens.
 
     The stem counts once (`litgpt.packing`). `loss_tokens`: those of the tokens that carry loss (default: all). `tied`: the head and the
     embedding are one tensor. `width`: bytes of a parameter, 2 for bf16. `checkpointing`: `train.activation_checkpointing`.
     """
+    full = config.cut is None and not config.modules_to_save
     with on_meta():
         model = config.make_model()
-    lora.mark_only_lora_as_trainable(model)
+    if not full:
+        lora.mark_only_lora_as_trainable(model)
     adapters, saved = sum(p.numel() for p in adapter_parameters(model).values()), config.modules_to_save or []
     base = sum(p.numel() for p in model.parameters()) - adapters - (tied and not saved) * config.V * config.n_embd
     adapters -= (tied and len(saved) == 2) * config.V * config.n_embd  # one of them is trained apart from the other
@@ -101,10 +102,10 @@ def estimate(
     in_blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     outside = base + adapters - in_blocks if full or saved else 0
     gathered = width * outside + weights * in_blocks // max(1, base * config.n_layer)
-    crossed = model.blocks if full or model.cut is None else model.blocks[model.cut :]
+    crossed = model.blocks[model.cut or 0 :]
     n, d = tokens, config.n_embd
     tail_rows = loss_tokens if is_flat(model) and loss_tokens is not None else n
-    blocks = [kept_by_block(block, width, full) for block in (*crossed, model.blocks[-1])]
+    blocks = [kept_by_block(block, width) for block in (*crossed, model.blocks[-1])]
     kept = len(crossed) * width * d + max(blocks) if checkpointing else sum(blocks)
     head = d * (2 * width + (2 * width + 4) * len(config.taps))
     chunks = CHUNK_BYTES * (4 if full or "lm_head" in saved or (config.lora_r and config.lora_head) else 1)
@@ -112,38 +113,35 @@ def estimate(
     return Memory(base if full else adapters, int(weights), training, int(n * kept + tail_rows * head + chunks), int(gathered))
 
 
-def kept_by_block(block: Block, width: int, full: bool) -> float:
+def kept_by_block(block: Block, width: int) -> float:
     """Return A, bytes for a token."""
     attention: Any = block.attn
     config = attention.config
-    numbers: float = (
-        3 * (config.n_head + config.n_query_groups) * config.head_size
-        + learning_inputs(attention, width, full)
-        + mlp_numbers(block.mlp, width, full)
-    )
+    numbers: float = 3 * (config.n_head + config.n_query_groups) * config.head_size
+    numbers += learning_inputs(attention, width) + mlp_numbers(block.mlp, width)
     numbers += config.n_embd * sum(isinstance(norm, RMSNorm | nn.LayerNorm) for norm in block.modules())
     return width * numbers + 4 * config.n_head
 
 
-def mlp_numbers(mlp: Any, width: int, full: bool) -> float:
+def mlp_numbers(mlp: Any, width: int) -> float:
     """Return the values that autograd keeps of an MLP for a token."""
     if isinstance(mlp, LLaMAMoE):
-        shared = mlp_numbers(mlp.shared_experts, width, full) if mlp.config.n_shared_expert else 0
-        return mlp.config.n_expert_per_token * (mlp_numbers(mlp.experts[0], width, full) + mlp.config.n_embd) + shared
+        shared = mlp_numbers(mlp.shared_experts, width) if mlp.config.n_shared_expert else 0
+        return mlp.config.n_expert_per_token * (mlp_numbers(mlp.experts[0], width) + mlp.config.n_embd) + shared
     m = mlp.proj.in_features  # an expert's own
-    return (2 if hasattr(mlp, "fc_1") else 1) * m + learning_inputs(mlp, width, full)
+    return (2 if hasattr(mlp, "fc_1") else 1) * m + learning_inputs(mlp, width)
 
 
-def learning_inputs(part: nn.Module, width: int, full: bool) -> float:
+def learning_inputs(part: nn.Module, width: int) -> float:
     """Return the values that autograd keeps for the linear layers that learn, for a token."""
     total, inputs = 0.0, dict[str, int]()
     for name, layer in part.named_modules():
         shared = name.replace("fc_2", "fc_1")  # they read one input
-        if full and isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
             inputs[shared] = layer.in_features
         if isinstance(layer, lora.LoRALinear) and layer.r and layer.lora_A.requires_grad:
             inputs[shared] = layer.in_features
-            p = getattr(layer.lora_dropout, "p", 0)
+            p = layer.lora_dropout.p
             total += layer.in_features * max(1, 8 * p) / width if p else 0
         if isinstance(layer, Wrapper) and any(p.requires_grad for p in layer.parameters(recurse=False)):
             total += layer.out_features * layer.kept_outputs

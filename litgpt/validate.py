@@ -31,7 +31,7 @@ BATCH, LENGTH = 8, 512  # of the micro-batch that memory is estimated for
 CHUNK = 2**24  # values checked at a time
 TRAINING: tuple[tuple[str, dict[str, Any], dict[str, bool]], ...] = (
     # name, settings of `litgpt.lora.Config`, arguments of `litgpt.memory.estimate`
-    ("all weights", {}, {"full": True}),
+    ("all weights", {}, {}),
     ("LoRA on q, v", {"lora_r": 8, "lora_query": True, "lora_value": True, "lora_dropout": 0.05}, {}),
     (
         "LoRA on all layers",

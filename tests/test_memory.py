@@ -76,8 +76,9 @@ def test_a_block_keeps_what_the_formula_says(family: str, method: str, dtype: to
     full = method == "full"
     two, four = (saved(config(family, n, **METHODS[method]), dtype, full) for n in (2, 4))
     model = lora.GPT(config(family, **METHODS[method]))
-    lora.mark_only_lora_as_trainable(model)
-    assert kept_by_block(model.blocks[-1], dtype.itemsize, full) == pytest.approx((four - two) / 2, rel=0.15)
+    if not full:
+        lora.mark_only_lora_as_trainable(model)
+    assert kept_by_block(model.blocks[-1], dtype.itemsize) == pytest.approx((four - two) / 2, rel=0.15)
 
 
 def test_weights_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +88,9 @@ def test_weights_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
     need = estimate(config("llama", **settings), 16)
     assert (need.trained, need.weights, need.training) == (adapters, 2 * numbers, 16 * adapters)
     assert need.total == need.weights + need.training + need.activations
-    full = estimate(config("llama"), 16, full=True)
+    full = estimate(config("llama"), 16)
     assert (full.trained, full.weights, full.training) == (numbers, 2 * numbers, 16 * numbers)  # fp32: a copy, the gradient, two moments
-    assert estimate(config("llama"), 16, full=True, tied=True).trained == numbers - 64 * 128
+    assert estimate(config("llama"), 16, tied=True).trained == numbers - 64 * 128
     linear = 2 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 384)
     packed = 2 * 512 * 2 * (128 + 2 * 64 + 128 + 128 + 128 + 3 * 384 + 3 * 128)  # in blocks of 512 inputs, there and back
     assert estimate(config("llama", **settings), 16, width=4).weights == 4 * (numbers - linear) + packed + 2 * 512 * (64 + 128)
@@ -107,13 +108,13 @@ def test_skip2lora_keeps_nothing_of_the_blocks() -> None:
     assert few.activations == many.activations
     model = lora.GPT(config("llama", **skip))
     lora.mark_only_lora_as_trainable(model)
-    assert few.activations == 64 * (kept_by_block(model.blocks[-1], 2, False) + 128 * (4 + 8 * 2)) + CHUNK_BYTES
+    assert few.activations == 64 * (kept_by_block(model.blocks[-1], 2) + 128 * (4 + 8 * 2)) + CHUNK_BYTES
     few_with_loss = estimate(config("llama", 2, **skip), 64, 10)
     assert few.activations - few_with_loss.activations == 54 * 128 * (4 + 8 * 2)
     into_a_block = config("llama", 8, **skip, skip2lora_output_layer="transformer.h.6")
     assert estimate(into_a_block, 64, 10) == estimate(into_a_block, 64), "it hands on every position"
     late = estimate(config("llama", 8, lora_r=4, lora_query=True, lora_block_indices=[6, 7]), 64)
-    assert late.activations == pytest.approx(few.activations + 64 * (2 * kept_by_block(model.blocks[-1], 2, False) - 128 * 16), rel=0.05)
+    assert late.activations == pytest.approx(few.activations + 64 * (2 * kept_by_block(model.blocks[-1], 2) - 128 * 16), rel=0.05)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -122,11 +123,11 @@ def test_checkpointing_keeps_the_blocks_inputs(method: str) -> None:
     full, width, d = method == "full", 4, 128
     two, four = (saved(config("llama", n, **METHODS[method]), torch.float32, full, checkpointing=True) for n in (2, 4))
     assert four - two == 2 * width * d
-    settings = {"width": width, "full": full}
-    few, many = (estimate(config("llama", n, **METHODS[method]), 64, checkpointing=True, **settings) for n in (2, 8))
+    few, many = (estimate(config("llama", n, **METHODS[method]), 64, checkpointing=True, width=width) for n in (2, 8))
     assert many.activations - few.activations == 64 * 6 * width * d
     model = lora.GPT(config("llama", **METHODS[method]))
-    lora.mark_only_lora_as_trainable(model)
-    plain = estimate(config("llama", **METHODS[method]), 64, **settings)
-    assert plain.activations - few.activations == 64 * 2 * (kept_by_block(model.blocks[-1], width, full) - width * d)
+    if not full:
+        lora.mark_only_lora_as_trainable(model)
+    plain = estimate(config("llama", **METHODS[method]), 64, width=width)
+    assert plain.activations - few.activations == 64 * 2 * (kept_by_block(model.blocks[-1], width) - width * d)
     assert plain.weights == few.weights and plain.training == few.training

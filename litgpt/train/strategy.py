@@ -77,7 +77,6 @@ def estimate_of(
         targets,
         tied=tied,
         width=dtype.itemsize,
-        full=config.cut is None and not config.modules_to_save,
         checkpointing=train.activation_checkpointing,
         nf4=method.quantize in FOUR_BITS,
         int8=method.quantize in EIGHT_BITS,
