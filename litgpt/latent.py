@@ -58,8 +58,3 @@ class MultiheadLatentAttention(CausalSelfAttention):
         each = self.kv_b_proj(k[:, 0]).unflatten(-1, (-1, nope + size)).transpose(1, 2)  # (B, H, K, nope + V')
         own, values = each.split((nope, size), dim=-1)
         return super()._attend(q, torch.cat((own, v.expand(-1, own.size(1), -1, -1)), dim=-1), values, pos)
-
-
-def attention(config: Config, block_idx: int) -> CausalSelfAttention:
-    """Return the attention of a block."""
-    return (MultiheadLatentAttention if config.latent_attention else CausalSelfAttention)(config, block_idx)

@@ -34,7 +34,7 @@ from litgpt.attention import (
     norm,
 )
 from litgpt.config import Config
-from litgpt.latent import attention
+from litgpt.latent import MultiheadLatentAttention
 from litgpt.mlp import (
     GemmaMLP as GemmaMLP,
     GptNeoxMLP as GptNeoxMLP,
@@ -98,12 +98,10 @@ class GPT(nn.Module):
         With `input_pos` (T,) the key/value cache is used: keys and values are stored at those places, and attention reaches all places
         before `input_pos_maxp1` (default: the largest place + 1). Raises ValueError if T exceeds `max_seq_length`.
         """
-        return self._forward_impl(idx, self.positions(idx, input_pos, input_pos_maxp1), lm_head_chunk_size)
-
-    def _forward_impl(self, idx: torch.Tensor, pos: Positions, chunk_size: int = 0) -> Any:
+        pos = self.positions(idx, input_pos, input_pos_maxp1)
         x, taps = self.prefix(idx, pos)  # (B, T, d), (B, T, S, d)
         x = self.tail(x, taps, pos)  # (B, T, d)
-        return [self.logits(part) for part in x.split(chunk_size, dim=1)] if chunk_size else self.logits(x)  # (B, T, V)
+        return [self.logits(part) for part in x.split(lm_head_chunk_size, dim=1)] if lm_head_chunk_size else self.logits(x)
 
     def within(self, work: Callable[[], Any]) -> Any:
         """Return work(), which runs parts of the model. A sharded model gathers its weights for it (`litgpt.sharding`)."""
@@ -328,7 +326,7 @@ class Block(nn.Module):
         super().__init__()
         self.parallel_residual, self.residual_multiplier = config.parallel_residual, config.residual_multiplier
         self.norm_1 = norm(config) if config.norm_1 else nn.Identity()
-        self.attn = attention(config, block_idx)
+        self.attn = (MultiheadLatentAttention if config.latent_attention else CausalSelfAttention)(config, block_idx)
         self.post_attention_norm = norm(config) if config.post_attention_norm else None
         self.norm_2 = None if config.shared_attention_norm else norm(config) if config.norm_2 else nn.Identity()
         self.mlp = mlp(config, block_idx)
