@@ -16,13 +16,12 @@ import platform
 import random
 import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from litgpt.activations.cache import Activations, CacheSettings, Features, activations
+from litgpt.activations.cache import ActivationCache, CacheSettings, filled
 from litgpt.activations.choose import SAMPLES, Evidence, draw, gather, select
 from litgpt.args import TrainArgs
 from litgpt.convert.resolve import open_checkpoint
@@ -42,34 +41,18 @@ CPU = torch.device("cpu")
 BATCH, WARMUP, SEED = 8, 20, 1337
 
 
-@dataclass
-class Part:
-    """Activations with some of their taps."""
-
-    whole: Activations
-    blocks: list[int]
-
-    @property
-    def samples(self) -> Any:
-        return self.whole.samples
-
-    def __call__(self, indices: Any) -> Features:
-        features = self.whole(indices)
-        return replace(features, taps=features.taps[:, self.blocks])
-
-
 def method(base: Path, blocks: Any, rank: int) -> Method:
     own: dict[str, Any] = {"lora_r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "lora_query": False, "lora_value": False}
     return Lora(checkpoint_dir=base, data=JSON(), skip2lora_enabled=True, skip2lora_block_indices=blocks, **own).method()
 
 
-def cached(model: Any, splits: Splits, console: Console) -> dict[str, Activations]:
+def cached(model: Any, splits: Splits, console: Console) -> dict[str, ActivationCache]:
     options = CacheSettings("memory", Path(), model.dtype, console.say, console.progress)
     both = {"training": splits.train, "validation": splits.val}
-    return {name: activations(model, samples, range(len(samples)), name, options, CPU) for name, samples in both.items()}
+    return {name: filled(model, samples, len(samples), name, options, CPU) for name, samples in both.items()}
 
 
-def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Splits, caches: dict[str, Activations], seed: int) -> float:
+def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Splits, caches: dict[str, ActivationCache], seed: int) -> float:
     """Return the validation loss after training adapters on these blocks."""
     torch.manual_seed(seed)
     model = method(base, blocks, given.rank).build(base, torch.float32)
@@ -82,12 +65,12 @@ def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Spli
         optimizer=make_optimizer(spec, [p for p in model.parameters() if p.requires_grad]),
         train=TrainArgs(epochs=given.epochs, save_interval=None, save_every_minutes=None, **size),
         batches=Batches(splits.train, BATCH, rank, seed),
-        activations=Part(caches["training"], blocks),
+        activations=caches["training"].narrowed(blocks),
         rank=rank,
     )
     loop.run(State())
     val_batches = [val[i : i + 4 * BATCH] for i in range(0, len(val), 4 * BATCH)]
-    return loop.validate(Part(caches["validation"], blocks), val_batches, lambda: False)
+    return loop.validate(caches["validation"].narrowed(blocks), val_batches, lambda: False)
 
 
 def contenders(parts: Any, L: int, given: argparse.Namespace) -> dict[str, list[int]]:

@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 import torch
 
 from litgpt.activations import prompts
 from litgpt.activations.prompts import is_answer_only, plain_rows, reply_features
-from litgpt.activations.store import Contents, Rows, open_store
+from litgpt.activations.store import Layout, Rows, open_store
 from litgpt.errors import UserError
 from litgpt.lora import lora_filter
 from litgpt.loss import Features
@@ -47,14 +44,6 @@ TRIED_BATCHES, TRIED_SAMPLES = 3, 8  # read and computed, to compare the speeds
 
 WHERE = {"memory": "in memory", "disk": "on disk"}
 Progress = Callable[[int, int], None]
-
-
-class Activations(Protocol):
-    """`Recompute` or `ActivationCache`: the features of a batch of sample indices."""
-
-    samples: Sequence[Sample]
-
-    def __call__(self, indices: Sequence[int]) -> Features: ...
 
 
 def is_flat(model: GPT) -> bool:
@@ -114,74 +103,38 @@ class Recompute:
         return Features(*self.model.prefix(batch.ids, pos), batch.targets, batch.at, pos)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The rows of a cache and its size, known before anything is computed."""
-
-    indices: list[int]  # of the samples
-    stem: int  # P
-    first: int  # rows of the stem, the first of the cache: P, or 0 if each sample has its own positions with loss alone
-    counts: list[int]  # rows of each sample
-    width: tuple[int, int]  # (S + 1, d): x, then the taps; or (1, W) with prompts' keys and values (`litgpt.activations.prompts`)
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(R, S + 1, d)"""
-        return self.first + sum(self.counts), *self.width
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def slices(self) -> dict[int, slice]:
-        """The rows of each sample, by its index."""
-        ends = list(itertools.accumulate(self.counts, initial=self.first))
-        return {i: slice(*ends[k : k + 2]) for k, i in enumerate(self.indices)}
-
-
-def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: torch.dtype) -> Plan:
+def plan(model: GPT, samples: Sequence[Sample], indices: Sequence[int], dtype: torch.dtype) -> Layout:
     """Return the layout of a cache for the samples at `indices`."""
     width, stem = (len(model.tapped_blocks) + 1, model.config.n_embd), stem_length(model, samples)
     if is_flat(model):
         first = 0 if is_answer_only(model) else stem_rows(samples, stem)
-        return Plan(list(indices), stem, first, [sum(samples[i].loss_mask[1 + first :]) for i in indices], width, dtype)
+        return Layout({i: sum(samples[i].loss_mask[1 + first :]) for i in indices}, first, width, dtype, stem)
     width = (1, prompts.width(model)) if is_answer_only(model) else width
-    return Plan(list(indices), stem, stem, [samples[i].n_inputs - stem for i in indices], width, dtype)
+    return Layout({i: samples[i].n_inputs - stem for i in indices}, stem, width, dtype, stem)
 
 
 class ActivationCache:
     """Rows (R, S + 1, d) in memory or in a file, by sample. Features have the model's dtype."""
 
-    def __init__(
-        self,
-        store: torch.Tensor | Rows,
-        plan: Plan,
-        samples: Sequence[Sample],
-        model: GPT,
-        device: torch.device,
-        indices: Sequence[int] | None = None,
-    ) -> None:
-        """`indices`: of the samples that may be read, if the file holds more."""
-        self.store, self.plan, self.samples, self.model, self.device = store, plan, samples, model, device
-        self.blocks = [i for i, block in enumerate(model.blocks) if block.skip2lora is not None]  # whose taps it holds
-        slices = plan.slices
-        self.slices = slices if indices is None else {i: slices[i] for i in indices}
+    def __init__(self, store: torch.Tensor | Rows, layout: Layout, source: Recompute, indices: Sequence[int]) -> None:
+        """`indices`: of the samples that may be read; a file may hold more. `source`: what computed the rows."""
+        self.store, self.layout, self.samples, self.model, self.device = store, layout, source.samples, source.model, source.device
+        self.blocks = [i for i, block in enumerate(self.model.blocks) if block.skip2lora is not None]  # whose taps it holds
+        self.stem, self.slices = slice(0, layout.first), {i: layout.slices[i] for i in indices}
         self.parts: torch.Tensor | None = None  # parts of a row that are read: 0 for x, taps from 1 on; None: all
 
     def __call__(self, indices: Sequence[int]) -> Features:
         chosen = [self.samples[i] for i in indices]
         slabs = [self._read(self.slices[i]) for i in indices]
-        if is_flat(self.model) and not self.plan.first:
+        if is_flat(self.model) and not self.layout.first:
             return Features(*self._split(slabs), loss_targets(chosen).to(self.device))
         if is_answer_only(self.model):
-            values = torch.cat([self._read(slice(self.plan.first)), *slabs]).flatten(1).to(self.device, self.model.dtype)
-            return reply_features(self.model, prompts.Rows(values, chosen, self.plan.stem))
-        batch = pack(chosen, self.device, self.plan.stem)
-        split = self._split([self._read(slice(self.plan.first)), *slabs])
+            values = torch.cat([self._read(self.stem), *slabs]).flatten(1).to(self.device, self.model.dtype)
+            return reply_features(self.model, prompts.Rows(values, chosen, self.layout.stem))
+        batch = pack(chosen, self.device, self.layout.stem)
+        split = self._split([self._read(self.stem), *slabs])
         if is_flat(self.model):
-            return Features(*split, batch.targets, loss_rows(batch.at, self.plan.first)[1])
+            return Features(*split, batch.targets, loss_rows(batch.at, self.layout.first)[1])
         return Features(*split, batch.targets, batch.at, self.model.packed_positions(batch.packing))
 
     def _read(self, rows: slice) -> torch.Tensor:
@@ -197,6 +150,9 @@ class ActivationCache:
         view = copy.copy(self)
         view.parts = None if list(blocks) == self.blocks else torch.tensor([0, *(1 + self.blocks.index(block) for block in blocks)])
         return view
+
+
+Activations = Recompute | ActivationCache  # the features of a batch of sample indices
 
 
 def shared(cache: Activations, samples: Sequence[Sample], indices: Sequence[int]) -> ActivationCache | None:
@@ -243,8 +199,9 @@ def activations(
     "auto" takes memory if the cache fits `MEMORY_SHARE` of the free memory, else disk, if reading is faster than computing. The file has
     room for all samples, for other processes and other `indices`. A disk that is too full is reported and not fatal.
     """
+    source = Recompute(model, samples, device)
     if settings.mode == "off" or not is_cacheable(model) or not indices:
-        return Recompute(model, samples, device)
+        return source
     layout = plan(model, samples, indices, settings.dtype)
     need, free, agreed = layout.nbytes, psutil.virtual_memory().available, settings.any or bool
     kind = settings.mode
@@ -259,21 +216,23 @@ def activations(
                 memory = torch.empty(layout.shape, dtype=layout.dtype)
         if agreed(memory is None):
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
-            return Recompute(model, samples, device)
+            return source
         assert memory is not None
-        batches = fill_batches(samples, fill_order(samples, indices), layout.stem, device)
+        done = 0
         with settings.progress(f"{name} cache", 0) as progress:
-            fill(model, samples, layout, memory, batches, device, progress, len(indices), agreed=agreed)
-        return ActivationCache(memory, layout, samples, model, device)
+            for batch in fill(source, layout, memory, fill_batches(samples, indices, layout.stem, device), agreed):
+                done += len(batch)
+                progress(done, len(indices))
+        return ActivationCache(memory, layout, source, indices)
     layout = plan(model, samples, range(len(samples)), settings.dtype)
     try:
-        store = _on_disk(model, samples, indices, layout, settings, device, name)
+        store = _on_disk(source, indices, layout, settings, name)
     except OSError as error:
         reason = error.strerror or error
         settings.say(f"{name} cache: {settings.folder} cannot hold it ({reason}), activations are computed again for every batch")
-        return Recompute(model, samples, device)
-    cache = ActivationCache(store, layout, samples, model, device, indices)
-    return _faster(cache, Recompute(model, samples, device), settings, name) if settings.mode == "auto" else cache
+        return source
+    cache = ActivationCache(store, layout, source, indices)
+    return _faster(cache, source, settings, name) if settings.mode == "auto" else cache
 
 
 def filled(model: GPT, samples: Sequence[Sample], count: int, name: str, settings: CacheSettings, device: torch.device) -> ActivationCache:
@@ -304,28 +263,19 @@ def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSetting
 
 @torch.no_grad()
 def fill(
-    model: GPT,
-    samples: Sequence[Sample],
-    layout: Plan,
-    store: torch.Tensor | Rows,
-    batches: Iterator[list[int]],
-    device: torch.device,
-    progress: Progress,
-    total: int,
-    done: int = 0,
-    agreed: Callable[[bool], bool] = bool,
-) -> None:
-    """Run the prefix over batches of samples and write the rows into `store` (R, S + 1, d).
+    source: Recompute, layout: Layout, store: torch.Tensor | Rows, batches: Iterator[list[int]], agreed: Callable[[bool], bool]
+) -> Iterator[list[int]]:
+    """Run the prefix over batches of samples and write the rows into `store` (R, S + 1, d). Yield each batch that is written.
 
-    `total`: the samples to report to `progress`, of which `done` are written. The stem is computed with the longest of all samples, so that
-    it does not depend on the batches. The filling ends when it is no longer `agreed` that a rank has samples left: a sharded model
-    runs in all ranks at the same time.
+    The stem is computed with the longest of all samples, so that it does not depend on the batches. The filling ends when it is no longer
+    `agreed` that a rank has samples left: a sharded model runs in all ranks at the same time.
     """
-    slices, source = layout.slices, Recompute(model, samples, device)
+    model, samples, slices = source.model, source.samples, layout.slices
     longest = max(range(len(samples)), key=lambda i: len(samples[i].input_ids))
     with evaluating(model):
         if layout.first and agreed(isinstance(store, torch.Tensor) or not store.has_stem):
-            store[: layout.first] = model.within(partial(_rows, source, [longest], layout.dtype))[: layout.first]
+            stem = slice(0, layout.first)
+            store[stem] = model.within(partial(_rows, source, [longest], layout.dtype))[stem]
         while agreed((indices := next(batches, [])) != []):
             rows = model.within(partial(_rows, source, indices or [longest], layout.dtype))
             start = layout.first
@@ -334,13 +284,7 @@ def fill(
                 end = start + own.stop - own.start
                 store[own] = rows[start:end]
                 start = end
-            done += len(indices)
-            progress(done, total)
-
-
-def fill_order(samples: Sequence[Sample], indices: Sequence[int]) -> list[int]:
-    """Return the indices, longest sample first."""
-    return sorted(indices, key=lambda i: -len(samples[i].input_ids))
+            yield indices
 
 
 def _rows(source: Recompute, indices: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -352,12 +296,12 @@ def _rows(source: Recompute, indices: Sequence[int], dtype: torch.dtype) -> torc
     return torch.cat((features.x[:, None], features.taps), dim=1).to(dtype).cpu()
 
 
-def fill_batches(samples: Sequence[Sample], order: Sequence[int], stem: int, device: torch.device) -> Iterator[list[int]]:
-    """Yield batches of the samples in `order`, of up to `FILL_TOKENS` tokens, or `STEM_SHARE` times the stem if that is more."""
+def fill_batches(samples: Sequence[Sample], indices: Sequence[int], stem: int, device: torch.device) -> Iterator[list[int]]:
+    """Yield batches of samples, the longest first, of up to `FILL_TOKENS` tokens, or `STEM_SHARE` times the stem if that is more."""
     limit = max(FILL_TOKENS["cpu" if device.type == "cpu" else "cuda"], STEM_SHARE * stem)
     batch: list[int] = []
     tokens = 0
-    for i in order:
+    for i in sorted(indices, key=lambda i: -len(samples[i].input_ids)):
         own = samples[i].n_inputs - stem
         if batch and tokens + own > limit:
             yield batch
@@ -368,7 +312,7 @@ def fill_batches(samples: Sequence[Sample], order: Sequence[int], stem: int, dev
         yield batch
 
 
-def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: torch.device) -> str:
+def fingerprint(model: GPT, samples: Sequence[Sample], layout: Layout, device: torch.device) -> str:
     """Return a digest of everything that a cached value depends on: prefix weights, config, cut, taps, dtypes, tokens, masks, format."""
     digest = hashlib.sha256()
     norms = [block.skip2lora.norm_eps for block in model.tapped_blocks]
@@ -388,30 +332,24 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Plan, device: tor
             if not name.startswith("skip2lora") and not (i >= trained and lora_filter(name)):
                 digest.update(f"{name} {value.dtype}".encode())
                 digest.update(whole(value.detach()).contiguous().cpu().view(torch.uint8).numpy().data)
-    for i in layout.indices:
+    for i in layout.counts:
         digest.update(samples[i].input_ids)
         digest.update(samples[i].loss_mask)
     return digest.hexdigest()
 
 
-def _on_disk(
-    model: GPT, samples: Sequence[Sample], indices: Sequence[int], layout: Plan, settings: CacheSettings, device: torch.device, name: str
-) -> Rows:
+def _on_disk(source: Recompute, indices: Sequence[int], layout: Layout, settings: CacheSettings, name: str) -> Rows:
     """Return the store in the cache's folder, reused or filled. Raises OSError if it cannot be written."""
+    agreed = settings.any or bool
 
     def complete(store: Rows, batches: Iterator[list[int]], done: int) -> None:
-        with settings.progress(f"{name} cache", done) as show:
+        with settings.progress(f"{name} cache", done) as progress:
+            for _ in fill(source, layout, store, batches, agreed):
+                progress(len(store.written(indices)), len(indices))  # others may fill the same samples
 
-            def progress(own: int, total: int) -> None:  # others may fill the same samples
-                show(len(store.written(indices)), total)
-
-            fill(model, samples, layout, store, batches, device, progress, len(indices), done, settings.any or bool)
-
-    contents = Contents(fingerprint(model, samples, layout, device), layout.shape, layout.dtype, layout.slices, slice(layout.first))
-    batches = list(fill_batches(samples, fill_order(samples, indices), layout.stem, device))
-    store = open_store(
-        settings.folder, contents, batches, complete, lambda text: settings.say(f"{name} cache: {text}"), settings.any or bool
-    )
+    folder = settings.folder / fingerprint(source.model, source.samples, layout, source.device)[:32]
+    batches = list(fill_batches(source.samples, indices, layout.stem, source.device))
+    store = open_store(folder, layout, batches, complete, lambda text: settings.say(f"{name} cache: {text}"), agreed)
     if settings.mode == "auto":
         store.forget()
     return store

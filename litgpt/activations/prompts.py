@@ -10,9 +10,9 @@ once for all epochs, and a step computes the replies alone, forward and backward
 Letters as in `litgpt.model`; here B counts replies, C the longest prompt, W = (1 + S) d + 2 G h for each block from `first` on.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import TypeGuard
 
 import torch
@@ -33,14 +33,9 @@ def is_answer_only(model: base.GPT) -> TypeGuard[GPT]:
     return model.switch is not None
 
 
-def first_block(model: GPT) -> int:
-    """Return the first block with LoRA, which prompts' keys and values are needed from."""
-    return model.config.lora_blocks[0]
-
-
 def width(model: GPT) -> int:
     """Return W."""
-    config, first = model.config, first_block(model)
+    config, first = model.config, model.config.lora_blocks[0]
     taps = sum(block.skip2lora is not None for block in model.blocks[:first])
     return (1 + taps) * config.n_embd + (config.n_layer - first) * sum(heads * size for heads, size in config.cache_sizes)
 
@@ -50,11 +45,9 @@ def replies(sample: Sample, invocation: Sequence[int]) -> list[tuple[int, int]]:
 
     Raises UserError if the invocation does not stand in front of a reply.
     """
-    found, mask, n = [], sample.loss_mask, len(invocation)
-    begin = mask.find(1)
-    while begin >= 0:
-        end = mask.find(0, begin)
-        end = len(mask) if end < 0 else end
+    found, n = [], len(invocation)
+    for learned in re.finditer(b"\1+", sample.loss_mask):
+        begin, end = learned.span()
         if begin < n or list(sample.input_ids[begin - n : begin]) != list(invocation):
             before = list(sample.input_ids[max(0, begin - n) : begin])
             raise UserError(
@@ -62,7 +55,6 @@ def replies(sample: Sample, invocation: Sequence[int]) -> list[tuple[int, int]]:
                 "only needs prompts (data.mask_prompt true) and the same tokens in front of each reply"
             )
         found.append((begin - n, end - 1))
-        begin = mask.find(1, end)
     return found
 
 
@@ -76,8 +68,7 @@ class Rows:
 
     def numbers(self, sample: int, start: int, stop: int) -> torch.Tensor:
         """Return the row numbers of a sample's positions [start, stop)."""
-        ends = accumulate((each.n_inputs - self.stem for each in self.samples[:sample]), initial=self.stem)
-        *_, first = ends
+        first = self.stem + sum(each.n_inputs - self.stem for each in self.samples[:sample])
         places = torch.arange(start, stop)
         return torch.where(places < self.stem, places, places + (first - self.stem))
 
@@ -86,7 +77,7 @@ class Rows:
 def plain_rows(model: GPT, samples: Sequence[Sample], device: torch.device, stem: int) -> Rows:
     """Run the model without LoRA over samples whose first `stem` tokens are the same."""
     assert model.switch is not None
-    first, batch = first_block(model), pack(samples, device, stem)
+    first, batch = model.config.lora_blocks[0], pack(samples, device, stem)
     pos = model.packed_positions(batch.packing)
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with model.switch.off():
@@ -107,7 +98,7 @@ def reply_features(model: GPT, rows: Rows) -> Features:
     config, switch, device = model.config, model.switch, rows.values.device
     assert switch is not None
     switch.mask = None
-    first, d = first_block(model), config.n_embd
+    first, d = config.lora_blocks[0], config.n_embd
     found = [(b, *span) for b, sample in enumerate(rows.samples) for span in replies(sample, switch.invocation)]
     starts = [start for _, start, _ in found]
     C = max(starts)

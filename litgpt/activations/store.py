@@ -1,13 +1,14 @@
 """The rows of an activation cache in a file: filled once by one process or several, reused by later runs, resumed after a stop.
 
-FOLDER/KEY/ holds activations.bin, (R, S + 1, d) values, and index.bin with 8 bytes for the stem and for each sample, in little-endian
+The folder holds activations.bin, (R, S + 1, d) values, and index.bin with 8 bytes for the stem and for each sample, in little-endian
 order: the CRC-32 of its rows, and 1 once they are written. Rows are compared with it whenever they are read; those that differ when a run
 starts are computed again. Processes that fill a cache at the same time lock the bytes of the samples that each is working on: a sample is
-computed once, and by another process if the first is killed. Others may write to FOLDER: links are not followed, and another user's
-folder under these names is an error.
+computed once, and by another process if the first is killed. Others may write to the folder around it: links are not followed, and
+another user's folder under these names is an error.
 """
 
 import errno
+import itertools
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,28 +34,44 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Contents:
-    """The contents of a cache file."""
+class Layout:
+    """The rows of a cache and its size, known before anything is computed."""
 
-    key: str  # the fingerprint, in hexadecimal
-    shape: tuple[int, int, int]
+    counts: Mapping[int, int]  # rows of each sample, by its index
+    first: int  # rows of the stem, the first of the cache: P, or 0 if each sample has its own positions with loss alone
+    width: tuple[int, int]  # (S + 1, d): x, then the taps; or (1, W) with prompts' keys and values (`litgpt.activations.prompts`)
     dtype: torch.dtype
-    spans: Mapping[int, slice]  # the rows of each sample, by its index
-    stem: slice  # the rows of the stem
+    stem: int = 0  # P
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(R, S + 1, d)"""
+        return self.first + sum(self.counts.values()), *self.width
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+        return math.prod(self.width) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.row_bytes
+
+    @cached_property
+    def slices(self) -> dict[int, slice]:
+        """The rows of each sample, by its index."""
+        ends = itertools.accumulate(self.counts.values(), initial=self.first)
+        return {i: slice(*span) for i, span in zip(self.counts, itertools.pairwise(ends), strict=True)}
 
 
 class Rows:
-    """The rows in FOLDER/activations.bin. Reading those of a sample or of the stem raises OSError if they are not what was written."""
+    """The rows in activations.bin. Reading those of a sample or of the stem raises OSError if they are not what was written."""
 
-    def __init__(self, folder: Path, contents: Contents) -> None:
-        self.folder, self.contents = folder, contents
-        self.places = {i: k for k, i in enumerate(contents.spans, 1)}  # of the samples in the index; the stem has 0
-        spans = enumerate((contents.stem, *contents.spans.values()))
-        self._by_rows = {(span.start or 0, span.stop): k for k, span in spans if span.start != span.stop}
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder, self.layout, self.slices = folder, layout, layout.slices
+        self.places = {i: k for k, i in enumerate(self.slices, 1)}  # of the samples in the index; the stem has 0
+        self.stem = slice(0, layout.first)
+        spans = enumerate((self.stem, *self.slices.values()))
+        self._by_rows = {(span.start, span.stop): k for k, span in spans if span.start != span.stop}
         self.descriptor = self.index = -1
 
     def __del__(self) -> None:
@@ -76,22 +94,20 @@ class Rows:
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         """(n, S + 1, d)"""
-        start, end, _ = rows.indices(self.contents.shape[0])
-        values = torch.empty(end - start, *self.contents.shape[1:], dtype=self.contents.dtype)
-        content, done, offset = _bytes(values), 0, start * self.contents.row_bytes
+        values = torch.empty(rows.stop - rows.start, *self.layout.width, dtype=self.layout.dtype)
+        content, done, offset = _bytes(values), 0, rows.start * self.layout.row_bytes
         while done < len(content) and (count := os.preadv(self.descriptor, [content[done:]], offset + done)):
             done += count
-        entry = self._entry(self._by_rows.get((start, end), -1))
+        entry = self._entry(self._by_rows.get((rows.start, rows.stop), -1))
         if done < len(content) or (content and entry != WRITTEN | zlib.crc32(content)):
-            reason = f"rows {start:,} to {end:,} are not what was written: the disk is faulty, or another program changed them"
+            reason = f"rows {rows.start:,} to {rows.stop:,} are not what was written: the disk is faulty, or another program changed them"
             raise OSError(errno.EIO, f"{reason}. The next run fills the cache again", str(self.folder / DATA))
         return values
 
     def __setitem__(self, rows: slice, values: torch.Tensor) -> None:
-        start, end, _ = rows.indices(self.contents.shape[0])
         if content := _bytes(values):
-            _write(self.descriptor, content, start * self.contents.row_bytes)
-            self._note(self._by_rows[start, end], WRITTEN | zlib.crc32(content))
+            _write(self.descriptor, content, rows.start * self.layout.row_bytes)
+            self._note(self._by_rows[rows.start, rows.stop], WRITTEN | zlib.crc32(content))
 
     def _entry(self, place: int) -> int:
         return int.from_bytes(os.pread(self.index, ENTRY, ENTRY * place), "little") if place >= 0 else 0
@@ -100,14 +116,13 @@ class Rows:
         _write(self.index, memoryview(entry.to_bytes(ENTRY, "little")), ENTRY * place)
 
     def is_written(self, indices: Sequence[int]) -> bool:
-        spans = self.contents.spans
-        return all(spans[i].start == spans[i].stop or self._entry(self.places[i]) & WRITTEN for i in indices)
+        return all(not self.layout.counts[i] or self._entry(self.places[i]) & WRITTEN for i in indices)
 
     def written(self, indices: Sequence[int]) -> list[int]:
         """Return those of the samples that are written, by one look at the index."""
-        length, spans = ENTRY * (1 + len(self.places)), self.contents.spans
+        length = ENTRY * (1 + len(self.places))
         flags = os.pread(self.index, length, 0).ljust(length, b"\0")[ENTRY // 2 :: ENTRY]  # the byte of `WRITTEN`
-        return [i for i in indices if flags[self.places[i]] or spans[i].start == spans[i].stop]
+        return [i for i in indices if flags[self.places[i]] or not self.layout.counts[i]]
 
     @property
     def has_stem(self) -> bool:
@@ -116,7 +131,7 @@ class Rows:
     def damaged(self, indices: Sequence[int]) -> list[int]:
         """Return the places of the samples, and of the stem, that are noted as written and cannot be read. Reads all of them."""
         places, written = list[int](), self.written(indices)
-        for place, span in ((0, self.contents.stem), *((self.places[i], self.contents.spans[i]) for i in written)):
+        for place, span in ((0, self.stem), *((self.places[i], self.slices[i]) for i in written)):
             try:
                 if written:  # after the stem
                     self[span]
@@ -128,8 +143,8 @@ class Rows:
         """Prepare the files for the rows of the stem and the samples. Raises OSError if the disk is too full."""
         for place in damaged:
             self._note(place, 0)
-        spans, row_bytes = [self.contents.stem, *(self.contents.spans[i] for i in indices)], self.contents.row_bytes
-        missing = sum(span.stop - (span.start or 0) for span in spans) * row_bytes - os.fstat(self.descriptor).st_blocks * 512
+        spans, row_bytes = [self.stem, *(self.slices[i] for i in indices)], self.layout.row_bytes
+        missing = sum(span.stop - span.start for span in spans) * row_bytes - os.fstat(self.descriptor).st_blocks * 512
         free = shutil.disk_usage(self.folder).free
         if free < missing:
             raise OSError(errno.ENOSPC, f"{missing / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free")
@@ -174,13 +189,13 @@ Fill = Callable[[Rows, Iterator[list[int]], int], None]
 
 
 def open_store(
-    folder: Path, contents: Contents, batches: Sequence[list[int]], fill: Fill, say: Say, agreed: Callable[[bool], bool] = bool
+    folder: Path, layout: Layout, batches: Sequence[list[int]], fill: Fill, say: Say, agreed: Callable[[bool], bool] = bool
 ) -> Rows:
-    """Return the rows of FOLDER/KEY, of which at least those of the samples in `batches` are written.
+    """Return the rows in `folder`, of which at least those of the samples in `batches` are written.
 
     `agreed` returns whether a flag is set in any of the processes that fill together. Raises OSError if the rows cannot be written.
     """
-    store, indices = Rows(folder / contents.key[:32], contents), [i for batch in batches for i in batch]
+    store, indices = Rows(folder, layout), [i for batch in batches for i in batch]
     left, failure = indices, None
     try:
         left = _opened(store, indices, say)
@@ -251,7 +266,7 @@ def _require_own(folder: Path) -> None:
 def _joined(spans: Sequence[slice]) -> Iterator[tuple[int, int]]:
     """Yield first row and end of the stretches that the spans cover."""
     begin = reached = 0
-    for start, end in sorted((span.start or 0, span.stop) for span in spans):
+    for start, end in sorted((span.start, span.stop) for span in spans):
         if start > reached:
             if reached > begin:
                 yield begin, reached

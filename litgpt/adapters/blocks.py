@@ -61,11 +61,6 @@ def auto_count(spec: object, available: int) -> int | None:
     return count if 1 <= count <= available else None
 
 
-def is_auto(spec: object) -> bool:
-    """Return True for a value that leaves the choice of blocks to training."""
-    return AUTO.fullmatch(str(spec)) is not None
-
-
 def listed(blocks: Sequence[int]) -> str:
     """Return "block 3" or "blocks 3, 5"."""
     return ("block " if len(blocks) == 1 else "blocks ") + ", ".join(map(str, blocks))

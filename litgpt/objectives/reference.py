@@ -1,7 +1,6 @@
 """The losses of samples under a reference model: computed once, and kept in a file beside the activation caches."""
 
 import hashlib
-import itertools
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +9,8 @@ from pathlib import Path
 import torch
 
 from litgpt import checkpoint
-from litgpt.activations.cache import CacheSettings, fill_batches, fill_order
-from litgpt.activations.store import Contents, Rows, open_store
+from litgpt.activations.cache import CacheSettings, fill_batches
+from litgpt.activations.store import Layout, Rows, open_store
 from litgpt.atomic import digest
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
@@ -28,31 +27,31 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
     `model` says which model it is: digests of its weights, names of its number formats. A disk that cannot hold the file is reported.
     """
     samples, agreed = view.activations.samples, settings.any or bool
-    order = fill_order(samples, [i for i in indices if samples[i].reference is None])
-    if not agreed(bool(order)):
+    wanted = [i for i in indices if samples[i].reference is None]
+    if not agreed(bool(wanted)):
         return
-    order = order or list(view.spare)
-    places, batches = _places(samples), list(fill_batches(samples, order, 0, device))
+    wanted = wanted or list(view.spare)
+    layout = Layout({i: sample.n_targets for i, sample in enumerate(samples)}, 0, (1, 1), torch.float32)
+    batches = list(fill_batches(samples, wanted, 0, device))
 
     def fill(store: Rows | torch.Tensor, batches: Iterator[list[int]], done: int) -> None:
         with torch.no_grad(), evaluating(view.model), settings.progress(f"{name} reference", done) as show:
             for batch, losses in view.passes(batches, agreed):
                 for i, own in zip(batch, losses.float().cpu().split([samples[i].n_targets for i in batch]), strict=True):
-                    store[places[i]] = own[:, None, None]
+                    store[layout.slices[i]] = own[:, None, None]
                 done += len(batch)
-                show(done, len(order))
+                show(done, len(wanted))
 
-    shape = (sum(sample.n_targets for sample in samples), 1, 1)
-    contents = Contents(_key(model, samples), shape, torch.float32, places, slice(0))
     store: Rows | torch.Tensor
+    folder = settings.folder / _key(model, samples)[:32]
     try:
-        store = open_store(settings.folder, contents, batches, fill, lambda text: settings.say(f"{name} reference: {text}"), agreed)
+        store = open_store(folder, layout, batches, fill, lambda text: settings.say(f"{name} reference: {text}"), agreed)
     except OSError as error:
         settings.say(f"{name} reference: {settings.folder} cannot hold it ({error.strerror or error}), it is kept in memory")
-        store = torch.empty(shape)
+        store = torch.empty(layout.shape)
         fill(store, iter(batches), 0)
-    for i in order:
-        samples[i].reference = array("f", store[places[i]].flatten().tolist())
+    for i in wanted:
+        samples[i].reference = array("f", store[layout.slices[i]].flatten().tolist())
 
 
 def reference_model(
@@ -89,12 +88,6 @@ def exchange(samples: Sequence[Sample], add: Callable[[torch.Tensor], torch.Tens
     losses = add(torch.cat(parts).to(device)).cpu()
     for sample, own in zip(samples, losses.split([len(part) for part in parts]), strict=True):
         sample.reference = array("f", own.tolist())
-
-
-def _places(samples: Sequence[Sample]) -> dict[int, slice]:
-    """Return the rows of each sample in the file."""
-    ends = list(itertools.accumulate((sample.n_targets for sample in samples), initial=0))
-    return {i: slice(*ends[i : i + 2]) for i in range(len(samples))}
 
 
 def _key(model: Sequence[str], samples: Sequence[Sample]) -> str:

@@ -10,7 +10,7 @@ import torch
 from litgpt.activations import choose as choosing
 from litgpt.activations.cache import ActivationCache, CacheSettings
 from litgpt.activations.prompts import replies
-from litgpt.adapters.blocks import is_auto
+from litgpt.adapters.blocks import auto_count
 from litgpt.args import TrainArgs
 from litgpt.checkpoint import WEIGHTS, chosen_taps, tokenizer_contents
 from litgpt.config import Config
@@ -73,7 +73,8 @@ class Job:
     def chosen(self) -> list[int] | None:
         """The tapped blocks, if `auto` chose them."""
         config, settings = self.model.config, vars(self.settings)
-        return list(config.taps) if config.skip2lora_enabled and is_auto(settings["skip2lora_block_indices"]) else None
+        was_auto = config.skip2lora_enabled and auto_count(settings["skip2lora_block_indices"], config.n_layer)
+        return list(config.taps) if was_auto else None
 
     @property
     def objective(self) -> Objective:

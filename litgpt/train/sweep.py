@@ -113,7 +113,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
                 group = Group(place, settings.timeout, joined=False) if place else None
                 job.shared = _fill(job, _n_validated(candidates, job), place)
                 spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
-                size = sum(cache.plan.nbytes for cache in job.shared.values())
+                size = sum(cache.layout.nbytes for cache in job.shared.values())
                 table.facts |= {"cache": {"blocks": job.shared["training"].blocks, "bytes": size}, **spent}
                 _train_all(candidates, job, table)
                 for text in group.lost if group else ():

@@ -109,7 +109,7 @@ def keep(
 
 def values(cache: ActivationCache) -> torch.Tensor:
     """All rows, in their order."""
-    return torch.cat([cache.store[rows] for rows in (slice(cache.plan.first), *cache.slices.values())])
+    return torch.cat([cache.store[rows] for rows in (cache.stem, *cache.slices.values())])
 
 
 def outcome(model: Any, source: Any, rows: list[int]) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
@@ -160,7 +160,7 @@ def test_a_stem_that_is_learned_costs_the_logits_of_one_sample(cut: str, cached:
     source = keep(model, samples)[0] if cached else Recompute(model, samples, CPU)
     own = sum(length - 1 - 8 for length in LENGTHS)
     if cached:
-        assert source.plan.shape[0] == 8 + own
+        assert source.layout.shape[0] == 8 + own
     rows = list(range(len(samples)))
     features = source(rows)
     weights = torch.rand(len(features.targets), generator=torch.Generator().manual_seed(1)) if weighted else None
@@ -331,7 +331,7 @@ def test_a_shared_cache_gives_what_a_model_alone_would_compute(taps: list[int], 
     taps = [blocks[i // 2] for i in taps]
     settings: dict[str, Any] = {"skip2lora_output_layer": output_layer}
     wide = filled(make_model(skip2lora_block_indices=blocks, **settings), samples, 3, "training", MEMORY, CPU)
-    assert wide.blocks == blocks and wide.plan.indices == [0, 1, 2]
+    assert wide.blocks == blocks and list(wide.layout.counts) == [0, 1, 2]
     got = wide.narrowed(taps)([2, 0])
     want = Recompute(make_model(skip2lora_block_indices=taps, **settings), samples, CPU)([2, 0])
     assert torch.equal(got.targets, want.targets)

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from litgpt.__main__ import load
-from litgpt.activations.store import Contents, Rows, open_store
+from litgpt.activations.store import Layout, Rows, open_store
 from litgpt.adapters.blocks import resolve_blocks
 from litgpt.atomic import read_manifest
 from litgpt.cli import parse
@@ -317,16 +317,16 @@ def test_tokenizer_files(count: int, world: World, tmp_path: Path) -> None:
 @examples(60, 4000)
 def test_an_index_of_a_cache(count: int, tmp_path: Path) -> None:
     """A sample is read if the index notes its rows, else computed again, whatever the bytes of the index."""
-    contents = Contents("key", (2, 1, 1), torch.float32, {0: slice(0, 1), 1: slice(1, 2)}, slice(0))
+    layout = Layout({0: 1, 1: 1}, 0, (1, 1), torch.float32)
     values = torch.tensor([1.5, 2.5])[:, None, None]
     written: list[int] = []
 
     def fill(store: Rows, batches: Iterator[list[int]], done: int) -> None:
         for batch in batches:
-            store[contents.spans[batch[0]]] = values[batch]
+            store[layout.slices[batch[0]]] = values[batch]
             written.extend(batch)
 
-    open_store(tmp_path, contents, [[0], [1]], fill, str)
+    open_store(tmp_path / "key", layout, [[0], [1]], fill, str)
     index = tmp_path / "key/index.bin"
     good = index.read_bytes()
     entries = [good[8:16], good[16:]]
@@ -334,8 +334,8 @@ def test_an_index_of_a_cache(count: int, tmp_path: Path) -> None:
     def check(content: bytes) -> None:
         index.write_bytes(content)
         written.clear()
-        store = open_store(tmp_path, contents, [[0], [1]], fill, str)
-        assert all(torch.equal(store[contents.spans[i]], values[[i]]) for i in (0, 1)) and index.read_bytes()[8:24] == good[8:]
+        store = open_store(tmp_path / "key", layout, [[0], [1]], fill, str)
+        assert all(torch.equal(store[layout.slices[i]], values[[i]]) for i in (0, 1)) and index.read_bytes()[8:24] == good[8:]
         assert {0, 1} - set(written) <= {i for i in (0, 1) if content[8 * i + 8 : 8 * i + 16] == entries[i]}
 
     fuzz(count, st.binary(max_size=40) | st.permutations([*entries, bytes(8)]).map(b"".join) | st.just(good), check)
