@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -44,14 +44,10 @@ def lock(path: str | Path, wait: bool = False) -> int:
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder if needed and hold its lock, after waiting for other processes. File systems without locks are used unlocked."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = None
-    with suppress(OSError):
-        descriptor = lock(folder, wait=True)
-    try:
+    with ExitStack() as locks:
+        with suppress(OSError):
+            locks.callback(os.close, lock(folder, wait=True))
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def lock_bytes(descriptor: int, start: int, count: int = 1, wait: bool = False) -> bool:
@@ -82,26 +78,23 @@ def new_file(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     Raises UserError as `put_file` does, and OSError that names `path` if the disk is full, inside `torch.save` and numpy's `tofile` too.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
         temporary, locks = _temporary(path, partial(Path.touch, exist_ok=False))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-    try:
-        with temporary.open("r+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        put_file(temporary, path, replace)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the cause
-        if isinstance(cause, OSError) and cause.filename in (None, str(temporary)):
-            reason = cause.strerror or f"the disk is full, or a limit on the size of files is reached ({cause})"  # `tofile` gives no reason
-            raise OSError(cause.errno, reason, str(path)) from None
-        raise
-    finally:
-        _close(locks)
+    with locks:
+        try:
+            with temporary.open("r+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            put_file(temporary, path, replace)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the cause
+            if isinstance(cause, OSError) and cause.filename in (None, str(temporary)):
+                reason = cause.strerror or f"the disk is full, or a limit on the size of files is reached ({cause})"  # `tofile` gives none
+                raise OSError(cause.errno, reason, str(path)) from None
+            raise
 
 
 def put_file(made: Path, path: Path, replace: bool) -> None:
@@ -145,50 +138,47 @@ def new_folder(path: str | Path, overwrite: bool = False, manifest: bool = True)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(EXISTS.format(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
         temporary, locks = _temporary(path, Path.mkdir)
     except OSError as error:
         raise UserError(f"{path} cannot be created: {error.strerror}") from None
-    try:
-        yield temporary
-        content = list(temporary.rglob("*"))
-        for file in content:
-            if file.is_file():
-                _sync(file)
-        if manifest:
-            write_manifest(temporary)
-        for folder in (*(entry for entry in content if entry.is_dir()), temporary):
-            _sync(folder)
-        _put_in_place(temporary, path, locks, overwrite, keep_others=manifest)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and (error.filename is None or str(temporary) in str(error.filename)):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-        raise
-    finally:
-        _close(locks)
+    with locks:
+        try:
+            yield temporary
+            content = list(temporary.rglob("*"))
+            for file in content:
+                if file.is_file():
+                    _sync(file)
+            if manifest:
+                write_manifest(temporary)
+            for folder in (*(entry for entry in content if entry.is_dir()), temporary):
+                _sync(folder)
+            _put_in_place(temporary, path, locks, overwrite, keep_others=manifest)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and (error.filename is None or str(temporary) in str(error.filename)):
+                raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+            raise
 
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Make a folder in `parent` that is removed at the end, or by `remove_leftovers` if the process is killed."""
-    remove_leftovers(parent)
     folder, locks = _temporary(parent / "scratch", Path.mkdir)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _close(locks)
+    with locks:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _close(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+def _temporary(path: Path, create: Callable[[Path], None]) -> tuple[Path, ExitStack]:
+    """Create a sibling of `path` in a folder that is made if needed and cleaned of leftovers.
 
-
-def _temporary(path: Path, create: Callable[[Path], None]) -> tuple[Path, list[int]]:
-    """Create a sibling of `path`. Return it and the descriptor of its lock, if the file system has locks."""
+    Return it and what holds its lock, if the file system has locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    locks = ExitStack()
     while True:
         temporary = path.with_name(f".{path.name}.litgpt-{secrets.token_hex(4)}.tmp")
         create(temporary)
@@ -197,13 +187,14 @@ def _temporary(path: Path, create: Callable[[Path], None]) -> tuple[Path, list[i
         except (BlockingIOError, FileNotFoundError):  # another process is removing it as a leftover
             continue
         except OSError:
-            return temporary, []
+            return temporary, locks
         if temporary.exists():
-            return temporary, [descriptor]
+            locks.callback(os.close, descriptor)
+            return temporary, locks
         os.close(descriptor)
 
 
-def _put_in_place(temporary: Path, path: Path, locks: list[int], overwrite: bool, keep_others: bool) -> None:
+def _put_in_place(temporary: Path, path: Path, locks: ExitStack, overwrite: bool, keep_others: bool) -> None:
     """Rename `temporary` to `path`. An existing `path` is set aside, locked, and removed; without `overwrite` it has to be empty.
 
     With `keep_others` files that its manifest does not list move over, and none of the new ones is replaced.
@@ -212,7 +203,7 @@ def _put_in_place(temporary: Path, path: Path, locks: list[int], overwrite: bool
     if overwrite and path.exists():
         old = path.with_name(f"{temporary.name}.old")
         with suppress(OSError):
-            locks.append(lock(path))
+            locks.callback(os.close, lock(path))
         path.rename(old)
     try:
         temporary.rename(path)
@@ -264,8 +255,8 @@ def remove_leftovers(folder: str | Path) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder: if the process is killed, it is still complete or gone."""
     temporary, locks = _temporary(path, Path.mkdir)
-    shutil.rmtree(path.rename(temporary), ignore_errors=True)  # a rename replaces an empty folder
-    _close(locks)
+    with locks:
+        shutil.rmtree(path.rename(temporary), ignore_errors=True)  # a rename replaces an empty folder
 
 
 # --- Manifests ---

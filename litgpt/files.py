@@ -167,26 +167,26 @@ def fetch(url: str, most: int, seconds: float = FETCH_SECONDS) -> bytes:
     import urllib.request
 
     content, end = bytearray(), time.monotonic() + seconds
-    reason = ""
     try:
         if "@" in url.split("/")[2]:
             raise UserError("an address with a user name or password is not fetched: download the file, and name it")
         with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as answer:
-            while not reason and (block := answer.read1(2**16)):
+            while block := answer.read1(2**16):
                 content += block
-                late = time.monotonic() > end
-                reason = f"it has more than {most:,} bytes" if len(content) > most else "it takes too long" if late else ""
-            if not reason and len(content) != int(answer.headers.get("Content-Length") or len(content)):
-                reason = "the connection ended too early"
+                if len(content) > most:
+                    raise ValueError(f"it has more than {most:,} bytes")
+                if time.monotonic() > end:
+                    raise ValueError("it takes too long")
+            if len(content) != int(answer.headers.get("Content-Length") or len(content)):
+                raise ValueError("the connection ended too early")
+            return bytes(content)
     except UserError:
         raise
     except urllib.error.HTTPError as error:
         reason = f"HTTP status {error.code}"
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error))[:200] or type(error).__name__
-    if reason:
-        raise UserError(f"{url} cannot be fetched ({reason}): check the address, or download the file and name it")
-    return bytes(content)
+    raise UserError(f"{url} cannot be fetched ({reason}): check the address, or download the file and name it")
 
 
 def decode_text(raw: bytes, path: str | Path) -> str:
@@ -228,30 +228,26 @@ def parse_json(text: str, where: str, line: int | None = None, hint: str = "", u
 
     `unique`: an object that has a key twice is an error.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) != len(pairs):
+            repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            values = " and ".join(repr(value)[:40] for key, value in pairs if key == repeated)
+            place = "" if line is None else f", line {line}"
+            raise UserError(f"{where}{place}: an object has the key {repr(repeated)[:60]} twice ({values}): leave one of them out")
+        return content
+
     try:
-        return json.loads(text, object_pairs_hook=_unique if unique else None)
-    except _RepeatedKeyError as error:
-        place = "" if line is None else f", line {line}"
-        raise UserError(f"{where}{place}: an object has the key {error}: leave one of them out") from None
+        return json.loads(text, object_pairs_hook=once if unique else None)
+    except UserError:
+        raise
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, line {line or error.lineno}, column {error.colno}: not valid JSON: {error.msg}{hint}") from None
     except RecursionError:
         raise UserError(f"{where}, line {line or 1}: not usable JSON: nested too deeply") from None
     except ValueError:
         raise UserError(f"{where}, line {line or 1}: not usable JSON: it holds a number of thousands of digits") from None
-
-
-class _RepeatedKeyError(Exception):
-    """A key that an object has twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        values = " and ".join(repr(value)[:40] for key, value in pairs if key == repeated)
-        raise _RepeatedKeyError(f"{repr(repeated)[:60]} twice ({values})")
-    return content
 
 
 def read_yaml(path: str | Path, missing: str = MISSING) -> Any:
