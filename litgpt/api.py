@@ -1,33 +1,47 @@
-"""`litgpt.LLM`: load a checkpoint and generate text from Python."""
+"""`litgpt.LLM`: load a checkpoint and generate text from Python; a torch module that can be trained and saved, as LitGPT has it."""
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, overload
+from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 import torch
+from torch import nn
 
 from litgpt import checkpoint
+from litgpt.adapters.base import adapter_parameters
 from litgpt.args import require_seed
+from litgpt.atomic import new_folder, read_manifest
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.device import backbone_dtype, default_precision, find_device
+from litgpt.device import MIXED, backbone_dtype, default_precision, find_device
 from litgpt.download import fetch_named
 from litgpt.errors import UserError
-from litgpt.files import json_if_there
+from litgpt.files import expand_path, json_if_there
+from litgpt.generate import divide
 from litgpt.generate.engine import Session, generate_batch
 from litgpt.generate.sampling import Sampling, until_stop_text
+from litgpt.logs import peak_memory_gb
 from litgpt.lora import Config as LoRAConfig
+from litgpt.loss import chunked_cross_entropy
 from litgpt.model import GPT
-from litgpt.module import ModelModule, Preprocessor as Preprocessor, benchmark_dict_to_markdown_table as benchmark_dict_to_markdown_table
 from litgpt.pretrain import fresh
-from litgpt.prompts import ChatStyle, Message, PromptStyle, has_prompt_style, resolve_prompt_style
+from litgpt.prompts import ChatStyle, Message, PromptStyle, has_prompt_style, resolve_prompt_style, save_prompt_style
+from litgpt.quantize import is_quantised
+from litgpt.sharding import on_cpu
+from litgpt.text import first_line
 from litgpt.tokenizer import Tokenizer
 from litgpt.values import checked
+
+Strategy = Literal["sequential", "tensor_parallel"]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 1.0}  # defaults, as of `litgpt chat`, where the checkpoint has none
 MORE = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
@@ -40,12 +54,27 @@ IGNORED = {  # settings of generation_config.json by which transformers answers 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
-class LLM(ModelModule):
-    """A model with its tokenizer and prompt style.
+class Preprocessor(NamedTuple):
+    """A tokenizer whose tensors are on the model's device."""
+
+    tokenizer: Tokenizer
+    device: torch.device
+
+    def encode(self, text: str) -> torch.Tensor:
+        return self.tokenizer.encode(text, device=self.device)
+
+    def decode(self, token_ids: torch.Tensor) -> str:
+        return self.tokenizer.decode(token_ids)
+
+
+class LLM(nn.Module):
+    """A model with its tokenizer and prompt style, as a module whose weights are the model's own.
 
     llm = LLM.load("out/finetune/skip2lora/final")
     print(llm.generate("What does math.sqrt do?"))
     """
+
+    generate_strategy: Strategy | None = None  # how the model is divided among several devices
 
     def __init__(
         self,
@@ -60,8 +89,7 @@ class LLM(ModelModule):
         self.sampling = {**SAMPLING, **(sampling or {})}  # what `generate` takes by default
         self.tokenizer = tokenizer
         self.prompt_style = prompt_style
-        self.folder = folder
-        """of the checkpoint or adapter"""
+        self.folder = folder  # of the checkpoint or adapter; None: random weights
 
     @classmethod
     @checked
@@ -118,6 +146,34 @@ class LLM(ModelModule):
     def config(self) -> Config:
         return self.model.config
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        return Preprocessor(self.tokenizer, self.device)
+
+    @property
+    def checkpoint_dir(self) -> Path | None:
+        return self.folder
+
+    def forward(
+        self, input_ids: torch.Tensor, target_ids: torch.Tensor | None = None, loss_fn: Loss | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (B, T, V) of ids (B, T); with targets (B, T), which are shifted here, the mean loss as well."""
+        logits = self.model(input_ids)
+        if target_ids is None:
+            return logits
+        return logits, (loss_fn or chunked_cross_entropy)(logits[..., :-1, :], target_ids[..., 1:])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's state dict, with its own names."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+
     @overload
     def generate(
         self,
@@ -129,26 +185,11 @@ class LLM(ModelModule):
         top_p: float | None = ...,
         return_as_token_ids: Literal[False] = ...,
         stream: Literal[False] = ...,
-        seed: SupportsIndex | None = ...,
-        stop: str | Sequence[str] = ...,
-        **more: Any,
+        **settings: Any,
     ) -> str: ...
 
     @overload
-    def generate(
-        self,
-        prompt: str | list[Message] | list[str] | list[list[Message]],
-        sys_prompt: str | None = ...,
-        max_new_tokens: int = ...,
-        temperature: float | None = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        return_as_token_ids: bool = ...,
-        stream: bool = ...,
-        seed: SupportsIndex | None = ...,
-        stop: str | Sequence[str] = ...,
-        **more: Any,
-    ) -> str | torch.Tensor | Iterator[str] | Iterator[int] | list[Any]: ...
+    def generate(self, prompt: str | list[Message] | list[str] | list[list[Message]], *args: Any, **settings: Any) -> Any: ...
 
     @checked
     def generate(
@@ -268,7 +309,7 @@ class LLM(ModelModule):
             raise UserError(f"{self.folder or self.config.name} has no value head: train one with `litgpt finetune --objective critic`")
         values = []
         for ids in sequences:
-            idx = torch.tensor([list(ids)], device=next(model.parameters()).device)
+            idx = torch.tensor([list(ids)], device=self.device)
             values.append(float(model.value_head(model.tail(*model.prefix(idx))[0, -1]).sigmoid()))
         return values
 
@@ -284,7 +325,96 @@ class LLM(ModelModule):
             return None
         seed = seed.item() if getattr(seed, "shape", None) == () else seed  # of numpy
         require_seed(seed)
-        return torch.Generator(next(self.model.parameters()).device).manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    @checked
+    def trainer_setup(self, trainer_ckpt: str | Path | None = None) -> None:
+        """Prepare the model for a Trainer: fp32 weights that all learn, those of `trainer_ckpt`, a file that a Trainer saved, if given."""
+        if trainer_ckpt is not None:
+            try:
+                state = torch.load(expand_path(trainer_ckpt), map_location="cpu", weights_only=True)["state_dict"]
+                first = next(iter(state)).partition("transformer.")[0].partition("lm_head.")[0]
+            except Exception as error:
+                raise UserError(f"trainer_ckpt: {trainer_ckpt} is no file that a Trainer saved: {first_line(error)[:200]}") from None
+            self.model.float()
+            self.load_state_dict({name.removeprefix(first): value for name, value in state.items()})
+        elif self.folder is not None:
+            self.model, self.generate_strategy = checkpoint.load_model(self.folder, torch.float32), None
+        self.model.float().train().requires_grad_(True)
+
+    @checked
+    def distribute(
+        self,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        precision: str | None = None,
+        quantize: str | None = None,
+        generate_strategy: Strategy | None = None,
+        fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
+    ) -> None:
+        """Move the model to a device (cpu, cuda, xpu, mps or auto), in this precision, quantised if asked for.
+
+        Several `devices` need a `generate_strategy` (`litgpt.generate.divide`). For "tensor_parallel" this script is run once more for each
+        further device, unless torchrun has started them; each process gets every answer, and RANK in its environment numbers it.
+        `fixed_kv_cache_size` is the most tokens that prompt and answer may have together, of which keys and values are kept.
+        """
+        if self.folder is None:
+            raise UserError("distribute: the model has random weights: it is where it is")
+        if generate_strategy is None and devices not in ("auto", 1):
+            raise UserError(f'distribute: {devices!r} devices need a generate_strategy: "sequential" or "tensor_parallel"')
+        device = find_device(None if accelerator == "auto" else {"gpu": "cuda"}.get(accelerator, accelerator))
+        precision = (precision or default_precision(device)).replace("-mixed", "-true")
+        dtype, home = backbone_dtype(precision), device if generate_strategy is None else torch.device("cpu")
+        homes = divide.places(device, devices) if generate_strategy == "sequential" else []
+        rank = divide.processes(device, devices, precision, quantize) if generate_strategy == "tensor_parallel" else None
+        model = checkpoint.load_model(self.folder, dtype, home, quantize=quantize)
+        if isinstance(fixed_kv_cache_size, int):
+            if not 1 <= fixed_kv_cache_size <= model.max_seq_length:
+                raise UserError(f"fixed_kv_cache_size is {fixed_kv_cache_size}: from 1 to {model.max_seq_length} tokens are possible")
+            model.max_seq_length = fixed_kv_cache_size
+        if homes:
+            divide.spread(model, homes)
+        if rank is not None:
+            divide.shard(model, rank.index, rank.size, rank.sum)
+            model.to(rank.device)
+        self.model, self.generate_strategy = model, generate_strategy
+
+    @checked
+    def save(self, out_dir: str | Path, prompt_style: PromptStyle | None = None) -> None:
+        """Write a checkpoint folder with the weights as they are now, in place of an earlier one of ours, if there is one."""
+        if adapter_parameters(self.model) or is_quantised(self.model) or self.generate_strategy == "tensor_parallel":
+            raise UserError("save: only a whole model without adapters, and not quantised, can be saved: `litgpt merge_lora` merges LoRA")
+        target = expand_path(out_dir)
+        if target.exists() and any(source and target.samefile(source) for source in (self.folder, self.tokenizer.folder)):
+            raise UserError(f"save: {target} is the folder that the model was read from: name another one")
+        with new_folder(target, overwrite=read_manifest(target) is not None) as folder:
+            checkpoint.save_weights(on_cpu(self.model.state_dict(keep_vars=True)), folder / checkpoint.WEIGHTS)
+            checkpoint.save_config(self.model.config, folder)
+            checkpoint.copy_tokenizer_files(self.tokenizer.folder, folder)
+            save_prompt_style(prompt_style or self.prompt_style, folder)
+
+    @checked
+    def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str, dict[str, list[float]]]:
+        """Return the answer of the last of `num_iterations` calls of `generate`, and lists of what each took."""
+        figures: dict[str, list[float]] = {}
+        text = ""
+        for _ in range(num_iterations):
+            start, ids, first = time.perf_counter(), list[int](), 0.0
+            for token in self.generate(**{**kwargs, "stream": True, "return_as_token_ids": True}):
+                first = first or time.perf_counter() - start
+                ids.append(token)
+            total, text = time.perf_counter() - start, self.tokenizer.decode(ids)
+            on_gpu = peak_memory_gb(self.device) if self.device.type == "cuda" else 0.0
+            row = {
+                "Seconds total": total,
+                "Seconds to first token": first,
+                "Tokens generated": len(ids),
+                "Inference speed in tokens/sec": len(ids) / total,
+                "Total GPU memory allocated in GB": on_gpu,
+            }
+            for name, value in row.items():
+                figures.setdefault(name, []).append(value)
+        return text, figures
 
 
 def require_known(sampling: Mapping[str, Any]) -> None:
@@ -316,5 +446,15 @@ def inference_dtype(precision: str) -> torch.dtype:
 
     Raises UserError for an unknown precision.
     """
-    backbone_dtype(precision)
-    return {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}[precision.partition("-")[0]]
+    dtype = backbone_dtype(precision)
+    return MIXED.get(precision, dtype)
+
+
+def benchmark_dict_to_markdown_table(data: Mapping[str, Sequence[float]]) -> str:
+    """Return means and standard deviations of the figures of `benchmark` as a table; nan for a single figure."""
+    rows = [("Metric", "Mean", "Std Dev")]
+    for name, figures in data.items():
+        deviation = statistics.stdev(figures) if len(figures) > 1 else math.nan
+        rows.append((name, f"{statistics.fmean(figures):.2f}", f"{deviation:.2f}"))
+    lines = [f"| {name:<35} | {mean:<27} | {deviation:<27} |\n" for name, mean, deviation in rows]
+    return "".join([lines[0], f"|{'-' * 37}|{'-' * 29}|{'-' * 29}|\n", *lines[1:]])

@@ -44,7 +44,7 @@ generate.drafts generate.engine generate.sampling
 train
 finetune pretrain
 convert.card convert.adapter convert.from_litgpt convert.add_tokens
-generate api module utils validate download integrations examine push
+generate api utils validate download integrations examine push
 serve
 keys help
 evaluate
