@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -216,6 +217,13 @@ class GPT(base_model.GPT):
                 config.skip2lora_dropout,
                 config.norm_eps if config.skip2lora_norm == "rms" else None,
             )
+
+    def sharing(self, config: Config) -> GPT:
+        """Return a model with the adapters of `config` in place of these, which shares all other weights with this one."""
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        model = copy.deepcopy(self, shared)
+        model.adapt(config)
+        return model
 
     def prefix(
         self, idx: torch.Tensor, pos: Positions | None = None, rows: torch.Tensor | None = None

@@ -1,6 +1,5 @@
 """`litgpt chat`: a conversation in the terminal, or with the lines of a pipe."""
 
-import copy
 import json
 import re
 import sys
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from litgpt.checkpoint import read_hyperparameters
+from litgpt.checkpoint import load_model, read_hyperparameters
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import add_text, expand_path
@@ -53,7 +52,7 @@ class Chat(Drawing, Checkpoint):
 def talk(conversation: "Conversation", multiline: bool) -> None:
     """Read messages and answer them until an empty one."""
     llm = conversation.llm
-    if conversation.render is None:
+    if not conversation.has_turns:
         _note(f"prompt style {llm.prompt_style.name!r} has no turns: each message is answered on its own")
     if terminal := sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none
@@ -95,7 +94,7 @@ class Conversation:
         self.sampling, self.generator = sampling, llm.generator(seed)
         self.sys_prompt = sys_prompt
         self.turns: list[Message] = []
-        self.render: Any = getattr(llm.prompt_style, "render", None)
+        self.has_turns = hasattr(llm.prompt_style, "render")
         self.session = Session(llm.model)
 
     @cached_property
@@ -158,16 +157,11 @@ class Conversation:
 
     def _fit(self, turns: "list[Message]") -> tuple[list[int], int, int]:
         """Return the prompt, the tokens left for its answer, and the number of exchanges dropped to leave a quarter of the context."""
-        style = self.llm.prompt_style
         wanted = min(self.max_new_tokens, self.limit // 4)
-        system = [] if self.sys_prompt is None else [{"role": "system", "content": self.sys_prompt}]
         for start in range(0, len(turns), 2):
-            if self.render is None:
-                text: str = style.apply(turns[-1]["content"], sys_prompt=self.sys_prompt)
-            else:
-                text = self.render([*system, *turns[start:]], add_generation_prompt=True)
-            ids = self.llm.tokenizer.ids(text, bos=style.bos)
-            if self.limit - len(ids) >= wanted or self.render is None:
+            prompt = turns[start:] if self.has_turns else turns[-1]["content"]
+            ids = self.llm.prompt_ids(self.llm.rendered(prompt, self.sys_prompt))
+            if self.limit - len(ids) >= wanted or not self.has_turns:
                 break
         return ids, self.limit - len(ids), start // 2
 
@@ -218,7 +212,7 @@ class Conversation:
 
 
 def _adapterless(model: Any) -> Any:
-    """Return a model without its LoRA: a copy that shares the base's weights. None if it has none, or tunes some of these."""
+    """Return a model without its LoRA that shares the base's weights. None if it has none, or tunes some of these."""
     from litgpt.adapters.base import adapters
     from litgpt.lora import GPT, Config
     from litgpt.packed import pack
@@ -226,32 +220,25 @@ def _adapterless(model: Any) -> Any:
     own = [adapter for _, adapter in adapters(model)]
     if not own or type(model) is not GPT or any(adapter.tunes_base for adapter in own):
         return None
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    base: Any = copy.deepcopy(model, shared)
-    base.adapt(Config(**model.config.base_dict()))
+    base = model.sharing(Config(**model.config.base_dict()))
     pack(base)
     return base
 
 
 def _base_of_run(model: Any, folder: Path) -> Any:
     """Return the model of the folder that hyperparameters.yaml in `folder` names, in the number format of `model`; None without one."""
-    from litgpt.api import LLM
-
     name = read_hyperparameters(open_checkpoint(folder)).get("checkpoint_dir")
     if not isinstance(name, str) or not Path(name).is_dir():
         return None
-    precision = {"torch.bfloat16": "bf16-true", "torch.float16": "16-true"}.get(str(model.dtype), "32-true")
-    return LLM.load(name, precision=precision, device=next(model.parameters()).device).model
+    return load_model(open_checkpoint(name), model.dtype, next(model.parameters()).device)
 
 
 def _show_columns(texts: dict[str, str]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(expand=True)
-    for name in texts:
-        table.add_column(name, ratio=1)
+    table = Table(*(Column(name, ratio=1) for name in texts), expand=True)
     table.add_row(*(Text(safe(text)) for text in texts.values()))
     Console(file=unescaped(sys.stdout)).print(table)
 

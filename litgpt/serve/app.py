@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,8 @@ from litgpt.serve.schemas import Adapter, AdapterFolder, Chat, Completion, Predi
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 DEFAULT_TOKENS = 512  # of an OpenAI request that does not say
+MOST_BODY = 4 * 2**20  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass
-class Limits:
-    """The limits of a request."""
-
-    prompt_tokens: int | None = None  # None: what the model reads
-    seconds: float = 300.0
-    body: int = 4 * 2**20  # bytes
 
 
 @dataclass
@@ -49,12 +42,13 @@ class State:
 
     models: Models
     scheduler: Scheduler
-    sampling: dict[str, Any] = field(default_factory=dict)  # settings of the command line
-    max_new_tokens: int = 50  # of /predict
-    stream: bool = False  # of /predict
-    api_key: str | None = None
-    limits: Limits = field(default_factory=Limits)
-    adapter_dir: Path | None = None  # adapters below it may be loaded by a request
+    sampling: dict[str, Any]  # settings of the command line
+    max_new_tokens: int  # of /predict
+    stream: bool  # of /predict
+    api_key: str | None
+    max_prompt_tokens: int | None  # None: what the model reads
+    timeout: float  # seconds that a request may take
+    adapter_dir: Path | None  # adapters below it may be loaded by a request
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     preparing: asyncio.Lock = field(default_factory=asyncio.Lock)  # a template's sandbox renders one text at a time
 
@@ -83,15 +77,14 @@ class Answering:
         self.queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
 
-    def add(self, prompt: str | list[int], max_new_tokens: int | None, n: int = 1, top: int | None = None, bos: bool | None = None) -> None:
-        """Prepare n answers to a prompt, which is in the prompt style already."""
-        llm, given, limits = self.model.llm, self.settings, self.state.limits
+    def add(self, ids: list[int], max_new_tokens: int | None, n: int = 1, top: int | None = None) -> None:
+        """Prepare n answers to the ids of a prompt."""
+        llm, given, most = self.model.llm, self.settings, self.state.max_prompt_tokens
         if len(self.jobs) + n > self.state.scheduler.most:
             raise Refusal(400, f"the request asks for more than {self.state.scheduler.most} answers, which this server never has at a time")
-        ids = llm.tokenizer.ids(prompt, bos=bos) if isinstance(prompt, str) else prompt
         room = llm.model.max_seq_length - len(ids)
-        if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
-            raise Refusal(400, f"the prompt has {len(ids)} tokens, this server takes {limits.prompt_tokens}", "context_length_exceeded")
+        if most is not None and len(ids) > most:
+            raise Refusal(400, f"the prompt has {len(ids)} tokens, this server takes {most}", "context_length_exceeded")
         if room < (max_new_tokens or 1):
             asked = f" and {max_new_tokens} are asked for" if max_new_tokens else ""
             message = f"the prompt has {len(ids)} tokens{asked}, the model reads at most {llm.model.max_seq_length} in all"
@@ -105,17 +98,14 @@ class Answering:
         for _ in range(n):
             index = len(self.jobs)
             seed = None if given.seed is None else (given.seed + index) % (LAST_SEED + 1)
-            settings: dict[str, Any] = {"seed": seed, "stops": given.stops, "top_logprobs": top}
-            deadline = time.monotonic() + limits.seconds
-            new = max_new_tokens or min(DEFAULT_TOKENS, room)
-            self.jobs.append(Job(self.model, ids, new, sampling, self._sender(index), deadline=deadline, **settings))
+            deadline = time.monotonic() + self.state.timeout
+            new, send = max_new_tokens or min(DEFAULT_TOKENS, room), partial(self._send, index)
+            job = Job(self.model, ids, new, sampling, send, seed=seed, stops=given.stops, top_logprobs=top, deadline=deadline)
+            self.jobs.append(job)
 
-    def _sender(self, index: int) -> Callable[[Piece], None]:
-        def send(piece: Piece) -> None:
-            with suppress(RuntimeError):  # the server has ended
-                self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, piece))
-
-        return send
+    def _send(self, index: int, piece: Piece) -> None:
+        with suppress(RuntimeError):  # the server has ended
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, piece))
 
     async def start(self, prepare: Callable[[], None]) -> None:
         """Run `prepare`, which adds prompts, beside the event loop; then let the answers wait for their turn."""
@@ -245,7 +235,7 @@ def make_app(state: State, host: str = "127.0.0.1", api_path: str = "/predict") 
     app.state.serve = state
     if host in LOOPBACK:  # a page of the web that lets its name mean this machine must not reach it
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK[:2], "[::1]"], www_redirect=False)
-    app.add_middleware(LimitedBody, most=state.limits.body)
+    app.add_middleware(LimitedBody)
     app.add_exception_handler(Refusal, lambda _, error: error.response())
     app.add_exception_handler(UserError, lambda _, error: Refusal(400, str(error)).response())
     app.add_exception_handler(HTTPException, lambda _, error: Refusal(error.status_code, str(error.detail)).response(error.headers))
@@ -300,7 +290,7 @@ async def _chat(request: Request, body: Chat) -> Response:
         else:  # without turns: the last question on its own
             system = next((m["content"] for m in messages if m["role"] == "system"), None)
             text = llm.rendered(messages[-1]["content"], system)
-        answering.add(text, body.max_completion_tokens or body.max_tokens, body.n or 1, body.top, llm.prompt_style.bos)
+        answering.add(llm.prompt_ids(text), body.max_completion_tokens or body.max_tokens, body.n or 1, body.top)
 
     await answering.start(prepare)
     return await answered(request, answering, body)
@@ -311,7 +301,8 @@ async def _completion(request: Request, body: Completion) -> Response:
 
     def prepare() -> None:
         for prompt in body.prompts:
-            answering.add(prompt, body.max_tokens, body.n or 1, body.top)
+            ids = answering.model.llm.tokenizer.ids(prompt) if isinstance(prompt, str) else prompt
+            answering.add(ids, body.max_tokens, body.n or 1, body.top)
 
     await answering.start(prepare)
     return await answered(request, answering, body)
@@ -321,7 +312,7 @@ async def _predict(request: Request, body: Predict) -> Response:
     state, answering = _state(request), _answering(request, body)
     llm = answering.model.llm
     new = body.max_new_tokens or body.max_tokens or state.max_new_tokens
-    await answering.start(lambda: answering.add(llm.rendered(body.prompt, None), new, bos=llm.prompt_style.bos))
+    await answering.start(lambda: answering.add(llm.prompt_ids(llm.rendered(body.prompt, None)), new))
     if not (state.stream if body.stream is None else body.stream):
         return JSONResponse({"output": (await answering.complete(request))[0].text})
 
@@ -406,18 +397,18 @@ def _invalid(error: RequestValidationError) -> Refusal:
 
 
 class LimitedBody:
-    """ASGI middleware that refuses bodies over `most` bytes, by their header or as they arrive."""
+    """ASGI middleware that refuses bodies over `MOST_BODY` bytes, by their header or as they arrive."""
 
-    def __init__(self, app: Any, most: int) -> None:
-        self.app, self.most = app, most
+    def __init__(self, app: Any) -> None:
+        self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refusal = Refusal(413, f"the body of a request may have {self.most:,} bytes", "body_too_large")
+        refusal = Refusal(413, f"the body of a request may have {MOST_BODY:,} bytes", "body_too_large")
         size, length = 0, dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.most:
+        if length.isdigit() and int(length) > MOST_BODY:
             await refusal.response()(scope, receive, send)
             return
 
@@ -425,7 +416,7 @@ class LimitedBody:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self.most:
+            if size > MOST_BODY:
                 raise refusal
             return message
 

@@ -86,7 +86,7 @@ class Serve:
         try:
             import uvicorn  # noqa: F401
 
-            from litgpt.serve.app import Limits, State, make_app
+            from litgpt.serve.app import State, make_app
         except ImportError as error:
             message = f"serve needs the packages fastapi and uvicorn ({error.name} is missing): `pip install 'litgpt[serve]'`"
             raise UserError(message) from None
@@ -97,16 +97,17 @@ class Serve:
         sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         Sampling(**{**sampling, "top_k": self.top_k or None})  # an error is reported here
         socket = listen(self.host, self.port)
-        limits, scheduler = Limits(self.max_prompt_tokens, self.timeout), Scheduler(self.max_batch, self.max_queue)
+        scheduler = Scheduler(self.max_batch, self.max_queue)
         state = State(
-            self._load(),
-            scheduler,
-            sampling,
-            self.max_new_tokens,
-            self.stream,
-            key,
-            limits,
-            self.adapter_dir and self.adapter_dir.resolve(),
+            models=self._load(),
+            scheduler=scheduler,
+            sampling=sampling,
+            max_new_tokens=self.max_new_tokens,
+            stream=self.stream,
+            api_key=key,
+            max_prompt_tokens=self.max_prompt_tokens,
+            timeout=self.timeout,
+            adapter_dir=self.adapter_dir and self.adapter_dir.resolve(),
         )
         try:
             run(make_app(state, self.host, self.api_path), socket, self.timeout)
@@ -119,11 +120,10 @@ class Serve:
 
         start = time.perf_counter()
         device = {"auto": None, "gpu": "cuda"}.get(self.accelerator, self.accelerator)
-        models = load_models(self.checkpoint_dir, self.folders, self.quantize, precision=self.precision, device=device)
-        model = next(iter(models.values())).llm.model
-        dtype = str(model.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else "")
-        place = next(model.parameters()).device
-        print(safe(f"{', '.join(models)}: {dtype} on {place}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)
+        models = load_models(self.checkpoint_dir, self.folders, quantize=self.quantize, precision=self.precision, device=device)
+        llm = models.base.llm
+        dtype = str(llm.model.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else "")
+        print(safe(f"{', '.join(models)}: {dtype} on {llm.device}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)
         return models
 
 

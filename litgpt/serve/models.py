@@ -5,7 +5,6 @@ the base and of other such adapters: the sum over its taps is added for its rows
 with a batch of its own, that shares the base's weights in memory.
 """
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,17 +81,40 @@ class Served:
 
 
 class Models(dict[str, Served]):
-    """The models by name. Without a name a request gets the first, which stays, as the base does."""
+    """The models by name. Without a name a request gets the first, which stays, as the base in `folder` does.
 
-    def __init__(self, base: Served, folder: Path, quantize: str | None, how: dict[str, Any]) -> None:
+    `how` are arguments of `LLM.load`: precision, device and quantize.
+    """
+
+    def __init__(self, folder: Path, how: dict[str, Any]) -> None:
         super().__init__()
-        self.base, self.folder, self.quantize, self.how = base, folder, quantize, how
+        self.folder, self.how = folder, how
+        self.base = self._open_whole(folder)
 
     def open(self, name: str, folder: Path) -> Served:
         """Load an adapter over the base, or a model of its own. It is neither converted nor entered. Raises UserError."""
         if name in (*self, self.base.name):
             raise UserError(f"adapters: {name!r} is the name of a model that is served already: choose another for {folder}")
-        return _load_adapter(name, open_checkpoint(folder, convert=False), self.base, self.folder, self.quantize, self.how)
+        folder = open_checkpoint(folder, convert=False)
+        if not _is_over_a_base(folder):
+            return self._open_whole(folder, name)
+        _, config = checkpoint.adapted(folder, self.folder)
+        base: Any = self.base.llm.model
+        model = base.sharing(config)
+        checkpoint.load_adapter(model, checkpoint.load_weights(folder / checkpoint.ADAPTER_WEIGHTS), folder / checkpoint.ADAPTER_WEIGHTS)
+        model.to(self.base.batch.device).eval().requires_grad_(False)
+        pack(model)
+        llm = LLM.around(model, folder, self.folder)
+        changes_blocks = config.lora_blocks or (config.lora_r and config.lora_head) or config.modules_to_save
+        if config.skip2lora_enabled and not changes_blocks and (config.cut or 0) >= config.n_layer:
+            return Served(name, llm, self.base.batch, Head(model), self.base.name)
+        return Served(name, llm, Batch(model, CHUNK, KEPT), parent=self.base.name)
+
+    def _open_whole(self, folder: Path, name: str = "") -> Served:
+        """Load a model with weights of its own."""
+        llm = LLM.load(folder, **self.how)
+        pack(llm.model)
+        return Served(name or llm.config.name or folder.name, llm, SharedBatch(llm.model, CHUNK, KEPT))
 
     def drop(self, name: str) -> None:
         """Forget an adapter. Its answers that run are completed. Raises UserError for the base and the first."""
@@ -101,21 +123,18 @@ class Models(dict[str, Served]):
         del self[name]
 
 
-def load_models(folder: str | Path, adapters: dict[str, Path], quantize: str | None = None, **how: Any) -> Models:
-    """Load a checkpoint, and adapters over it by name; the first is the default. `how` are precision and device, as of `LLM.load`.
+def load_models(folder: str | Path, adapters: dict[str, Path], **how: Any) -> Models:
+    """Load a checkpoint, and adapters over it by name; the first is the default. `how` are arguments of `LLM.load`.
 
     If `folder` holds an adapter its base is served too. Raises UserError for folders that cannot be loaded or do not belong together.
     """
     opened = base_folder = open_checkpoint(folder)
     if is_adapter := _is_over_a_base(opened):
         base_folder, _ = checkpoint.adapter_settings(opened)
-    llm = LLM.load(base_folder, quantize=quantize, **how)
-    pack(llm.model)
-    name = llm.config.name or base_folder.name
-    models = Models(Served(name, llm, SharedBatch(llm.model, CHUNK, KEPT)), base_folder, quantize, how)
+    models = Models(base_folder, how)
     if is_adapter:
         models[own_name(opened)] = models.open(own_name(opened), opened)
-    models[name] = models.base
+    models[models.base.name] = models.base
     for own, path in adapters.items():
         models[own] = models.open(own, open_checkpoint(path))
     return models
@@ -136,23 +155,3 @@ def _is_over_a_base(folder: Path) -> bool:
 def own_name(folder: Path) -> str:
     """Return a name for an adapter by its folder: that of the run for its best/ or final/."""
     return folder.parent.name if folder.name in ("best", "final") or folder.name.startswith("step-") else folder.name
-
-
-def _load_adapter(name: str, folder: Path, base: Served, base_folder: Path, quantize: str | None, how: dict[str, Any]) -> Served:
-    if not _is_over_a_base(folder):
-        llm = LLM.load(folder, quantize=quantize, **how)  # a model with weights of its own
-        pack(llm.model)
-        return Served(name, llm, SharedBatch(llm.model, CHUNK, KEPT))
-    _, settings = checkpoint.adapter_settings(folder, base_folder)
-    config = checkpoint.adapted_config(folder, base_folder, settings)
-    shared = {id(tensor): tensor for tensor in (*base.llm.model.parameters(), *base.llm.model.buffers())}
-    model: Any = copy.deepcopy(base.llm.model, shared)
-    model.adapt(config)
-    checkpoint.load_adapter(model, checkpoint.load_weights(folder / checkpoint.ADAPTER_WEIGHTS), folder / checkpoint.ADAPTER_WEIGHTS)
-    model.to(base.batch.device).eval().requires_grad_(False)
-    pack(model)
-    llm = LLM.around(model, folder, base_folder)
-    changes_blocks = config.lora_blocks or (config.lora_r and config.lora_head) or config.modules_to_save
-    if config.skip2lora_enabled and not changes_blocks and (config.cut or 0) >= config.n_layer:
-        return Served(name, llm, base.batch, Head(model), base.name)
-    return Served(name, llm, Batch(model, CHUNK, KEPT), parent=base.name)

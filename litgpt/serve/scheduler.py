@@ -133,11 +133,8 @@ class Scheduler:
                 try:
                     for row, logits in batch.step():
                         self._advance(self.running[row], logits)
-                except Exception as error:  # the server goes on; those who wait are told
-                    _report(error)
-                    for job in [self.running[row] for row in rows if row in self.running]:
-                        self._end(job)
-                        job.send(Piece(reason="error"))
+                except Exception as error:
+                    self._fail([self.running[row] for row in rows if row in self.running], error)
 
     def _admit(self) -> None:
         """Remove what was cancelled or is late, and let as many of the others run as there is room for."""
@@ -158,7 +155,13 @@ class Scheduler:
             if job.cancelled or job.advance(logits):
                 self._end(job)
         except Exception as error:  # for example logits that are not finite
-            _report(error)
+            self._fail([job], error)
+
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        """End jobs; the server goes on. Standard error gets the place, not the message, which may hold a part of a request."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"an answer failed: {type(error).__name__} at {place.filename}:{place.lineno}", file=sys.stderr, flush=True)
+        for job in jobs:
             self._end(job)
             job.send(Piece(reason="error"))
 
@@ -166,9 +169,3 @@ class Scheduler:
         if job.row in job.model.batch.rows:
             job.model.batch.remove(job.row)
         self.running.pop(job.row, None)
-
-
-def _report(error: Exception) -> None:
-    """Say on standard error where an answer failed, without the message, which may hold a part of a request."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    print(f"an answer failed: {type(error).__name__} at {place.filename}:{place.lineno}", file=sys.stderr, flush=True)

@@ -71,7 +71,7 @@ def test_who_shares_what(folders: Folders) -> None:
 
 
 def test_quantised_base(folders: Folders) -> None:
-    models = load_models(folders.base, {name: folders.adapters[name] for name in ("skip", "lora")}, "int8", **HOW)
+    models = load_models(folders.base, {name: folders.adapters[name] for name in ("skip", "lora")}, quantize="int8", **HOW)
     for name, model in models.items():
         path = folders.adapters.get(name, folders.base)
         llm, prompt = LLM.load(path, quantize="int8", **HOW), tiny.ids(1, 7, 320)[0].tolist()  # type: ignore[arg-type]
