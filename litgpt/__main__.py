@@ -38,7 +38,7 @@ COMMANDS = {  # module:function or module:dataclass of this package, in a module
     "generate_tp": ("generate.several:TensorParallel", "Answer with a model whose every block is divided among processes."),
     "generate_adapter": ("generate.adapter:Adapter", "Answer one prompt with a base model and a LLaMA-Adapter."),
     "generate_adapter_v2": ("generate.adapter:AdapterV2", "Answer one prompt with a base model and a LLaMA-Adapter V2."),
-    "generate_speculatively": ("generate.speculative:Speculatively", "Answer faster by a small model that drafts."),
+    "generate_speculatively": ("generate.base:Speculatively", "Answer faster by a small model that drafts."),
     "sample": ("generate.sample:SampleAnswers", "Draw several answers to each question of a file, and check them."),
     "chat": ("generate.chat:Chat", "Talk to a checkpoint or an adapter."),
     "data": ("examine:examine", "Look at a file of records: kinds, lengths, repetitions, and how a model reads them."),

@@ -18,9 +18,7 @@ MODULES = {
     "generate.adapter_v2": {"main": "generate.adapter:AdapterV2 checkpoint_dir prompt input sys_prompt adapter_path quantize"},
     "generate.full": {"main": "generate.adapter:Full checkpoint_dir prompt input sys_prompt finetuned_path quantize"},
     "generate.sequentially": {"main": "generate.several:Sequentially checkpoint_dir prompt"},
-    "generate.speculative_decoding": {
-        "main": "generate.speculative:Speculatively draft_model_checkpoint_dir target_model_checkpoint_dir prompt"
-    },
+    "generate.speculative_decoding": {"main": "generate.base:Speculatively draft_model_checkpoint_dir target_model_checkpoint_dir prompt"},
     "generate.tp": {"main": "generate.several:TensorParallel checkpoint_dir prompt"},
     "parser_config": {"save_hyperparameters": "utils:save_hyperparameters"},
     "scripts.convert_hf_checkpoint": {"convert_hf_checkpoint": "convert.to_litgpt:convert_to_litgpt"},

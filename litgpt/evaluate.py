@@ -84,7 +84,7 @@ def evaluate(
     if dtype not in (None, *PRECISIONS):
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}")
     chosen = data or (data_of_run(open_checkpoint(checkpoint_dir)) if tasks is None else None)
-    llm = open_model(checkpoint_dir, PRECISIONS[dtype or "auto"], quantize, device)
+    llm = open_model(checkpoint_dir, precision=PRECISIONS[dtype or "auto"], quantize=quantize, device=device)
     folder = llm.folder or Path()
     file = save_filepath or (out_dir or folder / "evaluate") / "results.json"
     _require_results(file)
@@ -93,7 +93,7 @@ def evaluate(
         results, table = run_tasks(llm, tasks, num_fewshot, size, limit, seed, access_token)
     else:
         results = on_records(llm, chosen, everything=data is not None, batch_size=size, limit=limit, max_new_tokens=max_new_tokens)
-        table = text_table([[name, value] for name, value in rows_of(results)])
+        table = text_table(rows_of(results))
     print(table)
     from litgpt.logs import Console
 
@@ -165,13 +165,11 @@ def on_records(
     if everything and data.val_split_fraction is None and not is_text:
         shared = {name: getattr(data, name) for name in ("mask_prompt", "prompt_style", "last_turn_only", "strict")}
         data = _AsItIs(of=data, **shared)
-    style = llm.prompt_style
     if data.prompt_style is not None:
         from litgpt.prompts import resolve_prompt_style
 
-        style = resolve_prompt_style(data.prompt_style, llm.tokenizer.folder, llm.tokenizer)
-    llm.prompt_style = style
-    splits = data.splits(llm.tokenizer, style, _length(data, llm, is_own=not everything))
+        llm.prompt_style = resolve_prompt_style(data.prompt_style, llm.tokenizer.folder, llm.tokenizer)
+    splits = data.splits(llm.tokenizer, llm.prompt_style, _length(data, llm, is_own=not everything))
     samples = [*splits.train, *splits.val] if is_text and everything else splits.val
     count = min(len(samples), int(limit or len(samples)))
     console = Console()
@@ -187,7 +185,7 @@ def on_records(
         answers = []
         with console.progress("answers") as progress:
             for record in asked:
-                answers.append(_answered(llm, style, record, max_new_tokens))
+                answers.append(_answered(llm, record, max_new_tokens))
                 progress(len(answers), len(asked))
         for name in ("exact_match", "rouge_l"):
             results[name] = sum(answer[name] for answer in answers) / len(asked)
@@ -216,7 +214,7 @@ def _measured(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Co
     from litgpt.packing import loss_weights
 
     model = llm.model
-    activations, head_loss = Recompute(model, samples, next(model.parameters()).device), HeadLoss.of(model)
+    activations, head_loss = Recompute(model, samples, llm.device), HeadLoss.of(model)
     total, weight, values = 0.0, sum(sample.weight for sample in samples), list[float]()
     with torch.no_grad(), console.progress("loss") as progress:
         for start in range(0, len(samples), batch_size):
@@ -235,11 +233,10 @@ def _measured(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Co
     return {"tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), **judged}
 
 
-def _answered(llm: "LLM", style: Any, record: "Record", max_new_tokens: int) -> dict[str, Any]:
+def _answered(llm: "LLM", record: "Record", max_new_tokens: int) -> dict[str, Any]:
     """Return the question of a record, its answer, the model's, and how they compare. Of a conversation the last reply is asked for."""
-    prompt, expected = question_of(record, style, llm.tokenizer), record.reply
-    ids = llm.tokenizer.encode(prompt, bos=style.bos)
-    room = min(max_new_tokens, llm.model.max_seq_length - len(ids))
+    prompt, expected = question_of(record, llm.prompt_style, llm.tokenizer), record.reply
+    room = min(max_new_tokens, llm.model.max_seq_length - len(llm.prompt_ids(prompt)))
     answer = llm.tokenizer.decode(list(llm.complete(prompt, room, temperature=0.0))) if room > 0 else ""
     scores = {"exact_match": float(is_exact(expected, answer)), "rouge_l": rouge_l(expected, answer)}
     return {"question": str(record.messages[record.last - 1]["content"]), "expected": expected, "answer": answer.strip(), **scores}

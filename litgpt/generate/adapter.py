@@ -18,7 +18,7 @@ class Tuned(Answers, Checkpoint):
     max_new_tokens: int = setting(100, POSITIVE)
 
     def answer(self, key: str, **how: Any) -> None:
-        """Answer with the file that the setting `key` names; `how` goes to `open_model`."""
+        """Answer with the file that the setting `key` names; `how`: arguments of `LLM.load`."""
         file: Path = getattr(self, key)
         require_file(file, f"does not exist: name the file with the weights that fine-tuning left ({key})")
         self.show(self.opened(file.parent, **how), with_prompt=False, input=self.input)
@@ -50,7 +50,7 @@ class Full(Tuned):
     """The file with the weights, in the folder that fine-tuning left."""
 
     def main(self) -> None:
-        self.answer("finetuned_path", tokenizer=self.checkpoint_dir)
+        self.answer("finetuned_path", tokenizer_dir=self.checkpoint_dir)
 
 
 def main(checkpoint_dir: Path | str, prompt: str = Answers.prompt, input: str = "", **settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""`litgpt generate`: answer one prompt once or several times."""
+"""`litgpt generate` and `generate_speculatively`: answer one prompt once or several times."""
 
 import importlib
 import random
@@ -60,8 +60,9 @@ class Drawing:
         require_ranges(self)
 
     def opened(self, checkpoint_dir: Path, **how: Any) -> "LLM":
-        """Return the model of a folder. `how`: arguments of `open_model`; a model whose `device` is given is left to be divided."""
-        llm = open_model(checkpoint_dir, self.precision, self.quantize, packed="device" not in how and not self.compile, **how)
+        """Return the model of a folder. `how`: arguments of `LLM.load`; a model whose `device` is given is left to be divided."""
+        packed = "device" not in how and not self.compile
+        llm = open_model(checkpoint_dir, packed, precision=self.precision, quantize=self.quantize, **how)
         if self.compile:
             from litgpt.generate.engine import compile_steps
 
@@ -78,9 +79,9 @@ class Drawing:
         from litgpt.generate.engine import generate_batch
         from litgpt.generate.sampling import Sampling
 
-        device, prompts = next(llm.model.parameters()).device, [llm.prompt_ids(text) for text in texts for _ in range(n)]
+        prompts = [llm.prompt_ids(text) for text in texts for _ in range(n)]
         seeds = (random.Random(f"{self.seed} {place} {k}").getrandbits(32) for place in range(first, first + len(texts)) for k in range(n))
-        generators = (torch.Generator(device).manual_seed(seed) for seed in seeds)
+        generators = (torch.Generator(llm.device).manual_seed(seed) for seed in seeds)
         stops = llm.prompt_style.stop_tokens(llm.tokenizer)
         return generate_batch(llm.model, prompts, self.max_new_tokens, Sampling(**self.sampling), stops, generators)
 
@@ -110,7 +111,7 @@ class Answers(Drawing):
         from litgpt.generate.sampling import Sampling, until_stop
         from litgpt.logs import peak_memory_gb
 
-        generator, kept, device = llm.generator(self.seed), list[int](), next(llm.model.parameters()).device
+        generator, kept = llm.generator(self.seed), list[int]()
         text = llm.prompt_style.apply(self.prompt, sys_prompt=self.sys_prompt, **style)
         ids = llm.prompt_ids(text, self.max_new_tokens)
         for _ in range(self.num_samples):
@@ -122,7 +123,7 @@ class Answers(Drawing):
                 meter = Metered(llm.complete(text, self.max_new_tokens, generator=generator, **self.sampling))
             meter.show(llm.tokenizer, ids if with_prompt else [])
             note = f", {sum(kept)} tokens from {len(kept)} drafts" if drafted else ""
-            print(f"{meter}{note}, peak memory {peak_memory_gb(device):.2f} GiB", file=sys.stderr)
+            print(f"{meter}{note}, peak memory {peak_memory_gb(llm.device):.2f} GiB", file=sys.stderr)
 
 
 @dataclass
@@ -160,31 +161,48 @@ class Generate(Answers, Checkpoint):
         print(f"value {max(values):.3f}, of {self.best_of} answers from {min(values):.3f} on", file=sys.stderr)
 
 
+@dataclass
+class Models:
+    """The model that answers and the one that drafts."""
+
+    draft_model_checkpoint_dir: Path
+    """Folder of the small model."""
+    target_model_checkpoint_dir: Path
+    """Folder of the large model, whose answers these are."""
+
+
+@dataclass
+class Speculatively(Answers, Models):
+    """Answer a prompt with a large model, faster by a small model of the same vocabulary that drafts its tokens."""
+
+    speculative_k: int = setting(3, POSITIVE)
+    """Tokens that the small model drafts at a time."""
+
+    def main(self) -> None:
+        draft, target = (self.opened(folder) for folder in (self.draft_model_checkpoint_dir, self.target_model_checkpoint_dir))
+        self.show(target, self.speculative_k, draft.model)
+
+
 def main(checkpoint_dir: Path | str, prompt: str = Answers.prompt, **settings: Any) -> None:
     """Answer a prompt with these settings, the fields of `Generate`."""
     Generate(checkpoint_dir=Path(checkpoint_dir), prompt=prompt, **settings).main()
 
 
-def open_model(
-    checkpoint_dir: Path,
-    precision: Optional[str],
-    quantize: Optional[Quantization] = None,
-    device: Optional[str] = None,
-    base: Optional[Path] = None,
-    tokenizer: Optional[Path] = None,
-    packed: bool = True,
-) -> "LLM":
-    """Load the checkpoint, and print its name, dtype and device to standard error. `packed`: by `litgpt.packed`, not to be divided."""
+def open_model(checkpoint_dir: Path, packed: bool = True, **how: Any) -> "LLM":
+    """Load a checkpoint, and print its name, dtype and device to standard error.
+
+    `packed`: by `litgpt.packed`, not to be divided. `how`: arguments of `LLM.load`.
+    """
     start = time.perf_counter()
     from litgpt.api import LLM
     from litgpt.packed import pack
 
-    llm = LLM.load(checkpoint_dir, precision=precision, quantize=quantize, device=device, base=base, tokenizer_dir=tokenizer)
+    llm = LLM.load(checkpoint_dir, **how)
     if packed:
         pack(llm.model)
-    dtype, place = str(llm.model.dtype).removeprefix("torch."), next(llm.model.parameters()).device
-    form = f"{dtype}, {quantize}" if quantize else dtype
-    print(f"{llm.config.name}, {form} on {place}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    dtype = str(llm.model.dtype).removeprefix("torch.")
+    form = f"{dtype}, {how['quantize']}" if how.get("quantize") else dtype
+    print(f"{llm.config.name}, {form} on {llm.device}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return llm
 
 

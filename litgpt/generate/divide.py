@@ -8,6 +8,7 @@ tensor parallel    each process holds a part of every block: of H query and G ke
 import sys
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from litgpt.device import default_device
 from litgpt.errors import UserError
 from litgpt.lora import LoRALinear
-from litgpt.model import GPT
+from litgpt.model import GPT, Positions
 from litgpt.train.parallel import Rank
 
 TIMEOUT = 600.0  # seconds that the processes wait for each other
@@ -31,18 +32,13 @@ def places(device: torch.device, devices: int | str) -> list[torch.device]:
     return [torch.device("cuda", i) for i in range(count)] if device.type == "cuda" else [device]
 
 
-def require_plain(quantize: str | None) -> None:
-    """Raise UserError if the model is quantised."""
-    if quantize is not None:
-        raise UserError("quantize: the parts of a quantised model are not divided: leave it out, or divide the blocks (sequential)")
-
-
 def processes(device: torch.device, devices: int | str, precision: str, quantize: str | None) -> Rank:
     """Return the rank of this process among so many on devices of a kind, after starting the others by the same command.
 
-    All of them draw the same random numbers from then on.
+    All of them draw the same random numbers from then on. Raises UserError for a quantised model, which is not divided.
     """
-    require_plain(quantize)
+    if quantize is not None:
+        raise UserError("quantize: the parts of a quantised model are not divided: leave it out, or divide the blocks (sequential)")
     if device.type != default_device().type:
         raise UserError(f"tensor parallelism uses this machine's {default_device().type} devices: leave out accelerator")
     if not hasattr(sys.modules["__main__"], "__file__") and devices not in ("auto", 1):
@@ -61,9 +57,8 @@ def spread(model: GPT, devices: Sequence[torch.device]) -> None:
             return value.to(device)
         if isinstance(value, (tuple, list)):
             return tuple(moved(part, device) for part in value)
-        if hasattr(value, "rotary"):
-            value = copy(value)
-            value.__dict__.update({name: moved(part, device) for name, part in vars(value).items()})
+        if isinstance(value, Positions):
+            return replace(value, **{name: moved(part, device) for name, part in vars(value).items()})
         return value
 
     model.to(home)

@@ -245,10 +245,9 @@ class Batch:
         old = self.caches[0].k.shape if self.caches else (0, 0, 0, 0)
         if rows <= old[0] and length <= old[2]:
             return
-        if rows > old[0]:
-            rows = max(rows, 2 * old[0])
+        rows = old[0] if rows <= old[0] else max(rows, 2 * old[0])
         length = old[2] if length <= old[2] else min(max(length, 2 * old[2], FIRST_ROOM), self.model.max_seq_length)
-        sizes, rows = self.model.config.cache_sizes, max(rows, old[0])
+        sizes = self.model.config.cache_sizes
         caches = [KVCache(sizes, rows, length, next(block.parameters()).device, self.model.dtype) for block in self.model.blocks]
         for new, before in zip(caches, self.caches, strict=False):
             new.k[: old[0], :, : old[2]], new.v[: old[0], :, : old[2]] = before.k, before.v
@@ -342,8 +341,7 @@ def greedy(model: GPT, prompt: Sequence[int], most: int, stop_tokens: Sequence[S
 
     def logits() -> torch.Tensor:  # (V,)
         idx = torch.tensor([tokens], device=device)
-        pos = model.positions(idx)
-        return model.logits(model.tail(*model.prefix(idx, pos), pos)[0, -1])
+        return model.logits(model.last(idx, model.positions(idx))[0])
 
     with evaluating(model):
         while len(tokens) < len(prompt) + most and not stops.stopped:

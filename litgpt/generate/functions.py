@@ -33,16 +33,11 @@ def generate_fn(
     ids = engine.generate(model, prompt, max_returned_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     if include_prompt:
         yield prompt
-    stops, seen = StopFilter(stop_tokens), list[int]()
-    for token in ids:
-        seen.append(token)
-        free = stops.push(token)
-        if stops.stopped and include_eos:
-            free += next(stop for stop in sorted(stops.stops, key=len, reverse=True) if seen[-len(stop) :] == stop)
-        yield from (prompt.new_tensor([ready]) for ready in free)
-        if stops.stopped:
-            return
-    yield from (prompt.new_tensor([ready]) for ready in stops.held)
+    stops = StopFilter(stop_tokens)
+    for token in stops.free(ids):
+        yield prompt.new_tensor([token])
+    for token in (*stops.held, *(stops.stopped if include_eos else ())):
+        yield prompt.new_tensor([token])
 
 
 def generate(

@@ -1,13 +1,13 @@
 """`litgpt sample`: draw several answers to each question of a file and check them, for critics and rejection sampling."""
 
-import importlib.util
 import json
 import math
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any, Union
 
 from litgpt.args import POSITIVE, setting
 from litgpt.data.base import question_of
@@ -17,9 +17,6 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path, require_file, require_place
 from litgpt.generate.base import Checkpoint, Drawing
 from litgpt.text import as_utf8
-
-if TYPE_CHECKING:
-    from litgpt.api import LLM
 
 EXACT = "exact"
 TOGETHER = 128  # answers between two reports of the progress
@@ -77,7 +74,8 @@ class SampleAnswers(Drawing, Files, Checkpoint):
             with console.progress("answers") as progress:
                 for first in range(0, len(records), step):
                     places = range(first, min(first + step, len(records)))
-                    answers = iter(self._answers(llm, records, places))
+                    questions = [question_of(records[place], llm.prompt_style, llm.tokenizer) for place in places]
+                    answers = (llm.tokenizer.decode(ids).strip() for ids in self.drawn(llm, questions, self.n, first))
                     for place in places:
                         for _ in range(self.n):
                             lines.append(_line(records[place], answer := next(answers), check(rows[place], answer), f"record {place + 1}"))
@@ -98,11 +96,6 @@ class SampleAnswers(Drawing, Files, Checkpoint):
             file.writelines(as_utf8(json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
         return out
 
-    def _answers(self, llm: "LLM", records: Sequence[Record], places: Sequence[int]) -> list[str]:
-        """Return n answers to each of the records at `places`. An answer depends on the seed, its record's place and its number alone."""
-        answers = self.drawn(llm, [question_of(records[place], llm.prompt_style, llm.tokenizer) for place in places], self.n, places[0])
-        return [llm.tokenizer.decode(answer).strip() for answer in answers]
-
 
 def check_of(name: str) -> Check:
     """Return the function that checks answers. Raises UserError if there is none of this name."""
@@ -113,14 +106,10 @@ def check_of(name: str) -> Check:
         raise UserError(f"check is {name!r}: {EXACT!r} or FILE.py:FUNCTION is needed")
     file = expand_path(path)
     require_file(file, "does not exist: name the file with your function (check)")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        check = runpy.run_path(str(file)).get(function)
     except Exception as error:  # the module is the user's code
         raise UserError(f"check: {file} cannot be run: {type(error).__name__}: {error}") from None
-    check = getattr(module, function, None)
     if not callable(check):
         raise UserError(f"check: {file} has no function {function!r}")
 

@@ -122,16 +122,15 @@ class StopFilter:
     def __init__(self, stops: Iterable[Sequence[Any]]) -> None:
         self.stops = [list(stop) for stop in stops if len(stop)]
         self.held: list[Any] = []
-        self.stopped = False
+        self.stopped: list[Any] = []  # the stop sequence, once it has come
 
     def push(self, item: Any) -> list[Any]:
-        """Return the items that are free now. After the stop sequence, which is dropped, `stopped` is true."""
+        """Return the items that are free now. The stop sequence is dropped."""
         self.held.append(item)
-        ended = max((len(stop) for stop in self.stops if self.held[-len(stop) :] == stop), default=0)
-        self.stopped = ended > 0
+        self.stopped = max((stop for stop in self.stops if self.held[-len(stop) :] == stop), key=len, default=[])
         partial = max((n for stop in self.stops for n in range(1, len(stop)) if self.held[-n:] == stop[:n]), default=0)
-        ready = len(self.held) - (ended or partial)
-        free, self.held = self.held[:ready], [] if ended else self.held[ready:]
+        ready = len(self.held) - (len(self.stopped) or partial)
+        free, self.held = self.held[:ready], [] if self.stopped else self.held[ready:]
         return free
 
     def free(self, items: Iterable[Any]) -> Iterator[Any]:

@@ -1,9 +1,8 @@
 """`litgpt generate_sequentially` and `generate_tp`: one answer by several devices (`litgpt.generate.divide`), as LitGPT has them."""
 
 import contextlib
-import os
+import io
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Union
 
@@ -38,22 +37,19 @@ class TensorParallel(Several):
 
     def main(self) -> None:
         from litgpt.device import default_device, default_precision
-        from litgpt.generate.divide import TIMEOUT, require_plain, shard
-        from litgpt.train.parallel import Rank, ends_together
+        from litgpt.generate.divide import processes, shard
+        from litgpt.train.parallel import ends_together
 
-        require_plain(self.quantize)
-        precision = self.precision or default_precision(default_device())
-        rank = Rank.start(precision, self.devices, 1, TIMEOUT)
-        with ends_together(rank), contextlib.nullcontext() if rank.is_first else _silence():
-            llm = open_model(self.checkpoint_dir, precision, device="cpu", packed=False)
+        device = default_device()
+        precision = self.precision or default_precision(device)
+        rank = processes(device, self.devices, precision, self.quantize)
+        with ends_together(rank), contextlib.ExitStack() as streams:
+            if not rank.is_first:
+                streams.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                streams.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            llm = open_model(self.checkpoint_dir, packed=False, precision=precision, device="cpu")
             shard(llm.model, rank.index, rank.size, rank.sum)
             llm.model.to(rank.device)
             if self.compile:
                 print("compile: the parts of a model are not compiled by generate_tp", file=sys.stderr)
             self.show(llm)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield

@@ -192,6 +192,17 @@ def test_generate_with_looked_up_drafts(
     assert shown.out == plain and " drafts" in shown.err
 
 
+def test_generate_speculatively(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """The command answers as the large model does."""
+    small = tiny.write_base(tmp_path / "small", write_tiny_tokenizer, n_layer=1)
+    large = tiny.write_base(tmp_path / "large", write_tiny_tokenizer)
+    words = ["--prompt", "why?", "--max_new_tokens", "20", "--temperature", "0", "--precision", "32-true"]
+    assert main(["generate_speculatively", str(small), str(large), *words]) == 0
+    shown = capsys.readouterr()
+    assert main(["generate", str(large), *words]) == 0
+    assert shown.out == capsys.readouterr().out and " tokens from " in shown.err and " drafts, peak memory" in shown.err
+
+
 @pytest.mark.parametrize("draft", ["heads", "prompt_lookup"])
 @pytest.mark.parametrize("invoked", [True, False])
 def test_answer_only_lora_on_the_output_layer(draft: Any, invoked: bool) -> None:
