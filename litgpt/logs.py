@@ -50,10 +50,9 @@ class MetricLoggers:
         columns: tuple[str, ...] = (),
     ) -> None:
         self.csv, self.columns = out_dir / METRICS, (*COLUMNS, *columns)
-        purge: dict[str, Any] = {} if resumed_at is None else {"purge_step": resumed_at + 1}
-        self.loggers: list[Any] = [_Events(self.csv.parent, **purge)]
-        if name not in ("csv", "tensorboard"):
-            self.loggers.append(remote_logger(out_dir, name, log, hyperparameters))
+        self.purge_step = None if resumed_at is None else resumed_at + 1
+        self.events: Any = None  # TensorBoard's writer, made by the first metrics
+        self.remote = None if name in ("csv", "tensorboard") else remote_logger(out_dir, name, log, hyperparameters)
         if resumed_at is not None and self.csv.is_file():
             write_text(self.csv, rows_until(self.csv.read_text(encoding="utf-8", errors="replace"), resumed_at))
 
@@ -65,6 +64,12 @@ class MetricLoggers:
             if not file.tell():
                 writer.writeheader()
             writer.writerow(metrics)
+        if self.events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(self.csv.parent), purge_step=self.purge_step, filename_suffix=EVENTS_SUFFIX)
+        for name, value in metrics.items():
+            self.events.add_scalar(name, value, step)
         self._tell(lambda logger: logger.log_metrics(metrics, step))
 
     def flush(self) -> None:
@@ -72,44 +77,21 @@ class MetricLoggers:
         if self.csv.is_file():
             with self.csv.open("rb") as file:
                 os.fsync(file.fileno())
-            self.loggers[0].flush()
+            if self.events is not None:
+                self.events.flush()
 
     def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
         self._tell(lambda logger: logger.finalize("success"))
 
     def _tell(self, call: Callable[[Any], None]) -> None:
-        events, *others = self.loggers
-        call(events)
-        for logger in others:
+        if self.remote is not None:
             try:
-                call(logger)
+                call(self.remote)
             except Exception as error:  # a server that is gone, its quota: training is worth more
-                self.loggers.remove(logger)
-                Console().say(f"{type(logger).__name__} failed and gets no more metrics, {METRICS} has them: {first_line(error)}")
-
-
-class _Events:
-    """TensorBoard's events, with the interface of Lightning's loggers. The file is made by the first metrics."""
-
-    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        self.folder, self.purge_step = folder, purge_step
-        self.writer: Any = None
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.purge_step, filename_suffix=EVENTS_SUFFIX)
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        if self.writer is not None:
-            self.writer.flush()
-
-    def finalize(self, status: str) -> None:
-        if self.writer is not None:
-            self.writer.close()
+                name, self.remote = type(self.remote).__name__, None
+                Console().say(f"{name} failed and gets no more metrics, {METRICS} has them: {first_line(error)}")
 
 
 def rows_until(text: str, step: int) -> str:

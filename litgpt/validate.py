@@ -67,8 +67,6 @@ def validate(checkpoint_dir: Path, *, dtype: Optional[Literal["float32", "float1
         training: With their gradients and AdamW's two moments; in float32 unless dtype says otherwise.
     """
     folder = open_checkpoint(checkpoint_dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
     is_adapter = checkpoint.is_adapter_folder(folder)
     if not is_adapter and not (folder / checkpoint.WEIGHTS).is_file() and (hint := checkpoint.adapter_hint(folder)):
         raise UserError(f"{folder} is no model{hint}")

@@ -12,9 +12,8 @@ import torch
 from litgpt.api import LLM
 from litgpt.errors import UserError
 from litgpt.files import read_yaml
-from litgpt.generate import engine
-from litgpt.generate.sampling import until_stop_text
-from litgpt.prompts import ChatStyle
+from litgpt.generate.engine import Session
+from litgpt.generate.sampling import Sampling, until_stop_text
 
 INSTALL = 'the tasks need the LM Evaluation Harness: pip install "litgpt[eval]"; --data FILE needs nothing'
 MOST_NEW_TOKENS = 256  # of an answer, if the task does not say how many
@@ -34,9 +33,8 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, llm: LLM, batch_size: int = 1) -> None:
         super().__init__()
-        self.llm, self.model, self.tokenizer, self.batch_size = llm, llm.model, llm.tokenizer, batch_size
-        self.max_length = llm.model.max_seq_length
-        self._device = next(llm.model.parameters()).device
+        self.model, self.tokenizer, self.batch_size, self.max_length = llm.model, llm.tokenizer, batch_size, llm.model.max_seq_length
+        self._device = llm.device
 
     @property
     def eot_token_id(self) -> int:
@@ -49,18 +47,8 @@ class HarnessModel(TemplateLM):
         """The token before a text that has no context: BOS, else EOS."""
         return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.llm.folder).replace("/", "__")
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self.tokenizer.ids(string, bos=add_special_tokens)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        style = self.llm.prompt_style
-        if not isinstance(style, ChatStyle):
-            raise UserError(f"the model's prompt style {style.name!r} has no turns: leave the chat template out")
-        return style.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -104,11 +92,9 @@ class HarnessModel(TemplateLM):
         stops = [until] if isinstance(until, str) else list(until)
         if count >= self.max_length:
             raise UserError(f"a task asks for {count} new tokens, and the model has room for {self.max_length} with the prompt")
-        ids = torch.tensor(self.tok_encode(context)[-(self.max_length - count) :])
-        temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
-        tokens = engine.generate(
-            self.model, ids, len(ids) + count, temperature=temperature, stop_tokens=[[i] for i in sorted(self.tokenizer.stop_ids)]
-        )
+        ids = self.tok_encode(context)[-(self.max_length - count) :]
+        sampling = Sampling(float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0)
+        tokens = Session(self.model).answer(ids, count, sampling, [[i] for i in sorted(self.tokenizer.stop_ids)])
         text = "".join(until_stop_text(self.tokenizer.decode_stream(tokens), stops))
         self.cache_hook.add_partial("generate_until", (context, settings), text)
         return text
