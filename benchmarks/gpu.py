@@ -104,7 +104,7 @@ def measure(row: Row, name: str, weights: dict[str, torch.Tensor], length: int, 
     rate = {"class_path": "AdamW", "init_args": {"lr": 1e-4 if row.adapters else 1e-5}}
     optimizer = make_optimizer(rate, [part_of(p) for p in model.parameters() if p.requires_grad])
     train = TrainArgs(global_batch_size=BATCH, micro_batch_size=BATCH // 2, lr_warmup_steps=0, max_steps=STEPS, epochs=None, max_norm=1.0)
-    loop = Loop(model, optimizer, train, Batches(samples, BATCH, rank, 1), own, rank, autocast=rank.autocast)
+    loop = Loop(model, optimizer, train, Batches(samples, BATCH, rank, 1), own, rank)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     state, losses, began, batches = State(), list[float](), 0.0, loop.batches.after(0)

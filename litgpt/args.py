@@ -39,12 +39,11 @@ class Range(NamedTuple):
 
     def holds(self, value: Any) -> bool:
         """Return True for a finite number of the range."""
-        inside = is_number(value) and self.least <= value <= self.most
         return (
-            inside
-            and isinstance(value, int if self.whole else (int, float))
-            and not (self.above and value == self.least)
-            and not (self.below and value == self.most)
+            is_number(value)
+            and (not self.whole or isinstance(value, int))
+            and (self.least < value if self.above else self.least <= value)
+            and (value < self.most if self.below else value <= self.most)
         )
 
     def __str__(self) -> str:
@@ -160,7 +159,12 @@ class TrainArgs:
         if self.epochs is None and self.max_tokens is None and self.max_steps is None and self.max_time is None:
             raise UserError("training would never end: set one of train.epochs, train.max_steps, train.max_tokens, train.max_time")
         if self.lr_warmup_fraction is not None:
-            self._prefer_warmup_fraction(self.lr_warmup_fraction)
+            if self.lr_warmup_steps not in (None, 0, DEFAULT_WARMUP_STEPS):
+                raise UserError(
+                    f"train.lr_warmup_steps ({self.lr_warmup_steps}) and train.lr_warmup_fraction ({self.lr_warmup_fraction}) are both "
+                    "given: leave one out; --train.lr_warmup_steps 0 takes back what a YAML file has"
+                )
+            self.lr_warmup_steps = None
 
     def batch_size(self, devices: int, num_nodes: int = 1) -> int:
         """Return the samples per optimizer step of one device."""
@@ -175,15 +179,6 @@ class TrainArgs:
         if self.lr_warmup_fraction:
             return min(max_iters, math.ceil(self.lr_warmup_fraction * len(train_dataloader)))
         return min(max_iters, (self.lr_warmup_steps or 0) * self.gradient_accumulation_iters(devices, num_nodes))
-
-    def _prefer_warmup_fraction(self, fraction: float) -> None:
-        """Let a fraction replace the default number of steps. Raises UserError if another number is given too."""
-        if self.lr_warmup_steps not in (None, 0, DEFAULT_WARMUP_STEPS):
-            raise UserError(
-                f"train.lr_warmup_steps ({self.lr_warmup_steps}) and train.lr_warmup_fraction ({fraction}) are both given: leave one out; "
-                "--train.lr_warmup_steps 0 takes back what a YAML file has"
-            )
-        self.lr_warmup_steps = None
 
 
 @dataclass

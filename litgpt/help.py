@@ -26,20 +26,11 @@ class _Help(jsonargparse.DefaultHelpFormatter):
         return re.sub(r", --\S+\+ \S+", "", text.replace(" \b", ""))
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    """Hides secrets in the configuration."""
-
-    def dump(self, cfg: jsonargparse.Namespace, **kwargs: Any) -> str:
-        cfg = cfg.clone()
-        for key in (SECRET, f"data.init_args.{SECRET}"):
-            if cfg.get(key):
-                cfg[key] = "***"
-        text: str = super().dump(cfg, **kwargs)
-        return text
-
-
 def show(prog: str, command: Callable[..., Any], keys: Keys, config: dict[str, Any], flags: list[str]) -> None:
-    """Answer the flags (--help, --print_config, --data.help=CLASS) and raise SystemExit(0)."""
+    """Answer the flags (--help, --print_config, --data.help=CLASS) and raise SystemExit(0). Tokens are not printed."""
+    for settings in (config, *((config.get(name) or {}).get("init_args", {}) for name in keys.classes)):
+        if settings.get(SECRET):
+            settings[SECRET] = "***"
     values = json.dumps(config, default=lambda value: f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else str(value))
     try:
         parser_of(prog, command, keys).parse_args([f"--config={values}", *flags])
@@ -58,7 +49,7 @@ def parser_of(prog: str, command: Callable[..., Any], keys: Keys) -> jsonargpars
         import_path_allowlist=["litgpt"],
     )
     usage = " ".join([prog, "[CONFIG.yaml]", *(f"[{name.upper()}]" for name in keys.bare), "[--KEY VALUE ...]"])
-    parser = _Parser(prog=prog, exit_on_error=False, usage=usage, formatter_class=_Help)
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, usage=usage, formatter_class=_Help)
     parser.add_argument("--config", action="config", help="A YAML file of these keys, and of base: another file, which it overrides.")
     for base in filter(None, keys.classes.values()):
         known_classes(base)  # imports them

@@ -96,9 +96,8 @@ class Keys:
         if isinstance(command, type):
             self.defaults, self.older = defaults(command), older_names(command)
         required = [name for name in self.parameters if name not in self.defaults]
-        self.bare = list(
-            dict.fromkeys([getattr(command, "first", next(iter(self.parameters))), *required])
-        )  # their values may stand without a key, in this order
+        # Their values may stand without a key, in this order.
+        self.bare = list(dict.fromkeys([getattr(command, "first", next(iter(self.parameters))), *required]))
         self.types: dict[str, Any] = {}
         self.groups: list[str] = []
         self.classes: dict[str, type | None] = {}  # key -> base class, None for a recipe

@@ -7,10 +7,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 import torch
@@ -26,7 +26,7 @@ NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|out of mem
 class Interrupts:
     """Handlers for signals while the block lasts.
 
-    Within `held` a signal is recorded in `asked`, so that the work there can finish and call `stop`. Elsewhere `Stopped` is raised at once.
+    Within `held` a signal is recorded in `asked`, so that the work there can finish and raise `Stopped`. Elsewhere it is raised at once.
     A second SIGINT or SIGTERM ends the process immediately, by the kernel, even where Python is not running; a SIGHUP does not, as the
     shell and the kernel both send one when a terminal is closed. One within `SAME_SECONDS` is the same signal, sent twice. After an error
     within `ending` a first signal changes nothing.
@@ -78,10 +78,6 @@ class Interrupts:
         except BaseException:
             self._ending = True
             raise
-
-    def stop(self, ranks: Sequence[int] = (), number: int = 0) -> NoReturn:
-        """Raise `Stopped` for the signal that has arrived, or `number` in other processes of the run, whose `ranks` the message names."""
-        raise Stopped(number or self.asked or signal.SIGTERM, f"rank {', '.join(map(str, ranks))} " if ranks else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -191,8 +191,7 @@ class Group:
                 )
         except dist.DistError as error:
             self.ended = True
-            child = self._failed_child
-            reason = f"process {child.pid} {_how(child)}" if child else first_line(error)
+            reason = next((f"process {pid} {how}" for pid, how in self.lost.items()), first_line(error))
             self.end_children()
             raise UserError(f"the {place.size} processes of the run did not find each other at {place.address}: {reason}") from None
         if "OMP_NUM_THREADS" not in os.environ:
@@ -220,9 +219,12 @@ class Group:
         self.end_children()
 
     @property
-    def lost(self) -> list[str]:
-        """Say how processes that were started here have ended before their time."""
-        return [f"process {child.pid} {_how(child)}" for child in self.children if child.poll()]
+    def lost(self) -> dict[int, str]:
+        """How processes that were started here have ended before their time, by their ids."""
+        codes = {child.pid: code for child in self.children if (code := child.poll())}
+        return {
+            pid: f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}" for pid, code in codes.items()
+        }
 
     def stop_others(self) -> None:
         """Let processes that are not joined save their state and end."""
@@ -242,7 +244,7 @@ class Group:
         Before all have found each other nothing is lost, and it ends at once. Processes that are not joined end with the first alone.
         """
         while self._parent in (None, os.getppid()) and not self._is_stopped:
-            if self.joined and self._failed_child:
+            if self.joined and self.lost:
                 break
             time.sleep(POLL_SECONDS)
         if self.has_begun:
@@ -254,8 +256,9 @@ class Group:
             time.sleep(END_SECONDS)
         elif self.ended:
             return
-        elif child := self._failed_child:
-            print(f"Error: process {child.pid} of the run {_how(child)} before the run began", file=sys.stderr, flush=True)
+        elif lost := self.lost:
+            pid, how = next(iter(lost.items()))
+            print(f"Error: process {pid} of the run {how} before the run began", file=sys.stderr, flush=True)
         self.end_children()
         os._exit(1)
 
@@ -268,10 +271,6 @@ class Group:
             return bool(self.store.check(["stopped"]))
         except (dist.DistError, RuntimeError):
             return True
-
-    @property
-    def _failed_child(self) -> subprocess.Popen[bytes] | None:
-        return next((child for child in self.children if child.poll()), None)
 
     def fail(self, code: int, message: str) -> None:
         """Let the others know why this process ends."""
@@ -314,8 +313,7 @@ class Group:
             return None
         if peer.state == "stopped":
             return Failure(index, 1, f"process {peer.pid} is stopped, and the others waited {self.timeout:g} s for it (--timeout)")
-        child = next((child for child in self.children if child.pid == peer.pid), None)
-        return Failure(index, 1, f"process {peer.pid} {_how(child) if child and child.poll() else 'ended before its time'}")
+        return Failure(index, 1, f"process {peer.pid} {self.lost.get(peer.pid, 'ended before its time')}")
 
     @property
     def elsewhere(self) -> list[int]:
@@ -335,9 +333,3 @@ class Group:
         until = time.monotonic() + END_SECONDS
         while self.speaker != self.place.index and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
-
-
-def _how(child: subprocess.Popen[bytes]) -> str:
-    """Return how a process has ended."""
-    code = child.poll() or 0
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -4,17 +4,16 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import or_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from litgpt.activations.cache import Activations
 from litgpt.args import TrainArgs
 from litgpt.device import is_finite
-from litgpt.errors import NonFiniteError, UserError
+from litgpt.errors import NonFiniteError
 from litgpt.logs import peak_memory_gb
 from litgpt.lora import GPT
 from litgpt.loss import HeadLoss
@@ -112,12 +111,6 @@ def samples_of(units: Iterable[int], group: int) -> list[int]:
     return [group * unit + k for unit in units for k in range(group)]
 
 
-def require_divisible(train: TrainArgs, processes: int) -> None:
-    """Raise UserError if the global batch cannot be divided evenly among the processes."""
-    if train.global_batch_size % processes:
-        raise UserError(f"train.global_batch_size {train.global_batch_size} is not a multiple of the {processes} devices")
-
-
 OnStep = Callable[[State, dict[str, float], bool], bool]
 """Called after each step with its metrics and whether it was the last. Returns True to end training."""
 
@@ -133,7 +126,6 @@ class Loop:
     activations: Activations
     rank: Rank
     objective: Objective = field(default_factory=Objective)
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     say: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
@@ -148,10 +140,15 @@ class Loop:
         self.is_half = torch.float16 in (self.model.dtype, self.rank.mixed)  # small gradients would vanish (arXiv 1710.03740)
         self.highest_sound = DIVERGED * math.log(self.model.config.V)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.total_steps = self._total_steps()
-        warmup = self.train.lr_warmup_steps or 0
-        if self.train.lr_warmup_fraction is not None and self.total_steps:
-            warmup = round(self.train.lr_warmup_fraction * self.total_steps)
+        train, per_epoch = self.train, self.batches.per_epoch
+        limits = [steps for steps in (train.epochs and train.epochs * per_epoch, train.max_steps) if steps is not None]
+        self.most_steps = min(limits, default=None)
+        if train.max_tokens is not None:
+            limits.append(math.ceil(train.max_tokens * per_epoch / self.batches.tokens_per_epoch))
+        self.total_steps = min(limits, default=None)  # None if only the clock ends training
+        warmup = train.lr_warmup_steps or 0
+        if train.lr_warmup_fraction is not None and self.total_steps:
+            warmup = round(train.lr_warmup_fraction * self.total_steps)
         self.warmup = min(warmup, self.total_steps) if self.total_steps else warmup
 
     def run(self, state: State, on_step: OnStep = lambda state, metrics, is_last: False) -> None:
@@ -212,7 +209,7 @@ class Loop:
 
     def loss(self, activations: Activations, indices: Sequence[int]) -> torch.Tensor:
         """Return the sum of the objective's losses of these samples."""
-        with self.autocast():
+        with self.rank.autocast():
             return self.model.within(lambda: self.objective.loss(self.view(activations), indices))
 
     def view(self, activations: Activations, spare: Sequence[int] = ()) -> View:
@@ -222,7 +219,7 @@ class Loop:
     def _begin(self, batch: Batch) -> float:
         """Return the weight of the global batch."""
         view = self.view(self.activations, self.spare)
-        with self.autocast():
+        with self.rank.autocast():
             self.objective.begin(view, batch.indices, self.rank)
         if self.objective.is_token_mean:
             return batch.weight
@@ -236,7 +233,7 @@ class Loop:
         objective = self.objective
         spare = (batches[0] if batches else [])[: objective.group] or list(range(objective.group))
         view = self.view(activations, spare)
-        with self.autocast():
+        with self.rank.autocast():
             objective.begin(view, [i for indices in batches for i in indices], self.rank)
         sums = torch.zeros(2 + len(objective.tally), device=self.rank.device)
         objective.tally.zero_()
@@ -259,22 +256,10 @@ class Loop:
         train, phase = self.train, state.phase
         assert phase is not None
         steps, tokens = state.step - phase.step, state.tokens - phase.tokens
-        out_of_epochs = train.epochs is not None and steps >= train.epochs * self.batches.per_epoch
-        out_of_steps = train.max_steps is not None and steps >= train.max_steps
+        out_of_steps = self.most_steps is not None and steps >= self.most_steps
         out_of_tokens = train.max_tokens is not None and tokens >= train.max_tokens
         out_of_time = train.max_time is not None and self.rank.any(phase.clock.seconds >= train.max_time)
-        return out_of_epochs or out_of_steps or out_of_tokens or out_of_time
-
-    def _total_steps(self) -> int | None:
-        """Return the number of steps; None if only the clock ends training."""
-        train, limits = self.train, []
-        if train.epochs is not None:
-            limits.append(train.epochs * self.batches.per_epoch)
-        if train.max_steps is not None:
-            limits.append(train.max_steps)
-        if train.max_tokens is not None:
-            limits.append(math.ceil(train.max_tokens * self.batches.per_epoch / self.batches.tokens_per_epoch))
-        return min(limits) if limits else None
+        return out_of_steps or out_of_tokens or out_of_time
 
     def _set_learning_rate(self, step: int) -> float:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -326,7 +311,7 @@ class Loop:
     def require_finite(self, state: State) -> None:
         """Raise NonFiniteError if a trained weight is not finite."""
         is_sound = all(is_finite(part_of(p)) for p in self.trained)
-        if self.rank.any(not is_sound) if self.rank.sharded else not is_sound:
+        if self.rank.agreed(not is_sound):
             state.consistent = False
             raise NonFiniteError(f"step {state.step}: the trained weights are not finite: {REMEDY}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ class Method:
     """adds files to the final folder; returns True if the model's weights are now merged and rounded"""
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
     cache: CacheArgs = CacheArgs("off")
-    lora_flags: tuple[str, ...] = ()  # LoRA flags that are set, for the line that says where they apply
     quantize: str | None = None  # how frozen weights are stored
     lr_ratio_of: Callable[[str], float] = lambda name: 1.0  # returns the learning rate of a parameter as a multiple of the optimizer's
 
@@ -81,8 +81,7 @@ class Method:
 
 def adapters(settings: Any) -> Method:
     """Return the method of a `litgpt.finetune.lora.Lora`: LoRA and Skip2-LoRA."""
-    values = shallow(settings)
-    config = model_settings(values)
+    config = model_settings(shallow(settings))
 
     def finish(model: GPT, folder: Path) -> bool:
         if not model.config.is_mergeable:
@@ -106,7 +105,6 @@ def adapters(settings: Any) -> Method:
         finish=finish,
         warmup=settings,
         cache=CacheArgs(settings.skip2lora_cache, settings.skip2lora_cache_dir, settings.skip2lora_cache_dtype),
-        lora_flags=tuple(flag for flag in LAYER_FLAGS if values[flag]),
         quantize=settings.quantize,
         lr_ratio_of=settings.lr_ratio_of,
     )
@@ -160,7 +158,7 @@ def full(tie_embeddings: bool | None = None) -> Method:
     return Method(LoRAConfig.from_checkpoint, prepare, save, load)
 
 
-def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) -> list[str]:
+def describe(model: GPT, warmup: WarmupSettings) -> list[str]:
     """Return lines that say what is trained and what runs frozen."""
     config, total = model.config, count(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -189,8 +187,9 @@ def describe(model: GPT, lora_flags: tuple[str, ...], warmup: WarmupSettings) ->
         layers = [f"blocks {ranges(behind)}"] if behind else []
         layers += ["lm_head"] if config.lora_head and config.lora_r else []
         where = " and ".join(layers) if layers else "none there"
-        if lora_flags and not config.skip2lora_warmup:
-            lines.append(f"LoRA ({', '.join(lora_flags)}) applies to layers behind {config.skip2lora_output_layer}'s input only: {where}")
+        flags = [flag for flag in LAYER_FLAGS if getattr(config, flag)]
+        if flags and not config.skip2lora_warmup:
+            lines.append(f"LoRA ({', '.join(flags)}) applies to layers behind {config.skip2lora_output_layer}'s input only: {where}")
     if frozen:
         lines.append(f"frozen, run without gradients: the embedding and blocks 0-{frozen - 1} of {config.n_layer}")
     return lines
@@ -208,10 +207,5 @@ def describe_choice(choice: Choice, candidates: tuple[int, ...], seconds: float)
 
 def ranges(numbers: tuple[int, ...]) -> str:
     """(0, 1, 2, 5) -> "0-2, 5" """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

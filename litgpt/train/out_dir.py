@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from safetensors import SafetensorError
 
 from litgpt import atomic
 from litgpt.errors import UserError
 from litgpt.files import json_in, read_json
 from litgpt.logs import COLUMNS, EVENTS_SUFFIX, METRICS, MetricLoggers
+from litgpt.sharding import gathered
 from litgpt.train import resume as training_state
+from litgpt.train.loop import Loop
 from litgpt.train.page import MARK
 from litgpt.train.parallel import Rank
 from litgpt.train.report import PAGE, REPORT, as_json
@@ -26,8 +27,6 @@ from litgpt.train.resume import FACTS, TENSORS, State, random_states
 from litgpt.train.settings import Resume
 
 RESUME = "the same command with --resume true continues from it"
-AUTO = "auto"
-LONGEST_NAME = 255  # bytes
 LOGS, LOG_FILES = METRICS.parent, (METRICS.name, f"events.out.tfevents.*{EVENTS_SUFFIX}")
 
 
@@ -64,8 +63,6 @@ class OutDir:
         path = self.path
         if self.resume is not False and self.overwrite:
             raise UserError("--resume continues the run in out_dir and --overwrite replaces it: give one of them")
-        if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
-            raise UserError(f"out_dir {path} has a name too long for a file system ({LONGEST_NAME} bytes): give a shorter one")
         nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
         if not nearest.is_dir():
             kind = "a broken link" if nearest.is_symlink() else "a file"
@@ -125,7 +122,14 @@ class OutDir:
         if self.resume is False:
             return None
         if (named := self._named_step()) is not None:
-            return self._last(named)
+            if problem := unusable(named):
+                raise UserError(f"resume: {named} is incomplete: {problem}. Name another step, or give --resume true for the newest one")
+            later = [path.name for path in steps(self.path) if number(path) > number(named)]
+            later += ["final"] if (self.path / "final").exists() else []
+            if later:
+                names = ", ".join(later)
+                raise UserError(f"resume: out_dir {self.path} holds later results than {named.name} ({names}): move them away first")
+            return named
         skipped = []
         for folder in steps(self.path):
             if problem := unusable(folder):
@@ -143,23 +147,13 @@ class OutDir:
 
     def _named_step(self) -> Path | None:
         """Return the folder that `resume` names. Raises UserError if it is none of this run's checkpoints."""
-        if isinstance(self.resume, bool) or str(self.resume) == AUTO:
+        if isinstance(self.resume, bool) or str(self.resume) == "auto":
             return None
         folder = Path(self.resume)
         if not folder.is_dir():
             raise UserError(f"resume: there is no folder {folder}: give true, auto or a step-* folder of out_dir")
-        if folder.resolve().parent != self.path.resolve() or number(folder) is None:
+        if folder.resolve().parent != self.path.resolve() or number(folder) < 0:
             raise UserError(f"resume: {folder} is not a step-* folder of out_dir {self.path}: give --out_dir {folder.resolve().parent}")
-        return folder
-
-    def _last(self, folder: Path) -> Path:
-        if problem := unusable(folder):
-            raise UserError(f"resume: {folder} is incomplete: {problem}. Name another step, or give --resume true for the newest one")
-        later = [path for path in steps(self.path) if (number(path) or 0) > (number(folder) or 0)]
-        later += [path for path in (self.path / "final",) if path.exists()]
-        if later:
-            names = ", ".join(path.name for path in later)
-            raise UserError(f"resume: out_dir {self.path} holds later results than {folder.name} ({names}): move them away first")
         return folder
 
     @property
@@ -181,20 +175,19 @@ class Checkpoints:
     rank: Rank
     log: MetricLoggers | None  # None in processes other than the first
     newest: Path | None = None  # the last checkpoint that can be resumed
-    gathered: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state  # returns the optimizer's state of all ranks
     unproven: list[Path] = field(default_factory=list)
     """checkpoints since the last one whose weights gave a sound loss; nothing is removed for them"""
 
-    def step(self, state: State, optimizer: torch.optim.Optimizer | None, kept: bool) -> Path:
-        """Write `step-NNNNNN`, which can be resumed. Unless it is to be `kept`, it is removed when a later one is complete and proven."""
+    def step(self, state: State, loop: Loop | None, kept: bool) -> Path:
+        """Write `step-NNNNNN`, which can be resumed, with the loop's optimizer. Unless `kept`, a later one that is proven replaces it."""
         folder = self.out_dir / f"step-{state.step:06d}"
         states = {name: self.rank.gather(value) for name, value in (state.random or random_states(self.rank.device)).items()}
         random = {f"{name}.{rank}": value.cpu() for name, all_ranks in states.items() for rank, value in enumerate(all_ranks)}
-        write, own = self.contents(), None if optimizer is None else self.gathered(optimizer.state_dict())
-        with self._together(), self._folder(folder) as temporary:
+        write, optimizer = self.contents(), None if loop is None else gathered(loop.optimizer.state_dict(), loop.weights)
+        with self._folder(folder) as temporary:
             if temporary is not None:
                 write(temporary)
-                training_state.write(temporary, state, own, random, {**self.facts, "kept": kept})
+                training_state.write(temporary, state, optimizer, random, {**self.facts, "kept": kept})
         self.newest, state.saved = folder, True
         self.unproven.append(folder)
         return folder
@@ -202,7 +195,7 @@ class Checkpoints:
     def prove(self) -> None:
         """Remove what the newest checkpoint replaces: its weights, or later ones, gave a sound loss."""
         if self.unproven and self.log is not None:
-            prune(self.out_dir, number(self.unproven[-1]) or 0, self.keep_last)
+            prune(self.out_dir, number(self.unproven[-1]), self.keep_last)
         self.unproven.clear()
 
     def discard_unproven(self) -> None:
@@ -213,16 +206,16 @@ class Checkpoints:
         self.unproven.clear()
         self.newest = next((folder for folder in steps(self.out_dir) if not unusable(folder)), None)
 
-    def rescue(self, state: State, optimizer: torch.optim.Optimizer | None) -> Path | None:
+    def rescue(self, state: State, loop: Loop | None) -> Path | None:
         """Return a checkpoint of the state, written if necessary; the last one if the optimizer was writing, None before the first step."""
         if not state.step or not state.consistent or state.saved:
             return self.newest
-        return self.step(state, optimizer, kept=False)
+        return self.step(state, loop, kept=False)
 
     def folder(self, name: str, measured: dict[str, Any], finish: Callable[[Path], None] | None = None) -> None:
         """Write `best` or `final` with the figures `measured`; `finish` adds files and figures."""
         write = self.contents()
-        with self._together(), self._folder(self.out_dir / name) as temporary:
+        with self._folder(self.out_dir / name) as temporary:
             if temporary is not None:
                 write(temporary)
                 if finish is not None:
@@ -230,30 +223,28 @@ class Checkpoints:
                 atomic.write_text(temporary / REPORT, as_json(measured))
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Hold all processes until the first has written, or failed to."""
-        try:
-            yield
-        except UserError:
-            self.rank.barrier()
-            raise
-        self.rank.barrier()
-
-    @contextmanager
     def _folder(self, folder: Path) -> Iterator[Path | None]:
-        """Yield a new folder in the first process. If it cannot be written, raise a UserError that names the checkpoint to resume."""
-        if self.log is None:
-            yield None
-            return
+        """Yield a new folder in the first process, None in the others, which wait until it is written, or cannot be.
+
+        Raises a UserError that names the checkpoint to resume.
+        """
         try:
-            self.log.flush()
-            with atomic.new_folder(folder, overwrite=True) as temporary:
-                yield temporary
-        except (OSError, SafetensorError) as error:
+            if self.log is None:
+                yield None
+            else:
+                self.log.flush()
+                with atomic.new_folder(folder, overwrite=True) as temporary:
+                    yield temporary
+        except (OSError, SafetensorError, UserError) as error:
+            self.rank.barrier()
+            if isinstance(error, UserError):
+                raise
             remedy = f". {self.newest} is complete: make room, and {RESUME}" if self.newest else ""
             inner = re.search(r"I/O error: (.+?) \(os error", str(error))  # safetensors' wording
             reason = inner[1] if inner else getattr(error, "strerror", None) or error
             raise UserError(f"{folder} cannot be written: {reason}{remedy}") from None
+        else:
+            self.rank.barrier()
 
 
 def conclude(out_dir: Path, report: dict[str, Any], keep_last: int | None) -> None:
@@ -269,8 +260,7 @@ def prune(out_dir: Path, step: int, keep_last: int | None) -> None:
     """
     kept = 0
     for folder in steps(out_dir):
-        folder_step = number(folder) or 0
-        flag = _is_kept(folder)
+        folder_step, flag = number(folder), _is_kept(folder)
         kept += folder_step <= step and flag is True
         surplus = flag is True and keep_last is not None and kept > keep_last
         if folder_step < step and (surplus or flag is False) and not atomic.unlisted(folder):
@@ -310,16 +300,15 @@ def _misplaced_logs(out_dir: Path) -> list[Path]:
     return [place for place in places if os.path.lexists(place) and (place.is_symlink() or not place.is_dir())]
 
 
-def number(folder: Path) -> int | None:
-    """Return the step of a `step-*` folder, None for another name."""
+def number(folder: Path) -> int:
+    """Return the step of a `step-*` folder, -1 for another name."""
     digits = folder.name.removeprefix("step-")
-    return int(digits) if folder.name != digits and digits.isdecimal() else None
+    return int(digits) if folder.name != digits and digits.isdecimal() else -1
 
 
 def steps(out_dir: Path) -> list[Path]:
     """Return the `step-*` folders, newest first."""
-    numbered = {path: step for path in out_dir.glob("step-*") if (step := number(path)) is not None}
-    return sorted(numbered, key=lambda path: -numbered[path])
+    return sorted((path for path in out_dir.glob("step-*") if number(path) >= 0), key=number, reverse=True)
 
 
 def unusable(folder: Path) -> str:

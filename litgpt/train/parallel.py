@@ -68,9 +68,7 @@ class Rank:
         """Return the processes in which the flag is set, in all of them: they must do the same at the same step."""
         if self.size == 1:
             return [0] if flag else []
-        flags = torch.zeros(self.size, device=self.device)
-        flags[self.index] = flag
-        return self.sum(flags).nonzero()[:, 0].tolist()
+        return self.gather(torch.tensor([flag]))[:, 0].nonzero()[:, 0].tolist()
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process."""
@@ -81,7 +79,7 @@ class Rank:
         return self.any(flag) if self.sharded else flag
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """(n,) integers of this process, below 2^31 -> (processes, n) of all, in their dtype."""
+        """(n,) flags or integers below 2^31 of this process -> (processes, n) of all, in their dtype."""
         table = torch.zeros(self.size, len(own), dtype=torch.int32, device=self.device)
         table[self.index] = own.to(self.device)
         return self.sum(table).to(own.dtype)

@@ -10,16 +10,14 @@ import torch
 
 from litgpt.activations.cache import Activations
 from litgpt.args import EvalArgs
-from litgpt.errors import NonFiniteError, UserError
+from litgpt.errors import NonFiniteError, Stopped, UserError
 from litgpt.logs import Console, MetricLoggers
-from litgpt.text import sparkline
 from litgpt.train.interrupts import Interrupts
 from litgpt.train.loop import REMEDY, Loop
 from litgpt.train.out_dir import Checkpoints
 from litgpt.train.resume import PhaseStart, State
 
 SHOWN = {"val_ppl": "perplexity {:.2f}", "val_accuracy": "accuracy {:.1%}"}
-COURSES = 256  # a new sparkline, which reads all losses, after each 256th of the steps so far
 
 
 @dataclass
@@ -36,8 +34,6 @@ class Phase:
     checkpoints: Checkpoints
     interrupts: Interrupts
     answer: Callable[[], None]  # shows the model's answer to the example
-    losses: list[float] = field(default_factory=list)  # of this session's steps
-    _course: str = ""
     saved_at: float = field(default_factory=lambda: time.perf_counter())
 
     @contextmanager
@@ -55,12 +51,9 @@ class Phase:
     def on_step(self, state: State, metrics: dict[str, float], is_last: bool) -> bool:
         """Validate, log and save after a step, as far as they are due. Returns True to end training. Raises Stopped if a signal arrived."""
         assert state.phase is not None
-        self.losses.append(metrics["train_loss"])
         if self.loop.is_sound(state, metrics["train_loss"]):
             self.checkpoints.prove()
-        if len(self.losses) % (1 + len(self.losses) // COURSES) == 0:
-            self._course = sparkline(self.losses)
-        note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f} {self._course}"
+        note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f}"
         self._progress(state.step - state.phase.step, self.loop.total_steps, note)
         self._finish_step(state, metrics, state.step % self.eval.interval == 0 or (is_last and self.eval.final_validation))
         over = is_last or self.is_out_of_patience(state) or self.has_reached_target(state)
@@ -78,28 +71,22 @@ class Phase:
             self._log(state, metrics)
         minutes = train.save_every_minutes
         late = minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
-        if train.save_interval and state.step % train.save_interval == 0:
-            self.loop.require_finite(state)
-            self.checkpoints.step(state, self.loop.optimizer, kept=True)
-            self.saved_at = time.perf_counter()
-        elif self.loop.rank.any(late):
-            self.saved_at = time.perf_counter()
+        kept = train.save_interval is not None and state.step % train.save_interval == 0
+        if kept or self.loop.rank.any(late):
             self.loop.require_finite(state)
             try:
-                self.checkpoints.step(state, self.loop.optimizer, kept=False)
-            except UserError as error:  # it was not asked for: the run continues without it
-                self.console.say(f"step {state.step}: {error}")
+                self.checkpoints.step(state, self.loop, kept)
+            except UserError as error:
+                if kept:
+                    raise
+                self.console.say(f"step {state.step}: {error}")  # it was not asked for: the run continues without it
+            self.saved_at = time.perf_counter()
         self._stop_if_asked()
 
     def _validate(self, state: State) -> dict[str, float]:
         """Return the validation loss and its perplexity; show a sample answer. Raises Stopped if a signal arrives."""
         rank = self.loop.rank
-
-        def is_stopped() -> bool:
-            asked = self.interrupts.asked is not None
-            return rank.any(asked) if rank.sharded else asked
-
-        loss = self.loop.validate(self.val_activations, self.val_batches, is_stopped)
+        loss = self.loop.validate(self.val_activations, self.val_batches, lambda: rank.agreed(self.interrupts.asked is not None))
         self._stop_if_asked()
         if not math.isfinite(loss):
             state.consistent = False
@@ -108,11 +95,10 @@ class Phase:
         if state.add_loss(loss) and self.loop.train.keep_best:
             self.checkpoints.folder("best", {"step": state.step, "val_loss": loss})
         own = self.loop.measured or {"val_ppl": math.exp(min(loss, 700.0))}  # a perplexity is that of a mean over tokens
-        result = {"val_loss": loss, **own}
         shown = [SHOWN[name].format(value) for name, value in own.items()]
         self.console.say(f"step {state.step}: {', '.join([f'validation loss {loss:.4f}', *shown])}")
         self.answer()
-        return result
+        return {"val_loss": loss, **own}
 
     def is_out_of_patience(self, state: State) -> bool:
         """Return whether the last `eval.patience` validations of this phase did not lower the loss."""
@@ -144,7 +130,7 @@ class Phase:
         rank = self.loop.rank
         if signalled := rank.which(self.interrupts.asked is not None):
             number = int(rank.gather(torch.tensor([self.interrupts.asked or 0])).max())
-            self.interrupts.stop(signalled if len(signalled) < rank.size else [], number)
+            raise Stopped(number, f"rank {', '.join(map(str, signalled))} " if len(signalled) < rank.size else "")
 
     def _epoch(self, step: int) -> float:
         return round(step / self.loop.batches.per_epoch, 4)

@@ -1,6 +1,6 @@
 """Everything that is read and checked before a run writes anything: settings, data, checkpoint, model."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.examples import Example, examples_of
 from litgpt.train.interrupts import memory_explained
 from litgpt.train.launch import place_of
-from litgpt.train.loop import Batches, require_divisible
+from litgpt.train.loop import Batches
 from litgpt.train.methods import Method, describe, describe_choice
 from litgpt.train.parallel import Rank, ends_together
 from litgpt.train.replay import ANSWER_TOKENS, base_answers, replay_samples
@@ -57,12 +57,11 @@ class Job:
     style: PromptStyle
     splits: Splits
     model: GPT
-    examples: list[Example]  # the validation records to answer
+    examples: list[Example]  # the validation records to answer; none in a sweep
     cache_dtype: torch.dtype
+    date: datetime  # the date that the chat template sees; a resumed run keeps it
+    general_answers: list[str] | None  # of the base model, which `train.replay` trains; a resumed run keeps them
     shared: dict[str, ActivationCache] | None = None  # filled caches that several runs share; None: the run makes its own
-    date: datetime = field(default_factory=datetime.now)  # the date that the chat template sees; a resumed run keeps it
-    general_answers: list[str] | None = None  # of the base model, which `train.replay` trains; a resumed run keeps them
-    answers: bool = True  # show a sample answer at each validation, if `eval.max_new_tokens` asks for one
 
     @property
     def kept(self) -> dict[str, Any]:
@@ -81,10 +80,10 @@ class Job:
         """The objective that a step minimises; a new object for each loop."""
         return objective_of(self.settings)
 
-    def batches(self, train: TrainArgs, rank: Rank) -> Batches:
+    def batches(self, train: TrainArgs) -> Batches:
         """Return the batches of the training samples."""
-        group = self.objective.group
-        return Batches(self.splits.train, train.global_batch_size * group, rank, self.settings.seed, train.group_by_length, group=group)
+        group, seed = self.objective.group, self.settings.seed
+        return Batches(self.splits.train, train.global_batch_size * group, self.rank, seed, train.group_by_length, group=group)
 
     @property
     def cache_folder(self) -> Path:
@@ -99,7 +98,7 @@ class Job:
     def say_what_is_trained(self) -> None:
         for line in (
             f"{self.model.config.name}, {self.precision} on {self.rank.device}{self.rank.described}",
-            *describe(self.model, self.method.lora_flags, self.method.warmup),
+            *describe(self.model, self.method.warmup),
         ):
             self.console.say(line)
 
@@ -122,15 +121,14 @@ def prepare(
     _cache_dtype(method.cache.dtype, dtype)
     require_shardable(settings, method, base)
     if rank is None:
-        place = place_of(settings.devices, settings.num_nodes)
-        require_divisible(settings.train, place.size if place else 1)  # before other processes are started
-    rank = rank or Rank.start(precision, settings.devices, settings.num_nodes, settings.timeout, settings.wants_shards)
+        place, batch_size = place_of(settings.devices, settings.num_nodes), settings.train.global_batch_size
+        if place and batch_size % place.size:  # before other processes are started
+            raise UserError(f"train.global_batch_size {batch_size} is not a multiple of the {place.size} devices")
+        rank = Rank.start(precision, settings.devices, settings.num_nodes, settings.timeout, settings.wants_shards)
     with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
         seed_everything(settings.seed)
-        job = _read(settings, method, base, precision, rank, rank.broadcast((saved and saved.date) or datetime.now()), saved)
-        optimizer = make_optimizer(
-            settings.optimizer, [torch.nn.Parameter(torch.zeros(1))]
-        )  # shows wrong settings before anything is written
+        job = _read(settings, method, base, precision, rank, saved)
+        optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # shows wrong settings
         if not optimizer.param_groups[0]["lr"]:
             job.console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
         if count := job.model.config.taps_to_choose:
@@ -142,8 +140,10 @@ def prepare(
     return job
 
 
-def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank, date: datetime, saved: Saved | None) -> Job:
+def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank, saved: Saved | None) -> Job:
     """Return the run with its data and its model."""
+    kept = saved.facts if saved else {}
+    date = rank.broadcast(datetime.fromisoformat(kept["date"]) if "date" in kept else datetime.now())
     console, dtype = Console(rank.is_first and process_rank() == 0), backbone_dtype(precision)
     tokenizer = Tokenizer(base)
     contents = tokenizer_contents(base)
@@ -158,29 +158,18 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)), objective.units)
     objective.check(splits.train, splits.val, settings.data.source)
     console.say(f"data: {splits.report}")
-    is_sharded, why = (False, "") if rank.group is None else choose(settings, method, base, rank, splits.train, dtype)
-    rank = replace(rank, sharded=is_sharded)
-    if why:
+    if rank.group is not None:
+        is_sharded, why = choose(settings, method, base, rank, splits.train, dtype)
+        rank = replace(rank, sharded=is_sharded)
         console.say(why)
-    model = method.build(base, dtype, rank.device if is_sharded else None, settings.cpu_offload)
+    model = method.build(base, dtype, rank.device if rank.sharded else None, settings.cpu_offload)
     require_finite({name: part_of(parameter) for name, parameter in model.named_parameters()}, base / WEIGHTS)
-    if not is_sharded:
+    if not rank.sharded:
         model.to(rank.device)
-    if not is_sharded and not precision.endswith("-mixed"):
-        pack(model, backward=True)
+        if not precision.endswith("-mixed"):
+            pack(model, backward=True)
     model.max_seq_length = _max_seq_length(settings, model.config)
-    answers = saved.general_answers if saved else None
-    examples = examples_of(settings.eval, settings.seed, splits.examples, style, tokenizer)
-    if settings.train.replay and answers is None:
-        answers = _general_answers(settings, rank, console, model, tokenizer, style, examples)
-    splits.train += replay_samples(answers or [], tokenizer, style, model.max_seq_length)
-    _require_known_ids(splits, model.config, base)
-    if model.config.alora_enabled:
-        console.say(_switch_on_replies(settings, model, splits, style, tokenizer))
-    model.activation_checkpointing = settings.train.activation_checkpointing
-    model.neftune_alpha = settings.train.neftune_noise_alpha or 0.0
-    cache_dtype = _cache_dtype(method.cache.dtype, dtype)
-    return Job(
+    job = Job(
         settings,
         method,
         base,
@@ -192,11 +181,20 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         style,
         splits,
         model,
-        examples,
-        cache_dtype,
-        date=date,
-        general_answers=answers,
+        examples_of(settings.eval, settings.seed, splits.examples, style, tokenizer),
+        _cache_dtype(method.cache.dtype, dtype),
+        date,
+        kept.get("general_answers"),
     )
+    if settings.train.replay and job.general_answers is None:
+        job.general_answers = _general_answers(job)
+    splits.train += replay_samples(job.general_answers or [], tokenizer, style, model.max_seq_length)
+    _require_known_ids(splits, model.config, base)
+    if model.config.alora_enabled:
+        console.say(_switch_on_replies(job))
+    model.activation_checkpointing = settings.train.activation_checkpointing
+    model.neftune_alpha = settings.train.neftune_noise_alpha or 0.0
+    return job
 
 
 def _require_fitting(settings: Run, objective: Objective) -> None:
@@ -210,15 +208,17 @@ def _require_fitting(settings: Run, objective: Objective) -> None:
         raise UserError(f"train.replay has answers without others to compare them with, or a reward: leave it out with objective {name}")
 
 
-def _switch_on_replies(settings: Run, model: GPT, splits: Splits, style: PromptStyle, tokenizer: Tokenizer) -> str:
+def _switch_on_replies(job: Job) -> str:
     """Set the tokens that switch answer-only LoRA on, if they are not given. Return a line about its positions.
 
     They are those that the prompt style writes between a prompt and its reply, as far as they are the same in all samples. Raises UserError
     if there are none, or if a reply does not follow them.
     """
+    settings, model, splits, style, tokenizer = job.settings, job.model, job.splits, job.style, job.tokenizer
     samples = (*splits.train, *splits.val)
-    invocation = list(getattr(settings, "alora_invocation_tokens", None) or tokenizer.ids(reply_header(style), bos=False))
-    if not getattr(settings, "alora_invocation_tokens", None):
+    given = getattr(settings, "alora_invocation_tokens", None)
+    invocation = list(given or tokenizer.ids(reply_header(style), bos=False))
+    if not given:
         for sample in samples:
             begin = max(sample.loss_mask.find(1), 0)
             before = list(sample.input_ids[max(0, begin - len(invocation)) : begin])
@@ -255,19 +255,17 @@ def choose_taps(job: Job, count: int) -> list[int]:
     return list(rank.broadcast(blocks))
 
 
-def _general_answers(
-    settings: Run, rank: Rank, console: Console, model: GPT, tokenizer: Tokenizer, style: PromptStyle, examples: list[Example]
-) -> list[str]:
+def _general_answers(job: Job) -> list[str]:
     """Return the answers of the model, whose adapters change nothing yet, to general questions; the first process's, for all.
 
     If examples are answered by as many tokens, they are answered beside them, which takes hardly longer.
     """
-    answers: list[str] = []
+    rank, count, answers = job.rank, job.settings.train.replay, list[str]()
     if rank.is_first or rank.sharded:
-        console.say(f"The base model answers {settings.train.replay} general questions")
+        job.console.say(f"The base model answers {count} general questions")
         with rank.autocast():
-            others = examples if settings.eval.max_new_tokens == ANSWER_TOKENS else []
-            answers = base_answers(model, tokenizer, style, settings.train.replay, others)
+            others = job.examples if job.settings.eval.max_new_tokens == ANSWER_TOKENS else []
+            answers = base_answers(job.model, job.tokenizer, job.style, count, others)
     return list(rank.broadcast(answers))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 
 from litgpt.activations.cache import CacheSettings, Recompute, activations, is_cacheable, plan, stem_length
-from litgpt.adapters.base import adapter_parameters
 from litgpt.args import TrainArgs
 from litgpt.errors import UserError
 from litgpt.files import nearest
@@ -20,8 +19,6 @@ from litgpt.logs import peak_memory_gb
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.memory import PROCESS
 from litgpt.optim import make_optimizer
-from litgpt.prompts import reply_header
-from litgpt.quantize import count
 from litgpt.sample import Sample
 from litgpt.streams import safe, unescaped
 from litgpt.text import duration, gib, text_table
@@ -30,7 +27,7 @@ from litgpt.train.launch import place_of
 from litgpt.train.loop import Batch, Loop
 from litgpt.train.methods import Method
 from litgpt.train.out_dir import OutDir
-from litgpt.train.parallel import Rank, alone
+from litgpt.train.parallel import alone
 from litgpt.train.prepare import Job, prepare
 from litgpt.train.resume import State
 from litgpt.train.settings import Run
@@ -52,15 +49,14 @@ def rehearse(settings: Run, method: Method, base: Path) -> None:
     job.say_what_is_trained()
     show_sample(job.splits.train[0], job.tokenizer)
     model, lines = job.model, {}
-    warmup = method.warmup.warmup_steps(job.batches(settings.train, job.rank).per_epoch)
+    warmup = method.warmup.warmup_steps(job.batches(settings.train).per_epoch)
     if warmup:
         start_warmup(model)
         loop = rehearsed(job, replace(settings.train, max_steps=warmup, epochs=None))
-        seconds, _ = _time(loop, _first(loop))
+        seconds, _ = _time(loop)
         lines["warm-up"] = f"{warmup:,} steps of about {seconds:.2f} s: {duration(warmup * seconds)}"
         end_warmup(model)
     lines.update(_costs(job))
-    lines.update(products(job))
     lines["memory"] = _memory(job)
     lines["memory measured here"] = f"{peak_memory_gb(job.rank.device):.2f} GiB at most, in these few steps"
     print("what the run would take", text_table(list(lines.items()), left=(0, 1)), sep="\n")
@@ -81,30 +77,28 @@ def show_sample(sample: Sample, tokenizer: Tokenizer) -> None:
 
     text = Text("first training sample (the model learns the text between » and «):\n\n")
     for learns, group in groupby(zip(sample.loss_mask, sample.input_ids, strict=True), key=lambda pair: pair[0]):
-        part = _shown(tokenizer.decode([token for _, token in group], skip_special_tokens=False))
+        part = safe(tokenizer.decode([token for _, token in group], skip_special_tokens=False))
+        if len(part) > LONGEST_PART:
+            half = LONGEST_PART // 2
+            part = f"{part[:half]} [... {len(part) - 2 * half:,} characters ...] {part[-half:]}"
         text.append(f"»{part}«" if learns else part, style="bold green" if learns else "dim")
     text.truncate(LONGEST_SAMPLE, overflow="ellipsis")
     Console(file=unescaped(sys.stdout), highlight=False, soft_wrap=True).print(text)
 
 
-def _shown(part: str) -> str:
-    """Return the text without control characters, and without the middle of a long one."""
-    text, half = safe(part), LONGEST_PART // 2
-    return text if len(text) <= LONGEST_PART else f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-
-
 def rehearsed(job: Job, train: TrainArgs) -> Loop:
     """Return the loop that a run would have, on this one device, computing every activation anew."""
-    model, rank = job.model, Rank(device=job.rank.device)
+    model = job.model
     optimizer = make_optimizer(job.settings.optimizer, [p for p in model.parameters() if p.requires_grad])
-    own = Recompute(model, job.splits.train, rank.device)
+    own = Recompute(model, job.splits.train, job.rank.device)
     for sample in job.splits.train if job.objective.referred else ():
         sample.reference = array("f", bytes(4 * sample.n_targets))  # its values change no time
-    return Loop(model, optimizer, train, job.batches(train, rank), own, rank, job.objective, job.rank.autocast, job.console.say)
+    return Loop(model, optimizer, train, job.batches(train), own, job.rank, job.objective, job.console.say)
 
 
-def _time(loop: Loop, batches: list[Batch]) -> tuple[float, list[Batch]]:
+def _time(loop: Loop, batches: list[Batch] | None = None) -> tuple[float, list[Batch]]:
     """Return the seconds of a mean step, and the batches that were used. The first only warms up, unless it takes long."""
+    batches = batches or list(islice(loop.batches.epoch(0), 1 + MEASURED_STEPS))
     seconds, tokens, used = 0.0, 0, 0
     for batch in batches:
         elapsed = loop.step(State(), batch)["step_time"]
@@ -116,15 +110,11 @@ def _time(loop: Loop, batches: list[Batch]) -> tuple[float, list[Batch]]:
     return seconds / tokens * loop.batches.tokens_per_epoch / loop.batches.per_epoch, batches[:used]
 
 
-def _first(loop: Loop) -> list[Batch]:
-    return list(islice(loop.batches.epoch(0), 1 + MEASURED_STEPS))
-
-
 def _costs(job: Job) -> dict[str, str]:
     """Return steps, seconds with and without a cache, and the cache's bytes beside those that are free."""
     train, splits, model = job.settings.train, job.splits, job.model
     loop = rehearsed(job, train)
-    plain, batches = _time(loop, _first(loop))
+    plain, batches = _time(loop)
     per_epoch, total = loop.batches.per_epoch, loop.total_steps
     steps = f"{per_epoch:,} an epoch" if total is None else f"{total:,} ({total / per_epoch:.4g} epochs of {per_epoch:,})"
     lines = {"steps": f"{steps}, each of {train.global_batch_size} samples", "a step": f"about {plain:.2f} s"}
@@ -147,29 +137,6 @@ def _costs(job: Job) -> dict[str, str]:
     if seconds is not None:
         lines["training"] = f"about {duration(seconds)}, validation not counted"
     return lines
-
-
-def products(job: Job) -> dict[str, str]:
-    """Return the products of an epoch of LoRA, and of answer-only LoRA, with the blocks' and the head's weights; {} without such a choice.
-
-    2 N a position forward, and as much for the input's gradient, in the N weights of the blocks from the first with LoRA on; replies alone,
-    or all positions. Attention's scores and the adapters are left out.
-    """
-    config, samples = job.model.config, job.splits.train
-    spans = sum(bytes(sample.loss_mask).count(b"\0\1") for sample in samples)
-    rows, targets = sum(sample.n_inputs for sample in samples), sum(sample.n_targets for sample in samples)
-    header = config.alora_invocation_tokens or job.tokenizer.ids(reply_header(job.style), bos=False)
-    own = targets + spans * (len(header) - 1)
-    if not config.lora_blocks or config.skip2lora_enabled or config.lora_variant != "lora" or config.n_expert or not targets < own < rows:
-        return {}
-    weights = [count(block) - sum(p.numel() for p in adapter_parameters(block).values()) for block in job.model.blocks]
-    behind, head = sum(weights[config.lora_blocks[0] :]), 4 * config.n_embd * config.V * targets
-    plain, answers = ((4 * behind * positions + head) / 1e12 for positions in (rows, own))
-    once = 2 * sum(weights) * rows / 1e12
-    return {
-        "products of an epoch": f"LoRA {plain:.3g} TFLOP; answer-only LoRA {answers:.3g}, and {once:.3g} once for the prompts: "
-        f"{own:,} of {rows:,} positions are replies"
-    }
 
 
 def _memory(job: Job) -> str:

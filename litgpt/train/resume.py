@@ -278,23 +278,11 @@ class Saved:
     facts: dict[str, Any]
 
     @property
-    def date(self) -> datetime | None:
-        """The date that the run's chat template sees; None for a run of an earlier version."""
-        return datetime.fromisoformat(self.facts["date"]) if "date" in self.facts else None
-
-    @property
-    def general_answers(self) -> list[str] | None:
-        """The base model's answers that `train.replay` trains; None if the folder has none."""
-        return self.facts.get("general_answers")
-
-    @property
     def state(self) -> State:
         return State.of(self.facts["progress"])
 
-    def restore(
-        self, optimizer: torch.optim.Optimizer, rank: int, device: torch.device, parameters: Sequence[torch.nn.Parameter] = ()
-    ) -> None:
-        """Restore the optimizer of `parameters`, of which a sharded model holds rows, and the random generators."""
+    def restore(self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter] = ()) -> None:
+        """Restore the optimizer of `parameters`, of which a sharded model holds rows."""
         try:
             state = scattered(_unpack(self.facts["optimizer"], self._tensors()), parameters)
             problem = _misfit(state, optimizer)
@@ -303,9 +291,9 @@ class Saved:
         if problem:
             raise UserError(f"{self.folder / TENSORS} does not fit the optimizer: {problem}. {ELSEWHERE}")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.restore_random(rank, device)
 
     def restore_random(self, rank: int, device: torch.device) -> None:
+        """Restore the random generators."""
         tensors = self._tensors()
         setters: dict[str, Callable[[torch.Tensor], None]] = {"cpu": torch.set_rng_state}
         if device.type == "cuda":
@@ -332,10 +320,8 @@ def read(folder: Path) -> Saved:
         raise UserError(
             f"{folder / FACTS} was written by another version of litgpt: resume with that version, or start anew in another --out_dir"
         )
-    saved = Saved(folder, facts)
     try:
         _require_facts(facts)
-        _ = saved.state
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise UserError(f"{folder / FACTS} is not as litgpt wrote it. {ELSEWHERE}") from None
-    return saved
+    return Saved(folder, facts)

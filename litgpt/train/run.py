@@ -30,7 +30,7 @@ from litgpt.optim import make_optimizer, multiply_rates
 from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
 from litgpt.sample import Sample
-from litgpt.sharding import gathered, part_of
+from litgpt.sharding import part_of
 from litgpt.text import size as shown, text_table
 from litgpt.train.examples import answer
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explained, out_of_memory
@@ -118,8 +118,7 @@ class Session:
     def __init__(self, job: Job, out_dir: OutDir, interrupts: Interrupts, clock: Stopwatch, saved: Saved | None) -> None:
         """Raises UserError if `saved` belongs to another run. Nothing is written before that is clear."""
         self.job, self.settings, self.interrupts, self.saved = job, job.settings, interrupts, saved
-        self.model, self.console = job.model, job.console
-        self.rank = job.rank
+        self.model, self.console, self.rank = job.model, job.console, job.rank
         self.hyperparameters = job.settings.hyperparameters()
         self.state, self.cached = State(clock=clock), dict[str, bool]()
         self.loop: Loop | None = None  # None while its activations are computed
@@ -130,7 +129,7 @@ class Session:
         self.objective = job.objective
         self.sources: tuple[Batches, Activations, Activations, list[list[int]]] | None = None
         if self.objective.referred:
-            with memory_explained(self.rank.device, "while the reference was computed"), ends_together(job.rank):
+            with memory_explained(self.rank.device, "while the reference was computed"):
                 self._refer()
         if saved is not None:
             self._resume(saved, clock)
@@ -144,10 +143,10 @@ class Session:
         out_dir.make(resumed=saved is not None)
         facts: dict[str, Any] = {"identity": identity.facts(), **job.kept, "cached": self.cached}
         facts["environment"] = environment(self.rank.device)
-        newest = saved.folder if saved else None
-        keep_last = self.settings.train.keep_last
-        self.checkpoints = Checkpoints(path, self._contents, facts, keep_last, self.rank, self.log, newest, self._gathered)
-        self.checkpoints.unproven += [newest] if newest else []
+        self.checkpoints = Checkpoints(path, self._contents, facts, self.settings.train.keep_last, self.rank, self.log)
+        if saved is not None:
+            self.checkpoints.newest = saved.folder
+            self.checkpoints.unproven.append(saved.folder)
 
     def _refer(self) -> None:
         """Give the samples their losses under the reference model: another one, or the model as it is now, before it is trained."""
@@ -196,9 +195,8 @@ class Session:
         if self.log is None:
             return
         place = nearest(self.settings.out_dir)
-        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
-        trained = sum(size for size, is_trained in sizes if is_trained)
-        everything = sum(size for size, _ in sizes)
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        everything = sum(p.nbytes for p in self.model.parameters())
         is_merged = trained < everything and self.model.config.is_mergeable
         final, disk = trained + is_merged * everything, shutil.disk_usage(place)
         if not disk.total:  # no disk, such as /proc
@@ -214,7 +212,7 @@ class Session:
     def phases(self) -> Iterator[Phase]:
         """Yield the phases that are left: LoRA's warm-up if there is one, then training."""
         state, settings, first = self.state, self.settings, self.job.method.warmup
-        warmup = first.warmup_steps(self.job.batches(settings.train, self.rank).per_epoch)
+        warmup = first.warmup_steps(self.job.batches(settings.train).per_epoch)
         if state.step < warmup or (state.step == warmup and state.pending is not None):
             start_warmup(self.model)
             train = replace(settings.train, max_steps=warmup, epochs=None, max_tokens=None, max_time=None)
@@ -235,7 +233,7 @@ class Session:
     ) -> tuple[Batches, Activations, Activations, list[list[int]]]:
         """Return batches and activations for training, activations and batches for validation; cached if they are needed more than once."""
         splits, rank, group, size = self.job.splits, self.rank, self.objective.group, train.micro_batch_size
-        batches = self.job.batches(train, rank)
+        batches = self.job.batches(train)
         mode = cache.mode_for(train, batches.per_epoch)
         batches.by_owner = mode != "off" and is_cacheable(self.model)
         n_val = min(len(splits.val) // group, evaluation.max_iters * size)
@@ -259,10 +257,9 @@ class Session:
         multiply_rates(optimizer, self._ratios())
         self.loop = None
         batches, own, val, val_batches = self.sources or self._sources(train, evaluation, cache)
-        job = self.job
-        self.loop = Loop(self.model, optimizer, train, batches, own, self.rank, self.objective, job.rank.autocast, self.console.say)
+        self.loop = Loop(self.model, optimizer, train, batches, own, self.rank, self.objective, self.console.say)
         self.validation = (val, val_batches)
-        self._restore(optimizer)
+        self._restore(self.loop)
         return Phase(
             title, self.loop, evaluation, val_batches, val, self.log, self.console, self.checkpoints, self.interrupts, self._answer
         )
@@ -271,7 +268,7 @@ class Session:
         if self.job.shared is not None:
             result: Activations = self.job.shared[name].narrowed(self.model.config.taps)
         else:
-            with self.job.rank.autocast():
+            with self.rank.autocast():
                 result = activations(self.model, samples, indices, name, self.job.cache_settings(mode), self.rank.device)
         self.cached[name] = isinstance(result, ActivationCache)
         return result
@@ -288,15 +285,13 @@ class Session:
                 ratios[key] = other if ratio == 1 else ratio
         return ratios
 
-    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self, loop: Loop) -> None:
         """Restore optimizer and random generators for the first loop of a resumed session."""
         if self.saved is None:
             return
         if self.state.phase is not None:
-            assert self.loop is not None
-            self.saved.restore(optimizer, self.rank.index, self.rank.device, self.loop.weights)
-        else:
-            self.saved.restore_random(self.rank.index, self.rank.device)
+            self.saved.restore(loop.optimizer, loop.weights)
+        self.saved.restore_random(self.rank.index, self.rank.device)
         for name, cached in self.saved.facts["cached"].items():
             if self.cached.get(name, cached) != cached:
                 now = "cached" if self.cached[name] else "computed for every batch"
@@ -305,7 +300,7 @@ class Session:
 
     def _answer(self) -> None:
         """Show the model's answers to the examples, if `eval.max_new_tokens` asks for them, and keep those for the report."""
-        if not self.settings.eval.max_new_tokens or not self.job.answers or not (self.console.active or self.rank.sharded):
+        if not self.settings.eval.max_new_tokens or not (self.console.active or self.rank.sharded):
             return
         if self.rank.sharded and self.model.switch is not None:  # answer-only LoRA needs a key-value cache
             return
@@ -338,17 +333,13 @@ class Session:
 
         return write
 
-    def _gathered(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        return gathered(optimizer, self.loop.weights if self.loop else [])
-
     def finish(self) -> dict[str, Any]:
         """Write the final folder and return the report. Adapters, which are small, are saved before they are merged into the model."""
         loop, state, out_dir = self.loop, self.state, self.settings.out_dir
         assert loop is not None
         with self.interrupts.held():
             if len(loop.trained) < sum(1 for _ in self.model.parameters()):
-                self.checkpoints.rescue(state, loop.optimizer)
-
+                self.checkpoints.rescue(state, loop)
             self.model.eval()
             trainable = sum(p.numel() for p in loop.weights)
             report = figures(state, loop.batches.per_epoch, trainable, count(self.model), peak_memory_gb(self.rank.device))
@@ -407,7 +398,7 @@ class Session:
         else:
             with self.interrupts.held():
                 try:
-                    folder = self.checkpoints.rescue(self.state, self.loop.optimizer if self.loop else None)
+                    folder = self.checkpoints.rescue(self.state, self.loop)
                 except UserError as error:
                     return f"{what}, and the state could not be saved: {error}"
         if folder is None:

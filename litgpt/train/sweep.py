@@ -14,7 +14,7 @@ from litgpt.activations.cache import ActivationCache, filled, plan
 from litgpt.args import Grid, as_config, shallow
 from litgpt.checkpoint import require_checkpoint
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.device import default_device, default_precision, seed_everything
+from litgpt.device import seed_everything
 from litgpt.errors import Stopped, UserError
 from litgpt.files import read_json
 from litgpt.logs import Console
@@ -82,9 +82,7 @@ def sweep(settings: Run, grid: Grid | None, samples: int | None) -> None:
 def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | None) -> None:
     """Check everything, begin the table, start the other processes, and print the result: the work of the first process."""
     clock, out_dir, group = Stopwatch(), settings.out_dir, None
-    trials = expand(settings, grid, samples)
-    settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
-    candidates = _candidates(settings.checkpoint_dir, trials)
+    trials, candidates = _candidates(settings, grid, samples)
     if settings.dry_run:
         _rehearse(settings, trials, candidates)
         return
@@ -116,8 +114,8 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
                 size = sum(cache.layout.nbytes for cache in job.shared.values())
                 table.facts |= {"cache": {"blocks": job.shared["training"].blocks, "bytes": size}, **spent}
                 _train_all(candidates, job, table)
-                for text in group.lost if group else ():
-                    job.console.say(f"{text}: the others have done its work")
+                for pid, how in group.lost.items() if group else ():
+                    job.console.say(f"process {pid} {how}: the others have done its work")
             except Stopped as stop:
                 if group is not None:
                     group.stop_others()
@@ -134,9 +132,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
 
 def _help(settings: Run, grid: Grid | None, samples: int | None, group: Group) -> None:
     """Train trials of a sweep that the first process leads."""
-    trials = expand(settings, grid, samples)
-    settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir).resolve()
-    candidates = _candidates(settings.checkpoint_dir, trials)
+    trials, candidates = _candidates(settings, grid, samples)
     with Interrupts():
         table = Table(settings.out_dir, trials, candidates[0].settings.train.keep_best)
         table.refresh()
@@ -160,8 +156,8 @@ def _train_all(candidates: list[Candidate], job: Job, table: Table, where: str =
 
 
 def _train_if_free(candidate: Candidate, job: Job, table: Table, where: str) -> bool:
-    """Train a trial and return True, unless another process trains or has trained it."""
-    trial = candidate.trial
+    """Train a trial and note its result; return False if another process trains or has trained it. Raises Stopped, saying how to resume."""
+    trial, console = candidate.trial, Console()
     with table.locked(trial, wait=False) as is_own:
         if not is_own:
             return False
@@ -171,9 +167,20 @@ def _train_if_free(candidate: Candidate, job: Job, table: Table, where: str) -> 
         if trial.status == BEGUN:
             candidate.settings = replace(candidate.settings, resume="auto", overwrite=False)
         table.note(trial, BEGUN)
-        console = Console()
         console.say(f"[{len(table.trials) - len(table.of(WAITING))}/{len(table.trials)}] {trial.name}{where}")
-        _train(candidate, job, table, console, f"{trial.name}{where}: " if where else "")
+        start = f"  {trial.name}{where}: " if where else "  "
+        try:
+            table.note(trial, FINISHED, figures=run(candidate.settings, candidate.method, lambda: _adapted(job, candidate)))
+            loss = table.loss(trial)
+            result = "not validated" if loss is None else f"validation loss {loss:.4f}"
+            console.say(f"{start}{result}, {trial.figures['total_seconds']:.1f} s")
+        except (UserError, OSError) as error:
+            table.note(trial, FAILED, str(error))
+            console.say(f"{start}failed: {error}")
+        except Stopped as stop:
+            table.note(trial, STOPPED, stop.message)
+            done = f"{len(table.of(FINISHED))} of {len(table.trials)} settings are finished"
+            raise Stopped(stop.signum, f"stopped in {trial.name}, {done}: {RESUME}") from None
         return True
 
 
@@ -211,11 +218,13 @@ def _earlier(settings: Run) -> dict[str, Any] | None:
     return read_json(file)
 
 
-def _candidates(base: Path, trials: list[Trial]) -> list[Candidate]:
-    """Return the trials that can be trained; the others fail with a reason.
+def _candidates(settings: Run, grid: Grid | None, samples: int | None) -> tuple[list[Trial], list[Candidate]]:
+    """Return all trials, and those that can be trained; the others fail with a reason.
 
-    Raises UserError if there is none, or if they do not share the frozen layers.
+    Raises UserError if none can be trained, or if they do not share the frozen layers.
     """
+    trials = expand(settings, grid, samples)
+    base = settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
     require_checkpoint(base)
     candidates = []
     for trial in trials:
@@ -223,7 +232,7 @@ def _candidates(base: Path, trials: list[Trial]) -> list[Candidate]:
             try:
                 candidates.append(Candidate(trial, replace(trial.settings, checkpoint_dir=base)))
             except UserError as error:
-                trial.fail(str(error))
+                trial.status, trial.reason = FAILED, str(error)
     if not candidates:
         raise UserError(f"no setting of the grid can be trained. {trials[0].name}: {trials[0].reason}")
     first = candidates[0]
@@ -239,7 +248,7 @@ def _candidates(base: Path, trials: list[Trial]) -> list[Candidate]:
             "a sweep shares the outputs of frozen blocks, and here none is frozen: LoRA begins in block 0. Set skip2lora_enabled, or keep "
             "LoRA to late blocks, for example lora_block_indices last:6"
         )
-    return candidates
+    return trials, candidates
 
 
 def _layer(config: Config) -> str:
@@ -253,7 +262,7 @@ def _prepare(candidates: list[Candidate], out_dir: Path, known: Any = None, grou
     taps = _taps(candidates)
     changes: dict[str, Any] = {"skip2lora_block_indices": taps} if taps else {}
     settings = replace(widest.settings, out_dir=out_dir, **changes)
-    rank = alone(settings.precision or default_precision(default_device()))
+    rank = alone(settings.precision)
     if group is not None:
         rank = replace(rank, device=group.device)
     job = prepare(settings, settings.method(), settings.checkpoint_dir, rank=rank)
@@ -313,7 +322,7 @@ def _adapted(job: Job, candidate: Candidate) -> Job:
     job.model.to(job.rank.device)
     if candidate.chosen is not None:
         keep_taps(job.model, candidate.chosen)
-    return replace(job, settings=candidate.settings, method=candidate.method, console=_Quiet(job.console.active), answers=False)
+    return replace(job, settings=candidate.settings, method=candidate.method, console=_Quiet(job.console.active), examples=[])
 
 
 def _introduce(job: Job, table: Table, waiting: int, place: Place | None) -> None:
@@ -331,23 +340,6 @@ def _identity(job: Job, settings: Run, varying: list[str]) -> Identity:
     """Return what a resumed sweep must have in common with this one: the settings that are the same for all trials."""
     shared = {key: value for key, value in compared_settings(as_config(shallow(settings)), type(settings)).items() if key not in varying}
     return Identity.of({**shared, "precision": job.precision}, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
-
-
-def _train(candidate: Candidate, job: Job, table: Table, console: Console, where: str) -> None:
-    """Train one trial and note the result. Raises Stopped, saying how to resume."""
-    trial = candidate.trial
-    try:
-        table.note(trial, FINISHED, figures=run(candidate.settings, candidate.method, lambda: _adapted(job, candidate)))
-        loss = table.loss(trial)
-        result = "not validated" if loss is None else f"validation loss {loss:.4f}"
-        console.say(f"  {where}{result}, {trial.figures['total_seconds']:.1f} s")
-    except (UserError, OSError) as error:
-        table.note(trial, FAILED, str(error))
-        console.say(f"  {where}failed: {error}")
-    except Stopped as stop:
-        table.note(trial, STOPPED, stop.message)
-        done = f"{len(table.of(FINISHED))} of {len(table.trials)} settings are finished"
-        raise Stopped(stop.signum, f"stopped in {trial.name}, {done}: {RESUME}") from None
 
 
 def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: int) -> None:

@@ -55,9 +55,6 @@ class Trial:
     reason: str = ""  # why it failed, or cannot be trained
     figures: dict[str, Any] = field(default_factory=dict)  # of its report.json
 
-    def fail(self, reason: str) -> None:
-        self.status, self.reason = FAILED, reason
-
 
 def expand(settings: Run, grid: Grid | None, samples: int | None = None) -> list[Trial]:
     """Return a trial for every combination of the grid's values, the last key varying fastest; with `samples` draw some of them.

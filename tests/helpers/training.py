@@ -86,7 +86,7 @@ class Saved:
         self.bests: list[tuple[int, float]] = []
         self.act = act
 
-    def step(self, state: State, optimizer: Any, kept: bool) -> None:
+    def step(self, state: State, loop: Any, kept: bool) -> None:
         self.asked.append((state.step, kept))
         self.act(state.step)
 

@@ -163,8 +163,10 @@ def test_tensors_that_do_not_fit_never_reach_the_optimizer(spoil: Any, message: 
     spoil(tensors)
     safetensors.torch.save_file(tensors, file)
     before = torch.get_rng_state()
+    state = read(tmp_path)
     with pytest.raises(UserError, match=message):
-        read(tmp_path).restore(optimizer, 0, CPU)
+        state.restore(optimizer)
+        state.restore_random(0, CPU)
     torch.set_rng_state(before)
 
 

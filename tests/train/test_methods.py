@@ -101,7 +101,7 @@ def test_rebuilt_adapters_leave_the_frozen_weights(base: Path) -> None:
 def test_what_is_described(base: Path) -> None:
     """Skip2-LoRA of rank 4 from 2 of 5 blocks of width 32: 2 x 2 x 4 x 32 parameters."""
     method = lora(base, lora_r=4, **{**SKIP, "lora_query": True})
-    parameters, taps, flags, frozen = describe(method.build(base, torch.float32), method.lora_flags, method.warmup)
+    parameters, taps, flags, frozen = describe(method.build(base, torch.float32), method.warmup)
     assert parameters.startswith("parameters: 512 trainable of ")
     assert taps == "Skip2-LoRA: outputs of blocks 0, 2, normalised, rank 4, to lm_head"
     assert flags == "LoRA (lora_query) applies to layers behind lm_head's input only: none there"
