@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
+BARS = "▁▂▃▄▅▆▇█"  # of a sparkline
 # Control characters (C0 but newline and tab, C1), line separators, overrides of the writing direction, and halves of characters.
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -50,6 +51,15 @@ def size(count: float) -> str:
 def gib(count: float) -> str:
     """Return a number of bytes in GiB, for figures that are compared with each other."""
     return f"{count / 2**30:.2f} GiB"
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """Return the course of the finite values as a line of `width` bars at most, each the mean of its share of them."""
+    finite = [value for value in values if math.isfinite(value)]
+    count = min(width, len(finite))
+    means = [sum(part) / len(part) for k in range(count) if (part := finite[k * len(finite) // count : (k + 1) * len(finite) // count])]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    return "".join(BARS[round((len(BARS) - 1) * (mean - low) / (high - low or 1.0))] for mean in means)
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from litgpt.text import duration, gib, markdown_table, printable, size, text_table
+from litgpt.text import duration, gib, markdown_table, printable, size, sparkline, text_table
 
 
 def test_printable_escapes_what_a_terminal_obeys() -> None:
@@ -48,3 +50,9 @@ def test_gib_is_always_gib() -> None:
 )
 def test_a_duration_in_its_unit(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_a_sparkline_shows_the_course() -> None:
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([1, 1, 3, 3, math.nan], width=2) == "▁█"
+    assert sparkline([]) == "" and sparkline([2.0]) == "▁" and len(sparkline(range(1000))) == 16

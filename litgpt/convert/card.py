@@ -2,21 +2,34 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from litgpt import __version__, args, atomic, data as data_modules, files
 from litgpt.checkpoint import read_hyperparameters
 from litgpt.config import Config
 from litgpt.errors import UserError
+from litgpt.finetune.full import Full
+from litgpt.finetune.lora import Lora
 from litgpt.logs import read_metrics
 from litgpt.prompts import has_prompt_style
-from litgpt.streams import without_secrets
 from litgpt.text import markdown_table
 
 Kind = Literal["lora", "skip2lora", "model"]
-WORDS: dict[Kind, tuple[str, str, list[str], str]] = {  # title, library, tags, and how to load the export
-    "lora": (
+
+
+class Words(NamedTuple):
+    """The parts of a card that differ between kinds of export."""
+
+    title: str
+    library: str
+    tags: list[str]
+    loading: str
+
+
+WORDS: dict[Kind, Words] = {
+    "lora": Words(
         "a LoRA adapter in PEFT's format",
         "peft",
         ["litgpt", "lora"],
@@ -27,7 +40,7 @@ base = "{base}"
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "{folder}")""",
     ),
-    "skip2lora": (
+    "skip2lora": Words(
         "a Skip2-LoRA adapter",
         "litgpt",
         ["litgpt", "lora", "skip2-lora"],
@@ -39,7 +52,7 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base)
 adapter = load_skip2lora(model, "{folder}")  # model.generate(...) uses it now; adapter.remove() takes it off""",
     ),
-    "model": (
+    "model": Words(
         "a causal language model",
         "transformers",
         ["litgpt"],
@@ -61,23 +74,24 @@ def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) 
     """
     if (folder / "README.md").exists():
         return
-    settings, (title, library, tags, loading) = read_hyperparameters(source), WORDS[kind]
+    settings, words = read_hyperparameters(source), WORDS[kind]
     trained = settings.get("train") is not None
-    base, data = base_name(source, settings), settings.get("data") or {}
+    base, dataset = base_name(source, settings), _data_class(settings.get("data") or {})
     front: dict[str, Any] = {"base_model": base} if trained or kind != "model" else {}
     front |= {key: value for key, value in _base_card(settings).items() if key in ("license", "language")}
-    front |= {"library_name": library, "pipeline_tag": "text-generation"}
-    if trained and (hub_name := _hub_name(data)):
+    front |= {"library_name": words.library, "pipeline_tag": "text-generation"}
+    if trained and (hub_name := getattr(dataset, "repo_id", None)):
         front["datasets"] = [hub_name]
-    front["tags"] = tags
-    title += f" for {base}" if kind != "model" else f", {'tuned from ' if trained else ''}{base}"
+    front["tags"] = words.tags
+    title = f"{words.title} for {base}" if kind != "model" else f"{words.title}, {'tuned from ' if trained else ''}{base}"
     blocks = [f"# {title[0].upper()}{title[1:]}"]
     if trained:
-        blocks += ["## Data", _describe_data(data)]
-        blocks += ["## Settings", f"With litgpt {__version__}:", _table(settings)]
+        blocks += ["## Data", _describe_data(settings.get("data") or {})]
+        blocks += ["## Settings", _table(settings)]
         if losses := _losses(source):
             blocks += ["## Result", losses]
-    blocks += ["## Use", f"```python\n{loading.format(base=base, folder=name or folder.name)}\n```"]
+        blocks += ["## Command", f"With litgpt {__version__}:", f"```sh\n{command(settings)}\n```"]
+    blocks += ["## Use", f"```python\n{words.loading.format(base=base, folder=name or folder.name)}\n```"]
     if has_prompt_style(source) and kind != "model":
         blocks.append("The prompts had the form that prompt_style.yaml names.")
     atomic.write_text(folder / "README.md", f"---\n{files.dump_yaml(front)}---\n\n" + "\n\n".join(blocks) + "\n")
@@ -94,10 +108,47 @@ def base_name(source: Path, settings: dict[str, Any]) -> str:
     return base.name
 
 
-def _hub_name(data: dict[str, Any]) -> str | None:
-    """Return the hub's name of a data set of litgpt.data that has one; None for any other class, which is not imported."""
+def command(settings: dict[str, Any]) -> str:
+    """Return the command that gives these settings: what differs from the defaults, without loggers' names, paths by their last part."""
+    name, kind = ("finetune_lora", Lora) if "lora_r" in settings else ("finetune_full", Full)
+    defaults = _flat(args.as_config(args.defaults(kind)))
+    if data := _data_class(settings.get("data") or {}):
+        defaults |= {f"data.{key}": value for key, value in args.as_config(args.defaults(data)).items()}
+    words = [f"litgpt {name} {shlex.quote(_public(settings.get('checkpoint_dir', '')))}"]
+    for key, value in _flat({key: value for key, value in settings.items() if key not in ("checkpoint_dir", "log")}).items():
+        if value != defaults[key] if key in defaults else value is not None:
+            words.append(f"--{key} {_word(value)}")
+    return " \\\n  ".join(words)
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the keys of groups and classes as `train.epochs` and `optimizer.lr`, without secrets."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            if "class_path" in value:
+                flat[key], value = value["class_path"], value.get("init_args") or {}
+            flat |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            flat[key] = value
+    return {key: value for key, value in flat.items() if not args.SECRET_KEY.search(key)}
+
+
+def _data_class(data: dict[str, Any]) -> Any:
+    """Return the class of litgpt.data that a file names; None for any other, which is not imported."""
     module, _, name = str(data.get("class_path", "")).rpartition(".")
-    return getattr(getattr(data_modules, name, None), "repo_id", None) if module.startswith("litgpt.data") else None
+    return getattr(data_modules, name, None) if module.startswith("litgpt.data") else None
+
+
+def _word(value: Any) -> str:
+    """Return a value as one word of the command line."""
+    if isinstance(value, dict | list):
+        value = files.dump_yaml(_public(value), default_flow_style=True, sort_keys=True, width=10**6).strip()
+    if isinstance(value, bool) or value is None:
+        value = {True: "true", False: "false", None: "null"}[value]
+    if str(value).startswith(("litgpt.data.", "torch.optim.")):  # --data and --optimizer take the name of such a class
+        value = value.rpartition(".")[2]
+    return shlex.quote(_public(str(value)))
 
 
 def _public(value: Any) -> Any:
@@ -111,7 +162,7 @@ def _public(value: Any) -> Any:
     if re.match(r"(/|~|[A-Za-z]:[\\/]|\.\.[\\/])", value):
         value = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     value = value.replace(str(Path.home()), "~") if len(str(Path.home())) > 1 else value
-    return SECRET_VALUE.sub("***", without_secrets(value))
+    return SECRET_VALUE.sub("***", re.sub(r"(?<=://)[^/@\s]+@", "***@", value))
 
 
 def _base_card(settings: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +180,7 @@ def _describe_data(data: dict[str, Any]) -> str:
     """Return a sentence about the data."""
     values = data.get("init_args") or {}
     parts = [str(_public(str(value))) for key, value in values.items() if key.endswith("path") and value]
-    parts += [hub_name] if (hub_name := _hub_name(data)) else []
+    parts += [str(hub_name)] if (hub_name := getattr(_data_class(data), "repo_id", None)) else []
     text = f"litgpt.data.{str(data.get('class_path', '')).rpartition('.')[2]}" + (f" ({', '.join(parts)})" if parts else "")
     if values.get("val_split_fraction"):
         text += f"; {100 * float(values['val_split_fraction']):g} % of it held out for validation"
@@ -140,10 +191,7 @@ def _table(settings: dict[str, Any]) -> str:
     """Return a table of the settings, without switches that are off and empty values."""
     unused = () if settings.get("skip2lora_enabled") else ("skip2lora_",)
     listed = {key: value for key, value in settings.items() if key not in NOT_IN_TABLE and not key.startswith(unused)}
-    rows = []
-    for key, value in args.flat(listed):
-        if value not in (None, False, []) and not args.SECRET_KEY.search(key):
-            rows.append([key.replace(".init_args", "").removesuffix(".class_path"), str(_public(value))])
+    rows = [[key, str(_public(value))] for key, value in _flat(listed).items() if value not in (None, False, {}, [])]
     return markdown_table(["setting", "value"], rows)
 
 

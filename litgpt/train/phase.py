@@ -12,12 +12,14 @@ from litgpt.activations.cache import Activations
 from litgpt.args import EvalArgs
 from litgpt.errors import NonFiniteError, Stopped, UserError
 from litgpt.logs import Console, MetricLoggers
+from litgpt.text import sparkline
 from litgpt.train.interrupts import Interrupts
 from litgpt.train.loop import REMEDY, Loop
 from litgpt.train.out_dir import Checkpoints
 from litgpt.train.resume import PhaseStart, State
 
 SHOWN = {"val_ppl": "perplexity {:.2f}", "val_accuracy": "accuracy {:.1%}"}
+COURSES = 256  # a new sparkline, which reads all losses, after each 256th of the steps so far
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Phase:
     checkpoints: Checkpoints
     interrupts: Interrupts
     answer: Callable[[], None]  # shows the model's answer to the example
+    losses: list[float] = field(default_factory=list)  # of this session's steps
+    _course: str = ""
     saved_at: float = field(default_factory=lambda: time.perf_counter())
 
     @contextmanager
@@ -53,7 +57,10 @@ class Phase:
         assert state.phase is not None
         if self.loop.is_sound(state, metrics["train_loss"]):
             self.checkpoints.prove()
-        note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f}"
+        self.losses.append(metrics["train_loss"])
+        if len(self.losses) % (1 + len(self.losses) // COURSES) == 0:
+            self._course = sparkline(self.losses)
+        note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f} {self._course}"
         self._progress(state.step - state.phase.step, self.loop.total_steps, note)
         self._finish_step(state, metrics, state.step % self.eval.interval == 0 or (is_last and self.eval.final_validation))
         over = is_last or self.is_out_of_patience(state) or self.has_reached_target(state)

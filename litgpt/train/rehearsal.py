@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from litgpt.activations.cache import CacheSettings, Recompute, activations, is_cacheable, plan, stem_length
+from litgpt.adapters.base import adapter_parameters
 from litgpt.args import TrainArgs
 from litgpt.errors import UserError
 from litgpt.files import nearest
@@ -19,6 +20,8 @@ from litgpt.logs import peak_memory_gb
 from litgpt.lora import end_warmup, start_warmup
 from litgpt.memory import PROCESS
 from litgpt.optim import make_optimizer
+from litgpt.prompts import reply_header
+from litgpt.quantize import count
 from litgpt.sample import Sample
 from litgpt.streams import safe, unescaped
 from litgpt.text import duration, gib, text_table
@@ -57,6 +60,7 @@ def rehearse(settings: Run, method: Method, base: Path) -> None:
         lines["warm-up"] = f"{warmup:,} steps of about {seconds:.2f} s: {duration(warmup * seconds)}"
         end_warmup(model)
     lines.update(_costs(job))
+    lines.update(products(job))
     lines["memory"] = _memory(job)
     lines["memory measured here"] = f"{peak_memory_gb(job.rank.device):.2f} GiB at most, in these few steps"
     print("what the run would take", text_table(list(lines.items()), left=(0, 1)), sep="\n")
@@ -137,6 +141,29 @@ def _costs(job: Job) -> dict[str, str]:
     if seconds is not None:
         lines["training"] = f"about {duration(seconds)}, validation not counted"
     return lines
+
+
+def products(job: Job) -> dict[str, str]:
+    """Return the products of an epoch of LoRA, and of answer-only LoRA, with the blocks' and the head's weights; {} without such a choice.
+
+    2 N a position forward, and as much for the input's gradient, in the N weights of the blocks from the first with LoRA on; replies alone,
+    or all positions. Attention's scores and the adapters are left out.
+    """
+    config, samples = job.model.config, job.splits.train
+    spans = sum(bytes(sample.loss_mask).count(b"\0\1") for sample in samples)
+    rows, targets = sum(sample.n_inputs for sample in samples), sum(sample.n_targets for sample in samples)
+    header = config.alora_invocation_tokens or job.tokenizer.ids(reply_header(job.style), bos=False)
+    own = targets + spans * (len(header) - 1)
+    if not config.lora_blocks or config.skip2lora_enabled or config.lora_variant != "lora" or config.n_expert or not targets < own < rows:
+        return {}
+    weights = [count(block) - sum(p.numel() for p in adapter_parameters(block).values()) for block in job.model.blocks]
+    behind, head = sum(weights[config.lora_blocks[0] :]), 4 * config.n_embd * config.V * targets
+    plain, answers = ((4 * behind * positions + head) / 1e12 for positions in (rows, own))
+    once = 2 * sum(weights) * rows / 1e12
+    return {
+        "products of an epoch": f"LoRA {plain:.3g} TFLOP; answer-only LoRA {answers:.3g}, and {once:.3g} once for the prompts: "
+        f"{own:,} of {rows:,} positions are replies"
+    }
 
 
 def _memory(job: Job) -> str:

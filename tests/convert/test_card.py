@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from litgpt.convert.card import write_card
+from litgpt.__main__ import load
+from litgpt.args import as_config
+from litgpt.cli import parse
+from litgpt.convert.card import command, write_card
 from tests.helpers import tiny
 from tests.helpers.runs import Run, finetune, write_data
 
@@ -76,6 +80,20 @@ def test_data_settings_and_losses(run: Run, tmp_path: Path) -> None:
     assert "| before | 3.0000 | 20.09 |" in text and "| step 2 | 1.2500 | 3.49 |" in text and "step 4" not in text
 
 
+def test_the_command_is_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It parses, in a folder that has the named files, to the run's own settings."""
+    settings = yaml.safe_load((run.final / "hyperparameters.yaml").read_text())
+    words = shlex.split(command(settings).replace("\\\n", " "))
+    assert words[:3] == ["litgpt", "finetune_lora", "base"] and "--out_dir" in words
+    monkeypatch.chdir(run.out_dir.parents[1])
+    again = as_config(parse("litgpt finetune", load("finetune_lora"), words[2:]))
+    for values in (again, settings):
+        values["data"]["init_args"]["json_path"] = Path(values["data"]["init_args"]["json_path"]).name
+        values["checkpoint_dir"], values["out_dir"] = Path(values["checkpoint_dir"]).name, Path(values["out_dir"]).name
+    again["log"] = settings["log"]  # names of projects are not the training's
+    assert {key: value for key, value in again.items() if key in settings} == settings
+
+
 def test_hub_data_is_named(run: Run, tmp_path: Path) -> None:
     source = tmp_path / "final"
     source.mkdir()
@@ -83,7 +101,7 @@ def test_hub_data_is_named(run: Run, tmp_path: Path) -> None:
     settings["data"] = {"class_path": "litgpt.data.alpaca_2k.Alpaca2k", "init_args": {"download_dir": "/data/x"}}
     (source / "hyperparameters.yaml").write_text(yaml.safe_dump(settings))
     front, text = card(source, tmp_path / "card")
-    assert front["datasets"] == ["mhenrichsen/alpaca_2k_test"] and "litgpt.data.Alpaca2k" in text
+    assert front["datasets"] == ["mhenrichsen/alpaca_2k_test"] and "--data Alpaca2k" in text
     settings["data"]["class_path"] = "os.system"
     (source / "hyperparameters.yaml").write_text(yaml.safe_dump(settings))
     assert "datasets" not in card(source, tmp_path / "other")[0]
@@ -95,17 +113,17 @@ def test_nothing_private(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source.mkdir()
     settings = yaml.safe_load((run.final / "hyperparameters.yaml").read_text())
     settings |= {"access_token": "plain-word", "checkpoint_dir": "/people/ann/models/base", "out_dir": "~/runs/here"}
-    settings["data"]["init_args"] |= {"json_path": "/people/ann/private/answers.json", "api_key": "k-123"}
-    settings["optimizer"]["init_args"] |= {
+    settings["data"]["init_args"] |= {
+        "json_path": "/people/ann/private/answers.json",
         "api_key": "k-123",
-        "note": "see /people/ann/x, hf_abcdefghijklmnopqrst",
+        "prompt_style": "see /people/ann/x, hf_abcdefghijklmnopqrst",
         "url": "https://ann:pass@example.org/set",
     }
     (source / "hyperparameters.yaml").write_text(yaml.safe_dump(settings))
     _, text = card(source, tmp_path / "card")
     for word in ("/people", "ann/", "private", "plain-word", "k-123", "hf_abc", "pass@", str(run.out_dir), "secret project"):
         assert word not in text, word
-    assert "answers.json" in text and "| optimizer.note | see ~/x, *** |" in text
+    assert "answers.json" in text and "litgpt finetune_lora base" in text and "--out_dir here" in text
 
 
 def test_a_readme_that_is_there_stays(run: Run, tmp_path: Path) -> None:
@@ -117,5 +135,5 @@ def test_a_readme_that_is_there_stays(run: Run, tmp_path: Path) -> None:
 def test_a_checkpoint_that_no_run_wrote(run: Run, tmp_path: Path) -> None:
     front, text = card(run.out_dir.parents[1] / "base", tmp_path / "model", "model")
     assert "base_model" not in front and front["library_name"] == "transformers"
-    assert "## Settings" not in text and "# A causal language model, some-org/Tiny-1B" in text
+    assert "## Command" not in text and "# A causal language model, some-org/Tiny-1B" in text
     assert json.dumps(front)

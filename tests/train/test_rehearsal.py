@@ -74,6 +74,31 @@ def test_steps_and_cache_are_those_of_the_run(
     assert "from the cache" not in without
 
 
+def test_products_of_both_kinds_of_lora(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same line for LoRA and for answer-only LoRA; none where no prompt is masked, or Skip2-LoRA is trained."""
+    options = {"lora_block_indices": "[2, -1]", "data.mask_prompt": True}
+    (line,) = {
+        match[0]
+        for more in ({}, {"alora_enabled": True})
+        for match in [
+            re.search(
+                "products of an epoch .*", report([*argv(base, data, tmp_path / "out", **options, **more), "--dry_run", "true"], capsys)
+            )
+        ]
+        if match
+    }
+    numbers = re.fullmatch(
+        r"products of an epoch +LoRA (\S+) TFLOP; answer-only LoRA (\S+), and (\S+) once for the prompts: (\S+) of (\S+) .*", line
+    )
+    assert numbers
+    plain, answers, once, own, rows = (float(number.replace(",", "")) for number in numbers.groups())
+    block, blocks = 32 * 64 + 32 * 32 + 3 * 32 * 72, 5
+    assert once == pytest.approx(2 * blocks * block * rows / 1e12, rel=2e-2)
+    assert plain - answers == pytest.approx(4 * (blocks - 2) * block * (rows - own) / 1e12, rel=2e-2)
+    for others in ({}, {**SKIP2, "data.mask_prompt": True}):
+        assert "products of" not in report([*argv(base, data, tmp_path / "out", **others), "--dry_run", "true"], capsys)
+
+
 def test_the_sample_shows_what_carries_loss(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = Tokenizer(base)
     question, answer = tokenizer.ids("one two"), tokenizer.ids("three")
