@@ -118,25 +118,20 @@ class HeadLoss:
         """Return the loss of a model's output layer."""
         return cls(model.lm_head, model.config.logits_scaling, model.config.final_logit_softcapping)
 
-    def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Return a scalar, fp32 (fp64 for fp64 input): a sum, to be divided by the number of tokens or the sum of the weights."""
-        return self._losses(hidden, targets, weights, is_sum=True)
+    def __call__(
+        self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None, is_sum: bool = True
+    ) -> torch.Tensor:
+        """Return a scalar, fp32 (fp64 for fp64 input): a sum, to be divided by the number of tokens or the sum of the weights.
 
-    def each(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the terms of the sum, (N,)."""
-        return self._losses(hidden, targets, None, is_sum=False)
-
-    def _losses(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, is_sum: bool) -> torch.Tensor:
-        head = self.head
+        Without `is_sum` return its terms, (N,).
+        """
+        head, device = self.head, hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         if isinstance(head, SpreadHead):
-            losses = head.losses(hidden, targets, weights, self.divisor, self.cap)
+            losses = head.losses(hidden.to(dtype), targets, weights, self.divisor, self.cap)
             return losses.sum() if is_sum else losses
         if isinstance(head, nn.Linear) and not head.weight.requires_grad:
-            device = hidden.device.type
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-                return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, weights, self, is_sum)
-            return _FrozenHead.apply(hidden, head.weight.to(hidden.dtype), head.bias, targets, weights, self, is_sum)
+            return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, weights, self, is_sum)
         width: Any = head.out_features
         rows = max(1, CHUNK_BYTES // (width * hidden.element_size()))
         each = targets.new_ones(len(targets)) if weights is None else weights

@@ -125,9 +125,6 @@ class SpreadHead(nn.Linear):
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, divisor: float, cap: float | None) -> Any:
         """Return -w log softmax(y)[target] of `litgpt.loss.HeadLoss`, (N,)."""
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            hidden = hidden.to(torch.get_autocast_dtype(device))
         return _Losses.apply(hidden, targets, weights, self, divisor, cap)
 
 

@@ -37,19 +37,15 @@ class View:
         """Return the sum of the losses at the samples' loss positions, times weights (n,)."""
         return loss_of(self.model, self.activations(indices), self.head_loss, weights)
 
-    def hidden(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return the output layer's input at the samples' loss positions, (n, d), sample by sample."""
-        return self.states(indices)[0]
-
     def states(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `hidden`, and the taps at the same positions, (n, S, d)."""
+        """Return the output layer's input (n, d) and the taps (n, S, d) at the samples' loss positions, sample by sample."""
         features = self.activations(indices)
         return hidden_of(self.model, features), features.taps if features.at is None else take(features.taps, features.at)
 
     def losses(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the losses at the samples' loss positions, (n,) fp32, sample by sample, without the routers' auxiliary loss."""
         features = self.activations(indices)
-        return self.head_loss.each(hidden_of(self.model, features), features.targets)
+        return self.head_loss(hidden_of(self.model, features), features.targets, is_sum=False)
 
     @torch.no_grad()
     def measured(self, indices: Sequence[int], agreed: Callable[[bool], bool] = bool) -> torch.Tensor:
@@ -68,11 +64,6 @@ class View:
             losses = self.model.within(partial(self.losses, batch or self.spare))
             if batch:
                 yield batch, losses
-
-    def sums(self, losses: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
-        """(n,) of loss positions -> (samples,)"""
-        counts = [sample.n_targets for sample in self.samples(indices)]
-        return torch.stack([part.sum() for part in losses.split(counts)])
 
 
 class Objective:

@@ -75,7 +75,7 @@ class Critic(Rated):
     """The value head alone is trained."""
 
     def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
-        return self.judged(view, view.samples(indices), view.hidden(indices))[0]
+        return self.judged(view, view.samples(indices), view.states(indices)[0])[0]
 
 
 def returns(values: torch.Tensor, reward: float, decay: float) -> torch.Tensor:

@@ -63,20 +63,12 @@ def heads_loss(
 def ahead(samples: Sequence[Sample], k: int, given: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (n,) each, for the loss positions sample by sample: the token k behind the next one and its weight; `IGNORED` and 0 if it is
     not learned. `given`: the weights of the next tokens, (n,), in place of the data's."""
-    labels, weights = [], []
-    parts: Sequence[torch.Tensor | None] = [None] * len(samples)
-    if given is not None:
-        parts = given.cpu().split([sample.n_targets for sample in samples])
-    for sample, part in zip(samples, parts, strict=True):
-        mask = torch.frombuffer(sample.loss_mask, dtype=torch.bool)
-        ids = torch.frombuffer(sample.input_ids, dtype=torch.int32).long()
-        own = mask.float() if sample.weights is None else torch.frombuffer(sample.weights, dtype=torch.float32)
-        if part is not None:
-            own = mask.float().masked_scatter(mask, part)
-        places = mask.nonzero()[:, 0] + k
-        inside = places < len(ids)
-        places = places.clamp(max=len(ids) - 1)
-        learned = inside & mask[places]
-        labels.append(torch.where(learned, ids[places], IGNORED))
-        weights.append(torch.where(learned, own[places], 0.0))
-    return torch.cat(labels), torch.cat(weights)
+    mask = torch.cat([torch.frombuffer(sample.loss_mask, dtype=torch.bool) for sample in samples])
+    ids = torch.cat([torch.frombuffer(sample.input_ids, dtype=torch.int32) for sample in samples]).long()
+    owners = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(sample.input_ids) for sample in samples]))
+    own = loss_weights(samples) if given is None else given.cpu()
+    weights = mask.float() if own is None else mask.float().masked_scatter(mask, own)
+    at = mask.nonzero()[:, 0]
+    places = (at + k).clamp(max=len(mask) - 1)
+    learned = mask[places] & (owners[places] == owners[at]) & (at + k == places)
+    return torch.where(learned, ids[places], IGNORED), torch.where(learned, weights[places], 0.0)

@@ -76,8 +76,8 @@ class Preferences(Objective):
 
 def log_probabilities(view: View, indices: Sequence[int], losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probability of each sample's answer and its number of tokens, (samples,) each."""
-    counts = torch.tensor([sample.n_targets for sample in view.samples(indices)], device=losses.device)
-    return -view.sums(losses, indices), counts
+    counts = [sample.n_targets for sample in view.samples(indices)]
+    return -torch.stack([part.sum() for part in losses.split(counts)]), torch.tensor(counts, device=losses.device)
 
 
 def log_ratios(view: View, indices: Sequence[int], losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

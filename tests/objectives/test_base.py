@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from litgpt.activations.cache import Recompute
 from litgpt.loss import HeadLoss
 from litgpt.objectives.base import Objective, View
+from litgpt.objectives.preferences import log_probabilities
 from tests.helpers.training import CLOSE, CPU, by_hand, make_model, make_samples
 
 
@@ -17,7 +18,9 @@ def test_losses_are_the_terms_of_the_total() -> None:
     rows = [5, 0, 3, 6, 2]
     each = view.losses(rows)
     counts = [samples[i].n_targets for i in rows]
-    assert_close(view.sums(each, rows), torch.stack([by_hand(model, samples, [i]) * n for i, n in zip(rows, counts, strict=True)]), **CLOSE)
+    logps, numbers = log_probabilities(view, rows, each)
+    assert_close(-logps, torch.stack([by_hand(model, samples, [i]) * n for i, n in zip(rows, counts, strict=True)]), **CLOSE)
+    assert numbers.tolist() == counts
     assert_close(each.sum(), view.total(rows, None), **CLOSE)
     assert_close(Objective().loss(view, rows), by_hand(model, samples, rows) * sum(counts), **CLOSE)
     model.train()
