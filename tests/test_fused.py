@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from litgpt import attention, fused, lora, mlp
-from litgpt.adapters import base
+from litgpt.adapters import layers
 from litgpt.lora import LoRALinear, LoRAQKVLinear
 from litgpt.optim import make_optimizer
 from litgpt.quantize import Int8Linear
@@ -186,7 +186,7 @@ def test_losses_are_those_of_autograd(full: bool, monkeypatch: pytest.MonkeyPatc
     for module, name, plain in (
         (mlp, "gated", plain_gated),
         (attention, "rms_norm", plain_norm),
-        (base, "thin", lambda x, A, p: F.linear(x, A)),
+        (layers, "thin", lambda x, A, p: F.linear(x, A)),
     ):
         monkeypatch.setattr(module, name, plain)
     assert_close(ours, losses(), rtol=1e-6, atol=0)
