@@ -59,7 +59,7 @@ def test_records_of_which_none_is_spared_are_facts(base: Path, tmp_path: Path, c
     facts = chosen(tmp_path, base, records(300, 300), "--data.val_split_fraction", "0")
     assert "300 records, taken as facts to repeat. Settings" in capsys.readouterr().err
     few = chosen(tmp_path, base, records(600, 120))
-    assert facts["data"].val_split_fraction == 0 and facts["alora_enabled"] and facts["eval"].target_loss == recipe.TARGET
+    assert facts["data"].val_split_fraction == 0 and facts["lora_mlp"] and facts["eval"].target_loss == recipe.TARGET
     assert (facts["train"].replay, facts["train"].epochs) == (few["train"].replay, few["train"].epochs)
 
 
@@ -73,8 +73,10 @@ def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(f"  {key} " in said for key in ("train.epochs", "optimizer.lr", "train.micro_batch_size", "data.val_split_fraction"))
 
 
-@pytest.mark.parametrize(("count", "is_answer_only"), [(recipe.SCARCE - 1, False), (recipe.SCARCE, True)])
-def test_very_few_facts_are_trained_in_every_block(base: Path, tmp_path: Path, count: int, is_answer_only: bool) -> None:
+@pytest.mark.parametrize(
+    ("count", "is_answer_only"), [(recipe.SCARCE - 1, False), (recipe.SCARCE, True), (recipe.FEW, True), (recipe.FEW + 1, False)]
+)
+def test_few_facts_and_many_are_trained_in_every_block(base: Path, tmp_path: Path, count: int, is_answer_only: bool) -> None:
     given = chosen(tmp_path, base, records(count, 10))
     assert given["alora_enabled"] is is_answer_only and (given["lora_block_indices"] is None) is not is_answer_only
     assert given["lora_mlp"] and given["train"].replay == recipe.REPLAY
