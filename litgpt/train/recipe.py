@@ -100,7 +100,7 @@ LORA_KEYS = {  # settings that ask for LoRA, or go with nothing else
 }
 TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
-    ("LoRA", True): (12, 5, 1e-3),
+    ("LoRA", True): (12, 8, 1e-3),
     ("LoRA", False): (2, 2, 5e-4),
     ("answer-only LoRA", True): (12, 12, 2e-3),
     ("answer-only LoRA", False): (2, 2, 5e-4),
