@@ -123,8 +123,8 @@ def write_safetensors(tensors: Mapping[str, Pending], path: Path) -> None:
             del tensor  # before the next one is loaded
 
 
-def write_sharded(tensors: Mapping[str, Pending], folder: Path, largest: str) -> None:
-    """Write model.safetensors, or parts of at most a size such as "5GB" and their index, as transformers names them."""
+def write_sharded(tensors: Mapping[str, Pending], folder: Path, largest: int) -> None:
+    """Write model.safetensors, or parts of at most `largest` bytes and their index, as transformers names them."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(

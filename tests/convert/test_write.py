@@ -106,7 +106,7 @@ def test_a_full_disk_is_an_oserror(write: str) -> None:
 
 
 def test_sharded_folder(tmp_path: Path) -> None:
-    write_sharded(pending(TENSORS), tmp_path, "3KB")
+    write_sharded(pending(TENSORS), tmp_path, 3000)
     names = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert len(names) > 3 and names[0] == f"model-00001-of-{len(names):05}.safetensors"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
