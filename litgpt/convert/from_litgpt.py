@@ -61,7 +61,7 @@ def convert_from_litgpt(
 
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as 5GB, 500MB or 2000000. Raises UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(text), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(text), re.IGNORECASE)
     if match is None or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
         raise UserError(f"max_shard_size is {text!r}: a size such as 5GB or 500MB is needed")
     return size

@@ -198,15 +198,17 @@ def import_library(name: str, what: object) -> Any:
 def is_dataset(path: Path) -> bool:
     """Return True for the name of a data set on the hub, and for a folder with data files and none named train."""
     if path.is_dir():
-        return not any((path / f"train{suffix}").is_file() for suffix in SUFFIXES) and any(
-            file.name in SAVED or (suffix_of(file) in SUFFIXES and file.stem not in VALIDATION) for file in path.rglob("*")
-        )
+        return not _has_training_file(path) and any(file.stem not in VALIDATION for file in visible(path, SUFFIXES))
     return not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None and suffix_of(path) not in SUFFIXES
+
+
+def _has_training_file(folder: Path) -> bool:
+    return any((folder / f"train{suffix}").is_file() for suffix in SUFFIXES)
 
 
 def visible(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Return the files below a folder whose formats have these suffixes, in order, without hidden ones."""
-    files = (file for file in folder.rglob("*") if suffix_of(file) in suffixes)
+    files = (file for file in folder.rglob("*") if suffix_of(file) in suffixes and file.is_file())
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
@@ -223,7 +225,7 @@ def is_text(path: Path) -> bool:
     if not path.is_dir():
         return path.suffix in RUNNING
     if visible(path, SUFFIXES):
-        return any(path.glob("*.txt")) and not any((path / f"train{suffix}").is_file() for suffix in SUFFIXES)
+        return any(path.glob("*.txt")) and not _has_training_file(path)
     return bool(texts_of(path))
 
 

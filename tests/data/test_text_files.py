@@ -97,6 +97,7 @@ def test_a_folder_of_text_on_the_command_line(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_folder_of_text_is(files: str, read: str | None, tmp_path: Path) -> None:
+    (tmp_path / "folder.md").mkdir()
     for name in files.split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
