@@ -68,7 +68,8 @@ def evaluate(
         save_filepath: The file for the results, if not results.json in out_dir.
         access_token: Hugging Face token, for the tasks' data.
         data: Records to measure: a file (all of it), a folder or data set (its validation part), a data module, or a folder of .txt files,
-            whose blocks count as records. Default: the validation records of the run that wrote the folder.
+            whose blocks count as records. Default: the validation records of the run that wrote the folder. The loss is that of the
+            answers, unless `data.mask_prompt` is false.
         max_new_tokens: Longest answer to compare with the record's own. 0: only the loss is measured.
         quantize: Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8).
     """
@@ -100,6 +101,9 @@ def evaluate(
     _require_results(file)  # it may have been written meanwhile
     write_text(file, json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n")
     Console().say(f"the results are in {file}")
+
+
+evaluate.data_defaults = {"mask_prompt": True}  # type: ignore[attr-defined]
 
 
 def _require_results(file: Path) -> None:

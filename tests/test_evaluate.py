@@ -37,7 +37,7 @@ def evaluate(folder: Path, *words: str) -> dict[str, Any]:
 @pytest.mark.parametrize("settings", [{}, SKIP, LORA])
 @pytest.mark.parametrize("batch_size", quick(["1", "auto"], "auto"))
 def test_loss(settings: dict[str, Any], batch_size: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The loss is that of each sample alone through the whole model; all records of a file count."""
+    """The loss is that of each sample's answer, alone through the whole model; all records of a file count."""
     folder, data = tmp_path / "adapter", runs.write_data(tmp_path / "data.json", 6)
     if settings:
         built = tiny.move_adapters(tiny.tiny(**tiny.SPEAKING, **settings))
@@ -49,11 +49,14 @@ def test_loss(settings: dict[str, Any], batch_size: str, base: Path, tmp_path: P
     both.mkdir()
     for name in ("train", "val"):
         (both / f"{name}.json").write_text(data.read_text())
-    samples = JSON(json_path=both).splits(Tokenizer(base), resolve_prompt_style(None, base, fallback="default"), 256).val
-    assert results["loss"] == pytest.approx(runs.plain_loss(load_model(folder, torch.float32), samples), rel=1e-5)
-    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
-    assert (results["records"], results["tokens"]) == (6, sum(sample.n_targets for sample in samples))
     assert f"{results['loss']:.4f}" in capsys.readouterr().out
+    with_prompts = evaluate(folder, "--data", str(data), "--batch_size", batch_size, "--max_new_tokens", "0", "--data.mask_prompt", "false")
+    for found, is_masked in ((results, True), (with_prompts, False)):
+        style = resolve_prompt_style(None, base, fallback="default")
+        samples = JSON(json_path=both, mask_prompt=is_masked).splits(Tokenizer(base), style, 256).val
+        assert found["loss"] == pytest.approx(runs.plain_loss(load_model(folder, torch.float32), samples), rel=1e-5)
+        assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+        assert (found["records"], found["tokens"]) == (6, sum(sample.n_targets for sample in samples))
 
 
 def test_answers(base: Path, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FEW = 200  # records that are facts whatever they hold; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
 SHARED = 0.5  # facts: at most this many different answers a record
+HELD_OUT = 0.1  # share of the records of a style
 VALIDATIONS = 8
 MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
 
@@ -127,7 +128,7 @@ class Look:
     is_text: bool = False  # some are running text
     block: int | None = None  # tokens of a sample of running text that is cut into blocks
     is_sweep: bool = False  # the settings are those of a sweep's trials
-    spares_none: bool = False  # the user keeps no record for validation: all of them shall be known
+    held_out: float | None = None  # the share for validation that the user names: 0 if all records shall be known
 
     @classmethod
     def at(cls, train: Sequence[Any], val: Sequence[Any] | None) -> Look:
@@ -153,16 +154,17 @@ class Look:
 
     @property
     def is_facts(self) -> bool:
-        is_facts = self.records <= FEW or self.is_repeated or self.spares_none
-        return is_facts and not (self.has_validation or self.compares or self.is_text)
+        spares_none = self.records <= FEW if self.held_out is None else self.held_out == 0
+        return (spares_none or self.is_repeated) and not (self.has_validation or self.compares or self.is_text)
 
     def __str__(self) -> str:
         noun = "texts" if self.is_text else "answers"
         answers = f", {self.answers:,} different {noun}" if self.answers < self.records else ""
         kind = "texts to continue" if self.is_text else "facts to repeat" if self.is_facts else "a style to learn"
         kind = "answers to prefer or to rate" if self.compares else kind
-        if replace(self, spares_none=True).is_facts and not self.is_facts:
-            kind += " (for facts to repeat give --data.val_split_fraction 0)"
+        if self.held_out is None and replace(self, held_out=0.0).is_facts != replace(self, held_out=HELD_OUT).is_facts:
+            other, share = ("a style to learn", HELD_OUT) if self.is_facts else ("facts to repeat", 0)
+            kind += f" (for {other} give --data.val_split_fraction {share})"
         unit = "records" if self.block is None else f"blocks of {self.block} tokens, about"
         return f"{self.records:,} {unit}{answers}, taken as {kind}"
 
@@ -204,7 +206,7 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
         look = Look.of_text(module, given.get("train", {}).get("max_seq_length"))
     else:
         look = Look.at(*module.records())
-    look = replace(look, is_sweep=is_sweep, spares_none=data.get("init_args", {}).get("val_split_fraction") == 0)
+    look = replace(look, is_sweep=is_sweep, held_out=data.get("init_args", {}).get("val_split_fraction"))
     if given.get("objective", "next_token") in (*get_args(Preference), *get_args(Rating)):
         look = replace(look, compares=True)
     rows = choices(look, module, given, base)
@@ -253,7 +255,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     elif look.is_facts:
         rows.append(Chosen("data.val_split_fraction", 0.0, "no record can be spared"))
     elif not look.has_validation:
-        rows.append(Chosen("data.val_split_fraction", 0.1, "a tenth shows when to stop"))
+        rows.append(Chosen("data.val_split_fraction", HELD_OUT, "a tenth shows when to stop"))
     method = _method_of(look, given)
     if given.get("objective") == "verifiable":
         rows.append(Chosen("lr_ratios", {"value_head": 10.0}, "a head begins with nothing"))
@@ -324,8 +326,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
         rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
     if look.is_facts:
         rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
-    held_out = given["data"].get("init_args", {}).get("val_split_fraction", 0.0)
-    if look.is_facts and not (look.is_sweep and look.is_repeated) and not held_out:
+    if look.is_facts and not (look.is_sweep and look.is_repeated) and not look.held_out:
         shown = min(look.records, MOST_REPEATED)
         rows.append(Chosen("eval.evaluate_example", [0, shown // 2][: look.records], "two questions"))
         rows.append(Chosen("eval.target_loss", TARGET, "then the answers are repeated word for word"))

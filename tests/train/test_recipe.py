@@ -63,6 +63,16 @@ def test_records_of_which_none_is_spared_are_facts(base: Path, tmp_path: Path, c
     assert (facts["train"].replay, facts["train"].epochs) == (few["train"].replay, few["train"].epochs)
 
 
+def test_few_records_of_which_some_are_spared_are_a_style(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen(tmp_path, base, records(60, 60))
+    assert "facts to repeat (for a style to learn give --data.val_split_fraction 0.1)" in capsys.readouterr().err
+    style = chosen(tmp_path, base, records(60, 60), "--data.val_split_fraction", "0.1")
+    assert "60 records, taken as a style to learn. Settings" in capsys.readouterr().err
+    assert style["skip2lora_warmup_epochs"] == 1 and style["train"].replay == 0 and style["eval"].target_loss is None
+    repeated = chosen(tmp_path, base, records(60, 12), "--data.val_split_fraction", "0.1")
+    assert repeated["alora_enabled"] and repeated["eval"].target_loss is None
+
+
 def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = chosen(tmp_path, base, records(60, 12))
     assert given["data"].val_split_fraction == 0 and given["data"].mask_prompt
