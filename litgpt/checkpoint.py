@@ -524,12 +524,10 @@ def adapted(folder: str | Path, base: str | Path | None = None) -> tuple[Path, L
     return base, adapted_config(folder, base, settings)
 
 
-def _answers_by_adapter(folder: Path, dtype: torch.dtype) -> bool:
-    """Return True if a folder with merged weights is better read as base and adapter: merging below fp32 rounds a part of LoRA away."""
-    if dtype.itemsize >= 4 or not (folder / ADAPTER_WEIGHTS).is_file():
-        return False
+def has_base(folder: Path) -> bool:
+    """Return True if a folder holds LoRA or Skip2-LoRA, and its base is there with the weights that it had."""
     try:
-        return (read_adapter_settings(folder)[0] / WEIGHTS).is_file()
+        return (folder / ADAPTER_WEIGHTS).is_file() and (adapter_settings(folder)[0] / WEIGHTS).is_file()
     except UserError:
         return False
 
@@ -544,7 +542,8 @@ def load_model(
 ) -> GPT:
     """Load a model to run (eval mode, nothing trainable) from a base or merged checkpoint, or from an adapter folder and its base.
 
-    A folder with both merged weights and an adapter is read as base and adapter if the base is there and `dtype` is below fp32.
+    A folder with both merged weights and an adapter is read as base and adapter if it `has_base` and `dtype` is below fp32: merging there
+    rounds a part of LoRA away.
 
     `base`: the adapter's base checkpoint (default: that of hyperparameters.yaml). `quantize`: a mode of `litgpt.quantize`. `sharded`: over
     all ranks of a run.
@@ -553,7 +552,7 @@ def load_model(
 
     from litgpt.lora import Config as LoRAConfig
 
-    adapter = is_adapter_folder(folder) or _answers_by_adapter(Path(folder), dtype)
+    adapter = is_adapter_folder(folder) or (dtype.itemsize < 4 and has_base(Path(folder)))
     require_whole(folder, *ADAPTERS, WEIGHTS)
     if adapter:
         base, config = adapted(folder, base)

@@ -28,8 +28,8 @@ def parse(
 ) -> dict[str, Any]:
     """Return the keyword arguments for `command`, defaults included. Raises UsageError, or SystemExit(0) after --help.
 
-    `before` is called with the settings that are given, before others are derived from the model. A command's `data_defaults` take the place
-    of a data module's own.
+    `before` is called with the settings that are given, before others are derived from the model. A command's `data_defaults`
+    take the place of a data module's own.
     """
     with as_usage():
         keys = Keys(command)
@@ -42,11 +42,10 @@ def parse(
 
             show(prog, command, keys, config, flags)
     before(config)
-    if data := config.get("data"):
-        taken = inspect.signature(data["class_path"]).parameters
-        for name, value in getattr(command, "data_defaults", {}).items():
-            if name in taken:
-                data.setdefault("init_args", {}).setdefault(name, value)
+    for name, value in getattr(command, "data_defaults", {}).items():
+        data = config.get("data")
+        if data and name in inspect.signature(data["class_path"]).parameters:
+            data.setdefault("init_args", {}).setdefault(name, value)
     if not files and getattr(command, "follows_data", False):
         from litgpt.train.recipe import complete
 

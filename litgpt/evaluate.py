@@ -19,6 +19,7 @@ from litgpt.files import json_in, require_place
 from litgpt.generate.base import open_model
 from litgpt.generate.sample import is_exact
 from litgpt.keys import known_classes
+from litgpt.prompts import resolve_prompt_style
 from litgpt.text import text_table
 from litgpt.values import checked
 
@@ -170,8 +171,6 @@ def on_records(
         shared = {name: getattr(data, name) for name in ("mask_prompt", "prompt_style", "last_turn_only", "strict")}
         data = _AsItIs(of=data, **shared)
     if data.prompt_style is not None:
-        from litgpt.prompts import resolve_prompt_style
-
         llm.prompt_style = resolve_prompt_style(data.prompt_style, llm.tokenizer.folder, llm.tokenizer)
     splits = data.splits(llm.tokenizer, llm.prompt_style, _length(data, llm, is_own=not everything))
     samples = [*splits.train, *splits.val] if is_text and everything else splits.val

@@ -447,8 +447,12 @@ def test_below_fp32_base_and_adapter_answer_and_not_the_merged_weights(
     shutil.copy(base / "lit_model.pth", folder)
     both = checkpoint.load_model(folder, dtype).state_dict()
     assert (both.keys() == alone.keys()) == by_adapter
+    merged = checkpoint.load_model(folder, torch.float32).state_dict().keys()
+    (folder / checkpoint.BASE).write_text(json.dumps({"bytes": 1, "mtime_ns": 1, "sha256": "of other weights"}))
+    assert checkpoint.load_model(folder, dtype).state_dict().keys() == merged
+    (folder / checkpoint.BASE).unlink()
     shutil.rmtree(base)
-    assert checkpoint.load_model(folder, dtype).state_dict().keys() == checkpoint.load_model(folder, torch.float32).state_dict().keys()
+    assert checkpoint.load_model(folder, dtype).state_dict().keys() == merged
 
 
 DATA = ["--data", "JSON", "--data.json_path", "data.json"]

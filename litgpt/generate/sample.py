@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from litgpt.args import POSITIVE, setting
+from litgpt.atomic import new_file
 from litgpt.data.base import question_of
 from litgpt.data.records import Record, read_record
 from litgpt.data.sources import read_records, read_rows
@@ -88,8 +89,6 @@ class SampleAnswers(Drawing, Files, Checkpoint):
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> Path:
         """Write the answers to `out`, or to a name beside it if somebody has written `out` meanwhile. Returns the file's name."""
-        from litgpt.atomic import new_file
-
         names = (self.out.with_stem(f"{self.out.stem}-{i}") for i in count(2))
         out = self.out if self.overwrite or not self.out.exists() else next(name for name in names if not name.exists())
         with new_file(out, self.overwrite) as file:

@@ -142,14 +142,8 @@ def load_models(folder: str | Path, adapters: dict[str, Path], **how: Any) -> Mo
 
 def _is_over_a_base(folder: Path) -> bool:
     """Return True for LoRA and Skip2-LoRA whose base is to be loaded: always if there are no merged weights, else if the base is there."""
-    if not (folder / checkpoint.ADAPTER_WEIGHTS).is_file():
-        return False
-    if checkpoint.is_adapter_folder(folder):
-        return True
-    try:
-        return (checkpoint.adapter_settings(folder)[0] / checkpoint.WEIGHTS).is_file()
-    except UserError:
-        return False
+    is_lora = (folder / checkpoint.ADAPTER_WEIGHTS).is_file()
+    return is_lora and (checkpoint.is_adapter_folder(folder) or checkpoint.has_base(folder))
 
 
 def own_name(folder: Path) -> str:
