@@ -9,7 +9,8 @@
     two lists begin with, or the conversation that "chosen" and "rejected", a message each, continue (LLaMA-Factory)
 {"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}, lists of messages (OpenAI)
 
-Beside "tools" and "tool_calls" their older names are read: "functions" and "function_call".
+Beside "tools" and "tool_calls" their older names are read: "functions" and "function_call". A record's own keys may be written with
+capitals, and a number may stand for a text.
 
 An answer may have a "reward", a number, or be "correct", true or false.
 Each may have a "weight" as a whole, and each turn of the assistant its own: a factor of the losses of its tokens, 1 unless given. A record
@@ -40,6 +41,8 @@ ROLES |= {"model": "assistant", "function_call": "assistant", "tool": "tool", "f
 PASSED = ("tool_calls", *REASONING, "name", "tool_call_id")  # keys of a message that templates may write
 WEIGHTS, FLAGS = ("weight", "train"), ("training", "loss")  # of a turn; the flags are axolotl's and ms-swift's
 TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content
+KEYS = {*ALONE, *(key for pair in PAIRS for key in pair), *CONVERSATIONS, "system", "history", "context", "tools", "functions", "text"}
+KEYS |= {"chosen", "rejected", "weight", "token_weights", "label", "reward", "correct"}  # of a record
 MOST_WEIGHT = 1_000_000
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -80,6 +83,11 @@ def read_record(entry: Any) -> Record:
     """Return an entry of a data file as a conversation. Raise UserError if it has no known form, or a value of the wrong kind."""
     if not isinstance(entry, dict):
         raise UserError(f"{kind_of(entry)}, an object with keys is needed")
+    if not entry.keys() <= KEYS:
+        named = {known_key(key): value for key, value in entry.items()}
+        if len(named) < len(entry):
+            raise UserError("two of its keys differ in capitals or spaces only: leave one of them out")
+        entry = named
     if "preferred_output" in entry and "non_preferred_output" in entry:
         entry = _preference_of_openai(entry)
     answers = [entry.get(key) for key in ("chosen", "rejected")]
@@ -162,7 +170,7 @@ def _read_preference(entry: dict[str, Any]) -> Record:
     if len(kinds) > 1:
         raise UserError("'prompt', 'chosen' and 'rejected' must all be texts, or all lists of messages")
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if not answer:
+        if answer in ("", [], {}):
             raise UserError(f"{name!r} is empty: an answer is needed")
     chosen, rejected = (read_record({**shared, "completion": answer}) for answer in answers)
     chosen.unread += tuple(key for key in entry if key in skipped)
@@ -200,12 +208,20 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
     return [*pair, "input", "context", "history"], Record(messages, learned, pair=len(messages) == 2, input=extra or context)
 
 
+def known_key(name: str) -> str:
+    """Return the key that `name` is but for capitals and spaces around it; else `name`."""
+    plain = name.strip().lower()
+    return plain if plain in KEYS else name
+
+
 def _missing_keys(keys: list[str]) -> str:
     """Return a message with the missing keys, judged by the pair that fits best, and the keys that may be meant."""
     pair = max(PAIRS, key=lambda pair: sum(key in keys for key in pair))
     missing = [key for key in pair if key not in keys]
     shown = ", ".join(repr(key)[:60] for key in keys[:12]) + (", ..." if len(keys) > 12 else "")
     message = f"no key {' and no key '.join(map(repr, missing))}; it has {shown or 'no keys'}"
+    if len(missing) == len(keys) == 2:
+        return f"{message}: call the question {pair[0]!r} and its answer {pair[1]!r}"
     for key in missing:
         near = difflib.get_close_matches(key, [name for name in keys if name not in pair], n=1)
         if near:
@@ -240,8 +256,7 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
         elif turn.get("function_call"):
             message["tool_calls"] = _read_calls(turn["function_call"], f"{where}: 'function_call'")
         message |= {name: turn[name] for name in PASSED if turn.get(name) is not None}
-        for name in REASONING:
-            _check_text(message.get(name, ""), name)
+        message |= {name: _check_text(message[name], name) for name in REASONING if name in message}
         if "tool_calls" in message:
             message["tool_calls"] = _objects(message["tool_calls"], f"{where}: 'tool_calls'")
         marked = [name for name in WEIGHTS if turn.get(name) is not None] + [name for name in FLAGS if _flag(turn.get(name)) is not None]
@@ -314,6 +329,8 @@ def _optional_text(entry: dict[str, Any], key: str) -> str:
 
 
 def _check_text(value: Any, key: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
     if not isinstance(value, str):
         raise UserError(f"{key!r} is {kind_of(value)}, a text is needed")
     if LONE_SURROGATE.search(value):

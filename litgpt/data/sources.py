@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from litgpt.data.records import Record, kind_of, read_record
+from litgpt.data.records import KEYS, Record, kind_of, known_key, read_record
 from litgpt.errors import UserError
 from litgpt.files import decode_text, parse_json, read_bytes
 from litgpt.text import first_line
@@ -26,7 +26,9 @@ SAVED = ("dataset_dict.json", "dataset_info.json")  # in a folder of `Dataset.sa
 VALIDATION = ("val", "validation", "valid", "test")  # names of the validation part
 MOST_UNPACKED = 2**32  # bytes of a file or data set that is stored packed
 SLICE = 2**28  # bytes of the rows that are unpacked at once, if a row has fewer
-SHOWN = 3  # bad records in an error message
+SAVED_AS = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV, in UTF-8, and name that file")
+SAVED_AS |= dict.fromkeys((".pdf", ".docx", ".odt", ".rtf", ".html", ".epub"), "save its text as a .txt file, and name that")
+SHOWN = 3  # problems in an error message
 INSTALL = 'pip install "litgpt[data]"'
 
 
@@ -49,23 +51,28 @@ def read_rows(path: Path) -> list[Any]:
 def check_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[Record]:
     """Return records of (place, row). Raise UserError with the first places that have a problem."""
     records: list[Record] = []
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     for where, row in rows:
         try:
             records.append(read_record(row))
         except UserError as error:
-            problems.append(f"{where}: {error}")
+            problems.setdefault(str(error), []).append(where)
     if problems:
-        more = f"; and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
-        raise UserError(f"{source}, {'; '.join(problems[:SHOWN])}{more}")
+        shown = [f"{places[0]}{_others(len(places) - 1)}: {problem}" for problem, places in problems.items()]
+        raise UserError(f"{source}, {'; '.join(shown[:SHOWN])}{f'; and {more:,} more' if (more := len(shown) - SHOWN) > 0 else ''}")
     return records
+
+
+def _others(count: int) -> str:
+    return f" and {count:,} other{'s' * (count > 1)}" if count else ""
 
 
 def _numbered(path: Path) -> list[tuple[str, Any]]:
     """Return (place, row) of each row of a file."""
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
-        raise UserError(f"{path}: a file with one of the endings {', '.join(SUFFIXES)} is needed, or a folder with a train and a val file")
+        wanted = f"a file with one of the endings {', '.join(SUFFIXES)} is needed, or a folder with a train and a val file"
+        raise UserError(f"{path}: {SAVED_AS.get(suffix) or wanted}")
     raw = read_bytes(path, "does not exist: check data.json_path", most=None)
     if suffix in COLUMNS:
         return _records(_read_columns(raw, path, suffix))
@@ -79,6 +86,9 @@ def _numbered(path: Path) -> list[tuple[str, Any]]:
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [(f"line {n}", _parse(line, path, n)) for n, line in lines]
     content = _parse(text, path)
+    if isinstance(content, dict) and not content.keys() & KEYS:  # {"version": ..., "data": [...]}
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else content
     if not isinstance(content, list):
         raise UserError(
             f"{path} holds {kind_of(content)}, a list of records is needed: [{{...}}, {{...}}]; or one record a line in a .jsonl file"
@@ -93,11 +103,15 @@ def _records(rows: Sequence[Any]) -> list[tuple[str, Any]]:
 
 
 def _parse(text: str, path: Path, line: int | None = None) -> Any:
-    hint = ""
+    hint, stripped = "", text.strip()
     if line is None and re.match(r"\s*\{.*\}\s*\n\s*\{", text):
         hint = ". If it holds one record a line, name it .jsonl"
-    elif line == 1 and text.strip() in ("[", "{"):
+    elif line == 1 and stripped == "[":
         hint = ". If it holds one list over many lines, name it .json"
+    elif line is not None and stripped == "{":
+        hint = ". Each record must be one line"
+    elif line is not None and stripped.endswith("},"):
+        hint = ". No comma may stand between the lines"
     return parse_json(text, str(path), line, hint, unique=True)
 
 
@@ -124,6 +138,10 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     try:
         names = next(reader)
+        if not any(known_key(name) in KEYS for name in names):
+            raise UserError(
+                f"{path}, line 1 names the columns {', '.join(map(repr, names[:4]))[:200]}: it should name `question` and `answer`"
+            )
         if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
             raise UserError(f"{path}, line 1: the column {repeated[0]!r} twice: leave one of them out")
         for cells in reader:

@@ -53,7 +53,15 @@ TURN = {"role": "user", "content": "Hi"}
         ("a.json", '{"instruction": "x", "output": "y"}\n{"instruction": "x", "output": "y"}', "name it .jsonl"),
         ("a.jsonl", "[\n" + json.dumps(RECORD) + "\n]", "name it .json"),
         ("a.json", "[" * 100_000, "nested too deeply"),
-        ("a.json", {"data": [RECORD]}, "holds an object, a list of records is needed"),
+        ("a.json", {"data": [RECORD], "other": []}, "holds an object, a list of records is needed"),
+        ("a.json", {"messages": [TURN]}, "holds an object, a list of records is needed"),
+        (
+            "a.jsonl",
+            json.dumps(RECORD, indent=1),
+            "double quotes. Each record must be one line",
+        ),
+        ("a.jsonl", f"{json.dumps(RECORD)},\n{json.dumps(RECORD)}", "Extra data. No comma may stand between the lines"),
+        ("a.csv", "Frage;Antwort\nx;y\n", "line 1 names the columns 'Frage', 'Antwort': it should name `question` and `answer`"),
         ("a.json", "3", "holds a number"),
         ("a.json", [RECORD, "text"], "record 2: a text, an object with keys is needed"),
         ("a.jsonl", "\n[1]\n", "line 2: a list"),
@@ -64,19 +72,27 @@ TURN = {"role": "user", "content": "Hi"}
             "record 2: no key 'output'; it has 'instruction', 'outptu' (is 'outptu' meant",
         ),
         ("a.json", [{}], "record 1: no key 'instruction' and no key 'output'; it has no keys"),
-        ("a.json", [{"instruction": "x", "output": 4}], "record 1: 'output' is a number, a text is needed"),
+        (
+            "a.json",
+            [{"frage": "x", "antwort": "y"}] * 3,
+            "record 1 and 2 others: no key 'instruction'",
+        ),
+        ("a.json", [{"frage": "x", "antwort": "y"}], "call the question 'instruction' and its answer 'output'"),
+        ("a.json", [{**RECORD, "Instruction": "z"}], "two of its keys differ in capitals or spaces only"),
+        ("a.json", [{"instruction": "x", "output": True}], "record 1: 'output' is true or false, a text is needed"),
         ("a.json", [{"instruction": ["x"], "output": "4"}], "'instruction' is a list"),
         ("a.json", [{"instruction": "x", "output": None}], "'output' is null"),
-        ("a.json", [{**RECORD, "input": 4}], "'input' is a number"),
+        ("a.json", [{**RECORD, "input": [4]}], "'input' is a list"),
         ("a.json", [{"messages": []}], "'messages' is an empty list"),
         ("a.json", [{"messages": "Hi"}], "'messages' is a text, a list is needed"),
         ("a.json", [{"messages": [{"from": "human"}]}], "turn 1 of 'messages' needs the keys 'role' and 'content'"),
         ("a.json", [{"messages": [{"role": "robot", "content": "x"}]}], "'role' is 'robot', one of system, developer, user"),
         ("a.json", [{"messages": [TURN, {"role": "system", "content": "x"}]}], "turn 2 of 'messages' is a system message"),
         ("a.json", [{"messages": [TURN]}], "no turn of the assistant"),
-        ("a.json", [{"messages": [{"role": "user", "content": 3}]}], "'content' is a number"),
-        ("a.json", [3] * 12, "and 9 more"),
+        ("a.json", [{"messages": [{"role": "user", "content": {}}]}], "'content' is an object"),
+        ("a.json", [{"instruction": "x", f"k{i}": "y"} for i in range(12)], "and 9 more"),
         ("a.txt", "x", "one of the endings .json, .jsonl"),
+        ("a.xlsx", "x", "save the sheet as CSV"),
     ],
 )
 def test_broken_file(name: str, content: Any, message: str, tmp_path: Path) -> None:
@@ -86,6 +102,21 @@ def test_broken_file(name: str, content: Any, message: str, tmp_path: Path) -> N
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", [{"Instruction": "x", " INPUT ": "", "Output": 4}]),
+        ("a.json", {"version": "1", "data": [{"question": "x", "answer": 4}]}),
+        ("a.jsonl", '{"question": "x", "answer": 4}'),
+        ("a.csv", "Question ; Answer\nx;4\n"),
+        ("a.json", [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": 4}]}]),
+    ],
+)
+def test_forms_that_mean_the_same(name: str, content: Any, tmp_path: Path) -> None:
+    (record,) = JSON(json_path=write(tmp_path / name, content)).records()[0]
+    assert [message["content"] for message in record.messages] == ["x", "4"] and not record.unread
 
 
 def test_not_utf8(tmp_path: Path) -> None:
