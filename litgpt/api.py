@@ -362,7 +362,7 @@ class LLM(nn.Module):
             raise UserError("distribute: the model has random weights: it is where it is")
         if generate_strategy is None and devices not in ("auto", 1):
             raise UserError(f'distribute: {devices!r} devices need a generate_strategy: "sequential" or "tensor_parallel"')
-        device = find_device(None if accelerator == "auto" else {"gpu": "cuda"}.get(accelerator, accelerator))
+        device = find_device(accelerator)
         precision = (precision or default_precision(device)).replace("-mixed", "-true")
         dtype, home = backbone_dtype(precision), device if generate_strategy is None else torch.device("cpu")
         homes = divide.places(device, devices) if generate_strategy == "sequential" else []

@@ -23,6 +23,7 @@ SECRET = "access_token"  # the key whose value is never printed or saved
 SECRET_KEY = re.compile(r"(^|[_.])(access_token|hf_token|token|api_key|key|secret|password)$")  # keys that a published text leaves out
 
 Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "bnb.int8", "int8"]  # see `litgpt.quantize`
+Accelerator = Literal["auto", "cpu", "gpu", "cuda", "xpu", "mps"]  # gpu and cuda are the same
 Grid = dict[str, list[Any]]  # values to try for other keys, in all combinations
 ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")  # packages of the classes that settings may name
 

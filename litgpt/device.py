@@ -47,8 +47,23 @@ def is_finite(values: torch.Tensor) -> bool:
     return not values.numel() or all(bool(extreme.isfinite()) for extreme in values.detach().aminmax())
 
 
+_used: torch.device | None = None  # the device that `use` was asked for
+
+
+def use(accelerator: str) -> torch.device:
+    """Let `default_device` return the device of that name in this process. Raise UserError if this machine does not have it.
+
+    "auto" takes the request back.
+    """
+    global _used
+    _used = None if accelerator == "auto" else find_device(accelerator)
+    return default_device()
+
+
 def default_device() -> torch.device:
-    """Return the first CUDA device if there is one, else Intel's or Apple's GPU if it works, else the CPU."""
+    """Return the device that is in `use`, else the first CUDA device if there is one, Intel's or Apple's GPU if it works, or the CPU."""
+    if _used is not None:
+        return _used
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     return next((torch.device(kind) for kind in _others() if _works(kind)), torch.device("cpu"))
@@ -70,9 +85,9 @@ def _works(kind: str) -> bool:
 
 
 def find_device(device: torch.device | str | int | None) -> torch.device:
-    """Return the device of that name, the default one for None. Raise UserError if this machine does not have it."""
+    """Return the device of that name, the default one for None and "auto". Raise UserError if this machine does not have it."""
     try:
-        found = default_device() if device is None else torch.device(device)
+        found = default_device() if device in (None, "auto") else torch.device("cuda" if device == "gpu" else device)
         torch.empty(1, device=found).cpu()  # a device may have a name and be absent
     except (RuntimeError, AssertionError, ImportError, AttributeError, TypeError, ValueError):
         known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *_others()]

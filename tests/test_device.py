@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from litgpt import device
+from litgpt.__main__ import main
 from litgpt.device import backbone_dtype, default_device, default_precision, find_device, is_finite
 from litgpt.errors import UserError
+from tests.helpers.runs import write_data
 
 CPU = torch.device("cpu")
 
@@ -143,5 +145,23 @@ def test_a_device_that_the_machine_lacks_is_refused_with_those_it_has(device: An
     assert str(error.value).startswith(f"device '{device}' does not exist on this machine: choose one of cpu")
 
 
+def test_the_device_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_used", None)
+    monkeypatch.setattr(torch, "xpu", Gpu(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "_works", lambda kind: True)
+    assert default_device().type == "xpu"
+    assert device.use("cpu") == default_device() == find_device(None) == find_device("auto") == CPU
+    assert device.use("auto") == default_device() == torch.device("xpu")
+
+
 def test_devices_that_exist() -> None:
     assert find_device("cpu") == find_device(CPU) == CPU and find_device(None) == default_device()
+
+
+@pytest.mark.parametrize("command", ["finetune", "sweep", "generate", "generate_tp"])
+def test_commands_refuse_a_device_that_is_not_there(command: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(write_data(tmp_path / "data.json")), "--out_dir", str(tmp_path / "out")]
+    assert main([command, str(base), "--accelerator", "xpu", *(data if command in ("finetune", "sweep") else [])]) == 1
+    assert "device 'xpu' does not exist on this machine: choose one of cpu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
-from litgpt.args import POSITIVE, Quantization, require_ranges, setting
+from litgpt.args import POSITIVE, Accelerator, Quantization, require_ranges, setting
 from litgpt.errors import UserError
 from litgpt.streams import show
 
@@ -51,6 +51,8 @@ class Drawing:
     """Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU)."""
     compile: bool = False
     """Compile the computation of a token (torch.compile), which takes up to a minute before the first answer; not with generate_tp."""
+    accelerator: Accelerator = "auto"
+    """Device to compute on. auto: the first GPU that works, else the CPU."""
     seed: int = 1234
     """Random seed. The same seed gives the same answers."""
     access_token: Optional[str] = None
@@ -61,6 +63,9 @@ class Drawing:
 
     def opened(self, checkpoint_dir: Path, **how: Any) -> "LLM":
         """Return the model of a folder. `how`: arguments of `LLM.load`; a model whose `device` is given is left to be divided."""
+        from litgpt.device import use
+
+        use(self.accelerator)
         packed = "device" not in how and not self.compile
         llm = open_model(checkpoint_dir, packed, precision=self.precision, quantize=self.quantize, **how)
         if self.compile:

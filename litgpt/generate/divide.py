@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litgpt.device import default_device
+from litgpt.device import use
 from litgpt.errors import UserError
 from litgpt.lora import LoRALinear
 from litgpt.model import GPT, Positions
@@ -39,10 +39,9 @@ def processes(device: torch.device, devices: int | str, precision: str, quantize
     """
     if quantize is not None:
         raise UserError("quantize: the parts of a quantised model are not divided: leave it out, or divide the blocks (sequential)")
-    if device.type != default_device().type:
-        raise UserError(f"tensor parallelism uses this machine's {default_device().type} devices: leave out accelerator")
     if not hasattr(sys.modules["__main__"], "__file__") and devices not in ("auto", 1):
         raise UserError("tensor parallelism starts this script once more, and there is none: write one, or use `litgpt generate_tp`")
+    use(device.type)
     rank = Rank.start(precision, devices, 1, TIMEOUT)
     torch.manual_seed(rank.broadcast(torch.initial_seed()))
     return rank

@@ -119,8 +119,7 @@ class Serve:
         from litgpt.serve.models import load_models
 
         start = time.perf_counter()
-        device = {"auto": None, "gpu": "cuda"}.get(self.accelerator, self.accelerator)
-        models = load_models(self.checkpoint_dir, self.folders, quantize=self.quantize, precision=self.precision, device=device)
+        models = load_models(self.checkpoint_dir, self.folders, quantize=self.quantize, precision=self.precision, device=self.accelerator)
         llm = models.base.llm
         dtype = str(llm.model.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else "")
         print(safe(f"{', '.join(models)}: {dtype} on {llm.device}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)

@@ -17,7 +17,7 @@ from litgpt.activations.cache import ActivationCache, Activations, Recompute, ac
 from litgpt.adapters.settings import readable_by_litgpt
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.device import process_rank
+from litgpt.device import process_rank, use
 from litgpt.errors import NonFiniteError, OutOfMemory, Stopped, UserError
 from litgpt.files import dump_yaml, nearest, read_json
 from litgpt.logs import Console, MetricLoggers, peak_memory_gb, read_metrics
@@ -52,6 +52,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
     Raises UserError before anything is written if a setting, file or checkpoint is wrong. `job_of`: reads data and model, if not `prepare`,
     for a run of this process alone.
     """
+    use(settings.accelerator)
     clock, is_first = Stopwatch(), job_of is not None or process_rank() == 0
     base = settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
     checkpoint.require_checkpoint(base)

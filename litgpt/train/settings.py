@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional, Union
 
-from litgpt.args import SECRET, EvalArgs, LogArgs, TrainArgs, as_config, require_seed, setting, shallow
+from litgpt.args import SECRET, Accelerator, EvalArgs, LogArgs, TrainArgs, as_config, require_seed, setting, shallow
 from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import DataModule
 from litgpt.errors import UserError
@@ -28,6 +28,8 @@ class Run:
     """Folder for checkpoints and logs."""
     precision: Optional[str] = setting(None, may_change=True)
     """Number format: bf16-true, 32-true, bf16-mixed, 16-true, 16-mixed. Default: bf16-true where the device computes it, else 32-true."""
+    accelerator: Accelerator = setting("auto", may_change=True)
+    """Device to train on. auto: the first GPU that works, else the CPU."""
     devices: Union[int, str] = setting(1, may_change=True)
     """Number of devices of each machine to train on, or "auto". torchrun's or srun's processes are used as they are."""
     num_nodes: int = setting(1, may_change=True)

@@ -14,7 +14,7 @@ from litgpt.activations.cache import ActivationCache, filled, plan
 from litgpt.args import Grid, as_config, shallow
 from litgpt.checkpoint import require_checkpoint
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.device import seed_everything
+from litgpt.device import seed_everything, use
 from litgpt.errors import Stopped, UserError
 from litgpt.files import read_json
 from litgpt.logs import Console
@@ -69,6 +69,7 @@ def sweep(settings: Run, grid: Grid | None, samples: int | None) -> None:
     Each process trains one trial after the other, of those that no other has. Raises UserError before anything is written if no trial can
     be trained, and at the end if any failed.
     """
+    use(settings.accelerator)
     place = place_of(settings.devices, settings.num_nodes)
     if place and settings.method().cache.mode == "memory":
         raise UserError("skip2lora_cache is memory: several processes share a cache on disk. Leave it out, or give disk")
