@@ -20,7 +20,8 @@ from litgpt.errors import UserError
 DEFAULT_WARMUP_STEPS = 100
 LAST_SEED = 2**32 - 1
 SECRET = "access_token"  # the key whose value is never printed or saved
-SECRET_KEY = re.compile(r"(^|[_.])(access_token|hf_token|token|api_key|key|secret|password)$")  # keys that a published text leaves out
+# keys that a published text leaves out, with all below them; `lora_key` is none
+SECRET_KEY = re.compile(r"(^|[_.])(token|api_key|access_key|secret_key|secret|password)(\.|$)|(^|\.)key(\.|$)")
 
 Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "bnb.int8", "int8"]  # see `litgpt.quantize`
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "xpu", "mps"]  # gpu and cuda are the same

@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable
     folder = tmp_path_factory.mktemp("runs")
     base = tiny.write_base(folder / "base", write_tiny_tokenizer, hf_config={"org": "some-org", "name": "Tiny-1B"})
     (base / "README.md").write_text(README)
-    settings: dict[str, Any] = {"data__mask_prompt": True, "lora_r": 4, "lora_mlp": True, "log__project": "secret project"}
+    settings: dict[str, Any] = {"data__mask_prompt": True, "lora_r": 4, "lora_key": True, "lora_mlp": True, "log__project": "secret project"}
     done = finetune(
         "finetune_lora", base, write_data(folder / "my data.json"), folder / "out" / "first", access_token="hf_" + 30 * "x", **settings
     )
@@ -113,6 +113,7 @@ def test_nothing_private(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source.mkdir()
     settings = yaml.safe_load((run.final / "hyperparameters.yaml").read_text())
     settings |= {"access_token": "plain-word", "checkpoint_dir": "/people/ann/models/base", "out_dir": "~/runs/here"}
+    settings["token"] = {"of": {"the": "deep one"}}
     settings["data"]["init_args"] |= {
         "json_path": "/people/ann/private/answers.json",
         "api_key": "k-123",
@@ -121,7 +122,7 @@ def test_nothing_private(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     (source / "hyperparameters.yaml").write_text(yaml.safe_dump(settings))
     _, text = card(source, tmp_path / "card")
-    for word in ("/people", "ann/", "private", "plain-word", "k-123", "hf_abc", "pass@", str(run.out_dir), "secret project"):
+    for word in ("/people", "ann/", "private", "plain-word", "k-123", "deep one", "hf_abc", "pass@", str(run.out_dir), "secret project"):
         assert word not in text, word
     assert "answers.json" in text and "litgpt finetune_lora base" in text and "--out_dir here" in text
 

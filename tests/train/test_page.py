@@ -53,4 +53,5 @@ def test_settings_by_their_full_keys() -> None:
 
 def test_secrets_are_no_settings() -> None:
     """The card of a model leaves out the same keys."""
-    assert flat({"access_token": "a", "log": {"metadata": {"api_key": "b", "owner": "c"}}}) == {"log.metadata.owner": "c"}
+    settings = {"access_token": "a", "log": {"metadata": {"api_key": "b", "owner": "c", "secret": {"d": "e"}}}, "lora_key": True}
+    assert flat(settings) == {"log.metadata.owner": "c", "lora_key": "True"}
