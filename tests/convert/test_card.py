@@ -28,7 +28,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callable
     folder = tmp_path_factory.mktemp("runs")
     base = tiny.write_base(folder / "base", write_tiny_tokenizer, hf_config={"org": "some-org", "name": "Tiny-1B"})
     (base / "README.md").write_text(README)
-    settings: dict[str, Any] = {"data__mask_prompt": True, "lora_r": 4, "lora_key": True, "lora_mlp": True, "log__project": "secret project"}
+    settings: dict[str, Any] = {
+        "data__mask_prompt": True,
+        "lora_r": 4,
+        "lora_key": True,
+        "lora_mlp": True,
+        "log__project": "secret project",
+    }
     done = finetune(
         "finetune_lora", base, write_data(folder / "my data.json"), folder / "out" / "first", access_token="hf_" + 30 * "x", **settings
     )

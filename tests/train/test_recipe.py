@@ -55,7 +55,7 @@ def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
 def test_records_of_which_none_is_spared_are_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     style = chosen(tmp_path, base, records(300, 300))
     assert "a style to learn (for facts to repeat give --data.val_split_fraction 0)" in capsys.readouterr().err
-    assert style["train"].replay == 0 and style["eval"].target_loss is None
+    assert style["eval"].target_loss is None
     facts = chosen(tmp_path, base, records(300, 300), "--data.val_split_fraction", "0")
     assert "300 records, taken as facts to repeat. Settings" in capsys.readouterr().err
     few = chosen(tmp_path, base, records(600, 120))
@@ -68,7 +68,7 @@ def test_few_records_of_which_some_are_spared_are_a_style(base: Path, tmp_path: 
     assert "facts to repeat (for a style to learn give --data.val_split_fraction 0.1)" in capsys.readouterr().err
     style = chosen(tmp_path, base, records(60, 60), "--data.val_split_fraction", "0.1")
     assert "60 records, taken as a style to learn. Settings" in capsys.readouterr().err
-    assert style["skip2lora_warmup_epochs"] == 1 and style["train"].replay == 0 and style["eval"].target_loss is None
+    assert style["lora_mlp"] and not style["alora_enabled"] and style["eval"].target_loss is None
     repeated = chosen(tmp_path, base, records(60, 12), "--data.val_split_fraction", "0.1")
     assert repeated["alora_enabled"] and repeated["eval"].target_loss is None
 
@@ -98,9 +98,12 @@ def test_replies_that_cannot_be_told_from_prompts(base: Path, tmp_path: Path, wo
     assert not given["alora_enabled"] and given["lora_mlp"] and not given["skip2lora_enabled"]
 
 
-def test_a_style(base: Path, tmp_path: Path) -> None:
-    given = chosen(tmp_path, base, records(400, 400))
-    assert given["data"].val_split_fraction == 0.1 and given["skip2lora_warmup_epochs"] == 1 and given["train"].replay == 0
+@pytest.mark.parametrize(("count", "is_cached"), [(recipe.FEW + 1, False), (recipe.MANY - 1, False), (recipe.MANY, True)])
+def test_a_style(base: Path, tmp_path: Path, count: int, is_cached: bool) -> None:
+    given = chosen(tmp_path, base, records(count, count))
+    assert given["data"].val_split_fraction == 0.1 and given["lora_mlp"]
+    assert given["skip2lora_enabled"] is is_cached and bool(given["skip2lora_warmup_epochs"]) is is_cached
+    assert given["train"].replay == recipe.REPLAY and given["eval"].target_loss is None
 
 
 def test_texts(base: Path, tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_a_sweep(count: int, answers: int, method: str, held_out: float, base: P
     given = chosen(tmp_path, base, records(count, answers), command="sweep")
     assert given[method] and not given["skip2lora_warmup_epochs"] and given["data"].val_split_fraction == held_out
     assert given["grid"] == {"optimizer.lr": [1e-3, 2e-3, 4e-3] if method == "alora_enabled" else [5e-4, 1e-3, 2e-3]}
-    assert given["out_dir"] == Path("out/sweep/shop") and given["train"].replay == (recipe.REPLAY if method == "alora_enabled" else 0)
+    assert given["out_dir"] == Path("out/sweep/shop") and given["train"].replay == recipe.REPLAY
 
 
 def test_a_sweep_with_a_grid(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,120 @@
+"""A style of one's own: the loss on records that were held out, what is forgotten, and how long that takes.
+
+    python -m benchmarks.styles CHECKPOINT_DIR [--sets docstrings wordnet] [--sizes 300 1000] [--seeds 0 1 2] [--settings default ...]
+
+Each setting is a `litgpt finetune MODEL --data FILE ...` in a process of its own on records of `litgpt.data.PythonDocs` or
+`benchmarks.wordnet`; seconds are those of the whole process. The folder that it wrote is measured by `litgpt evaluate` on 200 other
+records, and by the general questions of `benchmarks.own_data`. OUT/results.json is written after each run, and a run that it has is not
+repeated; OUT/styles.md is the table of means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import wordnet
+from benchmarks.process import error_line, in_worker, run_litgpt
+from benchmarks.runs import environment, read_json
+from litgpt import atomic
+from litgpt.data import PythonDocs
+from litgpt.text import markdown_table
+
+HELD_OUT = 200
+LORA = ["--skip2lora_enabled", "false"]
+SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data FILE`
+    "default": [],
+    "as a style": ["--data.val_split_fraction", "0.1"],
+    "with general questions": ["--train.replay", "24"],
+    **{
+        f"LoRA, {epochs} epochs at {rate}": [*LORA, "--epochs", str(epochs), "--optimizer.lr", rate]
+        for epochs in (2, 3, 4)
+        for rate in ("5e-4", "1e-3", "2e-3")
+    },
+}
+
+
+def draw(name: str, size: int, seed: int, folder: Path) -> tuple[Path, Path]:
+    """Return files of `size` records to train on and of others to measure, written to `folder`."""
+    if name == "docstrings":
+        records = list(PythonDocs().records()[0])
+        random.Random(seed).shuffle(records)
+    else:
+        records = [json.loads(line) for line in wordnet.prepare(folder, size + HELD_OUT, seed).read_text(encoding="utf-8").splitlines()]
+    files = folder / f"{name}-{size}-{seed}.jsonl", folder / f"{name}-{size}-{seed}-held-out.jsonl"
+    for file, part in zip(files, (records[:size], records[size : size + HELD_OUT]), strict=True):
+        atomic.write_text(file, "".join(json.dumps(record) + "\n" for record in part))
+    return files
+
+
+def judge(model: Path, held_out: Path, folder: Path) -> dict[str, Any]:
+    """Return the loss of a model on held-out records and its answers to the general questions."""
+    file = folder / "judged/results.json"
+    words = ["--data.mask_prompt", "true", "--max_new_tokens", "0", "--batch_size", "8", "--save_filepath", str(file)]
+    code, output = run_litgpt(["evaluate", str(model), "--data", str(held_out), *words])
+    if code:
+        return {"error": error_line(output)}
+    answers = in_worker("benchmarks.own_data", {"folder": str(model), "name": "", "size": 0, "seed": 0})
+    return {"loss": read_json(file, "litgpt evaluate wrote it")["loss"], **answers}
+
+
+def measure(checkpoint_dir: Path, files: tuple[Path, Path], seed: int, words: list[str], folder: Path) -> dict[str, Any]:
+    """Return the figures of one setting on one set."""
+    start, out_dir = time.perf_counter(), folder / "run"
+    command = ["finetune", str(checkpoint_dir), "--data", str(files[0]), "--out_dir", str(out_dir), "--overwrite", "true"]
+    code, output = run_litgpt([*command, "--seed", str(seed), *words])
+    seconds = time.perf_counter() - start
+    return {"error": error_line(output)} if code else {"seconds": seconds, **judge(out_dir, files[1], folder)}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return a Markdown table of each set and size: means over the seeds of the loss, of what is kept of general knowledge, of seconds."""
+    groups: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for key, run in results["runs"].items():
+        name, size, seed, setting = key.split(" ", 3)
+        if "error" not in run:
+            groups.setdefault((f"{name}, {size} records", setting), []).append((run, results["bases"][f"{name} {size} {seed}"]))
+    rows = []
+    for (data, setting), runs in groups.items():
+        before = sum(base["loss"] for _, base in runs) / len(runs)
+        known = sum(sum(base["general"]) for _, base in runs)
+        kept = sum(a and b for run, base in runs for a, b in zip(run["general"], base["general"], strict=True))
+        after, seconds = (sum(run[name] for run, _ in runs) / len(runs) for name in ("loss", "seconds"))
+        rows.append([data, setting, f"{before:.3f}", f"{after:.3f}", f"{kept} of {known}", f"{seconds:.0f}", str(len(runs))])
+    return markdown_table(["data", "setting", "loss before", "after", "general questions kept", "seconds", "seeds"], rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint_dir", type=Path)
+    parser.add_argument("--sets", nargs="+", choices=["docstrings", "wordnet"], default=["docstrings", "wordnet"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[300, 1000])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/styles"))
+    chosen = parser.parse_args()
+    file = chosen.out / "results.json"
+    results = read_json(file, "delete it to start anew") if file.is_file() else {"environment": environment(), "bases": {}, "runs": {}}
+    for seed, size, name, setting in itertools.product(chosen.seeds, chosen.sizes, chosen.sets, chosen.settings):
+        of_data = f"{name} {size} {seed}"
+        key = f"{of_data} {setting}"
+        if "error" in results["runs"].get(key, {"error": None}):
+            print(f"== {key}", flush=True)
+            files = draw(name, size, seed, chosen.out)
+            if of_data not in results["bases"]:
+                results["bases"][of_data] = judge(chosen.checkpoint_dir, files[1], chosen.out)
+            results["runs"][key] = measure(chosen.checkpoint_dir, files, seed, SETTINGS[setting], chosen.out)
+            atomic.write_text(file, json.dumps(results, indent=1) + "\n")
+            atomic.write_text(chosen.out / "styles.md", table(results) + "\n")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""benchmarks/styles.py: the records that are drawn, and the table."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from benchmarks import styles
+from litgpt.data import PythonDocs
+
+
+def test_held_out_records_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(styles, "PythonDocs", partial(PythonDocs, packages=["argparse", "json", "csv"]))
+    first, again, other = (styles.draw("docstrings", 12, seed, tmp_path / name) for seed, name in ((0, "a"), (0, "b"), (1, "c")))
+    trained, held_out = (file.read_text().splitlines() for file in first)
+    assert len(trained) == 12 and held_out and not set(trained) & set(held_out)
+    assert [file.read_text() for file in again] == [file.read_text() for file in first]
+    assert other[0].read_text() != first[0].read_text()
+
+
+def test_the_table_has_means_over_seeds() -> None:
+    base = {"loss": 4.0, "general": [True, True, False]}
+    runs = {
+        "wordnet 300 0 default": {"loss": 3.0, "general": [True, False, True], "seconds": 10.0},
+        "wordnet 300 1 default": {"loss": 2.0, "general": [True, True, True], "seconds": 20.0},
+        "wordnet 300 0 as a style": {"error": "failed"},
+    }
+    lines = styles.table({"bases": {"wordnet 300 0": base, "wordnet 300 1": {**base, "loss": 5.0}}, "runs": runs}).splitlines()
+    assert lines[2:] == ["| wordnet, 300 records | default | 4.500 | 2.500 | 3 of 4 | 15 | 2 |"]
