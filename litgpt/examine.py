@@ -18,6 +18,7 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.prompts import CHAT, STYLES, PromptStyle, misfit, resolve_prompt_style
 from litgpt.streams import safe, unescaped
+from litgpt.text import counted
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.recipe import Look, advice
 from litgpt.values import checked
@@ -81,13 +82,13 @@ def kinds(records: Sequence[Record]) -> list[str]:
     """Return a line for each kind of record."""
     pairs, texts = ([one for one in records if getattr(one, name)] for name in ("pair", "is_text"))
     turns = sorted(sum(message["role"] == "assistant" for message in one.messages) for one in records if not (one.pair or one.is_text))
-    lines = [f"  {_count(len(texts), 'text')}, learned as a whole"] if texts else []
+    lines = [f"  {counted(len(texts), 'text')}, learned as a whole"] if texts else []
     if pairs:
         inputs = sum(bool(one.input) for one in pairs)
-        lines.append(f"  {_count(len(pairs), 'question')} with an answer" + (f", {inputs:,} of them with an input" if inputs else ""))
+        lines.append(f"  {counted(len(pairs), 'question')} with an answer" + (f", {inputs:,} of them with an input" if inputs else ""))
     if turns:
         span = f"{turns[0]} to {turns[-1]}" if turns[0] < turns[-1] else f"{turns[0]}"
-        lines.append(f"  {_count(len(turns), 'conversation')} of {span} {'reply' if turns[-1] == 1 else 'replies'}")
+        lines.append(f"  {counted(len(turns), 'conversation')} of {span} {'reply' if turns[-1] == 1 else 'replies'}")
     for text, count in (
         ("with a system text", sum(one.messages[0]["role"] == "system" for one in records)),
         ("with a rejected answer beside", sum(one.rejected is not None for one in records)),
@@ -127,15 +128,11 @@ def repetitions(train: Sequence[Record], val: Sequence[Record]) -> list[str]:
     ):
         if pairs:
             examples = ", ".join(f"{number} (as {same})" for number, same in pairs[:SHOWN])
-            lines.append(f"  {_count(len(pairs), 'record')} {text}: {examples}{', ...' if len(pairs) > SHOWN else ''}")
+            lines.append(f"  {counted(len(pairs), 'record')} {text}: {examples}{', ...' if len(pairs) > SHOWN else ''}")
     if differing:
-        lines.append(f"  {_count(len(differing), 'question')} with different answers:")
+        lines.append(f"  {counted(len(differing), 'question')} with different answers:")
         lines += [f"    {_contradiction(train, numbers)}" for numbers in differing[:SHOWN]] + ["    ..."] * (len(differing) > SHOWN)
     return lines
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def normalised(text: str) -> str:
@@ -189,7 +186,7 @@ def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[s
     lost = sum(not any(samples[i].loss_mask[:limit]) for i in cut)
     if cut:
         known = "" if len(lengths) == len(records) or len(cut) < LONGEST // 2 else "at least "
-        lines.append(f"  {known}{_count(len(cut), 'record')} longer than {limit:,} tokens: cut, and {lost:,} of them have no answer left")
+        lines.append(f"  {known}{counted(len(cut), 'record')} longer than {limit:,} tokens: cut, and {lost:,} of them have no answer left")
     encoder.ignored.pop("not read", None)  # counted for all records already
     return lines + [f"  {remark}" for remark in (*encoder.remarks(), misfit(encoder.style, encoder.tokenizer)) if remark]
 

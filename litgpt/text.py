@@ -42,6 +42,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: "1 record", "2,000 records"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def size(count: float) -> str:
     """Return a number of bytes in the unit that fits: 512 B, 3 KiB, 20 MiB, 1.25 GiB."""
     power = min(int(math.log(count, 1024)), 3) if count >= 1 else 0

@@ -11,7 +11,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import kind_note
 from litgpt.prompts import ChatStyle, resolve_prompt_style
-from litgpt.text import size, text_table
+from litgpt.text import counted, size, text_table
 from litgpt.tokenizer import Tokenizer
 from litgpt.values import checked
 
@@ -74,7 +74,7 @@ def validate(checkpoint_dir: Path, *, dtype: Optional[Literal["float32", "float1
     rows = [("NO" if check.problems else "ok", check.name, _summary(check)) for check in checks]
     print(folder, text_table(rows, left=(0, 1, 2)), sep="\n")
     if problems := [f"{check.name}: {problem}" for check in checks for problem in check.problems]:
-        raise UserError("\n  ".join((f"{folder} has {_counted(problems)}:", *problems)))
+        raise UserError("\n  ".join((f"{folder} has {counted(len(problems), 'problem')}:", *problems)))
     base, settings = checkpoint.adapter_settings(folder) if is_adapter else (folder, {})
     print(f"\n{memory_table(base, settings, folder if is_adapter else None)}\n{ESTIMATED}")
     if dtype or training:
@@ -103,11 +103,7 @@ def estimate_model_memory(
 
 
 def _summary(check: Check) -> str:
-    return "; ".join(filter(None, (check.summary, f"{_counted(check.problems)}, see below" if check.problems else "")))
-
-
-def _counted(problems: list[str]) -> str:
-    return f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    return "; ".join(filter(None, (check.summary, f"{counted(len(check.problems), 'problem')}, see below" if check.problems else "")))
 
 
 def model_checks(folder: Path, prefix: str = "") -> Iterator[Check]:

@@ -14,7 +14,7 @@ from typing import Any
 from litgpt.data.records import KEYS, Record, kind_of, known_key, read_record
 from litgpt.errors import UserError
 from litgpt.files import decode_text, parse_json, read_bytes
-from litgpt.text import first_line
+from litgpt.text import counted, first_line
 
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}  # and their delimiters
@@ -58,13 +58,10 @@ def check_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[Record]:
         except UserError as error:
             problems.setdefault(str(error), []).append(where)
     if problems:
-        shown = [f"{places[0]}{_others(len(places) - 1)}: {problem}" for problem, places in problems.items()]
+        others = {problem: f" and {counted(len(places) - 1, 'other')}" if len(places) > 1 else "" for problem, places in problems.items()}
+        shown = [f"{places[0]}{others[problem]}: {problem}" for problem, places in problems.items()]
         raise UserError(f"{source}, {'; '.join(shown[:SHOWN])}{f'; and {more:,} more' if (more := len(shown) - SHOWN) > 0 else ''}")
     return records
-
-
-def _others(count: int) -> str:
-    return f" and {count:,} other{'s' * (count > 1)}" if count else ""
 
 
 def _numbered(path: Path) -> list[tuple[str, Any]]:
