@@ -32,6 +32,7 @@ SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data
     "default": [],
     "as a style": ["--data.val_split_fraction", "0.1"],
     "with general questions": ["--train.replay", "24"],
+    "as facts, by LoRA in every block": ["--data.val_split_fraction", "0", "--alora_enabled", "false"],
     **{
         f"LoRA, {epochs} epochs at {rate}": [*LORA, "--epochs", str(epochs), "--optimizer.lr", rate]
         for epochs in (2, 3, 4)
