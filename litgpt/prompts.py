@@ -203,8 +203,9 @@ class ChatTemplate(ChatStyle):
         """Return the template in the tokenizer's files, or None."""
         if tokenizer.chat_template is None:
             return None
-        special = {name: text for name, text in tokenizer.special_tokens.items() if name.endswith("_token")}
-        return cls(tokenizer.chat_template, source=source, tool_template=tokenizer.tool_template, **special)
+        style = cls(tokenizer.chat_template, source=source, tool_template=tokenizer.tool_template)
+        style.special_tokens |= tokenizer.special_tokens  # a model's own may have any name
+        return style
 
     def reads(self, key: str) -> bool:
         """Return True if the template names a key of a message, or one that `_with_reasoning` gives its value, or a variable."""

@@ -24,6 +24,8 @@ MOST_TEXT = 2**21  # characters of a text, whose tokens take some 300 bytes each
 TEMPLATES = "additional_chat_templates"  # folder of templates besides chat_template.jinja, by name
 EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # in this order, as transformers reads them
 STANDARD_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # other names are a model's own
+OWN_TOKENS = "model_specific_special_tokens"  # those of a model's own by their names
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 MOST_FILE = 2**28  # bytes of tokenizer.json
 MOST_ADDED = 2**22  # bytes of the texts of added tokens, each of which takes some 80 in memory
 MOST_LOOKS = 2**27  # characters of a text times those of the longest piece, which a Unigram model compares
@@ -48,13 +50,14 @@ class Tokenizer:
         for part in ("decoder", "pre_tokenizer"):
             if (growth := _grown(1, _growths(getattr(self._backend, part)))) > MOST_GROWTH:
                 raise UserError(f"{folder / 'tokenizer.json'}: its {part} makes a text {min(growth, 10**9):,} times as long: copy it again")
-        config, named = (json_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
-        if "added_tokens_decoder" not in config:  # else transformers does not read special_tokens_map.json
-            config = _with_map(config, named)
+        config = {} if (padding := self._backend.padding) is None else {"pad_token": padding["pad_token"]}
+        config |= _merged(*(json_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")))
         self._config = {key: value for key, value in config.items() if value is not None}
-        self.special_tokens = _named_tokens(self._config)
+        named = _named_tokens(self._config)
+        self.special_tokens = {name: text for name, entry in named.items() if (text := _token_text(entry)) is not None}
+        self._backend.no_padding()
         self._backend.encode_special_tokens = self._config.get("split_special_tokens") is True
-        self._add_tokens()
+        self._add_tokens([*named.values()])
         generation = folder / "generation_config.json"
         if not os.path.lexists(generation):  # transformers derives it from the model's config
             generation = folder / "config.json"
@@ -70,29 +73,29 @@ class Tokenizer:
         self.chat_template = templates.get("default")
         self.tool_template = templates.get("tool_use")  # of conversations with tools, if there is one
 
-    def _add_tokens(self) -> None:
+    def _add_tokens(self, named: list[Any]) -> None:
         """Add the tokens that files beside tokenizer.json name, as transformers does: tokenizer_config.json, else added_tokens.json and
         special_tokens_map.json. Special tokens become ones that are recognised in a text; BOS and EOS have to be in the vocabulary."""
-        from tokenizers import AddedToken
-
-        lists = (entries for key in EXTRA_TOKENS if isinstance(entries := self._config.get(key), list))
-        extra = [text for entry in next(filter(None, lists), []) if (text := _token_text(entry))]
-        named = [*self.special_tokens.values()]
-        special = [*named, *extra]
+        extra = entries if isinstance(entries := self._config.get(EXTRA_TOKENS[0]), list) else []
+        present, listed = self._backend.get_added_tokens_decoder(), self._config.get("added_tokens_decoder")
+        if listed is None:
+            special = {text for name, text in self.special_tokens.items() if name in STANDARD_TOKENS} | set(map(_token_text, extra))
+            legacy = json_if_there(self.folder / "added_tokens.json")
+            flags = {text: {"content": text, "special": text in special, "normalized": text not in special} for text in legacy}
+            listed = {str(number): flags[text] for text, number in legacy.items()}
+            tokens = _listed_tokens(listed, self.folder) | present
+        else:
+            tokens = _listed_tokens(listed, self.folder)
+        new = [tokens[number] for number in sorted(tokens)]
+        known = {token.content for token in (*new, *present.values())}
         required = {self.special_tokens.get(name) for name in ("bos_token", "eos_token")}
-        listed = []
-        for text, entry in _listed_tokens(self._config.get("added_tokens_decoder"), self.folder):
-            flags = {key: entry.get(key) is True for key in ("single_word", "lstrip", "rstrip")}
-            is_special = entry.get("special", text in extra) is True or text in named
-            listed.append(AddedToken(text, **flags, normalized=entry.get("normalized", not is_special) is True, special=is_special))
-        present = self._backend.get_added_tokens_decoder().values()
-        same = {repr(token) for token in present}
-        new = [token for token in listed if repr(token) not in same]
-        known = {token.content for token in (*present, *new)}
-        missing = [text for text in special if text not in known and (text not in required or self.token_to_id(text) is not None)]
-        new += [AddedToken(text, special=True) for text in missing]
-        if new:
-            self._backend.add_tokens(new)
+        for entry in (*named, *extra):
+            text = _token_text(entry)
+            if text and text not in known and (text not in required or self.token_to_id(text) is not None):
+                new.append(_added_token({"content": text, "special": not _is_marked(entry), **(entry if isinstance(entry, dict) else {})}))
+        for token in new:
+            token.special |= token.content in self.special_tokens.values()
+        self._backend.add_tokens(new)
 
     def _first_ids(self) -> list[int]:
         self._require_bounded("a")
@@ -289,7 +292,6 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{file} is not a readable tokenizer: {str(error)[:300]}. Copy it again from where the model came from") from None
     backend.no_truncation()
-    backend.no_padding()
     return backend
 
 
@@ -346,26 +348,57 @@ def _no_panics(file: str) -> Iterator[None]:
         ) from None
 
 
-def _with_map(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """Return tokenizer_config.json with special_tokens_map.json over it. Extra tokens are joined; the older key counts alone."""
+def _merged(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Return tokenizer_config.json with special_tokens_map.json over it, as transformers does if no `added_tokens_decoder` is there.
+
+    Extra tokens are joined; the older key counts alone. Of the tokens of a model's own those of tokenizer_config.json count more.
+    """
     extra, older = EXTRA_TOKENS
     if older in config and not config.get(extra):
         config[extra] = config.pop(older)
-    if isinstance(config.get(extra), list):
-        named = {key: value for key, value in named.items() if key != older}
-        if isinstance(named.get(extra), list):
+    own = {name: config.pop(name) for name in list(config) if _is_own(name) and isinstance(config[name], str)}
+    if isinstance(config.get(extra), dict):
+        own |= config.pop(extra)
+    if own:
+        config[OWN_TOKENS] = own
+    if "added_tokens_decoder" not in config:
+        objects = {name: value for name, value in named.items() if isinstance(value, dict) and name != extra}
+        named = named | {name: {**value, "__type": "AddedToken", "special": True} for name, value in objects.items()}
+        if isinstance(config.get(extra), list) and isinstance(named.get(extra), list):
             named[extra] = config[extra] + named[extra]
-    return config | named
+        config |= named
+        if isinstance(config.get(extra), dict):
+            config[OWN_TOKENS] = _mapping(config.get(OWN_TOKENS)) | config.pop(extra)
+    return config if older not in config or extra in config else config | {extra: config[older]}
 
 
-def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Return the special tokens that have a name, such as bos_token, by their names."""
-    own = {name: value for name, value in config.items() if name.endswith("_token") and name not in STANDARD_TOKENS}
-    own = {name: value for name, value in own.items() if isinstance(value, str)}
-    own |= more if isinstance(more := config.get("extra_special_tokens"), dict) else {}
-    own = own or (more if isinstance(more := config.get("model_specific_special_tokens"), dict) else {})
-    named = {name: config.get(name) for name in STANDARD_TOKENS} | own
-    return {name: text for name, value in named.items() if (text := _token_text(value))}
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_own(name: str) -> bool:
+    """Return True for the name of a special token that is a model's own."""
+    return name.endswith("_token") and name not in (*STANDARD_TOKENS, "add_bos_token", "add_eos_token")
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the special tokens that have a name, such as bos_token, by their names: texts or objects."""
+    marked = {name: value for name, value in config.items() if _is_own(name) and (isinstance(value, str) or _is_marked(value))}
+    named = {name: config.get(name) for name in STANDARD_TOKENS} | _mapping(config.get(EXTRA_TOKENS[0])) | marked
+    named |= _mapping(config.get(OWN_TOKENS))
+    return {name: value for name, value in named.items() if _token_text(value) is not None}
+
+
+def _is_marked(entry: Any) -> bool:
+    """Return True for an object that says that it is an added token."""
+    return isinstance(entry, dict) and entry.get("__type") == "AddedToken"
+
+
+def _added_token(entry: dict[str, Any]) -> tokenizers.AddedToken:
+    """Return a token with the flags of its object."""
+    from tokenizers import AddedToken
+
+    return AddedToken(entry["content"], **{key: entry[key] is True for key in FLAGS if key in entry})
 
 
 def _token_text(entry: Any) -> str | None:
@@ -374,15 +407,11 @@ def _token_text(entry: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _listed_tokens(listed: Any, folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return text and flags of the tokens in `added_tokens_decoder`, or in added_tokens.json if there is none, by their ids."""
-    if listed is None:
-        legacy = json_if_there(folder / "added_tokens.json")
-        listed = {str(number): {"content": text} for text, number in legacy.items()}
+def _listed_tokens(listed: Any, folder: Path) -> dict[int, tokenizers.AddedToken]:
+    """Return the tokens in `added_tokens_decoder`, or of added_tokens.json, by their ids."""
     try:
-        entries = sorted((int(number), entry["content"], entry) for number, entry in listed.items())
-        if all(isinstance(text, str) and text for _, text, _ in entries):
-            return [(text, entry) for _, text, entry in entries]
+        if all(isinstance(entry["content"], str) and entry["content"] for entry in listed.values()):
+            return {int(number): _added_token(entry) for number, entry in listed.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         pass
     raise UserError(f"{folder}: added_tokens_decoder of tokenizer_config.json, or added_tokens.json, lists no tokens by id: copy it again")

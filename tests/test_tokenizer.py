@@ -395,6 +395,15 @@ def test_the_default_of_several_templates(entry: Any, write_tiny_tokenizer: Call
 
 A, B = "{% for m in messages %}A{{ m.content }}{{ pad_token }}{% endfor %}", "{% for m in messages %}B{{ m.content }}{% endfor %}"
 NEW = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+OBJECT = {**NEW, "__type": "AddedToken", "special": True}
+PADDING = {
+    "strategy": "BatchLongest",
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 1,
+    "pad_type_id": 0,
+    "pad_token": "<|im_start|>",
+}
 PLACES: dict[str, dict[str, Any]] = {
     "one file": {"chat_template.jinja": A},
     "a file beside the config's": {"chat_template.jinja": A, "tokenizer_config.json": {"chat_template": B}},
@@ -453,6 +462,40 @@ PLACES: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {"added_tokens_decoder": {"320": {**NEW, "content": "<new>", "special": True}}, "pad_token": "<|im_end|>"},
         "special_tokens_map.json": {"eos_token": "<|im_start|>", "pad_token": "<|im_start|>"},
     },
+    "a special token with flags": {"special_tokens_map.json": {"unk_token": {"content": "<new>", "rstrip": True, "special": False}}},
+    "a special token as an object": {"tokenizer_config.json": {"unk_token": {**OBJECT, "content": "<new>", "lstrip": True}}},
+    "a plain extra token with flags": {
+        "tokenizer_config.json": {"extra_special_tokens": [{**OBJECT, "content": "<new>", "rstrip": True, "special": False}]}
+    },
+    "a special token that tokenizer.json has as a plain one": {
+        "tokenizer.json": {"added_tokens": [{**NEW, "id": 2, "content": "<|im_end|>", "special": False}]}
+    },
+    "a plain token that tokenizer.json has with other flags": {
+        "tokenizer.json": {"added_tokens": [{**NEW, "id": 320, "content": "<new>", "rstrip": True, "special": False}]},
+        "added_tokens.json": {"<new>": 320},
+    },
+    "added in a file with the id of another": {"added_tokens.json": {"<new>": 2}},
+    "a model's own name in two files": {
+        "tokenizer_config.json": {"image_token": "there", "chat_template": A + "{{ image_token }}"},
+        "special_tokens_map.json": {"image_token": "<new>"},
+    },
+    "a model's own name as an object": {
+        "tokenizer_config.json": {"chat_template": A + "{{ image_token }}{{ audio_token }}", "audio_token": {**OBJECT, "content": "there"}},
+        "special_tokens_map.json": {"image_token": {"content": "<new>", "rstrip": True}},
+    },
+    "a model's own names in both lists": {
+        "tokenizer_config.json": {"extra_special_tokens": {"image": "<new>"}, "additional_special_tokens": {"source": "there"}},
+        "chat_template.jinja": A + "{{ image }}{{ source }}",
+    },
+    "no list counts more than the map's": {
+        "tokenizer_config.json": {"extra_special_tokens": None},
+        "special_tokens_map.json": {"additional_special_tokens": ["<new>"]},
+    },
+    "the padding of tokenizer.json": {
+        "tokenizer.json": {"padding": PADDING},
+        "tokenizer_config.json": json.dumps({"chat_template": A}),
+    },
+    "a rule that is no token": {"tokenizer_config.json": {"add_eos_token": "<new>"}},
     "no special tokens in texts": {"tokenizer_config.json": {"split_special_tokens": True}},
     "ids alone": {
         "tokenizer_config.json": {"bos_token": None, "eos_token": None, "chat_template": A + "{{ bos_token }}{{ eos_token }}"},
@@ -472,8 +515,8 @@ def test_every_place_and_form_as_in_transformers(place: str, write_tiny_tokenize
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     for name, content in PLACES[place].items():
         (folder / name).parent.mkdir(exist_ok=True)
-        merged = {**config, **content} if name == "tokenizer_config.json" else content
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(merged))
+        before = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps({**before, **content}))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     checkpoint.copy_tokenizer_files(folder, tmp_path / "copy")
     turns, tools = [{"role": "user", "content": "Hi <new> there"}], [{"type": "function", "function": {"name": "f"}}]
