@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
 from litgpt import config, families as catalog
@@ -227,6 +228,11 @@ def test_from_hf_reads_old_and_new_rotary_keys() -> None:
         ({"attention_bias": True}, ["attention_bias", "True"]),
         ({"mlp_bias": True}, ["mlp_bias", "True"]),
         ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, ["ntk", "llama3"]),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}},
+            ["'linear' of sliding_attention"],
+        ),
+        ({"model_type": "gemma3_text", "partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
     ],
 )
 def test_from_hf_refuses(changes: dict[str, Any], words: list[str], tmp_path: Path) -> None:
@@ -235,6 +241,15 @@ def test_from_hf_refuses(changes: dict[str, Any], words: list[str], tmp_path: Pa
     with pytest.raises(UserError) as caught:
         Config.from_hf(file)
     assert all(word in str(caught.value) for word in [str(file), *words]), caught.value
+
+
+@pytest.mark.parametrize("share", [None, 0.5, "left out"])
+def test_the_share_of_rotated_dimensions_as_in_transformers(share: float | str | None, tmp_path: Path) -> None:
+    hf = {**HUB["Llama-2-7b-hf"], "model_type": "stablelm", "partial_rotary_factor": share}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({key: value for key, value in hf.items() if value != "left out"}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert Config.from_hf(file).rotary_percentage == theirs.get("partial_rotary_factor", 1.0)
 
 
 def test_from_hf_broken_files(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def rope(
         if any(isinstance(value, dict) for value in parameters.values()):
             raise ValueError("rope_parameters for each type of layer are not supported for this model_type")
         base = first(parameters.get("rope_theta"), hf.get(theta_key), theta)
-        share = first(parameters.get("partial_rotary_factor"), hf.get(partial_key), partial, 1.0)
+        share = first(parameters.get("partial_rotary_factor"), hf.get(partial_key, partial), 1.0)
         if partial is None and share != 1:
             raise ValueError(f"{partial_key} {share!r} is not supported for this model_type, only 1.0 is")
         length = first(hf.get("original_max_position_embeddings"), original, parameters.get("original_max_position_embeddings"))
@@ -49,10 +49,10 @@ def read_two_bases(hf: Hf, base: float, local_base: float) -> Fields:
     # transformers fills in `rope_type`, and then `type` counts for nothing
     far = {**(parameters.get("full_attention") or {"rope_type": "default"}), **(hf.get("rope_scaling") or {})}
     near = parameters.get("sliding_attention") or {}
-    if (kind := near.get("rope_type", "default")) != "default":
+    if (kind := near.get("rope_type", near.get("type", "default"))) != "default":
         raise ValueError(f"rotary scaling {kind!r} of sliding_attention is not supported, only of full_attention")
-    for part in (far, near):
-        if part.get("partial_rotary_factor", 1) != 1:
+    for part in (far, near, hf):
+        if part.get("partial_rotary_factor") not in (None, 1):
             raise ValueError(f"partial_rotary_factor {part['partial_rotary_factor']!r} is not supported for this model_type, only 1.0 is")
     scaling = read_scaling(far, far.get("original_max_position_embeddings"), hf)
     if condense := scaling.pop("rope_condense_ratio", None):
