@@ -15,7 +15,7 @@ import yaml
 from litgpt import config, families as catalog
 from litgpt.config import Config
 from litgpt.errors import UserError
-from tests.helpers import tiny
+from tests.helpers import family_configs, tiny
 
 LATENT = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
 EXPERTS = {"mlp_class_name": "LLaMAMoE", "intermediate_size": 8, "n_expert": 4, "n_expert_per_token": 2}
@@ -250,6 +250,31 @@ def test_the_share_of_rotated_dimensions_as_in_transformers(share: float | str |
     file.write_text(json.dumps({key: value for key, value in hf.items() if value != "left out"}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
     assert Config.from_hf(file).rotary_percentage == theirs.get("partial_rotary_factor", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "other"),
+    [
+        ("gpt2", "n_layer", "num_hidden_layers"),
+        ("gpt2", "n_positions", "max_position_embeddings"),
+        ("bloom", "hidden_size", "n_embed"),
+        ("mpt", "n_layers", "num_hidden_layers"),
+        ("mixtral", "num_local_experts", "num_experts"),
+        ("olmoe", "num_experts", "num_local_experts"),
+        ("qwen3_moe", "num_local_experts", "num_experts"),
+        ("glm4_moe", "n_routed_experts", "num_local_experts"),
+        ("gpt_oss", "num_experts_per_tok", "experts_per_token"),  # which transformers does not read
+    ],
+)
+def test_two_names_of_a_key_as_in_transformers(family: str, key: str, other: str, tmp_path: Path) -> None:
+    hf = family_configs.hf_config(family, layer_types=None).to_dict()
+    value = hf.pop(key)
+    null = [{key: value, other: None}] if other == "n_embed" else []  # elsewhere transformers refuses it
+    for names in ({other: value}, {key: value, other: 2 * value}, {other: 2 * value, key: value}, *null):
+        (tmp_path / "config.json").write_text(json.dumps({**hf, **names}))
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+        ours = Config.from_hf(tmp_path / "config.json", name="", hf_config={})
+        assert ours.base_dict() == Config.from_hf(theirs, name="", hf_config={}).base_dict(), names
 
 
 def test_from_hf_broken_files(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Architecture:
 
     class_name: str  # for `architectures`
     names: Table  # of the tensors in files
-    keys: Mapping[str, Key]  # by key of config.json; older names of it follow, after blanks
+    keys: Mapping[str, Key]  # by key of config.json; other names of it follow, after blanks; the last counts
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that every such model has
     accepts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # key: supported values, transformers' default first
     aspects: tuple[Aspect, ...] = ()
@@ -60,7 +60,7 @@ class Architecture:
         missing: list[str] = []
         problems: list[str] = []
         for names, (name, default) in self.keys.items():
-            key = next((key for key in names.split() if key in hf), None)
+            key = max(filter(hf.__contains__, reversed(names.split())), key=lambda key: hf[key] is not None, default=None)
             if key is not None:
                 fields[name] = hf[key]
             elif default is REQUIRED:

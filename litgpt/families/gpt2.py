@@ -23,7 +23,7 @@ MODELS = expand(
 ) + expand("distilbert", _MODEL, {"distilgpt2": {"n_layer": 6, "n_head": 12, "n_embd": 768}})
 
 _KEYS = {
-    "n_positions": Key("block_size", 1024),
+    "n_positions max_position_embeddings": Key("block_size", 1024),
     "vocab_size": Key("padded_vocab_size"),
     "n_layer num_hidden_layers": Key("n_layer"),
     "n_head num_attention_heads": Key("n_head"),

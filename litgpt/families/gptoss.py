@@ -54,7 +54,7 @@ _KEYS = sizes(
     router_aux_loss_coef=Key("router_aux_loss_coef", 0.001),
     **{
         "num_local_experts num_experts": Key("n_expert", 128),
-        "num_experts_per_tok experts_per_token": Key("n_expert_per_token", 4),
+        "num_experts_per_tok": Key("n_expert_per_token", 4),
     },
 )
 _EXPERT_NAMES = {  # of one expert: see `litgpt.convert.experts`

@@ -81,7 +81,7 @@ MODELS = [
 ]
 
 _EXPERTS = {
-    "num_local_experts": Key("n_expert", 8),
+    "num_local_experts num_experts": Key("n_expert", 8),
     "num_experts_per_tok": Key("n_expert_per_token", 2),
     "router_aux_loss_coef": Key("router_aux_loss_coef", 0.001),
 }
