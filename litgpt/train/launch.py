@@ -171,6 +171,7 @@ class Group:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process stops the others
         try:
             store = TCPStore(place.address, place.port, None, is_host, start_limit, wait_for_workers=False)
+            self.port = store.port
             if not launched:
                 self._launch(replace(place, port=store.port))
             atexit.register(self._close)
@@ -272,14 +273,14 @@ class Group:
         except (dist.DistError, RuntimeError):
             return True
 
-    def fail(self, code: int, message: str) -> None:
-        """Let the others know why this process ends."""
-        self._soon(lambda: self.store.set(f"failed/{self.place.index}", json.dumps([code, message])))
+    def tell(self, *failures: Failure) -> None:
+        """Let the others know why this process ends: its own failure, or those of others."""
+        self._soon(lambda: self.store.set(f"failed/{self.place.index}", json.dumps([astuple(failure) for failure in failures])))
 
-    def failure_of(self, index: int) -> Failure | None:
+    def told_by(self, index: int) -> list[Failure]:
         """Return what a process said before it ended."""
         said = self._soon(lambda: self.store.check([f"failed/{index}"]) and self.store.get(f"failed/{index}"))
-        return Failure(index, *json.loads(said)) if said else None
+        return [Failure(*failure) for failure in json.loads(said)] if said else []
 
     def _soon(self, ask: Callable[[], Any]) -> Any:
         """Return the store's answer, or None if there is none soon: its machine may be cut off, and the connection wait for minutes."""
@@ -297,23 +298,25 @@ class Group:
         return answer[0] if answer else None
 
     def failures(self, seconds: float, count: int = 1) -> list[Failure]:
-        """Return the failures of other processes, up to `count`, waiting for them at most so long."""
+        """Return the failures of other processes, `count` or more, waiting for them at most so long. A process knows its own best."""
         until = time.monotonic() + seconds
         others = [k for k in range(self.place.size) if k != self.place.index]
         while True:
-            known = [failure for k in others if (failure := self.failure_of(k) or self._seen(k))]
+            told = [(k, failure) for k in others for failure in self.told_by(k) or self._seen(k)]
+            known = {failure.index: failure for k, failure in sorted(told, key=lambda item: item[0] == item[1].index)}
+            known.pop(self.place.index, None)
             if len(known) >= count or time.monotonic() > until:
-                return known
+                return [known[k] for k in sorted(known)]
             time.sleep(POLL_SECONDS)
 
-    def _seen(self, index: int) -> Failure | None:
+    def _seen(self, index: int) -> list[Failure]:
         """Return what can be seen of a process of this machine that ended without a word, or that is stopped."""
         peer = self.peers[index]
         if peer.state == "alive":
-            return None
+            return []
         if peer.state == "stopped":
-            return Failure(index, 1, f"process {peer.pid} is stopped, and the others waited {self.timeout:g} s for it (--timeout)")
-        return Failure(index, 1, f"process {peer.pid} {self.lost.get(peer.pid, 'ended before its time')}")
+            return [Failure(index, 1, f"process {peer.pid} is stopped, and the others waited {self.timeout:g} s for it (--timeout)")]
+        return [Failure(index, 1, f"process {peer.pid} {self.lost.get(peer.pid, 'ended before its time')}")]
 
     @property
     def elsewhere(self) -> list[int]:
@@ -327,9 +330,16 @@ class Group:
         return next(k for k, peer in enumerate(self.peers) if k == self.place.index or peer.state == "alive")
 
     def leave(self) -> None:
-        """Leave the group, so that those who wait for this process notice it, and wait for the first process to report the error."""
-        if self.device.type == "cpu":
-            dist.destroy_process_group()
+        """Leave the group, so that those who wait for this process notice it, and wait for the first process to report the error.
+
+        The connections to the others are shut down here: torch closes them only when nothing refers to its group any more, as a sharded
+        model does. That to the store stays.
+        """
+        for connection in psutil.Process().net_connections("tcp") if self.device.type == "cpu" else ():
+            if connection.raddr and self.port not in (connection.laddr.port, connection.raddr.port):
+                with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as own:
+                    own.shutdown(socket.SHUT_RDWR)
         until = time.monotonic() + END_SECONDS
-        while self.speaker != self.place.index and time.monotonic() < until:
-            time.sleep(POLL_SECONDS)
+        with suppress(SystemExit):  # torchrun sends SIGTERM when the first process has ended
+            while self.speaker != self.place.index and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)

@@ -176,13 +176,13 @@ def ends_together(rank: Rank, saved: Callable[[], str] = lambda: "") -> Iterator
 def _of_another(group: Group, failures: list[Failure], saved: Callable[[], str]) -> BaseException:
     """Return what ends this process after others have failed."""
     code = failures[0].code if failures else 1
-    has_spoken = any(group.failure_of(k) for k in range(group.place.index))  # and may have ended since
+    has_spoken = any(group.told_by(k) for k in range(group.place.index))  # and may have ended since
     is_speaker = group.speaker == group.place.index and not has_spoken
     text = (
         "; ".join(f"rank {failure.index}: {failure.message}" for failure in failures)
         or f"rank {', '.join(map(str, group.elsewhere))}, of another machine, cannot be reached"
     )
-    group.fail(code, text)
+    group.tell(*(failures or [Failure(group.place.index, code, text)]))
     if not is_speaker:
         group.leave()
         return SystemExit(code)
@@ -200,7 +200,7 @@ def _own(rank: Rank, group: Group, error: BaseException, saved: Callable[[], str
     if not isinstance(error, UserError | SystemExit):
         traceback.print_exception(error)
         text = f"{type(error).__name__}: {text}. {saved()}".rstrip()
-    group.fail(code if isinstance(code, int) else 1, text)
+    group.tell(Failure(rank.index, code if isinstance(code, int) else 1, text))
     is_speaker = group.speaker == rank.index
     if not rank.is_first:
         group.leave()

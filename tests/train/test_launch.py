@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from litgpt.errors import UserError
-from litgpt.train.launch import VARIABLES, Peer, Place, place_of
+from litgpt.train.launch import VARIABLES, Failure, Group, Peer, Place, place_of
 from tests.helpers.cases import quick
 from tests.helpers.jobs import ROOT, environ
 
@@ -131,6 +131,18 @@ def test_what_can_be_seen_of_a_process() -> None:
     process.kill()
     process.wait()
     assert peer.state == "gone"
+
+
+def test_a_failure_that_several_processes_tell_of_is_one_in_the_words_of_the_one_that_failed() -> None:
+    store, groups = torch.distributed.HashStore(), [object.__new__(Group) for _ in range(4)]
+    for index, group in enumerate(groups):
+        group.place, group.store, group.is_reachable = Place(index, 4, index, 4, "127.0.0.1", 0), store, True  # type: ignore[assignment]
+        group.peers = [Peer("elsewhere", 1)] * 4
+    groups[1].tell(Failure(2, 1, "ended before its time"))
+    assert groups[0].failures(0) == [Failure(2, 1, "ended before its time")]
+    groups[2].tell(Failure(2, 4, "out of memory"))
+    groups[3].tell(Failure(2, 1, "ended before its time"))
+    assert groups[0].failures(0) == [Failure(2, 4, "out of memory")] and groups[2].failures(0) == []
 
 
 ENDS = [("sys.exit(3)", "ended with exit code 3"), ("os.kill(os.getpid(), 9)", "was ended by SIGKILL")]
