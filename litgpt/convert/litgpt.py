@@ -58,9 +58,12 @@ def _load_finite(load: Callable[[], torch.Tensor], name: str, file: Path) -> tor
     return tensor
 
 
-def require_finite(weights: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Raise UserError for weights of a file with numbers that are not finite."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not is_finite(value):
-            check = f"`litgpt validate {file.parent}` lists all"
-            raise UserError(f"{file}: {name} holds numbers that are not finite ({check}): take an earlier checkpoint")
+def require_finite(
+    weights: Mapping[str, torch.Tensor], file: Path, agree: Callable[[torch.Tensor], torch.Tensor] = lambda flags: flags
+) -> None:
+    """Raise UserError for weights of a file with numbers that are not finite. `agree`: flags of processes with parts of them -> of all."""
+    numbers = {name: value for name, value in weights.items() if value.is_floating_point()}
+    broken = agree(torch.tensor([not is_finite(value) for value in numbers.values()])).tolist()
+    for name in [name for name, is_broken in zip(numbers, broken, strict=True) if is_broken][:1]:
+        check = f"`litgpt validate {file.parent}` lists all"
+        raise UserError(f"{file}: {name} holds numbers that are not finite ({check}): take an earlier checkpoint")

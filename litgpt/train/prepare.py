@@ -163,7 +163,8 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         rank = replace(rank, sharded=is_sharded)
         console.say(why)
     model = method.build(base, dtype, rank.device if rank.sharded else None, settings.cpu_offload)
-    require_finite({name: part_of(parameter) for name, parameter in model.named_parameters()}, base / WEIGHTS)
+    parts = {name: part_of(parameter) for name, parameter in model.named_parameters()}
+    require_finite(parts, base / WEIGHTS, lambda flags: rank.gather(flags).any(0))
     if not rank.sharded:
         model.to(rank.device)
         if not precision.endswith("-mixed"):

@@ -21,7 +21,7 @@ from litgpt.train.report import as_json
 from litgpt.train.resume import State, read, write
 from tests.helpers import tiny
 from tests.helpers.cases import quick
-from tests.helpers.jobs import curve
+from tests.helpers.jobs import Bench, curve, litgpt
 from tests.helpers.runs import finetune
 
 CPU = torch.device("cpu")
@@ -40,6 +40,19 @@ def test_a_base_with_numbers_that_are_not_finite_is_not_trained(
     run = finetune(command, broken, data, tmp_path / "out", train__max_steps=1)
     assert run.code == 1 and "transformer.wte.weight holds numbers that are not finite (`litgpt validate" in run.err
     assert not (tmp_path / "out" / "final").exists()
+
+
+@pytest.mark.slow
+def test_so_is_one_whose_broken_part_another_process_has(data: Path, tmp_path: Path, write_tiny_tokenizer: Any) -> None:
+    """The message is that of one process, and comes at once."""
+    broken = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, n_layer=1)
+    weights = torch.load(broken / "lit_model.pth", weights_only=True)
+    weights["transformer.wte.weight"][-1, 3] = torch.nan
+    torch.save(weights, broken / "lit_model.pth")
+    ended = litgpt(Bench(broken, data).argv(tmp_path / "out", devices=2, strategy="fsdp"), timeout=60)
+    message = f"Error: {broken / 'lit_model.pth'}: transformer.wte.weight holds numbers that are not finite"
+    assert ended.status == 1 and ended.err.splitlines()[-1].startswith(message), ended.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_last_step_that_blows_the_weights_up_is_no_success(base: Path, data: Path, tmp_path: Path) -> None:

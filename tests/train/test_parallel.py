@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch.testing import assert_close
 
 from litgpt.args import EvalArgs
+from litgpt.convert.litgpt import require_finite
+from litgpt.errors import UserError
 from litgpt.train.parallel import Rank
 from tests.helpers.cases import quick
 from tests.helpers.training import by_hand, column, make_loop, make_model, make_samples, train_by_hand, trained
@@ -92,3 +95,12 @@ def test_all_processes_stop_when_the_time_of_one_is_up() -> None:
     steps = in_processes(2, work)
     assert steps[0] == steps[1] >= 1
     assert time.perf_counter() - began < 30
+
+
+def test_a_number_that_is_not_finite_in_one_part_of_a_model_is_told_by_all_processes() -> None:
+    def work(rank: Rank) -> None:
+        parts = {"sound": torch.ones(2), "broken": torch.tensor([1.0, torch.inf if rank.index else 1.0]), "empty": torch.empty(0)}
+        require_finite(parts, Path("base/lit_model.pth"), lambda flags: rank.gather(flags).any(0))
+
+    for error in in_processes(2, work):
+        assert isinstance(error, UserError) and str(error).startswith("base/lit_model.pth: broken holds numbers that are not finite")
