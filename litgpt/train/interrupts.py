@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from litgpt.device import process_rank
 from litgpt.errors import OutOfMemory, Stopped
 from litgpt.logs import peak_memory_gb
 
@@ -60,6 +61,8 @@ class Interrupts:
             raise Stopped(number)
         self.asked = number
         name = signal.Signals(number).name
+        if process_rank():  # a terminal sends it to all processes, and the first says so
+            return
         with suppress(OSError):  # the terminal may be gone
             os.write(2, f"\n{name}: stopping after this step; a second signal ends the run at once\n".encode())
 

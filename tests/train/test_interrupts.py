@@ -51,6 +51,16 @@ def test_a_held_signal_waits_and_the_next_one_is_the_kernels(capfd: pytest.Captu
     assert capfd.readouterr().err == "\nSIGTERM: stopping after this step; a second signal ends the run at once\n"
 
 
+def test_a_signal_to_all_processes_of_a_run_is_told_by_the_first(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with Interrupts() as interrupts, interrupts.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.asked == signal.SIGTERM
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("first", SIGNALS)
 def test_a_closed_terminal_which_sends_several_hangups_ends_nothing_at_once(first: signal.Signals) -> None:
     before = signal.getsignal(signal.SIGHUP)
