@@ -31,6 +31,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 POLL_SECONDS = 0.2
 START_SECONDS = 300.0  # in which all processes must have started
 NOTICE_SECONDS = 10.0  # after which a process that has not noticed the end of another gets SIGTERM
+SIGNAL_SECONDS = 1.0  # in which a signal that has ended another process ends this one too
 STORE_SECONDS = 3.0
 END_SECONDS = 30.0  # after which it is ended, whatever it does
 
@@ -147,6 +148,7 @@ class Group:
     """The processes of a run: those started here, and how each learns why another ended."""
 
     current: Group | None = None  # torch allows one
+    has_met = False  # this process has found others
 
     def __init__(self, place: Place, timeout: float, joined: bool = True) -> None:
         """Start the other processes of this machine, unless a launcher has, and join all of them to torch's group.
@@ -178,7 +180,7 @@ class Group:
             threading.Thread(target=self._watch, daemon=True).start()
             self.store = PrefixStore(f"litgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             self.store.set(f"peer/{place.index}", f"{os.getpid()} {socket.gethostname()}")
-            facts = (self.store.get(f"peer/{k}").decode().split(" ", 1) for k in range(place.size if joined else 1))
+            facts = [self._fact_of(k, time.monotonic() + start_limit.total_seconds()) for k in range(place.size if joined else 1)]
             self.peers = [Peer(host, int(pid)) for pid, host in facts]
             is_cuda = self.device.type == "cuda"
             if joined:
@@ -195,11 +197,23 @@ class Group:
             reason = next((f"process {pid} {how}" for pid, how in self.lost.items()), first_line(error))
             self.end_children()
             raise UserError(f"the {place.size} processes of the run did not find each other at {place.address}: {reason}") from None
+        except SystemExit:  # a signal
+            self.ended = True
+            self.end_children()
+            raise
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
-        self.has_begun = True
+        self.has_begun = Group.has_met = True
         if joined:
             Group.current = self
+
+    def _fact_of(self, index: int, until: float) -> list[str]:
+        """Return the id and the host of a process when it has started. A signal is heeded meanwhile, which the store's own wait delays."""
+        while not self.store.check([f"peer/{index}"]):
+            if time.monotonic() > until:
+                raise dist.DistStoreError(f"rank {index} has not started")
+            time.sleep(POLL_SECONDS)
+        return self.store.get(f"peer/{index}").decode().split(" ", 1)
 
     def _launch(self, first: Place) -> None:
         """Start the other processes of this machine with the same command."""
@@ -255,11 +269,12 @@ class Group:
             if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # it has come already
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(END_SECONDS)
-        elif self.ended:
-            return
-        elif lost := self.lost:
-            pid, how = next(iter(lost.items()))
-            print(f"Error: process {pid} of the run {how} before the run began", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SIGNAL_SECONDS)
+            if self.ended:
+                return
+            for pid, how in [*self.lost.items()][:1]:
+                print(f"Error: process {pid} of the run {how} before the run began", file=sys.stderr, flush=True)
         self.end_children()
         os._exit(1)
 

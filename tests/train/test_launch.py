@@ -160,3 +160,17 @@ def test_a_process_that_ends_before_the_others_have_found_it_ends_the_run_at_onc
     )
     assert done.returncode == 1 and re.fullmatch(rf"Error: process \d+ of the run {how} before the run began\n", done.stderr), done.stderr
     assert time.monotonic() - began < 60, "most of it to load torch"
+
+
+def test_a_signal_while_the_others_start_ends_the_run_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "if 'RANK' in os.environ:\n    time.sleep(2)\n    os.kill(os.getppid(), signal.SIGTERM)\n    time.sleep(60)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "from litgpt.train import launch\nlaunch.Group(launch.place_of(2, 1), 600)\n"
+    )
+    began, kept = time.monotonic(), {**environ(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, env=kept, timeout=120)
+    assert done.returncode == 143 and not done.stderr, done.stderr
+    assert time.monotonic() - began < 25, "the process that sleeps is not waited for"
