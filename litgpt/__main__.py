@@ -6,12 +6,14 @@ exception is a bug and keeps its traceback.
 
 import difflib
 import importlib
+import io
+import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from types import FrameType
 from typing import Any, Optional
@@ -101,7 +103,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
             for number in heeded:
                 signal.signal(number, signal.SIG_IGN)  # the command has ended: its message must not be lost
-            code = _report(error)
+            with redirect_stderr(io.StringIO()) if argv and _is_echo(argv[0], error) else nullcontext():
+                code = _report(error)
         except SystemExit as end:
             if end.code or not lost_output():
                 raise
@@ -145,6 +148,18 @@ def _download(settings: dict[str, Any]) -> None:
         for key in ("checkpoint_dir", "initial_checkpoint_dir"):
             if settings.get(key):
                 fetch_named(settings[key], settings.get("access_token"))
+
+
+def _is_echo(name: str, error: BaseException) -> bool:
+    """Return True in the processes of torchrun or srun that only repeat their machine's first: they have not found each other yet.
+
+    Of those that the first has started itself this holds for a signal, which a terminal sends to all.
+    """
+    is_own = "TORCHELASTIC_RUN_ID" in os.environ or ("LOCAL_RANK" in os.environ and isinstance(error, Stopped | KeyboardInterrupt))
+    local = os.environ.get("LOCAL_RANK" if is_own else "SLURM_LOCALID", "0")
+    launch = sys.modules.get("litgpt.train.launch")
+    joins = name in COMMANDS and COMMANDS[name][0].startswith(("finetune.", "pretrain:"))
+    return joins and local != "0" and not (launch and launch.Group.has_met)
 
 
 def _report(error: BaseException) -> int:

@@ -762,3 +762,18 @@ def test_other_names_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"there is no command {word!r}. Did you mean {meant!r}?" in capsys.readouterr().err
     assert main(["generate", "c", "Who's there?"]) == 2 and """do you mean --prompt 'Who'"'"'s there?'?""" in capsys.readouterr().err
     assert main(["qqq"]) == 2 and "Did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("launcher", "place"), [("TORCHELASTIC_RUN_ID", "LOCAL_RANK"), ("SLURM_JOB_ID", "SLURM_LOCALID")])
+def test_a_mistake_that_all_processes_of_a_run_make_is_told_by_the_first(
+    launcher: str, place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litgpt.train.launch.Group.has_met", False)
+    monkeypatch.setenv(launcher, "1")
+    for index in (0, 1):
+        monkeypatch.setenv(place, str(index))
+        for words, code in ((["finetune_lora", "missing", "--bogus", "1"], 2), (["pretrain", "--data", "JSON"], 1)):
+            assert main(words) == code and capsys.readouterr().err.count("Error: ") == 1 - index
+        assert main(["validate", "missing"]) == 1 and "Error: " in capsys.readouterr().err, "several tasks may validate several folders"
+    monkeypatch.setattr("litgpt.train.launch.Group.has_met", True)
+    assert main(["finetune_lora", "--bogus", "1"]) == 2 and "Error: " in capsys.readouterr().err
