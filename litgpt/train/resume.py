@@ -166,6 +166,7 @@ def _samples_digest(samples: Sequence[Sample]) -> tuple[int, str]:
         digest.update(sample.loss_mask)
         digest.update(sample.weights or b"")
         digest.update(b"" if sample.label else b"bad")
+        digest.update(b"" if sample.reward is None else repr(float(sample.reward)).encode())
     return len(samples), digest.hexdigest()
 
 

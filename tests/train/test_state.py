@@ -150,6 +150,8 @@ def samples(change: int | None = None) -> list[Sample]:
         rows[0].loss_mask[1] = 1
     if change == 2:
         rows = [Sample(array("i", [1, 2, 3, 4, 5]), bytearray([0, 0, 1, 1, 0])), Sample(array("i", [6]), bytearray([1]))]
+    if change in (4, 5):
+        rows[1].reward = float(change - 4)
     return rows[::-1] if change == 3 else rows
 
 
@@ -170,8 +172,9 @@ def test_every_change_is_named(base: Path) -> None:
     assert who(base).changes(before) == []
     assert who(base, epochs=9, max_norm=1.0).changes(before) == ["train.epochs was 5 and is 9", "train.max_norm was None and is 1.0"]
     assert who(base, config={"n_layer": 3}).changes(before) == ["the base model is another one (its weights or its config)"]
-    for change in range(4):
+    for change in range(6):
         assert who(base, samples(change)).changes(before) == ["the training data are other ones (2 samples then, 2 now)"]
+    assert who(base, samples(4)).train != who(base, samples(5)).train
     (base / "lit_model.pth").write_bytes(bytes(range(256)) * 9 + bytes(256))
     checkpoint.weights_file(base, now=True)
     assert who(base).changes(before) == ["the base model is another one (its weights or its config)"]
