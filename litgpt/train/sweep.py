@@ -297,7 +297,8 @@ def _choose(candidates: list[Candidate], job: Job, known: dict[str, Any]) -> Non
 
 def _n_validated(candidates: list[Candidate], job: Job) -> int:
     """Return the number of validation samples that the trials need. Says so if it is not the same for all."""
-    batches, most = candidates[0].settings.eval.max_iters, len(job.splits.val)
+    batches, group = candidates[0].settings.eval.max_iters, job.objective.group
+    most = len(job.splits.val) // group
     counts = {min(most, batches * candidate.settings.train.micro_batch_size) for candidate in candidates}
     if len(counts) > 1:
         numbers = " or ".join(f"{count:,}" for count in sorted(counts))
@@ -305,7 +306,7 @@ def _n_validated(candidates: list[Candidate], job: Job) -> int:
             f"validation losses are not of the same samples: eval.max_iters {batches} batches of train.micro_batch_size are {numbers} "
             "samples. Raise eval.max_iters to compare them"
         )
-    return max(counts)
+    return max(counts) * group
 
 
 def _fill(job: Job, validated: int, place: Place | None) -> dict[str, ActivationCache]:

@@ -175,6 +175,18 @@ def test_the_best_comes_first(base: Path, data: Path, tmp_path: Path, capsys: py
     assert f"best: {lines[0]}," in out and f"litgpt chat {tmp_path / 'out' / lines[0] / 'final'}\n" in out
 
 
+def test_a_sweep_over_pairs_validates_as_many_pairs_as_a_run(base: Path, tmp_path: Path) -> None:
+    """`eval.max_iters` counts pairs, whose two answers are samples of the cache."""
+    rows_of_pairs = [{"prompt": f"add {i}", "chosen": f"{i} is the sum", "rejected": "no"} for i in range(20)]
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps(rows_of_pairs))
+    settings = {**SKIP, "objective": "dpo", "eval__max_iters": 1, "train__micro_batch_size": 1}
+    run = sweep(base, pairs, tmp_path / "sweep", {"dpo_beta": [0.1, 0.5]}, **settings)
+    assert run.code == 0, run.err
+    one = finetune("finetune_lora", base, pairs, tmp_path / "one", **settings, dpo_beta=0.5)
+    assert float(rows(run.out_dir)[1]["final_val_loss"]) == one.report["final_val_loss"]
+
+
 def test_losses_of_different_samples_are_pointed_out(base: Path, data: Path, tmp_path: Path) -> None:
     """Two validation samples: one batch of one is half of them."""
     values = {"train.micro_batch_size": [1, 2]}
