@@ -201,10 +201,10 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
 def _require_fitting(settings: Run, objective: Objective) -> None:
     """Raise UserError if the objective rates or compares answers and the data or other settings cannot."""
     name = getattr(settings, "objective", "")
-    if objective.of_answers and isinstance(settings.data, Text):
-        raise UserError(
-            f"objective {name} rates or compares answers, and {type(settings.data).__name__} is running text: give data with answers"
-        )
+    assert settings.data is not None
+    if objective.of_answers and (isinstance(settings.data, Text) or settings.data.gives_tokens):
+        kind = "gives tokens" if settings.data.gives_tokens else "is running text"
+        raise UserError(f"objective {name} rates or compares answers, and {type(settings.data).__name__} {kind}: give data with answers")
     if objective.of_answers and settings.train.replay:
         raise UserError(f"train.replay has answers without others to compare them with, or a reward: leave it out with objective {name}")
 

@@ -186,3 +186,7 @@ def test_a_data_module_with_loaders_of_its_own_is_trained(base: Path, tmp_path: 
     }.items():
         run = runs.finetune("finetune_lora", base, None, tmp_path / name, "--data", f"own_loaders.{name}")
         assert run.code == 1 and message in run.err and "Traceback" not in run.err, run.err
+    for objective in ("dpo", "orpo", "kto", "critic"):
+        settings = {"objective": objective, **({"lora_query": False, "lora_value": False} if objective == "critic" else {})}
+        run = runs.finetune("finetune_lora", base, None, tmp_path / objective, "--data", "own_loaders.Loaders", **settings)
+        assert run.code == 1 and f"objective {objective} rates or compares answers, and Loaders gives tokens: give data" in run.err
