@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 import torch
@@ -31,6 +31,7 @@ class Example:
     prompt: list[int]
     text: list[int]  # the prompt and the record's reply
     base: list[int] | None = None  # the base model's answer, if it was drawn together with others
+    answers: list[tuple[int, str]] = field(default_factory=list)  # (step, answer), in the order of the steps
 
 
 def examples_of(evaluation: EvalArgs, seed: int, records: Sequence[Record], style: PromptStyle, tokenizer: Tokenizer) -> list[Example]:
@@ -44,10 +45,11 @@ def examples_of(evaluation: EvalArgs, seed: int, records: Sequence[Record], styl
     for index in which if isinstance(which, list) else [0 if which == "first" else int(which)]:
         if index >= len(records):
             raise UserError(f"eval.evaluate_example is {index}: the validation set has {len(records)} samples, counted from 0")
-        rendered = render(records[index], style, tokenizer)
-        question = records[index].question if records[index].pair else rendered.prompt
-        ids = [tokenizer.ids(text, bos=None if records[index].is_text else style.bos) for text in (rendered.prompt, rendered.text)]
-        examples.append(Example(question, *ids))
+        record = records[index]
+        rendered = render(record, style, tokenizer)
+        question = f"{record.question}\n{record.input}".rstrip("\n") if record.pair else rendered.prompt
+        prompt, text = (tokenizer.ids(part, bos=None if record.is_text else style.bos) for part in (rendered.prompt, rendered.text))
+        examples.append(Example(question, prompt, text))
     return examples
 
 

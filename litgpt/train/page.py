@@ -9,7 +9,7 @@ from litgpt import args
 from litgpt.text import printable
 
 Points = Sequence[tuple[int, float]]
-Answers = Mapping[str, Sequence[tuple[int, str]]]  # question -> (step, answer)
+Answers = Sequence[tuple[str, Sequence[tuple[int, str]]]]  # question, and (step, answer)
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 280, 56, 40, 16  # of the figure, in its own units
 TICKS = 5
 MARK = b'<meta name="generator" content="litgpt">'  # by which a page of ours is known
@@ -39,7 +39,7 @@ def page(title: str, summary: Mapping[str, str], tiles: Mapping[str, str], curve
         f"<div class=tiles>{''.join(f'<div class=tile>{_safe(name)}<b>{_safe(value)}</b></div>' for name, value in tiles.items())}</div>"
     )
     if answers:
-        parts += ["<h2>Answers before and after</h2>", *(_answer(question, given) for question, given in answers.items())]
+        parts += ["<h2>Answers before and after</h2>", *(_answer(question, given) for question, given in answers)]
     if any(len(points) > 1 for points in curves.values()):
         parts += ["<h2>Loss</h2>", chart(curves, best)]
     rows = "".join(f"<tr><td>{_safe(key)}<td>{_safe(value)}" for key, value in settings.items())

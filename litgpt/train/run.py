@@ -37,6 +37,7 @@ from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explain
 from litgpt.train.loop import Batches, Loop, samples_of
 from litgpt.train.methods import CacheArgs, Method
 from litgpt.train.out_dir import RESUME, Checkpoints, OutDir, best_on_disk, conclude
+from litgpt.train.page import Answers
 from litgpt.train.parallel import alone, ends_together
 from litgpt.train.phase import Phase
 from litgpt.train.prepare import Job, prepare
@@ -123,7 +124,6 @@ class Session:
         self.hyperparameters = job.settings.hyperparameters()
         self.state, self.cached = State(clock=clock), dict[str, bool]()
         self.loop: Loop | None = None  # None while its activations are computed
-        self.answers: dict[str, list[tuple[int, str]]] = {}  # question -> (step, answer), in the order of the steps
         self.identity = identity = identity_of(job)
         if saved is not None:
             require_same(saved.folder, identity, saved.facts["identity"])
@@ -315,8 +315,13 @@ class Session:
                 return
             if ids is not None:
                 text = job.tokenizer.decode(ids).strip()
-                self.answers.setdefault(example.question, []).append((self.state.step, text))
+                example.answers.append((self.state.step, text))
                 self.console.say(f"  asked: {example.question}\n  answered: {text}")
+
+    @property
+    def answers(self) -> Answers:
+        """The examples that were answered, and their answers."""
+        return [(example.question, example.answers) for example in self.job.examples if example.answers]
 
     def _contents(self) -> Callable[[Path], None]:
         """Return a function that writes the contents of every checkpoint into a folder."""
@@ -365,7 +370,7 @@ class Session:
         """Say what came out and what can be done next."""
         out_dir, say = self.settings.out_dir, self.console.say
         say(f"\nfinished: {out_dir / 'final'}\n{text_table(list(summary_rows(report, out_dir / 'best').items()), left=(0, 1))}")
-        for question, answers in self.answers.items():
+        for question, answers in self.answers:
             before = f"\n  before:  {answers[0][1]}" if len(answers) > 1 else ""
             say(f"\n  {question}{before}\n  now:     {answers[-1][1]}")
         is_whole = (out_dir / "final" / checkpoint.WEIGHTS).is_file()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import math
+import re
 import resource
 import traceback
 from collections.abc import Callable
@@ -350,6 +352,19 @@ def test_an_example_is_answered_at_every_validation(which: Any, method: str, bas
     run = finetune("finetune_lora", base, data, tmp_path / "out", **METHODS[method], eval__evaluate_example=which, train__max_steps=1)
     assert run.code == 0, run.err
     assert run.err.count("asked: add ") == 2 == run.err.count("answered: ")
+
+
+def test_examples_with_the_same_question_keep_their_answers_apart(base: Path, tmp_path: Path) -> None:
+    """Records of one task share its words: the input tells them apart, or nothing does."""
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"instruction": "Sum up.", "input": f"text {i % 19}", "output": f"{i}"} for i in range(20)]))
+    settings: dict[str, Any] = {**SKIP, "eval__max_new_tokens": 2, "eval__evaluate_example": "[0, 1, 0]", "eval__initial_validation": False}
+    run = finetune("finetune_lora", base, file, tmp_path / "out", **settings, train__max_steps=1)
+    assert run.code == 0, run.err
+    page = (run.out_dir / "report.html").read_text()
+    shown = re.findall(r"<div class=answer><b>Sum up.\n(text \d+)</b>", page)
+    assert len(shown) == 3 and shown[0] == shown[2] != shown[1]
+    assert page.count("<dt>after 1 steps") == 3 and "<dt>before" not in page and "before:" not in run.err
 
 
 def test_no_answers_are_made_where_none_are_wanted(base: Path, data: Path, tmp_path: Path) -> None:
