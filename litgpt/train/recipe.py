@@ -309,9 +309,11 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
     schedule = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
     few, many, rate = BLOCKS_OF_TEXT if look.block and method == "LoRA" else schedule
-    epochs = train.get("epochs") or (few if look.records <= FEW else many)
+    usual = few if look.records <= FEW else many
+    epochs = train.get("epochs", usual)  # None: max_steps alone
     replayed = 0 if look.compares or look.is_text else train.get("replay", REPLAY)
     per_epoch = math.ceil((look.records + replayed) / batch)
+    steps = min((limit for limit in (epochs and epochs * per_epoch, train.get("max_steps")) if limit), default=usual * per_epoch)
     rows = [
         Chosen("train.epochs", epochs, "at most" if look.is_facts else "more epochs raise the loss on others"),
         Chosen("grid.optimizer.lr", [rate / 2, rate, 2 * rate], f"around {rate:g}, which suits {method}")
@@ -321,7 +323,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
         Chosen("train.global_batch_size", batch, "small batches learn faster"),
         Chosen("train.micro_batch_size", micro, "as many as fit a few thousand tokens"),
         Chosen("eval.initial_validation", True, "the loss before training"),
-        Chosen("eval.interval", max(1, epochs * per_epoch // VALIDATIONS), f"{VALIDATIONS} times a run"),
+        Chosen("eval.interval", max(1, steps // VALIDATIONS), f"{VALIDATIONS} times a run"),
     ]
     if not look.is_sweep:
         rows.append(Chosen("eval.max_new_tokens", 24, "to see what it answers"))

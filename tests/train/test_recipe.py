@@ -46,6 +46,15 @@ def test_what_are_facts(count: int, answers: int, is_facts: bool, tmp_path: Path
     assert look.is_pair and not look.has_validation
 
 
+@pytest.mark.parametrize(
+    ("words", "interval"),
+    [((), 10), (("--max_steps", "16"), 2), (("--max_steps", "400"), 10), (("--max_steps", "400", "--train.epochs", "null"), 50)],
+)
+def test_a_run_validates_eight_times_however_long_it_is(words: tuple[str, ...], interval: int, base: Path, tmp_path: Path) -> None:
+    """41 steps an epoch, two epochs unless said otherwise."""
+    assert chosen(tmp_path, base, records(300, 300), *words)["eval"].interval == interval
+
+
 def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_text(json.dumps(records(10, 2)))
