@@ -94,7 +94,7 @@ def kinds(records: Sequence[Record]) -> list[str]:
         ("with a rejected answer beside", sum(one.rejected is not None for one in records)),
         ("with tools", sum(one.tools is not None for one in records)),
         ("with a reply that is read, not learned", sum(not learned for one in records for learned in one.learned[-1:])),
-        ("with an empty answer: dropped", sum(not _has_answer(one) for one in records)),
+        ("with an empty answer: dropped", sum(not one.has_answer for one in records)),
     ):
         if count:
             lines.append(f"  {count:,} {text}")
@@ -157,13 +157,6 @@ def _quoted(text: str) -> str:
 
 def _characters(record: Record) -> int:
     return sum(len(str(message["content"])) for message in record.messages) + len(record.input)
-
-
-def _has_answer(record: Record) -> bool:
-    return any(
-        learned and (str(message["content"]).strip() or message.get("tool_calls"))
-        for message, learned in zip(record.messages, record.learned, strict=True)
-    )
 
 
 def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[str]:

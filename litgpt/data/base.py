@@ -150,14 +150,16 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         numbered = list(enumerate(train, 1))
         parts = self._split(numbered) if val is None else (numbered, list(enumerate(val, 1)))
         encoder = Encoder(tokenizer, prompt_style, self.mask_prompt, self.last_turn_only, max_seq_length, self.source)
-        encoded = [encoder.encode_all(part, units) for part in parts]
+        repeats = val is None and self.val_split_fraction == 0
+        again = replace(encoder, cut=0, dropped=Counter(), ignored={}) if repeats else encoder  # its records are counted once
+        encoded = [each.encode_all(part, units) for each, part in zip((encoder, again), parts, strict=True)]
         for name, samples, part in zip(("training", "validation"), encoded, parts, strict=True):
             if not samples:
                 raise UserError(self._nothing_left(name, len(part), encoder))
         if self.strict and encoder.ignored:
             raise UserError(f"{self.source}: {', '.join(encoder.remarks())}. Remove these keys, or leave data.strict out")
         train_samples, val_samples = ([sample for _, unit in part for sample in unit] for part in encoded)
-        report = _report(encoded, encoder, notes, repeats=val is None and self.val_split_fraction == 0)
+        report = _report(encoded, encoder, notes, repeats)
         return Splits(train_samples, val_samples, report, [record for record, _ in encoded[1]])
 
     def held_out_share(self) -> float:

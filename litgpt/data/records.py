@@ -74,6 +74,12 @@ class Record:
         return str(self.messages[self.last]["content"])
 
     @property
+    def has_answer(self) -> bool:
+        """True if there is something to learn: a text, a reasoning or a call of tools."""
+        learned = [message for message, weight in zip(self.messages, self.learned, strict=True) if weight]
+        return any(str(message.get(key) or "").strip() for message in learned for key in ("content", *REASONING, "tool_calls"))
+
+    @property
     def question(self) -> str:
         """The question of a pair."""
         return str(self.messages[-2]["content"])

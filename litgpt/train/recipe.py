@@ -133,8 +133,9 @@ class Look:
 
     @classmethod
     def at(cls, train: Sequence[Any], val: Sequence[Any] | None) -> Look:
-        """Look at what a data module's `records` returns."""
-        records = [entry if isinstance(entry, Record) else read_record(entry) for entry in train]
+        """Look at what a data module's `records` returns. Records without an answer are dropped, as in training."""
+        read = [entry if isinstance(entry, Record) else read_record(entry) for entry in train]
+        records = [record for record in read if record.has_answer]
         answers = {str(record.messages[-1]["content"]).strip() for record in records}
         longest = max((sum(len(str(message["content"])) for message in record.messages) for record in records), default=0)
         compares = any(record.rejected is not None for record in records)
