@@ -161,7 +161,7 @@ class Console:
         text = safe(text)
         with suppress(OSError):
             if self._bar is not None:
-                self._bar.console.print(text, markup=False, highlight=False)
+                self._bar.console.print(text, markup=False, emoji=False, highlight=False)
             elif self.active:
                 print(text, file=sys.stderr, flush=True)
 

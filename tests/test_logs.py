@@ -272,11 +272,12 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch: pytest.MonkeyPatc
     with console.progress("training") as progress:
         progress(3, 7, "loss 1.25")
         console.say("step 3: [b]brackets[/b] stay")
+        console.say("answered: at 10:100:20 :smile:")
         progress(7, 7, "loss 1.00")
     console.say("after")
     text = terminal.getvalue()
     assert "3/7" in text.replace(" ", "") or "7/7" in text.replace(" ", "")
-    assert "loss 1.00" in text and "step 3: [b]brackets[/b] stay" in text
+    assert "loss 1.00" in text and "step 3: [b]brackets[/b] stay" in text and "at 10:100:20 :smile:\n" in text
     assert text.endswith("after\n")
 
 
