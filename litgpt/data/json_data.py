@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from litgpt.data.base import DataModule
 from litgpt.data.records import Record
-from litgpt.data.sources import SUFFIXES, VALIDATION, is_dataset, read_dataset, read_records
+from litgpt.data.sources import VALIDATION, is_dataset, named, read_dataset, read_records
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 
@@ -47,7 +47,7 @@ class JSON(DataModule):
 
 def _find_file(folder: Path, stems: tuple[str, ...]) -> Path:
     for stem in stems:
-        files = [file for suffix in SUFFIXES if (file := folder / f"{stem}{suffix}").is_file()]
+        files = named(folder, stem)
         if len(files) > 1:
             raise UserError(f"{folder} has both {files[0].name} and {files[1].name}: remove one")
         if files:

@@ -213,12 +213,14 @@ def import_library(name: str, what: object) -> Any:
 def is_dataset(path: Path) -> bool:
     """Return True for the name of a data set on the hub, and for a folder with data files and none named train."""
     if path.is_dir():
-        return not _has_training_file(path) and any(file.stem not in VALIDATION for file in visible(path, SUFFIXES))
+        return not named(path, "train") and any(file.stem not in VALIDATION for file in visible(path, SUFFIXES))
     return not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None and suffix_of(path) not in SUFFIXES
 
 
-def _has_training_file(folder: Path) -> bool:
-    return any((folder / f"train{suffix}").is_file() for suffix in SUFFIXES)
+def named(folder: Path, stem: str) -> list[Path]:
+    """Return the data files of a folder that have this name and any suffix, in order."""
+    files = (file for file in folder.iterdir() if suffix_of(file) in SUFFIXES and file.is_file())
+    return sorted(file for file in files if file.name[: -len(suffix_of(file))] == stem)
 
 
 def visible(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -238,9 +240,9 @@ def is_text(path: Path) -> bool:
     A folder with data files beside them holds records, unless it has .txt files and no training data.
     """
     if not path.is_dir():
-        return path.suffix in RUNNING
+        return suffix_of(path) in RUNNING
     if visible(path, SUFFIXES):
-        return any(path.glob("*.txt")) and not _has_training_file(path)
+        return any(suffix_of(file) == ".txt" for file in path.iterdir()) and not named(path, "train")
     return bool(texts_of(path))
 
 

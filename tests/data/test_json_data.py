@@ -162,3 +162,10 @@ def test_an_unset_share_is_litgpts_and_said(tmp_path: Path, tiny_tokenizer_dir: 
     assert "5 % of them for validation, as neither data.val_split_fraction nor a validation file is given" in splits.report
     splits = JSON(json_path=tmp_path / "data.json", val_split_fraction=0.05).splits(Tokenizer(tiny_tokenizer_dir), prompts.ChatML())
     assert len(splits.val) == 2 and "neither" not in splits.report
+
+
+def test_a_folder_whose_files_have_endings_in_capitals(tmp_path: Path) -> None:
+    for name in ("train.CSV", "val.CSV"):
+        (tmp_path / name).write_text(f"question,answer\n{name},1\n")
+    train, val = JSON(json_path=tmp_path).records()
+    assert val is not None and [record.question for record in (*train, *val)] == ["train.CSV", "val.CSV"]

@@ -78,7 +78,8 @@ def test_mistakes(tmp_path: Path) -> None:
 def test_a_folder_of_text_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.md").write_text("# Text")
-    for name in (tmp_path, tmp_path / "a.txt", tmp_path / "b.md"):
+    (tmp_path / "C.TXT").write_text("text")
+    for name in (tmp_path, tmp_path / "a.txt", tmp_path / "b.md", tmp_path / "C.TXT"):
         keys = Keys(Pretrain)
         config = keys.merge([keys.of_mapping({"data": str(name)})])
         assert config["data"] == {"class_path": TextFiles, "init_args": {"train_data_path": name}}
@@ -93,6 +94,8 @@ def test_a_folder_of_text_on_the_command_line(tmp_path: Path) -> None:
         ("a.txt b.txt list.json", "a.txt b.txt"),
         ("README.md data/train-0000.parquet", None),  # a data set of the hub
         ("README.md LICENSE.txt train.jsonl val.jsonl", None),
+        ("A.TXT list.json", "A.TXT"),
+        ("LICENSE.TXT train.JSONL val.JSONL", None),
         ("picture.png", None),
     ],
 )
