@@ -44,6 +44,7 @@ class Phase:
     def begun(self, state: State) -> Iterator[None]:
         """Delay signals and show progress while the loop runs; validate before it if that is due."""
         state.phase = state.phase or PhaseStart(state.step, state.tokens)
+        state.phase.clock.began = time.perf_counter()  # reading data and filling caches is no training, in a resumed session neither
         with self.interrupts.held(), self.console.progress(self.title, state.step - state.phase.step) as self._progress:
             if state.pending is not None:
                 self._finish_step(state, state.pending, validate=True)

@@ -12,7 +12,7 @@ from litgpt.errors import Stopped
 from litgpt.lora import mark_only_lora_as_trainable
 from litgpt.train.interrupts import Interrupts
 from litgpt.train.parallel import Rank
-from litgpt.train.resume import State
+from litgpt.train.resume import PhaseStart, State, Stopwatch
 from tests.helpers import tiny
 from tests.helpers.cases import first
 from tests.helpers.training import METHODS, Saved, by_hand, column, logged, make_loop, make_model, make_samples
@@ -148,3 +148,12 @@ def test_a_signal_in_a_validation_leaves_it_pending_and_the_rest_of_the_step_is_
     assert [{k: v for k, v in row.items() if k not in drop} for row in logged(loop)] == [
         {k: v for k, v in row.items() if k not in drop} for row in logged(whole)
     ]
+
+
+def test_max_time_does_not_count_what_a_resumed_session_does_before_training() -> None:
+    """5 s of training in an earlier session; data and cache took 1,000 s in this one."""
+    clock = Stopwatch(5.0)
+    clock.began -= 1000.0
+    state = State(step=1, tokens=1, phase=PhaseStart(0, 0, clock))
+    loop = make_loop(make_model(), make_samples(14), epochs=1, max_time=100.0)
+    assert loop.run(state).step == loop.loop.total_steps > 1 and 5.0 < clock.seconds < 100.0
