@@ -56,7 +56,8 @@ class Downloaded(DataModule):
     def files(self, name: str) -> list[Path]:
         """Return the files in the folder with this name, or of this pattern, sorted."""
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
-        return [self.folder / found for found in fnmatch.filter(names, name) if (self.folder / found).is_file()]
+        chosen = [name] if name in names else fnmatch.filter(names, name)  # a name with brackets is no pattern
+        return [self.folder / found for found in chosen if (self.folder / found).is_file()]
 
     def is_ready(self) -> bool:
         return all(self.files(name) for part in self.addresses() for name in part)

@@ -91,3 +91,9 @@ def test_offline_says_what_to_do(module: type[Alpaca], monkeypatch: pytest.Monke
 def test_name_of_the_file() -> None:
     with pytest.raises(UserError, match="file_name"):
         Alpaca(file_name="../x.json")
+
+
+def test_a_file_whose_name_has_brackets_is_found(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "mine [1].json").write_text(json.dumps([{"instruction": "q", "output": "a"}]))
+    data = Alpaca(download_dir=tmp_path, file_name="mine [1].json")
+    assert data.is_ready() and len(data.records()[0]) == 1 and not hub.requests
