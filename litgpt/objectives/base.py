@@ -92,7 +92,7 @@ class Objective:
         return [(number, [replace(record, label=None, reward=None)]) for number, record in records]
 
     def check(self, train: Sequence[Sample], val: Sequence[Sample], source: str) -> None:
-        """Raise UserError if nothing can be learned from the samples, or measured on them, which were read from `source`."""
+        """Raise UserError if nothing can be learned from `train`, or measured on the validated samples `val`, which are of `source`."""
 
     def begin(self, view: View, indices: Sequence[int], rank: Any) -> None:
         """Look at this process's samples of a global batch, or of a validation, before their losses are asked for."""

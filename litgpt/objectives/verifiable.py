@@ -37,8 +37,8 @@ class Verifiable(Rated):
         super().check(train, val, source)
         if not any(sample.reward for sample in val):
             raise UserError(
-                f"{source}: none of the {len(val):,} validation answers is right, so there is no validation loss: hold out more with "
-                "data.val_split_fraction, or give right ones"
+                f"{source}: none of the {len(val):,} validation answers that are measured is right, so there is no validation loss: hold "
+                "out more with data.val_split_fraction, give right ones, or raise eval.max_iters"
             )
 
     def begin(self, view: View, indices: Sequence[int], rank: Any) -> None:

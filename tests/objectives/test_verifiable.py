@@ -225,7 +225,8 @@ def test_mistakes_are_one_line(command: str, settings: dict[str, Any], message: 
         ([{"correct": True}, {}], [{"correct": True}], "record 2 has no 'correct' (true or false) and no 'reward'"),
         ([{"correct": True}, {"reward": 3}], [{"correct": True}], "record 2 has the reward 3: numbers from 0 to 1"),
         ([{"correct": True}] * 2, [{"correct": False}], "each of the 2 training answers has the reward 1"),
-        ([{"correct": True}, {"correct": False}], [{"correct": False}], "none of the 1 validation answers is right"),
+        ([{"correct": True}, {"correct": False}], [{"correct": False}], "none of the 1 validation answers that are measured"),
+        ([{"correct": True}, {"correct": False}], [{"correct": False}, {"correct": True}], "none of the 1 validation answers that are"),
     ],
 )
 def test_answers_that_cannot_be_learned(train: list[Any], val: list[Any], message: str, base: Path, tmp_path: Path) -> None:
@@ -233,7 +234,8 @@ def test_answers_that_cannot_be_learned(train: list[Any], val: list[Any], messag
     folder.mkdir()
     for name, rows in (("train", train), ("val", val)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": "add", "answer": "good", **row}) + "\n" for row in rows))
-    run = finetune("finetune_lora", base, folder, tmp_path / "run", **BOTH, data__val_split_fraction=None)
+    few = {"eval__max_iters": 1, "train__micro_batch_size": 1}
+    run = finetune("finetune_lora", base, folder, tmp_path / "run", **BOTH, **few, data__val_split_fraction=None)
     assert run.code == 1 and message in run.err and "Traceback" not in run.err
 
 
