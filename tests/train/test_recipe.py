@@ -65,6 +65,16 @@ def test_records_without_an_answer_are_not_counted(base: Path, tmp_path: Path, c
     assert "data: 5 train samples, 5 of them validated again" in (err := capsys.readouterr().err) and "5 dropped: empty answer" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("faq.2024.jsonl", "faq.2024"), ("v1.5.JSONL", "v1.5"), (".hidden.jsonl", "hidden"), ("shop.jsonl", "shop"), (".jsonl", "jsonl")],
+)
+def test_files_with_points_in_their_names_have_folders_of_their_own(name: str, folder: str, tmp_path: Path) -> None:
+    look = Look.at(records(2, 2), None)
+    rows = recipe.choices(look, JSON(json_path=tmp_path / name), {"data": {}})
+    assert next(row.value for row in rows if row.key == "out_dir") == Path("out/finetune") / folder
+
+
 def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_text(json.dumps(records(10, 2)))
