@@ -158,8 +158,14 @@ class TrainArgs:
                 f"train.global_batch_size ({self.global_batch_size}) must be a multiple of train.micro_batch_size"
                 f" ({self.micro_batch_size}): change one of them"
             )
-        if self.epochs is None and self.max_tokens is None and self.max_steps is None and self.max_time is None:
+        is_timed = self.epochs is None and self.max_tokens is None and self.max_steps is None
+        if is_timed and self.max_time is None:
             raise UserError("training would never end: set one of train.epochs, train.max_steps, train.max_tokens, train.max_time")
+        if is_timed and self.lr_warmup_fraction:
+            raise UserError(
+                f"train.lr_warmup_fraction is {self.lr_warmup_fraction}, a share of all steps, whose number train.max_time alone does not "
+                "tell: give train.lr_warmup_steps instead, or set train.epochs, train.max_steps or train.max_tokens too"
+            )
         if self.lr_warmup_fraction is not None:
             if self.lr_warmup_steps not in (None, 0, DEFAULT_WARMUP_STEPS):
                 raise UserError(

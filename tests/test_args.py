@@ -36,6 +36,7 @@ class Example(Run):
         (dict(epochs=None), "would never end"),
         (dict(lr_warmup_fraction=1.5), "from 0 to 1"),
         (dict(lr_warmup_steps=7, lr_warmup_fraction=0.1), "both given"),
+        (dict(epochs=None, max_time=60.0, lr_warmup_fraction=0.1), "train.lr_warmup_fraction is 0.1, a share of all steps"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], part: str) -> None:

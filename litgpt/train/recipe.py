@@ -331,7 +331,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     ]
     if not look.is_sweep:
         rows.append(Chosen("eval.max_new_tokens", 24, "to see what it answers"))
-    if train.get("lr_warmup_steps") is None:
+    if train.get("lr_warmup_steps") is None and (epochs or train.get("max_steps") or train.get("max_tokens")):
         rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
     if not (look.compares or look.is_text):
         rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))

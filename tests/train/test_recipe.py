@@ -75,6 +75,11 @@ def test_files_with_points_in_their_names_have_folders_of_their_own(name: str, f
     assert next(row.value for row in rows if row.key == "out_dir") == Path("out/finetune") / folder
 
 
+def test_a_run_by_the_clock_gets_no_share_of_its_steps(base: Path, tmp_path: Path) -> None:
+    given = chosen(tmp_path, base, records(300, 300), "--train.epochs", "null", "--train.max_time", "60")["train"]
+    assert given.lr_warmup_fraction is None and given.epochs is None and given.max_time == 60
+
+
 def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_text(json.dumps(records(10, 2)))
