@@ -69,6 +69,8 @@ class LitData(Text):
             return [folder], None
         if len(self.split_names) != 2:
             raise UserError(f"data.split_names is {self.split_names}: two names are needed, such as train and val")
+        if self.val_split_fraction is not None:
+            raise UserError("data.val_split_fraction is set, and data.split_names names the validation part: leave one of them out")
         train, val = (folder / name for name in self.split_names)
         return [train], [val]
 

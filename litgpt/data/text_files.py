@@ -104,6 +104,8 @@ class TextFiles(Text):
         """Return the files of the training and the validation text; None for the latter if it is a share of the former."""
         if self.train_data_path is None:
             raise UserError("data.train_data_path is missing: name a folder with .txt files")
+        if self.val_data_path is not None and self.val_split_fraction is not None:
+            raise UserError("data.val_split_fraction is set, and data.val_data_path names the validation text: leave one of them out")
         train = self._files(self.train_data_path)
         val = None if self.val_data_path is None else self._files(self.val_data_path)
         if val is None and len(train) > 1 and self.val_split_fraction is None:

@@ -98,6 +98,8 @@ def test_folders_of_training_and_validation(tmp_path: Path) -> None:
     made(tmp_path / "val", 5, 9)
     train, val = blocks(LitData(data_path=tmp_path, split_names=["train", "val"]), 3)
     assert len(train) == 8 + 9 + 7 and val == [[5, 6, 7, 8], [9, 10, 11, 12]]
+    with pytest.raises(UserError, match=r"val_split_fraction is set, and data.split_names"):
+        blocks(LitData(data_path=tmp_path, split_names=["train", "val"], val_split_fraction=0.1), 3)
 
 
 @pytest.mark.parametrize(("web", "code", "expected"), [(90, 90, (45, 20)), (90, 30, (34, 15))])

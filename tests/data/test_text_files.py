@@ -66,6 +66,10 @@ def test_mistakes(tmp_path: Path) -> None:
         (TextFiles(train_data_path=file, val_split_fraction=1.5), "val_split_fraction is 1.5: a number from 0 to below 1"),
         (TextFiles(train_data_path=file, val_split_fraction=-0.5), "val_split_fraction is -0.5"),
         (TextFiles(), "train_data_path is missing"),
+        (
+            TextFiles(train_data_path=file, val_data_path=file, val_split_fraction=0.5),
+            "data.val_split_fraction is set, and data.val_data_path",
+        ),
         (TextFiles(train_data_path=tmp_path), "holds no .txt or .md files"),
         (TextFiles(train_data_path=tmp_path / "no.txt"), "does not exist"),
     ):
