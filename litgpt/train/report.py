@@ -84,7 +84,7 @@ def page_of(model: str, figures: dict[str, Any], metrics: Mapping[str, Points], 
         "peak memory": f"{figures['peak_memory_gb']:.1f} GiB",
     }
     curves = {"training": curve_of(metrics.get("train_loss", ())), "validation": curve_of(metrics.get("val_loss", ()))}
-    shown = {key: Path(value).name if key.endswith(("_dir", "_path")) else value for key, value in flat(settings).items()}
+    shown = {key: Path(value).name if key.endswith(("_dir", "_path", "_reference")) else value for key, value in flat(settings).items()}
     return page(f"{model}, tuned", {"losses": losses}, tiles, curves, figures["best_step"], answers, shown)
 
 

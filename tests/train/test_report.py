@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from litgpt.data import DataModule
+from litgpt.finetune.adapter import Adapter
+from litgpt.finetune.full import Full
+from litgpt.finetune.lora import Lora
+from litgpt.keys import known_classes
 from litgpt.lora import Config
-from litgpt.train.report import as_json, figures, next_steps, summary_rows
+from litgpt.pretrain import Pretrain
+from litgpt.train.report import as_json, figures, next_steps, page_of, summary_rows
 from litgpt.train.resume import State
+from litgpt.values import members_of
 from tests.helpers import family_configs
 
 STATE = State(step=6, tokens=300, seconds=2.0, losses=[(0, 3.0), (4, 1.5), (6, 2.0)], best=(4, 1.5))
@@ -45,6 +54,14 @@ def test_losses_count_where_they_were_measured() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_json_has_null_for_what_is_not_finite(value: float) -> None:
     assert json.loads(as_json({"a": value, "b": 1.5, "c": None})) == {"a": None, "b": 1.5, "c": None}
+
+
+@pytest.mark.parametrize("kind", [Lora, Full, Adapter, Pretrain, *known_classes(DataModule).values()])
+def test_the_page_shows_the_names_of_paths_only(kind: type) -> None:
+    hints = typing.get_type_hints(kind)
+    keys = [item.name for item in dataclasses.fields(kind) if Path in members_of(hints[item.name]) and item.name != "resume"]
+    page = page_of("m", figures(STATE, 4, 10, 1000, 0.5), {}, [], {"data": {key: f"/home/me/{key}.x" for key in keys}})
+    assert page.count(".x") == len(keys) and "/home/me" not in page
 
 
 def test_the_summary(tmp_path: Path) -> None:
