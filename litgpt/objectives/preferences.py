@@ -129,8 +129,10 @@ class KTO(Preferences):
             else:
                 answers.append((number, replace(record, unread=tuple(key for key in record.unread if key != "label"))))
         step = 2 if records and all(record.rejected is not None for _, record in records) else 1  # not another answer of the same prompt
-        others = answers[step:] + answers[:step]
-        return [(number, [own, _with_answer(own, other)]) for (number, own), (_, other) in zip(answers, others, strict=True)]
+        learned = [each for each in answers if each[1].has_answer]
+        others = learned[step:] + learned[:step]
+        units = [(number, [own, _with_answer(own, other)]) for (number, own), (_, other) in zip(learned, others, strict=True)]
+        return units + [(number, [own]) for number, own in answers if not own.has_answer]  # which are dropped, and counted
 
     def begin(self, view: View, indices: Sequence[int], rank: Any) -> None:
         others = indices[1::2]

@@ -180,6 +180,8 @@ def test_pairs_and_labels_as_units() -> None:
     found = units("kto", *labelled)
     assert texts(found) == [["a/A", "a/B"], ["b/B", "b/C"], ["c/C", "c/A"]]
     assert [unit[0].label for _, unit in found] == [True, False, False] and not any(record.unread for _, unit in found for record in unit)
+    for nothing in ({"completion": " "}, {"weight": 0}):  # is dropped alone, with no other record
+        assert texts(units("kto", labelled[0], {**labelled[1], **nothing}, labelled[2]))[:2] == [["a/A", "a/C"], ["c/C", "c/A"]]
 
 
 @pytest.mark.parametrize(
