@@ -49,14 +49,14 @@ class Text(DataModule):
         assert max_seq_length is not None
         train_texts, val_texts = self.texts()
         train, tokens = self._blocks(tokenizer, train_texts, max_seq_length + 1)
-        val = [] if val_texts is None else self._blocks(tokenizer, val_texts, max_seq_length + 1)[0]
+        val, val_tokens = ([], tokens) if val_texts is None else self._blocks(tokenizer, val_texts, max_seq_length + 1)
         if val_texts is None:
             held_out = max(1, round(self.held_out_share() * len(train)))
             train, val = train[:-held_out], train[-held_out:]
-        for name, blocks in (("training", train), ("validation", val)):
+        for name, blocks, count in (("training", train, tokens), ("validation", val, val_tokens)):
             if not blocks:
                 raise UserError(
-                    f"{self.source}: the {name} text is shorter than a block of {max_seq_length + 1:,} tokens (all of it: {tokens:,}): "
+                    f"{self.source}: the {name} text is shorter than a block of {max_seq_length + 1:,} tokens (all of it: {count:,}): "
                     "add text, or lower train.max_seq_length"
                 )
         report = f"{len(train):,} train and {len(val):,} validation blocks of {max_seq_length + 1:,} tokens"

@@ -77,6 +77,9 @@ def test_mistakes(tmp_path: Path) -> None:
             data.splits(Letters(1), None, 4)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="running text"):
         TextFiles(train_data_path=tmp_path).records()
+    (tmp_path / "short").write_text("xy")
+    with pytest.raises(UserError, match=r"the validation text is shorter than a block of 9 tokens \(all of it: 3\)"):
+        split(TextFiles(train_data_path=file, val_data_path=tmp_path / "short"), 8)
 
 
 def test_a_folder_of_text_on_the_command_line(tmp_path: Path) -> None:
