@@ -1,6 +1,7 @@
 """Look before you train: `litgpt data` at a file of records, `litgpt prompts` at the prompt styles."""
 
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ def examine(
         print(f"\nRecord {record} in the prompt style {style.name!r}; what is learned is {_green()}:")
         show_record(train[record - 1], style, tokenizer, mask_prompt)
     settings = advice(data, Look.at(train, val), checkpoint_dir)
-    print(f"\nlitgpt finetune {checkpoint_dir or 'MODEL'} --data {data.source}, without other options:\n{settings}")
+    command = shlex.join(["litgpt", "finetune", str(checkpoint_dir or "MODEL"), "--data", data.source])
+    print(f"\n{command}, without other options:\n{settings}")
 
 
 def kinds(records: Sequence[Record]) -> list[str]:
@@ -93,12 +95,16 @@ def kinds(records: Sequence[Record]) -> list[str]:
         ("with a system text", sum(one.messages[0]["role"] == "system" for one in records)),
         ("with a rejected answer beside", sum(one.rejected is not None for one in records)),
         ("with tools", sum(one.tools is not None for one in records)),
-        ("with a reply that is read, not learned", sum(not learned for one in records for learned in one.learned[-1:])),
+        ("with a reply that is read, not learned", sum(_has_reply_to_read(one) for one in records)),
         ("with an empty answer: dropped", sum(not one.has_answer for one in records)),
     ):
         if count:
             lines.append(f"  {count:,} {text}")
     return lines
+
+
+def _has_reply_to_read(record: Record) -> bool:
+    return any(message["role"] == "assistant" and not learned for message, learned in zip(record.messages, record.learned, strict=True))
 
 
 def repetitions(train: Sequence[Record], val: Sequence[Record]) -> list[str]:

@@ -55,6 +55,18 @@ def test_kinds_and_unread_keys(look: Any) -> None:
     assert "litgpt finetune MODEL --data" in out and "train.epochs" in out  # advice without a model
 
 
+def test_a_last_turn_of_the_user_is_no_reply_that_is_left_out(look: Any, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert "read, not learned" not in look([{"messages": [*turns, {"role": "user", "content": "Bye"}]}])
+    assert "  1 with a reply that is read, not learned\n" in look([{"messages": [*turns, {**turns[1], "weight": 0}]}, {"messages": turns}])
+
+
+def test_the_command_that_is_printed_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "my shop.jsonl"
+    file.write_text(json.dumps(pair("a", "1")) + "\n")
+    assert main(["data", str(file)]) == 0 and f"litgpt finetune MODEL --data '{file}', without" in capsys.readouterr().out
+
+
 def test_texts(look: Any) -> None:
     out = look([{"text": "one"}, {"text": "two"}, {"text": "one"}])
     assert "  3 texts, learned as a whole\n  1 record equal to an earlier one: 3 (as 1)\n" in out

@@ -137,7 +137,7 @@ class Look:
         """Look at what a data module's `records` returns. Records without an answer are dropped, as in training."""
         read = [entry if isinstance(entry, Record) else read_record(entry) for entry in train]
         records = [record for record in read if record.has_answer]
-        answers = {str(record.messages[-1]["content"]).strip() for record in records}
+        answers = {record.reply.strip() for record in records}
         longest = max((sum(len(str(message["content"])) for message in record.messages) for record in records), default=0)
         compares = any(record.rejected is not None for record in records)
         is_pair, is_text = all(record.pair for record in records), any(record.is_text for record in records)

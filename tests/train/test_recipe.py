@@ -80,6 +80,15 @@ def test_a_run_by_the_clock_gets_no_share_of_its_steps(base: Path, tmp_path: Pat
     assert given.lr_warmup_fraction is None and given.epochs is None and given.max_time == 60
 
 
+def test_the_answer_of_a_conversation_is_its_last_reply(tmp_path: Path) -> None:
+    """It may end with thanks."""
+    file = tmp_path / "chats.json"
+    turns = [[("user", f"q {i}"), ("assistant", f"a {i}"), ("user", "Thanks!")] for i in range(300)]
+    file.write_text(json.dumps([{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]))
+    look = Look.at(*JSON(json_path=file).records())
+    assert look.answers == 300 and not look.is_facts
+
+
 def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_text(json.dumps(records(10, 2)))
