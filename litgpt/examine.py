@@ -65,7 +65,7 @@ def examine(
     if unread := Counter(key for one in train for key in one.unread):
         lines.append(f"  keys not read: {', '.join(f'{key[:QUOTED]} ({count:,})' for key, count in unread.most_common(SHOWN_KEYS))}")
     if checkpoint_dir is None:
-        lines += ["", *histogram([_characters(one) for one in train], "characters")]
+        lines += ["", *histogram([one.characters for one in train], "characters")]
         print("\n".join(lines))
     else:
         folder = require_tokenizer(open_checkpoint(checkpoint_dir))
@@ -161,14 +161,10 @@ def _quoted(text: str) -> str:
     return repr(flat if len(flat) <= QUOTED else f"{flat[:QUOTED]}...")
 
 
-def _characters(record: Record) -> int:
-    return sum(len(str(message["content"])) for message in record.messages) + len(record.input)
-
-
 def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[str]:
     """Return lines about the records' lengths in tokens, of which a model reads `limit`. Of a large file some records stand for all."""
     spread = range(0, len(records), -(-len(records) // SPREAD))
-    longest = sorted(range(len(records)), key=lambda i: -_characters(records[i]))[:LONGEST]
+    longest = sorted(range(len(records)), key=lambda i: -records[i].characters)[:LONGEST]
     samples = {i: sample for i in {*spread, *longest} for _, (sample,) in encoder.encode_all([(i + 1, records[i])])}
     lengths = {i: len(sample.input_ids) for i, sample in samples.items()}
     if not lengths:

@@ -80,6 +80,11 @@ class Record:
         return any(str(message.get(key) or "").strip() for message in learned for key in ("content", *REASONING, "tool_calls"))
 
     @property
+    def characters(self) -> int:
+        """The length of its texts."""
+        return sum(len(str(message["content"])) for message in self.messages) + len(self.input)
+
+    @property
     def question(self) -> str:
         """The question of a pair."""
         return str(self.messages[-2]["content"])

@@ -138,7 +138,7 @@ class Look:
         read = [entry if isinstance(entry, Record) else read_record(entry) for entry in train]
         records = [record for record in read if record.has_answer]
         answers = {record.reply.strip() for record in records}
-        longest = max((sum(len(str(message["content"])) for message in record.messages) for record in records), default=0)
+        longest = max((each.characters for record in records for each in (record, record.rejected) if each is not None), default=0)
         compares = any(record.rejected is not None for record in records)
         is_pair, is_text = all(record.pair for record in records), any(record.is_text for record in records)
         return cls(len(records), len(answers), longest, is_pair, val is not None, compares, is_text)

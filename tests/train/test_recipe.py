@@ -89,6 +89,11 @@ def test_the_answer_of_a_conversation_is_its_last_reply(tmp_path: Path) -> None:
     assert look.answers == 300 and not look.is_facts
 
 
+@pytest.mark.parametrize("row", [{"input": "x" * 9000}, {"output": "x" * 9000}, {"chosen": "a", "rejected": "x" * 9000}])
+def test_micro_batches_are_small_wherever_the_long_text_stands(row: dict[str, str], base: Path, tmp_path: Path) -> None:
+    assert chosen(tmp_path, base, [{**each, **row} for each in records(30, 30)])["train"].micro_batch_size == 1
+
+
 def test_data_with_a_validation_file_are_a_style(tmp_path: Path) -> None:
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_text(json.dumps(records(10, 2)))
