@@ -1,5 +1,6 @@
 """`litgpt push`: upload a model or an adapter to the Hugging Face hub, in a form that others load."""
 
+import glob
 import io
 import os
 import sys
@@ -52,8 +53,7 @@ def push(
     if not HUB_NAME.fullmatch(repo_id):
         raise UserError(f"{repo_id!r} is no name on the hub: give ORG/NAME, such as your-name/my-model")
     with _public_form(folder, repo_id.partition("/")[2]) as public:
-        names = [path.relative_to(public).as_posix() for path in sorted(public.rglob("*")) if path.is_file()]
-        names = [name for name in names if any(fnmatch(name, pattern) for pattern in PUBLIC)]
+        names = sorted({path.relative_to(public).as_posix() for pattern in PUBLIC for path in public.glob(pattern) if path.is_file()})
         if not any(fnmatch(name, pattern) for pattern in PUBLIC[:5] for name in names):
             raise UserError(f"{public} has no weights to upload")
         for name in names:
@@ -92,7 +92,8 @@ def _upload(folder: Path, names: list[str], repo_id: str, private: bool, token: 
     try:
         with redirect_stderr(unescaped(sys.stderr)):  # for its progress bars
             api.create_repo(repo_id, private=private or None, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message=message)
+            patterns = list(map(glob.escape, names))
+            api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=patterns, commit_message=message)
     except (OSError, RuntimeError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):

@@ -97,6 +97,20 @@ def test_a_folder_in_a_public_form_goes_up_without_other_files(hub: Hub, base: P
     assert json.loads((uploaded / "config.json").read_text())["model_type"] == "llama"
 
 
+def test_only_the_model_s_own_files_go_up_whatever_their_names(hub: Hub, base: Path, push: Any, tmp_path: Path) -> None:
+    """Not the checkpoints of a Trainer in folders below; a name with brackets is no pattern."""
+    folder = tmp_path / "hf"
+    assert main(["convert_from_litgpt", str(base), str(folder)]) == 0
+    (folder / "checkpoint-5").mkdir()
+    for name in ("checkpoint-5/model.safetensors", "checkpoint-5/optimizer.safetensors", "model.v1 [q8].gguf"):
+        (folder / name).write_text("tensors")
+    code, out = push(folder, "me/model")
+    assert code == 0, out
+    uploaded = hub.models["me/model"]
+    files = {file.relative_to(uploaded).as_posix() for file in uploaded.rglob("*") if file.is_file()}
+    assert {name for name in files if name.endswith(("gguf", "safetensors"))} == {"model.safetensors", "model.v1 [q8].gguf"}
+
+
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "model-2.safetensors", "additional_chat_templates/a.jinja"])
 def test_a_link_out_of_the_folder_is_not_followed(name: str, hub: Hub, base: Path, push: Any, tmp_path: Path) -> None:
     folder, key = tmp_path / "hf", tmp_path / "id_rsa"
