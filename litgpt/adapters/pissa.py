@@ -32,13 +32,13 @@ class PiSSA(LoRALinear):
         super().reset_parameters()
         if self.lora_A.is_meta or not self.scaling or (weight := self.weight()).is_meta:
             return
-        parts = weight[self.adapted_rows()].split(self.part_sizes())
-        factors = [self.start(part.float()) for part in parts]
-        for parameter, start, values in zip(
-            (self.lora_A, self.lora_B), (self.lora_A0, self.lora_B0), zip(*factors, strict=True), strict=True
-        ):
-            parameter.copy_(torch.cat(values))
-            start.copy_(parameter)
+        rows, ranks = self.part_sizes(), [self.r] * len(self.part_sizes())
+        parts = zip(weight[self.adapted_rows()].split(rows), self.lora_A.split(ranks), self.lora_B.split(rows), strict=True)
+        for part, a, b in parts:  # of a rank above the weight's the rest stays as LoRA has it
+            a_0, b_0 = self.start(part.float())
+            a[: len(a_0)], b[:, : len(a_0)] = a_0, b_0
+        self.lora_A0.copy_(self.lora_A)
+        self.lora_B0.copy_(self.lora_B)
 
     def start(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A_0 (r, in) and B_0 (out, r) for a weight (out, in)."""

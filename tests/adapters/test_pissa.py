@@ -76,3 +76,23 @@ def test_pissa_takes_the_largest_singular_values() -> None:
     U, S, V = torch.linalg.svd(weight)
     assert_close(layer.scaling * layer.lora_B @ layer.lora_A, U[:, :5] * S[:5] @ V[:5], rtol=1e-3, atol=1e-4)
     assert_close(layer.lora_A.square().sum(1) * layer.scaling, S[:5], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["pissa", "olora"])
+@torch.no_grad()
+def test_a_rank_above_a_weights(variant: str, tmp_path: Path) -> None:
+    """The key projection has 16 rows, and a mixture's router as many as there are experts."""
+    for settings in ({}, {"n_expert": 4, "n_expert_per_token": 2, "mlp_class_name": "LLaMAMoE"}):
+        ours = tiny.tiny(lora_r=20, lora_alpha=20, lora_variant=variant, **tiny.ALL_LORA, **settings)
+        plain = tiny.tiny(**settings)
+        assert torch.equal(ours(IDX), plain(IDX))
+        for layer in ours.modules():
+            if isinstance(layer, PiSSA):
+                assert layer.lora_A.shape[0] % 20 == 0 and layer.lora_A.any(1).all() and torch.equal(layer.lora_A, layer.lora_A0)
+        for p in lora.get_lora_parameters(ours):
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+        want = ours(IDX)
+        assert (want - plain(IDX)).abs().max() > 0.05
+        lora.merge_lora_weights(ours)
+        assert_close(ours(IDX), want, rtol=1e-4, atol=1e-4)
