@@ -13,6 +13,7 @@ from litgpt.errors import UserError
 from litgpt.finetune.full import Full
 from litgpt.finetune.lora import Lora
 from litgpt.logs import read_metrics
+from litgpt.pretrain import Pretrain
 from litgpt.prompts import has_prompt_style
 from litgpt.text import markdown_table
 
@@ -75,15 +76,16 @@ def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) 
     if (folder / "README.md").exists():
         return
     settings, words = read_hyperparameters(source), WORDS[kind]
-    trained = settings.get("train") is not None
+    trained, start = settings.get("train") is not None, _start(settings)
     base, dataset = base_name(source, settings), _data_class(settings.get("data") or {})
-    front: dict[str, Any] = {"base_model": base} if trained or kind != "model" else {}
+    front: dict[str, Any] = {"base_model": base} if (trained and start) or kind != "model" else {}
     front |= {key: value for key, value in _base_card(settings).items() if key in ("license", "language")}
     front |= {"library_name": words.library, "pipeline_tag": "text-generation"}
     if trained and (hub_name := getattr(dataset, "repo_id", None)):
         front["datasets"] = [hub_name]
     front["tags"] = words.tags
-    title = f"{words.title} for {base}" if kind != "model" else f"{words.title}, {'tuned from ' if trained else ''}{base}"
+    origin = "tuned from " if trained and start else "trained from scratch in the shape of " if trained else ""
+    title = f"{words.title} for {base}" if kind != "model" else f"{words.title}, {origin}{base}"
     blocks = [f"# {title[0].upper()}{title[1:]}"]
     if trained:
         blocks += ["## Data", _describe_data(settings.get("data") or {})]
@@ -110,11 +112,12 @@ def base_name(source: Path, settings: dict[str, Any]) -> str:
 
 def command(settings: dict[str, Any]) -> str:
     """Return the command that gives these settings: what differs from the defaults, without loggers' names, paths by their last part."""
-    name, kind = ("finetune_lora", Lora) if "lora_r" in settings else ("finetune_full", Full)
+    kind: Any = Lora if "lora_r" in settings else Pretrain if "model_name" in settings else Full
+    name = "pretrain" if kind is Pretrain else f"finetune_{kind.__name__.lower()}"
     defaults = _flat(args.as_config(args.defaults(kind)))
     if data := _data_class(settings.get("data") or {}):
         defaults |= {f"data.{key}": value for key, value in args.as_config(args.defaults(data)).items()}
-    words = [f"litgpt {name} {shlex.quote(_public(settings.get('checkpoint_dir', '')))}"]
+    words = [f"litgpt {name}" + (f" {shlex.quote(_public(folder))}" if (folder := settings.get("checkpoint_dir")) else "")]
     for key, value in _flat({key: value for key, value in settings.items() if key not in ("checkpoint_dir", "log")}).items():
         if value != defaults[key] if key in defaults else value is not None:
             words.append(f"--{key} {_word(value)}")
@@ -165,12 +168,17 @@ def _public(value: Any) -> Any:
     return SECRET_VALUE.sub("***", re.sub(r"(?<=://)[^/@\s]+@", "***@", value))
 
 
+def _start(settings: dict[str, Any]) -> Any:
+    """Return the checkpoint that a run started from; None for training from scratch."""
+    return settings.get("checkpoint_dir") or settings.get("initial_checkpoint_dir")
+
+
 def _base_card(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the front matter of the base's own README.md, if it has one: its license applies to what is made of it."""
-    card = Path(settings.get("checkpoint_dir") or "") / "README.md"
+    card = Path(_start(settings) or "") / "README.md"
     try:
-        text = files.read_text(card) if settings.get("checkpoint_dir") else ""
-        front = files.parse_yaml(text.split("---")[1], str(card)) if text.startswith("---") else {}
+        text = files.read_text(card) if _start(settings) else ""
+        front = files.parse_yaml(re.split(r"(?m)^---\s*$", text)[1], str(card)) if text.startswith("---") else {}
     except (UserError, IndexError):  # a foreign file, and optional
         return {}
     return front if isinstance(front, dict) else {}
@@ -191,7 +199,7 @@ def _table(settings: dict[str, Any]) -> str:
     """Return a table of the settings, without switches that are off and empty values."""
     unused = () if settings.get("skip2lora_enabled") else ("skip2lora_",)
     listed = {key: value for key, value in settings.items() if key not in NOT_IN_TABLE and not key.startswith(unused)}
-    rows = [[key, str(_public(value))] for key, value in _flat(listed).items() if value not in (None, False, {}, [])]
+    rows = [[key, str(_public(value))] for key, value in _flat(listed).items() if value is not False and value not in (None, {}, [])]
     return markdown_table(["setting", "value"], rows)
 
 

@@ -16,6 +16,7 @@ from litgpt.__main__ import load
 from litgpt.args import as_config
 from litgpt.cli import parse
 from litgpt.convert.card import command, write_card
+from litgpt.data import TextFiles
 from tests.helpers import tiny
 from tests.helpers.runs import Run, finetune, write_data
 
@@ -144,3 +145,32 @@ def test_a_checkpoint_that_no_run_wrote(run: Run, tmp_path: Path) -> None:
     assert "base_model" not in front and front["library_name"] == "transformers"
     assert "## Command" not in text and "# A causal language model, some-org/Tiny-1B" in text
     assert json.dumps(front)
+
+
+def test_settings_of_0_are_in_the_table(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "final"
+    source.mkdir()
+    settings = yaml.safe_load((run.final / "hyperparameters.yaml").read_text())
+    settings |= {"seed": 0, "lora_dropout": 0.0, "lora_rslora": False, "precision": None}
+    (source / "hyperparameters.yaml").write_text(yaml.safe_dump(settings))
+    _, text = card(source, tmp_path / "card")
+    assert "| seed | 0 |" in text and "| lora_dropout | 0.0 |" in text and "| lora_rslora" not in text and "| precision" not in text
+
+
+def test_pretraining(run: Run, tmp_path: Path) -> None:
+    """From scratch nothing is tuned, and the command is no fine-tuning; continued, the model is based on the first one."""
+    base = run.out_dir.parents[1] / "base"
+    source = shutil.copytree(base, tmp_path / "final")
+    (base / "README.md").write_text(README.replace("license", "model_name: a---b\nlicense"))
+    pretraining: Any = load("pretrain")
+    for start, front_matter in ({"model_name": "pythia-14m"}, {}), ({"initial_checkpoint_dir": base}, {"base_model": "some-org/Tiny-1B"}):
+        settings = pretraining(**start, tokenizer_dir=tmp_path / "words", data=TextFiles(train_data_path=tmp_path / "texts"))
+        (source / "hyperparameters.yaml").write_text(yaml.safe_dump(settings.hyperparameters()))
+        front, text = card(source, tmp_path / f"card of {len(start)}{next(iter(start))}", "model")
+        license = {"license": "apache-2.0"} if front_matter else {}
+        assert {key: front[key] for key in ("base_model", "license") if key in front} == {**front_matter, **license}
+        words = shlex.split(command(settings.hyperparameters()).replace("\\\n", " "))
+        assert words[:2] == ["litgpt", "pretrain"] and "--train.max_tokens" not in words
+        assert f"--{next(iter(start))}" in words
+        assert ("trained from scratch in the shape of some-org/Tiny-1B" in text) == (not front_matter)
+    (base / "README.md").write_text(README)
