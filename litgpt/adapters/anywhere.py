@@ -1,6 +1,8 @@
 """LoRA on any torch model: which of its layers get it, and the file that holds it."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +51,9 @@ def target_layers(model: nn.Module, targets: str | Collection[str]) -> dict[str,
         missing = [] if chosen else [SQUARE]
     elif targets == ALL:
         vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
-        chosen = {name for name, linear in linears.items() if sizes(linear)[1] not in vocabularies}
+        kinds = {name: re.sub(r"\d+", "#", name) for name, linear in linears.items() if sizes(linear)[1] in vocabularies}
+        repeated = Counter(kinds.values())  # layers of several blocks, as wide as the positions there are, are no output layers
+        chosen = {name for name in linears if name not in kinds or repeated[kinds[name]] > 1}
         missing = [] if chosen else [ALL]
     else:
         wanted = [targets] if isinstance(targets, str) else list(targets)
