@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from litgpt.adapters.patterns import PARTS
 from litgpt.atomic import new_file
@@ -59,8 +60,10 @@ def write_gguf_adapter(target: Path, config: Config, weights: Mapping[str, Tenso
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, group in groups.items():
         if pairs := [pair for slot in group.slots if (pair := factors(name, slot))]:
-            a, b = zip(*pairs, strict=True)
-            tensors[name] = (torch.stack(a), torch.stack(b)) if "_exps." in name else (a[0], b[0])
+            widest = max(len(a) for a, _ in pairs)  # of experts with ranks of their own; the file's factor is alpha / widest
+            padded = [(pad(a, (0, 0, 0, widest - len(a))), pad(b * (widest / len(a)), (0, widest - len(a)))) for a, b in pairs]
+            a, b = map(torch.stack, zip(*padded, strict=True))
+            tensors[name] = (a, b) if "_exps." in name else (a[0], b[0])
     _write(target, described.architecture, config, tensors)
 
 

@@ -139,6 +139,16 @@ def test_settings(settings: dict[str, Any], tmp_path: Path, write_tiny_tokenizer
     assert (tokens and tokens.contents()) == settings.get("alora_invocation_tokens")
 
 
+@torch.inference_mode()
+def test_experts_with_ranks_of_their_own(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    _, base = gguf_files.checkpoint_folder(tmp_path, write_tiny_tokenizer, "mixtral")
+    patterns = {"lora_rank_pattern": {"mlp.experts.0.fc_1": 5, "mlp.experts.1.proj": 1}, "lora_alpha_pattern": {"mlp.experts.1.fc_1": 2}}
+    model, folder = adapted(base, **{**LORA, **patterns})
+    convert_to_gguf(base, tmp_path / "base.gguf")
+    convert_adapter(folder, tmp_path / "mine.gguf")
+    assert_same_answers(tmp_path / "base.gguf", tmp_path / "mine.gguf", model, PROMPTS)
+
+
 def test_refusals(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     """Each names the reason and the remedy, and leaves no file."""
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
