@@ -83,6 +83,7 @@ class LLM(nn.Module):
         prompt_style: PromptStyle,
         sampling: Mapping[str, Any] | None = None,
         folder: Path | None = None,
+        base: Path | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -90,6 +91,7 @@ class LLM(nn.Module):
         self.tokenizer = tokenizer
         self.prompt_style = prompt_style
         self.folder = folder  # of the checkpoint or adapter; None: random weights
+        self.base = base  # of an adapter, if not the one that its folder names
 
     @classmethod
     @checked
@@ -140,7 +142,7 @@ class LLM(nn.Module):
         tokenizer = Tokenizer(tokenizer_dir)
         style_dir = folder if has_prompt_style(folder) else tokenizer_dir
         style = resolve_prompt_style(None, style_dir, tokenizer, fallback="default")
-        return cls(model, tokenizer, style, recommended(tokenizer_dir), folder)
+        return cls(model, tokenizer, style, recommended(tokenizer_dir), folder, base)
 
     @property
     def config(self) -> Config:
@@ -339,7 +341,7 @@ class LLM(nn.Module):
             self.model.float()
             self.load_state_dict({name.removeprefix(first): value for name, value in state.items()})
         elif self.folder is not None:
-            self.model, self.generate_strategy = checkpoint.load_model(self.folder, torch.float32), None
+            self.model, self.generate_strategy = checkpoint.load_model(self.folder, torch.float32, base=self.base), None
         self.model.float().train().requires_grad_(True)
 
     @checked
@@ -367,7 +369,7 @@ class LLM(nn.Module):
         dtype, home = backbone_dtype(precision), device if generate_strategy is None else torch.device("cpu")
         homes = divide.places(device, devices) if generate_strategy == "sequential" else []
         rank = divide.processes(device, devices, precision, quantize) if generate_strategy == "tensor_parallel" else None
-        model = checkpoint.load_model(self.folder, dtype, home, quantize=quantize)
+        model = checkpoint.load_model(self.folder, dtype, home, self.base, quantize)
         if isinstance(fixed_kv_cache_size, int):
             if not 1 <= fixed_kv_cache_size <= model.max_seq_length:
                 raise UserError(f"fixed_kv_cache_size is {fixed_kv_cache_size}: from 1 to {model.max_seq_length} tokens are possible")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from litgpt import LLM, adapter, adapter_v2, atomic, lora
 from litgpt.__main__ import main
 from litgpt.data import JSON
 from litgpt.errors import UserError
-from tests.helpers import fake_hub, runs
+from tests.helpers import fake_hub, runs, tiny
 from tests.helpers.fake_hub import Hub
 
 SCRIPT = """
@@ -107,6 +108,17 @@ def test_distribute(llm: LLM) -> None:
     ):
         with pytest.raises(UserError, match=message):
             llm.distribute("cpu", **settings)
+
+
+def test_the_base_that_was_given_stays(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
+    base, settings = tiny.write_base(tmp_path / "base", write_tiny_tokenizer), {"lora_r": 4, "lora_query": True}
+    folder = tiny.write_adapter(tmp_path / "adapter", base, tiny.move_adapters(tiny.tiny(**tiny.SPEAKING, **settings)), **settings)
+    llm = LLM.load(folder, base=base.rename(tmp_path / "moved"), precision="32-true", device="cpu")
+    expected = llm.generate("add", temperature=0)
+    llm.distribute("cpu", precision="32-true")
+    assert llm.generate("add", temperature=0) == expected
+    llm.trainer_setup()
+    assert llm.generate("add", temperature=0) == expected
 
 
 @pytest.mark.slow
