@@ -19,7 +19,7 @@ from litgpt.prompts import ChatStyle, Message, PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 
 MOST_CONTEXT = 8192  # tokens that Ollama reserves memory for, unless a user asks for more
-SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}  # here, Ollama's
+SAMPLING = {**{name: name for name in ("temperature", "top_k", "top_p", "min_p")}, "repetition_penalty": "repeat_penalty"}  # here, Ollama's
 PLACES = ("\ue000Aa", "\ue001Bb", "\ue002Cc", "\ue003Dd")  # stand for a system text, a question, a reply and another question
 SYSTEM, *TURNS = ({"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user"), PLACES, strict=True))
 

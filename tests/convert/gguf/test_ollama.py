@@ -73,13 +73,15 @@ def test_braces_and_templates_that_have_no_form(tiny_tokenizer_dir: Path) -> Non
 
 def test_modelfile(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
-    (base / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 20}')
+    (base / "generation_config.json").write_text(
+        '{"bos_token_id": 0, "eos_token_id": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05}'
+    )
     file = tmp_path / "Modelfile"
     convert_to_gguf(base, tmp_path / "Shop.gguf", dtype="q8_0")
     template = form_of(resolve_prompt_style(None, base), Tokenizer(base))
     assert template and file.read_text() == (
         f'FROM ./Shop.gguf\nTEMPLATE """{template.template()}"""\nPARAMETER stop "<|im_end|>"\n'
-        "PARAMETER temperature 0.7\nPARAMETER top_k 20\nPARAMETER top_p 0.9\nPARAMETER num_ctx 256\n"
+        "PARAMETER temperature 0.7\nPARAMETER top_k 20\nPARAMETER top_p 0.9\nPARAMETER min_p 0.05\nPARAMETER num_ctx 256\n"
     )
     assert f"ollama create shop -f {file}" in capsys.readouterr().out
     (base / "generation_config.json").write_text('{"eos_token_id": 2, "do_sample": false, "temperature": 0.7}')
