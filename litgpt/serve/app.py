@@ -185,8 +185,8 @@ def text_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: 
     """Return a choice of /v1/completions."""
     logprobs: dict[str, Any] | None = None
     if with_logprobs:
-        texts, values = ([token[name] for token in piece.tokens] for name in ("token", "logprob"))
-        offsets, top = [sum(map(len, texts[:i])) for i in range(len(texts))], [dict(token["top"]) for token in piece.tokens]
+        texts, values, offsets = ([token[name] for token in piece.tokens] for name in ("token", "logprob", "at"))
+        top = [dict(token["top"]) for token in piece.tokens]
         logprobs = {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
     return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.reason}
 

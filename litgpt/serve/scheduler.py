@@ -26,7 +26,7 @@ class Piece:
     """A part of an answer. The last one has a reason: "stop", "length", "late" (it never ran) or "error"."""
 
     text: str = ""
-    tokens: list[dict[str, Any]] = field(default_factory=list)  # with logprobs: token, logprob, top: [(token, logprob), ...]
+    tokens: list[dict[str, Any]] = field(default_factory=list)  # with logprobs: token, at, logprob, top: [(token, logprob), ...]
     reason: str | None = None
     count: int = 0  # tokens of the answer so far
 
@@ -54,6 +54,7 @@ class Job:
         self.chars = StopFilter(stops)
         self.decoder = StreamDecoder(model.llm.tokenizer)
         self.tokens: list[dict[str, Any]] = []  # logprobs to be sent with the next piece
+        self.length = 0  # characters of all tokens with logprobs
         self.cancelled = False
 
     def advance(self, logits: torch.Tensor) -> bool:
@@ -82,7 +83,9 @@ class Job:
         top = values.topk(min(self.top_logprobs or 0, values.numel()))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         named = [(tokenizer.decode([i], skip_special_tokens=False), value) for i, value in pairs]
-        return {"token": tokenizer.decode([token], skip_special_tokens=False), "logprob": float(values[token]), "top": named}
+        text, at = tokenizer.decode([token], skip_special_tokens=False), self.length
+        self.length += len(text)
+        return {"token": text, "at": at, "logprob": float(values[token]), "top": named}
 
 
 class Scheduler:

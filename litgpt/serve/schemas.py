@@ -93,7 +93,7 @@ class Completion(Settings):
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts, each a text or ids."""
         prompt: Any = self.prompt
-        return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+        return [prompt] if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int) else list(prompt)
 
     @property
     def top(self) -> int | None:

@@ -132,6 +132,11 @@ def test_completions(client: openai.OpenAI, folders: Folders) -> None:
         == expected[0]
     )
     assert [choice.text for choice in client.completions.create(model="tiny", prompt=[ids, ids], **GREEDY).choices] == [expected[0]] * 2
+    pieces = [chunk.choices[0].logprobs for chunk in client.completions.create(model="tiny", prompt=ids, stream=True, logprobs=0, **GREEDY)]
+    offsets = [offset for piece in pieces if piece for offset in piece.text_offset or []]
+    assert len(pieces) > 2 and offsets == same.choices[0].logprobs.text_offset and offsets == sorted(set(offsets))
+    with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
+        client.completions.create(model="tiny", prompt=[], **GREEDY)
 
 
 def test_sampling(client: openai.OpenAI) -> None:

@@ -26,7 +26,7 @@ def test_sampling_holds_what_is_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "prompts"), [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ([], [])]
+    ("prompt", "prompts"), [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ([], [[]])]
 )
 def test_forms_of_prompts(prompt: Any, prompts: Any) -> None:
     assert Completion(prompt=prompt).prompts == prompts
