@@ -5,6 +5,7 @@ the base and of other such adapters: the sum over its taps is added for its rows
 with a batch of its own, that shares the base's weights in memory.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -148,4 +149,5 @@ def _is_over_a_base(folder: Path) -> bool:
 
 def own_name(folder: Path) -> str:
     """Return a name for an adapter by its folder: that of the run for its best/ or final/."""
+    folder = Path(os.path.abspath(folder))  # "." and "final" name none
     return folder.parent.name if folder.name in ("best", "final") or folder.name.startswith("step-") else folder.name

@@ -82,10 +82,13 @@ def test_quantised_base(folders: Folders) -> None:
         assert row.tokens[7:] == list(generate(llm.model, torch.tensor(prompt), 8, temperature=0.0))
 
 
-def test_an_adapters_folder_brings_its_base(folders: Folders) -> None:
+def test_an_adapters_folder_brings_its_base(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     models = load_models(folders.adapters["skip"], {"more": folders.adapters["lora"]}, **HOW)
     assert list(models) == ["skip", "tiny", "more"] and models["skip"].parent == "tiny"
     assert own_name(Path("out/mine/final")) == own_name(Path("out/mine/step-000100")) == own_name(Path("out/mine")) == "mine"
+    monkeypatch.chdir(folders.adapters["skip"])
+    assert list(load_models(".", {}, **HOW)) == ["skip", "tiny"]
+    assert own_name(Path("final")) == "skip"
 
 
 def test_a_model_of_its_own_weights(folders: Folders) -> None:
