@@ -1,8 +1,9 @@
 """Drawing tokens by the logits, and stop sequences. V `padded_vocab_size`."""
 
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +76,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         require_ranges(self)
-        if not isinstance(self.logit_bias, Mapping):
-            raise UserError(f"logit_bias is {self.logit_bias!r}: a mapping of token ids is needed")
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, 0)]
+        if not all(
+            isinstance(token, SupportsIndex) and isinstance(bias, SupportsFloat) and float(bias) < math.inf for token, bias in pairs
+        ):
+            raise UserError(f"logit_bias is {str(self.logit_bias)[:100]}: a mapping of token ids, such as {{42: -100.0}}, is needed")
 
     def draw(self, logits: torch.Tensor, tokens: Sequence[int], start: int, generator: torch.Generator | None = None) -> int:
         """Return the token that follows `tokens`, prompt and answer, which begins at `start`, by the logits (V,) of that place."""
