@@ -47,9 +47,9 @@ class DoRA(LoRALinear):
         return self._norms
 
     def gain(self) -> torch.Tensor:
-        """Return g (out,); it is 1 in the rows that are not adapted."""
+        """Return g (out,); it is 1 in the rows that are not adapted. A row of zeros, an unused token's, stays."""
         c = self.norms()
-        return c.masked_scatter(self.adapted_rows().to(c.device), self.lora_magnitude) / c
+        return c.masked_scatter(self.adapted_rows().to(c.device), self.lora_magnitude) / c.masked_fill(c == 0, 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""

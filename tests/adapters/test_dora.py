@@ -179,3 +179,23 @@ def test_over_quantised_layers(dtype: torch.dtype) -> None:
     model.train()
     loss(model(IDX).float()).backward()
     assert all(parameter.grad is not None for parameter in adapter_parameters(model).values())
+
+
+def test_a_row_of_zeros_stays() -> None:
+    """Many output layers have some, of tokens that are not used. They made every logit's probability, and the loss, nan."""
+    ours, plain = tiny.tiny(lora_r=4, lora_variant="dora", **tiny.ALL_LORA), tiny.tiny()
+    for layer in (ours.head, plain.head):
+        layer.weight.data[7] = 0.0
+    renew_adapters(ours)
+    lora.mark_only_lora_as_trainable(ours)
+    assert torch.equal(ours(IDX), plain(IDX))
+    optimizer = torch.optim.SGD(lora.get_lora_parameters(ours), lr=0.1)
+    for _ in range(3):
+        F.cross_entropy(ours(IDX).flatten(0, 1), IDX.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        want = ours(IDX)
+        assert want.isfinite().all() and not want[..., 7].any() and (want - plain(IDX)).abs().max() > 0.01
+        lora.merge_lora_weights(ours)
+        assert_close(ours(IDX), want, rtol=1e-4, atol=1e-4)
