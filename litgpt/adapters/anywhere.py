@@ -51,9 +51,9 @@ def target_layers(model: nn.Module, targets: str | Collection[str]) -> dict[str,
         missing = [] if chosen else [SQUARE]
     elif targets == ALL:
         vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
-        kinds = {name: re.sub(r"\d+", "#", name) for name, linear in linears.items() if sizes(linear)[1] in vocabularies}
-        repeated = Counter(kinds.values())  # layers of several blocks, as wide as the positions there are, are no output layers
-        chosen = {name for name in linears if name not in kinds or repeated[kinds[name]] > 1}
+        places = {name: re.sub(r"\d+", "#", name) for name, linear in linears.items() if sizes(linear)[1] in vocabularies}
+        repeated = Counter(places.values())  # layers of several blocks, as wide as the positions there are, are no output layers
+        chosen = {name for name in linears if name not in places or repeated[places[name]] > 1}
         missing = [] if chosen else [ALL]
     else:
         wanted = [targets] if isinstance(targets, str) else list(targets)

@@ -15,7 +15,8 @@ STUBS = """
 const elements = {}, bodies = [];
 const made = () => ({ value: "", style: {}, classList: { remove() {}, toggle() {} }, parentElement: {}, handlers: {}, textContent: "",
   append() {}, replaceChildren() {}, focus() {}, addEventListener(name, act) { this.handlers[name] = act; } });
-globalThis.document = { getElementById: (id) => (elements[id] ??= made()), createElement: made, querySelector: made, addEventListener() {} };
+globalThis.document = { getElementById: (id) => (elements[id] ??= made()), createElement: made, querySelector: made,
+  addEventListener() {} };
 globalThis.Option = function () {};
 globalThis.fetch = async (path, { body, signal }) => {
   if (path === "v1/models") return new Response(JSON.stringify({ data: [{ id: "tiny" }] }));
