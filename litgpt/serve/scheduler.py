@@ -165,6 +165,8 @@ class Scheduler:
         place = traceback.extract_tb(error.__traceback__)[-1]
         print(f"an answer failed: {type(error).__name__} at {place.filename}:{place.lineno}", file=sys.stderr, flush=True)
         for job in jobs:
+            job.row.computed = 0  # none of its keys and values are kept: that takes memory, and they may be broken
+        for job in jobs:
             self._end(job)
             job.send(Piece(reason="error"))
 

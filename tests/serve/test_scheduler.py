@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from litgpt.generate.sampling import Sampling
 from litgpt.serve.models import Served, load_models
@@ -138,3 +139,23 @@ def test_a_failed_step_ends_its_answers_and_no_others(
     assert again.answer()[0] == expected(model)
     messages = capfd.readouterr().err
     assert "an answer failed: RuntimeError at" in messages and "hello" not in messages
+
+
+def test_a_step_that_runs_out_of_memory_leaves_the_server_working(
+    model: Served, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of its answers is kept: the copies would need memory, and the thread ended."""
+    waiting = Waiting(model, 200)
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    scheduler.submit([waiting.job])
+    assert waiting.first.wait(20)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.batch, "_keep", full)
+        patch.setattr(model.batch, "_decode", full)
+        assert waiting.answer()[1] == "error"
+    again = Waiting(model)
+    scheduler.submit([again.job])
+    assert again.answer() == (expected(model), "length")
