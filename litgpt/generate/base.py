@@ -50,7 +50,7 @@ class Drawing:
     quantize: Optional[Quantization] = None
     """Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU)."""
     compile: bool = False
-    """Compile the computation of a token (torch.compile), which takes up to a minute before the first answer; not with generate_tp."""
+    """Compile the computation of a token (torch.compile), up to a minute before the first answer; not with generate_tp or drafts."""
     accelerator: Accelerator = "auto"
     """Device to compute on. auto: the first GPU that works, else the CPU."""
     seed: int = 1234
@@ -116,6 +116,8 @@ class Answers(Drawing):
         from litgpt.generate.sampling import Sampling, until_stop
         from litgpt.logs import peak_memory_gb
 
+        if drafted and self.compile:
+            print("compile: drafts are checked several tokens at a time, which is not compiled", file=sys.stderr)
         generator, kept = llm.generator(self.seed), list[int]()
         text = llm.prompt_style.apply(self.prompt, sys_prompt=self.sys_prompt, **style)
         ids = llm.prompt_ids(text, self.max_new_tokens)

@@ -189,7 +189,10 @@ def test_generate_with_looked_up_drafts(
     plain = capsys.readouterr().out
     assert main([*words, "--speculate", "prompt_lookup"]) == 0
     shown = capsys.readouterr()
-    assert shown.out == plain and " drafts" in shown.err
+    assert shown.out == plain and " drafts" in shown.err and "compile" not in shown.err
+    assert main([*words, "--speculate", "prompt_lookup", "--compile", "true"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == plain and "compile: drafts are checked several tokens at a time, which is not compiled" in shown.err
 
 
 def test_generate_speculatively(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]) -> None:
