@@ -211,8 +211,9 @@ def saved_places(config: Config, model_type: str) -> dict[str, str]:
 
 
 def _alpha(name: str, rank: int, units: Mapping[str, Unit], plan: Layout, config: LoRAConfig) -> float:
-    """Return PEFT's alpha of a layer: that of the first of its units, times its rank divided by the unit's."""
-    r, alpha = config.size_of(next(unit for unit in plan.layers[name].units if unit in units))
+    """Return PEFT's alpha of a layer: that of the first of its units that has one, times its rank divided by the unit's."""
+    sizes = [config.size_of(unit) for unit in plan.layers[name].units if unit in units]
+    r, alpha = next((size for size in sizes if size[1]), sizes[0])
     return whole(alpha * (r**0.5 if config.lora_rslora else 1) * (rank / r))
 
 
@@ -220,7 +221,7 @@ def _stack(name: str, units: Mapping[str, Unit], plan: Layout, config: LoRAConfi
     """Return the parameters of a layer: A (R, in), B (out, R), of DoRA m (out,), for all rows of which PEFT needs values."""
     layer = plan.layers[name]
     scales = {unit: config.scale_of(unit) for unit in layer.units if unit in units}
-    first = next(iter(scales.values()))
+    first = next(filter(None, scales.values()), 0.0)
     units = {
         unit: units[unit] if s == first else {**units[unit], "lora_B": units[unit]["lora_B"] * (s / first)} for unit, s in scales.items()
     }

@@ -48,6 +48,7 @@ ATTENTION = {f"lora_{part}": True for part in ("query", "key", "value", "project
 PATTERNS: dict[str, dict[str, Any]] = {
     "parts of qkv": {"lora_rank_pattern": {"q_proj": 5, "h.1.attn.qkv": 2}, "lora_alpha_pattern": {"attn.v_proj": 3}},
     "one qkv": {"lora_rank_pattern": {"attn.qkv": 4}, "lora_alpha_pattern": {"attn.qkv": 1.5}},
+    "no effect of q": {"lora_alpha_pattern": {"q_proj": 0}},
     "others": {"lora_rank_pattern": {"attn.proj": 1, "lm_head": 6}, "lora_alpha_pattern": {"h.[01].mlp.proj": 2, "h.2.attn.proj": 4}},
 }
 CHOICES: dict[str, dict[str, Any]] = {
