@@ -143,6 +143,7 @@ def summary(lines: Sequence[dict[str, Any]], n: int) -> str:
 
 def _line(record: Record, answer: str, value: Any, where: str) -> dict[str, Any]:
     """Return what is written for an answer: a record with its question."""
+    value = value.item() if getattr(value, "shape", None) == () else value  # of numpy or torch
     if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
         raise UserError(f"check returned {value!r} for an answer to {where}: True, False or a number is needed")
     result = {"correct": value} if isinstance(value, bool) else {"reward": float(value)}

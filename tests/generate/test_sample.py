@@ -28,10 +28,15 @@ ROWS: list[dict[str, Any]] = [
     },
 ]
 CHECKS = """
+import numpy as np, torch
 def even(record, answer):
     return (len(answer) + record["sum"]) % 2 == 0
 def length(record, answer):
     return len(answer)
+def numpys(record, answer):
+    return np.bool_(even(record, answer))
+def torchs(record, answer):
+    return torch.tensor(length(record, answer))
 def nothing(record, answer):
     return None
 def broken(record, answer):
@@ -125,9 +130,11 @@ def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str])
     sums = [row["sum"] for row in ROWS for _ in range(2)]
     wanted = [(len(text) + number) % 2 == 0 for text, number in zip(texts, sums, strict=True)]
     assert [line["correct"] for line in lines] == wanted
+    assert sampled(base, questions, "--n", 2, "--check", f"{checks}:numpys") == lines
     assert f"{100 * sum(wanted) / 6:.1f} % of the answers are correct" in capsys.readouterr().err
     rewards = sampled(base, questions, "--n", 2, "--check", f"{checks}:length")
     assert [line["reward"] for line in rewards] == [float(len(text)) for text in texts]
+    assert sampled(base, questions, "--n", 2, "--check", f"{checks}:torchs") == rewards
     answers = [line["answer"] for line in sampled(base, questions, "--n", 1, "--temperature", 0)][:2]
     known = [{**row, "output": answer} for row, answer in zip(ROWS, answers, strict=False)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in known))
