@@ -171,7 +171,8 @@ def chat_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: 
     """Return a choice of /v1/chat/completions: its `key` is message, or delta while it is streamed."""
 
     def entry(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
+        part = "\ufffd" in token  # of a character: its bytes are not those of U+FFFD
+        return {"token": token, "logprob": logprob, "bytes": None if part else list(token.encode("utf-8", "replace"))}
 
     content: dict[str, Any] = {"content": piece.text}
     if first:

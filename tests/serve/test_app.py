@@ -163,6 +163,10 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert len(tokens) == 12 and all(
         token.logprob == token.top_logprobs[0].logprob <= 0 and len(token.top_logprobs) == 3 for token in tokens
     )
+    parts = ["\ufffd" in token.token for token in tokens]
+    assert any(parts) and [token.bytes for token in tokens] == [
+        None if p else list(t.token.encode()) for t, p in zip(tokens, parts, strict=True)
+    ]
     streamed = client.chat.completions.create(model="tiny", messages=HELLO, logprobs=True, stream=True, **GREEDY)
     pieces = [chunk.choices[0].logprobs for chunk in streamed]
     assert [token.logprob for piece in pieces if piece for token in piece.content or []] == pytest.approx(
