@@ -109,8 +109,12 @@ def read_adapter(folder: Path, base: Optional[Path] = None) -> "tuple[LoRAConfig
 
 
 def write_adapter(folder: Path, base: Path, settings: dict[str, Any], weights: "dict[str, Tensor]") -> None:
-    """Write an adapter of the checkpoint `base` as `litgpt finetune` does. Raises UserError if it does not fit."""
+    """Write an adapter of the checkpoint `base` as `litgpt finetune` does. It will be merged in the base's own precision.
+
+    Raises UserError if it does not fit.
+    """
     from litgpt.convert import portable
+    from litgpt.device import PRECISIONS
     from litgpt.lora import Config
 
     config = Config.from_checkpoint(base, **settings)
@@ -118,7 +122,9 @@ def write_adapter(folder: Path, base: Path, settings: dict[str, Any], weights: "
     checkpoint.save_weights({"model": weights}, folder / LITGPT)  # type: ignore[dict-item]
     checkpoint.save_config(config, folder)
     checkpoint.save_base(base, folder)
-    hyperparameters = readable_by_litgpt({"checkpoint_dir": str(base.resolve()), **settings})
+    dtype = max(checkpoint.load_weights(base / checkpoint.WEIGHTS).values(), key=lambda weight: weight.numel()).dtype
+    precision = next((name for name, kind in PRECISIONS.items() if kind == dtype), "32-true")
+    hyperparameters = readable_by_litgpt({"checkpoint_dir": str(base.resolve()), "precision": precision, **settings})
     atomic.write_text(folder / "hyperparameters.yaml", files.dump_yaml(hyperparameters))
     checkpoint.copy_tokenizer_files(base, folder)
     save_prompt_style(resolve_prompt_style(None, base, Tokenizer(base)), folder)

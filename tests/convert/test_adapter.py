@@ -73,6 +73,16 @@ def test_there_and_back(settings: dict[str, Any], files: set[str], base: Path, c
     assert yaml.safe_load((back / "hyperparameters.yaml").read_text())["checkpoint_dir"] == str(base.resolve())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_it_is_merged_in_the_bases_precision(dtype: torch.dtype, base: Path) -> None:
+    weights = {name: value.to(dtype) for name, value in checkpoint.load_weights(base / "lit_model.pth", mapped=False).items()}
+    checkpoint.save_weights(weights, base / "lit_model.pth")
+    convert_adapter(adapter(base, **LORA), base.parent / "out")
+    convert_adapter(base.parent / "out", base.parent / "back", base)
+    assert main(["merge_lora", str(base.parent / "back")]) == 0
+    assert {value.dtype for value in checkpoint.load_weights(base.parent / "back" / "lit_model.pth").values()} == {dtype}
+
+
 def test_the_base_is_not_needed_to_write(base: Path) -> None:
     source = adapter(base, **LORA)
     base.rename(base.parent / "moved")
