@@ -120,7 +120,7 @@ def command(settings: dict[str, Any]) -> str:
     words = [f"litgpt {name}" + (f" {shlex.quote(_public(folder))}" if (folder := settings.get("checkpoint_dir")) else "")]
     for key, value in _flat({key: value for key, value in settings.items() if key not in ("checkpoint_dir", "log")}).items():
         if value != defaults[key] if key in defaults else value is not None:
-            words.append(f"--{key} {_word(value)}")
+            words.append(f"{shlex.quote(f'--{key}')} {_word(value)}")
     return " \\\n  ".join(words)
 
 

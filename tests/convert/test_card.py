@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,17 @@ def test_the_command_is_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
         values["checkpoint_dir"], values["out_dir"] = Path(values["checkpoint_dir"]).name, Path(values["out_dir"]).name
     again["log"] = settings["log"]  # names of projects are not the training's
     assert {key: value for key, value in again.items() if key in settings} == settings
+
+
+def test_patterns_are_one_word_for_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "--lora_rank_pattern.h.1.attn.qkv").touch()  # what a shell would make of the first
+    patterns = {"h.[01].attn.qkv": 2, "h.(2|3).mlp.proj": 3, "mlp.fc_1": 4}
+    text = command({"checkpoint_dir": "base", "lora_r": 8, "lora_rank_pattern": patterns})
+    script = f'litgpt() {{ for word; do echo "$word"; done; }}\n{text}'
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    words = [word for key, rank in patterns.items() for word in (f"--lora_rank_pattern.{key}", str(rank))]
+    assert done.stdout.split("\n")[:-1] == ["finetune_lora", "base", *words], done.stderr
 
 
 def test_hub_data_is_named(run: Run, tmp_path: Path) -> None:
