@@ -1,6 +1,7 @@
 """`litgpt convert_adapter`: adapters between litgpt's folders, PEFT's format and GGUF (LoRA) and the portable one (Skip2-LoRA)."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
@@ -77,7 +78,8 @@ def _to_gguf(source: Path, target: Path, kind: str, checkpoint_dir: Optional[Pat
     config, weights = read_adapter(source, base)
     write_gguf_adapter(target, config, weights, base)
     print(f"Converted {source} to {target}.")
-    print(f"Its base: litgpt convert_to_gguf {base} base.gguf. Then: llama-server -m base.gguf --lora {target}")
+    of_base, adapter = (shlex.quote(str(path)) for path in (base, target))
+    print(f"Its base: litgpt convert_to_gguf {of_base} base.gguf. Then: llama-server -m base.gguf --lora {adapter}")
 
 
 def kind_of(folder: Path) -> str:

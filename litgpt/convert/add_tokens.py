@@ -1,6 +1,7 @@
 """`litgpt add_tokens`: a checkpoint whose tokenizer knows more tokens, with rows for them in the embedding and the output layer."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
         checkpoint.save_config(config, folder)
         checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)
     print(f"Added {len(ids)} tokens, ids {min(ids.values())} to {last}: {target}")
-    print(f"Train them: litgpt finetune_lora {target} --data FILE --modules_to_save wte lm_head")
+    print(f"Train them: litgpt finetune_lora {shlex.quote(str(target))} --data FILE --modules_to_save wte lm_head")
 
 
 def _extended(source: Path, contents: dict[str, bytes], tokens: list[str], special: bool) -> tuple[str, dict[str, int]]:

@@ -1,5 +1,7 @@
 """`litgpt convert_to_gguf`: a checkpoint folder into a GGUF file, for llama.cpp and everything built on it."""
 
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,7 +62,8 @@ def convert_to_gguf(
         print(f"Note: llama.cpp applies no sliding window in files of this architecture: up to {window} tokens the model is the same.")
     print(f"Converted {source} to {target} (architecture {architecture}, {target.stat().st_size / 1e9:.2f} GB).")
     if modelfile := write_modelfile(source, target, overwrite):
-        print(f"For Ollama: ollama create {target.stem.lower()} -f {modelfile}")
+        name = re.sub(r"[^a-z0-9_.]+", "-", target.stem.lower()).strip("-.") or "model"
+        print(f"For Ollama: ollama create {name} -f {shlex.quote(str(modelfile))}")
     else:
         print(f"No Modelfile for Ollama is written: Modelfile and {target.stem}.Modelfile are there already, in {target.parent}")
 

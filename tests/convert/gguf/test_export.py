@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,20 @@ def test_formats_of_llama_cpps_program(
     with pytest.raises(UserError, match="cannot make q2_k.*unknown tensor"):
         convert_to_gguf(mixture, tmp_path / "y.gguf", dtype="q2_k")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["Modelfile", "bin", "plain.Modelfile", "plain.gguf", "x.gguf"]
+
+
+def test_the_commands_it_names_may_be_pasted(
+    tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Paths with blanks are one word, and Ollama's names have none."""
+    folder, settings = tmp_path / "my models", {"lora_r": 2, "lora_query": True}
+    base = tiny.write_base(folder / "base", write_tiny_tokenizer)
+    adapter = tiny.write_adapter(folder / "adapter", base, tiny.move_adapters(tiny.tiny(**tiny.SPEAKING, **settings)), **settings)
+    for words, end in (
+        (["convert_to_gguf", base, folder / "My model.v1 (new).gguf"], ["create", "my-model.v1-new", "-f", str(folder / "Modelfile")]),
+        (["add_tokens", base, folder / "more", "--tokens", "<t>"], ["finetune_lora", str(folder / "more"), "--data", "FILE"]),
+        (["convert_adapter", adapter, folder / "a.gguf"], ["-m", "base.gguf", "--lora", str(folder / "a.gguf")]),
+    ):
+        assert main([str(word) for word in words]) == 0
+        named = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+        assert any(named[i : i + 4] == end for i in range(len(named))), named
