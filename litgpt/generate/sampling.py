@@ -85,15 +85,13 @@ class Sampling:
     def draw(self, logits: torch.Tensor, tokens: Sequence[int], start: int, generator: torch.Generator | None = None) -> int:
         """Return the token that follows `tokens`, prompt and answer, which begins at `start`, by the logits (V,) of that place."""
         scores = self.penalised(logits, tokens, start)
-        if not scores.max().isfinite():
-            raise UserError(
-                "the model's output is not finite: `litgpt validate` names such weights; float16 may overflow where bfloat16 fits"
-            )
+        _require_finite(scores)
         return int(sample(scores, self.temperature, self.top_k, self.top_p, generator, self.min_p))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the distributions (n, V) from which `sample` draws for logits (n, V). Penalties do not take part."""
         scores = logits.float()
+        _require_finite(scores)
         if self.temperature < COLDEST:
             return F.one_hot(scores.argmax(-1), scores.size(-1)).float()
         p, ids = allowed(scores, self.temperature, self.top_k, self.top_p, self.min_p)
@@ -118,6 +116,12 @@ class Sampling:
                 raise UserError(f"logit_bias names the token {token}: the model has the tokens 0 to {len(scores) - 1:,}")
             scores[token] += bias
         return scores
+
+
+def _require_finite(scores: torch.Tensor) -> None:
+    """Raise UserError for scores (..., V) that hold NaN or infinity."""
+    if not scores.amax(-1).isfinite().all():
+        raise UserError("the model's output is not finite: `litgpt validate` names such weights; float16 may overflow where bfloat16 fits")
 
 
 class StopFilter:

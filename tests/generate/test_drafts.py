@@ -214,3 +214,12 @@ def test_answer_only_lora_on_the_output_layer(draft: Any, invoked: bool) -> None
     model = tiny.move_adapters(tiny.tiny(**settings, mtp_heads=2))
     [expected] = engine.most_probable(model, [prompt], 20)
     assert list(generate(draft, model, prompt, len(prompt) + 20, Sampling(temperature=0.0), 2)) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", ["draft", "target"])
+def test_output_that_is_not_finite(broken: str, temperature: float) -> None:
+    models = {"draft": tiny.tiny(seed=2), "target": tiny.tiny()}
+    models[broken].head.weight.data[7] = torch.nan
+    with pytest.raises(UserError, match="the model's output is not finite"):
+        list(generate(models["draft"], models["target"], [1, 2, 3], 12, Sampling(temperature)))
