@@ -3,8 +3,8 @@
 Three kinds of data are trained in three ways:
 
     facts   few records, or many that share their answers: all are trained and none is held out, by LoRA on the replies and in the last
-            quarter of the blocks, behind cached prompts, until the model repeats the answers; very few records by LoRA in every block,
-            on the prompts too, so that their answers are found by other words
+            quarter of the blocks, behind cached prompts, until the model repeats the answers; very few records, and facts that are told
+            once, by LoRA in every block, on the prompts too, so that their answers are found by other words
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -44,6 +44,7 @@ from litgpt.train.trials import keys_of
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FEW = 200  # records that are facts whatever they hold; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
+TOLD_ONCE = 30  # epochs at most, of facts that are told once; answer-only LoRA learns the words of these questions, too
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
 SHARED = 0.5  # facts: at most this many different answers a record
 HELD_OUT = 0.1  # share of the records of a style
@@ -300,7 +301,7 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
     if not given.keys().isdisjoint(LORA_KEYS):
         return "LoRA"
     if look.is_facts:
-        return "answer-only LoRA" if look.is_sweep or SCARCE <= look.records <= FEW else "LoRA"
+        return "answer-only LoRA" if look.is_sweep or (look.is_repeated and SCARCE <= look.records <= FEW) else "LoRA"
     if look.is_sweep:
         return "Skip2-LoRA"
     return "LoRA" if look.compares or look.block or look.records < MANY else "warm-up"
@@ -313,7 +314,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
     schedule = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
     few, many, rate = BLOCKS_OF_TEXT if look.block and method == "LoRA" else schedule
-    usual = few if look.records <= FEW else many
+    usual = TOLD_ONCE if look.is_facts and not look.is_repeated else few if look.records <= FEW else many
     epochs = train.get("epochs", usual)  # None: max_steps alone
     replayed = 0 if look.compares or look.is_text else train.get("replay", REPLAY)
     per_epoch = math.ceil((look.records + replayed) / batch)

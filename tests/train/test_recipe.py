@@ -106,7 +106,7 @@ def test_records_of_which_none_is_spared_are_facts(base: Path, tmp_path: Path, c
     assert style["eval"].target_loss is None
     facts = chosen(tmp_path, base, records(300, 300), "--data.val_split_fraction", "0")
     assert "300 records, taken as facts to repeat. Settings" in capsys.readouterr().err
-    few = chosen(tmp_path, base, records(600, 120))
+    few = chosen(tmp_path, base, records(60, 60))
     assert facts["data"].val_split_fraction == 0 and facts["lora_mlp"] and facts["eval"].target_loss == recipe.TARGET
     assert (facts["train"].replay, facts["train"].epochs) == (few["train"].replay, few["train"].epochs)
 
@@ -138,6 +138,14 @@ def test_few_facts_and_many_are_trained_in_every_block(base: Path, tmp_path: Pat
     given = chosen(tmp_path, base, records(count, 10))
     assert given["alora_enabled"] is is_answer_only and (given["lora_block_indices"] is None) is not is_answer_only
     assert given["lora_mlp"] and given["train"].replay == recipe.REPLAY
+
+
+@pytest.mark.parametrize("count", [30, 60, 200])
+def test_facts_that_are_told_once_are_read_more_often(base: Path, tmp_path: Path, count: int) -> None:
+    given, repeated = (chosen(tmp_path, base, records(count, answers)) for answers in (count, count // 2))
+    assert given["lora_mlp"] and not given["alora_enabled"] and given["lora_block_indices"] is None
+    assert given["train"].epochs == recipe.TOLD_ONCE > repeated["train"].epochs
+    assert given["eval"].target_loss == repeated["eval"].target_loss == recipe.TARGET
 
 
 @pytest.mark.parametrize("words", ["--data.mask_prompt false", "--data.prompt_style default", "--alora_enabled false"])
