@@ -434,6 +434,8 @@ def recommended(folder: Path) -> dict[str, Any]:
     content = json_if_there(file)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     values = {name: content[name] for name in names if content.get(name) is not None}
+    if content.get("do_sample") is False:
+        values["temperature"] = 0.0
     try:
         Sampling(**{**values, "top_k": values.get("top_k") or None})
     except (TypeError, ValueError) as error:

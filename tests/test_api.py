@@ -295,6 +295,11 @@ def test_settings_that_only_transformers_follows_are_named(name: str, value: Any
     assert recommended(tmp_path) == {"repetition_penalty": 1.0} and not capsys.readouterr().err
 
 
+def test_a_checkpoint_that_asks_for_the_most_probable_token(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.7, "top_p": 0.9}))
+    assert recommended(tmp_path) == {"temperature": 0.0, "top_p": 0.9}
+
+
 def test_numbers_and_texts_of_numpy(base: Path) -> None:
     plain = load(base).generate("why?", None, 5, 0.5, 4, 0.75, seed=3)
     numbers = (np.int64(5), np.float32(0.5), np.int32(4), np.float64(0.75))
