@@ -212,3 +212,9 @@ def test_the_advice_is_for_the_model_and_its_style(base: Path, look: Any) -> Non
     assert re.search(rf"^ *lora_block_indices +last:{blocks} ", out, re.MULTILINE)
     for words in (["--prompt_style", "default"], ["--prompt_style", "chatml", "--mask_prompt", "false"]):  # where does a reply begin?
         assert "alora_enabled" not in look(rows, "--checkpoint_dir", base, *words)
+
+
+@pytest.mark.parametrize(("answers", "is_told_once"), [(4, True), (2, False)])
+def test_facts_that_are_told_once_get_advice(answers: int, is_told_once: bool, look: Any) -> None:
+    out = look([pair(f"Who is {i}?", f"Number {i % answers}") for i in range(4)])
+    assert ("in two or three ways" in out) is is_told_once

@@ -157,6 +157,10 @@ class Look:
         return self.answers <= SHARED * self.records
 
     @property
+    def told_once(self) -> bool:
+        return self.is_facts and not self.is_repeated
+
+    @property
     def is_facts(self) -> bool:
         spares_none = self.records <= FEW if self.held_out is None else self.held_out == 0
         return (spares_none or self.is_repeated) and not (self.has_validation or self.compares or self.is_text)
@@ -231,7 +235,8 @@ def advice(data: DataModule, look: Look, base: Path | None) -> str:
     """Return what the data are taken as, and the settings that would be chosen for them, and for the checkpoint if it is known."""
     given: dict[str, Any] = {"data": {"init_args": {} if data.mask_prompt else {"mask_prompt": False}}}
     base = None if base is None else open_checkpoint(base)
-    return f"{look}\n{_table([choice for choice in choices(look, data, given, base) if _put(given, choice.key, choice.value)])}"
+    hint = "\nAsk for each fact in two or three ways: the model finds it by other words, too." if look.told_once else ""
+    return f"{look}\n{_table([choice for choice in choices(look, data, given, base) if _put(given, choice.key, choice.value)])}{hint}"
 
 
 def _table(chosen: list[Chosen]) -> str:
@@ -314,7 +319,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
     schedule = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
     few, many, rate = BLOCKS_OF_TEXT if look.block and method == "LoRA" else schedule
-    usual = TOLD_ONCE if look.is_facts and not look.is_repeated else few if look.records <= FEW else many
+    usual = TOLD_ONCE if look.told_once else few if look.records <= FEW else many
     epochs = train.get("epochs", usual)  # None: max_steps alone
     replayed = 0 if look.compares or look.is_text else train.get("replay", REPLAY)
     per_epoch = math.ceil((look.records + replayed) / batch)
