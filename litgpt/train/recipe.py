@@ -44,7 +44,6 @@ from litgpt.train.trials import keys_of
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FEW = 200  # records that are facts whatever they hold; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
-TOLD_ONCE = 30  # epochs at most, of facts that are told once; answer-only LoRA learns the words of these questions, too
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
 SHARED = 0.5  # facts: at most this many different answers a record
 HELD_OUT = 0.1  # share of the records of a style
@@ -115,6 +114,7 @@ SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learni
 }
 CRITIC = (20, 10, 1e-3)
 BLOCKS_OF_TEXT = (3, 3, 2e-3)
+TOLD_ONCE = (30, 30, 2e-3)  # of LoRA, and of Skip2-LoRA alone
 PREFERENCES = (2, 1, 2e-4)  # the same for DPO, ORPO and KTO, whatever the method
 
 
@@ -318,8 +318,10 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts or look.block else 8, train.get("micro_batch_size") or 1)
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
     schedule = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
+    if look.told_once and method != "warm-up":
+        schedule = TOLD_ONCE
     few, many, rate = BLOCKS_OF_TEXT if look.block and method == "LoRA" else schedule
-    usual = TOLD_ONCE if look.told_once else few if look.records <= FEW else many
+    usual = few if look.records <= FEW else many
     epochs = train.get("epochs", usual)  # None: max_steps alone
     replayed = 0 if look.compares or look.is_text else train.get("replay", REPLAY)
     per_epoch = math.ceil((look.records + replayed) / batch)
