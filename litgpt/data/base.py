@@ -88,7 +88,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         path = expand_path(name)
         if is_text(path):
             return "TextFiles", "train_data_path"
-        is_path = path.exists() or name.lower().endswith(SUFFIXES) or is_dataset(path)
+        is_path = path.exists() or name.endswith(SUFFIXES) or is_dataset(path)
         return ("JSON", "json_path") if is_path else None
 
     @property

@@ -98,9 +98,11 @@ def test_all_processes_stop_when_the_time_of_one_is_up() -> None:
 
 
 def test_a_number_that_is_not_finite_in_one_part_of_a_model_is_told_by_all_processes() -> None:
-    def work(rank: Rank) -> None:
+    def work(rank: Rank) -> str:
         parts = {"sound": torch.ones(2), "broken": torch.tensor([1.0, torch.inf if rank.index else 1.0]), "empty": torch.empty(0)}
-        require_finite(parts, Path("base/lit_model.pth"), lambda flags: rank.gather(flags).any(0))
+        with pytest.raises(UserError) as caught:
+            require_finite(parts, Path("base/lit_model.pth"), lambda flags: rank.gather(flags).any(0))
+        return str(caught.value)
 
-    for error in in_processes(2, work):
-        assert isinstance(error, UserError) and str(error).startswith("base/lit_model.pth: broken holds numbers that are not finite")
+    for message in in_processes(2, work):
+        assert message.startswith("base/lit_model.pth: broken holds numbers that are not finite")
