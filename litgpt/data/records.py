@@ -85,6 +85,11 @@ class Record:
         return sum(len(str(message["content"])) for message in self.messages) + len(self.input)
 
     @property
+    def learned_characters(self) -> int:
+        """The length of the replies to learn."""
+        return sum(len(str(message["content"])) for message, weight in zip(self.messages, self.learned, strict=True) if weight)
+
+    @property
     def question(self) -> str:
         """The question of a pair."""
         return str(self.messages[-2]["content"])
@@ -221,7 +226,7 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
 
 def known_key(name: str) -> str:
     """Return the key that `name` is but for capitals and spaces around it; else `name`."""
-    plain = name.strip().lower()
+    plain = str(name).strip().lower()
     return plain if plain in KEYS else name
 
 

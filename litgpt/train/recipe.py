@@ -42,11 +42,12 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
-FEW = 200  # records that are facts whatever they hold; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
+FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
 SHARED = 0.5  # facts: at most this many different answers a record
 HELD_OUT = 0.1  # share of the records of a style
+SHORT = 300  # characters of an answer that is learned word for word
 VALIDATIONS = 8
 MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
 
@@ -127,6 +128,7 @@ class Look:
     longest: int  # characters of the longest record
     is_pair: bool  # questions and answers, not conversations
     has_validation: bool  # the data have validation records of their own
+    reply: float = 0.0  # characters that are learned of a record, on average
     compares: bool = False  # records say which answers are better
     is_text: bool = False  # some are running text
     block: int | None = None  # tokens of a sample of running text that is cut into blocks
@@ -140,9 +142,10 @@ class Look:
         records = [record for record in read if record.has_answer]
         answers = {record.reply.strip() for record in records}
         longest = max((each.characters for record in records for each in (record, record.rejected) if each is not None), default=0)
+        reply = sum(record.learned_characters for record in records) / max(1, len(records))
         compares = any(record.rejected is not None for record in records)
         is_pair, is_text = all(record.pair for record in records), any(record.is_text for record in records)
-        return cls(len(records), len(answers), longest, is_pair, val is not None, compares, is_text)
+        return cls(len(records), len(answers), longest, is_pair, val is not None, reply, compares, is_text)
 
     @classmethod
     def of_text(cls, data: TextFiles, block: int | None) -> Look:
@@ -162,7 +165,7 @@ class Look:
 
     @property
     def is_facts(self) -> bool:
-        spares_none = self.records <= FEW if self.held_out is None else self.held_out == 0
+        spares_none = (self.records <= FEW and self.reply <= SHORT) if self.held_out is None else self.held_out == 0
         return (spares_none or self.is_repeated) and not (self.has_validation or self.compares or self.is_text)
 
     def __str__(self) -> str:

@@ -121,6 +121,18 @@ def test_few_records_of_which_some_are_spared_are_a_style(base: Path, tmp_path: 
     assert repeated["alora_enabled"] and repeated["eval"].target_loss is None
 
 
+def test_long_answers_and_conversations_are_a_style(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody wants to have them word for word."""
+    turns = [{"role": role, "content": "word " * 40} for role in ("user", "assistant") * 2]
+    for rows in ([{"instruction": f"{i}", "output": f"{i} " + "word " * 80} for i in range(60)], [{"messages": turns}] * 3):
+        rows = [json.loads(json.dumps(row).replace("word", f"w{i:03}")) for i, row in enumerate(rows)]
+        given = chosen(tmp_path, base, rows)
+        assert given["data"].val_split_fraction == recipe.HELD_OUT and given["train"].epochs == 2
+        assert "a style to learn (for facts to repeat give --data.val_split_fraction 0)" in capsys.readouterr().err
+    repeated = [{"instruction": f"{i}", "output": f"{i % 4} " + "word " * 80} for i in range(60)]
+    assert chosen(tmp_path, base, repeated)["alora_enabled"]
+
+
 def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = chosen(tmp_path, base, records(60, 12))
     assert given["data"].val_split_fraction == 0 and given["data"].mask_prompt
