@@ -44,6 +44,7 @@ TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content
 KEYS = {*ALONE, *(key for pair in PAIRS for key in pair), *CONVERSATIONS, "system", "history", "context", "tools", "functions", "text"}
 KEYS |= {"chosen", "rejected", "weight", "token_weights", "label", "reward", "correct"}  # of a record
 MOST_WEIGHT = 1_000_000
+MOST_NUMBER = 10**20  # below which a number may stand for a text
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -345,7 +346,7 @@ def _optional_text(entry: dict[str, Any], key: str) -> str:
 
 
 def _check_text(value: Any, key: str) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST_NUMBER:
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{key!r} is {kind_of(value)}, a text is needed")

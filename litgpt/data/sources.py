@@ -135,12 +135,12 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     try:
         names = next(reader)
+        if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+            raise UserError(f"{path}, line 1: the column {repeated[0]!r} twice: leave one of them out")
         if not any(known_key(name) in KEYS for name in names):
             raise UserError(
                 f"{path}, line 1 names the columns {', '.join(map(repr, names[:4]))[:200]}: it should name `question` and `answer`"
             )
-        if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
-            raise UserError(f"{path}, line 1: the column {repeated[0]!r} twice: leave one of them out")
         for cells in reader:
             if cells and len(cells) != len(names):
                 raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, the first line names {len(names)} columns")

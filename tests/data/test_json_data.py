@@ -83,6 +83,8 @@ TURN = {"role": "user", "content": "Hi"}
         ("a.json", [{"instruction": ["x"], "output": "4"}], "'instruction' is a list"),
         ("a.json", [{"instruction": "x", "output": None}], "'output' is null"),
         ("a.json", [{**RECORD, "input": [4]}], "'input' is a list"),
+        ("a.json", [{**RECORD, "output": 10**400}], "'output' is a number, a text is needed"),
+        ("a.json", '[{"instruction": "x", "output": 1e400}]', "'output' is a number, a text is needed"),
         ("a.json", [{"messages": []}], "'messages' is an empty list"),
         ("a.json", [{"messages": "Hi"}], "'messages' is a text, a list is needed"),
         ("a.json", [{"messages": [{"from": "human"}]}], "turn 1 of 'messages' needs the keys 'role' and 'content'"),
