@@ -2,9 +2,9 @@
 
 Three kinds of data are trained in three ways:
 
-    facts   few records, or many that share their answers: all are trained and none is held out, by LoRA on the replies and in the last
-            quarter of the blocks, behind cached prompts, until the model repeats the answers; very few records, and facts that are told
-            once, by LoRA in every block, on the prompts too, so that their answers are found by other words
+    facts   few records with short answers, or many that share them: all are trained and none is held out, by LoRA on the replies, in the
+            last quarter of the blocks, behind cached prompts, until the model repeats the answers; very few records, and facts that are
+            told once, by LoRA in every block, on the prompts too, so that their answers are found by other words
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -128,7 +128,7 @@ class Look:
     longest: int  # characters of the longest record
     is_pair: bool  # questions and answers, not conversations
     has_validation: bool  # the data have validation records of their own
-    reply: float = 0.0  # characters that are learned of a record, on average
+    answer_length: float = 0.0  # characters that are learned of a record, on average
     compares: bool = False  # records say which answers are better
     is_text: bool = False  # some are running text
     block: int | None = None  # tokens of a sample of running text that is cut into blocks
@@ -142,10 +142,10 @@ class Look:
         records = [record for record in read if record.has_answer]
         answers = {record.reply.strip() for record in records}
         longest = max((each.characters for record in records for each in (record, record.rejected) if each is not None), default=0)
-        reply = sum(record.learned_characters for record in records) / max(1, len(records))
+        length = sum(record.learned_characters for record in records) / max(1, len(records))
         compares = any(record.rejected is not None for record in records)
         is_pair, is_text = all(record.pair for record in records), any(record.is_text for record in records)
-        return cls(len(records), len(answers), longest, is_pair, val is not None, reply, compares, is_text)
+        return cls(len(records), len(answers), longest, is_pair, val is not None, length, compares, is_text)
 
     @classmethod
     def of_text(cls, data: TextFiles, block: int | None) -> Look:
@@ -165,7 +165,7 @@ class Look:
 
     @property
     def is_facts(self) -> bool:
-        spares_none = (self.records <= FEW and self.reply <= SHORT) if self.held_out is None else self.held_out == 0
+        spares_none = (self.records <= FEW and self.answer_length <= SHORT) if self.held_out is None else self.held_out == 0
         return (spares_none or self.is_repeated) and not (self.has_validation or self.compares or self.is_text)
 
     def __str__(self) -> str:
