@@ -15,13 +15,13 @@ import itertools
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import facts
 from benchmarks.process import ROOT, in_worker, printed_by, run_litgpt
-from benchmarks.runs import environment, read_json
-from litgpt import atomic
+from benchmarks.runs import measure_missing, results_in, write_jsonl
 from litgpt.text import markdown_table
 
 LINEAR = [word for name in ("query", "key", "value", "projection", "mlp") for word in (f"--lora_{name}", "true")]
@@ -71,9 +71,7 @@ def marks(asked: list[facts.Question], answers: Any) -> dict[str, Any]:
 
 def write_records(name: str, size: int, seed: int, folder: Path) -> Path:
     """Write the records of a set to a file in `folder`."""
-    data = folder / f"{name}-{size}-{seed}.jsonl"
-    atomic.write_text(data, "".join(json.dumps(record) + "\n" for record in facts.make(name, size, seed).records))
-    return data
+    return write_jsonl(folder / f"{name}-{size}-{seed}.jsonl", facts.make(name, size, seed).records)
 
 
 def measure_peft(checkpoint_dir: Path, name: str, size: int, seed: int, setting: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -143,22 +141,14 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, *PEFT], default=[*SETTINGS, *PEFT])
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/own_data"))
     chosen = parser.parse_args()
-    file = chosen.out / "results.json"
-    results = read_json(file, "delete it to start anew") if file.is_file() else {"environment": environment(), "runs": {}}
+    results = results_in(chosen.out)
     if "base" not in results:
         results["base"] = in_worker("benchmarks.own_data", {"folder": str(chosen.checkpoint_dir), "name": "", "size": 0, "seed": 0})
+    jobs = []
     for seed, size, name, setting in itertools.product(chosen.seeds, chosen.sizes, chosen.sets, chosen.settings):
-        key = f"{name} {size} {seed} {setting}"
-        if key not in results["runs"] or "error" in results["runs"][key]:
-            print(f"== {key}", flush=True)
-            place = (chosen.checkpoint_dir, name, size, seed)
-            if setting in PEFT:
-                results["runs"][key] = measure_peft(*place, PEFT[setting], chosen.out)
-            else:
-                results["runs"][key] = measure(*place, SETTINGS[setting], chosen.out)
-            atomic.write_text(file, json.dumps(results, indent=1) + "\n")
-            atomic.write_text(chosen.out / "own_data.md", table(results) + "\n")
-    print(table(results))
+        how: Any = (measure_peft, PEFT[setting]) if setting in PEFT else (measure, SETTINGS[setting])
+        jobs.append((f"{name} {size} {seed} {setting}", partial(how[0], chosen.checkpoint_dir, name, size, seed, how[1], chosen.out)))
+    measure_missing(results, jobs, table, chosen.out / "own_data.md")
     return 0
 
 

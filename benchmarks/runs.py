@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import psutil
 import yaml
 
 import litgpt
+from litgpt import atomic
 from litgpt.__main__ import load
 from litgpt.cli import parse
 from litgpt.errors import UserError
@@ -23,6 +24,33 @@ from litgpt.logs import METRICS, read_metrics
 SETTINGS = ("checkpoint_dir", "precision", "data", "train", "optimizer", "seed", "skip2lora_enabled")  # needed to compare runs
 NEEDED = ("steps", "trainable_parameters", "total_parameters", "train_seconds", "total_seconds", "peak_memory_gb")  # of a completed run
 WRITTEN_BY = "evaluate_skip2lora_comparison.py writes it"
+
+
+def write_jsonl(file: Path, records: Iterable[dict[str, Any]]) -> Path:
+    """Write records to a .jsonl file. Returns the file."""
+    atomic.write_text(file, "".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def results_in(out: Path) -> dict[str, Any]:
+    """Return the content of OUT/results.json, or that of a benchmark that begins."""
+    file = out / "results.json"
+    return read_json(file, "delete it to start anew") if file.is_file() else {"environment": environment(), "runs": {}}
+
+
+def measure_missing(
+    results: dict[str, Any], jobs: Iterable[tuple[str, Callable[[], dict[str, Any]]]], table: Callable[[dict[str, Any]], str], file: Path
+) -> None:
+    """Run the jobs, each with its key, that `results` lacks or has an error of. results.json beside `file`, and the table in `file`, are
+    written after each; the table is printed at the end.
+    """
+    for key, measure in jobs:
+        if "error" in results["runs"].get(key, {"error": None}):
+            print(f"== {key}", flush=True)
+            results["runs"][key] = measure()
+            atomic.write_text(file.with_name("results.json"), json.dumps(results, indent=1) + "\n")
+            atomic.write_text(file, table(results) + "\n")
+    print(table(results))
 
 
 def environment() -> dict[str, Any]:

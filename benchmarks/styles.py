@@ -16,13 +16,13 @@ import json
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import wordnet
 from benchmarks.process import error_line, in_worker, run_litgpt
-from benchmarks.runs import environment, read_json
-from litgpt import atomic
+from benchmarks.runs import measure_missing, read_json, results_in, write_jsonl
 from litgpt.data import PythonDocs
 from litgpt.text import markdown_table
 
@@ -49,8 +49,8 @@ def draw(name: str, size: int, seed: int, folder: Path) -> tuple[Path, Path]:
     else:
         records = [json.loads(line) for line in wordnet.prepare(folder, size + HELD_OUT, seed).read_text(encoding="utf-8").splitlines()]
     files = folder / f"{name}-{size}-{seed}.jsonl", folder / f"{name}-{size}-{seed}-held-out.jsonl"
-    for file, part in zip(files, (records[:size], records[size : size + HELD_OUT]), strict=True):
-        atomic.write_text(file, "".join(json.dumps(record) + "\n" for record in part))
+    write_jsonl(files[0], records[:size])
+    write_jsonl(files[1], records[size : size + HELD_OUT])
     return files
 
 
@@ -100,20 +100,20 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/styles"))
     chosen = parser.parse_args()
-    file = chosen.out / "results.json"
-    results = read_json(file, "delete it to start anew") if file.is_file() else {"environment": environment(), "bases": {}, "runs": {}}
-    for seed, size, name, setting in itertools.product(chosen.seeds, chosen.sizes, chosen.sets, chosen.settings):
-        of_data = f"{name} {size} {seed}"
-        key = f"{of_data} {setting}"
-        if "error" in results["runs"].get(key, {"error": None}):
-            print(f"== {key}", flush=True)
-            files = draw(name, size, seed, chosen.out)
-            if of_data not in results["bases"]:
-                results["bases"][of_data] = judge(chosen.checkpoint_dir, files[1], chosen.out)
-            results["runs"][key] = measure(chosen.checkpoint_dir, files, seed, SETTINGS[setting], chosen.out)
-            atomic.write_text(file, json.dumps(results, indent=1) + "\n")
-            atomic.write_text(chosen.out / "styles.md", table(results) + "\n")
-    print(table(results))
+    results = results_in(chosen.out)
+    bases = results.setdefault("bases", {})
+
+    def measured(name: str, size: int, seed: int, setting: str) -> dict[str, Any]:
+        files = draw(name, size, seed, chosen.out)
+        if (of_data := f"{name} {size} {seed}") not in bases:
+            bases[of_data] = judge(chosen.checkpoint_dir, files[1], chosen.out)
+        return measure(chosen.checkpoint_dir, files, seed, SETTINGS[setting], chosen.out)
+
+    jobs = (
+        (f"{name} {size} {seed} {setting}", partial(measured, name, size, seed, setting))
+        for seed, size, name, setting in itertools.product(chosen.seeds, chosen.sizes, chosen.sets, chosen.settings)
+    )
+    measure_missing(results, jobs, table, chosen.out / "styles.md")
     return 0
 
 

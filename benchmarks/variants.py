@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import facts
 from benchmarks.process import error_line, run_litgpt
-from benchmarks.runs import environment, read_json, read_run
-from litgpt import atomic
+from benchmarks.runs import measure_missing, read_run, results_in, write_jsonl
 from litgpt.text import markdown_table
 
 LINEAR = [word for name in ("query", "key", "value", "projection", "mlp") for word in (f"--lora_{name}", "true")]
@@ -54,8 +53,7 @@ def data_words(name: str, folder: Path) -> list[str]:
     if name == "docstrings":
         return ["--data", "PythonDocs", "--data.max_samples", str(RECORDS)]
     file = folder / f"{name}.jsonl"
-    atomic.write_text(file, "".join(json.dumps(record) + "\n" for record in facts.make(name, 60).records))
-    return ["--data", "JSON", "--data.json_path", str(file)]
+    return ["--data", "JSON", "--data.json_path", str(write_jsonl(file, facts.make(name, 60).records))]
 
 
 def cpu_seconds() -> float:
@@ -103,21 +101,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/variants"))
     chosen = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    file = chosen.out / "results.json"
-    results = read_json(file, "delete it to start anew") if file.is_file() else {"environment": environment(), "runs": {}}
+    results = results_in(chosen.out)
     chosen.out.mkdir(parents=True, exist_ok=True)
     for name in chosen.sets:
         if not any(key.startswith(name) for key in results["runs"]):
             print(f"== {name}: the cache", flush=True)
             measure(chosen.checkpoint_dir, name, "lora", "1e-3", chosen.out, "--max_steps", "1")
-    for rate, name, variant in itertools.product(chosen.rates, chosen.sets, chosen.variants):
-        key = f"{name} {variant} {rate}"
-        if key not in results["runs"] or "error" in results["runs"][key]:
-            print(f"== {key}", flush=True)
-            results["runs"][key] = measure(chosen.checkpoint_dir, name, variant, rate, chosen.out)
-            atomic.write_text(file, json.dumps(results, indent=1) + "\n")
-            atomic.write_text(chosen.out / "variants.md", table(results) + "\n")
-    print(table(results))
+    jobs = (
+        (f"{name} {variant} {rate}", partial(measure, chosen.checkpoint_dir, name, variant, rate, chosen.out))
+        for rate, name, variant in itertools.product(chosen.rates, chosen.sets, chosen.variants)
+    )
+    measure_missing(results, jobs, table, chosen.out / "variants.md")
     return 0
 
 

@@ -210,6 +210,10 @@ class EvalArgs:
     patience: Optional[int] = setting(None, POSITIVE, varies=True, may_change=True)
     """Stop after this many validations in a row without a lower loss. null: never."""
 
+    def validated(self, units: int, micro_batch_size: int) -> int:
+        """Return how many of so many units of the validation set are measured."""
+        return min(units, self.max_iters * micro_batch_size)
+
     def __post_init__(self) -> None:
         require_ranges(self, "eval.")
         examples = self.evaluate_example if isinstance(self.evaluate_example, list) else [self.evaluate_example]

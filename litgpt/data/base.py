@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
-from litgpt.data.records import Message, Record, read_record
+from litgpt.data.records import Message, Record, has_text, read_record
 from litgpt.data.sources import SUFFIXES, is_dataset, is_text
 from litgpt.errors import UserError
 from litgpt.files import expand_path
@@ -241,7 +241,7 @@ class Encoder:
         self._ignore(not_written, sorted(unwritten))
         replies = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
         chosen = replies[-1:] if self.last_turn_only else replies
-        learned = [i for i in chosen if array("f", [record.learned[i]])[0] and _has_text(record.messages[i], unwritten)]
+        learned = [i for i in chosen if array("f", [record.learned[i]])[0] and has_text(record.messages[i], unwritten)]
         if not learned:
             self.dropped[EMPTY] += 1
             return None
@@ -310,12 +310,6 @@ def _is_left_out(message: Message, text: str) -> bool:
     """Return True if the longest word of a system or tool message is not in the text, whatever form the style gives to the others."""
     words = re.findall(r"\w+", message["content"]) if message["role"] in ("system", "tool") else []
     return bool(words) and max(words, key=len) not in text
-
-
-def _has_text(message: Message, unwritten: set[str]) -> bool:
-    """Return True if the reply has a text, a reasoning or a tool call that is written."""
-    keys = {"content", *REASONING, "tool_calls"} - unwritten
-    return any(str(message.get(key) or "").strip() for key in keys)
 
 
 def _name(style: PromptStyle) -> str:

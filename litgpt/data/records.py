@@ -20,6 +20,7 @@ with one reply to learn may have "token_weights", a list with a factor for each 
 import difflib
 import math
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -76,9 +77,13 @@ class Record:
 
     @property
     def has_answer(self) -> bool:
-        """True if there is something to learn: a text, a reasoning or a call of tools."""
-        learned = [message for message, weight in zip(self.messages, self.learned, strict=True) if weight]
-        return any(str(message.get(key) or "").strip() for message in learned for key in ("content", *REASONING, "tool_calls"))
+        """True if there is something to learn."""
+        return any(map(has_text, self.replies))
+
+    @property
+    def replies(self) -> list[Message]:
+        """The replies to learn."""
+        return [message for message, weight in zip(self.messages, self.learned, strict=True) if weight]
 
     @property
     def characters(self) -> int:
@@ -88,12 +93,17 @@ class Record:
     @property
     def learned_characters(self) -> int:
         """The length of the replies to learn."""
-        return sum(len(str(message["content"])) for message, weight in zip(self.messages, self.learned, strict=True) if weight)
+        return sum(len(str(message["content"])) for message in self.replies)
 
     @property
     def question(self) -> str:
         """The question of a pair."""
         return str(self.messages[-2]["content"])
+
+
+def has_text(message: Message, unwritten: Collection[str] = ()) -> bool:
+    """Return True if a reply has a text, a reasoning or a call of tools, apart from keys that are not written."""
+    return any(str(message.get(key) or "").strip() for key in ("content", *REASONING, "tool_calls") if key not in unwritten)
 
 
 def read_record(entry: Any) -> Record:

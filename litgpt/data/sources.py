@@ -38,6 +38,12 @@ def suffix_of(path: Path) -> str:
     return end.lower()
 
 
+def name_of(path: Path) -> str:
+    """Return a data file's name without its suffix; that of another file or folder as it is."""
+    suffix = suffix_of(path)
+    return path.name[: -len(suffix)] if suffix in (*SUFFIXES, *RUNNING) else path.name
+
+
 def read_records(path: Path) -> list[Record]:
     """Return the records of a file. Raise UserError with the file, the line or record, and the problem."""
     return check_rows(_numbered(path), str(path))
@@ -219,8 +225,7 @@ def is_dataset(path: Path) -> bool:
 
 def named(folder: Path, stem: str) -> list[Path]:
     """Return the data files of a folder that have this name and any suffix, in order."""
-    files = (file for file in folder.iterdir() if suffix_of(file) in SUFFIXES and file.is_file())
-    return sorted(file for file in files if file.name[: -len(suffix_of(file))] == stem)
+    return sorted(file for file in folder.iterdir() if name_of(file) == stem and suffix_of(file) in SUFFIXES and file.is_file())
 
 
 def visible(folder: Path, suffixes: Sequence[str]) -> list[Path]:

@@ -63,11 +63,8 @@ class Drawing:
 
     def opened(self, checkpoint_dir: Path, **how: Any) -> "LLM":
         """Return the model of a folder. `how`: arguments of `LLM.load`; a model whose `device` is given is left to be divided."""
-        from litgpt.device import use
-
-        use(self.accelerator)
         packed = "device" not in how and not self.compile
-        llm = open_model(checkpoint_dir, packed, precision=self.precision, quantize=self.quantize, **how)
+        llm = open_model(checkpoint_dir, packed, precision=self.precision, quantize=self.quantize, **{"device": self.accelerator, **how})
         if self.compile:
             from litgpt.generate.engine import compile_steps
 

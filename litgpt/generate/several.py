@@ -22,10 +22,10 @@ class Sequentially(Several):
     """Answer a prompt by a model whose blocks are divided among GPUs."""
 
     def main(self) -> None:
-        from litgpt.device import use
+        from litgpt.device import find_device
         from litgpt.generate.divide import places, spread
 
-        devices = places(use(self.accelerator), self.devices)
+        devices = places(find_device(self.accelerator), self.devices)
         llm = self.opened(self.checkpoint_dir, device="cpu")
         spread(llm.model, devices)
         self.show(llm)
@@ -36,11 +36,11 @@ class TensorParallel(Several):
     """Answer a prompt by a model each of whose blocks is divided among processes, started by --devices or torchrun."""
 
     def main(self) -> None:
-        from litgpt.device import default_precision, use
+        from litgpt.device import default_precision, find_device
         from litgpt.generate.divide import processes, shard
         from litgpt.train.parallel import ends_together
 
-        device = use(self.accelerator)
+        device = find_device(self.accelerator)
         precision = self.precision or default_precision(device)
         rank = processes(device, self.devices, precision, self.quantize)
         with ends_together(rank), contextlib.ExitStack() as streams:

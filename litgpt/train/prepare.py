@@ -156,8 +156,8 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     objective = objective_of(settings)
     _require_fitting(settings, objective)
     splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)), objective.units)
-    validated = settings.eval.max_iters * settings.train.micro_batch_size * objective.group
-    objective.check(splits.train, splits.val[:validated], settings.data.source)
+    validated = settings.eval.validated(len(splits.val) // objective.group, settings.train.micro_batch_size)
+    objective.check(splits.train, splits.val[: validated * objective.group], settings.data.source)
     console.say(f"data: {splits.report}")
     if rank.group is not None:
         is_sharded, why = choose(settings, method, base, rank, splits.train, dtype)

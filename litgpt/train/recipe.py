@@ -32,7 +32,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import MOST_REPEATED, DataModule
 from litgpt.data.records import Record, read_record
-from litgpt.data.sources import RUNNING, SUFFIXES, suffix_of
+from litgpt.data.sources import name_of
 from litgpt.data.text_files import TOKEN, TextFiles
 from litgpt.errors import UserError
 from litgpt.objectives.settings import Preference, Rating
@@ -256,9 +256,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     quarter, marks_replies = QUARTER, True
     if base is not None:
         quarter, marks_replies = f"last:{math.ceil(Config.from_checkpoint(base).n_layer / 4)}", _marks_replies(base, data, given)
-    source = Path(data.source)
-    ending = len(suffix) if (suffix := suffix_of(source)) in (*SUFFIXES, *RUNNING) else 0
-    name = source.name[: len(source.name) - ending].lstrip(".") or "data"
+    name = name_of(Path(data.source)).lstrip(".") or "data"
     rows = [Chosen("out_dir", Path("out/sweep" if look.is_sweep else "out/finetune") / name, "named after the data")]
     if look.compares:
         rows.append(Chosen("objective", "dpo", "the records compare answers"))

@@ -237,7 +237,7 @@ class Session:
         batches = self.job.batches(train)
         mode = cache.mode_for(train, batches.per_epoch)
         batches.by_owner = mode != "off" and is_cacheable(self.model)
-        n_val = min(len(splits.val) // group, evaluation.max_iters * size)
+        n_val = evaluation.validated(len(splits.val) // group, size)
         own_val = range(n_val)[rank.index :: rank.size]
         val_batches = [samples_of(own_val[i : i + size], group) for i in range(0, len(own_val), size)]
         own = self._activations(splits.train, batches.owned(rank.index), "training", mode)

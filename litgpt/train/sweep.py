@@ -299,7 +299,7 @@ def _n_validated(candidates: list[Candidate], job: Job) -> int:
     """Return the number of validation samples that the trials need. Says so if it is not the same for all."""
     batches, group = candidates[0].settings.eval.max_iters, job.objective.group
     most = len(job.splits.val) // group
-    counts = {min(most, batches * candidate.settings.train.micro_batch_size) for candidate in candidates}
+    counts = {one.settings.eval.validated(most, one.settings.train.micro_batch_size) for one in candidates}
     if len(counts) > 1:
         numbers = " or ".join(f"{count:,}" for count in sorted(counts))
         job.console.say(
