@@ -29,6 +29,8 @@ class GptNeoxMLP(nn.Module):
 class LLaMAMLP(nn.Module):
     """SwiGLU, arXiv 2002.05202: proj(silu(fc_1(x)) * fc_2(x)); m is `intermediate_size` unless given."""
 
+    approximate: str | None = None  # of gelu; None: silu
+
     def __init__(self, config: Config, m: int | None = None) -> None:
         super().__init__()
         m = m or config.intermediate_size
@@ -38,7 +40,7 @@ class LLaMAMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., m) -> (..., d)"""
-        return self.proj(gated(self.fc_1(x), self.fc_2(x)))
+        return self.proj(gated(self.fc_1(x), self.fc_2(x), self.approximate))
 
 
 class GemmaMLP(LLaMAMLP):
@@ -47,10 +49,6 @@ class GemmaMLP(LLaMAMLP):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.approximate = config.gelu_approximate
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., m) -> (..., d)"""
-        return self.proj(gated(self.fc_1(x), self.fc_2(x), self.approximate))
 
 
 class ClampedMLP(LLaMAMLP):

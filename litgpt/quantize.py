@@ -47,8 +47,7 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""
-        y = multiply(x, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return multiply(x, self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

@@ -214,8 +214,7 @@ class SpreadLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""
-        y = multiply(x, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return multiply(x, self)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight, (out, in)."""
