@@ -111,8 +111,7 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
     if isinstance(settings.get("betas"), list):
         settings["betas"] = tuple(settings["betas"])
     trained = list(parameters)
-    if not settings.get("differentiable"):
-        optimizer = without_dynamo(optimizer)  # type: ignore[arg-type]
+    optimizer = without_dynamo(optimizer)  # type: ignore[arg-type]
     try:
         if any(p.dtype.itemsize < 4 for p in trained):
             return MasterWeights(trained, lambda masters: optimizer(masters, **settings))

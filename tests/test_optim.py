@@ -120,6 +120,16 @@ def test_a_form_that_the_user_chose_is_kept(settings: dict[str, bool]) -> None:
     assert not group["fused"] and all(group[key] is value for key, value in settings.items())
 
 
+def test_a_differentiable_optimizer_takes_steps() -> None:
+    """Nothing differentiates them: torch's own step of such an optimizer refuses parameters that learn."""
+    chosen, plain = (make_optimizer({"class_path": "AdamW", "init_args": {"differentiable": kind}}, weights()) for kind in (True, False))
+    for optimizer in (chosen, plain):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert_close(chosen.param_groups[0]["params"], plain.param_groups[0]["params"])
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
