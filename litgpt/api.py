@@ -450,8 +450,7 @@ def inference_dtype(precision: str) -> torch.dtype:
 
     Raises UserError for an unknown precision.
     """
-    dtype = backbone_dtype(precision)
-    return MIXED.get(precision, dtype)
+    return MIXED.get(precision) or backbone_dtype(precision)
 
 
 def benchmark_dict_to_markdown_table(data: Mapping[str, Sequence[float]]) -> str:

@@ -19,7 +19,7 @@ from litgpt.convert.resolve import convert, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import open_regular, read_json
 from litgpt.streams import unescaped, without_secrets
-from litgpt.text import printable, size
+from litgpt.text import first_line, printable, size
 from litgpt.values import checked
 
 if TYPE_CHECKING:
@@ -232,8 +232,7 @@ def _explained(api: "HfApi", repo_id: str, folder: Path, tokenizer_only: bool) -
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise UserError(f"{folder} cannot be written to: {error.strerror}. Correct that and try again: the download resumes") from None
         status = getattr(getattr(error, "response", None), "status_code", None)
-        lines = without_secrets(str(error)).strip().splitlines()  # the first without the web library's advice
-        reason = f"HTTP status {status}" if status else (lines[0] if lines else type(error).__name__)[:200]
+        reason = f"HTTP status {status}" if status else without_secrets(first_line(error))[:200]  # without the web library's advice
         if not (missing := missing_files(folder, tokenizer_only)):
             print(f"{page} cannot be reached ({reason}): the files in {folder} are used", file=sys.stderr)
             return

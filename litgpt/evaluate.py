@@ -1,10 +1,9 @@
 """`litgpt evaluate`: the loss and the answers on one's own records, or the tasks of the LM Evaluation Harness."""
 
+import copy
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -138,22 +137,6 @@ def data_of_run(folder: Path) -> DataModule:
     return data
 
 
-@dataclass
-class _AsItIs(DataModule):
-    """Records that are all measured."""
-
-    of: Any = None
-
-    @property
-    def source(self) -> str:
-        return str(self.of.source)
-
-    def records(self) -> tuple[Sequence[Any], Sequence[Any] | None]:
-        train, val = self.of.records()
-        chosen = train if val is None else val
-        return chosen, chosen
-
-
 def on_records(
     llm: "LLM", data: DataModule, everything: bool = True, batch_size: int = 1, limit: Optional[float] = None, max_new_tokens: int = 128
 ) -> dict[str, Any]:
@@ -168,8 +151,10 @@ def on_records(
     data.prepare_data()
     is_text = isinstance(data, Text)
     if everything and data.val_split_fraction is None and not is_text:
-        shared = {name: getattr(data, name) for name in ("mask_prompt", "prompt_style", "last_turn_only", "strict")}
-        data = _AsItIs(of=data, **shared)
+        train, val = data.records()
+        measured = train if val is None else val
+        data = copy.copy(data)
+        data.records = lambda: (measured, measured)  # type: ignore[method-assign]
     if data.prompt_style is not None:
         llm.prompt_style = resolve_prompt_style(data.prompt_style, llm.tokenizer.folder, llm.tokenizer)
     splits = data.splits(llm.tokenizer, llm.prompt_style, _length(data, llm, is_own=not everything))

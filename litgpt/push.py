@@ -18,7 +18,7 @@ from litgpt.download import hub
 from litgpt.errors import UserError
 from litgpt.files import require_own
 from litgpt.streams import unescaped, without_secrets
-from litgpt.text import size
+from litgpt.text import first_line, size
 from litgpt.values import checked
 
 PUBLIC = (  # the files of a model or an adapter; nothing else leaves the machine
@@ -101,7 +101,7 @@ def _upload(folder: Path, names: list[str], repo_id: str, private: bool, token: 
                 f"{page} may not be written to (HTTP status {status}): give --access_token, or HF_TOKEN in the environment, "
                 "a token that may write there"
             ) from None
-        lines = without_secrets(str(error)).strip().splitlines()
-        reason = f"HTTP status {status}: {lines[-1] if lines else ''}" if status else (lines[0] if lines else type(error).__name__)
+        *_, last = str(error).strip().splitlines() or [""]
+        reason = without_secrets(f"HTTP status {status}: {last}" if status else first_line(error))
         raise UserError(f"{page}: the upload failed ({reason[:300]}). Try again: what is there already is not sent again") from None
     return page

@@ -50,11 +50,9 @@ def check_valid_checkpoint_dir(
     ignore_tokenizer_files: bool = False,
 ) -> None:
     """Check that a folder has the files of a checkpoint. If not, raise FileNotFoundError or, without `raise_error`, print why and exit."""
-    wanted = [model_filename, "model_config.yaml"]
-    missing = [name for name in wanted if not (Path(checkpoint_dir) / name).is_file()]
-    tokenizers = ("tokenizer.json", "tokenizer.model")
-    if not ignore_tokenizer_files and not any((Path(checkpoint_dir) / name).is_file() for name in tokenizers):
-        missing.append(" or ".join(tokenizers))
+    missing = [name for name in (model_filename, "model_config.yaml") if not (Path(checkpoint_dir) / name).is_file()]
+    if not ignore_tokenizer_files and not checkpoint.has_tokenizer(Path(checkpoint_dir)):
+        missing.append("tokenizer.json or tokenizer.model")
     if not missing:
         return
     exists = Path(checkpoint_dir).is_dir()
