@@ -5,7 +5,6 @@ exception is a bug and keeps its traceback.
 """
 
 import difflib
-import importlib
 import io
 import os
 import re
@@ -18,7 +17,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Optional
 
-from litgpt import __version__
+from litgpt import __version__, aliases
 from litgpt.errors import Stopped, UserError
 from litgpt.streams import guard, keep_secret, lost_output, safe
 
@@ -187,9 +186,7 @@ def _print_error(message: str) -> None:
 
 def load(name: str) -> Callable[..., Any]:
     """Return the function or the settings class of a command."""
-    module, function = COMMANDS[name][0].split(":")
-    command: Callable[..., Any] = getattr(importlib.import_module(f"litgpt.{module}"), function)
-    return command
+    return aliases.load(COMMANDS[name][0])
 
 
 def _table() -> str:

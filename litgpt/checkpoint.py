@@ -509,10 +509,9 @@ def adapted_config(folder: str | Path, base: Path, settings: Mapping[str, Any]) 
     """Return the config of `base` with the adapter of a folder, whose settings are given. A UserError names hyperparameters.yaml."""
     kind = importlib.import_module(ADAPTERS[adapter_file(folder).name]).Config
     try:
-        config: LoRAConfig = kind.from_checkpoint(base, **settings)
+        return kind.from_checkpoint(base, **settings)
     except UserError as error:
         raise UserError(f"{Path(folder) / 'hyperparameters.yaml'}: {error}") from None
-    return config
 
 
 def adapted(folder: str | Path, base: str | Path | None = None) -> tuple[Path, LoRAConfig]:

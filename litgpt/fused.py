@@ -55,7 +55,7 @@ class _Dropped(torch.autograd.Function):
 
 def multiply(x: torch.Tensor, layer: Any) -> torch.Tensor:
     """Return x W^T + b, (..., in) -> (..., out), for a frozen W that `layer.dense(dtype)` computes, or gathers."""
-    y: torch.Tensor = _Multiplied.apply(x, layer)
+    y = _Multiplied.apply(x, layer)
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 

@@ -304,8 +304,7 @@ def _reader_of(base: Any, value: Any) -> tuple[str, str] | None:
     """Return the subclass of `base` that reads the path `value`, and its key for the path; None if `value` is no path."""
     if not isinstance(value, str) or value in NULLS or not hasattr(base, "reader_of") or value in known_classes(base):
         return None
-    reader: tuple[str, str] | None = base.reader_of(value)
-    return reader
+    return base.reader_of(value)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -385,8 +385,8 @@ def apply_lora(
     return list(layers)
 
 
-def _attach(model: nn.Module, linears: Iterable[nn.Module], *settings: Any) -> None:
-    wrapped, (r, alpha, dropout, rslora) = {}, settings
+def _attach(model: nn.Module, linears: Iterable[nn.Module], r: int, alpha: float, dropout: float, rslora: bool = False) -> None:
+    wrapped = {}
     for linear in linears:
         layer = LoRALinear(*sizes(linear), r, alpha, dropout, linear, rslora)
         wrapped[linear] = layer.to(next(linear.parameters()).device).train(linear.training)
@@ -415,7 +415,7 @@ def load_lora(model: nn.Module, file: Path | str) -> None:
     require_fit(file, model, entries, weights, present)
     for name, entry in entries.items():
         if name not in present:
-            _attach(model, [model.get_submodule(name)], *entry, False)
+            _attach(model, [model.get_submodule(name)], *entry)
     model.load_state_dict(weights, strict=False)
 
 

@@ -259,8 +259,7 @@ class GPT(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the backbone. Adapters are always fp32."""
         wte: Any = self.transformer["wte"]
-        dtype: torch.dtype = wte.base_dtype if hasattr(wte, "base_dtype") else wte.weight.dtype
-        return dtype
+        return wte.base_dtype if hasattr(wte, "base_dtype") else wte.weight.dtype
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype of linear layers' outputs: autocast's, or the weights'."""
@@ -348,7 +347,7 @@ class Block(nn.Module):
 
     def attend(self, x: torch.Tensor, pos: Positions) -> torch.Tensor:
         """Return attention's output alone, (B, T, d)."""
-        return cast("torch.Tensor", self.attn(self.norm_1(x), pos))
+        return self.attn(self.norm_1(x), pos)
 
     def _branch(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         """Return the term that attention's or the MLP's output x adds to the residual stream."""

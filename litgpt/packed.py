@@ -10,7 +10,7 @@ bf16 weights are kept in oneDNN's blocks, if the processor multiplies bf16. From
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ class Packed:
         return self
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return cast("torch.Tensor", _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.times(x))
+        return _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.times(x)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + b, (..., in) -> (..., out), without a graph."""
@@ -62,10 +62,10 @@ class Half:
         self.weight = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
-        return cast("torch.Tensor", torch.ops.quantized.linear_dynamic_fp16(x, self.weight))
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
 
     def dense(self) -> torch.Tensor:
-        return cast("torch.Tensor", torch.ops.quantized.linear_unpack_fp16(self.weight)[0])
+        return torch.ops.quantized.linear_unpack_fp16(self.weight)[0]
 
 
 class Blocks:
@@ -75,10 +75,10 @@ class Blocks:
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
-        return cast("torch.Tensor", torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], ""))
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def dense(self) -> torch.Tensor:
-        return cast("torch.Tensor", self.weight.to_dense())
+        return self.weight.to_dense()
 
 
 def _layout(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Half | Blocks:

@@ -13,7 +13,6 @@ The linear layers of the blocks are quantised. The embedding, the head (in many 
 and routers stay in the compute dtype. bitsandbytes is needed for 4 bits only, on the CPU and on CUDA.
 """
 
-import contextlib
 import importlib
 import logging
 import sys
@@ -138,8 +137,7 @@ class Linear4bit(QuantisedLinear):
         return bitsandbytes().matmul_4bit(x, self.get_buffer("packed").t(), self.state(), bias=self.bias)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        weight: torch.Tensor = bitsandbytes().functional.dequantize_4bit(self.get_buffer("packed"), self.state())
-        return weight.to(dtype)
+        return bitsandbytes().functional.dequantize_4bit(self.get_buffer("packed"), self.state()).to(dtype)
 
 
 def quantise(model: GPT, mode: str) -> None:
@@ -188,17 +186,16 @@ def bitsandbytes() -> Any:
     """
     if library := sys.modules.get("bitsandbytes"):
         return library
-    with contextlib.ExitStack() as stack:
-        before = sys.modules.get("kernels")
-        sys.modules["kernels"] = None  # type: ignore[assignment]
-        stack.callback(lambda: sys.modules.update(kernels=before) if before else sys.modules.pop("kernels", None))
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        stack.callback(logging.disable, disabled)
-        try:
-            return importlib.import_module("bitsandbytes")
-        except (ImportError, OSError, RuntimeError) as error:
-            reason = (
-                "is not installed: `pip install bitsandbytes`" if isinstance(error, ModuleNotFoundError) else f"cannot be used: {error}"
-            )
-            raise UserError(f"quantize: the package bitsandbytes {reason}. --quantize int8 does without") from None
+    kernels, disabled = sys.modules.pop("kernels", None), logging.root.manager.disable
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logging.disable(logging.WARNING)
+    try:
+        return importlib.import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = "is not installed: `pip install bitsandbytes`" if isinstance(error, ModuleNotFoundError) else f"cannot be used: {error}"
+        raise UserError(f"quantize: the package bitsandbytes {reason}. --quantize int8 does without") from None
+    finally:
+        logging.disable(disabled)
+        sys.modules.pop("kernels", None)
+        if kernels:
+            sys.modules["kernels"] = kernels

@@ -36,8 +36,7 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 def part_of(parameter: nn.Parameter) -> nn.Parameter:
     """Return this rank's rows of a parameter, in its memory; all of one that is not sharded."""
-    part: nn.Parameter = getattr(parameter, "part", parameter)
-    return part
+    return getattr(parameter, "part", parameter)
 
 
 def rows_of(value: torch.Tensor, parameter: Any) -> torch.Tensor:
@@ -53,24 +52,24 @@ def assign(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
 def gathered(optimizer: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
     """Return an optimizer's state dict with the tensors of all ranks, on the CPU. `parameters` are those that it updates, in its order."""
-    return _of_each(optimizer, parameters, lambda value, like: whole(_sharded(value, like)).cpu())
+    return {**optimizer, "state": _of_each(optimizer["state"], parameters, lambda value, like: whole(_sharded(value, like)).cpu())}
 
 
 def scattered(state: dict[int, dict[str, Any]], parameters: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:
     """Return the state of each parameter with this rank's rows."""
-    return _of_each({"state": state}, parameters, rows_of)["state"]
+    return _of_each(state, parameters, rows_of)
 
 
-def _of_each(optimizer: dict[str, Any], parameters: Sequence[nn.Parameter], change: Callable[[torch.Tensor, Any], torch.Tensor]) -> Any:
-    """Return an optimizer's state dict with the tensors of sharded parameters changed."""
-    state = dict(optimizer["state"])
+def _of_each(state: dict[int, dict[str, Any]], parameters: Sequence[nn.Parameter], change: Callable[[torch.Tensor, Any], Any]) -> Any:
+    """Return the state of each parameter with the tensors of sharded ones changed."""
+    state = dict(state)
     for i, parameter in enumerate(parameters):
         if i in state and part_of(parameter) is not parameter:
             values = state[i].items()
             state[i] = {
                 name: change(value, parameter) if isinstance(value, torch.Tensor) and value.dim() else value for name, value in values
             }
-    return {**optimizer, "state": state}
+    return state
 
 
 def _sharded(value: torch.Tensor, like: Any) -> torch.Tensor:

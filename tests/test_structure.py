@@ -48,7 +48,7 @@ generate api utils validate download integrations examine push
 serve
 keys help
 evaluate
-litgpt cli __main__
+aliases litgpt cli __main__
 """
 
 # Not yet as it should be: these sets only shrink, and shall be empty.
@@ -56,7 +56,7 @@ UPWARD: set[tuple[str, str]] = set()
 IN_CIRCLES: set[str] = set()  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
-LINES_TOO_MANY = 14_678
+LINES_TOO_MANY = 14_668
 WITHOUT_TESTS: set[str] = set()
 
 # Files and folders without test files of their names, and the tests that cover them.
