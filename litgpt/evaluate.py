@@ -131,10 +131,9 @@ def data_of_run(folder: Path) -> DataModule:
         raise UserError(f"what shall {folder} be measured on? Give --data FILE, or --tasks NAMES (`litgpt evaluate list` prints them)")
     arguments = named.get("init_args") or {}
     try:
-        data: DataModule = kind(**arguments)
+        return kind(**arguments)
     except TypeError as error:
         raise UserError(f"{folder / 'hyperparameters.yaml'}: data: {error}. Give --data FILE") from None
-    return data
 
 
 def on_records(

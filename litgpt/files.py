@@ -166,10 +166,10 @@ def fetch(url: str, most: int, seconds: float = FETCH_SECONDS) -> bytes:
     import urllib.error
     import urllib.request
 
+    if "@" in url.split("/")[2]:
+        raise UserError("an address with a user name or password is not fetched: download the file, and name it")
     content, end = bytearray(), time.monotonic() + seconds
     try:
-        if "@" in url.split("/")[2]:
-            raise UserError("an address with a user name or password is not fetched: download the file, and name it")
         with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as answer:
             while block := answer.read1(2**16):
                 content += block
@@ -180,8 +180,6 @@ def fetch(url: str, most: int, seconds: float = FETCH_SECONDS) -> bytes:
             if len(content) != int(answer.headers.get("Content-Length") or len(content)):
                 raise ValueError("the connection ended too early")
             return bytes(content)
-    except UserError:
-        raise
     except urllib.error.HTTPError as error:
         reason = f"HTTP status {error.code}"
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -265,8 +263,6 @@ def parse_yaml(text: str, where: str) -> Any:
         if _count(root, {}) > MOST_VALUES:
             raise UserError(f"{where}: its aliases (*name) stand for more than {MOST_VALUES:,} values: write out what is needed")
         return loader.construct_document(root)
-    except UserError:
-        raise
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         problem = "one document is read, and a second begins here" if problem == "but found another document" else problem

@@ -67,8 +67,6 @@ def as_usage() -> Iterator[None]:
     """Raise a UserError of the block as a UsageError."""
     try:
         yield
-    except UsageError:
-        raise
     except UserError as error:
         raise UsageError(str(error)) from None
 

@@ -137,8 +137,6 @@ class HeadLoss:
         each = targets.new_ones(len(targets)) if weights is None else weights
         parts = zip(hidden.split(rows), targets.split(rows), each.split(rows), strict=True)
         losses = [checkpoint(self._chunk, *part, use_reentrant=False) for part in parts]
-        if not losses:
-            return hidden.sum() * 0.0 if is_sum else hidden.sum(-1) * 0.0
         return torch.stack([part.sum() for part in losses]).sum() if is_sum else torch.cat(losses)
 
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

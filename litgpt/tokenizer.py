@@ -284,13 +284,12 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
         raise UserError(
             f"{file}: its added tokens and replacements have {added:,} bytes, at most {MOST_ADDED:,} are read: it is broken, copy it again"
         )
-    try:
-        with _no_panics(str(file)):
+    with _no_panics(str(file)):
+        try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-    except UserError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{file} is not a readable tokenizer: {str(error)[:300]}. Copy it again from where the model came from") from None
+        except Exception as error:  # the library raises plain Exception
+            reason = str(error)[:300]
+            raise UserError(f"{file} is not a readable tokenizer: {reason}. Copy it again from where the model came from") from None
     backend.no_truncation()
     return backend
 
