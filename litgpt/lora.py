@@ -348,20 +348,18 @@ def merge_lora_weights(model: nn.Module) -> None:
 
 def require_mergeable(model: nn.Module) -> None:
     """Raise UserError for answer-only LoRA, for heads, and for Skip2-LoRA: its adapters read earlier blocks, and the base has no place."""
+    use_it = "Use the adapter folder as it is: generate, chat, evaluate and LLM.load take it and find the base"
     if any(isinstance(module, Skip2LoRA) for module in model.modules()):
         raise UserError(
             "Skip2-LoRA cannot be merged: its adapters add functions of earlier blocks' outputs to the output layer's input, and no weight "
-            "of the base model computes that. Use the adapter folder as it is: generate, chat and LLM.load take it and find the base"
+            f"of the base model computes that. {use_it}"
         )
     if any(isinstance(module, Head) for module in model.modules()):
-        raise UserError(
-            "an adapter with value_head or mtp_heads cannot be merged: no weight of the base model has room for a head. Use the adapter "
-            "folder as it is: generate, evaluate and LLM.load take it and find the base"
-        )
+        raise UserError(f"an adapter with value_head or mtp_heads cannot be merged: no weight of the base has room for a head. {use_it}")
     if getattr(model, "switch", None) is not None:
         raise UserError(
-            "answer-only LoRA (alora_enabled) cannot be merged: it leaves prompts to the base's weights. Use the adapter folder as it is: "
-            "generate, chat and LLM.load take it and find the base; `litgpt convert_adapter` makes PEFT's format of it"
+            f"answer-only LoRA (alora_enabled) cannot be merged: it leaves prompts to the base's weights. {use_it}; "
+            "`litgpt convert_adapter` makes PEFT's format of it"
         )
 
 
