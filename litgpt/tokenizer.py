@@ -228,12 +228,12 @@ class Tokenizer:
         with _no_panics("tokenizer.json"):
             return self._backend.decode(values, skip_special_tokens=skip_special_tokens)
 
-    def decode_stream(self, ids: Iterable[Any], device: Any = None, skip_special_tokens: bool = True) -> Iterator[str]:
+    def decode_stream(self, ids: Iterable[Any], device: Any = None) -> Iterator[str]:
         """Yield pieces of text as ids (ints, or tensors of them) arrive; the joined pieces are `decode` of all ids.
 
         `device` is accepted for LitGPT's callers; without effect.
         """
-        decoder = StreamDecoder(self, skip_special_tokens)
+        decoder = StreamDecoder(self)
         for item in ids:
             if piece := decoder.push([item] if isinstance(item, int) else item.reshape(-1).tolist()):
                 yield piece
@@ -248,8 +248,8 @@ class StreamDecoder:
     a word is not dropped as the start of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self.context: list[int] = []
         self.pending: list[int] = []
 
@@ -264,7 +264,7 @@ class StreamDecoder:
 
     def rest(self) -> str:
         """Return what is held back."""
-        before, text = (self.tokenizer.decode(ids, self.skip_special_tokens) for ids in (self.context, self.context + self.pending))
+        before, text = (self.tokenizer.decode(ids) for ids in (self.context, self.context + self.pending))
         return text[len(before) :]
 
 
