@@ -150,6 +150,8 @@ class Skip2LoRA(LoRALayer, Tap):
         norm_eps: float | None = None,
     ) -> None:
         super().__init__(r, lora_alpha, lora_dropout)
+        if r == 0:
+            raise ValueError("a Skip2-LoRA adapter needs a rank of 1 or more")
         self.norm_eps = norm_eps
         self.make((r, in_features), (out_features, r))
         self.reset_parameters()
