@@ -30,7 +30,7 @@ from litgpt.convert.names import fit, shapes
 from litgpt.families import HF
 from litgpt import checkpoint, config
 kind, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-shapes(config.Config(n_layer=1, n_embd=64, n_head=2, vocab_size=64), 6, "")
+shapes(config.Config(n_layer=1, n_embd=64, n_head=2, vocab_size=64), "")
 print("ready", flush=True)
 sys.stdin.readline()
 if kind == "in":

@@ -119,7 +119,7 @@ def command(settings: dict[str, Any]) -> str:
         defaults |= {f"data.{key}": value for key, value in args.as_config(args.defaults(data)).items()}
     words = [f"litgpt {name}" + (f" {shlex.quote(_public(folder))}" if (folder := settings.get("checkpoint_dir")) else "")]
     for key, value in _flat({key: value for key, value in settings.items() if key not in ("checkpoint_dir", "log")}).items():
-        if value != defaults[key] if key in defaults else value is not None:
+        if value != defaults.get(key):
             words.append(f"{shlex.quote(f'--{key}')} {_word(value)}")
     return " \\\n  ".join(words)
 

@@ -108,7 +108,7 @@ def hf_slots(config: Config, model_type: str, tied: bool) -> "dict[str, Slot]":
     """
     from litgpt.convert.names import hf_table, shapes, slots, summary
 
-    keys = shapes(config, 6 * config.n_layer, f"the model {config.name!r}")
+    keys = shapes(config, f"the model {config.name!r}")
     by_name = slots(hf_table(model_type, config), config, keys)
     if unnamed := keys.keys() - {key for slot in by_name.values() for key in slot.keys}:
         raise UserError(f"a {model_type} model of transformers has no place for {summary(sorted(unnamed))} of {config.name!r}")

@@ -44,7 +44,7 @@ def open_own(file: Path, config: Config, dtype: torch.dtype | None = None) -> Pl
     Loading raises UserError for numbers that are not finite.
     """
     tensors = Reader().stored(file)
-    modules = {key.rpartition(".")[0] for key in shapes(config, len(tensors), str(file))}
+    modules = {key.rpartition(".")[0] for key in shapes(config, str(file), len(tensors))}
     table: Table = {module: (module, "all") for module in modules}
     if any(".attn.attn." in name for name in tensors):
         table = {module: slot for module, slot in table.items() if not module.endswith(".attn.qkv")} | BEFORE_0_5

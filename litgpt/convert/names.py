@@ -84,10 +84,15 @@ def slots(table: Table, config: Config, keys: Mapping[str, tuple[int, ...]]) -> 
     return places
 
 
-def shapes(config: Config, stored: int, source: str) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of the LitGPT model. `stored` is the number of tensors in `source`; a block has at least five."""
-    if 5 * config.n_layer > stored:
-        raise UserError(f"{source}: the model has {config.n_layer} blocks by its settings, but only {stored} tensors are stored")
+def shapes(config: Config, source: str, stored: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the LitGPT model. `stored` is the number of tensors in a file, which may have wrong settings.
+
+    A block has at least five tensors, an expert three: a model that no file can hold is not built.
+    """
+    experts = config.n_expert * (config.n_layer - (config.first_k_dense_replace or 0))
+    for least, parts in ((5 * config.n_layer, f"{config.n_layer} blocks"), (3 * experts, f"{config.n_expert} experts a block")):
+        if stored is not None and least > stored:
+            raise UserError(f"{source}: the model has {parts} by its settings, but only {stored} tensors are stored")
     try:
         with on_meta():
             return {key: tuple(value.shape) for key, value in GPT(config).state_dict().items()}
@@ -122,11 +127,7 @@ def fit(tensors: Mapping[str, Stored], table: Table, config: Config, source: str
     Without `dtype` each tensor keeps its own. Raise UserError that lists every missing and unknown tensor and every wrong shape.
     """
     tensors = separated(tensors, interleaved=config.swiglu_limit is not None)
-    if 3 * (config.n_layer - (config.first_k_dense_replace or 0)) * config.n_expert > len(tensors):
-        raise UserError(
-            f"{source}: the model has {config.n_expert} experts a block by its settings, but only {len(tensors)} tensors are stored"
-        )
-    expected = shapes(config, len(tensors), source)
+    expected = shapes(config, source, len(tensors))
     names = slots(table, config, expected)
     tensors = respelled(tensors, names)
     called = {slot.key: name for name, slot in names.items()}

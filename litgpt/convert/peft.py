@@ -78,7 +78,7 @@ def layout(config: Config, model_type: str) -> Layout:
     The MLPs of a mixture are not among them: transformers keeps the experts as one tensor, not as linear layers.
     """
     table = names.hf_table(model_type, config)
-    shapes = names.shapes(config, 6 * config.n_layer, "the adapter's model")
+    shapes = names.shapes(config, "the adapter's model")
     adaptable = {
         name: slot for name, slot in table.items() if ADAPTABLE.fullmatch(slot[0]) and not (config.n_expert and ".mlp." in slot[0])
     }
@@ -419,20 +419,14 @@ def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = load_weights(older) if older.is_file() and not (folder / WEIGHTS).exists() else read_tensors(folder / WEIGHTS)
     config = Config.from_checkpoint(base)
     model_type = hf_settings(config, base)["model_type"]
-    saved = {key: tensor for key, tensor in tensors.items() if is_saved(key, settings)}
-    rest = {key: tensor for key, tensor in tensors.items() if key not in saved}
-    return from_peft(settings, without_base(rest, saved_places(config, model_type), base) | saved, config, folder, model_type)
+    places, weights = saved_places(config, model_type), load_weights(base / BASE_WEIGHTS)
 
-
-def without_base(tensors: Mapping[str, Tensor], places: Mapping[str, str], base: Path) -> dict[str, Tensor]:
-    """Return the tensors that are not the base's. PEFT stores the head and the embedding too if one of them has LoRA."""
-    weights = load_weights(base / BASE_WEIGHTS)
-
-    def is_base(key: str, tensor: Tensor) -> bool:
+    def is_base(key: str, tensor: Tensor) -> bool:  # PEFT stores the head and the embedding too if one of them has LoRA
         weight = weights.get(places.get(key.removeprefix(PREFIX).replace(".base_layer.", "."), ""))
         return weight is not None and torch.equal(weight.to(tensor.dtype), tensor)
 
-    return {key: tensor for key, tensor in tensors.items() if not is_base(key, tensor)}
+    tensors = {key: tensor for key, tensor in tensors.items() if is_saved(key, settings) or not is_base(key, tensor)}
+    return from_peft(settings, tensors, config, folder, model_type)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

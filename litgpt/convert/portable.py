@@ -29,12 +29,12 @@ SHAPE = (  # fields that must agree between the model that an adapter was traine
 RMS, PLAIN = "t_i = x_(i+1) / sqrt(mean(x_(i+1)^2) + norm_eps), the mean over the features, in float32", "t_i = x_(i+1)"
 
 
-def modules(config: Config, model_type: str) -> tuple[str, str, str]:
-    """Return transformers' names of a block (with {} for its index), of the last norm and of the output layer."""
+def modules(config: Config, model_type: str) -> tuple[str, str]:
+    """Return transformers' names of a block (with {} for its index) and of the last norm."""
     table = names.hf_table(model_type, config)
     block = next(name.split("{}")[0] for name, (module, _) in table.items() if module.startswith("transformer.h.{}"))
     norm = next((name for name, (module, _) in table.items() if module == "transformer.ln_f"), "model.norm")  # OLMo stores none
-    return f"{block}{{}}", norm, "lm_head"
+    return f"{block}{{}}", norm
 
 
 def lora_in_peft(
@@ -61,9 +61,9 @@ def write(folder: Path, config: LoRAConfig, weights: dict[str, Tensor], base: st
 def describe(config: LoRAConfig, lora: dict[str, Any] | None, base: str, model_type: str) -> dict[str, Any]:
     """Return the content of skip2lora_config.json."""
     assert config.skip2lora_r and config.skip2lora_alpha is not None
-    block, norm, head = modules(config, model_type)
+    block, norm = modules(config, model_type)
     place = config.skip2lora_output_layer
-    module = {"lm_head": head, "transformer.ln_f": norm}.get(place) or block.format(place.rpartition(".")[2])
+    module = {"lm_head": "lm_head", "transformer.ln_f": norm}.get(place) or block.format(place.rpartition(".")[2])
     formula = [
         "x_(i+1) = output of block i, the residual stream behind it",
         RMS if config.skip2lora_norm == "rms" else PLAIN,

@@ -61,7 +61,7 @@ class Skip2LoRAHooks:
     def __init__(self, model: nn.Module, config: LoRAConfig, weights: dict[str, Tensor], model_type: str) -> None:
         self._sum: Tensor | None = None  # s so far in this forward pass, (B, T, d)
         self._handles: list[Any] = []
-        block, norm, _ = portable.modules(config, model_type)
+        block, norm = portable.modules(config, model_type)
         place = config.skip2lora_output_layer
         assert config.skip2lora_r and config.skip2lora_alpha is not None
         scale = config.skip2lora_alpha / config.skip2lora_r

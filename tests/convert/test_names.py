@@ -60,7 +60,7 @@ def test_other_spellings_are_taken_for_a_name_that_the_table_has() -> None:
 
 def test_impossible_settings_build_no_model() -> None:
     with pytest.raises(UserError, match="the model has 9 blocks by its settings, but only 8 tensors are stored"):
-        shapes(Config(n_layer=9), 8, "x")
+        shapes(Config(n_layer=9), "x", 8)
 
 
 def test_names_in_one_line() -> None:

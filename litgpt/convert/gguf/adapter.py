@@ -34,7 +34,7 @@ def write_gguf_adapter(target: Path, config: Config, weights: Mapping[str, Tenso
         kind = "modules_to_save" if config.modules_to_save else config.lora_variant
         raise UserError(f"{target}: llama.cpp has no {kind}: run `litgpt merge_lora`, then `litgpt convert_to_gguf`")
     described, groups = describe(base, target)
-    sizes, units = shapes(config, 6 * config.n_layer, str(base)), split(weights, config)
+    sizes, units = shapes(config, str(base)), split(weights, config)
     if missing := units.keys() - {unit for group in groups.values() for slot in group.slots for unit in places_of(slot, config)}:
         tied = " The base's head is its embedding, which llama.cpp keeps once." if "lm_head" in missing else ""
         raise UserError(

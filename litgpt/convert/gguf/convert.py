@@ -46,10 +46,10 @@ def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtyp
 
 def require_readable(reader: Reader) -> None:
     """Raise UserError for tensor types without a dequantiser."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+    from gguf import GGML_QUANT_SIZES, dequantize
 
     unsupported: dict[str, list[str]] = {}
-    for kind in map(GGMLQuantizationType, sorted({tensor.kind for tensor in reader.tensors.values()})):
+    for kind in sorted({tensor.kind for tensor in reader.tensors.values()}):
         try:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
@@ -63,9 +63,7 @@ def require_readable(reader: Reader) -> None:
 
 def own_dtype(reader: Reader) -> torch.dtype:
     """Return fp32 or fp16 if the matrices are stored so (a router may be fp32 among fp16), else bf16."""
-    from gguf import GGMLQuantizationType
-
-    kinds = {GGMLQuantizationType(tensor.kind).name for tensor in reader.tensors.values() if len(tensor.shape) > 1}
+    kinds = {tensor.kind.name for tensor in reader.tensors.values() if len(tensor.shape) > 1}
     return torch.float32 if kinds == {"F32"} else torch.float16 if kinds <= {"F32", "F16"} else torch.bfloat16
 
 
@@ -87,7 +85,7 @@ def stored(reader: Reader, config: Config, dtype: torch.dtype) -> Iterator[tuple
             yield name, Stored(tensor.shape, partial(_load, reader, config, name, dtype))
             continue
         for expert in range(config.n_expert):
-            load = partial(reader.load, name, dtype, expert, config.n_expert)
+            load = partial(reader.load, name, dtype, expert)
             yield f"{module}.{expert}.{parameter}", Stored(tensor.shape[1:], load)
 
 

@@ -11,13 +11,16 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from litgpt.convert.gguf import SPLIT
 from litgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes by value type
 STRING, ARRAY = 8, 9
@@ -29,9 +32,9 @@ class Tensor(NamedTuple):
     """A tensor in a file. `shape` is in torch's order: rows first."""
 
     shape: tuple[int, ...]
-    kind: int
+    kind: GGMLQuantizationType
     content: np.ndarray  # its bytes in the memory map of the file
-    map: mmap.mmap | None
+    map: mmap.mmap
 
 
 class Source:
@@ -159,18 +162,19 @@ class Reader(Source):
         return name, [self._number("Q") for _ in range(n_dims)], self._number("I"), self._number("Q")
 
     def _tensor(self, name: str, dims: list[int], kind: int, start: int, alignment: int) -> Tensor:
-        from gguf import GGML_QUANT_SIZES
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        sizes = {int(known): value for known, value in GGML_QUANT_SIZES.items()}
-        if kind not in sizes:
+        if kind not in GGML_QUANT_SIZES:
             raise self._error(f"tensor {name!r} has the unknown type {kind}")
-        block, block_bytes = sizes[kind]
+        known = GGMLQuantizationType(kind)
+        block, block_bytes = GGML_QUANT_SIZES[known]
         if min(dims) < 1 or dims[0] % block:
             raise self._error(f"tensor {name!r} has the impossible dimensions {dims}")
         size = math.prod(dims) // block * block_bytes
         if start % alignment or start + size > len(self._data):
             raise self._error(f"tensor {name!r} is at the bytes {start} to {start + size}: {BROKEN}")
-        return Tensor(tuple(reversed(dims)), kind, self._data[start : start + size], self._map)
+        assert self._map is not None
+        return Tensor(tuple(reversed(dims)), known, self._data[start : start + size], self._map)
 
     def add(self, part: Reader) -> None:
         """Add the tensors of another part of a split file."""
@@ -182,22 +186,22 @@ class Reader(Source):
     def array(self, name: str) -> np.ndarray:
         return self.load(name).numpy()
 
-    def load(self, name: str, dtype: torch.dtype | None = None, part: int | None = None, parts: int = 1) -> torch.Tensor:
-        """Return a tensor in `dtype` (default: fp32), or one of the `parts` along its first dimension."""
-        from gguf import GGMLQuantizationType, dequantize
+    def load(self, name: str, dtype: torch.dtype | None = None, part: int | None = None) -> torch.Tensor:
+        """Return a tensor in `dtype` (default: fp32), or one of the parts along its first dimension."""
+        from gguf import dequantize
 
         tensor = self.tensors[name]
         shape = tensor.shape if part is None else tensor.shape[1:]
         rows, columns = math.prod(shape[:-1]), shape[-1]
-        content = tensor.content.reshape(rows * parts, -1)[rows * (part or 0) :][:rows]
+        content = tensor.content if part is None else tensor.content.reshape(tensor.shape[0], -1)[part]
+        content = content.reshape(rows, -1)
         numbers = torch.empty(rows, columns, dtype=dtype or torch.float32)
         step = max(1, CHUNK // columns)
         for start in range(0, rows, step):
             with np.errstate(all="ignore"):  # broken scales give nan
-                chunk = dequantize(content[start : start + step], GGMLQuantizationType(tensor.kind))
+                chunk = dequantize(content[start : start + step], tensor.kind)
             numbers[start : start + step] = torch.from_numpy(np.require(chunk, np.float32, "W"))
-            if tensor.map is not None and hasattr(mmap, "MADV_DONTNEED"):  # release the pages that were read
-                tensor.map.madvise(mmap.MADV_DONTNEED)
+            tensor.map.madvise(mmap.MADV_DONTNEED)  # release the pages that were read
         return numbers.view(shape)
 
 

@@ -88,7 +88,7 @@ def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, m
     `words` is the tokenizer's metadata. Raises ValueError that states how the nearest architecture differs.
     """
     ordered = sorted(families.GGUF, key=lambda name: name != model_type and model_type not in families.GGUF[name].hub)
-    keys = shapes(config, 6 * config.n_layer, config.name)
+    keys = shapes(config, config.name)
     problems: dict[str, list[str]] = {}
     for name in ordered:
         groups = group(name, config, keys, tied)

@@ -17,7 +17,7 @@ from litgpt.families import GGUF
 
 
 def planned(architecture: str, config: Config) -> Plan:
-    keys, row = shapes(config, 10**3, "the test"), GGUF[architecture]
+    keys, row = shapes(config, "the test"), GGUF[architecture]
     names = slots(row.names(config.base_dict(), row.joined), config, keys)
     tensors = {name: stored_shape(slot, config, keys) for name, slot in names.items()}
     return plan(Path("x.gguf"), architecture, config, tensors, ["x"] * config.vocab_size)
