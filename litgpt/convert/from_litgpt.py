@@ -88,11 +88,8 @@ def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> "tuple[d
     sizes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     dtypes = {key: torch.float32 if key.endswith(CORRECTION) else dtype or tensor.dtype for key, tensor in weights.items()}
 
-    def make(slot: "Slot") -> "torch.Tensor":
-        return stored_form(slot, config, {key: loads[key]() for key in slot.keys})
-
     tensors = {
-        name: Pending(stored_shape(slot, config, sizes), dtypes[slot.key], partial(make, slot))
+        name: Pending(stored_shape(slot, config, sizes), dtypes[slot.key], partial(stored_form, slot, config, loads))
         for name, slot in hf_slots(config, settings["model_type"], tied).items()
     }
     if config.swiglu_limit is not None:

@@ -48,7 +48,8 @@ class Slot(NamedTuple):
         return (self.key, self.key.replace(".fc_1.", ".fc_2.")) if self.part == "gate up" else (self.key,)
 
 
-Plan = dict[tuple[str, ...], "Callable[[], torch.Tensor]"]  # LitGPT keys that share one tensor, and how to load it
+Load = Callable[[], torch.Tensor]
+Plan = dict[tuple[str, ...], Load]  # LitGPT keys that share one tensor, and how to load it
 
 
 def hf_table(model_type: str, config: Config) -> Table:
@@ -111,9 +112,9 @@ def stored_shape(slot: Slot, config: Config, keys: Mapping[str, tuple[int, ...]]
     return (counts[slot.part.split()[0]], *shape[1:])
 
 
-def stored_form(slot: Slot, config: Config, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return a tensor as it is stored, made from LitGPT's."""
-    tensors = [weights[key] for key in slot.keys]
+def stored_form(slot: Slot, config: Config, loads: Mapping[str, Load]) -> torch.Tensor:
+    """Return a tensor as it is stored, made from LitGPT's, which `loads` load."""
+    tensors = [loads[key]() for key in slot.keys]
     if slot.part == "gate up":
         return torch.cat(tensors)
     if slot.part == "transposed":

@@ -37,12 +37,8 @@ class Pending(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-class _Storage(NamedTuple):
-    """A record of a `.pth` file, as `torch.load` knows it: `data/<record>` holds `numbers` numbers."""
-
-    kind: type
-    record: str
-    numbers: int
+class _Storage(tuple[Any, ...]):
+    """A record of a `.pth` file, as `torch.load` knows it: ("storage", its class, the <number> of `data/<number>`, "cpu", its length)."""
 
 
 class _Tensor:
@@ -57,7 +53,7 @@ class _Tensor:
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
-        return ("storage", value.kind, value.record, "cpu", value.numbers) if isinstance(value, _Storage) else None
+        return tuple(value) if isinstance(value, _Storage) else None
 
 
 def write_pth(plan: Plan, file: Path | IO[bytes]) -> None:
@@ -73,7 +69,8 @@ def write_pth(plan: Plan, file: Path | IO[bytes]) -> None:
         for number, (keys, load) in enumerate(plan.items()):
             tensor = load().contiguous()
             _add(archive, f"data/{number}", _data(tensor))
-            state |= dict.fromkeys(keys, _Tensor(_Storage(kinds[tensor.dtype], str(number), tensor.numel()), tensor))
+            storage = _Storage(("storage", kinds[tensor.dtype], str(number), "cpu", tensor.numel()))
+            state |= dict.fromkeys(keys, _Tensor(storage, tensor))
             del tensor  # before the next one is loaded
         pickled = BytesIO()
         _Pickler(pickled, protocol=2).dump(state)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -241,16 +241,15 @@ def make_app(state: State, host: str = "127.0.0.1", api_path: str = "/predict") 
     app.add_exception_handler(UserError, lambda _, error: Refusal(400, str(error)).response())
     app.add_exception_handler(HTTPException, lambda _, error: Refusal(error.status_code, str(error.detail)).response(error.headers))
     app.add_exception_handler(RequestValidationError, lambda _, error: _invalid(error).response())
-    protected = [Depends(_authorised)]
-    app.add_api_route("/v1/chat/completions", _chat, methods=["POST"], dependencies=protected, response_model=None)
-    app.add_api_route("/v1/completions", _completion, methods=["POST"], dependencies=protected, response_model=None)
-    app.add_api_route("/v1/models", _models, methods=["GET"], dependencies=protected)
-    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"], dependencies=protected)
-    app.add_api_route("/v1/load_lora_adapter", _load_adapter, methods=["POST"], dependencies=protected, response_class=PlainTextResponse)
-    app.add_api_route(
-        "/v1/unload_lora_adapter", _unload_adapter, methods=["POST"], dependencies=protected, response_class=PlainTextResponse
-    )
-    app.add_api_route(api_path, _predict, methods=["POST"], dependencies=protected, response_model=None)
+    protected = APIRouter(dependencies=[Depends(_authorised)])
+    protected.add_api_route("/v1/chat/completions", _chat, methods=["POST"], response_model=None)
+    protected.add_api_route("/v1/completions", _completion, methods=["POST"], response_model=None)
+    protected.add_api_route("/v1/models", _models, methods=["GET"])
+    protected.add_api_route("/v1/models/{name:path}", _model, methods=["GET"])
+    protected.add_api_route("/v1/load_lora_adapter", _load_adapter, methods=["POST"], response_class=PlainTextResponse)
+    protected.add_api_route("/v1/unload_lora_adapter", _unload_adapter, methods=["POST"], response_class=PlainTextResponse)
+    protected.add_api_route(api_path, _predict, methods=["POST"], response_model=None)
+    app.include_router(protected)
     app.add_api_route("/health", _health, methods=["GET"], response_class=PlainTextResponse)
     app.add_api_route("/", _page, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
     return app
@@ -398,7 +397,7 @@ def _invalid(error: RequestValidationError) -> Refusal:
 
 
 class LimitedBody:
-    """ASGI middleware that refuses bodies over `MOST_BODY` bytes, by their header or as they arrive."""
+    """ASGI middleware that refuses bodies over `MOST_BODY` bytes, as they arrive."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -408,10 +407,7 @@ class LimitedBody:
             await self.app(scope, receive, send)
             return
         refusal = Refusal(413, f"the body of a request may have {MOST_BODY:,} bytes", "body_too_large")
-        size, length = 0, dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MOST_BODY:
-            await refusal.response()(scope, receive, send)
-            return
+        size = 0
 
         async def limited() -> Any:
             nonlocal size

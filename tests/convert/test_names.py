@@ -38,7 +38,7 @@ def test_stored_and_back(family: str) -> None:
     table = hf_table(configs.hf_config(family).model_type, config)
     stored = {}
     for name, slot in slots(table, config, keys).items():
-        tensor = stored_form(slot, config, weights)
+        tensor = stored_form(slot, config, {key: weight.clone for key, weight in weights.items()})
         assert tensor.shape == stored_shape(slot, config, keys)
         stored[name] = Stored(tuple(tensor.shape), partial(torch.clone, tensor))
     loads = {key: load for keys, load in fit(stored, table, config, "the test", tied=False).items() for key in keys}

@@ -46,15 +46,15 @@ def convert_to_gguf(
     require_place(target)
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists already: name another file, or add --overwrite to replace it")
-    program = shutil.which(QUANTIZER)
-    by_program = "_k" in (dtype or "")
+    by_program = dtype is not None and "_k" in dtype
+    program = shutil.which(QUANTIZER) if by_program else None
     if by_program and program is None:
         others = ", ".join(name.lower() for name in BLOCKS)
         raise UserError(
             f"dtype {dtype} needs llama.cpp's program {QUANTIZER} on the PATH: build or install llama.cpp, or choose one of {others}"
         )
     source = open_full_model(checkpoint_dir, "a GGUF file")
-    if by_program and program:
+    if program:
         architecture = _quantise(program, source, target, str(dtype), overwrite)
     else:
         architecture = write_gguf(source, target, dtype, overwrite)

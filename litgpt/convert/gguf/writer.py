@@ -21,13 +21,11 @@ from litgpt.convert.gguf.reader import CHUNK
 from litgpt.convert.gguf.vocabulary import vocabulary
 from litgpt.convert.hf import hf_settings
 from litgpt.convert.litgpt import open_own
-from litgpt.convert.names import Slot, shapes, slots, stored_form, stored_shape, summary
+from litgpt.convert.names import Load, Slot, shapes, slots, stored_form, stored_shape, summary
 from litgpt.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
-
-Loads = Mapping[str, Callable[[], torch.Tensor]]
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # formats in blocks of 32 numbers, which the gguf library writes
 FINER = ("token_embd.weight", "output.weight")  # Q8_0 where others have fewer bits; llama.cpp takes Q6_K for them
@@ -137,7 +135,7 @@ def group(architecture: str, config: Config, keys: Mapping[str, tuple[int, ...]]
     }
 
 
-def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, loads: Loads, wanted: str) -> None:
+def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, loads: Mapping[str, Load], wanted: str) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
     with closing(GGUFWriter(path, made.architecture)) as writer:
@@ -174,10 +172,10 @@ def kind_of(name: str, shape: tuple[int, ...], wanted: str) -> str:
     return "F16" if shape[-1] % 32 else "Q8_0" if name in FINER else wanted
 
 
-def stored(name: str, entry: Group, architecture: str, config: Config, loads: Loads) -> torch.Tensor:
+def stored(name: str, entry: Group, architecture: str, config: Config, loads: Mapping[str, Load]) -> torch.Tensor:
     """Return a tensor in the file's form: the reverse of `gguf.convert.stored`."""
     module = name.rpartition(".")[0]
-    parts = [stored_form(slot, config, {key: loads[key]() for key in slot.keys}) for slot in entry.slots]
+    parts = [stored_form(slot, config, loads) for slot in entry.slots]
     weight = parts[0] if len(parts) == 1 else torch.stack(parts)
     if has_offset(config, module):
         return weight.float() + 1
