@@ -1,7 +1,7 @@
 """`litgpt merge_lora`: LoRA adapters folded into the base's weights, so that the result is an ordinary checkpoint."""
 
 import os
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -78,9 +78,10 @@ def merged(folder: Path, base: Path, config: "LoRAConfig", dtype: "torch.dtype")
     from torch import nn
 
     from litgpt.adapters.base import adapter_parameters
+    from litgpt.convert.litgpt import open_own
     from litgpt.lora import LoRALinear, require_mergeable
 
-    model, read = checkpoint.open_base(config, base)
+    model, _ = checkpoint.open_base(config, base)
     require_mergeable(model)
     file = folder / checkpoint.ADAPTER_WEIGHTS
     learned = checkpoint.load_weights(file)
@@ -88,6 +89,7 @@ def merged(folder: Path, base: Path, config: "LoRAConfig", dtype: "torch.dtype")
     layers = {
         f"{name}.weight": layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, LoRALinear) and layer.r
     }
+    loads = {key: load for keys, load in open_own(base / checkpoint.WEIGHTS, config).items() for key in keys}
     added = adapter_parameters(model, added=True)
     names: dict[int, list[str]] = {}  # of one tensor
     for key, value in model.state_dict(keep_vars=True).items():
@@ -95,14 +97,10 @@ def merged(folder: Path, base: Path, config: "LoRAConfig", dtype: "torch.dtype")
             name = key.replace(".linear.", ".")
             names.setdefault(id(layers.get(name, value)), []).append(name)
 
-    @lru_cache(maxsize=1)
-    def weights_of(block: tuple[str, ...]) -> "dict[str, torch.Tensor]":
-        return read([name for name, *_ in names.values() if _block(name) == block])
-
     def load(name: str) -> "torch.Tensor":
         if name in learned:  # of a module that was trained whole
             return learned[name].to(dtype)
-        weight = weights_of(_block(name))[name]
+        weight = loads[name]()
         if name.endswith(CORRECTION):
             return weight.float()
         if (layer := layers.get(name)) is None:
@@ -112,8 +110,3 @@ def merged(folder: Path, base: Path, config: "LoRAConfig", dtype: "torch.dtype")
         return weight.detach()
 
     return {tuple(keys): partial(load, keys[0]) for keys in names.values()}
-
-
-def _block(name: str) -> tuple[str, ...]:
-    """Return the beginning of a weight's name that all weights of its block have, of one in no block its name."""
-    return tuple(name.split(".")[:3])
