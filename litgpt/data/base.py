@@ -150,9 +150,12 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         numbered = list(enumerate(train, 1))
         parts = self._split(numbered) if val is None else (numbered, list(enumerate(val, 1)))
         encoder = Encoder(tokenizer, prompt_style, self.mask_prompt, self.last_turn_only, max_seq_length, self.source)
-        repeats = val is None and self.val_split_fraction == 0
-        again = replace(encoder, cut=0, dropped=Counter(), ignored={}) if repeats else encoder  # its records are counted once
-        encoded = [each.encode_all(part, units) for each, part in zip((encoder, again), parts, strict=True)]
+        encoded = [encoder.encode_all(part, units) for part in parts]
+        if repeats := val is None and self.val_split_fraction == 0:
+            step = math.ceil(len(encoded[0]) / MOST_REPEATED) or 1
+            if len(encoded[0]) > len(numbered):  # of each record a good and a bad answer, in turns: an odd step takes both
+                step |= 1
+            encoded[1] = encoded[0][::step]
         for name, samples, part in zip(("training", "validation"), encoded, parts, strict=True):
             if not samples:
                 raise UserError(self._nothing_left(name, len(part), encoder))
@@ -172,7 +175,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
     def _split(self, records: list[tuple[int, Any]]) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
         fraction = self.held_out_share()
         if fraction == 0:
-            return records, records[:: math.ceil(len(records) / MOST_REPEATED) or 1]
+            return records, []
         if len(records) < 2:
             raise UserError(f"{self.source} holds one record: at least two are needed, one of them for validation")
         order = list(range(len(records)))

@@ -258,6 +258,9 @@ def test_without_a_validation_share_training_samples_are_validated(tokenizer: To
     assert all(bytes(sample.input_ids) in trained for sample in splits.val)
     assert len(Given(val_split_fraction=0, train=[pair("a", f"b{i}") for i in range(30)]).splits(tokenizer, prompts.Default()).val) == 30
     assert len(Given(val_split_fraction=0, train=[pair("a", "b")]).splits(tokenizer, prompts.Default()).val) == 1
+    every_other = [pair("a", f"b{i}" if i % 2 else "") for i in range(60)]
+    half = Given(val_split_fraction=0, train=every_other).splits(tokenizer, prompts.Default())
+    assert len(half.train) == len(half.val) == 30 and "30 dropped: empty answer" in half.report
 
 
 @pytest.mark.parametrize(
