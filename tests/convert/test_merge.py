@@ -221,6 +221,16 @@ def test_one_weight_is_read_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatc
     assert len(read) == len(checkpoint.load_weights(folder / "lit_model.pth"))
 
 
+def test_a_base_that_is_not_finite_is_refused(base: Path) -> None:
+    weights = checkpoint.load_weights(base / "lit_model.pth", mapped=False)
+    weights["transformer.ln_f.weight"][0] = float("nan")
+    checkpoint.save_weights(weights, base / "lit_model.pth")
+    folder = adapter(base, **LORA)
+    with pytest.raises(UserError, match="transformer.ln_f.weight holds numbers that are not finite"):
+        merge_lora(folder)
+    assert not (folder / "lit_model.pth").exists()
+
+
 @pytest.mark.slow
 def test_litgpt_merges_and_answers_what_is_written_here(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
     """LitGPT 0.5.13 from PyPI, with this environment's other packages, adds the same weights up and generates with them."""
