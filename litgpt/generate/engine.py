@@ -105,12 +105,12 @@ class Batch:
         rows, outputs = self.rows[: self.ready], []
         try:
             if rows:
-                outputs.append(self._decode(rows))
+                outputs.append(self._run(rows, 0, 1))
             left = self.chunk
             while self.ready < len(self.rows) and left != 0:
                 rows, size = self._next_prompts(left)
                 left = None if left is None else left - size * len(rows)
-                x = self._prefill(rows, size)
+                x = self._run(rows, self.ready, size)
                 if rows[0].computed == len(rows[0].tokens):
                     outputs.append(x)
                     self.ready += len(rows)
@@ -126,19 +126,6 @@ class Batch:
     def hidden(self, idx: torch.Tensor, pos: Positions, rows: Sequence[Row]) -> torch.Tensor:
         """Return the output layer's input at the last of the positions: idx (n, T) -> (n, d)."""
         return self.model.last(idx, pos)
-
-    def _decode(self, rows: list[Row]) -> torch.Tensor:
-        """Run the last tokens of rows: (n, d)."""
-        ends = [len(row.tokens) for row in rows]
-        idx = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
-        alike = min(ends) == max(ends)  # then no mask is needed
-        places = torch.tensor(ends[:1] if alike else [[end] for end in ends], device=self.device) - 1
-        for block, cache in zip(self.model.blocks, self.caches, strict=True):
-            block.attn.kv_cache = cache
-        x = self.hidden(idx, self.model.positions(idx, places, max(ends)), rows)
-        for row in rows:
-            row.computed += 1
-        return x
 
     def _next_prompts(self, left: int | None) -> tuple[list[Row], int]:
         """Return the next rows whose prompts are computed together, and the number of tokens of each; all of them at most `left` tokens.
@@ -169,18 +156,18 @@ class Batch:
             size = widest
         return rows, size
 
-    def _prefill(self, rows: list[Row], size: int) -> torch.Tensor:
-        """Run `size` tokens of the first rows that are not ready, up to their last ones, or the next ones of a single row: (n, d)."""
+    def _run(self, rows: list[Row], place: int, size: int) -> torch.Tensor:
+        """Run `size` tokens of the rows from a place on, up to their last ones, or the next ones of a single row: (n, d)."""
         ends = [min(row.computed + size, len(row.tokens)) for row in rows]
         idx = torch.tensor([row.tokens[end - size : end] for row, end in zip(rows, ends, strict=True)], device=self.device)
-        places = torch.tensor(ends, device=self.device)[:, None] + torch.arange(-size, 0, device=self.device)
+        positions = torch.tensor(ends, device=self.device)[:, None] + torch.arange(-size, 0, device=self.device)
         for block, cache in zip(self.model.blocks, self.caches, strict=True):
-            block.attn.kv_cache = cache.rows(self.ready, len(rows))
+            block.attn.kv_cache = cache.rows(place, len(rows)) if place else cache
         switch = self.model.switch
         replies = None if switch is None else torch.tensor([[self._shareable(row)] for row in rows], device=self.device)
         with nullcontext() if switch is None else switch.reply_at(replies):
             alike = min(ends) == max(ends)  # then no mask is needed
-            x = self.hidden(idx, self.model.positions(idx, places[0] if alike else places, max(ends)), rows)
+            x = self.hidden(idx, self.model.positions(idx, positions[0] if alike else positions, max(ends)), rows)
         for row, end in zip(rows, ends, strict=True):
             row.computed = end
         return x

@@ -154,7 +154,7 @@ def test_a_step_that_runs_out_of_memory_leaves_the_server_working(
     assert waiting.first.wait(20)
     with monkeypatch.context() as patch:
         patch.setattr(model.batch, "_keep", full)
-        patch.setattr(model.batch, "_decode", full)
+        patch.setattr(model.batch, "_run", full)
         assert waiting.answer()[1] == "error"
     again = Waiting(model)
     scheduler.submit([again.job])
