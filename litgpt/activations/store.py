@@ -148,8 +148,9 @@ class Rows:
         free = shutil.disk_usage(self.folder).free
         if free < missing:
             raise OSError(errno.ENOSPC, f"{missing / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free")
-        for start, end in _joined(spans) if hasattr(os, "posix_fallocate") else ():
-            os.posix_fallocate(self.descriptor, start * row_bytes, (end - start) * row_bytes)  # a full disk shows here, not after hours
+        for span in spans if hasattr(os, "posix_fallocate") else ():
+            if size := (span.stop - span.start) * row_bytes:
+                os.posix_fallocate(self.descriptor, span.start * row_bytes, size)  # a full disk shows here, not after hours
 
     def missing(self, batches: Sequence[list[int]]) -> Iterator[list[int]]:
         """Yield the batches that are to be written, each locked against other processes; then wait for those that others are writing."""
@@ -261,19 +262,6 @@ def _require_own(folder: Path) -> None:
     if foreign or not stat.S_ISDIR(status.st_mode):
         kind = "belongs to another user" if foreign else "is not a folder"
         raise OSError(errno.ENOTDIR, f"{folder} {kind}: remove it, or name another folder with skip2lora_cache_dir")
-
-
-def _joined(spans: Sequence[slice]) -> Iterator[tuple[int, int]]:
-    """Yield first row and end of the stretches that the spans cover."""
-    begin = reached = 0
-    for start, end in sorted((span.start, span.stop) for span in spans):
-        if start > reached:
-            if reached > begin:
-                yield begin, reached
-            begin = start
-        reached = end
-    if reached > begin:
-        yield begin, reached
 
 
 def _write(descriptor: int, content: memoryview, offset: int) -> None:
