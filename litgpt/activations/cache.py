@@ -33,7 +33,7 @@ from litgpt.model import GPT, evaluating
 from litgpt.packing import loss_targets, pack, shared_stem
 from litgpt.rope import is_long
 from litgpt.sample import Sample
-from litgpt.sharding import whole
+from litgpt.sharding import is_sharded, whole
 from litgpt.text import gib
 
 FORMAT = 4
@@ -182,8 +182,7 @@ class CacheSettings:
     say: Callable[[str], None] = lambda text: None
     # opens a progress bar with a title, for a cache that holds a number of samples already
     progress: Callable[[str, int], AbstractContextManager[Progress]] = lambda title, begun: nullcontext(lambda done, total: None)
-    # of a sharded model, whose ranks must do the same: returns whether the flag is set in any
-    any: Callable[[bool], bool] | None = None
+    agreed: Callable[[bool], bool] = bool  # returns whether a flag is set in any rank of a sharded model, which must all do the same
 
 
 def activations(
@@ -203,10 +202,10 @@ def activations(
     if settings.mode == "off" or not is_cacheable(model) or not indices:
         return source
     layout = plan(model, samples, indices, settings.dtype)
-    need, free, agreed = layout.nbytes, psutil.virtual_memory().available, settings.any or bool
+    need, free = layout.nbytes, psutil.virtual_memory().available
     kind = settings.mode
     if kind == "auto":
-        kind = "memory" if need <= MEMORY_SHARE * free or settings.any else "disk"
+        kind = "memory" if need <= MEMORY_SHARE * free or is_sharded(model) else "disk"
     rows = f"{layout.shape[0]:,} positions x {layout.width[0]} x {layout.width[1]}"
     settings.say(f"{name} cache: {gib(need)} for {rows}, {WHERE[kind]}; free memory {gib(free)}")
     if kind == "memory":
@@ -214,13 +213,13 @@ def activations(
         if need <= free:
             with suppress(RuntimeError, MemoryError):
                 memory = torch.empty(layout.shape, dtype=layout.dtype)
-        if agreed(memory is None):
+        if settings.agreed(memory is None):
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return source
         assert memory is not None
         done = 0
         with settings.progress(f"{name} cache", 0) as progress:
-            for batch in fill(source, layout, memory, fill_batches(samples, indices, layout.stem, device), agreed):
+            for batch in fill(source, layout, memory, fill_batches(samples, indices, layout.stem, device), settings.agreed):
                 done += len(batch)
                 progress(done, len(indices))
         return ActivationCache(memory, layout, source, indices)
@@ -232,7 +231,10 @@ def activations(
         settings.say(f"{name} cache: {settings.folder} cannot hold it ({reason}), activations are computed again for every batch")
         return source
     cache = ActivationCache(store, layout, source, indices)
-    return _faster(cache, source, settings, name) if settings.mode == "auto" else cache
+    if settings.mode != "auto":
+        return cache
+    store.forget()
+    return _faster(cache, source, settings, name)
 
 
 def filled(model: GPT, samples: Sequence[Sample], count: int, name: str, settings: CacheSettings, device: torch.device) -> ActivationCache:
@@ -340,16 +342,12 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Layout, device: t
 
 def _on_disk(source: Recompute, indices: Sequence[int], layout: Layout, settings: CacheSettings, name: str) -> Rows:
     """Return the store in the cache's folder, reused or filled. Raises OSError if it cannot be written."""
-    agreed = settings.any or bool
 
     def complete(store: Rows, batches: Iterator[list[int]], done: int) -> None:
         with settings.progress(f"{name} cache", done) as progress:
-            for _ in fill(source, layout, store, batches, agreed):
+            for _ in fill(source, layout, store, batches, settings.agreed):
                 progress(len(store.written(indices)), len(indices))  # others may fill the same samples
 
     folder = settings.folder / fingerprint(source.model, source.samples, layout, source.device)[:32]
     batches = list(fill_batches(source.samples, indices, layout.stem, source.device))
-    store = open_store(folder, layout, batches, complete, lambda text: settings.say(f"{name} cache: {text}"), agreed)
-    if settings.mode == "auto":
-        store.forget()
-    return store
+    return open_store(folder, layout, batches, complete, lambda text: settings.say(f"{name} cache: {text}"), settings.agreed)

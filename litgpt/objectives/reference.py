@@ -26,7 +26,7 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
 
     `model` says which model it is: digests of its weights, names of its number formats. A disk that cannot hold the file is reported.
     """
-    samples, agreed = view.activations.samples, settings.any or bool
+    samples, agreed = view.activations.samples, settings.agreed
     wanted = [i for i in indices if samples[i].reference is None]
     if not agreed(bool(wanted)):
         return

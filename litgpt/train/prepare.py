@@ -92,8 +92,7 @@ class Job:
 
     def cache_settings(self, mode: str) -> CacheSettings:
         """Return where activations are kept; the console shows the progress of filling them."""
-        agreed = self.rank.any if self.rank.sharded else None
-        return CacheSettings(mode, self.cache_folder, self.cache_dtype, self.console.say, self.console.progress, agreed)
+        return CacheSettings(mode, self.cache_folder, self.cache_dtype, self.console.say, self.console.progress, self.rank.agreed)
 
     def say_what_is_trained(self) -> None:
         for line in (
