@@ -190,11 +190,6 @@ class WarmupSettings:
         if self.skip2lora_warmup_steps and self.skip2lora_warmup_epochs:
             raise UserError("skip2lora_warmup_steps and skip2lora_warmup_epochs say the same in two ways: give one of them")
 
-    def require_adapters(self, adapters: AdapterSettings) -> None:
-        """Raise UserError if there is a warm-up and `adapters` have nothing to warm up."""
-        if self.has_warmup:
-            adapters.require_warmup("skip2lora_warmup_steps" if self.skip2lora_warmup_steps else "skip2lora_warmup_epochs")
-
     @property
     def has_warmup(self) -> bool:
         """True if LoRA is trained on every block first."""

@@ -48,7 +48,8 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
             self.skip2lora_cache_dir = Path(self.skip2lora_cache_dir)
         AdapterSettings.__post_init__(self)
         WarmupSettings.__post_init__(self)
-        self.require_adapters(self)
+        if self.has_warmup:
+            self.require_warmup("skip2lora_warmup_steps" if self.skip2lora_warmup_steps else "skip2lora_warmup_epochs")
         self._require_fitting_heads()
         self._require_rates()
 

@@ -43,11 +43,8 @@ class Method:
 
     config: Callable[[Path], LoRAConfig]  # the model's config, adapters included, for a checkpoint folder
     prepare: Callable[[GPT], None]  # sets what is trained, on a model with its base weights
-    save: Callable[[GPT], Callable[[Path], None]]
-    """gathers the trained weights, of all ranks, and returns a function that writes them into a folder"""
-    load: Callable[[GPT, Path], None]  # gives a model the trained weights of a folder that `save` wrote
-    finish: Callable[[GPT, Path], bool] = lambda model, folder: False
-    """adds files to the final folder; returns True if the model's weights are now merged and rounded"""
+    trains_base: bool = False  # every weight, in place of adapters
+    merges: bool = False  # adapters are merged into the base at the end, if they can be
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
     cache: CacheArgs = CacheArgs("off")
     quantize: str | None = None  # how frozen weights are stored
@@ -71,20 +68,26 @@ class Method:
         renew_adapters(model)
         self._mark(model)
 
-    def _mark(self, model: GPT) -> None:
-        if self.quantize is not None:
-            quantise(model, self.quantize)
-        self.prepare(model)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
+    def save(self, model: GPT) -> Callable[[Path], None]:
+        """Gather the trained weights, of all ranks, and return a function that writes them into a folder, as LitGPT names them."""
+        state: Any = on_cpu(model.state_dict(keep_vars=True)) if self.trains_base else {"model": adapter_state(model)}
+        return lambda folder: checkpoint.save_weights(state, folder / self._file(model))
 
+    def load(self, model: GPT, folder: Path) -> None:
+        """Give a model the trained weights of a folder that `save` wrote."""
+        file = folder / self._file(model)
+        weights = checkpoint.load_weights(file)
+        if not self.trains_base:
+            checkpoint.load_adapter(model, weights, file)
+        elif is_sharded(model):
+            for name, parameter in model.named_parameters():
+                assign(parameter, weights[name])
+        else:
+            model.load_state_dict(weights)
 
-def adapters(settings: Any) -> Method:
-    """Return the method of a `litgpt.finetune.lora.Lora`: LoRA and Skip2-LoRA."""
-    config = model_settings(shallow(settings))
-
-    def finish(model: GPT, folder: Path) -> bool:
-        if not model.config.is_mergeable:
+    def finish(self, model: GPT, folder: Path) -> bool:
+        """Add the merged model to the final folder, if there is one. Return True if the model's own weights are now merged and rounded."""
+        if not self.merges or not model.config.is_mergeable:
             return False
         unpack(model)
         if is_quantised(model) or is_sharded(model):
@@ -97,12 +100,24 @@ def adapters(settings: Any) -> Method:
         checkpoint.save_weights(on_cpu(model.state_dict(keep_vars=True)), folder / checkpoint.WEIGHTS)
         return model.dtype.itemsize < 4
 
+    def _file(self, model: GPT) -> str:
+        return checkpoint.WEIGHTS if self.trains_base else model.config.adapter_file
+
+    def _mark(self, model: GPT) -> None:
+        if self.quantize is not None:
+            quantise(model, self.quantize)
+        self.prepare(model)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
+
+
+def adapters(settings: Any) -> Method:
+    """Return the method of a `litgpt.finetune.lora.Lora`: LoRA and Skip2-LoRA."""
+    config = model_settings(shallow(settings))
     return Method(
         config=lambda folder: LoRAConfig.from_checkpoint(folder, **config),
         prepare=mark_only_lora_as_trainable,
-        save=save_adapter,
-        load=load_adapter,
-        finish=finish,
+        merges=True,
         warmup=settings,
         cache=CacheArgs(settings.skip2lora_cache, settings.skip2lora_cache_dir, settings.skip2lora_cache_dtype),
         quantize=settings.quantize,
@@ -110,28 +125,10 @@ def adapters(settings: Any) -> Method:
     )
 
 
-def save_adapter(model: GPT) -> Callable[[Path], None]:
-    """Return a function that writes the adapters' weights, as LitGPT names them."""
-    state: Any = {"model": adapter_state(model)}
-    return lambda folder: checkpoint.save_weights(state, folder / model.config.adapter_file)
-
-
-def load_adapter(model: GPT, folder: Path) -> None:
-    """Give a model the adapters' weights of a folder."""
-    file = folder / model.config.adapter_file
-    checkpoint.load_adapter(model, checkpoint.load_weights(file), file)
-
-
 def prompts(settings: Any, config: type[LoRAConfig]) -> Method:
     """Return the method of a `litgpt.finetune.adapter.Adapter`: LLaMA-Adapter, whose kind `config` says."""
     values = {name: getattr(settings, name) for name in checkpoint.PROMPT_SETTINGS}
-    return Method(
-        lambda folder: config.from_checkpoint(folder, **values),
-        mark_only_lora_as_trainable,
-        save_adapter,
-        load_adapter,
-        quantize=settings.quantize,
-    )
+    return Method(lambda folder: config.from_checkpoint(folder, **values), mark_only_lora_as_trainable, quantize=settings.quantize)
 
 
 def full(tie_embeddings: bool | None = None) -> Method:
@@ -143,19 +140,7 @@ def full(tie_embeddings: bool | None = None) -> Method:
         elif tie_embeddings is False and model.is_tied:
             model.untie_head()
 
-    def save(model: GPT) -> Callable[[Path], None]:
-        state = on_cpu(model.state_dict(keep_vars=True))
-        return lambda folder: checkpoint.save_weights(state, folder / checkpoint.WEIGHTS)
-
-    def load(model: GPT, folder: Path) -> None:
-        weights = checkpoint.load_weights(folder / checkpoint.WEIGHTS)
-        if is_sharded(model):
-            for name, parameter in model.named_parameters():
-                assign(parameter, weights[name])
-        else:
-            model.load_state_dict(weights)
-
-    return Method(LoRAConfig.from_checkpoint, prepare, save, load)
+    return Method(LoRAConfig.from_checkpoint, prepare, trains_base=True)
 
 
 def describe(model: GPT, warmup: WarmupSettings) -> list[str]:

@@ -50,7 +50,7 @@ class Candidate:
         """Raises UserError if the settings do not fit the model."""
         self.trial, self.settings = trial, settings
         # LoRA merged into the weights would spoil them for the next trial, and fill the disk.
-        self.method: Method = replace(settings.method(), finish=lambda model, folder: False)
+        self.method: Method = replace(settings.method(), merges=False)
         self.config: Config = self.method.config(settings.checkpoint_dir)
         self.chosen: list[int] | None = None
         make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])

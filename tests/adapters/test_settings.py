@@ -3,12 +3,15 @@
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from litgpt import lora
 from litgpt.adapters.settings import AdapterSettings, WarmupSettings
+from litgpt.data import JSON
 from litgpt.errors import UserError
+from litgpt.finetune.lora import Lora
 
 ADAPTERS = {"lora_r": 4, "lora_query": True, "skip2lora_enabled": True}
 
@@ -55,7 +58,7 @@ def test_settings_that_no_model_can_have(settings: dict[str, object], named: str
 )
 def test_warm_ups_that_cannot_be(warmup: dict[str, object], adapters: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        WarmupSettings(**warmup).require_adapters(AdapterSettings(**adapters))  # type: ignore[arg-type]
+        Lora(checkpoint_dir=Path("base"), data=JSON(), **{"lora_query": False, "lora_value": False, **adapters, **warmup})  # type: ignore[arg-type]
 
 
 def test_the_length_of_a_warm_up() -> None:
