@@ -27,8 +27,6 @@ from litgpt.errors import UserError
 from litgpt.fused import rms_norm
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from litgpt.lora import Config as LoRAConfig
 
 
@@ -94,7 +92,7 @@ class Skip2LoRAHooks:
             handle.remove()
         self._handles.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Skip2LoRAHooks:
         return self
 
     def __exit__(self, *_: object) -> None:

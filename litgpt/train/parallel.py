@@ -53,11 +53,6 @@ class Rank:
         return cls(place.index, place.size, group.device, add, torch.distributed.barrier, mixed, group)
 
     @property
-    def described(self) -> str:
-        what = "a part" if self.sharded else "a copy"
-        return f", {self.size} processes, each with {what} of the model" if self.size > 1 else ""
-
-    @property
     def is_first(self) -> bool:
         return self.index == 0
 

@@ -64,7 +64,7 @@ class Phase:
         note = f"epoch {self._epoch(state.step):.2f}  loss {metrics['train_loss']:.3f} {self._course}"
         self._progress(state.step - state.phase.step, self.loop.total_steps, note)
         self._finish_step(state, metrics, state.step % self.eval.interval == 0 or (is_last and self.eval.final_validation))
-        over = is_last or self.is_out_of_patience(state) or self.has_reached_target(state)
+        over = is_last or self.is_done(state)
         if over:
             self.loop.require_finite(state)
         return over
@@ -108,26 +108,19 @@ class Phase:
         self.answer()
         return {"val_loss": loss, **own}
 
-    def is_out_of_patience(self, state: State) -> bool:
-        """Return whether the last `eval.patience` validations of this phase did not lower the loss."""
-        patience = self.eval.patience
-        if patience is None or state.best is None or state.phase is None:
-            return False
-        since = max(state.best[0], state.phase.step)
-        in_vain = sum(step > since for step, _ in state.losses)
-        if in_vain >= patience:
-            self.console.say(
-                f"step {state.step}: no better validation loss than {state.best[1]:.4f} in {in_vain} validations: training ends"
-            )
-        return in_vain >= patience
-
-    def has_reached_target(self, state: State) -> bool:
-        """Return whether the last validation loss of this phase is at most `eval.target_loss`."""
-        target = self.eval.target_loss
-        if target is None or not state.losses or state.phase is None or state.losses[-1][0] <= state.phase.step:
-            return False
-        step, loss = state.losses[-1]
-        if loss > target:
+    def is_done(self, state: State) -> bool:
+        """Return whether the validations of this phase end it: the last `eval.patience` in vain, or the last at `eval.target_loss`."""
+        assert state.phase is not None
+        begin, patience, target = state.phase.step, self.eval.patience, self.eval.target_loss
+        if patience is not None and state.best is not None:
+            since = max(state.best[0], begin)
+            in_vain = sum(step > since for step, _ in state.losses)
+            if in_vain >= patience:
+                best = f"no better validation loss than {state.best[1]:.4f} in {in_vain} validations"
+                self.console.say(f"step {state.step}: {best}: training ends")
+                return True
+        step, loss = state.losses[-1] if state.losses else (begin, math.inf)
+        if target is None or step <= begin or loss > target:
             return False
         if step == state.step:
             self.console.say(f"step {step}: the validation loss is at most eval.target_loss, {target:g}: training ends")

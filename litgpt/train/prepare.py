@@ -95,10 +95,10 @@ class Job:
         return CacheSettings(mode, self.cache_folder, self.cache_dtype, self.console.say, self.console.progress, self.rank.agreed)
 
     def say_what_is_trained(self) -> None:
-        for line in (
-            f"{self.model.config.name}, {self.precision} on {self.rank.device}{self.rank.described}",
-            *describe(self.model, self.method.warmup),
-        ):
+        rank = self.rank
+        share = f", {rank.size} processes, each with a {'part' if rank.sharded else 'copy'} of the model" if rank.size > 1 else ""
+        self.console.say(f"{self.model.config.name}, {self.precision} on {rank.device}{share}")
+        for line in describe(self.model, self.method.warmup):
             self.console.say(line)
 
 

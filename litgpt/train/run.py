@@ -75,7 +75,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
             with session.ended_well():
                 for phase in session.phases():
                     with phase.begun(session.state):
-                        if not (phase.is_out_of_patience(session.state) or phase.has_reached_target(session.state)):
+                        if not phase.is_done(session.state):
                             phase.loop.run(session.state, phase.on_step)
                 return session.finish()
 

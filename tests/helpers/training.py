@@ -104,7 +104,7 @@ class Training(Phase):
     def run(self, state: State | None = None) -> State:
         state = state or State()
         with self.begun(state):
-            if not self.is_out_of_patience(state):
+            if not self.is_done(state):
                 self.loop.run(state, self.on_step)
         state.phase = None
         return state
