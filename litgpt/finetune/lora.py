@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, get_args
 from litgpt.adapters.settings import DROPOUT, RANK, AdapterSettings, WarmupSettings
 from litgpt.args import ABOVE_0, Quantization, Range, setting
 from litgpt.errors import UserError
+from litgpt.files import expand_path
 from litgpt.finetune import Finetuning
 from litgpt.objectives.settings import Rating
 
@@ -45,7 +46,7 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
     def __post_init__(self) -> None:
         Finetuning.__post_init__(self)
         if self.skip2lora_cache_dir is not None:
-            self.skip2lora_cache_dir = Path(self.skip2lora_cache_dir)
+            self.skip2lora_cache_dir = expand_path(self.skip2lora_cache_dir)
         AdapterSettings.__post_init__(self)
         WarmupSettings.__post_init__(self)
         if self.has_warmup:

@@ -21,6 +21,8 @@ def test_paths_may_be_texts() -> None:
     texts: dict[str, Any] = {"checkpoint_dir": "base", "out_dir": "out/x", "resume": "out/x/step-000010"}
     run = Run(**texts, data=JSON())
     assert (run.checkpoint_dir, run.out_dir, run.resume) == (Path("base"), Path("out/x"), Path("out/x/step-000010"))
+    cache_dir: Any = "~/cache"
+    assert Lora(checkpoint_dir=Path("base"), data=JSON(), skip2lora_cache_dir=cache_dir).skip2lora_cache_dir == Path.home() / "cache"
     assert [Run(checkpoint_dir=Path("base"), data=JSON(), resume=value).resume for value in (False, True, "auto")] == [False, True, "auto"]
 
 
