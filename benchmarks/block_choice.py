@@ -11,6 +11,7 @@ run, and the same command resumes. Only losses are measured, so other work on th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -68,7 +69,9 @@ def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Spli
         activations=caches["training"].narrowed(blocks),
         rank=rank,
     )
-    loop.run(State())
+    state = State()
+    for batch in itertools.islice(loop.batches.after(0), loop.total_steps):
+        loop.step(state, batch)
     val_batches = [val[i : i + 4 * BATCH] for i in range(0, len(val), 4 * BATCH)]
     return loop.validate(caches["validation"].narrowed(blocks), val_batches, lambda: False)
 

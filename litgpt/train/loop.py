@@ -22,7 +22,7 @@ from litgpt.optim import learning_rate
 from litgpt.sample import Sample
 from litgpt.sharding import part_of, take_used
 from litgpt.train.parallel import Rank
-from litgpt.train.resume import PhaseStart, State, random_states
+from litgpt.train.resume import State, random_states
 
 SORTED_BATCHES = 50  # batches among which `train.group_by_length` sorts samples: more make batches more alike, and less random
 SCALE_STEPS = 2000  # after so many steps the loss scale is doubled
@@ -111,10 +111,6 @@ def samples_of(units: Iterable[int], group: int) -> list[int]:
     return [group * unit + k for unit in units for k in range(group)]
 
 
-OnStep = Callable[[State, dict[str, float], bool], bool]
-"""Called after each step with its metrics and whether it was the last. Returns True to end training."""
-
-
 @dataclass
 class Loop:
     """One phase of training: the model, what it is trained on, and for how long."""
@@ -151,24 +147,12 @@ class Loop:
             warmup = round(train.lr_warmup_fraction * self.total_steps)
         self.warmup = min(warmup, self.total_steps) if self.total_steps else warmup
 
-    def run(self, state: State, on_step: OnStep = lambda state, metrics, is_last: False) -> None:
-        """Train until the first limit is reached or `on_step` ends it. The limits count from the start of the state's phase.
-
-        Raises NonFiniteError before a step with a non-finite loss or gradient.
-        """
-        phase = state.phase = state.phase or PhaseStart(state.step, state.tokens)
-        batches = self.batches.after(state.step - phase.step)
-        over = state.step > phase.step and self.is_over(state)
-        while not over:
-            metrics = self.step(state, next(batches))
-            over = self.is_over(state)
-            over = on_step(state, metrics, over) or over
-
     def step(self, state: State, batch: Batch) -> dict[str, float]:
         """Take one optimizer step and return its metrics: the mean loss of the global batch, learning rate, time, memory.
 
         Each micro-batch's sum of losses is divided by the weight of the whole global batch, so accumulation, and several processes,
-        give the gradient of one large batch. A step with a non-finite loss or gradient is not taken. In fp16 the loss is scaled.
+        give the gradient of one large batch. A step with a non-finite loss or gradient is not taken: NonFiniteError is raised, unless
+        `train.skip_nonfinite` is set. In fp16 the loss is scaled.
         """
         start = time.perf_counter()
         rate = self._set_learning_rate(state.step - (state.phase.step if state.phase else 0))
@@ -252,7 +236,7 @@ class Loop:
         return loss / count if count else math.nan
 
     def is_over(self, state: State) -> bool:
-        """Return whether a limit is reached."""
+        """Return whether a limit is reached. Limits count from the start of the state's phase."""
         train, phase = self.train, state.phase
         assert phase is not None
         steps, tokens = state.step - phase.step, state.tokens - phase.tokens

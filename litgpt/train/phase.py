@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -40,17 +39,20 @@ class Phase:
     _course: str = ""
     saved_at: float = field(default_factory=lambda: time.perf_counter())
 
-    @contextmanager
-    def begun(self, state: State) -> Iterator[None]:
-        """Delay signals and show progress while the loop runs; validate before it if that is due."""
-        state.phase = state.phase or PhaseStart(state.step, state.tokens)
-        state.phase.clock.began = time.perf_counter()  # reading data and filling caches is no training, in a resumed session neither
-        with self.interrupts.held(), self.console.progress(self.title, state.step - state.phase.step) as self._progress:
+    def run(self, state: State) -> None:
+        """Train until a limit is reached or validations end it; validate before if that is due. Signals wait for the end of a step."""
+        phase = state.phase = state.phase or PhaseStart(state.step, state.tokens)
+        phase.clock.began = time.perf_counter()  # reading data and filling caches is no training, in a resumed session neither
+        with self.interrupts.held(), self.console.progress(self.title, state.step - phase.step) as self._progress:
             if state.pending is not None:
                 self._finish_step(state, state.pending, validate=True)
             elif self.eval.initial_validation and not state.losses:
                 self._log(state, self._validate(state))
-            yield
+            batches = self.loop.batches.after(state.step - phase.step)
+            over = self.is_done(state) or (state.step > phase.step and self.loop.is_over(state))
+            while not over:
+                metrics = self.loop.step(state, next(batches))
+                over = self.on_step(state, metrics, self.loop.is_over(state))
             self._stop_if_asked()
 
     def on_step(self, state: State, metrics: dict[str, float], is_last: bool) -> bool:

@@ -74,9 +74,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
             session = Session(job, out_dir, interrupts, clock, saved)
             with session.ended_well():
                 for phase in session.phases():
-                    with phase.begun(session.state):
-                        if not phase.is_done(session.state):
-                            phase.loop.run(session.state, phase.on_step)
+                    phase.run(session.state)
                 return session.finish()
 
 

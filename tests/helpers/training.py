@@ -101,11 +101,9 @@ class Saved:
 class Training(Phase):
     """A phase and its loop in one."""
 
-    def run(self, state: State | None = None) -> State:
+    def run(self, state: State | None = None) -> State:  # type: ignore[override]
         state = state or State()
-        with self.begun(state):
-            if not self.is_done(state):
-                self.loop.run(state, self.on_step)
+        super().run(state)
         state.phase = None
         return state
 
