@@ -74,11 +74,17 @@ def renew_adapters(model: nn.Module) -> None:
     """
     own_copies([adapter for _, adapter in adapters(model) if adapter.tunes_base])
     for _, adapter in adapters(model):
-        own = {} if adapter.tunes_base else dict(adapter.named_parameters(recurse=False))
-        for name, parameter in own.items():
-            setattr(adapter, name, nn.Parameter(torch.empty(parameter.shape)))
-        if own:
-            adapter.reset_parameters()
+        _redraw(adapter)
+
+
+def _redraw(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """Give an adapter fresh fp32 values on the CPU, unless they are the base's. Return the parameters that they replace."""
+    former = {} if adapter.tunes_base else dict(adapter.named_parameters(recurse=False))
+    for name, parameter in former.items():
+        setattr(adapter, name, nn.Parameter(torch.empty(parameter.shape)))
+    if former:
+        adapter.reset_parameters()
+    return former
 
 
 def own_copies(tuned: Sequence[Adapter]) -> None:
@@ -96,12 +102,8 @@ def own_copies(tuned: Sequence[Adapter]) -> None:
 def renew_sharded(model: nn.Module) -> None:
     """Give the adapters of a sharded model the values that `renew_adapters` gives those of one process: the first rank's."""
     for _, adapter in adapters(model):
-        own: dict[str, nn.Parameter] = {} if adapter.tunes_base else dict(adapter.named_parameters(recurse=False))
         adapter.is_sharded = True
-        adapter._parameters.update({name: nn.Parameter(torch.empty(p.shape)) for name, p in own.items()})
-        if own:
-            adapter.reset_parameters()
-        for name, parameter in own.items():
+        for name, parameter in _redraw(adapter).items():
             value = getattr(adapter, name).detach().to(parameter.device)
             torch.distributed.broadcast(value, 0)
             adapter._parameters[name] = parameter

@@ -97,15 +97,6 @@ class Rank:
         torch.distributed.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """Run the block in the first process, then in the others."""
-        if not self.is_first:
-            self.barrier()
-        yield
-        if self.is_first:
-            self.barrier()
-
     def share_gradients(self, parameters: list[torch.nn.Parameter], used: list[bool]) -> None:
         """Add up the parameters' gradients over all processes. A sharded parameter's are added up already: its rows move to its part.
 

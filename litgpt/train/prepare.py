@@ -150,8 +150,11 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer, settings.data.fallback_style)
     if isinstance(style, ChatTemplate):
         style.now = date
-    with rank.first_alone():
-        settings.data.prepare_data()
+    if not rank.is_first:  # the first prepares the data alone
+        rank.barrier()
+    settings.data.prepare_data()
+    if rank.is_first:
+        rank.barrier()
     objective = objective_of(settings)
     _require_fitting(settings, objective)
     splits = settings.data.splits(tokenizer, style, _max_seq_length(settings, Config.from_checkpoint(base)), objective.units)
