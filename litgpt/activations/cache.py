@@ -206,8 +206,16 @@ def activations(
     kind = settings.mode
     if kind == "auto":
         kind = "memory" if need <= MEMORY_SHARE * free or is_sharded(model) else "disk"
+    batches = list(fill_batches(samples, indices, layout.stem, device))
     rows = f"{layout.shape[0]:,} positions x {layout.width[0]} x {layout.width[1]}"
     settings.say(f"{name} cache: {gib(need)} for {rows}, {WHERE[kind]}; free memory {gib(free)}")
+
+    def complete(store: torch.Tensor | Rows, batches: Iterator[list[int]], done: int) -> None:
+        with settings.progress(f"{name} cache", done) as progress:
+            for batch in fill(source, layout, store, batches, settings.agreed):
+                done = done + len(batch) if isinstance(store, torch.Tensor) else len(store.written(indices))  # others may fill the file too
+                progress(done, len(indices))
+
     if kind == "memory":
         memory = None
         if need <= free:
@@ -217,15 +225,12 @@ def activations(
             settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return source
         assert memory is not None
-        done = 0
-        with settings.progress(f"{name} cache", 0) as progress:
-            for batch in fill(source, layout, memory, fill_batches(samples, indices, layout.stem, device), settings.agreed):
-                done += len(batch)
-                progress(done, len(indices))
+        complete(memory, iter(batches), 0)
         return ActivationCache(memory, layout, source, indices)
     layout = plan(model, samples, range(len(samples)), settings.dtype)
+    folder = settings.folder / fingerprint(model, samples, layout, device)[:32]
     try:
-        store = _on_disk(source, indices, layout, settings, name)
+        store = open_store(folder, layout, batches, complete, lambda text: settings.say(f"{name} cache: {text}"), settings.agreed)
     except OSError as error:
         reason = error.strerror or error
         settings.say(f"{name} cache: {settings.folder} cannot hold it ({reason}), activations are computed again for every batch")
@@ -338,16 +343,3 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Layout, device: t
         digest.update(samples[i].input_ids)
         digest.update(samples[i].loss_mask)
     return digest.hexdigest()
-
-
-def _on_disk(source: Recompute, indices: Sequence[int], layout: Layout, settings: CacheSettings, name: str) -> Rows:
-    """Return the store in the cache's folder, reused or filled. Raises OSError if it cannot be written."""
-
-    def complete(store: Rows, batches: Iterator[list[int]], done: int) -> None:
-        with settings.progress(f"{name} cache", done) as progress:
-            for _ in fill(source, layout, store, batches, settings.agreed):
-                progress(len(store.written(indices)), len(indices))  # others may fill the same samples
-
-    folder = settings.folder / fingerprint(source.model, source.samples, layout, source.device)[:32]
-    batches = list(fill_batches(source.samples, indices, layout.stem, source.device))
-    return open_store(folder, layout, batches, complete, lambda text: settings.say(f"{name} cache: {text}"), settings.agreed)

@@ -81,8 +81,6 @@ class Rank:
 
     def join(self, own: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Return the vectors (n,) of all processes one after the other, and the place where this process's begins."""
-        if self.size == 1:
-            return own, 0
         sizes = self.gather(torch.tensor([len(own)])).flatten().tolist()
         start = sum(sizes[: self.index])
         joined = own.new_zeros(sum(sizes))
