@@ -20,12 +20,8 @@ from litgpt.fused import draw, drop, thin
 from litgpt.sharding import whole
 
 
-class Dropout(nn.Module):
-    """Zero with probability p, else x / (1 - p)."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
+class Dropout(nn.Dropout):
+    """Zero with probability p, else x / (1 - p), by `litgpt.fused`."""
 
     @property
     def now(self) -> float:
@@ -34,9 +30,6 @@ class Dropout(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return drop(x, draw(x, self.p), self.p) if self.now else x
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 class LoRALayer(Adapter):

@@ -75,7 +75,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
             with session.ended_well():
                 for phase in session.phases():
                     phase.run(session.state)
-                return session.finish()
+                return session.finish(phase)
 
 
 def require_same_run(settings: Run, method: Method, base: Path) -> None:
@@ -257,7 +257,6 @@ class Session:
         self.loop = None
         batches, own, val, val_batches = self.sources or self._sources(train, evaluation, cache)
         self.loop = Loop(self.model, optimizer, train, batches, own, self.rank, self.objective, self.console.say)
-        self.validation = (val, val_batches)
         self._restore(self.loop)
         return Phase(
             title, self.loop, evaluation, val_batches, val, self.log, self.console, self.checkpoints, self.interrupts, self._answer
@@ -337,10 +336,9 @@ class Session:
 
         return write
 
-    def finish(self) -> dict[str, Any]:
-        """Write the final folder and return the report. Adapters, which are small, are saved before they are merged into the model."""
-        loop, state, out_dir = self.loop, self.state, self.settings.out_dir
-        assert loop is not None
+    def finish(self, phase: Phase) -> dict[str, Any]:
+        """Write the final folder after the last phase and return the report. Adapters are small: they are saved before they are merged."""
+        loop, state, out_dir = phase.loop, self.state, self.settings.out_dir
         with self.interrupts.held():
             if len(loop.trained) < sum(1 for _ in self.model.parameters()):
                 self.checkpoints.rescue(state, loop)
@@ -353,7 +351,7 @@ class Session:
                 state.consistent = False  # merging changes the weights
                 atomic.write_text(folder / IDENTITY, as_json({**self.job.kept, **self.identity.facts()}))
                 if self.job.method.finish(self.model, folder) and report["final_val_loss"] is not None and self.rank.size == 1:
-                    report["merged_val_loss"] = replace(loop).validate(*self.validation, lambda: False)
+                    report["merged_val_loss"] = replace(loop).validate(phase.val_activations, phase.val_batches, lambda: False)
                 about = page_of(self.model.config.name, report, read_metrics(out_dir), self.answers, self.hyperparameters)
                 atomic.write_text(out_dir / PAGE, about)  # before `final`, with which the run is finished
 
