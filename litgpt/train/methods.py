@@ -42,8 +42,8 @@ class Method:
     """A way to fine-tune; the rest of the package knows no other difference between them."""
 
     config: Callable[[Path], LoRAConfig]  # the model's config, adapters included, for a checkpoint folder
-    prepare: Callable[[GPT], None]  # sets what is trained, on a model with its base weights
     trains_base: bool = False  # every weight, in place of adapters
+    tie_embeddings: bool | None = None  # with `trains_base`: share one weight between embedding and head, or not; None: as the checkpoint
     merges: bool = False  # adapters are merged into the base at the end, if they can be
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
     cache: CacheArgs = CacheArgs("off")
@@ -56,9 +56,9 @@ class Method:
         `offload`: as in `litgpt.sharding.shard`. Raises UserError if it does not fit.
         """
         if device is not None:
-            return checkpoint.build_sharded(self.config(checkpoint_dir), checkpoint_dir, dtype, device, self._mark, offload)
+            return checkpoint.build_sharded(self.config(checkpoint_dir), checkpoint_dir, dtype, device, self.prepare, offload)
         model = checkpoint.build_model(self.config(checkpoint_dir), checkpoint_dir, dtype, mapped=self.quantize is not None)
-        self._mark(model)
+        self.prepare(model)
         return model
 
     def rebuild(self, model: GPT, checkpoint_dir: Path) -> None:
@@ -66,7 +66,7 @@ class Method:
         with on_meta():
             model.adapt(self.config(checkpoint_dir))
         renew_adapters(model)
-        self._mark(model)
+        self.prepare(model)
 
     def save(self, model: GPT) -> Callable[[Path], None]:
         """Gather the trained weights, of all ranks, and return a function that writes them into a folder, as LitGPT names them."""
@@ -103,10 +103,16 @@ class Method:
     def _file(self, model: GPT) -> str:
         return checkpoint.WEIGHTS if self.trains_base else model.config.adapter_file
 
-    def _mark(self, model: GPT) -> None:
+    def prepare(self, model: GPT) -> None:
+        """Store frozen weights as `quantize` says, and mark what is trained, on a model with its base weights."""
         if self.quantize is not None:
             quantise(model, self.quantize)
-        self.prepare(model)
+        if not self.trains_base:
+            mark_only_lora_as_trainable(model)
+        elif self.tie_embeddings:
+            model.tie_head()
+        elif self.tie_embeddings is False and model.is_tied:
+            model.untie_head()
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
 
@@ -116,7 +122,6 @@ def adapters(settings: Any) -> Method:
     config = model_settings(shallow(settings))
     return Method(
         config=lambda folder: LoRAConfig.from_checkpoint(folder, **config),
-        prepare=mark_only_lora_as_trainable,
         merges=True,
         warmup=settings,
         cache=CacheArgs(settings.skip2lora_cache, settings.skip2lora_cache_dir, settings.skip2lora_cache_dtype),
@@ -128,19 +133,12 @@ def adapters(settings: Any) -> Method:
 def prompts(settings: Any, config: type[LoRAConfig]) -> Method:
     """Return the method of a `litgpt.finetune.adapter.Adapter`: LLaMA-Adapter, whose kind `config` says."""
     values = {name: getattr(settings, name) for name in checkpoint.PROMPT_SETTINGS}
-    return Method(lambda folder: config.from_checkpoint(folder, **values), mark_only_lora_as_trainable, quantize=settings.quantize)
+    return Method(lambda folder: config.from_checkpoint(folder, **values), quantize=settings.quantize)
 
 
 def full(tie_embeddings: bool | None = None) -> Method:
-    """Return the method that trains every weight, in the dtype that it is loaded in. By default the head is tied as in the checkpoint."""
-
-    def prepare(model: GPT) -> None:
-        if tie_embeddings:
-            model.tie_head()
-        elif tie_embeddings is False and model.is_tied:
-            model.untie_head()
-
-    return Method(LoRAConfig.from_checkpoint, prepare, trains_base=True)
+    """Return the method that trains every weight, in the dtype that it is loaded in."""
+    return Method(LoRAConfig.from_checkpoint, trains_base=True, tie_embeddings=tie_embeddings)
 
 
 def describe(model: GPT, warmup: WarmupSettings) -> list[str]:
