@@ -259,7 +259,9 @@ def _authorised(request: Request) -> None:
     key = _state(request).api_key
     if key is None:
         return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.headers.get("x-api-key", "")
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = request.headers.get("x-api-key", "")
     if not hmac.compare_digest(given.encode(), key.encode()):
         raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
 

@@ -212,6 +212,8 @@ def test_other_refusals(server: Server, client: openai.OpenAI) -> None:
         status, content = send(server, method, path, b"{}", Authorization="Bearer wrong")
         assert status == 401 and json.loads(content)["error"]["code"] == "invalid_api_key", path
     assert send(server, "GET", "/v1/models", None, Authorization="", **{"X-API-Key": KEY})[0] == 200
+    assert send(server, "GET", "/v1/models", None, Authorization="Basic dTpw", **{"X-API-Key": KEY})[0] == 200  # a proxy's
+    assert send(server, "GET", "/v1/models", None, Authorization=f"bearer {KEY}")[0] == 200  # RFC 9110: schemes are case-insensitive
     assert send(server, "GET", "/v1/models", None, Host="evil.example")[0] == 400  # a name that was made to mean this machine
     status, content = send(server, "POST", "/predict", b'{"prompt": "' + b"x" * 5_000_000 + b'"}')
     assert status == 413 and json.loads(content)["error"]["code"] == "body_too_large"
