@@ -10,6 +10,7 @@ bf16 weights are kept in oneDNN's blocks, if the processor multiplies bf16. From
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -181,6 +182,22 @@ def is_supported(dtype: torch.dtype) -> bool:
 def behind_cut(model: GPT) -> set[int]:
     """Return the ids of the blocks' modules that gradients reach."""
     return {id(module) for block in model.blocks[model.cut or 0 :] for module in block.modules()}
+
+
+def compilable(model: GPT) -> None:
+    """Let torch.compile see each packed product as one operator, in place: it cannot look into FBGEMM's weights."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear | PackedHead)]
+
+    @torch.library.custom_op(f"litgpt::packed_{id(model)}", mutates_args=())
+    def product(x: torch.Tensor, index: int, out: int) -> torch.Tensor:
+        return layers[index].packed.times(x)
+
+    @product.register_fake
+    def _(x: torch.Tensor, index: int, out: int) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], out)
+
+    for index, layer in enumerate(layers):
+        layer.forward = partial(product, index=index, out=layer.out_features)  # type: ignore[method-assign]
 
 
 def unpack(model: GPT) -> None:

@@ -63,8 +63,8 @@ class Drawing:
 
     def opened(self, checkpoint_dir: Path, **how: Any) -> "LLM":
         """Return the model of a folder. `how`: arguments of `LLM.load`; a model whose `device` is given is left to be divided."""
-        packed = "device" not in how and not self.compile
-        llm = open_model(checkpoint_dir, packed, precision=self.precision, quantize=self.quantize, **{"device": self.accelerator, **how})
+        is_packed = "device" not in how
+        llm = open_model(checkpoint_dir, is_packed, precision=self.precision, quantize=self.quantize, **{"device": self.accelerator, **how})
         if self.compile:
             from litgpt.generate.engine import compile_steps
 

@@ -15,6 +15,7 @@ import torch
 from litgpt.errors import UserError
 from litgpt.generate.sampling import Sampling, StopFilter, until_stop
 from litgpt.model import GPT, KVCache, Positions, evaluating
+from litgpt.packed import compilable
 from litgpt.rope import is_long
 from litgpt.sharding import is_sharded
 from litgpt.text import first_line
@@ -342,6 +343,7 @@ def compile_steps(model: GPT) -> None:
 
     Raises UserError then if torch cannot compile, for lack of a C++ compiler for example.
     """
+    compilable(model)
     eager, compiled = model.last, torch.compile(model.last, dynamic=True)
 
     def last(idx: torch.Tensor, pos: Positions) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from litgpt.errors import UserError
 from litgpt.generate.engine import compile_steps, generate
+from litgpt.packed import PackedLinear, is_supported, pack
 from tests.helpers import tiny
 from tests.helpers.cases import quick
 
@@ -148,7 +149,7 @@ def test_answers_of_one_model_may_alternate() -> None:
     "adapters", [{}, {"skip2lora_enabled": True, "skip2lora_block_indices": [0, 1], "lora_r": 3}], ids=["plain", "taps"]
 )
 def test_compiled_steps(adapters: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answers, from one graph for all lengths."""
+    """The same answers, from one graph for all lengths, by packed weights where the processor has them."""
     graphs: list[Any] = []
 
     def backend(module: Any, inputs: Any) -> Any:
@@ -156,6 +157,10 @@ def test_compiled_steps(adapters: dict[str, Any], monkeypatch: pytest.MonkeyPatc
         return module.forward
 
     model = tiny.move_adapters(tiny.tiny(**adapters))
+    for linear in (module for module in model.modules() if type(module) is torch.nn.Linear):
+        linear.requires_grad_(False).weight.copy_(linear.weight.half())  # so that fp16 holds them
+    pack(model)
+    assert any(isinstance(module, PackedLinear) for module in model.modules()) == is_supported(torch.float32)
     prompt = tiny.ids(1, 5)[0]
     want = [greedy(model, prompt[:length], length + 20) for length in (3, 5)]
     torch.compiler.reset()
