@@ -10,7 +10,7 @@ import torch
 
 from litgpt import checkpoint
 from litgpt.activations.choose import Choice
-from litgpt.adapters.base import adapter_state, renew_adapters
+from litgpt.adapters.base import adapter_parameters, adapter_state, renew_adapters
 from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
 from litgpt.args import TrainArgs, shallow
 from litgpt.convert.merge import write_merged
@@ -63,9 +63,14 @@ class Method:
 
     def rebuild(self, model: GPT, checkpoint_dir: Path) -> None:
         """Give a model that was built by a method of this kind new adapters, as `build` would; its frozen weights stay."""
+        config = self.config(checkpoint_dir)
         with on_meta():
-            model.adapt(self.config(checkpoint_dir))
-        renew_adapters(model)
+            model.adapt(config)
+        if self.quantize is None or config.lora_variant == "lora":
+            renew_adapters(model)
+        else:  # the other variants start from the weights before quantisation
+            plain = checkpoint.build_model(config, checkpoint_dir, model.dtype, mapped=True)
+            model.load_state_dict(adapter_parameters(plain), strict=False, assign=True)
         self.prepare(model)
 
     def save(self, model: GPT) -> Callable[[Path], None]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from litgpt.adapters.base import adapter_state
 from litgpt.args import TrainArgs
 from litgpt.data import JSON
 from litgpt.errors import UserError
@@ -96,6 +97,17 @@ def test_rebuilt_adapters_leave_the_frozen_weights(base: Path) -> None:
     lora(base, lora_r=3, **SKIP).rebuild(model, base)
     assert model.transformer["wte"].weight is frozen
     assert trained(model) == trained(lora(base, lora_r=3, **SKIP).build(base, torch.float32))
+
+
+@pytest.mark.parametrize("variant", ["dora", "pissa", "olora"])
+def test_rebuilt_adapters_start_from_the_weights_before_quantisation(variant: str, base: Path) -> None:
+    """As those of a model that is built: a setting of a sweep is the run of its own."""
+    method, states = lora(base, lora_r=2, lora_variant=variant, quantize="int8"), []
+    model = method.build(base, torch.float32)
+    for make in (lambda: method.rebuild(model, base), lambda: method.build(base, torch.float32)):
+        torch.manual_seed(1)
+        states.append(adapter_state(make() or model))
+    assert states[0].keys() == states[1].keys() and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_what_is_described(base: Path) -> None:

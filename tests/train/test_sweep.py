@@ -38,6 +38,7 @@ SWEEPS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "auto": ({**SKIP, "lora_r": 2}, {"skip2lora_block_indices": ["auto:2", "auto:1", "last:3"], "seed": [1, 2]}),
     "late LoRA": ({"lora_block_indices": "last:2", "lora_key": True, "eval__max_new_tokens": 0}, {"lora_r": [2, 3], "lora_alpha": [4]}),
     "8 bits": ({**BLOCK, "quantize": "int8"}, {"lora_mlp": [True, False]}),
+    "variants in 8 bits": ({**BLOCK, "quantize": "int8"}, {"lora_variant": ["dora", "pissa"]}),
 }
 
 
