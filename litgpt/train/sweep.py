@@ -90,8 +90,9 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
     resumed = settings.resume is not False
     with Interrupts(), OutDir(out_dir, settings.resume, settings.overwrite, settings.checkpoint_dir) as folder:
         before = _earlier(settings)
-        for trial in trials if resumed else ():
-            if trial.status == WAITING and not atomic.damages(out_dir / trial.name / "final"):
+        begun = {row["setting"] for row in (before or {}).get("runs", ()) if row["status"] in (BEGUN, FINISHED)}
+        for trial in trials:
+            if trial.status == WAITING and trial.name in begun and not atomic.damages(out_dir / trial.name / "final"):
                 trial.status, trial.figures = FINISHED, finished_report(out_dir / trial.name, settings.train.keep_last)
         table = Table(out_dir, trials, candidates[0].settings.train.keep_best)
         waiting = len(table.of(WAITING))
@@ -107,6 +108,8 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
             table.facts["chosen"] = chosen
         if waiting:
             folder.make(resumed)
+            if settings.overwrite:
+                _remove_earlier(settings, trials)
             table.save()
             try:
                 group = Group(place, settings.timeout, joined=False) if place else None
@@ -129,6 +132,14 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
             table.save()
     table.close()
     _conclude(table, clock.seconds, spent, waiting)
+
+
+def _remove_earlier(settings: Run, trials: list[Trial]) -> None:
+    """Remove earlier results of the trials, which a resumed sweep would take for its own."""
+    for path in (settings.out_dir / trial.name for trial in trials):
+        if path.is_dir():
+            with OutDir(path, False, True, settings.checkpoint_dir) as earlier:
+                earlier.make(resumed=False)
 
 
 def _help(settings: Run, grid: Grid | None, samples: int | None, group: Group) -> None:

@@ -301,6 +301,22 @@ def test_a_sweep_of_other_settings_is_not_gone_on_with(base: Path, data: Path, t
     assert [row["steps"] for row in rows(tmp_path)] == ["3"]
 
 
+def test_results_of_an_earlier_sweep_are_not_taken_for_those_of_another(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep that replaces another is stopped, and resumed; in the end a value is added that only the earlier one had."""
+    values = {"lora_r": [2, 4, 3]}
+    assert sweep(base, data, tmp_path, {"lora_r": [2, 4, 3, 5]}, train__epochs=1, **SKIP).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", failing_at(4, interrupt))
+        assert sweep(base, data, tmp_path, values, overwrite=True, **SKIP).code == 130
+    assert sweep(base, data, tmp_path, values, resume="auto", **SKIP).code == 0
+    assert [row["steps"] for row in rows(tmp_path)] == ["6"] * 3
+    wider = sweep(base, data, tmp_path, {"lora_r": [2, 4, 3, 5]}, resume="auto", **SKIP)
+    assert wider.code == 1 and [row["status"] for row in rows(tmp_path)] == ["finished"] * 3 + ["failed"]
+    assert "lora_r=5/final belongs to another run: train.epochs was 1 and is 2" in wider.err
+
+
 def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data", "JSON", "--data.json_path", str(data), "--skip2lora_enabled", "--precision", "32-true", "--global_batch_size", "6"]
     words += ["--data.val_split_fraction", "0.1"]
