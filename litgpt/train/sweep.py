@@ -28,7 +28,7 @@ from litgpt.train.out_dir import OutDir
 from litgpt.train.parallel import alone
 from litgpt.train.prepare import Job, choose_taps, prepare
 from litgpt.train.rehearsal import rehearsed, require_data
-from litgpt.train.resume import Identity, Stopwatch, compared_settings, environment
+from litgpt.train.resume import Identity, Saved, Stopwatch, compared_settings, environment
 from litgpt.train.run import finished_report, run
 from litgpt.train.settings import Run
 from litgpt.train.trials import BEGUN, CSV, FAILED, FINISHED, JSON, STOPPED, WAITING, Table, Trial, expand, foreign_files
@@ -96,13 +96,18 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
                 trial.status, trial.figures = FINISHED, finished_report(out_dir / trial.name, settings.train.keep_last)
         table = Table(out_dir, trials, candidates[0].settings.train.keep_best)
         waiting = len(table.of(WAITING))
-        job = _prepare(candidates, out_dir, (before or {}).get("chosen"))
+        job = _prepare(candidates, out_dir, before or {})
         _introduce(job, table, waiting, place)
         identity = _identity(job, settings, list(trials[0].values))
         if before is not None and (changes := identity.changes(before["identity"])):
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
-        facts = {"settings": as_config(shallow(settings)), "identity": identity.facts(), "environment": environment(job.rank.device)}
+        facts = {
+            "settings": as_config(shallow(settings)),
+            "identity": identity.facts(),
+            **job.kept,
+            "environment": environment(job.rank.device),
+        }
         table.facts = {**(before or {}), **facts, **spent}
         if chosen := {candidate.trial.name: candidate.chosen for candidate in candidates if candidate.chosen is not None}:
             table.facts["chosen"] = chosen
@@ -150,7 +155,7 @@ def _help(settings: Run, grid: Grid | None, samples: int | None, group: Group) -
         table.refresh()
         if not table.of(WAITING, BEGUN):
             return
-        job = _prepare(candidates, settings.out_dir, table.facts.get("chosen"), group)
+        job = _prepare(candidates, settings.out_dir, table.facts, group)
         table.facts = {}
         job.shared = _fill(job, _n_validated(candidates, job), group.place)
         try:
@@ -201,7 +206,7 @@ def _rehearse(settings: Run, trials: list[Trial], candidates: list[Candidate]) -
     OutDir(settings.out_dir, settings.resume, settings.overwrite, settings.checkpoint_dir).check()
     _earlier(settings)
     require_data(settings)
-    job = _prepare(candidates, settings.out_dir)
+    job = _prepare(candidates, settings.out_dir, {})
     counts = {"train": len(job.splits.train), "val": _n_validated(candidates, job)}
     need = sum(plan(job.model, getattr(job.splits, name), range(count), job.cache_dtype).nbytes for name, count in counts.items())
     rows, total = [("setting", "parameters", "steps", "")], 0
@@ -268,8 +273,8 @@ def _layer(config: Config) -> str:
     return f"block {cut}" if cut < config.n_layer else "ln_f" if cut == config.n_layer else "lm_head"
 
 
-def _prepare(candidates: list[Candidate], out_dir: Path, known: Any = None, group: Group | None = None) -> Job:
-    """Read data and model once; the model has the taps of all trials. `known`: blocks chosen in an earlier session, by trial."""
+def _prepare(candidates: list[Candidate], out_dir: Path, before: dict[str, Any], group: Group | None = None) -> Job:
+    """Read data and model once; the model has the taps of all trials. `before`: what sweep.json says, or {}."""
     widest = next((candidate for candidate in candidates if candidate.config.taps), candidates[0])
     taps = _taps(candidates)
     changes: dict[str, Any] = {"skip2lora_block_indices": taps} if taps else {}
@@ -277,11 +282,12 @@ def _prepare(candidates: list[Candidate], out_dir: Path, known: Any = None, grou
     rank = alone(settings.precision)
     if group is not None:
         rank = replace(rank, device=group.device)
-    job = prepare(settings, settings.method(), settings.checkpoint_dir, rank=rank)
+    job = prepare(settings, settings.method(), settings.checkpoint_dir, saved=Saved(out_dir, before), rank=rank)
     if job.model.config.alora_enabled:
         for candidate in candidates:
             candidate.settings = replace(candidate.settings, alora_invocation_tokens=job.model.config.alora_invocation_tokens)  # type: ignore[call-arg]
             candidate.method = replace(candidate.method, config=candidate.settings.method().config)
+    known = before.get("chosen")
     _choose(candidates, job, known if isinstance(known, dict) else {})
     if taps:
         keep_taps(job.model, _taps(candidates))

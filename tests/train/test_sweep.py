@@ -6,11 +6,13 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ import torch
 import yaml
 
 from litgpt.model import GPT
+from litgpt.train import prepare
 from litgpt.train.loop import Batch, Loop
 from litgpt.train.resume import State
+from tests.conftest import CHATML
 from tests.helpers import runs as finetune_runs
 from tests.helpers.cases import quick
 from tests.helpers.jobs import ROOT, environ
@@ -299,6 +303,27 @@ def test_a_sweep_of_other_settings_is_not_gone_on_with(base: Path, data: Path, t
     assert wider.code == 0 and [row["setting"] for row in rows(tmp_path)] == ["lora_r=2,seed=1337", "lora_r=4,seed=1337"]
     assert sweep(base, data, tmp_path, {"lora_r": [2]}, overwrite=True, train__epochs=1, **SKIP).code == 0
     assert [row["steps"] for row in rows(tmp_path)] == ["3"]
+
+
+def test_a_sweep_resumed_on_another_day_keeps_its_date(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chat template of Llama 3.2 and others writes the date into each record."""
+
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls(2024, 7, 26)
+
+    model = shutil.copytree(base, tmp_path / "base")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ strftime_now('%d %b %Y') }}" + CHATML}))
+    values, out = {"lora_r": [4, 2]}, tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "datetime", Earlier)
+        patch.setattr(Loop, "step", failing_at(4, interrupt))
+        assert sweep(model, data, out, values, data__prompt_style="chat", **SKIP).code == 130
+    resumed = sweep(model, data, out, values, resume="auto", data__prompt_style="chat", **SKIP)
+    assert resumed.code == 0, resumed.err
+    assert json.loads((out / "lora_r=2/final/identity.json").read_text())["date"] == "2024-07-26T00:00:00"
 
 
 def test_results_of_an_earlier_sweep_are_not_taken_for_those_of_another(
