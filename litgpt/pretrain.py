@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 from litgpt import families
 from litgpt.args import EvalArgs, TrainArgs, setting
 from litgpt.atomic import locked, new_folder, write_text
-from litgpt.checkpoint import copy_tokenizer_files, save_config, save_weights
+from litgpt.checkpoint import copy_tokenizer_files, save_config, save_weights, tokenizer_contents
 from litgpt.convert.resolve import locate
 from litgpt.errors import UserError
 from litgpt.files import expand_path
@@ -100,17 +100,18 @@ class Pretrain(Run):
             yield folder_in_run
 
     def _made(self, folder: Path) -> Path:
-        """Return the folder with the fresh weights, after making it unless it holds them already."""
+        """Return the folder with the fresh weights and the tokenizer, after making it unless it holds them already."""
         from litgpt.lora import Config
 
         changes = self.model_config or {}
         config = Config.from_name(self.model_name, **changes) if self.model_name else Config(**changes)
         record = {"config": config.base_dict(), "seed": self.seed}
         text = json.dumps(record, sort_keys=True, default=str)
-        if (folder / RECORD).is_file() and (folder / RECORD).read_text(encoding="utf-8") == text:
-            return folder
         assert self.tokenizer_dir is not None
         source = locate(expand_path(self.tokenizer_dir))
+        is_made = (folder / RECORD).is_file() and (folder / RECORD).read_text(encoding="utf-8") == text
+        if is_made and tokenizer_contents(folder) == tokenizer_contents(source):
+            return folder
         model = fresh(config, self.seed)
         with new_folder(folder, overwrite=(folder / RECORD).is_file()) as new:
             save_weights(model.state_dict(), new / "lit_model.pth")

@@ -138,6 +138,18 @@ def test_resumed_in_mid_epoch_it_is_the_same(run: Run, text: Path, tokenizer: Pa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_run_that_is_replaced_has_the_tokenizer_that_is_named_now(run: Run, text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tokenizer, tmp_path / "other")
+    settings = json.loads((tokenizer / "tokenizer.json").read_text())
+    settings["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(settings))
+    shutil.copytree(run.out_dir, tmp_path / "out")
+    again = pretrain(text, tmp_path / "out", scratch=other, overwrite="true")
+    assert again.code == 0, again.err
+    assert again.column("train_loss") != run.column("train_loss")
+    assert (again.final / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+
+
 def test_its_hyperparameters_start_it_again(run: Run, tmp_path: Path) -> None:
     again = runs.call(
         ["pretrain", "--config", str(run.final / "hyperparameters.yaml"), "--out_dir", str(tmp_path / "out")], tmp_path / "out"
