@@ -57,6 +57,7 @@ def test_validation(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
     assert [len(part) for part in split(TextFiles(train_data_path=file), 4)] == [19, 1]
     assert [len(part) for part in split(TextFiles(train_data_path=file, val_split_fraction=0.5), 4)] == [10, 10]
+    assert [len(part) for part in split(TextFiles(train_data_path=file, val_split_fraction=0.99), 4)] == [1, 19]
     assert split(TextFiles(train_data_path=file, val_data_path=tmp_path / "two"), 4)[1] == ["\1yyyy", "yyyyy"]
 
 
@@ -77,6 +78,9 @@ def test_mistakes(tmp_path: Path) -> None:
             data.splits(Letters(1), None, 4)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="running text"):
         TextFiles(train_data_path=tmp_path).records()
+    for length, said in ((99, r"two blocks of 100, one of which"), (100, r"training text is shorter than a block of 101 tokens")):
+        with pytest.raises(UserError, match=said):
+            split(TextFiles(train_data_path=file), length)
     (tmp_path / "short").write_text("xy")
     with pytest.raises(UserError, match=r"the validation text is shorter than a block of 9 tokens \(all of it: 3\)"):
         split(TextFiles(train_data_path=file, val_data_path=tmp_path / "short"), 8)
