@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -112,7 +111,7 @@ class OutDir:
             if foreign:
                 self._refuse(foreign)
             for result in results:
-                shutil.rmtree(result) if result.is_dir() else result.unlink()
+                atomic.remove_folder(result) if result.is_dir() else result.unlink()
             for folder in (self.path / LOGS, (self.path / LOGS).parent):
                 with suppress(OSError):  # not empty, or missing
                     folder.rmdir()

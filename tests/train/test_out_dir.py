@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,21 @@ def test_a_run_is_replaced_and_the_users_files_stay(tmp_path: Path) -> None:
         (out_dir / name).write_text("mine")
     replace(out_dir)
     assert sorted(p.relative_to(out_dir).as_posix() for p in out_dir.rglob("*") if p.is_file()) == sorted([*mine, "kept"])
+
+
+def test_a_run_is_replaced_after_a_process_was_killed_in_its_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out_dir = tmp_path / "out"
+    fill(out_dir)
+
+    def killed(folder: Path, **_: Any) -> None:
+        (folder / "manifest.json").unlink()
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(shutil, "rmtree", killed)
+        replace(out_dir)
+    replace(out_dir)
+    assert [path.name for path in out_dir.iterdir()] == ["kept"]
 
 
 def test_an_empty_log_folder_goes_with_the_run(tmp_path: Path) -> None:
