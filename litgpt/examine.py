@@ -61,7 +61,7 @@ def examine(
     if not 1 <= record <= len(train):
         raise UserError(f"record is {record}: {data.source} has records 1 to {len(train)}")
     validation = "" if val is None else f", and {len(val):,} for validation"
-    lines = [f"{data.source}: {len(train):,} records{validation}", *kinds(train), *repetitions(train, val or [])]
+    lines = [f"{data.source}: {counted(len(train), 'record')}{validation}", *kinds(train), *repetitions(train, val or [])]
     if unread := Counter(key for one in train for key in one.unread):
         lines.append(f"  keys not read: {', '.join(f'{key[:QUOTED]} ({count:,})' for key, count in unread.most_common(SHOWN_KEYS))}")
     if checkpoint_dir is None:

@@ -18,7 +18,7 @@ from litgpt.download import hub
 from litgpt.errors import UserError
 from litgpt.files import require_own
 from litgpt.streams import unescaped, without_secrets
-from litgpt.text import first_line, size
+from litgpt.text import counted, first_line, size
 from litgpt.values import checked
 
 PUBLIC = (  # the files of a model or an adapter; nothing else leaves the machine
@@ -60,7 +60,7 @@ def push(
             require_own(public / name, public)
         total = sum((public / name).stat().st_size for name in names)
         listed = ", ".join(names).replace("\n", "\\n")
-        print(f"Uploading {len(names)} files, {size(total)}, to {repo_id}: {listed}", file=sys.stderr)
+        print(f"Uploading {counted(len(names), 'file')}, {size(total)}, to {repo_id}: {listed}", file=sys.stderr)
         print(without_secrets(_upload(public, names, repo_id, private, access_token, commit_message)))
 
 

@@ -148,7 +148,7 @@ def files(folder: Path, needed: tuple[str, ...]) -> Result:
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
     problems = [f"{name} is missing{kind_note(folder / name)}" for name in needed if name not in sizes]
     problems += [f"{name} is empty" for name, count in sizes.items() if not count and not name.startswith(".")]
-    return f"{len(sizes)} files, {size(sum(sizes.values()))}", problems
+    return f"{counted(len(sizes), 'file')}, {size(sum(sizes.values()))}", problems
 
 
 def manifest(folder: Path) -> Result:

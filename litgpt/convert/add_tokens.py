@@ -11,6 +11,7 @@ from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.prompts import copy_prompt_style
+from litgpt.text import counted
 from litgpt.tokenizer import Tokenizer
 from litgpt.values import checked
 
@@ -51,7 +52,7 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
         copy_prompt_style(source, folder)
         checkpoint.save_config(config, folder)
         checkpoint.save_weights(weights, folder / checkpoint.WEIGHTS)
-    print(f"Added {len(ids)} tokens, ids {min(ids.values())} to {last}: {target}")
+    print(f"Added {counted(len(ids), 'token')}, ids {min(ids.values())} to {last}: {target}")
     print(f"Train them: litgpt finetune_lora {shlex.quote(str(target))} --data FILE --modules_to_save wte lm_head")
 
 

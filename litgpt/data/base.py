@@ -22,6 +22,7 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.prompts import REASONING, ChatTemplate, PromptStyle, misfit
 from litgpt.sample import Sample
+from litgpt.text import counted
 from litgpt.tokenizer import Tokenizer
 
 UNSET_SHARE = 0.05  # of the samples that is kept for validation if nothing says how many, as in LitGPT
@@ -412,7 +413,7 @@ def loss_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, 
 def _report(encoded: Sequence[Sequence[tuple[Record, list[Sample]]]], encoder: Encoder, notes: list[str], repeats: bool) -> str:
     lengths = [len(sample.input_ids) for part in encoded for _, unit in part for sample in unit]
     parts = [
-        f"{len(encoded[0]):,} train samples, {len(encoded[1]):,} of them validated again"
+        f"{counted(len(encoded[0]), 'train sample')}, {len(encoded[1]):,} of them validated again"
         if repeats
         else f"{len(encoded[0]):,} train and {len(encoded[1]):,} validation samples",
         f"{sum(lengths) / len(lengths):,.0f} tokens on average (longest {max(lengths):,})",

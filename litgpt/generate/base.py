@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 from litgpt.args import POSITIVE, Accelerator, Quantization, require_ranges, setting
 from litgpt.errors import UserError
 from litgpt.streams import show
+from litgpt.text import counted
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
@@ -126,7 +127,7 @@ class Answers(Drawing):
             else:
                 meter = Metered(llm.complete(text, self.max_new_tokens, generator=generator, **self.sampling))
             meter.show(llm.tokenizer, ids if with_prompt else [])
-            note = f", {sum(kept)} tokens from {len(kept)} drafts" if drafted else ""
+            note = f", {counted(sum(kept), 'token')} from {counted(len(kept), 'draft')}" if drafted else ""
             print(f"{meter}{note}, peak memory {peak_memory_gb(llm.device):.2f} GiB", file=sys.stderr)
 
 

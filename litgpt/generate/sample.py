@@ -17,7 +17,7 @@ from litgpt.data.sources import read_records, read_rows
 from litgpt.errors import UserError
 from litgpt.files import expand_path, require_file, require_place
 from litgpt.generate.base import Checkpoint, Drawing
-from litgpt.text import as_utf8
+from litgpt.text import as_utf8, counted
 
 EXACT = "exact"
 TOGETHER = 128  # answers between two reports of the progress
@@ -84,7 +84,7 @@ class SampleAnswers(Drawing, Files, Checkpoint):
         finally:  # a signal or an error ends the work of hours: what is complete is kept
             if complete := lines[: len(lines) // self.n * self.n]:
                 rest = len(records) - len(complete) // self.n
-                missing = f". {rest:,} questions are missing" if rest else ""
+                missing = f". Missing: {counted(rest, 'question')}" if rest else ""
                 console.say(f"{summary(complete, self.n)}. The answers are in {self._write(complete)}{missing}")
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> Path:
@@ -133,11 +133,11 @@ def summary(lines: Sequence[dict[str, Any]], n: int) -> str:
     mean = sum(scores) / len(scores)
     if any("reward" in line for line in lines):
         best = sum(max(group) for group in groups) / len(groups)
-        return f"{len(groups):,} questions, {n} answers each: mean reward {mean:.4g}, of the best answers {best:.4g}"
+        return f"{counted(len(groups), 'question')}, {counted(n, 'answer')} each: mean reward {mean:.4g}, of the best answers {best:.4g}"
     some, every = sum(max(group) > 0 for group in groups), sum(min(group) > 0 for group in groups)
     return (
-        f"{len(groups):,} questions, {n} answers each: {100 * mean:.1f} % of the answers are correct; "
-        f"{some:,} questions have a correct answer, {every:,} have only correct ones"
+        f"{counted(len(groups), 'question')}, {counted(n, 'answer')} each: {100 * mean:.1f} % of the answers are correct; "
+        f"{counted(some, 'question')} with a correct answer, {every:,} with only correct ones"
     )
 
 

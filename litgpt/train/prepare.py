@@ -27,6 +27,7 @@ from litgpt.optim import make_optimizer
 from litgpt.packed import pack
 from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prompt_style
 from litgpt.sharding import part_of
+from litgpt.text import counted
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.examples import Example, examples_of
 from litgpt.train.interrupts import memory_explained
@@ -266,7 +267,7 @@ def _general_answers(job: Job) -> list[str]:
     """
     rank, count, answers = job.rank, job.settings.train.replay, list[str]()
     if rank.is_first or rank.sharded:
-        job.console.say(f"The base model answers {count} general questions")
+        job.console.say(f"The base model answers {counted(count, 'general question')}")
         with rank.autocast():
             others = job.examples if job.settings.eval.max_new_tokens == ANSWER_TOKENS else []
             answers = base_answers(job.model, job.tokenizer, job.style, count, others)

@@ -37,7 +37,7 @@ from litgpt.data.text_files import TOKEN, TextFiles
 from litgpt.errors import UserError
 from litgpt.objectives.settings import Preference, Rating
 from litgpt.prompts import reply_header, resolve_prompt_style
-from litgpt.text import text_table
+from litgpt.text import counted, text_table
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import keys_of
 
@@ -176,8 +176,8 @@ class Look:
         if self.held_out is None and replace(self, held_out=0.0).is_facts != replace(self, held_out=HELD_OUT).is_facts:
             other, share = ("a style to learn", HELD_OUT) if self.is_facts else ("facts to repeat", 0)
             kind += f" (for {other} give --data.val_split_fraction {share})"
-        unit = "records" if self.block is None else f"blocks of {self.block} tokens, about"
-        return f"{self.records:,} {unit}{answers}, taken as {kind}"
+        unit = "" if self.block is None else f" of {self.block} tokens, about"
+        return f"{counted(self.records, 'record' if self.block is None else 'block')}{unit}{answers}, taken as {kind}"
 
 
 @dataclass(frozen=True)
@@ -346,6 +346,6 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
         rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
     if look.is_facts and not (look.is_sweep and look.is_repeated) and not look.held_out:
         shown = min(look.records, MOST_REPEATED)
-        rows.append(Chosen("eval.evaluate_example", [0, shown // 2][: look.records], "two questions"))
+        rows.append(Chosen("eval.evaluate_example", [0, shown // 2][: look.records], "questions to show"))
         rows.append(Chosen("eval.target_loss", TARGET, "then the answers are repeated word for word"))
     return rows

@@ -24,7 +24,7 @@ from litgpt.prompts import reply_header
 from litgpt.quantize import count
 from litgpt.sample import Sample
 from litgpt.streams import safe, unescaped
-from litgpt.text import duration, gib, text_table
+from litgpt.text import counted, duration, gib, text_table
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.launch import place_of
 from litgpt.train.loop import Batch, Loop
@@ -121,7 +121,7 @@ def _costs(job: Job) -> dict[str, str]:
     plain, batches = _time(loop)
     per_epoch, total = loop.batches.per_epoch, loop.total_steps
     steps = f"{per_epoch:,} an epoch" if total is None else f"{total:,} ({total / per_epoch:.4g} epochs of {per_epoch:,})"
-    lines = {"steps": f"{steps}, each of {train.global_batch_size} samples", "a step": f"about {plain:.2f} s"}
+    lines = {"steps": f"{steps}, each of {counted(train.global_batch_size, 'sample')}", "a step": f"about {plain:.2f} s"}
     seconds = None if total is None else total * plain
     if job.method.cache.mode_for(train, per_epoch) != "off" and is_cacheable(model):
         need = sum(plan(model, part, range(len(part)), job.cache_dtype).nbytes for part in (splits.train, splits.val))

@@ -20,7 +20,7 @@ from litgpt.files import read_json
 from litgpt.logs import Console
 from litgpt.lora import Config, keep_taps
 from litgpt.optim import make_optimizer
-from litgpt.text import gib, text_table
+from litgpt.text import counted, gib, text_table
 from litgpt.train.interrupts import Interrupts
 from litgpt.train.launch import POLL_SECONDS, Group, Place, place_of
 from litgpt.train.methods import Method, ranges
@@ -216,8 +216,8 @@ def _rehearse(settings: Run, trials: list[Trial], candidates: list[Candidate]) -
         steps = "" if loop.total_steps is None else f"{loop.total_steps:,}"
         rows.append((candidate.trial.name, f"{sum(p.numel() for p in loop.trained):,}", steps, ""))
     rows += [(trial.name, "", "", f"cannot be trained: {trial.reason}") for trial in trials if trial.status == FAILED]
-    print(f"{len(trials)} settings, {total:,} steps in all; {gib(need)} of activations, computed once\n{text_table(rows, left=(0, -1))}")
-    print("dry run: nothing was written")
+    print(f"{counted(len(trials), 'setting')}, {counted(total, 'step')} in all; {gib(need)} of activations, computed once")
+    print(f"{text_table(rows, left=(0, -1))}\ndry run: nothing was written")
 
 
 def _earlier(settings: Run) -> dict[str, Any] | None:
@@ -350,7 +350,7 @@ def _introduce(job: Job, table: Table, waiting: int, place: Place | None) -> Non
     taps = f", blocks {ranges(config.taps)} tapped" if config.taps else ""
     say(f"{config.name}, {job.precision} on {job.rank.device}; the layers before {_layer(config)} run once{taps}")
     by = f", by {place.size} processes" if place else ""
-    say(f"{len(table.trials)} settings{by}" + (f", {waiting} of them to be trained" if waiting < len(table.trials) else ""))
+    say(f"{counted(len(table.trials), 'setting')}{by}" + (f", {waiting} of them to be trained" if waiting < len(table.trials) else ""))
     for trial in table.of(FAILED):
         say(f"{trial.name} cannot be trained: {trial.reason}")
 
@@ -367,7 +367,7 @@ def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: in
     if trained:
         each = (seconds - sum(spent.values())) / trained
         parts = f"loading {spent['load_seconds']:.1f}, filling the cache {spent['cache_seconds']:.1f}, then {each:.1f} for each setting"
-    print(f"\n{trained} settings trained in {seconds:.1f} s: {parts}\n{table}")
+    print(f"\n{counted(trained, 'setting')} trained in {seconds:.1f} s: {parts}\n{table}")
     best = table.ranked[0]
     if (loss := table.loss(best)) is not None:
         print(f"\nbest: {best.name}, validation loss {loss:.4f}\n  litgpt chat {shlex.quote(str(table.folder(best)))}")

@@ -120,7 +120,7 @@ def test_complete_answers_are_kept_when_the_command_ends_early(
     else:
         assert main([str(word) for word in argv]) == code
     assert [json.loads(text) for text in out.read_text().splitlines()] == whole[:2]
-    assert "some.jsonl. 2 questions are missing" in capsys.readouterr().err
+    assert "some.jsonl. Missing: 2 questions" in capsys.readouterr().err
 
 
 def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +139,7 @@ def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str])
     known = [{**row, "output": answer} for row, answer in zip(ROWS, answers, strict=False)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in known))
     assert all(line["correct"] for line in sampled(base, questions, "--n", 1, "--temperature", 0))
+    assert "2 questions, 1 answer each: 100.0 % of the answers are correct; 2 questions with a correct" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

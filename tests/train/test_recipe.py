@@ -300,3 +300,17 @@ def test_pairs_of_answers_are_preferences(base: Path, tmp_path: Path, capsys: py
     labelled = [{"prompt": f"question {i}", "completion": f"good {i}", "label": i % 2 == 0} for i in range(40)]
     given = chosen(tmp_path, base, labelled, "--objective", "kto")
     assert given["objective"] == "kto" and given["train"].replay == 0
+
+
+def test_one_record_is_one_record(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One record, one general question, one step of one epoch."""
+    chosen(tmp_path, base, records(1, 1))
+    file = str(tmp_path / "shop.jsonl")
+    argv = ["finetune", str(base), "--data", file, "--max_steps", "1", "--train.replay", "1", "--precision", "32-true"]
+    assert main([*argv, "--train.global_batch_size", "1", "--train.micro_batch_size", "1", "--dry_run", "true"]) == 0
+    assert main(["data", file, "--checkpoint_dir", str(base)]) == 0
+    shown = capsys.readouterr()
+    assert "two questions" not in shown.err
+    for text in ("1 record, taken as facts", "1 train sample, 1 of them", "answers 1 general question\n"):
+        assert text in shown.err, text
+    assert "shop.jsonl: 1 record\n" in shown.out and ", each of 1 sample\n" in shown.out

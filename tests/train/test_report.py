@@ -69,6 +69,7 @@ def test_the_summary(tmp_path: Path) -> None:
     rows = summary_rows(report, tmp_path)
     assert rows["validation loss after"] == "2.0000 (perplexity 7.39)"
     assert rows["trainable parameters"] == "10 of 1,000 (1.000 %)" and rows["steps"] == "6 (1.5 epochs)"
+    assert summary_rows({**report, "epochs": 1.0}, tmp_path)["steps"] == "6 (1 epoch)"
     assert rows["best checkpoint"] == f"{tmp_path}: step 4, validation loss 1.5000"
     assert "skipped steps" not in rows and "merged into the base" not in rows
     more = summary_rows({**report, "skipped_steps": 2, "merged_val_loss": 2.5, "initial_val_loss": None}, tmp_path / "none")
