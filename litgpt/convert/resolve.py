@@ -87,7 +87,7 @@ def locate(path: Path) -> Path:
         reason = "its name is not UTF-8, which the readers of weights and tokenizers need"
         raise UserError(f"{path}: {reason}: rename it, or set PYTHONUTF8=1 if the locale is to blame")
     if not place.exists():
-        remedy = "check the path, or make it with `litgpt convert_to_litgpt`"
+        remedy = "check the path; `litgpt download list` names models to get"
         if HUB_NAME.fullmatch(str(path)):
             remedy = f"nor does {place}; `litgpt download {path}` gets the model of that name"
         raise UserError(f"checkpoint folder {path} does not exist: {remedy}")

@@ -145,7 +145,7 @@ def test_names_below_checkpoints(hf: Path, tmp_path: Path, capsys: pytest.Captur
     ("given", "message"),
     [
         ("org/other", r"checkpoint folder org/other does not exist: nor does checkpoints/org/other; `litgpt download org/other` gets"),
-        ("./no/such/place", "checkpoint folder no/such/place does not exist: check the path"),
+        ("./no/such/place", "checkpoint folder no/such/place does not exist: check the path; `litgpt download list` names models to get"),
         ("/nowhere/at/all", "checkpoint folder /nowhere/at/all does not exist: check the path"),
         ("weights.pth", r"weights\.pth is a file: name its folder"),
     ],
