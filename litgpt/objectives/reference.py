@@ -61,7 +61,10 @@ def reference_model(
 
     `longest`: tokens of the longest sample. `sharded`: over all ranks.
     """
-    folder = open_checkpoint(path)
+    try:
+        folder = open_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"rho1_reference: {error}") from None
     model = checkpoint.load_model(folder, dtype, device, sharded=sharded)
     if (room := model.config.block_size) < longest:
         raise UserError(f"rho1_reference: {folder} reads {room} tokens, and a sample has {longest}: set train.max_seq_length")

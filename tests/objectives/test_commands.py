@@ -163,7 +163,7 @@ def test_rho1_from_a_reference_that_was_trained_before(method: str, base: Path, 
     ("settings", "message"),
     [
         ({}, "rho1_reference is missing"),
-        ({"rho1_reference": "nowhere"}, "nowhere"),
+        ({"rho1_reference": "nowhere"}, "rho1_reference: checkpoint folder nowhere"),
         ({"rho1_keep": 2, "rho1_reference": "x"}, "rho1_keep is 2"),
     ],
 )
