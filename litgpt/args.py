@@ -219,7 +219,7 @@ class EvalArgs:
         examples = self.evaluate_example if isinstance(self.evaluate_example, list) else [self.evaluate_example]
         for example in examples:
             if example not in ("first", "random") and (isinstance(example, str) or example < 0):
-                raise UserError(f'eval.evaluate_example must be "first", "random" or a number from 0, but is {example!r}')
+                raise UserError(f'eval.evaluate_example must be "first", "random", a number from 0 or a list of them, but is {example!r}')
 
 
 @dataclass

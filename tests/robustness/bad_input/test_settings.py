@@ -173,7 +173,7 @@ COMMAND_LINE = [
     tune("train.max_seq_length", 1, "at least 2"),
     tune("train.lr_warmup_fraction", 3, "from 0 to 1", 2),
     tune("eval.interval", 0, "at least 1", 2),
-    tune("eval.evaluate_example", "third", '"first", "random"', 2),
+    tune("eval.evaluate_example", "third", '"first", "random", a number from 0 or a list of them', 2),
     tune("data.val_split_fraction", 1, "a number from 0 to below 1"),
     tune("data.val_split_fraction", "nan", "a number", 2),
     tune("data.prompt_style", "alpca", "did you mean 'alpaca'", culprit="'alpca'"),
