@@ -298,7 +298,7 @@ def test_a_stopped_sweep_goes_on(cache: str, base: Path, data: Path, tmp_path: P
 def test_a_sweep_of_other_settings_is_not_gone_on_with(base: Path, data: Path, tmp_path: Path) -> None:
     assert sweep(base, data, tmp_path, {"lora_r": [2]}, **SKIP).code == 0
     run = sweep(base, data, tmp_path, {"lora_r": [2]}, resume="auto", train__epochs=3, **SKIP)
-    assert run.code == 1 and "another sweep: train.epochs was 2 and is 3" in run.err
+    assert run.code == 1 and "\n1 setting, 0 of them to be trained\n" in run.err and "another sweep: train.epochs was 2 and is 3" in run.err
     wider = sweep(base, data, tmp_path, {"lora_r": [2, 4], "seed": [1337]}, resume="auto", **SKIP)
     assert wider.code == 0 and [row["setting"] for row in rows(tmp_path)] == ["lora_r=2,seed=1337", "lora_r=4,seed=1337"]
     assert sweep(base, data, tmp_path, {"lora_r": [2]}, overwrite=True, train__epochs=1, **SKIP).code == 0
