@@ -198,9 +198,11 @@ def adapter_hint(folder: Path) -> str:
     if any((folder / name).is_file() for name in FOREIGN_ADAPTERS):
         command = f"litgpt convert_adapter {folder} OUTPUT_DIR --checkpoint_dir BASE"
         return f": it holds an adapter. `{command}` makes a folder that generate, chat and merge_lora read"
+    names = (WEIGHTS, *ADAPTERS, *FOREIGN_ADAPTERS)
     for inner in sorted(folder.glob("*")):
-        if hf_weights(inner) or any((inner / name).is_file() for name in (WEIGHTS, *ADAPTERS, *FOREIGN_ADAPTERS)):
-            return f": the folder {inner.name} in it holds a model or an adapter, name {inner}"
+        for place in (inner, inner / "final", inner / "best"):  # a model, or a run
+            if hf_weights(place) or any((place / name).is_file() for name in names):
+                return f": the folder {inner.name} in it holds a model or an adapter, name {inner}"
     return ""
 
 

@@ -174,6 +174,13 @@ def test_broken_weights(tmp_path: Path) -> None:
 # --- Checkpoint folders ---
 
 
+def test_a_folder_of_runs_names_one(tmp_path: Path) -> None:
+    (tmp_path / "faq" / "final").mkdir(parents=True)
+    (tmp_path / "faq" / "final" / "lit_model.pth.lora").touch()
+    with pytest.raises(UserError, match=r"the folder faq in it holds a model or an adapter, name .*faq$"):
+        checkpoint.require_checkpoint(tmp_path)
+
+
 def test_require_checkpoint_names_what_is_missing(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         checkpoint.require_checkpoint(tmp_path / "nowhere")
