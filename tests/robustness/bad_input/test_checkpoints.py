@@ -128,7 +128,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}"
 CHECKPOINT = "lit_model.pth"
 
 WEIGHTS = [
-    Case("no folder", lambda place: ["generate", "nowhere"], "nowhere does not exist", "convert_to_litgpt"),
+    Case("no folder", lambda place: ["generate", "nowhere"], "nowhere does not exist", "litgpt download list"),
     Case("a file for the folder", lambda place: ["generate", place.write("c", "")], "c", "folder"),
     Case(
         "an empty folder", lambda place: ["generate", place.write("d/x/y", "").parent.parent], "d lacks lit_model.pth", "model_config.yaml"
@@ -601,7 +601,7 @@ ADAPTER = [
         "merging with another base",
         lambda place: ["merge_lora", place.adapter(), "--pretrained_checkpoint_dir", "other"],
         "other does not exist",
-        "convert_to_litgpt",
+        "litgpt download list",
     ),
     Case(
         "merging what is merged",

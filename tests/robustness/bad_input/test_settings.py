@@ -269,7 +269,7 @@ YAML = [
     Case("both names", yaml("skip2lora_positions: [0]\nskip2lora_block_indices: [1]\n"), "skip2lora_positions", "give one of them", 2),
     Case("a grid as a list", yaml("grid: [4]\n", "sweep"), "f.yaml: grid needs keys below it", "--grid.lora_r '[4, 8]'", 2),
     Case("a grid of numbers", yaml("grid: {optimizer: {lr: 4}}\n", "sweep"), "f.yaml: grid.optimizer.lr: 4", "such as '[4, 8]'", 2),
-    Case("a missing checkpoint", yaml("checkpoint_dir: nowhere\n"), "nowhere does not exist", "convert_to_litgpt"),
+    Case("a missing checkpoint", yaml("checkpoint_dir: nowhere\n"), "nowhere does not exist", "litgpt download list"),
     Case("a file as the checkpoint", yaml("checkpoint_dir: data.json\nlora_r: 4\n"), "data.json", "folder"),
 ]
 ROWS = [*COMMAND_LINE, *YAML]
