@@ -34,12 +34,14 @@ SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data
     "as a style": ["--data.val_split_fraction", "0.1"],
     "with general questions": ["--train.replay", "24"],
     "as facts, by LoRA in every block": ["--data.val_split_fraction", "0", "--alora_enabled", "false"],
-    "Skip2-LoRA, every block, rank 16": [*SKIP2, "all", "--skip2lora_r", "16", "--skip2lora_alpha", "16", "--optimizer.lr", "1e-3"],
-    "Skip2-LoRA, every block, rank 32": [*SKIP2, "all", "--skip2lora_r", "32", "--skip2lora_alpha", "64", "--optimizer.lr", "5e-4"],
-    "Skip2-LoRA, three late blocks, rank 192": [
-        *(*SKIP2, "[21,25,28]", "--skip2lora_r", "192", "--skip2lora_alpha", "384"),
-        *("--optimizer.lr", "5e-4"),
-    ],
+    **{
+        f"Skip2-LoRA, {where}, rank {r}": [*SKIP2, blocks, "--skip2lora_r", r, "--skip2lora_alpha", alpha, "--optimizer.lr", rate]
+        for where, blocks, r, alpha, rate in (
+            ("every block", "all", "16", "16", "1e-3"),
+            ("every block", "all", "32", "64", "5e-4"),
+            ("three late blocks", "[21,25,28]", "192", "384", "5e-4"),
+        )
+    },
     **{
         f"LoRA, {epochs} epochs at {rate}": [*LORA, "--epochs", str(epochs), "--optimizer.lr", rate]
         for epochs in (2, 3, 4)

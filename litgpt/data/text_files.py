@@ -51,12 +51,12 @@ class Text(DataModule):
         train, tokens = self._blocks(tokenizer, train_texts, max_seq_length + 1)
         val, val_tokens = ([], tokens) if val_texts is None else self._blocks(tokenizer, val_texts, max_seq_length + 1)
         if val_texts is None:
-            kept = max(1, len(train) - max(1, round(self.held_out_share() * len(train))))
             if len(train) == 1:
                 raise UserError(
                     f"{self.source}: the text of {tokens:,} tokens is shorter than two blocks of {max_seq_length + 1:,}, one of which is "
                     "for validation: add text, or lower train.max_seq_length"
                 )
+            kept = max(1, len(train) - max(1, round(self.held_out_share() * len(train))))
             train, val = train[:kept], train[kept:]
         for name, blocks, count in (("training", train, tokens), ("validation", val, val_tokens)):
             if not blocks:
