@@ -293,25 +293,43 @@ def test_capped_attention_is_torchs_where_the_cap_is_far_away() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("kind", ["everything", "rows", "by head"])
-def test_attention_of_one_place(dtype: torch.dtype, groups: int, kind: str) -> None:
-    """The last token's, as in decoding: the softmax written out in fp64, for masks of all forms."""
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("kind", ["everything", "places", "rows", "by head"])
+def test_attention_of_the_last_places(dtype: torch.dtype, groups: int, T: int, kind: str) -> None:
+    """One place, as in decoding, and several: the softmax written out in fp64 and its gradients, for masks of all forms."""
     B, H, K, h = 3, 6, 11, 8
     generator = torch.Generator().manual_seed(0)
     config = Config(block_size=16, vocab_size=8, n_layer=1, n_head=H, n_embd=H * h, n_query_groups=groups)
     q, k, v = (torch.randn(B, K, heads, h, generator=generator).to(dtype).transpose(1, 2) for heads in (H, groups, groups))
-    q = q[:, :, -1:]
-    rows = (torch.arange(K) <= torch.tensor([4, 10, 7])[:, None])[:, None, None]  # (B, 1, 1, K)
-    added = torch.where(rows, torch.randn(H, 1, K, generator=generator), -torch.inf).to(dtype)  # (B, H, 1, K)
-    mask = {"everything": None, "rows": rows, "by head": added}[kind]
-    scores = q.double() @ k.double().repeat_interleave(H // groups, 1).mT * h**-0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if kind == "rows" else scores + mask.double()
-    want = (scores.softmax(-1) @ v.double().repeat_interleave(H // groups, 1)).transpose(1, 2).flatten(2)
+    T = K if T > 1 and kind == "everything" else T
+    q = q[:, :, -T:]
+    causal = torch.arange(K) <= torch.arange(K - T, K)[:, None]  # (T, K)
+    rows = (causal & (torch.arange(K) <= torch.tensor([4, 10, 7])[:, None, None]))[:, None]  # (B, 1, T, K)
+    added = torch.where(rows, torch.randn(H, 1, K, generator=generator), -torch.inf).to(dtype)  # (B, H, T, K)
+    mask = {"everything": None, "places": causal, "rows": rows, "by head": added}[kind]
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        q, k, v = (each.double() for each in tensors)
+        k, v = (each.repeat_interleave(H // groups, 1) for each in (k, v))
+        scores = q @ k.mT * h**-0.5
+        allowed = causal if mask is None else mask
+        scores = scores + allowed.double() if kind == "by head" else scores.masked_fill(~allowed, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    want_inputs, inputs = ([each.detach().clone().requires_grad_() for each in (q, k, v)] for _ in range(2))
+    want = attend(*want_inputs)
+    got = CausalSelfAttention(config, 0)._attend(*inputs, Positions((), mask, None, None, K))
     with torch.no_grad():
-        got = CausalSelfAttention(config, 0)._attend(q, k, v, Positions((), mask, None, None, K))
-    assert got.dtype == dtype and got.shape == (B, 1, H * h)
-    assert_close(got.double(), want, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)
+        without_gradients = CausalSelfAttention(config, 0)._attend(q, k, v, Positions((), mask, None, None, K))
+    assert got.dtype == dtype and got.shape == want.shape
+    weight = torch.randn(want.shape, generator=generator)
+    (want * weight).sum().backward()
+    (got * weight).sum().backward()
+    least = 1e-5 if dtype == torch.float32 else 2e-2
+    for each in (got, without_gradients):
+        assert_close(each.double(), want, rtol=0, atol=least)
+    for one, other in zip(inputs, want_inputs, strict=True):
+        assert_close(one.grad.float(), other.grad.float(), rtol=0, atol=4 * least)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -359,7 +377,7 @@ def test_short_bf16_attention_is_trained_in_fp32(precision: str, limit: int, mon
         return y
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr("litgpt.attention.FP32_ATTENTION", limit)
+    monkeypatch.setattr("litgpt.attention.SHORT", limit)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
     with autocast:
         logits = model(idx)
