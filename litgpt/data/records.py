@@ -230,9 +230,13 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
             raise UserError(f"entry {n} of 'history' is {repr(turns)[:60]}, a list of a question and its answer is needed")
         texts = [_check_text(text, f"history, entry {n}") for text in turns]
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
-    messages += [{"role": role, "content": _check_text(entry[key], key)} for role, key in zip(("user", "assistant"), pair, strict=True)]
+    asked, added = entry[question], extra or context
+    if asked in (None, "") and added:  # the question is in "input" alone
+        asked, added = added, ""
+    last = zip(("user", "assistant"), pair, (asked, entry[answer]), strict=True)
+    messages += [{"role": role, "content": _check_text(text, key)} for role, key, text in last]
     learned = [float(message["role"] == "assistant") for message in messages]
-    return [*pair, "input", "context", "history"], Record(messages, learned, pair=len(messages) == 2, input=extra or context)
+    return [*pair, "input", "context", "history"], Record(messages, learned, pair=len(messages) == 2, input=added)
 
 
 def known_key(name: str) -> str:

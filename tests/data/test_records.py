@@ -146,6 +146,9 @@ Q, A = user("q"), reply("a")
         ({"messages": None, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [Q, A], "a"),
         ({"messages": "", "chosen": "", "rejected": "", "instruction": None, "output": None, "question": "q", "answer": "a"}, [Q, A], "a"),
         ({"input": "q", "output": "a"}, [Q, A], "a"),
+        # LLaMA-Factory joins those of "instruction" and "input" that are there
+        ({"instruction": "", "input": "q", "output": "a"}, [Q, A], "a"),
+        ({"instruction": None, "context": "q", "response": "a"}, [Q, A], "a"),
         # columns of a table that this row does not use
         ({"messages": [{**Q, "weight": None, "tool_calls": None}, A], "conversations": None, "tools": None}, [Q, A], "a"),
     ],
