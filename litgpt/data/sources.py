@@ -139,6 +139,7 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[str, Any]] = []
+    start = 1  # the line in which the row begins: a cell may hold line breaks
     try:
         names = next(reader)
         if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
@@ -147,13 +148,15 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
             raise UserError(
                 f"{path}, line 1 names the columns {', '.join(map(repr, names[:4]))[:200]}: it should name `question` and `answer`"
             )
+        start = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(names):
-                raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, the first line names {len(names)} columns")
+                raise UserError(f"{path}, line {start}: {len(cells)} cells, the first line names {len(names)} columns")
             if cells:
-                rows.append((f"line {reader.line_num}", dict(zip(names, cells, strict=True))))
+                rows.append((f"line {start}", dict(zip(names, cells, strict=True))))
+            start = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
+        raise UserError(f"{path}, line {start}: not valid CSV: {error}") from None
     if not rows:
         raise UserError(f"{path} holds no rows below the names of its columns: add records")
     return rows
