@@ -133,7 +133,7 @@ def _unpack(raw: bytes, path: Path) -> bytes:
 
 def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     """Return the rows of a table whose first line names the columns. Some spreadsheets write semicolons in place of commas."""
-    names_line = text.partition("\n")[0]
+    names_line = re.split(r"[\r\n]", text, maxsplit=1)[0]
     if delimiter == "," and "," not in names_line and ";" in names_line:
         delimiter = ";"
     csv.field_size_limit(max(len(text), csv.field_size_limit()))

@@ -92,9 +92,11 @@ def test_a_value_that_all_rows_repeat_is_bounded(suffix: str, stream: bool, tmp_
 def test_tables_of_spreadsheets_that_write_semicolons(head: str, tmp_path: Path) -> None:
     """Where the comma is the decimal mark, spreadsheets write semicolons; with commas in the first line a semicolon is text."""
     mark = ";" if ";" in head else ","
-    (tmp_path / "a.csv").write_text(f'{head}\n"1{mark} 2";a\n' if mark == ";" else f'{head}\n"1{mark} 2",a;b\n')
-    [record] = read_records(tmp_path / "a.csv")
-    assert (record.question, record.reply) == (f"1{mark} 2", "a" if mark == ";" else "a;b")
+    for end in ("\n", "\r\n", "\r"):  # the last is a Macintosh's
+        rows = f'{head}\n"1{mark} 2";a, b\n' if mark == ";" else f'{head}\n"1{mark} 2",a;b\n'
+        (tmp_path / "a.csv").write_text(rows, newline=end)
+        [record] = read_records(tmp_path / "a.csv")
+        assert (record.question, record.reply) == (f"1{mark} 2", "a, b" if mark == ";" else "a;b")
 
 
 @pytest.mark.parametrize(
