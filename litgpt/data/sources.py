@@ -200,6 +200,8 @@ def _read_columns(raw: bytes, path: Path, suffix: str) -> list[Any]:
         else:
             batches = arrow.ipc.open_stream(raw)
         return _bounded(_unpacked(batches), path)
+    except UserError:
+        raise
     except (ValueError, OSError, MemoryError) as error:  # the library's errors are such
         raise UserError(f"{path} is no readable {suffix} file: {str(error)[:200].rstrip('.')}. Copy it again") from None
 
