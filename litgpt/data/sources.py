@@ -142,8 +142,7 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     start = 1  # the line in which the row begins: a cell may hold line breaks
     try:
         names = next(reader)
-        if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
-            raise UserError(f"{path}, line 1: the column {repeated[0]!r} twice: leave one of them out")
+        _require_different(names, f"{path}, line 1")
         if not any(known_key(name) in KEYS for name in names):
             raise UserError(
                 f"{path}, line 1 names the columns {', '.join(map(repr, names[:4]))[:200]}: it should name `question` and `answer`"
@@ -160,6 +159,11 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     if not rows:
         raise UserError(f"{path} holds no rows below the names of its columns: add records")
     return rows
+
+
+def _require_different(names: Iterable[str], where: object) -> None:
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise UserError(f"{where}: the column {repeated[0]!r} twice: leave one of them out")
 
 
 def _bounded(rows: Iterable[Any], path: Path) -> list[Any]:
@@ -193,12 +197,15 @@ def _read_columns(raw: bytes, path: Path, suffix: str) -> list[Any]:
         if suffix == ".parquet":
             schema = parquet.ParquetFile(io.BytesIO(raw)).schema
             columns = [schema.column(number).path for number in range(len(schema))]  # a value that rows repeat is in memory once
-            batches = parquet.ParquetFile(io.BytesIO(raw), read_dictionary=columns).iter_batches(batch_size=1_000)
+            file = parquet.ParquetFile(io.BytesIO(raw), read_dictionary=columns)
+            names, batches = file.schema_arrow.names, file.iter_batches(batch_size=1_000)
         elif raw.startswith(b"ARROW1"):  # the format with an index at its end
             file = arrow.ipc.open_file(raw)
-            batches = map(file.get_batch, range(file.num_record_batches))
+            names, batches = file.schema.names, map(file.get_batch, range(file.num_record_batches))
         else:
             batches = arrow.ipc.open_stream(raw)
+            names = batches.schema.names
+        _require_different(names, path)
         return _bounded(_unpacked(batches), path)
     except UserError:
         raise

@@ -124,6 +124,20 @@ def test_broken_formats(name: str, content: bytes, message: str, tmp_path: Path)
     assert message in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_column_twice_is_refused(suffix: str, tmp_path: Path) -> None:
+    """As in a table and in JSON: the last of them would count."""
+    table = pyarrow.Table.from_arrays([pyarrow.array([text]) for text in "qab"], names=["question", "answer", "answer"])
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as file:
+            file.write_table(table)
+    with pytest.raises(UserError, match="the column 'answer' twice: leave one of them out"):
+        read_records(path)
+
+
 def test_large_gz_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("litgpt.data.sources.MOST_UNPACKED", 1000)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b" " * 1001))
