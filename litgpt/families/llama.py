@@ -270,7 +270,13 @@ _CWM = {
     "rms_norm_eps": Key("norm_eps", 1e-5),
 }
 _CWM_WINDOW = local_windows(8192, lambda i: i % 4 != 0)
-_CWM_ROPE = {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+_CWM_ROPE = {
+    "rope_theta": 1000000.0,
+    "factor": 16.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
 _ROPE = rope(1000000.0)
 
 

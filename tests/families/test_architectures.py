@@ -164,6 +164,7 @@ SAID = [
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
     ("falcon", {"multi_query": False, "parallel_attn": False, "bias": True}),
     ("gpt2", {"n_inner": 80, "activation_function": "gelu"}),
+    ("cwm", {"rope_theta": 500.0}),  # which counts beside a scaling only
 ]
 
 
