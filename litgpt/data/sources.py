@@ -174,6 +174,8 @@ def _bounded(rows: Iterable[Any], path: Path) -> list[Any]:
         if size > MOST_UNPACKED:
             raise UserError(f"{path} holds more than {MOST_UNPACKED:,} bytes once it is unpacked: split it")
         bounded.append({name: _without_nulls(value) for name, value in columns.items()} if isinstance(columns, dict) else columns)
+    if not bounded:
+        raise UserError(f"{path} holds no rows: add records")
     return bounded
 
 

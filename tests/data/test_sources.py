@@ -125,16 +125,22 @@ def test_broken_formats(name: str, content: bytes, message: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-def test_a_column_twice_is_refused(suffix: str, tmp_path: Path) -> None:
-    """As in a table and in JSON: the last of them would count."""
-    table = pyarrow.Table.from_arrays([pyarrow.array([text]) for text in "qab"], names=["question", "answer", "answer"])
+@pytest.mark.parametrize(
+    ("names", "count", "message"),
+    [
+        (["question", "answer", "answer"], 1, "the column 'answer' twice: leave one of them out"),  # the last of them would count
+        (["question", "answer"], 0, "holds no rows: add records"),
+    ],
+)
+def test_columns_are_checked_as_those_of_a_table(suffix: str, names: list[str], count: int, message: str, tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"] * count, pyarrow.string())] * len(names), names=names)
     path = tmp_path / f"a{suffix}"
     if suffix == ".parquet":
         parquet.write_table(table, path)
     else:
         with pyarrow.ipc.new_stream(path, table.schema) as file:
             file.write_table(table)
-    with pytest.raises(UserError, match="the column 'answer' twice: leave one of them out"):
+    with pytest.raises(UserError, match=message):
         read_records(path)
 
 
