@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from litgpt.model import GPT
 
 WEIGHTS = "lit_model.pth"
+COMPILED = "_orig_mod."  # torch.compile's part of a tensor's name
 PROMPT_SETTINGS = ("adapter_prompt_length", "adapter_start_layer")  # of LLaMA-Adapter
 ADAPTER_WEIGHTS = "lit_model.pth.lora"
 ADAPTERS = {ADAPTER_WEIGHTS: "litgpt.lora", "lit_model.pth.adapter": "litgpt.adapter", "lit_model.pth.adapter_v2": "litgpt.adapter_v2"}
@@ -87,7 +88,7 @@ def load_weights(path: str | Path, mapped: bool = True) -> dict[str, torch.Tenso
     for name, value in content.items():
         if reason := _not_plain(value):
             raise UserError(f"{path}: {name} {reason}: save it as an ordinary tensor")
-    return {name.replace("_orig_mod.", ""): value for name, value in content.items()}  # torch.compile's prefix
+    return {name.replace(COMPILED, ""): value for name, value in content.items()}
 
 
 def _not_plain(value: torch.Tensor) -> str:

@@ -139,8 +139,9 @@ class Reader:
         return tensor
 
     def stored(self, file: Path) -> dict[str, Stored]:
-        """Return every tensor of a file, unread."""
-        return {name: Stored(shape, partial(self.load, file, name)) for name, shape in self.open(file).shapes.items()}
+        """Return every tensor of a file, unread, by its name without torch.compile's part."""
+        shapes = self.open(file).shapes
+        return {name.replace(checkpoint.COMPILED, ""): Stored(shape, partial(self.load, file, name)) for name, shape in shapes.items()}
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:
@@ -177,7 +178,7 @@ def read_index(index: Path) -> dict[str, str]:
         raise UserError(f"{index} names {', '.join(map(repr, bad))}: only plain .{suffix} file names inside the folder are read")
     if missing := [name + kind_note(index.parent / name) for name in shards if not (index.parent / name).is_file()]:
         raise UserError(f"{index.parent} lacks {', '.join(missing)}, named in {index.name}: download the model again")
-    return weight_map
+    return {name.replace(checkpoint.COMPILED, ""): shard for name, shard in weight_map.items()}
 
 
 def _is_plain(name: str) -> bool:

@@ -104,6 +104,21 @@ def test_in_place_from_shards(tmp_path: Path, write_tiny_tokenizer: Callable[[Pa
     assert_same_logits(model, tmp_path)
 
 
+@pytest.mark.parametrize("stem", ["model", "pytorch_model"])
+def test_names_of_a_compiled_model(stem: str, tmp_path: Path) -> None:
+    suffix, save = ("safetensors", save_file) if stem == "model" else ("bin", torch.save)
+    model = build()
+    model.config.save_pretrained(tmp_path)
+    state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    shards = {f"{stem}-{n}-of-2.{suffix}": list(state)[n - 1 :: 2] for n in (1, 2)}
+    for file, names in shards.items():
+        save({name: state[name] for name in names}, tmp_path / file)
+    index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
+    (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    convert_to_litgpt(tmp_path)
+    assert_same_logits(model, tmp_path)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_bin_files(tmp_path: Path, sharded: bool) -> None:
     model = build("neox quarter rotary")
