@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from litgpt.families._architecture import BIASES, Architecture, Aspect, Fields, Hf, Key, local_windows, sizes, table
+from litgpt.families._architecture import BIASES, Architecture, Key, sizes, table
 from litgpt.families._family import Family
 from litgpt.families._gguf import EXPERTS, WINDOW, Gguf
 from litgpt.families._pretokenizers import DIGITS, LLAMA_3
-from litgpt.families._rope import rope, settings
+from litgpt.families._rope import rope
 from litgpt.families._rows import expand, size
 from litgpt.families._styles import INSTRUCTION, RESPONSE, by_role, like, plain, turns
 
@@ -262,35 +262,10 @@ STYLES = {
     "Salamandra": like("ChatML", "salamandra"),  # its own template has a default system text that this style leaves out
 }
 
-# Meta's Code World Model
-_CWM = {
-    **SIZES,
-    "max_position_embeddings": Key("block_size", 131072),
-    "head_dim": Key("head_size", 128),
-    "rms_norm_eps": Key("norm_eps", 1e-5),
-}
-_CWM_WINDOW = local_windows(8192, lambda i: i % 4 != 0)
-_CWM_ROPE = {
-    "rope_theta": 1000000.0,
-    "factor": 16.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-}
-_ROPE = rope(1000000.0)
-
-
-def _read_cwm(hf: Hf) -> Fields:
-    return _ROPE.read(hf if settings(hf) else {**hf, "rope_parameters": {"rope_type": "llama3", **_CWM_ROPE}})
-
-
 FAMILY = Family(
     MODELS,
     hf={
         "llama": Architecture("LlamaForCausalLM", NAMES, SIZES, DECODER, SILU, (BIASES, rope())),
-        "cwm": Architecture(
-            "CwmForCausalLM", NAMES, _CWM, DECODER, {**SILU, "mlp_bias": (False,)}, (_CWM_WINDOW, Aspect(_read_cwm, _ROPE.write))
-        ),
     },
     gguf={
         "llama": Gguf(DECODER, (*WINDOW, *EXPERTS[:2]), by_tensors=("bias", "attn_bias"), hub=("llama", "mistral", "mixtral"), paired=True)

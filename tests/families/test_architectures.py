@@ -415,6 +415,8 @@ def test_architecture_of_named_and_nameless_models() -> None:
     nameless = Config(**{**mistral.base_dict(), "name": "", "hf_config": {}})
     assert to_hf(nameless)["model_type"] == "llama"
     assert to_hf(nameless, "mistral")["model_type"] == "mistral"
+    scaled = Config.from_name("Mistral-7B-v0.1", rope_adjustments={"factor": 4.0})
+    assert to_hf(Config(**{**scaled.base_dict(), "name": "", "hf_config": {}}))["model_type"] == "mistral"
     assert to_hf(nameless, "gpt2")["model_type"] == "llama"  # GPT-2 cannot be this
     assert to_hf(Config.from_name("pythia-14m", attn_bias=True))["model_type"] == "gpt_neox"  # bias implies it
     assert to_hf(Config.from_name("Llama-2-7b-hf", gelu_approximate="tanh", rope_indices=[0] * 32))["model_type"] == "llama"  # unused
