@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from litgpt import checkpoint
-from litgpt.args import Quantization
+from litgpt.args import COUNT, Quantization
 from litgpt.atomic import write_text
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.data.base import DataModule, question_of
@@ -84,6 +84,8 @@ def evaluate(
             return
     if dtype not in (None, *PRECISIONS):
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}")
+    if not COUNT.holds(max_new_tokens):
+        raise UserError(f"max_new_tokens is {max_new_tokens}: {COUNT} is needed; 0 measures the loss alone")
     chosen = data or (data_of_run(open_checkpoint(checkpoint_dir)) if tasks is None else None)
     llm = open_model(checkpoint_dir, precision=PRECISIONS[dtype or "auto"], quantize=quantize, device=device)
     folder = llm.folder or Path()

@@ -139,6 +139,7 @@ def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--data", str(data), "--batch_size", "many"], "batch_size is 'many'"),
         (["--data", str(data), "--limit", "0.5"], "limit is 0.5"),
         (["--data", str(data), "--dtype", "int3"], "dtype is 'int3'"),
+        (["--data", str(data), "--max_new_tokens", "-1"], "max_new_tokens is -1: a whole number of at least 0 is needed"),
     ):
         assert main(["evaluate", str(base), *words]) == 1
         assert said in (err := capsys.readouterr().err) and ("loaded in" in err) is ("0.5" in words)  # said before the model is loaded
