@@ -96,7 +96,8 @@ def kinds(records: Sequence[Record]) -> list[str]:
         ("with a rejected answer beside", sum(one.rejected is not None for one in records)),
         ("with tools", sum(one.tools is not None for one in records)),
         ("with a reply that is read, not learned", sum(_has_reply_to_read(one) for one in records)),
-        ("with an empty answer: dropped", sum(not one.has_answer for one in records)),
+        ("with an empty answer: dropped", sum(any(one.learned) and not one.has_answer for one in records)),
+        ("with the weight 0: dropped", sum(not any(one.learned) for one in records)),
     ):
         if count:
             lines.append(f"  {count:,} {text}")

@@ -47,10 +47,12 @@ def base(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> Path:
 def test_kinds_and_unread_keys(look: Any) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     system = [{"role": "system", "content": "Be kind"}, *turns, *turns]
-    out = look([pair("a", "1", id=1), pair("b", "2", input="x", id=2, note="n"), pair("c", ""), {"messages": turns}, {"messages": system}])
-    assert "shop.jsonl: 5 records\n" in out
-    assert "  3 questions with an answer, 1 of them with an input\n  2 conversations of 1 to 2 replies\n" in out
-    assert "  1 with a system text\n  1 with an empty answer: dropped\n" in out
+    records = [pair("a", "1", id=1), pair("b", "2", input="x", id=2, note="n"), pair("c", ""), pair("d", "3", weight=0)]
+    out = look([*records, {"messages": turns}, {"messages": system}])
+    assert "shop.jsonl: 6 records\n" in out
+    assert "  4 questions with an answer, 1 of them with an input\n  2 conversations of 1 to 2 replies\n" in out
+    assert "  1 with a system text\n  1 with a reply that is read, not learned\n" in out
+    assert "  1 with an empty answer: dropped\n  1 with the weight 0: dropped\n" in out
     assert "  keys not read: id (2), note (1)\n" in out
     assert "litgpt finetune MODEL --data" in out and "train.epochs" in out  # advice without a model
 

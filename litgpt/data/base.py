@@ -188,8 +188,11 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         if not count:
             return f"{self.source}: the {split} set is empty: add records to it"
         start = f"{self.source}: none of the {count:,} {split} records is left: "
-        if encoder.dropped[EMPTY] >= encoder.dropped[CUT_AWAY]:
-            return start + "their answers are empty. Fill in the key of the answer (`output`), or let a turn have the weight 1"
+        if 2 * encoder.dropped[CUT_AWAY] <= encoder.dropped.total():
+            return (
+                start
+                + "their answers are empty or have the weight 0. Fill in the key of the answer (`output`), or let a turn have the weight 1"
+            )
         return (
             f"{start}their prompts alone fill max_seq_length ({encoder.max_length}), so no answer token is left. "
             "Raise train.max_seq_length, or shorten the prompts"
@@ -199,6 +202,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
 CONTINUED = 200  # characters of running text that a model continues at a validation, at most
 MOST_REPEATED = 30  # training samples that are validated again, at most, if none is held out
 EMPTY = "empty answer"
+WEIGHTLESS = "weight 0"
 CUT_AWAY = "no answer token left"
 SHOWN_KEYS = 12  # in a remark
 
@@ -245,9 +249,10 @@ class Encoder:
         self._ignore(not_written, sorted(unwritten))
         replies = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
         chosen = replies[-1:] if self.last_turn_only else replies
-        learned = [i for i in chosen if array("f", [record.learned[i]])[0] and has_text(record.messages[i], unwritten)]
+        written = [i for i in chosen if has_text(record.messages[i], unwritten)]
+        learned = [i for i in written if array("f", [record.learned[i]])[0]]
         if not learned:
-            self.dropped[EMPTY] += 1
+            self.dropped[WEIGHTLESS if written else EMPTY] += 1
             return None
         text, spans = render(record, self.style, self.tokenizer, learned)
         left_out = {message["role"] for message in record.messages[: learned[-1]] if _is_left_out(message, text)}
@@ -277,7 +282,7 @@ class Encoder:
             weights = array("f", [0] * len(first)) + weights
         weights[0] = 0
         if not any(weights):  # of a number too small for fp32
-            self.dropped[EMPTY] += 1
+            self.dropped[WEIGHTLESS] += 1
             return None
         too_long = self.max_length is not None and len(ids) > self.max_length
         if too_long:

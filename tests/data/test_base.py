@@ -354,5 +354,5 @@ def test_weight_1_is_no_weight(tokenizer: Tokenizer) -> None:
 
 def test_the_report_names_the_weights(tokenizer: Tokenizer) -> None:
     records = [{**pair("Hi", "Hello"), "weight": weight} for weight in (0, 0.5, 1, 2)]
-    report = Given(train=records, val=records).splits(tokenizer, prompts.Alpaca()).report
-    assert "weights from 0.5 to 2" in report and "2 dropped: empty answer" in report
+    report = Given(train=[*records, pair("Hi", "")], val=records).splits(tokenizer, prompts.Alpaca()).report
+    assert "weights from 0.5 to 2" in report and "1 dropped: empty answer, 2 dropped: weight 0" in report
