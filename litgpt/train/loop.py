@@ -207,7 +207,8 @@ class Loop:
             self.objective.begin(view, batch.indices, self.rank)
         if self.objective.is_token_mean:
             return batch.weight
-        own = torch.tensor(self.objective.weight(view, batch.indices), device=self.rank.device)
+        weight = self.objective.weight(view, batch.indices) if batch.indices else 0  # other processes may have more samples
+        own = torch.tensor(float(weight), device=self.rank.device)
         return self.rank.sum(own).item()
 
     @torch.no_grad()

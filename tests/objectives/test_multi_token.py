@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,14 @@ def test_generate_by_heads(base: Path, data: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(base: Path, data: Path, tmp_path: Path) -> None:
-    settings = {**FROZEN, **FEW, "train__global_batch_size": 8, "train__micro_batch_size": 4}
+@pytest.mark.parametrize(
+    ("settings", "weights"), [(FROZEN, [1.0] * 16), (FROZEN, [1.0]), (JOINT, [1.0, 0.5])], ids=["alike", "one record", "a weight"]
+)
+def test_two_processes_train_like_one(settings: dict[str, Any], weights: list[float], base: Path, tmp_path: Path) -> None:
+    """Also if one of them has no sample of a batch, or none with a weight."""
+    records = [{"instruction": f"say {i}", "output": f"{i} and hello there", "weight": weight} for i, weight in enumerate(weights)]
+    (data := tmp_path / "data.json").write_text(json.dumps(records))
+    settings = {**settings, **FEW, "data__val_split_fraction": 0, "train__global_batch_size": 8, "train__micro_batch_size": 4}
     assert_two_processes_train_like(finetune("finetune_lora", base, data, tmp_path / "one", **settings), tmp_path / "two")
 
 
