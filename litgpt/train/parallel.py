@@ -183,7 +183,7 @@ def _own(rank: Rank, group: Group, error: BaseException, saved: Callable[[], str
     text = getattr(error, "message", "") or str(error)
     if not isinstance(error, UserError | SystemExit):
         traceback.print_exception(error)
-        text = f"{type(error).__name__}: {text}. {saved()}".rstrip()
+        text = f"{type(error).__name__}: {text}"
     group.tell(Failure(rank.index, code if isinstance(code, int) else 1, text))
     is_speaker = group.speaker == rank.index
     if not rank.is_first:
@@ -195,6 +195,6 @@ def _own(rank: Rank, group: Group, error: BaseException, saved: Callable[[], str
         return SystemExit(code)
     if is_shared or isinstance(error, SystemExit):
         return error
-    named = error if isinstance(error, UserError) else UserError()
-    named.args = (f"rank {rank.index}: {text}",)
+    named = error if isinstance(error, UserError) else UserError(f"{text}. {saved()}".rstrip())
+    named.args = (f"rank {rank.index}: {named}",)
     return named

@@ -119,16 +119,26 @@ def test_a_fault_in_one_of_two_processes_ends_both_with_one_message(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["bug", "SIGKILL"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_fault_in_one_of_four_processes_is_told_once_and_soon(strategy: str, fault: str, bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "save_interval", "remedy"), [("ddp", 1, " is complete"), ("fsdp", 1, " is complete"), ("ddp", None, "nothing is lost")]
+)
+def test_a_fault_in_one_of_four_processes_is_told_once_and_soon(
+    strategy: str, save_interval: int | None, remedy: str, fault: str, bench: Bench, tmp_path: Path
+) -> None:
     """Those that wait for others than the failed one, and those of a sharded model, notice it too."""
-    settings = {"devices": 4, "strategy": strategy, "train.global_batch_size": 4, "train.micro_batch_size": 1, "train.save_interval": 1}
+    settings = {
+        "devices": 4,
+        "strategy": strategy,
+        "train.global_batch_size": 4,
+        "train.micro_batch_size": 1,
+        "train.save_interval": save_interval,
+    }
     process = start([fault, "2", *two(bench, tmp_path / "out", **settings)], FAULTY)
     wait_for_step(tmp_path / "out", 2, process)
     began, ended = time.monotonic(), end(process)
     assert time.monotonic() - began < 20 and ended.status == 1, ended.err
     (told,) = [line for line in ended.err.splitlines() if line.startswith("Error: ")]
-    assert re.search(FAULTS[fault].format(2), told) and told.count("rank ") == 1, told
+    assert re.search(FAULTS[fault].format(2), told) and told.count("rank ") == told.count(remedy) == 1, told
     assert_sound(tmp_path / "out")
 
 
