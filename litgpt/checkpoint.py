@@ -544,8 +544,8 @@ def load_model(
 ) -> GPT:
     """Load a model to run (eval mode, nothing trainable) from a base or merged checkpoint, or from an adapter folder and its base.
 
-    A folder with both merged weights and an adapter is read as base and adapter if it `has_base` and `dtype` is below fp32: merging there
-    rounds a part of LoRA away.
+    A folder with both merged weights and an adapter is read as base and adapter if it `has_base` and the merged weights, or `dtype`, are
+    below fp32: merging there rounds a part of LoRA away.
 
     `base`: the adapter's base checkpoint (default: that of hyperparameters.yaml). `quantize`: a mode of `litgpt.quantize`. `sharded`: over
     all ranks of a run.
@@ -554,8 +554,10 @@ def load_model(
 
     from litgpt.lora import Config as LoRAConfig
 
-    adapter = is_adapter_folder(folder) or (dtype.itemsize < 4 and has_base(Path(folder)))
     require_whole(folder, *ADAPTERS, WEIGHTS)
+    adapter = is_adapter_folder(folder)
+    if not adapter and has_base(Path(folder)):
+        adapter = dtype.itemsize < 4 or any(value.dtype.itemsize < 4 for value in load_weights(Path(folder) / WEIGHTS).values())
     if adapter:
         base, config = adapted(folder, base)
     else:

@@ -441,9 +441,12 @@ def test_merged_weights_win_over_the_adapter(tmp_path: Path, write_tiny_tokenize
     assert isinstance(checkpoint.load_model(folder, torch.bfloat16), lora.GPT)
 
 
-@pytest.mark.parametrize(("dtype", "by_adapter"), [(torch.bfloat16, True), (torch.float32, False)])
+@pytest.mark.parametrize(
+    ("dtype", "stored", "by_adapter"),
+    [(torch.bfloat16, torch.float32, True), (torch.float32, torch.bfloat16, True), (torch.float32, torch.float32, False)],
+)
 def test_below_fp32_base_and_adapter_answer_and_not_the_merged_weights(
-    dtype: torch.dtype, by_adapter: bool, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]
+    dtype: torch.dtype, stored: torch.dtype, by_adapter: bool, tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]
 ) -> None:
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
     settings = {"lora_r": 2, "lora_query": True}
@@ -451,10 +454,11 @@ def test_below_fp32_base_and_adapter_answer_and_not_the_merged_weights(
     alone = checkpoint.load_model(folder, dtype).state_dict()
     shutil.copy(base / "model_config.yaml", folder)
     write_tiny_tokenizer(folder)
-    shutil.copy(base / "lit_model.pth", folder)
+    weights = checkpoint.load_weights(base / "lit_model.pth")
+    checkpoint.save_weights({name: value.to(stored) for name, value in weights.items()}, folder / "lit_model.pth")
     both = checkpoint.load_model(folder, dtype).state_dict()
     assert (both.keys() == alone.keys()) == by_adapter
-    merged = checkpoint.load_model(folder, torch.float32).state_dict().keys()
+    merged = checkpoint.load_model(base, dtype).state_dict().keys()
     (folder / checkpoint.BASE).write_text(json.dumps({"bytes": 1, "mtime_ns": 1, "sha256": "of other weights"}))
     assert checkpoint.load_model(folder, dtype).state_dict().keys() == merged
     (folder / checkpoint.BASE).unlink()
