@@ -391,10 +391,18 @@ async def _page() -> HTMLResponse:
 
 
 def _invalid(error: RequestValidationError) -> Refusal:
-    """Return what is wrong with a body, its first mistake; values are not repeated."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:] if part != "body")[:100]
+    """Return what is wrong with a body, its first mistake; values are not repeated.
+
+    A field that may have several types has a mistake for each: the one that counts is not about the type, or lies deepest.
+    """
+    errors = error.errors()
+    of_field = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(of_field, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
+    parts = (str(part) for part in first["loc"][1:])
+    place = ".".join(part for part in parts if part.isidentifier() or part.isdecimal())[:100]  # without names of types
     message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], bytes):  # whatever is in it
+        message = "the body is not said to be JSON: send the header Content-Type: application/json"
     return Refusal(400, f"{place}: {message}" if place else message, param=place or None)
 
 

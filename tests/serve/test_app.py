@@ -180,7 +180,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"messages": []}, 400, "messages: "),
         ({"messages": "hello"}, 400, "messages: "),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role: "),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content.0.type: Input should be 'text'"),
         ({"messages": [HELLO[1], {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, 400, "messages.1.tool_calls"),
         ({"messages": HELLO, "temperature": -1}, 400, "temperature: "),
         ({"messages": HELLO, "n": 0}, 400, "n: "),
@@ -196,7 +196,10 @@ def test_logprobs(client: openai.OpenAI) -> None:
         (b"{", 400, "JSON"),
         (b"[1]", 400, "valid dictionary"),
         (b"", 400, "required"),
-        ({"messages": HELLO, "stop": [""]}, 400, "stop"),
+        ({"messages": HELLO, "stop": ""}, 400, "stop: String should have at least 1 character"),
+        ({"messages": HELLO, "stop": [""]}, 400, "stop.0: String should have at least 1 character"),
+        ({"messages": HELLO, "stop": ["a"] * 17}, 400, "stop: List should have at most 16 items"),
+        ({"messages": HELLO, "stop": ["a", 5]}, 400, "stop.1: Input should be a valid string"),
         ({"messages": HELLO, "seed": 1.5}, 400, "seed"),
     ],
 )
@@ -211,6 +214,8 @@ def test_other_refusals(server: Server, client: openai.OpenAI) -> None:
     for path, method in (("/v1/models", "GET"), ("/v1/chat/completions", "POST"), ("/predict", "POST"), ("/v1/completions", "POST")):
         status, content = send(server, method, path, b"{}", Authorization="Bearer wrong")
         assert status == 401 and json.loads(content)["error"]["code"] == "invalid_api_key", path
+    form = send(server, "POST", "/predict", {"prompt": "Hi"}, **{"Content-Type": "application/x-www-form-urlencoded"})  # curl -d
+    assert form[0] == 400 and b"send the header Content-Type: application/json" in form[1]
     assert send(server, "GET", "/v1/models", None, Authorization="", **{"X-API-Key": KEY})[0] == 200
     assert send(server, "GET", "/v1/models", None, Authorization="Basic dTpw", **{"X-API-Key": KEY})[0] == 200  # a proxy's
     assert send(server, "GET", "/v1/models", None, Authorization=f"bearer {KEY}")[0] == 200  # RFC 9110: schemes are case-insensitive
