@@ -266,7 +266,7 @@ def memory_table(base: Path, adapter_settings: dict[str, Any], adapter: Path | N
     rows = [["method", "trained", "weights", "training", "activations", "total"]]
     for name, settings, arguments in (("this adapter", adapter_settings, {}),) if adapter else TRAINING:
         config = checkpoint.adapted_config(adapter, base, settings) if adapter else LoRAConfig.from_checkpoint(base, **settings)
-        need = estimate(config, BATCH * length, tied=tied, **arguments)
+        need = estimate(config, BATCH * length, tied=tied, keys=length, **arguments)
         sizes = (need.weights, need.training, need.activations, need.total + PROCESS)
         rows.append([name, f"{need.trained:,}", *map(size, sizes)])
     return f"memory to fine-tune it in bf16-true, micro-batches of {BATCH} x {length} tokens\n{text_table(rows)}"

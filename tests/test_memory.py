@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from litgpt import lora
 from litgpt.loss import CHUNK_BYTES
 from litgpt.memory import NF4_BYTES, estimate, kept_by_block
+from litgpt.packing import Packing
 from tests.helpers import tiny
 from tests.helpers.cases import quick
 
@@ -45,7 +46,7 @@ def config(family: str, n_layer: int = 2, **settings: Any) -> lora.Config:
     return lora.Config(n_layer=n_layer, n_embd=128, n_head=4, vocab_size=64, padded_vocab_size=64, **FAMILIES[family], **settings)
 
 
-def saved(config: lora.Config, dtype: torch.dtype, full: bool, checkpointing: bool = False) -> float:
+def saved(config: lora.Config, dtype: torch.dtype, full: bool, checkpointing: bool = False, stem: int = 0) -> float:
     """Bytes that autograd keeps for a token, parameters excepted."""
     model = lora.GPT(config).to(dtype).train()
     if checkpointing:
@@ -61,9 +62,12 @@ def saved(config: lora.Config, dtype: torch.dtype, full: bool, checkpointing: bo
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    idx = tiny.ids(2, 64, 64)
+    idx, pos = tiny.ids(2, 64, 64), None
+    if stem:
+        idx = torch.cat((idx[0, :stem], idx[:, stem:].flatten()))
+        pos = model.packed_positions(Packing.of([64 - stem] * 2, stem, idx.device))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = model.tail(*model.prefix(idx))
+        result = model.tail(*model.prefix(idx, pos), pos)
     assert result.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / idx.numel()
 
@@ -79,6 +83,24 @@ def test_a_block_keeps_what_the_formula_says(family: str, method: str, dtype: to
     if not full:
         lora.mark_only_lora_as_trainable(model)
     assert kept_by_block(model.blocks[-1], dtype.itemsize) == pytest.approx((four - two) / 2, rel=0.15)
+
+
+@pytest.mark.parametrize("settings", [{"attention_logit_softcapping": 50.0}, {"attention_sinks": True}], ids=["cap", "sinks"])
+def test_plain_attention_keeps_its_scores(settings: dict[str, Any]) -> None:
+    """64 keys of two samples."""
+    settings |= METHODS["lora"]
+    two, four = (saved(config("llama", n, **settings), torch.bfloat16, False) for n in (2, 4))
+    few, many = (estimate(config("llama", n, **settings), 128, keys=64) for n in (2, 4))
+    assert (many.activations - few.activations) / 128 == pytest.approx(four - two, rel=0.15)
+
+
+def test_short_samples_behind_a_stem_keep_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples of 64 tokens, 16 of them in common; with longer ones attention is torch's."""
+    monkeypatch.setattr("litgpt.memory.default_device", lambda: torch.device("cpu"))
+    two, four = (saved(config("llama", n, **METHODS["lora"]), torch.bfloat16, False, stem=16) for n in (2, 4))
+    few, many = (estimate(config("llama", n, **METHODS["lora"]), 112, keys=64, stem=16) for n in (2, 4))
+    assert (many.activations - few.activations) / 112 == pytest.approx(four - two, rel=0.15)
+    assert estimate(config("llama"), 512, keys=257, stem=16) == estimate(config("llama"), 512, keys=257)
 
 
 def test_weights_and_training(monkeypatch: pytest.MonkeyPatch) -> None:

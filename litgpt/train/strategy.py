@@ -80,6 +80,8 @@ def estimate_of(
         checkpointing=train.activation_checkpointing,
         nf4=method.quantize in FOUR_BITS,
         int8=method.quantize in EIGHT_BITS,
+        keys=max((sample.n_inputs for sample in samples), default=0),
+        stem=stem,
     )
     reference = 0 if objective.reference is None else dtype.itemsize * reference_size(objective.reference)
     return estimated._replace(reference=reference), tokens
