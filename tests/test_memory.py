@@ -100,7 +100,7 @@ def test_short_samples_behind_a_stem_keep_their_scores(monkeypatch: pytest.Monke
     two, four = (saved(config("llama", n, **METHODS["lora"]), torch.bfloat16, False, stem=16) for n in (2, 4))
     few, many = (estimate(config("llama", n, **METHODS["lora"]), 112, keys=64, stem=16) for n in (2, 4))
     assert (many.activations - few.activations) / 112 == pytest.approx(four - two, rel=0.15)
-    assert estimate(config("llama"), 512, keys=257, stem=16) == estimate(config("llama"), 512, keys=257)
+    assert estimate(config("llama"), 512, keys=129, stem=16) == estimate(config("llama"), 512, keys=129)
 
 
 def test_weights_and_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -377,7 +377,7 @@ def test_short_bf16_attention_is_trained_in_fp32(precision: str, limit: int, mon
         return y
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr("litgpt.attention.SHORT", limit)
+    monkeypatch.setattr("litgpt.attention.FP32_ATTENTION", limit)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
     with autocast:
         logits = model(idx)
