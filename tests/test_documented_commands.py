@@ -37,8 +37,8 @@ MODELS = (
 RUNS = ("out/demo", "out/lora", "out/clean", "out/ref", "out/faq", "out/codes")  # that the pages take as given
 SHORTER = (
     (r" \.\.\. ", " path/to/model --data my.jsonl "),
-    (r"--max_tokens \d+", "--train.max_tokens 4000 --train.global_batch_size 2 --train.micro_batch_size 2 --train.max_seq_length 64"),
-    (r"--max_steps \d+", "--train.max_steps 2"),
+    (r"--max_tokens \d+", "--max_tokens 4000 --train.global_batch_size 2 --train.micro_batch_size 2 --train.max_seq_length 64"),
+    (r"--max_steps \d+", "--max_steps 2"),
     (r"--n \d+", "--n 2"),
     (r" --port 8001", ""),
     ("debug.yaml", "debug.yaml --train.global_batch_size 2 --train.micro_batch_size 2 --train.max_seq_length 64"),
@@ -113,7 +113,7 @@ def words_of(line: str, folder: Path) -> list[str]:
         line = re.sub(long, short, line)
     words = shlex.split(line, comments=True)[1:]
     if words[0] in ("finetune", "finetune_lora", "sweep", "pretrain"):
-        words += [] if "--train.max_steps" in line or "--train.max_tokens" in line else ["--train.max_steps", "2"]
+        words += [] if "max_steps" in line or "max_tokens" in line else ["--train.max_steps", "2"]
         words += [] if "--out_dir out/x" in line else ["--overwrite", "true"]
     if words[0] == "sample":
         (folder / words[words.index("--out") + 1]).unlink(missing_ok=True)  # the page shows it in several ways
