@@ -113,7 +113,7 @@ def test_architecture_is_found_by_the_fields(family: str) -> None:
     hf = configs.hf_config(family)
     config = Config.from_hf(hf.to_dict(), name="mine")
     same = {"mistral global": "llama", "phi4 mini": "phi3", "phi3": "mistral", "phi3 longrope": "llama", "seed_oss": "qwen2"}
-    same |= {"ernie4_5": "llama", "helium": "llama", "glm4_moe_lite": "deepseek_v3"}
+    same |= {"ernie4_5": "llama", "helium": "llama", "glm4_moe_lite": "deepseek_v3", "cwm": "ministral"}
     assert to_hf(config)["model_type"] == same.get(family, hf.model_type)
 
 
