@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
@@ -25,6 +24,7 @@ import pytest
 
 from tests.helpers import fake_hub, tiny
 from tests.helpers.fake_hub import Hub
+from tests.helpers.jobs import environ
 from tests.test_readme import PAGES, ROOT, command_lines
 
 pytestmark = pytest.mark.slow
@@ -59,9 +59,8 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def run(words: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **variables}
     argv = [sys.executable, "-m", "litgpt", *words]
-    return subprocess.run(argv, cwd=folder, env=environment, input="Hi\n", capture_output=True, text=True, timeout=300)
+    return subprocess.run(argv, cwd=folder, env={**environ(), **variables}, input="Hi\n", capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def words_of(line: str, folder: Path) -> list[str]:
 def serve(words: list[str], folder: Path, **variables: str) -> None:
     """Start the server, read its page and end it."""
     argv = [sys.executable, "-m", "litgpt", *words, "--port", "0"]
-    with subprocess.Popen(argv, cwd=folder, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(argv, cwd=folder, env={**environ(), **variables}, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = ""
         while not (address := re.search(r"http://[\d.]+:\d+", said)):
@@ -142,7 +141,7 @@ def test_every_command_of_a_page(page: str, world: Path, hub: Hub, tmp_path: Pat
     folder = tmp_path / "work"
     shutil.copytree(world, folder, symlinks=True)
     variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": str(hub.token), "HF_HOME": str(tmp_path / "home")}
-    variables |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    variables |= {"HF_HUB_DISABLE_XET": "1"}
     if page != "README.md":  # there it is made on the page
         shutil.copytree(folder / RUNS[0], folder / "out/mine")
     for line in LINES[page]:

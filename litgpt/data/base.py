@@ -189,10 +189,8 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
             return f"{self.source}: the {split} set is empty: add records to it"
         start = f"{self.source}: none of the {count:,} {split} records is left: "
         if 2 * encoder.dropped[CUT_AWAY] <= encoder.dropped.total():
-            return (
-                start
-                + "their answers are empty or have the weight 0. Fill in the key of the answer (`output`), or let a turn have the weight 1"
-            )
+            remedy = "Fill in the key of the answer (`output`), or let a turn have the weight 1"
+            return f"{start}their answers are empty or have the weight 0. {remedy}"
         return (
             f"{start}their prompts alone fill max_seq_length ({encoder.max_length}), so no answer token is left. "
             "Raise train.max_seq_length, or shorten the prompts"
