@@ -158,10 +158,15 @@ def _require_kind(what: str, value: Any, default: Any) -> None:
         raise UserError(f"{what} is {value!r}, {needed} is needed, such as {default}")
 
 
-def learning_rate(step: int, peak: float, warmup: int, total: int, minimum: float) -> float:
-    """Return the rate of a step from 0 to total-1: a linear rise to `peak` over `warmup` steps, then half a cosine down to `minimum`."""
+def learning_rate(step: int, peak: float, warmup: int, total: int | None, minimum: float) -> float:
+    """Return the rate of a step from 0 to total-1: a linear rise to `peak` over `warmup` steps, then half a cosine down to `minimum`.
+
+    It stays at `peak` where the number of steps is not known.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
+    if total is None:
+        return peak
     floor = min(minimum, peak)
     share = (step - warmup) / max(1, total - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))

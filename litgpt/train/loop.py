@@ -155,7 +155,9 @@ class Loop:
         `train.skip_nonfinite` is set. In fp16 the loss is scaled.
         """
         start = time.perf_counter()
-        rate = self._set_learning_rate(state.step - (state.phase.step if state.phase else 0))
+        step = state.step - (state.phase.step if state.phase else 0)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = learning_rate(step, peak, self.warmup, self.total_steps, self.train.min_lr)
         state.random = random_states(self.rank.device)
         self.model.train()
         total = torch.zeros((), device=self.rank.device)
@@ -185,7 +187,7 @@ class Loop:
         state.advance(batch.tokens, elapsed)
         return {
             "train_loss": mean,
-            "learning_rate": rate,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             "step_time": elapsed,
             "tokens_per_second": batch.tokens / elapsed,
             "peak_memory_gb": peak_memory_gb(self.rank.device),
@@ -245,14 +247,6 @@ class Loop:
         out_of_tokens = train.max_tokens is not None and tokens >= train.max_tokens
         out_of_time = train.max_time is not None and self.rank.any(phase.clock.seconds >= train.max_time)
         return out_of_steps or out_of_tokens or out_of_time
-
-    def _set_learning_rate(self, step: int) -> float:
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            if self.total_steps is None:
-                group["lr"] = peak * min(1.0, (step + 1) / max(1, self.warmup))
-            else:
-                group["lr"] = learning_rate(step, peak, self.warmup, self.total_steps, self.train.min_lr)
-        return self.optimizer.param_groups[0]["lr"]
 
     def _is_finite(self, state: State, indices: list[int], values: dict[str, float]) -> bool:
         """Return whether the step can be taken. If not, raise NonFiniteError, or with `train.skip_nonfinite` report and count it."""
