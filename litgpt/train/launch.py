@@ -241,10 +241,6 @@ class Group:
             pid: f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}" for pid, code in codes.items()
         }
 
-    def stop_others(self) -> None:
-        """Let processes that are not joined save their state and end."""
-        self.store.set("stopped", "")
-
     def end_children(self) -> None:
         """Kill the processes that this one has started, and those of the run on this machine that are stopped."""
         for child in self.children:

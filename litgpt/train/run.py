@@ -4,7 +4,7 @@ import gc
 import math
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,11 +88,12 @@ def require_same_run(settings: Run, method: Method, base: Path) -> None:
     require_same(final, identity_of(job), saved.facts)
 
 
-def identity_of(job: Job) -> Identity:
-    """Return what a resumed run must have in common with this one."""
+def identity_of(job: Job, varying: Collection[str] = ()) -> Identity:
+    """Return what a resumed run must have in common with this one; a sweep, but for the settings that vary between its trials."""
     resolved = {"precision": job.precision, "skip2lora_cache": job.method.cache.mode != "off"}
     settings = {**compared_settings(job.settings.hyperparameters(), type(job.settings)), **resolved}
-    return Identity.of(settings, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
+    shared = {key: value for key, value in settings.items() if key not in varying}
+    return Identity.of(shared, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
 
 
 def require_same(folder: Path, identity: Identity, before: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ from litgpt.train.out_dir import OutDir
 from litgpt.train.parallel import alone
 from litgpt.train.prepare import Job, choose_taps, prepare
 from litgpt.train.rehearsal import rehearsed, require_data
-from litgpt.train.resume import Identity, Saved, Stopwatch, compared_settings, environment
-from litgpt.train.run import finished_report, run
+from litgpt.train.resume import Saved, Stopwatch, environment
+from litgpt.train.run import finished_report, identity_of, run
 from litgpt.train.settings import Run
 from litgpt.train.trials import BEGUN, CSV, FAILED, FINISHED, JSON, STOPPED, WAITING, Table, Trial, expand, foreign_files
 
@@ -98,7 +98,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
         waiting = len(table.of(WAITING))
         job = _prepare(candidates, out_dir, before or {})
         _introduce(job, table, waiting, place)
-        identity = _identity(job, settings, list(trials[0].values))
+        identity = identity_of(replace(job, settings=settings), varying=trials[0].values)
         if before is not None and (changes := identity.changes(before["identity"])):
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
@@ -127,7 +127,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
                     job.console.say(f"process {pid} {how}: the others have done its work")
             except Stopped as stop:
                 if group is not None:
-                    group.stop_others()
+                    group.store.set("stopped", "")  # the others save their state and end
                     group = None
                 raise Stopped(stop.signum, stop.message or f"stopped: {RESUME}") from None
             finally:
@@ -353,12 +353,6 @@ def _introduce(job: Job, table: Table, waiting: int, place: Place | None) -> Non
     say(f"{counted(len(table.trials), 'setting')}{by}" + (f", {waiting} of them to be trained" if waiting < len(table.trials) else ""))
     for trial in table.of(FAILED):
         say(f"{trial.name} cannot be trained: {trial.reason}")
-
-
-def _identity(job: Job, settings: Run, varying: list[str]) -> Identity:
-    """Return what a resumed sweep must have in common with this one: the settings that are the same for all trials."""
-    shared = {key: value for key, value in compared_settings(as_config(shallow(settings)), type(settings)).items() if key not in varying}
-    return Identity.of({**shared, "precision": job.precision}, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
 
 
 def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: int) -> None:
