@@ -194,7 +194,10 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     if settings.train.replay and job.general_answers is None:
         job.general_answers = _general_answers(job)
     splits.train += replay_samples(job.general_answers or [], tokenizer, style, model.max_seq_length)
-    _require_known_ids(splits, model.config, base)
+    largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))
+    if largest >= model.config.V:
+        file = base / "tokenizer.json"
+        raise UserError(f"{file} gives the token id {largest}, the model knows {model.config.V}: it is another model's, copy it again")
     if model.config.alora_enabled:
         console.say(_switch_on_replies(job))
     model.activation_checkpointing = settings.train.activation_checkpointing
@@ -272,14 +275,6 @@ def _general_answers(job: Job) -> list[str]:
             others = job.examples if job.settings.eval.max_new_tokens == ANSWER_TOKENS else []
             answers = base_answers(job.model, job.tokenizer, job.style, count, others)
     return list(rank.broadcast(answers))
-
-
-def _require_known_ids(splits: Splits, config: Config, base: Path) -> None:
-    largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))
-    if largest >= config.V:
-        raise UserError(
-            f"{base / 'tokenizer.json'} gives the token id {largest}, the model knows {config.V}: it is another model's, copy it again"
-        )
 
 
 def _max_seq_length(settings: Run, config: Config) -> int:
