@@ -18,7 +18,7 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path, fetch
 from litgpt.text import first_line
 
-HUB = "https://huggingface.co/datasets/"  # files below it come through the hub's client: HF_ENDPOINT, tokens and resuming apply
+HUB = "https://huggingface.co/datasets/"  # files below it come through the hub's client: HF_ENDPOINT and tokens apply
 MOST_DOWNLOAD = 2**32  # bytes
 DOWNLOAD_SECONDS = 3600
 
@@ -91,7 +91,7 @@ class Downloaded(DataModule):
 def download_from_hub(address: str, folder: Path, name: str, token: str | None = None) -> None:
     """Download a file of a data set, or those of a pattern, into `folder`; a single one gets the name `name`.
 
-    An interrupted download is resumed. The files appear once all are complete. Raises UserError.
+    The files appear once all are complete; of a download that breaks off the complete ones are not fetched again. Raises UserError.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub
@@ -99,14 +99,17 @@ def download_from_hub(address: str, folder: Path, name: str, token: str | None =
 
     repo, file = address.removeprefix(HUB).split("/resolve/main/")
     partial = folder / ".download"
+
+    def arrived() -> list[Path]:
+        return [path for path in partial.rglob("*") if path.is_file() and fnmatch.fnmatch(str(path.relative_to(partial)), file)]
+
     try:
         huggingface_hub.snapshot_download(
             repo, repo_type="dataset", allow_patterns=[file], local_dir=partial, token=token, endpoint=os.environ.get("HF_ENDPOINT")
         )
-        arrived = [path for path in partial.rglob("*") if path.is_file() and fnmatch.fnmatch(str(path.relative_to(partial)), file)]
-        if not arrived:
+        if not (paths := arrived()):
             raise FileNotFoundError("the data set has no such file")
-        for path in arrived:
+        for path in paths:
             target = folder / (path.name if "*" in name else name)
             if path.suffix == target.suffix:
                 path.replace(target)
@@ -117,7 +120,7 @@ def download_from_hub(address: str, folder: Path, name: str, token: str | None =
         raise
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = first_line(error)[:200]
-        if not any(path.stat().st_size for path in partial.rglob("*.incomplete")):
+        if not arrived():
             shutil.rmtree(partial, ignore_errors=True)
         gated = f"Accept the terms at {HUB}{repo}, then give HF_TOKEN in the environment. " if isinstance(error, GatedRepoError) else ""
         own = "" if "*" in name or name == file.rpartition("/")[2] else f", or its records as a JSON list named {name},"

@@ -22,3 +22,17 @@ def test_all_files_or_none(hub: Hub, tmp_path: Path) -> None:
     assert not folder.exists() or not list(folder.iterdir())
     download_from_hub(address, folder, "a-*", token="x")
     assert sorted(path.name for path in folder.iterdir()) == ["a-1.jsonl", "a-2.jsonl"]
+
+
+def test_a_download_that_breaks_off_keeps_its_complete_files(hub: Hub, tmp_path: Path) -> None:
+    publish(hub, tmp_path / "hub", "my/data", {"data/a-1.jsonl": [{}] * 9, "data/a-2.jsonl": [{}] * 9})
+    address, folder = f"{HUB}my/data/resolve/main/data/a-*", tmp_path / "new"
+    hub.breaks["data/a-2.jsonl"] = 99
+    with pytest.raises(UserError, match=r"data/a-\* of the dataset my/data could not be downloaded"):
+        download_from_hub(address, folder, "a-*")
+    assert [path.name for path in folder.iterdir()] == [".download"]
+    hub.breaks.clear()
+    hub.requests.clear()
+    download_from_hub(address, folder, "a-*")
+    assert hub.fetched() == {"a-2.jsonl"}
+    assert sorted(path.name for path in folder.iterdir()) == ["a-1.jsonl", "a-2.jsonl"]
