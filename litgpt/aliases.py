@@ -2,9 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -34,16 +32,6 @@ MODULES |= {f"data.{module}": {name: f"data:{name}"} for module, name in DATA.it
 FOLDERS = {name.partition(".")[0] for name in MODULES if "." in name}
 
 
-def function_of(settings: str, names: Sequence[str]) -> Callable[..., None]:
-    """Return a function that runs the command of a settings class; `names` are its arguments by position."""
-
-    def run(*args: Any, **kwargs: Any) -> None:
-        given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
-        load(settings)(**{key: Path(value) if key.endswith("_dir") else value for key, value in given.items()}).main()
-
-    return run
-
-
 def load(target: str) -> Any:
     """Return the member `module:member` of this package."""
     module, member = target.split(":")
@@ -62,9 +50,11 @@ class Aliases:
         """Leave it to Python."""
 
     def exec_module(self, module: ModuleType) -> None:
+        from litgpt.args import function_of
+
         for name, target in MODULES.get(module.__name__.partition(".")[2], {}).items():
             found, *names = target.split()
-            setattr(module, name, function_of(found, names) if names else load(found))
+            setattr(module, name, function_of(load(found), *names) if names else load(found))
 
 
 sys.meta_path.append(Aliases())

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, TypeGuard, Union
@@ -76,6 +76,18 @@ def setting(
     if dataclasses.is_dataclass(default):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def function_of(settings: type, *names: str) -> Callable[..., None]:
+    """Return LitGPT's function for the command of a settings class; `names` are the fields that it takes by position."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
+        paths = {key: Path(value) for key, value in given.items() if key.endswith(("_dir", "_path")) and isinstance(value, str)}
+        settings(**{**given, **paths}).main()
+
+    run.__doc__ = f"Run the command with these settings, the fields of `{settings.__name__}`."
+    return run
 
 
 def marked(settings: type, mark: Literal["varies", "may_change"], prefix: str = "") -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 
 from litgpt import families
-from litgpt.args import EvalArgs, TrainArgs, setting
+from litgpt.args import EvalArgs, TrainArgs, function_of, setting
 from litgpt.atomic import locked, new_folder, write_text
 from litgpt.checkpoint import copy_tokenizer_files, save_config, save_weights, tokenizer_contents
 from litgpt.convert.resolve import locate
@@ -142,6 +142,4 @@ def fresh(config: "LoRAConfig", seed: int) -> "GPT":
     return model
 
 
-def setup(model_name: Optional[str] = None, **settings: Any) -> None:
-    """Pretrain a model with these settings, the fields of `Pretrain`."""
-    Pretrain(model_name=model_name, **settings).main()
+setup = function_of(Pretrain, "model_name", "model_config", "out_dir", "precision", "initial_checkpoint_dir", "resume", "data")

@@ -9,6 +9,7 @@ import pytest
 
 from litgpt import aliases, data
 from litgpt.finetune.adapter import AdapterV2
+from litgpt.finetune.lora import Lora
 
 
 @pytest.mark.parametrize("name", aliases.MODULES)
@@ -28,8 +29,11 @@ def test_a_path_is_the_same_thing() -> None:
 
 
 def test_a_command_takes_arguments_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[AdapterV2] = []
+    seen: list[AdapterV2 | Lora] = []
     monkeypatch.setattr(AdapterV2, "main", lambda self: seen.append(self))
+    monkeypatch.setattr(Lora, "main", lambda self: seen.append(self))
     importlib.import_module("litgpt.finetune.adapter_v2").setup("base", "out", "32-true", adapter_prompt_length=4)
-    assert (seen[0].checkpoint_dir, seen[0].out_dir, seen[0].precision) == (Path("base"), Path("out"), "32-true")
-    assert seen[0].adapter_prompt_length == 4
+    importlib.import_module("litgpt.finetune.lora").setup(Path("base"), "out", precision="32-true", lora_r=4)
+    assert all((one.checkpoint_dir, one.out_dir, one.precision) == (Path("base"), Path("out"), "32-true") for one in seen)
+    assert isinstance(seen[0], AdapterV2) and seen[0].adapter_prompt_length == 4
+    assert isinstance(seen[1], Lora) and seen[1].lora_r == 4

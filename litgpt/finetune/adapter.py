@@ -3,9 +3,9 @@
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
+from typing import TYPE_CHECKING, ClassVar, Optional
 
-from litgpt.args import Quantization, setting
+from litgpt.args import Quantization, function_of, setting
 from litgpt.finetune import Finetuning
 
 if TYPE_CHECKING:
@@ -41,6 +41,4 @@ class AdapterV2(Adapter):
     module: ClassVar[str] = "litgpt.adapter_v2"
 
 
-def setup(checkpoint_dir: Path | str, **settings: Any) -> None:
-    """Fine-tune a model with these settings, the fields of `Adapter`."""
-    Adapter(checkpoint_dir=Path(checkpoint_dir), **settings).main()
+setup = function_of(Adapter, "checkpoint_dir", "out_dir", "precision", "quantize")

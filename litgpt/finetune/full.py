@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from litgpt.args import EvalArgs, setting
+from litgpt.args import EvalArgs, function_of, setting
 from litgpt.finetune import Finetuning
 
 if TYPE_CHECKING:
@@ -26,6 +26,4 @@ class Full(Finetuning):
         return full(self.train.tie_embeddings)
 
 
-def setup(checkpoint_dir: Path | str, **settings: Any) -> None:
-    """Fine-tune a model with these settings, the fields of `Full`."""
-    Full(checkpoint_dir=Path(checkpoint_dir), **settings).main()
+setup = function_of(Full, "checkpoint_dir", "out_dir", "precision", "devices")

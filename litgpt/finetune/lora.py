@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Optional, get_args
 
 from litgpt.adapters.settings import DROPOUT, RANK, AdapterSettings, WarmupSettings
-from litgpt.args import ABOVE_0, Quantization, Range, setting
+from litgpt.args import ABOVE_0, Quantization, Range, function_of, setting
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.finetune import Finetuning
@@ -109,6 +109,4 @@ class Finetune(Lora):
     follows_data: ClassVar[bool] = True
 
 
-def setup(checkpoint_dir: Path | str, **settings: Any) -> None:
-    """Fine-tune a model with these settings, the fields of `Lora`."""
-    Lora(checkpoint_dir=Path(checkpoint_dir), **settings).main()
+setup = function_of(Lora, "checkpoint_dir", "out_dir", "precision", "quantize")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litgpt.args import POSITIVE, setting
+from litgpt.args import POSITIVE, function_of, setting
 from litgpt.files import require_file
 from litgpt.generate.base import Answers, Checkpoint
 
@@ -53,6 +53,4 @@ class Full(Tuned):
         self.answer("finetuned_path", tokenizer_dir=self.checkpoint_dir)
 
 
-def main(checkpoint_dir: Path | str, prompt: str = Answers.prompt, input: str = "", **settings: Any) -> None:
-    """Answer a prompt with these settings, the fields of `Adapter`."""
-    Adapter(checkpoint_dir=Path(checkpoint_dir), prompt=prompt, input=input, **settings).main()
+main = function_of(Adapter, "checkpoint_dir", "prompt", "input", "sys_prompt", "adapter_path", "quantize")

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
-from litgpt.args import POSITIVE, Accelerator, Quantization, require_ranges, setting
+from litgpt.args import POSITIVE, Accelerator, Quantization, function_of, require_ranges, setting
 from litgpt.errors import UserError
 from litgpt.streams import show
 from litgpt.text import counted
@@ -188,9 +188,7 @@ class Speculatively(Answers, Models):
         self.show(target, self.speculative_k, draft.model)
 
 
-def main(checkpoint_dir: Path | str, prompt: str = Answers.prompt, **settings: Any) -> None:
-    """Answer a prompt with these settings, the fields of `Generate`."""
-    Generate(checkpoint_dir=Path(checkpoint_dir), prompt=prompt, **settings).main()
+main = function_of(Generate, "checkpoint_dir", "prompt")
 
 
 def open_model(checkpoint_dir: Path, packed: bool = True, **how: Any) -> "LLM":
