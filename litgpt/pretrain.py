@@ -22,7 +22,6 @@ from litgpt.train.settings import Run
 
 if TYPE_CHECKING:
     from litgpt.lora import GPT, Config as LoRAConfig
-    from litgpt.train.methods import Method
 
 INITIAL = "initial"  # folder in out_dir with the fresh weights that a run from scratch starts from
 RECORD = "initial.json"
@@ -65,11 +64,6 @@ class Pretrain(Run):
                     )
                 if self.tokenizer_dir is None:
                     raise UserError("tokenizer_dir is missing: name a folder with tokenizer.json, such as a downloaded model's")
-
-    def method(self) -> "Method":
-        from litgpt.train.methods import full
-
-        return full(self.train.tie_embeddings)
 
     def hyperparameters(self) -> dict[str, Any]:
         return {key: value for key, value in super().hyperparameters().items() if key != "checkpoint_dir"}

@@ -1,15 +1,11 @@
 """`litgpt finetune_adapter` and `finetune_adapter_v2`: LLaMA-Adapter."""
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Optional
+from typing import ClassVar, Optional
 
 from litgpt.args import Quantization, function_of, setting
 from litgpt.finetune import Finetuning
-
-if TYPE_CHECKING:
-    from litgpt.train.methods import Method
 
 
 @dataclass(kw_only=True)
@@ -24,12 +20,8 @@ class Adapter(Finetuning):
     adapter_start_layer: int = 2
     """The first block with a prompt."""
 
+    kind: ClassVar[str] = "prompts"
     module: ClassVar[str] = "litgpt.adapter"
-
-    def method(self) -> "Method":
-        from litgpt.train.methods import prompts
-
-        return prompts(self, importlib.import_module(self.module).Config)
 
 
 @dataclass(kw_only=True)

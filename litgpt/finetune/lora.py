@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Optional, get_args
+from typing import ClassVar, Literal, Optional, get_args
 
 from litgpt.adapters.settings import DROPOUT, RANK, AdapterSettings, WarmupSettings
 from litgpt.args import ABOVE_0, Quantization, Range, function_of, setting
@@ -11,9 +11,6 @@ from litgpt.files import expand_path
 from litgpt.finetune import Finetuning
 from litgpt.objectives.settings import Rating
 
-if TYPE_CHECKING:
-    from litgpt.train.methods import Method
-
 # groups of parameters that may have a learning rate of their own -> what their names contain
 RATE_GROUPS = {"lora": ".lora_", "skip2lora": "skip2lora.", **{name: name for name in ("value_head", "mtp_heads", "wte", "lm_head")}}
 
@@ -21,6 +18,8 @@ RATE_GROUPS = {"lora": ".lora_", "skip2lora": "skip2lora.", **{name: name for na
 @dataclass(kw_only=True)
 class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the order from Run to WarmupSettings
     """Fine-tune a model with LoRA or Skip2-LoRA."""
+
+    kind: ClassVar[str] = "adapters"
 
     out_dir: Path = setting(Path("out/finetune/lora"), may_change=True)
     quantize: Optional[Quantization] = None
@@ -95,11 +94,6 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
                 "objective verifiable trains adapters beside the value head: set lora_r and lora_query, lora_value, ... or "
                 "skip2lora_enabled, or take objective critic"
             )
-
-    def method(self) -> "Method":
-        from litgpt.train.methods import adapters
-
-        return adapters(self)
 
 
 @dataclass(kw_only=True)

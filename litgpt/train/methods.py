@@ -1,5 +1,6 @@
 """The ways to fine-tune: how each builds the model, what it trains and what it saves."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -135,15 +136,16 @@ def adapters(settings: Any) -> Method:
     )
 
 
-def prompts(settings: Any, config: type[LoRAConfig]) -> Method:
-    """Return the method of a `litgpt.finetune.adapter.Adapter`: LLaMA-Adapter, whose kind `config` says."""
+def prompts(settings: Any) -> Method:
+    """Return the method of a `litgpt.finetune.adapter.Adapter`: LLaMA-Adapter, of the kind of its `module`."""
+    config = importlib.import_module(settings.module).Config
     values = {name: getattr(settings, name) for name in checkpoint.PROMPT_SETTINGS}
     return Method(lambda folder: config.from_checkpoint(folder, **values), quantize=settings.quantize)
 
 
-def full(tie_embeddings: bool | None = None) -> Method:
+def full(settings: Any) -> Method:
     """Return the method that trains every weight, in the dtype that it is loaded in."""
-    return Method(LoRAConfig.from_checkpoint, trains_base=True, tie_embeddings=tie_embeddings)
+    return Method(LoRAConfig.from_checkpoint, trains_base=True, tie_embeddings=settings.train.tie_embeddings)
 
 
 def describe(model: GPT, warmup: WarmupSettings) -> list[str]:

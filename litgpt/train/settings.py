@@ -19,6 +19,7 @@ Resume = Union[bool, Literal["auto"], Path]
 class Run:
     """The settings that every training command has."""
 
+    kind: ClassVar[str] = "full"  # the function of `litgpt.train.methods` that makes the method of the command
     needs_data: ClassVar[bool] = False  # True: there is no default
     follows_data: ClassVar[bool] = False  # True: without a config file, `litgpt.train.recipe` chooses what is not given
 
@@ -85,7 +86,9 @@ class Run:
 
     def method(self) -> Any:
         """Return the `litgpt.train.methods.Method` of the command."""
-        raise NotImplementedError
+        from litgpt.train import methods
+
+        return getattr(methods, self.kind)(self)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the settings as YAML values for `hyperparameters.yaml`, with which `--config` starts the same run anew."""

@@ -16,11 +16,11 @@ from torch.testing import assert_close
 from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations
 from litgpt.args import EvalArgs
 from litgpt.errors import NonFiniteError
-from litgpt.lora import lora_filter, mark_only_lora_as_trainable
+from litgpt.lora import Config, lora_filter, mark_only_lora_as_trainable
 from litgpt.sample import Sample
 from litgpt.train import loop as loop_module
 from litgpt.train.loop import Batches
-from litgpt.train.methods import full
+from litgpt.train.methods import Method
 from litgpt.train.parallel import Rank
 from litgpt.train.resume import State
 from tests.helpers import tiny
@@ -286,7 +286,7 @@ def test_adapters_move_all_of_them_and_nothing_else(method: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_full_fine_tuning_moves_everything_and_keeps_a_tied_head_tied(tied: bool) -> None:
     model = make_model("full")
-    full(tie_embeddings=tied).prepare(model)
+    Method(Config.from_checkpoint, trains_base=True, tie_embeddings=tied).prepare(model)
     before = snapshot(model)
     make_loop(model, make_samples(16), max_steps=2).run()
     after = model.state_dict()
@@ -298,7 +298,7 @@ def test_full_fine_tuning_moves_everything_and_keeps_a_tied_head_tied(tied: bool
 def test_a_tied_head_gets_the_gradient_of_both_its_uses() -> None:
     samples, model, other = make_samples(8), make_model("full"), make_model("full")
     for one in (model, other):
-        full(tie_embeddings=True).prepare(one)
+        Method(Config.from_checkpoint, trains_base=True, tie_embeddings=True).prepare(one)
     loop = make_loop(model, samples, max_steps=1)
     exact = gradients_of(by_hand(other, samples, next(loop.batches.epoch(0))[0]), other)
     assert_close(by_name(model, run(loop, record_gradients(loop))[0]), exact, **CLOSE)

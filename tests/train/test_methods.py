@@ -12,6 +12,7 @@ from litgpt.adapters.base import adapter_state
 from litgpt.args import TrainArgs
 from litgpt.data import JSON
 from litgpt.errors import UserError
+from litgpt.finetune.full import Full
 from litgpt.finetune.lora import Lora
 from litgpt.sharding import is_sharded
 from litgpt.train.methods import CacheArgs, Method, adapters, describe, full, ranges
@@ -57,6 +58,10 @@ def test_adapters_are_trained_saved_and_loaded_and_nothing_else(settings: dict[s
     assert {name for name in ours if torch.equal(ours[name], theirs[name])} == names
 
 
+def whole(tie_embeddings: bool | None = None) -> Method:
+    return full(Full(checkpoint_dir=Path("base"), train=TrainArgs(tie_embeddings=tie_embeddings)))
+
+
 def test_a_sharded_mixture_is_saved_with_the_corrections_of_its_routers(tmp_path: Path) -> None:
     groups = {"n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
     model = tiny.tiny(mlp_class_name="LLaMAMoE", n_expert=8, n_expert_per_token=2, **groups)
@@ -65,13 +70,13 @@ def test_a_sharded_mixture_is_saved_with_the_corrections_of_its_routers(tmp_path
         correction.copy_(torch.arange(8) + number / 4)
     model.reshard = None  # FSDP's mark
     assert is_sharded(model) and len(corrections) == model.config.n_layer
-    full().save(model)(tmp_path)
+    whole().save(model)(tmp_path)
     saved = torch.load(tmp_path / "lit_model.pth", weights_only=True)
     assert all(saved[name].tolist() == [i + number / 4 for i in range(8)] for number, name in enumerate(corrections))
 
 
 def test_full_trains_and_saves_every_weight(base: Path, tmp_path: Path) -> None:
-    method = full()
+    method = whole()
     model, other = method.build(base, torch.float32), method.build(base, torch.float32)
     assert trained(model) == set(dict(model.named_parameters()))
     with torch.no_grad():
@@ -83,7 +88,7 @@ def test_full_trains_and_saves_every_weight(base: Path, tmp_path: Path) -> None:
 
 
 def test_full_ties_the_head_if_asked(base: Path) -> None:
-    assert [full(tie).build(base, torch.float32).is_tied for tie in (None, True, False)] == [False, True, False]
+    assert [whole(tie).build(base, torch.float32).is_tied for tie in (None, True, False)] == [False, True, False]
 
 
 def test_nothing_to_train_is_an_error(base: Path) -> None:
