@@ -159,16 +159,11 @@ def shared(cache: Activations, samples: Sequence[Sample], indices: Sequence[int]
     """Return a view of the cache for samples that it holds under other indices; None if it lacks one."""
     if not isinstance(cache, ActivationCache) or not indices:
         return None
-    wanted = {i: (bytes(samples[i].input_ids), bytes(samples[i].loss_mask)) for i in indices}
-    places = dict.fromkeys(wanted.values(), -1)
-    for i in cache.slices:
-        key = bytes(cache.samples[i].input_ids), bytes(cache.samples[i].loss_mask)
-        if key in places:
-            places[key] = i
-    if -1 in places.values():
+    held = {id(cache.samples[i]): rows for i, rows in cache.slices.items()}
+    if not all(id(samples[i]) in held for i in indices):
         return None
     view = copy.copy(cache)
-    view.samples, view.slices = samples, {i: cache.slices[places[key]] for i, key in wanted.items()}
+    view.samples, view.slices = samples, {i: held[id(samples[i])] for i in indices}
     return view
 
 

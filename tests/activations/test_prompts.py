@@ -182,7 +182,7 @@ def without_skip(model: Any, chosen: list[Sample]) -> torch.Tensor:
 
 def test_samples_that_are_trained_and_validated_are_cached_once() -> None:
     model, chosen = model_of("late blocks"), samples(9)
-    cache, again = cached(model, chosen), [samples(9)[i] for i in (3, 1)]
+    cache, again = cached(model, chosen), [chosen[i] for i in (3, 1)]
     view = shared(cache, again, [0, 1])
     assert view is not None and view.store is cache.store
     assert_close(view([0, 1]).x, cache([3, 1]).x)
