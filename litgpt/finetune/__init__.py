@@ -1,7 +1,6 @@
 """The commands that fine-tune a model. Light, so that the command line answers before torch is loaded."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from litgpt.errors import UserError
 from litgpt.objectives.settings import ObjectiveSettings
@@ -12,12 +11,10 @@ from litgpt.train.settings import Run
 class Finetuning(ObjectiveSettings, Run):
     """The settings of every command that fine-tunes a model."""
 
-    trains_base: ClassVar[bool] = False  # True: the base's own weights are trained
-
     def __post_init__(self) -> None:
         Run.__post_init__(self)
         ObjectiveSettings.__post_init__(self)
-        if self.train.tie_embeddings is not None and not self.trains_base:
+        if self.train.tie_embeddings is not None and self.kind != "full":
             raise UserError("train.tie_embeddings is for finetune_full: adapters leave the embedding as it is")
 
     def main(self) -> None:

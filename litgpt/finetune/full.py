@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from litgpt.args import EvalArgs, function_of, setting
 from litgpt.finetune import Finetuning
@@ -11,8 +10,6 @@ from litgpt.finetune import Finetuning
 @dataclass(kw_only=True)
 class Full(Finetuning):
     """Fine-tune all weights of a model."""
-
-    trains_base: ClassVar[bool] = True
 
     out_dir: Path = setting(Path("out/finetune/full"), may_change=True)
     eval: EvalArgs = setting(EvalArgs(max_new_tokens=100))
