@@ -77,10 +77,10 @@ def evaluate(
         raise UserError("tasks and data are both given: leave one of them out")
     size = _batch_size(batch_size)
     if tasks is not None or str(checkpoint_dir) == "list":
-        from litgpt.integrations.harness import run_tasks, task_names  # which fails here if the harness is not installed
+        from litgpt.integrations.harness import TaskManager, run_tasks  # which fails here if the harness is not installed
 
         if str(checkpoint_dir) == "list":
-            print("\n".join(task_names()))
+            print("\n".join(sorted(TaskManager().all_tasks)))
             return
     if dtype not in (None, *PRECISIONS):
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}")

@@ -21,7 +21,7 @@ MOST_NEW_TOKENS = 256  # of an answer, if the task does not say how many
 try:
     from lm_eval import evaluator, utils
     from lm_eval.api.model import TemplateLM
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager as TaskManager
 except ImportError:
     raise UserError(INSTALL) from None
 
@@ -98,11 +98,6 @@ class HarnessModel(TemplateLM):
         text = "".join(until_stop_text(self.tokenizer.decode_stream(tokens), stops))
         self.cache_hook.add_partial("generate_until", (context, settings), text)
         return text
-
-
-def task_names() -> list[str]:
-    """Return the names of the harness's tasks."""
-    return sorted(TaskManager().all_tasks)
 
 
 def run_tasks(
