@@ -4,7 +4,7 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from litgpt import atomic, checkpoint
 from litgpt.config import Config
@@ -40,8 +40,11 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
     contents = checkpoint.tokenizer_contents(source)
     tokenizer, ids = _extended(source, contents, tokens, special)
     contents["tokenizer.json"] = tokenizer.encode()
-    if "tokenizer_config.json" in contents:
-        contents["tokenizer_config.json"] = _listed(contents["tokenizer_config.json"], ids, special)
+    stated = json.loads(contents.get("tokenizer_config.json", "{}"))
+    if isinstance(listed := stated.get("added_tokens_decoder"), dict):
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": special}
+        listed |= {str(i): {"content": token, **flags} for token, i in ids.items()}
+        contents["tokenizer_config.json"] = (json.dumps(stated, indent=2, ensure_ascii=False) + "\n").encode()
     config, last = Config.from_checkpoint(source), max(ids.values())
     config = replace(config, vocab_size=max(config.vocab_size, last + 1), padded_vocab_size=max(config.V, last + 1))
     file = source / checkpoint.WEIGHTS
@@ -72,15 +75,6 @@ def _extended(source: Path, contents: dict[str, bytes], tokens: list[str], speci
             )
     text = known.add(tokens, special)
     return text, {token: i for token in tokens if (i := known.token_to_id(token)) is not None}
-
-
-def _listed(raw: bytes, ids: dict[str, int], special: bool) -> bytes:
-    """Return tokenizer_config.json with the tokens in its list, if it has one."""
-    config: dict[str, Any] = json.loads(raw)
-    if isinstance(listed := config.get("added_tokens_decoder"), dict):
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": special}
-        config["added_tokens_decoder"] = {**listed, **{str(i): {"content": token, **flags} for token, i in ids.items()}}
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _grown(weights: "dict[str, Tensor]", ids: list[int], rows: int) -> "dict[str, Tensor]":
