@@ -35,7 +35,8 @@ def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtyp
     require_readable(reader)
     config = choose_config(reader, model_name)
     tied = "output.weight" not in reader.tensors
-    dtype = dtype or own_dtype(reader)
+    kinds = {tensor.kind.name for tensor in reader.tensors.values() if len(tensor.shape) > 1}  # a router may be fp32 among fp16
+    dtype = dtype or (torch.float32 if kinds == {"F32"} else torch.float16 if kinds <= {"F32", "F16"} else torch.bfloat16)
     names = row.names(config.base_dict(), joined="blk.0.attn_qkv.weight" in reader.tensors)
     with new_folder(target) as folder:
         write_tokenizer(reader, config, folder)
@@ -59,12 +60,6 @@ def require_readable(reader: Reader) -> None:
         raise UserError(
             f"{reader.path} has tensors of a type that cannot be read ({listed}): use a file with a common type such as Q8_0 or Q4_K"
         )
-
-
-def own_dtype(reader: Reader) -> torch.dtype:
-    """Return fp32 or fp16 if the matrices are stored so (a router may be fp32 among fp16), else bf16."""
-    kinds = {tensor.kind.name for tensor in reader.tensors.values() if len(tensor.shape) > 1}
-    return torch.float32 if kinds == {"F32"} else torch.float16 if kinds <= {"F32", "F16"} else torch.bfloat16
 
 
 def choose_config(reader: Reader, model_name: str | None) -> Config:

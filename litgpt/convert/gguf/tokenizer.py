@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from litgpt.atomic import write_text
 from litgpt.config import Config
@@ -41,7 +42,10 @@ def write_tokenizer(source: Source, config: Config, folder: Path) -> None:
     bos = ids["bos"] if source.get("tokenizer.ggml.add_bos_token", bool, default) else None
     if bos is not None:
         content["post_processor"] = _bos_first(tokens[bos], bos)
-    _save(content, source.path, folder / "tokenizer.json")
+    try:
+        tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False)).save(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception, for instance for a merge that makes no token
+        raise UserError(f"{source.path}: the tokenizer cannot be built: {error}") from None
 
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     tokenizer_config: dict[str, Any] = {f"{name}_token": tokens[ids[key] or 0] for key, name in names.items() if ids[key] is not None}
@@ -54,15 +58,6 @@ def write_tokenizer(source: Source, config: Config, folder: Path) -> None:
     generation = {key: value for key, value in generation.items() if value is not None}
     for file, values in (("tokenizer_config.json", tokenizer_config), ("generation_config.json", generation)):
         write_text(folder / file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _save(content: dict[str, Any], source: Path, file: Path) -> None:
-    import tokenizers
-
-    try:
-        tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False)).save(str(file))
-    except Exception as error:  # the library raises plain Exception, for instance for a merge that makes no token
-        raise UserError(f"{source}: the tokenizer cannot be built: {error}") from None
 
 
 def _vocabulary(source: Source, model: str) -> tuple[list[str], list[int]]:
