@@ -32,7 +32,10 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
     settings = read_json(source / "config.json", "is missing: a Hugging Face folder holds it")
     config = choose_config(source, model_name)
     tensors = open_weights(source)
-    plan = fit(tensors, hf_table(settings["model_type"], config), config, str(source), says_tied(settings), dtype)
+    row = families.architecture(settings["model_type"])
+    default = (settings.get("text_config") or {}).get("tie_word_embeddings", row is not None and row.tied)
+    tied = bool(settings.get("tie_word_embeddings", default))
+    plan = fit(tensors, hf_table(settings["model_type"], config), config, str(source), tied, dtype)
     if images := [name for name in tensors if IMAGES.fullmatch(name)]:
         print(f"{source}: {len(images)} tensors of the image side are left out, the text model is converted.", file=sys.stderr)
     if adapters := [name for name in checkpoint.FOREIGN_ADAPTERS if (source / name).is_file()]:
@@ -43,13 +46,6 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
         checkpoint.save_config(config, folder)
         write_pth(plan, folder / checkpoint.WEIGHTS)
     return config
-
-
-def says_tied(settings: dict[str, Any]) -> bool:
-    """Return True if a config.json says that the head is the embedding, or its model type does where it is silent."""
-    row = families.architecture(settings["model_type"])
-    default = (settings.get("text_config") or {}).get("tie_word_embeddings", row is not None and row.tied)
-    return bool(settings.get("tie_word_embeddings", default))
 
 
 def choose_config(source: Path, model_name: str | None) -> Config:
