@@ -31,7 +31,7 @@ from litgpt.train.rehearsal import rehearsed, require_data
 from litgpt.train.resume import Saved, Stopwatch, environment
 from litgpt.train.run import finished_report, identity_of, run
 from litgpt.train.settings import Run
-from litgpt.train.trials import BEGUN, CSV, FAILED, FINISHED, JSON, STOPPED, WAITING, Table, Trial, expand, foreign_files
+from litgpt.train.trials import BEGUN, CSV, FAILED, FINISHED, JSON, LOCKS, STOPPED, WAITING, Table, Trial, expand, foreign_files
 
 RESUME = "the same command with --resume auto continues"
 
@@ -135,7 +135,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
                     group.end_children()
         with table.locked():
             table.save()
-    table.close()
+    (out_dir / LOCKS).unlink(missing_ok=True)
     _conclude(table, clock.seconds, spent, waiting)
 
 

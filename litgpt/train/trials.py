@@ -208,10 +208,6 @@ class Table:
             trial.status, trial.reason, trial.figures = status, reason, figures or {}
             self.save()
 
-    def close(self) -> None:
-        """Remove the locks, after all trials."""
-        (self.out_dir / LOCKS).unlink(missing_ok=True)
-
     def save(self) -> None:
         """Write both files, each complete or not at all."""
         content = {**self.facts, "runs": [{**self._row(trial), "grid": trial.values} for trial in self.trials]}
