@@ -124,7 +124,11 @@ class Reader:
         if self.content is None or self.file != file or (self.content.mapped and self.read > RELEASE):
             self.content = None
             require_file(file, "is missing")
-            self.content = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
+            if file.suffix == ".safetensors":
+                self.content = _open_safetensors(file)
+            else:
+                tensors = checkpoint.load_weights(file)
+                self.content = Content({name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__, is_mappable(file))
             self.file, self.read = file, 0
         return self.content
 
@@ -191,8 +195,3 @@ def _open_safetensors(file: Path) -> Content:
     if scaled := [f"{name} ({part.get_dtype()})" for name, part in parts.items() if part.get_dtype().startswith(("F4", "F6_", "F8"))]:
         raise UserError(f"{file} holds quantised weights, such as {scaled[0]}: convert the unquantised model")
     return Content({name: tuple(part.get_shape()) for name, part in parts.items()}, content.get_tensor, mapped=True)
-
-
-def _open_torch(file: Path) -> Content:
-    tensors = checkpoint.load_weights(file)
-    return Content({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__, is_mappable(file))
