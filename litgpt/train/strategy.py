@@ -54,7 +54,12 @@ def choose(settings: Run, method: Method, base: Path, rank: Rank, samples: list[
             raise UserError(f"strategy fsdp: {rank.size} processes have only {units} training samples: use fewer processes")
         return is_fsdp, f"strategy {'fsdp' if is_fsdp else settings.strategy}, as given{' (cpu_offload)' if settings.cpu_offload else ''}"
     tied = checkpoint.is_tied(checkpoint.load_weights(base / checkpoint.WEIGHTS))
-    need, room = estimate_of(settings, method, method.config(base), samples, dtype, tied)[0].total, _room(rank)
+    need = estimate_of(settings, method, method.config(base), samples, dtype, tied)[0].total
+    if rank.device.type == "cuda":
+        room = int(torch.cuda.get_device_properties(rank.device).total_memory)
+    else:
+        assert rank.group is not None
+        room = int(psutil.virtual_memory().available / rank.group.place.local_size - PROCESS)
     found = obstacles(settings, method, base) if need > room else []
     is_fsdp = need > room and not found
     why = f"a copy of the model with gradients and optimizer takes about {gib(need)}, and each process has {gib(room)}"
@@ -85,11 +90,3 @@ def estimate_of(
     )
     reference = 0 if objective.reference is None else dtype.itemsize * reference_size(objective.reference)
     return estimated._replace(reference=reference), tokens
-
-
-def _room(rank: Rank) -> int:
-    """Return the bytes that each process of this machine has for its copy."""
-    if rank.device.type == "cuda":
-        return int(torch.cuda.get_device_properties(rank.device).total_memory)
-    assert rank.group is not None
-    return int(psutil.virtual_memory().available / rank.group.place.local_size - PROCESS)
