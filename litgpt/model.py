@@ -240,7 +240,11 @@ class GPT(nn.Module):
             mask = alibi(self.config, keys <= at[..., None], at, keys, self.compute_dtype(places.device))
         elif places.dim() == 2 or (T > 1 and (end != T or self.config.needs_mask)):
             mask = torch.arange(end, device=places.device) <= _for_heads(places)[..., None]
-        return Positions(rotary, mask, self._window_mask(places, end), None, end)
+        window, within = self.config.sliding_window_size, None
+        if window is not None and end > window:  # else the window hides nothing
+            distance = _for_heads(places)[..., None] - torch.arange(end, device=places.device)
+            within = (distance >= 0) & (distance < window)  # (T, K) or (B, 1, T, K)
+        return Positions(rotary, mask, within, None, end)
 
     def rotary(self, table: RotaryTable, places: torch.Tensor, end: int, long: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
         dtype, kinds = self.compute_dtype(places.device), sorted(set(long))
@@ -264,14 +268,6 @@ class GPT(nn.Module):
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype of linear layers' outputs: autocast's, or the weights'."""
         return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
-
-    def _window_mask(self, places: torch.Tensor, end: int) -> torch.Tensor | None:
-        """Return the causal mask within the sliding window, (T, K) or (B, 1, T, K); None if the window hides nothing."""
-        window = self.config.sliding_window_size
-        if window is None or end <= window:
-            return None
-        distance = _for_heads(places)[..., None] - torch.arange(end, device=places.device)
-        return (distance >= 0) & (distance < window)
 
     def auxiliary_loss(self) -> torch.Tensor | None:
         """Return `router_aux_loss_coef` times `load_balance` over all tokens and routers of the tail's last training pass.
