@@ -63,8 +63,12 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
         return {}
     with Interrupts() as interrupts, OutDir(settings.out_dir, settings.resume, settings.overwrite, base, is_first) as out_dir:
         if out_dir.is_finished:
-            require_same_run(settings, method, base)
-            Console(is_first).say(f"{settings.out_dir / 'final'} exists: this run is finished, nothing is left to do")
+            final = settings.out_dir / "final"
+            if (final / IDENTITY).is_file():  # an earlier version wrote none
+                before = Saved(final, read_json(final / IDENTITY))
+                ended = prepare(settings, method, base, final, before, alone(settings.precision))
+                require_same(final, identity_of(ended), before.facts)
+            Console(is_first).say(f"{final} exists: this run is finished, nothing is left to do")
             return finished_report(settings.out_dir, settings.train.keep_last, is_first)
         point = out_dir.resume_point(Console(is_first).say)
         saved = read(point) if point else None
@@ -76,16 +80,6 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
                 for phase in session.phases():
                     phase.run(session.state)
                 return session.finish(phase)
-
-
-def require_same_run(settings: Run, method: Method, base: Path) -> None:
-    """Raise UserError if the run that ended in out_dir had other settings, data or base weights than these."""
-    final = settings.out_dir / "final"
-    if not (final / IDENTITY).is_file():  # written by an earlier version
-        return
-    saved = Saved(final, read_json(final / IDENTITY))
-    job = prepare(settings, method, base, final, saved, alone(settings.precision))
-    require_same(final, identity_of(job), saved.facts)
 
 
 def identity_of(job: Job, varying: Collection[str] = ()) -> Identity:
