@@ -75,7 +75,9 @@ def evaluate(
     """
     if tasks is not None and data is not None:
         raise UserError("tasks and data are both given: leave one of them out")
-    size = _batch_size(batch_size)
+    if not re.fullmatch(r"auto(:\d+)?|[0-9]*[1-9][0-9]*", str(batch_size)):
+        raise UserError(f"batch_size is {batch_size!r}: give a number from 1, or auto")
+    size = int(batch_size) if str(batch_size).isdecimal() else AUTO_BATCH
     if tasks is not None or str(checkpoint_dir) == "list":
         from litgpt.integrations.harness import TaskManager, run_tasks  # which fails here if the harness is not installed
 
@@ -113,15 +115,6 @@ def _require_results(file: Path) -> None:
     require_place(file)
     if file.exists() and {"checkpoint_dir", "results"}.isdisjoint(json_in(file)):  # of records, of tasks
         raise UserError(f"{file} exists and holds no results of litgpt evaluate: name another place, or move it away")
-
-
-def _batch_size(value: Union[int, str]) -> int:
-    """Return the sequences in a forward pass. Raises UserError for something else than a number, "auto" or "auto:N"."""
-    if re.fullmatch(r"auto(:\d+)?", str(value)):
-        return AUTO_BATCH
-    if not str(value).isdecimal() or int(value) < 1:
-        raise UserError(f"batch_size is {value!r}: give a number from 1, or auto")
-    return int(value)
 
 
 def data_of_run(folder: Path) -> DataModule:
