@@ -267,11 +267,6 @@ def require_seed(seed: Any, place: str = "seed") -> None:
         raise UserError(f"{place} is {seed!r}: a number from 0 to {LAST_SEED} is needed")
 
 
-def shallow(settings: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass without converting their values."""
-    return {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
-
-
 def flat(mapping: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield `("grid.optimizer.lr", [1])` for `{"optimizer": {"lr": [1]}}` above which `grid.` stands."""
     for key, value in mapping.items():

@@ -13,7 +13,7 @@ from litgpt import checkpoint
 from litgpt.activations.choose import Choice
 from litgpt.adapters.base import adapter_parameters, adapter_state, renew_adapters
 from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
-from litgpt.args import TrainArgs, shallow
+from litgpt.args import TrainArgs
 from litgpt.convert.merge import write_merged
 from litgpt.device import on_meta
 from litgpt.errors import UserError
@@ -125,7 +125,7 @@ class Method:
 
 def adapters(settings: Any) -> Method:
     """Return the method of a `litgpt.finetune.lora.Lora`: LoRA and Skip2-LoRA."""
-    config = model_settings(shallow(settings))
+    config = model_settings(vars(settings))
     return Method(
         config=lambda folder: LoRAConfig.from_checkpoint(folder, **config),
         merges=True,

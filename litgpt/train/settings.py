@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional, Union
 
-from litgpt.args import SECRET, Accelerator, EvalArgs, LogArgs, TrainArgs, as_config, require_seed, setting, shallow
+from litgpt.args import SECRET, Accelerator, EvalArgs, LogArgs, TrainArgs, as_config, require_seed, setting
 from litgpt.data.alpaca import DEFAULT, Alpaca
 from litgpt.data.base import DataModule
 from litgpt.errors import UserError
@@ -92,4 +92,4 @@ class Run:
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the settings as YAML values for `hyperparameters.yaml`, with which `--config` starts the same run anew."""
-        return as_config({**shallow(self), "resume": False, "overwrite": False})
+        return as_config({**vars(self), "resume": False, "overwrite": False})

@@ -11,7 +11,7 @@ import torch
 
 from litgpt import atomic
 from litgpt.activations.cache import ActivationCache, filled, plan
-from litgpt.args import Grid, as_config, shallow
+from litgpt.args import Grid, as_config
 from litgpt.checkpoint import require_checkpoint
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.device import seed_everything, use
@@ -103,7 +103,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
         facts = {
-            "settings": as_config(shallow(settings)),
+            "settings": as_config(vars(settings)),
             "identity": identity.facts(),
             **job.kept,
             "environment": environment(job.rank.device),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from litgpt.args import LogArgs, as_config, shallow
+from litgpt.args import LogArgs, as_config
 from litgpt.data import JSON, LIMA, Alpaca
 from litgpt.finetune.lora import Lora
 from litgpt.train.settings import Run
@@ -29,7 +29,7 @@ def test_paths_may_be_texts() -> None:
 def test_what_is_saved() -> None:
     run = Lora(checkpoint_dir=Path("base"), data=JSON(json_path=Path("a.json")), access_token="sesame", resume=True, overwrite=True)
     saved = run.hyperparameters()
-    assert "access_token" not in saved and saved == {**as_config(shallow(run)), "resume": False, "overwrite": False}
+    assert "access_token" not in saved and saved == {**as_config(vars(run)), "resume": False, "overwrite": False}
     assert saved["checkpoint_dir"] == "base" and saved["lora_r"] == 8
     assert saved["data"]["class_path"] == "litgpt.data.json_data.JSON" and saved["data"]["init_args"]["json_path"] == "a.json"
     assert saved["train"]["micro_batch_size"] == 1 and saved["log"] == vars(LogArgs())
