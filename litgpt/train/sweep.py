@@ -185,7 +185,7 @@ def _train_if_free(candidate: Candidate, job: Job, table: Table, where: str) -> 
             candidate.settings = replace(candidate.settings, resume="auto", overwrite=False)
         table.note(trial, BEGUN)
         console.say(f"[{len(table.trials) - len(table.of(WAITING))}/{len(table.trials)}] {trial.name}{where}")
-        start = f"  {trial.name}{where}: " if where else "  "
+        start = f"  {trial.name}{where}: "
         try:
             table.note(trial, FINISHED, figures=run(candidate.settings, candidate.method, lambda: _adapted(job, candidate)))
             loss = table.loss(trial)

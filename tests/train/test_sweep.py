@@ -456,7 +456,7 @@ def assert_same_sweep(out_dir: Path, expected: Path) -> None:
 def test_two_processes_share_the_settings_and_one_cache(launcher: str, base: Path, data: Path, alone: Path, tmp_path: Path) -> None:
     out, err = by_two(base, data, tmp_path, launcher=launcher).communicate(timeout=240)
     assert "best: " in out and "6 settings, by 2 processes" in err and "on rank 1: validation loss" in err, err
-    assert all(err.count(f"] {row['setting']}") == 1 for row in rows(alone)), err
+    assert all(err.count(f"] {row['setting']}") == err.count(f"\n  {row['setting']}") == 1 for row in rows(alone)), err
     assert len(list((tmp_path / "activation_cache").glob("*"))) == 2, "of training and validation samples"
     assert_same_sweep(tmp_path / "out", alone)
 
