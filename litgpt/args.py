@@ -59,6 +59,8 @@ class Range(NamedTuple):
 
 FROM_0, ABOVE_0, SHARE = Range(0), Range(0, above=True), Range(0, 1)
 COUNT, POSITIVE = Range(0, whole=True), Range(1, whole=True)
+TEMPERATURE = Range(0, hint="(0: always the most probable token)")
+TOP_K = Range(1, whole=True, hint="(null: among all tokens)")
 
 
 def setting(

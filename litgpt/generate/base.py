@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
-from litgpt.args import POSITIVE, Accelerator, Quantization, function_of, require_ranges, setting
+from litgpt.args import POSITIVE, SHARE, TEMPERATURE, TOP_K, Accelerator, Quantization, function_of, require_ranges, setting
 from litgpt.errors import UserError
 from litgpt.streams import show
 from litgpt.text import counted
@@ -40,11 +40,11 @@ class Drawing:
     """System text that replaces the prompt style's own."""
     max_new_tokens: int = setting(50, POSITIVE)
     """Longest answer in tokens."""
-    top_k: Optional[int] = 50
+    top_k: Optional[int] = setting(50, TOP_K)
     """Draw among this many of the most probable tokens. null: among all."""
-    top_p: float = 1.0
+    top_p: float = setting(1.0, SHARE)
     """Draw among the most probable tokens that hold this much probability together."""
-    temperature: float = 0.8
+    temperature: float = setting(0.8, TEMPERATURE)
     """Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token."""
     precision: Optional[str] = None
     """Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true."""

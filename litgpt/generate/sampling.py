@@ -8,7 +8,7 @@ from typing import Any, SupportsFloat, SupportsIndex
 import torch
 import torch.nn.functional as F
 
-from litgpt.args import SHARE, Range, require_ranges, setting
+from litgpt.args import SHARE, TEMPERATURE, TOP_K, Range, require_ranges, setting
 from litgpt.errors import UserError
 
 COLDEST = 1e-30  # a lower temperature is 0, which fp32 cannot tell apart
@@ -65,8 +65,8 @@ class Sampling:
     `logit_bias` is added. `sample` explains the others.
     """
 
-    temperature: float = setting(1.0, Range(0, hint="(0: always the most probable token)"))
-    top_k: int | None = setting(None, Range(1, whole=True, hint="(null: among all tokens)"))
+    temperature: float = setting(1.0, TEMPERATURE)
+    top_k: int | None = setting(None, TOP_K)
     top_p: float = setting(1.0, SHARE)
     min_p: float = setting(0.0, SHARE)
     repetition_penalty: float = setting(1.0, Range(0, above=True, hint="(1 changes nothing)"))

@@ -64,7 +64,6 @@ def test_system_prompt(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--num_samples", "0"], "num_samples is 0", 1),
         (["--max_new_tokens", "500"], "the model reads at most 256", 1),
-        (["--top_k", "0"], "top_k is 0", 1),
         (["--precision", "64"], "precision '64' is unknown", 1),
         (["--temperatur", "1"], "temperatur is not a known key (did you mean temperature?)", 2),
         (["--top_k", "many"], "--top_k: 'many' is not an integer or null", 2),
@@ -74,6 +73,17 @@ def test_mistakes(base: Path, words: list[str], message: str, code: int, capsys:
     assert run(base, *words) == code
     out, err = capsys.readouterr()
     assert out == "" and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "generate_adapter", "generate_speculatively"])
+@pytest.mark.parametrize("wrong", [("temperature", "-1"), ("top_k", "0"), ("top_p", "1.5")])
+def test_how_to_draw_is_checked_before_a_model_is_looked_for(
+    command: str, wrong: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, value = wrong
+    nowhere = [str(tmp_path / "nowhere")] * (1 + (command == "generate_speculatively"))
+    assert main([command, *nowhere, f"--{key}", value]) == 1
+    assert capsys.readouterr().err.startswith(f"Error: {key} is {value}")
 
 
 def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
