@@ -300,10 +300,13 @@ async def _chat(request: Request, body: Chat) -> Response:
 
 async def _completion(request: Request, body: Completion) -> Response:
     answering = _answering(request, body)
+    llm = answering.model.llm
 
     def prepare() -> None:
         for prompt in body.prompts:
-            ids = answering.model.llm.tokenizer.ids(prompt) if isinstance(prompt, str) else prompt
+            ids = llm.tokenizer.ids(prompt) if isinstance(prompt, str) else prompt
+            if ids is prompt and max(ids, default=0) >= llm.config.V:
+                raise Refusal(400, f"prompt names the token {max(ids)}, the model has those below {llm.config.V}", param="prompt")
             answering.add(ids, body.max_tokens, body.n or 1, body.top)
 
     await answering.start(prepare)

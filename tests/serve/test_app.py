@@ -224,6 +224,10 @@ def test_other_refusals(server: Server, client: openai.OpenAI) -> None:
     assert status == 413 and json.loads(content)["error"]["code"] == "body_too_large"
     status, content = send(server, "POST", "/predict", (b"x" * 2**20 for _ in range(5)))  # no length in its header
     assert status == 413 and json.loads(content)["error"]["code"] == "body_too_large"
+    for ids in ([5, 320], [[5], [99_999]]):  # the request's own: the server's tokenizer is the model's
+        status, content = send(server, "POST", "/v1/completions", {"prompt": ids})
+        error = json.loads(content)["error"]
+        assert status == 400 and error["param"] == "prompt" and error["message"].endswith("the model has those below 320"), error
     many = {"prompt": ["x"] * 100_000, "n": 16}
     assert send(server, "POST", "/v1/completions", many)[0] == 400
     assert send(server, "POST", "/predict", b"[" * 100_000)[0] == 400
