@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, ClassVar, NamedTuple
 
 from litgpt.data.records import Message, Record, has_text, read_record
@@ -228,7 +229,7 @@ class Encoder:
         read = [(n, entry if isinstance(entry, Record) else self._at(n, read_record, entry)) for n, entry in records]
         encoded = []
         for number, conversations in units(read):
-            samples = [sample for record in conversations if (sample := self._at(number, self.encode, record))]
+            samples = list(takewhile(bool, (self._at(number, self.encode, record) for record in conversations)))  # counted once if dropped
             if len(samples) == len(conversations):
                 encoded.append((conversations[0], samples))
         return encoded

@@ -22,6 +22,7 @@ from litgpt.data.base import Unit
 from litgpt.data.records import Record
 from litgpt.errors import UserError
 from litgpt.objectives.base import ACCURACY, Objective, View
+from litgpt.sample import Sample
 
 ROUNDING = 1e-4  # of a logit, before anything is trained
 PARTS = ("training", "validation")
@@ -133,6 +134,12 @@ class KTO(Preferences):
         others = learned[step:] + learned[:step]
         units = [(number, [own, _with_answer(own, other)]) for (number, own), (_, other) in zip(learned, others, strict=True)]
         return units + [(number, [own]) for number, own in answers if not own.has_answer]  # which are dropped, and counted
+
+    def check(self, train: Sequence[Sample], val: Sequence[Sample], source: str) -> None:
+        labels = {sample.label for sample in train[::2]}
+        keys = [f"kto_{'' if label else 'un'}desirable_weight" for label in sorted(labels)]
+        if not any(getattr(self.settings, key) for key in keys):
+            raise UserError(f"{source}: nothing would be trained, as {' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} 0: raise one")
 
     def begin(self, view: View, indices: Sequence[int], rank: Any) -> None:
         others = indices[1::2]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +17,15 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from litgpt.activations.cache import CacheSettings, activations
+from litgpt.data import JSON
 from litgpt.data.base import Unit
 from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.objectives.named import objective_of
 from litgpt.objectives.settings import ObjectiveSettings
+from litgpt.prompts import resolve_prompt_style
 from litgpt.sample import Sample
+from litgpt.tokenizer import Tokenizer
 from litgpt.train.loop import Batches
 from litgpt.train.resume import State
 from tests.helpers import tiny
@@ -198,6 +203,28 @@ def test_pairs_and_labels_as_units() -> None:
 def test_records_of_another_objective(name: str, entry: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         units(name, entry)
+
+
+@pytest.mark.parametrize(
+    ("labels", "keys"), [((True, False), "kto_undesirable_weight and kto_desirable_weight are"), ((True,), "kto_d.* is")]
+)
+def test_weights_that_leave_nothing_to_train_are_refused(labels: tuple[bool, ...], keys: str) -> None:
+    samples = [replace(sample, label=label) for label in labels for sample in make_samples(2)]
+    weights = {"kto_desirable_weight": 0, "kto_undesirable_weight": int(labels == (True,))}
+    with pytest.raises(UserError, match=f"pairs: nothing would be trained, as {keys} 0"):
+        objective_of(ObjectiveSettings(objective="kto", **weights)).check(samples, samples, "pairs")
+    objective_of(ObjectiveSettings(objective="kto", **{**weights, "kto_desirable_weight": 0.5})).check(samples, samples, "pairs")
+
+
+def test_a_pair_that_is_dropped_is_counted_once(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "weight": weight} for weight in (1, 0, 1, 1, 1)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    data = JSON(json_path=tmp_path / "pairs.json", val_split_fraction=0.4)
+    report = data.splits(
+        tokenizer, resolve_prompt_style("chatml", tiny_tokenizer_dir, tokenizer), units=objective_of(settings_of("dpo")).units
+    ).report
+    assert report.startswith(("2 train and 2", "3 train and 1")) and report.endswith(", 1 dropped: weight 0"), report
 
 
 def test_the_formulas_are_those_of_torch_for_one_pair() -> None:
