@@ -233,7 +233,7 @@ class Metered:
         show("\n")
 
     def __str__(self) -> str:
-        return f"{self.count} tokens in {self.seconds:.2f} s, {self.count / max(self.seconds, 1e-9):.1f} tokens/s"
+        return f"{counted(self.count, 'token')} in {self.seconds:.2f} s, {self.count / max(self.seconds, 1e-9):.1f} tokens/s"
 
 
 def __getattr__(name: str) -> Any:

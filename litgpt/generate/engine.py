@@ -18,7 +18,7 @@ from litgpt.model import GPT, KVCache, Positions, evaluating
 from litgpt.packed import compilable
 from litgpt.rope import is_long
 from litgpt.sharding import is_sharded
-from litgpt.text import first_line
+from litgpt.text import counted, first_line
 
 MOST_ROWS = 32  # answers that `generate_batch` computes at a time
 FIRST_ROOM = 256  # positions of a new cache
@@ -255,7 +255,8 @@ def check(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> None:
     if max(prompt) >= V:
         raise UserError(f"the prompt holds token id {max(prompt)}, the model knows {V}: this tokenizer belongs to another model")
     if max_new_tokens < 1:
-        raise UserError(f"max_returned_tokens is {T + max_new_tokens}, the prompt alone has {T} tokens: ask for at least 1 new token")
+        alone = f"the prompt alone has {counted(T, 'token')}"
+        raise UserError(f"max_returned_tokens is {T + max_new_tokens}, {alone}: ask for at least 1 new token")
     if T + max_new_tokens > limit:
         raise UserError(
             f"prompt and answer are {T} + {max_new_tokens} = {T + max_new_tokens} tokens, the model reads at most {limit}: "

@@ -28,6 +28,7 @@ from litgpt.generate.sampling import Sampling
 from litgpt.serve.models import Models, Served
 from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
 from litgpt.serve.schemas import Adapter, AdapterFolder, Chat, Completion, Predict, Settings
+from litgpt.text import counted
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -84,10 +85,10 @@ class Answering:
             raise Refusal(400, f"the request asks for more than {self.state.scheduler.most} answers, which this server never has at a time")
         room = llm.model.max_seq_length - len(ids)
         if most is not None and len(ids) > most:
-            raise Refusal(400, f"the prompt has {len(ids)} tokens, this server takes {most}", "context_length_exceeded")
+            raise Refusal(400, f"the prompt has {counted(len(ids), 'token')}, this server takes {most}", "context_length_exceeded")
         if room < (max_new_tokens or 1):
             asked = f" and {max_new_tokens} are asked for" if max_new_tokens else ""
-            message = f"the prompt has {len(ids)} tokens{asked}, the model reads at most {llm.model.max_seq_length} in all"
+            message = f"the prompt has {counted(len(ids), 'token')}{asked}, the model reads at most {llm.model.max_seq_length} in all"
             raise Refusal(400, message, "context_length_exceeded", "max_tokens" if max_new_tokens and room > 0 else "messages")
         values = llm.sampling | self.state.sampling | given.sampling()
         sampling = Sampling(**{**values, "top_k": values["top_k"] or None})

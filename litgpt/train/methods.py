@@ -22,6 +22,7 @@ from litgpt.lora import GPT, Config as LoRAConfig, LoRALayer, mark_only_lora_as_
 from litgpt.packed import unpack
 from litgpt.quantize import count, is_quantised, quantise
 from litgpt.sharding import assign, is_sharded, on_cpu
+from litgpt.text import counted
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def describe(model: GPT, warmup: WarmupSettings) -> list[str]:
     frozen = min(model.cut, config.n_layer)
     taps, behind = config.taps, tuple(block for block in config.lora_blocks if block >= frozen)
     if warmup.has_warmup:
-        length = f"{warmup.skip2lora_warmup_steps} steps" if warmup.skip2lora_warmup_steps else f"{warmup.skip2lora_warmup_epochs:g} epochs"
+        steps, epochs = warmup.skip2lora_warmup_steps, warmup.skip2lora_warmup_epochs
+        length = counted(steps, "step") if steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
         lines.append(f"LoRA warm-up: {length} on blocks {ranges(config.lora_blocks)}")
     if taps and config.skip2lora_enabled:
         norm = "" if config.skip2lora_norm == "none" else ", normalised"

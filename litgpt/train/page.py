@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from litgpt import args
-from litgpt.text import printable
+from litgpt.text import counted, printable
 
 Points = Sequence[tuple[int, float]]
 Answers = Sequence[tuple[str, Sequence[tuple[int, str]]]]  # question, and (step, answer)
@@ -87,7 +87,7 @@ def _answer(question: str, given: Sequence[tuple[int, str]]) -> str:
     rows = [f"<b>{_safe(question)}</b><dl>"]
     if len(given) > 1:
         rows.append(f"<dt>before<dd>{_safe(given[0][1])}")
-    rows.append(f"<dt>after {given[-1][0]:,} steps<dd class=after>{_safe(given[-1][1])}</dl>")
+    rows.append(f"<dt>after {counted(given[-1][0], 'step')}<dd class=after>{_safe(given[-1][1])}</dl>")
     return f"<div class=answer>{''.join(rows)}</div>"
 
 

@@ -11,7 +11,7 @@ from litgpt.activations.cache import Activations
 from litgpt.args import EvalArgs
 from litgpt.errors import NonFiniteError, Stopped, UserError
 from litgpt.logs import Console, MetricLoggers
-from litgpt.text import sparkline
+from litgpt.text import counted, sparkline
 from litgpt.train.interrupts import Interrupts
 from litgpt.train.loop import REMEDY, Loop
 from litgpt.train.out_dir import Checkpoints
@@ -118,7 +118,7 @@ class Phase:
             since = max(state.best[0], begin)
             in_vain = sum(step > since for step, _ in state.losses)
             if in_vain >= patience:
-                best = f"no better validation loss than {state.best[1]:.4f} in {in_vain} validations"
+                best = f"no better validation loss than {state.best[1]:.4f} in {counted(in_vain, 'validation')}"
                 self.console.say(f"step {state.step}: {best}: training ends")
                 return True
         step, loss = state.losses[-1] if state.losses else (begin, math.inf)

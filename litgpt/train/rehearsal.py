@@ -57,7 +57,7 @@ def rehearse(settings: Run, method: Method, base: Path) -> None:
         start_warmup(model)
         loop = rehearsed(job, replace(settings.train, max_steps=warmup, epochs=None))
         seconds, _ = _time(loop)
-        lines["warm-up"] = f"{warmup:,} steps of about {seconds:.2f} s: {duration(warmup * seconds)}"
+        lines["warm-up"] = f"{counted(warmup, 'step')} of about {seconds:.2f} s: {duration(warmup * seconds)}"
         end_warmup(model)
     lines.update(_costs(job))
     lines.update(products(job))
@@ -120,7 +120,8 @@ def _costs(job: Job) -> dict[str, str]:
     loop = rehearsed(job, train)
     plain, batches = _time(loop)
     per_epoch, total = loop.batches.per_epoch, loop.total_steps
-    steps = f"{per_epoch:,} an epoch" if total is None else f"{total:,} ({total / per_epoch:.4g} epochs of {per_epoch:,})"
+    epochs = "" if total is None else f"{total / per_epoch:.4g} epoch{'s' * (total != per_epoch)}"
+    steps = f"{per_epoch:,} an epoch" if total is None else f"{total:,} ({epochs} of {per_epoch:,})"
     lines = {"steps": f"{steps}, each of {counted(train.global_batch_size, 'sample')}", "a step": f"about {plain:.2f} s"}
     seconds = None if total is None else total * plain
     if job.method.cache.mode_for(train, per_epoch) != "off" and is_cacheable(model):

@@ -31,7 +31,7 @@ from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
 from litgpt.sample import Sample
 from litgpt.sharding import part_of
-from litgpt.text import size as shown, text_table
+from litgpt.text import counted, size as shown, text_table
 from litgpt.train.examples import answer
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explained, out_of_memory
 from litgpt.train.loop import Batches, Loop, samples_of
@@ -413,7 +413,7 @@ class Session:
         """Return the error with figures and remedies. The memory of the failed step is freed first, to leave room for the checkpoint."""
         train, cache = self.settings.train, self.job.method.cache.mode
         longest = max(len(sample.input_ids) for sample in self.job.splits.train)
-        remedies = [f"Batches have {train.micro_batch_size} samples of up to {longest} tokens"]
+        remedies = [f"Batches have {counted(train.micro_batch_size, 'sample')} of up to {longest} tokens"]
         if train.micro_batch_size > 1:
             remedies.append(f"set train.micro_batch_size below {train.micro_batch_size} (global_batch_size may stay)")
         remedies.append(f"set train.max_seq_length below {longest}")

@@ -16,7 +16,7 @@ from litgpt.objectives.reference import reference_size
 from litgpt.quantize import EIGHT_BITS, FOUR_BITS
 from litgpt.sample import Sample
 from litgpt.sharding import reduces_unused_gradients
-from litgpt.text import gib
+from litgpt.text import counted, gib
 from litgpt.train.methods import Method
 from litgpt.train.parallel import Rank
 from litgpt.train.settings import Run
@@ -51,7 +51,7 @@ def choose(settings: Run, method: Method, base: Path, rank: Rank, samples: list[
     if settings.wants_shards or settings.strategy == "ddp" or rank.size == 1:
         is_fsdp = settings.wants_shards
         if is_fsdp and (units := len(samples) // objective_of(settings).group) < rank.size:
-            raise UserError(f"strategy fsdp: {rank.size} processes have only {units} training samples: use fewer processes")
+            raise UserError(f"strategy fsdp: {rank.size} processes have only {counted(units, 'training sample')}: use fewer processes")
         return is_fsdp, f"strategy {'fsdp' if is_fsdp else settings.strategy}, as given{' (cpu_offload)' if settings.cpu_offload else ''}"
     tied = checkpoint.is_tied(checkpoint.load_weights(base / checkpoint.WEIGHTS))
     need = estimate_of(settings, method, method.config(base), samples, dtype, tied)[0].total

@@ -115,6 +115,19 @@ def test_rebuilt_adapters_start_from_the_weights_before_quantisation(variant: st
     assert states[0].keys() == states[1].keys() and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.parametrize(
+    ("values", "length"),
+    [
+        ({"skip2lora_warmup_steps": 1}, "1 step"),
+        ({"skip2lora_warmup_epochs": 1}, "1 epoch"),
+        ({"skip2lora_warmup_epochs": 0.5}, "0.5 epochs"),
+    ],
+)
+def test_the_length_of_a_warm_up(values: dict[str, float], length: str, base: Path) -> None:
+    method = lora(base, lora_r=4, **{**SKIP, "lora_query": True}, **values)
+    assert describe(method.build(base, torch.float32), method.warmup)[1] == f"LoRA warm-up: {length} on blocks 0-4"
+
+
 def test_what_is_described(base: Path) -> None:
     """Skip2-LoRA of rank 4 from 2 of 5 blocks of width 32: 2 x 2 x 4 x 32 parameters."""
     method = lora(base, lora_r=4, **{**SKIP, "lora_query": True})

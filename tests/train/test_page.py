@@ -23,9 +23,10 @@ def test_the_page_is_one_file_and_escapes_what_is_not_ours() -> None:
 
 def test_answers_before_and_after() -> None:
     text = page(
-        "t", {}, {}, {"training": [], "validation": []}, None, [("q", [(0, "old"), (2, "mid"), (4, "new")]), ("r", [(4, "one")])], {}
+        "t", {}, {}, {"training": [], "validation": []}, None, [("q", [(0, "old"), (2, "mid"), (4, "new")]), ("r", [(1, "one")])], {}
     )
     assert "<dt>before<dd>old" in text and "<dt>after 4 steps<dd class=after>new" in text and "mid" not in text
+    assert "<dt>after 1 step<dd class=after>one" in text
     assert text.count("<dt>before") == 1 and "<svg" not in text
 
 

@@ -418,5 +418,5 @@ def test_one_process_is_not_sharded_and_more_processes_than_samples_are_refused(
     settings = settings_of(Full, base, data)
     assert not strategy.choose(settings, settings.method(), base, Rank(), make_samples(1), torch.float32)[0]
     settings.strategy = "fsdp"
-    with pytest.raises(UserError, match="2 processes have only 1 training samples"):
+    with pytest.raises(UserError, match="2 processes have only 1 training sample:"):
         strategy.choose(settings, settings.method(), base, Rank(0, 2), make_samples(1), torch.float32)
