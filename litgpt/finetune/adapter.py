@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Optional
 
-from litgpt.args import Quantization, function_of, setting
+from litgpt.args import POSITIVE, Quantization, function_of, setting
 from litgpt.finetune import Finetuning
 
 
@@ -15,7 +15,7 @@ class Adapter(Finetuning):
     out_dir: Path = setting(Path("out/finetune/adapter"), may_change=True)
     quantize: Optional[Quantization] = None
     """Keep the frozen weights in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, also named bnb.int8-training)."""
-    adapter_prompt_length: int = 10
+    adapter_prompt_length: int = setting(10, POSITIVE)
     """Positions of each block's prompt."""
     adapter_start_layer: int = 2
     """The first block with a prompt."""

@@ -24,6 +24,12 @@ def trained(request: pytest.FixtureRequest, base: Path, data: Path, tmp_path_fac
     return request.param, finetune(request.param, base, data, tmp_path_factory.mktemp("runs") / "out", adapter_prompt_length=4)
 
 
+@pytest.mark.parametrize("command", MODULES)
+def test_a_prompt_without_positions_is_refused_before_data_is_read(command: str, base: Path, tmp_path: Path) -> None:
+    run = finetune(command, base, tmp_path / "nowhere.json", tmp_path / "out", adapter_prompt_length=0)
+    assert run.err == "Error: adapter_prompt_length is 0: a whole number of at least 1 is needed\n"
+
+
 def test_it_learns_and_leaves_litgpts_files(trained: tuple[str, Run], base: Path, data: Path) -> None:
     command, run = trained
     module = MODULES[command]
