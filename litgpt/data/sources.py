@@ -142,7 +142,7 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     start = 1  # the line in which the row begins: a cell may hold line breaks
     try:
         names = next(reader)
-        _require_different(names, f"{path}, line 1")
+        _require_different(filter(None, names), f"{path}, line 1")  # a spreadsheet's empty columns have no names
         if not any(known_key(name) in KEYS for name in names):
             raise UserError(
                 f"{path}, line 1 names the columns {', '.join(map(repr, names[:4]))[:200]}: it should name `question` and `answer`"
@@ -152,7 +152,7 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
             if cells and len(cells) != len(names):
                 raise UserError(f"{path}, line {start}: {len(cells)} cells, the first line names {len(names)} columns")
             if cells:
-                rows.append((f"line {start}", dict(zip(names, cells, strict=True))))
+                rows.append((f"line {start}", {name: cell for name, cell in zip(names, cells, strict=True) if name}))
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {start}: not valid CSV: {error}") from None

@@ -88,6 +88,13 @@ def test_a_value_that_all_rows_repeat_is_bounded(suffix: str, stream: bool, tmp_
     assert pool.max_memory() < 10**8
 
 
+def test_columns_without_a_name_are_not_read(tmp_path: Path) -> None:
+    """As a spreadsheet saves empty columns, and pandas an index of two levels."""
+    (tmp_path / "a.csv").write_text(",,instruction,output,,\n0,1,Hi,Hello,,\n")
+    [record] = read_records(tmp_path / "a.csv")
+    assert (record.question, record.reply, record.unread) == ("Hi", "Hello", ())
+
+
 @pytest.mark.parametrize("head", ["instruction;output", '"instruction";"output"', "instruction,output"])
 def test_tables_of_spreadsheets_that_write_semicolons(head: str, tmp_path: Path) -> None:
     """Where the comma is the decimal mark, spreadsheets write semicolons; with commas in the first line a semicolon is text."""
@@ -103,6 +110,7 @@ def test_tables_of_spreadsheets_that_write_semicolons(head: str, tmp_path: Path)
     ("name", "content", "message"),
     [
         ("a.csv", b"instruction,output,output\na,b,c\n", "line 1: the column 'output' twice"),
+        ("a.csv", b",\na,b\n", "line 1 names the columns '', '': it should name `question` and `answer`"),
         ("a.csv", b"instruction,output\na,b\na\n", "line 3: 1 cells, the first line names 2 columns"),
         ("a.csv", b'instruction,output\na,"b"c\n', "line 2: not valid CSV"),
         ("a.csv", b'instruction,output\n"a\nb",c\n"d\n\ne",f,g\n', "line 4: 3 cells, the first line names 2 columns"),
