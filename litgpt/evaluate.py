@@ -152,7 +152,9 @@ def on_records(
     if data.prompt_style is not None:
         llm.prompt_style = resolve_prompt_style(data.prompt_style, llm.tokenizer.folder, llm.tokenizer)
     splits = data.splits(llm.tokenizer, llm.prompt_style, _length(data, llm, is_own=not everything))
-    samples = [*splits.train, *splits.val] if is_text and everything else splits.val
+    samples = splits.val
+    if is_text and everything:
+        samples = splits.train if data.val_split_fraction == 0 else [*splits.train, *splits.val]
     count = min(len(samples), int(limit or len(samples)))
     console = Console()
     results: dict[str, Any] = {

@@ -119,7 +119,8 @@ def test_blocks_are_as_long_as_in_training_and_fit_the_text(base: Path, tmp_path
     assert own["loss"] == pytest.approx(report["final_val_loss"], rel=1e-5) and again["records"] > own["records"]
     (short := tmp_path / "short.txt").write_text("hello there, numbers and llamas. " * 30)
     (folder := tmp_path / "model").symlink_to(base)
-    assert evaluate(folder, "--data", str(short))["records"] > 0
+    assert (count := evaluate(folder, "--data", str(short))["records"]) > 0
+    assert evaluate(folder, "--data", str(short), "--data.val_split_fraction", "0")["records"] == count, "each block once"
 
 
 def test_records_of_text_have_a_loss_and_no_answers(base: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Running text for pretraining: a folder of text files, TinyStories, OpenWebText. All tokens are learned, in blocks of equal length."""
 
 import json
+import math
 import tarfile
 from abc import abstractmethod
 from array import array
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from litgpt.data.base import DataModule, Splits, Units, alone
+from litgpt.data.base import MOST_REPEATED, DataModule, Splits, Units, alone
 from litgpt.data.downloads import HUB, download_from_hub
 from litgpt.data.records import Record
 from litgpt.data.sources import SAVED, import_library, texts_of
@@ -17,7 +18,7 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path, parse_json, read_text
 from litgpt.prompts import PromptStyle
 from litgpt.sample import Sample
-from litgpt.text import first_line
+from litgpt.text import counted, first_line
 from litgpt.tokenizer import Tokenizer
 
 PIECE = 2**20  # characters that are tokenised at once
@@ -37,7 +38,10 @@ class Text(DataModule):
 
     @abstractmethod
     def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
-        """Return training and validation texts; None for the latter keeps a share of the former's blocks, the last ones."""
+        """Return training and validation texts; None for the latter keeps a share of the former's blocks, the last ones.
+
+        With the share 0 the former's blocks are all trained, and some of them are validated.
+        """
 
     def records(self) -> tuple[list[Record], list[Record] | None]:
         raise UserError(
@@ -50,7 +54,9 @@ class Text(DataModule):
         train_texts, val_texts = self.texts()
         train, tokens = self._blocks(tokenizer, train_texts, max_seq_length + 1)
         val, val_tokens = ([], tokens) if val_texts is None else self._blocks(tokenizer, val_texts, max_seq_length + 1)
-        if val_texts is None:
+        if is_repeated := val_texts is None and not self.held_out_share():
+            val = train[:: math.ceil(len(train) / MOST_REPEATED) or 1]
+        elif val_texts is None:
             if len(train) == 1:
                 raise UserError(
                     f"{self.source}: the text of {tokens:,} tokens is shorter than two blocks of {max_seq_length + 1:,}, one of which is "
@@ -65,6 +71,8 @@ class Text(DataModule):
                     "add text, or lower train.max_seq_length"
                 )
         report = f"{len(train):,} train and {len(val):,} validation blocks of {max_seq_length + 1:,} tokens"
+        if is_repeated:
+            report = f"{counted(len(train), 'train block')} of {max_seq_length + 1:,} tokens, {len(val):,} of them validated again"
         start = {"role": "assistant", "content": tokenizer.decode(list(val[0].input_ids))}
         return Splits(train, val, report, [Record([start], [1.0], is_text=True)])
 
@@ -101,7 +109,8 @@ class TextFiles(Text):
     val_data_path: Path | None = None
     """Another folder or file for validation. Default: the first file of the folder, or the last blocks of a single one."""
     val_split_fraction: float | None = None
-    """Share of a single file that is kept for validation. Default: 0.05."""
+    """Share of the blocks that is kept for validation. Default: 0.05 of a single file. With 0 every block is trained, and some of them are
+    validated."""
 
     path_key: ClassVar[str] = "train_data_path"
 

@@ -58,6 +58,10 @@ def test_validation(tmp_path: Path) -> None:
     assert [len(part) for part in split(TextFiles(train_data_path=file), 4)] == [19, 1]
     assert [len(part) for part in split(TextFiles(train_data_path=file, val_split_fraction=0.5), 4)] == [10, 10]
     assert [len(part) for part in split(TextFiles(train_data_path=file, val_split_fraction=0.99), 4)] == [1, 19]
+    data = TextFiles(train_data_path=file, val_split_fraction=0)
+    assert split(data, 4) == (["\1xxxx"] + ["xxxxx"] * 19,) * 2 and split(data, 99)[0] == ["\1" + "x" * 99]
+    assert [len(part) for part in split(data, 2)] == [33, 17]  # every second of them
+    assert data.splits(Letters(1), None, 4).report == "20 train blocks of 5 tokens, 20 of them validated again"  # type: ignore[arg-type]
     assert split(TextFiles(train_data_path=file, val_data_path=tmp_path / "two"), 4)[1] == ["\1yyyy", "yyyyy"]
 
 
