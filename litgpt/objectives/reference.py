@@ -12,6 +12,7 @@ from litgpt import checkpoint
 from litgpt.activations.cache import CacheSettings, fill_batches
 from litgpt.activations.store import Layout, Rows, open_store
 from litgpt.atomic import digest
+from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.model import GPT, evaluating
@@ -54,23 +55,31 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
         samples[i].reference = array("f", store[layout.slices[i]].flatten().tolist())
 
 
-def reference_model(
-    path: Path, base: Path, longest: int, dtype: torch.dtype, device: torch.device, sharded: bool = False
-) -> tuple[GPT, list[str]]:
-    """Return the model of a checkpoint or adapter folder, and digests of its weights. Raises UserError if its tokens are not the base's.
+def reference_folder(path: Path, base: Path, longest: int, convert: bool = True) -> Path:
+    """Return the checkpoint or adapter folder. Raises UserError if it holds no model, or its tokens are not the base's.
 
-    `longest`: tokens of the longest sample. `sharded`: over all ranks.
+    `longest`: tokens of the longest sample. `convert`: as in `litgpt.convert.resolve.open_checkpoint`.
     """
     try:
-        folder = open_checkpoint(path)
+        folder = open_checkpoint(path, convert)
+        checkpoint.require_checkpoint(checkpoint.adapter_settings(folder)[0] if checkpoint.is_adapter_folder(folder) else folder)
+        room = Config.from_checkpoint(folder).block_size
     except UserError as error:
         raise UserError(f"rho1_reference: {error}") from None
-    model = checkpoint.load_model(folder, dtype, device, sharded=sharded)
-    if (room := model.config.block_size) < longest:
+    if room < longest:
         raise UserError(f"rho1_reference: {folder} reads {room} tokens, and a sample has {longest}: set train.max_seq_length")
     tokens = [file.read_bytes() if (file := each / "tokenizer.json").is_file() else b"" for each in (folder, base)]
     if tokens[0] != tokens[1]:
         raise UserError(f"rho1_reference: {folder} has another tokenizer.json than {base}, so its losses are of other tokens")
+    return folder
+
+
+def reference_model(
+    path: Path, base: Path, longest: int, dtype: torch.dtype, device: torch.device, sharded: bool = False
+) -> tuple[GPT, list[str]]:
+    """Return the model of `reference_folder`, and digests of its weights. `sharded`: over all ranks."""
+    folder = reference_folder(path, base, longest)
+    model = checkpoint.load_model(folder, dtype, device, sharded=sharded)
     files = [file for name in (checkpoint.WEIGHTS, *checkpoint.ADAPTERS) if (file := folder / name).is_file()]
     if checkpoint.is_adapter_folder(folder):
         files.append(checkpoint.adapter_settings(folder)[0] / checkpoint.WEIGHTS)

@@ -168,5 +168,7 @@ def test_rho1_from_a_reference_that_was_trained_before(method: str, base: Path, 
     ],
 )
 def test_rho1_mistakes_are_one_line(settings: dict[str, Any], message: str, base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune_lora", base, data, tmp_path / "run", objective="rho1", **settings)
-    assert run.code in (1, 2) and message in run.err and "Traceback" not in run.err
+    for dry_run in (False, True):
+        run = finetune("finetune_lora", base, data, tmp_path / "run", objective="rho1", dry_run=dry_run, **settings)
+        assert run.code in (1, 2) and message in run.err and "Traceback" not in run.err
+        assert "parameters: " not in run.err, "before the model is loaded"
