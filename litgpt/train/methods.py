@@ -33,9 +33,13 @@ class CacheArgs:
     folder: Path | None = None
     dtype: str | None = None
 
-    def mode_for(self, train: TrainArgs, steps_per_epoch: int) -> str:
-        """Return the mode for the training samples: "auto" caches only activations that are needed more than once."""
-        repeats = train.epochs != 1 and (train.max_steps is None or train.max_steps > steps_per_epoch)
+    def mode_for(self, train: TrainArgs, steps: int, tokens: int) -> str:
+        """Return the mode for the training samples: "auto" caches only activations that are needed more than once.
+
+        An epoch has so many `steps` and `tokens`. When `train.max_time` ends training is not known beforehand.
+        """
+        limits = ((train.epochs, 1), (train.max_steps, steps), (train.max_tokens, tokens))
+        repeats = all(limit is None or limit > epoch for limit, epoch in limits)
         return "off" if self.mode == "auto" and not repeats else self.mode
 
 

@@ -228,7 +228,7 @@ class Session:
         """Return batches and activations for training, activations and batches for validation; cached if they are needed more than once."""
         splits, rank, group, size = self.job.splits, self.rank, self.objective.group, train.micro_batch_size
         batches = self.job.batches(train)
-        mode = cache.mode_for(train, batches.per_epoch)
+        mode = cache.mode_for(train, batches.per_epoch, batches.tokens_per_epoch)
         batches.by_owner = mode != "off" and is_cacheable(self.model)
         n_val = evaluation.validated(len(splits.val) // group, size)
         own_val = range(n_val)[rank.index :: rank.size]

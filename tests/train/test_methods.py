@@ -36,11 +36,13 @@ def trained(model: torch.nn.Module) -> set[str]:
         ("auto", TrainArgs(epochs=1), "off"),
         ("auto", TrainArgs(epochs=None, max_steps=3), "off"),
         ("auto", TrainArgs(epochs=None, max_steps=4), "auto"),
+        ("auto", TrainArgs(max_tokens=500), "off"),
+        ("auto", TrainArgs(max_tokens=501), "auto"),
         ("disk", TrainArgs(epochs=1), "disk"),
     ],
 )
 def test_auto_caches_only_what_is_needed_twice(mode: str, train: TrainArgs, expected: str) -> None:
-    assert CacheArgs(mode).mode_for(train, steps_per_epoch=3) == expected
+    assert CacheArgs(mode).mode_for(train, steps=3, tokens=500) == expected
 
 
 @pytest.mark.parametrize("settings", [{}, SKIP, {"lora_block_indices": "last:2", "lora_mlp": True}], ids=["LoRA", "Skip2-LoRA", "late"])
