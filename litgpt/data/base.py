@@ -375,7 +375,11 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
             spans.append((starts[i] + len(opening or ""), starts[i] + len(turn)))
             continue
         kinds.add(kind)
-        head = style.render(messages[:i], add_generation_prompt=True, **options)
+        first = messages[0]["content"].strip() if i == 0 and isinstance(style, ChatTemplate) and len(messages[0]) == 2 else ""
+        if first and first in turn:  # a template need not render a conversation without messages
+            head = full[: starts[0] + turn.rindex(first)]
+        else:
+            head = style.render(messages[:i], add_generation_prompt=True, **options)
         following = full if i + 1 == len(messages) else style.render(messages[: i + 1], add_generation_prompt=False, **options)
         end = len(following.rstrip())
         if not following.startswith(head) or not full.startswith(following[:end]):

@@ -181,6 +181,24 @@ def test_reasoning_under_any_of_its_names(given: dict[str, str], read: str, toke
     assert ChatTemplate(template).render(messages) == expected
 
 
+SMOLLM2 = "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nI am a task<|im_end|>\n' }}{% endif %}"
+QWEN = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nI am a task<|im_end|>\n' }}{% endif %}"  # fails without messages
+
+
+@pytest.mark.parametrize("template", [FULL.replace(" %}{{ '<|im_start|>' +", f" %}}{SMOLLM2}{{{{ '<|im_start|>' +"), QWEN + FULL])
+def test_a_conversation_that_the_assistant_begins(template: str, tokenizer: Tokenizer, tiny_tokenizer_dir: Path) -> None:
+    """Templates that write a system text of their own, as transformers renders them; the text has the words of the reply."""
+    messages = [reply("a task"), user("b"), reply("c")]
+    turns = [{"from": "human" if m["role"] == "user" else "gpt", "value": m["content"]} for m in messages]
+    sample = Given(entries=[{"conversations": turns}]).splits(tokenizer, ChatTemplate(template)).train[0]
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tiny_tokenizer_dir / "tokenizer.json"))
+    expected = reference.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert "system\nI am a task" in expected
+    assert tokenizer.decode(list(sample.input_ids), skip_special_tokens=False) == expected.rstrip()
+    marked = tokenizer.decode([i for i, m in zip(sample.input_ids, sample.loss_mask, strict=True) if m], skip_special_tokens=False)
+    assert marked == "a task<|im_end|>c<|im_end|>"
+
+
 def test_arguments_of_calls_for_a_template_that_takes_texts(tokenizer: Tokenizer) -> None:
     text = '{"a":1}'
     calls = [{"function": {"name": "f", "arguments": text}}]
