@@ -97,7 +97,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
         table = Table(out_dir, trials, candidates[0].settings.train.keep_best)
         waiting = len(table.of(WAITING))
         job = _prepare(candidates, out_dir, before or {})
-        _introduce(job, table, waiting, place)
+        _introduce(job, table, waiting, place, before or {})
         identity = identity_of(replace(job, settings=settings), varying=trials[0].values)
         if before is not None and (changes := identity.changes(before["identity"])):
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
@@ -344,13 +344,17 @@ def _adapted(job: Job, candidate: Candidate) -> Job:
     return replace(job, settings=candidate.settings, method=candidate.method, console=_Quiet(job.console.active), examples=[])
 
 
-def _introduce(job: Job, table: Table, waiting: int, place: Place | None) -> None:
-    """Say what is trained on what."""
+def _introduce(job: Job, table: Table, waiting: int, place: Place | None, before: dict[str, Any]) -> None:
+    """Say what is trained on what. `before`: what sweep.json says, or {}."""
     config, say = job.model.config, job.console.say
     taps = f", blocks {ranges(config.taps)} tapped" if config.taps else ""
     say(f"{config.name}, {job.precision} on {job.rank.device}; the layers before {_layer(config)} run once{taps}")
     by = f", by {place.size} processes" if place else ""
     say(f"{counted(len(table.trials), 'setting')}{by}" + (f", {waiting} of them to be trained" if waiting < len(table.trials) else ""))
+    names = {trial.name for trial in table.trials}
+    if left_out := [row["setting"] for row in before.get("runs", ()) if row["setting"] not in names]:
+        shown = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
+        say(f"{counted(len(left_out), 'earlier setting')} not in this grid: {shown}. The table leaves them out, their folders stay")
     for trial in table.of(FAILED):
         say(f"{trial.name} cannot be trained: {trial.reason}")
 

@@ -301,6 +301,10 @@ def test_a_sweep_of_other_settings_is_not_gone_on_with(base: Path, data: Path, t
     assert run.code == 1 and "\n1 setting, 0 of them to be trained\n" in run.err and "another sweep: train.epochs was 2 and is 3" in run.err
     wider = sweep(base, data, tmp_path, {"lora_r": [2, 4], "seed": [1337]}, resume="auto", **SKIP)
     assert wider.code == 0 and [row["setting"] for row in rows(tmp_path)] == ["lora_r=2,seed=1337", "lora_r=4,seed=1337"]
+    assert "not in this grid" in wider.err
+    fewer = sweep(base, data, tmp_path, {"lora_r": [4], "seed": [1337]}, resume="auto", **SKIP)
+    assert fewer.code == 0 and [row["setting"] for row in rows(tmp_path)] == ["lora_r=4,seed=1337"]
+    assert "1 earlier setting not in this grid: lora_r=2,seed=1337. The table leaves them out, their folders stay" in fewer.err
     assert sweep(base, data, tmp_path, {"lora_r": [2]}, overwrite=True, train__epochs=1, **SKIP).code == 0
     assert [row["steps"] for row in rows(tmp_path)] == ["3"]
 
