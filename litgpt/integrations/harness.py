@@ -54,7 +54,12 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[Scored]:
-        """Return the score of each continuation, the longest sequences first; those of a batch are padded on the right."""
+        """Return the score of each continuation, the longest sequences first; those of a batch are padded on the right.
+
+        Contexts are cut at their beginning. Raises UserError for a continuation that is longer than what the model reads.
+        """
+        if (longest := max((len(continuation) for _, _, continuation in requests), default=0)) > self.max_length:
+            raise UserError(f"a continuation of a task has {longest} tokens, the model reads {self.max_length}: leave the task out")
         results: list[Scored | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         for start in range(0, len(order), self.batch_size):

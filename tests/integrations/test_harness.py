@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from litgpt.__main__ import main
+from litgpt.errors import UserError
 from tests.helpers import tiny
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -109,3 +110,15 @@ def test_as_through_hugging_face(kind: str, base: Path, tasks: list[Path], tmp_p
 def test_unknown_tasks(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(base), "--tasks", "no_such_task"]) == 1
     assert "no task no_such_task" in capsys.readouterr().err
+
+
+def test_a_continuation_that_no_context_holds_is_refused(base: Path) -> None:
+    """As through Hugging Face, where it is an assertion; one that fills the context is scored."""
+    from litgpt.api import LLM
+    from litgpt.integrations.harness import HarnessModel
+
+    model = HarnessModel(LLM.load(base))
+    [(score, _)] = model._loglikelihood_tokens([(None, [5], [7] * model.max_length)])
+    assert score < 0
+    with pytest.raises(UserError, match=f"a continuation of a task has {model.max_length + 1} tokens, the model reads {model.max_length}"):
+        model._loglikelihood_tokens([(None, [5], [7]), (None, [5], [7] * (model.max_length + 1))])
