@@ -26,6 +26,8 @@ EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # in this 
 STANDARD_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # other names are a model's own
 OWN_TOKENS = "model_specific_special_tokens"  # those of a model's own by their names
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # lose their spaces, in this order, as in transformers
+HELD = 8  # characters at the end of an answer whose spaces later ones may take away
 MOST_FILE = 2**28  # bytes of tokenizer.json
 MOST_ADDED = 2**22  # bytes of the texts of added tokens, each of which takes some 80 in memory
 MOST_LOOKS = 2**27  # characters of a text times those of the longest piece, which a Unigram model compares
@@ -55,6 +57,7 @@ class Tokenizer:
         self._config = {key: value for key, value in config.items() if value is not None}
         named = _named_tokens(self._config)
         self.special_tokens = {name: text for name, entry in named.items() if (text := _token_text(entry)) is not None}
+        self.cleans_up = bool(self._config.get("clean_up_tokenization_spaces")) and type(self._backend.model).__name__ != "BPE"
         self._backend.no_padding()
         self._backend.encode_special_tokens = self._config.get("split_special_tokens") is True
         self._add_tokens([*named.values()])
@@ -226,7 +229,10 @@ class Tokenizer:
         values = [ids] if isinstance(ids, int) else ids.tolist() if hasattr(ids, "tolist") else list(ids)
         values = [values] if isinstance(values, int) else values
         with _no_panics("tokenizer.json"):
-            return self._backend.decode(values, skip_special_tokens=skip_special_tokens)
+            text = self._backend.decode(values, skip_special_tokens=skip_special_tokens)
+        for spaced in CLEANED if self.cleans_up else ():
+            text = text.replace(spaced, spaced.strip())
+        return text
 
     def decode_stream(self, ids: Iterable[Any], device: Any = None) -> Iterator[str]:
         """Yield pieces of text as ids (ints, or tensors of them) arrive; the joined pieces are `decode` of all ids.
@@ -245,18 +251,23 @@ class StreamDecoder:
     """Text from ids that arrive one by one.
 
     A piece that ends within a UTF-8 character is held back. The ids of the last piece stay as context, so that SentencePiece's blank before
-    a word is not dropped as the start of a text.
+    a word is not dropped as the start of a text. Of a tokenizer that takes spaces out of its texts all ids stay, and the last
+    characters are held back.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.context: list[int] = []
         self.pending: list[int] = []
+        self.shown = 0  # characters of the pending ids
 
     def push(self, ids: list[int]) -> str:
         """Return the text that is new and complete with these ids; "" if none is."""
         self.pending += ids
         piece = self.rest()
+        if self.tokenizer.cleans_up:
+            self.shown += len(piece[:-HELD])
+            return piece[:-HELD]
         if not piece or piece.endswith("\ufffd"):
             return ""
         self.context, self.pending = self.pending, []
@@ -265,7 +276,7 @@ class StreamDecoder:
     def rest(self) -> str:
         """Return what is held back."""
         before, text = (self.tokenizer.decode(ids) for ids in (self.context, self.context + self.pending))
-        return text[len(before) :]
+        return text[len(before) + self.shown :]
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:

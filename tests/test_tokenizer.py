@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import given, strategies as st
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from litgpt import checkpoint
@@ -538,3 +538,30 @@ def test_broken_lists_of_added_tokens(write_tiny_tokenizer: WriteTokenizer, tmp_
         (folder / "added_tokens.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match="added_tokens.json, lists no tokens by id"):
             Tokenizer(folder)
+
+
+CLEANED_PARTS = ["hello", ",", "!", "?", ".", "do", "n", "n't", "'", "'m", "'s", "'ve", "'re", "t", "s", "w ' n't"]
+
+
+@pytest.mark.parametrize("clean", [True, False, None])
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece", "BPE"])
+def test_spaces_are_cleaned_up_as_transformers_does(kind: str, clean: bool | None, tmp_path: Path) -> None:
+    """All pairs of tokens, and a long text; its pieces make up the whole."""
+    pieces = ["<unk>", *(f"\u2581{part}" for part in CLEANED_PARTS)]
+    model: Any = models.BPE({piece: i for i, piece in enumerate(pieces)}, [])
+    if kind == "WordPiece":
+        model = models.WordPiece({piece.lstrip("\u2581"): i for i, piece in enumerate(pieces)}, unk_token="<unk>")
+    elif kind == "Unigram":
+        model = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0)
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.WordPiece(cleanup=False) if kind == "WordPiece" else decoders.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": clean}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    ours, theirs = Tokenizer(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    count = len(pieces)
+    pairs = [[1, i, j, 1] for i in range(1, count) for j in range(1, count)]
+    for ids in [*pairs, [i for pair in pairs for i in pair]]:
+        assert ours.decode(ids) == theirs.decode(ids) == "".join(ours.decode_stream(ids)), ids
+    assert (" do n't" in theirs.decode(pairs[0] + [6, 8])) == (kind == "BPE" or not clean)
