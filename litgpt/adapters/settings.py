@@ -105,7 +105,9 @@ class AdapterSettings:
             raise UserError("alora_enabled works with lora_variant lora only")
         if self.alora_enabled and not self.has_lora_in_blocks:
             raise UserError("alora_enabled needs LoRA in the blocks: set lora_r and lora_query, lora_mlp, ...")
-        if self.mtp_taps and not (self.mtp_heads and (self.skip2lora_enabled or not self.changes_text)):
+        if self.mtp_taps and not self.mtp_heads:
+            raise UserError("mtp_taps needs heads that read them: set mtp_heads to 1 or more, in a sweep beside grid.mtp_heads too")
+        if self.mtp_taps and not self.skip2lora_enabled and self.changes_text:
             raise UserError(
                 "mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA: LoRA in the blocks changes their outputs, and "
                 "nothing could be cached"

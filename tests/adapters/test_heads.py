@@ -73,9 +73,12 @@ def test_a_head_leaves_the_logits_alone_and_cannot_be_merged() -> None:
 
 
 def test_wrong_settings() -> None:
-    for settings in ({}, {"mtp_heads": 1, "lora_r": 2, "lora_query": True}):
-        with pytest.raises(UserError, match="mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA"):
-            tiny.tiny(mtp_taps=True, **settings)
+    with pytest.raises(
+        UserError, match="mtp_taps needs heads that read them: set mtp_heads to 1 or more, in a sweep beside grid.mtp_heads"
+    ):
+        tiny.tiny(mtp_taps=True, lora_r=2, skip2lora_enabled=True)
+    with pytest.raises(UserError, match="mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA"):
+        tiny.tiny(mtp_taps=True, mtp_heads=1, lora_r=2, lora_query=True)
     with pytest.raises(UserError, match="mtp_heads is 99: a whole number from 0 to 16"):
         tiny.tiny(mtp_heads=99)
     with pytest.raises(UserError, match="value_head is 'deep': choose 'linear' or 'mlp'"):
