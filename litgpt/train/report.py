@@ -69,12 +69,16 @@ def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
     return rows
 
 
-def page_of(model: str, figures: dict[str, Any], metrics: Mapping[str, Points], answers: Answers, settings: dict[str, Any]) -> str:
-    """Return the page about a run. The settings are those of hyperparameters.yaml; of paths only the names are shown."""
+def page_of(
+    model: str, figures: dict[str, Any], metrics: Mapping[str, Points], answers: Answers, settings: dict[str, Any], folder: Path
+) -> str:
+    """Return the page about a run. The settings are those of hyperparameters.yaml; of paths only the names are shown. `folder`: best/."""
     before, after, best = figures["initial_val_loss"], figures["final_val_loss"], figures["best_val_loss"]
-    losses = f"Validation loss {before:.3f} before, {after:.3f} after." if None not in (before, after) else ""
-    if best is not None and after is not None and best < after:
-        losses += f" The lowest, {best:.3f}, was at step {figures['best_step']:,}: its checkpoint is in best/."
+    measured = [f"{loss:.3f} {when}" for loss, when in ((before, "before"), (after, "after")) if loss is not None]
+    losses = [f"Validation loss {', '.join(measured)}."] if measured else []
+    if best is not None and (after is None or best < after):
+        kept = ": its checkpoint is in best/" if folder.is_dir() else ""
+        losses.append(f"The lowest validation loss, {best:.3f}, was at step {figures['best_step']:,}{kept}.")
     share = 100 * figures["trainable_parameters"] / figures["total_parameters"]
     tiles = {
         "time": duration(figures["total_seconds"]),
@@ -85,7 +89,7 @@ def page_of(model: str, figures: dict[str, Any], metrics: Mapping[str, Points], 
     }
     curves = {"training": curve_of(metrics.get("train_loss", ())), "validation": curve_of(metrics.get("val_loss", ()))}
     shown = {key: Path(value).name if key.endswith(("_dir", "_path", "_reference")) else value for key, value in flat(settings).items()}
-    return page(f"{model}, tuned", {"losses": losses}, tiles, curves, figures["best_step"], answers, shown)
+    return page(f"{model}, tuned", {"losses": " ".join(losses)}, tiles, curves, figures["best_step"], answers, shown)
 
 
 def next_steps(out_dir: Path, config: Config, is_whole: bool = True) -> list[tuple[str, str]]:

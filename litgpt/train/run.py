@@ -347,7 +347,7 @@ class Session:
                 atomic.write_text(folder / IDENTITY, as_json({**self.job.kept, **self.identity.facts()}))
                 if self.job.method.finish(self.model, folder) and report["final_val_loss"] is not None and self.rank.size == 1:
                     report["merged_val_loss"] = replace(loop).validate(phase.val_activations, phase.val_batches, lambda: False)
-                about = page_of(self.model.config.name, report, read_metrics(out_dir), self.answers, self.hyperparameters)
+                about = page_of(self.model.config.name, report, read_metrics(out_dir), self.answers, self.hyperparameters, out_dir / "best")
                 atomic.write_text(out_dir / PAGE, about)  # before `final`, with which the run is finished
 
             self.checkpoints.folder("final", report, finish)

@@ -60,8 +60,22 @@ def test_json_has_null_for_what_is_not_finite(value: float) -> None:
 def test_the_page_shows_the_names_of_paths_only(kind: type) -> None:
     hints = typing.get_type_hints(kind)
     keys = [item.name for item in dataclasses.fields(kind) if Path in members_of(hints[item.name]) and item.name != "resume"]
-    page = page_of("m", figures(STATE, 4, 10, 1000, 0.5), {}, [], {"data": {key: f"/home/me/{key}.x" for key in keys}})
+    page = page_of("m", figures(STATE, 4, 10, 1000, 0.5), {}, [], {"data": {key: f"/home/me/{key}.x" for key in keys}}, Path("best"))
     assert page.count(".x") == len(keys) and "/home/me" not in page
+
+
+def test_the_page_names_the_losses_that_were_measured(tmp_path: Path) -> None:
+    def words(best: str, **changed: float | None) -> str:
+        page = page_of("m", {**figures(STATE, 4, 10, 1000, 0.5), **changed}, {}, [], {}, tmp_path / best)
+        return page.partition("<p class=soft>")[2].partition("</p>")[0]
+
+    lowest = "The lowest validation loss, 1.500, was at step 4"
+    assert words("") == f"Validation loss 3.000 before, 2.000 after. {lowest}: its checkpoint is in best/."
+    assert words("none") == f"Validation loss 3.000 before, 2.000 after. {lowest}."  # train.keep_best false
+    assert words("none", initial_val_loss=None) == f"Validation loss 2.000 after. {lowest}."
+    assert words("none", initial_val_loss=None, final_val_loss=None) == f"{lowest}."
+    assert words("", best_val_loss=2.0, initial_val_loss=None) == "Validation loss 2.000 after."
+    assert not words("", initial_val_loss=None, final_val_loss=None, best_val_loss=None)
 
 
 def test_the_summary(tmp_path: Path) -> None:
