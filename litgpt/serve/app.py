@@ -188,7 +188,7 @@ def text_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: 
     logprobs: dict[str, Any] | None = None
     if with_logprobs:
         texts, values, offsets = ([token[name] for token in piece.tokens] for name in ("token", "logprob", "at"))
-        top = [dict(token["top"]) for token in piece.tokens]
+        top = [dict([*token["top"], (token["token"], token["logprob"])]) for token in piece.tokens]  # the drawn one too, as OpenAI has it
         logprobs = {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
     return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.reason}
 
@@ -405,7 +405,11 @@ def _invalid(error: RequestValidationError) -> Refusal:
     parts = (str(part) for part in first["loc"][1:])
     place = ".".join(part for part in parts if part.isidentifier() or part.isdecimal())[:100]  # without names of types
     message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first["input"], bytes):  # whatever is in it
+    if first["type"] == "json_invalid":  # its place is a character, and no field
+        message, place = f"the body is not JSON: {first['ctx']['error']} at character {place}", ""
+    elif first["loc"] == ("body",) and first["type"] == "missing":
+        message = "the body is empty: a JSON object is required"
+    elif isinstance(first["input"], bytes):  # whatever is in it
         message = "the body is not said to be JSON: send the header Content-Type: application/json"
     return Refusal(400, f"{place}: {message}" if place else message, param=place or None)
 

@@ -133,6 +133,8 @@ def test_completions(client: openai.OpenAI, folders: Folders) -> None:
     )
     assert [choice.text for choice in client.completions.create(model="tiny", prompt=[ids, ids], **GREEDY).choices] == [expected[0]] * 2
     pieces = [chunk.choices[0].logprobs for chunk in client.completions.create(model="tiny", prompt=ids, stream=True, logprobs=0, **GREEDY)]
+    drawn = [(piece.tokens, piece.top_logprobs) for piece in pieces if piece]
+    assert drawn and all(list(top) == [token] for tokens, tops in drawn for token, top in zip(tokens or [], tops or [], strict=True))
     offsets = [offset for piece in pieces if piece for offset in piece.text_offset or []]
     assert len(pieces) > 2 and offsets == same.choices[0].logprobs.text_offset and offsets == sorted(set(offsets))
     with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
@@ -193,9 +195,9 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"messages": HELLO, "logit_bias": {"999": 1}}, 400, "logit_bias names a token"),
         ({"messages": HELLO, "logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({"messages": HELLO, "model": "none"}, 404, "there is no model 'none': tiny, "),
-        (b"{", 400, "JSON"),
+        (b"{", 400, "the body is not JSON: Expecting property name enclosed in double quotes at character 1"),
         (b"[1]", 400, "valid dictionary"),
-        (b"", 400, "required"),
+        (b"", 400, "the body is empty: a JSON object is required"),
         ({"messages": HELLO, "stop": ""}, 400, "stop: String should have at least 1 character"),
         ({"messages": HELLO, "stop": [""]}, 400, "stop.0: String should have at least 1 character"),
         ({"messages": HELLO, "stop": ["a"] * 17}, 400, "stop: List should have at most 16 items"),
@@ -208,6 +210,7 @@ def test_errors_are_openais(body: Any, status: int, words: str, server: Server) 
     error = json.loads(content)["error"]
     assert got == status and words in error["message"], error
     assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
+    assert not isinstance(body, bytes) or error["param"] is None  # it is no parameter that is wrong
 
 
 def test_other_refusals(server: Server, client: openai.OpenAI) -> None:
