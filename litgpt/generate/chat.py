@@ -70,6 +70,10 @@ def talk(conversation: "Conversation", multiline: bool) -> None:
             if not terminal:
                 raise
             _note(str(error))
+        except KeyboardInterrupt:  # while the prompt, or the model for /base, is prepared
+            if not terminal:
+                raise
+            _note("stopped")
 
 
 class Conversation:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.data import JSON
-from litgpt.generate.chat import Conversation
+from litgpt.generate.chat import Conversation, talk
 from litgpt.generate.engine import Session
 from litgpt.generate.sampling import Sampling
 from litgpt.prompts import Alpaca, save_prompt_style
@@ -196,6 +197,27 @@ def test_ctrl_c_at_the_prompt_exits_130(chat: Any, base: Path, monkeypatch: pyte
     monkeypatch.setattr("builtins.input", read)
     code, out, err = chat("")
     assert (code, out) == (130, "answer\n") and err.endswith("Interrupted.\n")
+
+
+def test_ctrl_c_before_an_answer_keeps_the_conversation(
+    llm: LLM, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base of a fully tuned model takes seconds to load."""
+    said_to(monkeypatch, base)
+
+    def load(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("litgpt.generate.chat._base_of_run", load)
+    conversation = Conversation(llm, 8, GREEDY, folder=base)
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys, "stdin", type("Input", (io.StringIO,), {"isatty": lambda _, answer=is_terminal: answer})())
+        lines = iter(["hello", "/base", "again", ""])
+        monkeypatch.setattr("builtins.input", lambda _, lines=lines: next(lines))
+        with nullcontext() if is_terminal else pytest.raises(KeyboardInterrupt):
+            talk(conversation, False)
+    assert "[stopped]" in capsys.readouterr().err
+    assert [turn["content"] for turn in conversation.turns] == ["hello", "answer", "again", "answer", "hello", "answer"]
 
 
 @pytest.mark.slow
