@@ -48,7 +48,7 @@ FLAGS |= {f"attn.{layer}": LAYER_FLAGS[part] for layer, part in LATENT.items()}
 ADAPTABLE = re.compile(rf"transformer\.h\.\{{\}}\.(attn\.(qkv|proj|{'|'.join(LATENT)})|mlp\.(fc|fc_1|fc_2|proj))|lm_head")
 HARMLESS = {  # keys of adapter_config.json that are read here, or do not change what the adapter computes
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
-    *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "peft_type", "task_type", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
     *("modules_to_save", "alora_invocation_tokens", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
 }
@@ -273,7 +273,8 @@ def from_peft(
     saved = {
         places[name]: value for key, value in tensors.items() if (name := key.removeprefix(PREFIX)) in places and is_saved(key, settings)
     }
-    layers = _layers({key: value for key, value in tensors.items() if places.get(key.removeprefix(PREFIX)) not in saved}, plan, problems)
+    others = {key: value for key, value in tensors.items() if places.get(key.removeprefix(PREFIX)) not in saved}
+    layers = _layers(others, plan, bool(settings.get("use_dora")), problems)
     by_layer = _alphas(settings, layers, problems)
     if problems:
         raise UserError(f"{source} cannot become a litgpt adapter of the model {config.name!r}:\n  " + "\n  ".join(problems))
@@ -290,6 +291,8 @@ def from_peft(
     a = next(iter(units.values()))["lora_A"]
     for unit, (out, size) in plan.sizes.items():
         if unit not in units and flags[_flag(unit)] and block_of(unit) in (-1, *blocks):
+            if settings.get("use_dora"):
+                raise UserError(f"{source}: DoRA here is on all layers of a kind, and the adapter has none on {unit}: merge it with PEFT")
             units[unit] = {"lora_A": a.new_zeros(r, size), "lora_B": a.new_zeros(out, r)}
             ranks[unit], alphas[unit] = r, alpha
     own = {
@@ -302,6 +305,8 @@ def from_peft(
         "lora_alpha_pattern": compact(alphas, alpha),
         "modules_to_save": sorted({MODULES[key.split(".")[-2]] for key in saved}, reverse=True) or None,
     }
+    if settings.get("use_dora"):
+        own["lora_variant"] = "dora"
     if invocation := settings.get("alora_invocation_tokens"):
         own |= {"alora_enabled": True, "alora_invocation_tokens": invocation}
     return own, join(units) | saved
@@ -337,13 +342,13 @@ def unsupported(settings: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _layers(tensors: Mapping[str, Tensor], plan: Layout, problems: list[str]) -> dict[str, Unit]:
+def _layers(tensors: Mapping[str, Tensor], plan: Layout, use_dora: bool, problems: list[str]) -> dict[str, Unit]:
     """Return the parameters of each layer. Whatever does not fit is added to `problems`."""
     layers: dict[str, Unit] = {}
     unknown = []
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        parameter = next((factor for factor in FACTORS if name.endswith(f".{PARAMETERS[factor]}")), "")
+        parameter = next((key for key, theirs in PARAMETERS.items() if name.endswith(f".{theirs}")), "")
         module = name.removesuffix(f".{PARAMETERS.get(parameter)}")
         module = "lm_head" if module == "embed_out" else module
         if not parameter or name == key or module not in plan.layers:
@@ -352,7 +357,7 @@ def _layers(tensors: Mapping[str, Tensor], plan: Layout, problems: list[str]) ->
             layers.setdefault(module, {})[parameter] = tensor
     if unknown:
         problems.append(f"it has weights that are not LoRA on a linear layer of this model: {names.summary(unknown)}")
-    if alone := [name for name, layer in layers.items() if len(layer) < len(FACTORS)]:
+    if alone := [name for name, layer in layers.items() if not layer.keys() >= set(FACTORS)]:
         problems.append(f"only one of lora_A and lora_B is there for {names.summary(alone)}")
     if not layers:
         problems.append("it has no LoRA weights")
@@ -362,6 +367,9 @@ def _layers(tensors: Mapping[str, Tensor], plan: Layout, problems: list[str]) ->
         rank, size, out = len(a), plan.sizes[units[0]][1], sum(plan.sizes[unit][0] for unit in units)
         if a.shape != (rank, size) or b.shape != (out, rank) or not rank:
             problems.append(f"{name} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the layer is (in, out) {(size, out)}")
+        m = layer.get("lora_magnitude")
+        if (m is not None) != use_dora or (m is not None and m.shape != (out,)):
+            problems.append(f"{name}: with use_dora it needs a lora_magnitude_vector of {out} numbers, and without it none")
     return complete
 
 
@@ -394,22 +402,24 @@ def _alphas(settings: Mapping[str, Any], layers: Mapping[str, Unit], problems: l
 
 def _unstack(layer: Layer, stacked: Unit, r: int, plan: Layout) -> dict[str, Unit]:
     """Return the units of a layer, the reverse of `_stack`; where their blocks cannot be told apart, each has the layer's A."""
-    a, b = stacked["lora_A"], stacked["lora_B"]
-    if layer.order is not None:
-        b = b[torch.argsort(layer.order)]
-    parts = dict(zip(layer.units, b.split([plan.sizes[unit][0] for unit in layer.units]), strict=True))
+    a, sizes = stacked["lora_A"], [plan.sizes[unit][0] for unit in layer.units]
+    order = slice(None) if layer.order is None else torch.argsort(layer.order)
+    rows = {key: value[order].split(sizes) for key, value in stacked.items() if key != "lora_A"}
+    parts = {unit: {key: values[i] for key, values in rows.items()} for i, unit in enumerate(layer.units)}
+    is_whole = "lora_magnitude" in rows  # DoRA, which has values for all units
     equal = (len(a) // e for e in range(len(parts), 1, -1) if len(a) % e == 0)
     for rank in dict.fromkeys((r, *equal)) if len(a) != r else ():
         columns = range(0, len(a), rank)
-        owners = [[unit for unit, part in parts.items() if part[:, start : start + rank].any()] for start in columns]
-        chosen = list(layer.units) if len(owners) == len(layer.units) else [unit for owner in owners for unit in owner]
-        fits = len(a) % rank == 0 and len(chosen) == len(owners) == len(set(chosen))
+        owners = [[unit for unit, part in parts.items() if part["lora_B"][:, start : start + rank].any()] for start in columns]
+        chosen = list(parts) if len(owners) == len(parts) else [unit for owner in owners for unit in owner]
+        fits = len(a) % rank == 0 and len(chosen) == len(owners) == len(set(chosen)) and not (is_whole and len(chosen) < len(parts))
         if fits and all(owner in ([], [unit]) for owner, unit in zip(owners, chosen, strict=True)):
             return {
-                unit: {"lora_A": a[start : start + rank], "lora_B": parts[unit][:, start : start + rank]}
+                unit: {**parts[unit], "lora_A": a[start : start + rank], "lora_B": parts[unit]["lora_B"][:, start : start + rank]}
                 for unit, start in zip(chosen, columns, strict=True)
             }
-    return {unit: {"lora_A": a, "lora_B": part} for unit, part in parts.items() if part.any() or not b.any()}
+    is_new = not stacked["lora_B"].any()
+    return {unit: {"lora_A": a, **part} for unit, part in parts.items() if is_whole or is_new or part["lora_B"].any()}
 
 
 def load(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

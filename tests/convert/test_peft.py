@@ -301,7 +301,6 @@ def test_experts_are_refused() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "use_dora is True"),
     "biases": ({"bias": "lora_only"}, "bias is 'lora_only'"),
     "modules to save": ({"modules_to_save": ["down_proj"]}, r"modules_to_save is \['down_proj'\]"),
     "embeddings": ({"target_modules": ["embed_tokens"]}, r"not LoRA on a linear layer.*embed_tokens\.lora_embedding_A"),
@@ -328,6 +327,7 @@ def test_what_ours_cannot_express(kind: str, tmp_path: Path) -> None:
 def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
     peft_adapter("llama", tmp_path, target_modules=["q_proj"])
     settings = json.loads((tmp_path / "adapter_config.json").read_text()) | {"peft_type": "LOHA", "lora_dropout": 2, "bias": "all"}
+    settings["use_dora"] = True
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers."
     del tensors[f"{prefix}0.self_attn.q_proj.lora_A.weight"]
@@ -341,6 +341,7 @@ def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
         "bias is 'all'",
         "lora_dropout is 2",
         "only one of lora_A and lora_B is there for model.layers.0.self_attn.q_proj",
+        "model.layers.2.self_attn.q_proj: with use_dora it needs a lora_magnitude_vector of 32 numbers",
         "model.layers.1.self_attn.q_proj has shapes (4, 32) and (7, 4), the layer is (in, out) (32, 32)",
         "not LoRA on a linear layer of this model: model.layers.3.self_attn.q_proj.lora_B.weight",
     ):
@@ -399,6 +400,39 @@ def test_peft_computes_the_same_of_dora_and_rslora(family: str, variant: dict[st
     with torch.no_grad():
         want = model(IDX)
         assert_close(peft_logits(family, tmp_path), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("family", quick(["llama", "gpt_neox", "phi3", "gpt2", "falcon new decoder"], "falcon new decoder", "gpt2"))
+def test_dora_there_and_back(family: str, tmp_path: Path) -> None:
+    model = trained(family, **tiny.ALL_LORA, lora_variant="dora")
+    for name, value in model.named_parameters():
+        value.data = value.data.abs() + 0.5 if name.endswith("magnitude") else value.data
+    told = ours.to_peft(model.config, adapter_of(model), "org/base", kind_of(family))
+    settings, weights = ours.from_peft(*told, base_of(family), tmp_path, kind_of(family))
+    assert same(weights, adapter_of(model)) and lora.Config(**configs.pair(family)[1], **settings) == model.config
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama", ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]), ("gpt2", ["c_attn"]), ("phi3", ["qkv_proj"])],
+    ids=["single", "joined and transposed", "joined"],
+)
+def test_dora_of_peft(family: str, targets: list[str], tmp_path: Path, base_dir: Callable[[str], Path]) -> None:
+    theirs = peft_adapter(family, tmp_path, target_modules=targets, use_dora=True, fan_in_fan_out=family == "gpt2")
+    settings, weights = ours.load(tmp_path, base_dir(family))
+    assert settings["lora_variant"] == "dora"
+    model = configs.ours(family, **settings)
+    model.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        want = theirs(IDX).logits
+        assert_close(model.eval()(IDX), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_dora_on_some_layers_of_a_kind_is_refused(tmp_path: Path, base_dir: Callable[[str], Path]) -> None:
+    """Here the kinds of layers are switched on; a layer that is left out would need the lengths of its rows."""
+    peft_adapter("llama", tmp_path, target_modules=["gate_proj"], use_dora=True)
+    with pytest.raises(UserError, match=r"has none on transformer\.h\.0\.mlp\.\w+: merge it with PEFT"):
+        ours.load(tmp_path, base_dir("llama"))
 
 
 def test_dora_on_part_of_a_joined_layer_has_no_place() -> None:
