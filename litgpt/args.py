@@ -121,7 +121,7 @@ class TrainArgs:
     """How long to train, in what batches, and how the learning rate moves."""
 
     save_interval: Optional[int] = setting(1000, POSITIVE, may_change=True)
-    """Optimizer steps between checkpoints that stay. null: the final one only."""
+    """Optimizer steps between permanent checkpoints. null: only the final one."""
     save_every_minutes: Optional[float] = setting(30, ABOVE_0, may_change=True)
     """Minutes between checkpoints to resume from, besides save_interval's. Each is removed when the next checkpoint is complete."""
     keep_last: Optional[int] = setting(None, POSITIVE, may_change=True)
@@ -147,17 +147,17 @@ class TrainArgs:
     max_time: Optional[float] = setting(None, ABOVE_0, varies=True, may_change=True)
     """Stop after this many seconds of training."""
     max_seq_length: Optional[int] = setting(None, POSITIVE)
-    """Cut samples to this many tokens. null: what the model can read."""
+    """Cut samples to this many tokens. null: the model's context length."""
     group_by_length: bool = setting(False, varies=True)
-    """Make batches of samples of similar length, which take less memory. Their order stays random."""
+    """Put samples of similar length in a batch, which takes less memory. The order of the batches stays random."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the blocks that gradients cross, and run each block again in the backward pass: less memory, more time."""
     neftune_noise_alpha: Optional[float] = setting(None, ABOVE_0)
-    """Add uniform noise to the embeddings in training (NEFTune), 5 for example. Nothing is cached then. null: none."""
+    """Add uniform noise to the embeddings in training (NEFTune), 5 for example. Nothing is cached then. null: no noise."""
     tie_embeddings: Optional[bool] = None
     """Share one weight between the token embedding and the output head. null: as the checkpoint has it."""
     replay: int = setting(0, COUNT)
-    """Train this many general questions (24 at most) beside the data, with the base model's own answers: the model forgets less."""
+    """Also train on this many general questions (24 at most), with the base model's own answers, so that the model forgets less."""
     max_norm: Optional[float] = setting(None, ABOVE_0, varies=True)
     """Clip gradients to this norm. null: no clipping."""
     min_lr: float = setting(6e-5, FROM_0, varies=True)
@@ -177,14 +177,14 @@ class TrainArgs:
             raise UserError("training would never end: set one of train.epochs, train.max_steps, train.max_tokens, train.max_time")
         if is_timed and self.lr_warmup_fraction:
             raise UserError(
-                f"train.lr_warmup_fraction is {self.lr_warmup_fraction}, a share of all steps, whose number train.max_time alone does not "
-                "tell: give train.lr_warmup_steps instead, or set train.epochs, train.max_steps or train.max_tokens too"
+                f"train.lr_warmup_fraction is {self.lr_warmup_fraction}, a share of all steps, but train.max_time alone does not give "
+                "their number: give train.lr_warmup_steps instead, or set train.epochs, train.max_steps or train.max_tokens too"
             )
         if self.lr_warmup_fraction is not None:
             if self.lr_warmup_steps not in (None, 0, DEFAULT_WARMUP_STEPS):
                 raise UserError(
                     f"train.lr_warmup_steps ({self.lr_warmup_steps}) and train.lr_warmup_fraction ({self.lr_warmup_fraction}) are both "
-                    "given: leave one out; --train.lr_warmup_steps 0 takes back what a YAML file has"
+                    "given: leave one out; --train.lr_warmup_steps 0 overrides a YAML file"
                 )
             self.lr_warmup_steps = None
 
@@ -205,14 +205,14 @@ class TrainArgs:
 
 @dataclass
 class EvalArgs:
-    """When and on how much to validate."""
+    """When to validate, and on how many batches."""
 
     interval: int = setting(600, POSITIVE)
     """Optimizer steps between validations."""
     max_new_tokens: Optional[int] = setting(None, COUNT, may_change=True)
     """Length of the sample answer that is generated at each validation. null: none is generated."""
     max_iters: int = setting(100, POSITIVE)
-    """Batches per validation at most."""
+    """Maximum number of batches per validation."""
     initial_validation: bool = False
     """Validate before the first step."""
     final_validation: bool = True

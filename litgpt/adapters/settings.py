@@ -42,12 +42,12 @@ class AdapterSettings:
     lora_rslora: bool = setting(False, varies=True)
     """Scale LoRA by lora_alpha / sqrt(lora_r) (rsLoRA), which suits high ranks."""
     lora_rank_pattern: Optional[dict[str, int]] = setting(None, varies=True)
-    """Layers with a rank of their own, as PEFT's rank_pattern: --lora_rank_pattern.q_proj 4, or a name or regular expression such as
+    """Layers with their own rank, as in PEFT's rank_pattern: --lora_rank_pattern.q_proj 4, or a name or regular expression such as
     attn.proj, mlp.fc_1 or h.[0-9].attn.qkv in YAML."""
     lora_alpha_pattern: Optional[dict[str, float]] = setting(None, varies=True)
-    """Layers with an alpha of their own, as PEFT's alpha_pattern."""
+    """Layers with their own alpha, as in PEFT's alpha_pattern."""
     lora_freeze_a: bool = setting(False, varies=True)
-    """Train B alone, A stays as it was drawn (LoRA-FA): less memory, as the adapted layers' inputs are not kept."""
+    """Train only B and keep the initial A (LoRA-FA): less memory, as the adapted layers' inputs are not kept."""
     lora_query: bool = setting(False, varies=True)
     """LoRA on the query projections."""
     lora_key: bool = setting(False, varies=True)
@@ -61,33 +61,33 @@ class AdapterSettings:
     lora_head: bool = setting(False, varies=True)
     """LoRA on the output head."""
     lora_block_indices: BlockIndices = setting(None, varies=True)
-    """Blocks that get LoRA, in the forms of skip2lora_block_indices. The blocks before the first of them run frozen and are cached.
+    """Blocks that get LoRA, in the format of skip2lora_block_indices. The blocks before the first of them run frozen and are cached.
     Default: all."""
     modules_to_save: Optional[list[str]] = setting(None)
-    """Modules that are trained whole beside LoRA, and saved with it: wte, the embedding, and lm_head, the output layer. Where the base ties
-    the two, name both."""
+    """Modules to train in full beside LoRA, and to save with it: wte (the embedding) and lm_head (the output layer). If the base ties the
+    two, name both."""
     alora_enabled: bool = False
-    """Answer-only LoRA (aLoRA): LoRA acts from the tokens that open a reply on. Prompts run on the plain model: their keys and values are
-    computed once and cached, and an epoch computes the replies alone."""
+    """Answer-only LoRA (aLoRA): LoRA acts from the tokens that open a reply. Prompts run on the plain model: their keys and values are
+    computed once and cached, and an epoch computes only the replies."""
     alora_invocation_tokens: Optional[list[int]] = None
     """The token ids that open a reply and switch LoRA on. Default: those that the prompt style writes between a prompt and its reply."""
     value_head: Optional[ValueHeadKind] = setting(None, varies=True)
-    """A head that says how good an answer is, linear or with a hidden layer, trained by objective critic or verifiable."""
+    """A head that estimates how good an answer is, linear or with a hidden layer, trained by objective critic or verifiable."""
     mtp_heads: int = setting(0, Range(0, MOST_HEADS, whole=True), varies=True)
-    """Heads that predict the tokens behind the next one, for `litgpt generate --speculate heads`: trained together with LoRA and
+    """Heads that predict the tokens after the next one, for `litgpt generate --speculate heads`: trained together with LoRA and
     Skip2-LoRA, or alone, on a frozen model, if these are off."""
     mtp_taps: bool = False
-    """Let these heads read outputs of a low, a middle and a high block too, as EAGLE-3 does: the first, the middle and the last of those
-    that Skip2-LoRA taps; for heads that are trained alone, the third, the middle and the third last."""
+    """Let these heads also read the outputs of a low, a middle and a high block, as EAGLE-3 does: the first, the middle and the last of
+    those that Skip2-LoRA taps; for heads that are trained alone, the third, the middle and the third last."""
     skip2lora_enabled: bool = setting(False, varies=True)
-    """Train Skip2-LoRA adapters, from blocks' outputs straight to the output layer. LoRA then applies behind it only."""
+    """Train Skip2-LoRA adapters, from the blocks' outputs straight to skip2lora_output_layer. LoRA then applies only behind its input."""
     skip2lora_block_indices: BlockIndices = setting(None, varies=True, older_names=("skip2lora_positions",))
     """Blocks to tap: [0, 1, -1], all, last:6, every:5 or names such as transformer.h.3. auto:6 (or auto) chooses 6 before training, from
     the outputs of all blocks on a sample of the training data. Default: the last 6."""
     skip2lora_output_layer: str = "lm_head"
     """The layer whose input the adapters' sum is added to: lm_head, transformer.ln_f or transformer.h.M."""
     skip2lora_norm: TapNorm = "rms"
-    """rms divides a block's output by its root mean square before its adapter, none does not."""
+    """rms divides a block's output by its root mean square before its adapter; none does not."""
     skip2lora_r: Optional[int] = setting(None, RANK, varies=True)
     """Rank of the Skip2-LoRA adapters. Default: lora_r."""
     skip2lora_alpha: Optional[int] = setting(None, Range(), varies=True)
@@ -181,7 +181,7 @@ class WarmupSettings:
 
     skip2lora_warmup_steps: int = setting(0, COUNT)
     """Train ordinary LoRA on every block for this many steps first (besides train.epochs and max_steps), then freeze it with the blocks
-    before the output layer. Slower to start, better."""
+    before the output layer. Slower to start, but a lower loss."""
     skip2lora_warmup_epochs: float = setting(0.0, FROM_0)
     """The same in epochs, 0.5 or 1 for example, in place of steps."""
     skip2lora_warmup_lr: Optional[float] = setting(None, ABOVE_0)
@@ -190,7 +190,7 @@ class WarmupSettings:
     def __post_init__(self) -> None:
         require_ranges(self)
         if self.skip2lora_warmup_steps and self.skip2lora_warmup_epochs:
-            raise UserError("skip2lora_warmup_steps and skip2lora_warmup_epochs say the same in two ways: give one of them")
+            raise UserError("skip2lora_warmup_steps and skip2lora_warmup_epochs both set the length of the warm-up: give one of them")
 
     @property
     def has_warmup(self) -> bool:

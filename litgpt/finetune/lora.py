@@ -32,11 +32,11 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
     loraplus_lr_ratio: float = setting(1.0, ABOVE_0, varies=True)
     """The learning rate of B as a multiple of A's (LoRA+): 16 for example, with a lower rate."""
     lr_ratios: Optional[dict[str, float]] = setting(None, varies=True)
-    """Groups of parameters with a learning rate of their own, as multiples of the optimizer's: lora, skip2lora, value_head, mtp_heads, wte
+    """Groups of parameters with their own learning rates, as multiples of the optimizer's: lora, skip2lora, value_head, mtp_heads, wte
     and lm_head. --lr_ratios.value_head 10 for example."""
     skip2lora_cache: Literal["auto", "memory", "disk", "off"] = setting("auto", may_change=True)
-    """Where the frozen blocks' activations are kept for the epochs after the first: memory, disk, off, or auto (memory if they fit half of
-    what is free, else disk)."""
+    """Where the frozen blocks' activations are kept for the epochs after the first: memory, disk, off, or auto (memory if they fit into
+    half of the free memory, else disk)."""
     skip2lora_cache_dir: Optional[Path] = setting(None, may_change=True)
     """Folder for caches on disk. Default: activation_cache beside out_dir."""
     skip2lora_cache_dtype: Optional[str] = None

@@ -20,11 +20,11 @@ class Sweep(Lora):
     out_dir: Path = setting(Path("out/finetune/sweep"), may_change=True)
     """Folder for the results, sweep.csv and sweep.json, and a folder for each trial."""
     eval: EvalArgs = setting(EvalArgs(interval=100, initial_validation=True))
-    """When and on how much to validate. A sweep generates no sample answers."""
+    """When to validate, and on how many batches. A sweep generates no sample answers."""
     overwrite: bool = setting(False, may_change=True)
     """Replace an earlier sweep in out_dir."""
     resume: Resume = setting(False, may_change=True)
-    """auto: resume the sweep in out_dir, if there is one. Finished trials are skipped, the one that was stopped is resumed."""
+    """auto: resume the sweep in out_dir, if there is one. Finished trials are skipped; the trial that was stopped is resumed."""
     dry_run: bool = setting(False, may_change=True)
     """Check everything and list the trials, their steps and the cache's bytes. Writes nothing."""
     grid: Optional[Grid] = None
@@ -43,7 +43,7 @@ class Sweep(Lora):
             )
         if key := next((key for key in ("skip2lora_warmup_steps", "skip2lora_warmup_epochs") if getattr(self, key)), None):
             raise UserError(
-                f"{key}: a warm-up changes what the frozen blocks compute, for each trial anew, so nothing could be shared. "
+                f"{key}: a warm-up changes the frozen blocks' outputs in each trial, so nothing could be shared. "
                 "Train LoRA alone once (litgpt finetune, --max_steps) and sweep from its final folder as checkpoint_dir: it has LoRA merged"
             )
         if str(self.resume) not in ("True", "False", "auto"):

@@ -51,7 +51,7 @@ class Drawing:
     quantize: Optional[Quantization] = None
     """Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU)."""
     compile: bool = False
-    """Compile the computation of a token (torch.compile), up to a minute before the first answer; not with generate_tp or drafts."""
+    """Compile the computation of a token (torch.compile): takes up to a minute before the first answer; not with generate_tp or drafts."""
     accelerator: Accelerator = "auto"
     """Device to compute on. auto: the first GPU that works, else the CPU."""
     seed: int = 1234
@@ -141,7 +141,7 @@ class Generate(Answers, Checkpoint):
     best_of: int = setting(1, POSITIVE)
     """Draw this many answers and show the best of them, by `by`."""
     by: Literal["value"] = "value"
-    """value takes the answer that the model's value head takes for the best (`litgpt finetune --objective critic`)."""
+    """value takes the answer that the model's value head rates highest (`litgpt finetune --objective critic`)."""
 
     def main(self) -> None:
         if self.best_of > 1 and (self.speculate or self.num_samples > 1):
@@ -163,7 +163,7 @@ class Generate(Answers, Checkpoint):
         answers = self.drawn(llm, [text], self.best_of)
         values = llm.values([[*prompt, *answer] for answer in answers])
         show(f"{llm.tokenizer.decode([*prompt, *answers[values.index(max(values))]])}\n")
-        print(f"value {max(values):.3f}, of {self.best_of} answers from {min(values):.3f} on", file=sys.stderr)
+        print(f"value {max(values):.3f}, the highest of {self.best_of} answers (lowest {min(values):.3f})", file=sys.stderr)
 
 
 @dataclass
@@ -173,12 +173,12 @@ class Models:
     draft_model_checkpoint_dir: Path
     """Folder of the small model."""
     target_model_checkpoint_dir: Path
-    """Folder of the large model, whose answers these are."""
+    """Folder of the large model, which gives the answers."""
 
 
 @dataclass
 class Speculatively(Answers, Models):
-    """Answer a prompt with a large model, faster by a small model of the same vocabulary that drafts its tokens."""
+    """Answer a prompt with a large model, sped up by a small model of the same vocabulary that drafts its tokens."""
 
     speculative_k: int = setting(3, POSITIVE)
     """Tokens that the small model drafts at a time."""

@@ -21,8 +21,8 @@ class ObjectiveSettings:
     """What a step minimises, and its constants."""
 
     objective: Name = setting("next_token")
-    """next_token; rho1, of those tokens that a reference model finds learnable; from answers that are preferred to others, dpo, orpo or
-    kto; from answers with a reward, critic, which trains a value head alone, or verifiable, which trains adapters beside it."""
+    """next_token; rho1: the next token, where a reference model finds it learnable; dpo, orpo or kto: answers that are preferred to others;
+    critic or verifiable: answers with a reward. critic trains a value head alone, verifiable trains adapters with it."""
     rho1_reference: Optional[Path] = None
     """A checkpoint or adapter folder: a model that was trained on good data, with the same tokenizer."""
     rho1_keep: float = setting(0.6, Range(0, 1, above=True), varies=True)
@@ -30,19 +30,19 @@ class ObjectiveSettings:
     dpo_beta: float = setting(0.1, ABOVE_0, varies=True)
     """How strongly DPO keeps the model near the base: lower lets it move further."""
     dpo_label_smoothing: float = setting(0.0, Range(0, 0.5, below=True), varies=True)
-    """The share of pairs, below 0.5, that DPO takes for labelled the wrong way round."""
+    """The share of pairs, below 0.5, that DPO assumes to be labelled the wrong way round."""
     dpo_length_normalised: bool = setting(False, varies=True)
-    """Divide DPO's log-ratio of each answer by its number of tokens. Then dpo_beta should be about as much higher."""
+    """Divide DPO's log-ratio of each answer by its number of tokens. dpo_beta should then be higher by about that factor."""
     orpo_lambda: float = setting(0.1, FROM_0, varies=True)
     """The weight of ORPO's odds ratio beside the loss of the preferred answer."""
     kto_beta: float = setting(0.1, ABOVE_0, varies=True)
     """The same as dpo_beta, for KTO."""
     kto_desirable_weight: float = setting(1.0, FROM_0, varies=True)
-    """Factor of KTO's losses of answers that are good."""
+    """Factor of KTO's loss for good answers."""
     kto_undesirable_weight: float = setting(1.0, FROM_0, varies=True)
-    """Factor of KTO's losses of answers that are bad."""
+    """Factor of KTO's loss for bad answers."""
     mtp_weight: float = setting(0.3, FROM_0, varies=True)
-    """The weight of the multi-token heads' mean loss (mtp_heads) beside the next token's, where adapters are trained too."""
+    """The weight of the multi-token heads' mean loss (mtp_heads) beside the next token's, if adapters are trained too."""
     critic_lambda: float = setting(1.0, SHARE, varies=True)
     """The target of a critic's value: 1 is the answer's reward; below 1, it is mixed with the values of the tokens that follow (TD)."""
     verifiable_beta: float = setting(1.0, FROM_0, varies=True)

@@ -26,11 +26,11 @@ class Serve:
     adapter_dir: Optional[Path] = None
     """Folder below which /v1/load_lora_adapter may load adapters while the server runs. null: the models stay as they are."""
     host: str = "127.0.0.1"
-    """Address to listen at. 0.0.0.0 is all of this machine's: give an api_key then."""
+    """Address to listen on. 0.0.0.0: all addresses of this machine; give an api_key then."""
     port: int = 8000
-    """Port to listen at; 0 for any that is free."""
+    """Port to listen on. 0: any free port."""
     max_new_tokens: int = setting(50, POSITIVE)
-    """Longest answer of /predict in tokens, where the request does not say."""
+    """Longest answer of /predict in tokens, unless the request sets it."""
     temperature: Optional[float] = None
     """Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token. null: the checkpoint's, or 0.8."""
     top_k: Optional[int] = None
@@ -38,7 +38,7 @@ class Serve:
     top_p: Optional[float] = None
     """Draw among the most probable tokens that hold this much probability together. null: the checkpoint's, or 1."""
     stream: bool = False
-    """Answer /predict in pieces, one JSON object a line."""
+    """Stream the answers of /predict, one JSON object per line."""
     precision: Optional[str] = None
     """Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true."""
     quantize: Optional[Quantization] = None
@@ -48,11 +48,11 @@ class Serve:
     devices: int = 1
     """Number of devices; this server computes on one."""
     openai_spec: bool = False
-    """OpenAI's interface is there with and without it, as /predict is."""
+    """No effect: OpenAI's interface and /predict are always there."""
     generate_strategy: Optional[Literal["sequential", "tensor_parallel"]] = None
-    """How several devices divide the model; this server computes on one, and says so."""
+    """How several devices divide the model. No effect: this server computes on one, and says so."""
     api_path: str = "/predict"
-    """Where LitGPT's /predict is."""
+    """Path of LitGPT's /predict."""
     api_key: Optional[str] = None
     """Key that requests must carry, as `Authorization: Bearer KEY`. Better given as LIT_SERVER_API_KEY in the environment."""
     access_token: Optional[str] = None
@@ -60,18 +60,18 @@ class Serve:
     max_batch: int = setting(16, POSITIVE)
     """Answers computed at a time."""
     max_queue: int = setting(64, POSITIVE)
-    """Requests that wait; further ones are refused (429)."""
+    """Requests that may wait; further ones are refused (429)."""
     max_prompt_tokens: Optional[int] = None
-    """Longest prompt. null: what the model reads."""
+    """Longest prompt in tokens. null: the model's context length."""
     timeout: float = setting(300.0, ABOVE_0)
-    """Seconds that a request may take, waiting included; its answer is cut then."""
+    """Seconds that a request may take, waiting included; then its answer is cut."""
 
     def __post_init__(self) -> None:
         if self.devices != 1:
             raise UserError(f"devices is {self.devices}: this server computes on one device")
         require_ranges(self)
         if not self.api_path.startswith("/"):
-            raise UserError(f"api_path is {self.api_path!r}: it begins with /, for example /predict")
+            raise UserError(f"api_path is {self.api_path!r}: it must begin with /, for example /predict")
         if self.generate_strategy is not None:
             print(f"generate_strategy {self.generate_strategy}: this server computes on one device, which needs none", file=sys.stderr)
         self.folders = named(self.adapters or [])
@@ -148,7 +148,7 @@ def listen(host: str, port: int) -> Any:
         return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        raise UserError(f"cannot listen at {host}, port {port}: {reason}. Choose another --port or --host") from None
+        raise UserError(f"cannot listen on {host}, port {port}: {reason}. Choose another --port or --host") from None
 
 
 def run(app: Any, socket: Any, timeout: float) -> None:

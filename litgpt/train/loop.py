@@ -257,7 +257,7 @@ class Loop:
             return True
         if self.is_half and state.loss_scale > 1 and math.isfinite(values["loss"]):
             state.loss_scale /= 2
-            self.say(f"step {state.step + 1}: the gradients overflow in 16 bits: the step is skipped, and the loss is scaled by less")
+            self.say(f"step {state.step + 1}: the gradients overflow in 16 bits: the step is skipped, and the loss scale is lowered")
             return False
         if self.train.skip_nonfinite:
             state.skipped += 1

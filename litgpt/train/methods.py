@@ -196,9 +196,9 @@ def describe_choice(choice: Choice, candidates: tuple[int, ...], seconds: float)
     found = f"skip2lora_block_indices auto: blocks {ranges(choice.blocks)} of {ranges(candidates)}"
     looked_at = f"{choice.samples:,} samples, {choice.rows:,} positions, {seconds:.0f} s"
     if choice.value <= 0:
-        return f"{found}, the last, as the sample tells nothing about which are better; {looked_at}"
+        return f"{found}, the last ones, as the sample does not show which are better; {looked_at}"
     others = ", ".join(f"{name} {100 * value:.2f} %" for name, value in choice.rules.items())
-    return f"{found}, which predict {100 * choice.value:.2f} % of the loss's gradient on samples not fitted ({others}); {looked_at}"
+    return f"{found}, which predict {100 * choice.value:.2f} % of the loss's gradient on held-out samples ({others}); {looked_at}"
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

@@ -80,7 +80,7 @@ class OutDir:
 
     def _refuse(self, foreign: list[Path]) -> NoReturn:
         names = ", ".join(str(file.relative_to(self.path)) for file in foreign[:6])
-        raise UserError(f"out_dir {self.path} holds files under the names of a run that no run wrote ({names}): move them away first")
+        raise UserError(f"out_dir {self.path} holds files named like a run's that no run wrote ({names}): move them away first")
 
     def _take(self) -> None:
         """Lock the folder, if it exists and the file system supports locks, and remove the leftovers of killed processes."""
@@ -103,7 +103,7 @@ class OutDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"out_dir {self.path} cannot be made: {error.strerror}. Give another --out_dir") from None
+            raise UserError(f"out_dir {self.path} cannot be created: {error.strerror}. Give another --out_dir") from None
         self._take()
         self.check()  # another run may have been quicker
         if not resumed:

@@ -164,7 +164,7 @@ def _of_another(group: Group, failures: list[Failure], saved: Callable[[], str])
     is_speaker = group.speaker == group.place.index and not has_spoken
     text = (
         "; ".join(f"rank {failure.index}: {failure.message}" for failure in failures)
-        or f"rank {', '.join(map(str, group.elsewhere))}, of another machine, cannot be reached"
+        or f"rank {', '.join(map(str, group.elsewhere))}, on another machine, cannot be reached"
     )
     group.tell(*(failures or [Failure(group.place.index, code, text)]))
     if not is_speaker:

@@ -200,7 +200,9 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))
     if largest >= model.config.V:
         file = base / "tokenizer.json"
-        raise UserError(f"{file} gives the token id {largest}, the model knows {model.config.V}: it is another model's, copy it again")
+        raise UserError(
+            f"{file} gives the token id {largest}, the model knows {model.config.V}: it belongs to another model, copy it again"
+        )
     if model.config.alora_enabled:
         console.say(_switch_on_replies(job))
     model.activation_checkpointing = settings.train.activation_checkpointing
@@ -216,7 +218,7 @@ def _require_fitting(settings: Run, objective: Objective) -> None:
         kind = "gives tokens" if settings.data.gives_tokens else "is running text"
         raise UserError(f"objective {name} rates or compares answers, and {type(settings.data).__name__} {kind}: give data with answers")
     if objective.of_answers and settings.train.replay:
-        raise UserError(f"train.replay has answers without others to compare them with, or a reward: leave it out with objective {name}")
+        raise UserError(f"train.replay adds answers that have no counterpart and no reward: leave it out with objective {name}")
 
 
 def _switch_on_replies(job: Job) -> str:

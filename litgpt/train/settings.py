@@ -32,13 +32,13 @@ class Run:
     accelerator: Accelerator = setting("auto", may_change=True)
     """Device to train on. auto: the first GPU that works, else the CPU."""
     devices: Union[int, str] = setting(1, may_change=True)
-    """Number of devices of each machine to train on, or "auto". torchrun's or srun's processes are used as they are."""
+    """Number of devices per machine to train on, or "auto". With torchrun or srun, the processes that they start are used."""
     num_nodes: int = setting(1, may_change=True)
     """Number of machines to train on."""
     strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", may_change=True)
     """ddp: each process has a copy of the model. fsdp: each has a part of it. auto: ddp if a copy fits, else fsdp."""
     cpu_offload: bool = setting(False, may_change=True)
-    """With fsdp keep each process's part of the model, its gradients and its optimizer in the CPU's memory, and not on the GPU."""
+    """With fsdp, keep each process's part of the model, its gradients and its optimizer state in CPU memory instead of on the GPU."""
     timeout: float = setting(1800.0, may_change=True)
     """Seconds that processes wait for each other before they end the run."""
     data: Optional[DataModule] = setting(None, may_change=True)
@@ -46,7 +46,7 @@ class Run:
     train: TrainArgs = setting(TrainArgs(micro_batch_size=1))
     """How long to train, in what batches, and how the learning rate moves."""
     eval: EvalArgs = setting(EvalArgs(interval=100, max_new_tokens=100))
-    """When and on how much to validate."""
+    """When to validate, and on how many batches."""
     log: LogArgs = setting(LogArgs(), may_change=True)
     """Names and extras for remote loggers."""
     optimizer: Union[str, dict[str, Any]] = setting("AdamW", varies=True)

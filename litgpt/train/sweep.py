@@ -225,7 +225,7 @@ def _earlier(settings: Run) -> dict[str, Any] | None:
     file = settings.out_dir / JSON
     if foreign := foreign_files(settings.out_dir):
         raise UserError(
-            f"out_dir {settings.out_dir} holds files with the names of a sweep's that no sweep wrote ({', '.join(foreign)}): move them away"
+            f"out_dir {settings.out_dir} holds files named like a sweep's that no sweep wrote ({', '.join(foreign)}): move them away"
         )
     if settings.overwrite or not file.is_file():
         return None
@@ -258,7 +258,7 @@ def _candidates(settings: Run, grid: Grid | None, samples: int | None) -> tuple[
             raise UserError(
                 f"grid: {first.trial.name} trains from {_layer(first.config)} on, "
                 f"{candidate.trial.name} from {_layer(candidate.config)} on. "
-                "The frozen layers before that run once for all settings, so they must be the same: make a sweep of each"
+                "The frozen layers before that run once for all settings, so they must be the same: run a sweep for each"
             )
     if not first.config.cut and not first.config.alora_enabled:
         raise UserError(
@@ -320,7 +320,7 @@ def _n_validated(candidates: list[Candidate], job: Job) -> int:
     if len(counts) > 1:
         numbers = " or ".join(f"{count:,}" for count in sorted(counts))
         job.console.say(
-            f"validation losses are not of the same samples: eval.max_iters {batches} batches of train.micro_batch_size are {numbers} "
+            f"validation losses are on different samples: eval.max_iters {batches} batches of train.micro_batch_size are {numbers} "
             "samples. Raise eval.max_iters to compare them"
         )
     return max(counts) * group
@@ -354,7 +354,7 @@ def _introduce(job: Job, table: Table, waiting: int, place: Place | None, before
     names = {trial.name for trial in table.trials}
     if left_out := [row["setting"] for row in before.get("runs", ()) if row["setting"] not in names]:
         shown = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
-        say(f"{counted(len(left_out), 'earlier setting')} not in this grid: {shown}. The table leaves them out, their folders stay")
+        say(f"{counted(len(left_out), 'earlier setting')} not in this grid: {shown}. The table leaves them out; their folders stay")
     for trial in table.of(FAILED):
         say(f"{trial.name} cannot be trained: {trial.reason}")
 

@@ -62,7 +62,7 @@ def expand(settings: Run, grid: Grid | None, samples: int | None = None) -> list
     Raises UserError for keys that may not vary and for values that are named twice.
     """
     if not grid:
-        raise UserError("no grid: name what is to vary and the values to try, for example --grid.lora_r '[4, 8, 16]'")
+        raise UserError("no grid: name the keys to vary and the values to try, for example --grid.lora_r '[4, 8, 16]'")
     if getattr(settings, "modules_to_save", None):
         raise UserError(
             "modules_to_save trains weights of the base, which the trials of a sweep share: run `litgpt finetune_lora` for each"
@@ -103,7 +103,7 @@ def _allowed(grid: Grid, varying: list[str]) -> Grid:
     if fixed := [key for key in keys if key not in varying and not key.startswith("optimizer.")]:
         raise UserError(
             f"grid: {', '.join(fixed)} cannot vary: the frozen layers' outputs are computed once, and every trial is trained from them. "
-            f"These may vary: {', '.join(varying)}, optimizer.*. For anything else make a sweep of each value"
+            f"These may vary: {', '.join(varying)}, optimizer.*. For anything else, run a sweep for each value"
         )
     for key, values in zip(keys, grid.values(), strict=True):
         (text, count), *_ = Counter(json.dumps(value, sort_keys=True) for value in values).most_common(1)

@@ -364,7 +364,7 @@ def test_examples_with_the_same_question_keep_their_answers_apart(base: Path, tm
     page = (run.out_dir / "report.html").read_text()
     shown = re.findall(r"<div class=answer><b>Sum up.\n(text \d+)</b>", page)
     assert len(shown) == 3 and shown[0] == shown[2] != shown[1]
-    assert page.count("<dt>after 1 steps") == 3 and "<dt>before" not in page and "before:" not in run.err
+    assert page.count("<dt>after 1 step<") == 3 and "<dt>before" not in page and "before:" not in run.err
 
 
 def test_no_answers_are_made_where_none_are_wanted(base: Path, data: Path, tmp_path: Path) -> None:

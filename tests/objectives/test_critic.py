@@ -137,7 +137,7 @@ def test_two_processes_train_like_one(base: Path, rated: Path, tmp_path: Path) -
         ("finetune_lora", {"skip2lora_enabled": True}, "trains the value head alone"),
         ("finetune_lora", {"objective": "next_token"}, "value_head is not trained by objective next_token"),
         ("finetune_lora", {"critic_lambda": 1.5}, "critic_lambda is 1.5"),
-        ("finetune_lora", {"train__replay": 3}, "or a reward"),
+        ("finetune_lora", {"train__replay": 3}, "no reward"),
         ("finetune_lora", {"value_head": "deep"}, "value_head"),
         ("finetune_full", {"value_head": None, "lora_query": None, "lora_value": None}, "use `litgpt finetune_lora`"),
     ],

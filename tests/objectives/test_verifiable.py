@@ -208,7 +208,7 @@ def test_two_processes_train_like_one(method: str, base: Path, rated: Path, tmp_
             {"lr_ratios.mtp_heads": 2},
             "lr_ratios names mtp_heads, which is not trained: these settings train lora, value_head",
         ),
-        ("finetune_lora", {"train__replay": 3}, "or a reward"),
+        ("finetune_lora", {"train__replay": 3}, "no reward"),
         ("finetune_full", {"objective": "verifiable"}, "use `litgpt finetune_lora`"),
     ],
 )

@@ -37,7 +37,7 @@ def blocks_of(folder: Path) -> list[int]:
 
 def test_every_checkpoint_names_the_chosen_blocks(made: Run, base: Path, data: Path) -> None:
     chosen = blocks_of(made.final)
-    assert len(chosen) == 2 and "skip2lora_block_indices auto: blocks " in made.err and "samples not fitted (last:2 " in made.err
+    assert len(chosen) == 2 and "skip2lora_block_indices auto: blocks " in made.err and "held-out samples (last:2 " in made.err
     for folder in (made.final, *made.out_dir.glob("step-*"), made.out_dir / "best"):
         assert blocks_of(folder) == chosen
         assert yaml.safe_load((folder / "hyperparameters.yaml").read_text())["skip2lora_block_indices"] == "auto:2"

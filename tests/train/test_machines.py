@@ -84,7 +84,7 @@ def test_a_cut_link_ends_both_machines_and_the_run_is_resumed(machines: list[str
     results = ended(processes, 90)
     assert all(code != 0 for code, _ in results), results
     lines = [line for _, err in results for line in err.splitlines() if line.startswith("Error: ")]
-    assert lines and all("of another machine, cannot be reached" in line and "is complete" in line for line in lines), results
+    assert lines and all("on another machine, cannot be reached" in line and "is complete" in line for line in lines), results
     assert_sound(out_dir)
     ip("-n", machines[0], "link", "set", "eth0", "up")
     results = ended(torchrun(machines, ["none", "0", *bench.argv(out_dir, **settings, resume=True)]), 180)

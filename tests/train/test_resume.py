@@ -289,11 +289,11 @@ OTHERS: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     ),
     "cache": ({"skip2lora_cache": "memory"}, None, ["skip2lora_cache was False and is True"]),
     "precision": ({"precision": "bf16-true"}, None, ["precision was '32-true' and is 'bf16-true'"]),
-    "data": ({}, other_data, ["the training data are other ones (18 samples then, 18 now)"]),
-    "more data": ({}, more_data, ["training data are other ones (18 samples then, 27 now)", "validation data are other ones"]),
-    "base": ({}, other_base, ["the base model is another one"]),
-    "base's config": ({}, other_config, ["the base model is another one"]),
-    "template": ({"data.prompt_style": "alpaca"}, None, ["training data are other ones"]),
+    "data": ({}, other_data, ["the training data are different (18 samples then, 18 now)"]),
+    "more data": ({}, more_data, ["training data are different (18 samples then, 27 now)", "validation data are different"]),
+    "base": ({}, other_base, ["the base model is a different one"]),
+    "base's config": ({}, other_config, ["the base model is a different one"]),
+    "template": ({"data.prompt_style": "alpaca"}, None, ["training data are different"]),
 }
 
 

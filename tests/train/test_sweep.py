@@ -196,8 +196,8 @@ def test_losses_of_different_samples_are_pointed_out(base: Path, data: Path, tmp
     """Two validation samples: one batch of one is half of them."""
     values = {"train.micro_batch_size": [1, 2]}
     few = sweep(base, data, tmp_path / "few", values, eval__max_iters=1, dry_run=True, **SKIP)
-    assert few.code == 0 and "not of the same samples: eval.max_iters 1 batches of train.micro_batch_size are 1 or 2 samples" in few.err
-    assert "not of the same samples" not in sweep(base, data, tmp_path / "all", values, eval__max_iters=2, dry_run=True, **SKIP).err
+    assert few.code == 0 and "on different samples: eval.max_iters 1 batches of train.micro_batch_size are 1 or 2 samples" in few.err
+    assert "on different samples" not in sweep(base, data, tmp_path / "all", values, eval__max_iters=2, dry_run=True, **SKIP).err
 
 
 # --- refused ---
@@ -304,7 +304,7 @@ def test_a_sweep_of_other_settings_is_not_gone_on_with(base: Path, data: Path, t
     assert "not in this grid" in wider.err
     fewer = sweep(base, data, tmp_path, {"lora_r": [4], "seed": [1337]}, resume="auto", **SKIP)
     assert fewer.code == 0 and [row["setting"] for row in rows(tmp_path)] == ["lora_r=4,seed=1337"]
-    assert "1 earlier setting not in this grid: lora_r=2,seed=1337. The table leaves them out, their folders stay" in fewer.err
+    assert "1 earlier setting not in this grid: lora_r=2,seed=1337. The table leaves them out; their folders stay" in fewer.err
     assert sweep(base, data, tmp_path, {"lora_r": [2]}, overwrite=True, train__epochs=1, **SKIP).code == 0
     assert [row["steps"] for row in rows(tmp_path)] == ["3"]
 

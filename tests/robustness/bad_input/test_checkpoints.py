@@ -360,7 +360,7 @@ TOKENIZER = [
             )
         ),
         "tokenizer.json gives the token id 320",
-        "another model's, copy it again",
+        "another model, copy it again",
     ),
     Case(
         "no JSON in its config", generate(file("tokenizer_config.json", "{")), "tokenizer_config.json, line 1, column 2", "not valid JSON"

@@ -52,7 +52,7 @@ ROWS = [
     Case("a device", out(lambda place: "/dev/null"), "out_dir /dev/null", "is a file"),
     Case("a name too long", out(lambda place: "x" * 300), "out_dir", "too long", code=2),
     Case("a path too long", out(lambda place: "/".join(["x" * 80] * 20 + ["x" * 300])), "out_dir", "too long", code=2),
-    Case("the kernel's files", out(lambda place: "/proc/litgpt"), "out_dir /proc/litgpt cannot be made", "another --out_dir"),
+    Case("the kernel's files", out(lambda place: "/proc/litgpt"), "out_dir /proc/litgpt cannot be created", "another --out_dir"),
     Case("an earlier run", out(lambda place: place.write("out/final/x", "").parent.parent), "out_dir", "--overwrite true"),
     Case("half an earlier run", out(lambda place: place.write("out/step-000100/x", "").parent.parent), "out_dir", "--overwrite true"),
     Case(
