@@ -50,7 +50,7 @@ def parser_of(prog: str, command: Callable[..., Any], keys: Keys) -> jsonargpars
     )
     usage = " ".join([prog, "[CONFIG.yaml]", *(f"[{name.upper()}]" for name in keys.bare), "[--KEY VALUE ...]"])
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, usage=usage, formatter_class=_Help)
-    parser.add_argument("--config", action="config", help="A YAML file of these keys, and of base: another file, which it overrides.")
+    parser.add_argument("--config", action="config", help="A YAML file of these keys. Its key base names another file, which it overrides.")
     for base in filter(None, keys.classes.values()):
         known_classes(base)  # imports them
     if isinstance(command, type):

@@ -1,4 +1,4 @@
-"""Modules of the base that are trained whole beside LoRA, PEFT's `modules_to_save`: the embedding and the output layer.
+"""Modules of the base that are trained in full beside LoRA, PEFT's `modules_to_save`: the embedding and the output layer.
 
 Their weights are fp32 copies, which start from the base's; the layer computes in the base's dtype. A head that is tied to the embedding
 stays so if both are trained: they are one parameter then, with one gradient. If one of them is trained, the other keeps the base's weight.

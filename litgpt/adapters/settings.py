@@ -64,7 +64,7 @@ class AdapterSettings:
     """Blocks that get LoRA, in the format of skip2lora_block_indices. The blocks before the first of them run frozen and are cached.
     Default: all."""
     modules_to_save: Optional[list[str]] = setting(None)
-    """Modules to train in full beside LoRA, and to save with it: wte (the embedding) and lm_head (the output layer). If the base ties the
+    """Modules to train in full and save alongside LoRA: wte (the embedding) and lm_head (the output layer). If the base ties the
     two, name both."""
     alora_enabled: bool = False
     """Answer-only LoRA (aLoRA): LoRA acts from the tokens that open a reply. Prompts run on the plain model: their keys and values are
@@ -106,10 +106,10 @@ class AdapterSettings:
         if self.alora_enabled and not self.has_lora_in_blocks:
             raise UserError("alora_enabled needs LoRA in the blocks: set lora_r and lora_query, lora_mlp, ...")
         if self.mtp_taps and not self.mtp_heads:
-            raise UserError("mtp_taps needs heads that read them: set mtp_heads to 1 or more, in a sweep beside grid.mtp_heads too")
+            raise UserError("mtp_taps needs heads that read them: set mtp_heads to 1 or more, also in a sweep with grid.mtp_heads")
         if self.mtp_taps and not self.skip2lora_enabled and self.changes_text:
             raise UserError(
-                "mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA: LoRA in the blocks changes their outputs, and "
+                "mtp_taps is for mtp_heads that are trained alone or with Skip2-LoRA: LoRA in the blocks changes their outputs, and "
                 "nothing could be cached"
             )
         if self.lora_rank_pattern:
@@ -127,7 +127,7 @@ class AdapterSettings:
             return
         names = self.modules_to_save if isinstance(self.modules_to_save, list) else [self.modules_to_save]
         if unknown := [str(name) for name in names if str(name).rpartition(".")[2] not in MODULES]:
-            raise UserError(f"modules_to_save names {', '.join(unknown)[:100]}: wte (the embedding) and lm_head can be trained whole")
+            raise UserError(f"modules_to_save names {', '.join(unknown)[:100]}: wte (the embedding) and lm_head can be trained in full")
         self.modules_to_save = sorted({MODULES[str(name).rpartition(".")[2]] for name in names}, reverse=True)
         obstacles = {
             "lora_head": self.lora_r > 0 and self.lora_head and "lm_head" in self.modules_to_save,

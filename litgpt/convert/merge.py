@@ -98,7 +98,7 @@ def merged(folder: Path, base: Path, config: "LoRAConfig", dtype: "torch.dtype")
             names.setdefault(id(layers.get(name, value)), []).append(name)
 
     def load(name: str) -> "torch.Tensor":
-        if name in learned:  # of a module that was trained whole
+        if name in learned:  # of a module that was trained in full
             return learned[name].to(dtype)
         weight = loads[name]()
         if name.endswith(CORRECTION):

@@ -332,7 +332,7 @@ def unsupported(settings: Mapping[str, Any]) -> list[str]:
     problems += [f"{key} is {str(value)[:100]}: it has no place" for key, value in settings.items() if value and key not in HARMLESS]
     saved = settings.get("modules_to_save") or []
     if not isinstance(saved, list) or any(str(name).rpartition(".")[2] not in MODULES for name in saved):
-        problems.append(f"modules_to_save is {str(saved)[:100]}: the embedding and the output layer alone can be trained whole here")
+        problems.append(f"modules_to_save is {str(saved)[:100]}: the embedding and the output layer alone can be trained in full here")
     invocation = settings.get("alora_invocation_tokens") or []
     if not isinstance(invocation, list) or not all(isinstance(token, int) and token >= 0 for token in invocation):
         problems.append(f"alora_invocation_tokens is {str(invocation)[:100]}: a list of token ids is needed")

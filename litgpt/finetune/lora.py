@@ -91,7 +91,7 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
             )
         if self.objective == "verifiable" and not self.changes_text:
             raise UserError(
-                "objective verifiable trains adapters beside the value head: set lora_r and lora_query, lora_value, ... or "
+                "objective verifiable trains adapters alongside the value head: set lora_r and lora_query, lora_value, ... or "
                 "skip2lora_enabled, or take objective critic"
             )
 

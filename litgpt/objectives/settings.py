@@ -34,7 +34,7 @@ class ObjectiveSettings:
     dpo_length_normalised: bool = setting(False, varies=True)
     """Divide DPO's log-ratio of each answer by its number of tokens. dpo_beta should then be higher by about that factor."""
     orpo_lambda: float = setting(0.1, FROM_0, varies=True)
-    """The weight of ORPO's odds ratio beside the loss of the preferred answer."""
+    """The weight of ORPO's odds ratio relative to the loss of the preferred answer."""
     kto_beta: float = setting(0.1, ABOVE_0, varies=True)
     """The same as dpo_beta, for KTO."""
     kto_desirable_weight: float = setting(1.0, FROM_0, varies=True)
@@ -42,7 +42,7 @@ class ObjectiveSettings:
     kto_undesirable_weight: float = setting(1.0, FROM_0, varies=True)
     """Factor of KTO's loss for bad answers."""
     mtp_weight: float = setting(0.3, FROM_0, varies=True)
-    """The weight of the multi-token heads' mean loss (mtp_heads) beside the next token's, if adapters are trained too."""
+    """The weight of the multi-token heads' mean loss (mtp_heads) relative to the next token's, if adapters are trained too."""
     critic_lambda: float = setting(1.0, SHARE, varies=True)
     """The target of a critic's value: 1 is the answer's reward; below 1, it is mixed with the values of the tokens that follow (TD)."""
     verifiable_beta: float = setting(1.0, FROM_0, varies=True)

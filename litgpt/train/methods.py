@@ -164,7 +164,7 @@ def describe(model: GPT, warmup: WarmupSettings) -> list[str]:
     if config.value_head:
         lines.append(f"value head, {config.value_head}: {count(model.value_head):,} parameters")
     if config.modules_to_save:
-        lines.append(f"trained whole: {' and '.join(config.modules_to_save)}" + (", which are one weight" if model.is_tied else ""))
+        lines.append(f"trained in full: {' and '.join(config.modules_to_save)}" + (", which are one weight" if model.is_tied else ""))
     if config.mtp_heads:
         where = "and the adapters" if config.changes_text else "on the frozen model"
         read = f", which read blocks {ranges(config.taps)}" if config.mtp_taps and not config.skip2lora_enabled else ""

@@ -74,7 +74,7 @@ def test_a_head_leaves_the_logits_alone_and_cannot_be_merged() -> None:
 
 def test_wrong_settings() -> None:
     with pytest.raises(
-        UserError, match="mtp_taps needs heads that read them: set mtp_heads to 1 or more, in a sweep beside grid.mtp_heads"
+        UserError, match="mtp_taps needs heads that read them: set mtp_heads to 1 or more, also in a sweep with grid.mtp_heads"
     ):
         tiny.tiny(mtp_taps=True, lora_r=2, skip2lora_enabled=True)
     with pytest.raises(UserError, match="mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA"):

@@ -1,4 +1,4 @@
-"""`modules_to_save`: the embedding and the head trained whole, tied or not, in runs and in PEFT's format."""
+"""`modules_to_save`: the embedding and the head trained in full, tied or not, in runs and in PEFT's format."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_a_run_learns_is_resumed_merged_and_used(
     assert run.code == 0, run.err
     losses = run.column("val_loss")
     tied = checkpoint.is_tied(checkpoint.load_weights(base / "lit_model.pth")) and chosen == BOTH
-    assert losses[-1] < losses[0] and f"trained whole: {' and '.join(chosen)}{', which are one weight' if tied else ''}\n" in run.err
+    assert losses[-1] < losses[0] and f"trained in full: {' and '.join(chosen)}{', which are one weight' if tied else ''}\n" in run.err
     adapted, whole = (checkpoint.load_model(folder, torch.float32) for folder in (run.out_dir / "step-000006", run.final))
     samples = runs.val_samples(base, data)
     assert abs(runs.plain_loss(adapted, samples) - losses[-1]) < 1e-5 and abs(runs.plain_loss(whole, samples) - losses[-1]) < 1e-4
@@ -233,7 +233,7 @@ def test_one_weight_has_the_rate_of_either_name(group: str, base: Path, data: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--modules_to_save", "[ln_f]"], "modules_to_save names ln_f: wte (the embedding) and lm_head can be trained whole"),
+        (["--modules_to_save", "[ln_f]"], "modules_to_save names ln_f: wte (the embedding) and lm_head can be trained in full"),
         (["--modules_to_save", "[lm_head]", "--lora_head", "true"], "does not work with lora_head"),
         (
             ["--modules_to_save", "[wte, lm_head]", "--lr_ratios.wte", "2", "--lr_ratios.lm_head", "3"],

@@ -197,7 +197,7 @@ def test_two_processes_train_like_one(method: str, base: Path, rated: Path, tmp_
 @pytest.mark.parametrize(
     ("command", "settings", "message"),
     [
-        ("finetune_lora", {"lora_query": False, "lora_value": False}, "trains adapters beside the value head"),
+        ("finetune_lora", {"lora_query": False, "lora_value": False}, "trains adapters alongside the value head"),
         ("finetune_lora", {"objective": "next_token"}, "value_head is not trained by objective next_token"),
         ("finetune_lora", {"modules_to_save": "[lm_head]"}, "does not work with value_head"),
         ("finetune_lora", {"verifiable_beta": -1}, "verifiable_beta is -1"),
