@@ -157,9 +157,7 @@ def run(app: Any, socket: Any, timeout: float) -> None:
 
     host, port = socket.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(
-        f"Listening at http://{shown}:{port}: a chat page, and OpenAI's interface at /v1. Ctrl-C ends it.", file=sys.stderr, flush=True
-    )
+    print(f"Listening at http://{shown}:{port}: a chat page, and OpenAI's interface at /v1. Ctrl-C ends it.", file=sys.stderr, flush=True)
     settings: dict[str, Any] = {"timeout_graceful_shutdown": int(timeout) + 1, "server_header": False, "limit_concurrency": 1000}
     config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="off", ws="none", **settings)
     uvicorn.Server(config).run(sockets=[socket])

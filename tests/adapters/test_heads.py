@@ -77,7 +77,7 @@ def test_wrong_settings() -> None:
         UserError, match="mtp_taps needs heads that read them: set mtp_heads to 1 or more, also in a sweep with grid.mtp_heads"
     ):
         tiny.tiny(mtp_taps=True, lora_r=2, skip2lora_enabled=True)
-    with pytest.raises(UserError, match="mtp_taps is for mtp_heads that are trained alone or beside Skip2-LoRA"):
+    with pytest.raises(UserError, match="mtp_taps is for mtp_heads that are trained alone or with Skip2-LoRA"):
         tiny.tiny(mtp_taps=True, mtp_heads=1, lora_r=2, lora_query=True)
     with pytest.raises(UserError, match="mtp_heads is 99: a whole number from 0 to 16"):
         tiny.tiny(mtp_heads=99)
