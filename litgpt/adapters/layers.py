@@ -132,7 +132,7 @@ class LoRALinear(LoRALayer, Wrapper):
         y, switch = self.linear(x), self.switch
         if not self.r or (switch is not None and switch.is_off):
             return y
-        return self.update(x, y) if switch is None else y + switch.masked(self.update(x))
+        return self.update(x, y) if switch is None or switch.mask is None else y + switch.masked(self.update(x))
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
