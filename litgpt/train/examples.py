@@ -25,12 +25,12 @@ DRAFTED = 16  # tokens of the record's own reply that are checked in one pass
 
 @dataclass
 class Example:
-    """A question, and the record's own reply, which the model may come to give."""
+    """A question, and its record's own reply, which the model may learn to give."""
 
     question: str  # as it is shown
     prompt: list[int]
     text: list[int]  # the prompt and the record's reply
-    base: list[int] | None = None  # the base model's answer, if it was drawn together with others
+    base: list[int] | None = None  # the base model's answer, if it was generated in a batch with others
     answers: list[tuple[int, str]] = field(default_factory=list)  # (step, answer), in the order of the steps
 
 
@@ -58,12 +58,12 @@ def answer(
 ) -> list[int] | None:
     """Return the most probable answer, of `most` tokens at most; None if the prompt fills `model.max_seq_length`.
 
-    A reply that the model has learned takes a few passes, not one for each token: the record's own is the draft.
+    The record's own reply serves as the draft, so a reply that the model has learned takes a few passes, not one per token.
     """
     prompt, most = example.prompt, min(most, model.max_seq_length - len(example.prompt))
     if is_sharded(model) or model.config.rope_kind == "longrope" or most < 1:
         return most_probable(model, [prompt], most, stop_tokens, lambda ids: is_stopped())[0]
-    generator = torch.Generator(next(model.parameters()).device)  # the run's own random numbers stay as they are
+    generator = torch.Generator(next(model.parameters()).device)  # leaves the run's random state unchanged
     draws = Sampling(temperature=0.0)
     drafted = drafts.generate("prompt_lookup", model, prompt, len(prompt) + most, draws, DRAFTED, generator, text=example.text)
     with evaluating(model), closing(drafted):

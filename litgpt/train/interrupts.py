@@ -25,13 +25,13 @@ NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|out of mem
 
 
 class Interrupts:
-    """Handlers for signals while the block lasts.
+    """Signal handlers for the duration of the block.
 
     Within `held` a signal is recorded in `asked`, so that the work there can finish and raise `Stopped`. Elsewhere it is raised at once.
-    A second SIGINT or SIGTERM ends the process immediately, by the kernel, even where Python is not running; a SIGHUP does not, as the
-    shell and the kernel both send one when a terminal is closed. One within `SAME_SECONDS` is the same signal, sent twice. After an error
-    within `ending` a first signal changes nothing.
-    Signals reach the main thread only; in another one nothing is changed. A signal that was ignored, as with `nohup`, stays ignored.
+    On a second SIGINT or SIGTERM the kernel ends the process immediately, even outside Python code. A second SIGHUP does not end it: both
+    the shell and the kernel send one when a terminal closes. A repeat within `SAME_SECONDS` counts as the same signal. After an error
+    within `ending` a first signal has no effect.
+    Only the main thread receives signals, so other threads install no handlers. A signal that was ignored, as with `nohup`, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -61,21 +61,21 @@ class Interrupts:
             raise Stopped(number)
         self.asked = number
         name = signal.Signals(number).name
-        if process_rank():  # a terminal sends it to all processes, and the first says so
+        if process_rank():  # a terminal sends it to all processes, and the first reports it
             return
         with suppress(OSError):  # the terminal may be gone
             os.write(2, f"\n{name}: stopping after this step; a second signal ends the run at once\n".encode())
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Delay signals until the block looks at `asked`. They stay delayed after an error in it."""
+        """Delay signals until the block checks `asked`. They stay delayed after an error in the block."""
         self._held = True
         yield
         self._held = False
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Let no signal replace an error of the block: torchrun sends SIGTERM to a process whose peer has failed."""
+        """Keep signals from replacing an error of the block: torchrun sends SIGTERM to a process whose peer has failed."""
         try:
             yield
         except BaseException:

@@ -49,7 +49,7 @@ class Place:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Place | None:
-        """Return the place that a launcher's variables tell; None if this process was started alone."""
+        """Return the place that a launcher's variables describe; None if this process was started alone."""
         if all(name in environment for name in VARIABLES):
             index, size, local_index, own_size, host, port = (environment[name] for name in VARIABLES)
             return cls(int(index), int(size), int(local_index), int(own_size), host, int(port))
@@ -73,12 +73,12 @@ class Place:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment that tells a process its place, as torchrun's."""
+        """The environment variables that describe this place, under torchrun's names."""
         return dict(zip(VARIABLES, map(str, astuple(self)), strict=True))
 
 
 def place_of(devices: int | str, num_nodes: int) -> Place | None:
-    """Return the place of this process in a run on so many devices of each machine; None for a run of one process."""
+    """Return the place of this process in a run on `devices` devices per machine; None for a run of one process."""
     place = Place.of(os.environ)
     if num_nodes < 1:
         raise UserError(f"num_nodes is {num_nodes}: at least 1 is needed")
@@ -125,7 +125,7 @@ class Peer:
 
     @property
     def state(self) -> str:
-        """ "gone", "stopped" or "alive", as far as it can be seen from this machine."""
+        """ "gone", "stopped" or "alive", as far as this machine can tell."""
         if self.host != socket.gethostname():
             return "alive"
         try:
@@ -137,7 +137,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Failure:
-    """The end of a process before its time."""
+    """A process that ended prematurely."""
 
     index: int
     code: int  # its exit code
@@ -148,13 +148,13 @@ class Group:
     """The processes of a run: those started here, and how each learns why another ended."""
 
     current: Group | None = None  # torch allows one
-    has_met = False  # this process has found others
+    has_met = False  # this process has connected to others
 
     def __init__(self, place: Place, timeout: float, joined: bool = True) -> None:
-        """Start the other processes of this machine, unless a launcher has, and join all of them to torch's group.
+        """Start the other processes of this machine, unless a launcher has, and join all of them in torch's process group.
 
-        Unless they are to be `joined` the first process waits for none, the others wait for the first, and none ends with another. Raises
-        UserError if they do not find each other, or if one that was started here ends before that.
+        If not `joined`, the first process does not wait for the others, they wait for the first, and none ends with another. Raises
+        UserError if the processes do not find each other, or if one that was started here ends before that.
         """
         self.place, self.timeout, self.ended, self.is_reachable, self.joined = place, timeout, False, True, joined
         self.children, self.peers, self.has_begun = list[subprocess.Popen[bytes]](), list[Peer](), False
@@ -208,7 +208,7 @@ class Group:
             Group.current = self
 
     def _fact_of(self, index: int, until: float) -> list[str]:
-        """Return the id and the host of a process when it has started. A signal is heeded meanwhile, which the store's own wait delays."""
+        """Wait until a process has started and return its id and host. Unlike the store's own wait, this does not delay signals."""
         while not self.store.check([f"peer/{index}"]):
             if time.monotonic() > until:
                 raise dist.DistStoreError(f"rank {index} has not started")
@@ -222,7 +222,7 @@ class Group:
         command = [sys.executable, *(["-m", spec.name] if spec else [os.path.abspath(sys.argv[0])]), *sys.argv[1:]]
         for local in range(1, first.local_size):
             place = replace(first, index=first.index + local, local_index=local)
-            environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **place.variables}  # no stack of C++ when the first process ends
+            environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **place.variables}  # no C++ stack when the first process ends
             self.children.append(subprocess.Popen(command, env=environment))
 
     def _close(self) -> None:
@@ -235,7 +235,7 @@ class Group:
 
     @property
     def lost(self) -> dict[int, str]:
-        """How processes that were started here have ended before their time, by their ids."""
+        """How processes that were started here ended prematurely, by process id."""
         codes = {child.pid: code for child in self.children if (code := child.poll())}
         return {
             pid: f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}" for pid, code in codes.items()
@@ -250,9 +250,9 @@ class Group:
                 os.kill(peer.pid, signal.SIGKILL)
 
     def _watch(self) -> None:
-        """End this process, which may be busy, after another of this machine has ended: first by SIGTERM, then at once.
+        """End this process, which may be busy, after another on this machine has ended: first by SIGTERM, then by `os._exit`.
 
-        Before all have found each other nothing is lost, and it ends at once. Processes that are not joined end with the first alone.
+        Before all have found each other nothing can be lost, and it ends at once. Processes that are not joined end only with the first.
         """
         while self._parent in (None, os.getppid()) and not self._is_stopped:
             if self.joined and self.lost:
@@ -262,7 +262,7 @@ class Group:
             time.sleep(NOTICE_SECONDS if self.joined else 0)
             if self.ended:
                 return
-            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # it has come already
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # the signal has arrived already
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(END_SECONDS)
         else:
@@ -285,16 +285,16 @@ class Group:
             return True
 
     def tell(self, *failures: Failure) -> None:
-        """Let the others know why this process ends: its own failure, or those of others."""
+        """Tell the others why this process ends: its own failure, or those of others."""
         self._soon(lambda: self.store.set(f"failed/{self.place.index}", json.dumps([astuple(failure) for failure in failures])))
 
     def told_by(self, index: int) -> list[Failure]:
-        """Return what a process said before it ended."""
+        """Return the failures that a process reported before it ended."""
         said = self._soon(lambda: self.store.check([f"failed/{index}"]) and self.store.get(f"failed/{index}"))
         return [Failure(*failure) for failure in json.loads(said)] if said else []
 
     def _soon(self, ask: Callable[[], Any]) -> Any:
-        """Return the store's answer, or None if there is none soon: its machine may be cut off, and the connection wait for minutes."""
+        """Return the store's answer; None if it takes too long, as a connection to an unreachable machine may wait for minutes."""
         answer: list[Any] = []
 
         def work() -> None:
@@ -309,7 +309,7 @@ class Group:
         return answer[0] if answer else None
 
     def failures(self, seconds: float, count: int = 1) -> list[Failure]:
-        """Return the failures of other processes, `count` or more, waiting for them at most so long. A process knows its own best."""
+        """Wait up to `seconds` for `count` failures of other processes, and return them. A process's report on itself takes precedence."""
         until = time.monotonic() + seconds
         others = [k for k in range(self.place.size) if k != self.place.index]
         while True:
@@ -321,7 +321,7 @@ class Group:
             time.sleep(POLL_SECONDS)
 
     def _seen(self, index: int) -> list[Failure]:
-        """Return what can be seen of a process of this machine that ended without a word, or that is stopped."""
+        """Return the failure of a process on this machine that ended without a report, or that is stopped."""
         peer = self.peers[index]
         if peer.state == "alive":
             return []
@@ -341,10 +341,10 @@ class Group:
         return next(k for k, peer in enumerate(self.peers) if k == self.place.index or peer.state == "alive")
 
     def leave(self) -> None:
-        """Leave the group, so that those who wait for this process notice it, and wait for the first process to report the error.
+        """Leave the group, so that processes waiting for this one notice, and wait for the first process to report the error.
 
-        The connections to the others are shut down here: torch closes them only when nothing refers to its group any more, as a sharded
-        model does. That to the store stays.
+        The connections to the other processes are shut down here: torch closes them only when nothing refers to its group any more, and a
+        sharded model does. The connection to the store stays open.
         """
         for connection in psutil.Process().net_connections("tcp") if self.device.type == "cpu" else ():
             if connection.raddr and self.port not in (connection.laddr.port, connection.raddr.port):

@@ -24,8 +24,8 @@ from litgpt.sharding import part_of, take_used
 from litgpt.train.parallel import Rank
 from litgpt.train.resume import State, random_states
 
-SORTED_BATCHES = 50  # batches among which `train.group_by_length` sorts samples: more make batches more alike, and less random
-SCALE_STEPS = 2000  # after so many steps the loss scale is doubled
+SORTED_BATCHES = 50  # batches among which `train.group_by_length` sorts samples: with more, lengths are closer and batches less random
+SCALE_STEPS = 2000  # steps after which the loss scale is doubled
 NAMED = 8  # samples in a message
 DIVERGED = 2.0  # times the loss of a uniform guess, or the first loss if it was higher
 REMEDY = "lower the learning rate, set train.max_norm, or use another precision"
@@ -35,17 +35,17 @@ class Batch(NamedTuple):
     """This rank's samples of a step, and the counts of the whole global batch."""
 
     indices: list[int]
-    weight: float  # sum of the loss tokens' weights: their number, unless the data say otherwise
+    weight: float  # sum of the loss tokens' weights: their number, unless the data have weights
     tokens: int  # input tokens
-    most: int  # samples of the rank that has most of them
+    most: int  # samples of the rank that has the most
 
 
 @dataclass
 class Batches:
-    """Which samples make which global batch: it depends on (seed, epoch) alone, not on the number of ranks.
+    """Divides samples into global batches. The division depends only on (seed, epoch), not on the number of ranks.
 
-    The ranks share a batch evenly; with `by_owner`, so that each has cached what it needs in all epochs, rank k takes the samples k,
-    k + ranks, ...
+    The ranks share a batch evenly. With `by_owner`, rank k takes the samples k, k + ranks, ... in every epoch, so that its cache holds
+    all that it needs.
     """
 
     samples: Sequence[Sample]
@@ -71,7 +71,7 @@ class Batches:
         return sum(sample.n_inputs for sample in self.samples)
 
     def after(self, steps: int) -> Iterator[Batch]:
-        """Yield the batches of epoch after epoch, without end, after the first `steps`."""
+        """Yield the batches of one epoch after another, endlessly, skipping the first `steps`."""
         first, skipped = divmod(steps, self.per_epoch)
         for epoch in itertools.count(first):
             yield from itertools.islice(self.epoch(epoch), skipped if epoch == first else 0, None)
@@ -93,7 +93,7 @@ class Batches:
             yield Batch(own, weight, tokens, self.group * max(map(len, parts)))
 
     def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
-        """Return units sorted by length within `SORTED_BATCHES` batches, these batches shuffled; an incomplete batch stays last."""
+        """Return units sorted by length within `SORTED_BATCHES` batches, with these batches shuffled; an incomplete batch stays last."""
         size, lengths = self.size // self.group, [len(sample.input_ids) for sample in self.samples]
         complete = len(order) // size * size
         batches = []
@@ -107,7 +107,7 @@ class Batches:
 
 
 def samples_of(units: Iterable[int], group: int) -> list[int]:
-    """Return the indices of the samples of units of `group` samples."""
+    """Return the sample indices of units of `group` samples each."""
     return [group * unit + k for unit in units for k in range(group)]
 
 
@@ -199,7 +199,7 @@ class Loop:
             return self.model.within(lambda: self.objective.loss(self.view(activations), indices))
 
     def view(self, activations: Activations, spare: Sequence[int] = ()) -> View:
-        """Return what the objective sees of the model and its samples."""
+        """Return the objective's view of the model and its samples."""
         return View(self.model, activations, self.head_loss, self.micro_batch, spare)
 
     def _begin(self, batch: Batch) -> float:
@@ -282,7 +282,7 @@ class Loop:
         )
 
     def is_sound(self, state: State, loss: float) -> bool:
-        """Return whether weights with this training loss have not diverged."""
+        """Return False if weights with this training loss have diverged."""
         if state.step == 1 and math.isfinite(loss):
             self.highest_sound = max(self.highest_sound, DIVERGED * loss)
         return loss <= self.highest_sound
@@ -296,7 +296,7 @@ class Loop:
 
     @torch.no_grad()
     def _culprits(self, indices: list[int]) -> list[int]:
-        """Return the samples whose loss alone is not finite; none of a sharded model, which one process cannot run."""
+        """Return the samples that have a non-finite loss on their own; none for a sharded model, which one process cannot run."""
         if self.rank.sharded:
             return []
         self.model.eval()

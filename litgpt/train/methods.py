@@ -36,7 +36,7 @@ class CacheArgs:
     def mode_for(self, train: TrainArgs, steps: int, tokens: int) -> str:
         """Return the mode for the training samples: "auto" caches only activations that are needed more than once.
 
-        An epoch has so many `steps` and `tokens`. When `train.max_time` ends training is not known beforehand.
+        `steps`, `tokens`: those of an epoch. The number of steps within `train.max_time` is not known beforehand.
         """
         limits = ((train.epochs, 1), (train.max_steps, steps), (train.max_tokens, tokens))
         repeats = all(limit is None or limit > epoch for limit, epoch in limits)
@@ -45,10 +45,10 @@ class CacheArgs:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune; the rest of the package knows no other difference between them."""
+    """A fine-tuning method. The rest of the package sees no other difference between methods."""
 
     config: Callable[[Path], LoRAConfig]  # the model's config, adapters included, for a checkpoint folder
-    trains_base: bool = False  # every weight, in place of adapters
+    trains_base: bool = False  # train every weight instead of adapters
     tie_embeddings: bool | None = None  # with `trains_base`: share one weight between embedding and head, or not; None: as the checkpoint
     merges: bool = False  # adapters are merged into the base at the end, if they can be
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
@@ -57,7 +57,7 @@ class Method:
     lr_ratio_of: Callable[[str], float] = lambda name: 1.0  # returns the learning rate of a parameter as a multiple of the optimizer's
 
     def build(self, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device | None = None, offload: bool = False) -> GPT:
-        """Return the model on the CPU, or sharded on `device`, the backbone in `dtype`, trainable parameters marked.
+        """Return the model on the CPU, or sharded on `device`, with the backbone in `dtype` and trainable parameters marked.
 
         `offload`: as in `litgpt.sharding.shard`. Raises UserError if it does not fit.
         """
@@ -68,7 +68,7 @@ class Method:
         return model
 
     def rebuild(self, model: GPT, checkpoint_dir: Path) -> None:
-        """Give a model that was built by a method of this kind new adapters, as `build` would; its frozen weights stay."""
+        """Give a model that was built by a method of this kind new adapters, as `build` would; its frozen weights are kept."""
         config = self.config(checkpoint_dir)
         with on_meta():
             model.adapt(config)
@@ -80,12 +80,12 @@ class Method:
         self.prepare(model)
 
     def save(self, model: GPT) -> Callable[[Path], None]:
-        """Gather the trained weights, of all ranks, and return a function that writes them into a folder, as LitGPT names them."""
+        """Gather the trained weights of all ranks and return a function that writes them into a folder, under LitGPT's names."""
         state: Any = on_cpu(model.state_dict(keep_vars=True)) if self.trains_base else {"model": adapter_state(model)}
         return lambda folder: checkpoint.save_weights(state, folder / self._file(model))
 
     def load(self, model: GPT, folder: Path) -> None:
-        """Give a model the trained weights of a folder that `save` wrote."""
+        """Load the trained weights that `save` wrote to a folder into the model."""
         file = folder / self._file(model)
         weights = checkpoint.load_weights(file)
         if not self.trains_base:
@@ -103,7 +103,7 @@ class Method:
         unpack(model)
         if is_quantised(model) or is_sharded(model):
             try:
-                write_merged(folder, model.dtype)  # into the base's own precision
+                write_merged(folder, model.dtype)  # in the base's precision
             except UserError as error:  # the base was changed or removed in the run
                 Console().say(f"warning: the adapter is not merged: {error}".replace(str(folder), str(folder.parent / "final")))
             return False
@@ -115,7 +115,7 @@ class Method:
         return checkpoint.WEIGHTS if self.trains_base else model.config.adapter_file
 
     def prepare(self, model: GPT) -> None:
-        """Store frozen weights as `quantize` says, and mark what is trained, on a model with its base weights."""
+        """Quantise the frozen weights of a model with its base weights, as `quantize` says, and mark the trained parameters."""
         if self.quantize is not None:
             quantise(model, self.quantize)
         if not self.trains_base:
@@ -149,7 +149,7 @@ def prompts(settings: Any) -> Method:
 
 
 def full(settings: Any) -> Method:
-    """Return the method that trains every weight, in the dtype that it is loaded in."""
+    """Return the method that trains every weight, in the dtype in which it is loaded."""
     return Method(LoRAConfig.from_checkpoint, trains_base=True, tie_embeddings=settings.train.tie_embeddings)
 
 

@@ -30,7 +30,7 @@ LOGS, LOG_FILES = METRICS.parent, (METRICS.name, f"events.out.tfevents.*{EVENTS_
 
 
 class OutDir:
-    """`out_dir`, locked against other runs while the block lasts. Only the first process (`active`) locks it and writes there.
+    """`out_dir`, locked against other runs for the duration of the block. Only the first process (`active`) locks it and writes there.
 
     Raises UserError if the run cannot be written there, if `base` would be overwritten, or if another run is using the folder.
     """
@@ -58,7 +58,7 @@ class OutDir:
             self._lock = None
 
     def check(self, refuse_earlier: bool = True) -> None:
-        """Raise the UserErrors that entering raises, but change nothing. `refuse_earlier`: an earlier run in the folder is one of them."""
+        """Raise the UserErrors that entering raises, but change nothing. `refuse_earlier`: also for an earlier run in the folder."""
         path = self.path
         if self.resume is not False and self.overwrite:
             raise UserError("--resume continues the run in out_dir and --overwrite replaces it: give one of them")
@@ -117,7 +117,7 @@ class OutDir:
                     folder.rmdir()
 
     def resume_point(self, say: Callable[[str], None]) -> Path | None:
-        """Return the checkpoint to resume, or None to start anew. Raises UserError if there is none where one is asked for."""
+        """Return the checkpoint to resume, or None to start anew. Raises UserError if `resume` requires one and there is none."""
         if self.resume is False:
             return None
         if (named := self._named_step()) is not None:
@@ -145,7 +145,7 @@ class OutDir:
         return None
 
     def _named_step(self) -> Path | None:
-        """Return the folder that `resume` names. Raises UserError if it is none of this run's checkpoints."""
+        """Return the folder that `resume` names. Raises UserError if it is not one of this run's checkpoints."""
         if isinstance(self.resume, bool) or str(self.resume) == "auto":
             return None
         folder = Path(self.resume)
@@ -157,7 +157,7 @@ class OutDir:
 
     @property
     def is_finished(self) -> bool:
-        """True if a run that is to be resumed has ended here."""
+        """True if the run to resume is finished."""
         self._named_step()
         return self.resume is not False and not atomic.damages(self.path / "final")
 
@@ -175,10 +175,10 @@ class Checkpoints:
     log: MetricLoggers | None  # None in processes other than the first
     newest: Path | None = None  # the last checkpoint that can be resumed
     unproven: list[Path] = field(default_factory=list)
-    """checkpoints since the last one whose weights gave a sound loss; nothing is removed for them"""
+    """checkpoints since the last one whose weights gave a sound loss; they do not replace earlier ones"""
 
     def step(self, state: State, loop: Loop | None, kept: bool) -> Path:
-        """Write `step-NNNNNN`, which can be resumed, with the loop's optimizer. Unless `kept`, a later one that is proven replaces it."""
+        """Write `step-NNNNNN`, which can be resumed, with the loop's optimizer. Unless `kept`, a later one of sound loss replaces it."""
         folder = self.out_dir / f"step-{state.step:06d}"
         states = {name: self.rank.gather(value) for name, value in (state.random or random_states(self.rank.device)).items()}
         random = {f"{name}.{rank}": value.cpu() for name, all_ranks in states.items() for rank, value in enumerate(all_ranks)}
@@ -192,7 +192,7 @@ class Checkpoints:
         return folder
 
     def prove(self) -> None:
-        """Remove what the newest checkpoint replaces: its weights, or later ones, gave a sound loss."""
+        """Remove the checkpoints that the newest one replaces: its weights, or later ones, gave a sound loss."""
         if self.unproven and self.log is not None:
             prune(self.out_dir, number(self.unproven[-1]), self.keep_last)
         self.unproven.clear()
@@ -223,7 +223,7 @@ class Checkpoints:
 
     @contextmanager
     def _folder(self, folder: Path) -> Iterator[Path | None]:
-        """Yield a new folder in the first process, None in the others, which wait until it is written, or cannot be.
+        """Yield a new folder in the first process and None in the others, which wait until it is written or has failed.
 
         Raises a UserError that names the checkpoint to resume.
         """
@@ -247,15 +247,15 @@ class Checkpoints:
 
 
 def conclude(out_dir: Path, report: dict[str, Any], keep_last: int | None) -> None:
-    """Remove the checkpoints of a finished run that existed only to resume from. report.json comes last: it says that this was done."""
+    """Remove a finished run's checkpoints that were only for resuming. report.json is written last: it marks this as done."""
     prune(out_dir, report["steps"] + 1, keep_last)
     atomic.write_text(out_dir / REPORT, as_json(report))
 
 
 def prune(out_dir: Path, step: int, keep_last: int | None) -> None:
-    """Remove the checkpoints before `step` that are not to be kept, and all but the `keep_last` newest of the others.
+    """Remove the temporary checkpoints before `step`, and all but the `keep_last` newest of the permanent ones.
 
-    A folder into which the user has put a file stays.
+    A folder to which the user has added a file stays.
     """
     kept = 0
     for folder in steps(out_dir):
@@ -267,7 +267,7 @@ def prune(out_dir: Path, step: int, keep_last: int | None) -> None:
 
 
 def earlier(out_dir: Path) -> tuple[list[Path], list[Path]]:
-    """Return the results of an earlier run in the folder, and the files under the names of results that no run wrote."""
+    """Return the results of an earlier run in the folder, and the files with names of results that no run wrote."""
     logs = sorted(file for pattern in LOG_FILES for file in (out_dir / LOGS).glob(pattern))
     ours = [file for file in logs if _is_log(file)]
     foreign = [*_misplaced_logs(out_dir), *(file for file in logs if file not in ours)]
@@ -294,7 +294,7 @@ def _is_log(file: Path) -> bool:
 
 
 def _misplaced_logs(out_dir: Path) -> list[Path]:
-    """Return what has the place of the folder of the logs and is none: a link would lead the logs elsewhere."""
+    """Return the paths of the logs' folders that are not folders, or are links, which would lead the logs elsewhere."""
     places = ((out_dir / LOGS).parent, out_dir / LOGS)
     return [place for place in places if os.path.lexists(place) and (place.is_symlink() or not place.is_dir())]
 

@@ -12,7 +12,7 @@ Points = Sequence[tuple[int, float]]
 Answers = Sequence[tuple[str, Sequence[tuple[int, str]]]]  # question, and (step, answer)
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 280, 56, 40, 16  # of the figure, in its own units
 TICKS = 5
-MARK = b'<meta name="generator" content="litgpt">'  # by which a page of ours is known
+MARK = b'<meta name="generator" content="litgpt">'  # marks a page that a run wrote
 COLOURS = {"training": "#9aa5b1", "validation": "#2563eb"}
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #616e7c; --line: #d9dfe5; --card: #f5f7fa; --accent: #2563eb; --paper: #fff }
@@ -92,7 +92,7 @@ def _answer(question: str, given: Sequence[tuple[int, str]]) -> str:
 
 
 def curve_of(points: Points, most: int = 400) -> list[tuple[int, float]]:
-    """Return the finite points, means of neighbours if there are more than `most`."""
+    """Return the finite points, averaged over neighbours if there are more than `most`."""
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     size = math.ceil(len(finite) / most) or 1
     groups = [finite[i : i + size] for i in range(0, len(finite), size)]
@@ -100,10 +100,10 @@ def curve_of(points: Points, most: int = 400) -> list[tuple[int, float]]:
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings as texts by their full key, without secrets and those that are null."""
+    """Return the settings as strings by their full keys, without secrets and nulls."""
     return {key: str(value) for key, value in args.flat(settings) if value is not None and not args.SECRET_KEY.search(key)}
 
 
 def _safe(text: str) -> str:
-    """Return foreign text for the page: neither HTML nor control characters, nor overrides of the writing direction."""
+    """Return foreign text with HTML, control characters and bidirectional overrides escaped."""
     return escape(printable(text))

@@ -1,4 +1,4 @@
-"""This process among those of a run, and how all of them end when one of them fails."""
+"""The rank of this process in a run, and how all processes end when one of them fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from litgpt.errors import NonFiniteError, Stopped, UserError
 from litgpt.sharding import part_of
 from litgpt.train.launch import Failure, Group, Place, place_of
 
-# of an error whose cause is that another process of the run has ended, or does not answer
+# errors caused by another process of the run that has ended or does not answer
 LOST_PROCESS = re.compile(r"gloo|Connection (closed|reset) by peer|NCCL|Broken pipe", re.IGNORECASE)
 
 
@@ -37,7 +37,7 @@ class Rank:
     def start(cls, precision: str, devices: int | str, num_nodes: int, timeout: float, shards: bool = False) -> Rank:
         """Return the rank of this process, after starting the others of the run if no launcher has.
 
-        They wait for each other for `timeout` seconds. `shards`: one process is a group, too.
+        They wait for each other for `timeout` seconds. `shards`: a single process forms a group, too.
         """
         mixed, place = MIXED.get(precision), place_of(devices, num_nodes)
         if place is None and shards:
@@ -60,7 +60,7 @@ class Rank:
         return torch.autocast(self.device.type, dtype=self.mixed) if self.mixed else nullcontext()
 
     def which(self, flag: bool) -> list[int]:
-        """Return the processes in which the flag is set, in all of them: they must do the same at the same step."""
+        """Return, in every process, the ranks in which the flag is set: all must do the same at the same step."""
         if self.size == 1:
             return [0] if flag else []
         return self.gather(torch.tensor([flag]))[:, 0].nonzero()[:, 0].tolist()
@@ -70,7 +70,7 @@ class Rank:
         return bool(self.which(flag))
 
     def agreed(self, flag: bool) -> bool:
-        """Return whether the flag is set in any of the processes that run a sharded model together; of a copy, in this one."""
+        """Return whether the flag is set in any process of a sharded model; with a copy of the model, in this process."""
         return self.any(flag) if self.sharded else flag
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Rank:
         return self.sum(table).to(own.dtype)
 
     def join(self, own: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Return the vectors (n,) of all processes one after the other, and the place where this process's begins."""
+        """Return the concatenated vectors (n,) of all processes, and the offset of this process's vector."""
         sizes = self.gather(torch.tensor([len(own)])).flatten().tolist()
         start = sum(sizes[: self.index])
         joined = own.new_zeros(sum(sizes))
@@ -96,10 +96,10 @@ class Rank:
         return values[0]
 
     def share_gradients(self, parameters: list[torch.nn.Parameter], used: list[bool]) -> None:
-        """Add up the parameters' gradients over all processes. A sharded parameter's are added up already: its rows move to its part.
+        """Sum the parameters' gradients over all processes. Those of a sharded parameter are summed already: its rows move to its part.
 
-        `used`: those that this process has used in the step. One that no process has used gets no gradient, as in one process: an
-        optimizer leaves it alone, where with a gradient of zero AdamW would move it by its momentum.
+        `used`: the parameters that this process has used in the step. As in a single process, a parameter that no process has used gets
+        no gradient, so that the optimizer skips it; with a gradient of zero, AdamW would move it by its momentum.
         """
         for parameter in parameters:
             if (part := part_of(parameter)) is not parameter:
@@ -129,15 +129,15 @@ class Rank:
 
 
 def alone(precision: str | None) -> Rank:
-    """Return the rank of a process that works alone, however many the settings ask for."""
+    """Return the rank of a process that works alone, whatever number of devices the settings name."""
     return Rank(device=default_device(), mixed=MIXED.get(precision or ""))
 
 
 @contextmanager
 def ends_together(rank: Rank, saved: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """End all processes when one of them fails, with one message: of the first process, as long as it lives.
+    """End all processes when one of them fails, with one message, from the first process if it is alive.
 
-    The message names the process that failed, unless all failed with it. `saved` says what is left if another one was lost.
+    The message names the process that failed, unless all failed with it. `saved` says what was saved if another process was lost.
     """
     try:
         yield
@@ -158,7 +158,7 @@ def ends_together(rank: Rank, saved: Callable[[], str] = lambda: "") -> Iterator
 
 
 def _of_another(group: Group, failures: list[Failure], saved: Callable[[], str]) -> BaseException:
-    """Return what ends this process after others have failed."""
+    """Return the exception that ends this process after others have failed."""
     code = failures[0].code if failures else 1
     has_spoken = any(group.told_by(k) for k in range(group.place.index))  # and may have ended since
     is_speaker = group.speaker == group.place.index and not has_spoken
@@ -177,7 +177,7 @@ def _of_another(group: Group, failures: list[Failure], saved: Callable[[], str])
 
 
 def _own(rank: Rank, group: Group, error: BaseException, saved: Callable[[], str]) -> BaseException:
-    """Return what ends this process, which has failed itself: the error if it is to be reported from here."""
+    """Return the exception that ends this process after its own failure: the error itself if this process reports it."""
     is_shared = isinstance(error, NonFiniteError | Stopped)  # all processes raise it at once
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
     text = getattr(error, "message", "") or str(error)

@@ -18,7 +18,7 @@ from litgpt.train.out_dir import Checkpoints
 from litgpt.train.resume import PhaseStart, State
 
 SHOWN = {"val_ppl": "perplexity {:.2f}", "val_accuracy": "accuracy {:.1%}"}
-COURSES = 256  # a new sparkline, which reads all losses, after each 256th of the steps so far
+COURSES = 256  # a sparkline reads all losses, so it is redrawn only after every 1/256 of the steps so far
 
 
 @dataclass
@@ -40,9 +40,9 @@ class Phase:
     saved_at: float = field(default_factory=lambda: time.perf_counter())
 
     def run(self, state: State) -> None:
-        """Train until a limit is reached or validations end it; validate before if that is due. Signals wait for the end of a step."""
+        """Train until a limit is reached or validations end it; validate first if that is due. Signals wait for the end of a step."""
         phase = state.phase = state.phase or PhaseStart(state.step, state.tokens)
-        phase.clock.began = time.perf_counter()  # reading data and filling caches is no training, in a resumed session neither
+        phase.clock.began = time.perf_counter()  # reading data and filling caches is not training, nor is it in a resumed session
         with self.interrupts.held(), self.console.progress(self.title, state.step - phase.step) as self._progress:
             if state.pending is not None:
                 self._finish_step(state, state.pending, validate=True)
@@ -56,7 +56,7 @@ class Phase:
             self._stop_if_asked()
 
     def on_step(self, state: State, metrics: dict[str, float], is_last: bool) -> bool:
-        """Validate, log and save after a step, as far as they are due. Returns True to end training. Raises Stopped if a signal arrived."""
+        """Validate, log and save after a step, whichever is due. Returns True to end training. Raises Stopped if a signal arrived."""
         assert state.phase is not None
         if self.loop.is_sound(state, metrics["train_loss"]):
             self.checkpoints.prove()
@@ -89,7 +89,7 @@ class Phase:
             except UserError as error:
                 if kept:
                     raise
-                self.console.say(f"step {state.step}: {error}")  # it was not asked for: the run continues without it
+                self.console.say(f"step {state.step}: {error}")  # nobody requested this checkpoint: the run continues without it
             self.saved_at = time.perf_counter()
         self._stop_if_asked()
 
@@ -104,14 +104,14 @@ class Phase:
         self.loop.require_finite(state)
         if state.add_loss(loss) and self.loop.train.keep_best:
             self.checkpoints.folder("best", {"step": state.step, "val_loss": loss})
-        own = self.loop.measured or {"val_ppl": math.exp(min(loss, 700.0))}  # a perplexity is that of a mean over tokens
+        own = self.loop.measured or {"val_ppl": math.exp(min(loss, 700.0))}  # perplexity is defined for a mean over tokens
         shown = [SHOWN[name].format(value) for name, value in own.items()]
         self.console.say(f"step {state.step}: {', '.join([f'validation loss {loss:.4f}', *shown])}")
         self.answer()
         return {"val_loss": loss, **own}
 
     def is_done(self, state: State) -> bool:
-        """Return whether the validations of this phase end it: the last `eval.patience` in vain, or the last at `eval.target_loss`."""
+        """Return whether validation ends this phase: the last `eval.patience` did not improve, or the last reached `eval.target_loss`."""
         assert state.phase is not None
         begin, patience, target = state.phase.step, self.eval.patience, self.eval.target_loss
         if patience is not None and state.best is not None:

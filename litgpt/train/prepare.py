@@ -46,7 +46,7 @@ CACHE_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": t
 
 @dataclass
 class Job:
-    """A run whose settings, data and checkpoint are valid, and what was read of them."""
+    """A run whose settings, data and checkpoint are valid, and what was read from them."""
 
     settings: Run
     method: Method
@@ -62,12 +62,12 @@ class Job:
     examples: list[Example]  # the validation records to answer; none in a sweep
     cache_dtype: torch.dtype
     date: datetime  # the date that the chat template sees; a resumed run keeps it
-    general_answers: list[str] | None  # of the base model, which `train.replay` trains; a resumed run keeps them
+    general_answers: list[str] | None  # the base model's, which `train.replay` trains; a resumed run keeps them
     shared: dict[str, ActivationCache] | None = None  # filled caches that several runs share; None: the run makes its own
 
     @property
     def kept(self) -> dict[str, Any]:
-        """The values that a resumed run takes over, as plain ones."""
+        """The values that a resumed run takes over, as plain types."""
         return {"date": self.date.isoformat(), "general_answers": self.general_answers}
 
     @property
@@ -115,7 +115,7 @@ def prepare(
     """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
 
     `point`: the checkpoint to resume, which names the blocks that were chosen for the run. `saved`: its training state. `rank`: this
-    process; by default one of as many as the settings ask for, which are started here.
+    process; by default the number of processes that the settings name is started here.
     """
     precision = settings.precision or default_precision(default_device())
     dtype = backbone_dtype(precision)
@@ -129,7 +129,7 @@ def prepare(
     with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
         seed_everything(settings.seed)
         job = _read(settings, method, base, precision, rank, saved)
-        optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # shows wrong settings
+        optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # raises for wrong settings
         if not optimizer.param_groups[0]["lr"]:
             job.console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
         if count := job.model.config.taps_to_choose:
@@ -152,7 +152,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     style = resolve_prompt_style(settings.data.prompt_style, base, tokenizer, settings.data.fallback_style)
     if isinstance(style, ChatTemplate):
         style.now = date
-    if not rank.is_first:  # the first prepares the data alone
+    if not rank.is_first:  # the first process alone prepares the data
         rank.barrier()
     settings.data.prepare_data()
     if rank.is_first:
@@ -224,8 +224,8 @@ def _require_fitting(settings: Run, objective: Objective) -> None:
 def _switch_on_replies(job: Job) -> str:
     """Set the tokens that switch answer-only LoRA on, if they are not given. Return a line about its positions.
 
-    They are those that the prompt style writes between a prompt and its reply, as far as they are the same in all samples. Raises UserError
-    if there are none, or if a reply does not follow them.
+    They are the tokens that the prompt style writes between a prompt and its reply in every sample. Raises UserError if there are none, or
+    if a reply does not follow them.
     """
     settings, model, splits, style, tokenizer = job.settings, job.model, job.splits, job.style, job.tokenizer
     samples = (*splits.train, *splits.val)
@@ -255,7 +255,7 @@ def _switch_on_replies(job: Job) -> str:
 
 
 def choose_taps(job: Job, count: int) -> list[int]:
-    """Return the `count` of the tapped blocks that the first process chooses for all, and say why. All run a sharded model."""
+    """Return the `count` tapped blocks that the first process chooses for all, and say why. A sharded model runs in all processes."""
     candidates, rank, console = job.model.config.taps, job.rank, job.console
     blocks = list(candidates)
     if (rank.is_first or rank.sharded) and count < len(candidates):
@@ -269,9 +269,9 @@ def choose_taps(job: Job, count: int) -> list[int]:
 
 
 def _general_answers(job: Job) -> list[str]:
-    """Return the answers of the model, whose adapters change nothing yet, to general questions; the first process's, for all.
+    """Return the model's answers to general questions, from the first process for all. The adapters have no effect yet.
 
-    If examples are answered by as many tokens, they are answered beside them, which takes hardly longer.
+    Examples with the same number of answer tokens are answered in the same batch, which takes hardly longer.
     """
     rank, count, answers = job.rank, job.settings.train.replay, list[str]()
     if rank.is_first or rank.sharded:

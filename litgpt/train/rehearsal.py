@@ -91,17 +91,17 @@ def show_sample(sample: Sample, tokenizer: Tokenizer) -> None:
 
 
 def rehearsed(job: Job, train: TrainArgs) -> Loop:
-    """Return the loop that a run would have, on this one device, computing every activation anew."""
+    """Return the loop that a run would have, on this one device, recomputing every activation."""
     model = job.model
     optimizer = make_optimizer(job.settings.optimizer, [p for p in model.parameters() if p.requires_grad])
     own = Recompute(model, job.splits.train, job.rank.device)
     for sample in job.splits.train if job.objective.referred else ():
-        sample.reference = array("f", bytes(4 * sample.n_targets))  # its values change no time
+        sample.reference = array("f", bytes(4 * sample.n_targets))  # its values do not affect the time
     return Loop(model, optimizer, train, job.batches(train), own, job.rank, job.objective, job.console.say)
 
 
 def _time(loop: Loop, batches: list[Batch] | None = None) -> tuple[float, list[Batch]]:
-    """Return the seconds of a mean step, and the batches that were used. The first only warms up, unless it takes long."""
+    """Return the mean seconds per step, and the batches that were used. The first only warms up, unless it takes long."""
     batches = batches or list(islice(loop.batches.epoch(0), 1 + MEASURED_STEPS))
     seconds, tokens, used = 0.0, 0, 0
     for batch in batches:
@@ -115,7 +115,7 @@ def _time(loop: Loop, batches: list[Batch] | None = None) -> tuple[float, list[B
 
 
 def _costs(job: Job) -> dict[str, str]:
-    """Return steps, seconds with and without a cache, and the cache's bytes beside those that are free."""
+    """Return steps, seconds with and without a cache, and the size of the cache next to the free space."""
     train, splits, model = job.settings.train, job.splits, job.model
     loop = rehearsed(job, train)
     plain, batches = _time(loop)
@@ -145,10 +145,10 @@ def _costs(job: Job) -> dict[str, str]:
 
 
 def products(job: Job) -> dict[str, str]:
-    """Return the products of an epoch of LoRA, and of answer-only LoRA, with the blocks' and the head's weights; {} without such a choice.
+    """Return the FLOP of an epoch's products with the weights of blocks and head, for LoRA and answer-only LoRA; {} without that choice.
 
-    2 N a position forward, and as much for the input's gradient, in the N weights of the blocks from the first with LoRA on; replies alone,
-    or all positions. Attention's scores and the adapters are left out.
+    2 N per position forward, and as much for the input's gradient, with N weights in the blocks from the first with LoRA on. Positions are
+    those of replies, or all. Attention's scores and the adapters are left out.
     """
     config, samples = job.model.config, job.splits.train
     spans = sum(bytes(sample.loss_mask).count(b"\0\1") for sample in samples)

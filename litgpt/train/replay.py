@@ -1,6 +1,6 @@
-"""General questions with the base model's own answers, trained beside the data, so that the model forgets less of what it knows.
+"""General questions with the base model's own answers, trained alongside the data, so that the model forgets less.
 
-Rehearsal (Robins 1995, doi:10.1080/09540099550039318) with pseudo-items: nothing is taught, the answers are those that the base gives.
+Rehearsal (Robins 1995, doi:10.1080/09540099550039318) with pseudo-items: nothing new is taught, as the answers are the base's own.
 """
 
 from collections.abc import Sequence

@@ -72,7 +72,7 @@ def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
 def page_of(
     model: str, figures: dict[str, Any], metrics: Mapping[str, Points], answers: Answers, settings: dict[str, Any], folder: Path
 ) -> str:
-    """Return the page about a run. The settings are those of hyperparameters.yaml; of paths only the names are shown. `folder`: best/."""
+    """Return the page about a run. The settings are those of hyperparameters.yaml; paths are reduced to their names. `folder`: best/."""
     before, after, best = figures["initial_val_loss"], figures["final_val_loss"], figures["best_val_loss"]
     measured = [f"{loss:.3f} {when}" for loss, when in ((before, "before"), (after, "after")) if loss is not None]
     losses = [f"Validation loss {', '.join(measured)}."] if measured else []

@@ -1,7 +1,7 @@
 """The state of a run, and the training state in a checkpoint: everything that a resumed run needs to continue as if never interrupted.
 
 `training_state.json` holds the progress and the digests of settings, data and base; `training_state.safetensors` holds the optimizer's
-tensors and the states of the random generators. Neither can run code when it is read. The weights stand beside them.
+tensors and the states of the random generators. Reading them cannot run code. The weights are in a file beside them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from litgpt.text import first_line
 
 FORMAT = 1
 FACTS, TENSORS = "training_state.json", "training_state.safetensors"
-IDENTITY = "identity.json"  # in final: tells whether the run that ended there is the one that is asked for
+IDENTITY = "identity.json"  # in final: identifies the run that ended there
 ELSEWHERE = "Name another step with --resume, or start anew in another --out_dir"
-SCALARS, FACTORS = ("step", "eta", "mu", "mu_product"), ("row_var", "col_var")  # of torch.optim: one number; Adafactor's
+SCALARS, FACTORS = ("step", "eta", "mu", "mu_product"), ("row_var", "col_var")  # names in torch.optim: scalars; Adafactor's factors
 STATE = ("step", "tokens", "seconds", "losses", "best", "skipped", "loss_scale", "pending")  # of `State`, written as they are
 
 
@@ -74,11 +74,11 @@ class State:
     phase: PhaseStart | None = None
     pending: dict[str, float] | None = None  # metrics of the last step, until it is validated
     random: dict[str, torch.Tensor] | None = None  # states of the random generators before the step under way
-    consistent: bool = True  # False while the optimizer writes: weights and optimizer are not those of `step`
+    consistent: bool = True  # False while the optimizer writes: weights and optimizer state do not match `step`
     saved: bool = True  # the newest checkpoint holds this state
 
     def advance(self, tokens: int, seconds: float) -> None:
-        """Count a step that is done."""
+        """Count a completed step."""
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
@@ -93,13 +93,13 @@ class State:
         return is_best
 
     def facts(self) -> dict[str, Any]:
-        """Return the state as plain values; the seconds are those up to now."""
+        """Return the state as plain values, with the seconds up to now."""
         phase = self.phase and {"step": self.phase.step, "tokens": self.phase.tokens, "seconds": self.phase.clock.seconds}
         return {**{name: getattr(self, name) for name in STATE}, "total_seconds": self.clock.seconds, "phase": phase}
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> State:
-        """Return the state that `facts` describes, its clocks running again."""
+        """Return the state that `facts` describes, with its clocks running again."""
         phase = facts["phase"] and PhaseStart(facts["phase"]["step"], facts["phase"]["tokens"], Stopwatch(facts["phase"]["seconds"]))
         own = {name: facts[name] for name in STATE if name in facts or name != "loss_scale"}  # which earlier versions did not write
         own["losses"], own["best"] = [(step, loss) for step, loss in own["losses"]], own["best"] and (own["best"][0], own["best"][1])
@@ -171,7 +171,7 @@ def _samples_digest(samples: Sequence[Sample]) -> tuple[int, str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return the facts besides the settings on which the last digits of a run depend."""
+    """Return the facts other than settings that affect the last digits of a run's figures."""
     return {
         "litgpt": __version__,
         "torch": torch.__version__,
@@ -230,7 +230,7 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _misfit(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> str:
-    """Return what is wrong with a state for this optimizer, whose kernels read its tensors without looking at shapes and dtypes."""
+    """Return what is wrong with a state for this optimizer, whose kernels read its tensors without checking shapes and dtypes."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     if type(optimizer).__module__.startswith("bitsandbytes"):  # its 8-bit states have shapes of their own
         return ""
@@ -283,7 +283,7 @@ class Saved:
         return State.of(self.facts["progress"])
 
     def restore(self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter] = ()) -> None:
-        """Restore the optimizer of `parameters`, of which a sharded model holds rows."""
+        """Restore the optimizer of `parameters`; of a sharded model this rank holds only some rows."""
         try:
             state = scattered(_unpack(self.facts["optimizer"], self._tensors()), parameters)
             problem = _misfit(state, optimizer)

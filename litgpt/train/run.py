@@ -50,8 +50,8 @@ from litgpt.train.settings import Run
 def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) -> dict[str, Any]:
     """Train as the settings say and return the figures of the report; with `dry_run` only say what training would do.
 
-    Raises UserError before anything is written if a setting, file or checkpoint is wrong. `job_of`: reads data and model, if not `prepare`,
-    for a run of this process alone.
+    Raises UserError before anything is written if a setting, file or checkpoint is wrong. `job_of` reads data and model in place of
+    `prepare`, for a run of this process alone.
     """
     use(settings.accelerator)
     clock, is_first = Stopwatch(), job_of is not None or process_rank() == 0
@@ -83,7 +83,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
 
 
 def identity_of(job: Job, varying: Collection[str] = ()) -> Identity:
-    """Return what a resumed run must have in common with this one; a sweep, but for the settings that vary between its trials."""
+    """Return what a resumed run must have in common with this one; for a sweep, without the settings that vary between its trials."""
     resolved = {"precision": job.precision, "skip2lora_cache": job.method.cache.mode != "off"}
     settings = {**compared_settings(job.settings.hyperparameters(), type(job.settings)), **resolved}
     shared = {key: value for key, value in settings.items() if key not in varying}
@@ -91,7 +91,7 @@ def identity_of(job: Job, varying: Collection[str] = ()) -> Identity:
 
 
 def require_same(folder: Path, identity: Identity, before: dict[str, Any]) -> None:
-    """Raise UserError, naming every difference, if the run that wrote the folder is another one."""
+    """Raise UserError, naming every difference, if another run wrote the folder."""
     if changes := identity.changes(before):
         raise UserError(
             f"resume: {folder} belongs to another run: {'; '.join(changes)}. Resume with the settings of the run, or start anew "
@@ -111,7 +111,7 @@ class Session:
     """One session of a run: validation, logs and checkpoints after steps, and the rescue of the state when it ends early."""
 
     def __init__(self, job: Job, out_dir: OutDir, interrupts: Interrupts, clock: Stopwatch, saved: Saved | None) -> None:
-        """Raises UserError if `saved` belongs to another run. Nothing is written before that is clear."""
+        """Raises UserError if `saved` belongs to another run, before anything is written."""
         self.job, self.settings, self.interrupts, self.saved = job, job.settings, interrupts, saved
         self.model, self.console, self.rank = job.model, job.console, job.rank
         self.hyperparameters = job.settings.hyperparameters()
@@ -143,9 +143,9 @@ class Session:
             self.checkpoints.unproven.append(saved.folder)
 
     def _refer(self) -> None:
-        """Give the samples their losses under the reference model: another one, or the model as it is now, before it is trained."""
+        """Give the samples their losses under the reference model: another model, or this one before training."""
         job, settings, other = self.job, self.settings, self.objective.reference
-        is_warm = job.method.warmup.has_warmup  # a warm-up changes what the frozen blocks compute
+        is_warm = job.method.warmup.has_warmup  # a warm-up changes the frozen blocks' outputs
         self.sources = self._sources(settings.train, settings.eval, CacheArgs("off") if is_warm else job.method.cache)
         batches, own, val, val_batches = self.sources
         model: GPT = self.model
@@ -185,7 +185,7 @@ class Session:
             self.state.best = best
 
     def _require_space(self) -> None:
-        """Raise UserError if the disk has no room for the final folder; say so if it has none for all that a run keeps at once."""
+        """Raise UserError if the disk has no room for the final folder; warn if it has none for everything that a run keeps at once."""
         if self.log is None:
             return
         place = nearest(self.settings.out_dir)
@@ -193,7 +193,7 @@ class Session:
         everything = sum(p.nbytes for p in self.model.parameters())
         is_merged = trained < everything and self.model.config.is_mergeable
         final, disk = trained + is_merged * everything, shutil.disk_usage(place)
-        if not disk.total:  # no disk, such as /proc
+        if not disk.total:  # not a disk, such as /proc
             return
         free = disk.free
         total = final + trained * self.settings.train.keep_best + 3 * trained  # a checkpoint has the optimizer's state too
@@ -348,7 +348,7 @@ class Session:
                 if self.job.method.finish(self.model, folder) and report["final_val_loss"] is not None and self.rank.size == 1:
                     report["merged_val_loss"] = replace(loop).validate(phase.val_activations, phase.val_batches, lambda: False)
                 about = page_of(self.model.config.name, report, read_metrics(out_dir), self.answers, self.hyperparameters, out_dir / "best")
-                atomic.write_text(out_dir / PAGE, about)  # before `final`, with which the run is finished
+                atomic.write_text(out_dir / PAGE, about)  # before `final`, which marks the run as finished
 
             self.checkpoints.folder("final", report, finish)
             if self.log is not None:
@@ -358,7 +358,7 @@ class Session:
         return report
 
     def _conclude(self, report: dict[str, Any]) -> None:
-        """Say what came out and what can be done next."""
+        """Print the results and the next steps."""
         out_dir, say = self.settings.out_dir, self.console.say
         say(f"\nfinished: {out_dir / 'final'}\n{text_table(list(summary_rows(report, out_dir / 'best').items()), left=(0, 1))}")
         for question, answers in self.answers:
@@ -389,7 +389,7 @@ class Session:
                 raise
 
     def _rescue(self, what: str, together: bool = True) -> str:
-        """Save the state if it is not saved yet, and say how to resume. `together`: all processes are here."""
+        """Save the state if it is not saved yet, and say how to resume. `together`: all processes take part."""
         if self.rank.size > 1 and (self.loop is None or not together):
             folder = self.checkpoints.newest
         else:

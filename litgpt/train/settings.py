@@ -67,7 +67,7 @@ class Run:
 
     @property
     def wants_shards(self) -> bool:
-        """True if a sharded model is asked for; with strategy auto it may become one all the same."""
+        """True if the settings request a sharded model; strategy auto may choose one without that."""
         return self.strategy == "fsdp" or self.cpu_offload
 
     def __post_init__(self) -> None:
@@ -91,5 +91,5 @@ class Run:
         return getattr(methods, self.kind)(self)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return the settings as YAML values for `hyperparameters.yaml`, with which `--config` starts the same run anew."""
+        """Return the settings as YAML values for `hyperparameters.yaml`, with which `--config` repeats the run."""
         return as_config({**vars(self), "resume": False, "overwrite": False})

@@ -21,7 +21,7 @@ from litgpt.train.methods import Method
 from litgpt.train.parallel import Rank
 from litgpt.train.settings import Run
 
-OF_WHOLE_TENSORS = ("Adafactor", "Muon")  # optimizers whose update of a number looks at others of its tensor
+OF_WHOLE_TENSORS = ("Adafactor", "Muon")  # optimizers whose update of an element depends on others in its tensor
 
 
 def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
@@ -39,7 +39,7 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
 
 
 def require_shardable(settings: Run, method: Method, base: Path) -> None:
-    """Raise UserError if `strategy` fsdp is asked for and something else that does not work with it, or `cpu_offload` without it."""
+    """Raise UserError for `strategy` fsdp with settings that do not work with it, and for `cpu_offload` without it."""
     if settings.cpu_offload and settings.strategy == "ddp":
         raise UserError("cpu_offload keeps parts of a sharded model, and strategy ddp has none: give --strategy fsdp, or leave it out")
     if settings.wants_shards and (found := obstacles(settings, method, base)):

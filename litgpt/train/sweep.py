@@ -37,7 +37,7 @@ RESUME = "the same command with --resume auto continues"
 
 
 class _Quiet(Console):
-    """Progress bars alone: the lines of each run would bury the sweep's own."""
+    """Shows only progress bars: the lines of each run would bury the sweep's own."""
 
     def say(self, text: str) -> None:
         pass
@@ -59,14 +59,14 @@ class Candidate:
 
     @property
     def taps(self) -> list[int]:
-        """The tapped blocks: every candidate block while `auto` has not chosen yet."""
+        """The tapped blocks: every candidate block until `auto` has chosen."""
         return self.chosen or list(self.config.taps)
 
 
 def sweep(settings: Run, grid: Grid | None, samples: int | None) -> None:
     """Train every trial and print the best; with `dry_run` only list the trials, their steps and the cache's bytes.
 
-    Each process trains one trial after the other, of those that no other has. Raises UserError before anything is written if no trial can
+    Each process trains, one after another, trials that no other has. Raises UserError before anything is written if no trial can
     be trained, and at the end if any failed.
     """
     use(settings.accelerator)
@@ -165,7 +165,7 @@ def _help(settings: Run, grid: Grid | None, samples: int | None, group: Group) -
 
 
 def _train_all(candidates: list[Candidate], job: Job, table: Table, where: str = "") -> None:
-    """Train the trials that no other process trains, until none is left; those of processes that were killed are among them."""
+    """Train the trials that no other process is training, including those of killed processes, until none is left."""
     while left := [each for each in candidates if each.trial.status in (WAITING, BEGUN)]:
         if not any(_train_if_free(candidate, job, table, where) for candidate in left):
             time.sleep(POLL_SECONDS)
@@ -299,7 +299,7 @@ def _taps(candidates: list[Candidate]) -> list[int]:
 
 
 def _choose(candidates: list[Candidate], job: Job, known: dict[str, Any]) -> None:
-    """Give each trial that leaves its blocks to `auto` those that its own run would choose."""
+    """Give each trial with `auto` the blocks that its own run would choose."""
     choices: dict[tuple[int, int, int], list[int]] = {}
     for candidate in candidates:
         if count := candidate.config.taps_to_choose:
@@ -313,7 +313,7 @@ def _choose(candidates: list[Candidate], job: Job, known: dict[str, Any]) -> Non
 
 
 def _n_validated(candidates: list[Candidate], job: Job) -> int:
-    """Return the number of validation samples that the trials need. Says so if it is not the same for all."""
+    """Return the number of validation samples that the trials need. Warns if it is not the same for all."""
     batches, group = candidates[0].settings.eval.max_iters, job.objective.group
     most = len(job.splits.val) // group
     counts = {one.settings.eval.validated(most, one.settings.train.micro_batch_size) for one in candidates}

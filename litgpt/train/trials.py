@@ -57,7 +57,7 @@ class Trial:
 
 
 def expand(settings: Run, grid: Grid | None, samples: int | None = None) -> list[Trial]:
-    """Return a trial for every combination of the grid's values, the last key varying fastest; with `samples` draw some of them.
+    """Return a trial for every combination of the grid's values, the last key varying fastest; with `samples`, for a random subset.
 
     Raises UserError for keys that may not vary and for values that are named twice.
     """
@@ -79,7 +79,7 @@ def expand(settings: Run, grid: Grid | None, samples: int | None = None) -> list
 
 
 def foreign_files(out_dir: Path) -> list[str]:
-    """Return the names of a sweep's files, in the folder, that no sweep wrote."""
+    """Return the names of a sweep's files that are in the folder but that no sweep wrote."""
     files = [file for name in (CSV, JSON, LOCKS) if os.path.lexists(file := out_dir / name)]
     return [file.name for file in files if file.is_symlink() or not file.is_file() or not _is_own(file)]
 
@@ -168,7 +168,7 @@ def _with(settings: Run, values: dict[str, Any]) -> Run:
 class Table:
     """The results of all trials, in the grid's order, and the files that hold them, which all processes of a sweep read and write.
 
-    A process holds the lock of the trial that it trains, and the table's to write it.
+    A process holds the lock of the trial that it trains, and the table's lock while it writes the table.
     """
 
     out_dir: Path
@@ -193,7 +193,7 @@ class Table:
                 unlock_bytes(self._locks, place)
 
     def refresh(self) -> None:
-        """Read what the processes of the sweep have noted."""
+        """Read what the processes of the sweep have recorded."""
         content = read_json(self.out_dir / JSON)
         for trial, row in zip(self.trials, content.pop("runs"), strict=True):
             trial.status, trial.reason = row["status"], row["reason"]
@@ -202,7 +202,7 @@ class Table:
         self.facts = {**content, **self.facts}
 
     def note(self, trial: Trial, status: str, reason: str = "", figures: dict[str, Any] | None = None) -> None:
-        """Write how a trial stands."""
+        """Write the status of a trial."""
         with self.locked():
             self.refresh()
             trial.status, trial.reason, trial.figures = status, reason, figures or {}
@@ -237,7 +237,7 @@ class Table:
         return text.getvalue()
 
     def loss(self, trial: Trial) -> float | None:
-        """Return the validation loss of the checkpoint in the trial's `folder`, by which it is judged. None if it is not finite."""
+        """Return the validation loss of the checkpoint in the trial's `folder`, by which it is ranked. None if it is not finite."""
         loss = trial.figures.get("best_val_loss" if self.keep_best else "final_val_loss")
         return loss if loss is not None and math.isfinite(loss) else None
 
