@@ -38,9 +38,9 @@ from litgpt.text import gib
 
 FORMAT = 4
 MEMORY_SHARE = 0.5  # of the free memory that a cache may take
-FILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch of the filling pass: on a CPU its activations should stay in the cache
-STEM_SHARE = 8  # a batch of the filling pass, which computes the stem once, has at least this many times its tokens
-TRIED_BATCHES, TRIED_SAMPLES = 3, 8  # read and computed, to compare the speeds
+FILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens per batch of the filling pass: on a CPU its activations should fit its cache
+STEM_SHARE = 8  # a batch of the filling pass, which computes the stem once, has at least this many times the stem's tokens
+TRIED_BATCHES, TRIED_SAMPLES = 3, 8  # to compare the speeds of reading and computing
 
 WHERE = {"memory": "in memory", "disk": "on disk"}
 Progress = Callable[[int, int], None]
@@ -52,15 +52,15 @@ def is_flat(model: GPT) -> bool:
 
 
 def is_cacheable(model: GPT) -> bool:
-    """Return True if something is frozen that would be computed again for every epoch."""
+    """Return True if there are frozen layers that every epoch would run again."""
     return not model.neftune_alpha and (bool(model.cut) or is_answer_only(model))
 
 
 def stem_length(model: GPT, samples: Sequence[Sample]) -> int:
     """Return P, the length of the stem, which a batch computes once.
 
-    It is 0 if a router is trained to balance the load of tokens, if LongRoPE takes its long factors for some of the samples only, and if
-    each sample gets noise of its own.
+    It is 0 if a router is trained to balance the load of tokens, if LongRoPE uses its long factors for only some of the samples, and if
+    each sample gets its own noise.
     """
     mixed = len({is_long(model.config, len(sample.input_ids)) for sample in samples}) > 1
     return 0 if model.config.router_aux_loss_coef or mixed or model.neftune_alpha else shared_stem(samples)
@@ -72,7 +72,7 @@ def stem_rows(samples: Sequence[Sample], stem: int) -> int:
 
 
 def loss_rows(at: torch.Tensor, stem: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the rows of a batch with loss at `at` (n,) that a flat tail needs, and where the loss is among them; None: one is the other.
+    """Return the rows of a batch with loss at `at` (n,) that a flat tail needs, and which of them carry loss; None: all of them, in order.
 
     The rows of the stem come first, then those of each sample.
     """
@@ -119,9 +119,9 @@ class ActivationCache:
     def __init__(self, store: torch.Tensor | Rows, layout: Layout, source: Recompute, indices: Sequence[int]) -> None:
         """`indices`: of the samples that may be read; a file may hold more. `source`: what computed the rows."""
         self.store, self.layout, self.samples, self.model, self.device = store, layout, source.samples, source.model, source.device
-        self.blocks = [i for i, block in enumerate(self.model.blocks) if block.skip2lora is not None]  # whose taps it holds
+        self.blocks = [i for i, block in enumerate(self.model.blocks) if block.skip2lora is not None]  # the blocks whose taps it holds
         self.stem, self.slices = slice(0, layout.first), {i: layout.slices[i] for i in indices}
-        self.parts: torch.Tensor | None = None  # parts of a row that are read: 0 for x, taps from 1 on; None: all
+        self.parts: torch.Tensor | None = None  # parts of a row to read: 0 for x, taps from 1 on; None: all
 
     def __call__(self, indices: Sequence[int]) -> Features:
         chosen = [self.samples[i] for i in indices]
@@ -146,7 +146,7 @@ class ActivationCache:
         return rows[:, 0], rows[:, 1:]
 
     def narrowed(self, blocks: Sequence[int]) -> ActivationCache:
-        """Return a view of the cache for a model that taps only these blocks; the taps of others are not read."""
+        """Return a view of the cache for a model that taps only these blocks. Other blocks' taps are not read."""
         view = copy.copy(self)
         view.parts = None if list(blocks) == self.blocks else torch.tensor([0, *(1 + self.blocks.index(block) for block in blocks)])
         return view
@@ -175,7 +175,7 @@ class CacheSettings:
     folder: Path  # for caches on disk, each in a folder of its own
     dtype: torch.dtype
     say: Callable[[str], None] = lambda text: None
-    # opens a progress bar with a title, for a cache that holds a number of samples already
+    # opens a progress bar with a title, for a cache that already holds some number of samples
     progress: Callable[[str, int], AbstractContextManager[Progress]] = lambda title, begun: nullcontext(lambda done, total: None)
     agreed: Callable[[bool], bool] = bool  # returns whether a flag is set in any rank of a sharded model, which must all do the same
 
@@ -188,10 +188,10 @@ def activations(
     settings: CacheSettings,
     device: torch.device,
 ) -> Activations:
-    """Return a cache of the samples' activations, filled, or reused from disk; `Recompute` if settings or machine do not allow one.
+    """Return a cache of the samples' activations, filled or reused from disk; `Recompute` if the settings or the machine rule one out.
 
-    "auto" takes memory if the cache fits `MEMORY_SHARE` of the free memory, else disk, if reading is faster than computing. The file has
-    room for all samples, for other processes and other `indices`. A disk that is too full is reported and not fatal.
+    "auto" uses memory if the cache fits into `MEMORY_SHARE` of the free memory, else disk if reading is faster than computing. The file has
+    room for all samples, for other processes and other `indices`. A full disk is reported and is not fatal.
     """
     source = Recompute(model, samples, device)
     if settings.mode == "off" or not is_cacheable(model) or not indices:
@@ -249,7 +249,7 @@ def filled(model: GPT, samples: Sequence[Sample], count: int, name: str, setting
 
 
 def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSettings, name: str) -> Activations:
-    """Return the faster of the two, by a few batches. They are read from the disk itself, not from memory that still holds the file."""
+    """Return the faster of the two, timed on a few batches. They are read from the disk itself, not from the page cache."""
     rows = list(cache.slices)[: TRIED_BATCHES * TRIED_SAMPLES]
     seconds = []
     for source in (cache, recompute):
@@ -269,8 +269,8 @@ def fill(
 ) -> Iterator[list[int]]:
     """Run the prefix over batches of samples and write the rows into `store` (R, S + 1, d). Yield each batch that is written.
 
-    The stem is computed with the longest of all samples, so that it does not depend on the batches. The filling ends when it is no longer
-    `agreed` that a rank has samples left: a sharded model runs in all ranks at the same time.
+    The stem is computed with the longest of all samples, so that it does not depend on the batches. Filling ends when the ranks have
+    `agreed` that none has samples left: a sharded model runs in all ranks at the same time.
     """
     model, samples, slices = source.model, source.samples, layout.slices
     longest = max(range(len(samples)), key=lambda i: len(samples[i].input_ids))
@@ -326,7 +326,7 @@ def fingerprint(model: GPT, samples: Sequence[Sample], layout: Layout, device: t
     trained = read = min(model.cut or 0, model.config.n_layer)
     if is_answer_only(model):
         facts.append(model.config.alora_invocation_tokens)
-        read = model.config.n_layer  # blocks whose plain weights matter
+        read = model.config.n_layer  # number of blocks whose plain weights matter
     digest.update(json.dumps(facts, sort_keys=True).encode())
     parts = [module for name, module in model.transformer.items() if name != "h"]  # embeddings and ln_f
     for i, part in enumerate((*parts, *model.blocks[:read]), start=-len(parts)):

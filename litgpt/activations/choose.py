@@ -1,8 +1,8 @@
 """The choice of blocks to tap for `skip2lora_block_indices: auto`, from the outputs of all candidates on a sample of the training data.
 
-At the base model, where B = 0, row n has the gradient g_n = dL/dx of the loss for the output layer's input, and block i the tap t_{i,n}.
+At the base model, where B = 0, row n has the gradient g_n = dL/dx of the loss with respect to the output layer's input, and taps t_{i,n}.
 Adapters move x by a linear function M of the chosen taps S. The most useful direction is -F^-1 g, Newton's step with the mean empirical
-Fisher matrix F = E[g g^T] + c I for the curvature. A set of blocks is valued by how well its taps predict that step on held-out samples:
+Fisher matrix F = E[g g^T] + c I as the curvature. A set of blocks is scored by how well its taps predict that step on held-out samples:
 
     R2(S) = 1 - sum_n (g_n + M t_{S,n})^T F^-1 (g_n + M t_{S,n}) / sum_n g_n^T F^-1 g_n
 
@@ -37,7 +37,7 @@ class Choice:
     """The chosen blocks with their R2, and that of as many blocks chosen by simple rules: the last ones, and evenly spaced ones."""
 
     blocks: tuple[int, ...]
-    value: float  # 0 or less: the sample decides nothing, and the last blocks are taken
+    value: float  # 0 or less: the sample is inconclusive, and the last blocks are used
     rules: dict[str, float]
     samples: int
     rows: int
@@ -56,7 +56,7 @@ def draw(samples: Sequence[Sample], seed: int) -> list[Sample]:
 
 
 def select(parts: Sequence[Part], candidates: Sequence[int], count: int, samples: int) -> Choice:
-    """Choose `count` of the candidates by the two halves that `gather` returned for `samples` samples. A simple rule wins a tie."""
+    """Choose `count` candidates from the two halves that `gather` returned for `samples` samples. A simple rule wins a tie."""
     everything = range(len(candidates))
     spaced = everything[:: -(len(candidates) // count)][:count]
     rules = {f"last:{count}": tuple(everything[-count:]), "evenly spaced": tuple(sorted(spaced))}
@@ -73,7 +73,7 @@ def select(parts: Sequence[Part], candidates: Sequence[int], count: int, samples
 
 
 def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, progress: Callable[[int, int], None]) -> list[Part]:
-    """Return taps and gradients of two halves of the sample, on the CPU, thinned at random to `ROWS` rows. Batches are training's."""
+    """Return taps and gradients of two halves of the sample, on the CPU, subsampled to `ROWS` rows. Batches are as in training."""
     flat = is_flat(model)
     device = next(model.parameters()).device
     source = Recompute(model, sample, device)
@@ -101,7 +101,7 @@ def gather(model: GPT, sample: Sequence[Sample], micro_batch: int, seed: int, pr
 
 
 class Evidence:
-    """The sums over rows from which R2 of any set of blocks follows; their size does not depend on N."""
+    """Sums over rows that give R2 of any set of blocks. Their size does not depend on N."""
 
     def __init__(self, parts: Sequence[Part], directions: int = DIRECTIONS) -> None:
         sizes = [len(gradients) for _, gradients in parts]

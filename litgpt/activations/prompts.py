@@ -1,8 +1,8 @@
 """Answer-only LoRA (aLoRA, arXiv 2504.12397) in training: replies with LoRA, behind prompts of the plain model.
 
 LoRA is on from the tokens that open a reply, the *invocation*, to its end. Everything in front of a reply, earlier replies included, acts
-on it through the plain model's keys and values, which no training changes. So one plain pass over a sample gives what all its replies need,
-once for all epochs, and a step computes the replies alone, forward and backward:
+on it through the plain model's keys and values, which training does not change. So one plain pass over a sample serves all its replies in
+all epochs, and a step computes only the replies, forward and backward:
 
     plain pass    rows of the packed samples: x at the first block with LoRA, taps, keys and values of this and the later blocks    (N, W)
     replies       their rows of x through the blocks with LoRA; attention over the prompt's keys and values, then over their own
@@ -43,7 +43,7 @@ def width(model: GPT) -> int:
 def replies(sample: Sample, invocation: Sequence[int]) -> list[tuple[int, int]]:
     """Return the positions [start, stop) of the inputs of each learned reply, from its invocation on.
 
-    Raises UserError if the invocation does not stand in front of a reply.
+    Raises UserError if a reply does not follow the invocation.
     """
     found, n = [], len(invocation)
     for learned in re.finditer(b"\1+", sample.loss_mask):
@@ -91,7 +91,7 @@ def plain_rows(model: GPT, samples: Sequence[Sample], device: torch.device, stem
 
 
 def reply_features(model: GPT, rows: Rows) -> Features:
-    """Return what the tail, with LoRA, needs for the replies of a plain pass: x at the cut and taps.
+    """Return the inputs of the tail, with LoRA, for the replies of a plain pass: x at the cut and taps.
 
     With the cut at `ln_f` or `lm_head` the blocks with LoRA, trained before, run here, and only positions with loss are returned.
     """
@@ -135,7 +135,7 @@ def reply_features(model: GPT, rows: Rows) -> Features:
 def reply_positions(
     model: GPT, packing: Packing, tokens: Sequence[int], context: dict[int, tuple[torch.Tensor, torch.Tensor]]
 ) -> Positions:
-    """Return rotary tables and masks for packed replies (N,) that start at `packing.starts` (B,) of sequences of so many `tokens`.
+    """Return rotary tables and masks for packed replies (N,) that start at `packing.starts` (B,) in sequences of `tokens` tokens.
 
     A reply attends to its own part of `context`, up to its start, and to itself.
     """
@@ -149,7 +149,7 @@ def reply_positions(
     causal = torch.cat(
         ((before < starts[:, None])[:, None].expand(-1, packing.width, -1), (own <= own[:, None]).expand(len(starts), -1, -1)), dim=2
     )
-    real = places.minimum(torch.tensor(tokens, device=device)[:, None] - 1)  # padding takes the last place
+    real = places.minimum(torch.tensor(tokens, device=device)[:, None] - 1)  # padding gets the last place
     end = int(real.max()) + 1
     model.require_room(end)
     rotary = tuple(model.rotary(table, real, end, [is_long(model.config, length) for length in tokens]) for table in model.rope)

@@ -1,9 +1,9 @@
 """The rows of an activation cache in a file: filled once by one process or several, reused by later runs, resumed after a stop.
 
 The folder holds activations.bin, (R, S + 1, d) values, and index.bin with 8 bytes for the stem and for each sample, in little-endian
-order: the CRC-32 of its rows, and 1 once they are written. Rows are compared with it whenever they are read; those that differ when a run
-starts are computed again. Processes that fill a cache at the same time lock the bytes of the samples that each is working on: a sample is
-computed once, and by another process if the first is killed. Others may write to the folder around it: links are not followed, and
+order: the CRC-32 of its rows, and 1 once they are written. Rows are checked against the CRC on every read; those that differ when a run
+starts are computed again. Processes that fill a cache together lock the bytes of the samples that they are working on: a sample is
+computed once, or by another process if the first is killed. The parent folder may be writable by others, so links are not followed, and
 another user's folder under these names is an error.
 """
 
@@ -38,7 +38,7 @@ class Layout:
     """The rows of a cache and its size, known before anything is computed."""
 
     counts: Mapping[int, int]  # rows of each sample, by its index
-    first: int  # rows of the stem, the first of the cache: P, or 0 if each sample has its own positions with loss alone
+    first: int  # rows of the stem, the first of the cache: P, or 0 if each sample has only its own positions with loss
     width: tuple[int, int]  # (S + 1, d): x, then the taps; or (1, W) with prompts' keys and values (`litgpt.activations.prompts`)
     dtype: torch.dtype
     stem: int = 0  # P
@@ -68,7 +68,7 @@ class Rows:
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout, self.slices = folder, layout, layout.slices
-        self.places = {i: k for k, i in enumerate(self.slices, 1)}  # of the samples in the index; the stem has 0
+        self.places = {i: k for k, i in enumerate(self.slices, 1)}  # places of the samples in the index; the stem has place 0
         self.stem = slice(0, layout.first)
         spans = enumerate((self.stem, *self.slices.values()))
         self._by_rows = {(span.start, span.stop): k for k, span in spans if span.start != span.stop}
@@ -84,7 +84,7 @@ class Rows:
         self.descriptor = self.index = -1
 
     def open(self, flags: int) -> None:
-        """Open the files anew. Raises OSError for a link, a pipe or a device, or if they are missing and are not to be created."""
+        """Reopen the files. Raises OSError for a link, a pipe or a device, or if they are missing and must not be created."""
         self._close()
         self.index = open_regular(self.folder / INDEX, flags | os.O_NOFOLLOW)
         self.descriptor = open_regular(self.folder / DATA, flags | os.O_NOFOLLOW)
@@ -119,7 +119,7 @@ class Rows:
         return all(not self.layout.counts[i] or self._entry(self.places[i]) & WRITTEN for i in indices)
 
     def written(self, indices: Sequence[int]) -> list[int]:
-        """Return those of the samples that are written, by one look at the index."""
+        """Return the samples that are written, by one read of the index."""
         length = ENTRY * (1 + len(self.places))
         flags = os.pread(self.index, length, 0).ljust(length, b"\0")[ENTRY // 2 :: ENTRY]  # the byte of `WRITTEN`
         return [i for i in indices if flags[self.places[i]] or not self.layout.counts[i]]
@@ -129,7 +129,7 @@ class Rows:
         return bool(self._entry(0))
 
     def damaged(self, indices: Sequence[int]) -> list[int]:
-        """Return the places of the samples, and of the stem, that are noted as written and cannot be read. Reads all of them."""
+        """Return the places of samples, and of the stem, that are marked as written but cannot be read. Reads all of them."""
         places, written = list[int](), self.written(indices)
         for place, span in ((0, self.stem), *((self.places[i], self.slices[i]) for i in written)):
             try:
@@ -153,7 +153,7 @@ class Rows:
                 os.posix_fallocate(self.descriptor, span.start * row_bytes, size)  # a full disk shows here, not after hours
 
     def missing(self, batches: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Yield the batches that are to be written, each locked against other processes; then wait for those that others are writing."""
+        """Yield the batches to write, each locked against other processes; then wait for those that other processes are writing."""
         left = list(batches)
         while left := [batch for batch in left if not self.is_written(batch)]:
             was_idle = True
@@ -186,13 +186,13 @@ class Rows:
 
 
 Fill = Callable[[Rows, Iterator[list[int]], int], None]
-"""Writes the stem, if it is missing, and the rows of each batch that the iterator yields; the number says how many samples are written."""
+"""Writes the stem, if it is missing, and the rows of each batch from the iterator. The number is that of the samples already written."""
 
 
 def open_store(
     folder: Path, layout: Layout, batches: Sequence[list[int]], fill: Fill, say: Say, agreed: Callable[[bool], bool] = bool
 ) -> Rows:
-    """Return the rows in `folder`, of which at least those of the samples in `batches` are written.
+    """Return the rows in `folder`, with at least those of the samples in `batches` written.
 
     `agreed` returns whether a flag is set in any of the processes that fill together. Raises OSError if the rows cannot be written.
     """
@@ -217,7 +217,7 @@ def open_store(
 
 
 def _opened(store: Rows, indices: list[int], say: Say) -> list[int]:
-    """Open the files for what is to be done, and return the samples that are still to be written."""
+    """Open the files for reading or writing, as needed, and return the samples that are still to be written."""
     folder = store.folder
     _require_own(folder)
     with suppress(FileNotFoundError):
@@ -246,14 +246,14 @@ def _opened(store: Rows, indices: list[int], say: Say) -> list[int]:
 
 
 def _remove(folder: Path) -> None:
-    with suppress(OSError):  # not empty: there are files of others
+    with suppress(OSError):  # not empty: it has files of others
         for name in (DATA, INDEX):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 
 
 def _require_own(folder: Path) -> None:
-    """Raise OSError if a link, a file, or in a folder that others may write to another user's folder has the place of ours."""
+    """Raise OSError if `folder` is a link or a file, or belongs to another user and its parent is writable by others."""
     try:
         status = folder.lstat()
     except FileNotFoundError:

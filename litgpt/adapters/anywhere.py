@@ -18,7 +18,7 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path, require_file
 
 ALL, SQUARE = "all-linear", "square"
-VERSION = 1  # of the file's form
+VERSION = 1  # of the file format
 
 
 class Entry(NamedTuple):
@@ -52,7 +52,7 @@ def target_layers(model: nn.Module, targets: str | Collection[str]) -> dict[str,
     elif targets == ALL:
         vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
         places = {name: re.sub(r"\d+", "#", name) for name, linear in linears.items() if sizes(linear)[1] in vocabularies}
-        repeated = Counter(places.values())  # layers of several blocks, as wide as the positions there are, are no output layers
+        repeated = Counter(places.values())  # layers of several blocks are not output layers, even if as wide as the number of positions
         chosen = {name for name in linears if name not in places or repeated[places[name]] > 1}
         missing = [] if chosen else [ALL]
     else:

@@ -11,19 +11,19 @@ from litgpt.sharding import assign, on_cpu
 
 
 class Adapter(nn.Module):
-    """Parameters added to a frozen model: those that the module holds itself, not those of a layer that it wraps."""
+    """Parameters added to a frozen model: the module's own, not those of a layer that it wraps."""
 
     skips_cut = False  # True: the output joins the tail, so that gradients reach the adapter even in front of the cut
 
     constant: tuple[str, ...] = ()  # names of parameters that are never trained
 
-    tunes_base = False  # True: the parameters are the base's own, which start from its values
+    tunes_base = False  # True: the parameters are the base's own and start from its values
     base_dtype = torch.float32  # of those parameters in the base
 
-    is_sharded = False  # True: the parameters are gathered for each pass, in memory that was another's
+    is_sharded = False  # True: the parameters are gathered for each pass, into reused memory
 
     def reset_parameters(self) -> None:
-        """Set fresh values with which the model computes what it does without the adapter."""
+        """Set fresh values that leave the model's output as it is without the adapter."""
         raise NotImplementedError
 
 
@@ -53,7 +53,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 
 
 def adapter_parameters(model: nn.Module, added: bool = False) -> dict[str, nn.Parameter]:
-    """Return the adapters' parameters by their names in the model; with `added` without those that the base has as well."""
+    """Return the adapters' parameters by their names in the model; with `added`, without those that the base also has."""
     return {
         f"{name}.{key}" if name else key: parameter
         for name, adapter in adapters(model)
@@ -63,7 +63,7 @@ def adapter_parameters(model: nn.Module, added: bool = False) -> dict[str, nn.Pa
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the adapters' parameters as tensors on the CPU, to be saved. All ranks of a sharded model must ask for them."""
+    """Return the adapters' parameters as tensors on the CPU, to be saved. All ranks of a sharded model must call this."""
     return on_cpu(adapter_parameters(model))
 
 
@@ -100,7 +100,7 @@ def own_copies(tuned: Sequence[Adapter]) -> None:
 
 @torch.no_grad()
 def renew_sharded(model: nn.Module) -> None:
-    """Give the adapters of a sharded model the values that `renew_adapters` gives those of one process: the first rank's."""
+    """Give the adapters of a sharded model the values that `renew_adapters` gives in a single process: the first rank's."""
     for _, adapter in adapters(model):
         adapter.is_sharded = True
         for name, parameter in _redraw(adapter).items():

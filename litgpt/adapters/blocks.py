@@ -55,7 +55,7 @@ def _by_rule(rule: str, available: list[int], key: str) -> tuple[int, ...]:
 
 
 def auto_count(spec: object, available: int) -> int | None:
-    """Return how many of `available` blocks "auto" (6, or all if there are fewer) or "auto:n" asks for; None for any other value."""
+    """Return the number of `available` blocks for "auto" (6, or all if there are fewer) or "auto:n"; None for any other value."""
     match = AUTO.fullmatch(str(spec))
     count = int(match[1] or min(DEFAULT_TAPS, available)) if match else 0
     return count if 1 <= count <= available else None

@@ -1,10 +1,10 @@
-"""DoRA, weight-decomposed LoRA (arXiv 2402.09353): the update changes the direction of each row of W, a vector m its length.
+"""DoRA, weight-decomposed LoRA (arXiv 2402.09353): the update changes the direction of each row of W, and a vector m its length.
 
     W' = g (W + s B A)      g = m / c      c = the norms of the rows of W + s B A
     y  = W' x + b           computed as linear(x) + (g - 1) (linear(x) - b) + g s B A dropout(x)
 
 g multiplies row by row; s is LoRA's factor. c is a constant to autograd (section 4.3 of the paper), and m starts as the norms of the rows
-of W: with B = 0 the layer computes what the base does, bit for bit. Over a quantised layer m starts as the norms before quantisation.
+of W: with B = 0 the layer's output is the base's, bit for bit. Over a quantised layer m starts as the norms before quantisation.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from litgpt.adapters.layers import LoRALinear
 
 
 class DoRA(LoRALinear):
-    """A mixin for LoRA's layers, put before them: `class DoRAQKVLinear(DoRA, LoRAQKVLinear)`. m is `lora_magnitude` (rows of B,), fp32."""
+    """A mixin that precedes LoRA's layers: `class DoRAQKVLinear(DoRA, LoRAQKVLinear)`. m is `lora_magnitude` (rows of B,), fp32."""
 
     lora_magnitude: nn.Parameter
     kept_outputs = 2  # linear(x) - b, and the update
@@ -34,9 +34,9 @@ class DoRA(LoRALinear):
             self.lora_magnitude.copy_(torch.linalg.vector_norm(weight, dim=1)[self.adapted_rows()])
 
     def norms(self) -> torch.Tensor:
-        """Return c (out,). Passes without gradients, such as those of generation, share it until a weight changes."""
+        """Return c (out,). Passes without gradients, as in generation, share it until a weight changes."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.is_sharded:
-            self._norms_of = ()  # a fused optimizer's step leaves versions as they are
+            self._norms_of = ()  # a fused optimizer's step does not change versions
             with torch.no_grad():
                 return torch.linalg.vector_norm(super().merged(), dim=1)
         tensors = (self.lora_A, self.lora_B, *self.linear.parameters(), *self.linear.buffers())
@@ -47,7 +47,7 @@ class DoRA(LoRALinear):
         return self._norms
 
     def gain(self) -> torch.Tensor:
-        """Return g (out,); it is 1 in the rows that are not adapted. A row of zeros, an unused token's, stays."""
+        """Return g (out,); it is 1 in rows that are not adapted. A row of zeros, as of an unused token, is left unchanged."""
         c = self.norms()
         return c.masked_scatter(self.adapted_rows().to(c.device), self.lora_magnitude) / c.masked_fill(c == 0, 1.0)
 

@@ -1,4 +1,4 @@
-"""Heads beside the output layer: adapters on its input h, which cost no pass of the blocks.
+"""Heads next to the output layer: adapters on its input h, which need no extra pass through the blocks.
 
     value head           v = s(w . a + b), the expected reward of an answer so far;  a = N(h), or silu(U N(h) + c) with "mlp"
     multi-token head k   z = h + D silu(U [N(h), N(e)]),  e the embedding of the next token;  lm_head(z) predicts the token k behind it
@@ -58,17 +58,17 @@ class ValueHead(Head):
 
 
 class Tap(nn.Module):
-    """Marks a block whose output adapters or heads read."""
+    """Marks a block whose output is read by adapters or heads."""
 
     norm_eps: float | None = EPS
 
     def tap(self, x: torch.Tensor) -> torch.Tensor:
-        """Return t = x / rms(x), as magnitudes differ much between blocks, or x if `norm_eps` is None: (..., d), in x's dtype."""
+        """Return t = x / rms(x), as magnitudes vary widely between blocks, or x if `norm_eps` is None: (..., d), in x's dtype."""
         return x if self.norm_eps is None else rms_norm(x, None, self.norm_eps)
 
 
 class MultiTokenHead(Head):
-    """A token further ahead, by its input of the output layer, and with `reads_taps` by taps (arXiv 2503.01840)."""
+    """Predicts a token further ahead from the output layer's input, and with `reads_taps` from taps (arXiv 2503.01840)."""
 
     def __init__(self, d: int, reads_taps: bool = False) -> None:
         super().__init__()

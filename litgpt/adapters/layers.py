@@ -65,7 +65,7 @@ class LoRALayer(Adapter):
 class LoRALinear(LoRALayer, Wrapper):
     """A linear layer with LoRA: y = linear(x) + s B A dropout(x), A (r, in), B (out, r).
 
-    `linear` is the layer to adapt, quantised or not; without it a new one is made. A state dict's `weight` and `bias` go to `linear`.
+    `linear` is the layer to adapt, quantised or not; without it a new one is created. A state dict's `weight` and `bias` go to `linear`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class LoRALinear(LoRALayer, Wrapper):
         self.make((self.r, self.in_features), (self.out_features, self.r))
 
     def units(self, name: str) -> list[str]:
-        """Return the adapted units (`litgpt.adapters.patterns`) of this layer, which is called `name`."""
+        """Return the adapted units (`litgpt.adapters.patterns`) of this layer, named `name`."""
         return [name]
 
     def part_sizes(self) -> list[int]:
@@ -99,7 +99,7 @@ class LoRALinear(LoRALayer, Wrapper):
         return [len(self.lora_B)]
 
     def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
-        """Return (out, columns of A x): B, or another one, scaled, with zeros in the rows that are not adapted."""
+        """Return (out, columns of A x): B, or another factor of its shape, scaled, with zeros in the rows that are not adapted."""
         return (self.lora_B if b is None else b) * self.scaling
 
     def adapted_rows(self) -> torch.Tensor:
@@ -141,7 +141,7 @@ class LoRALinear(LoRALayer, Wrapper):
             weight, merged = self.linear.weight, self.merged()
             merged = merged.T.contiguous() if is_transposed(self.linear) else merged
             self.linear.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=weight.requires_grad)
-            self.r = 0  # another place of the model may hold this layer too
+            self.r = 0  # the model may hold this layer in another place, too
         return self.linear
 
 
@@ -149,7 +149,7 @@ class LoRAQKVLinear(LoRALinear):
     """The joined projection with LoRA on any of q, k and v, each with its own A and B.
 
     With e parts enabled A is (e r, d), one below the other; B (rows of the enabled parts, r), LitGPT's layout. `sizes`: ranks and alphas
-    of the parts. B has as many columns as the highest rank, of which a part of a lower one leaves the rest at zero.
+    of the parts. B has as many columns as the highest rank; a part of lower rank leaves the rest at zero.
     """
 
     def __init__(

@@ -1,13 +1,13 @@
-"""Patterns of layers' names, PEFT's `rank_pattern` and `alpha_pattern`: they give layers a rank and an alpha of their own. Light.
+"""Patterns of layer names, PEFT's `rank_pattern` and `alpha_pattern`, which give layers their own rank and alpha. Light.
 
 A *unit* is a linear layer, `transformer.h.3.mlp.fc_1`, or a part of the joined projection, `transformer.h.3.attn.qkv:q`. A pattern is its
-name, the end of it from a dot on, or a regular expression for either, in the names of this package or of transformers' Llama:
+name, a suffix of it after a dot, or a regular expression for either, in the names of this package or of transformers' Llama:
 
-    attn.qkv                                 all that is adapted of q, k and v
+    attn.qkv                                 all adapted parts of q, k and v
     attn.q_proj, attn.k_proj, attn.v_proj    one of them, also self_attn.q_proj, ...
     attn.proj                                self_attn.o_proj
     mlp.fc_1, mlp.fc_2, mlp.proj             mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    mlp.fc, mlp.gate, mlp.experts.0.fc_1     only so; lm_head, in any family
+    mlp.fc, mlp.gate, mlp.experts.0.fc_1     only these names; lm_head, in any family
 """
 
 import re
@@ -36,7 +36,7 @@ def wrong(pattern: str) -> str:
 
 
 def matching(patterns: Iterable[str], *names: str) -> str | None:
-    """Return the first pattern that matches one of a layer's names, in full or from a dot on, as PEFT does; None if there is none."""
+    """Return the first pattern that matches a layer's name, in full or its suffix after a dot, as in PEFT; None if there is none."""
     return next((pattern for pattern in patterns if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)), None)
 
 
@@ -55,7 +55,7 @@ def names_of(unit: str) -> tuple[str, ...]:
 
 
 def require_patterns(key: str, patterns: Any, numbers: Range) -> None:
-    """Raise UserError, naming `key`, for patterns that are no regular expressions, or a value out of range."""
+    """Raise UserError, naming `key`, for patterns that are not regular expressions, or a value out of range."""
     if not isinstance(patterns, Mapping):
         raise UserError(f"{key} is {str(patterns)[:60]}: give names of layers with a value each, such as {{q_proj: 4}}")
     for pattern, value in patterns.items():
@@ -89,7 +89,7 @@ def within_block(name: str) -> str:
 def compact(
     values: Mapping[str, Any], default: Any, name_of: Callable[[str], str] = _own_name, kind_of: Callable[[str], str] = within_block
 ) -> dict[str, Any] | None:
-    """Return patterns that give layers, by default units, these values where they differ from the default; None if none does."""
+    """Return patterns that give layers, by default units, the values that differ from the default; None if none does."""
     named = {name_of(layer): value for layer, value in values.items()}
     kinds: dict[str, set[Any]] = {}
     for name, value in named.items():

@@ -1,9 +1,9 @@
-"""PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775): LoRA that starts from the weight's own directions, in place of 0.
+"""PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775): LoRA that starts from directions of the weight instead of 0.
 
     W' = W + s (B A - B_0 A_0),    B = B_0 and A = A_0 at the start
 
 PiSSA: s B_0 A_0 is the best approximation of rank r of W, with singular values shared evenly by the factors. OLoRA: for W = Q R, B_0 is the
-first r columns of Q, A_0 the first r rows of R. At the start the layer computes what the base does. q, k and v each have their own.
+first r columns of Q, A_0 the first r rows of R. At the start the layer's output is the base's. q, k and v each have their own factors.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ ITERATIONS = 8  # of the randomised singular value decomposition, which takes a 
 
 
 class PiSSA(LoRALinear):
-    """A mixin for LoRA's layers, put before them. `lora_A0` and `lora_B0` are saved with the adapter and not trained."""
+    """A mixin that precedes LoRA's layers. `lora_A0` and `lora_B0` are saved with the adapter and not trained."""
 
     lora_A0: nn.Parameter
     lora_B0: nn.Parameter
@@ -34,7 +34,7 @@ class PiSSA(LoRALinear):
             return
         rows, ranks = self.part_sizes(), [self.r] * len(self.part_sizes())
         parts = zip(weight[self.adapted_rows()].split(rows), self.lora_A.split(ranks), self.lora_B.split(rows), strict=True)
-        for part, a, b in parts:  # of a rank above the weight's the rest stays as LoRA has it
+        for part, a, b in parts:  # if the rank exceeds the weight's, the rest keeps LoRA's values
             a_0, b_0 = self.start(part.float())
             a[: len(a_0)], b[:, : len(a_0)] = a_0, b_0
         self.lora_A0.copy_(self.lora_A)

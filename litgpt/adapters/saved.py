@@ -1,7 +1,7 @@
-"""Modules of the base that are trained in full beside LoRA, PEFT's `modules_to_save`: the embedding and the output layer.
+"""Modules of the base that are trained in full alongside LoRA, PEFT's `modules_to_save`: the embedding and the output layer.
 
-Their weights are fp32 copies, which start from the base's; the layer computes in the base's dtype. A head that is tied to the embedding
-stays so if both are trained: they are one parameter then, with one gradient. If one of them is trained, the other keeps the base's weight.
+Their weights are fp32 copies of the base's; the layer computes in the base's dtype. A head that is tied to the embedding stays tied if
+both are trained: they are one parameter, with one gradient. If only one of them is trained, the other keeps the base's weight.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ class SavedLinear(Saved, nn.Linear):
 
 
 def save_modules(modules: dict[str, Any], chosen: list[str]) -> None:
-    """Train those of the modules that are chosen, in place, and no others."""
+    """Make the chosen modules trainable, in place, and no others."""
     for name, module in modules.items():
         plain, saved = (nn.Embedding, SavedEmbedding) if isinstance(module, nn.Embedding) else (nn.Linear, SavedLinear)
         module.__class__ = saved if name in chosen else plain
@@ -44,7 +44,7 @@ def save_modules(modules: dict[str, Any], chosen: list[str]) -> None:
 
 
 def fuse_saved(model: nn.Module) -> None:
-    """Make plain modules of the base's dtype of those that were trained, in place."""
+    """Turn the trained modules into plain ones of the base's dtype, in place."""
     for module in list(model.modules()):
         if isinstance(module, Saved):
             module.to(module.base_dtype).requires_grad_(False)

@@ -121,7 +121,7 @@ class AdapterSettings:
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")
 
     def _require_modules(self) -> None:
-        """Name the modules to save as this package does. Raise UserError for unknown ones, and for settings that do not go with them."""
+        """Translate the modules to save to this package's names. Raise UserError for unknown ones, and for settings that exclude them."""
         if not self.modules_to_save:
             self.modules_to_save = None
             return
@@ -156,12 +156,12 @@ class AdapterSettings:
 
     @property
     def changes_text(self) -> bool:
-        """True if adapters change what the model writes."""
+        """True if adapters change the model's output."""
         return self.has_lora_in_blocks or self.skip2lora_enabled or (self.lora_r > 0 and self.lora_head) or bool(self.modules_to_save)
 
     @property
     def heads(self) -> list[str]:
-        """The settings that add a head beside the output layer."""
+        """The settings that add a head next to the output layer."""
         return [name for name in ("value_head", "mtp_heads") if getattr(self, name)]
 
     @property
@@ -177,7 +177,7 @@ class AdapterSettings:
 
 @dataclass(kw_only=True)
 class WarmupSettings:
-    """A first phase in which ordinary LoRA is trained on every block, before Skip2-LoRA."""
+    """A phase before Skip2-LoRA in which ordinary LoRA is trained on every block."""
 
     skip2lora_warmup_steps: int = setting(0, COUNT)
     """Train ordinary LoRA on every block for this many steps first (besides train.epochs and max_steps), then freeze it with the blocks
@@ -219,7 +219,7 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
 
 
 def readable_by_litgpt(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without those defaults that LitGPT's merge_lora refuses: it reads every lora_ key, and knows its own only."""
+    """Return the settings without the defaults that LitGPT's merge_lora rejects: it reads every lora_ key and knows only its own."""
     own = {
         f.name: f.default
         for f in fields(AdapterSettings)

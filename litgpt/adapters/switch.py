@@ -7,14 +7,14 @@ import torch
 
 
 class Switch:
-    """Turns the LoRA of a model on and off, by position."""
+    """Switches a model's LoRA on and off by position."""
 
     def __init__(self, invocation: Sequence[int]) -> None:
         self.invocation = list(invocation)
         self.is_off = False
         self.mask: torch.Tensor | None = None  # (B, T, 1), 1 where LoRA is on; None: everywhere
-        self.rows: torch.Tensor | None = None  # those of the B T rows that an expert of a mixture gets; None: all
-        self.start: int | torch.Tensor | None = None  # where replies begin, of all or (B, 1), for prompts that are read in parts
+        self.rows: torch.Tensor | None = None  # which of the B T rows an expert of a mixture gets; None: all
+        self.start: int | torch.Tensor | None = None  # where replies begin, for all rows or (B, 1), for prompts that are read in parts
 
     def masked(self, update: torch.Tensor) -> torch.Tensor:
         """Return the update (..., out) where LoRA is on, 0 elsewhere."""
@@ -32,7 +32,7 @@ class Switch:
 
     @contextmanager
     def reply_at(self, start: int | torch.Tensor) -> Iterator[None]:
-        """Let the reply begin at `start`, of all rows or (B, 1), while a prompt is read in parts."""
+        """Let the reply begin at `start`, for all rows or (B, 1), while a prompt is read in parts."""
         self.start = start
         try:
             yield
@@ -46,9 +46,9 @@ class Switch:
         return next(starts, len(tokens))
 
     def look(self, idx: torch.Tensor, first: torch.Tensor | None, dtype: torch.dtype) -> None:
-        """Turn LoRA on from the last invocation in idx (B, T) on. `first` (B, 1): the place of its first token; None: 0.
+        """Switch LoRA on from the last invocation in idx (B, T). `first` (B, 1): the position of the first token of idx; None: 0.
 
-        Tokens behind others, without an invocation among them, continue a reply, unless `start` says where it begins.
+        Tokens that follow others and contain no invocation continue a reply, unless `start` says where it begins.
         """
         B, T = idx.shape
         first = torch.zeros(B, 1, dtype=torch.long, device=idx.device) if first is None else first

@@ -11,7 +11,7 @@ from litgpt.files import expand_path
 from litgpt.finetune import Finetuning
 from litgpt.objectives.settings import Rating
 
-# groups of parameters that may have a learning rate of their own -> what their names contain
+# groups of parameters that may have their own learning rate -> the text that their names contain
 RATE_GROUPS = {"lora": ".lora_", "skip2lora": "skip2lora.", **{name: name for name in ("value_head", "mtp_heads", "wte", "lm_head")}}
 
 
@@ -54,7 +54,7 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
         self._require_rates()
 
     def _require_rates(self) -> None:
-        """Raise UserError for a factor that is no number above 0, and for one of parameters that are not trained."""
+        """Raise UserError for a factor that is not a number above 0, and for a group of parameters that is not trained."""
         trained = [*self.heads, *(self.modules_to_save or ())]
         trained += ["lora"] if self.has_lora_in_blocks or (self.lora_r > 0 and self.lora_head) else []
         trained += ["skip2lora"] if self.skip2lora_enabled else []
@@ -72,7 +72,7 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
         return own * self.loraplus_lr_ratio if name.endswith("lora_B") else own
 
     def _require_fitting_heads(self) -> None:
-        """Give an objective of values its head. Raise UserError for heads and adapters that do not go with the objective."""
+        """Give an objective of values its head. Raise UserError for heads and adapters that do not fit the objective."""
         if self.mtp_heads and self.objective not in ("next_token", "verifiable"):
             raise UserError(f"mtp_heads are not trained by objective {self.objective}: leave one of them out")
         if self.mtp_taps and self.has_warmup:

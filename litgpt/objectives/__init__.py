@@ -1,1 +1,1 @@
-"""What a step minimises: one file an objective, chosen by the setting `objective`."""
+"""What a step minimises: one file per objective, chosen by the setting `objective`."""

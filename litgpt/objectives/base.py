@@ -28,7 +28,7 @@ class View:
     activations: Activations
     head_loss: HeadLoss
     micro_batch: int  # samples in a forward pass
-    spare: Sequence[int] = ()  # a unit of this process, for passes of a sharded model in which only other processes have samples
+    spare: Sequence[int] = ()  # a unit of this process, for a sharded model's passes in which only other processes have samples
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         return [self.activations.samples[i] for i in indices]
@@ -72,7 +72,7 @@ class Objective:
     A step's loss is the sum of `loss` over the micro-batches of the global batch, divided by the sum of `weight`.
     """
 
-    group: ClassVar[int] = 1  # samples that stay together and are one sample to the settings, such as the two answers of a pair
+    group: ClassVar[int] = 1  # samples that stay together and count as one in the settings, such as the two answers of a pair
     of_answers: ClassVar[bool] = False  # the data need answers that are rated or compared
     referred: ClassVar[tuple[str, ...]] = ()  # the parts of the data that get their losses under a reference model
     reference: Path | None = None  # the folder of that model; None: the base
@@ -82,10 +82,10 @@ class Objective:
     def __init__(self, settings: Any = None) -> None:
         """`settings`: a `litgpt.objectives.settings.ObjectiveSettings`."""
         self.settings = settings
-        self.tally = torch.zeros(2)  # of a validation: what was judged rightly, and everything
+        self.tally = torch.zeros(2)  # of a validation: the number judged correctly, and the total
 
     def units(self, records: Sequence[tuple[int, Record]]) -> list[Unit]:
-        """Return the conversations of each unit of `group` samples, for records with their numbers."""
+        """Return the conversations of each unit of `group` samples, for numbered records."""
         for number, record in records:
             if record.rejected is not None:
                 raise UserError(f"record {number} holds 'chosen' and 'rejected' answers: set objective to dpo, orpo or kto")
@@ -95,7 +95,7 @@ class Objective:
         """Raise UserError if nothing can be learned from `train`, or measured on the validated samples `val`, which are of `source`."""
 
     def begin(self, view: View, indices: Sequence[int], rank: Any) -> None:
-        """Look at this process's samples of a global batch, or of a validation, before their losses are asked for."""
+        """Look at this process's samples of a global batch, or of a validation, before their losses are computed."""
 
     def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
         """Return the sum of the losses of complete units."""

@@ -1,12 +1,12 @@
-"""A critic: the value head learns what reward an answer will get, on a frozen trunk.
+"""A critic: the value head learns to predict an answer's reward, on a frozen trunk.
 
 An answer has the reward R, from 0 to 1, and loss positions 1 ... T; v_t is the value there, after the tokens before position t's own. Its
 target is the lambda-return without discount,
 
     G_T = R,    G_t = (1 - lambda) v_{t+1} + lambda G_{t+1}
 
-with the v of the head as it is, without gradient; for lambda = 1, Monte Carlo, G_t = R. The loss is the cross-entropy
--G_t log v_t - (1 - G_t) log(1 - v_t), its mean over positions by their weights: v_t estimates the probability that the answer is right.
+with v from the current head, without gradient; for lambda = 1, Monte Carlo, G_t = R. The loss is the weighted mean over positions of the
+cross-entropy -G_t log v_t - (1 - G_t) log(1 - v_t): v_t estimates the probability that the answer is right.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ BINS = 10
 
 
 class Rated(Objective):
-    """Answers with rewards, from which a value head learns."""
+    """A value head learns from answers with rewards."""
 
     of_answers = True
     columns = (ACCURACY,)
@@ -72,7 +72,7 @@ class Rated(Objective):
 
 
 class Critic(Rated):
-    """The value head alone is trained."""
+    """Only the value head is trained."""
 
     def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
         return self.judged(view, view.samples(indices), view.states(indices)[0])[0]
@@ -87,7 +87,7 @@ def returns(values: torch.Tensor, reward: float, decay: float) -> torch.Tensor:
 
 
 def last_values(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, samples: Sequence[Sample]) -> list[float]:
-    """Return the value at the end of the answer of each sample with a reward, by the output layer's input at the loss positions, (n, d)."""
+    """Return the value at the end of each rewarded sample's answer, from the output layer's input at the loss positions, (n, d)."""
     values = head(hidden).sigmoid().split([sample.n_targets for sample in samples])
     return [float(v[-1]) for v, sample in zip(values, samples, strict=True) if sample.reward is not None]
 
@@ -95,8 +95,8 @@ def last_values(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tens
 def quality(values: Sequence[float], rewards: Sequence[float]) -> dict[str, float]:
     """Return how well values predict rewards.
 
-    `auc`: the probability that of a right answer (reward above 1/2) and a wrong one, drawn at random, the right one has the higher value,
-    a tie counting half; left out if all are of one kind. `brier`: the mean squared error. `calibration_error`: over ten equal bins of
+    `auc`: the probability that a random right answer (reward above 1/2) has a higher value than a random wrong one, with ties counting
+    half; left out if all are of one kind. `brier`: the mean squared error. `calibration_error`: over ten equal bins of
     values, by their sizes, the mean distance between a bin's mean value and its mean reward (ECE, arXiv 1706.04599).
     """
     v, r = torch.tensor(values, dtype=torch.float64), torch.tensor(rewards, dtype=torch.float64)
@@ -108,5 +108,5 @@ def quality(values: Sequence[float], rewards: Sequence[float]) -> dict[str, floa
     if not n or not m:
         return figures
     _, place, counts = v.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # of ties the mean
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # ties get their mean
     return {"auc": ((ranks[right].sum() - n * (n + 1) / 2) / (n * m)).item(), **figures}

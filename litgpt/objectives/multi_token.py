@@ -1,11 +1,11 @@
-"""Multi-token prediction (arXiv 2404.19737): heads learn the tokens behind the next one, by the same output layer.
+"""Multi-token prediction (arXiv 2404.19737): heads learn the tokens after the next one, through the same output layer.
 
 Head k at a loss position predicts the token k behind the next one, if that is learned too. On a frozen trunk the loss is the mean over all
-heads' tokens, by their weights. With adapters that change what the model writes it is
+heads' tokens, by their weights. With adapters that change the model's output it is
 
     (sum over tokens of w * loss + mtp_weight / n * sum over heads and tokens of w * loss) / sum over tokens of w
 
-for n heads, and the heads' gradient reaches the adapters; the validation loss is then that of the next token.
+for n heads, and the heads' gradient reaches the adapters; the validation loss is then the next token's.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from litgpt.sample import Sample
 
 
 class MultiToken(Objective):
-    """Next-token prediction if the trunk is trained, and the heads'."""
+    """Next-token prediction if the trunk is trained, plus that of the heads."""
 
     is_token_mean = False
 

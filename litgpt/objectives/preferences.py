@@ -29,7 +29,7 @@ PARTS = ("training", "validation")
 
 
 class Preferences(Objective):
-    """Units of two samples. Subclasses say the loss of each unit."""
+    """Units of two samples. Subclasses define the loss of a unit."""
 
     group = 2
     of_answers = True
@@ -107,7 +107,7 @@ class ORPO(Preferences):
 
     def of(self, view: View, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         logps, n = log_probabilities(view, indices, view.losses(indices))
-        mean = (logps / n).clamp(max=-1e-6)  # of probability 1 the odds are infinite
+        mean = (logps / n).clamp(max=-1e-6)  # at probability 1 the odds are infinite
         logit = mean - torch.log(-torch.expm1(mean))
         z = logit[::2] - logit[1::2]
         return -mean[::2] - self.settings.orpo_lambda * F.logsigmoid(z), z
@@ -129,7 +129,7 @@ class KTO(Preferences):
                 raise UserError(f"objective kto: record {number} has no 'label' (true or false), and no 'chosen' and 'rejected' answers")
             else:
                 answers.append((number, replace(record, unread=tuple(key for key in record.unread if key != "label"))))
-        step = 2 if records and all(record.rejected is not None for _, record in records) else 1  # not another answer of the same prompt
+        step = 2 if records and all(record.rejected is not None for _, record in records) else 1  # not another answer to the same prompt
         learned = [each for each in answers if each[1].has_answer]
         others = learned[step:] + learned[:step]
         units = [(number, [own, _with_answer(own, other)]) for (number, own), (_, other) in zip(learned, others, strict=True)]

@@ -25,7 +25,7 @@ FORMAT = 2
 def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, settings: CacheSettings, device: torch.device) -> None:
     """Give the samples at `indices` their losses under the view's model, read from a file or computed.
 
-    `model` says which model it is: digests of its weights, names of its number formats. A disk that cannot hold the file is reported.
+    `model` identifies the model: digests of its weights, names of its number formats. A disk that cannot hold the file is reported.
     """
     samples, agreed = view.activations.samples, settings.agreed
     wanted = [i for i in indices if samples[i].reference is None]
@@ -56,7 +56,7 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
 
 
 def reference_folder(path: Path, base: Path, longest: int, convert: bool = True) -> Path:
-    """Return the checkpoint or adapter folder. Raises UserError if it holds no model, or its tokens are not the base's.
+    """Return the checkpoint or adapter folder. Raises UserError if it holds no model, or one with another tokenizer than the base's.
 
     `longest`: tokens of the longest sample. `convert`: as in `litgpt.convert.resolve.open_checkpoint`.
     """
@@ -95,7 +95,7 @@ def reference_size(path: Path) -> int:
 
 
 def exchange(samples: Sequence[Sample], add: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
-    """Give the samples of all processes the losses that each has of its share. `add` adds up a tensor over the processes."""
+    """Share the losses that each process has of its samples with all processes. `add` sums a tensor over the processes."""
     parts = [torch.zeros(s.n_targets) if s.reference is None else torch.tensor(s.reference) for s in samples]
     losses = add(torch.cat(parts).to(device)).cpu()
     for sample, own in zip(samples, losses.split([len(part) for part in parts]), strict=True):

@@ -2,8 +2,8 @@
 
     excess = loss under the model - loss under the reference,    both at the same position
 
-Of the N tokens with loss in a global batch the ceil(keep N) with the largest excess are kept; the loss is the mean over them, by their
-weights. The model's losses are taken without dropout in a forward pass before the step. Validation is the mean over all tokens.
+Of the N tokens with loss in a global batch, the ceil(keep N) with the largest excess are kept; the loss is their weighted mean. The
+model's losses come from a forward pass without dropout before the step. The validation loss is the mean over all tokens.
 """
 
 import math

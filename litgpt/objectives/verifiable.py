@@ -1,4 +1,4 @@
-"""Adapters learn right answers, each token by how it changed the value; the value head learns beside them, from right and wrong ones.
+"""Adapters learn right answers, with tokens weighted by how they changed the value; the value head also learns from wrong answers.
 
 Rewards R, values v_t, lambda-returns G_t and the values' loss are the critic's (`litgpt.objectives.critic`). With the temporal differences
 d_t = v_{t+1} - v_t, where R stands behind the last value, token t has the advantage and the weight
@@ -29,7 +29,7 @@ from litgpt.sample import Sample
 
 
 class Verifiable(Rated):
-    """Adapters, the value head, and multi-token heads if there are some."""
+    """Trains adapters, the value head, and any multi-token heads."""
 
     scale = 1.0  # sum of u / sum of u R of the global batch: the loop divides by the former
 
