@@ -16,7 +16,7 @@ __version__ = "0.6.0+skip2lora"
 
 
 def _is_idle() -> bool:
-    """Return True if this is the only running program at one of some moments, as far as Linux tells: others start and end all the time."""
+    """Return True if this is the only running process in any of ten samples of Linux's /proc/stat: others start and end all the time."""
     for _ in range(10):
         try:
             with open("/proc/stat") as file:
@@ -28,9 +28,9 @@ def _is_idle() -> bool:
     return False
 
 
-# Between two parallel parts OpenMP's threads spin for milliseconds by default, on a core that another program may need; threads that sleep
-# wake up late. A step of 0.28 s on two idle cores took 0.4 to 0.6 s with the shorter spin, as long as on one; with one of the cores busy
-# 0.5 s in place of 1.2, and 2.8 with one three times as long. Read when torch is loaded.
+# Between parallel regions OpenMP's threads spin for milliseconds by default, on a core that another program may need; threads that sleep
+# wake up late. A step of 0.28 s on two idle cores took 0.4 to 0.6 s with the shorter spin, as on a single core. With one core busy it took
+# 0.5 s instead of 1.2 s, and 2.8 s with a spin three times as long. The variable is read when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000" if _is_idle() else "1000")
 

@@ -60,7 +60,7 @@ COMMANDS = {  # module:function or module:dataclass of this package, in a module
     "add_tokens": ("convert.add_tokens:add_tokens", "Add tokens to a checkpoint's tokenizer, and rows for them."),
     "merge_lora": ("convert.merge:merge_lora", "Fold a LoRA adapter into the weights of its base."),
 }
-# Words that people try, and names of other versions.
+# Words that users try, and names from other versions.
 OTHER_NAMES = {
     "finetune": "train tune fit sft fine-tune fine_tune",
     "generate": "run ask predict infer inference complete",
@@ -113,7 +113,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 def _work_of(argv: list[str]) -> int | Callable[[], Any]:
-    """Return what the arguments ask for, ready to be called; an exit code if it is done already."""
+    """Return the requested command, ready to be called, or an exit code if nothing is left to do."""
     if not argv:
         print(_table(), file=sys.stderr)
         return 2
@@ -140,7 +140,7 @@ def _work_of(argv: list[str]) -> int | Callable[[], Any]:
 
 
 def _download(settings: dict[str, Any]) -> None:
-    """Download the models that the settings of a command name as ORG/NAME, unless they are on this machine, or nothing shall be written."""
+    """Download the models that a command's settings name as ORG/NAME, unless they are on this machine or this is a dry run."""
     if not settings.get("dry_run"):
         from litgpt.download import fetch_named
 
@@ -150,9 +150,9 @@ def _download(settings: dict[str, Any]) -> None:
 
 
 def _is_echo(name: str, error: BaseException) -> bool:
-    """Return True in the processes of torchrun or srun that only repeat their machine's first: they have not found each other yet.
+    """Return True if this process of torchrun or srun would only repeat its machine's first: the processes have not found each other yet.
 
-    Of those that the first has started itself this holds for a signal, which a terminal sends to all.
+    For processes that the first has started itself this holds only for a signal, which a terminal sends to all.
     """
     is_own = "TORCHELASTIC_RUN_ID" in os.environ or ("LOCAL_RANK" in os.environ and isinstance(error, Stopped | KeyboardInterrupt))
     local = os.environ.get("LOCAL_RANK" if is_own else "SLURM_LOCALID", "0")
@@ -172,7 +172,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
         return 130
-    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # of a pipe whose reader has gone, as `| head` does
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # the latter: the reader of a pipe has gone, as with `| head`
         _print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
     return 1
 
@@ -199,7 +199,7 @@ def _table() -> str:
 def _exit_on_signals() -> Iterator[list[signal.Signals]]:
     """Turn SIGTERM and SIGHUP into `SystemExit(128 + number)`, so that half-written folders are cleaned up on the way out.
 
-    Yields these signals, without those that are ignored, as with `nohup`. A closed terminal and `timeout` send them twice: one counts.
+    Yields these signals, except ignored ones, as with `nohup`. A closed terminal and `timeout` send them twice; they count once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield []

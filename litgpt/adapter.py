@@ -2,8 +2,8 @@
 
     y = attention(q, k, v) + g attention(q, k', v')      k', v' from qkv(P), P (prompt length, d) learned
 
-The gate g, one number a head, is 0 at first, so training starts from the base model. k' and v' are not turned by positions, and are
-computed once for all tokens that a model generates. Letters in shapes: as in `litgpt.model`, and A positions of the prompt.
+The gate g, one number per head, is 0 at first, so training starts from the base model. k' and v' are not rotated, and are computed
+once for all tokens that a model generates. Letters in shapes: as in `litgpt.model`, and A positions of the prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["GPT", "Block", "CausalSelfAttention", "Config", "adapter_filter", "m
 
 @dataclass
 class Config(lora.Config):
-    """The config of a model and its prompts."""
+    """The config of a model and its learned prompts."""
 
     adapter_prompt_length: int = setting(10, POSITIVE)
     adapter_start_layer: int = 2
@@ -99,8 +99,8 @@ class CausalSelfAttention(base_model.CausalSelfAttention, Adapter):
     def _prompt(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of the prompt, (1, G, A, h) each; kept while the model only runs.
 
-        They are the rows of qkv(P) that LitGPT takes, which read all rows as groups of queries, key and value, as its checkpoints once had
-        them: its adapters are trained for these rows.
+        They are the rows of qkv(P) that LitGPT uses. It reads all rows as groups of queries, key and value, the layout of its older
+        checkpoints, so its adapters are trained for these rows.
         """
         kept = self.adapter_kv_cache
         if kept is not None and kept[0].dtype == like.dtype and kept[0].device == like.device:

@@ -29,7 +29,7 @@ class Config(adapter.Config):
 
     @property
     def cut(self) -> int | None:
-        """0: every block learns, the embedding does not."""
+        """0: every block is trained, the embedding is not."""
         return 0
 
     def make_model(self) -> lora.GPT:
@@ -59,7 +59,7 @@ class AdapterV2Linear(Wrapper):
 
 
 class GPT(adapter.GPT):
-    """A GPT with prompts, scales, biases, and norms that learn."""
+    """A GPT with learned prompts, scales and biases, and trainable norms."""
 
     config_class = Config
 
@@ -76,7 +76,7 @@ class GPT(adapter.GPT):
 
 
 class TunedNorm(Adapter):
-    """A norm of the base whose weight and bias learn, in fp32."""
+    """A norm of the base with trainable weight and bias, in fp32."""
 
     tunes_base = True
 

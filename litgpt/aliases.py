@@ -6,7 +6,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, cast
 
-# Names by module. Behind a class of settings stand the arguments that LitGPT's function takes by position.
+# Names by module. A settings class is followed by the arguments that LitGPT's function takes by position.
 MODULES = {
     "chat.base": {"generate": "generate.functions:generate_fn", "main": "generate.chat:Chat checkpoint_dir"},
     "deploy.serve": {"run_server": "serve.command:Serve checkpoint_dir quantize precision temperature top_k top_p max_new_tokens"},
@@ -39,7 +39,7 @@ def load(target: str) -> Any:
 
 
 class Aliases:
-    """Finder and loader of MODULES, asked for what no other finder knows. The base classes, in importlib.abc, take 20 ms to import."""
+    """Finder and loader of MODULES, used where no other finder matches. The base classes, in importlib.abc, take 20 ms to import."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")

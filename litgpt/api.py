@@ -43,9 +43,9 @@ from litgpt.values import checked
 Strategy = Literal["sequential", "tensor_parallel"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 1.0}  # defaults, as of `litgpt chat`, where the checkpoint has none
+SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 1.0}  # defaults, as in `litgpt chat`, where the checkpoint has none
 MORE = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
-IGNORED = {  # settings of generation_config.json by which transformers answers and we do not, with the values that change nothing
+IGNORED = {  # settings of generation_config.json that transformers follows and we do not, with the values that have no effect
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "exponential_decay_length_penalty")),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "stop_strings"), None),
     **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens", "epsilon_cutoff", "eta_cutoff"), 0),
@@ -87,11 +87,11 @@ class LLM(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.sampling = {**SAMPLING, **(sampling or {})}  # what `generate` takes by default
+        self.sampling = {**SAMPLING, **(sampling or {})}  # the defaults of `generate`
         self.tokenizer = tokenizer
         self.prompt_style = prompt_style
         self.folder = folder  # of the checkpoint or adapter; None: random weights
-        self.base = base  # of an adapter, if not the one that its folder names
+        self.base = base  # an adapter's base, if not the one that its folder names
 
     @classmethod
     @checked
@@ -211,10 +211,10 @@ class LLM(nn.Module):
         """Return the answer to `prompt` in the checkpoint's prompt style, without the prompt.
 
         `prompt` is a question, or a conversation: a list of messages with `role` and `content`. A list of either is answered in one batch,
-        each as if it were alone, and the answers are a list.
+        each as if alone, and a list of answers is returned.
         The answer is text, or ids (N,) with `return_as_token_ids`; with `stream` an iterator of pieces of text, or of ids. `sys_prompt`
-        replaces the style's system text. `stop` is a text, or a list of texts, that ends the answer and is not part of it. The same `seed`
-        gives the same answer.
+        replaces the style's system text. `stop` is a string, or a list of strings, that ends the answer and is not part of it. The same
+        `seed` gives the same answer.
 
         `temperature` 0 is greedy decoding; `litgpt.generate.sampling` explains `top_k` (0: all tokens) and `top_p`, and what `more`
         may be: min_p, repetition_penalty, presence_penalty, frequency_penalty. None is the checkpoint's own value (generation_config.json),
@@ -227,7 +227,7 @@ class LLM(nn.Module):
         ends = [stop] if isinstance(stop, str) else () if stop is None else stop
         if not isinstance(ends, list | tuple) or not all(isinstance(text, str) for text in ends):
             raise UserError(f"stop is {stop!r}: a text or a list of texts is needed")
-        stops = [text for text in ends if text]  # an empty text ends nothing
+        stops = [text for text in ends if text]  # an empty string stops nothing
         is_list = isinstance(prompt, list | tuple) and not (prompt and isinstance(prompt[0], dict))
         if stream and is_list:
             raise UserError(f"stream answers one prompt at a time, and the list has {len(prompt)}: call generate for each")
@@ -244,7 +244,7 @@ class LLM(nn.Module):
         return answers if is_list else answers[0]
 
     def _has(self, stops: Sequence[str], ids: list[int]) -> bool:
-        text = self.tokenizer.decode(ids).rstrip("\ufffd")  # half a character
+        text = self.tokenizer.decode(ids).rstrip("\ufffd")  # an incomplete character
         return any(stop in text for stop in stops)
 
     def _answer(self, answer: list[int], stops: Sequence[str], as_ids: bool) -> str | torch.Tensor:
@@ -296,7 +296,7 @@ class LLM(nn.Module):
 
     @checked
     def value(self, prompt: str | list[Message], answer: str = "", sys_prompt: str | None = None) -> float:
-        """Return how good a value head (`objective: critic` or `verifiable`) takes an answer, or its beginning, for: from 0 to 1.
+        """Return a value head's estimate (`objective: critic` or `verifiable`) of how good an answer, or its beginning, is: from 0 to 1.
 
         Without an answer it is the value of the question. Raises UserError for a model without a value head.
         """
@@ -331,13 +331,13 @@ class LLM(nn.Module):
 
     @checked
     def trainer_setup(self, trainer_ckpt: str | Path | None = None) -> None:
-        """Prepare the model for a Trainer: fp32 weights that all learn, those of `trainer_ckpt`, a file that a Trainer saved, if given."""
+        """Prepare the model for a Trainer: fp32 weights, all trainable, from `trainer_ckpt`, a file that a Trainer saved, if given."""
         if trainer_ckpt is not None:
             try:
                 state = torch.load(expand_path(trainer_ckpt), map_location="cpu", weights_only=True)["state_dict"]
                 first = next(iter(state)).partition("transformer.")[0].partition("lm_head.")[0]
             except Exception as error:
-                raise UserError(f"trainer_ckpt: {trainer_ckpt} is no file that a Trainer saved: {first_line(error)[:200]}") from None
+                raise UserError(f"trainer_ckpt: {trainer_ckpt} is not a file that a Trainer saved: {first_line(error)[:200]}") from None
             self.model.float()
             self.load_state_dict({name.removeprefix(first): value for name, value in state.items()})
         elif self.folder is not None:
@@ -354,14 +354,14 @@ class LLM(nn.Module):
         generate_strategy: Strategy | None = None,
         fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
     ) -> None:
-        """Move the model to a device (cpu, cuda, xpu, mps or auto), in this precision, quantised if asked for.
+        """Move the model to a device (cpu, cuda, xpu, mps or auto), in this precision, and quantise it if `quantize` is given.
 
         Several `devices` need a `generate_strategy` (`litgpt.generate.divide`). For "tensor_parallel" this script is run once more for each
-        further device, unless torchrun has started them; each process gets every answer, and RANK in its environment numbers it.
-        `fixed_kv_cache_size` is the most tokens that prompt and answer may have together, of which keys and values are kept.
+        further device, unless torchrun has started them; each process gets every answer, and its environment variable RANK numbers it.
+        `fixed_kv_cache_size` is the maximum number of tokens of prompt and answer together, whose keys and values are kept.
         """
         if self.folder is None:
-            raise UserError("distribute: the model has random weights: it is where it is")
+            raise UserError("distribute: the model has random weights and is on its device already")
         if generate_strategy is None and devices not in ("auto", 1):
             raise UserError(f'distribute: {devices!r} devices need a generate_strategy: "sequential" or "tensor_parallel"')
         device = find_device(accelerator)
@@ -383,7 +383,7 @@ class LLM(nn.Module):
 
     @checked
     def save(self, out_dir: str | Path, prompt_style: PromptStyle | None = None) -> None:
-        """Write a checkpoint folder with the weights as they are now, in place of an earlier one of ours, if there is one."""
+        """Write a checkpoint folder with the current weights. It replaces an earlier folder that litgpt wrote."""
         if adapter_parameters(self.model) or is_quantised(self.model) or self.generate_strategy == "tensor_parallel":
             raise UserError("save: only a whole model without adapters, and not quantised, can be saved: `litgpt merge_lora` merges LoRA")
         target = expand_path(out_dir)
@@ -397,7 +397,7 @@ class LLM(nn.Module):
 
     @checked
     def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str, dict[str, list[float]]]:
-        """Return the answer of the last of `num_iterations` calls of `generate`, and lists of what each took."""
+        """Return the answer of the last of `num_iterations` calls of `generate`, and a list of each figure over the calls."""
         figures: dict[str, list[float]] = {}
         text = ""
         for _ in range(num_iterations):
@@ -428,7 +428,7 @@ def require_known(sampling: Mapping[str, Any]) -> None:
 def recommended(folder: Path) -> dict[str, Any]:
     """Return the sampling settings of generation_config.json, and name on stderr those that transformers would follow and we do not.
 
-    Raises UserError for values that are none.
+    Raises UserError for invalid values.
     """
     file = folder / "generation_config.json"
     content = json_if_there(file)

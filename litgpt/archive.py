@@ -1,4 +1,4 @@
-"""The records of a `.pth` file, a zip. torch trusts their sizes when it maps the file: bytes of a neighbour would be taken for numbers."""
+"""The records of a `.pth` file, a zip. torch trusts their sizes when it maps the file: it could read bytes of a neighbouring record."""
 
 import io
 import pickle
@@ -22,7 +22,7 @@ def refuse_compressed(path: Path) -> None:
 
 
 def require_full_records(path: Path) -> None:
-    """Raise ValueError if the numbers of a tensor are not exactly one record. For files that `torch.load` takes."""
+    """Raise ValueError if a tensor's elements do not fill exactly one record. For files that `torch.load` accepts."""
     with zipfile.ZipFile(path) as content:
         sizes = {name.partition("/")[2]: content.getinfo(name).file_size for name in content.namelist()}
         if len(sizes) < len(content.namelist()):
@@ -36,13 +36,13 @@ def require_full_records(path: Path) -> None:
 
 
 class _Nothing(dict[Any, Any]):
-    """In place of everything that a pickle names."""
+    """Stands for every class that a pickle names."""
 
     def __init__(self, *args: Any) -> None: ...
     def __setstate__(self, state: Any) -> None: ...
 
 
-class _Storages(pickle._Unpickler):  # in Python: C's takes the memory that a number in the file asks for
+class _Storages(pickle._Unpickler):  # in Python: the C version allocates whatever memory a number in the file requests
     """Collects the bytes that each record needs."""
 
     needed: dict[str, int]

@@ -1,4 +1,4 @@
-"""The groups of settings that all training commands share, `train.*`, `eval.*` and `log.*`, and what dataclasses of settings can do.
+"""The groups of settings that all training commands share, `train.*`, `eval.*` and `log.*`, and tools for dataclasses of settings.
 
 The string below each field is its help text on the command line. A value out of range raises a `UserError` that names the key.
 `setting` marks a field: its value may vary between the trials of a sweep, or may change when a run is resumed.
@@ -20,7 +20,7 @@ from litgpt.errors import UserError
 DEFAULT_WARMUP_STEPS = 100
 LAST_SEED = 2**32 - 1
 SECRET = "access_token"  # the key whose value is never printed or saved
-# keys that a published text leaves out, with all below them; `lora_key` is none
+# keys that a published text leaves out, with all below them; `lora_key` is not a secret
 SECRET_KEY = re.compile(r"(^|[_.])(token|api_key|access_key|secret_key|secret|password)(\.|$)|(^|\.)key(\.|$)")
 
 Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training", "bnb.int8", "int8"]  # see `litgpt.quantize`
@@ -30,7 +30,7 @@ ALLOWED_CLASSES = ("litgpt.", "torch.optim.", "bitsandbytes.optim.")  # packages
 
 
 class Range(NamedTuple):
-    """The numbers that a setting may be."""
+    """The range of numbers that a setting accepts."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -40,7 +40,7 @@ class Range(NamedTuple):
     hint: str = ""
 
     def holds(self, value: Any) -> bool:
-        """Return True for a finite number of the range."""
+        """Return True for a finite number in the range."""
         return (
             is_number(value)
             and (not self.whole or isinstance(value, int))
@@ -69,7 +69,7 @@ def setting(
     """Return a dataclass field with this default.
 
     Args:
-        numbers: The numbers that `require_ranges` lets it be.
+        numbers: The range that `require_ranges` checks.
         varies: The trials of one sweep may have different values: the value changes neither the data nor the frozen layers' outputs.
         may_change: A resumed run may have another value: the steps that both runs take are the same.
         older_names: Names of the key in earlier versions, which configurations may still use.
@@ -103,7 +103,7 @@ def marked(settings: type, mark: Literal["varies", "may_change"], prefix: str = 
 
 
 def older_names(settings: type) -> dict[str, str]:
-    """Return the older names of keys, each with the name of today."""
+    """Return the older names of keys, each with its current name."""
     return {older: item.name for item in dataclasses.fields(settings) for older in item.metadata.get("older_names", ())}
 
 
@@ -225,7 +225,7 @@ class EvalArgs:
     """Stop after this many validations in a row without a lower loss. null: never."""
 
     def validated(self, units: int, micro_batch_size: int) -> int:
-        """Return how many of so many units of the validation set are measured."""
+        """Return how many of the validation set's `units` are measured."""
         return min(units, self.max_iters * micro_batch_size)
 
     def __post_init__(self) -> None:
@@ -259,7 +259,7 @@ class LogArgs:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return True for a finite number; true and false are none."""
+    """Return True for a finite number; true and false do not count."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

@@ -16,9 +16,9 @@ from litgpt.fused import rms_norm
 from litgpt.packing import Packing
 from litgpt.rope import rotate
 
-# In bf16 on a CPU. Up to SHORT keys, `plain_attention` of masked places takes 0.4 to 0.8 times as long as torch's fused attention, and
-# keeps as much for the backward pass. Up to FP32_ATTENTION keys the fused one is trained in fp32, whose backward pass is 1.1 to 6 times as
-# fast, and a single place is computed in fp32 whatever the keys.
+# In bf16 on a CPU. Up to SHORT keys, `plain_attention` with a mask takes 0.4 to 0.8 times as long as torch's fused attention and keeps as
+# much for the backward pass. Up to FP32_ATTENTION keys, fused attention is trained in fp32, whose backward pass is 1.1 to 6 times as fast.
+# A single position is computed in fp32 for any number of keys.
 SHORT, FP32_ATTENTION = 128, 256
 
 
@@ -98,7 +98,7 @@ class CausalSelfAttention(nn.Module):
         self.make_layers(config)
         windows = config.sliding_window_indices
         self.windowed = config.sliding_window_size is not None and windows is not None and bool(windows[block_idx])
-        # index of the table in `Positions.rotary` that turns q and k; -1: none
+        # index of the table in `Positions.rotary` that rotates q and k; -1: none
         self.rotary = -1 if not config.rotates else config.rope_indices[block_idx] if config.rope_indices else 0
         self.scale = (config.attention_scores_scalar or config.head_size) ** -0.5
         self.softcap = config.attention_logit_softcapping
@@ -145,10 +145,10 @@ class CausalSelfAttention(nn.Module):
         return self.proj(pos.packing.gather(self._attend(*stem, pos.stem), self._attend(q, k, v, pos)))
 
     def _heads(self, qkv: torch.Tensor, pos: Positions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, T, (H + 2 G) h) -> q (B, H, T, h), k and v (B, G, T, h), q and k normalised and turned."""
+        """(B, T, (H + 2 G) h) -> q (B, H, T, h), k and v (B, G, T, h), q and k normalised and rotated."""
         B, T, _ = qkv.shape
         h = self.config.head_size
-        if self.norm_q is None and self.rotary >= 0:  # q and k are turned together
+        if self.norm_q is None and self.rotary >= 0:  # q and k are rotated together
             H, G = self.config.n_head, self.config.n_query_groups
             both, v = (part.view(B, T, -1, h).transpose(1, 2) for part in qkv.split(((H + G) * h, G * h), dim=-1))
             q, k = rotate(both, *pos.rotary[self.rotary]).split((H, G), dim=1)
@@ -174,10 +174,10 @@ class CausalSelfAttention(nn.Module):
         else:
             B, H, T, _ = q.shape
             how: dict[str, Any] = {"scale": self.scale}
-            if mask is None and T > 1:  # torch.compile needs the branch: the sizes are symbols
+            if mask is None and T > 1:  # torch.compile needs the branch: its sizes are symbolic
                 how["is_causal"] = True
             if T == 1 and k.size(1) != H and (mask is None or not mask.is_floating_point()):
-                q = q.reshape(B, k.size(1), -1, q.size(3))  # the heads of a group as places of one, which take one product
+                q = q.reshape(B, k.size(1), -1, q.size(3))  # the heads of a group as positions of one head, for a single product
             how["enable_gqa"] = q.size(1) != k.size(1)
             in_training = q.requires_grad and k.size(2) <= FP32_ATTENTION
             if bf16_on_cpu and (q.size(2) == 1 or in_training):
@@ -207,8 +207,8 @@ def plain_attention(
 ) -> torch.Tensor:
     """Return softmax(mask(cap tanh(scale q k^T / cap))) v, for q (B, H, T, h), k and v (B, G, K, h): (B, H, T, h).
 
-    All but the products is in fp32. torch's fused attention supports neither the cap (Gemma 2, arXiv 2408.00118) nor sinks (H,), scores
-    that take a part of the softmax (gpt-oss, arXiv 2508.10925).
+    Everything but the products is in fp32. torch's fused attention supports neither the cap (Gemma 2, arXiv 2408.00118) nor sinks (H,),
+    scores that take part of the softmax's mass (gpt-oss, arXiv 2508.10925).
     """
     grouped = q.unflatten(1, (k.size(1), -1)).flatten(2, 3)  # (B, G, H/G T, h): one product for the heads of a group
     scores = (grouped @ k.mT).unflatten(2, (-1, q.size(2)))  # (B, G, H/G, T, K)

@@ -47,7 +47,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # best first
-HOME = Path("checkpoints")  # in the current folder: where models that are named ORG/NAME, and conversions, are
+HOME = Path("checkpoints")  # in the current folder: holds models that are named ORG/NAME, and conversions
 HUB_NAME = re.compile(r"[a-zA-Z0-9_][\w.-]*/[a-zA-Z0-9_][\w.-]*")
 
 
@@ -129,8 +129,8 @@ def read_hyperparameters(folder: str | Path) -> dict[str, Any]:
 def tokenizer_contents(source: str | Path) -> dict[str, bytes]:
     """Return name and content of each tokenizer and generation file of `source`.
 
-    Without a generation_config.json there is one of what the tokenizer takes from config.json. Raises UserError if a file is a link out of
-    the folder, no regular file, or something else than its name says.
+    Without a generation_config.json, one is made from the values that the tokenizer reads in config.json. Raises UserError if a file is a
+    link out of the folder, not a regular file, or not what its name says.
     """
     contents: dict[str, bytes] = {}
     for name in dict.fromkeys((*TOKENIZER_FILES, *template_files(source))):
@@ -184,7 +184,7 @@ def hf_weights(folder: Path) -> Path | None:
 
 
 def adapter_hint(folder: Path) -> str:
-    """Return what to do with a folder that holds an adapter, or other folders, where a model is needed, to follow a message; else ""."""
+    """Return advice, to end a message, on a folder that holds an adapter or other folders where a model is needed; else ""."""
     if (file := adapter_file(folder)).is_file():
         settings: dict[str, Any] = {}
         with suppress(UserError):
@@ -235,7 +235,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: str | Path) -> LoRAGPT:
-    """Return a model on the meta device, for `load_base`. Raises UserError for sizes that `weights`, or any machine, cannot have."""
+    """Return a model on the meta device, for `load_base`. Raises UserError for sizes that do not fit `weights`, or any machine."""
     from litgpt.device import on_meta
 
     if config.n_layer > len(weights):
@@ -249,7 +249,7 @@ def empty_model(config: LoRAConfig, weights: dict[str, torch.Tensor], source: st
 
 
 def in_current_layout(weights: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
-    """Return the weights with today's `attn.qkv`: LitGPT before 0.5 stored the rows of q, k and v by group, as `attn.attn`."""
+    """Return the weights with the current `attn.qkv`: LitGPT before 0.5 stored the rows of q, k and v by group, as `attn.attn`."""
     import torch
 
     current = {}
@@ -311,7 +311,7 @@ def fitting(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) ->
 
 
 def misfits(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
-    """Return what keeps weights from being those of the expected shapes."""
+    """Return why weights do not match the expected names, shapes and types."""
     problems = [f"{name} is missing" for name in expected if name not in weights]
     for name, value in weights.items():
         if name not in expected:
@@ -349,7 +349,7 @@ def build_sharded(
 ) -> LoRAGPT:
     """Return the model of `build_model` sharded over all ranks, each of which reads its own rows from the file.
 
-    `mark` says what is trained, and quantises. `offload`: as in `litgpt.sharding.shard`.
+    `mark` marks the trained parameters, and quantises. `offload`: as in `litgpt.sharding.shard`.
     """
     import torch
 
@@ -380,7 +380,7 @@ def build_sharded(
 def build_model(config: LoRAConfig, base: Path, dtype: torch.dtype, mapped: bool = False) -> LoRAGPT:
     """Return a model on the CPU: the weights of checkpoint `base` in `dtype`, fresh adapters. Raises UserError if they do not fit.
 
-    They are copies: others may write to the file. With `mapped`, for a caller that quantises them at once, those that have `dtype` are not.
+    They are copies: others may write to the file. With `mapped`, for a caller that quantises at once, weights already in `dtype` are not.
     """
     file = weights_file(base, now=True)
     weights = load_weights(file.path)
@@ -394,7 +394,7 @@ def build_model(config: LoRAConfig, base: Path, dtype: torch.dtype, mapped: bool
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A weights file, as it was when this process read it."""
+    """A weights file in the state in which this process read it."""
 
     path: Path
     size: int
@@ -471,7 +471,7 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
     file = Path(folder) / "hyperparameters.yaml"
     values = read_yaml(file, "is missing: an adapter folder holds it")
     if not isinstance(values, dict) or not (base or isinstance(values.get("checkpoint_dir"), str)):
-        raise UserError(f"{file} must hold the adapter's settings and its base's checkpoint_dir, and does not")
+        raise UserError(f"{file} must hold the adapter's settings and its base's checkpoint_dir, but does not")
     base = Path(base or values["checkpoint_dir"])
     if adapter_file(folder).name != ADAPTER_WEIGHTS:
         return base, {key: values[key] for key in PROMPT_SETTINGS if key in values}
@@ -483,7 +483,7 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
         settings[CHOSEN_TAPS] = chosen_taps(folder)
         if not isinstance(settings[CHOSEN_TAPS], list):
             named = Path(folder) / "model_config.yaml"
-            raise UserError(f"{named} must name the blocks that auto chose, in {CHOSEN_TAPS}, and does not: name them in {file}")
+            raise UserError(f"{named} must name the blocks that auto chose, in {CHOSEN_TAPS}, but does not: name them in {file}")
     return base, settings
 
 
@@ -518,11 +518,11 @@ def adapted_config(folder: str | Path, base: Path, settings: Mapping[str, Any]) 
 
 
 def adapted(folder: str | Path, base: str | Path | None = None) -> tuple[Path, LoRAConfig]:
-    """Return the base of an adapter folder, by default that of hyperparameters.yaml, and its config with the adapter."""
+    """Return the base of an adapter folder, by default the one in hyperparameters.yaml, and its config with the adapter."""
     from litgpt.lora import Config as LoRAConfig
 
     base, settings = adapter_settings(folder, base)
-    LoRAConfig.from_checkpoint(require_checkpoint(base))  # its faults are not those of the settings
+    LoRAConfig.from_checkpoint(require_checkpoint(base))  # its own faults are not blamed on the settings
     return base, adapted_config(folder, base, settings)
 
 
@@ -544,8 +544,8 @@ def load_model(
 ) -> GPT:
     """Load a model to run (eval mode, nothing trainable) from a base or merged checkpoint, or from an adapter folder and its base.
 
-    A folder with both merged weights and an adapter is read as base and adapter if it `has_base` and the merged weights, or `dtype`, are
-    below fp32: merging there rounds a part of LoRA away.
+    A folder with both merged weights and an adapter is read as base and adapter if it `has_base` and the merged weights or `dtype` are
+    below fp32, where merging rounds away part of LoRA.
 
     `base`: the adapter's base checkpoint (default: that of hyperparameters.yaml). `quantize`: a mode of `litgpt.quantize`. `sharded`: over
     all ranks of a run.

@@ -28,8 +28,8 @@ def parse(
 ) -> dict[str, Any]:
     """Return the keyword arguments for `command`, defaults included. Raises UsageError, or SystemExit(0) after --help.
 
-    `before` is called with the settings that are given, before others are derived from the model. A command's `data_defaults`
-    take the place of a data module's own.
+    `before` is called with the given settings, before others are derived from the model. A command's `data_defaults` replace a data
+    module's own.
     """
     with as_usage():
         keys = Keys(command)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 GROUPS = ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group")
 OF_EXPERTS = ("n_shared_expert", *GROUPS, "first_k_dense_replace")
 COUNTS = ("n_expert", "n_expert_per_token", "n_shared_expert", "first_k_dense_replace")  # may be 0
-SHARES = {"rotary_percentage": 1.0, "router_aux_loss_coef": math.inf}  # may be 0 too, and are at most
+SHARES = {"rotary_percentage": 1.0, "router_aux_loss_coef": math.inf}  # may also be 0; their maximum
 MOST_SIZE, MOST_BLOCKS, MOST_FACTOR = 2**31 - 1, 10_000, 1e18  # a broken file's sizes must not overflow, nor take hours to build
 SCALARS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
-# LitGPT 0.5.13 does not have these, and its older versions not those
+# LitGPT 0.5.13 lacks OWN_FIELDS, its older versions also NEWER_FIELDS
 OF_GPT_OSS = ("attention_sinks", "router_bias", "swiglu_limit", "swiglu_alpha")
 OWN_FLAGS = ("norm_affine", "norm_bias", "norm_embedding", "learned_positions", "shared_expert_gate", "router_softmax")
 OWN_FIELDS = (*OWN_FLAGS, "alibi", "alibi_scaled", "clip_qkv", "router_aux_loss_coef", *SCALARS, *OF_GPT_OSS)
@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_affine(norm: Any, name: Any) -> bool:
-    """Return True if norms have weights, as LitGPT tells it without a field."""
+    """Return True if norms have weights, which LitGPT infers without a field."""
     return norm != "LayerNorm" or "OLMo" not in str(name)
 
 
@@ -91,7 +91,7 @@ class Config:
     padded_vocab_size: int = None  # type: ignore[assignment]  # rows of the embedding; `vocab_size` rounded up
     norm_class_name: str = "LayerNorm"
     norm_eps: float = 1e-5
-    norm_affine: bool = True  # norms have weights; LitGPT has no such field and goes by the name, see `from_file`
+    norm_affine: bool = True  # norms have weights; LitGPT has no such field and infers it from the name, see `from_file`
     norm_bias: bool = True  # of LayerNorm
     norm_embedding: bool = False  # normalise the embeddings (BLOOM)
     norm_1: bool = True  # normalise attention's input, and `norm_2` the MLP's; OLMo 2 normalises outputs only
@@ -109,7 +109,7 @@ class Config:
     clip_qkv: float | None = None  # c: queries, keys and values are clamped to [-c, c]
     attention_scores_scalar: float | None = None  # scores are divided by its square root; `head_size` unless given
     latent_attention: dict[str, Any] | None = None  # sizes of LATENT, see `litgpt.latent`; `head_size` follows from them
-    attention_sinks: bool = False  # each head's softmax has one score more, a trained one, whose value is 0 (gpt-oss)
+    attention_sinks: bool = False  # each head's softmax has one more score, a trained one, with value 0 (gpt-oss)
     attention_logit_softcapping: float | None = None  # c: scores become c tanh(scores / c), before the mask
     sliding_window_size: int | None = None
     sliding_window_indices: list[int] | None = None  # per block: 1 for a window (default: all), 0 for global attention
@@ -120,7 +120,7 @@ class Config:
     rope_local_base_freq: float | None = None  # the rotary base of the blocks that `rope_indices` marks with 1 (without scaling)
     rope_indices: list[int] | None = None  # per block: 0 for `rope_base`, 1 for `rope_local_base_freq`, -1 for no rotation (SmolLM3)
     rope_interleave: bool = False  # of latent attention: the rotated pairs are neighbours instead of halves
-    alibi: bool = False  # distances lower the scores instead of a rotation, see `litgpt.attention.alibi`
+    alibi: bool = False  # distances lower the scores, without rotation, see `litgpt.attention.alibi`
     alibi_scaled: bool = False  # divided by sqrt(head_size), as the scores are (Falcon)
     learned_positions: bool = False  # add a trained vector per position to the embeddings instead of rotating queries and keys (GPT-2)
     intermediate_size: int = None  # type: ignore[assignment]
@@ -137,10 +137,10 @@ class Config:
     swiglu_alpha: float = 1.702  # of the sigmoid, with `swiglu_limit`
     n_shared_expert: int | None = None  # experts that every token passes, joined in one MLP
     shared_expert_gate: bool = False  # the shared experts' output is weighted by a sigmoid (Qwen 2)
-    n_expert_groups: int | None = None  # a token's experts are of `n_topk_groups` of the groups, see `litgpt.mlp.route`
+    n_expert_groups: int | None = None  # a token's experts are in `n_topk_groups` of the groups, see `litgpt.mlp.route`
     n_topk_groups: int | None = None
-    n_topk_scores_per_group: int | None = None  # experts by whose scores a group is ranked
-    router_softmax: bool = False  # scores of experts in groups: their softmax (DeepSeek-V2) in place of sigmoids with a bias (V3)
+    n_topk_scores_per_group: int | None = None  # number of experts whose scores rank a group
+    router_softmax: bool = False  # scores of experts in groups: softmax (DeepSeek-V2) instead of sigmoids with a bias (V3)
     routed_scaling_factor: float = 1.0  # of the chosen experts' weights
     first_k_dense_replace: int | None = None  # the first blocks of a mixture, whose MLPs are dense
     scale_embeddings: bool = False  # multiply the embeddings by sqrt(n_embd) (Gemma)
@@ -211,7 +211,7 @@ class Config:
                 raise UserError(f"{key} is {value!r}: a number from 0{'' if most == math.inf else ' to 1'} is needed")
 
     def _check_latent(self) -> None:
-        """Raise UserError for wrong sizes of latent attention, and what it does not go with. Set the size of a head."""
+        """Raise UserError for wrong sizes of latent attention and for incompatible settings. Set the size of a head."""
         sizes = self.latent_attention
         if sizes is None:
             if self.rope_interleave:
@@ -330,12 +330,12 @@ class Config:
 
     @property
     def rotates(self) -> bool:
-        """True if queries and keys are turned by their positions."""
+        """True if queries and keys are rotated by their positions."""
         return not (self.learned_positions or self.alibi)
 
     @property
     def needs_mask(self) -> bool:
-        """True if attention is not torch's own, which can do without a causal mask."""
+        """True if attention is not torch's own, which needs no explicit causal mask."""
         return self.attention_logit_softcapping is not None or self.attention_sinks
 
     @property

@@ -37,17 +37,17 @@ class _Uninitialised(TorchFunctionMode):
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Make modules whose parameters have no storage. Nothing is drawn for them: torch would import torch._dynamo for that, for seconds."""
+    """Create modules whose parameters have no storage and no initial values: for these torch would spend seconds on torch._dynamo."""
     with torch.device("meta"), _Uninitialised():
         yield
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Return True if no number is infinite or NaN. Their extremes, which NaN takes over, are found faster than each is looked at."""
+    """Return True if no number is infinite or NaN. Taking the extremes, which propagate NaN, is faster than checking every number."""
     return not values.numel() or all(bool(extreme.isfinite()) for extreme in values.detach().aminmax())
 
 
-_used: torch.device | None = None  # the device that `use` was asked for
+_used: torch.device | None = None  # the device that `use` was called with
 
 
 def use(accelerator: str) -> torch.device:
@@ -76,7 +76,7 @@ def _others() -> list[str]:
 
 @cache
 def _works(kind: str) -> bool:
-    """Return whether the device computes; say it once if it does not."""
+    """Return whether the device works; say so once if it does not."""
     try:
         return bool((torch.ones(2, device=kind) * 2).sum().item() == 4)
     except (RuntimeError, AssertionError) as error:
@@ -88,7 +88,7 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
     """Return the device of that name, the default one for None and "auto". Raise UserError if this machine does not have it."""
     try:
         found = default_device() if device in (None, "auto") else torch.device("cuda" if device == "gpu" else device)
-        torch.empty(1, device=found).cpu()  # a device may have a name and be absent
+        torch.empty(1, device=found).cpu()  # a device may have a valid name but be absent
     except (RuntimeError, AssertionError, ImportError, AttributeError, TypeError, ValueError):
         known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *_others()]
         raise UserError(f"device {str(device)!r} does not exist on this machine: choose one of {', '.join(known)}") from None

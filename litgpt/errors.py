@@ -21,7 +21,7 @@ class NonFiniteError(UserError):
 
 
 class OutOfMemory(UserError):
-    """The memory of the machine or of a device does not suffice."""
+    """The machine or a device is out of memory."""
 
     exit_code = 4
 

@@ -15,7 +15,7 @@ from litgpt.text import first_line
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):
-    """Without Python's name of a path, the `--key+` that appends to a list, and the backspace before optional values."""
+    """Omits Python's name of a path, the `--key+` that appends to a list, and the backspace before optional values."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         text: str = super()._expand_help(action)

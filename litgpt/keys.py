@@ -1,8 +1,8 @@
 """The keys that a command takes: how a value finds its key, its type and its place in the settings.
 
 Each value is checked and converted once, by the type of its key, and merged into one mapping; unknown keys and wrong values are reported
-together. No class outside the allow-list is imported, but for the user's own on the command line. Four kinds of parameter differ from plain
-ones by their annotation:
+together. No class outside the allow-list is imported, except the user's own on the command line. The annotation of a parameter
+distinguishes four kinds from plain ones:
 
     a group   settings of litgpt.args                    train: TrainArgs            --train.epochs 3
     a class   a subclass from litgpt, chosen by name     data: Optional[DataModule]  --data JSON --data.json_path my.json
@@ -64,7 +64,7 @@ class UsageError(UserError):
 
 @contextmanager
 def as_usage() -> Iterator[None]:
-    """Raise a UserError of the block as a UsageError."""
+    """Reraise a UserError from the block as a UsageError."""
     try:
         yield
     except UserError as error:
@@ -94,7 +94,7 @@ class Keys:
         if isinstance(command, type):
             self.defaults, self.older = defaults(command), older_names(command)
         required = [name for name in self.parameters if name not in self.defaults]
-        # Their values may stand without a key, in this order.
+        # Their values may be given without a key, in this order.
         self.bare = list(dict.fromkeys([getattr(command, "first", next(iter(self.parameters))), *required]))
         self.types: dict[str, Any] = {}
         self.groups: list[str] = []
@@ -347,8 +347,8 @@ def _own_class(base: type, setting: Setting) -> type:
     if isinstance(own, type) and issubclass(own, base) and not inspect.isabstract(own) and ways:
         return own
     raise UserError(
-        f"{setting.place}: {setting.value!r} is no subclass of litgpt.data.{base.__name__} with a method `records`, or LitGPT's `setup`, "
-        "`train_dataloader` and `val_dataloader`"
+        f"{setting.place}: {setting.value!r} is not a subclass of litgpt.data.{base.__name__} with a method `records`, or LitGPT's "
+        "`setup`, `train_dataloader` and `val_dataloader`"
     )
 
 

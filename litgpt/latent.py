@@ -1,8 +1,8 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads from one narrow vector a position.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads come from one narrow vector per position.
 
     c = norm(W_a x)      k_i = (W_k,i c, r)      v_i = W_v,i c      q_i = (n_i, p_i)      for each head i
 
-r and p_i are turned by the position, and r is one for all heads. The key/value cache holds c in place of keys and r in place of values.
+r and p_i are rotated by position, and all heads share r. The key/value cache holds c instead of keys and r instead of values.
 Letters in shapes: as in `litgpt.model`, with h = nope + rope the size of q and k; C the size of c, R of r, V' of v.
 """
 
@@ -47,7 +47,7 @@ class MultiheadLatentAttention(CausalSelfAttention):
         return torch.cat((n, self._turned(p, pos)), dim=-1), self.kv_a_norm(c)[:, None], self._turned(r[:, None], pos)
 
     def _turned(self, x: torch.Tensor, pos: Positions) -> torch.Tensor:
-        """Return x (..., T, R) turned by the positions; with `rope_interleave` the pairs are neighbours, and come out as halves."""
+        """Return x (..., T, R) rotated by position; with `rope_interleave` the pairs are neighbours in x and halves in the result."""
         if self.config.rope_interleave:
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return rotate(x, *pos.rotary[0])

@@ -20,7 +20,7 @@ from litgpt.streams import safe, unescaped
 from litgpt.text import first_line
 
 METRICS = Path("logs") / "version_0" / "metrics.csv"  # in a run's folder, TensorBoard's events beside it
-EVENTS_SUFFIX = ".litgpt"  # of TensorBoard's files, so that those of others are told from them
+EVENTS_SUFFIX = ".litgpt"  # of TensorBoard's files, to distinguish them from those of other programs
 COLUMNS = ("step", "epoch", "train_loss", "val_loss", "val_ppl", "learning_rate", "step_time", "tokens_per_second", "peak_memory_gb")
 PLAIN_LINES = 20  # progress lines of a phase without a terminal
 
@@ -34,7 +34,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class MetricLoggers:
-    """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is another one.
+    """`logs/version_0/metrics.csv`, TensorBoard events beside it, and Lightning's logger of the given name if it is a third one.
 
     A run that is resumed after step `resumed_at` continues these files; their rows of later steps are dropped. `columns`: those besides
     `COLUMNS`. Raises UserError if Lightning's logger cannot start; if it fails later, the run goes on without it.
@@ -73,7 +73,7 @@ class MetricLoggers:
         self._tell(lambda logger: logger.log_metrics(metrics, step))
 
     def flush(self) -> None:
-        """Flush the rows to disk, so that they are not behind a checkpoint."""
+        """Flush the rows to disk, so that they do not lag behind a checkpoint."""
         if self.csv.is_file():
             with self.csv.open("rb") as file:
                 os.fsync(file.fileno())
@@ -89,7 +89,7 @@ class MetricLoggers:
         if self.remote is not None:
             try:
                 call(self.remote)
-            except Exception as error:  # a server that is gone, its quota: training is worth more
+            except Exception as error:  # the server is gone or its quota is used up: training matters more
                 name, self.remote = type(self.remote).__name__, None
                 Console().say(f"{name} failed and gets no more metrics, {METRICS} has them: {first_line(error)}")
 

@@ -44,7 +44,7 @@ class Config(base.Config, AdapterSettings):
     """The config of a model and its adapters."""
 
     skip2lora_warmup: bool = False
-    """LoRA on every block was trained before Skip2-LoRA, and stays, frozen, in front of the cut."""
+    """LoRA on every block was trained before Skip2-LoRA, and remains, frozen, in front of the cut."""
 
     adapter_file: ClassVar[str] = "lit_model.pth.lora"
 
@@ -69,7 +69,7 @@ class Config(base.Config, AdapterSettings):
 
     @property
     def cut(self) -> int | None:
-        """Number of the first layer that an adapter reaches (`litgpt.model` numbers them); None without adapters, and for the embedding."""
+        """Number of the first layer that an adapter reaches (see `litgpt.model`); None without adapters, and for the embedding."""
         if self.skip2lora_enabled:
             return self._output_layer
         if "wte" in (self.modules_to_save or ()):
@@ -116,7 +116,7 @@ class Config(base.Config, AdapterSettings):
 
     @property
     def lora_blocks(self) -> tuple[int, ...]:
-        """The blocks whose linear layers get LoRA, sorted: `lora_block_indices`; those behind the cut, unless LoRA was warmed up."""
+        """The sorted blocks whose linear layers get LoRA: `lora_block_indices`; only those behind the cut, unless LoRA was warmed up."""
         first = min(self._output_layer, self.n_layer) if self.skip2lora_enabled and not self.skip2lora_warmup else 0
         behind = range(first, self.n_layer)
         if self.lora_block_indices is None:
@@ -172,7 +172,7 @@ def skip_sum(layers: Sequence[Skip2LoRA], taps: torch.Tensor) -> torch.Tensor:
 
 
 class GPT(base_model.GPT):
-    """A GPT with the adapters that its config asks for; everything else is the base model's."""
+    """A GPT with the adapters in its config; everything else is the base model's."""
 
     config: Config
     config_class = Config
@@ -182,7 +182,7 @@ class GPT(base_model.GPT):
         self.adapt(config)
 
     def adapt(self, config: Config) -> None:
-        """Attach the adapters that `config` asks for, in place of the present ones. The layers below them are not changed."""
+        """Attach the adapters of `config`, replacing the present ones. The layers below them are not changed."""
         self.config, self.cut = config, config.cut
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
@@ -219,7 +219,7 @@ class GPT(base_model.GPT):
             )
 
     def sharing(self, config: Config) -> GPT:
-        """Return a model with the adapters of `config` in place of these, which shares all other weights with this one."""
+        """Return a model with the adapters of `config` instead of these. It shares all other weights with this one."""
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         model = copy.deepcopy(self, shared)
         model.adapt(config)
@@ -319,7 +319,7 @@ def start_warmup(model: GPT) -> None:
 
 
 def end_warmup(model: GPT) -> None:
-    """Move the cut where the config has it. LoRA in front of it is frozen from now on, without dropout, as part of the backbone."""
+    """Move the cut to the config's place. LoRA in front of it is frozen from now on, without dropout, as part of the backbone."""
     model.cut = model.config.cut
     mark_only_lora_as_trainable(model)
     for block in model.blocks[: model.cut]:
@@ -329,7 +329,7 @@ def end_warmup(model: GPT) -> None:
 
 
 def keep_taps(model: GPT, blocks: Sequence[int]) -> None:
-    """Of a model that taps more blocks, tap only these; its config names them from now on."""
+    """Tap only these of the model's blocks from now on, and name them in its config."""
     model.config = replace(model.config, skip2lora_block_indices=list(blocks))
     for index, block in enumerate(model.blocks):
         if index not in model.config.taps:
@@ -349,7 +349,7 @@ def merge_lora_weights(model: nn.Module) -> None:
 
 
 def require_mergeable(model: nn.Module) -> None:
-    """Raise UserError for answer-only LoRA, for heads, and for Skip2-LoRA: its adapters read earlier blocks, and the base has no place."""
+    """Raise UserError for answer-only LoRA, heads and Skip2-LoRA, whose adapters read earlier blocks: the base has no weights for them."""
     use_it = "Use the adapter folder as it is: generate, chat, evaluate and LLM.load take it and find the base"
     if any(isinstance(module, Skip2LoRA) for module in model.modules()):
         raise UserError(
@@ -375,9 +375,9 @@ def apply_lora(
 ) -> list[str]:
     """Put LoRA on linear layers of any model, in place, and freeze everything else; return the layers' names.
 
-    `targets` are names of layers, in full or from a dot on (`q_proj`, `attn.c_attn`), "all-linear" (all but the output layer) or "square"
-    (as many outputs as inputs). `nn.Linear`, transformers' Conv1D and quantised layers are taken. Layers that have LoRA keep it. Until it
-    is trained, the model computes what it did. Raises UserError for targets that fit no layer.
+    `targets` are names of layers, in full or the part after a dot (`q_proj`, `attn.c_attn`), "all-linear" (all but the output layer) or
+    "square" (as many outputs as inputs). `nn.Linear`, transformers' Conv1D and quantised layers are accepted. Layers that have LoRA keep
+    it. Until it is trained, the model's output does not change. Raises UserError for targets that fit no layer.
     """
     AdapterSettings(lora_r=r, lora_alpha=alpha, lora_dropout=dropout)  # type: ignore[arg-type]
     layers = target_layers(model, targets)
@@ -409,7 +409,7 @@ def save_lora(model: nn.Module, file: Path | str) -> None:
 
 
 def load_lora(model: nn.Module, file: Path | str) -> None:
-    """Load what `save_lora` wrote; where the model lacks LoRA, it is put there first. Raises UserError for a file that does not fit."""
+    """Load a file of `save_lora`, after adding LoRA where the model lacks it. Raises UserError for a file that does not fit."""
     entries, weights = read_lora(file)
     present = _entries(model, file)
     require_fit(file, model, entries, weights, present)

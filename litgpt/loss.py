@@ -1,4 +1,4 @@
-"""Cross-entropy at the positions that carry loss, in chunks, never with all logits at once.
+"""Cross-entropy at the positions that carry loss, in chunks, so that all logits never exist at once.
 
 N positions, d `n_embd`, V `padded_vocab_size`, C rows of a chunk. z are the head's outputs, y = c tanh(z / (s c)) the logits, with the
 divisor s and the cap c of `litgpt.model.finish_logits`; without them y = z.
@@ -18,7 +18,7 @@ from litgpt.model import GPT, Positions, finish_logits
 from litgpt.packing import take
 from litgpt.vocabulary import IGNORED as IGNORED, SpreadHead
 
-CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows make the matrix products slow, more only cost memory
+CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows slow the matrix products down, more only take memory
 BLOCK_ELEMENTS = 8 * 49152  # logits per softmax on a CPU: in fp32 they stay in its cache
 
 
@@ -52,7 +52,7 @@ def loss_at(
     if weights is not None:
         weights = weights.to(hidden.device)
         kept = weights.nonzero()[:, 0]
-        if len(kept) < len(weights):  # the others cost no logits
+        if len(kept) < len(weights):  # no logits are computed for the others
             hidden, targets, weights = take(hidden, kept), targets[kept], weights[kept]
     loss = head_loss(hidden, targets, weights)
     auxiliary = model.auxiliary_loss()
@@ -64,14 +64,14 @@ def loss_at(
 def merged(
     rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return rows, targets and weights (m,), each pair of a row and a target once, with the sum of its weights, for (n,) of them.
+    """Return rows, targets and weights (m,) for (n,) of them: each pair of row and target occurs once, with the sum of its weights.
 
-    Samples share the rows of the stem, which cost the logits of one sample then.
+    Samples share the rows of the stem, whose logits are then computed only once.
     """
     pairs, place = torch.unique(rows * (int(targets.max()) + 1) + targets if len(rows) else rows, return_inverse=True)
     if len(pairs) == len(rows):
         return rows, targets, weights
-    first = torch.empty_like(pairs).scatter_(0, place, torch.arange(len(rows), device=rows.device))  # any of the equal ones
+    first = torch.empty_like(pairs).scatter_(0, place, torch.arange(len(rows), device=rows.device))  # any of the equal rows
     each = torch.ones(len(rows)) if weights is None else weights
     return rows[first], targets[first], torch.zeros(len(pairs)).index_add_(0, place.cpu(), each.cpu())
 
@@ -104,9 +104,9 @@ class HeadLoss:
 
     The weights w (N,) are 1 unless given, and 0 where the target is `IGNORED`.
 
-    For a frozen linear head the gradient for h, dh = (w (softmax(y) - onehot) dy/dz) W, is computed in the forward pass, chunk by chunk,
-    and none for W. It takes C x V logits of memory whatever N is. A head that is trained, or has an adapter, goes through autograd, and
-    the backward pass computes each chunk's logits again.
+    For a frozen linear head the forward pass computes the gradient for h, dh = (w (softmax(y) - onehot) dy/dz) W, chunk by chunk, and
+    none for W. Memory is C x V logits for any N. A head that is trained or has an adapter goes through autograd, and the backward pass
+    computes each chunk's logits again.
     """
 
     def __init__(self, head: nn.Module, divisor: float = 1.0, cap: float | None = None) -> None:
@@ -145,7 +145,7 @@ class HeadLoss:
         return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none") * weights
 
     def buffer(self, rows: int, like: torch.Tensor, width: int) -> torch.Tensor:
-        """Return room for logits (rows, V), allocated once: fresh pages would cost as much as the matrix product that fills them."""
+        """Return a buffer for logits (rows, V), allocated once: fresh pages would take as long as the matrix product that fills them."""
         have = self._logits
         if have.dtype != like.dtype or have.device != like.device or have.dim() != 2 or have.size(1) != width or have.size(0) < rows:
             self._logits = torch.empty(rows, width, dtype=like.dtype, device=like.device)

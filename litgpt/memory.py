@@ -1,4 +1,4 @@
-"""The memory that fine-tuning takes, estimated from a config; nothing is run.
+"""The memory that fine-tuning takes, estimated from a config without running anything.
 
 n tokens in a micro-batch, l of them with loss, w bytes of a backbone parameter, N parameters in the base, P in the adapters; d, H, G, h, m,
 V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
@@ -21,12 +21,12 @@ V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
                                            lm_head, else at f = n
       C  a chunk of logits                 4 of them where the head learns (`litgpt.loss`)
 
-    reference     w R                      R parameters of Rho-1's reference model, which is freed before training: what is larger of it and
-                                           of training with activations counts
+    reference     w R                      R parameters of Rho-1's reference model, which is freed before training: the larger of it and of
+                                           training with activations counts
 
-One block more than L' stands for the temporaries of a running block. Activation checkpointing keeps only the blocks' inputs, and A for the
-one block that runs again. Python and torch are added: `PROCESS`. Of p processes with a sharded model each has (weights + training) / p,
-its activations, and what is gathered at once: a block, and embedding and head where they learn.
+L' + 1 instead of L' accounts for the temporaries of a running block. Activation checkpointing keeps only the blocks' inputs, and A for the
+one block that runs again. `PROCESS` is added for Python and torch. Each of p processes with a sharded model has (weights + training) / p,
+its activations, and the parameters gathered at once: a block, and embedding and head if they are trained.
 """
 
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ class Memory(NamedTuple):
     weights: int
     training: int
     activations: int
-    gathered: int = 0  # at once, of a sharded model
+    gathered: int = 0  # bytes gathered at once in a sharded model
     reference: int = 0
 
     @property
@@ -64,7 +64,7 @@ class Memory(NamedTuple):
         return self.weights + max(self.training + self.activations, self.reference)
 
     def part(self, processes: int) -> int:
-        """Return the total of each of the processes that share a sharded model."""
+        """Return the total for each of `processes` processes that share a sharded model."""
         training = self.training // processes + self.activations
         return self.weights // processes + max(training, self.reference // processes) + self.gathered
 
@@ -95,7 +95,7 @@ def estimate(
         lora.mark_only_lora_as_trainable(model)
     adapters, saved = sum(p.numel() for p in adapter_parameters(model).values()), config.modules_to_save or []
     base = sum(p.numel() for p in model.parameters()) - adapters - (tied and not saved) * config.V * config.n_embd
-    adapters -= (tied and len(saved) == 2) * config.V * config.n_embd  # one of them is trained apart from the other
+    adapters -= (tied and len(saved) == 2) * config.V * config.n_embd  # a tied pair is one parameter
     quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 or int8 else 0
     weights = width * (base - quantised) + (NF4_BYTES if nf4 else 1) * quantised
     if width == 4 and not full:
@@ -143,7 +143,7 @@ def mlp_numbers(mlp: Any, width: int) -> float:
 
 
 def learning_inputs(part: nn.Module, width: int) -> float:
-    """Return the values that autograd keeps for the linear layers that learn, for a token."""
+    """Return the values that autograd keeps for the trained linear layers, for a token."""
     total, inputs = 0.0, dict[str, int]()
     for name, layer in part.named_modules():
         shared = name.replace("fc_2", "fc_1")  # they read one input

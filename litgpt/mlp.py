@@ -67,8 +67,8 @@ class ClampedMLP(LLaMAMLP):
 
 
 class LLaMAMoE(nn.Module):
-    """A sparse mixture of E experts (Mixtral, arXiv 2401.04088): the sum over the k experts e of a token that `route` chooses of
-    w_e expert_e(x), and of the experts that every token shares (DeepSeekMoE, arXiv 2401.06066).
+    """A sparse mixture of E experts (Mixtral, arXiv 2401.04088): the sum of w_e expert_e(x) over the k experts e that `route` chooses for a
+    token, plus the experts that all tokens share (DeepSeekMoE, arXiv 2401.06066).
 
     The shared experts are one MLP, `n_shared_expert` times as wide; in Qwen 2 it is multiplied by sigmoid(shared_expert_gate(x)).
     Each expert runs once, over all its tokens. Training with `router_aux_loss_coef` keeps the gate's logits for `GPT.auxiliary_loss`.
@@ -93,7 +93,7 @@ class LLaMAMoE(nn.Module):
         router = self.gate(x)  # (B, T, E)
         wanted = self.training and self.config.router_aux_loss_coef and torch.is_grad_enabled()
         self.router_logits = router if wanted else None
-        bias = getattr(getattr(self.gate, "linear", self.gate), CORRECTION, None)  # LoRA may be around the router
+        bias = getattr(getattr(self.gate, "linear", self.gate), CORRECTION, None)  # LoRA may wrap the router
         weights, chosen = route(router.flatten(0, -2), self.config, bias)  # (N, k) each
         order = chosen.flatten().argsort(stable=True)  # (N k): pairs of token and expert, by expert
         counts = chosen.flatten().bincount(minlength=self.config.n_expert).tolist()
@@ -115,7 +115,7 @@ class LLaMAMoE(nn.Module):
 
 
 class Router(nn.Linear):
-    """The gate of experts in groups: logits (..., E) in fp32, and the bias of `route` by which training balanced the experts."""
+    """The gate of experts in groups: logits (..., E) in fp32, and the bias with which training balanced the experts in `route`."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.n_embd, config.n_expert, bias=False)
@@ -129,10 +129,10 @@ class Router(nn.Linear):
 def route(logits: torch.Tensor, config: Config, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weights of each token's k experts and their numbers, (N, k) each, for logits (N, E).
 
-    The experts with the largest p = softmax(logits) are chosen, and weigh w = p. Of experts in groups p = sigmoid(logits), and p + bias
-    chooses (DeepSeek-V3, arXiv 2412.19437), or with `router_softmax` the softmax (DeepSeek-V2, arXiv 2405.04434): only within the
-    `n_topk_groups` groups whose best `n_topk_scores_per_group` experts have the largest sums. With `norm_topk_prob` w is scaled to sum 1;
-    w is multiplied by `routed_scaling_factor`.
+    The experts with the largest p = softmax(logits) are chosen, with weights w = p. For experts in groups p = sigmoid(logits), and the
+    largest p + bias are chosen (DeepSeek-V3, arXiv 2412.19437), or with `router_softmax` the largest softmax (DeepSeek-V2, arXiv
+    2405.04434), only within the `n_topk_groups` groups whose best `n_topk_scores_per_group` experts have the largest sums. With
+    `norm_topk_prob` w is scaled to sum to 1; w is multiplied by `routed_scaling_factor`.
     """
     groups = config.n_expert_groups
     scores = logits.float().sigmoid() if groups and not config.router_softmax else logits.softmax(-1, dtype=torch.float32)
@@ -151,7 +151,7 @@ def route(logits: torch.Tensor, config: Config, bias: torch.Tensor | None = None
 def load_balance(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Return E sum_e f_e P_e for router logits (N, E): f_e is expert e's share of tokens, P_e its mean probability.
 
-    It is k if all experts serve equally often, else more; fp32. Switch Transformer, arXiv 2101.03961 (4) to (6), for k choices.
+    It is k if all experts are used equally often, else larger; fp32. Switch Transformer, arXiv 2101.03961 (4) to (6), for k choices.
     """
     p = logits.softmax(-1, dtype=torch.float32)
     chosen = p.topk(k).indices.flatten()

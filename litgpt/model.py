@@ -93,10 +93,10 @@ class GPT(nn.Module):
         input_pos_maxp1: int | None = None,
         lm_head_chunk_size: int = 0,
     ) -> Any:
-        """Return logits (B, T, V) of token ids (B, T), or with `lm_head_chunk_size` a list of those of so many positions each.
+        """Return logits (B, T, V) of token ids (B, T), or with `lm_head_chunk_size` a list of logits of that many positions each.
 
-        With `input_pos` (T,) the key/value cache is used: keys and values are stored at those places, and attention reaches all places
-        before `input_pos_maxp1` (default: the largest place + 1). Raises ValueError if T exceeds `max_seq_length`.
+        With `input_pos` (T,) the key/value cache is used: keys and values are stored at those positions, and attention reaches all those
+        before `input_pos_maxp1` (default: the largest position + 1). Raises ValueError if T exceeds `max_seq_length`.
         """
         return self._forward_impl(idx, self.positions(idx, input_pos, input_pos_maxp1), lm_head_chunk_size)
 
@@ -126,7 +126,7 @@ class GPT(nn.Module):
         return x + noise_like(x, self.neftune_alpha, pos.packing) if self.training and self.neftune_alpha else x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `lm_head` of the tail's output (..., d), scaled and capped in families that do so: (..., V)."""
+        """Apply `lm_head` to the tail's output (..., d), scaled and capped in families that do so: (..., V)."""
         return finish_logits(self.lm_head(x), self.config.logits_scaling, self.config.final_logit_softcapping)
 
     def prefix(
@@ -215,7 +215,7 @@ class GPT(nn.Module):
         return replace(self._at(input_pos, end, tokens), index=input_pos)
 
     def packed_positions(self, packing: Packing) -> Positions:
-        """Return rotary tables and masks for a packed batch (N,). Samples of which some are long for LongRoPE must not share a stem."""
+        """Return rotary tables and masks for a packed batch (N,). Samples with different LongRoPE factors must not share a stem."""
         P, end, device = packing.stem, packing.stem + packing.width, packing.rows.device
         self.require_room(end)
         tokens = [P + length + 1 for length in packing.lengths]  # the last one is no input
@@ -229,7 +229,7 @@ class GPT(nn.Module):
     def _at(self, places: torch.Tensor, end: int, tokens: Sequence[int]) -> Positions:
         """Return the positions of inputs at `places`, (T,) or (B, T), each of which attends to itself and earlier ones of the first `end`.
 
-        `tokens` are the lengths of the sequences, or of one for all, by which LongRoPE takes its factors.
+        `tokens` are the lengths of the sequences, or one for all, which determine LongRoPE's factors.
         """
         T = places.size(-1)
         long = [is_long(self.config, length) for length in tokens]
@@ -272,8 +272,8 @@ class GPT(nn.Module):
     def auxiliary_loss(self) -> torch.Tensor | None:
         """Return `router_aux_loss_coef` times `load_balance` over all tokens and routers of the tail's last training pass.
 
-        The second call after a pass, a model without routers in the tail, and a coefficient of 0 give None. Routers in the prefix are
-        frozen, and so are their inputs: they do not take part.
+        Returns None on the second call after a pass, without routers in the tail, and for a coefficient of 0. Routers in the prefix are
+        frozen, and so are their inputs: they do not count.
         """
         logits: list[torch.Tensor] = []
         for moe in (block.mlp for block in self.blocks):
@@ -292,7 +292,7 @@ class GPT(nn.Module):
     ) -> None:
         """Allocate room for the keys and values of `max_seq_length` positions (default: the model's own) in every block.
 
-        `rope_cache_length` is accepted for LitGPT's callers; without effect.
+        `rope_cache_length` is accepted for LitGPT's callers and has no effect.
         """
         length = max_seq_length or self.max_seq_length
         for block in self.blocks:
@@ -311,7 +311,7 @@ def _for_heads(places: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """One decoder block, with c = `residual_multiplier` (1 but for Granite).
+    """One decoder block, with c = `residual_multiplier` (1 except in Granite).
 
     Sequential residual:  y = x + c attn(norm_1(x));  out = y + c mlp(norm_2(y))
     Parallel residual:    out = x + c attn(norm_1(x)) + c mlp(norm_2(x)),  with norm_1 for both if the norm is shared

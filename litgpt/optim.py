@@ -13,7 +13,7 @@ import torch
 from litgpt.args import is_number, require_allowed_class
 from litgpt.errors import UserError
 
-SHORTENED = {torch.bfloat16: 16, torch.float16: 13}  # dtype -> bits of an fp32 number's fraction that it lacks
+SHORTENED = {torch.bfloat16: 16, torch.float16: 13}  # dtype -> number of fraction bits that it lacks compared to fp32
 ROUNDED = 1 << 18  # numbers that are rounded at a time, which fit a CPU's cache
 UNUSABLE = ("LBFGS", "SparseAdam")  # the first evaluates the loss itself, the second takes sparse gradients only
 
@@ -22,8 +22,8 @@ class MasterWeights(torch.optim.Optimizer):
     """An optimizer of bf16 or fp16 parameters that keeps and updates fp32 copies of them, and rounds the copies after each step.
 
     A step of 1e-5 is below the resolution of most bf16 weights: without the copies it would be lost (arXiv 1710.03740, section 3.1). The
-    copies are rounded up or down at random, so that the weights' mean is the copies' (arXiv 1502.02551): rounded to the nearest, most
-    weights would stay as they were for hundreds of steps. The draws depend on the number of steps alone.
+    copies are rounded up or down at random, so that the weights equal the copies in expectation (arXiv 1502.02551): rounded to nearest,
+    most weights would not change for hundreds of steps. The random draws depend only on the number of steps.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> None:
@@ -57,7 +57,7 @@ class MasterWeights(torch.optim.Optimizer):
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state with or without the copies: without them the parameters' present values are the copies."""
+        """Load a state with or without the copies; without them the copies are the parameters' current values."""
         state = {}
         for i, values in state_dict["state"].items():
             state[i] = {name: value for name, value in values.items() if name not in ("master", "roundings")}
@@ -69,7 +69,7 @@ class MasterWeights(torch.optim.Optimizer):
 
 
 def _round(exact: torch.Tensor, rounded: torch.Tensor, noise: torch.Tensor) -> None:
-    """Write fp32 values to a tensor of a shorter dtype, up or down with the probability that leaves their mean. `noise`: 16 random bits."""
+    """Round fp32 values stochastically, without bias, into a tensor of a shorter dtype. `noise`: 16 random bits."""
     if rounded.dtype not in SHORTENED:
         rounded.copy_(exact)
         return
@@ -121,7 +121,7 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
 
 
 def multiply_rates(optimizer: torch.optim.Optimizer, ratios: Mapping[int, float]) -> None:
-    """Give parameters of an optimizer of one group, by their `id`, multiples of its learning rate, as LoRA+ does (arXiv 2402.12354)."""
+    """Give parameters of a single-group optimizer, by `id`, multiples of its learning rate, as LoRA+ does (arXiv 2402.12354)."""
     (group,) = optimizer.param_groups
     parts: dict[float, list[torch.nn.Parameter]] = {1.0: []}
     for parameter in group["params"]:
@@ -134,7 +134,7 @@ def multiply_rates(optimizer: torch.optim.Optimizer, ratios: Mapping[int, float]
 
 @cache
 def without_dynamo(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Return a class of torch.optim without its hooks for torch.compile, which import torch._dynamo: as long as torch itself takes."""
+    """Return a class of torch.optim without its hooks for torch.compile. They import torch._dynamo, which takes as long as torch."""
     if not kind.__module__.startswith("torch.optim"):
         return kind
     names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
@@ -143,7 +143,7 @@ def without_dynamo(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
 
 def _require_kind(what: str, value: Any, default: Any) -> None:
-    """Raise UserError unless `value` is of the kind of `default`: a finite number, a flag, or as many numbers."""
+    """Raise UserError unless `value` is of the kind of `default`: a finite number, a flag, or a list of the same number of numbers."""
     if isinstance(default, bool):
         fits, needed = isinstance(value, bool), "true or false"
     elif isinstance(default, (int, float)):

@@ -1,10 +1,10 @@
-"""Frozen weights in the layout that a library multiplies by fastest, on an x86 processor.
+"""Frozen weights in the layout with which a library multiplies fastest, on an x86 processor.
 
-fp32 weights are kept in fp16. Few rows are multiplied as fast as the weight is read: half the bytes take half the time. FBGEMM multiplies
-fp32 rows by weights in fp16, with sums in fp32, and is no slower than MKL at many rows. The weights of a bf16 checkpoint are the same
-numbers in fp16, but for the tiniest; others are packed only if rounding them to fp16 changes them by less than fp32's own precision.
+fp32 weights are kept in fp16. With few rows a product is memory-bound: half the bytes take half the time. FBGEMM multiplies fp32 rows by
+weights in fp16, with sums in fp32, and is no slower than MKL for many rows. The weights of a bf16 checkpoint are exact in fp16, except
+for the tiniest; others are packed only if rounding them to fp16 changes them by less than fp32's own precision.
 
-bf16 weights are kept in oneDNN's blocks, if the processor multiplies bf16. From a plain weight oneDNN makes the blocks for each product.
+bf16 weights are kept in oneDNN's blocks if the processor multiplies bf16. oneDNN would make the blocks of a plain weight for each product.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from litgpt.model import GPT
 from litgpt.quantize import QuantisedLinear, frozen_linears
 
 PRECISION = 2.0**-24  # of fp32
-BLOCK = 512  # inputs of a block, of which FBGEMM allocates whole ones
+BLOCK = 512  # inputs per block; FBGEMM allocates whole blocks
 
 
 class Packed:
     """W (out, in) in another layout: x W^T for x (..., in), and with gradients dx = dy W. Copies of a model share it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, backward: bool = False) -> None:
-        """Raise ValueError if fp16 is too coarse for an fp32 weight. `backward`: it will be asked for gradients."""
+        """Raise ValueError if fp16 is too coarse for an fp32 weight. `backward`: gradients will be needed."""
         weight = weight.detach()
         self.lost = lost_in_fp16(weight) if weight.dtype == torch.float32 else None
         self.blocks = _layout(weight, bias)
@@ -90,13 +90,13 @@ def lost_in_fp16(weight: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.
     """Return the places and values of the few numbers that fp16 cannot hold. Raise ValueError if they matter."""
     rounded = weight.half().float()
     if not torch.linalg.vector_norm(weight - rounded) <= PRECISION * torch.linalg.vector_norm(weight):
-        raise ValueError("these weights are no fp16 numbers")
+        raise ValueError("these weights are not exact in fp16")
     places = (weight != rounded).nonzero(as_tuple=True)
     return places, weight[places]
 
 
 def packed_bytes(linear: nn.Linear, backward: bool) -> int:
-    """Return the memory of a packed fp32 layer. `backward`: gradients are asked for."""
+    """Return the memory of a packed fp32 layer. `backward`: gradients are needed."""
     shapes = [(linear.out_features, linear.in_features), (linear.in_features, linear.out_features)]
     return sum(2 * rows * -(-columns // BLOCK) * BLOCK for rows, columns in shapes[: 1 + backward])
 
@@ -116,7 +116,7 @@ class _Product(torch.autograd.Function):
 
 
 class PackedLinear(QuantisedLinear):
-    """y = x W^T + b, with W packed alone. In a state dict it is plain."""
+    """y = x W^T + b, with W only in packed form. In a state dict it is plain."""
 
     def __init__(self, linear: nn.Linear, packed: Packed) -> None:
         super().__init__(linear)
@@ -134,7 +134,7 @@ class PackedLinear(QuantisedLinear):
 
 
 class PackedHead(nn.Linear):
-    """An output layer with W packed beside the plain weight, which is the embedding's if the two are tied."""
+    """An output layer with W packed in addition to the plain weight, which is the embedding's if the two are tied."""
 
     packed: Packed
 
@@ -145,8 +145,8 @@ class PackedHead(nn.Linear):
 def pack(model: GPT, backward: bool = False) -> None:
     """Pack the frozen linear layers of the blocks and the output layer, in place, where it pays. Adapters stay.
 
-    `backward`: for training too. Layers that gradients reach are made ready for them; those in bf16 stay plain, because a second layout
-    would double their memory for a few percent of time, and so do those with DoRA, which reads W.
+    `backward`: also for training. Layers that gradients reach are prepared for them; those in bf16 stay plain, because a second layout
+    would double their memory to save a few percent of time, and so do layers with DoRA, which reads W.
     """
     head, device = model.head, next(model.parameters()).device
     if device.type != "cpu" or not is_supported(model.dtype):
@@ -174,7 +174,7 @@ def pack(model: GPT, backward: bool = False) -> None:
 
 
 def is_supported(dtype: torch.dtype) -> bool:
-    """Return True if this processor multiplies faster by packed weights of that dtype."""
+    """Return True if this processor multiplies faster with packed weights of that dtype."""
     is_x86 = "fbgemm" in torch.backends.quantized.supported_engines
     return is_x86 and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 

@@ -1,4 +1,4 @@
-"""Batches without padding: the samples of a batch are rows of one matrix, and the tokens that all samples begin with, the stem, occur once.
+"""Batches without padding: a batch's samples are rows of one matrix, and the stem, the tokens that all samples begin with, occurs once.
 
 Linear layers, norms and MLPs treat rows alike and need not know where a sample ends; attention gets the rows as (B, T). The first P tokens
 are the same in every sample (the beginning of a prompt template), so causal attention gives the same result for them in every sample: they
@@ -19,7 +19,7 @@ import torch
 
 from litgpt.sample import Sample
 
-SHORTEST_STEM = 8  # tokens that are worth an attention call of their own
+SHORTEST_STEM = 8  # tokens that are worth a separate attention call
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Packing:
         """Return rows (N, C) as (1, P, C) and (B, T, C)."""
         stem, own = x.split([self.stem, x.size(0) - self.stem])
         if self.is_ragged:
-            own = own.index_select(0, self.rows)  # no gradient comes from padding: no real position attends to it
+            own = own.index_select(0, self.rows)  # padding gives no gradient: no real position attends to it
         return stem[None], own.unflatten(0, (len(self.lengths), self.width))
 
     def gather(self, stem: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
@@ -99,9 +99,9 @@ def pack(samples: Sequence[Sample], device: torch.device, stem: int) -> Batch:
 
 
 def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return x[rows] for x (N, ...) and rows (n,). The gradients of a row that occurs several times are added up in one order.
+    """Return x[rows] for x (N, ...) and rows (n,). The gradients of a row that occurs several times are summed in a fixed order.
 
-    On a CPU the gradient of x[rows] is added up in the order in which threads arrive, on a GPU that of `index_select` is.
+    The gradients of x[rows] on a CPU, and of `index_select` on a GPU, are summed in the order in which threads arrive.
     """
     return x.index_select(0, rows) if x.device.type == "cpu" else x[rows]
 
@@ -134,7 +134,7 @@ def loss_weights(samples: Sequence[Sample]) -> torch.Tensor | None:
 
 
 def shared_stem(samples: Sequence[Sample]) -> int:
-    """Return the number of first tokens that all samples share, each keeping an input behind them; 0 if they are too few to pay off."""
+    """Return the length of the prefix that all samples share, with at least one input left in each; 0 if it is too short to pay off."""
     first, last = min(s.input_ids for s in samples), max(s.input_ids for s in samples)
     limit = min(len(s.input_ids) for s in samples) - 2
     common = 0

@@ -1,4 +1,4 @@
-"""Frozen linear layers in 4 or 8 bits, under LoRA and Skip2-LoRA, and for answering.
+"""Frozen linear layers in 4 or 8 bits, under LoRA and Skip2-LoRA, and for inference.
 
 W (out, in) is stored as small integers with scales. A pass over x computes W' in the compute dtype for one layer at a time:
 
@@ -29,7 +29,7 @@ from litgpt.model import GPT
 FOUR_BITS = {"bnb.nf4": ("nf4", False), "bnb.nf4-dq": ("nf4", True), "bnb.fp4": ("fp4", False), "bnb.fp4-dq": ("fp4", True)}
 EIGHT_BITS = ("bnb.int8-training", "bnb.int8", "int8")
 GROUP = 64  # weights that share a scale
-FEW_ROWS = 4  # of x, up to which a CPU multiplies faster by 8-bit weights than by bf16 (benchmarks/quantized.py)
+FEW_ROWS = 4  # of x, up to which a CPU multiplies faster with 8-bit weights than with bf16 (benchmarks/quantized.py)
 
 
 class QuantisedLinear(nn.Module):
@@ -71,7 +71,7 @@ class Int8Linear(QuantisedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._is_short(x):
-            rows = x.reshape(-1, self.in_features).bfloat16()  # fp32 takes ten times as long: torch has no vector code for it
+            rows = x.reshape(-1, self.in_features).bfloat16()  # fp32 takes ten times as long: torch has no vectorised code for it
             y = torch._weight_int8pack_mm(rows, self.quantised, self.scales.bfloat16()).to(x.dtype).unflatten(0, x.shape[:-1])
             return y if self.bias is None else y + self.bias
         return super().forward(x)
@@ -86,7 +86,7 @@ class Int8Linear(QuantisedLinear):
 
 
 def rows_in_8_bits(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return q (out, in) and s (out,) of a weight (out, in) by the names that `Int8Linear` has for them."""
+    """Return q (out, in) and s (out,) of a weight (out, in) under the names of `Int8Linear`."""
     weight = weight.float()
     largest = weight.abs().amax(dim=1, keepdim=True)  # (out, 1)
     return {"quantised": (weight * (127 / largest.clamp(min=1e-30))).round().to(torch.int8), "scales": largest[:, 0] / 127}
@@ -111,7 +111,7 @@ class Linear4bit(QuantisedLinear):
             self.register_buffer(name, value)
 
     def state(self) -> Any:
-        """Return the state that bitsandbytes needs beside the packed weights."""
+        """Return the state that bitsandbytes needs in addition to the packed weights."""
         State, buffers = bitsandbytes().functional.QuantState, dict(self.named_buffers())
         inner: dict[str, Any] = {}
         if self.nested:
@@ -182,7 +182,7 @@ def count(model: nn.Module) -> int:
 def bitsandbytes() -> Any:
     """Return the library. Raises UserError if it is missing or does not support this machine.
 
-    On some CPUs its import looks for the package `kernels`, to fetch compiled code from a hub: this is prevented.
+    On some CPUs its import uses the package `kernels` to fetch compiled code from a hub, which is prevented here.
     """
     if library := sys.modules.get("bitsandbytes"):
         return library

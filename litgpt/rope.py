@@ -1,7 +1,7 @@
 """Rotary position embedding: RoFormer, arXiv 2104.09864, in the half-split form of GPT-NeoX and Llama.
 
 n is `rope_n_elem`, T positions, h the head size. Without scaling theta_j = base^(-2j/n) for the pairs j = 0 ... n/2-1, and pair j of
-position p is turned by the angle p theta_j. `rope_adjustments` changes theta, by the kind (`Config.rope_kind`):
+position p is rotated by the angle p theta_j. `rope_adjustments` changes theta, by the kind (`Config.rope_kind`):
 
     linear    theta_j / factor
     llama3    waves longer than original_max_seq_len / low_freq_factor are slowed by `factor`, those shorter than
@@ -70,7 +70,7 @@ def _yarn_share(config: Config, scaling: dict[str, float]) -> torch.Tensor:
 
 
 def is_long(config: Config, length: int) -> bool:
-    """Return True if LongRoPE takes its long factors for a sequence of `length` tokens."""
+    """Return True if LongRoPE uses its long factors for a sequence of `length` tokens."""
     return config.rope_kind == "longrope" and length > (config.rope_adjustments or {})["original_max_seq_len"]
 
 
@@ -108,7 +108,7 @@ class RotaryTable:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first n dimensions of x (..., T, h) by the angles of (cos, cos) and (-sin, sin), (..., T, n). The other dimensions stay."""
+    """Rotate the first n dimensions of x (..., T, h) by the angles of (cos, cos) and (-sin, sin), (..., T, n). The others stay."""
     n = cos.size(-1)
     turned, rest = (x, None) if n == x.size(-1) else x.split((n, x.size(-1) - n), dim=-1)
     turned = turned * cos + turned.roll(n // 2, -1) * sin

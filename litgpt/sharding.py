@@ -1,10 +1,10 @@
 """Sharded models: each rank holds a part of every parameter, and a block's parameters are gathered while it runs (FSDP2, arXiv 2304.11277).
 
-Each block is a group, its adapters among its parameters. A large frozen layer in it is gathered by itself, so that less is gathered at
-once: on a CPU, which gathers nothing ahead, for each of its products (`SpreadLinear`). What is trained of embedding, final norm and head
-is the last group. A frozen embedding and head are spread (`litgpt.vocabulary`); the frozen rest of them, and Skip2-LoRA's adapters, which
-are read outside of their blocks, are copied to every rank. The optimizer sees the rank's rows of a parameter as an ordinary tensor
-(`part_of`), so that its update must treat every number by itself.
+Each block is a group that includes its adapters. A large frozen layer in it is gathered separately, so that less is gathered at once; on
+a CPU, which does not prefetch, it is gathered for each of its products (`SpreadLinear`). The trained ones of embedding, final norm and
+head are the last group. A frozen embedding and head are spread (`litgpt.vocabulary`); their other frozen parts, and Skip2-LoRA's adapters,
+which are read outside of their blocks, are copied to every rank. The optimizer sees the rank's rows of a parameter as an ordinary tensor
+(`part_of`), so its update must be elementwise.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from litgpt.model import GPT
 
 M_MMAP_THRESHOLD = -3  # of <malloc.h>
-LARGE = 2 * 2**20  # bytes of a layer that is gathered by itself
+LARGE = 2 * 2**20  # bytes of a layer that is gathered separately
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the values of all ranks, which must all ask for them; a tensor that is not sharded as it is."""
+    """Return the values of all ranks, which must all call this; a tensor that is not sharded is returned unchanged."""
     gather = getattr(parameter, "full_tensor", None)
     return parameter if gather is None else gather()
 
@@ -40,7 +40,7 @@ def part_of(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def rows_of(value: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """Return the rows of a tensor that this rank holds of a parameter of its shape."""
+    """Return the rows of a tensor that this rank would hold of a parameter of its shape."""
     return own_chunk(value, parameter.device_mesh) if hasattr(parameter, "device_mesh") else value
 
 
@@ -61,7 +61,7 @@ def scattered(state: dict[int, dict[str, Any]], parameters: Sequence[nn.Paramete
 
 
 def _of_each(state: dict[int, dict[str, Any]], parameters: Sequence[nn.Parameter], change: Callable[[torch.Tensor, Any], Any]) -> Any:
-    """Return the state of each parameter with the tensors of sharded ones changed."""
+    """Return the state of each parameter with the tensors of sharded parameters converted."""
     state = dict(state)
     for i, parameter in enumerate(parameters):
         if i in state and part_of(parameter) is not parameter:
@@ -73,7 +73,7 @@ def _of_each(state: dict[int, dict[str, Any]], parameters: Sequence[nn.Parameter
 
 
 def _sharded(value: torch.Tensor, like: Any) -> torch.Tensor:
-    """Return the tensor of which this rank has the rows `value`."""
+    """Return the whole tensor whose rows `value` this rank has."""
     if not hasattr(like, "device_mesh"):
         return value
     from torch.distributed.tensor import DTensor
@@ -82,7 +82,7 @@ def _sharded(value: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def on_cpu(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers as tensors on the CPU, those of several names once. All ranks of a sharded model must ask for them."""
+    """Return parameters and buffers as tensors on the CPU, those of several names once. All ranks of a sharded model must call this."""
     unique = {id(parameter): parameter for parameter in parameters.values()}
     values = {key: whole(parameter.detach()).cpu() for key, parameter in unique.items()}
     return {name: values[id(parameter)] for name, parameter in parameters.items()}
@@ -93,7 +93,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reduces_unused_gradients() -> bool:
-    """Return True if this torch's FSDP2 can add up the gradients of an expert that had no token of a process."""
+    """Return True if this torch's FSDP2 can sum the gradients of an expert that got no token in some process."""
     from torch.distributed.fsdp import FSDPModule
 
     return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
@@ -105,7 +105,7 @@ Load = Callable[[Iterable[str]], Mapping[str, torch.Tensor]]
 def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offload: bool = False) -> None:
     """Shard a model whose base weights are on the meta device over all ranks, and load this rank's rows of them.
 
-    `load` returns the weights of so many names, mapped into memory. It is called for each group, so that no more of the file is held.
+    `load` returns the weights of these names, mapped into memory. It is called for each group, so that no more of the file is held.
     `offload`: the rows of the groups, their gradients and their optimizer stay in the CPU's memory.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -175,7 +175,7 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
 
 
 def _note_tokens(expert: nn.Module) -> None:
-    """Let the parameters of an expert know if it has run with gradients: FSDP2 gives those that have not a gradient of zero."""
+    """Record on an expert's parameters whether it has run with gradients: FSDP2 gives those that have not a gradient of zero."""
     parameters: list[Any] = list(expert.parameters())
 
     def note(*_: Any) -> None:
@@ -227,7 +227,7 @@ class SpreadLinear(nn.Linear):
 
 
 def _large_layers(block: nn.Module, dtype: torch.dtype) -> list[Any]:
-    """Return the frozen layers that are gathered by themselves: no experts, which not all ranks may run."""
+    """Return the frozen layers that are gathered separately. Experts are not among them, as some ranks may not run them."""
     apart = {id(layer) for module in block.modules() if isinstance(module, LLaMAMoE) for layer in module.modules()}
     return [
         layer
@@ -254,7 +254,7 @@ def _exact(model: GPT, dtype: torch.dtype) -> set[str]:
 def _own_rows(
     model: GPT, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, exact: set[str]
 ) -> dict[str, torch.Tensor]:
-    """Return this rank's rows of the weights as parameters. Names of one parameter, such as a tied head's, get one."""
+    """Return this rank's rows of the weights as parameters. Names that share a parameter, such as a tied head's, get one."""
     buffers: dict[str, torch.Tensor] = dict(model.named_buffers())
     own: dict[str, torch.Tensor] = {}
     known: dict[int, nn.Parameter] = {}
@@ -286,7 +286,7 @@ def _outside(model: GPT) -> list[nn.Parameter]:
 
 
 def _free_root(model: GPT) -> None:
-    """Free what is trained of embedding and head after a pass without gradients, too: the optimizer reads the sharded parameters."""
+    """Free the trained parameters of embedding and head also after a pass without gradients: the optimizer reads the sharded ones."""
     root: Any = model
     within = model.within
 

@@ -1,6 +1,6 @@
-"""The standard streams of a command: of any encoding, closed or full, for text from any source.
+"""Standard streams that work with any encoding, closed or full, for text from any source.
 
-`guard` replaces `sys.stdout` and `sys.stderr`. After that no `print` fails or steers the terminal, and none shows a secret.
+`guard` replaces `sys.stdout` and `sys.stderr`. After that no `print` fails, controls the terminal or shows a secret.
 """
 
 import io
@@ -30,7 +30,7 @@ def keep_secret(*secrets: str) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """Return the text with *** in place of access tokens, and of names, passwords and signatures in URLs."""
+    """Return the text with *** instead of access tokens, and of names, passwords and signatures in URLs."""
     user = os.environ.get("HF_ENDPOINT", "").partition("://")[2].rpartition("@")[0]
     password = user.partition(":")[2]
     known = {*_secrets, user, password, unquote(password), *(os.environ.get(name, "").strip() for name in TOKENS)}
@@ -78,7 +78,7 @@ class Stream:
 def guard() -> None:
     """Make the standard streams of this process safe. A second call changes nothing."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: a file of the command must not become descriptor 0, 1 or 2
+        if getattr(sys, name) is None:  # closed: a file that the command opens must not become descriptor 0, 1 or 2
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
@@ -98,8 +98,8 @@ def unescaped(stream: TextIO) -> TextIO:
 def show(piece: str) -> None:
     """Write a piece of a model's answer to standard output at once: escaped on a terminal, as it is elsewhere.
 
-    Control characters are escaped one by one, so a sequence that is divided between two pieces has no effect either. Raises OSError if the
-    piece cannot be written.
+    Control characters are escaped one by one, so a sequence split between two pieces has no effect, either. Raises OSError if the piece
+    cannot be written.
     """
     stream = sys.stdout.stream if isinstance(sys.stdout, Stream) else sys.stdout
     try:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"  # of a sparkline
-# Control characters (C0 but newline and tab, C1), line separators, overrides of the writing direction, and halves of characters.
+# Control characters (C0 except newline and tab, C1), line separators, bidirectional overrides, and lone surrogates.
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -59,7 +59,7 @@ def gib(count: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:
-    """Return the course of the finite values as a line of `width` bars at most, each the mean of its share of them."""
+    """Return the finite values as a sparkline of at most `width` bars, each the mean of consecutive values."""
     finite = [value for value in values if math.isfinite(value)]
     count = min(width, len(finite))
     means = [sum(part) / len(part) for k in range(count) if (part := finite[k * len(finite) // count : (k + 1) * len(finite) // count])]

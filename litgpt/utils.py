@@ -28,7 +28,7 @@ from litgpt.validate import estimate_model_memory as estimate_model_memory
 
 
 def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
-    """Return the number of parameters, or of those that are, or are not, trained. Quantised weights count as what they stand for."""
+    """Return the number of parameters, or of the trained or frozen ones. Quantised weights count as the weights that they represent."""
     if requires_grad is None:
         return count(module)
     return sum(p.numel() for p in module.parameters() if p.requires_grad == requires_grad)
@@ -67,7 +67,7 @@ def check_valid_checkpoint_dir(
 
 @dataclass
 class CheckpointValidationResult:
-    """What a checkpoint's file lacks for a model, or has beyond it."""
+    """The differences between a checkpoint's file and a model."""
 
     is_valid: bool
     missing_keys: list[str]
@@ -76,7 +76,7 @@ class CheckpointValidationResult:
     errors: list[str]
 
     def summary(self) -> str:
-        """Return all of it in words."""
+        """Return all differences as text."""
         if self.is_valid:
             return "Checkpoint validation passed."
         names = ("errors", "missing_keys", "unexpected_keys", "shape_mismatches")
@@ -119,7 +119,7 @@ def auto_download_checkpoint(model_name: str | Path, access_token: str | None = 
 def copy_config_files(source_dir: Path, out_dir: Path) -> None:
     """Copy the model's config and the tokenizer's files. Raises FileNotFoundError if the source is no checkpoint."""
     if not Path(source_dir).is_dir() or not (Path(source_dir) / "model_config.yaml").is_file():
-        raise FileNotFoundError(f"{source_dir} is no checkpoint folder: it has no model_config.yaml")
+        raise FileNotFoundError(f"{source_dir} is not a checkpoint folder: it has no model_config.yaml")
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     checkpoint.copy_tokenizer_files(source_dir, out_dir)
     (Path(out_dir) / "model_config.yaml").write_bytes((Path(source_dir) / "model_config.yaml").read_bytes())
@@ -219,7 +219,7 @@ def get_default_supported_precision(training: bool) -> str:
 
 
 def parse_devices(devices: str | int) -> int:
-    """Return a number of devices; that of the GPUs, or 1, for "auto"."""
+    """Return a number of devices; for "auto" the number of GPUs, or 1."""
     if devices in (-1, "auto"):
         return torch.cuda.device_count() or 1
     if isinstance(devices, int) and devices > 0:
@@ -228,7 +228,7 @@ def parse_devices(devices: str | int) -> int:
 
 
 class CycleIterator:
-    """Goes through an iterable again and again; `epoch` counts the completed passes."""
+    """Cycles through an iterable; `epoch` counts the completed passes."""
 
     def __init__(self, iterable: Iterable[Any]) -> None:
         self.iterable = iterable

@@ -21,7 +21,7 @@ NULLS = ("null", "Null", "NULL", "~")
 
 
 def from_text(text: str) -> Any:
-    """Return the YAML value that `text` stands for; `text` itself if it is a string in YAML or no YAML at all."""
+    """Return the YAML value that `text` represents; `text` itself if it is a string in YAML or not YAML at all."""
     with suppress(ValueError):
         return int(text)  # 010 is ten, unlike in YAML
     try:
@@ -45,7 +45,7 @@ def is_mapping(kind: Any) -> bool:
 def convert(value: Any, kind: Any) -> Any:
     """Return `value` as the type `kind`. Raises ValueError if it is of another type.
 
-    A text may stand for another value: "3" is an integer, unless the type is text.
+    A string may represent another value: "3" is an integer, unless the type is text.
     """
     if isinstance(value, str) and kind is not Any:
         with suppress(ValueError):

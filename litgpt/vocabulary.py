@@ -26,7 +26,7 @@ def spread(model: GPT, mesh: Any) -> None:
     tied, embedding, head = model.is_tied, model.transformer["wte"], model.lm_head
     is_plain = {nn.Embedding: SpreadEmbedding, nn.Linear: SpreadHead}
     chosen: list[Any] = [module for module in (embedding, head) if type(module) in is_plain and not module.weight.requires_grad]
-    if mesh.size() == 1 or not chosen or (tied and len(chosen) == 1):  # all of a tied weight is needed by the other
+    if mesh.size() == 1 or not chosen or (tied and len(chosen) == 1):  # the other needs all of a tied weight
         return
     for module in chosen:
         module.__class__ = is_plain[type(module)]
@@ -58,7 +58,7 @@ def gather(out: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool = Fa
         parts[group.rank()].copy_(own.flatten())
     for work in [torch.distributed.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)]:
         work.wait()
-    return True  # no work is left; FSDP2 frees the buffer at once, and not after the next
+    return True  # no work is left; FSDP2 frees the buffer at once, not after the next gathering
 
 
 class SpreadEmbedding(nn.Embedding):

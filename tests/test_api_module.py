@@ -197,7 +197,7 @@ def test_trainer(base: Path, tmp_path: Path) -> None:
     state = model.llm.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.llm.state_dict().items())
     for other in (tmp_path / "missing", tmp_path / "data.json", base / "lit_model.pth"):
-        with pytest.raises(UserError, match="no file that a Trainer saved"):
+        with pytest.raises(UserError, match="not a file that a Trainer saved"):
             again.llm.trainer_setup(trainer_ckpt=other)
     model.llm.save(tmp_path / "saved")
     assert main(["generate", str(tmp_path / "saved"), "--max_new_tokens", "2"]) == 0

@@ -308,9 +308,9 @@ def test_a_data_class_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert type(data).__name__ == "Mine" and data.size == 7 and len(data.records()[0]) == 7
     assert "own_data.Mine" in str(as_config({"data": data}))
     for name, message in {
-        "own_data.Other": "no subclass of litgpt.data.DataModule with a method `records`, or LitGPT's `setup`",
-        "own_data.None_": "no subclass of litgpt.data.DataModule",
-        "os.system": "no subclass of litgpt.data.DataModule",
+        "own_data.Other": "not a subclass of litgpt.data.DataModule with a method `records`, or LitGPT's `setup`",
+        "own_data.None_": "not a subclass of litgpt.data.DataModule",
+        "os.system": "not a subclass of litgpt.data.DataModule",
         "litgpt_nowhere.X": "'litgpt_nowhere' cannot be imported (No module",
         "broken_data.X": "'broken_data' cannot be imported (division by zero",
     }.items():

@@ -46,7 +46,7 @@ class LoRALayer(Adapter):
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, rslora: bool = False) -> None:
         super().__init__()
         if r < 0:
-            raise ValueError(f"a rank of {r} makes no sense")
+            raise ValueError(f"a rank of {r} is invalid")
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = Dropout(lora_dropout)

@@ -40,7 +40,7 @@ class Lora(WarmupSettings, AdapterSettings, Finetuning):  # fields come in the o
     skip2lora_cache_dir: Optional[Path] = setting(None, may_change=True)
     """Folder for caches on disk. Default: activation_cache beside out_dir."""
     skip2lora_cache_dtype: Optional[str] = None
-    """bfloat16, float16 or float32. Default: the backbone's, which loses nothing."""
+    """bfloat16, float16 or float32. Default: the backbone's, which is lossless."""
 
     def __post_init__(self) -> None:
         Finetuning.__post_init__(self)

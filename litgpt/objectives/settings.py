@@ -46,7 +46,7 @@ class ObjectiveSettings:
     critic_lambda: float = setting(1.0, SHARE, varies=True)
     """The target of a critic's value: 1 is the answer's reward; below 1, it is mixed with the values of the tokens that follow (TD)."""
     verifiable_beta: float = setting(1.0, FROM_0, varies=True)
-    """How much more objective verifiable learns the tokens that raised the value. 0: all tokens of a right answer alike."""
+    """How strongly objective verifiable favours tokens that raised the value. 0: it learns all tokens of a right answer alike."""
     verifiable_cap: float = setting(2.0, ABOVE_0, varies=True)
     """The largest factor of a token's loss."""
 

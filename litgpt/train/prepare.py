@@ -288,7 +288,7 @@ def _max_seq_length(settings: Run, config: Config) -> int:
 
 
 def _cache_dtype(name: str | None, backbone: torch.dtype) -> torch.dtype:
-    """Return the dtype of the setting; by default the backbone's, which loses nothing."""
+    """Return the dtype of the setting; by default the backbone's, which is lossless."""
     if name is not None and name not in CACHE_DTYPES:
         raise UserError(f"skip2lora_cache_dtype is {name!r}: choose one of {', '.join(CACHE_DTYPES)}")
     return CACHE_DTYPES[name] if name else backbone

@@ -55,7 +55,7 @@ def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
         "validation loss before": loss(figures["initial_val_loss"]),
         "validation loss after": loss(figures["final_val_loss"]),
         **({"merged into the base": loss(figures["merged_val_loss"])} if figures.get("merged_val_loss") is not None else {}),
-        **({"answers judged rightly": f"{accuracy:.1%} of the validation records"} if accuracy is not None else {}),
+        **({"answers judged correctly": f"{accuracy:.1%} of the validation records"} if accuracy is not None else {}),
         "trainable parameters": f"{trained:,} of {total:,} ({100 * trained / total:.3f} %)",
         "steps": f"{figures['steps']:,} ({figures['epochs']:g} epoch{'s' * (figures['epochs'] != 1)})",
         "time": f"{figures['total_seconds']:.1f} s, {figures['train_seconds']:.1f} s of it in training steps",

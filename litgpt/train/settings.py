@@ -60,8 +60,8 @@ class Run:
     overwrite: bool = setting(False, may_change=True)
     """Replace an earlier run in out_dir."""
     resume: Resume = setting(False, may_change=True)
-    """Resume the run in out_dir: true from its newest complete checkpoint, auto from there or anew if there is no run, or a
-    step-* folder."""
+    """Resume the run in out_dir. true: from its newest complete checkpoint; auto: the same, or start a new run if there is none; or the
+    step-* folder to resume from."""
     dry_run: bool = setting(False, may_change=True)
     """Check everything, show a sample with its loss mask, and estimate steps, memory and time. Writes nothing."""
 
