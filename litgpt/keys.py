@@ -299,7 +299,7 @@ def _check_value(value: Any, place: str) -> None:
 
 
 def _reader_of(base: Any, value: Any) -> tuple[str, str] | None:
-    """Return the subclass of `base` that reads the path `value`, and its key for the path; None if `value` is no path."""
+    """Return the subclass of `base` that reads the path `value`, and its key for the path; None if `value` is not a path."""
     if not isinstance(value, str) or value in NULLS or not hasattr(base, "reader_of") or value in known_classes(base):
         return None
     return base.reader_of(value)

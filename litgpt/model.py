@@ -218,7 +218,7 @@ class GPT(nn.Module):
         """Return rotary tables and masks for a packed batch (N,). Samples with different LongRoPE factors must not share a stem."""
         P, end, device = packing.stem, packing.stem + packing.width, packing.rows.device
         self.require_room(end)
-        tokens = [P + length + 1 for length in packing.lengths]  # the last one is no input
+        tokens = [P + length + 1 for length in packing.lengths]  # the last token is not an input
         stem = self._at(torch.arange(P, device=device), P, tokens[:1]) if P else None
         return replace(self._at(torch.arange(P, end, device=device), end, tokens), packing=packing, stem=stem)
 

@@ -1,7 +1,7 @@
 """Sharded models: each rank holds a part of every parameter, and a block's parameters are gathered while it runs (FSDP2, arXiv 2304.11277).
 
 Each block is a group that includes its adapters. A large frozen layer in it is gathered separately, so that less is gathered at once; on
-a CPU, which does not prefetch, it is gathered for each of its products (`SpreadLinear`). The trained ones of embedding, final norm and
+a CPU, which does not prefetch, it is gathered for each of its products (`SpreadLinear`). The trained parts of embedding, final norm and
 head are the last group. A frozen embedding and head are spread (`litgpt.vocabulary`); their other frozen parts, and Skip2-LoRA's adapters,
 which are read outside of their blocks, are copied to every rank. The optimizer sees the rank's rows of a parameter as an ordinary tensor
 (`part_of`), so its update must be elementwise.
@@ -175,7 +175,7 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
 
 
 def _note_tokens(expert: nn.Module) -> None:
-    """Record on an expert's parameters whether it has run with gradients: FSDP2 gives those that have not a gradient of zero."""
+    """Record on an expert's parameters whether it has run with gradients: to one that has not, FSDP2 gives a zero gradient."""
     parameters: list[Any] = list(expert.parameters())
 
     def note(*_: Any) -> None:

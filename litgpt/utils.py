@@ -117,7 +117,7 @@ def auto_download_checkpoint(model_name: str | Path, access_token: str | None = 
 
 
 def copy_config_files(source_dir: Path, out_dir: Path) -> None:
-    """Copy the model's config and the tokenizer's files. Raises FileNotFoundError if the source is no checkpoint."""
+    """Copy the model's config and the tokenizer's files. Raises FileNotFoundError if the source is not a checkpoint."""
     if not Path(source_dir).is_dir() or not (Path(source_dir) / "model_config.yaml").is_file():
         raise FileNotFoundError(f"{source_dir} is not a checkpoint folder: it has no model_config.yaml")
     Path(out_dir).mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ IGNORED = -100  # a target without loss, as in `torch.nn.functional.cross_entrop
 
 
 def spread(model: GPT, mesh: Any) -> None:
-    """Spread embedding and output layer of a model on the meta device over a mesh, as far as they are frozen and have no adapter."""
+    """Spread a meta-device model's embedding and output layer over a mesh, if they are frozen and have no adapter."""
     tied, embedding, head = model.is_tied, model.transformer["wte"], model.lm_head
     is_plain = {nn.Embedding: SpreadEmbedding, nn.Linear: SpreadHead}
     chosen: list[Any] = [module for module in (embedding, head) if type(module) in is_plain and not module.weight.requires_grad]

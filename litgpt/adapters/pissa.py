@@ -64,7 +64,7 @@ class OLoRA(PiSSA):
 
 
 def as_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return an adapter's weights as those of ordinary LoRA of twice the rank: A above A_0, and B beside -B_0."""
+    """Return an adapter's weights as those of ordinary LoRA of twice the rank: A stacked on A_0, and B next to -B_0."""
     result = {name: value for name, value in weights.items() if not name.endswith(PiSSA.constant)}
     for module in (name.removesuffix(".lora_A0") for name in weights if name.endswith(".lora_A0")):
         a, b, a_0, b_0 = (weights[f"{module}.{name}"] for name in ("lora_A", "lora_B", *PiSSA.constant))

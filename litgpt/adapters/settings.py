@@ -183,7 +183,7 @@ class WarmupSettings:
     """Train ordinary LoRA on every block for this many steps first (besides train.epochs and max_steps), then freeze it with the blocks
     before the output layer. Slower to start, but a lower loss."""
     skip2lora_warmup_epochs: float = setting(0.0, FROM_0)
-    """The same in epochs, 0.5 or 1 for example, in place of steps."""
+    """The same in epochs instead of steps, for example 0.5 or 1."""
     skip2lora_warmup_lr: Optional[float] = setting(None, ABOVE_0)
     """The learning rate of the warm-up. Default: the optimizer's."""
 

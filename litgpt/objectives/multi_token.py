@@ -62,7 +62,7 @@ def heads_loss(
 
 def ahead(samples: Sequence[Sample], k: int, given: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (n,) each, for the loss positions sample by sample: the token k behind the next one and its weight; `IGNORED` and 0 if it is
-    not learned. `given`: the weights of the next tokens, (n,), in place of the data's."""
+    not learned. `given`: the weights of the next tokens, (n,), instead of the data's."""
     mask = torch.cat([torch.frombuffer(sample.loss_mask, dtype=torch.bool) for sample in samples])
     ids = torch.cat([torch.frombuffer(sample.input_ids, dtype=torch.int32) for sample in samples]).long()
     owners = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(sample.input_ids) for sample in samples]))

@@ -1,4 +1,4 @@
-"""The losses of samples under a reference model: computed once, and kept in a file beside the activation caches."""
+"""The losses of samples under a reference model: computed once and kept in a file next to the activation caches."""
 
 import hashlib
 import json

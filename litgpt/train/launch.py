@@ -103,7 +103,7 @@ def place_of(devices: int | str, num_nodes: int) -> Place | None:
 
 
 def _count(devices: int | str) -> int:
-    """Return the number of devices that the setting asks for. Raises UserError if this machine does not have them."""
+    """Return the number of devices that the setting names. Raises UserError if this machine does not have them."""
     device = default_device()
     here = torch.cuda.device_count() if device.type == "cuda" else 1
     if devices == "auto":

@@ -117,7 +117,7 @@ class OutDir:
                     folder.rmdir()
 
     def resume_point(self, say: Callable[[str], None]) -> Path | None:
-        """Return the checkpoint to resume, or None to start anew. Raises UserError if `resume` requires one and there is none."""
+        """Return the checkpoint to resume, or None for a new run. Raises UserError if `resume` requires one and there is none."""
         if self.resume is False:
             return None
         if (named := self._named_step()) is not None:

@@ -35,7 +35,7 @@ FACTS, TENSORS = "training_state.json", "training_state.safetensors"
 IDENTITY = "identity.json"  # in final: identifies the run that ended there
 ELSEWHERE = "Name another step with --resume, or start anew in another --out_dir"
 SCALARS, FACTORS = ("step", "eta", "mu", "mu_product"), ("row_var", "col_var")  # names in torch.optim: scalars; Adafactor's factors
-STATE = ("step", "tokens", "seconds", "losses", "best", "skipped", "loss_scale", "pending")  # of `State`, written as they are
+STATE = ("step", "tokens", "seconds", "losses", "best", "skipped", "loss_scale", "pending")  # fields of `State`, written unchanged
 
 
 @dataclass

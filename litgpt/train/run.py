@@ -292,7 +292,7 @@ class Session:
         self.saved = None
 
     def _answer(self) -> None:
-        """Show the model's answers to the examples, if `eval.max_new_tokens` asks for them, and keep those for the report."""
+        """Show the model's answers to the examples, if `eval.max_new_tokens` is set, and keep them for the report."""
         if not self.settings.eval.max_new_tokens or not (self.console.active or self.rank.sharded):
             return
         if self.rank.sharded and self.model.switch is not None:  # answer-only LoRA needs a key-value cache
