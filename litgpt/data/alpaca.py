@@ -14,11 +14,11 @@ class Alpaca(Downloaded):
     """52,000 instruction / input / output records in the cleaned version, downloaded once."""
 
     val_split_fraction: float | None = 0.03865
-    """Share of the samples that is kept for validation: 2,000 of them."""
+    """Share of the samples held out for validation: 2,000 of them."""
     download_dir: Path = Path("./data/alpaca")
     """Folder for the downloaded file."""
     file_url: str = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
-    """Address of another file to download. The default, LitGPT's, stands for its records on the hub."""
+    """URL of another file to download. For the default, LitGPT's URL, the same records are read from the hub."""
     file_name: str = "alpaca_data_cleaned_archive.json"
     """Name of the file in download_dir."""
 
@@ -34,7 +34,7 @@ class Alpaca(Downloaded):
         return {self.file_name: self.on_hub() if self.file_url == Alpaca.file_url else self.file_url}, {}
 
     def on_hub(self) -> str:
-        """Return the address of the records for which LitGPT's `file_url` stands."""
+        """Return the address of the records that LitGPT's `file_url` stands for."""
         return f"{HUB}yahma/alpaca-cleaned/resolve/main/alpaca_data_cleaned.json"
 
 
@@ -43,7 +43,7 @@ class Alpaca2k(Alpaca):
     """2,000 instruction / input / output records, downloaded once."""
 
     val_split_fraction: float | None = 0.05
-    """Share of the samples that is kept for validation: 100 of them."""
+    """Share of the samples held out for validation: 100 of them."""
     download_dir: Path = Path("./data/alpaca2k")
     repo_id: str = "mhenrichsen/alpaca_2k_test"
     """The data set on the hub."""
@@ -69,7 +69,7 @@ class Dolly(Alpaca):
     """15,000 instruction / context / response records written by people, downloaded once."""
 
     val_split_fraction: float | None = 0.1
-    """Share of the samples that is kept for validation."""
+    """Share of the samples held out for validation."""
     download_dir: Path = Path("./data/dolly")
     file_url: str = f"{HUB}databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl"
     """Address of the file."""

@@ -26,7 +26,7 @@ from litgpt.sample import Sample
 from litgpt.text import counted
 from litgpt.tokenizer import Tokenizer
 
-UNSET_SHARE = 0.05  # of the samples that is kept for validation if nothing says how many, as in LitGPT
+UNSET_SHARE = 0.05  # default share of the samples held out for validation, as in LitGPT
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ Units = Callable[[Sequence[tuple[int, Record]]], list[Unit]]
 
 
 def alone(records: Sequence[tuple[int, Record]]) -> list[Unit]:
-    """Return a unit of each record. Of two answers it is the chosen one."""
+    """Return one unit per record, with the chosen one of two answers."""
     return [(number, [replace(one, unread=(*one.unread, "rejected")) if one.rejected else one]) for number, one in records]
 
 
@@ -56,37 +56,37 @@ class Rendered(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """The text before the first span; of running text its beginning, which a model continues."""
+        """The text before the first span; for running text its beginning, which a model continues."""
         return self.text[: self.spans[0][0] or min(CONTINUED, len(self.text) // 2) or 1]
 
 
 @dataclass(init=False)  # LitGPT's own data modules call `super().__init__()` after their fields are set
-class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
+class DataModule(ABC):  # noqa: B024 - the base class of classes that settings name
     """A source of records. Subclasses provide `records`; splitting, prompt styles, tokens and masks are the same for all."""
 
     mask_prompt: bool = False
-    """Learn the answer only, not the prompt. Conversations are always learned on the assistant's turns only."""
+    """Train on the answer only, not on the prompt. Conversations are always trained on the assistant's turns only."""
     val_split_fraction: float | None = 0.1
-    """Share of the samples that is kept for validation, below 1. With 0 every sample is trained, and some of them are validated."""
+    """Share of the samples held out for validation, below 1. With 0 all samples are trained on, and some of them also validated."""
     prompt_style: str | None = None
     """Name of a prompt style, or "chat" for the checkpoint's own template. Default: the style the checkpoint was trained with."""
     ignore_index: int = -100
-    """Accepted for LitGPT's YAML files; without effect, as masks are kept apart from ids."""
+    """Accepted for LitGPT's YAML files; no effect, since masks are stored separately from ids."""
     last_turn_only: bool = False
-    """Learn the last reply of a conversation only."""
+    """Train on the last reply of a conversation only."""
     strict: bool = False
-    """Refuse keys that are not read, or that the prompt style does not write, instead of naming them in the data line."""
+    """Reject keys that are not read, or that the prompt style leaves out, instead of listing them in the data line."""
     seed: int = 42
     """Seed of the split."""
     num_workers: int = 4
-    """Accepted for LitGPT's YAML files; without effect, as samples are tokenised before training starts."""
+    """Accepted for LitGPT's YAML files; no effect, since samples are tokenised before training starts."""
 
     path_key: ClassVar[str] = ""  # the setting that names the data, if one does
     fallback_style: ClassVar[str] = "alpaca"  # prompt style of a model that has none of its own
 
     @staticmethod
     def reader_of(name: str) -> tuple[str, str] | None:
-        """Return the class that reads the file or folder `name`, and its key for the path; None if `name` is that of a class."""
+        """Return the class that reads the file or folder `name`, and its key for the path; None if `name` names a class."""
         path = expand_path(name)
         if is_text(path):
             return "TextFiles", "train_data_path"
@@ -105,7 +105,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         connect(self, tokenizer, batch_size, max_seq_length)
 
     def prepare_data(self) -> None:  # noqa: B027 - most sources need nothing
-        """Download missing files. To be called by one process."""
+        """Download missing files. Call it from one process only."""
 
     def is_ready(self) -> bool:
         """Return True if `prepare_data` has nothing to do."""
@@ -114,13 +114,13 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
     def records(self) -> tuple[Sequence[Any], Sequence[Any] | None]:
         """Return training and validation records; None for the latter lets `splits` hold out a share of the former.
 
-        A record is a `Record`, or a mapping of a form that `litgpt.data.records` reads. Raises UserError unless a subclass gives some.
+        A record is a `Record`, or a mapping in a form that `litgpt.data.records` reads. Raises UserError unless a subclass overrides this.
         """
-        raise UserError(f"{self.source} has no records: its loaders give tokens, which are for training and the loss alone")
+        raise UserError(f"{self.source} has no records: its loaders yield tokens, which serve only for training and the loss")
 
     @property
     def gives_tokens(self) -> bool:
-        """Return True for a class of LitGPT's form, which has loaders in place of records."""
+        """Return True for a class of LitGPT's form, which has loaders instead of records."""
         return type(self).records is DataModule.records
 
     def notes(self) -> list[str]:
@@ -128,7 +128,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         return []
 
     def splits(self, tokenizer: Tokenizer, prompt_style: PromptStyle, max_seq_length: int | None = None, units: Units = alone) -> Splits:
-        """Tokenise all records. Samples longer than `max_seq_length` are cut at the end; units with one without loss tokens are dropped.
+        """Tokenise all records. Samples longer than `max_seq_length` are cut; a unit with a sample without loss tokens is dropped.
 
         `units`: which conversations belong together (`litgpt.objectives.base`); their samples follow each other.
 
@@ -155,7 +155,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         encoded = [encoder.encode_all(part, units) for part in parts]
         if repeats := val is None and self.val_split_fraction == 0:
             step = math.ceil(len(encoded[0]) / MOST_REPEATED) or 1
-            if len(encoded[0]) > len(numbered):  # of each record a good and a bad answer, in turns: an odd step takes both
+            if len(encoded[0]) > len(numbered):  # good and bad answers alternate: an odd step takes both
                 step |= 1
             encoded[1] = encoded[0][::step]
         for name, samples, part in zip(("training", "validation"), encoded, parts, strict=True):
@@ -168,7 +168,7 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         return Splits(train_samples, val_samples, report, [record for record, _ in encoded[1]])
 
     def held_out_share(self) -> float:
-        """Return the share of the records that is kept for validation. Raises UserError if it is no share."""
+        """Return the share of the records held out for validation. Raises UserError unless it is from 0 to below 1."""
         share = UNSET_SHARE if self.val_split_fraction is None else self.val_split_fraction
         if not 0 <= share < 1:
             raise UserError(f"data.val_split_fraction is {share}: a number from 0 to below 1 is needed (0.1 keeps a tenth for validation)")
@@ -198,8 +198,8 @@ class DataModule(ABC):  # noqa: B024 - a base of classes that settings name
         )
 
 
-CONTINUED = 200  # characters of running text that a model continues at a validation, at most
-MOST_REPEATED = 30  # training samples that are validated again, at most, if none is held out
+CONTINUED = 200  # most characters of running text that a model continues at a validation
+MOST_REPEATED = 30  # most training samples that are validated if none are held out
 EMPTY = "empty answer"
 WEIGHTLESS = "weight 0"
 CUT_AWAY = "no answer token left"
@@ -270,8 +270,8 @@ class Encoder:
             places = [i for i, weight in enumerate(weights) if weight]
             if len(places) - len(record.token_weights) not in (0, 1):
                 raise UserError(
-                    f"'token_weights' has {len(record.token_weights):,} numbers and the reply {len(places):,} tokens: give one for each, "
-                    "with or without that for the token which ends the reply"
+                    f"'token_weights' has {len(record.token_weights):,} numbers, the reply {len(places):,} tokens: give one per token; "
+                    "the one for the token that ends the reply may be left out"
                 )
             for i, weight in zip(places, record.token_weights, strict=False):
                 weights[i] *= weight
@@ -280,7 +280,7 @@ class Encoder:
             ids = [*first, *ids]
             weights = array("f", [0] * len(first)) + weights
         weights[0] = 0
-        if not any(weights):  # of a number too small for fp32
+        if not any(weights):  # weights too small for fp32 are 0
             self.dropped[WEIGHTLESS] += 1
             return None
         too_long = self.max_length is not None and len(ids) > self.max_length
@@ -351,8 +351,8 @@ def question_of(record: Record, style: PromptStyle, tokenizer: Tokenizer) -> str
 def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendered:
     """Find each reply between the starts of two messages, which the built-in styles report.
 
-    What a template writes for a reply must not depend on later messages. That is checked by rendering the conversation up to the reply:
-    for the first reply of each kind, the last one, those whose text is changed, and for all of them where the starts are not reported.
+    The text of a reply must not depend on later messages. To check this, the conversation is rendered up to the reply: for the first
+    reply of each kind, the last one, those whose text changes, and for all of them if the starts are not reported.
     """
     messages, options = record.messages, {"tools": record.tools} if record.tools else {}
     if record.input:

@@ -36,7 +36,7 @@ class Downloaded(DataModule):
     def addresses(self) -> tuple[dict[str, str], dict[str, str]]:
         """Return the address of each training file by its name in `download_dir`, and those of the validation files if there are any.
 
-        The pattern of their names stands for several files on the hub.
+        A name may be a pattern that matches several files on the hub.
         """
 
     def records(self) -> tuple[list[Record], list[Record] | None]:
@@ -54,9 +54,9 @@ class Downloaded(DataModule):
         return str(self.folder)
 
     def files(self, name: str) -> list[Path]:
-        """Return the files in the folder with this name, or of this pattern, sorted."""
+        """Return the files in the folder that match this name or pattern, sorted."""
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
-        chosen = [name] if name in names else fnmatch.filter(names, name)  # a name with brackets is no pattern
+        chosen = [name] if name in names else fnmatch.filter(names, name)  # a name with brackets is not a pattern
         return [self.folder / found for found in chosen if (self.folder / found).is_file()]
 
     def is_ready(self) -> bool:
@@ -83,15 +83,15 @@ class Downloaded(DataModule):
         return records
 
     def convert(self, row: Any) -> list[Any]:
-        """Return the records, in a form that `litgpt.data.records` reads, of a row of a file."""
+        """Return the records of a row of a file, in a form that `litgpt.data.records` reads."""
         is_renamed = self.renamed and isinstance(row, dict)
         return [{new: row[old] for old, new in self.renamed.items() if old in row} if is_renamed else row]
 
 
 def download_from_hub(address: str, folder: Path, name: str, token: str | None = None) -> None:
-    """Download a file of a data set, or those of a pattern, into `folder`; a single one gets the name `name`.
+    """Download a file of a data set, or all files that match a pattern, into `folder`; a single file is named `name`.
 
-    The files appear once all are complete; of a download that breaks off the complete ones are not fetched again. Raises UserError.
+    The files appear once all are complete. After an interrupted download, complete files are not fetched again. Raises UserError.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub

@@ -42,9 +42,9 @@ class FLAN(_Parts):
     """Name of a prompt style, or "chat" for the checkpoint's own template."""
     download_dir: Path = Path("./data/flan")
     url: str = f"{HUB}Muennighoff/flan/resolve/main"
-    """Address below which the files are."""
+    """Base URL of the files."""
     subsets: Optional[str] = None
-    """Names of the data sets to use, with commas between them: aeslc_10templates,squad_v2_10templates. Default: all of them."""
+    """Comma-separated names of the data sets to use: aeslc_10templates,squad_v2_10templates. Default: all of them."""
 
     renamed: ClassVar[dict[str, str]] = {"inputs": "instruction", "targets": "output"}
 
@@ -75,7 +75,7 @@ class LongForm(_Parts):
 
 @dataclass
 class LIMA(Downloaded):
-    """1,000 questions with carefully chosen answers, and 30 conversations. The hub serves them to those who accepted the terms."""
+    """1,000 questions with carefully chosen answers, and 30 conversations. The hub requires you to accept the terms first."""
 
     include_multiturn_conversations: bool = False
     """Make a sample of every question and its answer. Otherwise of the first in each conversation."""
@@ -94,6 +94,6 @@ class LIMA(Downloaded):
 
 
 def pairs(texts: list[Any], every: bool) -> list[dict[str, Any]]:
-    """Return a record of each question in a list of turns' texts and of its answer, or of the first ones."""
+    """Return a record for each question and answer in a list of turns' texts, or for the first pair only."""
     found = [{"instruction": texts[i], "output": texts[i + 1]} for i in range(0, len(texts) - 1, 2)]
     return found if every else found[:1]

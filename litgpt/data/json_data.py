@@ -13,7 +13,7 @@ from litgpt.files import expand_path
 
 @dataclass
 class JSON(DataModule):
-    """Records of a .json (a list), .jsonl, .ndjson (one a line), .csv, .tsv, .parquet or .arrow file, of a folder with a train and a val
+    """Records of a .json (a list), .jsonl, .ndjson (one per line), .csv, .tsv, .parquet or .arrow file, of a folder with a train and a val
     file, or of a data set that the `datasets` library reads: a folder, or ORG/NAME on the hub. Text files may end in .gz.
 
     `litgpt.data.records` lists the forms of a record. A `weight` multiplies the loss of
@@ -23,7 +23,7 @@ class JSON(DataModule):
     json_path: Path | None = None
     """The file, the folder with a train and a val file, or the data set."""
     val_split_fraction: float | None = None
-    """Share of the samples that is kept for validation. Default: 0.05. Leave it unset for a folder, which has a validation file."""
+    """Share of the samples held out for validation. Default: 0.05. Leave it unset for a folder, which has a validation file."""
 
     path_key: ClassVar[str] = "json_path"
 

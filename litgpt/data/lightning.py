@@ -1,7 +1,7 @@
-"""The face of a LightningDataModule for data modules: LitGPT's `connect`, `setup` and loaders of padded batches.
+"""The LightningDataModule interface of data modules: LitGPT's `connect`, `setup` and loaders of padded batches.
 
 The training commands do not use it: they pack samples without padding (`litgpt.packing`). They read a user's data module
-of LitGPT's form by the data sets of its loaders.
+in LitGPT's form through the data sets of its loaders.
 """
 
 from array import array
@@ -37,14 +37,14 @@ class Samples(Dataset[Item]):
 
 
 class SFTDataset(Dataset[Item]):
-    """Records as tensors, each encoded when it is asked for: the prompt, the answer, EOS.
+    """Records as tensors, each encoded on access: the prompt, the answer, EOS.
 
     Args:
-        data: Records with the keys instruction and output, and perhaps input.
+        data: Records with the keys instruction, output and optionally input.
         prompt_style: A style, or its name.
         max_seq_length: Cut prompt, answer and both to this many tokens. -1: no limit.
         mask_prompt: The prompt's labels are `ignore_index`.
-        transform: Is applied to each record first, to rename its keys for example.
+        transform: Applied to each record first, for example to rename its keys.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ def _collate(length: int | None, padding: dict[str, int], items: list[Item]) -> 
 
 
 class Face:
-    """What LitGPT's data modules have besides their settings, on top of `litgpt.data.DataModule`."""
+    """The methods of LitGPT's data modules, on top of `litgpt.data.DataModule`."""
 
     def setup(self: Any, stage: str = "") -> None:
         """Read, split and tokenise the data. Labels are shifted by the loss, not here."""
@@ -143,7 +143,7 @@ def loaded(data: Any, tokenizer: Any, max_seq_length: int | None) -> list[list[S
     for name in ("train_dataloader", "val_dataloader"):
         place, dataset = f"{data.source}.{name}", getattr(getattr(data, name)(), "dataset", None)
         if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise UserError(f"{place} is no loader of a data set with a length and items")
+            raise UserError(f"{place} is not a loader of a data set with a length and items")
         samples = [_sample(dataset[i], data.ignore_index, f"{place}, item {i}", max_seq_length) for i in range(len(dataset))]
         parts.append([sample for sample in samples if sample.n_targets])
         if not parts[-1]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 INDEX = "index.json"
-# numpy's names, by the numbers of litdata's lists of torch's and of numpy's formats
+# numpy's dtype names by the number of the dtype in litdata's lists, one for torch and one for numpy
 TORCH = {11: "u1", 12: "i1", 13: "i2", 14: "i2", 15: "i4", 16: "i4", 17: "i8", 18: "i8", 20: "u2"}
 NUMPY = dict(enumerate(("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")))
 FORMATS = {"no_header_tensor": TORCH, "no_header_numpy": NUMPY}
@@ -30,7 +30,7 @@ def chunks(folder: Path) -> "Iterator[np.ndarray]":
     """Yield the tokens of each chunk. Raises UserError for files that are missing, broken, compressed, or hold no tokens."""
     import numpy as np
 
-    index = read_json(folder / INDEX, "is missing: LitData's `optimize` writes it beside the chunks")
+    index = read_json(folder / INDEX, "is missing: LitData's `optimize` writes it next to the chunks")
     settings, entries = index.get("config"), index.get("chunks")
     if not isinstance(settings, dict) or not isinstance(entries, list):
         raise UserError(f"{folder / INDEX} is not LitData's: it has no config and chunks")
@@ -39,7 +39,7 @@ def chunks(folder: Path) -> "Iterator[np.ndarray]":
     name, _, number = str((settings.get("data_format") or [""])[0]).partition(":")
     kind = FORMATS.get(name, {}).get(int(number) if number.isdecimal() else -1)
     if kind is None or len(settings["data_format"]) != 1:
-        raise UserError(f"{folder}: the data_format {settings.get('data_format')} is not of tokens: optimize with TokensLoader")
+        raise UserError(f"{folder}: the data_format {settings.get('data_format')} does not hold tokens: optimize with TokensLoader")
     for entry in entries:
         try:
             file, items, tokens = folder / Path(entry["filename"]).name, int(entry["chunk_size"]), int(entry["dim"])
@@ -50,14 +50,14 @@ def chunks(folder: Path) -> "Iterator[np.ndarray]":
 
 @dataclass
 class LitData(Text):
-    """Tokens in LitData's files: blocks of T + 1 tokens of each chunk, in memory, five bytes a token."""
+    """Tokens in LitData's files: blocks of T + 1 tokens of each chunk, in memory, five bytes per token."""
 
     data_path: Path = Path("data")
     """The folder with index.json."""
     split_names: list[str] | None = None
     """Names of the folders in data_path for training and validation. Default: the last blocks of data_path are for validation."""
     val_split_fraction: float | None = None
-    """Share of the blocks that is kept for validation, without split_names. Default: 0.05."""
+    """Share of the blocks held out for validation if split_names is not set. Default: 0.05."""
 
     path_key: ClassVar[str] = "data_path"
 
@@ -80,7 +80,7 @@ class LitData(Text):
         for tokens in (chunk for folder in texts for chunk in chunks(folder)):
             whole, count = tokens[: len(tokens) // length * length].reshape(-1, length), count + len(tokens)
             if whole.size and not 0 <= int(whole.min()) <= int(whole.max()) < tokenizer.vocab_size:
-                raise UserError(f"{self.source}: the tokens are not all of this tokenizer, which has {tokenizer.vocab_size:,}")
+                raise UserError(f"{self.source}: some token ids are outside this tokenizer's vocabulary of {tokenizer.vocab_size:,}")
             blocks += [Sample(array("i", row.astype("i4").tobytes()), mask[:]) for row in whole]
         return blocks, count
 

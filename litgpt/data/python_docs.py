@@ -3,7 +3,7 @@
     math.radians -> {"instruction": "What does the Python function `math.radians(x, /)` do?",
                      "output": "Convert angle x from degrees to radians."}
 
-The packages are imported in an interpreter of their own: other imports may have changed them (transformers adds methods to
+The packages are imported in a separate interpreter: other imports may have changed them (transformers adds methods to
 `logging.Logger`). The records depend on the packages' versions only.
 """
 
@@ -62,11 +62,11 @@ class PythonDocs(DataModule):
     """Docstrings of installed packages as questions and answers: several thousand from the standard library, numpy and torch."""
 
     mask_prompt: bool = True
-    """Learn the answer only, not the question."""
+    """Train on the answer only, not on the question."""
     packages: list[str] | None = None
     """Importable packages or modules to read, submodules included. Default: the standard library, numpy and torch."""
     max_samples: int | None = None
-    """Keep this many, drawn with `seed`."""
+    """Keep this many samples, drawn with `seed`."""
     min_answer_chars: int = 20
     """Shorter answers are left out."""
     max_answer_chars: int = 300

@@ -2,19 +2,19 @@
 
 {"instruction", "input" or "context", "output" or "response", "system", "history", "tools"}
 {"prompt", "completion", "response" or "answer"}, {"question", "answer"}, {"input", "output"}     each a text, or both lists of messages
-{"text"}: running text, or a conversation with the marks of its template; all of it is learned, as it is
+{"text"}: running text, or a conversation with the marks of its template; all of it is learned unchanged
 {"messages": [{"role", "content", "weight" or "train" ..., "tool_calls", "reasoning_content", ...}], "system", "tools"}
 {"conversations": [{"from", "value", ...}], "system", "tools"}
-{"prompt", "instruction" or "question", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" it is what the
-    two lists begin with, or the conversation that "chosen" and "rejected", a message each, continue (LLaMA-Factory)
+{"prompt", "instruction" or "question", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" the prompt is
+    what both lists begin with, or the conversation that "chosen" and "rejected", one message each, continue (LLaMA-Factory)
 {"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}, lists of messages (OpenAI)
 
-Beside "tools" and "tool_calls" their older names are read: "functions" and "function_call". A record's own keys may be written with
-capitals, and a number may stand for a text.
+The older names of "tools" and "tool_calls", "functions" and "function_call", are read too. A record's own keys may have capitals, and a
+number may stand for a text.
 
-An answer may have a "reward", a number, or be "correct", true or false.
-Each may have a "weight" as a whole, and each turn of the assistant its own: a factor of the losses of its tokens, 1 unless given. A record
-with one reply to learn may have "token_weights", a list with a factor for each of its tokens.
+An answer may have a "reward" (a number) or be "correct" (true or false).
+A record may have a "weight", and so may each turn of the assistant: a factor on the loss of its tokens, 1 by default. A record with one
+reply to learn may have "token_weights", a list with a factor for each token of the reply.
 """
 
 import difflib
@@ -34,7 +34,7 @@ Message = dict[str, Any]  # as chat templates read it: "role", "content" and per
 # keys of question and answer; the first pair that a record has counts
 PAIRS: tuple[tuple[str, str], ...] = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 PAIRS += (("instruction", "response"), ("prompt", "answer"))
-ALONE = ("input", "output")  # the question, if there is no key of another
+ALONE = ("input", "output")  # the question, if no other key holds one
 # key of a conversation -> keys of a turn's role and text
 CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -57,7 +57,7 @@ class Record:
     learned: list[float]
     tools: list[Any] | None = None
     pair: bool = False  # one question and its answer: without `mask_prompt` the question is learned as well, with the same weight
-    input: str = ""  # of a pair: text that follows the question, for which some prompt styles have a place
+    input: str = ""  # of a pair: text after the question, which some prompt styles write in a place of its own
     rejected: "Record | None" = None  # the same prompt with an answer that is worse than this one's
     label: bool | None = None  # whether the answer is a good one, if the record says so
     reward: float | None = None  # of the answer: "reward", or 1 and 0 for "correct" true and false
@@ -67,7 +67,7 @@ class Record:
 
     @property
     def last(self) -> int:
-        """The place of the last reply that is learned; of the last reply if none is."""
+        """The index of the last learned reply; of the last reply if none is learned."""
         return max(range(len(self.messages)), key=lambda i: (self.learned[i] > 0, self.messages[i]["role"] == "assistant", i))
 
     @property
@@ -102,7 +102,7 @@ class Record:
 
 
 def has_text(message: Message, unwritten: Collection[str] = ()) -> bool:
-    """Return True if a reply has a text, a reasoning or a call of tools, apart from keys that are not written."""
+    """Return True if a reply has text, reasoning or tool calls, apart from keys that are not written."""
     return any(str(message.get(key) or "").strip() for key in ("content", *REASONING, "tool_calls") if key not in unwritten)
 
 
@@ -175,7 +175,7 @@ def _flag(value: Any) -> bool | None:
 
 
 def _read_preference(entry: dict[str, Any]) -> Record:
-    """Return the chosen conversation, which has the rejected one."""
+    """Return the chosen conversation, with the other one as its `rejected`."""
     answers = [entry["chosen"], entry["rejected"]]
     places = ["prompt", *sorted({question for question, _ in PAIRS})]
     if all(isinstance(answer, dict) for answer in answers):
@@ -206,7 +206,7 @@ def _read_preference(entry: dict[str, Any]) -> Record:
 
 
 def _preference_of_openai(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry of OpenAI's form for preferences with TRL's keys."""
+    """Return an entry in OpenAI's preference format with TRL's keys."""
     given = _typed(entry.get("input"), "'input'", dict)
     own = {key: value for key, value in entry.items() if key not in ("input", "preferred_output", "non_preferred_output")}
     other = {key: value for key, value in given.items() if key != "messages"}
@@ -240,13 +240,13 @@ def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str],
 
 
 def known_key(name: str) -> str:
-    """Return the key that `name` is but for capitals and spaces around it; else `name`."""
+    """Return the known key that equals `name` up to capitals and surrounding spaces; else `name`."""
     plain = str(name).strip().lower()
     return plain if plain in KEYS else name
 
 
 def _missing_keys(keys: list[str]) -> str:
-    """Return a message with the missing keys, judged by the pair that fits best, and the keys that may be meant."""
+    """Return a message that names the missing keys of the pair that fits best, and the keys that may be meant."""
     pair = max(PAIRS, key=lambda pair: sum(key in keys for key in pair))
     missing = [key for key in pair if key not in keys]
     shown = ", ".join(repr(key)[:60] for key in keys[:12]) + (", ..." if len(keys) > 12 else "")
@@ -316,7 +316,7 @@ def _read_weight(value: Any, where: str) -> float:
 
 
 def _read_content(value: Any, key: str, may_be_missing: bool) -> str:
-    """Return a content: a text, or a list of parts that are texts."""
+    """Return the content of a message: a text, or a list of parts that are texts."""
     if value is None and may_be_missing:
         return ""
     if not isinstance(value, list):

@@ -24,8 +24,8 @@ SUFFIXES = (*TEXTS, *(f"{suffix}.gz" for suffix in TEXTS), *COLUMNS)
 RUNNING = (".txt", ".md")  # of running text
 SAVED = ("dataset_dict.json", "dataset_info.json")  # in a folder of `Dataset.save_to_disk`
 VALIDATION = ("val", "validation", "valid", "test")  # names of the validation part
-MOST_UNPACKED = 2**32  # bytes of a file or data set that is stored packed
-SLICE = 2**28  # bytes of the rows that are unpacked at once, if a row has fewer
+MOST_UNPACKED = 2**32  # bytes of a compressed file or data set, once unpacked
+SLICE = 2**28  # bytes of rows that are unpacked at once; a single row may have more
 SAVED_AS = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV, in UTF-8, and name that file")
 SAVED_AS |= dict.fromkeys((".pdf", ".docx", ".odt", ".rtf", ".html", ".epub"), "save its text as a .txt file, and name that")
 SHOWN = 3  # problems in an error message
@@ -39,7 +39,7 @@ def suffix_of(path: Path) -> str:
 
 
 def name_of(path: Path) -> str:
-    """Return a data file's name without its suffix; that of another file or folder as it is."""
+    """Return a data file's name without its suffix; other names are unchanged."""
     suffix = suffix_of(path)
     return path.name[: -len(suffix)] if suffix in (*SUFFIXES, *RUNNING) else path.name
 
@@ -114,7 +114,7 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
     elif line is not None and stripped == "{":
         hint = ". Each record must be one line"
     elif line is not None and stripped.endswith("},"):
-        hint = ". No comma may stand between the lines"
+        hint = ". Remove the commas between the lines"
     return parse_json(text, str(path), line, hint, unique=True)
 
 
@@ -125,14 +125,14 @@ def _unpack(raw: bytes, path: Path) -> bytes:
             while len(content) <= MOST_UNPACKED and (piece := file.read(2**20)):
                 content += piece
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is no whole gzip file: {error}. Copy it again") from None
+        raise UserError(f"{path} is not a complete gzip file: {error}. Copy it again") from None
     if len(content) > MOST_UNPACKED:
         raise UserError(f"{path} holds more than {MOST_UNPACKED:,} bytes once it is unpacked: split it")
     return bytes(content)
 
 
 def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
-    """Return the rows of a table whose first line names the columns. Some spreadsheets write semicolons in place of commas."""
+    """Return the rows of a table whose first line names the columns. Some spreadsheets write semicolons instead of commas."""
     names_line = re.split(r"[\r\n]", text, maxsplit=1)[0]
     if delimiter == "," and "," not in names_line and ";" in names_line:
         delimiter = ";"
@@ -163,11 +163,11 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
 
 def _require_different(names: Iterable[str], where: object) -> None:
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise UserError(f"{where}: the column {repeated[0]!r} twice: leave one of them out")
+        raise UserError(f"{where} names the column {repeated[0]!r} twice: leave one of them out")
 
 
 def _bounded(rows: Iterable[Any], path: Path) -> list[Any]:
-    """Return the rows of a column format without null keys in their objects: an object has the keys of all rows' objects there."""
+    """Return the rows of a columnar format without null keys in objects, since the format gives each object the keys of all rows."""
     bounded, size = [], 0
     for columns in rows:
         size += _size(columns)
@@ -180,7 +180,7 @@ def _bounded(rows: Iterable[Any], path: Path) -> list[Any]:
 
 
 def _size(value: Any) -> int:
-    """Return about the bytes that a plain value takes in memory."""
+    """Estimate the bytes that a plain value takes in memory."""
     if isinstance(value, str | bytes):
         return 50 + len(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -211,8 +211,8 @@ def _read_columns(raw: bytes, path: Path, suffix: str) -> list[Any]:
         return _bounded(_unpacked(batches), path)
     except UserError:
         raise
-    except (ValueError, OSError, MemoryError) as error:  # the library's errors are such
-        raise UserError(f"{path} is no readable {suffix} file: {str(error)[:200].rstrip('.')}. Copy it again") from None
+    except (ValueError, OSError, MemoryError) as error:  # the library raises these
+        raise UserError(f"{path} is not a readable {suffix} file: {str(error)[:200].rstrip('.')}. Copy it again") from None
 
 
 def _unpacked(batches: Iterable[Any]) -> Iterator[Any]:
@@ -256,7 +256,7 @@ def texts_of(folder: Path) -> list[Path]:
 def is_text(path: Path) -> bool:
     """Return True for a .txt or .md file, and for a folder of such files.
 
-    A folder with data files beside them holds records, unless it has .txt files and no training data.
+    A folder that also has data files holds records, unless it has .txt files and no training data.
     """
     if not path.is_dir():
         return suffix_of(path) in RUNNING
@@ -267,7 +267,7 @@ def is_text(path: Path) -> bool:
 
 def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
     """Return the training and validation records of a data set; None for the latter if it has no such part."""
-    datasets = import_library("datasets", f"{path}" if path.is_dir() else f"{path} is no file or folder here; as a data set of the hub")
+    datasets = import_library("datasets", f"{path}" if path.is_dir() else f"{path} is not a local file or folder; as a data set of the hub")
     saved = any((path / name).is_file() for name in SAVED)
     try:
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
@@ -276,10 +276,10 @@ def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
         rows = {name: _bounded(parts[name], path) for name in ("train", val) if name is not None and name in parts}
     except UserError:
         raise
-    except Exception as error:  # the library raises errors of many others
+    except Exception as error:  # the library raises errors of many other libraries
         reason = first_line(error)[:300]
         raise UserError(f"{path}: no file or folder, and `datasets` cannot read it: {reason}. Check data.json_path") from None
     if "train" not in rows:
-        raise UserError(f"{path} has the parts {', '.join(map(str, parts))}, and none is named train: save the one to train on")
+        raise UserError(f"{path} has the splits {', '.join(map(str, parts))}, but none named train: save the one to train on")
     read = {name: check_rows(_records(part), f"{path}, {name}") for name, part in rows.items()}
     return read["train"], read[val] if val else None

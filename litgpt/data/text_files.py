@@ -23,13 +23,13 @@ from litgpt.tokenizer import Tokenizer
 
 PIECE = 2**20  # characters that are tokenised at once
 TOKEN = 4  # characters, about
-BLOCKS = 512, 128  # tokens of a block; the second if the first would be fewer than FEWEST
+BLOCKS = 512, 128  # tokens of a block; the second if the first would give fewer than FEWEST blocks
 FEWEST = 20
 
 
 @dataclass
 class Text(DataModule):
-    """Texts, joined and cut into blocks of T + 1 tokens, T the length that the model reads; what is left at the end is dropped.
+    """Texts, joined and cut into blocks of T + 1 tokens, where the model reads T tokens at a time; the remainder is dropped.
 
     Each text begins with BOS or, if the tokenizer has none, ends with EOS.
     """
@@ -38,14 +38,14 @@ class Text(DataModule):
 
     @abstractmethod
     def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
-        """Return training and validation texts; None for the latter keeps a share of the former's blocks, the last ones.
+        """Return training and validation texts. If the latter is None, the last blocks of the former are held out.
 
-        With the share 0 the former's blocks are all trained, and some of them are validated.
+        With a share of 0 all blocks are trained on, and some of them are also validated.
         """
 
     def records(self) -> tuple[list[Record], list[Record] | None]:
         raise UserError(
-            f"{type(self).__name__} holds running text, no questions and answers: use `litgpt pretrain`, finetune_lora or finetune_full"
+            f"{type(self).__name__} holds running text, not questions and answers: use `litgpt pretrain`, finetune_lora or finetune_full"
         )
 
     def splits(self, tokenizer: Tokenizer, prompt_style: PromptStyle, max_seq_length: int | None = None, units: Units = alone) -> Splits:
@@ -92,7 +92,7 @@ class Text(DataModule):
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Yield a text in pieces that can be tokenised, cut at ends of paragraphs, lines or words if there are any."""
+    """Yield a text in pieces that can be tokenised, cut at ends of paragraphs, lines or words if possible."""
     while len(text) > PIECE:
         end = next((place for mark in ("\n\n", "\n", " ") if (place := text.rfind(mark, PIECE // 2, PIECE)) > 0), PIECE)
         yield text[:end]
@@ -109,7 +109,7 @@ class TextFiles(Text):
     val_data_path: Path | None = None
     """Another folder or file for validation. Default: the first file of the folder, or the last blocks of a single one."""
     val_split_fraction: float | None = None
-    """Share of the blocks that is kept for validation. Default: 0.05 of a single file. With 0 every block is trained, and some of them are
+    """Share of the blocks held out for validation. Default: 0.05 of a single file. With 0 all blocks are trained on, and some of them also
     validated."""
 
     path_key: ClassVar[str] = "train_data_path"
@@ -127,11 +127,11 @@ class TextFiles(Text):
         return train, val
 
     def tokens(self) -> int:
-        """Return about how many tokens the training text has, by the sizes of its files."""
+        """Estimate the number of training tokens from the sizes of the files."""
         return sum(file.stat().st_size for file in self.files()[0]) // TOKEN
 
     def block(self) -> int:
-        """Return the tokens of a block that suits the length of the training text."""
+        """Return a block length in tokens that suits the length of the training text."""
         return next((size for size in BLOCKS if self.tokens() >= FEWEST * size), BLOCKS[-1])
 
     def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
@@ -178,7 +178,7 @@ class TinyStories(Text):
                 with tarfile.open(folder / self.archive) as archive:
                     archive.extractall(folder, filter="data")
             except (tarfile.TarError, OSError, EOFError) as error:
-                raise UserError(f"{folder / self.archive} is no whole archive ({error}): remove it, to download it again") from None
+                raise UserError(f"{folder / self.archive} is not a complete archive ({error}): remove it to download it again") from None
 
     def texts(self) -> tuple[Iterable[str], Iterable[str] | None]:
         self.prepare_data()
@@ -199,12 +199,12 @@ def stories(files: Iterable[Path]) -> Iterator[str]:
 
 @dataclass
 class OpenWebText(Text):
-    """Eight million web pages, read by the `datasets` library. All tokens are held in memory, which the whole set does not fit."""
+    """Eight million web pages, read by the `datasets` library. All tokens are held in memory; the whole set does not fit."""
 
     data_path: Path = Path("data/openwebtext")
     """Folder of the library's files, or a data set saved there with a column `text`."""
     val_split_fraction: float | None = 0.0005
-    """Share of the blocks that is kept for validation."""
+    """Share of the blocks held out for validation."""
 
     repo_id: ClassVar[str] = "Skylion007/openwebtext"
 
@@ -215,7 +215,7 @@ class OpenWebText(Text):
             is_saved = any((folder / name).is_file() for name in SAVED)
             loaded = datasets.load_from_disk(str(folder)) if is_saved else datasets.load_dataset(self.repo_id, cache_dir=str(folder))
             rows = loaded.get("train", loaded)
-        except Exception as error:  # the library raises errors of many others
+        except Exception as error:  # the library raises errors of many other libraries
             reason = first_line(error)[:200]
             raise UserError(f"the dataset {self.repo_id} could not be loaded ({reason}). Without a network, save it in {folder}") from None
         return (row["text"] for row in rows), None

@@ -326,7 +326,7 @@ def test_token_weights(tokenizer: Tokenizer, mask_prompt: bool) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([1], r"'token_weights' has 1 numbers and the reply \d tokens: give one for each"),
+        ([1], r"'token_weights' has 1 numbers, the reply \d tokens: give one per token"),
         ([1] * 50, "'token_weights' has 50 numbers"),
         ([], "'token_weights' has 0 numbers"),
         ([1, -1], "number 2 of 'token_weights' is -1: a number from 0"),

@@ -60,7 +60,7 @@ TURN = {"role": "user", "content": "Hi"}
             json.dumps(RECORD, indent=1),
             "double quotes. Each record must be one line",
         ),
-        ("a.jsonl", f"{json.dumps(RECORD)},\n{json.dumps(RECORD)}", "Extra data. No comma may stand between the lines"),
+        ("a.jsonl", f"{json.dumps(RECORD)},\n{json.dumps(RECORD)}", "Extra data. Remove the commas between the lines"),
         ("a.csv", "Frage;Antwort\nx;y\n", "line 1 names the columns 'Frage', 'Antwort': it should name `question` and `answer`"),
         ("a.json", "3", "holds a number"),
         ("a.json", [RECORD, "text"], "record 2: a text, an object with keys is needed"),

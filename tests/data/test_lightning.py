@@ -182,7 +182,7 @@ def test_a_data_module_with_loaders_of_its_own_is_trained(base: Path, tmp_path: 
         "Shifted": "Shifted.val_dataloader, item 0: labels are input_ids, or -100 where nothing is learned",
         "Keyless": "Keyless.val_dataloader, item 0: a mapping with input_ids and labels is needed",
         "Nothing": "Nothing.val_dataloader: no item has a label to learn",
-        "Streamed": "Streamed.train_dataloader is no loader of a data set with a length and items",
+        "Streamed": "Streamed.train_dataloader is not a loader of a data set with a length and items",
     }.items():
         run = runs.finetune("finetune_lora", base, None, tmp_path / name, "--data", f"own_loaders.{name}")
         assert run.code == 1 and message in run.err and "Traceback" not in run.err, run.err

@@ -120,7 +120,7 @@ def test_tinyllama_mixes_in_its_shares(tmp_path: Path, web: int, code: int, expe
     ("config", "message"),
     [
         ({"compression": "zstd"}, "compression of chunks is not supported"),
-        ({"data_format": ["jpeg"]}, "is not of tokens: optimize with TokensLoader"),
+        ({"data_format": ["jpeg"]}, "does not hold tokens: optimize with TokensLoader"),
         ({"data_format": ["no_header_tensor:18"]}, r"the chunk .* cannot be read .* optimize the data again"),
     ],
 )
@@ -134,5 +134,5 @@ def test_what_is_not_there_or_of_another_tokenizer(tmp_path: Path) -> None:
         blocks(LitData(data_path=tmp_path), 3)
     with pytest.raises(UserError, match="is not on this machine: copy the folder"):
         blocks(LitData(data_path=Path("s3://bucket/x")), 3)
-    with pytest.raises(UserError, match="not all of this tokenizer, which has 99"):
+    with pytest.raises(UserError, match="outside this tokenizer's vocabulary of 99"):
         blocks(LitData(data_path=made(tmp_path / "b", 90, 20)), 3)

@@ -109,7 +109,7 @@ def test_tables_of_spreadsheets_that_write_semicolons(head: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"instruction,output,output\na,b,c\n", "line 1: the column 'output' twice"),
+        ("a.csv", b"instruction,output,output\na,b,c\n", "line 1 names the column 'output' twice"),
         ("a.csv", b",\na,b\n", "line 1 names the columns '', '': it should name `question` and `answer`"),
         ("a.csv", b"instruction,output\na,b\na\n", "line 3: 1 cells, the first line names 2 columns"),
         ("a.csv", b'instruction,output\na,"b"c\n', "line 2: not valid CSV"),
@@ -117,10 +117,10 @@ def test_tables_of_spreadsheets_that_write_semicolons(head: str, tmp_path: Path)
         ("a.csv", b'instruction,output\na,b\n"c,d\ne,f\n', "line 3: not valid CSV: unexpected end of data"),
         ("a.csv", b'messages,weight\n"[\n]",1\n', "line 2: 'messages' is an empty list"),
         ("a.tsv", b"instruction\toutput\n", "holds no rows"),
-        ("a.jsonl.gz", b"\x1f\x8bnothing", "is no whole gzip file"),
-        ("a.json.gz", gzip.compress(b"[" * 99, mtime=0)[:-9], "is no whole gzip file"),
-        ("a.parquet", b"PAR0", "is no readable .parquet file"),
-        ("a.arrow", b"ARROW0", "is no readable .arrow file"),
+        ("a.jsonl.gz", b"\x1f\x8bnothing", "is not a complete gzip file"),
+        ("a.json.gz", gzip.compress(b"[" * 99, mtime=0)[:-9], "is not a complete gzip file"),
+        ("a.parquet", b"PAR0", "is not a readable .parquet file"),
+        ("a.arrow", b"ARROW0", "is not a readable .arrow file"),
         ("a.json", b'[{"instruction": "a", "output": "b", "output": "c"}]', "the key 'output' twice ('b' and 'c')"),
         ("a.jsonl", b'\n{"messages": [{"role": "user", "role": "x"}]}\n', "line 2: an object has the key 'role' twice"),
     ],
@@ -206,12 +206,12 @@ def test_datasets(where: str, parts: tuple[str, ...] | None, tmp_path: Path, mon
 
 def test_datasets_is_optional_and_its_errors_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r'org/name is no file or folder here.* needs datasets: pip install "litgpt\[data\]"'):
+    with pytest.raises(UserError, match=r'org/name is not a local file or folder.* needs datasets: pip install "litgpt\[data\]"'):
         JSON(json_path=Path("org/name")).records()
     stand_in = ModuleType("datasets")
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     stand_in.__dict__.update(load_dataset=lambda path: {"a": [], "b": []})
-    with pytest.raises(UserError, match="has the parts a, b, and none is named train"):
+    with pytest.raises(UserError, match="has the splits a, b, but none named train"):
         JSON(json_path=Path("org/name")).records()
     stand_in.__dict__.update(load_dataset=lambda path: {}["no such data set\nsecond line"])
     with pytest.raises(UserError, match="org/name: no file or folder, and `datasets` cannot read it: 'no such data set"):
