@@ -98,7 +98,7 @@ def new_file(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
 
 
 def put_file(made: Path, path: Path, replace: bool) -> None:
-    """Rename a file. Without `replace` raise UserError if another process has written `path` meanwhile."""
+    """Rename a file. Without `replace` raise UserError if another process has written `path` in the meantime."""
     if not replace:
         try:
             os.link(made, path)
@@ -106,7 +106,7 @@ def put_file(made: Path, path: Path, replace: bool) -> None:
             return
         except OSError:  # the file system may have no hard links
             if os.path.lexists(path):
-                raise UserError(f"{path} exists already: it was written meanwhile. Name another file, or move it away") from None
+                raise UserError(f"{path} exists already: it was written in the meantime. Name another file, or move it away") from None
     made.replace(path)
 
 
@@ -210,7 +210,7 @@ def _put_in_place(temporary: Path, path: Path, locks: ExitStack, overwrite: bool
     except OSError as error:
         if old is not None:
             old.rename(path)
-        if error.errno == errno.ENOTEMPTY:  # another process has been faster
+        if error.errno == errno.ENOTEMPTY:  # another process was faster
             raise UserError(EXISTS.format(path)) from None
         raise
     _sync(path.parent)
@@ -253,7 +253,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder: if the process is killed, it is still complete or gone."""
+    """Remove a folder so that it is complete or gone if the process is killed."""
     temporary, locks = _temporary(path, Path.mkdir)
     with locks:
         shutil.rmtree(path.rename(temporary), ignore_errors=True)  # a rename replaces an empty folder
@@ -263,7 +263,7 @@ def remove_folder(path: Path) -> None:
 
 
 def digest(file: Path, begun: Any = None) -> str:
-    """Return the sha256 of a file's content, or what the hash `begun` gives after it."""
+    """Return the sha256 of a file's content, or the digest of the hash `begun` continued with it."""
     result = begun or hashlib.sha256()
     with file.open("rb") as handle:
         while block := handle.read(2**22):

@@ -106,7 +106,7 @@ def test_a_file_that_another_process_wrote_meanwhile_is_kept(has_links: bool, tm
     if not has_links:
         monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links here")))
     with (
-        pytest.raises(UserError, match="model.gguf exists already: it was written meanwhile"),
+        pytest.raises(UserError, match="model.gguf exists already: it was written in the meantime"),
         atomic.new_file(path, replace=False) as file,
     ):
         file.write(b"ours")

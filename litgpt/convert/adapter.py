@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from litgpt.lora import Config as LoRAConfig
 
-LITGPT, PEFT, PORTABLE = FORMATS = (checkpoint.ADAPTER_WEIGHTS, *checkpoint.FOREIGN_ADAPTERS)  # the files that tell a folder's format
+LITGPT, PEFT, PORTABLE = FORMATS = (checkpoint.ADAPTER_WEIGHTS, *checkpoint.FOREIGN_ADAPTERS)  # the files that identify a folder's format
 
 
 @checked
@@ -27,14 +27,14 @@ def convert_adapter(
 ) -> None:
     """Convert an adapter: LoRA to and from PEFT's format, Skip2-LoRA to and from a portable one; LoRA to a GGUF file.
 
-    A litgpt folder becomes a PEFT folder (LoRA) or safetensors with a JSON that states the formula (Skip2-LoRA); either of them becomes
-    a litgpt folder.
+    A litgpt folder becomes a PEFT folder (LoRA) or safetensors with a JSON that states the formula (Skip2-LoRA); both convert
+    back to a litgpt folder.
 
     Args:
         adapter_dir: The adapter: a folder that `litgpt finetune` wrote, a PEFT folder or a portable Skip2-LoRA folder.
         output_dir: The new folder.
         checkpoint_dir: Folder of the base model. Needed for a PEFT or portable folder; for litgpt's own if the base has moved.
-        to: gguf writes LoRA for llama.cpp, beside the base's GGUF file: to output_dir/adapter.gguf, or to output_dir if it ends in .gguf.
+        to: gguf writes LoRA for llama.cpp, to use with the base's GGUF: to output_dir/adapter.gguf, or to output_dir if it ends in .gguf.
     """
     from litgpt.convert import peft, portable
     from litgpt.convert.card import base_name, write_card
@@ -43,7 +43,7 @@ def convert_adapter(
     source, target = adapter_folder(adapter_dir), output_dir
     kind = kind_of(source)
     if kind != LITGPT and checkpoint_dir is None:
-        raise UserError(f"{source} does not hold its base model: give --checkpoint_dir, a checkpoint folder of it")
+        raise UserError(f"{source} does not hold its base model: give the base's checkpoint folder as --checkpoint_dir")
     if checkpoint_dir is not None:
         checkpoint_dir = checkpoint.require_checkpoint(open_checkpoint(checkpoint_dir))
     if to == "gguf" or target.suffix == ".gguf":
@@ -104,7 +104,7 @@ def read_adapter(folder: Path, base: Optional[Path] = None) -> "tuple[LoRAConfig
     has_config = (folder / "model_config.yaml").is_file()
     config = Config.from_checkpoint(folder if has_config else checkpoint.adapter_settings(folder, base)[0], **settings)
     if config.heads:
-        raise UserError(f"{folder} has {' and '.join(config.heads)}, for which other formats have no place: use the folder as it is")
+        raise UserError(f"{folder} has {' and '.join(config.heads)}, which other formats cannot store: use the folder as it is")
     weights = checkpoint.load_weights(folder / LITGPT)
     portable.require_all(config, weights, folder / LITGPT)
     return config, weights

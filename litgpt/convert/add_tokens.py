@@ -1,4 +1,4 @@
-"""`litgpt add_tokens`: a checkpoint whose tokenizer knows more tokens, with rows for them in the embedding and the output layer."""
+"""`litgpt add_tokens`: add tokens to a checkpoint's tokenizer, with rows for them in the embedding and the output layer."""
 
 import json
 import shlex
@@ -25,14 +25,14 @@ LONGEST, MOST = 200, 10_000  # characters of a token, and tokens
 def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, special: bool = True) -> None:
     """Add tokens to a checkpoint's tokenizer, in a new folder.
 
-    The embedding and the output layer get a row for each, the mean of the other tokens' rows. They mean nothing until they are trained:
+    The embedding and the output layer get a row for each token, the mean of the other tokens' rows. The rows must then be trained:
     `litgpt finetune_lora OUTPUT_DIR --modules_to_save wte lm_head`, or finetune_full.
 
     Args:
         checkpoint_dir: The checkpoint; it stays as it is.
         output_dir: The new folder.
         tokens: Their texts, such as "<tool>" "</tool>".
-        special: Special tokens are left out of answers' texts. false: they are written.
+        special: Add special tokens, which are left out of generated text. false: they are written.
     """
     from litgpt.convert.litgpt import require_finite
 
@@ -62,7 +62,7 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
 def _extended(source: Path, contents: dict[str, bytes], tokens: list[str], special: bool) -> tuple[str, dict[str, int]]:
     """Return tokenizer.json with the tokens, and their ids. Raises UserError for tokens that cannot be added."""
     if "tokenizer.json" not in contents:
-        raise UserError(f"{source} has no tokenizer.json, to which tokens could be added: convert the model from its Hugging Face folder")
+        raise UserError(f"{source} has no tokenizer.json to add tokens to: convert the model from its Hugging Face folder")
     known = Tokenizer(source)
     if not tokens or len(tokens) > MOST:
         raise UserError(f"tokens: give 1 to {MOST:,} texts, such as --tokens '<tool>' '</tool>'")

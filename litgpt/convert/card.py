@@ -1,4 +1,4 @@
-"""Model cards: the README.md beside an exported model or adapter, written from the files of the run."""
+"""Model cards: the README.md of an exported model or adapter, written from the files of the run."""
 
 import math
 import re
@@ -64,7 +64,7 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")""",
     ),
 }
 SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{12,}")
-NOT_IN_TABLE = ("checkpoint_dir", "data", "out_dir", "log", "logger_name", "eval")  # elsewhere in the card, or no part of the training
+NOT_IN_TABLE = ("checkpoint_dir", "data", "out_dir", "log", "logger_name", "eval")  # elsewhere in the card, or not part of the training
 
 
 def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) -> None:
@@ -111,7 +111,7 @@ def base_name(source: Path, settings: dict[str, Any]) -> str:
 
 
 def command(settings: dict[str, Any]) -> str:
-    """Return the command that gives these settings: what differs from the defaults, without loggers' names, paths by their last part."""
+    """Return the command for these settings: those that differ from the defaults, without loggers' names, paths by their last part."""
     kind: Any = Lora if "lora_r" in settings else Pretrain if "model_name" in settings else Full
     name = "pretrain" if kind is Pretrain else f"finetune_{kind.__name__.lower()}"
     defaults = _flat(args.as_config(args.defaults(kind)))
@@ -125,7 +125,7 @@ def command(settings: dict[str, Any]) -> str:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with the keys of groups and classes as `train.epochs` and `optimizer.lr`, without secrets."""
+    """Return settings with flat keys, such as `train.epochs` and `optimizer.lr`, without secrets."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -174,7 +174,7 @@ def _start(settings: dict[str, Any]) -> Any:
 
 
 def _base_card(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the front matter of the base's own README.md, if it has one: its license applies to what is made of it."""
+    """Return the front matter of the base's own README.md, if it has one: its license applies to derived models."""
     card = Path(_start(settings) or "") / "README.md"
     try:
         text = files.read_text(card) if _start(settings) else ""
@@ -204,7 +204,7 @@ def _table(settings: dict[str, Any]) -> str:
 
 
 def _losses(source: Path) -> str | None:
-    """Return the first validation loss and that of the folder's step (`step-*`, `best`; else the last), from metrics.csv beside it."""
+    """Return the first validation loss and that of the folder's step (`step-*`, `best`; else the last), from metrics.csv next to it."""
     curve = read_metrics(source.resolve().parent).get("val_loss", [])
     name, end = source.resolve().name, math.inf
     if name == "best" and curve:

@@ -1,4 +1,4 @@
-"""Do two configs compute the same?"""
+"""Do two configs compute the same function?"""
 
 import math
 from collections.abc import Iterable
@@ -20,9 +20,9 @@ def differences(expected: Config, actual: Config, ignore: tuple[str, ...] = (), 
 def named_or_described(
     model_name: str | None, names: Iterable[str], described: Config, source: object, ignore: tuple[str, ...], tolerance: float = 1e-12
 ) -> Config:
-    """Return the config of the model `model_name`, by default of the first of `names` that computes as `described`, else `described`.
+    """Return the config of `model_name`, by default of the first of `names` that computes the same as `described`, else `described`.
 
-    Raise UserError if `source`, which is as described, is not of the model `model_name`.
+    Raise UserError if `source`, the file that `described` was read from, is not of the model `model_name`.
     """
     if model_name is not None:
         named = Config.from_name(model_name)
@@ -45,7 +45,7 @@ def _equal(left: Any, right: Any, tolerance: float) -> bool:
 
 
 def essence(config: Config) -> dict[str, Any]:
-    """Return the fields that decide what a model computes, with unused ones at one value: equal for configs that compute the same."""
+    """Return the fields that decide what a model computes, with unused ones set to one value: equal for configs that compute the same."""
     f = config.base_dict()
     for key in ("name", "hf_config", "vocab_size", "padding_multiple"):
         del f[key]

@@ -29,7 +29,7 @@ class Stored(NamedTuple):
 
 
 def separated(tensors: Mapping[str, Stored], interleaved: bool = False) -> dict[str, Stored]:
-    """Return the tensors with one for each expert, where a tensor holds all experts of a block.
+    """Return the tensors; one that holds all experts of a block is split into one per expert.
 
     Raise UserError for MXFP4 without its scales.
     """
@@ -57,7 +57,7 @@ def separated(tensors: Mapping[str, Stored], interleaved: bool = False) -> dict[
 
 
 def _part(stored: Stored, scales: Stored | None, expert: int, number: int, count: int, interleaved: bool) -> torch.Tensor:
-    """Return the part `number` of `count` of an expert's layer, (out, in) or (out,)."""
+    """Return part `number` of `count` of an expert's layer, (out, in) or (out,)."""
     tensor = stored.load()[expert]
     if scales is not None:
         tensor = from_mxfp4(tensor, scales.load()[expert])
@@ -67,7 +67,7 @@ def _part(stored: Stored, scales: Stored | None, expert: int, number: int, count
 
 
 def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of bytes (out, n, 16), the low half of each first, times 2^(scale - 127) for scales (out, n): (out, 32 n), bf16.
+    """Decode bytes (out, n, 16), the low half of each first, times 2^(scale - 127) for scales (out, n), to numbers (out, 32 n), bf16.
 
     MXFP4 of the OCP's microscaling formats: bf16 holds every product exactly, as its exponents are fp32's.
     """

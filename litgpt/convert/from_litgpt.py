@@ -1,4 +1,4 @@
-"""`litgpt convert_from_litgpt`: a checkpoint folder into one that transformers loads."""
+"""`litgpt convert_from_litgpt`: convert a checkpoint folder into one that transformers loads."""
 
 import json
 import re
@@ -101,7 +101,7 @@ def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> "tuple[d
 def hf_slots(config: Config, model_type: str, tied: bool) -> "dict[str, Slot]":
     """Return the name of every tensor that a transformers model of that type stores, and its place here.
 
-    Raises UserError for a LitGPT tensor without a name there. A head that is the embedding is not stored.
+    Raises UserError for a LitGPT tensor without a name there. A tied head is not stored.
     """
     from litgpt.convert.names import hf_table, shapes, slots, summary
 
@@ -113,7 +113,7 @@ def hf_slots(config: Config, model_type: str, tied: bool) -> "dict[str, Slot]":
 
 
 def _complete_tokenizer(source: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """State in `folder` and `settings` what transformers would guess otherwise: the tokenizer's class, and the ids of BOS and EOS."""
+    """Write into `folder` and `settings` what transformers would otherwise guess: the tokenizer's class, and the ids of BOS and EOS."""
     if not (folder / "tokenizer.json").is_file():
         return
     file = folder / "tokenizer_config.json"

@@ -25,7 +25,7 @@ RELEASE = 2**27  # a memory map is renewed after that many bytes, so that its pa
 
 
 def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype: torch.dtype | None = None) -> Config:
-    """Convert the folder `source` into the checkpoint folder `target`, a tensor at a time. Weights keep their dtype unless one is given.
+    """Convert the folder `source` into the checkpoint folder `target`, one tensor at a time. Weights keep their dtype unless one is given.
 
     Raise UserError for unsupported architectures, broken files, and tensors that do not fit the model.
     """
@@ -37,9 +37,9 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
     tied = bool(settings.get("tie_word_embeddings", default))
     plan = fit(tensors, hf_table(settings["model_type"], config), config, str(source), tied, dtype)
     if images := [name for name in tensors if IMAGES.fullmatch(name)]:
-        print(f"{source}: {len(images)} tensors of the image side are left out, the text model is converted.", file=sys.stderr)
+        print(f"{source}: {len(images)} vision tensors are left out; the text model is converted.", file=sys.stderr)
     if adapters := [name for name in checkpoint.FOREIGN_ADAPTERS if (source / name).is_file()]:
-        print(f"{source}: the model is converted, the adapter beside it ({adapters[0]}) is left out.", file=sys.stderr)
+        print(f"{source}: the model is converted; the adapter next to it ({adapters[0]}) is left out.", file=sys.stderr)
     with new_folder(target) as folder:
         checkpoint.copy_tokenizer_files(source, folder)
         write_bytes(folder / "config.json", read_own(source, "config.json") or b"")
@@ -49,9 +49,9 @@ def convert_hf(source: Path, target: Path, model_name: str | None = None, dtype:
 
 
 def choose_config(source: Path, model_name: str | None) -> Config:
-    """Return the named model, if a name is given or the folder bears one that fits; else what config.json says, named after the folder.
+    """Return the config of the named model if a name is given or the folder's name fits; else that of config.json, named after the folder.
 
-    Raise UserError for an unsupported architecture, quantised weights and another model than the named one.
+    Raise UserError for an unsupported architecture, quantised weights and a model other than the named one.
     """
     method = families.quantisation(read_json(source / "config.json"))
     if method not in (None, "mxfp4"):
@@ -65,7 +65,7 @@ def to_hf(config: Config, prefer: str | None = None) -> dict[str, Any]:
     """Return a config.json that `Config.from_hf` reads as the same model.
 
     Its architecture is `prefer` if that computes the model, else one of the named model's family, else the first that does. The caller
-    adds if the head is tied, the dtype and the ids of special tokens. Raise ValueError with the differences of the nearest architecture.
+    adds whether the head is tied, the dtype and the ids of special tokens. Raise ValueError with the nearest architecture's differences.
     """
     home = families.home(config.name)
     preferred = [kind for kind in (prefer, config.name) if kind in families.HF]
@@ -139,7 +139,7 @@ class Reader:
         return tensor
 
     def stored(self, file: Path) -> dict[str, Stored]:
-        """Return every tensor of a file, unread, by its name without torch.compile's part."""
+        """Return every tensor of a file, unread, by its name without torch.compile's prefix."""
         shapes = self.open(file).shapes
         return {name.replace(checkpoint.COMPILED, ""): Stored(shape, partial(self.load, file, name)) for name, shape in shapes.items()}
 
@@ -160,7 +160,7 @@ def open_weights(folder: Path) -> dict[str, Stored]:
             problems.append(f"{shard} lacks {summary(missing)}")
         tensors.update({tensor: stored for tensor, stored in content.items() if weight_map.get(tensor, shard) == shard})
     if problems:
-        raise UserError(f"{folder} is not what its {file.name} says: {'; '.join(problems)}. Download the model again")
+        raise UserError(f"{folder} does not match its {file.name}: {'; '.join(problems)}. Download the model again")
     return tensors
 
 

@@ -21,14 +21,14 @@ BEFORE_0_5: Table = {"transformer.h.{}.attn.attn": ("transformer.h.{}.attn.qkv",
 
 
 def convert_own(source: Path, target: Path, model_name: str | None = None, dtype: torch.dtype | None = None) -> Config:
-    """Convert a `.pth` file, in a `{"model": ...}` envelope or not, or the folder of one, into the checkpoint folder `target`.
+    """Convert a `.pth` file, in a `{"model": ...}` envelope or not, or its folder, into the checkpoint folder `target`.
 
-    The model is that of `model_name`, else of the model_config.yaml beside the file. Raise UserError if it is missing, and for tensors
+    The model is that of `model_name`, else of the model_config.yaml next to the file. Raise UserError if it is missing, and for tensors
     that do not fit.
     """
     file = source / WEIGHTS if source.is_dir() else source
     if model_name is None and not (file.parent / "model_config.yaml").is_file():
-        raise UserError(f"{file} says nothing about its model: give --model_name to convert_to_litgpt, or put model_config.yaml beside it")
+        raise UserError(f"{file} says nothing about its model: give --model_name to convert_to_litgpt, or put model_config.yaml next to it")
     config = Config.from_checkpoint(file.parent) if model_name is None else Config.from_name(model_name)
     with new_folder(target) as folder:
         copy_tokenizer_files(file.parent, folder)
@@ -39,9 +39,9 @@ def convert_own(source: Path, target: Path, model_name: str | None = None, dtype
 
 
 def open_own(file: Path, config: Config, dtype: torch.dtype | None = None) -> Plan:
-    """Return how to load each tensor of a `.pth` file, one at a time. A head equal to the embedding becomes one tensor with it.
+    """Return how to load each tensor of a `.pth` file, one at a time. A head equal to the embedding shares its tensor.
 
-    Loading raises UserError for numbers that are not finite.
+    Loading raises UserError for non-finite numbers.
     """
     tensors = Reader().stored(file)
     modules = {key.rpartition(".")[0] for key in shapes(config, str(file), len(tensors))}
@@ -61,9 +61,9 @@ def _load_finite(load: Callable[[], torch.Tensor], name: str, file: Path) -> tor
 def require_finite(
     weights: Mapping[str, torch.Tensor], file: Path, agree: Callable[[torch.Tensor], torch.Tensor] = lambda flags: flags
 ) -> None:
-    """Raise UserError for weights of a file with numbers that are not finite. `agree`: flags of processes with parts of them -> of all."""
+    """Raise UserError for non-finite numbers in a file's weights. `agree` combines the flags of processes that hold parts of them."""
     numbers = {name: value for name, value in weights.items() if value.is_floating_point()}
     broken = agree(torch.tensor([not is_finite(value) for value in numbers.values()])).tolist()
     for name in [name for name, is_broken in zip(numbers, broken, strict=True) if is_broken][:1]:
         check = f"`litgpt validate {file.parent}` lists all"
-        raise UserError(f"{file}: {name} holds numbers that are not finite ({check}): take an earlier checkpoint")
+        raise UserError(f"{file}: {name} holds non-finite numbers ({check}): use an earlier checkpoint")

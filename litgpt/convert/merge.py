@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @checked
 def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] = None, precision: Optional[str] = None) -> None:
-    """Fold a LoRA adapter into its base and write lit_model.pth beside the adapter.
+    """Fold a LoRA adapter into its base and write lit_model.pth next to the adapter.
 
     Args:
         checkpoint_dir: Folder of the adapter (lit_model.pth.lora and hyperparameters.yaml), or of its run.
@@ -61,7 +61,7 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
 def write_merged(folder: Path, dtype: "torch.dtype", base: Path | None = None) -> Path:
     """Write lit_model.pth, the base's weights with every LoRA of an adapter folder folded in, and return the base's folder.
 
-    One weight is computed and written after the other. Raises UserError if the base is missing or changed, and for what cannot be merged.
+    Weights are computed and written one by one. Raises UserError if the base is missing or changed, or the adapter cannot be merged.
     """
     from litgpt.convert.write import write_pth
 

@@ -1,4 +1,4 @@
-"""LitGPT tensors from the tensors of another format, and the other way, by a family's table of names.
+"""Conversion between LitGPT's tensors and those of another format, by a family's table of names.
 
 A table maps the other format's module (`{}` stands for the block, a second one for the expert) to LitGPT's module and the part of it
 that is stored there. `fit` gathers LitGPT tensors from stored ones, `stored_form` makes stored ones.
@@ -32,7 +32,7 @@ from litgpt.text import first_line
 BUFFERS = re.compile(
     "|".join((r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd|.*\.rotary_emb\.inv_freq", *(row.ignored for row in families.HF.values())))
 )
-IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")  # a text model leaves them out of a multimodal one
+IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")  # left out when a multimodal model is read as a text model
 SPELLINGS = [spelling for row in families.HF.values() for spelling in row.spellings]
 
 
@@ -113,7 +113,7 @@ def stored_shape(slot: Slot, config: Config, keys: Mapping[str, tuple[int, ...]]
 
 
 def stored_form(slot: Slot, config: Config, loads: Mapping[str, Load]) -> torch.Tensor:
-    """Return a tensor as it is stored, made from LitGPT's, which `loads` load."""
+    """Return a stored tensor, made from the LitGPT tensors that `loads` load."""
     tensors = [loads[key]() for key in slot.keys]
     if slot.part == "gate up":
         return torch.cat(tensors)
@@ -143,7 +143,7 @@ def fit(tensors: Mapping[str, Stored], table: Table, config: Config, source: str
 
     problems = _misfits(tensors, names, {name: stored_shape(slot, config, expected) for name, slot in places.items()})
     if homeless := sorted(expected.keys() - {key for slot in names.values() for key in slot.keys}):
-        problems.insert(0, f"such a file has no place for these of the model: {summary(homeless)}")
+        problems.insert(0, f"such a file cannot store these tensors of the model: {summary(homeless)}")
     if problems:
         raise UserError(f"{source} does not fit the model {config.name!r}:\n  " + "\n  ".join(problems))
 
@@ -197,7 +197,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
 
 
 def respelled(tensors: Mapping[str, Stored], names: Container[str]) -> dict[str, Stored]:
-    """Return the tensors under the table's `names`, where a name that the table lacks has a spelling that it has."""
+    """Return the tensors; a name that the table's `names` lack is replaced by a spelling that they have, if any."""
 
     def known(name: str) -> str:
         others = (re.sub(pattern, replacement, name, count=1) for pattern, replacement in SPELLINGS)

@@ -8,7 +8,7 @@ for the layers that one side stores joined. A *unit* is a part with an A (r, in)
     several, joined      A = the units' A stacked, B block-diagonal, rank e r, alpha e alpha for e units
     several, with one A  that A, B = the units' B stacked, rank r: what PEFT itself trains on a joined layer
 
-Ranks and alphas of layers are in PEFT's rank_pattern and alpha_pattern; of joined units with different factors, B has the quotient.
+Ranks and alphas of layers are in PEFT's rank_pattern and alpha_pattern; for joined units with different factors, B contains the quotient.
 Read backwards, the third form repeats A for each unit. Units that the settings here switch on (a complete MLP, every block) and PEFT's
 adapter lacks get A = B = 0, and such units are left out on the way back.
 """
@@ -115,7 +115,7 @@ def split(weights: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Unit]:
         unit = {parameter: weights[f"{module}.{parameter}"] for parameter in PARAMETERS if f"{module}.{parameter}" in weights}
         if module.endswith(".qkv"):
             ranks = [config.size_of(f"{module}:{part}")[0] for part in on]
-            ranks = [rank * len(unit["lora_A"]) // sum(ranks) for rank in ranks]  # twice as many of PiSSA
+            ranks = [rank * len(unit["lora_A"]) // sum(ranks) for rank in ranks]  # PiSSA has twice as many
             parts = {name: value.split(ranks if name == "lora_A" else rows) for name, value in unit.items()}
             if "lora_B" in parts:
                 parts["lora_B"] = tuple(b[:, :rank] for b, rank in zip(parts["lora_B"], ranks, strict=True))
@@ -218,7 +218,7 @@ def _alpha(name: str, rank: int, units: Mapping[str, Unit], plan: Layout, config
 
 
 def _stack(name: str, units: Mapping[str, Unit], plan: Layout, config: LoRAConfig) -> Unit:
-    """Return the parameters of a layer: A (R, in), B (out, R), of DoRA m (out,), for all rows of which PEFT needs values."""
+    """Return the parameters of a layer: A (R, in), B (out, R) and for DoRA m (out,), of which PEFT needs every row."""
     layer = plan.layers[name]
     scales = {unit: config.scale_of(unit) for unit in layer.units if unit in units}
     first = next(filter(None, scales.values()), 0.0)
@@ -326,13 +326,13 @@ def unsupported(settings: Mapping[str, Any]) -> list[str]:
     if settings.get("task_type") not in ("CAUSAL_LM", None):
         problems.append(f"task_type is {settings['task_type']!r}: only CAUSAL_LM can be converted")
     if settings.get("bias", "none") != "none":
-        problems.append(f"bias is {settings['bias']!r}: trained biases have no place, only none can be converted")
+        problems.append(f"bias is {settings['bias']!r}: trained biases cannot be converted, only none")
     if settings.get("init_lora_weights") not in KEEPS_BASE:
         problems.append(f"init_lora_weights is {settings['init_lora_weights']!r}: it changes the base's weights, which ours do not")
-    problems += [f"{key} is {str(value)[:100]}: it has no place" for key, value in settings.items() if value and key not in HARMLESS]
+    problems += [f"{key} is {str(value)[:100]}: it has no equivalent" for key, value in settings.items() if value and key not in HARMLESS]
     saved = settings.get("modules_to_save") or []
     if not isinstance(saved, list) or any(str(name).rpartition(".")[2] not in MODULES for name in saved):
-        problems.append(f"modules_to_save is {str(saved)[:100]}: the embedding and the output layer alone can be trained in full here")
+        problems.append(f"modules_to_save is {str(saved)[:100]}: only the embedding and the output layer can be trained in full here")
     invocation = settings.get("alora_invocation_tokens") or []
     if not isinstance(invocation, list) or not all(isinstance(token, int) and token >= 0 for token in invocation):
         problems.append(f"alora_invocation_tokens is {str(invocation)[:100]}: a list of token ids is needed")
@@ -380,7 +380,7 @@ def alpha_of(settings: Mapping[str, Any], name: str) -> Any:
 
 
 def _alphas(settings: Mapping[str, Any], layers: Mapping[str, Unit], problems: list[str]) -> dict[str, float]:
-    """Return alpha of each layer, with rsLoRA's times sqrt(rank). Whatever is wrong in what says it is added to `problems`."""
+    """Return alpha of each layer, with rsLoRA's times sqrt(rank). Problems with the settings are added to `problems`."""
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(key) or {}
         if not isinstance(patterns, dict):

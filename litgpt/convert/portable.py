@@ -1,4 +1,4 @@
-"""Skip2-LoRA adapters as a folder that needs no litgpt: safetensors, and a JSON that states the formula.
+"""Skip2-LoRA adapters in a folder that can be used without litgpt: safetensors, and a JSON that states the formula.
 
 skip2lora_config.json           the inputs, the formula and the place of the sum, with transformers' module names
 skip2lora_adapter.safetensors   transformer.h.{i}.skip2lora.lora_A (r, d) and .lora_B (d, r) for each tapped block i; ordinary LoRA that
@@ -22,7 +22,7 @@ from litgpt.lora import GPT, Config as LoRAConfig
 
 CONFIG, WEIGHTS = PORTABLE_ADAPTER, "skip2lora_adapter.safetensors"
 FORMAT = {"format": "skip2lora", "version": 1}
-SHAPE = (  # fields that must agree between the model that an adapter was trained on and the one that it is attached to
+SHAPE = (  # fields that must be equal in the model that an adapter was trained on and the one that it is attached to
     *("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "intermediate_size"),
     *("parallel_residual", "norm_class_name", "mlp_class_name"),
 )
@@ -47,7 +47,7 @@ def lora_in_peft(
     lora = {name: value for name, value in weights.items() if ".skip2lora." not in name}
     if lora and (config.lora_variant == "dora" or config.alora_enabled or config.modules_to_save):
         kind = "alora_enabled" if config.alora_enabled else "modules_to_save" if config.modules_to_save else "lora_variant dora"
-        raise UserError(f"{kind} beside Skip2-LoRA has no portable form: use the folder that `litgpt finetune` wrote in litgpt")
+        raise UserError(f"{kind} with Skip2-LoRA has no portable form: use the folder that `litgpt finetune` wrote in litgpt")
     return peft.to_peft(config, lora, base, model_type) if lora else (None, {})
 
 
@@ -106,7 +106,7 @@ def read(folder: Path, model: Config, where: str) -> tuple[LoRAConfig, dict[str,
     file = folder / CONFIG
     content = files.read_json(file)
     if {key: content.get(key) for key in FORMAT} != FORMAT:
-        raise UserError(f"{file} is not of a format that is known here: format skip2lora, version {FORMAT['version']}")
+        raise UserError(f"{file} has an unknown format: only skip2lora, version {FORMAT['version']}, is supported")
     fields, settings, model_type = content.get("model_config"), content.get("settings"), content.get("model_type")
     if not isinstance(fields, dict) or not isinstance(settings, dict):
         raise UserError(f"{file} has no settings and model_config")

@@ -2,14 +2,14 @@
 
     path                                             checkpoint folder
     a checkpoint folder or an adapter folder         itself
-    a Hugging Face folder                            itself, with lit_model.pth and model_config.yaml added, LitGPT's habit
+    a Hugging Face folder                            itself, with lit_model.pth and model_config.yaml added, as in LitGPT
       without write permission                       checkpoints/<the folder's name>
     a GGUF file, or a folder that holds one          checkpoints/<the file's name without .gguf>
     the folder of a run                              its best or final folder, whichever has the lower validation loss
       that was stopped                               its best folder, else its last step
     ORG/NAME or another relative path                checkpoints/ORG/NAME, in any of these forms
 
-`checkpoints` is in the current folder. `conversion.json` beside the weights records the sizes and times of the source's files: a changed
+`checkpoints` is in the current folder. `conversion.json` next to the weights records the sizes and times of the source's files: a changed
 source is converted again. Only an unmodified earlier conversion is overwritten.
 """
 
@@ -43,7 +43,7 @@ def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
     """Return the checkpoint or adapter folder that `path` stands for, after converting it if needed (one line on standard error).
 
     Several processes may call it at once. Raises UserError for a path that does not exist or cannot be converted, for a conversion whose
-    place is taken, and, without `convert`, for a path that would have to be converted. A folder without weights is returned as it is, for
+    target is taken and, without `convert`, for a path that needs conversion. A folder without weights is returned as it is, for
     `checkpoint.require_checkpoint` to judge.
     """
     source = locate(expand_path(path))
@@ -52,7 +52,7 @@ def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
         conversion.remove_leftovers()
         return conversion.target
     if not convert:
-        raise UserError(f"{source} would have to be converted first, which this does not do: run `litgpt convert_to_litgpt {source}`")
+        raise UserError(f"{source} must be converted first: run `litgpt convert_to_litgpt {source}`")
     with conversion.locked():
         if not conversion.is_fresh():
             conversion.run_again()
@@ -64,7 +64,7 @@ def open_full_model(path: str | Path, form: str) -> Path:
     folder = open_checkpoint(path)
     if (file := checkpoint.adapter_file(folder)).is_file():
         if file.name != ADAPTER_WEIGHTS:
-            raise UserError(f"{folder} holds a LLaMA-Adapter, which no weights of the base can express: it has no place in {form}")
+            raise UserError(f"{folder} holds a LLaMA-Adapter, which cannot be folded into the base's weights: {form} cannot hold it")
         if checkpoint.read_adapter_settings(folder)[1].get("skip2lora_enabled"):
             raise UserError(
                 f"{folder} holds a Skip2-LoRA adapter, which reads the outputs of earlier blocks and cannot be folded into {form}: "
@@ -169,7 +169,7 @@ class Conversion:
         self.source, self.target = source, target
         self.folder = source if source.is_dir() else source.parent
         self.in_place = source.resolve() == target.resolve()
-        self.name = "." if self.in_place else str(source.resolve())  # in the record; "." is still true of a folder that was moved
+        self.name = "." if self.in_place else str(source.resolve())  # in the record; "." stays true if the folder is moved
 
     def is_fresh(self) -> bool:
         """Return True if there is nothing to do: `target` holds the conversion of `source` as it is now, or `source` needs none.
@@ -198,7 +198,7 @@ class Conversion:
         return all(record["files"][name] == stamp for name, stamp in now.items())
 
     def remove_leftovers(self) -> None:
-        """Remove what a conversion leaves that is killed after it is complete."""
+        """Remove what a conversion leaves if it is killed after it is complete."""
         if not self.in_place:
             remove_leftovers(self.target.parent)
         elif (self.source / STAGE).is_dir():
@@ -238,11 +238,11 @@ class Conversion:
         config_file, weights, stage = (self.source / name for name in (CONFIG, WEIGHTS, STAGE))
         if weights.exists() and not overwrite:
             raise UserError(f"{weights} exists already: move it away to convert again")
-        shutil.rmtree(stage, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(stage, ignore_errors=True)  # left by a killed process
         try:
             config = self._convert(stage, record)
             if config_file.exists() and not overwrite and read_bytes(config_file) != (stage / CONFIG).read_bytes():
-                raise UserError(f"{config_file} exists, and is not what {self.source / 'config.json'} says: move it away to convert")
+                raise UserError(f"{config_file} exists and does not match {self.source / 'config.json'}: move it away to convert")
             for old in (weights, config_file):
                 old.unlink(missing_ok=True)
             write_record(self.source, record, stamps([stage / CONFIG, stage / WEIGHTS], stage))
@@ -277,7 +277,7 @@ class Conversion:
                     folder.rmdir()
 
     def _source_files(self) -> list[Path]:
-        """Return the files that the conversion reads. In place those of the tokenizer are not converted, but used as they are."""
+        """Return the files that the conversion reads. In place, the tokenizer's files are used as they are."""
         from litgpt.convert.hf import read_index
 
         if self.source.is_file():

@@ -1,4 +1,4 @@
-"""`litgpt convert_to_litgpt` and `convert_pretrained_checkpoint`: checkpoint folders of Hugging Face's, GGUF's and LitGPT's own weights."""
+"""`litgpt convert_to_litgpt` and `convert_pretrained_checkpoint`: checkpoint folders from Hugging Face's, GGUF's and LitGPT's weights."""
 
 from pathlib import Path
 from typing import Literal, Optional
@@ -24,7 +24,7 @@ def convert_to_litgpt(
     Args:
         source: A folder with config.json and weights, a .gguf file, or a .pth file that LitGPT wrote (of any version, or in pretraining).
         checkpoint_dir: The new folder. Default: a Hugging Face folder is converted in place, a GGUF file into checkpoints/<its name>.
-            Given alone, it is the folder to convert in place, LitGPT's habit.
+            Given alone, it is the folder to convert in place, as in LitGPT.
         model_name: Take the settings of this named model (such as Llama-3.2-1B) and refuse weights of another.
         dtype: The number format of the stored weights. Default: the source's; bfloat16 where the source is quantised.
         debug_mode: Print each tensor that was written.
@@ -45,7 +45,7 @@ def convert_to_litgpt(
     else:
         path = locate(path)
         if (hint := adapter_hint(path)) and not is_hf_folder(path):
-            raise UserError(f"{path} is no model{hint}")
+            raise UserError(f"{path} is not a model{hint}")
         target = (source and checkpoint_dir) or (path if path.is_dir() else HOME / stem(path))
         config = convert(path, target, model_name, dtype)
     if debug_mode:
@@ -56,7 +56,7 @@ def convert_to_litgpt(
 
 @checked
 def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
-    """Make a checkpoint folder of a step of pretraining, ours or LitGPT's, without the optimizer's state.
+    """Make a checkpoint folder from a step of pretraining, ours or LitGPT's, without the optimizer's state.
 
     Args:
         checkpoint_dir: Folder of the step, with lit_model.pth.

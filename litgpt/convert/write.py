@@ -1,6 +1,6 @@
-"""Weight files written one tensor at a time, so that a model never has to be in memory at once: `.pth` and safetensors.
+"""Weight files written one tensor at a time, so that a whole model is never in memory: `.pth` and safetensors.
 
-They are written into a folder of `atomic.new_folder`, or to `atomic.new_file`, which flush to disk and show what is complete.
+They are written into a folder of `atomic.new_folder`, or to `atomic.new_file`, which flush to disk and reveal only complete files.
 """
 
 import json

@@ -103,7 +103,7 @@ def test_refusals_leave_nothing(base: Path) -> None:
     other = base.parent / "other"
     cases: list[tuple[tuple[Path, ...], str]] = [
         ((source, out), "exists already"),
-        ((out, other), "give --checkpoint_dir"),
+        ((out, other), "checkpoint folder as --checkpoint_dir"),
         ((out, other, base.parent / "nowhere"), "nowhere"),
         ((base, other), "cannot be converted: it has none of lit_model.pth.lora"),
         ((base.parent / "nothing", other), "cannot be converted: it has none of"),

@@ -114,7 +114,7 @@ def test_numbers_that_are_not_finite_are_not_handed_on(
     save_weights(weights, base / "lit_model.pth")
     assert main([command, "base", *OUT_OF_OURS[command]]) == 1
     error = capsys.readouterr().err
-    assert "transformer.h.2.mlp.proj.weight holds numbers that are not finite" in error and "litgpt validate" in error
+    assert "transformer.h.2.mlp.proj.weight holds non-finite numbers" in error and "litgpt validate" in error
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 

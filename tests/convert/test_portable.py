@@ -115,7 +115,7 @@ def test_for_a_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "not of a format that is known here"),
+        ({"version": 2}, "has an unknown format: only skip2lora, version"),
         ({"settings": None}, "has no settings"),
         ({"settings": {"lora_rank": 3}}, "unknown settings: lora_rank"),
         ({"settings": {"skip2lora_enabled": True, "lora_r": 3, "skip2lora_block_indices": [9]}}, "this model has blocks 0 to 2"),
@@ -164,7 +164,7 @@ def test_lora_on_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_dora_beside_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="lora_variant dora beside Skip2-LoRA has no portable form"):
+    with pytest.raises(UserError, match="lora_variant dora with Skip2-LoRA has no portable form"):
         written(tmp_path / "adapter", **KINDS["tail"], lora_variant="dora")
 
 

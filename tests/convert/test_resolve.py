@@ -233,7 +233,7 @@ def test_a_record_that_names_files_elsewhere_is_none(hf: Path, key: str, name: s
 def test_a_settings_file_of_the_users_own_is_not_replaced(hf: Path) -> None:
     (hf / "model_config.yaml").write_text("name: mine\n")
     before = names(hf)
-    with pytest.raises(UserError, match=r"model_config\.yaml exists, and is not what .*config\.json says"):
+    with pytest.raises(UserError, match=r"model_config\.yaml exists and does not match .*config\.json: move"):
         open_checkpoint(hf)
     assert names(hf) == before and (hf / "model_config.yaml").read_text() == "name: mine\n"
 

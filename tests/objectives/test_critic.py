@@ -119,7 +119,7 @@ def test_value_evaluate_and_the_best_answer(base: Path, rated: Path, tmp_path: P
     assert "has no value head" in capsys.readouterr().err
     assert main([*words, "--best_of", "2", "--num_samples", "2"]) == 1
     assert main(["convert_adapter", str(run.final), str(tmp_path / "peft")]) == 1
-    assert "value_head, for which other formats have no place" in capsys.readouterr().err
+    assert "value_head, which other formats cannot store" in capsys.readouterr().err
     assert main(["merge_lora", str(run.final)]) == 1
     assert "cannot be merged" in capsys.readouterr().err
 

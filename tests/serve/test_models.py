@@ -52,7 +52,7 @@ def test_a_request_converts_nothing(folders: Folders, tmp_path: Path, write_tiny
     """A folder in Hugging Face's format named on the command line is converted; named by a request it is not."""
     tiny.hf_llama().save_pretrained(write_tiny_tokenizer(tmp_path / "hf"))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"hf would have to be converted first.*`litgpt convert_to_litgpt "):
+    with pytest.raises(UserError, match=r"hf must be converted first.*`litgpt convert_to_litgpt "):
         load_models(folders.base, {}, **HOW).open("hf", tmp_path / "hf")
     assert sorted(tmp_path.rglob("*")) == before
     assert list(load_models(folders.base, {"hf": tmp_path / "hf"}, **HOW)) == ["tiny", "hf"]

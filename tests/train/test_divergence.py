@@ -38,7 +38,7 @@ def test_a_base_with_numbers_that_are_not_finite_is_not_trained(
     weights["transformer.wte.weight"][319, 3] = value
     torch.save(weights, broken / "lit_model.pth")
     run = finetune(command, broken, data, tmp_path / "out", train__max_steps=1)
-    assert run.code == 1 and "transformer.wte.weight holds numbers that are not finite (`litgpt validate" in run.err
+    assert run.code == 1 and "transformer.wte.weight holds non-finite numbers (`litgpt validate" in run.err
     assert not (tmp_path / "out" / "final").exists()
 
 

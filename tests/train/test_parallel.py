@@ -105,4 +105,4 @@ def test_a_number_that_is_not_finite_in_one_part_of_a_model_is_told_by_all_proce
         return str(caught.value)
 
     for message in in_processes(2, work):
-        assert message.startswith("base/lit_model.pth: broken holds numbers that are not finite")
+        assert message.startswith("base/lit_model.pth: broken holds non-finite numbers")

@@ -1,7 +1,7 @@
-"""LoRA and answer-only LoRA as a GGUF file, which llama.cpp lays over the GGUF file of the base: `llama-cli -m base.gguf --lora FILE`.
+"""LoRA and answer-only LoRA as a GGUF file, which llama.cpp applies to the GGUF file of the base: `llama-cli -m base.gguf --lora FILE`.
 
 A tensor of the base, `blk.3.attn_q.weight`, is changed by `.lora_a` (R, in) and `.lora_b` (rows, R): W + (alpha / R) b a. R is the rank, or
-that of all units that the tensor joins; b makes up for the factor then, and for ranks and alphas of single layers. Rows are in the base
+that of all units that the tensor joins; b then contains the factor, and the ranks and alphas of single layers. Rows are in the base
 file's order. llama.cpp's server switches answer-only LoRA on one token before its invocation.
 """
 
@@ -27,8 +27,8 @@ def write_gguf_adapter(target: Path, config: Config, weights: Mapping[str, Tenso
     """Write the LoRA of a model whose base is the checkpoint folder `base`. Raises UserError for what llama.cpp cannot apply."""
     if config.skip2lora_enabled:
         raise UserError(
-            f"{target}: llama.cpp adds adapters to single layers, and Skip2-LoRA leads from several blocks to the output layer. "
-            "`litgpt serve` and transformers (`litgpt convert_adapter` without --to gguf) take it"
+            f"{target}: llama.cpp adds adapters to single layers, but Skip2-LoRA reads several blocks and adds to the output layer. "
+            "Use `litgpt serve`, or transformers (`litgpt convert_adapter` without --to gguf)"
         )
     if config.lora_variant != "lora" or config.modules_to_save:
         kind = "modules_to_save" if config.modules_to_save else config.lora_variant

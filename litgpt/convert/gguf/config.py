@@ -1,7 +1,7 @@
 """A GGUF file's metadata and the `litgpt.Config` that it describes, both ways.
 
 `read_config` turns keys into fields, `plan` turns fields into keys. A writer reads its plan before it writes the file: if that gives a
-config that computes something else (`differences`), GGUF cannot express the model, and nothing is lost in silence.
+config that computes something else (`differences`), GGUF cannot express the model, and nothing is lost silently.
 """
 
 import re
@@ -48,11 +48,11 @@ def read_architecture(source: Source) -> tuple[str, Gguf]:
     kind, name = (source.get(f"general.{key}", str, default) for key, default in (("type", "model"), ("architecture", None)))
     if kind != "model":
         raise UserError(
-            f"{source.path} is no model: its general.type is {kind!r}. Name the model's file; of an adapter, convert the PEFT folder with "
+            f"{source.path} is not a model: its general.type is {kind!r}. Name a model file; for an adapter, convert its PEFT folder with "
             "`litgpt convert_adapter`"
         )
     if name not in families.GGUF:
-        raise UserError(f"{source.path} has the architecture {name!r}, supported are {', '.join(sorted(families.GGUF))}")
+        raise UserError(f"{source.path} has the unsupported architecture {name!r}; supported are {', '.join(sorted(families.GGUF))}")
     return name, families.GGUF[name]
 
 
@@ -61,7 +61,7 @@ def read_config(source: Source) -> Config:
     name, row = read_architecture(source)
     for key, neutral in NEUTRAL.items():
         if (value := source.metadata.get(f"{name}.{key}", neutral)) != neutral:
-            raise UserError(f"{source.path}: {name}.{key} is {value}, supported is only {neutral}")
+            raise UserError(f"{source.path}: {name}.{key} is {value}, but only {neutral} is supported")
     fields = {"bias": False, "attn_bias": False, **row.fields, **read_keys(source, name, row), **read_vocabulary(source)}
     fields |= read_tensors(source, row, fields)
     if fields.get("n_expert"):
@@ -116,12 +116,12 @@ def unquantised(file: Path) -> str:
 
 
 def padding(tokens: list[Any]) -> int:
-    """Return the number of last tokens that only fill up the vocabulary."""
+    """Return the number of padding tokens at the end of the vocabulary."""
     return len(list(takewhile(PADDING.fullmatch, map(str, tokens[:0:-1]))))
 
 
 def read_tensors(source: Source, row: Gguf, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that only the presence of tensors tells: biases, a norm that attention and MLP share."""
+    """Return the fields that only the presence of tensors determines: biases, a norm that attention and MLP share."""
     names = source.shapes
     bias = "blk.0.attn_output.bias" in names
     attn_bias = not bias and ("blk.0.attn_q.bias" in names or "blk.0.attn_qkv.bias" in names)
@@ -138,7 +138,7 @@ def read_heads(source: Source, name: str, row: Gguf, fields: Mapping[str, Any]) 
     if head_size < 1:
         raise UserError(f"{source.path}: {fields['n_head']} heads ({name}.attention.head_count) for an embedding of {fields['n_embd']}")
     if (size := source.size(f"{name}.attention.value_length", head_size)) != head_size:
-        raise UserError(f"{source.path}: {name}.attention.value_length is {size}, supported is only the size of the keys, here {head_size}")
+        raise UserError(f"{source.path}: {name}.attention.value_length is {size}, but only the size of the keys, {head_size}, is supported")
     result: dict[str, Any] = {"head_size": head_size}
     if row.square_heads != -1:
         square = fields["n_layer"] == row.square_heads
@@ -147,8 +147,8 @@ def read_heads(source: Source, name: str, row: Gguf, fields: Mapping[str, Any]) 
         return result
     rotated = source.size(f"{name}.rope.dimension_count", head_size)
     if rotated > head_size or rotated % 2 or (row.paired and rotated != head_size):
-        only = "the whole head" if row.paired else "an even number up to the head"
-        raise UserError(f"{source.path}: {name}.rope.dimension_count is {rotated}, supported is only {only}, here {head_size}")
+        only = "the whole head" if row.paired else "an even number up to the head size"
+        raise UserError(f"{source.path}: {name}.rope.dimension_count is {rotated}, but only {only}, here {head_size}, is supported")
     return {**result, "rotary_percentage": rotated / head_size}
 
 

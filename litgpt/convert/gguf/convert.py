@@ -25,7 +25,7 @@ NOT_COMPARED = (*INPUT_AND_TRAINING, "sliding_window_size", "sliding_window_indi
 
 
 def convert_gguf(source: Path, target: Path, model_name: str | None = None, dtype: torch.dtype | None = None) -> Config:
-    """Convert the file `source` into the checkpoint folder `target`, a tensor at a time.
+    """Convert the file `source` into the checkpoint folder `target`, one tensor at a time.
 
     By default fp32 and fp16 files keep their dtype, and quantised weights become bf16, which has about their precision. Raises UserError
     for broken files and for whatever is not supported.

@@ -1,4 +1,4 @@
-"""`litgpt convert_to_gguf`: a checkpoint folder into a GGUF file, for llama.cpp and everything built on it."""
+"""`litgpt convert_to_gguf`: convert a checkpoint folder into a GGUF file, for llama.cpp and everything built on it."""
 
 import re
 import shlex
@@ -29,20 +29,20 @@ def convert_to_gguf(
     dtype: Optional[Formats] = None,
     overwrite: bool = False,
 ) -> None:
-    """Convert a checkpoint folder, base, fully tuned or merged, into a GGUF file, with a Modelfile for Ollama beside it.
+    """Convert a checkpoint folder, base, fully tuned or merged, into a GGUF file, with a Modelfile for Ollama next to it.
 
     Args:
         checkpoint_dir: The checkpoint folder.
         gguf_file: The new file.
-        dtype: The number format of the matrices. Default: their own. q8_0 takes half the bytes of bf16 and answers nearly the same, q4_0 a
-            quarter. Formats with k (q4_k_m ...) are more exact at the same size, and need llama.cpp's llama-quantize on the PATH.
+        dtype: The number format of the matrices. Default: their own. q8_0 takes half the bytes of bf16 with nearly the same answers, q4_0 a
+            quarter. Formats with k (q4_k_m ...) are more accurate at the same size, and need llama.cpp's llama-quantize on the PATH.
         overwrite: Replace an existing file.
     """
     from litgpt.convert.gguf.writer import BLOCKS, unwindowed, write_gguf
 
     target = gguf_file
     if target.suffix.lower() != ".gguf":
-        raise UserError(f"{target} is no name of a GGUF file: it ends in .gguf")
+        raise UserError(f"{target} is not the name of a GGUF file, which ends in .gguf")
     require_place(target)
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists already: name another file, or add --overwrite to replace it")
@@ -65,11 +65,11 @@ def convert_to_gguf(
         name = re.sub(r"[^a-z0-9_.]+", "-", target.stem.lower()).strip("-.") or "model"
         print(f"For Ollama: ollama create {name} -f {shlex.quote(str(modelfile))}")
     else:
-        print(f"No Modelfile for Ollama is written: Modelfile and {target.stem}.Modelfile are there already, in {target.parent}")
+        print(f"No Modelfile for Ollama is written: Modelfile and {target.stem}.Modelfile exist already in {target.parent}")
 
 
 def _quantise(program: str, source: Path, target: Path, dtype: str, overwrite: bool) -> str:
-    """Write the file in the weights' own format, and let llama.cpp's program make the wanted one of it. Returns the architecture."""
+    """Write the file in the weights' own format, and let llama.cpp's program convert it to the wanted one. Returns the architecture."""
     from litgpt.convert.gguf.writer import write_gguf
 
     with scratch_folder(target.parent) as folder:

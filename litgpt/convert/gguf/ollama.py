@@ -1,4 +1,4 @@
-"""Ollama's Modelfile beside a GGUF file: the prompt's form as a Go template, stop sequences and sampling, from the checkpoint's files.
+"""Ollama's Modelfile for a GGUF file: the prompt style as a Go template, stop sequences and sampling, from the checkpoint's files.
 
 A style is reduced to the texts around a system message, a question and a reply, which are found in a rendered conversation:
 
@@ -59,9 +59,9 @@ class Form(NamedTuple):
 
 
 def write_modelfile(source: Path, gguf_file: Path, overwrite: bool) -> Path | None:
-    """Write `Modelfile` beside a GGUF file of the checkpoint folder `source`, or `NAME.Modelfile` if another one is there.
+    """Write `Modelfile` next to a GGUF file of the checkpoint folder `source`, or `NAME.Modelfile` if another one is there.
 
-    With `overwrite` one of the same GGUF file is replaced. Returns None if both are there.
+    With `overwrite`, a Modelfile of the same GGUF file is replaced. Returns None if both exist.
     """
     origin = f"FROM ./{gguf_file.name}\n"
     tokenizer = Tokenizer(source)
@@ -73,7 +73,7 @@ def write_modelfile(source: Path, gguf_file: Path, overwrite: bool) -> Path | No
         if form.system:
             lines.append(f'SYSTEM """{form.system}"""\n')
     else:
-        lines.append("# This prompt style has no form as a template of Ollama, which takes the one in the GGUF file.\n")
+        lines.append("# This prompt style cannot be written as a template for Ollama, which uses the one in the GGUF file.\n")
     for ids in style.stop_tokens(tokenizer):
         if (text := tokenizer.decode(ids, skip_special_tokens=False)) and not re.search(r'["\n]', text):
             lines.append(f'PARAMETER stop "{text}"\n')

@@ -37,7 +37,7 @@ def steps_of(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def name_of(entry: dict[str, Any], whole_words: bool, nfc: bool) -> str:
-    """Return the name of the way in which a `pre_tokenizer` cuts text. Raise ValueError if it has none.
+    """Return the name of the scheme by which a `pre_tokenizer` cuts text. Raise ValueError if it has none.
 
     llama.cpp does not compose characters: a name with the same `nfc` is preferred, not required.
     """

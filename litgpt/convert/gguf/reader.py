@@ -1,6 +1,6 @@
 """The header of a GGUF file, checked, and its tensors.
 
-The `gguf` library does not read it: every count, length and offset is compared with the size of the file before it is used, so a broken
+It is not parsed by the `gguf` library: every count, length and offset is compared with the size of the file before it is used, so a broken
 or hostile file gives one clear message. Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantised tensors are dequantised by
 `gguf.dequantize`.
 """
@@ -38,7 +38,7 @@ class Tensor(NamedTuple):
 
 
 class Source:
-    """The facts that describe the model in a file, a file's header or the plan of one, with typed access to its metadata:
+    """The description of a model in a file's header, or in the plan of a file, with typed access to its metadata:
     `source.size("llama.block_count")`. A value of the wrong type raises UserError.
     """
 
@@ -67,7 +67,7 @@ class Source:
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """Return a positive number: of the stored fp32 the shortest decimal that rounds to it, 1e-05 for 9.99999974e-06."""
+        """Return a positive number: the shortest decimal that rounds to the stored fp32, 1e-05 for 9.99999974e-06."""
         value = float(str(np.float32(self.get(key, (int, float), default))))
         if not 0 < value < math.inf:
             raise UserError(f"{self.path}: {key} is {value}")
@@ -137,7 +137,7 @@ class Reader(Source):
         version = self._number("I")
         if version not in (2, 3):
             format_ = "big-endian data" if version & 0xFFFF == 0 and version else f"version {version}"
-            raise self._error(f"{format_} found, supported are versions 2 and 3, little-endian")
+            raise self._error(f"{format_} found, but only versions 2 and 3, little-endian, are supported")
         n_tensors, n_values = self._count(24), self._count(13)  # the least bytes of a tensor's and a value's entry
         for _ in range(n_values):
             key = self._string()
@@ -219,7 +219,7 @@ def open_gguf(path: Path) -> Reader:
         raise UserError(f"{path} is one of {count} parts (split.count): their names must end in -00001-of-{count:05}.gguf and so on")
     parts = [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
-        raise UserError(f"{path} is one of {count} parts: {', '.join(missing[:5])} {'are' if missing[1:] else 'is'} missing beside it")
+        raise UserError(f"{path} is one of {count} parts: {', '.join(missing[:5])} {'are' if missing[1:] else 'is'} missing next to it")
     first, *others = (reader if part == path else Reader(part) for part in parts)
     for number, part in enumerate((first, *others)):
         if [part.get(f"split.{key}", int, -1) for key in ("no", "count")] != [number, count]:
@@ -227,5 +227,5 @@ def open_gguf(path: Path) -> Reader:
         if number:
             first.add(part)
     if (total := first.get("split.tensors.count", int, len(first.tensors))) != len(first.tensors):
-        raise UserError(f"{first.path}: the parts hold {len(first.tensors)} tensors in place of {total}: download them again")
+        raise UserError(f"{first.path}: the parts hold {len(first.tensors)} tensors instead of {total}: download them again")
     return first

@@ -43,7 +43,7 @@ def read_scaling(source: Source, name: str, config: Config) -> dict[str, Any]:
         yarn = {"rope_type": "yarn", "factor": factor, "original_max_seq_len": length, **betas, "attention_factor": attention}
         return {"rope_adjustments": yarn}
     if kind not in ("none", "linear"):
-        raise UserError(f"{source.path}: {prefix}type is {kind!r}, supported are none, linear, yarn, and tables of factors")
+        raise UserError(f"{source.path}: {prefix}type is {kind!r}, but only none, linear, yarn and tables of factors are supported")
     if factor == 1.0 or (kind == "none" and f"{prefix}type" in source.metadata):
         return {}
     return {"rope_adjustments": {"factor": factor}} if config.rope_indices else {"rope_condense_ratio": whole(factor)}

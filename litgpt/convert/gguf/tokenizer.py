@@ -29,7 +29,7 @@ def write_tokenizer(source: Source, config: Config, folder: Path) -> None:
     kind = source.get("tokenizer.ggml.model", str)
     if kind not in SCHEMES:
         known = ", ".join(f"{name!r} ({scheme})" for name, scheme in SCHEMES.items())
-        raise UserError(f"{source.path}: tokenizer.ggml.model is {kind!r}, supported are {known}")
+        raise UserError(f"{source.path}: tokenizer.ggml.model is {kind!r}, but only {known} are supported")
     tokens, kinds = _vocabulary(source, kind)
     ids = {name: _token_id(source, name, len(tokens)) for name in (*ENDS, "bos", "unknown", "padding")}
     if kind == "gpt2":
@@ -61,13 +61,13 @@ def write_tokenizer(source: Source, config: Config, folder: Path) -> None:
 
 
 def _vocabulary(source: Source, model: str) -> tuple[list[str], list[int]]:
-    """Return the tokens and their types (default: normal), without those that only fill up the embedding.
+    """Return the tokens and their types (default: normal), without those that only pad the embedding.
 
     SentencePiece's user-defined tokens are searched in the raw text: they get blanks for U+2581.
     """
     tokens: list[str] = source.get("tokenizer.ggml.tokens", list)
     if not all(isinstance(token, str) for token in tokens):
-        raise UserError(f"{source.path}: tokenizer.ggml.tokens holds other things than texts")
+        raise UserError(f"{source.path}: tokenizer.ggml.tokens holds values that are not texts")
     size = len(tokens) - padding(tokens)
     kinds = [int(kind) for kind in _numbers(source, "tokenizer.ggml.token_type", len(tokens), NORMAL)[:size]]
     tokens = tokens[:size]
@@ -110,7 +110,7 @@ def _byte_level(source: Source, tokens: list[str]) -> dict[str, Any]:
     """GPT-2's scheme: the bytes of the text, written as printable characters, are cut by a pattern and merged."""
     pre = source.get("tokenizer.ggml.pre", str, "default")
     if pre not in PRETOKENIZERS:
-        raise UserError(f"{source.path}: tokenizer.ggml.pre is {pre!r}, supported are {', '.join(sorted(PRETOKENIZERS))}")
+        raise UserError(f"{source.path}: tokenizer.ggml.pre is {pre!r}; supported are {', '.join(sorted(PRETOKENIZERS))}")
     pairs = [str(merge).split(" ") for merge in source.get("tokenizer.ggml.merges", list)]
     if bad := [pair for pair in pairs if len(pair) != 2]:
         raise UserError(f"{source.path}: tokenizer.ggml.merges holds {' '.join(bad[0])!r}, which is not two tokens")
@@ -134,7 +134,7 @@ def _sentencepiece(source: Source, tokens: list[str], kinds: list[int], unknown:
 
 
 def _blanks(source: Source, *first: dict[str, Any]) -> dict[str, Any]:
-    """Return what puts U+2581 for blanks, after the normalisers `first`, and back."""
+    """Return the normaliser that replaces blanks by U+2581, after the normalisers `first`, and the decoder that reverses it."""
     prefix = source.get("tokenizer.ggml.add_space_prefix", bool, True)
     steps = [*first, *([{"type": "Prepend", "prepend": BLANK}] if prefix else [])]
     steps += [{"type": "Replace", "pattern": {"String": " "}, "content": BLANK}]
@@ -148,7 +148,7 @@ def _blanks(source: Source, *first: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unigram(source: Source, tokens: list[str], kinds: list[int], unknown: int | None) -> dict[str, Any]:
-    """SentencePiece's unigram model: of all ways to cut a text the most probable one, by the scores, which are logarithms.
+    """SentencePiece's unigram model: the most probable way to cut a text, by the scores, which are log-probabilities.
 
     Characters are replaced by the table `precompiled_charsmap` first.
     """
@@ -170,7 +170,7 @@ def _unigram(source: Source, tokens: list[str], kinds: list[int], unknown: int |
 
 
 def ranked_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Return every pair of tokens whose union is a token, by the union's score, best first; of equal ones the earlier token."""
+    """Return every pair of tokens whose union is a token, by the union's score, best first; ties go by the earlier token."""
     ranked = []
     for number, (token, score) in enumerate(scores.items()):
         for cut in range(1, len(token)):
@@ -183,7 +183,7 @@ def ranked_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 def _added(tokens: list[str], kinds: list[int], control: tuple[int, ...], strips: bool) -> list[dict[str, Any]]:
     """Return the tokens that are found before the text is cut: control tokens (left out when decoding) and user-defined ones (kept).
 
-    `strips`: control tokens but PHI_3_PLAIN absorb the blanks behind them. Files do not state it; llama.cpp too knows it of Phi 3 only.
+    `strips`: control tokens but PHI_3_PLAIN absorb the blanks behind them. Files do not state it; llama.cpp, too, knows it for Phi 3 only.
     """
     return [
         {

@@ -19,9 +19,9 @@ def vocabulary(folder: Path, rows: int) -> dict[str, Any]:
     """Return tokenizer.* of the folder's tokenizer.json, for an embedding with this number of rows.
 
     Raises UserError for tokenizers that GGUF cannot describe, and for more tokens than rows. Files do not state that an added token absorbs
-    the blanks beside it (Phi 3), or that the text is composed first (NFC): readers know it of a model, or do without.
+    the blanks around it (Phi 3), or that the text is composed first (NFC): readers know it for a model, or ignore it.
     """
-    tokenizer_contents(folder)  # an error if one leads out of the folder
+    tokenizer_contents(folder)  # raises UserError if a file is a link out of the folder
     tokenizer = Tokenizer(folder)
     content = json.loads(tokenizer.to_json())
     model = content["model"]
@@ -32,7 +32,7 @@ def vocabulary(folder: Path, rows: int) -> dict[str, Any]:
         tokens, kinds = _tokens(content, rows, pieces)
         scheme = _sentencepiece(content, tokens, kinds) if pieces else _byte_level(content)
     except ValueError as error:
-        raise UserError(f"{folder / 'tokenizer.json'}: a GGUF file has no words for {error}") from None
+        raise UserError(f"{folder / 'tokenizer.json'}: a GGUF file cannot describe {error}") from None
     special = {name: tokenizer.token_to_id(text) for name, text in tokenizer.special_tokens.items()}
     ends = dict.fromkeys(number for number in (tokenizer.eos_id, *sorted(tokenizer.stop_ids)) if number is not None)
     ids = {"bos": tokenizer.bos_id, "unknown": special.get("unk_token"), "padding": special.get("pad_token")}
@@ -76,7 +76,7 @@ def _byte_level(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sentencepiece(content: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
-    """Return scores in place of merges: the sooner a token is made, the better its score. `ranked_merges` must give the merges again."""
+    """Return scores instead of merges: the earlier a token is merged, the better its score. `ranked_merges` must recover the merges."""
     prefix = False
     for step in _flat(content["normalizer"], "normalizers"):
         if step == {"type": "Prepend", "prepend": BLANK}:

@@ -1,4 +1,4 @@
-"""Checkpoint folders into GGUF files."""
+"""Convert checkpoint folders into GGUF files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Group(NamedTuple):
 
 
 def write_gguf(source: Path, target: Path, dtype: str | None = None, overwrite: bool = True) -> str:
-    """Write the checkpoint folder `source` to the file `target`, a tensor at a time, under another name until it is complete.
+    """Write the checkpoint folder `source` to the file `target`, one tensor at a time, under another name until it is complete.
 
     `dtype` ("f32", "q8_0" ...) defaults to the weights' own. Returns the architecture. Raises UserError for a model or a tokenizer that
     GGUF cannot describe.
@@ -71,7 +71,7 @@ def describe(source: Path, target: Path) -> tuple[Plan, dict[str, Group]]:
 
 
 def has_gguf(config: Config) -> bool:
-    """Return True if a GGUF file can hold the model; its tokenizer is not asked."""
+    """Return True if a GGUF file can hold the model; its tokenizer is not checked."""
     plain = Config(**config.base_dict())
     try:
         choose(plain, {"tokenizer.ggml.tokens": [""] * plain.vocab_size}, Path("model.gguf"), False, "")
@@ -114,7 +114,7 @@ def unwindowed(architecture: str, source: Path) -> int | None:
 
 
 def has_tensor(architecture: str, name: str) -> bool:
-    """Return True if llama.cpp knows such a tensor of the architecture."""
+    """Return True if llama.cpp knows such a tensor for the architecture."""
     from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
     kind = next(kind for kind, text in MODEL_ARCH_NAMES.items() if text == architecture)
@@ -123,7 +123,7 @@ def has_tensor(architecture: str, name: str) -> bool:
 
 
 def group(architecture: str, config: Config, keys: Mapping[str, tuple[int, ...]], tied: bool) -> dict[str, Group]:
-    """Return the content of each tensor of the file. A head that is the embedding is not stored."""
+    """Return the content of each tensor of the file. A tied head is not stored."""
     by_name: dict[str, list[Slot]] = {}
     row = families.GGUF[architecture]
     for name, slot in slots(row.names(config.base_dict(), row.joined), config, keys).items():
@@ -164,7 +164,7 @@ def _write(path: Path, made: Plan, groups: Mapping[str, Group], config: Config, 
 
 
 def kind_of(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """Return the number format of a tensor. Blocks need rows of a multiple of 32 numbers; other tensors are F16 then, as in llama.cpp."""
+    """Return the number format of a tensor. Blocks need rows of a multiple of 32 numbers; tensors without are F16, as in llama.cpp."""
     if len(shape) == 1 or ALWAYS_F32.fullmatch(name):
         return "F32"
     if wanted not in BLOCKS:

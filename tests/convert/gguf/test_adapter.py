@@ -155,7 +155,7 @@ def test_refusals(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) 
     tied = checkpoint.load_weights(base / "lit_model.pth")
     tied["lm_head.weight"] = tied["transformer.wte.weight"]
     for settings, message in (
-        ({"skip2lora_enabled": True, "lora_r": 2}, "Skip2-LoRA leads from several blocks to the output layer"),
+        ({"skip2lora_enabled": True, "lora_r": 2}, "Skip2-LoRA reads several blocks and adds to the output layer"),
         ({"lora_variant": "dora", **LORA}, "llama.cpp has no dora: run `litgpt merge_lora`"),
         (LORA, "no place for LoRA on lm_head. The base's head is its embedding"),
     ):

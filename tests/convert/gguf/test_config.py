@@ -52,9 +52,9 @@ def test_a_model_that_an_architecture_lacks_the_keys_for_is_read_differently() -
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("attention.causal", False, "llama.attention.causal is False, supported is only True"),
+        ("attention.causal", False, "llama.attention.causal is False, but only True is supported"),
         ("block_count", 10**6, "1000000 blocks"),
-        ("rope.dimension_count", 64, "supported is only the whole head, here 128"),
+        ("rope.dimension_count", 64, "but only the whole head, here 128, is supported"),
     ],
 )
 def test_what_is_not_supported_is_named(key: str, value: Any, message: str) -> None:

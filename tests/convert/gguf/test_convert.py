@@ -87,7 +87,7 @@ def test_linear_rope_scaling(tmp_path: Path, byte_level: AddMetadata) -> None:
         (lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 8, dtype=np.float32)), r"rope_freqs\.weight is not Llama 3\.1's"),
         (lambda w: w.add_expert_count(8), "LLaMAMoE with n_expert 8 and n_expert_per_token 0"),
         (lambda w: w.add_uint16("split.count", 3), "is one of 3 parts .* must end in -00001-of-00003.gguf"),
-        (lambda w: w.add_key_length(15), "dimension_count is 16, supported is only the whole head, here 15"),
+        (lambda w: w.add_key_length(15), "dimension_count is 16, but only the whole head, here 15, is supported"),
         (lambda w: w.add_value_length(8), "value_length is 8"),
         (lambda w: w.add_pad_token_id(5000), "padding_token_id is 5000, but there are 320 tokens"),
         (lambda w: w.add_chat_template("x") or w.add_string("llama.attention.sliding_window", "y"), "sliding_window is y"),
@@ -148,7 +148,7 @@ def test_split_files_that_are_not_complete(tmp_path: Path, byte_level: AddMetada
     parts, _ = split_tiny(tmp_path, byte_level)
     content = parts[1].read_bytes()
     parts[1].unlink()
-    with pytest.raises(UserError, match="is one of 3 parts: tiny-Q8_0-00002-of-00003.gguf is missing beside it"):
+    with pytest.raises(UserError, match="is one of 3 parts: tiny-Q8_0-00002-of-00003.gguf is missing next to it"):
         convert_to_litgpt(parts[0], tmp_path / "new")
     parts[1].write_bytes(parts[2].read_bytes())
     with pytest.raises(UserError, match="00002-of-00003.gguf is not the part that its name says"):
@@ -164,7 +164,7 @@ def test_other_architectures_and_missing_tensors(tmp_path: Path, byte_level: Add
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match="architecture 'mamba', supported are falcon, gemma, .*llama, .*stablelm"):
+    with pytest.raises(UserError, match="unsupported architecture 'mamba'; supported are falcon, gemma, .*llama, .*stablelm"):
         convert_to_litgpt(tmp_path / "other.gguf", tmp_path / "lit")
     path = gguf_files.write_tiny(tmp_path, byte_level, lambda writer: None, skip=("model.norm.weight", "model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(UserError, match=r"missing: blk\.1\.ffn_up\.weight, output_norm\.weight"):

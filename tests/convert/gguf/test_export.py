@@ -30,7 +30,7 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path: Path, mixture: Path, cap
     target.write_bytes(b"mine")
     with pytest.raises(UserError, match="exists already: name another file, or add --overwrite"):
         convert_to_gguf(mixture, target)
-    with pytest.raises(UserError, match=r"x\.bin is no name of a GGUF file"):
+    with pytest.raises(UserError, match=r"x\.bin is not the name of a GGUF file"):
         convert_to_gguf(mixture, tmp_path / "x.bin")
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -53,7 +53,7 @@ def test_a_file_that_was_written_meanwhile_is_kept(tmp_path: Path, mixture: Path
 
     stored = writer.stored
     monkeypatch.setattr(writer, "stored", meanwhile)
-    with pytest.raises(UserError, match="x.gguf exists already: it was written meanwhile"):
+    with pytest.raises(UserError, match="x.gguf exists already: it was written in the meantime"):
         convert_to_gguf(mixture, target)
     assert target.read_bytes() == b"theirs" and [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
 

@@ -95,4 +95,4 @@ def test_modelfile(tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path],
         convert_to_gguf(base, tmp_path / "own.gguf")
         (tmp_path / "own.gguf").unlink()
         assert (tmp_path / name).read_text() == "FROM ./own.gguf\nSYSTEM mine\n"
-    assert "No Modelfile for Ollama is written: Modelfile and own.Modelfile are there already" in capsys.readouterr().out
+    assert "No Modelfile for Ollama is written: Modelfile and own.Modelfile exist already" in capsys.readouterr().out

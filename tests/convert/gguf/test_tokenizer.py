@@ -81,7 +81,7 @@ def test_pre_tokenizers(tmp_path: Path, byte_level: AddMetadata, pre: str, digit
 
 def test_unknown_pre_tokenizers_are_named(tmp_path: Path, byte_level: AddMetadata) -> None:
     path = gguf_files.write_tiny(tmp_path, byte_level, lambda writer: writer.add_tokenizer_pre("odd"))
-    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre is 'odd', supported are codeshell, .*gpt-2, .*llama-bpe.*smollm"):
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre is 'odd'; supported are codeshell, .*gpt-2, .*llama-bpe.*smollm"):
         convert_to_litgpt(path, tmp_path / "lit")
 
 

@@ -160,7 +160,7 @@ def test_what_gguf_has_no_words_for(tmp_path: Path, change: Callable[[dict[str, 
     content = json.loads(trained(BYTE_LEVEL["gpt-2"]()).to_str())
     change(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"tokenizer\.json: a GGUF file has no words for {message}"):
+    with pytest.raises(UserError, match=rf"tokenizer\.json: a GGUF file cannot describe {message}"):
         vocabulary(tmp_path, 512)
 
 
