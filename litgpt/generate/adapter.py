@@ -11,16 +11,16 @@ from litgpt.generate.base import Answers, Checkpoint
 
 @dataclass
 class Tuned(Answers, Checkpoint):
-    """Answers of a base model and the file that fine-tuning left."""
+    """Answer with a base model and the file that fine-tuning wrote."""
 
     input: str = ""
-    """Text that belongs to the question, for which some prompt styles have a place."""
+    """Additional input to the question, which some prompt styles have a place for."""
     max_new_tokens: int = setting(100, POSITIVE)
 
     def answer(self, key: str, **how: Any) -> None:
         """Answer with the file that the setting `key` names; `how`: arguments of `LLM.load`."""
         file: Path = getattr(self, key)
-        require_file(file, f"does not exist: name the file with the weights that fine-tuning left ({key})")
+        require_file(file, f"does not exist: name the file with the weights that fine-tuning wrote ({key})")
         self.show(self.opened(file.parent, **how), with_prompt=False, input=self.input)
 
 
@@ -29,7 +29,7 @@ class Adapter(Tuned):
     """Answer a prompt with a base model and a LLaMA-Adapter."""
 
     adapter_path: Path = Path("out/finetune/adapter/final/lit_model.pth.adapter")
-    """The file with the adapter's weights, in the folder that fine-tuning left."""
+    """The file with the adapter's weights, in the folder that fine-tuning wrote."""
 
     def main(self) -> None:
         self.answer("adapter_path", base=self.checkpoint_dir)
@@ -44,10 +44,10 @@ class AdapterV2(Adapter):
 
 @dataclass
 class Full(Tuned):
-    """Answer a prompt with the weights of finetune_full. The base model gives the tokenizer."""
+    """Answer a prompt with the weights of finetune_full. The tokenizer is the base model's."""
 
     finetuned_path: Path = Path("out/finetune/full/final/lit_model.pth")
-    """The file with the weights, in the folder that fine-tuning left."""
+    """The file with the weights, in the folder that fine-tuning wrote."""
 
     def main(self) -> None:
         self.answer("finetuned_path", tokenizer_dir=self.checkpoint_dir)

@@ -34,24 +34,24 @@ class Checkpoint:
 
 @dataclass
 class Drawing:
-    """How answers are drawn, and in which numbers the model computes."""
+    """How answers are sampled, and the model's number format."""
 
     sys_prompt: Optional[str] = None
     """System text that replaces the prompt style's own."""
     max_new_tokens: int = setting(50, POSITIVE)
     """Longest answer in tokens."""
     top_k: Optional[int] = setting(50, TOP_K)
-    """Draw among this many of the most probable tokens. null: among all."""
+    """Sample from this many of the most probable tokens. null: from all."""
     top_p: float = setting(1.0, SHARE)
-    """Draw among the most probable tokens that hold this much probability together."""
+    """Sample from the smallest set of most probable tokens whose probabilities sum to at least this."""
     temperature: float = setting(0.8, TEMPERATURE)
-    """Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token."""
+    """Below 1 sharpens, above 1 flattens the probabilities; 0 always takes the most probable token."""
     precision: Optional[str] = None
     """Number format: bf16-true, 32-true or 16-true. Default: bf16-true where the processor has it, else 32-true."""
     quantize: Optional[Quantization] = None
     """Keep the linear layers in 4 bits (bnb.nf4 and the like, by bitsandbytes) or 8 (int8, faster than bf16 on a CPU)."""
     compile: bool = False
-    """Compile the computation of a token (torch.compile): takes up to a minute before the first answer; not with generate_tp or drafts."""
+    """Compile the pass of a token (torch.compile). Takes up to a minute before the first answer; not with generate_tp or drafts."""
     accelerator: Accelerator = "auto"
     """Device to compute on. auto: the first GPU that works, else the CPU."""
     seed: int = 1234
@@ -63,7 +63,7 @@ class Drawing:
         require_ranges(self)
 
     def opened(self, checkpoint_dir: Path, **how: Any) -> "LLM":
-        """Return the model of a folder. `how`: arguments of `LLM.load`; a model whose `device` is given is left to be divided."""
+        """Return the model of a folder. `how`: arguments of `LLM.load`; with a `device`, the model is not packed: it can be divided."""
         is_packed = "device" not in how
         llm = open_model(checkpoint_dir, is_packed, precision=self.precision, quantize=self.quantize, **{"device": self.accelerator, **how})
         if self.compile:
@@ -75,7 +75,7 @@ class Drawing:
     def drawn(self, llm: "LLM", texts: list[str], n: int, first: int = 0) -> list[list[int]]:
         """Return the ids of n answers to each of the texts, which are in the prompt style.
 
-        Each has random numbers of its own, by the seed, the number of its text, counted from `first`, and its own.
+        Each answer has its own random numbers, which depend on the seed, the number of its text, counted from `first`, and its own number.
         """
         import torch
 
@@ -101,14 +101,14 @@ class Answers(Drawing):
     prompt: str = "What food do llamas eat?"
     """The question, without the prompt style's wrapping."""
     num_samples: int = setting(1, POSITIVE)
-    """How many answers to draw."""
+    """Number of answers to draw."""
 
     def show(
         self, llm: "LLM", drafted: int = 0, draft: "Union[GPT, Speculation]" = "prompt_lookup", with_prompt: bool = True, **style: str
     ) -> None:
         """Stream the prompt, unless `with_prompt` is False, and answers to standard output; their length and speed to standard error.
 
-        `drafted` tokens at a time are drafted, as `litgpt.generate.drafts` says of `draft`. `style` goes to the prompt style.
+        `drafted` tokens are drafted at a time by `draft` (`litgpt.generate.drafts`). `style` goes to the prompt style.
         """
         from litgpt.generate import drafts
         from litgpt.generate.sampling import Sampling, until_stop
@@ -194,7 +194,7 @@ main = function_of(Generate, "checkpoint_dir", "prompt")
 def open_model(checkpoint_dir: Path, packed: bool = True, **how: Any) -> "LLM":
     """Load a checkpoint, and print its name, dtype and device to standard error.
 
-    `packed`: by `litgpt.packed`, not to be divided. `how`: arguments of `LLM.load`.
+    `packed`: pack the model with `litgpt.packed`, after which it cannot be divided. `how`: arguments of `LLM.load`.
     """
     start = time.perf_counter()
     from litgpt.api import LLM
@@ -225,7 +225,7 @@ class Metered:
             yield token
 
     def show(self, tokenizer: "Tokenizer", prompt: Iterable[int]) -> None:
-        """Stream the text of the prompt's ids and these to standard output; nothing if the first of these is an error."""
+        """Stream the text of the prompt and of the ids to standard output; nothing if the first id is an error."""
         ids = iter(self)
         first = list(islice(ids, 1))
         for piece in tokenizer.decode_stream(chain(prompt, first, ids)):

@@ -1,4 +1,4 @@
-"""`litgpt chat`: a conversation in the terminal, or with the lines of a pipe."""
+"""`litgpt chat`: a conversation in the terminal, or with lines from a pipe."""
 
 import json
 import re
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 SUBMIT = "!submit"
 COMMANDS = {
-    "/base": "[QUESTION]: this question, or the last one, to the model before it was tuned too, side by side",
+    "/base": "[QUESTION]: ask the base model this question, or the last one, too, and show both answers side by side",
     "/system": "[TEXT]: set the system text; without a text, show it; - removes it",
     "/reset": "forget the conversation",
     "/save": "FILE: add the conversation to a .jsonl file, as a record to train on; to any other file as text",
-    "/quit": "end, as an empty line and Ctrl-D do",
+    "/quit": "end, like an empty line or Ctrl-D",
     "/help": "this list",
 }
 
@@ -39,7 +39,7 @@ class Chat(Drawing, Checkpoint):
     """Talk to a model. An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer, /help lists commands."""
 
     multiline: bool = False
-    """Let a message have several lines; the line !submit sends it."""
+    """Accept messages of several lines; the line !submit sends the message."""
 
     def main(self) -> None:
         from litgpt.generate.sampling import Sampling
@@ -103,7 +103,7 @@ class Conversation:
 
     @cached_property
     def base(self) -> Any:
-        """A session of the model that a tuned one was made from, opened when it is asked for first; None if that is not known."""
+        """A session of a tuned model's base, opened on first use; None if the base is not known."""
         from litgpt.generate.engine import Session
 
         model = None if self.folder is None else _adapterless(self.llm.model) or _base_of_run(self.llm.model, self.folder)
@@ -127,7 +127,7 @@ class Conversation:
         turns = [*self.turns, {"role": "user", "content": message}]
         ids, room, forgotten = self._fit(turns)
         if room < 1:
-            _note(f"this message has no room in the model's {self.limit} tokens: nothing was sent")
+            _note(f"this message does not fit into the model's {self.limit} tokens: nothing was sent")
             return
         if forgotten:
             _note(
@@ -146,7 +146,7 @@ class Conversation:
         return self.llm.model.max_seq_length
 
     def _reply(self, session: Any, ids: list[int], room: int, on_piece: Callable[[str], Any]) -> str:
-        """Return the answer to a prompt, or its beginning if Ctrl-C stops it; `on_piece` is given each piece of it."""
+        """Return the answer to a prompt, or its beginning if Ctrl-C stops it; `on_piece` is called with each piece."""
         tokenizer, reply = self.llm.tokenizer, ""
         stops = self.llm.prompt_style.stop_tokens(tokenizer)
         with closing(session.answer(ids, min(self.max_new_tokens, room), self.sampling, stops, self.generator)) as tokens:
@@ -199,9 +199,9 @@ class Conversation:
             _note(f"{len(turns)} messages added to {file}")
 
     def _base(self, question: str) -> None:
-        """Show the answers of the model as it was before it was tuned and as it is in two columns."""
+        """Show the answers of the base model and of the tuned model in two columns."""
         if self.base is None:
-            _note(f"{self.llm.config.name} is no tuned model whose base is known: open the folder of an adapter or a run")
+            _note(f"{self.llm.config.name} is not a tuned model with a known base: open the folder of an adapter or a run")
             return
         if question:
             self.answer(question)
@@ -216,7 +216,7 @@ class Conversation:
 
 
 def _adapterless(model: Any) -> Any:
-    """Return a model without its LoRA that shares the base's weights. None if it has none, or tunes some of these."""
+    """Return a model without its LoRA that shares the base's weights. None if it has no LoRA, or tunes some of these weights."""
     from litgpt.adapters.base import adapters
     from litgpt.lora import GPT, Config
     from litgpt.packed import pack

@@ -2,7 +2,7 @@
 
 sequential         the blocks are divided among the GPUs of one process, and run one after the other
 tensor parallel    each process holds a part of every block: of H query and G key and value heads, and of the MLP's m hidden features. Its
-                   attention and its MLP give a part of the sum that the residual stream gets (arXiv 1909.08053)
+                   attention and its MLP compute a part of the sum that the residual stream gets (arXiv 1909.08053)
 """
 
 import sys
@@ -24,7 +24,7 @@ TIMEOUT = 600.0  # seconds that the processes wait for each other
 
 
 def places(device: torch.device, devices: int | str) -> list[torch.device]:
-    """Return so many devices of a kind, "auto" for all. Raises UserError if this machine does not have them."""
+    """Return `devices` devices of a kind, all for "auto". Raises UserError if this machine does not have them."""
     there = torch.cuda.device_count() if device.type == "cuda" else 1
     count = there if devices == "auto" else int(devices) if str(devices).isdecimal() else 0
     if not 1 <= count <= there:
@@ -33,14 +33,14 @@ def places(device: torch.device, devices: int | str) -> list[torch.device]:
 
 
 def processes(device: torch.device, devices: int | str, precision: str, quantize: str | None) -> Rank:
-    """Return the rank of this process among so many on devices of a kind, after starting the others by the same command.
+    """Return the rank of this process among `devices` processes, one per device, after starting the others by the same command.
 
     All of them draw the same random numbers from then on. Raises UserError for a quantised model, which is not divided.
     """
     if quantize is not None:
         raise UserError("quantize: the parts of a quantised model are not divided: leave it out, or divide the blocks (sequential)")
     if not hasattr(sys.modules["__main__"], "__file__") and devices not in ("auto", 1):
-        raise UserError("tensor parallelism starts this script once more, and there is none: write one, or use `litgpt generate_tp`")
+        raise UserError("tensor parallelism starts this script again, but there is no script: write one, or use `litgpt generate_tp`")
     use(device.type)
     rank = Rank.start(precision, devices, 1, TIMEOUT)
     torch.manual_seed(rank.broadcast(torch.initial_seed()))

@@ -6,8 +6,8 @@ all are kept, another token is drawn from p_k. The tokens have exactly the targe
 
 A model's own multi-token heads (`litgpt.adapters.heads`) draft too, all tokens in one pass of the output layer, each independently.
 
-Drafts may also be looked up in the text so far (prompt lookup, `litgpt generate --speculate prompt_lookup`): what followed its last tokens
-where they stood before. Such a draft is certain, q_i(d_i) = 1.
+Drafts may also be looked up in the text so far (prompt lookup, `litgpt generate --speculate prompt_lookup`): the tokens that
+followed an earlier occurrence of the last ones. Such a draft is certain, q_i(d_i) = 1.
 """
 
 from __future__ import annotations
@@ -142,15 +142,15 @@ def verify(p: torch.Tensor, q: Sequence[torch.Tensor], drafted: Sequence[int], g
 
 
 class _Cached:
-    """A model with the keys and values of the first `computed` tokens of a text. Later places are written again."""
+    """A model with the keys and values of the first `computed` tokens of a text. Later positions are overwritten."""
 
     def __init__(self, model: GPT, prompt: Sequence[int], length: int) -> None:
         self.model: Any = model.eval()
         self.start = None if model.switch is None else model.switch.start_of(prompt)
         self.computed = 0
-        # (count, d), (count, S, d): the output layer's input and the taps of the last pass, where logits were asked for
+        # (count, d), (count, S, d): the output layer's input and the taps of the last pass, if logits were requested
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.computed_from = 0  # the place of the first of them
+        self.computed_from = 0  # the position of the first of them
         model.set_kv_cache(1, length)
 
     def logits(self, tokens: list[int], count: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The decoding loop: answers that grow together in one key/value cache, each at its own place.
+"""The decoding loop: answers that grow together in one key/value cache, each at its own position.
 
 They join and leave the batch between any two steps. A single answer, and a conversation, is a batch of one row.
 
@@ -41,7 +41,7 @@ class Row:
         self.reply: int | None = None  # where answer-only LoRA begins, once it is known
 
     def draw(self, logits: torch.Tensor) -> int:
-        """Return the next token, which joins the row's, by the logits (V,)."""
+        """Draw the next token from the logits (V,), append it to the row's and return it."""
         self.tokens.append(self.sampling.draw(logits, self.tokens, self.start, self.generator))
         return self.tokens[-1]
 
@@ -59,16 +59,16 @@ class Past:
 
 
 class Batch:
-    """Rows of one model. The model holds the cache during a step only, so that it may be used otherwise between.
+    """Rows of one model. The model holds the cache during a step only, so that it can be used for other work in between.
 
-    The first `ready` rows lack the keys and values of their last token alone; the others wait for their prompts to be computed. `chunk` is
+    The first `ready` rows lack only the keys and values of their last token; the others wait for their prompts to be computed. `chunk` is
     the number of prompt tokens that a step computes besides the ready rows' tokens, so that long prompts do not halt the others; None: all.
-    A prompt takes the keys and values of its beginning from a row that has the same tokens, or had: up to `keep_bytes` of past rows stay.
+    A prompt copies the keys and values of its beginning from a row with the same tokens, present or past; `keep_bytes` of past rows stay.
     """
 
     def __init__(self, model: GPT, chunk: int | None = None, keep_bytes: int = 0) -> None:
         self.model = model
-        self.chunk = None if model.config.rope_kind == "longrope" else chunk  # whose factors depend on the complete prompt
+        self.chunk = None if model.config.rope_kind == "longrope" else chunk  # its factors depend on the complete prompt
         self.rows: list[Row] = []
         self.ready = 0
         self.caches: list[KVCache] = []  # one a block
@@ -131,8 +131,8 @@ class Batch:
     def _next_prompts(self, left: int | None) -> tuple[list[Row], int]:
         """Return the next rows whose prompts are computed together, and the number of tokens of each; all of them at most `left` tokens.
 
-        A row that lacks fewer tokens than others has some computed again, so that all end together: no more of them than are new, in all.
-        None of the rows could take more keys from the first.
+        A row that lacks fewer tokens than others recomputes some, so that all end together; in all, no more are recomputed than are new.
+        None of the rows could copy more keys from the first.
         """
         first = self.rows[self.ready]
         if first.computed == 0:
@@ -182,7 +182,7 @@ class Batch:
         return row.reply
 
     def _restart_long_rows(self) -> None:
-        """Compute rows again where LongRoPE begins to take its long factors."""
+        """Recompute rows where LongRoPE switches to its long factors."""
         config = self.model.config
         for i in reversed(range(self.ready)):
             row = self.rows[i]
@@ -202,7 +202,7 @@ class Batch:
             del self.past[0]
 
     def _reuse(self, place: int) -> None:
-        """Copy the keys and values of a row's longest beginning that another row or a past one has. The last token is always computed."""
+        """Copy the keys and values of a row's longest prefix that another row, present or past, has. The last token is always computed."""
         if self.model.config.rope_kind == "longrope":
             return  # keys depend on the length
         row = self.rows[place]
@@ -253,19 +253,19 @@ def check(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> None:
     if T == 0:
         raise UserError("the prompt is empty: there is nothing to continue")
     if max(prompt) >= V:
-        raise UserError(f"the prompt holds token id {max(prompt)}, the model knows {V}: this tokenizer belongs to another model")
+        raise UserError(f"the prompt holds token id {max(prompt)}, the model has {V}: this tokenizer belongs to another model")
     if max_new_tokens < 1:
         alone = f"the prompt alone has {counted(T, 'token')}"
         raise UserError(f"max_returned_tokens is {T + max_new_tokens}, {alone}: ask for at least 1 new token")
     if T + max_new_tokens > limit:
         raise UserError(
-            f"prompt and answer are {T} + {max_new_tokens} = {T + max_new_tokens} tokens, the model reads at most {limit}: "
+            f"prompt and answer are {T} + {max_new_tokens} = {T + max_new_tokens} tokens, but the model reads at most {limit}: "
             "shorten the prompt or ask for fewer new tokens"
         )
 
 
 class Session:
-    """Answers of one model, one after the other, that share a cache: each computes only the tokens that the text before did not have."""
+    """Answers of one model, one after the other, that share a cache: each computes only the tokens that the previous text did not have."""
 
     def __init__(self, model: GPT) -> None:
         self.batch = Batch(model)
@@ -321,9 +321,9 @@ def generate(
 
 @torch.no_grad()
 def greedy(model: GPT, prompt: Sequence[int], most: int, stop_tokens: Sequence[Sequence[int]] = ()) -> list[int]:
-    """Return the most probable ids that follow the prompt, at most so many, from a sharded model, which all ranks run.
+    """Return the most probable ids that follow the prompt, at most `most`, from a sharded model, which all ranks run.
 
-    There is no key-value cache: the weights are gathered for every token, which takes longer than to read the prompt again.
+    There is no key-value cache: the weights are gathered for every token, which takes longer than reading the prompt again.
     """
     device = next(model.parameters()).device
     tokens, answer, stops = list(prompt), list[int](), StopFilter(stop_tokens)
@@ -369,8 +369,8 @@ def generate_batch(
 ) -> list[list[int]]:
     """Return the ids that follow each prompt, as `engine.generate` does for one, `MOST_ROWS` prompts at a time.
 
-    `generators` has one for each prompt; `ended` tells by the ids so far whether an answer is complete. Sums in another order may round
-    differently than those of a single prompt.
+    `generators` has one for each prompt; `ended` returns whether an answer is complete, given its ids so far. Sums in another order may
+    round differently from those of a single prompt.
     """
     rows = [Row(list(prompt), sampling, next(generators) if generators else None) for prompt in prompts]
     for row in rows:
@@ -399,7 +399,7 @@ def most_probable(
 ) -> list[list[int] | None]:
     """Return the most probable ids that follow each prompt, at most `most`; None for a prompt that fills `model.max_seq_length`.
 
-    All answers are as short as the longest prompt needs it. The ranks of a sharded model run this together, and ignore `ended`.
+    The longest prompt limits the length of all answers. The ranks of a sharded model run this together, and ignore `ended`.
     """
     fitting = [prompt for prompt in prompts if len(prompt) < model.max_seq_length]
     most = min([most, *(model.max_seq_length - len(prompt) for prompt in fitting)])

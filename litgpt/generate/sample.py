@@ -31,7 +31,7 @@ class Files:
     data: Path
     """The file of questions: records as for `litgpt finetune`."""
     out: Path
-    """The .jsonl file for the answers, one a line: prompt, answer, and `correct` or `reward`."""
+    """The .jsonl file for the answers, one per line: prompt, answer, and `correct` or `reward`."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class SampleAnswers(Drawing, Files, Checkpoint):
         if self.out.exists() and not self.overwrite:
             raise UserError(f"{self.out} exists already: name another file, or add --overwrite to replace it")
         if not self.data.is_file():
-            raise UserError(f"data: {self.data} is no file: name one with records, such as questions.jsonl")
+            raise UserError(f"data: {self.data} is not a file: name one with records, such as questions.jsonl")
         if self.out.exists() and self.out.samefile(self.data):
             raise UserError(f"out: {self.out} is the file of questions: name another file for the answers")
         rows, records = read_rows(self.data), read_records(self.data)
@@ -88,7 +88,7 @@ class SampleAnswers(Drawing, Files, Checkpoint):
                 console.say(f"{summary(complete, self.n)}. The answers are in {self._write(complete)}{missing}")
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> Path:
-        """Write the answers to `out`, or to a name beside it if somebody has written `out` meanwhile. Returns the file's name."""
+        """Write the answers to `out`, or to another name in its folder if `out` exists by now. Returns the file's name."""
         names = (self.out.with_stem(f"{self.out.stem}-{i}") for i in count(2))
         out = self.out if self.overwrite or not self.out.exists() else next(name for name in names if not name.exists())
         with new_file(out, self.overwrite) as file:
@@ -157,7 +157,7 @@ def _line(record: Record, answer: str, value: Any, where: str) -> dict[str, Any]
 
 
 def _with_system(record: Record, text: str) -> Record:
-    """Return a record with this system text in place of its own."""
+    """Return a record with this system text instead of its own."""
     start = int(record.messages[0]["role"] == "system")
     system = [{"role": "system", "content": text}]
     return replace(record, messages=[*system, *record.messages[start:]], learned=[0.0, *record.learned[start:]])

@@ -1,4 +1,4 @@
-"""Drawing tokens by the logits, and stop sequences. V `padded_vocab_size`."""
+"""Drawing tokens from logits, and stop sequences. V `padded_vocab_size`."""
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -89,7 +89,7 @@ class Sampling:
         return int(sample(scores, self.temperature, self.top_k, self.top_p, generator, self.min_p))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the distributions (n, V) from which `sample` draws for logits (n, V). Penalties do not take part."""
+        """Return the distributions (n, V) from which `sample` draws for logits (n, V). Penalties are not applied."""
         scores = logits.float()
         _require_finite(scores)
         if self.temperature < COLDEST:

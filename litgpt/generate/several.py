@@ -19,7 +19,7 @@ class Several(Answers, Checkpoint):
 
 @dataclass
 class Sequentially(Several):
-    """Answer a prompt by a model whose blocks are divided among GPUs."""
+    """Answer a prompt with a model whose blocks are divided among GPUs."""
 
     def main(self) -> None:
         from litgpt.device import find_device
@@ -33,7 +33,7 @@ class Sequentially(Several):
 
 @dataclass
 class TensorParallel(Several):
-    """Answer a prompt by a model each of whose blocks is divided among processes, started by --devices or torchrun."""
+    """Answer a prompt with a model each of whose blocks is divided among processes, started by --devices or torchrun."""
 
     def main(self) -> None:
         from litgpt.device import default_precision, find_device

@@ -59,7 +59,7 @@ class HarnessModel(TemplateLM):
         Contexts are cut at their beginning. Raises UserError for a continuation that is longer than what the model reads.
         """
         if (longest := max((len(continuation) for _, _, continuation in requests), default=0)) > self.max_length:
-            raise UserError(f"a continuation of a task has {longest} tokens, the model reads {self.max_length}: leave the task out")
+            raise UserError(f"a continuation of a task has {longest} tokens, but the model reads {self.max_length}: leave the task out")
         results: list[Scored | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         for start in range(0, len(order), self.batch_size):
@@ -96,7 +96,7 @@ class HarnessModel(TemplateLM):
         until, count = settings.get("until") or [], int(settings.get("max_gen_toks", MOST_NEW_TOKENS))
         stops = [until] if isinstance(until, str) else list(until)
         if count >= self.max_length:
-            raise UserError(f"a task asks for {count} new tokens, and the model has room for {self.max_length} with the prompt")
+            raise UserError(f"a task asks for {count} new tokens, but the model has room for {self.max_length} with the prompt")
         ids = self.tok_encode(context)[-(self.max_length - count) :]
         sampling = Sampling(float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0)
         tokens = Session(self.model).answer(ids, count, sampling, [[i] for i in sorted(self.tokenizer.stop_ids)])

@@ -49,7 +49,7 @@ def load_skip2lora(model: nn.Module, folder: str | Path) -> Skip2LoRAHooks:
         config, weights = adapter.read_adapter(folder)
         portable.require_fit(config, own, folder, where)
     if not config.skip2lora_enabled:
-        raise UserError(f"{folder} is a LoRA adapter, without Skip2-LoRA: `litgpt convert_adapter` makes a PEFT adapter of it")
+        raise UserError(f"{folder} is a LoRA adapter, without Skip2-LoRA: `litgpt convert_adapter` converts it to a PEFT adapter")
     return Skip2LoRAHooks(model, config, weights, settings.model_type)
 
 

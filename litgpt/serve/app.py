@@ -1,4 +1,4 @@
-"""The addresses of the server and the formats of its answers: OpenAI's, and LitGPT's /predict."""
+"""The server's endpoints and the formats of its responses: OpenAI's, and LitGPT's /predict."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ from litgpt.text import counted
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
-DEFAULT_TOKENS = 512  # of an OpenAI request that does not say
+DEFAULT_TOKENS = 512  # default of an OpenAI request
 MOST_BODY = 4 * 2**20  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -55,7 +55,7 @@ class State:
 
 
 class Refusal(HTTPException):
-    """A request that is not answered, in OpenAI's format."""
+    """A refused request, as an error in OpenAI's format."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(status, message)
@@ -82,13 +82,13 @@ class Answering:
         """Prepare n answers to the ids of a prompt."""
         llm, given, most = self.model.llm, self.settings, self.state.max_prompt_tokens
         if len(self.jobs) + n > self.state.scheduler.most:
-            raise Refusal(400, f"the request asks for more than {self.state.scheduler.most} answers, which this server never has at a time")
+            raise Refusal(400, f"the request asks for more than {self.state.scheduler.most} answers, the most that this server can hold")
         room = llm.model.max_seq_length - len(ids)
         if most is not None and len(ids) > most:
-            raise Refusal(400, f"the prompt has {counted(len(ids), 'token')}, this server takes {most}", "context_length_exceeded")
+            raise Refusal(400, f"the prompt has {counted(len(ids), 'token')}, but this server accepts {most}", "context_length_exceeded")
         if room < (max_new_tokens or 1):
-            asked = f" and {max_new_tokens} are asked for" if max_new_tokens else ""
-            message = f"the prompt has {counted(len(ids), 'token')}{asked}, the model reads at most {llm.model.max_seq_length} in all"
+            asked = f" and {max_new_tokens} more are requested" if max_new_tokens else ""
+            message = f"the prompt has {counted(len(ids), 'token')}{asked}, but the model reads at most {llm.model.max_seq_length} in all"
             raise Refusal(400, message, "context_length_exceeded", "max_tokens" if max_new_tokens and room > 0 else "messages")
         values = llm.sampling | self.state.sampling | given.sampling()
         sampling = Sampling(**{**values, "top_k": values["top_k"] or None})
@@ -109,7 +109,7 @@ class Answering:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, piece))
 
     async def start(self, prepare: Callable[[], None]) -> None:
-        """Run `prepare`, which adds prompts, beside the event loop; then let the answers wait for their turn."""
+        """Run `prepare`, which adds prompts, outside the event loop; then queue the answers."""
         try:
             async with self.state.preparing:
                 await asyncio.to_thread(prepare)
@@ -165,7 +165,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-# --- The forms of answers ---
+# --- The formats of responses ---
 
 
 def chat_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: bool = True) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def text_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: 
 
 
 async def answered(request: Request, answering: Answering, body: Chat | Completion) -> Response:
-    """Return the response to a request of OpenAI's, streamed if it asks for that."""
+    """Return the response to an OpenAI request, streamed if requested."""
     is_chat = isinstance(body, Chat)
     choice, kind = (chat_choice, "chat.completion") if is_chat else (text_choice, "text_completion")
     head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()), "model": answering.model.name}
@@ -227,7 +227,7 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-# --- The addresses ---
+# --- The endpoints ---
 
 
 def make_app(state: State, host: str = "127.0.0.1", api_path: str = "/predict") -> FastAPI:
@@ -235,7 +235,7 @@ def make_app(state: State, host: str = "127.0.0.1", api_path: str = "/predict") 
     responses: dict[int | str, dict[str, Any]] = {"default": {"description": "A refusal, in the format of OpenAI's errors"}}
     app = FastAPI(title="litgpt serve", version=__version__, docs_url=None, redoc_url=None, responses=responses)
     app.state.serve = state
-    if host in LOOPBACK:  # a page of the web that lets its name mean this machine must not reach it
+    if host in LOOPBACK:  # a website whose name resolves to this machine must not reach it
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK[:2], "[::1]"], www_redirect=False)
     app.add_middleware(LimitedBody)
     app.add_exception_handler(Refusal, lambda _, error: error.response())
@@ -307,7 +307,7 @@ async def _completion(request: Request, body: Completion) -> Response:
         for prompt in body.prompts:
             ids = llm.tokenizer.ids(prompt) if isinstance(prompt, str) else prompt
             if ids is prompt and max(ids, default=0) >= llm.config.V:
-                raise Refusal(400, f"prompt names the token {max(ids)}, the model has those below {llm.config.V}", param="prompt")
+                raise Refusal(400, f"prompt names the token {max(ids)}, but the model has only those below {llm.config.V}", param="prompt")
             answering.add(ids, body.max_tokens, body.n or 1, body.top)
 
     await answering.start(prepare)
@@ -395,9 +395,9 @@ async def _page() -> HTMLResponse:
 
 
 def _invalid(error: RequestValidationError) -> Refusal:
-    """Return what is wrong with a body, its first mistake; values are not repeated.
+    """Return the first mistake in a request's body; values are not repeated.
 
-    A field that may have several types has a mistake for each: the one that counts is not about the type, or lies deepest.
+    A field of several possible types has a mistake for each: the relevant one is not about the type, or lies deepest.
     """
     errors = error.errors()
     of_field = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
@@ -410,7 +410,7 @@ def _invalid(error: RequestValidationError) -> Refusal:
     elif first["loc"] == ("body",) and first["type"] == "missing":
         message = "the body is empty: a JSON object is required"
     elif isinstance(first["input"], bytes):  # whatever is in it
-        message = "the body is not said to be JSON: send the header Content-Type: application/json"
+        message = "the body is not declared as JSON: send the header Content-Type: application/json"
     return Refusal(400, f"{place}: {message}" if place else message, param=place or None)
 
 

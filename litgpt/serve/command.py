@@ -32,11 +32,11 @@ class Serve:
     max_new_tokens: int = setting(50, POSITIVE)
     """Longest answer of /predict in tokens, unless the request sets it."""
     temperature: Optional[float] = None
-    """Below 1 sharper, above 1 flatter probabilities; 0 always takes the most probable token. null: the checkpoint's, or 0.8."""
+    """Below 1 sharpens, above 1 flattens the probabilities; 0 always takes the most probable token. null: the checkpoint's, or 0.8."""
     top_k: Optional[int] = None
-    """Draw among this many of the most probable tokens; 0: among all. null: the checkpoint's, or 50."""
+    """Sample from this many of the most probable tokens; 0: from all. null: the checkpoint's, or 50."""
     top_p: Optional[float] = None
-    """Draw among the most probable tokens that hold this much probability together. null: the checkpoint's, or 1."""
+    """Sample from the smallest set of most probable tokens whose probabilities sum to at least this. null: the checkpoint's, or 1."""
     stream: bool = False
     """Stream the answers of /predict, one JSON object per line."""
     precision: Optional[str] = None
@@ -54,7 +54,7 @@ class Serve:
     api_path: str = "/predict"
     """Path of LitGPT's /predict."""
     api_key: Optional[str] = None
-    """Key that requests must carry, as `Authorization: Bearer KEY`. Better given as LIT_SERVER_API_KEY in the environment."""
+    """Key that requests must carry, as `Authorization: Bearer KEY`. Safer in the environment variable LIT_SERVER_API_KEY."""
     access_token: Optional[str] = None
     """Hugging Face token, for a name on the hub that needs one."""
     max_batch: int = setting(16, POSITIVE)
@@ -152,7 +152,7 @@ def listen(host: str, port: int) -> Any:
 
 
 def run(app: Any, socket: Any, timeout: float) -> None:
-    """Serve until SIGTERM or Ctrl-C. Answers that run then are completed."""
+    """Serve until SIGTERM or Ctrl-C. Running answers are completed."""
     import uvicorn
 
     host, port = socket.getsockname()[:2]

@@ -1,7 +1,7 @@
-"""What requests may ask for by name: a base model and any number of adapters over its weights.
+"""The models that requests may name: a base model and any number of adapters over its weights.
 
 A Skip2-LoRA adapter at the output layer leaves the backbone's keys and values as they are, so its requests run in one batch with those of
-the base and of other such adapters: the sum over its taps is added for its rows alone. LoRA changes every block: it is a model of its own,
+the base and of other such adapters: the sum over its taps is added for its rows alone. LoRA changes every block: it is a separate model,
 with a batch of its own, that shares the base's weights in memory.
 """
 
@@ -71,7 +71,7 @@ class SharedBatch(Batch):
 
 @dataclass(eq=False)
 class Served:
-    """One name that requests may ask for."""
+    """A model that requests may name."""
 
     name: str
     llm: LLM
@@ -82,7 +82,7 @@ class Served:
 
 
 class Models(dict[str, Served]):
-    """The models by name. Without a name a request gets the first, which stays, as the base in `folder` does.
+    """The models by name. A request without a name gets the first, which cannot be removed, nor can the base in `folder`.
 
     `how` are arguments of `LLM.load`: precision, device and quantize.
     """
@@ -93,7 +93,7 @@ class Models(dict[str, Served]):
         self.base = self._open_whole(folder)
 
     def open(self, name: str, folder: Path) -> Served:
-        """Load an adapter over the base, or a model of its own. It is neither converted nor entered. Raises UserError."""
+        """Load an adapter over the base, or a model of its own. It is neither converted nor registered. Raises UserError."""
         if name in (*self, self.base.name):
             raise UserError(f"adapters: {name!r} is the name of a model that is served already: choose another for {folder}")
         folder = open_checkpoint(folder, convert=False)
@@ -118,7 +118,7 @@ class Models(dict[str, Served]):
         return Served(name or llm.config.name or folder.name, llm, SharedBatch(llm.model, CHUNK, KEPT))
 
     def drop(self, name: str) -> None:
-        """Forget an adapter. Its answers that run are completed. Raises UserError for the base and the first."""
+        """Remove an adapter. Its running answers are completed. Raises UserError for the base and the first."""
         if name in (self.base.name, next(iter(self))):
             raise UserError(f"{name!r} is served as long as the server runs")
         del self[name]

@@ -77,7 +77,7 @@ class Job:
         return reason is not None
 
     def _logprobs(self, logits: torch.Tensor, token: int) -> dict[str, Any]:
-        """Return the token's logarithm of probability by the model itself, before temperature and penalties, and the largest ones."""
+        """Return the token's log-probability under the model itself, before temperature and penalties, and the largest ones."""
         values = logits.float().log_softmax(-1)
         tokenizer = self.model.llm.tokenizer
         top = values.topk(min(self.top_logprobs or 0, values.numel()))
@@ -101,7 +101,7 @@ class Scheduler:
         self.thread.start()
 
     def submit(self, jobs: list[Job]) -> None:
-        """Let jobs wait for their turn. Raises QueueFull if not all of them may."""
+        """Queue jobs. Raises QueueFull if there is no room for all of them."""
         with self.changed:
             free = self.max_batch - len(self.running) + self.max_queue - len(self.waiting)
             if self.closed or len(jobs) > free:
@@ -110,7 +110,7 @@ class Scheduler:
             self.changed.notify()
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Take jobs out that nobody waits for any more; complete ones do not matter."""
+        """Remove jobs that nobody waits for any more; complete ones are ignored."""
         with self.changed:
             for job in jobs:
                 job.cancelled = True
@@ -140,7 +140,7 @@ class Scheduler:
                     self._fail([self.running[row] for row in rows if row in self.running], error)
 
     def _admit(self) -> None:
-        """Remove what was cancelled or is late, and let as many of the others run as there is room for."""
+        """Remove cancelled and late jobs, and start as many of the others as there is room for."""
         for job in [job for job in self.running.values() if job.cancelled]:
             self._end(job)
         late = [job for job in self.waiting if job.cancelled or time.monotonic() > job.deadline]
@@ -157,7 +157,7 @@ class Scheduler:
         try:
             if job.cancelled or job.advance(logits):
                 self._end(job)
-        except Exception as error:  # for example logits that are not finite
+        except Exception as error:  # for example non-finite logits
             self._fail([job], error)
 
     def _fail(self, jobs: list[Job], error: Exception) -> None:

@@ -1,6 +1,6 @@
 """Requests as OpenAI's and LitGPT's clients send them. Settings that this server does not have are refused, unknown ones are ignored.
 
-Types are strict: true is no number, and "1" neither.
+Types are strict: neither true nor "1" is a number.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Predict(Settings):
 
 
 class Adapter(Body):
-    """An adapter that is loaded or unloaded while the server runs, as vLLM's clients ask for it."""
+    """An adapter that is loaded or unloaded while the server runs, as vLLM's clients request it."""
 
     lora_name: str = Field(min_length=1, max_length=200)
 

@@ -154,7 +154,7 @@ def test_a_message_that_cannot_fit(llm: LLM, base: Path, monkeypatch: pytest.Mon
     conversation.answer("x" * 300)
     assert len(prompts) == 1 and conversation.turns == before
     out, err = capsys.readouterr()
-    assert out == "answer\n" and "no room in the model's 256 tokens: nothing was sent" in err
+    assert out == "answer\n" and "not fit into the model's 256 tokens: nothing was sent" in err
     conversation.answer("again")
     assert "short" in prompts[-1] and "again" in prompts[-1]
 
@@ -312,7 +312,7 @@ def test_a_saved_conversation_is_a_line_of_its_own(chat: Any, base: Path, monkey
 def test_commands_with_nothing_to_do(chat: Any) -> None:
     code, out, err = chat("/base\n/save\n/save x.jsonl\n/system\n/quit\n")
     assert (code, out) == (0, "")
-    for words in ("is no tuned model", "/save FILE", "nothing was said yet", "no system text"):
+    for words in ("is not a tuned model", "/save FILE", "nothing was said yet", "no system text"):
         assert words in err
 
 

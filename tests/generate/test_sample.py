@@ -154,7 +154,7 @@ def test_checks(base: Path, questions: Path, capsys: pytest.CaptureFixture[str])
         (["--n", "0"], "n is 0: a whole number of at least 1"),
         (["--out", "answers.txt"], "ends in .jsonl"),
         (["--out", "old.jsonl"], "old.jsonl exists already"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl is not a file"),
         (["--data", "text.jsonl"], "text.jsonl, record 1 is a text without a question"),
         (["--data", "old.jsonl", "--out", "old.jsonl", "--overwrite", "true"], "old.jsonl is the file of questions"),
         (["--out", "old.jsonl/answers.jsonl"], "cannot be written: old.jsonl is a file"),

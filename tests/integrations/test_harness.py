@@ -120,5 +120,5 @@ def test_a_continuation_that_no_context_holds_is_refused(base: Path) -> None:
     model = HarnessModel(LLM.load(base))
     [(score, _)] = model._loglikelihood_tokens([(None, [5], [7] * model.max_length)])
     assert score < 0
-    with pytest.raises(UserError, match=f"a continuation of a task has {model.max_length + 1} tokens, the model reads {model.max_length}"):
+    with pytest.raises(UserError, match=f"has {model.max_length + 1} tokens, but the model reads {model.max_length}"):
         model._loglikelihood_tokens([(None, [5], [7]), (None, [5], [7] * (model.max_length + 1))])

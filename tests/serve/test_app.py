@@ -188,7 +188,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"messages": HELLO, "n": 0}, 400, "n: "),
         ({"messages": HELLO, "repetition_penalty": 1e-285}, 400, "repetition_penalty: "),
         ({"messages": HELLO, "max_tokens": 0}, 400, "max_tokens: "),
-        ({"messages": HELLO, "max_tokens": 1000}, 400, "1000 are asked for, the model reads at most 256 in all"),
+        ({"messages": HELLO, "max_tokens": 1000}, 400, "1000 more are requested, but the model reads at most 256 in all"),
         ({"messages": [{"role": "user", "content": "x " * 300}]}, 400, "the model reads at most 256"),
         ({"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ({"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "response_format"),
@@ -230,7 +230,7 @@ def test_other_refusals(server: Server, client: openai.OpenAI) -> None:
     for ids in ([5, 320], [[5], [99_999]]):  # the request's own: the server's tokenizer is the model's
         status, content = send(server, "POST", "/v1/completions", {"prompt": ids})
         error = json.loads(content)["error"]
-        assert status == 400 and error["param"] == "prompt" and error["message"].endswith("the model has those below 320"), error
+        assert status == 400 and error["param"] == "prompt" and error["message"].endswith("the model has only those below 320"), error
     many = {"prompt": ["x"] * 100_000, "n": 16}
     assert send(server, "POST", "/v1/completions", many)[0] == 400
     assert send(server, "POST", "/predict", b"[" * 100_000)[0] == 400
