@@ -87,7 +87,7 @@ def architectures() -> list[str]:
 
 
 def architecture(model_type: object) -> Architecture | None:
-    """Return the architecture of a `model_type`, of a multimodal model its text model's; None if it is unknown."""
+    """Return the architecture of a `model_type` (for a multimodal model its text model's); None if it is unknown."""
     kind = str(model_type)
     return HF.get(_MULTIMODAL.get(kind, kind))
 
@@ -99,9 +99,9 @@ def quantisation(hf: Hf) -> object:
 
 
 def from_hf(hf: Hf) -> dict[str, Any]:
-    """Return the Config fields of a Hugging Face config.json, of a multimodal model its text model's.
+    """Return the Config fields of a Hugging Face config.json (for a multimodal model its text model's).
 
-    Raise ValueError that lists all that the file lacks or that cannot be built.
+    Raise ValueError that lists everything that the file lacks or that cannot be built.
     """
     name, kind = hf.get("_name_or_path"), hf.get("model_type")
     if str(kind) in _MULTIMODAL and isinstance(hf.get("text_config"), dict):

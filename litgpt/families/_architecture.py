@@ -21,7 +21,7 @@ class Key(NamedTuple):
 
 
 class Aspect(NamedTuple):
-    """Keys and fields that belong together without being equal one by one."""
+    """Keys and fields that correspond to each other, but not one to one."""
 
     read: Callable[[Hf], Fields]  # raises ValueError for what cannot be built
     write: Callable[[Fields], dict[str, Any]]  # from all fields of a Config
@@ -109,7 +109,7 @@ def table(block: str, inner: Mapping[str, str], outer: Mapping[str, str]) -> Tab
 
 
 def sizes(**others: Key) -> dict[str, Key]:
-    """Return the keys that nearly every architecture has by these names, and others or other defaults."""
+    """Return the keys that nearly every architecture shares, updated with `others`."""
     shared = {
         "max_position_embeddings": Key("block_size"),
         "vocab_size": Key("padded_vocab_size"),

@@ -72,7 +72,7 @@ def scaling_kind(adjustments: Mapping[str, Any] | None) -> str | None:
 
 
 def settings(hf: Hf) -> Fields:
-    """Return `rope_scaling` or, without it, `rope_parameters`; as in transformers, nothing of the latter counts beside the former."""
+    """Return `rope_scaling` or, without it, `rope_parameters`; as in transformers, the former replaces all of the latter."""
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(value := hf.get(key) or {}, Mapping):
             raise ValueError(f"{key} is {value!r}: an object is needed")

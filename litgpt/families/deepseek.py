@@ -109,7 +109,7 @@ MODELS = [
 
 
 def _read_latent(hf: Hf, defaults: dict[str, int]) -> Fields:
-    """Read the rotary settings, the sizes of latent attention, and what YaRN's mscale_all_dim makes of the scores."""
+    """Read the rotary settings, the sizes of latent attention, and the effect of YaRN's mscale_all_dim on the scores."""
     sizes = {key: hf.get(key, default) for key, default in defaults.items()}
     head, scaling = sizes["qk_rope_head_dim"] + sizes["qk_nope_head_dim"], settings(hf)
     kind, m = scaling.get("rope_type") or scaling.get("type") or "default", scaling.get("mscale_all_dim")

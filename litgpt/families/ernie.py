@@ -1,4 +1,4 @@
-"""ERNIE 4.5 (dense) and Helium: Llama's decoder, in whose heads neighbouring pairs are rotated."""
+"""ERNIE 4.5 (dense) and Helium: Llama's decoder with rotation of neighbouring pairs."""
 
 from __future__ import annotations
 

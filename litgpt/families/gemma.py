@@ -1,4 +1,4 @@
-"""Gemma: scaled embeddings, GeGLU, RMSNorm by 1 + weight. From 2 on norms on outputs and local attention, in 3 two rotary bases.
+"""Gemma: scaled embeddings, GeGLU, RMSNorm by 1 + weight. Gemma 2 adds norms on outputs and local attention, Gemma 3 a second rotary base.
 
 VaultGemma is Gemma 2 without the norms on outputs.
 """

@@ -1,4 +1,4 @@
-"""GLM 4: neighbouring pairs are rotated, half of a head's; in GLM-4-0414 norms on outputs too. GLM 4.5 to 4.7: DeepSeek's mixture.
+"""GLM 4: half of each head is rotated, in neighbouring pairs; GLM-4-0414 has norms on outputs too. GLM 4.5 to 4.7: DeepSeek's mixture.
 
 (GLM-4.7-Flash, with latent attention, is in `deepseek`.)
 """

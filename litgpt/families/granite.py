@@ -29,7 +29,7 @@ MODELS = expand(
 
 
 def _read_scale(hf: Hf) -> Fields:
-    """Scores are multiplied by attention_multiplier, ours are divided by the root of attention_scores_scalar."""
+    """Scores are multiplied by attention_multiplier; ours are divided by the root of attention_scores_scalar."""
     multiplier = hf.get("attention_multiplier", 1.0)
     if not isinstance(multiplier, int | float) or not multiplier > 0:
         raise ValueError(f"attention_multiplier is {multiplier!r}: a positive number is needed")

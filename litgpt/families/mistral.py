@@ -1,4 +1,4 @@
-"""Mistral, Mixtral and Danube 1 and 2: Llama's decoder, at first with attention over a sliding window; of experts."""
+"""Mistral, Mixtral and Danube 1 and 2: Llama's decoder, in early models with a sliding window; Mixtral is a mixture of experts."""
 
 from __future__ import annotations
 

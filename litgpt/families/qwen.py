@@ -1,4 +1,4 @@
-"""Qwen 1.5, 2, 2.5 and QwQ: Llama's decoder with biases on q, k and v. Qwen 3: without them, q and k normalised. Dense or of experts."""
+"""Qwen 1.5, 2, 2.5 and QwQ: Llama's decoder with biases on q, k and v. Qwen 3: without them, q and k normalised. Dense or mixtures."""
 
 from __future__ import annotations
 
