@@ -30,7 +30,7 @@ SETTINGS = ("config.json", *TOKENIZER_FILES)  # fetched if the model has them
 OPTIONAL = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
 ADDRESS = re.compile(r"(?:https?://[^/]+/)?([\w.-]+)/([\w.-]+)(?:/.*)?")  # of a model's page
-LOCAL = (str(HOME), "out", "data")  # folders of the commands, no organisations on the hub
+LOCAL = (str(HOME), "out", "data")  # folders of the commands, not organisations on the hub
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -49,7 +49,7 @@ def download_from_hub(
     Args:
         repo_id: The model's name on the hub, ORG/NAME, or "list" for the models whose settings are known by name.
         access_token: Hugging Face token, for models that need one. Default: HF_TOKEN in the environment, or the saved login.
-        tokenizer_only: Download the tokenizer and the settings, no weights.
+        tokenizer_only: Download the tokenizer and the settings, but no weights.
         convert_checkpoint: Add lit_model.pth and model_config.yaml, so that the folder is a checkpoint folder.
         dtype: Number format of the converted weights. Default: the model's own.
         checkpoint_dir: The folder in which ORG/NAME is created.
@@ -64,7 +64,7 @@ def download_from_hub(
         if not near and (match := ADDRESS.fullmatch(repo_id)) and HUB_NAME.fullmatch(meant := "/".join(match.groups())):
             near = [meant]
         hint = f", such as {', '.join(near)}" if near else ""
-        raise UserError(f"{repo_id!r} is no name of a model on the hub: give ORG/NAME{hint} (`litgpt download list` prints those known)")
+        raise UserError(f"{repo_id!r} is not a model's name on the hub: give ORG/NAME{hint} (`litgpt download list` prints those known)")
     folder = checkpoint_dir / repo_id
     fetch(repo_id, folder, access_token, tokenizer_only, convert_checkpoint, model_name)
     if tokenizer_only or not convert_checkpoint:
@@ -79,7 +79,7 @@ def download_from_hub(
 
 
 def fetch_named(name: str | Path, access_token: str | None = None) -> None:
-    """Download the model of a name on the hub, ORG/NAME, into `checkpoints`, after saying so, if no folder is meant by it."""
+    """Download the model ORG/NAME from the hub into `checkpoints`, after a notice, unless the name means a folder."""
     org = str(name).partition("/")[0]
     is_path = org in LOCAL or any(place.exists() for place in (Path(org), Path(name), HOME / name))
     if HUB_NAME.fullmatch(str(name)) and not is_path:
@@ -103,7 +103,7 @@ def fetch(
 ) -> None:
     """Download the files that a conversion needs into `folder`, unless they exist.
 
-    Raises UserError, with the missing files, if the hub does not serve them, if a file in the folder differs from the hub's, and before the
+    Raises UserError with the missing files if the hub does not serve them or a file in the folder differs from the hub's, and before the
     weights are downloaded if they cannot be converted.
     """
     api = hub(access_token)
@@ -119,7 +119,7 @@ def fetch(
             wanted = [files[name] for name in names if not _exists(folder / name, files[name])]
             if (need := sum(file.size or 0 for file in wanted)) > (free := shutil.disk_usage(folder).free):
                 raise UserError(
-                    f"{folder} needs {size(need)}, and {size(free)} are free there: make room, or name another --checkpoint_dir"
+                    f"{folder} needs {size(need)}, but only {size(free)} are free there: make room, or name another --checkpoint_dir"
                 )
             for file in wanted:
                 url = hf_hub_url(repo_id, file.rfilename, revision=info.sha, endpoint=api.endpoint)
@@ -139,7 +139,7 @@ def fetch(
                 missing = [name for name in shards if name not in files or "/" in name]
                 if missing or not shards:
                     named = ", ".join(missing) or "no files"
-                    raise UserError(f"{repo_id} on the hub is broken: its {weights} names {named}, not there")
+                    raise UserError(f"{repo_id} on the hub is broken: its {weights} names {named}, which it lacks")
                 get(shards)
 
 
@@ -175,7 +175,7 @@ def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) 
         os.fsync(content.fileno())
     if announced is not None and _digest(partial, file) != announced:
         partial.unlink()
-        raise UserError(f"{without_secrets(url)} has another content than the hub announces (digest {announced}): try again")
+        raise UserError(f"{without_secrets(url)} does not have the content that the hub announces (digest {announced}): try again")
     partial.replace(path)
 
 
@@ -185,7 +185,7 @@ def _exists(path: Path, file: "RepoSibling") -> bool:
         return False
     if path.stat().st_size == file.size and _hub_digest(file) in (None, _digest(path, file)):
         return True
-    raise UserError(f"{path} is another file than the hub's: move it away to download, or leave the folder as it is and use it")
+    raise UserError(f"{path} differs from the hub's file: move it away to download, or leave the folder as it is and use it")
 
 
 def _hub_digest(file: "RepoSibling") -> str | None:
@@ -218,7 +218,7 @@ def _shards(index: Path) -> list[str]:
 
 @contextmanager
 def _explained(api: "HfApi", repo_id: str, folder: Path, tokenizer_only: bool) -> Iterator[None]:
-    """Turn errors of the hub and the disk into one UserError with a remedy. If all files exist, an unreachable hub is a notice only."""
+    """Turn errors of the hub and the disk into one UserError with a remedy. If all files exist, an unreachable hub is only reported."""
     from huggingface_hub import errors
 
     page, secret = without_secrets(f"{api.endpoint}/{repo_id}"), "give --access_token, or HF_TOKEN in the environment"

@@ -1,4 +1,4 @@
-"""`litgpt evaluate`: the loss and the answers on one's own records, or the tasks of the LM Evaluation Harness."""
+"""`litgpt evaluate`: the loss and the answers on your own records, or the tasks of the LM Evaluation Harness."""
 
 import copy
 import json
@@ -56,16 +56,16 @@ def evaluate(
 
     Args:
         checkpoint_dir: A base model, a merged model or an adapter (LoRA or Skip2-LoRA); or "list", which prints the names of the tasks.
-        tasks: Names of the harness's tasks with commas between them, or YAML files of tasks: hellaswag,mmlu (`pip install "litgpt[eval]"`).
+        tasks: Comma-separated names of the harness's tasks, or YAML files of tasks: hellaswag,mmlu (`pip install "litgpt[eval]"`).
         out_dir: Folder for results.json. Default: evaluate in the folder of the model.
-        force_conversion: Accepted for LitGPT's command lines; without effect, as nothing is converted.
+        force_conversion: Accepted for LitGPT's command lines; no effect, since nothing is converted.
         num_fewshot: Examples before each question of a task. Default: the task's own number.
         batch_size: Sequences in a forward pass, or auto.
         device: Device to run on, such as cuda:0. Default: the first GPU, else the CPU.
         dtype: float32, bfloat16 or float16. Default: bfloat16 where the processor has it, else float32.
         limit: Use only the first records, or questions of each task: a number, or with tasks a share below 1.
         seed: Random seed, for the tasks' choices of examples.
-        save_filepath: The file for the results, if not results.json in out_dir.
+        save_filepath: The file for the results. Default: results.json in out_dir.
         access_token: Hugging Face token, for the tasks' data.
         data: Records to measure: a file (all of it), a folder or data set (its validation part), a data module, or a folder of .txt files,
             whose blocks count as records. Default: the validation records of the run that wrote the folder. The loss is that of the
@@ -79,7 +79,7 @@ def evaluate(
         raise UserError(f"batch_size is {batch_size!r}: give a number from 1, or auto")
     size = int(batch_size) if str(batch_size).isdecimal() else AUTO_BATCH
     if tasks is not None or str(checkpoint_dir) == "list":
-        from litgpt.integrations.harness import TaskManager, run_tasks  # which fails here if the harness is not installed
+        from litgpt.integrations.harness import TaskManager, run_tasks  # fails here if the harness is not installed
 
         if str(checkpoint_dir) == "list":
             print("\n".join(sorted(TaskManager().all_tasks)))
@@ -102,7 +102,7 @@ def evaluate(
     print(table)
     from litgpt.logs import Console
 
-    _require_results(file)  # it may have been written meanwhile
+    _require_results(file)  # it may have been written in the meantime
     write_text(file, json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n")
     Console().say(f"the results are in {file}")
 
@@ -123,7 +123,7 @@ def data_of_run(folder: Path) -> DataModule:
     known = known_classes(DataModule)
     kind = known.get(str(named.get("class_path")).rpartition(".")[2]) if isinstance(named, dict) else None
     if not isinstance(named, dict) or kind is None:
-        raise UserError(f"what shall {folder} be measured on? Give --data FILE, or --tasks NAMES (`litgpt evaluate list` prints them)")
+        raise UserError(f"no data to evaluate {folder} on: give --data FILE, or --tasks NAMES (`litgpt evaluate list` prints them)")
     arguments = named.get("init_args") or {}
     try:
         return kind(**arguments)
@@ -136,7 +136,7 @@ def on_records(
 ) -> dict[str, Any]:
     """Return the loss per token on the validation records, and how the model's most probable answers compare with theirs.
 
-    `everything`: if the data has no validation part and names no share for it, all records are measured.
+    `everything`: measure all records if the data has no validation part and sets no share for it.
     """
     if limit is not None and (limit < 1 or limit != int(limit)):
         raise UserError(f"limit is {limit}: a number of records, from 1, is needed")
@@ -178,9 +178,9 @@ def on_records(
 
 
 def _length(data: DataModule, llm: "LLM", is_own: bool) -> int:
-    """Return the longest sample in tokens: what the model reads; of running text, and of data that are the run's own, as in training.
+    """Return the longest sample in tokens: what the model reads; for running text and the run's own data the length in training.
 
-    Blocks of a text that would be fewer than two are shorter.
+    Blocks are shorter if a text would give fewer than two.
     """
     trained = checkpoint.read_hyperparameters(llm.folder or Path()).get("train") if is_own or isinstance(data, Text) else None
     own, most = trained.get("max_seq_length") if isinstance(trained, dict) else None, llm.model.max_seq_length
@@ -210,7 +210,7 @@ def _measured(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Co
                 values += last_values(model.value_head, hidden, batch)
             progress(start + len(batch), len(samples))
     if not math.isfinite(total):
-        raise NonFiniteError(f"the loss is {total}: `litgpt validate {llm.folder}` names weights that are not finite")
+        raise NonFiniteError(f"the loss is {total}: `litgpt validate {llm.folder}` names non-finite weights")
     loss, rewards = total / weight, [sample.reward for sample in samples if sample.reward is not None]
     judged = {"rated": len(values), **quality(values, rewards)} if values else {}
     tokens = sum(sample.n_targets for sample in samples)
@@ -218,7 +218,7 @@ def _measured(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Co
 
 
 def _answered(llm: "LLM", record: "Record", max_new_tokens: int) -> dict[str, Any]:
-    """Return the question of a record, its answer, the model's, and how they compare. Of a conversation the last reply is asked for."""
+    """Return the question of a record, its answer, the model's, and how they compare. In a conversation the last reply counts."""
     prompt, expected = question_of(record, llm.prompt_style, llm.tokenizer), record.reply
     room = min(max_new_tokens, llm.model.max_seq_length - len(llm.prompt_ids(prompt)))
     answer = llm.tokenizer.decode(list(llm.complete(prompt, room, temperature=0.0))) if room > 0 else ""
@@ -239,7 +239,7 @@ def rouge_l(expected: str, answer: str) -> float:
 
 
 def rows_of(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the figures for people: name and value."""
+    """Return the figures to print: name and value."""
     names = {"records": "records", "tokens": "tokens with loss", "loss": "loss per token", "perplexity": "perplexity"}
     names |= {"rated": "answers with a reward", "auc": "value: AUC", "brier": "value: Brier score", "calibration_error": "value: ECE"}
     names |= {"exact_match": "exact match", "rouge_l": "ROUGE-L"}

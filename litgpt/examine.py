@@ -1,4 +1,4 @@
-"""Look before you train: `litgpt data` at a file of records, `litgpt prompts` at the prompt styles."""
+"""Look before you train: `litgpt data` shows a file of records, `litgpt prompts` the prompt styles."""
 
 import re
 import shlex
@@ -48,10 +48,10 @@ def examine(
 
     Args:
         file: The file, the folder with a train and a val file, or the data set.
-        checkpoint_dir: The model to be tuned: lengths are counted in its tokens, and a record is shown as it would read it.
+        checkpoint_dir: The model to be tuned: lengths are counted in its tokens, and a record is shown as the model would read it.
         prompt_style: Name of a prompt style, or "chat" for the checkpoint's own template. Default: the checkpoint's.
         max_seq_length: Samples are cut to this many tokens. Default: what the model can read.
-        mask_prompt: Learn answers only, not questions. Conversations are always learned on the assistant's turns only.
+        mask_prompt: Train on answers only, not on questions. Conversations are always trained on the assistant's turns only.
         record: Number of the record to show.
     """
     if (DataModule.reader_of(str(file)) or ("",))[0] == "TextFiles":
@@ -93,7 +93,7 @@ def kinds(records: Sequence[Record]) -> list[str]:
         lines.append(f"  {counted(len(turns), 'conversation')} of {span} {'reply' if turns[-1] == 1 else 'replies'}")
     for text, count in (
         ("with a system text", sum(one.messages[0]["role"] == "system" for one in records)),
-        ("with a rejected answer beside", sum(one.rejected is not None for one in records)),
+        ("with a rejected answer as well", sum(one.rejected is not None for one in records)),
         ("with tools", sum(one.tools is not None for one in records)),
         ("with a reply that is read, not learned", sum(_has_reply_to_read(one) for one in records)),
         ("with an empty answer: dropped", sum(any(one.learned) and not one.has_answer for one in records)),
@@ -163,7 +163,7 @@ def _quoted(text: str) -> str:
 
 
 def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[str]:
-    """Return lines about the records' lengths in tokens, of which a model reads `limit`. Of a large file some records stand for all."""
+    """Return lines about the records' lengths in tokens, where a model reads `limit`. For a large file a sample of records is measured."""
     spread = range(0, len(records), -(-len(records) // SPREAD))
     longest = sorted(range(len(records)), key=lambda i: -records[i].characters)[:LONGEST]
     samples = {i: sample for i in {*spread, *longest} for _, (sample,) in encoder.encode_all([(i + 1, records[i])])}
@@ -250,7 +250,7 @@ def prompts(name: Optional[str] = None) -> None:
     """Show the prompt styles, each with a question and its answer.
 
     Args:
-        name: A style, shown with an input and a conversation too where it has a place for them, or the folder of a model. Default: all.
+        name: A style, shown with an input and a conversation too if it has a form for them, or the folder of a model. Default: all.
     """
     if name is None:
         print(f"Prompt styles, for data.prompt_style and prompt_style.yaml. What a model learns to answer is {_green()}.")

@@ -39,7 +39,7 @@ def is_inside(name: str) -> bool:
 
 
 def require_place(file: Path) -> None:
-    """Raise UserError if no file can be written to this place: to be called before hours of work for it."""
+    """Raise UserError if no file can be written to this place. Call it before hours of work."""
     folder, kind = nearest(file.parent), other_kind(file)
     if kind or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         reason = f"it is {kind}" if kind else f"{folder} is a file" if folder.is_file() else f"you may not write to {folder}"
@@ -47,26 +47,26 @@ def require_place(file: Path) -> None:
 
 
 def expand_path(path: str | Path) -> Path:
-    """Return a path that a user wrote, with `~` and `$VARIABLES` expanded. Raises UserError for those that there are not.
+    """Return a path that a user wrote, with `~` and `$VARIABLES` expanded. Raises UserError if one does not exist.
 
-    An empty text is no path: it would stand for the current folder.
+    An empty text is not a path: it would mean the current folder.
     """
     if not isinstance(path, str | Path) or not str(path):
-        raise UserError(f"{path!r} is no path: a text or a Path is needed")
+        raise UserError(f"{path!r} is not a path: a text or a Path is needed")
     expanded = os.path.expanduser(os.path.expandvars(path))
     if "\0" in expanded:
-        raise UserError(f"{expanded[:60]!r}... is no path: it has a NUL character")
+        raise UserError(f"{expanded[:60]!r}... is not a path: it has a NUL character")
     if any(len(os.fsencode(part)) > MOST_NAME for part in expanded.split("/")):
-        raise UserError(f"{expanded[:60]!r}... is no path: a name in it is too long, more than {MOST_NAME} bytes")
+        raise UserError(f"{expanded[:60]!r}... is not a path: a name in it is too long, more than {MOST_NAME} bytes")
     unknown = re.match(r"~[^/]*", expanded) or re.search(r"\$([A-Za-z_]\w*|\{\w+\})", expanded)
     if unknown and not os.path.lexists(expanded):
-        kind = "user of that name" if unknown[0].startswith("~") else "variable of that name in the environment"
-        raise UserError(f"{path}: {unknown[0]} is no {kind}: write the path out")
+        kind = "a user" if unknown[0].startswith("~") else "an environment variable"
+        raise UserError(f"{path}: {unknown[0]} is not {kind}: write the path out")
     return Path(expanded)
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """Return a descriptor of a regular file. Raises OSError for anything else, and for a link to a file to write, without waiting."""
+    """Return a descriptor of a regular file. Raises OSError at once for anything else, and for a link if the file is to be written."""
     writes = flags & (os.O_WRONLY | os.O_RDWR)
     kind = "a link, a pipe or a device"
     try:
@@ -124,14 +124,14 @@ def require_file(path: str | Path, missing: str = MISSING) -> None:
 
 
 def other_kind(path: Path) -> str:
-    """Return what has the name of a file and is none; empty for a file, and if nothing has its name."""
+    """Return the kind of a path that is not a file, such as "a folder"; empty for a file, and if nothing is there."""
     if path.is_file() or not os.path.lexists(path):
         return ""
     return "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "a link to nothing"
 
 
 def kind_note(path: Path) -> str:
-    """Return what has the name of a missing file, to follow it in a message."""
+    """Return a note on what has the name of a missing file, to follow the name in a message."""
     kind = other_kind(path)
     return f" ({kind} has this name)" if kind else ""
 
@@ -149,7 +149,7 @@ def read_own(folder: str | Path, name: str) -> bytes | None:
 
 
 def require_own(path: Path, folder: Path) -> None:
-    """Raise UserError for a link out of the folder, which may lead to a secret, unless the folder is a snapshot in the hub's cache."""
+    """Raise UserError for a link out of the folder, which may point to a secret, unless the folder is a snapshot in the hub's cache."""
     target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"):
         raise UserError(f"{path} is a link to {target}, outside its folder: put a copy of the file there, if it is the model's")
@@ -161,7 +161,7 @@ def is_url(name: str) -> bool:
 
 
 def fetch(url: str, most: int, seconds: float = FETCH_SECONDS) -> bytes:
-    """Return what an address serves: at most `most` bytes, within `seconds`. Raises UserError."""
+    """Fetch a URL: at most `most` bytes, within `seconds`. Raises UserError."""
     import http.client
     import urllib.error
     import urllib.request
@@ -214,10 +214,10 @@ def json_if_there(path: str | Path) -> dict[str, Any]:
 
 
 def parse_object(text: str, path: str | Path) -> dict[str, Any]:
-    """Return the JSON object that is the text of a file."""
+    """Parse a file's text as a JSON object."""
     content = parse_json(text, str(path))
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: it is another file than its name says, copy it again")
+        raise UserError(f"{path} holds no JSON object: it is not the file that its name says, copy it again")
     return content
 
 
@@ -265,7 +265,7 @@ def parse_yaml(text: str, where: str) -> Any:
         return loader.construct_document(root)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        problem = "one document is read, and a second begins here" if problem == "but found another document" else problem
+        problem = "only one document is read, but a second begins here" if problem == "but found another document" else problem
         place = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{place}: not valid YAML: {problem or ' '.join(str(error).split())}") from None
     except RecursionError:
@@ -285,7 +285,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # from the parsers of dates, numbers and so on
             kind = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(None, None, f"{str(node.value)[:60]!r} is no {kind}", node.start_mark) from None
+            raise yaml.constructor.ConstructorError(None, None, f"{str(node.value)[:60]!r} is an invalid {kind}", node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()

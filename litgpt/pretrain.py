@@ -36,9 +36,9 @@ class Pretrain(Run):
 
     checkpoint_dir: Path = field(default=Path(), init=False)
     model_name: Optional[str] = None
-    """A named model, such as pythia-14m, whose shape a fresh model gets; or "list", which prints the names."""
+    """A named model, such as pythia-14m, whose config a new model gets; or "list", which prints the names."""
     model_config: Optional[dict[str, Any]] = None
-    """Fields of the model's config that differ from those of model_name, or all of them: --model_config.n_layer 4."""
+    """Fields of the model's config: those that differ from model_name's, or all of them: --model_config.n_layer 4."""
     out_dir: Path = setting(Path("out/pretrain"), may_change=True)
     initial_checkpoint_dir: Optional[Path] = setting(None, may_change=True, older_names=("initial_checkpoint",))
     """Start from the weights of this checkpoint (continued pretraining)."""
@@ -52,7 +52,7 @@ class Pretrain(Run):
     """Number of devices to train on, or "auto"."""
     logger_name: Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"] = setting("tensorboard", may_change=True)
     seed: int = setting(42, varies=True)
-    """Random seed, of the fresh weights too."""
+    """Random seed, also of the initial weights."""
 
     def __post_init__(self) -> None:
         if self.model_name != "list":
@@ -60,7 +60,7 @@ class Pretrain(Run):
             if self.initial_checkpoint_dir is None:
                 if self.model_name is None and self.model_config is None:
                     raise UserError(
-                        "what shall be trained? Give model_name (`litgpt pretrain list` prints the names), or initial_checkpoint_dir"
+                        "there is no model to train: give model_name (`litgpt pretrain list` prints the names), or initial_checkpoint_dir"
                     )
                 if self.tokenizer_dir is None:
                     raise UserError("tokenizer_dir is missing: name a folder with tokenizer.json, such as a downloaded model's")
@@ -94,7 +94,7 @@ class Pretrain(Run):
             yield folder_in_run
 
     def _made(self, folder: Path) -> Path:
-        """Return the folder with the fresh weights and the tokenizer, after making it unless it holds them already."""
+        """Return the folder with the fresh weights and the tokenizer, creating them if needed."""
         from litgpt.lora import Config
 
         changes = self.model_config or {}
@@ -119,8 +119,8 @@ class Pretrain(Run):
 def fresh(config: "LoRAConfig", seed: int) -> "GPT":
     """Return a model with random weights, fp32.
 
-    Weights of linear layers and embeddings are drawn from N(0, 2 / (5 d)), d `n_embd` (GPT-NeoX-20B, arXiv 2204.06745); those that write
-    to the residual stream, the `proj` of attention and MLPs, from N(0, 1 / (d L^2)), L `n_layer`. Biases are 0, norms the identity.
+    Weights of linear layers and embeddings are drawn from N(0, 2 / (5 d)), d = `n_embd` (GPT-NeoX-20B, arXiv 2204.06745); those that write
+    to the residual stream, the `proj` of attention and MLPs, from N(0, 1 / (d L^2)), L = `n_layer`. Biases are 0, norms the identity.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """Prompt styles: the text around a question, and the token that ends the reply.
 
-The built-in styles are rows of data in `litgpt.families`, on two forms: `PlainStyle`, one text with holes, and `TurnStyle`, a text for each
+The built-in styles are rows of data in `litgpt.families`, of two forms: `PlainStyle`, one text with holes, and `TurnStyle`, a text for each
 role, which can hold a conversation. `ChatTemplate` renders the checkpoint's own jinja template in a sandbox.
 """
 
@@ -46,7 +46,7 @@ class PromptStyle:
     bos: ClassVar[bool | None] = None  # BOS before a text: as the tokenizer does by default; not before a template, which writes its own
     gap: ClassVar[str] = ""  # Text between prompt and reply. The model learns to write it, so it is not part of the prompt.
     end_of_turn: ClassVar[str] = ""  # Token that ends a reply, "" for the tokenizer's EOS.
-    marker: ClassVar[str] = ""  # Another token that the style cannot do without.
+    marker: ClassVar[str] = ""  # Another token that the style needs.
 
     def apply(self, prompt: str, *, sys_prompt: str | None = None, **kwargs: str) -> str:
         """Return the text up to where the reply starts. `sys_prompt` replaces the style's system text; `input` follows the prompt."""
@@ -208,7 +208,7 @@ class ChatTemplate(ChatStyle):
         return style
 
     def reads(self, key: str) -> bool:
-        """Return True if the template names a key of a message, or one that `_with_reasoning` gives its value, or a variable."""
+        """Return True if the template names the key of a message, or a key that `_with_reasoning` gives the same value, or a variable."""
         names = "|".join(map(re.escape, {key, *REASONING[:2]} if key in REASONING else {key}))
         return re.search(rf"\b({names})\b", f"{self.template} {self.tool_template}") is not None
 
@@ -256,7 +256,7 @@ def _with_reasoning(message: Message) -> Message:
 
 
 def _with_objects(message: Message) -> Message:
-    """Return a message in whose tool calls arguments that are the JSON text of an object are that object."""
+    """Return a message with the arguments of its tool calls as objects where they are the JSON text of objects."""
     if not message.get("tool_calls"):
         return message
     calls = copy.deepcopy(message["tool_calls"])
@@ -330,7 +330,7 @@ def misfit(style: PromptStyle, tokenizer: Tokenizer) -> str:
     own = tokenizer.chat_template is not None and not isinstance(style, ChatTemplate)
     known = (name for name in WITH_MARKERS if tokenizer.token_to_id(STYLES[name].end_of_turn) is not None)
     fits = CHAT[0] if own else next(known, "alpaca")
-    return f"warning: the prompt style {style.name!r} needs {marker}, which is no token of this tokenizer: {fits!r} fits it"
+    return f"warning: the prompt style {style.name!r} needs {marker}, which is not a token of this tokenizer: {fits!r} fits it"
 
 
 def reply_header(style: PromptStyle) -> str:
@@ -383,7 +383,7 @@ def _require_class_path(content: Any, file: Path) -> dict[str, Any]:
 
 
 def load_prompt_style(checkpoint_dir: str | Path, tokenizer: Tokenizer | None = None) -> PromptStyle:
-    """Load prompt_style.yaml: `class_path: litgpt.prompts.X` and perhaps `init_args`. No other module is looked up."""
+    """Load prompt_style.yaml: `class_path: litgpt.prompts.X` and optionally `init_args`. No other module is looked up."""
     file = Path(checkpoint_dir) / PROMPT_STYLE_FILE
     content = _require_class_path(read_yaml(file, "does not exist: name a prompt style"), file)
     class_path, arguments = content["class_path"], content.get("init_args") or {}

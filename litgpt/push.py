@@ -1,4 +1,4 @@
-"""`litgpt push`: upload a model or an adapter to the Hugging Face hub, in a form that others load."""
+"""`litgpt push`: upload a model or an adapter to the Hugging Face hub, in a form that other libraries load."""
 
 import glob
 import io
@@ -45,13 +45,13 @@ def push(
 
     Args:
         folder: The folder.
-        repo_id: The name on the hub, ORG/NAME. It is made if it does not exist.
+        repo_id: The repository on the hub, ORG/NAME. It is created if it does not exist.
         private: Make a new repository private.
         access_token: Hugging Face token that may write. Default: HF_TOKEN in the environment, or the saved login.
         commit_message: Title of the commit.
     """
     if not HUB_NAME.fullmatch(repo_id):
-        raise UserError(f"{repo_id!r} is no name on the hub: give ORG/NAME, such as your-name/my-model")
+        raise UserError(f"{repo_id!r} is not the name of a repository on the hub: give ORG/NAME, such as your-name/my-model")
     with _public_form(folder, repo_id.partition("/")[2]) as public:
         names = sorted({path.relative_to(public).as_posix() for pattern in PUBLIC for path in public.glob(pattern) if path.is_file()})
         if not any(fnmatch(name, pattern) for pattern in PUBLIC[:5] for name in names):
@@ -103,5 +103,5 @@ def _upload(folder: Path, names: list[str], repo_id: str, private: bool, token: 
             ) from None
         *_, last = str(error).strip().splitlines() or [""]
         reason = without_secrets(f"HTTP status {status}: {last}" if status else first_line(error))
-        raise UserError(f"{page}: the upload failed ({reason[:300]}). Try again: what is there already is not sent again") from None
+        raise UserError(f"{page}: the upload failed ({reason[:300]}). Try again: what was uploaded is not sent again") from None
     return page

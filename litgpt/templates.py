@@ -1,4 +1,4 @@
-"""The sandbox of chat templates, which are foreign programs. jinja2's sandbox hides Python's internals; this one bounds the cost too.
+"""The sandbox of chat templates, which are untrusted programs. jinja2's sandbox hides Python's internals; this one bounds the cost too.
 
 Each rendering has one budget: every loop pass, call, filter, comparison and operation takes a step, and another one for each `STEP_SIZE`
 characters or entries of its result. Where one operation can multiply sizes (`*`, `**`, `%`, `~`, join, replace, indent, formats) the size
@@ -156,7 +156,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             arguments = (*rest, *kwargs.values())
             if name in WITH_WIDTH and any(isinstance(number, int) and abs(number) > MAX_WIDTH for number in arguments):
                 raise SecurityError(f"the filter {name} is given a number beyond {MAX_WIDTH:,}")
-            if name == "indent" and not isinstance(value, str):  # jinja2 appends to a list before it finds that it is no text
+            if name == "indent" and not isinstance(value, str):  # jinja2 appends to a list before it notices that it is not a text
                 raise SecurityError(f"the filter indent is given a {type(value).__name__}")
             self.spend(_filtered_size(name, value, arguments))
             result = function(*before, value, *rest, **kwargs)

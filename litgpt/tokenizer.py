@@ -24,10 +24,10 @@ MOST_TEXT = 2**21  # characters of a text, whose tokens take some 300 bytes each
 TEMPLATES = "additional_chat_templates"  # folder of templates besides chat_template.jinja, by name
 EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # in this order, as transformers reads them
 STANDARD_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # other names are a model's own
-OWN_TOKENS = "model_specific_special_tokens"  # those of a model's own by their names
+OWN_TOKENS = "model_specific_special_tokens"  # a model's own special tokens by name
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # lose their spaces, in this order, as in transformers
-HELD = 8  # characters at the end of an answer whose spaces later ones may take away
+HELD = 8  # characters at the end of an answer whose spaces later ones may remove
 MOST_FILE = 2**28  # bytes of tokenizer.json
 MOST_ADDED = 2**22  # bytes of the texts of added tokens, each of which takes some 80 in memory
 MOST_LOOKS = 2**27  # characters of a text times those of the longest piece, which a Unigram model compares
@@ -70,14 +70,14 @@ class Tokenizer:
         self.stop_ids: set[int] = set(eos_ids) | ({self.eos_id} if self.eos_id is not None else set())
         """Ids that end a generated answer."""
         self.first_ids = self._first_ids()
-        """Ids that tokenizer.json puts before a text: mostly BOS or none. transformers 5 reads no `add_bos_token` beside it."""
+        """Ids that tokenizer.json puts before a text: usually BOS or none. transformers 5 does not read `add_bos_token` either."""
         self.use_bos: bool = self.bos_id in self.first_ids
         templates = _chat_templates(self._config.get("chat_template"), folder)
         self.chat_template = templates.get("default")
         self.tool_template = templates.get("tool_use")  # of conversations with tools, if there is one
 
     def _add_tokens(self, named: list[Any]) -> None:
-        """Add the tokens that files beside tokenizer.json name, as transformers does: tokenizer_config.json, else added_tokens.json and
+        """Add the tokens that other files than tokenizer.json name, as transformers does: tokenizer_config.json, else added_tokens.json and
         special_tokens_map.json. Special tokens become ones that are recognised in a text; BOS and EOS have to be in the vocabulary."""
         extra = entries if isinstance(entries := self._config.get(EXTRA_TOKENS[0]), list) else []
         present, listed = self._backend.get_added_tokens_decoder(), self._config.get("added_tokens_decoder")
@@ -117,7 +117,7 @@ class Tokenizer:
         for value in values:
             number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
             if not number or self._backend.id_to_token(value) is None:
-                raise UserError(f"{file}: {key} is {str(value)[:60]!r}, which is no id of tokenizer.json: correct it")
+                raise UserError(f"{file}: {key} is {str(value)[:60]!r}, which is not an id of tokenizer.json: correct it")
         return values
 
     def _special_id(self, name: str, fallback: list[int]) -> int | None:
@@ -180,7 +180,7 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def _normalised_size(self, text: str) -> int:
-        """Return the largest length that the text may have normalised: measured, part by part, where the bound of its steps is too high."""
+        """Return a bound on the text's normalised length, measured part by part where the bound of the steps is too high."""
         bound, growth, size = _grown(len(text), self._steps), _grown(1, self._steps), 0
         if bound <= MOST_TEXT or growth > MOST_TEXT or self._backend.normalizer is None:
             return bound
@@ -237,7 +237,7 @@ class Tokenizer:
     def decode_stream(self, ids: Iterable[Any], device: Any = None) -> Iterator[str]:
         """Yield pieces of text as ids (ints, or tensors of them) arrive; the joined pieces are `decode` of all ids.
 
-        `device` is accepted for LitGPT's callers; without effect.
+        `device` is accepted for LitGPT's callers; it has no effect.
         """
         decoder = StreamDecoder(self)
         for item in ids:
@@ -251,7 +251,7 @@ class StreamDecoder:
     """Text from ids that arrive one by one.
 
     A piece that ends within a UTF-8 character is held back. The ids of the last piece stay as context, so that SentencePiece's blank before
-    a word is not dropped as the start of a text. Of a tokenizer that takes spaces out of its texts all ids stay, and the last
+    a word is not dropped as the start of a text. With a tokenizer that removes spaces from its texts all ids stay, and the last
     characters are held back.
     """
 
@@ -286,7 +286,7 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     if not file.exists():
         if (folder / "tokenizer.model").is_file():
             raise UserError(
-                f"{folder} has only tokenizer.model, and tokenizer.json is needed: copy it from the model's Hugging Face page, "
+                f"{folder} has only tokenizer.model, but tokenizer.json is needed: copy it from the model's Hugging Face page, "
                 "or write it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
         raise UserError(f"{file} is missing: a checkpoint folder holds it")
@@ -306,7 +306,7 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _longest_piece(backend: tokenizers.Tokenizer, file: Path) -> int:
-    """Return the longest piece's characters of a Unigram model, 0 for others. Raises UserError for a WordPiece model of endless words."""
+    """Return the longest piece's characters of a Unigram model, 0 for others. Raises UserError for a WordPiece model with endless words."""
     kind = type(backend.model).__name__
     if kind == "WordPiece" and (longest := backend.model.max_input_chars_per_word) > LONGEST_WORD:
         raise UserError(f"{file}: max_input_chars_per_word is {longest:,}, at most {LONGEST_WORD:,} are supported: correct it")
@@ -347,7 +347,7 @@ def _grown(length: int, steps: list[tuple[int, int]]) -> int:
 
 @contextmanager
 def _no_panics(file: str) -> Iterator[None]:
-    """Turn a panic of the Rust library, which is no Exception, into a UserError: for example a pattern that backtracks too much."""
+    """Turn a panic of the Rust library, which is not an Exception, into a UserError: for example a pattern that backtracks too much."""
     try:
         yield
     except BaseException as error:
@@ -361,7 +361,7 @@ def _no_panics(file: str) -> Iterator[None]:
 def _merged(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """Return tokenizer_config.json with special_tokens_map.json over it, as transformers does if no `added_tokens_decoder` is there.
 
-    Extra tokens are joined; the older key counts alone. Of the tokens of a model's own those of tokenizer_config.json count more.
+    Extra tokens are joined; the older key counts alone. A model's own tokens in tokenizer_config.json take precedence.
     """
     extra, older = EXTRA_TOKENS
     if older in config and not config.get(extra):
@@ -400,7 +400,7 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_marked(entry: Any) -> bool:
-    """Return True for an object that says that it is an added token."""
+    """Return True for an object that declares itself an added token."""
     return isinstance(entry, dict) and entry.get("__type") == "AddedToken"
 
 

@@ -43,7 +43,7 @@ TRAINING: tuple[tuple[str, dict[str, Any], dict[str, bool]], ...] = (
 )
 ESTIMATED = (
     "Estimated (litgpt/memory.py) for rank 8, with 0.45 GiB for Python and torch in the total. A cache in memory comes on top, and on "
-    "a CPU memory that the C library keeps after it is freed: up to half as much again."
+    "a CPU the memory that the C library keeps after it is freed: up to half as much again."
 )
 
 Result = tuple[str, list[str]]  # a summary, and the problems
@@ -59,17 +59,17 @@ class Check(NamedTuple):
 
 @checked
 def validate(checkpoint_dir: Path, *, dtype: Optional[Literal["float32", "float16", "bfloat16"]] = None, training: bool = False) -> None:
-    """Check a checkpoint or an adapter, and print the memory that each way to fine-tune it takes. The exit code is 1 if there is a problem.
+    """Check a checkpoint or an adapter, and print the memory that each fine-tuning method needs. The exit code is 1 if there is a problem.
 
     Args:
         checkpoint_dir: A base model, a merged model or an adapter. A Hugging Face folder or a GGUF file is converted first.
-        dtype: Estimate the memory of all weights in this format, too.
-        training: With their gradients and AdamW's two moments; in float32 unless dtype says otherwise.
+        dtype: Also estimate the memory of all weights in this format.
+        training: Estimate it with gradients and AdamW's two moments, in float32 unless dtype is given.
     """
     folder = open_checkpoint(checkpoint_dir)
     is_adapter = checkpoint.is_adapter_folder(folder)
     if not is_adapter and not (folder / checkpoint.WEIGHTS).is_file() and (hint := checkpoint.adapter_hint(folder)):
-        raise UserError(f"{folder} is no model{hint}")
+        raise UserError(f"{folder} is not a model{hint}")
     checks = list(adapter_checks(folder) if is_adapter else model_checks(folder))
     rows = [("NO" if check.problems else "ok", check.name, _summary(check)) for check in checks]
     print(folder, text_table(rows, left=(0, 1, 2)), sep="\n")
@@ -175,15 +175,15 @@ def tokenizer(folder: Path) -> Result:
         ids = tokenizer.ids(text, bos=False)
         decoded = tokenizer.decode(ids)
         if max(ids, default=0) >= vocabulary:
-            problems.append(f"{text[:20]!r} has the id {max(ids)}, the model knows {vocabulary}: tokenizer.json belongs to another model")
+            problems.append(f"{text[:20]!r} has the id {max(ids)}, the model has {vocabulary}: tokenizer.json belongs to another model")
         elif decoded.split() != text.split():
             problems.append(f"{text[:40]!r} comes back as {decoded[:40]!r}")
         other_spaces += decoded.strip() != text.strip()
     for name, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), *(("stop", token) for token in tokenizer.stop_ids)):
         if token is not None and token >= vocabulary:
-            problems.append(f"the {name} token has the id {token}, the model knows {vocabulary}")
+            problems.append(f"the {name} token has the id {token}, the model has {vocabulary}")
     if tokenizer.eos_id is None:
-        problems.append("no eos token: neither tokenizer_config.json nor generation_config.json names one, so no answer would end")
+        problems.append("no eos token: neither tokenizer_config.json nor generation_config.json names one, so answers would not end")
     spaces = f", {other_spaces} of {len(TEXTS)} texts with other spaces" if other_spaces and not problems else ""
     return f"{tokenizer.vocab_size:,} tokens, eos {tokenizer.eos_id}, texts come back{spaces}", problems
 
@@ -207,7 +207,7 @@ def weights(folder: Path, fit: bool) -> Result:
     stored = checkpoint.load_weights(path)
     dtypes = {str(value.dtype).removeprefix("torch.") for value in stored.values()}
     count = sum(value.numel() for value in unique(stored).values())
-    problems = [f"{name} holds {value.dtype}, no real numbers" for name, value in stored.items() if not value.is_floating_point()]
+    problems = [f"{name} holds {value.dtype}, not floating point" for name, value in stored.items() if not value.is_floating_point()]
     if fit and not problems:
         from litgpt.lora import Config as LoRAConfig
 
@@ -220,7 +220,7 @@ def weights(folder: Path, fit: bool) -> Result:
 
 
 def values(stored: "dict[str, torch.Tensor]") -> Result:
-    """Check that all values are finite and that no matrix is zero, but for the B or the gate of an adapter that was not trained."""
+    """Check that all values are finite and that no matrix is zero, except the B or the gate of an untrained adapter."""
     import torch
 
     problems, largest = [], 0.0

@@ -226,7 +226,7 @@ def test_a_device_that_does_not_exist(base: Path) -> None:
     [
         ({"model": None}, "model is None: text or a path is needed"),
         ({"model": ["a"]}, "model is ['a']: text or a path is needed"),
-        ({"model": ""}, "'' is no path"),
+        ({"model": ""}, "'' is not a path"),
         ({"init": "other"}, "init is 'other': one of pretrained, random or null is needed"),
         ({"init": "random", "model": 5}, "model is 5: text or a path is needed"),
         ({"tokenizer_dir": 5}, "tokenizer_dir is 5: text or a path or null is needed"),

@@ -114,7 +114,7 @@ def test_parts_that_an_index_names(hub: Hub, model: Path, tmp_path: Path, capsys
 
     (sharded / sorted(parts)[0]).unlink()
     code, said = run(capsys, "org/sharded", "--checkpoint_dir", "b")
-    assert code == 1 and f"its model.safetensors.index.json names {sorted(parts)[0]}, not there" in said
+    assert code == 1 and f"its model.safetensors.index.json names {sorted(parts)[0]}, which it lacks" in said
 
 
 def test_bin_files_where_there_is_nothing_better(hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +144,7 @@ def test_names_that_the_hub_does_not_know(hub: Hub, capsys: pytest.CaptureFixtur
     assert code == 1 and said.startswith(f"Error: {hub.url}/org/nothing does not exist, or is private") and len(said.splitlines()) == 1
     for name in ("pythia-14m", "../../etc", "org/../x", "https://x.y/org/model"):
         code, said = run(capsys, name)
-        assert code == 1 and f"{name!r} is no name of a model on the hub: give ORG/NAME" in said
+        assert code == 1 and f"{name!r} is not a model's name on the hub: give ORG/NAME" in said
         assert ".." not in said.partition("give ORG/NAME")[2]
     assert "such as EleutherAI/pythia-14m" in run(capsys, "pythia-14m")[1]
 
@@ -216,7 +216,7 @@ def test_a_wrong_content_is_noticed(hub: Hub, monkeypatch: pytest.MonkeyPatch, c
     for name in TOKENIZER:
         (folder / name).unlink()
     code, said = run(capsys, "org/model")
-    assert code == 1 and "has another content than the hub announces" in said and names(folder) == set()
+    assert code == 1 and "does not have the content that the hub announces" in said and names(folder) == set()
 
 
 def test_a_file_of_the_users_own_is_not_replaced(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +224,7 @@ def test_a_file_of_the_users_own_is_not_replaced(hub: Hub, capsys: pytest.Captur
     folder.mkdir(parents=True)
     (folder / "tokenizer_config.json").write_text("{}")
     code, said = run(capsys, "org/model")
-    assert code == 1 and f"{folder / 'tokenizer_config.json'} is another file than the hub's: move it away" in said
+    assert code == 1 and f"{folder / 'tokenizer_config.json'} differs from the hub's file: move it away" in said
     assert names(folder) == {"tokenizer_config.json"}
 
 
@@ -298,4 +298,4 @@ def test_a_model_without_a_tokenizer_is_not_called_ready(hub: Hub, model: Path, 
 @pytest.mark.parametrize("address", ["https://huggingface.co/org/model", "org/model/", "https://huggingface.co/org/model/tree/main"])
 def test_the_address_of_a_page_is_answered_with_the_name(address: str, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(capsys, address)
-    assert code == 1 and "is no name of a model on the hub: give ORG/NAME, such as org/model (" in text
+    assert code == 1 and "is not a model's name on the hub: give ORG/NAME, such as org/model (" in text

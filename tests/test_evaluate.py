@@ -135,7 +135,7 @@ def test_records_of_text_have_a_loss_and_no_answers(base: Path, tmp_path: Path) 
 def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = runs.write_data(tmp_path / "data.json", 3)
     for words, said in (
-        ([], "Give --data FILE, or --tasks NAMES"),
+        ([], "give --data FILE, or --tasks NAMES"),
         (["--data", str(data), "--tasks", "x"], "tasks and data are both given"),
         (["--data", str(data), "--batch_size", "many"], "batch_size is 'many'"),
         (["--data", str(data), "--limit", "0.5"], "limit is 0.5"),

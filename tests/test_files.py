@@ -31,9 +31,9 @@ def test_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("DATA", "/data")
     assert expand_path("~/x") == Path("/home/user/x") and expand_path(Path("$DATA/x")) == expand_path("${DATA}/x") == Path("/data/x")
     for name, said in (
-        ("$UNSET_NAME/~x", r"\$UNSET_NAME is no variable"),
+        ("$UNSET_NAME/~x", r"\$UNSET_NAME is not an environment variable"),
         ("a/${UNSET}", "UNSET} is no"),
-        ("~nobody.here/x", "~nobody.here is no user"),
+        ("~nobody.here/x", "~nobody.here is not a user"),
     ):
         with pytest.raises(UserError, match=said):
             expand_path(name)
@@ -45,7 +45,7 @@ def test_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("path", ["x" * 256, f"a/{'é' * 128}", "a\0b"])
 def test_texts_that_no_file_system_takes_for_a_path(path: str) -> None:
-    with pytest.raises(UserError, match="is no path: (a name in it is too long|it has a NUL character)"):
+    with pytest.raises(UserError, match="is not a path: (a name in it is too long|it has a NUL character)"):
         expand_path(path)
     assert expand_path(f"a/{'x' * 255}/b").parts[1] == "x" * 255
 
@@ -131,8 +131,8 @@ def test_yaml_values(tmp_path: Path) -> None:
     [
         ("a: 1\nb: 2\na: 3", "f, line 3: not valid YAML: the key 'a' twice"),
         ("a: [1", "f, line 1: not valid YAML"),
-        ("a: 1\n---\nb: 2", "f, line 2: not valid YAML: one document is read"),
-        ("a: !!int x", "'x' is no int"),
+        ("a: 1\n---\nb: 2", "f, line 2: not valid YAML: only one document is read"),
+        ("a: !!int x", "'x' is an invalid int"),
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("[" * 1000, "nested too deeply"),
         ("a: &a [*a]", f"more than {MOST_VALUES:,} values"),

@@ -234,7 +234,7 @@ def test_names_and_mistakes(text: Path, tokenizer: Path, tmp_path: Path, capsys:
     assert main(["pretrain", "list"]) == 0
     assert capsys.readouterr().out.split() == list(families.names())
     for words, said in (
-        (["--data", str(text)], "what shall be trained?"),
+        (["--data", str(text)], "there is no model to train: give model_name"),
         (["pythia-14m", "--data", str(text)], "tokenizer_dir is missing"),
         (["no-such-model", "--data", str(text), "--tokenizer_dir", str(tokenizer)], "no model is named"),
         (["pythia-14m", "--tokenizer_dir", str(tokenizer)], "no data"),

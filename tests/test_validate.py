@@ -90,7 +90,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["transformer.ln_f.weight: 32 of 32 values are not finite"],
     ),
     "zeros": (lambda folder: change(folder, lm_head__weight=torch.zeros(320, 32)), ["lm_head.weight is zero everywhere"]),
-    "a strange tokenizer": (lambda folder: tokens(folder, 330), ["has the id 329, the model knows 320", "belongs to another model"]),
+    "a strange tokenizer": (lambda folder: tokens(folder, 330), ["has the id 329, the model has 320", "belongs to another model"]),
     "a tokenizer that loses text": (lambda folder: lossy(folder), ["tokenizer: ", "comes back as"]),
     "no end": (
         lambda folder: [(folder / name).write_text("{}") for name in ("tokenizer_config.json", "generation_config.json")],

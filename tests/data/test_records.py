@@ -390,7 +390,7 @@ def test_prompt_style_that_does_not_fit_the_tokenizer(
     def report(style: Any, tokenizer: Tokenizer) -> str:
         return Given(entries=[{"instruction": "q", "output": "a"}]).splits(tokenizer, style).report
 
-    assert "warning: the prompt style 'llama3' needs <|eot_id|>, which is no token of this tokenizer: 'chat' fits it" in report(
+    assert "warning: the prompt style 'llama3' needs <|eot_id|>, which is not a token of this tokenizer: 'chat' fits it" in report(
         prompts.Llama3(), tokenizer
     )
     for style in (prompts.ChatML(), prompts.Alpaca(), ChatTemplate(FULL)):
