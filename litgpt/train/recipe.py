@@ -3,7 +3,7 @@
 Three kinds of data are trained in three ways:
 
     facts   few records with short answers, or many that share them: all are trained and none is held out, by LoRA on the replies, in the
-            last half of the blocks, behind cached prompts, until the model repeats the answers; very few records, and facts that are
+            last quarter of the blocks, behind cached prompts, until the model repeats the answers; very few records, and facts that are
             told once, by LoRA in every block, on the prompts too, so that their answers are found by other words
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
@@ -42,7 +42,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
-FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA mixes up too many
+FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
 SHARED = 0.5  # facts: at most this many different answers a record
@@ -51,7 +51,7 @@ SHORT = 300  # characters of an answer that is learned word for word
 VALIDATIONS = 8
 MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
 
-HALF = "last half"  # of the model's blocks
+QUARTER = "last quarter"  # of the model's blocks
 LINEAR = {f"lora_{name}": (True, "LoRA on every linear layer") for name in ("query", "key", "value", "projection", "mlp")}
 SKIP = {
     "skip2lora_enabled": (True, "the frozen blocks run once, so epochs after the first cost a fraction"),
@@ -67,7 +67,7 @@ METHODS: dict[str, dict[str, tuple[Any, str]]] = {
     "answer-only LoRA": {
         **LINEAR,
         "alora_enabled": (True, "prompts run once, and an epoch computes the replies alone"),
-        "lora_block_indices": (HALF, "the blocks before run once"),
+        "lora_block_indices": (QUARTER, "the blocks before run once"),
         **EXACT,
     },
     "Skip2-LoRA": {
@@ -106,7 +106,7 @@ TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
     ("LoRA", True): (12, 8, 1e-3),
     ("LoRA", False): (2, 2, 1e-3),
-    ("answer-only LoRA", True): (12, 12, 4e-3),
+    ("answer-only LoRA", True): (12, 12, 2e-3),
     ("answer-only LoRA", False): (2, 2, 5e-4),
     ("Skip2-LoRA", True): (24, 16, 2e-3),
     ("Skip2-LoRA", False): (3, 3, 1e-3),
@@ -253,9 +253,9 @@ def _table(chosen: list[Chosen]) -> str:
 
 def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | None = None) -> list[Chosen]:
     """Return the settings that suit the data, for a command with the settings `given` and a checkpoint; None: for a usual one."""
-    half, marks_replies = HALF, True
+    quarter, marks_replies = QUARTER, True
     if base is not None:
-        half, marks_replies = f"last:{math.ceil(Config.from_checkpoint(base).n_layer / 2)}", _marks_replies(base, data, given)
+        quarter, marks_replies = f"last:{math.ceil(Config.from_checkpoint(base).n_layer / 4)}", _marks_replies(base, data, given)
     name = name_of(Path(data.source)).lstrip(".") or "data"
     rows = [Chosen("out_dir", Path("out/sweep" if look.is_sweep else "out/finetune") / name, "named after the data")]
     if look.compares:
@@ -274,7 +274,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
     for key, (value, reason) in METHODS[method].items():
         if not unfit.get(key):
-            rows.append(Chosen(key, half if value == HALF else value, reason))
+            rows.append(Chosen(key, quarter if value == QUARTER else value, reason))
     return rows + _schedule(look, method, given)
 
 
@@ -316,8 +316,7 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
 def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     """Return the settings of the steps and of validation."""
     train = given.get("train", {})
-    few_samples = look.block or (look.is_facts and method != "answer-only LoRA")
-    batch = train.get("global_batch_size") or math.lcm(4 if few_samples else 8, train.get("micro_batch_size") or 1)
+    batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts or look.block else 8, train.get("micro_batch_size") or 1)
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
     schedule = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
     if look.told_once and method != "warm-up":

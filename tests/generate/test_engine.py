@@ -108,7 +108,7 @@ def test_mode_is_restored_and_training_goes_on() -> None:
         ({"length": 65}, ["9 + 56 = 65 tokens", "at most 64"]),
         ({"length": 9}, ["max_returned_tokens is 9", "9 tokens"]),
         ({"prompt": torch.tensor([], dtype=torch.long)}, ["empty"]),
-        ({"prompt": torch.tensor([3, 101])}, ["id 101", "knows 101"]),
+        ({"prompt": torch.tensor([3, 101])}, ["id 101", "has 101"]),
         ({"temperature": -0.5}, ["temperature is -0.5"]),
         ({"temperature": float("nan")}, ["temperature is nan"]),
         ({"top_k": 0}, ["top_k is 0"]),
