@@ -455,7 +455,7 @@ def load_adapter(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
         model.untie_head()
     own = adapter_parameters(model)
     problems = misfits(weights, {name: parameter.shape for name, parameter in own.items()})
-    problems += [f"{name} holds numbers that are not finite" for name, value in weights.items() if not value.isfinite().all()]
+    problems += [f"{name} holds non-finite numbers" for name, value in weights.items() if not value.isfinite().all()]
     if problems:
         raise UserError(f"{source} does not fit the adapter settings beside it: {'; '.join(problems)}")
     for name, value in weights.items():

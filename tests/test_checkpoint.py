@@ -355,7 +355,7 @@ def test_load_adapter_lists_everything() -> None:
         "transformer.h.0.attn.qkv.lora_A is missing",
         "transformer.h.1.attn.qkv.lora_A has shape (9, 32), not (6, 32)",
         "transformer.h.1.attn.proj.lora_A is unknown",
-        "transformer.h.1.attn.qkv.lora_B holds numbers that are not finite",
+        "transformer.h.1.attn.qkv.lora_B holds non-finite numbers",
     ):
         assert part in str(caught.value)
     assert torch.equal(model.transformer.h[0].attn.qkv.lora_B, before)  # nothing was loaded

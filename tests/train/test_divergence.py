@@ -50,7 +50,7 @@ def test_so_is_one_whose_broken_part_another_process_has(data: Path, tmp_path: P
     weights["transformer.wte.weight"][-1, 3] = torch.nan
     torch.save(weights, broken / "lit_model.pth")
     ended = litgpt(Bench(broken, data).argv(tmp_path / "out", devices=2, strategy="fsdp"), timeout=60)
-    message = f"Error: {broken / 'lit_model.pth'}: transformer.wte.weight holds numbers that are not finite"
+    message = f"Error: {broken / 'lit_model.pth'}: transformer.wte.weight holds non-finite numbers"
     assert ended.status == 1 and ended.err.splitlines()[-1].startswith(message), ended.err
     assert not (tmp_path / "out").exists()
 
