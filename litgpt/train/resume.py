@@ -142,7 +142,7 @@ class Identity:
             if key in before["settings"] and before["settings"][key] != value
         ]
         if any(now[key] != before.get(key, now[key]) for key in ("config", "weights")):  # which earlier versions did not write
-            changes.append("the base model is a different one (its weights or its config)")
+            changes.append("the base model is another one (its weights or its config)")
         for key, name in (("train", "training"), ("val", "validation")):
             if now[key] != before[key]:
                 changes.append(f"the {name} data are different ({before[key][0]:,} samples then, {now[key][0]:,} now)")

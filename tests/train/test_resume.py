@@ -291,8 +291,8 @@ OTHERS: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     "precision": ({"precision": "bf16-true"}, None, ["precision was '32-true' and is 'bf16-true'"]),
     "data": ({}, other_data, ["the training data are different (18 samples then, 18 now)"]),
     "more data": ({}, more_data, ["training data are different (18 samples then, 27 now)", "validation data are different"]),
-    "base": ({}, other_base, ["the base model is a different one"]),
-    "base's config": ({}, other_config, ["the base model is a different one"]),
+    "base": ({}, other_base, ["the base model is another one"]),
+    "base's config": ({}, other_config, ["the base model is another one"]),
     "template": ({"data.prompt_style": "alpaca"}, None, ["training data are different"]),
 }
 

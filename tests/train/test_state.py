@@ -171,13 +171,13 @@ def test_every_change_is_named(base: Path) -> None:
     before = json.loads(json.dumps(who(base).facts()))
     assert who(base).changes(before) == []
     assert who(base, epochs=9, max_norm=1.0).changes(before) == ["train.epochs was 5 and is 9", "train.max_norm was None and is 1.0"]
-    assert who(base, config={"n_layer": 3}).changes(before) == ["the base model is a different one (its weights or its config)"]
+    assert who(base, config={"n_layer": 3}).changes(before) == ["the base model is another one (its weights or its config)"]
     for change in range(6):
         assert who(base, samples(change)).changes(before) == ["the training data are different (2 samples then, 2 now)"]
     assert who(base, samples(4)).train != who(base, samples(5)).train
     (base / "lit_model.pth").write_bytes(bytes(range(256)) * 9 + bytes(256))
     checkpoint.weights_file(base, now=True)
-    assert who(base).changes(before) == ["the base model is a different one (its weights or its config)"]
+    assert who(base).changes(before) == ["the base model is another one (its weights or its config)"]
 
 
 def test_a_run_of_an_earlier_version_is_resumed(base: Path) -> None:
