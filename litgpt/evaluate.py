@@ -154,7 +154,7 @@ def on_records(
     splits = data.splits(llm.tokenizer, llm.prompt_style, _length(data, llm, is_own=not everything))
     samples = splits.val
     if is_text and everything:
-        samples = splits.train if data.val_split_fraction == 0 else [*splits.train, *splits.val]
+        samples = [*splits.train, *splits.val] if data.held_out_share() else splits.train
     count = min(len(samples), int(limit or len(samples)))
     console = Console()
     results: dict[str, Any] = {

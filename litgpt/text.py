@@ -42,9 +42,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def counted(count: int, noun: str) -> str:
-    """Return a number of things: "1 record", "2,000 records"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+def counted(count: float, noun: str) -> str:
+    """Return a number of things: "1 record", "2,000 records", "1.5 epochs"."""
+    return f"{count:{',' if isinstance(count, int) else 'g'}} {noun}{'s' * (count != 1)}"
 
 
 def size(count: float) -> str:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from litgpt.text import duration, gib, markdown_table, printable, size, sparkline, text_table
+from litgpt.text import counted, duration, gib, markdown_table, printable, size, sparkline, text_table
 
 
 def test_printable_escapes_what_a_terminal_obeys() -> None:
@@ -56,3 +56,10 @@ def test_a_sparkline_shows_the_course() -> None:
     assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
     assert sparkline([1, 1, 3, 3, math.nan], width=2) == "▁█"
     assert sparkline([]) == "" and sparkline([2.0]) == "▁" and len(sparkline(range(1000))) == 16
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(1, "1 epoch"), (1.0, "1 epoch"), (0.5, "0.5 epochs"), (2.25, "2.25 epochs"), (2000, "2,000 epochs")]
+)
+def test_a_number_of_things(count: float, shown: str) -> None:
+    assert counted(count, "epoch") == shown

@@ -55,8 +55,8 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
         samples[i].reference = array("f", store[layout.slices[i]].flatten().tolist())
 
 
-def reference_folder(path: Path, base: Path, longest: int, convert: bool = True) -> Path:
-    """Return the checkpoint or adapter folder. Raises UserError if it holds no model, or one with another tokenizer than the base's.
+def require_reference(path: Path, base: Path, longest: int, convert: bool = True) -> None:
+    """Raise UserError if the folder holds no model or adapter, or one with another tokenizer than the base's.
 
     `longest`: tokens of the longest sample. `convert`: as in `litgpt.convert.resolve.open_checkpoint`.
     """
@@ -71,14 +71,11 @@ def reference_folder(path: Path, base: Path, longest: int, convert: bool = True)
     tokens = [file.read_bytes() if (file := each / "tokenizer.json").is_file() else b"" for each in (folder, base)]
     if tokens[0] != tokens[1]:
         raise UserError(f"rho1_reference: {folder} has another tokenizer.json than {base}, so its losses are of other tokens")
-    return folder
 
 
-def reference_model(
-    path: Path, base: Path, longest: int, dtype: torch.dtype, device: torch.device, sharded: bool = False
-) -> tuple[GPT, list[str]]:
-    """Return the model of `reference_folder`, and digests of its weights. `sharded`: over all ranks."""
-    folder = reference_folder(path, base, longest)
+def reference_model(path: Path, dtype: torch.dtype, device: torch.device, sharded: bool = False) -> tuple[GPT, list[str]]:
+    """Return the model of a checkpoint or adapter, and digests of its weights. `sharded`: over all ranks."""
+    folder = open_checkpoint(path)
     model = checkpoint.load_model(folder, dtype, device, sharded=sharded)
     files = [file for name in (checkpoint.WEIGHTS, *checkpoint.ADAPTERS) if (file := folder / name).is_file()]
     if checkpoint.is_adapter_folder(folder):

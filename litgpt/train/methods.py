@@ -175,7 +175,7 @@ def describe(model: GPT, warmup: WarmupSettings) -> list[str]:
     taps, behind = config.taps, tuple(block for block in config.lora_blocks if block >= frozen)
     if warmup.has_warmup:
         steps, epochs = warmup.skip2lora_warmup_steps, warmup.skip2lora_warmup_epochs
-        length = counted(steps, "step") if steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
+        length = counted(steps, "step") if steps else counted(epochs or 0.0, "epoch")
         lines.append(f"LoRA warm-up: {length} on blocks {ranges(config.lora_blocks)}")
     if taps and config.skip2lora_enabled:
         norm = "" if config.skip2lora_norm == "none" else ", normalised"

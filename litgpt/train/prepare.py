@@ -23,7 +23,7 @@ from litgpt.logs import Console
 from litgpt.lora import GPT, keep_taps
 from litgpt.objectives.base import Objective
 from litgpt.objectives.named import objective_of
-from litgpt.objectives.reference import reference_folder
+from litgpt.objectives.reference import require_reference
 from litgpt.optim import make_optimizer
 from litgpt.packed import pack
 from litgpt.prompts import ChatTemplate, PromptStyle, reply_header, resolve_prompt_style
@@ -163,7 +163,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     validated = settings.eval.validated(len(splits.val) // objective.group, settings.train.micro_batch_size)
     objective.check(splits.train, splits.val[: validated * objective.group], settings.data.source)
     if objective.reference is not None:
-        reference_folder(objective.reference, base, max(len(sample.input_ids) for sample in splits.train), convert=not settings.dry_run)
+        require_reference(objective.reference, base, max(len(sample.input_ids) for sample in splits.train), convert=not settings.dry_run)
     console.say(f"data: {splits.report}")
     if rank.group is not None:
         is_sharded, why = choose(settings, method, base, rank, splits.train, dtype)

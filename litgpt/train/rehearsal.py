@@ -120,7 +120,7 @@ def _costs(job: Job) -> dict[str, str]:
     loop = rehearsed(job, train)
     plain, batches = _time(loop)
     per_epoch, total = loop.batches.per_epoch, loop.total_steps
-    epochs = "" if total is None else f"{total / per_epoch:.4g} epoch{'s' * (total != per_epoch)}"
+    epochs = "" if total is None else counted(round(total / per_epoch, 3), "epoch")
     steps = f"{per_epoch:,} an epoch" if total is None else f"{total:,} ({epochs} of {per_epoch:,})"
     lines = {"steps": f"{steps}, each of {counted(train.global_batch_size, 'sample')}", "a step": f"about {plain:.2f} s"}
     seconds = None if total is None else total * plain

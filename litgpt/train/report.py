@@ -9,7 +9,7 @@ from typing import Any
 
 from litgpt.convert.gguf.writer import has_gguf
 from litgpt.lora import Config
-from litgpt.text import duration
+from litgpt.text import counted, duration
 from litgpt.train.page import Answers, Points, curve_of, flat, page
 from litgpt.train.resume import State
 
@@ -57,7 +57,7 @@ def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
         **({"merged into the base": loss(figures["merged_val_loss"])} if figures.get("merged_val_loss") is not None else {}),
         **({"answers judged correctly": f"{accuracy:.1%} of the validation records"} if accuracy is not None else {}),
         "trainable parameters": f"{trained:,} of {total:,} ({100 * trained / total:.3f} %)",
-        "steps": f"{figures['steps']:,} ({figures['epochs']:g} epoch{'s' * (figures['epochs'] != 1)})",
+        "steps": f"{figures['steps']:,} ({counted(figures['epochs'], 'epoch')})",
         "time": f"{figures['total_seconds']:.1f} s, {figures['train_seconds']:.1f} s of it in training steps",
         "speed": f"{figures['tokens_per_second']:,.0f} tokens/s in training steps",
         "peak memory": f"{figures['peak_memory_gb']:.2f} GiB",

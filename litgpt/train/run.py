@@ -151,8 +151,7 @@ class Session:
         model: GPT = self.model
         facts = [checkpoint.weights_file(job.base).sha256, job.precision, str(job.method.quantize), str(job.cache_dtype)]
         if other is not None:
-            longest = max(len(sample.input_ids) for sample in job.splits.train)
-            model, facts = reference_model(other, job.base, longest, self.model.dtype, self.rank.device, self.rank.sharded)
+            model, facts = reference_model(other, self.model.dtype, self.rank.device, self.rank.sharded)
             own = Recompute(model, job.splits.train, self.rank.device)
         share = samples_of(range(self.rank.index, len(job.splits.train) // batches.group, self.rank.size), batches.group)
         cache = job.cache_settings("disk")
