@@ -89,7 +89,8 @@ def _split(argv: list[str], keys: Keys) -> tuple[list[str], list[tuple[str, str]
             options.append((name, value))
     if len(free) > len(keys.bare):
         stray = free[len(keys.bare)]
-        meant = "data" if "data" in keys.classes and expand_path(stray).exists() else "prompt" if "prompt" in keys.types else None
+        paths = [name for name in ("data", "checkpoint_dir") if name in {*keys.classes, *keys.types} - {*keys.bare}]
+        meant = paths[0] if paths and expand_path(stray).exists() else "prompt" if "prompt" in keys.types else None
         hint = f"do you mean --{meant} {shlex.quote(stray)}?" if meant else "a list is written in quotes: '[0, 1, 2]'"
         raise UsageError(f"{stray!r} stands alone, and values are written --key value: {hint}")
     return files, [*zip(keys.bare, free, strict=False), *options], flags

@@ -377,8 +377,10 @@ def apply_lora(
 
     `targets` are names of layers, in full or the part after a dot (`q_proj`, `attn.c_attn`), "all-linear" (all but the output layer) or
     "square" (as many outputs as inputs). `nn.Linear`, transformers' Conv1D and quantised layers are accepted. Layers that have LoRA keep
-    it. Until it is trained, the model's output does not change. Raises UserError for targets that fit no layer.
+    it. Until it is trained, the model's output does not change. Raises UserError for a rank of 0, and for targets that fit no layer.
     """
+    if r == 0:
+        raise UserError("r is 0, so nothing would be trained: give a rank of at least 1")
     AdapterSettings(lora_r=r, lora_alpha=alpha, lora_dropout=dropout)  # type: ignore[arg-type]
     layers = target_layers(model, targets)
     _attach(model, layers.values(), r, alpha, dropout, rslora)

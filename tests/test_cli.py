@@ -515,6 +515,11 @@ def test_mistakes_on_the_command_line(words: list[str], parts: list[str]) -> Non
     assert len(message.splitlines()) <= 3
 
 
+def test_a_model_without_its_key() -> None:
+    with pytest.raises(UsageError, match="'pyproject.toml' stands alone.*do you mean --checkpoint_dir pyproject.toml?"):
+        parse("litgpt data", load("data"), ["my.jsonl", "pyproject.toml"])
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

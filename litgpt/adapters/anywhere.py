@@ -59,6 +59,8 @@ def target_layers(model: nn.Module, targets: str | Collection[str]) -> dict[str,
         wanted = [targets] if isinstance(targets, str) else list(targets)
         fits = {target: {name for name in linears if f".{name}".endswith(f".{target}")} for target in wanted}
         chosen, missing = set[str]().union(*fits.values()), [target for target in wanted if not fits[target]]
+        if not wanted:
+            raise UserError("targets names no layer: give names of linear layers, or leave it out for all of them")
     if missing:
         kinds = sorted({name.rpartition(".")[2] for name in linears})
         rest = f"its linear layers are called {', '.join(kinds[:20])}" if kinds else "it has no linear layers without an adapter"

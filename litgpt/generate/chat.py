@@ -16,7 +16,7 @@ from litgpt.errors import UserError
 from litgpt.files import add_text, expand_path
 from litgpt.generate.base import Checkpoint, Drawing, Metered
 from litgpt.streams import safe, show, unescaped
-from litgpt.text import as_utf8
+from litgpt.text import as_utf8, counted
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
@@ -130,9 +130,8 @@ class Conversation:
             _note(f"this message does not fit into the model's {self.limit} tokens: nothing was sent")
             return
         if forgotten:
-            _note(
-                f"the conversation is longer than the model's {self.limit} tokens: the first {forgotten} messages and answers are forgotten"
-            )
+            oldest = counted(forgotten, "exchange")
+            _note(f"the conversation is longer than the model's {self.limit} tokens, so the model no longer sees its beginning ({oldest})")
         if sys.stdin.isatty():
             print(">> Reply: ", end="", flush=True)
         reply = self._reply(self.session, ids, room, show)

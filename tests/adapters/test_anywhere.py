@@ -215,6 +215,10 @@ def test_targets_that_fit_nothing() -> None:
         apply_lora(gpt2(), ["c_attn", "q_proj"])
     with pytest.raises(UserError, match="lora_r is"):
         apply_lora(gpt2(), ["c_attn"], r=-1)
+    with pytest.raises(UserError, match="r is 0, so nothing would be trained"):
+        apply_lora(gpt2(), ["c_attn"], r=0)
+    with pytest.raises(UserError, match="targets names no layer"):
+        apply_lora(gpt2(), [])
 
 
 def rewritten(file: Path, **header: Any) -> None:

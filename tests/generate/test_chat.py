@@ -134,7 +134,7 @@ def test_the_oldest_turns_are_forgotten(llm: LLM, base: Path, monkeypatch: pytes
     assert prompts[1] == turn("user", messages[0]) + turn("assistant", "answer") + turn("user", messages[1]) + OPEN
     last = prompts[-1]
     assert messages[5] in last and messages[4] in last and messages[0] not in last and last.startswith("<|im_start|>user")
-    assert "longer than the model's 200 tokens" in capsys.readouterr().err
+    assert "longer than the model's 200 tokens, so the model no longer sees its beginning (1 exchange)]\n" in capsys.readouterr().err
 
 
 def test_answers_may_use_what_is_left(llm: LLM, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
