@@ -35,6 +35,9 @@ PROMPT_SETTINGS = ("adapter_prompt_length", "adapter_start_layer")  # of LLaMA-A
 ADAPTER_WEIGHTS = "lit_model.pth.lora"
 ADAPTERS = {ADAPTER_WEIGHTS: "litgpt.lora", "lit_model.pth.adapter": "litgpt.adapter", "lit_model.pth.adapter_v2": "litgpt.adapter_v2"}
 PEFT_ADAPTER, PORTABLE_ADAPTER = FOREIGN_ADAPTERS = ("adapter_config.json", "skip2lora_config.json")  # PEFT's; Skip2-LoRA's portable one
+# settings of adapters that merge_lora refuses
+UNMERGEABLE = {"skip2lora_enabled": "a Skip2-LoRA adapter", "alora_enabled": "an answer-only LoRA adapter"}
+UNMERGEABLE |= dict.fromkeys(("value_head", "mtp_heads"), "an adapter with heads")
 READ_AS_IT_IS = "which generate, chat, serve, evaluate and validate read as it is"
 BASE = "base.json"  # beside an adapter: sha256, size and modification time of its base's weights
 TOKENIZER_FILES = (
@@ -189,13 +192,11 @@ def adapter_hint(folder: Path) -> str:
         settings: dict[str, Any] = {}
         with suppress(UserError):
             settings = read_hyperparameters(folder)
-        is_skip2 = settings.get("skip2lora_enabled") is True
-        if file.name == ADAPTER_WEIGHTS and not is_skip2:
+        kind = next((kind for key, kind in UNMERGEABLE.items() if settings.get(key)), None)
+        if file.name == ADAPTER_WEIGHTS and kind is None:
             return f": it holds a LoRA adapter, {READ_AS_IT_IS}. `litgpt merge_lora {folder}` makes a checkpoint of it"
-        kind = "Skip2-LoRA adapter" if is_skip2 else "LLaMA-Adapter"
-        return (
-            f": it holds a {kind}, {READ_AS_IT_IS} and which cannot be merged. To train, name its base ({settings.get('checkpoint_dir')})"
-        )
+        base = settings.get("checkpoint_dir")
+        return f": it holds {kind or 'a LLaMA-Adapter'}, {READ_AS_IT_IS} and which cannot be merged. To train, name its base ({base})"
     if any((folder / name).is_file() for name in FOREIGN_ADAPTERS):
         command = f"litgpt convert_adapter {folder} OUTPUT_DIR --checkpoint_dir BASE"
         return f": it holds an adapter. `{command}` makes a folder that generate, chat and merge_lora read"

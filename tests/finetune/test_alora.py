@@ -61,6 +61,8 @@ def test_what_becomes_of_the_adapter(whole: Run, base: Path, tmp_path: Path, cap
     opens = len(ids) - len(settings["alora_invocation_tokens"])
     assert torch.allclose(logits[:opens], plain[:opens], atol=1e-5) and (logits[opens:] - plain[opens:]).abs().max() > 1e-3
     assert main(["merge_lora", str(final)]) == 1 and "cannot be merged" in capsys.readouterr().err
+    assert main(["finetune_lora", str(final), "--data", str(tmp_path), "--out_dir", str(tmp_path / "more")]) == 1
+    assert f"cannot be merged. To train, name its base ({base})" in capsys.readouterr().err
     assert main(["convert_adapter", str(final), str(tmp_path / "peft")]) == 0
     peft = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert peft["alora_invocation_tokens"] == settings["alora_invocation_tokens"]

@@ -122,6 +122,8 @@ def test_value_evaluate_and_the_best_answer(base: Path, rated: Path, tmp_path: P
     assert "value_head, which other formats cannot store" in capsys.readouterr().err
     assert main(["merge_lora", str(run.final)]) == 1
     assert "cannot be merged" in capsys.readouterr().err
+    assert main(["finetune_lora", str(run.final), "--data", str(tmp_path), "--out_dir", str(tmp_path / "more")]) == 1
+    assert "an adapter with heads" in capsys.readouterr().err
 
 
 @pytest.mark.slow
