@@ -301,11 +301,12 @@ class Session:
         for example in job.examples:
             ids = example.base if not self.state.step else None
             if ids is None:
-                ids = answer(self.model, example, most, stops, lambda: asked.asked is not None)
+                ids = answer(self.model, example, most + 1, stops, lambda: asked.asked is not None)
             if asked.asked is not None and not self.rank.sharded:
                 return
             if ids is not None:
-                text = job.tokenizer.decode(ids).strip()
+                is_cut = len(ids) >= most + (ids is not example.base)  # the base's answers have no token more
+                text = job.tokenizer.decode(ids[:most]).strip() + " ..." * is_cut
                 example.answers.append((self.state.step, text))
                 self.console.say(f"  asked: {example.question}\n  answered: {text}")
 

@@ -19,7 +19,7 @@ import yaml
 from torch.testing import assert_close
 
 import litgpt
-from litgpt import atomic, checkpoint, optim
+from litgpt import Tokenizer, atomic, checkpoint, optim
 from litgpt.__main__ import main
 from litgpt.cli import parse
 from litgpt.finetune.lora import Lora, setup
@@ -365,6 +365,15 @@ def test_examples_with_the_same_question_keep_their_answers_apart(base: Path, tm
     shown = re.findall(r"<div class=answer><b>Sum up.\n(text \d+)</b>", page)
     assert len(shown) == 3 and shown[0] == shown[2] != shown[1]
     assert page.count("<dt>after 1 step<") == 3 and "<dt>before" not in page and "before:" not in run.err
+
+
+def test_an_answer_that_is_cut_is_marked(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = Tokenizer(base).encode("12 34 5").tolist()
+    monkeypatch.setattr("litgpt.train.run.answer", lambda model, example, most, *given: ids[:most])
+    for most, shown in ((len(ids) - 1, " ..."), (len(ids), ""), (len(ids) + 1, "")):
+        run = finetune("finetune_lora", base, data, tmp_path / str(most), **SKIP, eval__max_new_tokens=most, train__max_steps=1)
+        text = Tokenizer(base).decode(ids[:most]).strip() + shown
+        assert run.code == 0 and f"answered: {text}\n" in run.err and f"now:     {text}\n" in run.err, run.err
 
 
 def test_no_answers_are_made_where_none_are_wanted(base: Path, data: Path, tmp_path: Path) -> None:
