@@ -47,7 +47,9 @@ def examples_of(evaluation: EvalArgs, seed: int, records: Sequence[Record], styl
             raise UserError(f"eval.evaluate_example is {index}: the validation set has {len(records)} samples, counted from 0")
         record = records[index]
         rendered = render(record, style, tokenizer)
-        question = f"{record.question}\n{record.input}".rstrip("\n") if record.pair else rendered.prompt
+        first = next((i for i, weight in enumerate(record.learned) if weight), 0)  # learned reply of a conversation
+        asked = record.messages[first - 1]["content"] if first else ""
+        question = f"{record.question}\n{record.input}".rstrip("\n") if record.pair else str(asked or rendered.prompt)
         prompt, text = (tokenizer.ids(part, bos=None if record.is_text else style.bos) for part in (rendered.prompt, rendered.text))
         examples.append(Example(question, prompt, text))
     return examples

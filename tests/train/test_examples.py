@@ -87,3 +87,13 @@ def test_which_records_are_asked(base: Path) -> None:
     [example] = examples_of(EvalArgs(evaluate_example=1), 1, RECORDS, style, tokenizer)
     assert example.text[: len(example.prompt)] == example.prompt
     assert tokenizer.decode(example.text[len(example.prompt) :]).strip() == "2"
+
+
+def test_of_a_conversation_the_question_is_shown_without_the_templates_marks(base: Path) -> None:
+    tokenizer = Tokenizer(base)
+    style = resolve_prompt_style("chatml", base, tokenizer)
+    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user", "assistant")]
+    records = [read_record({"messages": turns[:count]}) for count in (3, 5)] + [read_record({"text": "a text of its own"})]
+    examples = examples_of(EvalArgs(evaluate_example=[0, 1, 2]), 1, records, style, tokenizer)  # type: ignore[arg-type]
+    assert [example.question for example in examples] == ["USER", "USER", tokenizer.decode(examples[2].prompt)]
+    assert "SYSTEM" in tokenizer.decode(examples[1].prompt)
