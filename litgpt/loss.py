@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.model import GPT, Positions, finish_logits
-from litgpt.packing import take
+from litgpt.packing import sent, take
 from litgpt.vocabulary import IGNORED as IGNORED, SpreadHead
 
 CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows slow the matrix products down, more only take memory
@@ -39,8 +39,10 @@ def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.
     In training the routers' auxiliary loss is added with the same weights.
     """
     hidden, targets = model.tail(features.x, features.taps, features.pos), features.targets
-    if features.at is not None:
-        rows, targets, weights = merged(features.at, targets, weights)
+    if (rows := features.at) is not None:
+        packing = features.pos.packing if features.pos else None
+        if packing is None or packing.stem:  # else no two samples share a row
+            rows, targets, weights = merged(rows, targets, weights)
         hidden = take(hidden, rows)
     return loss_at(model, hidden, targets, head_loss, weights)
 
@@ -50,10 +52,11 @@ def loss_at(
 ) -> torch.Tensor:
     """Return the loss of `loss_of` for the head's input at the loss positions, (n, d)."""
     if weights is not None:
-        weights = weights.to(hidden.device)
         kept = weights.nonzero()[:, 0]
         if len(kept) < len(weights):  # no logits are computed for the others
-            hidden, targets, weights = take(hidden, kept), targets[kept], weights[kept]
+            weights, kept = weights[kept], sent(kept, hidden.device)
+            hidden, targets = take(hidden, kept), targets[kept]
+        weights = sent(weights, hidden.device)
     loss = head_loss(hidden, targets, weights)
     auxiliary = model.auxiliary_loss()
     if auxiliary is None:
@@ -68,7 +71,7 @@ def merged(
 
     Samples share the rows of the stem, whose logits are then computed only once.
     """
-    pairs, place = torch.unique(rows * (int(targets.max()) + 1) + targets if len(rows) else rows, return_inverse=True)
+    pairs, place = torch.unique((rows << 32) + targets, return_inverse=True)
     if len(pairs) == len(rows):
         return rows, targets, weights
     first = torch.empty_like(pairs).scatter_(0, place, torch.arange(len(rows), device=rows.device))  # any of the equal rows
@@ -165,10 +168,8 @@ class _FrozenHead(torch.autograd.Function):
         rows = max(1, min(N, CHUNK_BYTES // (V * hidden.element_size())))
         wanted = hidden.requires_grad
         gradient = torch.empty_like(hidden) if wanted else hidden
-        if bool((targets == IGNORED).any()):
-            counted = targets != IGNORED
-            weights = counted.to(torch.float32) if weights is None else torch.where(counted, weights, 0)
-            targets = torch.where(counted, targets, 0)
+        counted = targets != IGNORED
+        targets = torch.where(counted, targets, 0)
         total = torch.zeros(() if is_sum else (N,), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         packed = owner.packed(hidden)
         buffer = owner.buffer(rows, hidden, V) if packed is None else hidden
@@ -183,6 +184,7 @@ class _FrozenHead(torch.autograd.Function):
                 logits = packed.times(hidden[here])
             each = None if weights is None else weights[here, None]
             losses = cross_entropy_(logits, targets[here], total.dtype, wanted, owner.divisor, owner.cap, each)
+            losses = torch.where(counted[here], losses, 0)
             if is_sum:
                 total += losses.sum()
             else:
@@ -191,6 +193,8 @@ class _FrozenHead(torch.autograd.Function):
                 torch.mm(logits, weight, out=gradient[here])  # (C, d)
             elif wanted:
                 gradient[here] = packed.back(logits)
+        if wanted:
+            gradient.masked_fill_(~counted[:, None], 0)
         ctx.save_for_backward(gradient)
         return total
 

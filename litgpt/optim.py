@@ -12,6 +12,7 @@ import torch
 
 from litgpt.args import is_number, require_allowed_class
 from litgpt.errors import UserError
+from litgpt.packing import sent
 
 SHORTENED = {torch.bfloat16: 16, torch.float16: 13}  # dtype -> number of fraction bits that it lacks compared to fp32
 ROUNDED = 1 << 18  # numbers that are rounded at a time, which fit a CPU's cache
@@ -42,7 +43,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.inner.zero_grad(set_to_none=True)
         self.steps += 1
         generator = torch.Generator().manual_seed(self.steps)
-        noise = torch.randint(1 << 16, (self.drawn,), generator=generator, dtype=torch.int32).to(self.masters[0].device)
+        noise = sent(torch.randint(1 << 16, (self.drawn,), generator=generator, dtype=torch.int32), self.masters[0].device)
         for p, master in zip(self.parameters, self.masters, strict=True):
             _round(master, p, noise)
 

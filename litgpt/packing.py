@@ -22,6 +22,11 @@ from litgpt.sample import Sample
 SHORTEST_STEM = 8  # tokens that are worth a separate attention call
 
 
+def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return values of the CPU on a device. The CPU does not wait until CUDA has done its earlier work."""
+    return values.to(device, non_blocking=device.type == "cuda")
+
+
 @dataclass(frozen=True)
 class Packing:
     """The places of a batch's samples among its rows."""
@@ -39,8 +44,8 @@ class Packing:
         steps, begins = torch.arange(max(lengths)), sizes.cumsum(0) - sizes
         real = steps < sizes[:, None]  # (B, T)
         rows = torch.where(real, begins[:, None] + steps, 0).flatten()
-        first = None if starts is None else torch.tensor(starts, device=device)
-        return cls(stem, tuple(lengths), rows.to(device), real.flatten().nonzero()[:, 0].to(device), first)
+        first = None if starts is None else sent(torch.tensor(starts), device)
+        return cls(stem, tuple(lengths), sent(rows, device), sent(real.flatten().nonzero()[:, 0], device), first)
 
     @property
     def width(self) -> int:
@@ -95,7 +100,7 @@ def pack(samples: Sequence[Sample], device: torch.device, stem: int) -> Batch:
         at.append(torch.where(positions < stem, positions, positions + (start - stem)))
         start += length
     packing = Packing.of(lengths, stem, device)
-    return Batch(ids.long().to(device), torch.cat(at).to(device), loss_targets(samples).to(device), packing)
+    return Batch(sent(ids.long(), device), sent(torch.cat(at), device), sent(loss_targets(samples), device), packing)
 
 
 def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -111,10 +116,10 @@ def noise_like(x: torch.Tensor, alpha: float, packing: Packing | None) -> torch.
 
     NEFTune, arXiv 2310.05914. Packed samples have no stem.
     """
-    lengths = torch.tensor([x.size(-2)] if packing is None else packing.lengths, device=x.device)
+    lengths = torch.tensor([x.size(-2)] if packing is None else packing.lengths)
     if packing is not None:
         lengths = lengths.repeat_interleave(lengths)  # (N,)
-    magnitude = alpha * (lengths * x.size(-1)).rsqrt()[:, None]
+    magnitude = alpha * (sent(lengths, x.device) * x.size(-1)).rsqrt()[:, None]
     return (torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1) * magnitude).to(x.dtype)
 
 

@@ -30,7 +30,7 @@ from litgpt.errors import UserError
 from litgpt.lora import lora_filter
 from litgpt.loss import Features
 from litgpt.model import GPT, evaluating
-from litgpt.packing import loss_targets, pack, shared_stem
+from litgpt.packing import loss_targets, pack, sent, shared_stem
 from litgpt.rope import is_long
 from litgpt.sample import Sample
 from litgpt.sharding import is_sharded, whole
@@ -127,7 +127,7 @@ class ActivationCache:
         chosen = [self.samples[i] for i in indices]
         slabs = [self._read(self.slices[i]) for i in indices]
         if is_flat(self.model) and not self.layout.first:
-            return Features(*self._split(slabs), loss_targets(chosen).to(self.device))
+            return Features(*self._split(slabs), sent(loss_targets(chosen), self.device))
         if is_answer_only(self.model):
             values = torch.cat([self._read(self.stem), *slabs]).flatten(1).to(self.device, self.model.dtype)
             return reply_features(self.model, prompts.Rows(values, chosen, self.layout.stem))

@@ -23,7 +23,7 @@ from litgpt.errors import UserError
 from litgpt.lora import GPT
 from litgpt.loss import Features
 from litgpt.model import Positions
-from litgpt.packing import Packing, loss_targets, pack, take
+from litgpt.packing import Packing, loss_targets, pack, sent, take
 from litgpt.rope import is_long
 from litgpt.sample import Sample
 
@@ -102,14 +102,14 @@ def reply_features(model: GPT, rows: Rows) -> Features:
     found = [(b, *span) for b, sample in enumerate(rows.samples) for span in replies(sample, switch.invocation)]
     starts = [start for _, start, _ in found]
     C = max(starts)
-    own = torch.cat([rows.numbers(*reply) for reply in found]).to(device)  # (N',)
+    own = sent(torch.cat([rows.numbers(*reply) for reply in found]), device)  # (N',)
     earlier = torch.zeros(len(found), C, dtype=torch.long)
     for i, (b, start, _) in enumerate(found):
         earlier[i, :start] = rows.numbers(b, 0, start)
     sizes = config.cache_sizes
     widths = [heads * size for heads, size in sizes]
     kv = rows.values.size(1) - (config.n_layer - first) * sum(widths)
-    cached = rows.values[:, kv:].index_select(0, earlier.flatten().to(device)).view(len(found), C, -1, sum(widths))  # (B, C, L', w)
+    cached = rows.values[:, kv:].index_select(0, sent(earlier.flatten(), device)).view(len(found), C, -1, sum(widths))  # (B, C, L', w)
     context = {
         first + i: tuple(part.unflatten(-1, size).transpose(1, 2) for part, size in zip(block.split(widths, -1), sizes, strict=True))
         for i, block in enumerate(cached.unbind(2))
@@ -117,9 +117,9 @@ def reply_features(model: GPT, rows: Rows) -> Features:
     packing = Packing.of([stop - start for _, start, stop in found], 0, device, starts)
     pos = reply_positions(model, packing, [len(rows.samples[b].input_ids) for b, _, _ in found], context)
     at = torch.cat([torch.frombuffer(rows.samples[b].loss_mask, dtype=torch.bool)[start + 1 : stop + 1] for b, start, stop in found])
-    at = at.nonzero()[:, 0].to(device)
+    at = sent(at.nonzero()[:, 0], device)
     x, taps = rows.values[own, :d], rows.values[own, d:kv].unflatten(1, (-1, d))
-    targets = loss_targets(rows.samples).to(device)
+    targets = sent(loss_targets(rows.samples), device)
     cut = model.cut or 0
     if cut <= first:
         return Features(x, taps, targets, at, pos)
@@ -149,7 +149,7 @@ def reply_positions(
     causal = torch.cat(
         ((before < starts[:, None])[:, None].expand(-1, packing.width, -1), (own <= own[:, None]).expand(len(starts), -1, -1)), dim=2
     )
-    real = places.minimum(torch.tensor(tokens, device=device)[:, None] - 1)  # padding gets the last place
+    real = places.minimum(sent(torch.tensor(tokens), device)[:, None] - 1)  # padding gets the last place
     end = int(real.max()) + 1
     model.require_room(end)
     rotary = tuple(model.rotary(table, real, end, [is_long(model.config, length) for length in tokens]) for table in model.rope)

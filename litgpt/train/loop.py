@@ -172,12 +172,13 @@ class Loop:
             total += loss.detach()
             if micro_batch:
                 used = [*map(or_, used, take_used(self.weights))]
-        mean = self.rank.sum(total).item()
+        total = self.rank.sum(total)
         self.rank.share_gradients(self.weights, used)
         if scale != 1:
             torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], scale)
         norm = self.rank.gradient_norm(self.weights)
-        if self._is_finite(state, batch.indices, {"loss": mean, "gradient norm": norm.item()}):
+        mean, size = torch.stack((total, norm.to(total))).tolist()  # a GPU is waited for once
+        if self._is_finite(state, batch.indices, {"loss": mean, "gradient norm": size}):
             if self.train.max_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.trained, self.train.max_norm, norm)
             state.consistent = False
