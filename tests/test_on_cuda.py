@@ -173,6 +173,7 @@ def test_answers_are_those_of_the_cpu(base: Path) -> None:
 STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA": (LORA, {}),
     "LoRA, noise": (LORA, {"noise": 5.0}),
+    "DoRA": (ADAPTERS["DoRA"], {}),
     "LoRA on the output layer": (ADAPTERS["head"], {}),
     "Skip2-LoRA": (SKIP, {}),
     "Skip2-LoRA, cached": (SKIP, {"cached": True}),
@@ -209,7 +210,7 @@ def waits_of_a_step(
         return dict(device.waits)
 
 
-@pytest.mark.parametrize("name", quick(STEPS, "Skip2-LoRA, cached", "all weights, bf16", "weights"))
+@pytest.mark.parametrize("name", quick(STEPS, "DoRA", "Skip2-LoRA, cached", "all weights, bf16", "weights"))
 def test_a_step_waits_for_the_device_once(name: str) -> None:
     """When loss and gradient norm are read, whatever the number of micro-batches."""
     adapters, how = STEPS[name]

@@ -49,7 +49,7 @@ class DoRA(LoRALinear):
     def gain(self) -> torch.Tensor:
         """Return g (out,); it is 1 in rows that are not adapted. A row of zeros, as of an unused token, is left unchanged."""
         c = self.norms()
-        return c.masked_scatter(self.adapted_rows().to(c.device), self.lora_magnitude) / c.masked_fill(c == 0, 1.0)
+        return c.masked_scatter(self.adapted_rows(), self.lora_magnitude) / c.masked_fill(c == 0, 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)"""

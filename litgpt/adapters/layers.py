@@ -104,7 +104,7 @@ class LoRALinear(LoRALayer, Wrapper):
 
     def adapted_rows(self) -> torch.Tensor:
         """Return (out,) bool: the rows of the weight that B has, in its order."""
-        return torch.ones(self.out_features, dtype=torch.bool)
+        return torch.ones(self.out_features, dtype=torch.bool, device=self.lora_B.device)
 
     def product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, p: float = 0.0, y: torch.Tensor | None = None) -> torch.Tensor:
         """Return s b a dropout(x), plus y if given, with factors of the shapes of A and B and dropout p."""
@@ -192,4 +192,4 @@ class LoRAQKVLinear(LoRALinear):
         return torch.block_diag(*(next(scaled) if on else self.lora_B.new_zeros(size, 0) for size, on in self.parts))
 
     def adapted_rows(self) -> torch.Tensor:
-        return torch.cat([torch.full((size,), on) for size, on in self.parts])
+        return torch.cat([torch.full((size,), on, device=self.lora_B.device) for size, on in self.parts])
