@@ -211,7 +211,8 @@ class GPT(nn.Module):
         if input_pos is None:
             return self._at(torch.arange(T, device=device), T, [T])
         end = int(input_pos.max()) + 1 if end is None else end
-        tokens = [end] if input_pos.dim() == 1 else (input_pos[:, -1] + 1).tolist()
+        is_shared = input_pos.dim() == 1 or self.config.rope_kind != "longrope"  # a GPU would be waited for
+        tokens = [end] if is_shared else (input_pos[:, -1] + 1).tolist()
         return replace(self._at(input_pos, end, tokens), index=input_pos)
 
     def packed_positions(self, packing: Packing) -> Positions:

@@ -19,7 +19,7 @@ from litgpt.api import LLM
 from litgpt.args import TrainArgs
 from litgpt.device import use
 from litgpt.generate import drafts
-from litgpt.generate.engine import generate_batch
+from litgpt.generate.engine import Batch, Row, generate_batch
 from litgpt.generate.sampling import Sampling
 from litgpt.lora import mark_only_lora_as_trainable
 from litgpt.loss import HeadLoss, loss_of
@@ -220,3 +220,16 @@ def test_a_step_waits_for_the_device_once(name: str) -> None:
 def test_a_batch_with_loss_in_the_common_beginning_waits_for_its_equal_rows() -> None:
     waits = waits_of_a_step(LORA, micro_batch=3, loss_from=4)
     assert waits == {"copy to cpu, train/loop.py": 1, "_unique2, loss.py": 1, "copy to cpu, loss.py": 1}
+
+
+def test_decoding_waits_for_the_tokens_alone() -> None:
+    with cuda() as device:
+        batch = Batch(tiny.tiny().to(CUDA))
+        rows = [Row(tokens, Sampling(temperature=0.0)) for tokens in ([1, 2, 3], [4] * 9)]
+        for row in rows:
+            batch.add(row)
+        for row, logits in batch.step():
+            row.draw(logits)
+        device.waits.clear()
+        drawn = batch.step()
+        assert {place for place in device.waits if not place.startswith("copy to cuda")} == set() and len(drawn) == 2
