@@ -38,7 +38,14 @@ def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: in
 
 
 def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int) -> list[Sample]:
-    """Return the questions with these answers as training samples; the loss is on the answers."""
+    """Return the questions with these answers as training samples; the loss is on the answers.
+
+    An answer of `ANSWER_TOKENS` tokens was cut off, so its sample has no token that ends it: the model would learn to stop in mid-sentence.
+    """
     pairs = [{"instruction": q, "output": a} for q, a in zip(QUESTIONS, answers, strict=False) if a]
     encoder = Encoder(tokenizer, style, mask_prompt=True, last_turn_only=False, max_length=max_seq_length, source="train.replay")
-    return [sample for _, (sample,) in encoder.encode_all(list(enumerate(pairs, 1)))]
+    samples = [sample for _, (sample,) in encoder.encode_all(list(enumerate(pairs, 1)))]
+    for sample in samples:
+        end = [i for i, flag in enumerate(sample.loss_mask, 1) if flag][:ANSWER_TOKENS][-1]
+        sample.input_ids, sample.loss_mask = sample.input_ids[:end], sample.loss_mask[:end]
+    return samples

@@ -38,6 +38,16 @@ def test_samples_have_loss_on_the_answers(base: Path) -> None:
     assert QUESTIONS[2] not in learned[1]
 
 
+def test_only_a_complete_answer_has_an_end(base: Path) -> None:
+    """An answer that was cut off ends nowhere: with an end token, the model learned to stop in mid-sentence."""
+    llm = LLM.load(base)
+    long = llm.tokenizer.decode(llm.tokenizer.ids("It is a mountain that opens downward. " * 9)[:ANSWER_TOKENS])
+    whole, cut = replay_samples(["It erupts.", long], llm.tokenizer, llm.prompt_style, 256)
+    ends = [ids[0] for ids in llm.prompt_style.stop_tokens(llm.tokenizer)]
+    assert whole.input_ids[-1] in ends and cut.input_ids[-1] not in ends
+    assert cut.n_targets == ANSWER_TOKENS and llm.tokenizer.decode(list(cut.input_ids)).endswith(long)
+
+
 def test_nothing_answered_is_nothing_to_train(base: Path) -> None:
     llm = LLM.load(base)
     assert replay_samples(["", ""], llm.tokenizer, llm.prompt_style, 128) == []
