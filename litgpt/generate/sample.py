@@ -69,18 +69,22 @@ class SampleAnswers(Drawing, Files, Checkpoint):
         llm = self.opened(self.checkpoint_dir)
         from litgpt.logs import Console
 
-        lines, console = list[dict[str, Any]](), Console()
+        lines, console, cut = list[dict[str, Any]](), Console(), 0
         step = max(1, TOGETHER // self.n)
         try:
             with console.progress("answers") as progress:
                 for first in range(0, len(records), step):
                     places = range(first, min(first + step, len(records)))
                     questions = [question_of(records[place], llm.prompt_style, llm.tokenizer) for place in places]
-                    answers = (llm.tokenizer.decode(ids).strip() for ids in self.drawn(llm, questions, self.n, first))
+                    drawn = self.drawn(llm, questions, self.n, first)
+                    cut += sum(len(ids) == self.max_new_tokens for ids in drawn)
+                    answers = (llm.tokenizer.decode(ids).strip() for ids in drawn)
                     for place in places:
                         for _ in range(self.n):
                             lines.append(_line(records[place], answer := next(answers), check(rows[place], answer), f"record {place + 1}"))
                     progress(self.n * places.stop, self.n * len(records))
+            if cut:
+                console.say(f"{counted(cut, 'answer')} reached --max_new_tokens {self.max_new_tokens} and may be incomplete: raise it")
         finally:  # a signal or an error ends the work of hours: what is complete is kept
             if complete := lines[: len(lines) // self.n * self.n]:
                 rest = len(records) - len(complete) // self.n

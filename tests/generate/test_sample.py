@@ -67,6 +67,13 @@ def test_answers_repeat_by_seed_and_do_not_depend_on_their_number(base: Path, qu
     assert sampled(base, questions, "--n", 4, "--seed", 5) != four
 
 
+def test_answers_that_are_cut_off_are_counted(base: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sampled(base, questions, "--n", 2, "--temperature", 0)  # random weights do not end an answer
+    assert "6 answers reached --max_new_tokens 6 and may be incomplete: raise it" in capsys.readouterr().err
+    sampled(base, questions, "--n", 1, "--temperature", 0, "--max_new_tokens", 1)
+    assert "3 answers reached --max_new_tokens 1 " in capsys.readouterr().err
+
+
 def test_greedy_answers_are_the_models(base: Path, questions: Path) -> None:
     llm = LLM.load(base, precision="32-true", device="cpu")
     lines = sampled(base, questions, "--n", 1, "--temperature", 0)
