@@ -88,7 +88,7 @@ def main(wheel: str) -> None:
     else:
         run("finetune", str(MODEL), "--data", DATA, "--out_dir", str(OUT), "--resume", "auto")
     Console(width=None if sys.stdout.isatty() else 140).print(compare())
-    print(f"Talk to it:  source .venv/bin/activate; litgpt chat {OUT}")
+    print(f"Talk to it:  source .venv/bin/activate; litgpt chat {OUT} --temperature 0")
 
 
 if __name__ == "__main__":

@@ -92,10 +92,13 @@ def page_of(
     return page(f"{model}, tuned", {"losses": " ".join(losses)}, tiles, curves, figures["best_step"], answers, shown)
 
 
-def next_steps(out_dir: Path, config: Config, is_whole: bool = True) -> list[tuple[str, str]]:
-    """Return commands for a finished run, each with what it does. `is_whole`: the final folder holds a model."""
+def next_steps(out_dir: Path, config: Config, is_whole: bool = True, is_exact: bool = False) -> list[tuple[str, str]]:
+    """Return commands for a finished run, each with what it does.
+
+    `is_whole`: the final folder holds a model. `is_exact`: it was trained to repeat its answers word for word.
+    """
     final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
-    rows = [(f"litgpt chat {final}", "talk to it")]
+    rows = [(f"litgpt chat {stem}{' --temperature 0' * is_exact}", "talk to it")]
     if config.skip2lora_enabled or config.alora_enabled:
         name, users = ("portable", "for transformers") if config.skip2lora_enabled else ("peft", "for transformers with PEFT, and vLLM")
         rows.append((f"litgpt convert_adapter {final} {stem}/{name}", users))

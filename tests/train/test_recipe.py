@@ -235,7 +235,7 @@ def test_a_run_as_a_user_starts_it(base: Path, tmp_path: Path, capsys: pytest.Ca
     words = ["--epochs", "1", "--eval.max_new_tokens", "2", "--train.replay", "2"]
     assert main(["finetune", str(base), "--data", str(data), "--out_dir", str(out), *words]) == 0
     said = capsys.readouterr().err
-    assert "before:" in said and "now:" in said and f"litgpt chat {out / 'final'}" in said
+    assert "before:" in said and "now:" in said and f"litgpt chat {out} --temperature 0 " in said
     page = (out / "report.html").read_text()
     assert "<svg" in page and "add 0 and 1" in page and str(tmp_path) not in page
     again = ["finetune", "--config", str(out / "final/hyperparameters.yaml"), "--out_dir", str(tmp_path / "again")]

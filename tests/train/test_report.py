@@ -99,4 +99,5 @@ def test_the_next_steps_name_gguf_where_it_can_hold_the_model() -> None:
         for fields, has in ((llama, True), (gpt_oss, False)):
             commands = [command for command, _ in next_steps(Path("out"), Config(**fields, **settings), whole)]
             assert any(gguf in command for command in commands) is has, commands
-            assert commands[0] == "litgpt chat out/final" and len(commands) == 3 + has
+            assert commands[0] == "litgpt chat out" and len(commands) == 3 + has
+    assert next_steps(Path("out"), Config(**family_configs.pair("llama")[1]), True, True)[0][0] == "litgpt chat out --temperature 0"
