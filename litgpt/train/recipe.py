@@ -3,8 +3,9 @@
 Three kinds of data are trained in three ways:
 
     facts   few records with short answers, or many that share them: all are trained and none is held out, by LoRA on the replies, in the
-            last quarter of the blocks, behind cached prompts, until the model repeats the answers; very few records, and facts that are
-            told once, by LoRA in every block, on the prompts too, so that their answers are found by other words
+            last quarter of the blocks, behind cached prompts, until the model repeats the answers; facts that are told in two or three ways
+            in more blocks, with a higher rank; very few records, and facts that are told once, by LoRA in every block, on the prompts
+            too, so that their answers are found by other words
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -43,6 +44,7 @@ from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
+FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank in a quarter of the blocks mixes up facts
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
 SHARED = 0.5  # facts: at most this many different answers a record
@@ -51,7 +53,7 @@ SHORT = 300  # characters of an answer that is learned word for word
 VALIDATIONS = 8
 MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
 
-QUARTER = "last quarter"  # of the model's blocks
+BLOCKS = {"last quarter": 0.25, "last two fifths": 0.4}  # of the model's blocks
 LINEAR = {f"lora_{name}": (True, "LoRA on every linear layer") for name in ("query", "key", "value", "projection", "mlp")}
 SKIP = {
     "skip2lora_enabled": (True, "the frozen blocks run once, so epochs after the first cost a fraction"),
@@ -67,7 +69,7 @@ METHODS: dict[str, dict[str, tuple[Any, str]]] = {
     "answer-only LoRA": {
         **LINEAR,
         "alora_enabled": (True, "prompts run once, and an epoch computes the replies alone"),
-        "lora_block_indices": (QUARTER, "the blocks before run once"),
+        "lora_block_indices": ("last quarter", "the blocks before run once"),
         **EXACT,
     },
     "Skip2-LoRA": {
@@ -101,6 +103,11 @@ LORA_KEYS = {  # settings that ask for LoRA, or go with nothing else
     "modules_to_save",
     "cpu_offload",
     *LAYER_FLAGS,
+}
+FEW_WAYS_TOLD = {  # instead of those of answer-only LoRA
+    "lora_block_indices": ("last two fifths", "facts are told in few ways"),
+    "lora_r": (64, "room for facts"),
+    "lora_alpha": (64, "the rank"),
 }
 TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
@@ -253,9 +260,9 @@ def _table(chosen: list[Chosen]) -> str:
 
 def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | None = None) -> list[Chosen]:
     """Return the settings that suit the data, for a command with the settings `given` and a checkpoint; None: for a usual one."""
-    quarter, marks_replies = QUARTER, True
+    layers, marks_replies = None, True
     if base is not None:
-        quarter, marks_replies = f"last:{math.ceil(Config.from_checkpoint(base).n_layer / 4)}", _marks_replies(base, data, given)
+        layers, marks_replies = Config.from_checkpoint(base).n_layer, _marks_replies(base, data, given)
     name = name_of(Path(data.source)).lstrip(".") or "data"
     rows = [Chosen("out_dir", Path("out/sweep" if look.is_sweep else "out/finetune") / name, "named after the data")]
     if look.compares:
@@ -272,9 +279,14 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     if given.get("objective") == "verifiable":
         rows.append(Chosen("lr_ratios", {"value_head": 10.0}, "a head begins with nothing"))
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
-    for key, (value, reason) in METHODS[method].items():
+    settings = METHODS[method]
+    is_open = {*given, *keys_of(given.get("grid", ()))}.isdisjoint(FEW_WAYS_TOLD)
+    if method == "answer-only LoRA" and look.is_facts and look.is_repeated and look.records < FEW_WAYS * look.answers and is_open:
+        settings = settings | FEW_WAYS_TOLD
+    for key, (value, reason) in settings.items():
         if not unfit.get(key):
-            rows.append(Chosen(key, quarter if value == QUARTER else value, reason))
+            value = given.get("lora_r", value) if key == "lora_alpha" else value
+            rows.append(Chosen(key, f"last:{math.ceil(BLOCKS[value] * layers)}" if layers and value in BLOCKS else value, reason))
     return rows + _schedule(look, method, given)
 
 

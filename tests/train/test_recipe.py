@@ -143,6 +143,21 @@ def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(f"  {key} " in said for key in ("train.epochs", "optimizer.lr", "train.micro_batch_size", "data.val_split_fraction"))
 
 
+def test_facts_told_in_few_ways_get_more_blocks_and_a_higher_rank(base: Path, tmp_path: Path) -> None:
+    """Unless the user chooses a rank or blocks: alpha then follows the rank."""
+    keys = ("lora_block_indices", "lora_r", "lora_alpha")
+    for words, expected in (
+        ([], ("last:2", 64, 64)),
+        (["--lora_r", "4"], ("last:2", 4, 4)),
+        (["--lora_block_indices", "last:1"], ("last:1", 16, 16)),
+    ):
+        given = chosen(tmp_path, base, records(60, 20), *words)
+        assert given["alora_enabled"] and tuple(given[key] for key in keys) == expected
+    assert tuple(chosen(tmp_path, base, records(60, 15))[key] for key in keys) == ("last:2", 16, 16)
+    varied = chosen(tmp_path, base, records(60, 20), "--grid.lora_r", "[2, 4]", command="sweep")
+    assert varied["lora_block_indices"] == "last:2" and varied["lora_alpha"] == 16
+
+
 @pytest.mark.parametrize(
     ("count", "is_answer_only"), [(recipe.SCARCE - 1, False), (recipe.SCARCE, True), (recipe.FEW, True), (recipe.FEW + 1, False)]
 )
