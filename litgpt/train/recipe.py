@@ -285,7 +285,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
         settings = settings | FEW_WAYS_TOLD
     for key, (value, reason) in settings.items():
         if not unfit.get(key):
-            value = given.get("lora_r", value) if key == "lora_alpha" else value
+            value = given.get("lora_r") or value if key == "lora_alpha" else value
             rows.append(Chosen(key, f"last:{math.ceil(BLOCKS[value] * layers)}" if layers and value in BLOCKS else value, reason))
     return rows + _schedule(look, method, given)
 
