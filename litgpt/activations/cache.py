@@ -142,7 +142,7 @@ class ActivationCache:
         return self.store[rows] if self.parts is None else self.store[rows].index_select(1, self.parts)
 
     def _split(self, slabs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.cat(slabs).to(self.device, self.model.dtype, non_blocking=True)  # (N, S + 1, d)
+        rows = sent(torch.cat(slabs), self.device).to(self.model.dtype)  # (N, S + 1, d)
         return rows[:, 0], rows[:, 1:]
 
     def narrowed(self, blocks: Sequence[int]) -> ActivationCache:
