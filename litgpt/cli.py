@@ -93,7 +93,11 @@ def _split(argv: list[str], keys: Keys) -> tuple[list[str], list[tuple[str, str]
         meant = paths[0] if paths and expand_path(stray).exists() else "prompt" if "prompt" in keys.types else None
         hint = f"do you mean --{meant} {shlex.quote(stray)}?" if meant else "a list is written in quotes: '[0, 1, 2]'"
         raise UsageError(f"{stray!r} stands alone, and values are written --key value: {hint}")
-    return files, [*zip(keys.bare, free, strict=False), *options], flags
+    bare = dict(zip(keys.bare, free, strict=False))
+    for name, value in options:
+        if (key := keys.full(name, True)) in bare:
+            raise UsageError(f"{key} is given twice, as {bare[key]!r} and as --{name} {value!r}: leave one of them out")
+    return files, [*bare.items(), *options], flags
 
 
 def _read_option(written: str, text: str, keys: Keys) -> list[Setting]:

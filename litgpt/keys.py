@@ -33,6 +33,7 @@ MOST_SHOWN = 200  # characters of a value in a message
 ELSEWHERE = {  # what other tools call a key -> its name here
     **dict.fromkeys(("lr", "learning_rate"), "optimizer.lr"),
     "weight_decay": "optimizer.weight_decay",
+    **dict.fromkeys(("beta1", "beta2"), "optimizer.betas"),
     **dict.fromkeys(("num_epochs", "num_train_epochs", "n_epochs"), "train.epochs"),
     **dict.fromkeys(("batch_size", "train_batch_size"), "train.global_batch_size"),
     **dict.fromkeys(("per_device_train_batch_size", "device_batch_size"), "train.micro_batch_size"),

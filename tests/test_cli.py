@@ -82,6 +82,17 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
 
 
+@pytest.mark.parametrize("words", ["finetune full", "convert from_litgpt", "generate adapter_v2", "merge lora"])
+def test_a_command_in_two_words(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in early versions of LitGPT."""
+    with pytest.raises(SystemExit):
+        main([words.replace(" ", "_"), "--help"])
+    expected = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--help"])
+    assert capsys.readouterr().out == expected
+
+
 def test_help_without_heavy_imports() -> None:
     """The table needs nothing but the standard library; a command's help and its parse errors not torch."""
     script = f"""
@@ -503,6 +514,8 @@ def test_upstream_yaml(name: str, tmp_path: Path) -> None:
         (["c", "pyproject.toml"], ["'pyproject.toml' stands alone", "do you mean --data pyproject.toml?"]),
         (["c", "--out", "x"], ["--out is not a known key (did you mean out_dir?)"]),
         (["c", "--dataset", "x.jsonl"], ["did you mean data?"]),
+        (["c", "--train.beta1", "0.9"], ["did you mean optimizer.betas?"]),
+        (["c", "--checkpoint_dir", "d"], ["checkpoint_dir is given twice, as 'c' and as --checkpoint_dir 'd'"]),
         (["c", "--max_new_tokens", "5"], ["did you mean eval.max_new_tokens?"]),
         (["c", "--data", "my.jsnol"], ["'my.jsnol' is no file or folder here, and no class: 'my' cannot be imported"]),
         (["c", "--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
