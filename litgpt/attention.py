@@ -230,6 +230,11 @@ class KVCache:
     def __init__(self, sizes: Sequence[tuple[int, int]], B: int, length: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.k, self.v = (torch.zeros(B, heads, length, size, device=device, dtype=dtype) for heads, size in sizes)
 
+    def reset_parameters(self) -> None:
+        """Set keys and values to zero."""
+        self.k.zero_()
+        self.v.zero_()
+
     def rows(self, index: int, count: int) -> KVCache:
         """Return the cache of `count` samples from `index` on, which shares this one's memory."""
         view = copy(self)

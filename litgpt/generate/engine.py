@@ -99,8 +99,10 @@ class Batch:
     def step(self) -> list[tuple[Row, torch.Tensor]]:
         """Run the model once over every ready row's last token and some prompts. Return the rows with logits (V,) of their next token.
 
-        The caller draws a token for each, or removes it.
+        The caller draws a token for each, or removes it. A cache that `set_kv_cache` has made is not used, and stays.
         """
+        blocks = self.model.blocks
+        given = [block.attn.kv_cache for block in blocks]
         self._restart_long_rows()
         self._make_room(len(self.rows), max((len(row.tokens) for row in self.rows), default=0))
         rows, outputs = self.rows[: self.ready], []
@@ -116,7 +118,8 @@ class Batch:
                     outputs.append(x)
                     self.ready += len(rows)
         finally:
-            self.model.clear_kv_cache()
+            for block, cache in zip(blocks, given, strict=True):
+                block.attn.kv_cache = cache
         if not outputs:
             return []
         rows, x = self.rows[: self.ready], torch.cat(outputs)

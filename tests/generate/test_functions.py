@@ -51,6 +51,20 @@ def test_next_token(model: GPT) -> None:
     assert next_token(model, torch.tensor([5]), first[None], temperature=0.0).tolist() == expected[6:7]
 
 
+def test_a_cache_stays_and_can_be_emptied(model: GPT) -> None:
+    """As LitGPT's examples do: set the caches, generate, empty the caches."""
+    model.set_kv_cache(1)
+    caches = [block.attn.kv_cache for block in model.blocks]
+    assert generate(model, PROMPT, 8, top_k=1).tolist() == greedy(model, 3)
+    assert [block.attn.kv_cache for block in model.blocks] == caches
+    expected = model(PROMPT[None], torch.arange(5))
+    for block in model.transformer.h:
+        assert block.attn.kv_cache.k.any()
+        block.attn.kv_cache.reset_parameters()
+        assert not block.attn.kv_cache.k.any() and not block.attn.kv_cache.v.any()
+    torch.testing.assert_close(model(PROMPT[None], torch.arange(5)), expected)
+
+
 def test_chunks_of_the_output_layer(model: GPT) -> None:
     parts = model(PROMPT[None], lm_head_chunk_size=2)
     assert [part.size(1) for part in parts] == [2, 2, 1]
