@@ -38,7 +38,8 @@ class Pretrain(Run):
     model_name: Optional[str] = None
     """A named model, such as pythia-14m, whose config a new model gets; or "list", which prints the names."""
     model_config: Optional[dict[str, Any]] = None
-    """Fields of the model's config: those that differ from model_name's, or all of them: --model_config.n_layer 4."""
+    """Fields of the model's config: those that differ from model_name's (--model_config.n_layer 4), or all of them, with a name of their
+    own; model_name is not read then."""
     out_dir: Path = setting(Path("out/pretrain"), may_change=True)
     initial_checkpoint_dir: Optional[Path] = setting(None, may_change=True, older_names=("initial_checkpoint",))
     """Start from the weights of this checkpoint (continued pretraining)."""
@@ -98,7 +99,8 @@ class Pretrain(Run):
         from litgpt.lora import Config
 
         changes = self.model_config or {}
-        config = Config.from_name(self.model_name, **changes) if self.model_name else Config(**changes)
+        is_whole = self.model_name is None or "name" in changes
+        config = Config(**changes) if is_whole else Config.from_name(str(self.model_name), **changes)
         record = {"config": config.base_dict(), "seed": self.seed}
         text = json.dumps(record, sort_keys=True, default=str)
         assert self.tokenizer_dir is not None

@@ -217,6 +217,13 @@ def test_presets(file: Path, tmp_path: Path) -> None:
         assert getattr(plain["train"], name) != value, name
 
 
+def test_a_whole_config_beside_a_name(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """As in LitGPT's config_hub: a model_config with a name is the whole config, whatever model_name says."""
+    done = pretrain(text, tmp_path / "out", scratch=tokenizer, model_name="stories15M", train__max_steps=1)
+    assert done.code == 0, done.err
+    assert Config.from_checkpoint(done.out_dir / "final").base_dict() == Config(**SHAPE).base_dict()
+
+
 def test_fresh_weights() -> None:
     """Deviations as GPT-NeoX has them, by the formulas; the seed decides all values."""
     config = Config(**{**SHAPE, "n_layer": 4, "n_embd": 256, "padded_vocab_size": 2000, "intermediate_size": 512})
