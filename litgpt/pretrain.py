@@ -15,6 +15,7 @@ from litgpt.args import EvalArgs, TrainArgs, function_of, setting
 from litgpt.atomic import locked, new_folder, write_text
 from litgpt.checkpoint import copy_tokenizer_files, save_config, save_weights, tokenizer_contents
 from litgpt.convert.resolve import locate
+from litgpt.data.text_files import Text
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.prompts import PromptStyle, save_prompt_style
@@ -97,6 +98,7 @@ class Pretrain(Run):
     def _made(self, folder: Path) -> Path:
         """Return the folder with the fresh weights and the tokenizer, creating them if needed."""
         from litgpt.lora import Config
+        from litgpt.train.rehearsal import require_data
 
         changes = self.model_config or {}
         is_whole = self.model_name is None or "name" in changes
@@ -108,6 +110,12 @@ class Pretrain(Run):
         is_made = (folder / RECORD).is_file() and (folder / RECORD).read_text(encoding="utf-8") == text
         if is_made and tokenizer_contents(folder) == tokenizer_contents(source):
             return folder
+        if self.dry_run:
+            require_data(self)
+        elif self.data is not None:
+            self.data.prepare_data()
+        if isinstance(self.data, Text):  # before weights, which may take minutes and gigabytes
+            self.data.check()
         model = fresh(config, self.seed)
         with new_folder(folder, overwrite=(folder / RECORD).is_file()) as new:
             save_weights(model.state_dict(), new / "lit_model.pth")

@@ -249,5 +249,9 @@ def test_names_and_mistakes(text: Path, tokenizer: Path, tmp_path: Path, capsys:
     ):
         assert main(["pretrain", *words, "--out_dir", str(tmp_path / "out")]) in (1, 2)
         assert said in capsys.readouterr().err
+    for data in ("LitData", "TinyLlama"):
+        words = ["pythia-14m", "--data", data, "--data.data_path", str(tmp_path / "none"), "--tokenizer_dir", str(tokenizer)]
+        assert main(["pretrain", *words, "--out_dir", str(tmp_path / "none-out")]) == 1 and "missing" in capsys.readouterr().err
+        assert not any((tmp_path / "none-out").rglob("*.pth"))  # no weights yet
     done = pretrain(text, tmp_path / "long", scratch=tokenizer, model_config__block_size=4096)
     assert done.code == 1 and "shorter than a block of 4,097 tokens" in done.err

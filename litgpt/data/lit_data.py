@@ -74,6 +74,11 @@ class LitData(Text):
         train, val = (folder / name for name in self.split_names)
         return [train], [val]
 
+    def check(self) -> None:
+        for folders in self.texts():
+            for folder in folders or ():
+                next(chunks(folder), None)
+
     def _blocks(self, tokenizer: Tokenizer, texts: Iterable[Any], length: int) -> tuple[list[Sample], int]:
         """Return the blocks of all chunks of the folders, and the number of tokens before they were cut."""
         blocks, count, mask = list[Sample](), 0, bytearray(b"\0" + b"\1" * (length - 1))

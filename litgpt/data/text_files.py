@@ -43,6 +43,10 @@ class Text(DataModule):
         With a share of 0 all blocks are trained on, and some of them are also validated.
         """
 
+    def check(self) -> None:
+        """Raise UserError if files are missing."""
+        self.texts()
+
     def records(self) -> tuple[list[Record], list[Record] | None]:
         raise UserError(
             f"{type(self).__name__} holds running text, not questions and answers: use `litgpt pretrain`, finetune_lora or finetune_full"
