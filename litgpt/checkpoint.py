@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt.adapters.settings import model_settings
+from litgpt.adapters.settings import UNMERGEABLE, model_settings
 from litgpt.archive import is_mappable, refuse_compressed, require_full_records
 from litgpt.atomic import digest, new_file, require_whole, write_bytes, write_text
 from litgpt.config import CHOSEN_TAPS, CORRECTION, Config
@@ -35,9 +35,6 @@ PROMPT_SETTINGS = ("adapter_prompt_length", "adapter_start_layer")  # of LLaMA-A
 ADAPTER_WEIGHTS = "lit_model.pth.lora"
 ADAPTERS = {ADAPTER_WEIGHTS: "litgpt.lora", "lit_model.pth.adapter": "litgpt.adapter", "lit_model.pth.adapter_v2": "litgpt.adapter_v2"}
 PEFT_ADAPTER, PORTABLE_ADAPTER = FOREIGN_ADAPTERS = ("adapter_config.json", "skip2lora_config.json")  # PEFT's; Skip2-LoRA's portable one
-# settings of adapters that merge_lora refuses
-UNMERGEABLE = {"skip2lora_enabled": "a Skip2-LoRA adapter", "alora_enabled": "an answer-only LoRA adapter"}
-UNMERGEABLE |= dict.fromkeys(("value_head", "mtp_heads"), "an adapter with heads")
 READ_AS_IT_IS = "which generate, chat, serve, evaluate and validate read as it is"
 BASE = "base.json"  # beside an adapter: sha256, size and modification time of its base's weights
 TOKENIZER_FILES = (

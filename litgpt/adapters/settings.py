@@ -24,6 +24,12 @@ MODULES = {  # names of the modules that can be saved, here and in transformers 
     **dict.fromkeys(("lm_head", "embed_out"), "lm_head"),
 }
 LAYER_FLAGS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
+HEADS = ("value_head", "mtp_heads")
+UNMERGEABLE = {  # settings whose adapters no weight of the base can take in -> what they are
+    "skip2lora_enabled": "a Skip2-LoRA adapter",
+    "alora_enabled": "an answer-only LoRA adapter",
+    **dict.fromkeys(HEADS, "an adapter with heads"),
+}
 
 
 @dataclass(kw_only=True)
@@ -162,12 +168,12 @@ class AdapterSettings:
     @property
     def heads(self) -> list[str]:
         """The settings that add a head next to the output layer."""
-        return [name for name in ("value_head", "mtp_heads") if getattr(self, name)]
+        return [name for name in HEADS if getattr(self, name)]
 
     @property
     def is_mergeable(self) -> bool:
         """True if the adapters can be folded into the base's weights."""
-        return not (self.skip2lora_enabled or self.alora_enabled or self.heads)
+        return not any(getattr(self, key) for key in UNMERGEABLE)
 
     @property
     def has_lora_in_blocks(self) -> bool:
