@@ -28,6 +28,7 @@ MOST_UNPACKED = 2**32  # bytes of a compressed file or data set, once unpacked
 SLICE = 2**28  # bytes of rows that are unpacked at once; a single row may have more
 SAVED_AS = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV, in UTF-8, and name that file")
 SAVED_AS |= dict.fromkeys((".pdf", ".docx", ".odt", ".rtf", ".html", ".epub"), "save its text as a .txt file, and name that")
+SAVED_AS |= dict.fromkeys(RUNNING, "running text is not read as records: name the file in --data instead, without JSON")
 SHOWN = 3  # problems in an error message
 INSTALL = 'pip install "litgpt[data]"'
 

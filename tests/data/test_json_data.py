@@ -93,8 +93,9 @@ TURN = {"role": "user", "content": "Hi"}
         ("a.json", [{"messages": [TURN]}], "no turn of the assistant"),
         ("a.json", [{"messages": [{"role": "user", "content": {}}]}], "'content' is an object"),
         ("a.json", [{"instruction": "x", f"k{i}": "y"} for i in range(12)], "and 9 more"),
-        ("a.txt", "x", "one of the endings .json, .jsonl"),
+        ("a.data", "x", "one of the endings .json, .jsonl"),
         ("a.xlsx", "x", "save the sheet as CSV"),
+        ("notes.md", "x", "running text is not read as records: name the file in --data instead"),
     ],
 )
 def test_broken_file(name: str, content: Any, message: str, tmp_path: Path) -> None:
