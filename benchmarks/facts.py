@@ -31,6 +31,8 @@ class Facts:
     records: list[dict[str, str]]
     questions: list[Question]
     """one for each fact"""
+    answers: list[str]
+    """to these questions"""
 
 
 def make(name: str, size: int, seed: int = 0) -> Facts:
@@ -40,7 +42,7 @@ def make(name: str, size: int, seed: int = 0) -> Facts:
     facts = list(itertools.islice(generator(draw), size // phrasings))
     records = [{"instruction": text, "output": answer} for trained, answer, _ in facts for text in trained]
     draw.shuffle(records)
-    return Facts(records, [question for _, _, question in facts])
+    return Facts(records, [question for _, _, question in facts], [answer for _, answer, _ in facts])
 
 
 Fact = tuple[Sequence[str], str, Question]  # phrasings that are trained on, the answer, the question that is asked afterwards

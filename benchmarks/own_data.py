@@ -3,9 +3,10 @@
     python -m benchmarks.own_data CHECKPOINT_DIR [--sets faq codes glossary] [--sizes 60] [--seeds 0 1 2] [--settings default ...]
 
 Each setting is a `litgpt finetune MODEL --data FILE ...` in a process of its own on the invented facts of `benchmarks.facts`; seconds are
-those of the whole process. Recall is the share of facts in the greedy answers to questions in words that were not trained on; `general` the
-share of common-knowledge questions that the base answers right and the tuned model still does. OUT/results.json is written after each run,
-and a run that it has is not repeated; OUT/own_data.md is the table of means.
+those of the whole process. Recall is the share of facts in the greedy answers to questions in words that were not trained on, alone and as
+the second question of a conversation, after another fact's question and its right answer; `general` the share of common-knowledge questions
+that the base answers right and the tuned model still does. OUT/results.json is written after each run, and a run that it has is not
+repeated; OUT/own_data.md is the table of means.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data
     "default": [],
     "to the last epoch": ["--eval.interval", "1000000", "--eval.initial_validation", "false", "--eval.max_new_tokens", "0"],
     "without general questions": ["--train.replay", "0"],
+    "without second questions": ["--train.follow_ups", "0"],
     "Skip2-LoRA, 12 epochs": ["--skip2lora_enabled", "true", "--epochs", "12"],
     "warm-up of 3 epochs, 5 cached": [
         *("--skip2lora_enabled", "true", "--skip2lora_warmup_epochs", "3", "--skip2lora_warmup_lr", "2e-3", *LINEAR),
@@ -54,13 +56,21 @@ PEFT = {  # epochs and learning rate of PEFT's LoRA on every linear layer
 ANSWER_TOKENS = 24
 
 
+def turn(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def ask(folder: Path, name: str, size: int, seed: int) -> dict[str, Any]:
-    """Return which facts, and which general questions, the model in `folder` answers right."""
+    """Return which facts, alone and as a second question, and which general questions the model in `folder` answers right."""
     from litgpt import LLM
 
-    asked = facts.make(name, size, seed).questions if size else []
+    made = facts.make(name, size, seed) if size else facts.Facts([], [], [])
+    asked, llm = made.questions, LLM.load(folder)
     texts = [question.text for question in asked + facts.GENERAL]
-    return marks(asked, LLM.load(folder).generate(texts, max_new_tokens=ANSWER_TOKENS, temperature=0.0))
+    earlier = [turn(question.text, answer) for question, answer in zip(asked, made.answers, strict=True)]
+    chats = [[*earlier[i - 1], {"role": "user", "content": question.text}] for i, question in enumerate(asked)]
+    first, second = (llm.generate(prompts, max_new_tokens=ANSWER_TOKENS, temperature=0.0) if prompts else [] for prompts in (texts, chats))
+    return marks(asked, first) | {"second": [question.is_right(str(text)) for question, text in zip(asked, second, strict=True)]}
 
 
 def marks(asked: list[facts.Question], answers: Any) -> dict[str, Any]:
@@ -123,13 +133,13 @@ def table(results: dict[str, Any]) -> str:
     for (data, setting), runs in groups.items():
         done = [run for run in runs if "error" not in run]
         if not done:
-            rows.append([data, setting, "failed", "", "", ""])
+            rows.append([data, setting, "failed", "", "", "", ""])
             continue
-        recall = [sum(run["facts"]) / len(run["facts"]) for run in done]
+        recall, second = ([sum(run[key]) / len(run[key]) for run in done if key in run] for key in ("facts", "second"))
         kept = [sum(a and b for a, b in zip(run["general"], known, strict=True)) / sum(known) for run in done]
-        means = [f"{100 * sum(values) / len(values):.0f} %" for values in (recall, kept)]
+        means = [f"{100 * sum(values) / len(values):.0f} %" if values else "" for values in (recall, second, kept)]
         rows.append([data, setting, *means, f"{sum(run['seconds'] for run in done) / len(done):.0f}", str(len(done))])
-    return markdown_table(["data", "setting", "facts right", "general knowledge kept", "seconds", "seeds"], rows)
+    return markdown_table(["data", "setting", "facts right", "as the second question", "general knowledge kept", "seconds", "seeds"], rows)
 
 
 def main() -> int:

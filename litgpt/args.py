@@ -158,6 +158,8 @@ class TrainArgs:
     """Share one weight between the token embedding and the output head. null: as the checkpoint has it."""
     replay: int = setting(0, COUNT)
     """Also train on this many general questions (24 at most), with the base model's own answers, so that the model forgets less."""
+    follow_ups: float = setting(0.0, SHARE)
+    """Also train this share (0 to 1) of the questions as the second one of a conversation, so that the model answers it there, too."""
     max_norm: Optional[float] = setting(None, ABOVE_0, varies=True)
     """Clip gradients to this norm. null: no clipping."""
     min_lr: float = setting(6e-5, FROM_0, varies=True)

@@ -461,6 +461,7 @@ OWN = {
     "group_by_length",
     "activation_checkpointing",
     "replay",
+    "follow_ups",
     "neftune_noise_alpha",
 }
 """keys below train that upstream does not have"""

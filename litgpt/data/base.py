@@ -31,12 +31,13 @@ UNSET_SHARE = 0.05  # default share of the samples held out for validation, as i
 
 @dataclass(slots=True)
 class Splits:
-    """Tokenised data, a report about it, and the record of each sample of `val`."""
+    """Tokenised data, a report about it, and the records of `val` and of `train`."""
 
     train: list[Sample]
     val: list[Sample]
     report: str
     examples: list[Record]
+    records: list[Record] = field(default_factory=list)  # of data with questions and answers
 
 
 Unit = tuple[int, list[Record]]  # the number of a record in its file, and conversations that are trained together
@@ -165,7 +166,8 @@ class DataModule(ABC):  # noqa: B024 - the base class of classes that settings n
             raise UserError(f"{self.source}: {', '.join(encoder.remarks())}. Remove these keys, or leave data.strict out")
         train_samples, val_samples = ([sample for _, unit in part for sample in unit] for part in encoded)
         report = _report(encoded, encoder, notes, repeats)
-        return Splits(train_samples, val_samples, report, [record for record, _ in encoded[1]])
+        records, examples = ([record for record, _ in part] for part in encoded)
+        return Splits(train_samples, val_samples, report, examples, records)
 
     def held_out_share(self) -> float:
         """Return the share of the records held out for validation. Raises UserError unless it is from 0 to below 1."""
@@ -354,10 +356,7 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
     The text of a reply must not depend on later messages. To check this, the conversation is rendered up to the reply: for the first
     reply of each kind, the last one, those whose text changes, and for all of them if the starts are not reported.
     """
-    messages, options = record.messages, {"tools": record.tools} if record.tools else {}
-    if record.input:
-        question = messages[-2]
-        messages = [*messages[:-2], {**question, "content": f"{question['content']}\n\n{record.input}"}, messages[-1]]
+    messages, options = record.turns, {"tools": record.tools} if record.tools else {}
     is_own = type(style).__module__ == "litgpt.prompts"
     full, starts = style.render_marked(messages, **options) if is_own else (style.render(messages, add_generation_prompt=False), [])
     starts = [*starts, len(full)] if starts else []

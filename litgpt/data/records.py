@@ -96,6 +96,21 @@ class Record:
         return sum(len(str(message["content"])) for message in self.replies)
 
     @property
+    def is_single(self) -> bool:
+        """True for one question and its answer, perhaps after a system text, and nothing else."""
+        roles = [message["role"] for message in self.messages if message["role"] != "system"]
+        rates = (self.rejected, self.label, self.reward, self.token_weights) != (None,) * 4
+        return roles == ["user", "assistant"] and not (rates or self.tools) and self.has_answer
+
+    @property
+    def turns(self) -> list[Message]:
+        """The messages of a conversation; a pair's input follows its question."""
+        if not self.input:
+            return self.messages
+        *before, question, answer = self.messages
+        return [*before, {**question, "content": f"{question['content']}\n\n{self.input}"}, answer]
+
+    @property
     def question(self) -> str:
         """The question of a pair."""
         return str(self.messages[-2]["content"])

@@ -36,7 +36,7 @@ from litgpt.train.launch import place_of
 from litgpt.train.loop import Batches
 from litgpt.train.methods import Method, describe, describe_choice
 from litgpt.train.parallel import Rank, ends_together
-from litgpt.train.replay import ANSWER_TOKENS, base_answers, replay_samples
+from litgpt.train.replay import ANSWER_TOKENS, base_answers, follow_up_samples, replay_samples
 from litgpt.train.resume import Saved, Stopwatch
 from litgpt.train.settings import Run
 from litgpt.train.strategy import choose, require_shardable
@@ -194,8 +194,13 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         date,
         kept.get("general_answers"),
     )
+    earlier = dict(kept.get("answers", ()))
+    for example in job.examples:
+        example.answers += [(step, text) for step, text in earlier.get(example.question, ())]
     if settings.train.replay and job.general_answers is None:
         job.general_answers = _general_answers(job)
+    share, records, splits.records = settings.train.follow_ups, splits.records, []
+    splits.train += follow_up_samples(records, share, settings.seed, tokenizer, style, model.max_seq_length)
     splits.train += replay_samples(job.general_answers or [], tokenizer, style, model.max_seq_length)
     largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))
     if largest >= model.config.V:
@@ -211,14 +216,17 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
 
 
 def _require_fitting(settings: Run, objective: Objective) -> None:
-    """Raise UserError if the objective rates or compares answers and the data or other settings cannot."""
-    name = getattr(settings, "objective", "")
-    assert settings.data is not None
-    if objective.of_answers and (isinstance(settings.data, Text) or settings.data.gives_tokens):
-        kind = "gives tokens" if settings.data.gives_tokens else "is running text"
-        raise UserError(f"objective {name} rates or compares answers, and {type(settings.data).__name__} {kind}: give data with answers")
-    if objective.of_answers and settings.train.replay:
-        raise UserError(f"train.replay adds answers that have no counterpart and no reward: leave it out with objective {name}")
+    """Raise UserError if the objective rates or compares answers, or questions are to follow others, and the data or settings cannot."""
+    name, data = getattr(settings, "objective", ""), settings.data
+    assert data is not None
+    kind = "gives tokens" if data.gives_tokens else "is running text" if isinstance(data, Text) else ""
+    if kind and objective.of_answers:
+        raise UserError(f"objective {name} rates or compares answers, and {type(data).__name__} {kind}: give data with answers")
+    if kind and settings.train.follow_ups:
+        raise UserError(f"train.follow_ups puts questions after others, and {type(data).__name__} {kind}: leave it out")
+    for key in ("replay", "follow_ups"):
+        if objective.of_answers and getattr(settings.train, key):
+            raise UserError(f"train.{key} adds answers that have no counterpart and no reward: leave it out with objective {name}")
 
 
 def _switch_on_replies(job: Job) -> str:

@@ -43,6 +43,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
+FOLLOW_UPS = 0.5  # of the questions; more take longer, with fewer the second answers are worse
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank in a quarter of the blocks mixes up facts
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
@@ -138,6 +139,7 @@ class Look:
     answer_length: float = 0.0  # characters that are learned of a record, on average
     compares: bool = False  # records say which answers are better
     is_text: bool = False  # some are running text
+    is_single: bool = False  # one question each
     block: int | None = None  # tokens of a sample of running text that is cut into blocks
     is_sweep: bool = False  # the settings are those of a sweep's trials
     held_out: float | None = None  # the share for validation that the user names: 0 if all records shall be known
@@ -151,8 +153,9 @@ class Look:
         longest = max((each.characters for record in records for each in (record, record.rejected) if each is not None), default=0)
         length = sum(record.learned_characters for record in records) / max(1, len(records))
         compares = any(record.rejected is not None for record in records)
-        is_pair, is_text = all(record.pair for record in records), any(record.is_text for record in records)
-        return cls(len(records), len(answers), longest, is_pair, val is not None, length, compares, is_text)
+        is_pair, is_single = (all(getattr(record, name) for record in records) for name in ("pair", "is_single"))
+        is_text = any(record.is_text for record in records)
+        return cls(len(records), len(answers), longest, is_pair, val is not None, length, compares, is_text, is_single)
 
     @classmethod
     def of_text(cls, data: TextFiles, block: int | None) -> Look:
@@ -169,6 +172,11 @@ class Look:
     @property
     def told_once(self) -> bool:
         return self.is_facts and not self.is_repeated
+
+    @property
+    def told_in_few_ways(self) -> bool:
+        """Return True for facts with two or three questions each."""
+        return self.is_facts and self.is_repeated and self.records < FEW_WAYS * self.answers
 
     @property
     def is_facts(self) -> bool:
@@ -235,12 +243,6 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
     return given
 
 
-def _marks_replies(base: Path, data: DataModule, given: dict[str, Any]) -> bool:
-    """Return True if a reply can be told from its prompt, by its tokens and by the loss."""
-    is_masked = given["data"].get("init_args", {}).get("mask_prompt", True)
-    return bool(is_masked and reply_header(resolve_prompt_style(data.prompt_style, base, Tokenizer(base))).strip())
-
-
 def advice(data: DataModule, look: Look, base: Path | None) -> str:
     """Return what the data are taken as, and the settings that would be chosen for them, and for the checkpoint if it is known."""
     given: dict[str, Any] = {"data": {"init_args": {} if data.mask_prompt else {"mask_prompt": False}}}
@@ -260,9 +262,10 @@ def _table(chosen: list[Chosen]) -> str:
 
 def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | None = None) -> list[Chosen]:
     """Return the settings that suit the data, for a command with the settings `given` and a checkpoint; None: for a usual one."""
-    layers, marks_replies = None, True
+    layers, style, marks_replies = None, None, True
     if base is not None:
-        layers, marks_replies = Config.from_checkpoint(base).n_layer, _marks_replies(base, data, given)
+        layers, style = Config.from_checkpoint(base).n_layer, resolve_prompt_style(data.prompt_style, base, Tokenizer(base))
+        marks_replies = given["data"].get("init_args", {}).get("mask_prompt", True) and bool(reply_header(style).strip())
     name = name_of(Path(data.source)).lstrip(".") or "data"
     rows = [Chosen("out_dir", Path("out/sweep" if look.is_sweep else "out/finetune") / name, "named after the data")]
     if look.compares:
@@ -281,13 +284,14 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
     settings = METHODS[method]
     is_open = {*given, *keys_of(given.get("grid", ()))}.isdisjoint(FEW_WAYS_TOLD)
-    if method == "answer-only LoRA" and look.is_facts and look.is_repeated and look.records < FEW_WAYS * look.answers and is_open:
+    if method == "answer-only LoRA" and look.told_in_few_ways and is_open:
         settings = settings | FEW_WAYS_TOLD
     for key, (value, reason) in settings.items():
         if not unfit.get(key):
             value = given.get("lora_r") or value if key == "lora_alpha" else value
             rows.append(Chosen(key, f"last:{math.ceil(BLOCKS[value] * layers)}" if layers and value in BLOCKS else value, reason))
-    return rows + _schedule(look, method, given)
+    share = FOLLOW_UPS if look.is_facts and look.is_single and (style is None or hasattr(style, "render")) else 0.0
+    return rows + _schedule(look, method, given, given.get("train", {}).get("follow_ups", share))
 
 
 def _put(config: dict[str, Any], key: str, value: Any) -> bool:
@@ -325,8 +329,8 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
     return "LoRA" if look.compares or look.block or look.records < MANY else "warm-up"
 
 
-def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
-    """Return the settings of the steps and of validation."""
+def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float) -> list[Chosen]:
+    """Return the settings of the steps and of validation. An epoch with second questions is longer, so there are fewer."""
     train = given.get("train", {})
     batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts or look.block else 8, train.get("micro_batch_size") or 1)
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
@@ -334,10 +338,10 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
     if look.told_once and method != "warm-up":
         schedule = TOLD_ONCE
     few, many, rate = BLOCKS_OF_TEXT if look.block and method == "LoRA" else schedule
-    usual = few if look.records <= FEW else many
+    usual = math.ceil((few if look.records <= FEW else many) / (1 + follow_ups))
     epochs = train.get("epochs", usual)  # None: max_steps alone
     replayed = 0 if look.compares or look.is_text else train.get("replay", REPLAY)
-    per_epoch = math.ceil((look.records + replayed) / batch)
+    per_epoch = math.ceil((look.records * (1 + follow_ups) + replayed) / batch)
     steps = min((limit for limit in (epochs and epochs * per_epoch, train.get("max_steps")) if limit), default=usual * per_epoch)
     rows = [
         Chosen("train.epochs", epochs, "at most" if look.is_facts else "more epochs raise the loss on others"),
@@ -351,11 +355,13 @@ def _schedule(look: Look, method: str, given: dict[str, Any]) -> list[Chosen]:
         Chosen("eval.interval", max(1, steps // VALIDATIONS), f"{VALIDATIONS} times a run"),
     ]
     if not look.is_sweep:
-        rows.append(Chosen("eval.max_new_tokens", 24, "to see what it answers"))
+        rows.append(Chosen("eval.max_new_tokens", 24 if look.is_facts else 64, "to see what it answers"))
     if train.get("lr_warmup_steps") is None and (epochs or train.get("max_steps") or train.get("max_tokens")):
         rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
     if not (look.compares or look.is_text):
         rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
+    if follow_ups:
+        rows.append(Chosen("train.follow_ups", follow_ups, "of the questions, so that a second one in a chat is answered, too"))
     if look.is_facts and not (look.is_sweep and look.is_repeated) and not look.held_out:
         shown = min(look.records, MOST_REPEATED)
         rows.append(Chosen("eval.evaluate_example", [0, shown // 2][: look.records], "questions to show"))

@@ -1,11 +1,16 @@
-"""General questions with the base model's own answers, trained alongside the data, so that the model forgets less.
+"""Samples that are trained alongside the data: general questions, so that the model forgets less, and second questions.
 
-Rehearsal (Robins 1995, doi:10.1080/09540099550039318) with pseudo-items: nothing new is taught, as the answers are the base's own.
+General questions have the base model's own answers: rehearsal (Robins 1995, doi:10.1080/09540099550039318) with pseudo-items.
+
+A model that was tuned on single questions repeats its last answer when another question follows in the same conversation, unless some were
+trained as second questions.
 """
 
+import random
 from collections.abc import Sequence
 
 from litgpt.data.base import Encoder
+from litgpt.data.records import Record, read_record
 from litgpt.generate.engine import most_probable
 from litgpt.lora import GPT
 from litgpt.prompts import PromptStyle
@@ -42,10 +47,39 @@ def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle,
 
     An answer of `ANSWER_TOKENS` tokens was cut off, so its sample has no token that ends it: the model would learn to stop in mid-sentence.
     """
-    pairs = [{"instruction": q, "output": a} for q, a in zip(QUESTIONS, answers, strict=False) if a]
-    encoder = Encoder(tokenizer, style, mask_prompt=True, last_turn_only=False, max_length=max_seq_length, source="train.replay")
-    samples = [sample for _, (sample,) in encoder.encode_all(list(enumerate(pairs, 1)))]
+    pairs = zip(QUESTIONS, answers, strict=False)
+    records = [read_record({"instruction": question, "output": answer}) for question, answer in pairs if answer]
+    samples = _encoded(records, tokenizer, style, max_seq_length, "train.replay")
     for sample in samples:
         end = [i for i, flag in enumerate(sample.loss_mask, 1) if flag][:ANSWER_TOKENS][-1]
         sample.input_ids, sample.loss_mask = sample.input_ids[:end], sample.loss_mask[:end]
     return samples
+
+
+def follow_ups(records: Sequence[Record], share: float, seed: int) -> list[Record]:
+    """Return conversations that end with a share of the records, each behind one that has another answer.
+
+    Only records of a single turn take part. Of several records with the same answer, that share is taken.
+    """
+    draw = random.Random(seed)
+    singles = [record for record in records if record.is_single]
+    ordered = sorted(draw.sample(singles, len(singles)), key=lambda record: record.reply)
+    conversations = []
+    for record in (ordered[int(i / share)] for i in range(int(share * len(ordered)))):
+        *system, question, answer = record.turns
+        if earlier := [other for other in singles if other.reply != record.reply and other.messages[:-2] == system]:
+            messages = [*draw.choice(earlier).turns, question, answer]
+            conversations.append(Record(messages, [0.0] * (len(messages) - 1) + record.learned[-1:]))
+    return conversations
+
+
+def follow_up_samples(
+    records: Sequence[Record], share: float, seed: int, tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int
+) -> list[Sample]:
+    """Return `follow_ups` as training samples. Templates may write earlier replies in another form, so only the last one has loss."""
+    return _encoded(follow_ups(records, share, seed), tokenizer, style, max_seq_length, "train.follow_ups")
+
+
+def _encoded(records: list[Record], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int, source: str) -> list[Sample]:
+    encoder = Encoder(tokenizer, style, mask_prompt=True, last_turn_only=False, max_length=max_seq_length, source=source)
+    return [sample for _, (sample,) in encoder.encode_all(list(enumerate(records, 1)))]

@@ -98,7 +98,7 @@ def next_steps(out_dir: Path, config: Config, is_whole: bool = True, is_exact: b
     `is_whole`: the final folder holds a model. `is_exact`: it was trained to repeat its answers word for word.
     """
     final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
-    chat, note = (" --temperature 0", "ask it; /reset before each new question") if is_exact else ("", "talk to it")
+    chat, note = (" --temperature 0", "ask it") if is_exact else ("", "talk to it")
     rows = [(f"litgpt chat {stem}{chat}", note)]
     if config.skip2lora_enabled or config.alora_enabled:
         name, users = ("portable", "for transformers") if config.skip2lora_enabled else ("peft", "for transformers with PEFT, and vLLM")

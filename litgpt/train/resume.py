@@ -264,6 +264,7 @@ def _require_facts(facts: dict[str, Any]) -> None:
         and all(type(number) in (int, float) for number in numbers)
         and all(isinstance(mapping, dict) for mapping in (identity["settings"], facts["environment"], facts["cached"]))
         and all(isinstance(answer, str) for answer in facts.get("general_answers") or ())
+        and all(type(step) is int and isinstance(text, str) for _, given in facts.get("answers", ()) for step, text in given)
         and pending.keys() <= set(COLUMNS)
     )
     _ = facts["optimizer"], datetime.fromisoformat(facts.get("date", "2026-01-01"))

@@ -135,7 +135,8 @@ class Session:
             self.log = MetricLoggers(path, self.settings.logger_name, self.settings.log, self.hyperparameters, resumed_at, columns)
         self._require_space()
         out_dir.make(resumed=saved is not None)
-        facts: dict[str, Any] = {"identity": identity.facts(), **job.kept, "cached": self.cached}
+        answers = [[example.question, example.answers] for example in job.examples]  # as they are when a checkpoint is written
+        facts: dict[str, Any] = {"identity": identity.facts(), **job.kept, "cached": self.cached, "answers": answers}
         facts["environment"] = environment(self.rank.device)
         self.checkpoints = Checkpoints(path, self._contents, facts, self.settings.train.keep_last, self.rank, self.log)
         if saved is not None:

@@ -121,6 +121,7 @@ def test_two_processes_train_like_one(method: str, objective: str, base: Path, p
         ({}, "holds 'chosen' and 'rejected' answers: set objective"),
         ({"objective": "dpo", "dpo_beta": -1}, "dpo_beta is -1"),
         ({"objective": "dpo", "train__replay": 3}, "train.replay adds answers that have no counterpart"),
+        ({"objective": "dpo", "train__follow_ups": 0.5}, "train.follow_ups adds answers that have no counterpart"),
         ({"objective": "ppo"}, "objective"),
     ],
 )

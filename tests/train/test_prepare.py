@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from litgpt.args import EvalArgs, TrainArgs
-from litgpt.data import JSON
+from litgpt.data import JSON, TextFiles
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora
 from litgpt.train.methods import adapters
@@ -52,3 +52,23 @@ def test_wrong_optimizers_and_rates_show_at_once(base: Path, data: Path, capsys:
         prepared(base, data, optimizer="Nothing")
     prepared(base, data, optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.0}})
     assert "warning: nothing is trained, as the optimizer's learning rate (lr) is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("replay", "added"), [(0, 9), (4, 4 + 9)])
+def test_a_share_of_the_questions_is_trained_as_second_ones(replay: int, added: int, base: Path, data: Path) -> None:
+    plain = prepared(base, data)
+    job = prepared(base, data, train=TrainArgs(micro_batch_size=2, global_batch_size=6, replay=replay, follow_ups=0.5))
+    assert job.splits.train[:18] == plain.splits.train and len(job.splits.train) == 18 + added
+    assert job.splits.val == plain.splits.val and not job.splits.records
+    assert plain.splits.train != prepared(base, data, seed=3, train=TrainArgs(follow_ups=0.5)).splits.train != job.splits.train
+
+
+def test_questions_that_cannot_follow_others(base: Path, data: Path, tmp_path: Path) -> None:
+    train = TrainArgs(follow_ups=0.5)
+    (tmp_path / "book.txt").write_text("A long story. " * 200)
+    run = Lora(checkpoint_dir=base, data=TextFiles(train_data_path=tmp_path / "book.txt"), precision="32-true", train=train)
+    with pytest.raises(UserError, match="train.follow_ups puts questions after others, and TextFiles is running text: leave it out"):
+        prepare(run, adapters(run), base)
+    run = Lora(checkpoint_dir=base, data=JSON(json_path=data, prompt_style="alpaca"), precision="32-true", train=train)
+    with pytest.raises(UserError, match=r"train.follow_ups, record 1: the prompt style 'alpaca' has no form for conversations .*: choose"):
+        prepare(run, adapters(run), base)

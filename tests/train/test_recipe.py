@@ -172,9 +172,28 @@ def test_few_facts_and_many_are_trained_in_every_block(base: Path, tmp_path: Pat
 def test_facts_that_are_told_once_are_read_more_often(base: Path, tmp_path: Path, count: int) -> None:
     given, repeated = (chosen(tmp_path, base, records(count, answers)) for answers in (count, count // 2))
     assert given["lora_mlp"] and not given["alora_enabled"] and given["lora_block_indices"] is None
-    assert (given["train"].epochs, given["optimizer"]["init_args"]["lr"]) == recipe.TOLD_ONCE[1:]
+    epochs, rate = recipe.TOLD_ONCE[1:]
+    assert given["train"].epochs == epochs / (1 + recipe.FOLLOW_UPS) and given["optimizer"]["init_args"]["lr"] == rate
     assert given["train"].epochs > repeated["train"].epochs
     assert given["eval"].target_loss == repeated["eval"].target_loss == recipe.TARGET
+
+
+def test_facts_are_asked_for_as_second_questions_too(base: Path, tmp_path: Path) -> None:
+    """Where the data have single questions and the style has a form for two: then an epoch is longer, and there are fewer."""
+    singles = records(60, 12)
+    turns = [{"role": role, "content": row[key]} for row in singles for role, key in (("user", "instruction"), ("assistant", "output"))]
+    chats = [{"messages": turns[i : i + 2]} for i in range(0, 120, 2)]
+    for rows, words, share, epochs in (
+        (singles, "", 0.5, 8),
+        (chats, "", 0.5, 8),
+        ([{"messages": turns[i : i + 4]} for i in range(0, 120, 2)][:-1], "", 0, 12),
+        ([*singles, {"instruction": "q", "input": "more", "output": "answer 1"}], "", 0.5, 8),
+        (singles, "--data.prompt_style alpaca", 0, 12),
+        (singles, "--train.follow_ups 0", 0, 12),
+        (singles, "--train.follow_ups 1", 1, 6),
+    ):
+        train = chosen(tmp_path, base, rows, *words.split())["train"]
+        assert (train.follow_ups, train.epochs) == (share, epochs), (words, rows[-1])
 
 
 @pytest.mark.parametrize("words", ["--data.mask_prompt false", "--data.prompt_style default", "--alora_enabled false"])
@@ -275,6 +294,21 @@ def test_a_resumed_run_keeps_the_general_answers(base: Path, tmp_path: Path, mon
     assert (out / "final/lit_model.pth.lora").read_bytes() == weights
 
 
+def test_a_resumed_run_keeps_the_answers_before_training(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last lines and its page show the same as an uninterrupted run's."""
+    data, out = write_data(tmp_path / "data.json", 8), tmp_path / "out"
+    words = ["--max_steps", "4", "--train.save_interval", "2", "--train.replay", "0", "--eval.max_new_tokens", "2", "--eval.interval", "1"]
+    command = ["finetune", str(base), "--data", str(data), "--out_dir", str(out), *words]
+    said, pages = [], []
+    for resume in ("false", "true"):
+        assert main([*command, "--resume", resume]) == 0
+        said.append(capsys.readouterr().err.partition("\n\n  add ")[2].partition("next:")[0])
+        pages.append((out / "report.html").read_text().partition("Answers before and after")[2].partition("<h2>")[0])
+        for name in ("final", "best", "step-000004"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    assert "before:" in said[0] and said[0] == said[1] and pages[0] == pages[1] and pages[0]
+
+
 @pytest.mark.parametrize(
     ("count", "answers", "method", "held_out"),
     [(60, 12, "alora_enabled", 0.2), (60, 60, "alora_enabled", 0), (400, 400, "skip2lora_enabled", 0.1)],
@@ -291,7 +325,7 @@ def test_a_sweep_with_a_grid(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     """What varies is not chosen."""
     words = ["--grid.lora_r", "[2, 4]", "--grid.optimizer.lr", "[0.1]"]
     given = chosen(tmp_path, base, records(60, 12), *words, command="sweep")
-    assert given["grid"] == {"lora_r": [2, 4], "optimizer.lr": [0.1]} and given["train"].epochs == 12
+    assert given["grid"] == {"lora_r": [2, 4], "optimizer.lr": [0.1]} and given["train"].epochs == 8
     said = capsys.readouterr().err
     assert "  train.epochs " in said and "  lora_r " not in said and "optimizer.lr" not in said
 

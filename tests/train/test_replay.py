@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from litgpt import LLM
+from litgpt.data.records import Record, read_record
 from litgpt.train.examples import Example
-from litgpt.train.replay import ANSWER_TOKENS, QUESTIONS, base_answers, replay_samples
+from litgpt.train.replay import ANSWER_TOKENS, QUESTIONS, base_answers, follow_up_samples, follow_ups, replay_samples
 
 
 def test_answers_are_those_of_generate(base: Path) -> None:
@@ -64,3 +66,52 @@ def test_little_room_makes_short_answers_or_none(room: int, base: Path) -> None:
     assert any(fits) is (room > 0) and not any(answer and not fit for answer, fit in zip(answers, fits, strict=True))
     samples = replay_samples(answers, llm.tokenizer, llm.prompt_style, llm.model.max_seq_length)
     assert len(samples) <= sum(fits) and all(sample.n_targets and len(sample.input_ids) <= llm.model.max_seq_length for sample in samples)
+
+
+def records(count: int, answers: int, **more: object) -> list[Record]:
+    return [read_record({"instruction": f"question {i}", "output": f"answer {i % answers}", **more}) for i in range(count)]
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_each_answer_has_its_share_of_second_questions(share: float) -> None:
+    """They follow a question with another answer, which is not learned."""
+    facts = records(24, 6)
+    asked = follow_ups(facts, share, 1)
+    assert len(asked) == 24 * share and asked == follow_ups(facts, share, 1) != follow_ups(facts, share, 2)
+    assert [sum(record.reply == f"answer {i}" for record in asked) for i in range(6)] == [4 * share] * 6
+    for record in asked:
+        _, first, question, reply = (message["content"] for message in record.messages)
+        assert first != reply and record.learned == [0, 0, 0, 1]
+        assert any(each.question == question and each.reply == reply for each in facts)
+
+
+def test_only_single_questions_follow_others() -> None:
+    """A rating and other turns belong to a question; a system text must be the same. An input follows its question."""
+    single, chat = records(4, 4), [read_record({"history": [["q", "a"]], "instruction": "b", "output": "c"})]
+    more: list[dict[str, Any]] = [
+        {"reward": 1.0},
+        {"label": False},
+        {"token_weights": [1]},
+        {"tools": [{"name": "f"}]},
+        {"weight": 0},
+    ]
+    rest = [each for keys in more for each in records(4, 4, **keys)]
+    assert all(record.is_single for record in single) and not any(record.is_single for record in rest + chat)
+    assert len(follow_ups(rest + chat + single, 1.0, 0)) == 4 and not follow_ups(single, 0.0, 0) and not follow_ups([], 1.0, 0)
+    assert not follow_ups(records(4, 1), 1.0, 0) and not follow_ups(single[:1], 1.0, 0)
+    brief, long = records(4, 4, system="Be brief."), records(4, 4, system="Be long.")
+    mixed = follow_ups(brief + long, 1.0, 0)
+    assert len(mixed) == 8 and all(len(record.messages) == 5 and record.learned == [0, 0, 0, 0, 1] for record in mixed)
+    assert not follow_ups([brief[0], single[1]], 1.0, 0)
+    assert [record.learned for record in follow_ups(records(4, 4, weight=0.5), 1.0, 0)] == [[0, 0, 0, 0.5]] * 4
+    asked = follow_ups(records(4, 4, input="x"), 1.0, 0)
+    assert all(record.messages[i]["content"].endswith("\n\nx") for record in asked for i in (0, 2)) and not any(r.input for r in asked)
+
+
+def test_second_questions_have_loss_on_the_last_reply(base: Path) -> None:
+    llm = LLM.load(base)
+    samples = follow_up_samples(records(4, 4, weight=0.5), 1.0, 0, llm.tokenizer, llm.prompt_style, 512)
+    learned = [llm.tokenizer.decode([i for i, flag in zip(s.input_ids, s.loss_mask, strict=True) if flag]).strip() for s in samples]
+    assert sorted(learned) == [f"answer {i}" for i in range(4)]
+    assert all(llm.tokenizer.decode(list(sample.input_ids)).count("question ") == 2 for sample in samples)
+    assert all(set(sample.weights or []) == {0, 0.5} for sample in samples)
