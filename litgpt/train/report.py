@@ -92,15 +92,13 @@ def page_of(
     return page(f"{model}, tuned", {"losses": " ".join(losses)}, tiles, curves, figures["best_step"], answers, shown)
 
 
-def next_steps(out_dir: Path, config: Config, is_whole: bool = True, is_exact: bool = False) -> list[tuple[str, str]]:
-    """Return commands for a finished run, each with what it does.
-
-    `is_whole`: the final folder holds a model. `is_exact`: it was trained to repeat its answers word for word.
-    """
+def next_steps(out_dir: Path, config: Config, chat: str, is_whole: bool = True) -> list[tuple[str, str]]:
+    """Return commands for a finished run, `chat` first, each with what it does. `is_whole`: the final folder holds a model."""
     final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
-    chat, note = (" --temperature 0", "ask it") if is_exact else ("", "talk to it")
-    rows = [(f"litgpt chat {stem}{chat}", note)]
-    if config.skip2lora_enabled or config.alora_enabled:
+    rows = [(chat, "talk to it")]
+    if config.value_head and not config.changes_text:
+        rows = [(f"litgpt generate {final} --prompt 'A question' --best_of 8 --by value", "the best of eight answers")]
+    elif config.skip2lora_enabled or config.alora_enabled:
         name, users = ("portable", "for transformers") if config.skip2lora_enabled else ("peft", "for transformers with PEFT, and vLLM")
         rows.append((f"litgpt convert_adapter {final} {stem}/{name}", users))
         if not config.skip2lora_enabled and has_gguf(config):

@@ -366,7 +366,7 @@ class Session:
             before = f"\n  before:  {answers[0][1]}" if len(answers) > 1 else ""
             say(f"\n  {question}{before}\n  now:     {answers[-1][1]}")
         is_whole = (out_dir / "final" / checkpoint.WEIGHTS).is_file()
-        steps = next_steps(out_dir, self.model.config, is_whole, self.settings.eval.target_loss is not None)
+        steps = next_steps(out_dir, self.model.config, self.settings.chat_with(out_dir), is_whole)
         say(f"\nnext:\n{text_table(steps, left=(0, 1))}")
 
     @contextmanager

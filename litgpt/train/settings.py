@@ -1,6 +1,7 @@
 """The settings that every training command has. Light, so that the command line answers before torch is loaded."""
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,11 @@ class Run:
     def wants_shards(self) -> bool:
         """True if the settings request a sharded model; strategy auto may choose one without that."""
         return self.strategy == "fsdp" or self.cpu_offload
+
+    def chat_with(self, folder: Path) -> str:
+        """Return the command that talks to a model of this run. Of one that learned facts, it takes the most probable tokens."""
+        is_exact = self.eval.target_loss is not None or self.train.follow_ups > 0
+        return f"litgpt chat {shlex.quote(str(folder))}{' --temperature 0' if is_exact else ''}"
 
     def __post_init__(self) -> None:
         self.checkpoint_dir, self.out_dir = expand_path(self.checkpoint_dir), expand_path(self.out_dir)

@@ -1,7 +1,6 @@
 """A sweep: data and model are read once, the cache is filled once, and each trial is a run of its own (`litgpt.train.run`) that trains new
 adapters on the same frozen weights, in its own folder."""
 
-import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +135,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
         with table.locked():
             table.save()
     (out_dir / LOCKS).unlink(missing_ok=True)
-    _conclude(table, clock.seconds, spent, waiting)
+    _conclude(settings, table, clock.seconds, spent, waiting)
 
 
 def _remove_earlier(settings: Run, trials: list[Trial]) -> None:
@@ -359,7 +358,7 @@ def _introduce(job: Job, table: Table, waiting: int, place: Place | None, before
         say(f"{trial.name} cannot be trained: {trial.reason}")
 
 
-def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: int) -> None:
+def _conclude(settings: Run, table: Table, seconds: float, spent: dict[str, float], trained: int) -> None:
     """Print the table and the best trial. Raises UserError if a trial failed."""
     parts = "nothing was left to train"
     if trained:
@@ -368,7 +367,7 @@ def _conclude(table: Table, seconds: float, spent: dict[str, float], trained: in
     print(f"\n{counted(trained, 'setting')} trained in {seconds:.1f} s: {parts}\n{table}")
     best = table.ranked[0]
     if (loss := table.loss(best)) is not None:
-        print(f"\nbest: {best.name}, validation loss {loss:.4f}\n  litgpt chat {shlex.quote(str(table.folder(best)))}")
+        print(f"\nbest: {best.name}, validation loss {loss:.4f}\n  {settings.chat_with(table.folder(best))}")
     print(f"all figures: {table.out_dir / CSV}")
     if failed := table.of(FAILED):
         reasons = "; ".join(f"{trial.name}: {trial.reason}" for trial in failed[:3])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from litgpt.args import LogArgs, as_config
+from litgpt.args import EvalArgs, LogArgs, TrainArgs, as_config
 from litgpt.data import JSON, LIMA, Alpaca
 from litgpt.finetune.lora import Lora
 from litgpt.train.settings import Run
@@ -33,6 +33,16 @@ def test_what_is_saved() -> None:
     assert saved["checkpoint_dir"] == "base" and saved["lora_r"] == 8
     assert saved["data"]["class_path"] == "litgpt.data.json_data.JSON" and saved["data"]["init_args"]["json_path"] == "a.json"
     assert saved["train"]["micro_batch_size"] == 1 and saved["log"] == vars(LogArgs())
+
+
+def test_facts_are_asked_for_with_the_most_probable_tokens() -> None:
+    for train, evaluation, words in (
+        (TrainArgs(), EvalArgs(), ""),
+        (TrainArgs(follow_ups=0.5), EvalArgs(), " --temperature 0"),
+        (TrainArgs(), EvalArgs(target_loss=0.1), " --temperature 0"),
+    ):
+        run = Run(checkpoint_dir=Path("base"), data=JSON(), train=train, eval=evaluation)
+        assert run.chat_with(Path("a b")) == f"litgpt chat 'a b'{words}"
 
 
 def test_the_token_reaches_gated_data() -> None:
