@@ -177,7 +177,8 @@ class Group:
             if not launched:
                 self._launch(replace(place, port=store.port))
             atexit.register(self._close)
-            threading.Thread(target=self._watch, daemon=True).start()
+            self.watcher = threading.Thread(target=self._watch, daemon=True)
+            self.watcher.start()
             self.store = PrefixStore(f"litgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             self.store.set(f"peer/{place.index}", f"{os.getpid()} {socket.gethostname()}")
             facts = [self._fact_of(k, time.monotonic() + start_limit.total_seconds()) for k in range(place.size if joined else 1)]
@@ -226,12 +227,14 @@ class Group:
             self.children.append(subprocess.Popen(command, env=environment))
 
     def _close(self) -> None:
-        """Wait for the processes that this one has started."""
+        """Wait for the processes that this one has started, and for the watcher: a thread in the store's C++ code aborts Python's exit."""
         if not self.ended:
             with suppress(subprocess.TimeoutExpired):
                 for child in self.children:
                     child.wait(END_SECONDS)
         self.end_children()
+        self.ended = True
+        self.watcher.join(STORE_SECONDS)
 
     @property
     def lost(self) -> dict[int, str]:
@@ -255,6 +258,8 @@ class Group:
         Before all have found each other nothing can be lost, and it ends at once. Processes that are not joined end only with the first.
         """
         while self._parent in (None, os.getppid()) and not self._is_stopped:
+            if self.ended:
+                return
             if self.joined and self.lost:
                 break
             time.sleep(POLL_SECONDS)

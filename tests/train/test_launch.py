@@ -174,3 +174,14 @@ def test_a_signal_while_the_others_start_ends_the_run_at_once(tmp_path: Path) ->
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, env=kept, timeout=120)
     assert done.returncode == 143 and not done.stderr, done.stderr
     assert time.monotonic() - began < 25, "the process that sleeps is not waited for"
+
+
+def test_no_thread_asks_the_store_while_python_ends() -> None:
+    script = (
+        "import atexit, threading\nfrom torch._C._distributed_c10d import TCPStore\nfrom litgpt.train import launch\n"
+        "atexit.register(lambda: print(threading.active_count()))\n"  # the last that is called
+        "store = TCPStore('127.0.0.1', 0, None, True, wait_for_workers=False)\nstore.set('litgpt/0/peer/0', '1 here')\n"
+        "launch.Group(launch.Place(1, 2, 0, 1, '127.0.0.1', store.port), 600, joined=False)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ(), cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
