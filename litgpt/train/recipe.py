@@ -43,7 +43,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
-FOLLOW_UPS = 0.5  # of the questions; more take longer, with fewer the second answers are worse
+FOLLOW_UPS = 0.2  # of the questions; with more, less general knowledge is kept
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank in a quarter of the blocks mixes up facts
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
@@ -338,7 +338,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
     if look.told_once and method != "warm-up":
         schedule = TOLD_ONCE
     few, many, rate = BLOCKS_OF_TEXT if look.block and method == "LoRA" else schedule
-    usual = math.ceil((few if look.records <= FEW else many) / (1 + follow_ups))
+    usual = max(1, round((few if look.records <= FEW else many) / (1 + follow_ups)))
     epochs = train.get("epochs", usual)  # None: max_steps alone
     replayed = 0 if look.compares or look.is_text else train.get("replay", REPLAY)
     per_epoch = math.ceil((look.records * (1 + follow_ups) + replayed) / batch)

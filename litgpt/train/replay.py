@@ -64,8 +64,8 @@ def follow_ups(records: Sequence[Record], share: float, seed: int) -> list[Recor
     draw = random.Random(seed)
     singles = [record for record in records if record.is_single]
     ordered = sorted(draw.sample(singles, len(singles)), key=lambda record: record.reply)
-    conversations = []
-    for record in (ordered[int(i / share)] for i in range(int(share * len(ordered)))):
+    conversations, count = [], round(share * len(ordered))
+    for record in (ordered[i * len(ordered) // count] for i in range(count)):
         *system, question, answer = record.turns
         if earlier := [other for other in singles if other.reply != record.reply and other.messages[:-2] == system]:
             messages = [*draw.choice(earlier).turns, question, answer]
