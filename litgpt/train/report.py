@@ -92,10 +92,10 @@ def page_of(
     return page(f"{model}, tuned", {"losses": " ".join(losses)}, tiles, curves, figures["best_step"], answers, shown)
 
 
-def next_steps(out_dir: Path, config: Config, chat: str, is_whole: bool = True) -> list[tuple[str, str]]:
+def next_steps(out_dir: Path, config: Config, chat: tuple[str, str], is_whole: bool = True) -> list[tuple[str, str]]:
     """Return commands for a finished run, `chat` first, each with what it does. `is_whole`: the final folder holds a model."""
     final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
-    rows = [(chat, "talk to it")]
+    rows = [chat]
     if config.value_head and not config.changes_text:
         rows = [(f"litgpt generate {final} --prompt 'A question' --best_of 8 --by value", "the best of eight answers")]
     elif config.skip2lora_enabled or config.alora_enabled:

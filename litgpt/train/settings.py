@@ -71,10 +71,12 @@ class Run:
         """True if the settings request a sharded model; strategy auto may choose one without that."""
         return self.strategy == "fsdp" or self.cpu_offload
 
-    def chat_with(self, folder: Path) -> str:
-        """Return the command that talks to a model of this run. Of one that learned facts, it takes the most probable tokens."""
-        is_exact = self.eval.target_loss is not None or self.train.follow_ups > 0
-        return f"litgpt chat {shlex.quote(str(folder))}{' --temperature 0' if is_exact else ''}"
+    def chat_with(self, folder: Path) -> tuple[str, str]:
+        """Return the command that talks to a model of this run, and what it does. Facts are asked for without chance."""
+        command, train = f"litgpt chat {shlex.quote(str(folder))}", self.train
+        if self.eval.target_loss is None and not train.follow_ups:
+            return command, "talk to it"
+        return f"{command} --temperature 0", "ask it" if train.follow_ups else "ask it; /reset before each new question"
 
     def __post_init__(self) -> None:
         self.checkpoint_dir, self.out_dir = expand_path(self.checkpoint_dir), expand_path(self.out_dir)

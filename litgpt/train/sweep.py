@@ -367,7 +367,7 @@ def _conclude(settings: Run, table: Table, seconds: float, spent: dict[str, floa
     print(f"\n{counted(trained, 'setting')} trained in {seconds:.1f} s: {parts}\n{table}")
     best = table.ranked[0]
     if (loss := table.loss(best)) is not None:
-        print(f"\nbest: {best.name}, validation loss {loss:.4f}\n  {settings.chat_with(table.folder(best))}")
+        print(f"\nbest: {best.name}, validation loss {loss:.4f}\n  {settings.chat_with(table.folder(best))[0]}")
     print(f"all figures: {table.out_dir / CSV}")
     if failed := table.of(FAILED):
         reasons = "; ".join(f"{trial.name}: {trial.reason}" for trial in failed[:3])

@@ -97,8 +97,8 @@ def test_the_next_steps_name_gguf_where_it_can_hold_the_model() -> None:
     answers: dict[str, Any] = {"lora_r": 2, "lora_query": True, "alora_enabled": True, "alora_invocation_tokens": [1]}
     for settings, whole, gguf in (({}, True, "convert_to_gguf"), (answers, False, "--to gguf")):
         for fields, has in ((llama, True), (gpt_oss, False)):
-            commands = [command for command, _ in next_steps(Path("out"), Config(**fields, **settings), "litgpt chat out", whole)]
+            commands = [command for command, _ in next_steps(Path("out"), Config(**fields, **settings), ("litgpt chat out", ""), whole)]
             assert any(gguf in command for command in commands) is has, commands
             assert commands[0] == "litgpt chat out" and len(commands) == 3 + has
     critic = Config(**llama, value_head="linear")
-    assert [command.split()[:2] for command, _ in next_steps(Path("out"), critic, "litgpt chat out")[:-1]] == [["litgpt", "generate"]]
+    assert [command.split()[:2] for command, _ in next_steps(Path("out"), critic, ("litgpt chat out", ""))[:-1]] == [["litgpt", "generate"]]

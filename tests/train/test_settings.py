@@ -36,13 +36,14 @@ def test_what_is_saved() -> None:
 
 
 def test_facts_are_asked_for_with_the_most_probable_tokens() -> None:
-    for train, evaluation, words in (
-        (TrainArgs(), EvalArgs(), ""),
-        (TrainArgs(follow_ups=0.5), EvalArgs(), " --temperature 0"),
-        (TrainArgs(), EvalArgs(target_loss=0.1), " --temperature 0"),
+    """And one at a time, unless some were trained as second questions."""
+    for train, evaluation, words, note in (
+        (TrainArgs(), EvalArgs(), "", "talk to it"),
+        (TrainArgs(follow_ups=0.5), EvalArgs(), " --temperature 0", "ask it"),
+        (TrainArgs(), EvalArgs(target_loss=0.1), " --temperature 0", "ask it; /reset before each new question"),
     ):
         run = Run(checkpoint_dir=Path("base"), data=JSON(), train=train, eval=evaluation)
-        assert run.chat_with(Path("a b")) == f"litgpt chat 'a b'{words}"
+        assert run.chat_with(Path("a b")) == (f"litgpt chat 'a b'{words}", note)
 
 
 def test_the_token_reaches_gated_data() -> None:
