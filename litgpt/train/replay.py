@@ -19,6 +19,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.examples import Example
 
 ANSWER_TOKENS = 24
+TRIES = 64  # records among which one that can go before another is looked for
 QUESTIONS = (
     "What is a volcano?", "What do bees make?", "Who was Napoleon Bonaparte?", "What is a computer?", "What do cows eat?",
     "What is an atom?", "Name a famous painter.", "Write about the sea.", "Tell me a joke.", "Why is grass green?", "Is a whale a fish?",
@@ -59,7 +60,8 @@ def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle,
 def follow_ups(records: Sequence[Record], share: float, seed: int) -> list[Record]:
     """Return conversations that end with a share of the records, each behind one that has another answer.
 
-    Only records of a single turn take part. Of several records with the same answer, that share is taken.
+    Only records of a single turn take part. Of several records with the same answer, that share is taken. A record that finds no other is
+    left out.
     """
     draw = random.Random(seed)
     singles = [record for record in records if record.is_single]
@@ -67,8 +69,10 @@ def follow_ups(records: Sequence[Record], share: float, seed: int) -> list[Recor
     conversations, count = [], round(share * len(ordered))
     for record in (ordered[i * len(ordered) // count] for i in range(count)):
         *system, question, answer = record.turns
-        if earlier := [other for other in singles if other.reply != record.reply and other.messages[:-2] == system]:
-            messages = [*draw.choice(earlier).turns, question, answer]
+        drawn = draw.sample(singles, min(TRIES, len(singles)))
+        earlier = next((other for other in drawn if other.reply != record.reply and other.messages[:-2] == system), None)
+        if earlier is not None:
+            messages = [*earlier.turns, question, answer]
             conversations.append(Record(messages, [0.0] * (len(messages) - 1) + record.learned[-1:]))
     return conversations
 
