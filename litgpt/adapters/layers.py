@@ -100,7 +100,8 @@ class LoRALinear(LoRALayer, Wrapper):
 
     def up(self, b: torch.Tensor | None = None) -> torch.Tensor:
         """Return (out, columns of A x): B, or another factor of its shape, scaled, with zeros in the rows that are not adapted."""
-        return (self.lora_B if b is None else b) * self.scaling
+        b = self.lora_B if b is None else b
+        return b if self.scaling == 1 else b * self.scaling
 
     def adapted_rows(self) -> torch.Tensor:
         """Return (out,) bool: the rows of the weight that B has, in its order."""
@@ -109,7 +110,7 @@ class LoRALinear(LoRALayer, Wrapper):
     def product(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, p: float = 0.0, y: torch.Tensor | None = None) -> torch.Tensor:
         """Return s b a dropout(x), plus y if given, with factors of the shapes of A and B and dropout p."""
         low = thin(x.reshape(-1, x.size(-1)), a.to(x.dtype), p)  # (N, r)
-        up = self.up(b).t().to(low.dtype, memory_format=torch.contiguous_format)  # (r, out)
+        up = self.up(b).to(low.dtype).t()  # (r, out); a copy in this order would take longer than the product
         rows = low @ up if y is None else torch.addmm(y.reshape(-1, y.size(-1)), low, up)
         return rows.view(*x.shape[:-1], rows.size(-1))
 
