@@ -43,7 +43,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
-FOLLOW_UPS = 0.5  # of the questions of facts that are told in few ways; in many ways, more general knowledge would be lost for them
+FOLLOW_UPS = 0.5  # of the questions; elsewhere than beside FEW_WAYS_TOLD they cost recall or general knowledge
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank in a quarter of the blocks mixes up facts
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
@@ -175,8 +175,8 @@ class Look:
 
     @property
     def told_in_few_ways(self) -> bool:
-        """Return True for facts with one to three questions each."""
-        return self.is_facts and self.records < FEW_WAYS * self.answers
+        """Return True for facts with two or three questions each."""
+        return self.is_facts and self.is_repeated and self.records < FEW_WAYS * self.answers
 
     @property
     def is_facts(self) -> bool:
@@ -284,14 +284,14 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
     settings = METHODS[method]
     is_open = {*given, *keys_of(given.get("grid", ()))}.isdisjoint(FEW_WAYS_TOLD)
-    if method == "answer-only LoRA" and look.told_in_few_ways and look.is_repeated and is_open:
+    few_ways = method == "answer-only LoRA" and look.told_in_few_ways
+    if few_ways and is_open:
         settings = settings | FEW_WAYS_TOLD
     for key, (value, reason) in settings.items():
         if not unfit.get(key):
             value = given.get("lora_r") or value if key == "lora_alpha" else value
             rows.append(Chosen(key, f"last:{math.ceil(BLOCKS[value] * layers)}" if layers and value in BLOCKS else value, reason))
-    fits = look.told_in_few_ways and look.is_single and (style is None or hasattr(style, "render"))
-    share = FOLLOW_UPS if fits else 0.0
+    share = FOLLOW_UPS if few_ways and look.is_single and (style is None or hasattr(style, "render")) else 0.0
     return rows + _schedule(look, method, given, given.get("train", {}).get("follow_ups", share))
 
 

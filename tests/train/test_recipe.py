@@ -173,19 +173,21 @@ def test_facts_that_are_told_once_are_read_more_often(base: Path, tmp_path: Path
     given, repeated = (chosen(tmp_path, base, records(count, answers)) for answers in (count, count // 2))
     assert given["lora_mlp"] and not given["alora_enabled"] and given["lora_block_indices"] is None
     epochs, rate = recipe.TOLD_ONCE[1:]
-    assert given["train"].epochs == epochs / (1 + recipe.FOLLOW_UPS) and given["optimizer"]["init_args"]["lr"] == rate
+    assert (given["train"].epochs, given["optimizer"]["init_args"]["lr"]) == (epochs, rate)
     assert given["train"].epochs > repeated["train"].epochs
     assert given["eval"].target_loss == repeated["eval"].target_loss == recipe.TARGET
 
 
 def test_facts_are_asked_for_as_second_questions_too(base: Path, tmp_path: Path) -> None:
-    """Those told in few ways, where questions are single and the style has a form for two: then an epoch is longer, and there are fewer."""
+    """Where facts are told in two or three ways by single questions, and the style has a form for two: in fewer, longer epochs."""
     singles = records(60, 20)
     turns = [{"role": role, "content": row[key]} for row in singles for role, key in (("user", "instruction"), ("assistant", "output"))]
     chats = [{"messages": turns[i : i + 2]} for i in range(0, 120, 2)]
     for rows, words, share, epochs in (
         (singles, "", 0.5, 8),
-        (records(60, 60), "", 0.5, 20),
+        (records(60, 60), "", 0, 30),
+        (records(30, 10), "", 0, 12),
+        (records(201, 67), "", 0, 8),
         (records(60, 15), "", 0, 12),
         (chats, "", 0.5, 8),
         ([{"messages": turns[i : i + 4]} for i in range(0, 120, 2)][:-1], "", 0, 12),
