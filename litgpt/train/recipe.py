@@ -4,8 +4,8 @@ Three kinds of data are trained in three ways:
 
     facts   few records with short answers, or many that share them: all are trained and none is held out, by LoRA on the replies, in the
             last quarter of the blocks, behind cached prompts, until the model repeats the answers; facts that are told in two or three ways
-            in more blocks, with a higher rank; very few records, and facts that are told once, by LoRA in every block, on the prompts
-            too, so that their answers are found by other words
+            in more blocks, with a higher rank, and behind another question, too; very few records, and facts that are told once, by LoRA
+            in every block, on the prompts too, so that their answers are found by other words
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
