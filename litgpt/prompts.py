@@ -70,8 +70,9 @@ class PromptStyle:
         return model_name_to_prompt_style(config.name)
 
 
-def _with_input(prompt: str, extra: dict[str, str]) -> str:
-    return f"{prompt}\n\n{extra['input']}" if extra.get("input") else prompt
+def with_input(prompt: str, text: str | None) -> str:
+    """Return the question, followed by the input if there is one."""
+    return f"{prompt}\n\n{text}" if text else prompt
 
 
 class PlainStyle(PromptStyle):
@@ -87,7 +88,7 @@ class PlainStyle(PromptStyle):
         if self.text_with_input and kwargs.get("input"):
             text, system = self.text_with_input, self.system_with_input
         elif not self.text_with_input:
-            prompt = _with_input(prompt, kwargs)
+            prompt = with_input(prompt, kwargs.get("input"))
         values = {"system": system if sys_prompt is None else sys_prompt, "prompt": prompt, "input": kwargs.get("input", "")}
         return re.sub(r"\{(system|prompt|input)\}", lambda hole: values[hole[1]], text)
 
@@ -104,7 +105,7 @@ class ChatStyle(PromptStyle):
         raise NotImplementedError
 
     def apply(self, prompt: str | list[Message], *, sys_prompt: str | None = None, **kwargs: str) -> str:
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": _with_input(prompt, kwargs)}]
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": with_input(prompt, kwargs.get("input"))}]
         if sys_prompt is not None:
             messages = [{"role": "system", "content": sys_prompt}, *messages]
         return self.render(messages, add_generation_prompt=True)

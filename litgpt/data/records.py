@@ -27,7 +27,7 @@ from typing import Any
 
 from litgpt.errors import UserError
 from litgpt.files import parse_json
-from litgpt.prompts import REASONING
+from litgpt.prompts import REASONING, with_input
 
 Message = dict[str, Any]  # as chat templates read it: "role", "content" and perhaps keys of PASSED
 
@@ -108,7 +108,7 @@ class Record:
         if not self.input:
             return self.messages
         *before, question, answer = self.messages
-        return [*before, {**question, "content": f"{question['content']}\n\n{self.input}"}, answer]
+        return [*before, {**question, "content": with_input(question["content"], self.input)}, answer]
 
     @property
     def question(self) -> str:

@@ -194,14 +194,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         date,
         kept.get("general_answers"),
     )
-    earlier = dict(kept.get("answers", ()))
-    for example in job.examples:
-        example.answers += [(step, text) for step, text in earlier.get(example.question, ())]
-    if settings.train.replay and job.general_answers is None:
-        job.general_answers = _general_answers(job)
-    share, records, splits.records = settings.train.follow_ups, splits.records, []
-    splits.train += follow_up_samples(records, share, settings.seed, tokenizer, style, model.max_seq_length)
-    splits.train += replay_samples(job.general_answers or [], tokenizer, style, model.max_seq_length)
+    _add_samples(job)
     largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))
     if largest >= model.config.V:
         file = base / "tokenizer.json"
@@ -213,6 +206,16 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     model.activation_checkpointing = settings.train.activation_checkpointing
     model.neftune_alpha = settings.train.neftune_noise_alpha or 0.0
     return job
+
+
+def _add_samples(job: Job) -> None:
+    """Add second questions and general ones to the training samples, as the settings say."""
+    train, splits, how = job.settings.train, job.splits, (job.tokenizer, job.style, job.model.max_seq_length)
+    if train.replay and job.general_answers is None:
+        job.general_answers = _general_answers(job)
+    splits.train += follow_up_samples(splits.records, train.follow_ups, job.settings.seed, *how)
+    splits.train += replay_samples(job.general_answers or [], *how)
+    splits.records = []  # may be many
 
 
 def _require_fitting(settings: Run, objective: Objective) -> None:

@@ -152,10 +152,17 @@ class Look:
         answers = {record.reply.strip() for record in records}
         longest = max((each.characters for record in records for each in (record, record.rejected) if each is not None), default=0)
         length = sum(record.learned_characters for record in records) / max(1, len(records))
-        compares = any(record.rejected is not None for record in records)
-        is_pair, is_single = (all(getattr(record, name) for record in records) for name in ("pair", "is_single"))
-        is_text = any(record.is_text for record in records)
-        return cls(len(records), len(answers), longest, is_pair, val is not None, length, compares, is_text, is_single)
+        return cls(
+            len(records),
+            len(answers),
+            longest,
+            is_pair=all(record.pair for record in records),
+            has_validation=val is not None,
+            answer_length=length,
+            compares=any(record.rejected is not None for record in records),
+            is_text=any(record.is_text for record in records),
+            is_single=all(record.is_single for record in records),
+        )
 
     @classmethod
     def of_text(cls, data: TextFiles, block: int | None) -> Look:

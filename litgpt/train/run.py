@@ -174,6 +174,9 @@ class Session:
         self.state = saved.state
         self.state.clock.began = clock.began
         self.console.say(f"resumed from {saved.folder}")
+        earlier = dict(saved.facts.get("answers", ()))
+        for example in self.job.examples:
+            example.answers = [(step, text) for step, text in earlier.get(example.question, ())]
         before, now = saved.facts["environment"], environment(self.rank.device)
         others = [f"{name} {before.get(name)} then, {value} now" for name, value in now.items() if before.get(name) != value]
         if others:
