@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litgpt.model import GPT, Positions, finish_logits
 from litgpt.packing import sent, take
-from litgpt.vocabulary import IGNORED as IGNORED, SpreadHead
+from litgpt.vocabulary import IGNORED as IGNORED, SpreadHead, as_columns
 
 CHUNK_BYTES = 32 * 2**20  # of a chunk's logits: fewer rows slow the matrix products down, more only take memory
 BLOCK_ELEMENTS = 8 * 49152  # logits per softmax on a CPU: in fp32 they stay in its cache
@@ -36,12 +36,12 @@ class Features:
 def loss_of(model: GPT, features: Features, head_loss: HeadLoss, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Return the sum of the losses at the batch's loss positions, times weights (n,), which are 1 unless given.
 
-    In training the routers' auxiliary loss is added with the same weights.
+    Targets and weights may be (n, K), as in `HeadLoss`. In training the routers' auxiliary loss is added with the same weights.
     """
     hidden, targets = model.tail(features.x, features.taps, features.pos), features.targets
     if (rows := features.at) is not None:
         packing = features.pos.packing if features.pos else None
-        if packing is None or packing.stem:  # else no two samples share a row
+        if targets.dim() == 1 and (packing is None or packing.stem):  # else no two samples share a row
             rows, targets, weights = merged(rows, targets, weights)
         hidden = take(hidden, rows)
     return loss_at(model, hidden, targets, head_loss, weights)
@@ -52,7 +52,7 @@ def loss_at(
 ) -> torch.Tensor:
     """Return the loss of `loss_of` for the head's input at the loss positions, (n, d)."""
     if weights is not None:
-        kept = weights.nonzero()[:, 0]
+        kept = as_columns(weights).any(1).nonzero()[:, 0]
         if len(kept) < len(weights):  # no logits are computed for the others
             weights, kept = weights[kept], sent(kept, hidden.device)
             hidden, targets = take(hidden, kept), targets[kept]
@@ -105,7 +105,8 @@ def chunked_cross_entropy(
 class HeadLoss:
     """Sum over positions of -w log softmax(y)[target], fp32, for hidden states h (N, d), z = head(h), and targets (N,).
 
-    The weights w (N,) are 1 unless given, and 0 where the target is `IGNORED`.
+    The weights w (N,) are 1 unless given, and 0 where the target is `IGNORED`. A position may have several targets, with weights of
+    their own: both are (N, K) then, and none is `IGNORED`.
 
     For a frozen linear head the forward pass computes the gradient for h, dh = (w (softmax(y) - onehot) dy/dz) W, chunk by chunk, and
     none for W. Memory is C x V logits for any N. A head that is trained or has an adapter goes through autograd, and the backward pass
@@ -137,7 +138,7 @@ class HeadLoss:
             return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, weights, self, is_sum)
         width: Any = head.out_features
         rows = max(1, CHUNK_BYTES // (width * hidden.element_size()))
-        each = targets.new_ones(len(targets)) if weights is None else weights
+        each = torch.ones_like(targets) if weights is None else weights
         parts = zip(hidden.split(rows), targets.split(rows), each.split(rows), strict=True)
         losses = [checkpoint(self._chunk, *part, use_reentrant=False) for part in parts]
         return torch.stack([part.sum() for part in losses]).sum() if is_sum else torch.cat(losses)
@@ -145,6 +146,8 @@ class HeadLoss:
     def _chunk(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = finish_logits(self.head(hidden), self.divisor, self.cap)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if targets.dim() > 1:
+            return -(wide.log_softmax(-1).gather(1, targets) * weights).sum(1)
         return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none") * weights
 
     def buffer(self, rows: int, like: torch.Tensor, width: int) -> torch.Tensor:
@@ -168,8 +171,9 @@ class _FrozenHead(torch.autograd.Function):
         rows = max(1, min(N, CHUNK_BYTES // (V * hidden.element_size())))
         wanted = hidden.requires_grad
         gradient = torch.empty_like(hidden) if wanted else hidden
-        counted = targets != IGNORED
-        targets = torch.where(counted, targets, 0)
+        targets, weights = as_columns(targets), None if weights is None else as_columns(weights)
+        counted = targets[:, 0] != IGNORED
+        targets = targets.clamp(min=0)
         total = torch.zeros(() if is_sum else (N,), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         packed = owner.packed(hidden)
         buffer = owner.buffer(rows, hidden, V) if packed is None else hidden
@@ -182,7 +186,7 @@ class _FrozenHead(torch.autograd.Function):
                     logits += bias
             else:
                 logits = packed.times(hidden[here])
-            each = None if weights is None else weights[here, None]
+            each = None if weights is None else weights[here]
             losses = cross_entropy_(logits, targets[here], total.dtype, wanted, owner.divisor, owner.cap, each)
             losses = torch.where(counted[here], losses, 0)
             if is_sum:
@@ -213,9 +217,10 @@ def cross_entropy_(
     cap: float | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return -w log softmax(y)[target], (C,) in the `wide` dtype, for z = `logits` (C, V) and weights (C, 1), 1 unless given.
+    """Return sum_k -w_k log softmax(y)[target_k], (C,) in the `wide` dtype, for z = `logits` (C, V), targets (C, K) and weights (C, K).
 
-    With `gradient` the gradient for z replaces z: w (softmax(y) - onehot(target)) dy/dz, where dy/dz = (1 - (y / c)^2) / s.
+    One target has the weight 1 unless given. With `gradient` the gradient for z replaces z: sum_k w_k (softmax(y) - onehot(target_k))
+    dy/dz, where dy/dz = (1 - (y / c)^2) / s.
 
     A CPU takes a few rows at a time, so that they stay in its cache.
     """
@@ -224,22 +229,25 @@ def cross_entropy_(
     plain = divisor == 1 and cap is None
     in_place = gradient and plain and logits.dtype == wide
     block = logits if in_place else torch.empty(rows, V, dtype=wide, device=logits.device)
-    losses = torch.empty(C, 1, dtype=wide, device=logits.device)
+    losses = torch.empty(targets.shape, dtype=wide, device=logits.device)
     for start in range(0, C, rows):
-        part, target = logits[start : start + rows], targets[start : start + rows, None]
+        here = slice(start, start + rows)
+        part, target = logits[here], targets[here]
         y = part.to(wide) if plain else finish_logits(part.to(wide), divisor, cap)
         chosen = y.gather(1, target)
         if not gradient:
-            losses[start : start + rows] = y.logsumexp(-1, keepdim=True) - chosen
+            losses[here] = y.logsumexp(-1, keepdim=True) - chosen
             continue
         top = y.amax(-1, keepdim=True)
         p = torch.softmax(y, dim=-1, out=part if in_place else block[: part.size(0)])
-        losses[start : start + rows] = top - p.amax(-1, keepdim=True).log_() - chosen  # max p = 1 / sum exp(y - top)
-        p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+        losses[here] = top - p.amax(-1, keepdim=True).log_() - chosen  # max p = 1 / sum exp(y - top)
+        if weights is None:
+            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+        else:
+            each = weights[here].to(wide)
+            p.mul_(each.sum(1, keepdim=True)).scatter_add_(1, target, -each)
         if cap is not None:
             p.mul_(1 - (y / cap).square_())
-        if weights is not None:
-            p.mul_(weights[start : start + rows])
         if not in_place:
             part.copy_(p if divisor == 1 else p.div_(divisor))
-    return (losses if weights is None else losses * weights)[:, 0]
+    return losses[:, 0] if weights is None else (losses * weights).sum(1)

@@ -138,6 +138,20 @@ def loss_weights(samples: Sequence[Sample]) -> torch.Tensor | None:
     return torch.cat([m[m].float() if s.weights is None else torch.frombuffer(s.weights, dtype=torch.float32)[m] for s, m in pairs])
 
 
+def shared_targets(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return (n, K) tokens and (n, K) fp32 shares in place of `loss_targets`; None if each sample has one target for a position."""
+    several = [sample.shares for sample in samples if sample.shares is not None]
+    if not several:
+        return None
+    most = several[0][0].size(1)
+    tokens, shares = loss_targets(samples)[:, None].repeat(1, most), torch.eye(1, most).repeat(sum(s.n_targets for s in samples), 1)
+    counts = [sample.n_targets for sample in samples]
+    for sample, own, share in zip(samples, tokens.split(counts), shares.split(counts), strict=True):
+        if sample.shares is not None:
+            own[:], share[:] = sample.shares
+    return tokens, shares
+
+
 def shared_stem(samples: Sequence[Sample]) -> int:
     """Return the length of the prefix that all samples share, with at least one input left in each; 0 if it is too short to pay off."""
     first, last = min(s.input_ids for s in samples), max(s.input_ids for s in samples)

@@ -35,6 +35,11 @@ def spread(model: GPT, mesh: Any) -> None:
         model.tie_head()
 
 
+def as_columns(values: torch.Tensor) -> torch.Tensor:
+    """Return (N, K) values, or (N, 1) for (N,)."""
+    return values if values.dim() > 1 else values[:, None]
+
+
 def own_chunk(value: torch.Tensor, mesh: Any) -> torch.Tensor:
     """Return this rank's rows of a tensor whose rows are spread over a mesh."""
     chunks = value.chunk(mesh.size())
@@ -124,7 +129,7 @@ class SpreadHead(nn.Linear):
         return y
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, divisor: float, cap: float | None) -> Any:
-        """Return -w log softmax(y)[target] of `litgpt.loss.HeadLoss`, (N,)."""
+        """Return -w log softmax(y)[target] of `litgpt.loss.HeadLoss`, (N,), for targets and weights (N,) or (N, K)."""
         return _Losses.apply(hidden, targets, weights, self, divisor, cap)
 
 
@@ -135,11 +140,12 @@ class _Losses(torch.autograd.Function):
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = (targets != IGNORED).to(wide) if weights is None else torch.where(targets == IGNORED, 0, weights).to(wide)
-        norm = torch.full(targets.shape, -torch.inf, dtype=wide, device=hidden.device)  # (N,) log sum exp y
-        chosen = torch.zeros_like(norm)
+        targets, weights = as_columns(targets), as_columns(weights)
+        norm = torch.full((len(targets), 1), -torch.inf, dtype=wide, device=hidden.device)  # log sum exp y
+        chosen = torch.zeros_like(weights)
 
         def blocks() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-            """Yield rows of `hidden`, their logits y for a piece, the targets' places in the piece or -1, and the piece."""
+            """Yield rows of `hidden`, their logits y for a piece, the targets' places (rows, K) in it or -1, and the piece."""
             for indices, rows, bias in head.pieces(hidden):
                 place = torch.full((head.out_features,), -1, device=indices.device)  # (V,): of each token in the piece
                 place.index_copy_(0, indices, torch.arange(len(indices), device=indices.device))
@@ -150,19 +156,19 @@ class _Losses(torch.autograd.Function):
                     yield here, y, place[targets[here].clamp(min=0)], rows
 
         for here, y, at, _ in blocks():
-            norm[here] = torch.logaddexp(norm[here], y.logsumexp(-1))
-            chosen[here] += torch.where(at < 0, 0, y.gather(1, at.clamp(min=0)[:, None])[:, 0])
+            norm[here] = torch.logaddexp(norm[here], y.logsumexp(-1, keepdim=True))
+            chosen[here] += torch.where(at < 0, 0, y.gather(1, at.clamp(min=0)))
         if hidden.requires_grad:
             gradient = torch.zeros_like(hidden, dtype=wide)
             for here, y, at, rows in blocks():
-                p = (y - norm[here, None]).exp_()
-                p.scatter_add_(1, at.clamp(min=0)[:, None], (at >= 0).to(wide).neg()[:, None])
+                each = weights[here]
+                p = (y - norm[here]).exp_().mul_(each.sum(1, keepdim=True))
+                p.scatter_add_(1, at.clamp(min=0), torch.where(at < 0, 0, -each))
                 if cap is not None:
                     p.mul_(1 - (y / cap).square_())
-                p.mul_(weights[here, None] / divisor)
-                gradient[here] += p.to(rows.dtype) @ rows
+                gradient[here] += p.div_(divisor).to(rows.dtype) @ rows
             ctx.save_for_backward(gradient.to(hidden.dtype))
-        return (norm - chosen) * weights
+        return ((norm - chosen) * weights).sum(1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:

@@ -196,6 +196,29 @@ def test_weights_and_ignored_targets_against_finite_differences_and_torch(
     assert torch.equal(gradients(loss(hidden, targets), hidden)[0][4], torch.zeros(D, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("kind", ["frozen", "trained"])
+@pytest.mark.parametrize(("divisor", "cap"), [(1.0, None), (2.0, 1.5)])
+def test_several_targets_of_a_position_against_finite_differences_and_torch(
+    monkeypatch: pytest.MonkeyPatch, divisor: float, cap: float | None, kind: str
+) -> None:
+    """torch takes targets that are probabilities of all V tokens. One of ours occurs twice, and one position counts double."""
+    hidden, head, _ = problem(dtype=torch.float64, bias=True)
+    set_rows(monkeypatch, 3, 2, itemsize=8)
+    head.requires_grad_(kind == "trained")
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(V, (N, 4), generator=generator)
+    targets[2, 3] = targets[2, 0]
+    weights = torch.rand(N, 4, generator=generator, dtype=torch.float64)
+    weights[5] *= 2
+    loss = HeadLoss(head, divisor, cap)
+    assert torch.autograd.gradcheck(lambda h: loss(h, targets, weights) * 0.37, hidden)
+    logits = head(hidden) / divisor
+    shares = torch.zeros(N, V, dtype=torch.float64).scatter_add_(1, targets, weights)
+    each = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), shares, reduction="none")
+    assert_close(loss(hidden, targets, weights, is_sum=False), each)
+    assert_close(gradients(loss(hidden, targets, weights), hidden), gradients(each.sum(), hidden))
+
+
 def test_a_batch_whose_targets_are_all_ignored_has_no_loss() -> None:
     hidden, head, targets = problem()
     loss = HeadLoss(head)(hidden, torch.full_like(targets, loss_module.IGNORED))

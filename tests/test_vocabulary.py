@@ -94,8 +94,9 @@ def test_each_rank_looks_up_its_own_ids(ranks: Threads) -> None:
 
 @pytest.mark.parametrize(("piece", "block"), [(1, 1), (10**6, 10**6)])
 @pytest.mark.parametrize(("divisor", "cap", "bias"), [(1.0, None, True), (2.0, 3.0, False)])
+@pytest.mark.parametrize("several", [False, True])
 def test_logits_losses_and_gradients_are_those_of_one_process(
-    piece: int, block: int, divisor: float, cap: float | None, bias: bool, ranks: Threads, monkeypatch: pytest.MonkeyPatch
+    piece: int, block: int, divisor: float, cap: float | None, bias: bool, several: bool, ranks: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vocabulary, "CPU_PIECE_BYTES", piece)
     monkeypatch.setattr(vocabulary, "BLOCK_BYTES", block)
@@ -105,14 +106,21 @@ def test_logits_losses_and_gradients_are_those_of_one_process(
     hidden = [torch.randn(n, D, dtype=torch.float64, requires_grad=True) for n in counts]
     targets = [torch.tensor([0, 6, IGNORED, 3, 5])[:n] for n in counts]
     weights = [torch.tensor([1, 0.5, 1, 2, 1])[:n] for n in counts]
+    if several:  # two for each position
+        targets = [torch.stack((own.clamp(min=0), torch.full_like(own, 3)), dim=1) for own in targets]
+        weights = [torch.stack((own, 2 * own.flip(0)), dim=1) for own in weights]
 
     def losses(rank: int) -> Any:
-        found = layer.losses(hidden[rank], targets[rank], weights[rank] if rank else None, divisor, cap)
+        found = layer.losses(hidden[rank], targets[rank], weights[rank] if rank or several else None, divisor, cap)
         return found, torch.autograd.grad(found.sum(), hidden[rank])[0], layer(hidden[rank])
 
     for rank, (found, gradient, logits) in enumerate(ranks.run(losses)):
         z = plain(hidden[rank])
         y = z / divisor if cap is None else cap * torch.tanh(z / divisor / cap)
-        expected = F.cross_entropy(y, targets[rank], reduction="none", ignore_index=IGNORED) * (weights[rank] if rank else 1)
+        if several:
+            parts = zip(targets[rank].unbind(1), weights[rank].unbind(1), strict=True)
+            expected = sum((F.cross_entropy(y, own, reduction="none") * weight for own, weight in parts), torch.zeros(()))
+        else:
+            expected = F.cross_entropy(y, targets[rank], reduction="none", ignore_index=IGNORED) * (weights[rank] if rank else 1)
         assert torch.allclose(found, expected) and torch.allclose(logits, z)
         assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), hidden[rank])[0])

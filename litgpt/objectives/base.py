@@ -14,7 +14,7 @@ from litgpt.data.records import Record
 from litgpt.errors import UserError
 from litgpt.loss import HeadLoss, hidden_of, loss_of
 from litgpt.model import GPT, evaluating
-from litgpt.packing import loss_weights, take
+from litgpt.packing import loss_weights, sent, shared_targets, take
 from litgpt.sample import Sample
 
 ACCURACY = "val_accuracy"
@@ -33,9 +33,12 @@ class View:
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         return [self.activations.samples[i] for i in indices]
 
-    def total(self, indices: Sequence[int], weights: torch.Tensor | None) -> torch.Tensor:
-        """Return the sum of the losses at the samples' loss positions, times weights (n,)."""
-        return loss_of(self.model, self.activations(indices), self.head_loss, weights)
+    def total(self, indices: Sequence[int], weights: torch.Tensor | None, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the sum of the losses at the samples' loss positions, times weights (n,); for targets (n, K), times weights (n, K)."""
+        features = self.activations(indices)
+        if targets is not None:
+            features.targets = sent(targets, features.x.device)
+        return loss_of(self.model, features, self.head_loss, weights)
 
     def states(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output layer's input (n, d) and the taps (n, S, d) at the samples' loss positions, sample by sample."""
@@ -98,8 +101,17 @@ class Objective:
         """Look at this process's samples of a global batch, or of a validation, before their losses are computed."""
 
     def loss(self, view: View, indices: Sequence[int]) -> torch.Tensor:
-        """Return the sum of the losses of complete units."""
-        return view.total(indices, loss_weights(view.samples(indices)))
+        """Return the sum of the losses of complete units.
+
+        Where a position has several targets the loss is the Kullback-Leibler divergence from their shares p: sum p (log p - log q).
+        """
+        samples = view.samples(indices)
+        weights, several = loss_weights(samples), shared_targets(samples)
+        if several is None:
+            return view.total(indices, weights)
+        tokens, shares = several
+        each = shares if weights is None else shares * weights[:, None]
+        return view.total(indices, each, tokens) + torch.special.xlogy(each, shares).sum()
 
     def weight(self, view: View, indices: Sequence[int]) -> float:
         """Return the sum of the weights of complete units."""

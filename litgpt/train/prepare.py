@@ -36,7 +36,7 @@ from litgpt.train.launch import place_of
 from litgpt.train.loop import Batches
 from litgpt.train.methods import Method, describe, describe_choice
 from litgpt.train.parallel import Rank, ends_together
-from litgpt.train.replay import ANSWER_TOKENS, base_answers, follow_up_samples, replay_samples
+from litgpt.train.replay import ANSWER_TOKENS, base_answers, distil, follow_up_samples, replay_samples
 from litgpt.train.resume import Saved, Stopwatch
 from litgpt.train.settings import Run
 from litgpt.train.strategy import choose, require_shardable
@@ -214,7 +214,10 @@ def _add_samples(job: Job) -> None:
     if train.replay and job.general_answers is None:
         job.general_answers = _general_answers(job)
     splits.train += follow_up_samples(splits.records, train.follow_ups, job.settings.seed, *how)
-    splits.train += replay_samples(job.general_answers or [], *how)
+    general = replay_samples(job.general_answers or [], *how)
+    with job.rank.autocast():
+        distil(job.model, general, job.rank.device)
+    splits.train += general
     splits.records = []  # may be many
 
 

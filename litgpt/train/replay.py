@@ -1,6 +1,7 @@
 """Samples that are trained alongside the data: general questions, so that the model forgets less, and second questions.
 
-General questions have the base model's own answers: rehearsal (Robins 1995, doi:10.1080/09540099550039318) with pseudo-items.
+General questions have the base model's own answers: rehearsal (Robins 1995, doi:10.1080/09540099550039318) with pseudo-items. What is
+learned of an answer are the base's probabilities, not its tokens alone: distillation (Hinton et al. 2015, arXiv 1503.02531).
 
 A model that was tuned on single questions repeats its last answer when another question follows in the same conversation, unless some were
 trained as second questions.
@@ -8,17 +9,23 @@ trained as second questions.
 
 import random
 from collections.abc import Sequence
+from functools import partial
+
+import torch
 
 from litgpt.data.base import Encoder
 from litgpt.data.records import Record, read_record
 from litgpt.generate.engine import most_probable
-from litgpt.lora import GPT
+from litgpt.model import GPT, evaluating
+from litgpt.packing import Batch, pack, take
 from litgpt.prompts import PromptStyle
 from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.examples import Example
 
 ANSWER_TOKENS = 24
+PROBABLE = 32  # tokens at each place of an answer
+AT_ONCE = 8  # answers in a forward pass
 TRIES = 64  # records among which one that can go before another is looked for
 QUESTIONS = (
     "What is a volcano?", "What do bees make?", "Who was Napoleon Bonaparte?", "What is a computer?", "What do cows eat?",
@@ -55,6 +62,25 @@ def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle,
         end = [i for i, flag in enumerate(sample.loss_mask, 1) if flag][:ANSWER_TOKENS][-1]
         sample.input_ids, sample.loss_mask = sample.input_ids[:end], sample.loss_mask[:end]
     return samples
+
+
+@torch.no_grad()
+def distil(model: GPT, samples: Sequence[Sample], device: torch.device) -> None:
+    """Give each place of an answer the `PROBABLE` tokens that are the model's most probable ones there, with shares that add up to 1."""
+    with evaluating(model):
+        for start in range(0, len(samples), AT_ONCE):
+            chosen = samples[start : start + AT_ONCE]
+            logits = model.within(partial(_logits, model, pack(chosen, device, 0)))
+            top, tokens = logits.float().topk(min(PROBABLE, logits.size(-1)))
+            counts = [sample.n_targets for sample in chosen]
+            for sample, *several in zip(chosen, tokens.cpu().split(counts), top.softmax(-1).cpu().split(counts), strict=True):
+                sample.shares = several[0], several[1]
+
+
+def _logits(model: GPT, batch: Batch) -> torch.Tensor:
+    """Return (n, V): the logits at the loss positions."""
+    pos = model.packed_positions(batch.packing)
+    return model.logits(take(model.tail(*model.prefix(batch.ids, pos), pos), batch.at))
 
 
 def follow_ups(records: Sequence[Record], share: float, seed: int) -> list[Record]:

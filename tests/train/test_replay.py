@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.testing import assert_close
 
 from litgpt import LLM
+from litgpt.activations.cache import Recompute
 from litgpt.data.records import Record, read_record
+from litgpt.loss import HeadLoss
+from litgpt.objectives.base import Objective, View
 from litgpt.train.examples import Example
-from litgpt.train.replay import ANSWER_TOKENS, QUESTIONS, base_answers, follow_up_samples, follow_ups, replay_samples
+from litgpt.train.replay import ANSWER_TOKENS, PROBABLE, QUESTIONS, base_answers, distil, follow_up_samples, follow_ups, replay_samples
 
 
 def test_answers_are_those_of_generate(base: Path) -> None:
@@ -48,6 +53,23 @@ def test_only_a_complete_answer_has_an_end(base: Path) -> None:
     ends = [ids[0] for ids in llm.prompt_style.stop_tokens(llm.tokenizer)]
     assert whole.input_ids[-1] in ends and cut.input_ids[-1] not in ends
     assert cut.n_targets == ANSWER_TOKENS and llm.tokenizer.decode(list(cut.input_ids)).endswith(long)
+
+
+def test_the_bases_probabilities_are_learned(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer alone through the model is the oracle. With all tokens the base has nothing to learn from itself."""
+    llm = LLM.load(base, precision="32-true")
+    samples = replay_samples(["It erupts.", "Bees make honey.", "An emperor."], llm.tokenizer, llm.prompt_style, 128)
+    distil(llm.model, samples, torch.device("cpu"))
+    for sample in samples:
+        mask = torch.tensor(list(sample.loss_mask), dtype=torch.bool)
+        probabilities = llm.model(torch.tensor([sample.input_ids.tolist()])[:, :-1])[0].softmax(-1)[mask[1:]]
+        top = probabilities.topk(PROBABLE)
+        assert sample.shares is not None and torch.equal(sample.shares[0], top.indices)
+        assert_close(sample.shares[1], top.values / top.values.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr("litgpt.train.replay.PROBABLE", 10**6)
+    distil(llm.model, samples, torch.device("cpu"))
+    loss = Objective().loss(View(llm.model, Recompute(llm.model, samples, torch.device("cpu")), HeadLoss.of(llm.model), 3), range(3))
+    assert abs(loss.item()) < 1e-4
 
 
 def test_nothing_answered_is_nothing_to_train(base: Path) -> None:
