@@ -3,9 +3,9 @@
 Three kinds of data are trained in three ways:
 
     facts   few records with short answers, or many that share them: all are trained and none is held out, by LoRA on the replies, in the
-            last quarter of the blocks, behind cached prompts, until the model repeats the answers; facts that are told in two or three ways
-            in more blocks, with a higher rank, and behind another question, too; very few records, and facts that are told once, by LoRA
-            in every block, on the prompts too, so that their answers are found by other words
+            last quarter of the blocks, behind cached prompts, until the model repeats the answers, also behind another question; facts
+            that are told in two or three ways in more blocks, with a higher rank; very few records, and facts that are told once, by
+            LoRA in every block, on the prompts too, so that their answers are found by other words
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -43,7 +43,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import keys_of
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
-FOLLOW_UPS = 0.5  # of the questions; elsewhere than beside FEW_WAYS_TOLD they cost recall or general knowledge
+FOLLOW_UPS = 0.5  # of the questions, beside answer-only LoRA; elsewhere they cost recall
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank in a quarter of the blocks mixes up facts
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
@@ -291,14 +291,15 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
     settings = METHODS[method]
     is_open = {*given, *keys_of(given.get("grid", ()))}.isdisjoint(FEW_WAYS_TOLD)
-    few_ways = method == "answer-only LoRA" and look.told_in_few_ways
-    if few_ways and is_open:
+    is_answer_only = method == "answer-only LoRA"
+    if is_answer_only and is_open and look.told_in_few_ways:
         settings = settings | FEW_WAYS_TOLD
     for key, (value, reason) in settings.items():
         if not unfit.get(key):
             value = given.get("lora_r") or value if key == "lora_alpha" else value
             rows.append(Chosen(key, f"last:{math.ceil(BLOCKS[value] * layers)}" if layers and value in BLOCKS else value, reason))
-    share = FOLLOW_UPS if few_ways and look.is_single and (style is None or hasattr(style, "render")) else 0.0
+    holds_two = look.is_single and (style is None or hasattr(style, "render"))
+    share = FOLLOW_UPS if is_answer_only and look.is_facts and look.is_repeated and holds_two else 0.0
     return rows + _schedule(look, method, given, given.get("train", {}).get("follow_ups", share))
 
 

@@ -179,7 +179,7 @@ def test_facts_that_are_told_once_are_read_more_often(base: Path, tmp_path: Path
 
 
 def test_facts_are_asked_for_as_second_questions_too(base: Path, tmp_path: Path) -> None:
-    """Where facts are told in two or three ways by single questions, and the style has a form for two: in fewer, longer epochs."""
+    """Where facts are told in several ways by single questions, and the style has a form for two: in fewer, longer epochs."""
     singles = records(60, 20)
     turns = [{"role": role, "content": row[key]} for row in singles for role, key in (("user", "instruction"), ("assistant", "output"))]
     chats = [{"messages": turns[i : i + 2]} for i in range(0, 120, 2)]
@@ -188,7 +188,8 @@ def test_facts_are_asked_for_as_second_questions_too(base: Path, tmp_path: Path)
         (records(60, 60), "", 0, 30),
         (records(30, 10), "", 0, 12),
         (records(201, 67), "", 0, 8),
-        (records(60, 15), "", 0, 12),
+        (records(60, 15), "", 0.5, 8),
+        (records(60, 60), "--alora_enabled true", 0, 30),
         (chats, "", 0.5, 8),
         ([{"messages": turns[i : i + 4]} for i in range(0, 120, 2)][:-1], "", 0, 12),
         ([*singles, {"instruction": "q", "input": "more", "output": "answer 1"}], "", 0.5, 8),
@@ -329,7 +330,7 @@ def test_a_sweep_with_a_grid(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     """What varies is not chosen."""
     words = ["--grid.lora_r", "[2, 4]", "--grid.optimizer.lr", "[0.1]"]
     given = chosen(tmp_path, base, records(60, 12), *words, command="sweep")
-    assert given["grid"] == {"lora_r": [2, 4], "optimizer.lr": [0.1]} and given["train"].epochs == 12
+    assert given["grid"] == {"lora_r": [2, 4], "optimizer.lr": [0.1]} and given["train"].epochs == 8
     said = capsys.readouterr().err
     assert "  train.epochs " in said and "  lora_r " not in said and "optimizer.lr" not in said
 
