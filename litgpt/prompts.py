@@ -216,14 +216,14 @@ class ChatTemplate(ChatStyle):
     def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> Marked:
         """Return the conversation as text and its starts. Raise UserError if the template refuses it, is broken, or exceeds the bounds.
 
-        Arguments of tool calls that are JSON text, OpenAI's form, are given to it as objects, or as text if it takes no objects.
+        Arguments of tool calls are given to it as objects, or as JSON text, OpenAI's form, if it takes no objects.
         """
         messages = [_with_reasoning(message) for message in messages]
-        parsed = [_with_objects(message) for message in messages]
-        if parsed != messages:
+        objects, texts = ([_with_arguments(message, kind) for message in messages] for kind in (dict, str))
+        if objects != texts:
             with suppress(UserError):
-                return self._render(parsed, add_generation_prompt, tools)
-        return self._render(messages, add_generation_prompt, tools)
+                return self._render(objects, add_generation_prompt, tools)
+        return self._render(texts, add_generation_prompt, tools)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools) -> Marked:
         pieces = []
@@ -256,16 +256,21 @@ def _with_reasoning(message: Message) -> Message:
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _with_objects(message: Message) -> Message:
-    """Return a message with the arguments of its tool calls as objects where they are the JSON text of objects."""
+def _with_arguments(message: Message, kind: type) -> Message:
+    """Return a message with the arguments of its tool calls as objects (`dict`) or as the JSON text of objects (`str`)."""
     if not message.get("tool_calls"):
         return message
     calls = copy.deepcopy(message["tool_calls"])
     for call in calls if isinstance(calls, list) else ():
         called = call.get("function", call) if isinstance(call, dict) else None
-        if isinstance(called, dict) and isinstance(text := called.get("arguments"), str):
-            with suppress(ValueError, RecursionError):
-                called["arguments"] = parsed if isinstance(parsed := json.loads(text), dict) else text
+        if not isinstance(called, dict):
+            continue
+        arguments = called.get("arguments")
+        with suppress(ValueError, RecursionError):
+            if kind is str and isinstance(arguments, dict):
+                called["arguments"] = json.dumps(arguments, ensure_ascii=False)
+            elif kind is dict and isinstance(arguments, str) and isinstance(parsed := json.loads(arguments), dict):
+                called["arguments"] = parsed
     return {**message, "tool_calls": calls}
 
 
@@ -329,9 +334,13 @@ def misfit(style: PromptStyle, tokenizer: Tokenizer) -> str:
     if not marker or tokenizer.token_to_id(marker) is not None:
         return ""
     own = tokenizer.chat_template is not None and not isinstance(style, ChatTemplate)
-    known = (name for name in WITH_MARKERS if tokenizer.token_to_id(STYLES[name].end_of_turn) is not None)
-    fits = CHAT[0] if own else next(known, "alpaca")
+    fits = CHAT[0] if own else fitting_style(tokenizer)
     return f"warning: the prompt style {style.name!r} needs {marker}, which is not a token of this tokenizer: {fits!r} fits it"
+
+
+def fitting_style(tokenizer: Tokenizer) -> str:
+    """Return the name of a built-in style whose marker the tokenizer has as a token; "alpaca" if there is none."""
+    return next((name for name in WITH_MARKERS if tokenizer.token_to_id(STYLES[name].end_of_turn) is not None), "alpaca")
 
 
 def reply_header(style: PromptStyle) -> str:

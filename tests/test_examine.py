@@ -128,6 +128,18 @@ def test_a_record_is_shown_as_the_model_reads_it(look: Any, base: Path) -> None:
     )
 
 
+def test_replies_that_are_not_trained_are_not_marked(look: Any, base: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    turns = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "r"}, {"role": "assistant", "content": "b"}]
+    out = look([{"messages": turns}], "--checkpoint_dir", base)  # its template writes no calls
+    assert "assistant\n<|im_end|>\n" in out and out.count("⟦") == 2 and "⟦b<|im_end|>⟧" in out
+    rows = [pair("a", "c"), pair("a", "b", weight=0), pair("a", "")]
+    for record in (2, 3):
+        out = look(rows, "--checkpoint_dir", base, "--record", record, "--prompt_style", "alpaca")
+        assert "### Response:\n" in out and out.count("⟦") == 1  # in the title
+    assert "assistant\nb<|im_end|>" in look(rows, "--checkpoint_dir", base, "--record", 2)
+
+
 def test_every_form_of_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [pair("a", "1"), pair("b", "2")]
     (tmp_path / "a.json").write_text(json.dumps(rows))

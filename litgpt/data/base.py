@@ -21,7 +21,7 @@ from litgpt.data.records import Message, Record, has_text, read_record
 from litgpt.data.sources import SUFFIXES, is_dataset, is_text
 from litgpt.errors import UserError
 from litgpt.files import expand_path
-from litgpt.prompts import REASONING, ChatTemplate, PromptStyle, misfit
+from litgpt.prompts import REASONING, ChatTemplate, PromptStyle, fitting_style, misfit
 from litgpt.sample import Sample
 from litgpt.text import counted
 from litgpt.tokenizer import Tokenizer
@@ -335,14 +335,20 @@ def render(record: Record, style: PromptStyle, tokenizer: Tokenizer, learned: Se
     if record.is_text:
         return Rendered(record.reply, [(0, len(record.reply))])
     if learned is None:
-        learned = [i for i, flag in enumerate(record.learned) if flag]
+        learned = learned_turns(record, style)
     if isinstance(style, ChatTemplate) or (hasattr(style, "render") and not record.pair):
-        return _render_turns(style, record, learned)
+        return _render_turns(style, record, learned, tokenizer)
     system, prompt, answer = _one_turn(record.messages, style)
     head = style.apply(prompt, sys_prompt=system, input=record.input)
     end = style.end_of_turn if style.end_of_turn and tokenizer.token_to_id(style.end_of_turn) is not None else ""
     text = head + style.gap + answer + end
-    return Rendered(text, [(len(head), len(text))])
+    return Rendered(text, [(len(head), len(text))] if learned else [])
+
+
+def learned_turns(record: Record, style: PromptStyle) -> list[int]:
+    """Return the indices of the replies to learn of which the prompt style writes something."""
+    unwritten = unwritten_keys(record, style)
+    return [i for i, weight in enumerate(record.learned) if weight and has_text(record.messages[i], unwritten)]
 
 
 def question_of(record: Record, style: PromptStyle, tokenizer: Tokenizer) -> str:
@@ -350,14 +356,14 @@ def question_of(record: Record, style: PromptStyle, tokenizer: Tokenizer) -> str
     return render(record, style, tokenizer, [record.last]).prompt
 
 
-def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendered:
+def _render_turns(style: Any, record: Record, learned: Sequence[int], tokenizer: Tokenizer) -> Rendered:
     """Find each reply between the starts of two messages, which the built-in styles report.
 
     The text of a reply must not depend on later messages. To check this, the conversation is rendered up to the reply: for the first
     reply of each kind, the last one, those whose text changes, and for all of them if the starts are not reported.
     """
     messages, options = record.turns, {"tools": record.tools} if record.tools else {}
-    is_own = type(style).__module__ == "litgpt.prompts"
+    is_own, is_own_template = type(style).__module__ == "litgpt.prompts", isinstance(style, ChatTemplate)
     full, starts = style.render_marked(messages, **options) if is_own else (style.render(messages, add_generation_prompt=False), [])
     starts = [*starts, len(full)] if starts else []
     written = {"content", *REASONING} - unwritten_keys(record, style)
@@ -374,23 +380,31 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int]) -> Rendere
             spans.append((starts[i] + len(opening or ""), starts[i] + len(turn)))
             continue
         kinds.add(kind)
-        first = messages[0]["content"].strip() if i == 0 and isinstance(style, ChatTemplate) and len(messages[0]) == 2 else ""
+        first = messages[0]["content"].strip() if i == 0 and is_own_template and len(messages[0]) == 2 else ""
         if first and first in turn:  # a template need not render a conversation without messages
             head = full[: starts[0] + turn.rindex(first)]
         else:
             head = style.render(messages[:i], add_generation_prompt=True, **options)
         following = full if i + 1 == len(messages) else style.render(messages[: i + 1], add_generation_prompt=False, **options)
         end = len(following.rstrip())
-        if not following.startswith(head) or not full.startswith(following[:end]):
+        if not full.startswith(following[:end]):  # Phi-3's template ends a conversation with EOS
+            end = len(following.rstrip().removesuffix(style.special_tokens["eos_token"] if is_own_template else "").rstrip())
+        remedy = f"Choose another prompt style, for example {fitting_style(tokenizer)!r}"
+        if not following.startswith(head):
+            extra = head[len([*takewhile(lambda two: two[0] == two[1], zip(head, following, strict=False))]) :]
             raise UserError(
-                f"the prompt style {style.name!r} writes the conversation up to message {i + 1} differently once a reply or later messages "
-                "follow, so the text that the model would read when it answers is not the text it would be trained on. Choose another "
-                "prompt style, for example chatml, set data.last_turn_only to learn the last reply only, or split the conversation into "
-                "single turns"
+                f"the prompt style {style.name!r} opens replies with {extra[:60]!r}, but writes message {i + 1} without it, so the prompt "
+                f"that the model would answer is not the one it would be trained on. {remedy}"
+            )
+        if not full.startswith(following[:end]):
+            raise UserError(
+                f"the prompt style {style.name!r} writes the conversation up to message {i + 1} differently once later messages follow, so "
+                f"the text that the model would read when it answers is not the text it would be trained on. {remedy}, set "
+                "data.last_turn_only to learn the last reply only, or split the conversation into single turns"
             )
         opening = head[starts[i] :] if is_marked and starts[i] <= len(head) and starts[i] + len(turn) == end else None
         spans.append((len(head), end))
-    return Rendered(full[: spans[-1][1]], spans)
+    return Rendered(full[: spans[-1][1]] if spans else full, spans)
 
 
 def _one_turn(messages: list[Message], style: PromptStyle) -> tuple[str | None, str, str]:

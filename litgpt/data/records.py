@@ -100,7 +100,11 @@ class Record:
         """True for one question and its answer, perhaps after a system text, and nothing else."""
         roles = [message["role"] for message in self.messages if message["role"] != "system"]
         rates = (self.rejected, self.label, self.reward, self.token_weights) != (None,) * 4
-        return roles == ["user", "assistant"] and not (rates or self.tools) and self.has_answer
+        return (
+            roles == ["user", "assistant"] == [message["role"] for message in self.messages[-2:]]
+            and not (rates or self.tools)
+            and self.has_answer
+        )
 
     @property
     def turns(self) -> list[Message]:
@@ -268,7 +272,7 @@ def _missing_keys(keys: list[str]) -> str:
     message = f"no key {' and no key '.join(map(repr, missing))}; it has {shown or 'no keys'}"
     if len(missing) == len(keys) == 2:
         return f"{message}: call the question {pair[0]!r} and its answer {pair[1]!r}"
-    for key in missing:
+    for key in [*CONVERSATIONS] if len(missing) == 2 else missing:
         near = difflib.get_close_matches(key, [name for name in keys if name not in pair], n=1)
         if near:
             message += f" (is {near[0]!r} meant to be {key!r}?)"
@@ -294,15 +298,16 @@ def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             raise UserError(f"{where}: {role_key!r} is {repr(name)[:60]}, one of {', '.join(ROLES)} is needed")
-        if role == "system" and n > 1:
-            raise UserError(f"{where} is a system message: it can only be the first")
-        message: Message = {"role": role, "content": _read_content(turn.get(text_key), text_key, bool(calls))}
+        try:
+            message: Message = {"role": role, "content": _read_content(turn.get(text_key), text_key, bool(calls))}
+            message |= {name: _check_text(turn[name], name) for name in REASONING if turn.get(name) is not None}
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         if name == "function_call":  # LLaMA-Factory's text of one call, or of a list
             message |= {"content": "", "tool_calls": _read_calls(message["content"], where)}
         elif turn.get("function_call"):
             message["tool_calls"] = _read_calls(turn["function_call"], f"{where}: 'function_call'")
-        message |= {name: turn[name] for name in PASSED if turn.get(name) is not None}
-        message |= {name: _check_text(message[name], name) for name in REASONING if name in message}
+        message |= {name: turn[name] for name in PASSED if name not in message and turn.get(name) is not None}
         if "tool_calls" in message:
             message["tool_calls"] = _objects(message["tool_calls"], f"{where}: 'tool_calls'")
         marked = [name for name in WEIGHTS if turn.get(name) is not None] + [name for name in FLAGS if _flag(turn.get(name)) is not None]

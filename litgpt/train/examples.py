@@ -8,7 +8,7 @@ from itertools import takewhile
 import torch
 
 from litgpt.args import EvalArgs
-from litgpt.data.base import render
+from litgpt.data.base import learned_turns, render
 from litgpt.data.records import Record
 from litgpt.errors import UserError
 from litgpt.generate import drafts
@@ -47,7 +47,7 @@ def examples_of(evaluation: EvalArgs, seed: int, records: Sequence[Record], styl
             raise UserError(f"eval.evaluate_example is {index}: the validation set has {len(records)} samples, counted from 0")
         record = records[index]
         rendered = render(record, style, tokenizer)
-        first = next((i for i, weight in enumerate(record.learned) if weight), 0)  # learned reply of a conversation
+        first = next(iter(learned_turns(record, style)), 0)  # learned reply of a conversation
         asked = record.messages[first - 1]["content"] if first else ""
         question = f"{record.question}\n{record.input}".rstrip("\n") if record.pair else str(asked or rendered.prompt)
         prompt, text = (tokenizer.ids(part, bos=None if record.is_text else style.bos) for part in (rendered.prompt, rendered.text))

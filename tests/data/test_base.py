@@ -180,20 +180,27 @@ def test_conversation_of_one_turn_fits_any_style(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "reason"),
     [
         # earlier replies are shortened once later messages follow
-        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and not loop.last %}{{ m.content[:3] }}{% else %}{{ m.content }}"
-        "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        (
+            "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and not loop.last %}{{ m.content[:3] }}{% else %}"
+            "{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+            "differently once later messages follow",
+        ),
         # the generation prompt opens a block that a finished reply does not have
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: <think>\n{% endif %}",
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: <think>\n{% endif %}",
+            "opens replies with '<think>\\n', but writes message 3 without it",
+        ),
     ],
 )
-def test_template_that_rewrites_history_is_refused(template: str, tokenizer: Tokenizer) -> None:
+def test_template_that_rewrites_history_is_refused(template: str, reason: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError) as error:
         one_sample({"messages": CHAT}, tokenizer, ChatTemplate(template))
     assert "record 1" in str(error.value)
-    assert "differently once" in str(error.value)
+    assert reason in str(error.value)
     assert "chatml" in str(error.value)
 
 

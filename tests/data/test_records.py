@@ -110,6 +110,8 @@ Q, A = user("q"), reply("a")
         ),
         # a table's cells: JSON, and nothing
         ({"messages": json.dumps([Q, A]), "weight": ""}, [Q, A], "a"),
+        # a system message in the middle
+        ({"messages": [Q, reply("c"), system("s"), user("b"), reply("d")]}, [Q, reply("c"), system("s"), user("b"), reply("d")], "cd"),
         # two calls in one text, as LLaMA-Factory has them, and arguments that are JSON text
         (
             {
@@ -199,11 +201,23 @@ def test_a_conversation_that_the_assistant_begins(template: str, tokenizer: Toke
     assert marked == "a task<|im_end|>c<|im_end|>"
 
 
-def test_arguments_of_calls_for_a_template_that_takes_texts(tokenizer: Tokenizer) -> None:
-    text = '{"a":1}'
-    calls = [{"function": {"name": "f", "arguments": text}}]
+@pytest.mark.parametrize(("arguments", "text"), [('{"a":1}', '{"a":1}'), ({"a": "ä"}, '{"a": "ä"}')])
+def test_arguments_of_calls_for_a_template_that_takes_texts(arguments: Any, text: str, tokenizer: Tokenizer) -> None:
+    calls = [{"function": {"name": "f", "arguments": arguments}}]
     taking = FULL.replace("call.function.arguments | tojson", "('' + call.function.arguments)")
     assert f"<call>f{text}</call>" in ChatTemplate(taking).render([Q, reply("", tool_calls=calls)])
+
+
+def test_a_template_that_ends_a_conversation_with_eos(tokenizer: Tokenizer, tiny_tokenizer_dir: Path) -> None:
+    """Phi-3's: EOS follows the last message only."""
+    template = FULL.replace("{%- if add_generation_prompt %}", "{%- if not add_generation_prompt %}{{ eos_token }}{% else %}")
+    messages = [Q, reply("a"), user("b"), reply("c")]
+    sample = Given(entries=[{"messages": messages}]).splits(tokenizer, ChatTemplate(template, eos_token="<|im_end|>")).train[0]
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tiny_tokenizer_dir / "tokenizer.json"), eos_token="<|im_end|>")
+    expected = reference.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert tokenizer.decode(list(sample.input_ids), skip_special_tokens=False) == expected
+    marked = tokenizer.decode([i for i, m in zip(sample.input_ids, sample.loss_mask, strict=True) if m], skip_special_tokens=False)
+    assert marked == "a<|im_end|>c<|im_end|>\n<|im_end|>"
 
 
 def test_messages_that_a_style_leaves_out_are_named(tokenizer: Tokenizer) -> None:
