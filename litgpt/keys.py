@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import json
 import os
 import sys
 import types
@@ -53,7 +54,7 @@ ELSEWHERE = {  # what other tools call a key -> its name here
     "logging_steps": "train.log_interval",
     "max_tokens": "max_new_tokens",
     "device": "accelerator",
-    **dict.fromkeys(("model", "model_name", "model_name_or_path", "base_model"), "checkpoint_dir"),
+    **dict.fromkeys(("model", "model_name", "model_name_or_path", "base_model", "model_filename"), "checkpoint_dir"),
 }
 
 
@@ -216,6 +217,7 @@ class Keys:
         except ValueError:
             shown = "the value" if key.rpartition(".")[2] == SECRET else repr(setting.value)[:MOST_SHOWN]
             example = " to try, such as '[4, 8]'" if root in self.grids else ""
+            _check_entries(setting, kind)
             raise UsageError(f"{setting.place}: {shown} is not {describe(kind)}{example}") from None
         with as_usage():
             for seed in _as_list(value) if key in SEEDS else ():
@@ -281,6 +283,16 @@ class Keys:
                 values[name] = chosen["class_path"](**chosen.get("init_args", {}))
         values.update({name: values[name] or {} for name in self.grids})
         return {name: values[name] for name in self.parameters}
+
+
+def _check_entries(setting: Setting, kind: Any) -> None:
+    """Raise UsageError for an entry of a list that is not of the list's type."""
+    entries = from_text(setting.value) if isinstance(setting.value, str) else setting.value
+    for entry in entries if typing.get_origin(kind) is list and isinstance(entries, list) else ():
+        try:
+            convert(entry, member := typing.get_args(kind)[0])
+        except ValueError:
+            raise UsageError(f"{setting.place}: {json.dumps(entry, default=str)[:MOST_SHOWN]} is not {describe(member)}") from None
 
 
 def _check_value(value: Any, place: str) -> None:

@@ -1,6 +1,7 @@
 """The output of a run: metrics in files and loggers, messages and progress on the terminal."""
 
 import csv
+import importlib.util
 import os
 import resource
 import sys
@@ -127,6 +128,16 @@ def read_metrics(out_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return columns
 
 
+def require_logger(name: str) -> None:
+    """Raise UserError if the package of a logger is not installed."""
+    if name not in ("csv", "tensorboard") and importlib.util.find_spec(name) is None:
+        raise _not_installed(name, name)
+
+
+def _not_installed(name: str, package: str) -> UserError:
+    return UserError(f"logger_name {name!r} needs a package that is not installed ({package}): pip install it")
+
+
 def remote_logger(out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[str, Any]) -> Any:
     from lightning.pytorch import loggers
 
@@ -142,7 +153,7 @@ def remote_logger(out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[
             logger = loggers.LitLogger(root_dir=out_dir, name=log.run, log_model=log.log_model, save_logs=log.save_logs, **settings)
         logger.log_hyperparams(hyperparameters)
     except ModuleNotFoundError as error:
-        raise UserError(f"logger_name {name!r} needs a package that is not installed ({error.name or name}): pip install it") from None
+        raise _not_installed(name, error.name or name) from None
     except Exception as error:
         raise UserError(f"logger_name {name!r} cannot start: {first_line(error).rstrip('.')}. --logger_name csv works without it") from None
     return logger

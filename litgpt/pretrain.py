@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 from litgpt import families
 from litgpt.args import EvalArgs, TrainArgs, function_of, setting
 from litgpt.atomic import locked, new_folder, write_text
-from litgpt.checkpoint import copy_tokenizer_files, save_config, save_weights, tokenizer_contents
-from litgpt.convert.resolve import locate
+from litgpt.checkpoint import copy_tokenizer_files, require_checkpoint, save_config, save_weights, tokenizer_contents
+from litgpt.convert.resolve import locate, open_checkpoint
 from litgpt.data.text_files import Text
 from litgpt.errors import UserError
 from litgpt.files import expand_path
@@ -84,16 +84,37 @@ class Pretrain(Run):
     def _base(self) -> Iterator[Path]:
         """Yield the checkpoint folder to start from: the one named, or one with fresh weights in out_dir."""
         if self.initial_checkpoint_dir is not None:
-            yield self.initial_checkpoint_dir
+            yield self._initial(self.initial_checkpoint_dir)
         elif self.dry_run:
             with tempfile.TemporaryDirectory() as folder:
                 yield self._made(Path(folder) / INITIAL)
         else:
-            with locked(self.out_dir / f".{INITIAL}"):  # several processes may start at once
-                folder_in_run = self._made(self.out_dir / INITIAL)
-            with suppress(OSError):  # another process was first, or is waiting
-                (self.out_dir / f".{INITIAL}").rmdir()
+            is_new = not self.out_dir.exists()
+            try:
+                with locked(self.out_dir / f".{INITIAL}"):  # several processes may start at once
+                    folder_in_run = self._made(self.out_dir / INITIAL)
+            finally:
+                with suppress(OSError):  # another process was first, or is waiting; a refused run leaves no folder
+                    (self.out_dir / f".{INITIAL}").rmdir()
+                    if is_new:
+                        self.out_dir.rmdir()
             yield folder_in_run
+
+    def _initial(self, checkpoint_dir: Path) -> Path:
+        """Return the folder of the checkpoint to start from. Raise UserError if it holds another model than the one that is named."""
+        from litgpt.lora import Config
+
+        folder = require_checkpoint(open_checkpoint(checkpoint_dir, convert=not self.dry_run))
+        own, named = Config.from_checkpoint(folder), self.model_config or {}
+        if self.model_name is not None and "name" not in named:
+            named = {"name": Config.from_name(self.model_name).name, **named}
+        for key, value in named.items():
+            if value != getattr(own, key, None):
+                raise UserError(
+                    f"initial_checkpoint_dir {folder} holds a model with {key} {getattr(own, key, None)!r}, and the command names "
+                    f"{value!r}: leave model_name and model_config out, or initial_checkpoint_dir to start from fresh weights"
+                )
+        return folder
 
     def _made(self, folder: Path) -> Path:
         """Return the folder with the fresh weights and the tokenizer, creating them if needed."""

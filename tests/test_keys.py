@@ -119,6 +119,7 @@ def test_values_of_a_grid_have_the_types_of_their_keys() -> None:
         ({"data.seed": 1}, f"0.yaml: data.seed needs --data with one of {', '.join(known_classes(DataModule))}"),
         ({"grid": {"rate": 1}}, "0.yaml: grid.rate: 1 is not a list (each a number) to try, such as '[4, 8]'"),
         ({"grid": {"rate": []}}, "0.yaml: grid.rate: [] is not a list (each a number) to try, such as '[4, 8]'"),
+        ({"grid": {"kind": ["a", None]}}, "0.yaml: grid.kind: null is not one of a, b"),
         ({"grid": {"grid": {"rate": [1]}}}, "0.yaml: grid.grid.rate is not a known key (did you mean grid.rate?)"),
         ({"folder": ""}, "0.yaml: folder is empty: name a file or a folder, or leave it out"),
         ({"rates": 1, "kind": 3}, "0.yaml: rates is not a known key (did you mean rate?)\n       0.yaml: kind: 3 is not one of a, b"),

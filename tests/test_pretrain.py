@@ -237,6 +237,18 @@ def test_fresh_weights() -> None:
     assert not torch.equal(state["lm_head.weight"], fresh(config, 2).lm_head.weight)
 
 
+def test_another_model_than_the_one_to_start_from(run: Run, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (["pythia-14m"], "holds a model with name 'Llama-tiny', and the command names 'pythia-14m'"),
+        (["--model_config.n_layer", "3"], "holds a model with n_layer 2, and the command names 3"),
+    ):
+        options = ["--data", str(text), "--initial_checkpoint_dir", str(run.final), "--out_dir", str(tmp_path / "out")]
+        assert main(["pretrain", *words, *options]) == 1
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+    one = {"train__max_steps": 1, "train__lr_warmup_steps": 1, "model_config__n_layer": 2}
+    assert pretrain(text, tmp_path / "same", "--initial_checkpoint_dir", str(run.final), **one).code == 0
+
+
 def test_names_and_mistakes(text: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "list"]) == 0
     assert capsys.readouterr().out.split() == list(families.names())
@@ -249,9 +261,10 @@ def test_names_and_mistakes(text: Path, tokenizer: Path, tmp_path: Path, capsys:
     ):
         assert main(["pretrain", *words, "--out_dir", str(tmp_path / "out")]) in (1, 2)
         assert said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
     for data in ("LitData", "TinyLlama"):
         words = ["pythia-14m", "--data", data, "--data.data_path", str(tmp_path / "none"), "--tokenizer_dir", str(tokenizer)]
         assert main(["pretrain", *words, "--out_dir", str(tmp_path / "none-out")]) == 1 and "missing" in capsys.readouterr().err
-        assert not any((tmp_path / "none-out").rglob("*.pth"))  # no weights yet
+        assert not (tmp_path / "none-out").exists()  # no weights yet
     done = pretrain(text, tmp_path / "long", scratch=tokenizer, model_config__block_size=4096)
     assert done.code == 1 and "shorter than a block of 4,097 tokens" in done.err

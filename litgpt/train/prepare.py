@@ -19,7 +19,7 @@ from litgpt.data.base import Splits
 from litgpt.data.text_files import Text
 from litgpt.device import backbone_dtype, default_device, default_precision, process_rank, seed_everything
 from litgpt.errors import UserError
-from litgpt.logs import Console
+from litgpt.logs import Console, require_logger
 from litgpt.lora import GPT, keep_taps
 from litgpt.objectives.base import Objective
 from litgpt.objectives.named import objective_of
@@ -121,6 +121,7 @@ def prepare(
     dtype = backbone_dtype(precision)
     _cache_dtype(method.cache.dtype, dtype)
     require_shardable(settings, method, base)
+    require_logger(settings.logger_name)
     if rank is None:
         place, batch_size = place_of(settings.devices, settings.num_nodes), settings.train.global_batch_size
         if place and batch_size % place.size:  # before other processes are started

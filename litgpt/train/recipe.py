@@ -40,7 +40,7 @@ from litgpt.objectives.settings import Preference, Rating
 from litgpt.prompts import reply_header, resolve_prompt_style
 from litgpt.text import counted, text_table
 from litgpt.tokenizer import Tokenizer
-from litgpt.train.trials import keys_of
+from litgpt.train.trials import without_repeats
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FOLLOW_UPS = 0.5  # of the questions, beside answer-only LoRA; elsewhere they cost recall
@@ -222,6 +222,7 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
 
     if "checkpoint_dir" not in given:
         return given
+    varied = without_repeats(given.get("grid") or {})
     rate = given.get("optimizer", {}).get("init_args", {}).get("lr")
     if is_sweep and rate is not None and not given.get("grid"):
         raise UserError(f"optimizer.lr is {rate}: a sweep needs a grid: give --grid.optimizer.lr '[5e-4, 1e-3]', or leave it out")
@@ -243,7 +244,6 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
     if given.get("objective", "next_token") in (*get_args(Preference), *get_args(Rating)):
         look = replace(look, compares=True)
     rows = choices(look, module, given, base)
-    varied = keys_of(given.get("grid", ()))
     chosen = [choice for choice in rows if choice.key not in varied and _put(given, choice.key, choice.value)]
     console.say(f"{module.source}: {look}. Settings that you did not give:")
     console.say(_table(chosen))
@@ -290,7 +290,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
         rows.append(Chosen("lr_ratios", {"value_head": 10.0}, "a head begins with nothing"))
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
     settings = METHODS[method]
-    is_open = {*given, *keys_of(given.get("grid", ()))}.isdisjoint(FEW_WAYS_TOLD)
+    is_open = {*given, *without_repeats(given.get("grid") or {})}.isdisjoint(FEW_WAYS_TOLD)
     is_answer_only = method == "answer-only LoRA"
     if is_answer_only and is_open and look.told_in_few_ways:
         settings = settings | FEW_WAYS_TOLD

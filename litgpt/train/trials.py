@@ -9,7 +9,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -92,24 +92,25 @@ def _is_own(file: Path) -> bool:
     return not header if file.name == LOCKS else header.startswith(b"setting,") and b",status,trainable_parameters," in header
 
 
-def keys_of(grid: Iterable[str]) -> list[str]:
-    """Return a grid's keys, with `optimizer.init_args.lr` as `optimizer.lr`."""
-    return [key.replace("optimizer.init_args.", "optimizer.") for key in grid]
-
-
-def _allowed(grid: Grid, varying: list[str]) -> Grid:
-    """Return the grid under the keys of `keys_of`. Raises UserError for keys that may not vary."""
-    keys = keys_of(grid)
-    if fixed := [key for key in keys if key not in varying and not key.startswith("optimizer.")]:
-        raise UserError(
-            f"grid: {', '.join(fixed)} cannot vary: the frozen layers' outputs are computed once, and every trial is trained from them. "
-            f"These may vary: {', '.join(varying)}, optimizer.*. For anything else, run a sweep for each value"
-        )
+def without_repeats(grid: Grid) -> Grid:
+    """Return the grid with `optimizer.init_args.lr` as `optimizer.lr`. Raises UserError for a key or a value that is named twice."""
+    keys = [key.replace("optimizer.init_args.", "optimizer.") for key in grid]
     for key, values in zip(keys, grid.values(), strict=True):
         (text, count), *_ = Counter(json.dumps(value, sort_keys=True) for value in values).most_common(1)
         if count > 1 or keys.count(key) > 1:
             raise UserError(f"grid.{key} {f'names {text}' if count > 1 else 'is given'} twice: leave one out")
     return dict(zip(keys, grid.values(), strict=True))
+
+
+def _allowed(grid: Grid, varying: list[str]) -> Grid:
+    """Return the grid of `without_repeats`. Raises UserError for keys that may not vary."""
+    grid = without_repeats(grid)
+    if fixed := [key for key in grid if key not in varying and not key.startswith("optimizer.")]:
+        raise UserError(
+            f"grid: {', '.join(fixed)} cannot vary: the frozen layers' outputs are computed once, and every trial is trained from them. "
+            f"These may vary: {', '.join(varying)}, optimizer.*. For anything else, run a sweep for each value"
+        )
+    return grid
 
 
 def _combination(grid: Grid, number: int) -> dict[str, Any]:

@@ -476,6 +476,7 @@ def test_a_logger_that_is_not_installed(overwrite: bool, base: Path, data: Path,
     before = finetune_runs.files(tmp_path)
     run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, logger_name="wandb", overwrite=overwrite)
     assert_one_line(run, 1, "logger_name 'wandb' needs a package that is not installed")
+    assert "parameters" not in run.err  # the model was not read yet
     assert finetune_runs.files(tmp_path) == before
 
 

@@ -261,6 +261,12 @@ def test_the_method_that_is_asked_for(words: str, method: str, base: Path, tmp_p
     assert given["skip2lora_enabled"] is (method != "LoRA") and bool(given["skip2lora_warmup_epochs"]) is (method == "warm-up")
 
 
+def test_a_value_that_is_named_twice_is_told_before_settings_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="grid.lora_r names 4 twice"):
+        recipe.complete({"checkpoint_dir": "nowhere", "grid": {"lora_r": [4, 4]}}, is_sweep=True)
+    assert not capsys.readouterr().err
+
+
 def test_a_config_file_and_finetune_lora_keep_their_meaning(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(f"checkpoint_dir: {base}\ndata: JSON\n")
