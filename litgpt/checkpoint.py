@@ -19,7 +19,7 @@ from litgpt.archive import is_mappable, refuse_compressed, require_full_records
 from litgpt.atomic import digest, new_file, require_whole, write_bytes, write_text
 from litgpt.config import CHOSEN_TAPS, CORRECTION, Config
 from litgpt.errors import UserError
-from litgpt.files import decode_text, dump_yaml, kind_note, parse_object, read_json, read_own, read_yaml
+from litgpt.files import decode_text, dump_yaml, json_in, kind_note, parse_object, read_json, read_own, read_yaml
 from litgpt.text import first_line
 from litgpt.tokenizer import template_files
 
@@ -197,6 +197,8 @@ def adapter_hint(folder: Path) -> str:
     if any((folder / name).is_file() for name in FOREIGN_ADAPTERS):
         command = f"litgpt convert_adapter {folder} OUTPUT_DIR --checkpoint_dir BASE"
         return f": it holds an adapter. `{command}` makes a folder that generate, chat and merge_lora read"
+    if best := json_in(folder / "sweep.json").get("best"):
+        return f": it holds a sweep, name its best setting {folder / str(best)}"
     names = (WEIGHTS, *ADAPTERS, *FOREIGN_ADAPTERS)
     for inner in sorted(folder.glob("*")):
         for place in (inner, inner / "final", inner / "best"):  # a model, or a run

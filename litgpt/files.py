@@ -274,7 +274,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def dump_yaml(content: Any, **style: Any) -> str:
     """Return plain values as YAML, mappings in their order unless `style`, as of `yaml.dump`, says otherwise."""
-    return str(yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), **{"sort_keys": False, **style}))
+    return str(yaml.dump(content, Dumper=_Dumper, **{"sort_keys": False, **style}))
+
+
+_Dumper: Any = type("_Dumper", (getattr(yaml, "CSafeDumper", yaml.SafeDumper),), {})
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_str(as_utf8(text)))  # a path in a locale without UTF-8
 
 
 class _Loader(yaml.SafeLoader):

@@ -96,7 +96,7 @@ def without_repeats(grid: Grid) -> Grid:
     """Return the grid with `optimizer.init_args.lr` as `optimizer.lr`. Raises UserError for a key or a value that is named twice."""
     keys = [key.replace("optimizer.init_args.", "optimizer.") for key in grid]
     for key, values in zip(keys, grid.values(), strict=True):
-        (text, count), *_ = Counter(json.dumps(value, sort_keys=True) for value in values).most_common(1)
+        (text, count), *_ = Counter(json.dumps(value, sort_keys=True, default=str) for value in values).most_common(1)
         if count > 1 or keys.count(key) > 1:
             raise UserError(f"grid.{key} {f'names {text}' if count > 1 else 'is given'} twice: leave one out")
     return dict(zip(keys, grid.values(), strict=True))
@@ -211,7 +211,8 @@ class Table:
 
     def save(self) -> None:
         """Write both files, each complete or not at all."""
-        content = {**self.facts, "runs": [{**self._row(trial), "grid": trial.values} for trial in self.trials]}
+        best = next((trial.name for trial in self.ranked if self.loss(trial) is not None), None)
+        content = {**self.facts, "best": best, "runs": [{**self._row(trial), "grid": trial.values} for trial in self.trials]}
         for name, text in ((CSV, self._csv()), (JSON, json.dumps(content, indent=2) + "\n")):
             try:
                 write_text(self.out_dir / name, text)

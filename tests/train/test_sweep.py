@@ -178,6 +178,8 @@ def test_the_best_comes_first(base: Path, data: Path, tmp_path: Path, capsys: py
     losses = {row["setting"]: float(row["best_val_loss"]) for row in rows(tmp_path / "out")}
     assert lines == sorted(losses, key=losses.__getitem__) and lines != list(losses)
     assert f"best: {lines[0]}," in out and f"litgpt chat {tmp_path / 'out' / lines[0] / 'final'}\n" in out
+    assert main(["chat", str(tmp_path / "out")]) == 1
+    assert f"it holds a sweep, name its best setting {tmp_path / 'out' / lines[0]}\n" in capsys.readouterr().err
 
 
 def test_a_sweep_over_pairs_validates_as_many_pairs_as_a_run(base: Path, tmp_path: Path) -> None:
