@@ -253,6 +253,12 @@ def read_yaml(path: str | Path, missing: str = MISSING) -> Any:
     return parse_yaml(read_text(path, missing, MOST_YAML), str(path))
 
 
+def require_utf8(path: Path, users: str) -> None:
+    """Raise UserError for a path that is not UTF-8 or that the system passed in another encoding. `users`: what needs it."""
+    if as_utf8(str(path)) != str(path):
+        raise UserError(f"{path}: its name is not UTF-8, which {users} need: rename it, or set PYTHONUTF8=1 if the locale is to blame")
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Parse one YAML document of plain values, in which no mapping repeats a key. `where` is its name in messages."""
     try:
@@ -274,11 +280,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def dump_yaml(content: Any, **style: Any) -> str:
     """Return plain values as YAML, mappings in their order unless `style`, as of `yaml.dump`, says otherwise."""
-    return str(yaml.dump(content, Dumper=_Dumper, **{"sort_keys": False, **style}))
-
-
-_Dumper: Any = type("_Dumper", (getattr(yaml, "CSafeDumper", yaml.SafeDumper),), {})
-_Dumper.add_representer(str, lambda dumper, text: dumper.represent_str(as_utf8(text)))  # a path in a locale without UTF-8
+    return str(yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), **{"sort_keys": False, **style}))
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,13 +7,11 @@ import resource
 from pathlib import Path
 
 import pytest
-import yaml
 
 from litgpt.errors import UserError
 from litgpt.files import (
     MOST_VALUES,
     add_text,
-    dump_yaml,
     expand_path,
     open_regular,
     parse_yaml,
@@ -185,8 +183,3 @@ def test_lines_that_cannot_be_added_whole_leave_the_file_as_it_was(tmp_path: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_text() == "one\n"
-
-
-def test_a_path_that_came_in_another_encoding_is_written_as_utf8() -> None:
-    path = "out/Ü".encode().decode("ascii", "surrogateescape")  # as Python reads it in the locale C
-    assert yaml.safe_load(dump_yaml({"out_dir": path, path: [1]})) == {"out_dir": "out/Ü", "out/Ü": [1]}

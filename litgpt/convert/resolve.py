@@ -30,8 +30,7 @@ from litgpt.checkpoint import ADAPTER_WEIGHTS, HOME, HUB_NAME, TOKENIZER_FILES, 
 from litgpt.config import Config
 from litgpt.convert.gguf import SPLIT, stem
 from litgpt.errors import UserError
-from litgpt.files import expand_path, is_inside, json_if_there, json_in, read_bytes
-from litgpt.text import as_utf8
+from litgpt.files import expand_path, is_inside, json_if_there, json_in, read_bytes, require_utf8
 
 RECORD = "conversion.json"
 CONFIG = "model_config.yaml"
@@ -83,9 +82,7 @@ def open_full_model(path: str | Path, form: str) -> Path:
 def locate(path: Path) -> Path:
     """Return the folder or GGUF file: `path` itself or below `checkpoints`. Raises UserError if it is neither, or ambiguous."""
     place = path if path.exists() or path.is_absolute() else HOME / path
-    if as_utf8(str(place)) != str(place):
-        reason = "its name is not UTF-8, which the readers of weights and tokenizers need"
-        raise UserError(f"{path}: {reason}: rename it, or set PYTHONUTF8=1 if the locale is to blame")
+    require_utf8(place, "the readers of weights and tokenizers")
     if not place.exists():
         remedy = "check the path; `litgpt download list` names models to get"
         if HUB_NAME.fullmatch(str(path)):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from litgpt import atomic
 from litgpt.errors import UserError
-from litgpt.files import json_in, read_json
+from litgpt.files import json_in, read_json, require_utf8
 from litgpt.logs import COLUMNS, EVENTS_SUFFIX, METRICS, MetricLoggers
 from litgpt.sharding import gathered
 from litgpt.train import resume as training_state
@@ -62,6 +62,7 @@ class OutDir:
         path = self.path
         if self.resume is not False and self.overwrite:
             raise UserError("--resume continues the run in out_dir and --overwrite replaces it: give one of them")
+        require_utf8(path, "the writers of weights and of TensorBoard's files")
         nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
         if not nearest.is_dir():
             kind = "a broken link" if nearest.is_symlink() else "a file"

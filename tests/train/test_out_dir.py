@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def replace(out_dir: Path) -> None:
     with OutDir(out_dir, resume=False, overwrite=True, base=out_dir.parent / "base") as folder:
         folder.make(resumed=False)
         (out_dir / "kept").touch()
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """TensorBoard and safetensors cannot write there."""
+    folder = OutDir(tmp_path / os.fsdecode(b"d\xe9"), False, False, tmp_path / "base")
+    with pytest.raises(UserError, match="its name is not UTF-8, .*: rename it, or set PYTHONUTF8=1"):
+        folder.check()
 
 
 def test_a_run_is_replaced_and_the_users_files_stay(tmp_path: Path) -> None:
