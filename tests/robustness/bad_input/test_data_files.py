@@ -151,7 +151,12 @@ ROWS = [
     ),
     Case("a number as a role", record({"messages": [{"role": 1, "content": "a"}]}), "'role' is 1", "system, developer, user"),
     Case("a role of 100,000 letters", record(turns("x" * 100_000)), "'role' is 'xxx", "system, developer, user"),
-    Case("a late system turn", record(turns("user", "system", "assistant")), "turn 2", "only be the first"),
+    Case(
+        "a late system turn in a style without them",
+        data([turns("user", "system", "assistant")] * 3, "data.json", "--data.prompt_style", "chatml"),
+        "record 1: prompt style chatml",
+        "at most one system message, at its start",
+    ),
     Case("nobody answers", record(turns("user", "user")), "no turn of the assistant", "nothing to learn"),
     Case("an image", record(turns("user", "assistant", content=[{"type": "image"}])), "part 1 of 'content'", "only text can be read"),
     Case(
