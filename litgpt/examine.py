@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional, cast
 from litgpt.checkpoint import HOME, require_tokenizer
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.data.base import SHOWN_KEYS, DataModule, Encoder, render
+from litgpt.data.base import SHOWN_KEYS, DataModule, Encoder, Rewritten, render
 from litgpt.data.json_data import JSON
 from litgpt.data.records import Record, read_record
 from litgpt.errors import UserError
@@ -166,20 +166,22 @@ def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[s
     """Return lines about the records' lengths in tokens, where a model reads `limit`. For a large file a sample of records is measured."""
     spread = range(0, len(records), -(-len(records) // SPREAD))
     longest = sorted(range(len(records)), key=lambda i: -records[i].characters)[:LONGEST]
-    samples = {i: sample for i in {*spread, *longest} for _, (sample,) in encoder.encode_all([(i + 1, records[i])])}
-    lengths = {i: len(sample.input_ids) for i, sample in samples.items()}
+    encoded = {i: [sample for _, unit in encoder.encode_all([(i + 1, records[i])]) for sample in unit] for i in {*spread, *longest}}
+    samples = {i: own for i, own in encoded.items() if own}  # several of a conversation that is trained reply by reply
+    lengths = {i: max(len(sample.input_ids) for sample in own) for i, own in samples.items()}
     if not lengths:
         raise UserError(
             f"{encoder.source}: no record has an answer. Fill in the key of the answer (`output`), or let a turn have the weight 1"
         )
     chosen = [i for i in spread if i in samples]
-    learned, total = sum(samples[i].n_targets for i in chosen), sum(lengths[i] for i in chosen)
+    measured = [sample for i in chosen for sample in samples[i]]
+    learned, total = sum(sample.n_targets for sample in measured), sum(len(sample.input_ids) for sample in measured)
     scale = len(records) / len(spread)
     about = "about " if scale > 1 else ""
     lines = histogram([lengths[i] for i in chosen], "tokens", scale, max(lengths.values()))
     lines.append(f"  {about}{total * scale:,.0f} tokens, {100 * learned / max(total, 1):.0f} % of them learned")
     cut = [i for i, length in lengths.items() if length > limit]
-    lost = sum(not any(samples[i].loss_mask[:limit]) for i in cut)
+    lost = sum(not any(any(sample.loss_mask[:limit]) for sample in samples[i]) for i in cut)
     if cut:
         known = "" if len(lengths) == len(records) or len(cut) < LONGEST // 2 else "at least "
         lines.append(f"  {known}{counted(len(cut), 'record')} longer than {limit:,} tokens: cut, and {lost:,} of them have no answer left")
@@ -209,7 +211,12 @@ def show_record(record: Record, style: PromptStyle, tokenizer: Tokenizer, mask_p
     """Print a record as the model reads it. What is learned is green on a terminal, elsewhere between marks."""
     from rich.text import Text
 
-    text, spans = render(record, style, tokenizer)
+    try:
+        text, spans = render(record, style, tokenizer)
+    except Rewritten:
+        for part in record.parts:
+            show_record(part, style, tokenizer)
+        return
     if record.pair and not mask_prompt:
         spans = [(0, len(text))]
     console = _console()

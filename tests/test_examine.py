@@ -140,6 +140,21 @@ def test_replies_that_are_not_trained_are_not_marked(look: Any, base: Path) -> N
     assert "assistant\nb<|im_end|>" in look(rows, "--checkpoint_dir", base, "--record", 2)
 
 
+def test_a_conversation_that_is_trained_reply_by_reply_is_shown_so(look: Any, base: Path) -> None:
+    """Its template leaves the last reply's mark out of earlier ones."""
+    file = base / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '-' if loop.last and m.role == 'assistant' }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    file.write_text(json.dumps(settings))
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    out = look([{"messages": turns}], "--checkpoint_dir", base)
+    assert "assistant\n⟦-b<|im_end|>⟧\n" in out and "assistant\nb<|im_end|>\n" in out and "assistant\n⟦-d<|im_end|>⟧" in out
+    assert "1 conversation trained reply by reply, as the prompt style 'chat' rewrites earlier replies" in out
+
+
 def test_every_form_of_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [pair("a", "1"), pair("b", "2")]
     (tmp_path / "a.json").write_text(json.dumps(rows))

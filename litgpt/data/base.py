@@ -11,7 +11,7 @@ import re
 from abc import ABC
 from array import array
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -219,6 +219,7 @@ class Encoder:
     max_length: int | None
     source: str
     cut: int = 0
+    apart: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     ignored: dict[str, Counter[str]] = field(default_factory=dict)
     """reason -> keys"""
@@ -227,11 +228,23 @@ class Encoder:
         self.stops = {ids[0] for ids in self.style.stop_tokens(self.tokenizer) if len(ids) == 1}
 
     def encode_all(self, records: Sequence[tuple[int, Any]], units: Units = alone) -> list[tuple[Record, list[Sample]]]:
-        """Return the first conversation of each unit, and the unit's samples."""
+        """Return the first conversation of each unit, and the unit's samples.
+
+        A conversation whose replies the prompt style rewrites once others follow is trained as several, one for each reply.
+        """
         read = [(n, entry if isinstance(entry, Record) else self._at(n, read_record, entry)) for n, entry in records]
-        encoded = []
-        for number, conversations in units(read):
-            samples = list(takewhile(bool, (self._at(number, self.encode, record) for record in conversations)))  # counted once if dropped
+        encoded, waiting = list[tuple[Record, list[Sample]]](), deque(units(read))
+        while waiting:
+            number, conversations = waiting.popleft()
+            try:
+                samples = list(takewhile(bool, (self._at(number, self.encode, each) for each in conversations)))  # counted once if dropped
+            except Rewritten:
+                if len(conversations) > 1:
+                    raise
+                parts = conversations[0].parts[-self.last_turn_only :]
+                self.apart += len(parts) > 1
+                waiting.extendleft((number, [part]) for part in reversed(parts))
+                continue
             if len(samples) == len(conversations):
                 encoded.append((conversations[0], samples))
         return encoded
@@ -241,21 +254,21 @@ class Encoder:
         try:
             return work(value)
         except UserError as error:
-            raise UserError(f"{self.source}, record {number}: {error}") from None
+            raise type(error)(f"{self.source}, record {number}: {error}") from None
 
     def encode(self, record: Record) -> Sample | None:
         unwritten = unwritten_keys(record, self.style)
-        not_written = f"not written by the prompt style {_name(self.style)}"
-        self._ignore("not read", record.unread)
-        self._ignore(not_written, sorted(unwritten))
         replies = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
         chosen = replies[-1:] if self.last_turn_only else replies
         written = [i for i in chosen if has_text(record.messages[i], unwritten)]
         learned = [i for i in written if array("f", [record.learned[i]])[0]]
+        text, spans = render(record, self.style, self.tokenizer, learned) if learned else Rendered("", [])
+        not_written = f"not written by the prompt style {_name(self.style)}"
+        self._ignore("not read", record.unread)
+        self._ignore(not_written, sorted(unwritten))
         if not learned:
             self.dropped[WEIGHTLESS if written else EMPTY] += 1
             return None
-        text, spans = render(record, self.style, self.tokenizer, learned)
         left_out = {message["role"] for message in record.messages[: learned[-1]] if _is_left_out(message, text)}
         self._ignore(not_written, [f"{role} messages" for role in sorted(left_out)])
         ids, offsets = self.tokenizer.ids_with_offsets(text)
@@ -301,13 +314,18 @@ class Encoder:
             self.ignored.setdefault(reason, Counter()).update(keys)
 
     def remarks(self) -> list[str]:
-        """Return a remark for each reason to ignore keys, with the number of records that have them."""
-        remarks = []
+        """Return remarks about conversations that are trained reply by reply, and about ignored keys with the numbers of their records."""
+        why = f"as the prompt style {_name(self.style)} rewrites earlier replies"
+        remarks = [f"{counted(self.apart, 'conversation')} trained reply by reply, {why}"] if self.apart else []
         for reason, counts in self.ignored.items():
             shown = [f"{key[:60]} ({count:,})" for key, count in counts.most_common(SHOWN_KEYS)]
             more = f" and {len(counts) - SHOWN_KEYS:,} more" if len(counts) > SHOWN_KEYS else ""
             remarks.append(f"keys {reason}: {', '.join(shown)}{more}")
         return remarks
+
+
+class Rewritten(UserError):
+    """A prompt style writes a reply differently once later messages follow: it is not the text that the model would read and write."""
 
 
 def unwritten_keys(record: Record, style: PromptStyle) -> set[str]:
@@ -397,11 +415,7 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int], tokenizer:
                 f"that the model would answer is not the one it would be trained on. {remedy}"
             )
         if not full.startswith(following[:end]):
-            raise UserError(
-                f"the prompt style {style.name!r} writes the conversation up to message {i + 1} differently once later messages follow, so "
-                f"the text that the model would read when it answers is not the text it would be trained on. {remedy}, set "
-                "data.last_turn_only to learn the last reply only, or split the conversation into single turns"
-            )
+            raise Rewritten(f"the prompt style {style.name!r} writes message {i + 1} differently once later messages follow. {remedy}")
         opening = head[starts[i] :] if is_marked and starts[i] <= len(head) and starts[i] + len(turn) == end else None
         spans.append((len(head), end))
     return Rendered(full[: spans[-1][1]] if spans else full, spans)

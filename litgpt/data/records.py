@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from litgpt.errors import UserError
@@ -105,6 +105,14 @@ class Record:
             and not (rates or self.tools)
             and self.has_answer
         )
+
+    @property
+    def parts(self) -> list["Record"]:
+        """The conversation up to each reply to learn, which alone is learned of it."""
+        ends = [i for i, weight in enumerate(self.learned, 1) if weight]
+        weights = [[0.0] * (end - 1) + [self.learned[end - 1]] for end in ends]
+        unread = [()] * (len(ends) - 1) + [self.unread]  # of one record
+        return [replace(self, messages=self.messages[:e], learned=w, unread=u) for e, w, u in zip(ends, weights, unread, strict=True)]
 
     @property
     def turns(self) -> list[Message]:

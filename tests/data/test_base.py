@@ -179,29 +179,12 @@ def test_conversation_of_one_turn_fits_any_style(tokenizer: Tokenizer) -> None:
         one_sample({"messages": CHAT}, tokenizer, prompts.Alpaca())
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        # earlier replies are shortened once later messages follow
-        (
-            "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and not loop.last %}{{ m.content[:3] }}{% else %}"
-            "{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-            "differently once later messages follow",
-        ),
-        # the generation prompt opens a block that a finished reply does not have
-        (
-            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-            "{% if add_generation_prompt %}assistant: <think>\n{% endif %}",
-            "opens replies with '<think>\\n', but writes message 3 without it",
-        ),
-    ],
-)
-def test_template_that_rewrites_history_is_refused(template: str, reason: str, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError) as error:
+def test_template_that_opens_replies_with_more_than_it_writes_is_refused(tokenizer: Tokenizer) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+    )
+    with pytest.raises(UserError, match="record 1: .* opens replies with '<think>.*', but writes message 3 without it.*chatml"):
         one_sample({"messages": CHAT}, tokenizer, ChatTemplate(template))
-    assert "record 1" in str(error.value)
-    assert reason in str(error.value)
-    assert "chatml" in str(error.value)
 
 
 def test_token_across_the_boundary_is_learned() -> None:

@@ -254,11 +254,26 @@ def test_last_turn_only(tokenizer: Tokenizer) -> None:
     entry = {"messages": [Q, reply("c"), user("b"), A]}
     sample = Given(last_turn_only=True, entries=[entry]).splits(tokenizer, prompts.ChatML()).train[0]
     assert tokenizer.decode([i for i, m in zip(sample.input_ids, sample.loss_mask, strict=True) if m], False) == "a<|im_end|>"
-    # a template that writes earlier replies differently can be learned in this way
-    shortening = FULL.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}")
-    Given(last_turn_only=True, entries=[entry]).splits(tokenizer, ChatTemplate(shortening))
-    with pytest.raises(UserError, match="data.last_turn_only"):
-        Given(entries=[entry]).splits(tokenizer, ChatTemplate(shortening))
+
+
+@pytest.mark.parametrize("last_turn_only", [False, True])
+def test_replies_that_a_template_rewrites_later_are_learned_one_by_one(tokenizer: Tokenizer, last_turn_only: bool) -> None:
+    """As Qwen3's template does, which drops earlier reasoning: each reply is learned behind what the model reads when it answers."""
+    thinking = FULL.replace("{{ m.content }}", "{{ m.content if not loop.last or m.role == 'user' else 'E' + m.content }}")
+    style = ChatTemplate(thinking)
+    entries = [{"messages": [Q, reply("c"), user("b"), A, user("d")], "unknown": 1}, {"messages": [Q, A]}]
+    splits = Given(last_turn_only=last_turn_only, entries=entries, val_split_fraction=0).splits(tokenizer, style)
+    expected = []
+    for turns in [entries[0]["messages"][:2]] * (not last_turn_only) + [entries[0]["messages"][:4], entries[1]["messages"]]:
+        prompt = style.render(turns[:-1], add_generation_prompt=True)
+        expected.append((prompt, style.render(turns).rstrip().removeprefix(prompt)))
+    found = []
+    for sample in splits.train:
+        first = sample.loss_mask.index(1)
+        found.append((tokenizer.decode(list(sample.input_ids[:first]), False), tokenizer.decode(list(sample.input_ids[first:]), False)))
+    assert found == expected
+    assert ("2 conversations trained reply by reply" in splits.report) is not last_turn_only  # the same are validated
+    assert "unknown (2)" in splits.report
 
 
 def test_texts_are_learned_as_they_are(tiny_tokenizer_dir: Path, write_tiny_tokenizer: Callable[[Path], Path], tmp_path: Path) -> None:
@@ -374,7 +389,7 @@ def test_spans_of_a_conversation_are_those_of_its_prefixes(style: str, tokenizer
 def test_a_change_in_the_middle_of_history_is_noticed(tokenizer: Tokenizer) -> None:
     stripping = FULL.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
     messages = [message for i in range(6) for message in (user(f"q{i}"), reply("<think>x</think>a" if i == 3 else f"a{i}"))]
-    with pytest.raises(UserError, match="up to message 8 differently"):
+    with pytest.raises(UserError, match="writes message 8 differently"):
         render(read_record({"messages": messages}), ChatTemplate(stripping), tokenizer)
 
 
