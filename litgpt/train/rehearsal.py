@@ -37,7 +37,7 @@ from litgpt.train.settings import Run
 from litgpt.train.strategy import estimate_of
 
 MEASURED_STEPS = 2
-LONG_STEP = 20.0  # seconds; a longer step is not repeated
+LONG_STEP = 20.0  # seconds; a longer step is not repeated, nor measured as a whole
 LONGEST_SAMPLE, LONGEST_PART = 4000, 1200  # characters shown of the sample, and of each stretch that is read or learned
 
 
@@ -101,8 +101,15 @@ def rehearsed(job: Job, train: TrainArgs) -> Loop:
 
 
 def _time(loop: Loop, batches: list[Batch] | None = None) -> tuple[float, list[Batch]]:
-    """Return the mean seconds per step, and the batches that were used. The first only warms up, unless it takes long."""
-    batches = batches or list(islice(loop.batches.epoch(0), 1 + MEASURED_STEPS))
+    """Return the mean seconds per step, and the batches that were used. The first only warms up, unless it takes long.
+
+    Of a step that would take long only the first micro-batch is measured.
+    """
+    if batches is None:
+        batches = list(islice(loop.batches.epoch(0), 1 + MEASURED_STEPS))
+        part = _first_micro_batch(loop, batches[0])
+        if loop.step(State(), part)["step_time"] * batches[0].tokens / part.tokens > LONG_STEP:
+            batches = [part]
     seconds, tokens, used = 0.0, 0, 0
     for batch in batches:
         elapsed = loop.step(State(), batch)["step_time"]
@@ -112,6 +119,12 @@ def _time(loop: Loop, batches: list[Batch] | None = None) -> tuple[float, list[B
         if elapsed > LONG_STEP:
             break
     return seconds / tokens * loop.batches.tokens_per_epoch / loop.batches.per_epoch, batches[:used]
+
+
+def _first_micro_batch(loop: Loop, batch: Batch) -> Batch:
+    indices = batch.indices[: loop.micro_batch]
+    samples = [loop.batches.samples[i] for i in indices]
+    return Batch(indices, sum(sample.weight for sample in samples), sum(sample.n_inputs for sample in samples), len(indices))
 
 
 def _costs(job: Job) -> dict[str, str]:

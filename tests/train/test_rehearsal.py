@@ -13,7 +13,9 @@ import torch
 from litgpt.__main__ import main
 from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
+from litgpt.train.loop import Batch, Loop
 from litgpt.train.rehearsal import show_sample
+from litgpt.train.resume import State
 from tests.helpers import runs as finetune_runs, tiny
 from tests.helpers.cases import first
 from tests.helpers.runs import files, finetune
@@ -72,6 +74,30 @@ def test_steps_and_cache_are_those_of_the_run(
         assert re.search(rf"^ +{line} +(about )?\d", said, re.MULTILINE), said
     without = report([*argv(base, data, tmp_path / "other", skip2lora_cache="off", **SKIP2), "--dry_run", "true"], capsys)
     assert "from the cache" not in without
+
+
+@pytest.mark.parametrize(("longest", "sizes"), [(1e9, {1, 6}), (0.0, {1})])
+def test_a_long_step_is_not_measured_as_a_whole(
+    longest: float,
+    sizes: set[int],
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stepped, step = set(), Loop.step
+
+    def counted(loop: Loop, state: State, batch: Batch) -> dict[str, float]:
+        stepped.add(len(batch.indices))
+        return {**step(loop, state, batch), "step_time": float(batch.tokens)}
+
+    monkeypatch.setattr(Loop, "step", counted)
+    monkeypatch.setattr("litgpt.train.rehearsal.LONG_STEP", longest)
+    options = {"train.global_batch_size": 6, "train.micro_batch_size": 1}
+    said = report([*argv(base, data, tmp_path / "out", **options), "--dry_run", "true"], capsys)
+    assert stepped == sizes
+    assert re.search(r"a step +about [1-9]\d+\.\d\d s", said)  # a second a token: as long as a whole step, in both cases
 
 
 def test_products_of_both_kinds_of_lora(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +163,6 @@ def test_nothing_is_downloaded(base: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_the_measured_steps_are_real(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They go through the loop's own step, with and without the cache."""
     from litgpt.activations.cache import ActivationCache
-    from litgpt.train.loop import Loop
 
     taken = []
     real = Loop.step
@@ -148,5 +173,5 @@ def test_the_measured_steps_are_real(base: Path, data: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(Loop, "step", step)
     assert finetune("finetune_lora", base, data, tmp_path / "out", dry_run=True, **SKIP2).code == 0
-    assert taken == [False] * 3 + [True] * 3
+    assert taken == [False] * 4 + [True] * 3  # the first one is a micro-batch
     assert torch.is_grad_enabled()
