@@ -207,14 +207,14 @@ class LLM(nn.Module):
         seed: SupportsIndex | None = None,
         stop: str | Sequence[str] | None = (),
         **more: Any,
-    ) -> str | torch.Tensor | Iterator[str] | Iterator[int] | list[Any]:
+    ) -> str | torch.Tensor | Iterator[str] | Iterator[torch.Tensor] | list[Any]:
         """Return the answer to `prompt` in the checkpoint's prompt style, without the prompt.
 
         `prompt` is a question, or a conversation: a list of messages with `role` and `content`. A list of either is answered in one batch,
         each as if alone, and a list of answers is returned.
-        The answer is text, or ids (N,) with `return_as_token_ids`; with `stream` an iterator of pieces of text, or of ids. `sys_prompt`
-        replaces the style's system text. `stop` is a string, or a list of strings, that ends the answer and is not part of it. The same
-        `seed` gives the same answer.
+        The answer is text, or ids (N,) with `return_as_token_ids`; with `stream` an iterator of pieces of text, or of ids (1,).
+        `sys_prompt` replaces the style's system text. `stop` is a string, or a list of strings, that ends the answer and is not part of
+        it. The same `seed` gives the same answer.
 
         `temperature` 0 is greedy decoding; `litgpt.generate.sampling` explains `top_k` (0: all tokens) and `top_p`, and what `more`
         may be: min_p, repetition_penalty, presence_penalty, frequency_penalty. None is the checkpoint's own value (generation_config.json),
@@ -236,7 +236,9 @@ class LLM(nn.Module):
             if stops and return_as_token_ids:
                 raise UserError("stop ends a text, and ids are to be streamed: leave out return_as_token_ids")
             tokens = self.complete(texts[0], max_new_tokens, **sampling, generator=self.generator(seed))
-            return tokens if return_as_token_ids else until_stop_text(self.tokenizer.decode_stream(tokens), stops)
+            if return_as_token_ids:
+                return (torch.tensor([token]) for token in tokens)
+            return until_stop_text(self.tokenizer.decode_stream(tokens), stops)
         ids, last = [self.prompt_ids(text, max_new_tokens) for text in texts], self.prompt_style.stop_tokens(self.tokenizer)
         generators, ended = (self.generator(seed) for _ in texts), partial(self._has, stops) if stops else None
         generated = generate_batch(self.model, ids, max_new_tokens, Sampling(**sampling), last, generators, ended)
@@ -404,7 +406,7 @@ class LLM(nn.Module):
             start, ids, first = time.perf_counter(), list[int](), 0.0
             for token in self.generate(**{**kwargs, "stream": True, "return_as_token_ids": True}):
                 first = first or time.perf_counter() - start
-                ids.append(token)
+                ids.append(token.item())
             total, text = time.perf_counter() - start, self.tokenizer.decode(ids)
             on_gpu = peak_memory_gb(self.device) if self.device.type == "cuda" else 0.0
             row = {

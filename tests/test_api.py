@@ -67,7 +67,8 @@ def test_generate_is_greedy_text_of_the_chat_prompt(base: Path) -> None:
     assert llm.generate("why?", sys_prompt="Be short.", max_new_tokens=30, temperature=0.0) == llm.tokenizer.decode(new)
     got = llm.generate("why?", "Be short.", 30, temperature=0.0, return_as_token_ids=True)
     assert isinstance(got, torch.Tensor) and got.tolist() == new
-    assert list(llm.generate("why?", "Be short.", 30, temperature=0.0, return_as_token_ids=True, stream=True)) == new
+    streamed: Any = list(llm.generate("why?", "Be short.", 30, temperature=0.0, return_as_token_ids=True, stream=True))
+    assert torch.equal(torch.cat(streamed), got) and llm.preprocessor.decode(streamed[0]) == llm.tokenizer.decode(new[:1])
     assert llm.generate("why?", max_new_tokens=30, temperature=0.0) != llm.tokenizer.decode(new)  # the system text counts
 
 
