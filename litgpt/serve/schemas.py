@@ -14,7 +14,10 @@ MOST_CHOICES = 16
 Text = Annotated[str, Field(max_length=2**21)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-UNSUPPORTED = ("tools", "functions", "audio", "modalities", "echo", "suffix", "best_of", "web_search_options", "use_beam_search")
+OF_OPENAI = ("tools", "functions", "audio", "modalities", "echo", "suffix", "best_of", "web_search_options", "use_beam_search")
+OF_STRUCTURE = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")  # vLLM's, as are the next
+OF_VLLM = ("chat_template", "chat_template_kwargs", "continue_final_message", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words")
+UNSUPPORTED = (*OF_OPENAI, *OF_STRUCTURE, *OF_VLLM)
 
 
 class Body(BaseModel):
@@ -46,6 +49,8 @@ class Settings(Body):
         for name in UNSUPPORTED:
             if extra.get(name) and extra[name] != ["text"] and (name, extra[name]) != ("best_of", 1):
                 raise ValueError(f"{name} is not supported by this server")
+        if extra.get("tool_choice") not in (None, "none", "auto"):
+            raise ValueError("tool_choice is not supported by this server: it has no tools")
         if (kind := (extra.get("response_format") or {"type": "text"})) != {"type": "text"}:
             raise ValueError(f"response_format {str(kind)[:60]} is not supported by this server: only text")
         return self

@@ -34,7 +34,10 @@ def test_forms_of_prompts(prompt: Any, prompts: Any) -> None:
 
 def test_unknown_keys_are_ignored_and_unsupported_ones_refused() -> None:
     Chat(**HELLO, user="me", store=False, tools=[], response_format={"type": "text"}, best_of=1)
-    for name, value in {"tools": [{}], "echo": True, "best_of": 2, "response_format": {"type": "json_schema"}}.items():
+    Chat(**HELLO, tool_choice="none", min_tokens=0, ignore_eos=False, chat_template_kwargs={})
+    refused = {"tools": [{}], "echo": True, "best_of": 2, "response_format": {"type": "json_schema"}, "tool_choice": "required"}
+    refused |= {"guided_json": {"type": "object"}, "chat_template_kwargs": {"enable_thinking": False}, "min_tokens": 5}
+    for name, value in refused.items():
         with pytest.raises(ValidationError, match=f"{name}.* not supported"):
             Chat(**HELLO, **{name: value})
 
