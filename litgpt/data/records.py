@@ -274,7 +274,8 @@ def known_key(name: str) -> str:
 
 def _missing_keys(keys: list[str]) -> str:
     """Return a message that names the missing keys of the pair that fits best, and the keys that may be meant."""
-    pair = max(PAIRS, key=lambda pair: sum(key in keys for key in pair))
+    answers = ("chosen", "rejected")
+    pair = answers if any(key in keys for key in answers) else max(PAIRS, key=lambda pair: sum(key in keys for key in pair))
     missing = [key for key in pair if key not in keys]
     shown = ", ".join(repr(key)[:60] for key in keys[:12]) + (", ..." if len(keys) > 12 else "")
     message = f"no key {' and no key '.join(map(repr, missing))}; it has {shown or 'no keys'}"

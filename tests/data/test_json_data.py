@@ -71,6 +71,7 @@ TURN = {"role": "user", "content": "Hi"}
             [RECORD, {"instruction": "x", "outptu": "y"}],
             "record 2: no key 'output'; it has 'instruction', 'outptu' (is 'outptu' meant",
         ),
+        ("a.json", [{"prompt": "x", "chosen": "y"}], "record 1: no key 'rejected'; it has 'prompt', 'chosen'"),
         ("a.json", [{}], "record 1: no key 'instruction' and no key 'output'; it has no keys"),
         (
             "a.json",
