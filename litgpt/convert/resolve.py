@@ -64,16 +64,19 @@ def open_full_model(path: str | Path, form: str) -> Path:
     if (file := checkpoint.adapter_file(folder)).is_file():
         if file.name != ADAPTER_WEIGHTS:
             raise UserError(f"{folder} holds a LLaMA-Adapter, which cannot be folded into the base's weights: {form} cannot hold it")
-        if checkpoint.read_adapter_settings(folder)[1].get("skip2lora_enabled"):
+        settings = checkpoint.read_adapter_settings(folder)[1]
+        if settings.get("value_head") or settings.get("mtp_heads"):
+            raise UserError(f"{folder} has a value head or multi-token heads, which {form} cannot hold: use the adapter folder as it is")
+        if settings.get("skip2lora_enabled"):
             raise UserError(
                 f"{folder} holds a Skip2-LoRA adapter, which reads the outputs of earlier blocks and cannot be folded into {form}: "
                 f"`litgpt convert_adapter {folder} OUTPUT_DIR` makes a folder that litgpt.integrations.transformers loads"
             )
         if not (folder / WEIGHTS).is_file():
-            raise UserError(
-                f"{folder} holds a LoRA adapter and no merged weights: run `litgpt merge_lora {folder}` first, "
-                f"or convert the adapter alone with `litgpt convert_adapter {folder} OUTPUT_DIR`"
-            )
+            alone = f"convert the adapter alone with `litgpt convert_adapter {folder} OUTPUT_DIR`"
+            if settings.get("alora_enabled"):
+                raise UserError(f"{folder} holds answer-only LoRA, which cannot be merged into {form}: {alone}")
+            raise UserError(f"{folder} holds a LoRA adapter and no merged weights: run `litgpt merge_lora {folder}` first, or {alone}")
     if not all((folder / name).is_file() for name in (WEIGHTS, CONFIG)):
         checkpoint.require_checkpoint(folder)
     return folder

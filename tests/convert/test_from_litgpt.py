@@ -75,6 +75,18 @@ def test_a_lora_run_once_merged(base: Path, tmp_path: Path) -> None:
     assert_same_logits(tmp_path / "hf", tuned)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"value_head": "linear"}, "has a value head"), ({"mtp_heads": 2}, "multi-token heads"), ({"alora_enabled": True}, "convert_adapter")],
+)
+def test_merging_is_not_advised_where_it_is_impossible(base: Path, tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
+    settings = {"lora_r": 2, "lora_query": True, "alora_invocation_tokens": [5] if "alora_enabled" in settings else [], **settings}
+    folder = tiny.write_adapter(tmp_path / "adapter", base, tiny.tiny(**tiny.SPEAKING, **settings), **settings)
+    with pytest.raises(UserError, match=reason) as refused:
+        convert_from_litgpt(folder, tmp_path / "hf")
+    assert "merge_lora" not in str(refused.value)
+
+
 def test_skip2lora_is_refused(base: Path, tmp_path: Path) -> None:
     settings = {"skip2lora_enabled": True, "lora_r": 3, "skip2lora_block_indices": [0, 1]}
     folder = tiny.write_adapter(tmp_path / "adapter", base, tiny.tiny(**tiny.SPEAKING, **settings), **settings)
