@@ -2,10 +2,11 @@
 
 Three kinds of data are trained in three ways:
 
-    facts   few records with short answers, or many that share them: all are trained and none is held out, by LoRA on the replies, in the
-            last quarter of the blocks, behind cached prompts, until the model repeats the answers, also behind another question; facts
-            that are told in two or three ways in more blocks, with a higher rank; very few records, and facts that are told once, by
-            LoRA in every block, on the prompts too, so that their answers are found by other words
+    facts   few records with short answers, or many that share them: all are trained, none is held out, and training ends when the model
+            repeats the answers. By LoRA on the replies, behind cached prompts, in the last quarter of the blocks; with a higher rank in
+            more blocks if facts are told in two or three ways; very few records, very many, and facts that are told once by LoRA in every
+            block, on the prompts too, so that their answers are found by other words. Up to 200 records that tell facts several times
+            are trained as second questions, too
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -43,7 +44,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import without_repeats
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
-FOLLOW_UPS = 0.5  # of the questions, beside answer-only LoRA; elsewhere they cost recall
+FOLLOW_UPS = 0.5  # of the questions about facts that are told several times; of others they cost recall
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank in a quarter of the blocks mixes up facts
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
@@ -291,15 +292,15 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
     settings = METHODS[method]
     is_open = {*given, *without_repeats(given.get("grid") or {})}.isdisjoint(FEW_WAYS_TOLD)
-    is_answer_only = method == "answer-only LoRA"
-    if is_answer_only and is_open and look.told_in_few_ways:
+    if method == "answer-only LoRA" and is_open and look.told_in_few_ways:
         settings = settings | FEW_WAYS_TOLD
     for key, (value, reason) in settings.items():
         if not unfit.get(key):
             value = given.get("lora_r") or value if key == "lora_alpha" else value
             rows.append(Chosen(key, f"last:{math.ceil(BLOCKS[value] * layers)}" if layers and value in BLOCKS else value, reason))
     holds_two = look.is_single and (style is None or hasattr(style, "render"))
-    share = FOLLOW_UPS if is_answer_only and look.is_facts and look.is_repeated and holds_two else 0.0
+    is_short = method in ("LoRA", "answer-only LoRA") and look.is_facts and look.is_repeated and look.records <= FEW
+    share = FOLLOW_UPS if is_short and holds_two else 0.0
     return rows + _schedule(look, method, given, given.get("train", {}).get("follow_ups", share))
 
 

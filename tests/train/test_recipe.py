@@ -186,7 +186,9 @@ def test_facts_are_asked_for_as_second_questions_too(base: Path, tmp_path: Path)
     for rows, words, share, epochs in (
         (singles, "", 0.5, 8),
         (records(60, 60), "", 0, 30),
-        (records(30, 10), "", 0, 12),
+        (records(30, 10), "", 0.5, 8),
+        (singles, "--alora_enabled false", 0.5, 8),
+        (singles, "--skip2lora_enabled true", 0, 24),
         (records(201, 67), "", 0, 8),
         (records(60, 15), "", 0.5, 8),
         (records(60, 60), "--alora_enabled true", 0, 30),
