@@ -25,40 +25,37 @@ LONGEST_ERROR = 2000  # characters of a message
 TOKEN_KEY = re.compile(r"-*(?:\w+\.)*(?:(?:acc?ess?|hf|hub)[_-]?tok\w*|token)\+?(?:=(.*))?", re.IGNORECASE | re.DOTALL)  # however misspelt
 
 COMMANDS = {  # module:function or module:dataclass of this package, in a module that imports quickly, and the help
-    "finetune": ("finetune.lora:Finetune", "Tune a model on your data, with settings that suit them, or with a YAML file's."),
-    "finetune_lora": ("finetune.lora:Lora", "Tune a model with LoRA or Skip2-LoRA, with LitGPT's defaults."),
-    "sweep": ("finetune.sweep:Sweep", "Tune a model with many settings of LoRA or Skip2-LoRA, from one activation cache."),
+    "finetune": ("finetune.lora:Finetune", "Tune a model; settings follow from your data."),
+    "finetune_lora": ("finetune.lora:Lora", "LoRA or Skip2-LoRA, with LitGPT's defaults."),
+    "sweep": ("finetune.sweep:Sweep", "Try many settings, from one activation cache."),
     "finetune_full": ("finetune.full:Full", "Tune all weights of a model."),
     "finetune_adapter": ("finetune.adapter:Adapter", "Tune a model with LLaMA-Adapter."),
     "finetune_adapter_v2": ("finetune.adapter:AdapterV2", "Tune a model with LLaMA-Adapter V2."),
-    "pretrain": ("pretrain:Pretrain", "Train all weights of a model on running text, from scratch or from a checkpoint."),
+    "pretrain": ("pretrain:Pretrain", "Train all weights of a model on running text."),
     "finetune_lora_legacy": ("finetune.lora:Lora", "The same as finetune_lora."),
-    "generate": ("generate.base:Generate", "Answer one prompt with a checkpoint or an adapter."),
-    "generate_full": ("generate.adapter:Full", "Answer one prompt with the weights of finetune_full."),
-    "generate_sequentially": ("generate.several:Sequentially", "Answer with a model whose blocks are divided among GPUs."),
-    "generate_tp": ("generate.several:TensorParallel", "Answer with a model that has each block divided among processes."),
-    "generate_adapter": ("generate.adapter:Adapter", "Answer one prompt with a base model and a LLaMA-Adapter."),
-    "generate_adapter_v2": ("generate.adapter:AdapterV2", "Answer one prompt with a base model and a LLaMA-Adapter V2."),
+    "generate": ("generate.base:Generate", "Answer one prompt."),
+    "generate_full": ("generate.adapter:Full", "Answer with the weights of finetune_full."),
+    "generate_sequentially": ("generate.several:Sequentially", "Answer with the blocks divided among GPUs."),
+    "generate_tp": ("generate.several:TensorParallel", "Answer with each block divided among processes."),
+    "generate_adapter": ("generate.adapter:Adapter", "Answer with a LLaMA-Adapter."),
+    "generate_adapter_v2": ("generate.adapter:AdapterV2", "Answer with a LLaMA-Adapter V2."),
     "generate_speculatively": ("generate.base:Speculatively", "Answer faster with a small model that drafts."),
-    "sample": ("generate.sample:SampleAnswers", "Draw several answers to each question of a file, and check them."),
-    "chat": ("generate.chat:Chat", "Talk to a checkpoint or an adapter."),
-    "data": ("examine:examine", "Look at a file of records: kinds, lengths, repetitions, and how a model reads them."),
-    "prompts": ("examine:prompts", "Show the prompt styles, or the chat template of a model."),
-    "evaluate": ("evaluate:evaluate", "Measure a model or an adapter on your records, or on tasks of lm-evaluation-harness."),
-    "serve": ("serve.command:Serve", "Serve a model and its adapters: OpenAI's interface, /predict, a chat page."),
+    "sample": ("generate.sample:SampleAnswers", "Draw several answers to questions; check them."),
+    "chat": ("generate.chat:Chat", "Talk to a model or an adapter."),
+    "data": ("examine:examine", "Look at your records before you train."),
+    "prompts": ("examine:prompts", "Show the prompt styles, or a model's template."),
+    "evaluate": ("evaluate:evaluate", "Measure a model on your records, or on tasks."),
+    "serve": ("serve.command:Serve", "Serve a model: OpenAI's API, and a chat page."),
     "download": ("download:download_from_hub", "Get a model from the Hugging Face hub."),
-    "push": ("push:push", "Upload a model or an adapter to the Hugging Face hub."),
-    "validate": ("validate:validate", "Check a checkpoint or an adapter, and estimate its memory."),
-    "convert_to_litgpt": ("convert.to_litgpt:convert_to_litgpt", "Make a checkpoint from a GGUF file or a Hugging Face folder."),
-    "convert_from_litgpt": ("convert.from_litgpt:convert_from_litgpt", "Make a folder for transformers from a checkpoint."),
-    "convert_pretrained_checkpoint": (
-        "convert.to_litgpt:convert_pretrained_checkpoint",
-        "Make a checkpoint from a training run's step folder.",
-    ),
-    "convert_to_gguf": ("convert.gguf.export:convert_to_gguf", "Make a GGUF file, for llama.cpp, from a checkpoint."),
-    "convert_adapter": ("convert.adapter:convert_adapter", "Make a PEFT or a portable Skip2-LoRA adapter, or read one."),
-    "add_tokens": ("convert.add_tokens:add_tokens", "Add tokens to a checkpoint's tokenizer, and rows for them."),
-    "merge_lora": ("convert.merge:merge_lora", "Fold a LoRA adapter into the weights of its base."),
+    "push": ("push:push", "Upload a model or an adapter to the hub."),
+    "validate": ("validate:validate", "Check a checkpoint, and estimate its memory."),
+    "convert_to_litgpt": ("convert.to_litgpt:convert_to_litgpt", "Convert a GGUF file or a Hugging Face folder."),
+    "convert_from_litgpt": ("convert.from_litgpt:convert_from_litgpt", "Make a folder for transformers."),
+    "convert_pretrained_checkpoint": ("convert.to_litgpt:convert_pretrained_checkpoint", "Convert the step folder of a training run."),
+    "convert_to_gguf": ("convert.gguf.export:convert_to_gguf", "Make a GGUF file, for llama.cpp and Ollama."),
+    "convert_adapter": ("convert.adapter:convert_adapter", "Convert an adapter to PEFT or GGUF, or back."),
+    "add_tokens": ("convert.add_tokens:add_tokens", "Add tokens to a checkpoint."),
+    "merge_lora": ("convert.merge:merge_lora", "Fold a LoRA adapter into its base's weights."),
 }
 # Words that users try, and names from other versions.
 OTHER_NAMES = {
@@ -79,6 +76,8 @@ OTHER_NAMES = {
     "convert_adapter": "peft",
 }
 
+
+HOW = "`litgpt finetune MODEL --data my.jsonl` chooses the other settings itself.\n`litgpt COMMAND --help` lists those of a command."
 
 # commands that download ORG/NAME
 TAKING_NAMES = ["finetune", "sweep", "generate", "sample", "chat", "serve", "evaluate", "validate", "pretrain"]
@@ -194,7 +193,7 @@ def load(name: str) -> Callable[..., Any]:
 def _table() -> str:
     width = max(map(len, COMMANDS))
     rows = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: litgpt COMMAND [--help] ...", "", *rows, "", "  litgpt --version"])
+    return "\n".join(["usage: litgpt COMMAND [--help] ...   litgpt --version", "", *rows, "", HOW])
 
 
 @contextmanager

@@ -69,6 +69,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     table = capsys.readouterr().out
     assert all(re.search(rf"^  {name} +\w", table, re.MULTILINE) for name in COMMANDS)
+    assert max(map(len, table.splitlines())) <= 80, "a terminal wraps it"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

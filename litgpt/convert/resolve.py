@@ -90,6 +90,8 @@ def locate(path: Path) -> Path:
         remedy = "check the path; `litgpt download list` names models to get"
         if HUB_NAME.fullmatch(str(path)):
             remedy = f"nor does {place}; `litgpt download {path}` gets the model of that name"
+        elif same := [str(model.relative_to(HOME)) for model in HOME.glob("*/*") if model.name.lower() == str(path).lower()]:
+            remedy = f"is {same[0]} meant?"
         raise UserError(f"checkpoint folder {path} does not exist: {remedy}")
     if place.is_file():
         if place.suffix.lower() != ".gguf":

@@ -13,7 +13,7 @@ from typing import Any
 
 from litgpt.data.records import KEYS, Record, kind_of, known_key, read_record
 from litgpt.errors import UserError
-from litgpt.files import decode_text, parse_json, read_bytes
+from litgpt.files import MISSING, decode_text, parse_json, read_bytes
 from litgpt.text import counted, first_line
 
 LINES = (".jsonl", ".ndjson")
@@ -29,6 +29,12 @@ SLICE = 2**28  # bytes of rows that are unpacked at once; a single row may have 
 SAVED_AS = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV, in UTF-8, and name that file")
 SAVED_AS |= dict.fromkeys((".pdf", ".docx", ".odt", ".rtf", ".html", ".epub"), "save its text as a .txt file, and name that")
 SAVED_AS |= dict.fromkeys(RUNNING, "running text is not read as records: name the file in --data instead, without JSON")
+OTHER_FORMATS = {
+    b"PK\x03\x04": "an Excel file or an archive",
+    b"\xd0\xcf\x11\xe0": "an Excel file",
+    b"\x1f\x8b": "a gzip file",
+    b"PAR1": "parquet",
+}
 SHOWN = 3  # problems in an error message
 INSTALL = 'pip install "litgpt[data]"'
 
@@ -77,9 +83,11 @@ def _numbered(path: Path) -> list[tuple[str, Any]]:
     if suffix not in SUFFIXES:
         wanted = f"a file with one of the endings {', '.join(SUFFIXES)} is needed, or a folder with a train and a val file"
         raise UserError(f"{path}: {SAVED_AS.get(suffix) or wanted}")
-    raw = read_bytes(path, "does not exist: check data.json_path", most=None)
+    raw = read_bytes(path, MISSING, most=None)
     if suffix in COLUMNS:
         return _records(_read_columns(raw, path, suffix))
+    if not suffix.endswith(".gz") and (format_ := next((name for start, name in OTHER_FORMATS.items() if raw.startswith(start)), None)):
+        raise UserError(f"{path} is {format_}, whatever its name says: give it the ending of its format, or save it as CSV in UTF-8")
     text = decode_text(_unpack(raw, path) if suffix.endswith(".gz") else raw, path)
     suffix = suffix.removesuffix(".gz")
     if not text.strip():
@@ -116,6 +124,8 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
         hint = ". Each record must be one line"
     elif line is not None and stripped.endswith("},"):
         hint = ". Remove the commas between the lines"
+    elif re.match(r"[\[{\s]+[“”„]", stripped):
+        hint = ': " is needed, not “ or ”'
     return parse_json(text, str(path), line, hint, unique=True)
 
 

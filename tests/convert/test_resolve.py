@@ -146,12 +146,14 @@ def test_names_below_checkpoints(hf: Path, tmp_path: Path, capsys: pytest.Captur
     [
         ("org/other", r"checkpoint folder org/other does not exist: nor does checkpoints/org/other; `litgpt download org/other` gets"),
         ("./no/such/place", "checkpoint folder no/such/place does not exist: check the path; `litgpt download list` names models to get"),
+        ("Small", r"checkpoint folder Small does not exist: is org/small meant\?"),
         ("/nowhere/at/all", "checkpoint folder /nowhere/at/all does not exist: check the path"),
         ("weights.pth", r"weights\.pth is a file: name its folder"),
     ],
 )
 def test_what_is_no_checkpoint(given: str, message: str) -> None:
     Path("weights.pth").write_bytes(b"1")
+    Path("checkpoints/org/small").mkdir(parents=True)
     with pytest.raises(UserError, match=message):
         open_checkpoint(given)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,17 @@ def turns(*roles: str, **changes: Any) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": f"{role} speaks", **changes} for role in roles]}
 
 
+def workbook() -> bytes:
+    """The first bytes of a spreadsheet: it is a zip archive of XML files."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("xl/workbook.xml", "<workbook/>")
+    return file.getvalue()
+
+
 ROWS = [
     # places
-    Case("missing", data(None), "data.json does not exist", "check data.json_path"),
+    Case("missing", data(None), "data.json does not exist", "check the path"),
     Case(
         "no path",
         lambda place: ["finetune_lora", place.base(), "--data", "JSON", "--out_dir", "out"],
@@ -73,7 +83,7 @@ ROWS = [
     Case("a device", data(None, "/dev/zero"), "/dev/zero", ".json, .jsonl"),
     Case("a device behind a name", made(lambda path: path.symlink_to("/dev/zero")), "data.json", "not a file"),
     Case("a link to itself", made(lambda path: path.symlink_to(path)), "data.json", "a link"),
-    Case("a link to nothing", made(lambda path: path.symlink_to("nowhere")), "data.json does not exist", "check data.json_path"),
+    Case("a link to nothing", made(lambda path: path.symlink_to("nowhere")), "data.json does not exist", "check the path"),
     Case("a name too long", data(None, "x" * 300 + ".json"), "data.json_path", "too long", 2),
     Case("a zero byte in the name", data(None, "da\0ta.json"), "data.json_path", "zero byte", 2),
     # kinds of file
@@ -87,7 +97,9 @@ ROWS = [
     ),
     Case("parquet", data(b"PAR1" + bytes(20), "data.parquet"), "data.parquet", "Copy it again"),
     Case("no ending", data("[]", "data"), "data", ".json, .jsonl"),
-    Case("gzip", data(gzip.compress(b"[]" * 99)), "data.json, line 1", "save the file as UTF-8"),
+    Case("gzip", data(gzip.compress(b"[]" * 99)), "data.json is a gzip file", "the ending of its format"),
+    Case("a workbook named .csv", data(workbook(), "data.csv"), "data.csv is an Excel file", "save it as CSV"),
+    Case("curly quotes", data("{“instruction”: “a”, “output”: “b”}", "data.jsonl"), "data.jsonl, line 1, column 2", '" is needed, not “'),
     Case("Latin-1", data('[{"instruction": "é", "output": "b"}]'.encode("latin-1")), "data.json, line 1", "save the file as UTF-8"),
     Case("UTF-16", data('[{"instruction": "a"}]'.encode("utf-16")), "data.json, line 1", "save the file as UTF-8"),
     Case("UTF-32", data('[{"instruction": "a"}]'.encode("utf-32")), "data.json, line 1", "save the file as UTF-8"),
