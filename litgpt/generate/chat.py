@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 SUBMIT = "!submit"
 COMMANDS = {
-    "/base": "[QUESTION]: ask the base model this question, or the last one, too, and show both answers side by side",
+    "/base": "[QUESTION]: ask the base model, too (without one: the last question)",
     "/system": "[TEXT]: set the system text; without a text, show it; - removes it",
     "/reset": "forget the conversation",
-    "/save": "FILE: add the conversation to a .jsonl file, as a record to train on; to any other file as text",
+    "/save": "FILE: add the conversation to it: .jsonl to train on, others as text",
     "/quit": "end, like an empty line or Ctrl-D",
     "/help": "this list",
 }
@@ -254,7 +254,13 @@ def _read(multiline: bool) -> str:
         try:
             line = as_utf8(input("" if lines else prompt))
         except EOFError:
+            if prompt:
+                print()
             break
+        except KeyboardInterrupt:
+            if prompt:
+                print()
+            raise
         if "\ufffd" in line:
             _note("this line is not UTF-8 text: U+FFFD stands for what cannot be read")
         if not multiline or (not lines and line.strip().split(" ")[0] in COMMANDS):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import count
 from typing import Any
 
 from litgpt import args
@@ -53,18 +54,23 @@ def chart(curves: Mapping[str, Points], best: int | None) -> str:
     """Return an SVG of losses over steps, with axes, a legend and the best step marked."""
     steps = [step for points in curves.values() for step, _ in points]
     losses = [loss for points in curves.values() for _, loss in points]
-    last, low, high = max(max(steps), 1), 0.0, max(losses) * 1.05 or 1.0
+    last, high = max(max(steps), 1), 1.05 * max(losses) if max(losses) > 0 else 1.0
     low = 0.0 if min(losses) < 0.5 * high else min(losses) * 0.95
+    sizes = (factor * 10.0**power for power in count(math.floor(math.log10(high - low)) - 1) for factor in (1, 2, 2.5, 5))
+    size = next(size for size in sizes if size * TICKS >= high - low)  # a round distance of the lines
+    levels = range(math.floor(low / size), math.ceil(high / size) + 1)
+    low, high = size * levels[0], size * levels[-1]
 
     def at(step: float, loss: float) -> str:
         x = LEFT + (WIDTH - LEFT - 12) * step / last
         return f"{x:.1f},{TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low):.1f}"
 
     parts = []
-    for i in range(TICKS):
-        value, step = low + (high - low) * i / (TICKS - 1), round(last * i / (TICKS - 1))
-        y, x = at(0, value).split(",")[1], at(step, low).split(",")[0]
-        parts.append(f'<path class=grid d="M{LEFT} {y}H{WIDTH - 12}"/><text x={LEFT - 8} y={y} text-anchor=end dy=4>{value:.2g}</text>')
+    for value in (size * level for level in levels):
+        y = at(0, value).split(",")[1]
+        parts.append(f'<path class=grid d="M{LEFT} {y}H{WIDTH - 12}"/><text x={LEFT - 8} y={y} text-anchor=end dy=4>{value:.4g}</text>')
+    for step in sorted({round(last * i / (TICKS - 1)) for i in range(TICKS)}):
+        x = at(step, low).split(",")[0]
         parts.append(f"<text x={x} y={HEIGHT - BOTTOM + 18} text-anchor=middle>{step:,}</text>")
     for name, points in curves.items():
         width = 2.5 if name == "validation" else 1

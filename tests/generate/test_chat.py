@@ -255,7 +255,7 @@ def test_ctrl_c_on_a_terminal_exits_130(base: Path) -> None:
             process.send_signal(signal.SIGINT)
             if select.select([leader], [], [], 5)[0]:
                 break
-        wait_for("Interrupted")
+        wait_for("\nInterrupted")  # on a line of its own
         assert process.wait(60) == 130
     finally:
         process.kill()

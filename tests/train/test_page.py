@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
 
+import pytest
+
 from litgpt.train.page import chart, curve_of, flat, page
 
 CURVES = {"training": [(1, 4.0), (2, 3.0), (4, 1.0)], "validation": [(0, 5.0), (4, 2.0)]}
@@ -43,6 +45,22 @@ def test_the_chart_puts_points_where_their_values_are() -> None:
     assert (float(circle[1]), float(circle[2])) == (v4, w4)
     quoted = re.sub(r"=([\w.-]+)(?=[ />])", r'="\1"', svg)
     assert ElementTree.fromstring(quoted).tag == "svg"
+
+
+@pytest.mark.parametrize(
+    ("losses", "labels"),
+    [
+        ((5.0, 2.0), ["0", "2", "4", "6"]),
+        ((4.0255, 1.5), ["0", "1", "2", "3", "4", "5"]),
+        ((2.55, 2.5), ["2.3", "2.4", "2.5", "2.6", "2.7"]),
+        ((0.004, 0.001), ["0", "0.001", "0.002", "0.003", "0.004", "0.005"]),
+        ((0.0, 0.0), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+    ],
+)
+def test_the_axes_have_round_numbers_once(losses: tuple[float, float], labels: list[str]) -> None:
+    svg = chart({"training": [], "validation": [(0, losses[0]), (2, losses[1])]}, None)
+    assert re.findall(r"text-anchor=end dy=4>([^<]+)", svg) == labels
+    assert re.findall(r"text-anchor=middle>(\d+)", svg) == ["0", "1", "2"]
 
 
 def test_long_curves_are_thinned_by_means() -> None:
