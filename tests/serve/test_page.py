@@ -51,3 +51,11 @@ def test_new_forgets_an_answer_that_runs(button: str) -> None:
     assert done.returncode == 0, done.stderr
     before = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "half"}] if button == "stop" else []
     assert json.loads(done.stdout) == [[{"role": "user", "content": "first"}], [*before, {"role": "user", "content": "second"}]]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node")
+def test_the_tuned_model_is_chosen_and_compared_with_its_base() -> None:
+    stubs = STUBS.replace('[{ id: "tiny" }]', '[{ id: "base" }, { id: "mine", parent: "base" }]')
+    ends = '(async () => { await pause(); console.log(elements["model-a"].value, elements["model-b"].value); process.exit(); })();'
+    done = subprocess.run(["node", "-e", stubs + SCRIPT + ends], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["mine", "base"], done.stderr
