@@ -143,10 +143,10 @@ def _unpack(raw: bytes, path: Path) -> bytes:
 
 
 def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
-    """Return the rows of a table whose first line names the columns. Some spreadsheets write semicolons instead of commas."""
+    """Return the rows of a table whose first line names the columns. Some spreadsheets write semicolons or tabs instead of commas."""
     names_line = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    if delimiter == "," and "," not in names_line and ";" in names_line:
-        delimiter = ";"
+    if delimiter == "," and "," not in names_line:
+        delimiter = next((mark for mark in ";\t" if mark in names_line), ",")
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[str, Any]] = []

@@ -95,15 +95,16 @@ def test_columns_without_a_name_are_not_read(tmp_path: Path) -> None:
     assert (record.question, record.reply, record.unread) == ("Hi", "Hello", ())
 
 
-@pytest.mark.parametrize("head", ["instruction;output", '"instruction";"output"', "instruction,output"])
-def test_tables_of_spreadsheets_that_write_semicolons(head: str, tmp_path: Path) -> None:
-    """Where the comma is the decimal mark, spreadsheets write semicolons; with commas in the first line a semicolon is text."""
-    mark = ";" if ";" in head else ","
+@pytest.mark.parametrize("head", ["instruction;output", '"instruction";"output"', "instruction\toutput", "instruction,output"])
+def test_tables_of_spreadsheets_that_write_other_marks(head: str, tmp_path: Path) -> None:
+    """Where the comma is the decimal mark, spreadsheets write semicolons, others tabs; with commas in the first line these are text."""
+    mark = next(mark for mark in ";\t," if mark in head)
     for end in ("\n", "\r\n", "\r"):  # the last is a Macintosh's
-        rows = f'{head}\n"1{mark} 2";a, b\n' if mark == ";" else f'{head}\n"1{mark} 2",a;b\n'
+        reply = "a;b" if mark == "," else "a, b"
+        rows = f'{head}\n"1{mark} 2"{mark}{reply}\n'
         (tmp_path / "a.csv").write_text(rows, newline=end)
         [record] = read_records(tmp_path / "a.csv")
-        assert (record.question, record.reply) == (f"1{mark} 2", "a, b" if mark == ";" else "a;b")
+        assert (record.question, record.reply) == (f"1{mark} 2", reply)
 
 
 @pytest.mark.parametrize(
