@@ -182,8 +182,11 @@ class Console:
         if self.is_terminal:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.table import Column
 
-            columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            kinds = (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)
+            numbers = [kind(table_column=Column(no_wrap=True)) for kind in kinds]  # in a narrow terminal the bar shrinks instead
+            columns = (TextColumn(title), BarColumn(), *numbers)
             try:
                 with Progress(*columns, TextColumn("{task.fields[note]}"), console=RichConsole(file=unescaped(sys.stderr))) as self._bar:
                     task = self._bar.add_task(title, total=None, completed=begun, note="")

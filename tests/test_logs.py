@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -279,6 +280,19 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch: pytest.MonkeyPatc
     assert "3/7" in text.replace(" ", "") or "7/7" in text.replace(" ", "")
     assert "loss 1.00" in text and "step 3: [b]brackets[/b] stay" in text and "at 10:100:20 :smile:\n" in text
     assert text.endswith("after\n")
+
+
+def test_times_are_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar gives way to a note of a training step."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    note = "epoch 10.45  loss 0.124 " + "▁█" * 8
+    with Console().progress("training") as progress:
+        progress(116, 330, note)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue())
+    assert re.search(rf"116/330 \d:\d\d:\d\d \S:\S\S:\S\S {note}", text) and "…" not in text
 
 
 def test_a_bar_that_ends_in_an_error_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
