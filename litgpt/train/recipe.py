@@ -255,11 +255,7 @@ def advice(data: DataModule, look: Look, base: Path | None) -> str:
     """Return what the data are taken as, and the settings that would be chosen for them, and for the checkpoint if it is known."""
     given: dict[str, Any] = {"data": {"init_args": {} if data.mask_prompt else {"mask_prompt": False}}}
     base = None if base is None else open_checkpoint(base)
-    hint = (
-        "\nPhrase the question for each fact in two or three ways: the model then recalls it for new wordings, too."
-        if look.told_once
-        else ""
-    )
+    hint = "\nPhrase the question for each fact in two or three ways: the model then recalls it better." if look.told_once else ""
     return f"{look}\n{_table([choice for choice in choices(look, data, given, base) if _put(given, choice.key, choice.value)])}{hint}"
 
 
