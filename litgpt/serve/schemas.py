@@ -75,11 +75,17 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[Part] | None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None  # without tools there is none, and it is not left out in silence
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    thinking: Text | None = None
+    name: Text | None = None
+    tool_call_id: Text | None = None
 
     def plain(self) -> dict[str, str]:
         """Return the message as prompt styles read it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        more = self.model_dump(exclude={"role", "content", "tool_calls"}, exclude_none=True)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content, **more}
 
 
 class StreamOptions(Body):

@@ -18,6 +18,15 @@ def test_contents_in_parts() -> None:
     assert Message(role="assistant").plain() == {"role": "assistant", "content": ""}
 
 
+def test_keys_that_templates_read_are_kept() -> None:
+    """Qwen3's writes the reasoning of a reply before the result of a tool."""
+    keys = {"reasoning_content": "why", "name": "f", "tool_call_id": "a"}
+    for role in ("assistant", "tool"):
+        assert Message(role=role, content="7", **keys, refusal=None, unknown=1).plain() == {"role": role, "content": "7", **keys}  # type: ignore
+    for key in ("thinking", "reasoning"):
+        assert Message(role="assistant", **{key: "why"}).plain() == {"role": "assistant", "content": "", key: "why"}  # type: ignore[arg-type]
+
+
 def test_sampling_holds_what_is_given() -> None:
     assert Chat(**HELLO).sampling() == {}
     assert Chat(**HELLO, top_k=-1, temperature=0, logit_bias={"3": 1}).sampling() == {"temperature": 0, "top_k": 0, "logit_bias": {3: 1}}
