@@ -18,7 +18,7 @@ from litgpt.files import json_in, require_place
 from litgpt.generate.base import open_model
 from litgpt.generate.sample import is_exact
 from litgpt.keys import known_classes
-from litgpt.prompts import resolve_prompt_style
+from litgpt.prompts import read_reply, resolve_prompt_style
 from litgpt.text import text_table
 from litgpt.values import checked
 
@@ -221,9 +221,10 @@ def _answered(llm: "LLM", record: "Record", max_new_tokens: int) -> dict[str, An
     """Return the question of a record, its answer, the model's, and how they compare. In a conversation the last reply counts."""
     prompt, expected = question_of(record, llm.prompt_style, llm.tokenizer), record.reply
     room = min(max_new_tokens, llm.model.max_seq_length - len(llm.prompt_ids(prompt)))
-    answer = llm.tokenizer.decode(list(llm.complete(prompt, room, temperature=0.0))) if room > 0 else ""
+    ids = list(llm.complete(prompt, room, temperature=0.0)) if room > 0 else []
+    answer = str(read_reply(llm.tokenizer.decode(ids, skip_special_tokens=False), llm.prompt_style, llm.tokenizer)["content"])
     scores = {"exact_match": float(is_exact(expected, answer)), "rouge_l": rouge_l(expected, answer)}
-    return {"question": str(record.messages[record.last - 1]["content"]), "expected": expected, "answer": answer.strip(), **scores}
+    return {"question": str(record.messages[record.last - 1]["content"]), "expected": expected, "answer": answer, **scores}
 
 
 def rouge_l(expected: str, answer: str) -> float:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -213,6 +214,20 @@ class ChatTemplate(ChatStyle):
         names = "|".join(map(re.escape, {key, *REASONING[:2]} if key in REASONING else {key}))
         return re.search(rf"\b({names})\b", f"{self.template} {self.tool_template}") is not None
 
+    @cached_property
+    def reply_marks(self) -> tuple[str, str, str]:
+        """The texts before a reply's reasoning, between this and the content, and before a content without reasoning; "" for none."""
+        asked, why, content = {"role": "user", "content": "?"}, "0b2d5a7c", "7c5a2d0b"
+        reply = {"role": "assistant", "content": content}
+        with suppress(UserError):
+            head = self.render([asked], add_generation_prompt=True)
+            plain, reasoned = (self.render([asked, message]) for message in (reply, {**reply, "reasoning_content": why}))
+            alone = plain[len(head) :].partition(content)[0] if plain.startswith(head) else ""
+            before, _, rest = reasoned[len(head) :].partition(why) if reasoned.startswith(head) else ("", "", "")
+            between = rest.partition(content)[0].strip()
+            return before.strip() if between else "", between, alone.strip()
+        return "", "", ""
+
     def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> Marked:
         """Return the conversation as text and its starts. Raise UserError if the template refuses it, is broken, or exceeds the bounds.
 
@@ -351,6 +366,24 @@ def reply_header(style: PromptStyle) -> str:
         return after[len(before) :] if after.startswith(before) else ""
     marker = "0b2d5a7c"
     return style.apply(marker).rpartition(marker)[2]
+
+
+def read_reply(text: str, style: PromptStyle, tokenizer: Tokenizer) -> Message:
+    """Return a generated reply as a message. What the model's template writes around reasoning and content is not part of them.
+
+    `text` has the special tokens, which templates use for this.
+    """
+    before, between, alone = style.reply_marks if isinstance(style, ChatTemplate) else ("", "", "")
+    reasoning, content = "", text.strip()
+    if between and content.startswith(before) and (before or between in content):
+        reasoning, found, content = content[len(before) :].partition(between)
+        if not found:  # an answer that was cut off, perhaps within the mark
+            reasoning = next((reasoning[:-n] for n in range(len(between), 0, -1) if reasoning.endswith(between[:n])), reasoning)
+    else:
+        content = content.removeprefix(alone)
+    special = [token.content for token in tokenizer.processor.get_added_tokens_decoder().values() if token.special]
+    reasoning, content = (re.sub("|".join(map(re.escape, special)) or "$", "", part).strip() for part in (reasoning, content))
+    return {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
 
 
 def model_name_to_prompt_style(model_name: str) -> PromptStyle:

@@ -17,8 +17,10 @@ from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.checkpoint import load_model, load_weights, save_weights
 from litgpt.data import JSON, TextFiles
+from litgpt.data.base import render
+from litgpt.data.records import read_record
 from litgpt.evaluate import rouge_l
-from litgpt.prompts import PromptStyle, resolve_prompt_style
+from litgpt.prompts import ChatTemplate, PromptStyle, resolve_prompt_style
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import runs, tiny
 from tests.helpers.cases import quick
@@ -74,6 +76,19 @@ def test_answers(base: Path, tmp_path: Path) -> None:
     one = ["--data", str(tmp_path / "data.json"), "--max_new_tokens", "0", "--limit", "1"]
     exact, rounded = evaluate(folder, *one), evaluate(folder, *one, "--quantize", "int8")
     assert exact["records"] == rounded["records"] == 1 and 0 < abs(exact["loss"] - rounded["loss"]) < 0.05 * exact["loss"]
+
+
+@pytest.mark.parametrize("template", [tiny.THINKING, tiny.CHANNELS])
+def test_the_content_of_an_answer_is_compared(template: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that answers as it is trained, with what its template writes around the content, is an exact match."""
+    llm = LLM.load(base, precision="32-true")
+    llm.prompt_style = ChatTemplate(template, eos_token="<|im_end|>")
+    record = read_record({"instruction": "hello", "output": "a b"})
+    learned = render(record, llm.prompt_style, llm.tokenizer)
+    said = llm.tokenizer.ids(learned.text[len(learned.prompt) :].removesuffix("<|im_end|>"))
+    monkeypatch.setattr(LLM, "complete", lambda *given, **settings: iter(said))
+    answered = module._answered(llm, record, 50)
+    assert (answered["answer"], answered["exact_match"], answered["rouge_l"]) == ("a b", 1.0, 1.0)
 
 
 def test_a_run_is_measured_on_its_own_validation_records(base: Path, tmp_path: Path) -> None:

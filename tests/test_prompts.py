@@ -16,6 +16,7 @@ from litgpt import prompts
 from litgpt.errors import UserError
 from litgpt.prompts import ChatML, ChatTemplate, PromptStyle, load_prompt_style, resolve_prompt_style, save_prompt_style
 from litgpt.tokenizer import Tokenizer
+from tests.helpers import tiny
 
 NAMES = sorted(prompts.STYLES)
 
@@ -251,3 +252,45 @@ def test_a_conversation_and_litgpts_names(tmp_path: Path) -> None:
     assert not prompts.has_prompt_style(tmp_path)
     save_prompt_style("alpaca", tmp_path)
     assert prompts.has_prompt_style(tmp_path) and load_prompt_style(tmp_path).name == "alpaca"
+
+
+@pytest.mark.parametrize("template", [tiny.THINKING, tiny.CHANNELS])
+def test_a_generated_reply_is_read_as_the_template_writes_it(template: str, tiny_tokenizer_dir: Path) -> None:
+    """What the template renders behind the prompt, up to the stop token, gives the message again."""
+    style, tokenizer = ChatTemplate(template, eos_token="<|im_end|>"), Tokenizer(tiny_tokenizer_dir)
+    asked = [{"role": "user", "content": "Hi"}]
+    head = style.render(asked, add_generation_prompt=True)
+    for more in ({}, {"reasoning_content": "They greet.\n\nSo I do."}):
+        reply = {"role": "assistant", "content": "Hello,\n\nyou.", **more}
+        text = style.render([*asked, reply]).removeprefix(head).strip().removesuffix("<|im_end|>")
+        assert prompts.read_reply(text, style, tokenizer) == reply
+        assert prompts.read_reply(f"\n{text}\n", style, tokenizer) == reply
+    text = style.render([*asked, {"role": "assistant", "content": "Hello", "reasoning_content": "They gr"}]).removeprefix(head)
+    for end in range(text.index("They gr") + len("They gr"), text.index("Hello")):  # cut off
+        expected = {"role": "assistant", "content": "", "reasoning_content": "They gr"}
+        assert prompts.read_reply(text[:end], style, tokenizer) == expected
+    assert prompts.read_reply(" Hello<|im_start|> ", style, tokenizer) == {"role": "assistant", "content": "Hello"}
+
+
+def test_a_reply_of_a_template_without_reasoning_is_its_content(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    labelled = (  # no mark between reasoning and content, or a word that contents may have
+        "{% for m in messages %}{{ m.role + ': ' }}{% if m.reasoning_content %}{{ 'Because ' + m.reasoning_content + 'MARK' }}{% endif %}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    for style in (tokenizer_template(tokenizer), ChatTemplate(labelled.replace("MARK", " ")), PromptStyle.from_name("alpaca")):
+        for text in ("<think>\nwhy\n</think>\n\nHello", "Because I say so", ""):
+            assert prompts.read_reply(text, style, tokenizer) == {"role": "assistant", "content": text}
+    style = ChatTemplate(labelled.replace("MARK", " So: "))
+    assert prompts.read_reply("It is. So: yes", style, tokenizer)["content"] == "It is. So: yes"
+    assert prompts.read_reply("Because it is. So: yes", style, tokenizer) == {
+        "role": "assistant",
+        "content": "yes",
+        "reasoning_content": "it is.",
+    }
+
+
+def tokenizer_template(tokenizer: Tokenizer) -> ChatTemplate:
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    assert template is not None
+    return template

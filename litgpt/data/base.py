@@ -371,7 +371,8 @@ def learned_turns(record: Record, style: PromptStyle) -> list[int]:
 
 def question_of(record: Record, style: PromptStyle, tokenizer: Tokenizer) -> str:
     """Return the text before a record's last reply; of running text its beginning."""
-    return render(record, style, tokenizer, [record.last]).prompt
+    end = record.last + 1  # templates may write a reply differently once others follow
+    return render(replace(record, messages=record.messages[:end], learned=record.learned[:end]), style, tokenizer, [record.last]).prompt
 
 
 def _render_turns(style: Any, record: Record, learned: Sequence[int], tokenizer: Tokenizer) -> Rendered:
@@ -407,6 +408,8 @@ def _render_turns(style: Any, record: Record, learned: Sequence[int], tokenizer:
         end = len(following.rstrip())
         if not full.startswith(following[:end]):  # Phi-3's template ends a conversation with EOS
             end = len(following.rstrip().removesuffix(style.special_tokens["eos_token"] if is_own_template else "").rstrip())
+            if following[:end].endswith(messages[i]["content"].strip() or "\0"):  # gpt-oss's writes another token in the place of EOS
+                end = len(following)
         remedy = f"Choose another prompt style, for example {fitting_style(tokenizer)!r}"
         if not following.startswith(head):
             extra = head[len([*takewhile(lambda two: two[0] == two[1], zip(head, following, strict=False))]) :]

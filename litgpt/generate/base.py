@@ -210,17 +210,17 @@ def open_model(checkpoint_dir: Path, packed: bool = True, **how: Any) -> "LLM":
 
 
 class Metered:
-    """An iterator of ids that counts and times them."""
+    """An iterator of ids that keeps and times them."""
 
     def __init__(self, ids: Iterator[int]) -> None:
         self.ids = ids
-        self.count = 0
+        self.drawn: list[int] = []
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[int]:
         start = time.perf_counter()
         for token in self.ids:
-            self.count += 1
+            self.drawn.append(token)
             self.seconds = time.perf_counter() - start
             yield token
 
@@ -233,7 +233,8 @@ class Metered:
         show("\n")
 
     def __str__(self) -> str:
-        return f"{counted(self.count, 'token')} in {self.seconds:.2f} s, {self.count / max(self.seconds, 1e-9):.1f} tokens/s"
+        count = len(self.drawn)
+        return f"{counted(count, 'token')} in {self.seconds:.2f} s, {count / max(self.seconds, 1e-9):.1f} tokens/s"
 
 
 def __getattr__(name: str) -> Any:

@@ -137,26 +137,28 @@ class Conversation:
         reply = self._reply(self.session, ids, room, show)
         show("\n")
         _note(f"{self.meter}, stopped" if self.stopped else str(self.meter))
-        if reply.strip():
-            self.turns = [*turns[2 * forgotten :], {"role": "assistant", "content": reply.strip()}]
+        if _text_of(reply):
+            self.turns = [*turns[2 * forgotten :], reply]
 
     @property
     def limit(self) -> int:
         return self.llm.model.max_seq_length
 
-    def _reply(self, session: Any, ids: list[int], room: int, on_piece: Callable[[str], Any]) -> str:
+    def _reply(self, session: Any, ids: list[int], room: int, on_piece: Callable[[str], Any]) -> "Message":
         """Return the answer to a prompt, or its beginning if Ctrl-C stops it; `on_piece` is called with each piece."""
-        tokenizer, reply = self.llm.tokenizer, ""
-        stops = self.llm.prompt_style.stop_tokens(tokenizer)
+        from litgpt.prompts import read_reply
+
+        style, tokenizer = self.llm.prompt_style, self.llm.tokenizer
+        stops = style.stop_tokens(tokenizer)
         with closing(session.answer(ids, min(self.max_new_tokens, room), self.sampling, stops, self.generator)) as tokens:
-            self.meter, self.stopped = Metered(tokens), False
+            self.meter, self.stopped, shown = Metered(tokens), False, 0
             try:
                 for piece in tokenizer.decode_stream(self.meter):
                     on_piece(piece)
-                    reply += piece
+                    shown = len(self.meter.drawn)
             except KeyboardInterrupt:
                 self.stopped = True
-        return reply
+        return read_reply(tokenizer.decode(self.meter.drawn[:shown], skip_special_tokens=False), style, tokenizer)
 
     def _fit(self, turns: "list[Message]") -> tuple[list[int], int, int]:
         """Return the prompt, the tokens left for its answer, and the number of exchanges dropped to leave a quarter of the context."""
@@ -189,7 +191,7 @@ class Conversation:
         if file.suffix == ".jsonl":
             text = json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
         else:
-            text = "".join(f"{turn['role']}: {turn['content']}\n\n" for turn in turns)
+            text = "".join(f"{turn['role']}: {_text_of(turn)}\n\n" for turn in turns)
         try:
             add_text(file, text)
         except OSError as error:
@@ -211,7 +213,11 @@ class Conversation:
         *before, asked, tuned = self.turns
         ids, room, _ = self._fit([*before, asked])
         reply = self._reply(self.base, ids, room, str)
-        _show_columns({"base": reply.strip(), "tuned": tuned["content"]})
+        _show_columns({"base": _text_of(reply), "tuned": _text_of(tuned)})
+
+
+def _text_of(turn: "Message") -> str:
+    return f"{turn.get('reasoning_content', '')}\n\n{turn['content']}".strip()
 
 
 def _adapterless(model: Any) -> Any:

@@ -17,6 +17,7 @@ from litgpt.data.sources import read_records, read_rows
 from litgpt.errors import UserError
 from litgpt.files import expand_path, require_file, require_place
 from litgpt.generate.base import Checkpoint, Drawing
+from litgpt.prompts import Message, read_reply
 from litgpt.text import as_utf8, counted
 
 EXACT = "exact"
@@ -78,10 +79,12 @@ class SampleAnswers(Drawing, Files, Checkpoint):
                     questions = [question_of(records[place], llm.prompt_style, llm.tokenizer) for place in places]
                     drawn = self.drawn(llm, questions, self.n, first)
                     cut += sum(len(ids) == self.max_new_tokens for ids in drawn)
-                    answers = (llm.tokenizer.decode(ids).strip() for ids in drawn)
+                    answers = (read_reply(llm.tokenizer.decode(ids, False), llm.prompt_style, llm.tokenizer) for ids in drawn)
                     for place in places:
                         for _ in range(self.n):
-                            lines.append(_line(records[place], answer := next(answers), check(rows[place], answer), f"record {place + 1}"))
+                            answer = next(answers)
+                            value = check(rows[place], answer["content"])
+                            lines.append(_line(records[place], answer, value, f"record {place + 1}"))
                     progress(self.n * places.stop, self.n * len(records))
             if cut:
                 console.say(f"{counted(cut, 'answer')} reached --max_new_tokens {self.max_new_tokens} and may be incomplete: raise it")
@@ -145,18 +148,18 @@ def summary(lines: Sequence[dict[str, Any]], n: int) -> str:
     )
 
 
-def _line(record: Record, answer: str, value: Any, where: str) -> dict[str, Any]:
+def _line(record: Record, answer: Message, value: Any, where: str) -> dict[str, Any]:
     """Return what is written for an answer: a record with its question."""
     value = value.item() if getattr(value, "shape", None) == () else value  # of numpy or torch
     if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
         raise UserError(f"check returned {value!r} for an answer to {where}: True, False or a number is needed")
     result = {"correct": value} if isinstance(value, bool) else {"reward": float(value)}
-    before = record.messages[: record.last]
-    if not record.pair:
+    before = record.turns[: record.last]
+    if not record.pair or "reasoning_content" in answer:
         tools = {"tools": record.tools} if record.tools else {}
-        return {"prompt": before, "answer": [{"role": "assistant", "content": answer}], **tools, **result}
+        return {"prompt": before, "answer": [answer], **tools, **result}
     system = before[0]["content"] if before[0]["role"] == "system" else ""
-    texts = {"prompt": record.question, "input": record.input, "system": system, "answer": answer}
+    texts = {"prompt": record.question, "input": record.input, "system": system, "answer": answer["content"]}
     return {**{key: text for key, text in texts.items() if text or key == "answer"}, **result}
 
 

@@ -18,7 +18,7 @@ from litgpt.data.records import Record, read_record
 from litgpt.generate.engine import most_probable
 from litgpt.model import GPT, evaluating
 from litgpt.packing import Batch, pack, take
-from litgpt.prompts import PromptStyle
+from litgpt.prompts import PromptStyle, read_reply
 from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.examples import Example
@@ -37,7 +37,7 @@ QUESTIONS = (
 
 
 def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: int, examples: Sequence[Example] = ()) -> list[str]:
-    """Return the model's most probable answers to the first `count` questions, of `ANSWER_TOKENS` tokens at most.
+    """Return the model's most probable answers to the first `count` questions, with special tokens, of `ANSWER_TOKENS` tokens at most.
 
     The answer is empty where the question leaves no room for one within the model's `max_seq_length`. Short examples are answered too.
     """
@@ -47,7 +47,7 @@ def base_answers(model: GPT, tokenizer: Tokenizer, style: PromptStyle, count: in
     replies = most_probable(model, [*prompts, *(each.prompt for each in examples)], ANSWER_TOKENS, style.stop_tokens(tokenizer))
     for example, ids in zip(examples, replies[len(prompts) :], strict=True):
         example.base = ids
-    return [tokenizer.decode(ids or []).strip() for ids in replies[: len(prompts)]]
+    return [tokenizer.decode(ids or [], skip_special_tokens=False).strip() for ids in replies[: len(prompts)]]
 
 
 def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int) -> list[Sample]:
@@ -55,8 +55,13 @@ def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle,
 
     An answer of `ANSWER_TOKENS` tokens was cut off, so its sample has no token that ends it: the model would learn to stop in mid-sentence.
     """
-    pairs = zip(QUESTIONS, answers, strict=False)
-    records = [read_record({"instruction": question, "output": answer}) for question, answer in pairs if answer]
+    replies = [read_reply(answer, style, tokenizer) for answer in answers]
+    records = [
+        read_record({"instruction": question, "output": reply["content"]}) for question, reply in zip(QUESTIONS, replies, strict=False)
+    ]
+    for record, reply in zip(records, replies, strict=True):
+        record.messages[-1] = reply
+    records = [record for record in records if record.has_answer]
     samples = _encoded(records, tokenizer, style, max_seq_length, "train.replay")
     for sample in samples:
         end = [i for i, flag in enumerate(sample.loss_mask, 1) if flag][:ANSWER_TOKENS][-1]

@@ -19,6 +19,7 @@ from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate
 from litgpt.tokenizer import Tokenizer
+from tests.helpers import tiny
 from tests.helpers.tiny import put_bos_first
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
@@ -218,6 +219,17 @@ def test_a_template_that_ends_a_conversation_with_eos(tokenizer: Tokenizer, tiny
     assert tokenizer.decode(list(sample.input_ids), skip_special_tokens=False) == expected
     marked = tokenizer.decode([i for i, m in zip(sample.input_ids, sample.loss_mask, strict=True) if m], skip_special_tokens=False)
     assert marked == "a<|im_end|>c<|im_end|>\n<|im_end|>"
+
+
+def test_each_reply_learns_the_end_that_the_model_writes(tokenizer: Tokenizer) -> None:
+    """gpt-oss's: EOS ends the last reply, and another token the earlier ones, which the model reads and does not write."""
+    style = ChatTemplate(tiny.CHANNELS, eos_token="<|im_end|>")
+    messages = [Q, reply("a"), user("b"), reply("c"), user("d"), reply("e")]
+    splits = Given(entries=[{"messages": messages}]).splits(tokenizer, style)
+    for end, sample in zip((2, 4, 6), splits.train, strict=True):
+        assert tokenizer.decode(list(sample.input_ids), skip_special_tokens=False) == style.render(messages[:end])
+        marked = tokenizer.decode([i for i, m in zip(sample.input_ids, sample.loss_mask, strict=True) if m], skip_special_tokens=False)
+        assert marked == f"<|endoftext|>final<|im_start|>{messages[end - 1]['content']}<|im_end|>"
 
 
 def test_messages_that_a_style_leaves_out_are_named(tokenizer: Tokenizer) -> None:

@@ -27,7 +27,7 @@ from litgpt.data import JSON
 from litgpt.generate.chat import Conversation, talk
 from litgpt.generate.engine import Session
 from litgpt.generate.sampling import Sampling
-from litgpt.prompts import Alpaca, save_prompt_style
+from litgpt.prompts import Alpaca, ChatTemplate, save_prompt_style
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import runs, tiny
 
@@ -111,6 +111,27 @@ def test_multiline(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     prompts.clear()
     assert chat("at the\nend of input", "--multiline")[0] == 0
     assert prompts == [turn("user", "at the\nend of input") + OPEN]
+
+
+@pytest.mark.parametrize("template", [tiny.THINKING, tiny.CHANNELS])
+def test_reasoning_is_not_part_of_a_reply(
+    template: str, chat: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next prompt is what the template makes of the reasoning and the content, and so is a record that is trained on it."""
+    style = ChatTemplate(template, eos_token="<|im_end|>")
+    asked, reply = {"role": "user", "content": "one"}, {"role": "assistant", "reasoning_content": "why", "content": "answer"}
+    written = style.render([asked, reply]).removeprefix(style.render([asked], True)).strip().removesuffix("<|im_end|>")
+    prompts = said_to(monkeypatch, tiny.set_template(base, template), written)
+    assert chat(f"one\ntwo\n/save {tmp_path / 'talk.jsonl'}\n/save {tmp_path / 'talk.txt'}\n")[0] == 0
+    second = {**asked, "content": "two"}
+    assert prompts == [style.render([asked], True), style.render([asked, {"role": "assistant", "content": "answer"}, second], True)]
+    saved = [asked, reply, second, reply]
+    assert json.loads((tmp_path / "talk.jsonl").read_text()) == {"messages": saved}
+    assert "assistant: why\n\nanswer\n" in (tmp_path / "talk.txt").read_text()
+    samples = JSON(json_path=tmp_path / "talk.jsonl", val_split_fraction=0).splits(Tokenizer(base), style).train
+    assert [Tokenizer(base).decode(list(sample.input_ids), False) for sample in samples] == [
+        style.render(saved[:end]).rstrip() for end in (2, 4)
+    ]
 
 
 def test_a_style_without_turns(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

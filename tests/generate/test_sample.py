@@ -10,9 +10,12 @@ import pytest
 
 from litgpt.__main__ import main
 from litgpt.api import LLM
+from litgpt.data.base import render
 from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.generate import sample
+from litgpt.prompts import ChatTemplate
+from tests.helpers import tiny
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": "add 2 and 3", "output": "5", "sum": 5},
@@ -87,6 +90,32 @@ def test_the_lines_are_records_with_the_same_questions(base: Path, questions: Pa
         assert answered.messages[:-1] == asked.messages[:-1] and answered.input == asked.input and answered.pair == asked.pair
         assert answered.learned[:-1] == [0.0] * (len(asked.messages) - 1) and answered.learned[-1] == 1
         assert set(line) >= {"prompt", "answer", "correct"}
+
+
+def test_answers_with_reasoning(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content alone is checked, both are kept, and a template may write the reply that is asked for differently later on."""
+    llm = LLM.load(base, precision="32-true")
+    llm.prompt_style = style = ChatTemplate(tiny.THINKING)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "7"}, {"role": "user", "content": "thanks"}]
+    rows = [{"messages": turns}, {"messages": [*turns, {"role": "assistant", "content": "8", "train": False}]}]
+    rows.append({"instruction": "add", "input": "3 and 4", "output": "7"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = list[str]()
+
+    def drawn(self: sample.SampleAnswers, llm: LLM, texts: list[str], n: int, first: int = 0) -> list[list[int]]:
+        asked.extend(texts)
+        return [llm.tokenizer.ids(text) for _ in texts for text in ("<think>\n\n</think>\n\n7", "<think>\nwhy 8\n</think>\n\n7")]
+
+    monkeypatch.setattr(sample.SampleAnswers, "drawn", drawn)
+    monkeypatch.setattr(sample.SampleAnswers, "opened", lambda *given: llm)
+    lines = sampled(base, tmp_path / "rows.jsonl", "--n", 2)
+    questions = [[turns[0]], [turns[0]], [{"role": "user", "content": "add\n\n3 and 4"}]]
+    assert asked == [style.render(question, add_generation_prompt=True) for question in questions]
+    assert [line["correct"] for line in lines] == [True] * 6
+    for number, line in enumerate(lines):
+        record, text = read_record(line), "why 8" if number % 2 else ""
+        expected = style.render([*questions[number // 2], {"role": "assistant", "content": "7", "reasoning_content": text}])
+        assert render(record, style, llm.tokenizer).text == expected.rstrip()
 
 
 def test_a_file_that_somebody_wrote_meanwhile_is_kept(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,4 +185,31 @@ def write_adapter(folder: Path, base: Path, built: Any, **settings: Any) -> Path
     weights: Any = {"model": {name: value for name, value in built.state_dict().items() if lora.lora_filter(name)}}
     checkpoint.save_weights(weights, folder / "lit_model.pth.lora")
     (folder / "hyperparameters.yaml").write_text(yaml.safe_dump({"checkpoint_dir": str(base), "precision": "32-true", **settings}))
+    return folder
+
+
+_TURNS = "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% else %}"
+_OPEN = "<|im_start|>assistant\n"
+THINKING = (  # as Qwen3's: the last reply has its reasoning, even if there is none
+    _TURNS
+    + "{{ '"
+    + _OPEN
+    + "' + ('<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' if loop.last else '') + m.content + '<|im_end|>\n' }}"
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '"
+    + _OPEN
+    + "' }}{% endif %}"
+)
+CHANNELS = (  # as gpt-oss's: special tokens around reasoning and content, and another end for the last reply
+    _TURNS
+    + "{% set why = m.reasoning_content if loop.last and not add_generation_prompt else '' %}"
+    + "{{ '<|im_start|>assistant' + ('<|endoftext|>analysis<|im_start|>' + why + '<|endoftext|><|im_start|>assistant' if why else '') }}"
+    + "{{ '<|endoftext|>final<|im_start|>' + m.content + ('<|im_end|>' if loop.last and not add_generation_prompt else '<|endoftext|>') }}"
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+
+
+def set_template(folder: Path, template: str) -> Path:
+    """Give a folder another chat template."""
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
     return folder

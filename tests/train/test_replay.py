@@ -14,8 +14,10 @@ from litgpt.activations.cache import Recompute
 from litgpt.data.records import Record, read_record
 from litgpt.loss import HeadLoss
 from litgpt.objectives.base import Objective, View
+from litgpt.prompts import ChatTemplate, read_reply
 from litgpt.train.examples import Example
 from litgpt.train.replay import ANSWER_TOKENS, PROBABLE, QUESTIONS, base_answers, distil, follow_up_samples, follow_ups, replay_samples
+from tests.helpers import tiny
 
 
 def test_answers_are_those_of_generate(base: Path) -> None:
@@ -23,7 +25,8 @@ def test_answers_are_those_of_generate(base: Path) -> None:
     llm = LLM.load(base, precision="32-true")
     answers = base_answers(llm.model, llm.tokenizer, llm.prompt_style, 5)
     expected = [llm.generate(question, max_new_tokens=ANSWER_TOKENS, temperature=0.0) for question in QUESTIONS[:5]]
-    assert answers == [str(text).strip() for text in expected]
+    texts = [read_reply(answer, llm.prompt_style, llm.tokenizer)["content"] for answer in answers]  # without special tokens
+    assert texts == [str(text).strip() for text in expected]
 
 
 def test_short_examples_are_answered_beside_them_and_change_nothing(base: Path) -> None:
@@ -70,6 +73,23 @@ def test_the_bases_probabilities_are_learned(base: Path, monkeypatch: pytest.Mon
     distil(llm.model, samples, torch.device("cpu"))
     loss = Objective().loss(View(llm.model, Recompute(llm.model, samples, torch.device("cpu")), HeadLoss.of(llm.model), 3), range(3))
     assert abs(loss.item()) < 1e-4
+
+
+@pytest.mark.parametrize("template", [tiny.THINKING, tiny.CHANNELS])
+def test_reasoning_is_trained_where_the_model_wrote_it(template: str, base: Path) -> None:
+    """The tokens are those that the base generated, up to its own end; a reasoning that was cut off has none."""
+    llm = LLM.load(base)
+    style = ChatTemplate(template, eos_token="<|im_end|>")
+    asked = {"role": "user", "content": QUESTIONS[0]}
+    replies = [{"role": "assistant", "content": "A", "reasoning_content": why} for why in ("E", "mountains" * 6)]
+    prompt = llm.tokenizer.ids(style.render([asked], add_generation_prompt=True))
+    for reply, is_whole in zip(replies, (True, False), strict=True):
+        whole = llm.tokenizer.ids(style.render([asked, reply]).rstrip())
+        ids = whole[: len(prompt) + ANSWER_TOKENS]
+        assert (ids == whole) is (is_whole and len(whole) - len(prompt) <= ANSWER_TOKENS)
+        answer = llm.tokenizer.decode([i for i in ids[len(prompt) :] if ids != whole or i != 2], skip_special_tokens=False)
+        [sample] = replay_samples([answer], llm.tokenizer, style, 256)
+        assert sample.input_ids.tolist() == ids and sample.loss_mask == bytes(len(prompt)) + b"\1" * (len(ids) - len(prompt))
 
 
 def test_nothing_answered_is_nothing_to_train(base: Path) -> None:
