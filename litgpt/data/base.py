@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, ClassVar, NamedTuple
 
 from litgpt.data.records import Message, Record, has_text, read_record
@@ -271,7 +271,7 @@ class Encoder:
             return None
         left_out = {message["role"] for message in record.messages[: learned[-1]] if _is_left_out(message, text)}
         self._ignore(not_written, [f"{role} messages" for role in sorted(left_out)])
-        ids, offsets = self.tokenizer.ids_with_offsets(text)
+        ids, offsets = encode_divided(text, spans, self.tokenizer)
         values = [record.learned[i] for i in learned]
         if self.mask_prompt or not record.pair or (record.label, record.reward, record.token_weights) != (None, None, None):
             weights = loss_weights(offsets, spans, values)
@@ -433,6 +433,25 @@ def _one_turn(messages: list[Message], style: PromptStyle) -> tuple[str | None, 
             'data.prompt_style "chat" (the checkpoint\'s own template), "chatml" or "llama3"'
         )
     return system, turns[0][1], turns[1][1]
+
+
+def encode_divided(text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids of a text, and each token's range of characters.
+
+    A token that begins in a prompt and ends in its answer is divided, so that the prompt has the ids that the model reads when it answers.
+    It is left whole where the parts alone give other text (SentencePiece's blank before a word).
+    """
+    ids, offsets = tokenizer.ids_with_offsets(text)
+    stops = [stop for _, stop in offsets]
+    firsts = [(start, bisect_right(stops, start)) for start, _ in spans]
+    cuts = [0, *(start for start, i in firsts if i < len(ids) and offsets[i][0] < start), len(text)]
+    if len(cuts) == 2:
+        return ids, offsets
+    parts = [(start, *tokenizer.ids_with_offsets(text[start:end])) for start, end in pairwise(cuts)]
+    divided = [token for _, own, _ in parts for token in own]
+    if tokenizer.decode(divided, skip_special_tokens=False) != text:
+        return ids, offsets
+    return divided, [(start + first, start + last) for start, _, ranges in parts for first, last in ranges]
 
 
 def loss_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], values: Sequence[float]) -> "array[float]":

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from litgpt import prompts
 from litgpt.data import DataModule
-from litgpt.data.base import loss_weights, render
+from litgpt.data.base import encode_divided, loss_weights, render
 from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, PromptStyle
@@ -192,6 +194,42 @@ def test_token_across_the_boundary_is_learned() -> None:
     offsets = [(0, 2), (2, 4), (4, 6), (6, 6), (6, 7)]
     assert loss_weights(offsets, [(3, 6)], [2]) == array("f", [0, 2, 2, 2, 0])
     assert loss_weights(offsets, [(0, 2), (4, 5)], [1, 3]) == array("f", [1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_a_prompt_has_the_tokens_that_are_read_when_it_is_answered(mask_prompt: bool, tokenizer: Tokenizer) -> None:
+    """Qwen3-Thinking's template opens replies with a line break, which the tokenizer joins with one that follows."""
+    question, answer = tokenizer.ids("respons"), tokenizer.ids("e that is good")
+    whole = tokenizer.ids("response that is good")
+    assert whole != question + answer
+    sample = one_sample(pair("respons", "e that is good"), tokenizer, prompts.Default(), mask_prompt=mask_prompt)
+    assert sample.input_ids.tolist() == [*question, *answer, tokenizer.eos_id]
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '<|im_start|>' }}"
+        "{% else %}{{ 'respons' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'respons' }}{% endif %}"
+    )
+    turns = [message for n in "12" for message in ({"role": "user", "content": n}, {"role": "assistant", "content": "e that is good"})]
+    sample = one_sample({"messages": turns}, tokenizer, template)
+    parts = [
+        tokenizer.ids("1<|im_start|>respons"),
+        answer,
+        tokenizer.ids("<|im_end|>2<|im_start|>respons"),
+        answer,
+        tokenizer.ids("<|im_end|>"),
+    ]
+    assert sample.input_ids.tolist() == [token for part in parts for token in part]
+    assert learned(sample, tokenizer) == ["e that is good<|im_end|>"] * 2
+
+
+def test_a_token_is_whole_where_its_parts_are_another_text(tmp_path: Path) -> None:
+    """SentencePiece writes a blank before a part's first word."""
+    vocabulary = [("<unk>", 0.0), ("\u2581", -5.0), ("a", -4.0), ("b", -4.0), ("\u2581a", -2.0), ("\u2581b", -2.0), ("</s>", -9.0)]
+    backend = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert encode_divided("b a", [(2, 3)], Tokenizer(tmp_path)) == ([5, 4], [(0, 1), (1, 3)])
+    assert encode_divided("b a", [(1, 3)], Tokenizer(tmp_path)) == ([5, 4], [(0, 1), (1, 3)])
 
 
 def test_characters_of_several_tokens(tokenizer: Tokenizer) -> None:
