@@ -119,6 +119,7 @@ PAIRS = [{"prompt": f"add {i}", "chosen": f"{2 * i + 1} is the sum", "rejected":
 RUNS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "weighted": ("finetune_lora", WEIGHTED, LORA),
     "cached": ("finetune_lora", WEIGHTED, {**SKIP, "skip2lora_cache": "disk"}),
+    "added": ("finetune_lora", WEIGHTED, {**LORA, "data__prompt_style": "chatml", "train__replay": 4, "train__follow_ups": 0.5}),
     "answer-only": ("finetune_lora", WEIGHTED, {**LORA, "alora_enabled": True, "data__prompt_style": "chatml", "data__mask_prompt": True}),
     "critic": ("finetune_lora", RATED, {"objective": "critic", "value_head": "linear", "lora_r": 0}),
     "verifiable": ("finetune_lora", RATED, {**SKIP, "objective": "verifiable", "value_head": "mlp", "mtp_heads": 1}),
@@ -133,7 +134,7 @@ RUNS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", quick(RUNS, "cached"))
+@pytest.mark.parametrize("name", quick(RUNS, "cached", "added"))
 def test_a_run_is_that_of_the_cpu(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command, rows, settings = RUNS[name]
     data = tmp_path / "data.jsonl"
