@@ -123,7 +123,7 @@ COMMAND_LINE = [
     Case("a grid as a number", command("sweep", "--grid", "3"), "--grid needs keys below it", "--grid.lora_r '[4, 8]'", 2),
     Case("a grid of one value", command("sweep", "--grid.lora_r", "8"), "--grid.lora_r: '8' is not a list", "such as '[4, 8]'", 2),
     Case("a grid of no value", command("sweep", "--grid.lora_r", "[]"), "--grid.lora_r: '[]' is not a list", "such as '[4, 8]'", 2),
-    Case("a grid of text", command("sweep", "--grid.lora_r", "[4, x]"), "--grid.lora_r: '[4, x]'", "a list (each an integer)", 2),
+    Case("a grid of text", command("sweep", "--grid.lora_r", "[4, x]"), '--grid.lora_r: "x"', "an integer", 2),
     Case("a grid of seeds", command("sweep", "--grid.seed", "[1, -1]"), "--grid.seed is -1", "from 0 to 4294967295", 2),
     Case("a value twice", command("sweep", "--grid.lora_r", "[4, 4]"), "grid.lora_r names 4 twice", "leave one out"),
     Case("a grid of data", command("sweep", "--grid.data", "[JSON]"), "data cannot vary", "These may vary: "),
