@@ -65,6 +65,12 @@ def expand_path(path: str | Path) -> Path:
     return Path(expanded)
 
 
+def require_utf8(path: Path, users: str) -> None:
+    """Raise UserError for a path that is not UTF-8 or that the system passed in another encoding. `users`: what needs it."""
+    if as_utf8(str(path)) != str(path):
+        raise UserError(f"{path}: its name is not UTF-8, which {users} need: rename it, or set PYTHONUTF8=1 if the locale is to blame")
+
+
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     """Return a descriptor of a regular file. Raises OSError at once for anything else, and for a link if the file is to be written."""
     writes = flags & (os.O_WRONLY | os.O_RDWR)
@@ -251,12 +257,6 @@ def parse_json(text: str, where: str, line: int | None = None, hint: str = "", u
 def read_yaml(path: str | Path, missing: str = MISSING) -> Any:
     """Return the content of a YAML file as plain values."""
     return parse_yaml(read_text(path, missing, MOST_YAML), str(path))
-
-
-def require_utf8(path: Path, users: str) -> None:
-    """Raise UserError for a path that is not UTF-8 or that the system passed in another encoding. `users`: what needs it."""
-    if as_utf8(str(path)) != str(path):
-        raise UserError(f"{path}: its name is not UTF-8, which {users} need: rename it, or set PYTHONUTF8=1 if the locale is to blame")
 
 
 def parse_yaml(text: str, where: str) -> Any:

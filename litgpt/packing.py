@@ -140,12 +140,11 @@ def loss_weights(samples: Sequence[Sample]) -> torch.Tensor | None:
 
 def shared_targets(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return (n, K) tokens and (n, K) fp32 shares in place of `loss_targets`; None if each sample has one target for a position."""
-    several = [sample.shares for sample in samples if sample.shares is not None]
-    if not several:
+    K = next((sample.shares[0].size(1) for sample in samples if sample.shares is not None), None)
+    if K is None:
         return None
-    most = several[0][0].size(1)
-    tokens, shares = loss_targets(samples)[:, None].repeat(1, most), torch.eye(1, most).repeat(sum(s.n_targets for s in samples), 1)
-    counts = [sample.n_targets for sample in samples]
+    tokens, counts = loss_targets(samples)[:, None].repeat(1, K), [sample.n_targets for sample in samples]
+    shares = torch.eye(1, K).repeat(len(tokens), 1)  # of others the first of K equal tokens has all
     for sample, own, share in zip(samples, tokens.split(counts), shares.split(counts), strict=True):
         if sample.shares is not None:
             own[:], share[:] = sample.shares

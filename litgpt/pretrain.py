@@ -104,10 +104,13 @@ class Pretrain(Run):
         """Return the folder of the checkpoint to start from. Raise UserError if it holds another model than the one that is named."""
         from litgpt.lora import Config
 
-        folder = require_checkpoint(open_checkpoint(checkpoint_dir, convert=not self.dry_run))
-        own, named = Config.from_checkpoint(folder), self.model_config or {}
+        named = self.model_config or {}
         if self.model_name is not None and "name" not in named:
             named = {"name": Config.from_name(self.model_name).name, **named}
+        if not named:  # the run opens it
+            return checkpoint_dir
+        folder = require_checkpoint(open_checkpoint(checkpoint_dir, convert=not self.dry_run))
+        own = Config.from_checkpoint(folder)
         for key, value in named.items():
             if value != getattr(own, key, None):
                 raise UserError(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt import checkpoint
+from litgpt.adapters.settings import HEADS
 from litgpt.atomic import MANIFEST, locked, new_folder, remove_leftovers, write_text
 from litgpt.checkpoint import ADAPTER_WEIGHTS, HOME, HUB_NAME, TOKENIZER_FILES, WEIGHTS
 from litgpt.config import Config
@@ -65,7 +66,7 @@ def open_full_model(path: str | Path, form: str) -> Path:
         if file.name != ADAPTER_WEIGHTS:
             raise UserError(f"{folder} holds a LLaMA-Adapter, which cannot be folded into the base's weights: {form} cannot hold it")
         settings = checkpoint.read_adapter_settings(folder)[1]
-        if settings.get("value_head") or settings.get("mtp_heads"):
+        if any(settings.get(key) for key in HEADS):
             raise UserError(f"{folder} has a value head or multi-token heads, which {form} cannot hold: use the adapter folder as it is")
         if settings.get("skip2lora_enabled"):
             raise UserError(

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, takewhile
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 from litgpt.data.records import Message, Record, has_text, read_record
@@ -241,7 +242,7 @@ class Encoder:
             except Rewritten:
                 if len(conversations) > 1:
                     raise
-                parts = conversations[0].parts[-self.last_turn_only :]
+                parts = conversations[0].parts[-1:] if self.last_turn_only else conversations[0].parts
                 self.apart += len(parts) > 1
                 waiting.extendleft((number, [part]) for part in reversed(parts))
                 continue
@@ -435,6 +436,9 @@ def _one_turn(messages: list[Message], style: PromptStyle) -> tuple[str | None, 
     return system, turns[0][1], turns[1][1]
 
 
+STOP = itemgetter(1)  # of a token's range of characters
+
+
 def encode_divided(text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the ids of a text, and each token's range of characters.
 
@@ -442,8 +446,7 @@ def encode_divided(text: str, spans: Sequence[tuple[int, int]], tokenizer: Token
     It is left whole where the parts alone give other text (SentencePiece's blank before a word).
     """
     ids, offsets = tokenizer.ids_with_offsets(text)
-    stops = [stop for _, stop in offsets]
-    firsts = [(start, bisect_right(stops, start)) for start, _ in spans]
+    firsts = [(start, bisect_right(offsets, start, key=STOP)) for start, _ in spans]
     cuts = [0, *(start for start, i in firsts if i < len(ids) and offsets[i][0] < start), len(text)]
     if len(cuts) == 2:
         return ids, offsets
@@ -459,10 +462,9 @@ def loss_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, 
 
     The model has to write a token that begins in the prompt and ends in the answer, so only the last character counts.
     """
-    stops = [stop for _, stop in offsets]
-    weights = array("f", bytes(4 * len(stops)))
+    weights = array("f", bytes(4 * len(offsets)))
     for (start, end), value in zip(spans, values, strict=True):
-        first, last = bisect_right(stops, start), bisect_right(stops, end)
+        first, last = (bisect_right(offsets, place, key=STOP) for place in (start, end))
         weights[first:last] = array("f", [value]) * (last - first)
     return weights
 

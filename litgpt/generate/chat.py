@@ -259,14 +259,12 @@ def _read(multiline: bool) -> str:
     while True:
         try:
             line = as_utf8(input("" if lines else prompt))
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as end:
             if prompt:
                 print()
+            if isinstance(end, KeyboardInterrupt):
+                raise
             break
-        except KeyboardInterrupt:
-            if prompt:
-                print()
-            raise
         if "\ufffd" in line:
             _note("this line is not UTF-8 text: U+FFFD stands for what cannot be read")
         if not multiline or (not lines and line.strip().split(" ")[0] in COMMANDS):

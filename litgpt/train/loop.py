@@ -86,11 +86,13 @@ class Batches:
         for start in range(0, len(order), size):
             units = order[start : start + size]
             parts = [[unit for unit in units if unit % ranks == k] if self.by_owner else units[k::ranks] for k in range(ranks)]
-            everyone = samples_of(units, self.group)
-            weight = sum(self.samples[i].weight for i in everyone)
-            tokens = sum(self.samples[i].n_inputs for i in everyone)
             own = samples_of(parts[self.rank.index], self.group)
-            yield Batch(own, weight, tokens, self.group * max(map(len, parts)))
+            yield self.batch(own, samples_of(units, self.group), self.group * max(map(len, parts)))
+
+    def batch(self, own: list[int], everyone: list[int], most: int) -> Batch:
+        """Return this rank's samples `own` of the global batch `everyone`; `most`: samples of the rank that has the most."""
+        samples = [self.samples[i] for i in everyone]
+        return Batch(own, sum(sample.weight for sample in samples), sum(sample.n_inputs for sample in samples), most)
 
     def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
         """Return units sorted by length within `SORTED_BATCHES` batches, with these batches shuffled; an incomplete batch stays last."""

@@ -291,7 +291,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
         rows.append(Chosen("lr_ratios", {"value_head": 10.0}, "a head begins with nothing"))
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
     settings = METHODS[method]
-    is_open = {*given, *without_repeats(given.get("grid") or {})}.isdisjoint(FEW_WAYS_TOLD)
+    is_open = {*given, *(given.get("grid") or ())}.isdisjoint(FEW_WAYS_TOLD)
     if method == "answer-only LoRA" and is_open and look.told_in_few_ways:
         settings = settings | FEW_WAYS_TOLD
     for key, (value, reason) in settings.items():
@@ -299,8 +299,8 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
             value = given.get("lora_r") or value if key == "lora_alpha" else value
             rows.append(Chosen(key, f"last:{math.ceil(BLOCKS[value] * layers)}" if layers and value in BLOCKS else value, reason))
     holds_two = look.is_single and (style is None or hasattr(style, "render"))
-    is_short = method in ("LoRA", "answer-only LoRA") and look.is_facts and look.is_repeated and look.records <= FEW
-    share = FOLLOW_UPS if is_short and holds_two else 0.0
+    is_told_often = look.is_facts and look.is_repeated and look.records <= FEW
+    share = FOLLOW_UPS if is_told_often and holds_two and method in ("LoRA", "answer-only LoRA") else 0.0
     return rows + _schedule(look, method, given, given.get("train", {}).get("follow_ups", share))
 
 

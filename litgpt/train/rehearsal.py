@@ -107,7 +107,8 @@ def _time(loop: Loop, batches: list[Batch] | None = None) -> tuple[float, list[B
     """
     if batches is None:
         batches = list(islice(loop.batches.epoch(0), 1 + MEASURED_STEPS))
-        part = _first_micro_batch(loop, batches[0])
+        first = batches[0].indices[: loop.micro_batch]
+        part = loop.batches.batch(first, first, len(first))
         if loop.step(State(), part)["step_time"] * batches[0].tokens / part.tokens > LONG_STEP:
             batches = [part]
     seconds, tokens, used = 0.0, 0, 0
@@ -119,12 +120,6 @@ def _time(loop: Loop, batches: list[Batch] | None = None) -> tuple[float, list[B
         if elapsed > LONG_STEP:
             break
     return seconds / tokens * loop.batches.tokens_per_epoch / loop.batches.per_epoch, batches[:used]
-
-
-def _first_micro_batch(loop: Loop, batch: Batch) -> Batch:
-    indices = batch.indices[: loop.micro_batch]
-    samples = [loop.batches.samples[i] for i in indices]
-    return Batch(indices, sum(sample.weight for sample in samples), sum(sample.n_inputs for sample in samples), len(indices))
 
 
 def _costs(job: Job) -> dict[str, str]:

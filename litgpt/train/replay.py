@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from litgpt.data.base import Encoder
-from litgpt.data.records import Record, read_record
+from litgpt.data.records import Record
 from litgpt.generate.engine import most_probable
 from litgpt.model import GPT, evaluating
 from litgpt.packing import Batch, pack, take
@@ -55,14 +55,9 @@ def replay_samples(answers: list[str], tokenizer: Tokenizer, style: PromptStyle,
 
     An answer of `ANSWER_TOKENS` tokens was cut off, so its sample has no token that ends it: the model would learn to stop in mid-sentence.
     """
-    replies = [read_reply(answer, style, tokenizer) for answer in answers]
-    records = [
-        read_record({"instruction": question, "output": reply["content"]}) for question, reply in zip(QUESTIONS, replies, strict=False)
-    ]
-    for record, reply in zip(records, replies, strict=True):
-        record.messages[-1] = reply
-    records = [record for record in records if record.has_answer]
-    samples = _encoded(records, tokenizer, style, max_seq_length, "train.replay")
+    pairs = zip(QUESTIONS, (read_reply(answer, style, tokenizer) for answer in answers), strict=False)
+    records = [Record([{"role": "user", "content": question}, reply], [0.0, 1.0], pair=True) for question, reply in pairs]
+    samples = _encoded([record for record in records if record.has_answer], tokenizer, style, max_seq_length, "train.replay")
     for sample in samples:
         end = [i for i, flag in enumerate(sample.loss_mask, 1) if flag][:ANSWER_TOKENS][-1]
         sample.input_ids, sample.loss_mask = sample.input_ids[:end], sample.loss_mask[:end]
@@ -78,8 +73,8 @@ def distil(model: GPT, samples: Sequence[Sample], device: torch.device) -> None:
             logits = model.within(partial(_logits, model, pack(chosen, device, 0)))
             top, tokens = logits.float().topk(min(PROBABLE, logits.size(-1)))
             counts = [sample.n_targets for sample in chosen]
-            for sample, *several in zip(chosen, tokens.cpu().split(counts), top.softmax(-1).cpu().split(counts), strict=True):
-                sample.shares = several[0], several[1]
+            for sample, own, shares in zip(chosen, tokens.cpu().split(counts), top.softmax(-1).cpu().split(counts), strict=True):
+                sample.shares = own, shares
 
 
 def _logits(model: GPT, batch: Batch) -> torch.Tensor:
