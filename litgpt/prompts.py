@@ -368,21 +368,63 @@ def reply_header(style: PromptStyle) -> str:
     return style.apply(marker).rpartition(marker)[2]
 
 
-def read_reply(text: str, style: PromptStyle, tokenizer: Tokenizer) -> Message:
-    """Return a generated reply as a message. What the model's template writes around reasoning and content is not part of them.
+class ReplyReader:
+    """Divides a generated reply, whose text arrives in pieces, into reasoning and content.
 
-    `text` has the special tokens, which templates use for this.
+    What the model's template writes around them is not part of them, nor are special tokens and white space at their ends. Pieces have
+    the special tokens, which templates use as marks.
     """
-    before, between, alone = style.reply_marks if isinstance(style, ChatTemplate) else ("", "", "")
-    reasoning, content = "", text.strip()
-    if between and content.startswith(before) and (before or between in content):
-        reasoning, found, content = content[len(before) :].partition(between)
-        if not found:  # an answer that was cut off, perhaps within the mark
-            reasoning = next((reasoning[:-n] for n in range(len(between), 0, -1) if reasoning.endswith(between[:n])), reasoning)
-    else:
-        content = content.removeprefix(alone)
-    special = [token.content for token in tokenizer.processor.get_added_tokens_decoder().values() if token.special]
-    reasoning, content = (re.sub("|".join(map(re.escape, special)) or "$", "", part).strip() for part in (reasoning, content))
+
+    def __init__(self, style: PromptStyle, tokenizer: Tokenizer) -> None:
+        self.before, self.between, self.alone = style.reply_marks if isinstance(style, ChatTemplate) else ("", "", "")
+        self.has_marks = bool(self.between or self.alone)
+        self.special = tokenizer.special_pattern
+        self.in_reasoning, self.in_content = False, not self.has_marks
+        self.held = ""  # may be the beginning of a mark
+        self.space: str | None = None  # at the end of what was returned of a part; None: nothing was
+
+    def push(self, piece: str, is_last: bool = False) -> tuple[str, str]:
+        """Return the reasoning and the content that are complete with the next piece."""
+        self.held += piece
+        reasoning = ""
+        if not (self.in_reasoning or self.in_content):
+            text = self.held.lstrip()
+            self.in_reasoning = bool(self.between) and text.startswith(self.before)
+            marks = [self.alone, self.before if self.between else ""]
+            if not self.in_reasoning and not is_last and any(mark != text and mark.startswith(text) for mark in marks):
+                return "", ""
+            self.in_content = not self.in_reasoning
+            self.held = text.removeprefix(self.before if self.in_reasoning else self.alone)
+        if self.in_reasoning:
+            text, found, rest = self.held.partition(self.between)
+            cut = (
+                len(text)
+                if found
+                else next(n for n in range(max(0, len(text) - len(self.between)), len(text) + 1) if self.between.startswith(text[n:]))
+            )
+            reasoning, self.held = self._text(text[:cut]), rest if found else text[cut:]
+            if not found:
+                return reasoning, ""
+            self.in_reasoning, self.in_content, self.space = False, True, None
+        content, self.held = self._text(self.held), ""
+        return reasoning, content
+
+    def _text(self, text: str) -> str:
+        """Return more of a part, without special tokens; white space at its end waits."""
+        text = (self.space or "") + self.special.sub("", text)
+        text = text.lstrip() if self.space is None else text
+        shown = text.rstrip()
+        if shown or self.space is not None:
+            self.space = text[len(shown) :]
+        return shown
+
+
+def read_reply(text: str, style: PromptStyle, tokenizer: Tokenizer) -> Message:
+    """Return a generated reply, with its special tokens, as a message (`ReplyReader`)."""
+    return reply_message(*ReplyReader(style, tokenizer).push(text, is_last=True))
+
+
+def reply_message(reasoning: str, content: str) -> Message:
     return {"role": "assistant", **({"reasoning_content": reasoning} if reasoning else {}), "content": content}
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,12 @@ class Tokenizer:
         """Return the id of a token by its text in the vocabulary, or None."""
         return self._backend.token_to_id(token)
 
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """A pattern of the special tokens' texts."""
+        texts = [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
     def add(self, tokens: list[str], special: bool) -> str:
         """Add tokens to the vocabulary. Return tokenizer.json with them."""
         from tokenizers import AddedToken
@@ -234,12 +241,12 @@ class Tokenizer:
             text = text.replace(spaced, spaced.strip())
         return text
 
-    def decode_stream(self, ids: Iterable[Any], device: Any = None) -> Iterator[str]:
+    def decode_stream(self, ids: Iterable[Any], device: Any = None, skip_special_tokens: bool = True) -> Iterator[str]:
         """Yield pieces of text as ids (ints, or tensors of them) arrive; the joined pieces are `decode` of all ids.
 
         `device` is accepted for LitGPT's callers; it has no effect.
         """
-        decoder = StreamDecoder(self)
+        decoder = StreamDecoder(self, skip_special_tokens)
         for item in ids:
             if piece := decoder.push([item] if isinstance(item, int) else item.reshape(-1).tolist()):
                 yield piece
@@ -255,8 +262,8 @@ class StreamDecoder:
     characters are held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self.tokenizer, self.skip = tokenizer, skip_special_tokens
         self.context: list[int] = []
         self.pending: list[int] = []
         self.shown = 0  # characters of the pending ids
@@ -275,7 +282,7 @@ class StreamDecoder:
 
     def rest(self) -> str:
         """Return what is held back."""
-        before, text = (self.tokenizer.decode(ids) for ids in (self.context, self.context + self.pending))
+        before, text = (self.tokenizer.decode(ids, self.skip) for ids in (self.context, self.context + self.pending))
         return text[len(before) + self.shown :]
 
 

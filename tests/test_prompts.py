@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -265,6 +266,12 @@ def test_a_generated_reply_is_read_as_the_template_writes_it(template: str, tiny
         text = style.render([*asked, reply]).removeprefix(head).strip().removesuffix("<|im_end|>")
         assert prompts.read_reply(text, style, tokenizer) == reply
         assert prompts.read_reply(f"\n{text}\n", style, tokenizer) == reply
+        reader, parts = prompts.ReplyReader(style, tokenizer), ["", ""]
+        for piece in (*re.findall(r"<\|\w+\|>|.", text, re.DOTALL), "\n", ""):  # a special token is one piece
+            for index, part in enumerate(reader.push(piece, is_last=not piece)):
+                parts[index] += part
+                assert reply["content"].startswith(parts[1])  # what was shown is not taken back
+        assert parts == [more.get("reasoning_content", ""), reply["content"]]
     text = style.render([*asked, {"role": "assistant", "content": "Hello", "reasoning_content": "They gr"}]).removeprefix(head)
     for end in range(text.index("They gr") + len("They gr"), text.index("Hello")):  # cut off
         expected = {"role": "assistant", "content": "", "reasoning_content": "They gr"}

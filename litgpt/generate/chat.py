@@ -146,19 +146,25 @@ class Conversation:
 
     def _reply(self, session: Any, ids: list[int], room: int, on_piece: Callable[[str], Any]) -> "Message":
         """Return the answer to a prompt, or its beginning if Ctrl-C stops it; `on_piece` is called with each piece."""
-        from litgpt.prompts import read_reply
+        from litgpt.prompts import ReplyReader, reply_message
 
         style, tokenizer = self.llm.prompt_style, self.llm.tokenizer
-        stops = style.stop_tokens(tokenizer)
+        stops, reader, parts = style.stop_tokens(tokenizer), ReplyReader(style, tokenizer), ["", ""]
         with closing(session.answer(ids, min(self.max_new_tokens, room), self.sampling, stops, self.generator)) as tokens:
-            self.meter, self.stopped, shown = Metered(tokens), False, 0
+            self.meter, self.stopped = Metered(tokens), False
+
+            def take(piece: str, is_last: bool = False) -> None:
+                for index, text in enumerate(reader.push(piece, is_last)):
+                    on_piece("\n\n" + text if index and text and parts[0] and not parts[1] else text)
+                    parts[index] += text
+
             try:
-                for piece in tokenizer.decode_stream(self.meter):
-                    on_piece(piece)
-                    shown = len(self.meter.drawn)
+                for piece in tokenizer.decode_stream(self.meter, skip_special_tokens=False):
+                    take(piece)
+                take("", is_last=True)
             except KeyboardInterrupt:
                 self.stopped = True
-        return read_reply(tokenizer.decode(self.meter.drawn[:shown], skip_special_tokens=False), style, tokenizer)
+        return reply_message(*parts)
 
     def _fit(self, turns: "list[Message]") -> tuple[list[int], int, int]:
         """Return the prompt, the tokens left for its answer, and the number of exchanges dropped to leave a quarter of the context."""

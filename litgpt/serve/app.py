@@ -78,7 +78,7 @@ class Answering:
         self.queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
 
-    def add(self, ids: list[int], max_new_tokens: int | None, n: int = 1, top: int | None = None) -> None:
+    def add(self, ids: list[int], max_new_tokens: int | None, n: int = 1, top: int | None = None, is_chat: bool = False) -> None:
         """Prepare n answers to the ids of a prompt."""
         llm, given, most = self.model.llm, self.settings, self.state.max_prompt_tokens
         if len(self.jobs) + n > self.state.scheduler.most:
@@ -101,8 +101,8 @@ class Answering:
             seed = None if given.seed is None else (given.seed + index) % (LAST_SEED + 1)
             deadline = time.monotonic() + self.state.timeout
             new, send = max_new_tokens or min(DEFAULT_TOKENS, room), partial(self._send, index)
-            job = Job(self.model, ids, new, sampling, send, seed=seed, stops=given.stops, top_logprobs=top, deadline=deadline)
-            self.jobs.append(job)
+            how: dict[str, Any] = {"seed": seed, "stops": given.stops, "top_logprobs": top, "is_chat": is_chat, "deadline": deadline}
+            self.jobs.append(Job(self.model, ids, new, sampling, send, **how))
 
     def _send(self, index: int, piece: Piece) -> None:
         with suppress(RuntimeError):  # the server has ended
@@ -140,6 +140,7 @@ class Answering:
         async def collect() -> None:
             async for index, piece in self.pieces():
                 answers[index].text += piece.text
+                answers[index].reasoning += piece.reasoning
                 answers[index].tokens += piece.tokens
                 answers[index].reason = piece.reason
 
@@ -175,7 +176,7 @@ def chat_choice(index: int, piece: Piece, key: str, with_logprobs: bool, first: 
         part = "\ufffd" in token  # of a character: its bytes are not those of U+FFFD
         return {"token": token, "logprob": logprob, "bytes": None if part else list(token.encode("utf-8", "replace"))}
 
-    content: dict[str, Any] = {"content": piece.text}
+    content: dict[str, Any] = {"content": piece.text} | ({"reasoning_content": piece.reasoning} if piece.reasoning else {})
     if first:
         content = {"role": "assistant", **content} | ({"refusal": None} if key == "message" else {})
     tokens = [{**entry(t["token"], t["logprob"]), "top_logprobs": [entry(*pair) for pair in t["top"]]} for t in piece.tokens]
@@ -293,7 +294,7 @@ async def _chat(request: Request, body: Chat) -> Response:
         else:  # without turns: the last question on its own
             system = next((m["content"] for m in messages if m["role"] == "system"), None)
             text = llm.rendered(messages[-1]["content"], system)
-        answering.add(llm.prompt_ids(text), body.max_completion_tokens or body.max_tokens, body.n or 1, body.top)
+        answering.add(llm.prompt_ids(text), body.max_completion_tokens or body.max_tokens, body.n or 1, body.top, is_chat=True)
 
     await answering.start(prepare)
     return await answered(request, answering, body)

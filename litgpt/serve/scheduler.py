@@ -13,6 +13,7 @@ import torch
 
 from litgpt.generate.engine import Row
 from litgpt.generate.sampling import Sampling, StopFilter
+from litgpt.prompts import ReplyReader
 from litgpt.serve.models import Served
 from litgpt.tokenizer import StreamDecoder
 
@@ -26,6 +27,7 @@ class Piece:
     """A part of an answer. The last one has a reason: "stop", "length", "late" (it never ran) or "error"."""
 
     text: str = ""
+    reasoning: str = ""  # of a chat
     tokens: list[dict[str, Any]] = field(default_factory=list)  # with logprobs: token, at, logprob, top: [(token, logprob), ...]
     reason: str | None = None
     count: int = 0  # tokens of the answer so far
@@ -45,14 +47,18 @@ class Job:
         seed: int | None = None,
         stops: Iterable[str] = (),
         top_logprobs: int | None = None,
+        is_chat: bool = False,
         deadline: float = float("inf"),
     ) -> None:
         self.model, self.send, self.max_new_tokens = model, send, max_new_tokens
         self.row = Row(list(prompt), sampling, model.llm.generator(seed), model.head)
         self.top_logprobs, self.deadline = top_logprobs, deadline
-        self.ids = StopFilter(model.llm.prompt_style.stop_tokens(model.llm.tokenizer))
+        style, tokenizer = model.llm.prompt_style, model.llm.tokenizer
+        self.ids = StopFilter(style.stop_tokens(tokenizer))
         self.chars = StopFilter(stops)
-        self.decoder = StreamDecoder(model.llm.tokenizer)
+        reader = ReplyReader(style, tokenizer)
+        self.reader = reader if is_chat and reader.has_marks else None
+        self.decoder = StreamDecoder(tokenizer, skip_special_tokens=self.reader is None)
         self.tokens: list[dict[str, Any]] = []  # logprobs to be sent with the next piece
         self.length = 0  # characters of all tokens with logprobs
         self.cancelled = False
@@ -71,8 +77,9 @@ class Job:
             text += "".join(self.chars.free(self.decoder.push(self.ids.held) + self.decoder.rest()))
             text += "" if self.chars.stopped else "".join(self.chars.held)
         reason = "stop" if stopped or self.chars.stopped else "length" if full else None
-        if text or reason:
-            self.send(Piece(text, self.tokens, reason, count))
+        reasoning, text = ("", text) if self.reader is None else self.reader.push(text, is_last=reason is not None)
+        if text or reasoning or reason:
+            self.send(Piece(text, reasoning, self.tokens, reason, count))
             self.tokens = []
         return reason is not None
 

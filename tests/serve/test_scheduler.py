@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from litgpt.generate.sampling import Sampling
+from litgpt.prompts import ChatTemplate
 from litgpt.serve.models import Served, load_models
 from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
+from tests.helpers import tiny
 from tests.serve.conftest import Folders
 
 
@@ -88,6 +90,30 @@ def test_logprobs_are_the_models_own(model: Served, scheduler: Scheduler) -> Non
     assert [token["logprob"] for token in tokens] == pytest.approx([float(p[i]) for p, i in zip(logits, drawn, strict=True)], abs=1e-4)
     assert [token["top"][0][1] for token in tokens] == pytest.approx(logits.max(-1).values.tolist(), abs=1e-4)
     assert all(len(token["top"]) == 2 for token in tokens)
+
+
+@pytest.mark.parametrize("template", [tiny.THINKING, tiny.CHANNELS])
+def test_reasoning_is_apart_in_a_chat(template: str, model: Served) -> None:
+    tokenizer, asked = model.llm.tokenizer, [{"role": "user", "content": "Hi"}]
+    style, plain = ChatTemplate(template, eos_token="<|im_end|>"), model.llm.prompt_style
+    reply = {"role": "assistant", "content": "Hello,\n\nyou.", "reasoning_content": "They greet.\n\nSo I do."}
+    written = style.render([*asked, reply]).removeprefix(style.render(asked, add_generation_prompt=True))
+    ids = tokenizer.ids(written.partition("<|im_end|>")[0], bos=False)
+
+    def pieces(**how: Any) -> list[Piece]:
+        waiting = Waiting(model, len(ids), **how)
+        for number in ids:
+            waiting.job.advance(torch.nn.functional.one_hot(torch.tensor(number), model.llm.config.V).float())
+        return waiting.pieces
+
+    try:
+        model.llm.prompt_style = style
+        chat, raw = pieces(is_chat=True), pieces()
+    finally:
+        model.llm.prompt_style = plain
+    assert "".join(piece.reasoning for piece in chat) == reply["reasoning_content"] and len(chat) > 5
+    assert "".join(piece.text for piece in chat) == reply["content"] and chat[-1].reason == "length"
+    assert "".join(piece.text for piece in raw) == tokenizer.decode(ids) and not any(piece.reasoning for piece in raw)
 
 
 def test_a_full_queue_refuses(model: Served, scheduler: Scheduler) -> None:
