@@ -19,7 +19,7 @@ from litgpt.data.text_files import Text
 from litgpt.errors import UserError
 from litgpt.files import expand_path
 from litgpt.prompts import PromptStyle, save_prompt_style
-from litgpt.train.settings import Run
+from litgpt.train.settings import WholeRun
 
 if TYPE_CHECKING:
     from litgpt.lora import GPT, Config as LoRAConfig
@@ -29,7 +29,7 @@ RECORD = "initial.json"
 
 
 @dataclass(kw_only=True)
-class Pretrain(Run):
+class Pretrain(WholeRun):
     """Train all weights of a model on running text."""
 
     needs_data: ClassVar[bool] = True

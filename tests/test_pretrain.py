@@ -138,6 +138,16 @@ def test_resumed_in_mid_epoch_it_is_the_same(run: Run, text: Path, tokenizer: Pa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
+def test_compiled(run: Run, text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Blocks compiled by inductor learn the same."""
+    done = pretrain(text, tmp_path / "out", scratch=tokenizer, compile="true")
+    assert done.code == 0, done.err
+    before, after = load(run.final / "lit_model.pth"), load(done.final / "lit_model.pth")
+    assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before)  # sums of compiled code round otherwise
+
+
 def test_a_run_that_is_replaced_has_the_tokenizer_that_is_named_now(run: Run, text: Path, tokenizer: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tokenizer, tmp_path / "other")
     settings = json.loads((tokenizer / "tokenizer.json").read_text())

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from litgpt.args import EvalArgs, function_of, setting
 from litgpt.finetune import Finetuning
+from litgpt.train.settings import WholeRun
 
 
 @dataclass(kw_only=True)
-class Full(Finetuning):
+class Full(WholeRun, Finetuning):
     """Fine-tune all weights of a model."""
 
     out_dir: Path = setting(Path("out/finetune/full"), may_change=True)

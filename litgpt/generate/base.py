@@ -67,7 +67,7 @@ class Drawing:
         is_packed = "device" not in how
         llm = open_model(checkpoint_dir, is_packed, precision=self.precision, quantize=self.quantize, **{"device": self.accelerator, **how})
         if self.compile:
-            from litgpt.generate.engine import compile_steps
+            from litgpt.compiled import compile_steps
 
             compile_steps(llm.model)
         return llm

@@ -15,10 +15,9 @@ import torch
 from litgpt.errors import UserError
 from litgpt.generate.sampling import Sampling, StopFilter, until_stop
 from litgpt.model import GPT, KVCache, Positions, evaluating
-from litgpt.packed import compilable
 from litgpt.rope import is_long
 from litgpt.sharding import is_sharded
-from litgpt.text import counted, first_line
+from litgpt.text import counted
 
 MOST_ROWS = 32  # answers that `generate_batch` computes at a time
 FIRST_ROOM = 256  # positions of a new cache
@@ -340,25 +339,6 @@ def greedy(model: GPT, prompt: Sequence[int], most: int, stop_tokens: Sequence[S
             tokens.append(int(model.within(logits).argmax()))
             answer += stops.push(tokens[-1])
     return answer + stops.held
-
-
-def compile_steps(model: GPT) -> None:
-    """Compile the pass of a single new token (`torch.compile`). It begins with the first answer, and takes up to a minute.
-
-    Raises UserError then if torch cannot compile, for lack of a C++ compiler for example.
-    """
-    compilable(model)
-    eager, compiled = model.last, torch.compile(model.last, dynamic=True)
-
-    def last(idx: torch.Tensor, pos: Positions) -> torch.Tensor:
-        try:
-            return compiled(idx, pos) if idx.size(1) == 1 else eager(idx, pos)
-        except RuntimeError as error:
-            if type(error).__module__.startswith("torch._"):
-                raise UserError(f"compile: {first_line(error)}. Leave the option out") from None
-            raise
-
-    model.last = last  # type: ignore[method-assign]
 
 
 def generate_batch(

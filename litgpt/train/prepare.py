@@ -13,6 +13,7 @@ from litgpt.activations.prompts import replies
 from litgpt.adapters.blocks import auto_count
 from litgpt.args import TrainArgs
 from litgpt.checkpoint import WEIGHTS, chosen_taps, tokenizer_contents
+from litgpt.compiled import compile_training
 from litgpt.config import Config
 from litgpt.convert.litgpt import require_finite
 from litgpt.data.base import Splits
@@ -177,6 +178,8 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         model.to(rank.device)
         if not precision.endswith("-mixed"):
             pack(model, backward=True)
+    if getattr(settings, "compile", False) and not settings.dry_run:
+        compile_training(model)
     model.max_seq_length = _max_seq_length(settings, model.config)
     job = Job(
         settings,

@@ -101,3 +101,11 @@ class Run:
     def hyperparameters(self) -> dict[str, Any]:
         """Return the settings as YAML values for `hyperparameters.yaml`, with which `--config` repeats the run."""
         return as_config({**vars(self), "resume": False, "overwrite": False})
+
+
+@dataclass(kw_only=True)
+class WholeRun(Run):
+    """The settings of commands that train all weights."""
+
+    compile: bool = setting(False, may_change=True)
+    """Compile the blocks (torch.compile), which takes half a minute and a C++ compiler: a step then takes a seventh less time on a CPU."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from litgpt.errors import UserError
-from litgpt.generate.engine import compile_steps, generate
-from litgpt.packed import PackedLinear, is_supported, pack
+from litgpt.generate.engine import generate
 from tests.helpers import tiny
 from tests.helpers.cases import quick
 
@@ -142,42 +140,3 @@ def test_answers_of_one_model_may_alternate() -> None:
     first = [[next(answer) for answer in answers] for _ in range(5)]
     assert [list(ids) for ids in zip(*first, strict=True)] == [ids[:5] for ids in alone]
     assert [list(answer) for answer in answers] == [ids[5:] for ids in alone]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "adapters", [{}, {"skip2lora_enabled": True, "skip2lora_block_indices": [0, 1], "lora_r": 3}], ids=["plain", "taps"]
-)
-def test_compiled_steps(adapters: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answers, from one graph for all lengths, by packed weights where the processor has them."""
-    graphs: list[Any] = []
-
-    def backend(module: Any, inputs: Any) -> Any:
-        graphs.append(module)
-        return module.forward
-
-    model = tiny.move_adapters(tiny.tiny(**adapters))
-    for linear in (module for module in model.modules() if type(module) is torch.nn.Linear):
-        linear.requires_grad_(False).weight.copy_(linear.weight.half())  # so that fp16 holds them
-    pack(model)
-    assert any(isinstance(module, PackedLinear) for module in model.modules()) == is_supported(torch.float32)
-    prompt = tiny.ids(1, 5)[0]
-    want = [greedy(model, prompt[:length], length + 20) for length in (3, 5)]
-    torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    compile_steps(model)
-    assert [greedy(model, prompt[:length], length + 20) for length in (3, 5)] == want
-    assert len(graphs) == 1
-
-
-@pytest.mark.slow
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import config
-
-    monkeypatch.setattr(config.cpp, "cxx", ("/nonexistent",))
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    model = tiny.tiny()
-    torch.compiler.reset()
-    compile_steps(model)
-    with pytest.raises(UserError, match=r"compile: .*C\+\+ compiler.* Leave the option out"):
-        greedy(model, tiny.ids(1, 5)[0], 9)
