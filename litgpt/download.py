@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
@@ -18,7 +18,7 @@ from litgpt.checkpoint import HOME, HUB_NAME, TOKENIZER_FILES, WEIGHT_FILES, hf_
 from litgpt.convert.resolve import convert, open_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import open_regular, read_json
-from litgpt.streams import unescaped, without_secrets
+from litgpt.streams import drawing, without_secrets
 from litgpt.text import first_line, printable, size
 from litgpt.values import checked
 
@@ -169,7 +169,7 @@ def _get(url: str, file: "RepoSibling", folder: Path, access_token: str | None) 
         headers = build_hf_headers(token=access_token)
         have = content.tell()
         if have != file.size or not have:
-            with redirect_stderr(unescaped(sys.stderr)):  # for its progress bar
+            with drawing():
                 http_get(url, content, resume_size=have, headers=headers, expected_size=file.size, displayed_filename=printable(path.name))
         content.flush()
         os.fsync(content.fileno())

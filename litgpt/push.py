@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Optional
@@ -17,7 +17,7 @@ from litgpt.convert.resolve import is_hf_folder, open_checkpoint
 from litgpt.download import hub
 from litgpt.errors import UserError
 from litgpt.files import require_own
-from litgpt.streams import unescaped, without_secrets
+from litgpt.streams import drawing, without_secrets
 from litgpt.text import counted, first_line, size
 from litgpt.values import checked
 
@@ -90,7 +90,7 @@ def _upload(folder: Path, names: list[str], repo_id: str, private: bool, token: 
 
     page = without_secrets(f"{api.endpoint}/{repo_id}")
     try:
-        with redirect_stderr(unescaped(sys.stderr)):  # for its progress bars
+        with drawing():
             api.create_repo(repo_id, private=private or None, exist_ok=True)
             patterns = list(map(glob.escape, names))
             api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=patterns, commit_message=message)

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, redirect_stderr, suppress
 from typing import Any, TextIO, cast
 from urllib.parse import unquote
 
@@ -93,6 +93,11 @@ def guard() -> None:
 def unescaped(stream: TextIO) -> TextIO:
     """Return the stream for a library that draws with escape sequences. It still never fails."""
     return cast(TextIO, Stream(stream.stream, str)) if isinstance(stream, Stream) else stream
+
+
+def drawing() -> AbstractContextManager[TextIO]:
+    """Return a context in which a library's progress bars reach standard error as they are."""
+    return redirect_stderr(unescaped(sys.stderr))
 
 
 def show(piece: str) -> None:

@@ -16,6 +16,7 @@ from litgpt.data.records import Record
 from litgpt.data.sources import check_rows, read_rows
 from litgpt.errors import UserError
 from litgpt.files import expand_path, fetch
+from litgpt.streams import drawing
 from litgpt.text import first_line
 
 HUB = "https://huggingface.co/datasets/"  # files below it come through the hub's client: HF_ENDPOINT and tokens apply
@@ -104,9 +105,10 @@ def download_from_hub(address: str, folder: Path, name: str, token: str | None =
         return [path for path in partial.rglob("*") if path.is_file() and fnmatch.fnmatch(str(path.relative_to(partial)), file)]
 
     try:
-        huggingface_hub.snapshot_download(
-            repo, repo_type="dataset", allow_patterns=[file], local_dir=partial, token=token, endpoint=os.environ.get("HF_ENDPOINT")
-        )
+        with drawing():
+            huggingface_hub.snapshot_download(
+                repo, repo_type="dataset", allow_patterns=[file], local_dir=partial, token=token, endpoint=os.environ.get("HF_ENDPOINT")
+            )
         if not (paths := arrived()):
             raise FileNotFoundError("the data set has no such file")
         for path in paths:

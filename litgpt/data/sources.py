@@ -14,6 +14,7 @@ from typing import Any
 from litgpt.data.records import KEYS, Record, kind_of, known_key, read_record
 from litgpt.errors import UserError
 from litgpt.files import MISSING, decode_text, parse_json, read_bytes
+from litgpt.streams import drawing
 from litgpt.text import counted, first_line
 
 LINES = (".jsonl", ".ndjson")
@@ -281,7 +282,8 @@ def read_dataset(path: Path) -> tuple[list[Record], list[Record] | None]:
     datasets = import_library("datasets", f"{path}" if path.is_dir() else f"{path} is not a local file or folder; as a data set of the hub")
     saved = any((path / name).is_file() for name in SAVED)
     try:
-        loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+        with drawing():
+            loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
         parts: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
         val = next((name for name in VALIDATION if name in parts), None)
         rows = {name: _bounded(parts[name], path) for name in ("train", val) if name is not None and name in parts}

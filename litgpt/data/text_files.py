@@ -18,6 +18,7 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path, parse_json, read_text
 from litgpt.prompts import PromptStyle
 from litgpt.sample import Sample
+from litgpt.streams import drawing
 from litgpt.text import counted, first_line
 from litgpt.tokenizer import Tokenizer
 
@@ -217,7 +218,8 @@ class OpenWebText(Text):
         folder = expand_path(self.data_path)
         try:
             is_saved = any((folder / name).is_file() for name in SAVED)
-            loaded = datasets.load_from_disk(str(folder)) if is_saved else datasets.load_dataset(self.repo_id, cache_dir=str(folder))
+            with drawing():
+                loaded = datasets.load_from_disk(str(folder)) if is_saved else datasets.load_dataset(self.repo_id, cache_dir=str(folder))
             rows = loaded.get("train", loaded)
         except Exception as error:  # the library raises errors of many other libraries
             reason = first_line(error)[:200]

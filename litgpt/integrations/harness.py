@@ -14,6 +14,7 @@ from litgpt.errors import UserError
 from litgpt.files import read_yaml
 from litgpt.generate.engine import Session
 from litgpt.generate.sampling import Sampling, until_stop_text
+from litgpt.streams import drawing
 
 INSTALL = 'the tasks need the LM Evaluation Harness: pip install "litgpt[eval]"; --data FILE needs nothing'
 MOST_NEW_TOKENS = 256  # of an answer, if the task does not say how many
@@ -121,9 +122,10 @@ def run_tasks(
     seeds = {"random_seed": seed, "numpy_random_seed": seed, "torch_random_seed": seed}
     share = int(limit) if limit is not None and limit >= 1 else limit
     model = HarnessModel(llm, batch_size)
-    results = evaluator.simple_evaluate(
-        model=model, tasks=wanted, num_fewshot=num_fewshot, batch_size=batch_size, limit=share, task_manager=manager, **seeds
-    )
+    with drawing():
+        results = evaluator.simple_evaluate(
+            model=model, tasks=wanted, num_fewshot=num_fewshot, batch_size=batch_size, limit=share, task_manager=manager, **seeds
+        )
     table = utils.make_table(results) + (f"\n{utils.make_table(results, 'groups')}" if results.get("groups") else "")
     return results, table
 

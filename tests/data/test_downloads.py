@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from litgpt.data.downloads import HUB, download_from_hub
 from litgpt.errors import UserError
+from litgpt.streams import guard
 from tests.data.conftest import publish
 from tests.helpers.fake_hub import Hub
 
@@ -36,3 +40,15 @@ def test_a_download_that_breaks_off_keeps_its_complete_files(hub: Hub, tmp_path:
     download_from_hub(address, folder, "a-*")
     assert hub.fetched() == {"a-2.jsonl"}
     assert sorted(path.name for path in folder.iterdir()) == ["a-1.jsonl", "a-2.jsonl"]
+
+
+def test_its_progress_bar_is_drawn(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guarded stream writes control characters out: without its carriage returns, every step of a bar would follow the last one."""
+    publish(hub, tmp_path / "hub", "my/data", {"a.jsonl": [{}]})
+    monkeypatch.setattr(sys.modules[are_progress_bars_disabled.__module__], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    guard()
+    download_from_hub(f"{HUB}my/data/resolve/main/a.jsonl", tmp_path / "new", "a.jsonl")
+    assert "\rFetching" in stream.getvalue() and r"\r" not in stream.getvalue()

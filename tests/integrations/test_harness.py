@@ -70,7 +70,9 @@ def tasks(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["base", "lora"])
-def test_as_through_hugging_face(kind: str, base: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_through_hugging_face(
+    kind: str, base: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -87,6 +89,7 @@ def test_as_through_hugging_face(kind: str, base: Path, tasks: list[Path], tmp_p
     words = ["--tasks", names, "--out_dir", str(tmp_path / "out"), "--batch_size", "3", "--dtype", "float32", "--limit", "10"]
     assert main(["evaluate", str(folder), *words, "--num_fewshot", "1"]) == 0
     ours = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert r"\r" not in capsys.readouterr().err  # progress bars
 
     whole = base
     if kind == "lora":
