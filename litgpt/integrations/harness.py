@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def run_tasks(
     seeds = {"random_seed": seed, "numpy_random_seed": seed, "torch_random_seed": seed}
     share = int(limit) if limit is not None and limit >= 1 else limit
     model = HarnessModel(llm, batch_size)
+    if llm.model.switch is not None:
+        invocation = llm.tokenizer.decode(llm.model.switch.invocation, skip_special_tokens=False)
+        print(f"answer-only LoRA acts behind {invocation!r}: choices of questions without it get the base model's scores", file=sys.stderr)
     with drawing():
         results = evaluator.simple_evaluate(
             model=model, tasks=wanted, num_fewshot=num_fewshot, batch_size=batch_size, limit=share, task_manager=manager, **seeds

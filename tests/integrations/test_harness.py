@@ -110,6 +110,21 @@ def test_as_through_hugging_face(
                 assert ours[task][name] == pytest.approx(value, rel=1e-4), (task, name)
 
 
+def test_answer_only_lora_says_where_it_acts(base: Path, tasks: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A task's questions hold no invocation, so its choices have exactly the base's scores."""
+    settings: dict[str, Any] = {"lora_r": 4, "lora_query": True, "alora_enabled": True, "alora_invocation_tokens": [1, 5]}
+    built = tiny.move_adapters(tiny.tiny(**tiny.SPEAKING, **settings))
+    adapter = tiny.write_adapter(tmp_path / "adapter", base, built, **settings)
+    scores = []
+    for folder in (base, adapter):
+        words = ["--tasks", str(tasks[0]), "--out_dir", str(tmp_path / folder.name / "out"), "--dtype", "float32", "--limit", "2"]
+        assert main(["evaluate", str(folder), *words]) == 0
+        assert ("answer-only LoRA acts behind '<|im_start|>" in capsys.readouterr().err) == (folder == adapter)
+        results = json.loads((tmp_path / folder.name / "out/results.json").read_text())
+        scores.append([sample["resps"] for sample in results["samples"]["tiny_choice"]])
+    assert scores[0] == scores[1]
+
+
 def test_unknown_tasks(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(base), "--tasks", "no_such_task"]) == 1
     assert "no task no_such_task" in capsys.readouterr().err
