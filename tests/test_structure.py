@@ -33,6 +33,7 @@ adapter_v2
 loss
 quantize device optim logs tokenizer
 packed
+compiled
 activations
 memory
 templates prompts

@@ -215,6 +215,7 @@ def cuda() -> Iterator[Device]:
         answers = {"is_available": True, "device_count": 1, "is_bf16_supported": True, "max_memory_allocated": 0, "get_rng_state": random}
         for name, value in {**answers, "_lazy_init": None, "set_rng_state": None, "reset_peak_memory_stats": None}.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)  # optimizers ask it for a stream that it captures
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(torch.inference_mode, "__enter__", enter)
         patch.setattr(torch.inference_mode, "__exit__", lambda self, *_: torch._C._set_grad_enabled(self.before))
