@@ -94,6 +94,8 @@ def kinds(records: Sequence[Record]) -> list[str]:
     for text, count in (
         ("with a system text", sum(one.messages[0]["role"] == "system" for one in records)),
         ("with a rejected answer as well", sum(one.rejected is not None for one in records)),
+        ("with an equal rejected answer: dropped by dpo and orpo", sum(_is_tie(one) for one in records)),
+        ("marked as wrong: learned, except by the objectives kto, critic and verifiable", sum(one.is_wrong for one in records)),
         ("with tools", sum(one.tools is not None for one in records)),
         ("with a reply that is read, not learned", sum(_has_reply_to_read(one) for one in records)),
         ("with an empty answer: dropped", sum(any(one.learned) and not one.has_answer for one in records)),
@@ -102,6 +104,10 @@ def kinds(records: Sequence[Record]) -> list[str]:
         if count:
             lines.append(f"  {count:,} {text}")
     return lines
+
+
+def _is_tie(record: Record) -> bool:
+    return record.rejected is not None and record.rejected.messages == record.messages
 
 
 def _has_reply_to_read(record: Record) -> bool:
@@ -121,9 +127,9 @@ def repetitions(train: Sequence[Record], val: Sequence[Record]) -> list[str]:
         question, answer = (*words[:-2], words[-1]), words[-2][1]
         if (same := first.setdefault(_whole(one), number)) != number:
             exact.append((number, same))
-        elif (same := plain.setdefault(words, number)) != number:
+        elif (same := plain.setdefault((words, _rating(one)), number)) != number:
             near.append((number, same))
-        if one.messages[-1]["content"] and not one.is_text:
+        if one.messages[-1]["content"] and not one.is_text and _rating(one) == (None,) * 3:
             answers.setdefault(question, {}).setdefault(answer, number)
     shared = [(number, first[whole]) for number, one in enumerate(val, 1) if (whole := _whole(one)) in first]
     differing = [tuple(found.values()) for found in answers.values() if len(found) > 1]
@@ -148,7 +154,13 @@ def normalised(text: str) -> str:
 
 
 def _whole(record: Record) -> Any:
-    return (record.input, *((message["role"], str(message["content"]), str(message.get("tool_calls", ""))) for message in record.messages))
+    texts = ((message["role"], str(message["content"]), str(message.get("tool_calls", ""))) for message in record.messages)
+    return (record.input, _rating(record), *texts)
+
+
+def _rating(record: Record) -> Any:
+    """Return what tells records with the same answer apart: its rating, or the answer that it is compared with."""
+    return record.label, record.reward, record.rejected and _whole(record.rejected)
 
 
 def _contradiction(records: Sequence[Record], numbers: Sequence[int]) -> str:

@@ -57,6 +57,19 @@ def test_kinds_and_unread_keys(look: Any) -> None:
     assert "litgpt finetune MODEL --data" in out and "train.epochs" in out  # advice without a model
 
 
+def test_answers_that_are_compared_or_rated(look: Any) -> None:
+    """Other answers to a question, and the same one over another, are meant so."""
+    pairs = [{"prompt": "a", "chosen": "1", "rejected": rejected} for rejected in "2311"]
+    out = look([*pairs, {"prompt": "a", "chosen": "4", "rejected": "5"}])
+    assert "  5 with a rejected answer as well\n  2 with an equal rejected answer: dropped by dpo and orpo\n" in out
+    assert "  1 record equal to an earlier one: 4 (as 3)\n" in out and "but for case" not in out and "answers:" not in out
+    for key, good, bad in (("label", True, False), ("correct", True, False), ("reward", 0.5, 0)):
+        out = look([{"prompt": "a", "completion": str(n), key: value} for n, value in enumerate((good, bad, bad))])
+        assert "  2 marked as wrong: learned, except by the objectives kto, critic and verifiable\n" in out
+        assert "answers:" not in out and "earlier" not in out
+    assert "1 question with different answers:" in look([pair("a", "1"), pair("a", "2")])
+
+
 def test_a_last_turn_of_the_user_is_no_reply_that_is_left_out(look: Any, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     assert "read, not learned" not in look([{"messages": [*turns, {"role": "user", "content": "Bye"}]}])

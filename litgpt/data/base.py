@@ -192,6 +192,8 @@ class DataModule(ABC):  # noqa: B024 - the base class of classes that settings n
         if not count:
             return f"{self.source}: the {split} set is empty: add records to it"
         start = f"{self.source}: none of the {count:,} {split} records is left: "
+        if 2 * encoder.dropped[EQUAL] > encoder.dropped.total():
+            return f"{start}in each, 'chosen' and 'rejected' are equal" + (f" in {encoder.max_length:,} tokens" if encoder.cut else "")
         if 2 * encoder.dropped[CUT_AWAY] <= encoder.dropped.total():
             remedy = "Fill in the key of the answer (`output`), or let a turn have the weight 1"
             return f"{start}their answers are empty or have the weight 0. {remedy}"
@@ -206,6 +208,7 @@ MOST_REPEATED = 30  # most training samples that are validated if none are held 
 EMPTY = "empty answer"
 WEIGHTLESS = "weight 0"
 CUT_AWAY = "no answer token left"
+EQUAL = "chosen and rejected are equal"
 SHOWN_KEYS = 12  # in a remark
 
 
@@ -221,6 +224,8 @@ class Encoder:
     source: str
     cut: int = 0
     apart: int = 0
+    by_last_reply: int = 0
+    imitated: int = 0  # wrong answers
     dropped: Counter[str] = field(default_factory=Counter)
     ignored: dict[str, Counter[str]] = field(default_factory=dict)
     """reason -> keys"""
@@ -231,23 +236,32 @@ class Encoder:
     def encode_all(self, records: Sequence[tuple[int, Any]], units: Units = alone) -> list[tuple[Record, list[Sample]]]:
         """Return the first conversation of each unit, and the unit's samples.
 
-        A conversation whose replies the prompt style rewrites once others follow is trained as several, one for each reply.
+        A conversation whose replies the prompt style rewrites once others follow is trained as several, one for each reply. Conversations
+        that are compared count by their last replies then.
         """
         read = [(n, entry if isinstance(entry, Record) else self._at(n, read_record, entry)) for n, entry in records]
+        wrong = {number for number, record in read if record.is_wrong}
         encoded, waiting = list[tuple[Record, list[Sample]]](), deque(units(read))
         while waiting:
             number, conversations = waiting.popleft()
             try:
                 samples = list(takewhile(bool, (self._at(number, self.encode, each) for each in conversations)))  # counted once if dropped
             except Rewritten:
-                if len(conversations) > 1:
-                    raise
-                parts = conversations[0].parts[-1:] if self.last_turn_only else conversations[0].parts
-                self.apart += len(parts) > 1
-                waiting.extendleft((number, [part]) for part in reversed(parts))
+                parts = [each.parts or [each] for each in conversations]
+                if len(parts) > 1 or self.last_turn_only:
+                    self.by_last_reply += len(parts) > 1
+                    waiting.appendleft((number, [own[-1] for own in parts]))
+                else:
+                    self.apart += len(parts[0]) > 1
+                    waiting.extendleft((number, [part]) for part in reversed(parts[0]))
                 continue
-            if len(samples) == len(conversations):
-                encoded.append((conversations[0], samples))
+            if len(samples) < len(conversations):
+                continue
+            if conversations[0].label != conversations[-1].label and samples[0].input_ids == samples[-1].input_ids:  # chosen and rejected
+                self.dropped[EQUAL] += 1
+                continue
+            self.imitated += number in wrong and (conversations[0].label, conversations[0].reward) == (None, None)
+            encoded.append((conversations[0], samples))
         return encoded
 
     def _at(self, number: int, work: Callable[[Any], Any], value: Any) -> Any:
@@ -318,6 +332,8 @@ class Encoder:
         """Return remarks about conversations that are trained reply by reply, and about ignored keys with the numbers of their records."""
         why = f"as the prompt style {_name(self.style)} rewrites earlier replies"
         remarks = [f"{counted(self.apart, 'conversation')} trained reply by reply, {why}"] if self.apart else []
+        remarks += [f"{counted(self.by_last_reply, 'comparison')} of last replies alone, {why}"] if self.by_last_reply else []
+        remarks += [f"{counted(self.imitated, 'answer')} marked as wrong but learned like the others"] if self.imitated else []
         for reason, counts in self.ignored.items():
             shown = [f"{key[:60]} ({count:,})" for key, count in counts.most_common(SHOWN_KEYS)]
             more = f" and {len(counts) - SHOWN_KEYS:,} more" if len(counts) > SHOWN_KEYS else ""

@@ -81,6 +81,11 @@ class Record:
         return any(map(has_text, self.replies))
 
     @property
+    def is_wrong(self) -> bool:
+        """True if the record says that its answer is not a good one."""
+        return self.label is False or self.reward == 0
+
+    @property
     def replies(self) -> list[Message]:
         """The replies to learn."""
         return [message for message, weight in zip(self.messages, self.learned, strict=True) if weight]

@@ -18,12 +18,12 @@ from torch.testing import assert_close
 
 from litgpt.activations.cache import CacheSettings, activations
 from litgpt.data import JSON
-from litgpt.data.base import Unit
+from litgpt.data.base import Splits, Unit
 from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.objectives.named import objective_of
 from litgpt.objectives.settings import ObjectiveSettings
-from litgpt.prompts import resolve_prompt_style
+from litgpt.prompts import ChatTemplate, PromptStyle, resolve_prompt_style
 from litgpt.sample import Sample
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.loop import Batches
@@ -171,6 +171,10 @@ def units(name: str, *entries: dict[str, Any]) -> list[Unit]:
     return objective.units([(number, read_record(entry)) for number, entry in enumerate(entries, 1)])
 
 
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
 def texts(found: Sequence[Unit]) -> list[list[str]]:
     return [["/".join(message["content"] for message in record.messages) for record in unit] for _, unit in found]
 
@@ -225,6 +229,64 @@ def test_a_pair_that_is_dropped_is_counted_once(tiny_tokenizer_dir: Path, tmp_pa
         tokenizer, resolve_prompt_style("chatml", tiny_tokenizer_dir, tokenizer), units=objective_of(settings_of("dpo")).units
     ).report
     assert report.startswith(("2 train and 2", "3 train and 1")) and report.endswith(", 1 dropped: weight 0"), report
+
+
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def split(tokenizer_dir: Path, style: PromptStyle, rows: list[dict[str, Any]], file: Path, case: str, limit: int | None = None) -> Splits:
+    """Return the samples of records, all of them for training."""
+    file.write_text(json.dumps(rows))
+    data = JSON(json_path=file, val_split_fraction=0)
+    return data.splits(Tokenizer(tokenizer_dir), style, limit, objective_of(settings_of(case)).units)
+
+
+def test_pairs_whose_answers_are_equal_are_dropped(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Also those that differ only behind the cut. The label of KTO says how good an answer is, so equal answers tell something."""
+    style = ChatTemplate(PLAIN)
+    rows = [{"prompt": "a", "chosen": chosen, "rejected": rejected} for chosen, rejected in ("bc", "bb", ("d" * 50 + "a", "d" * 50 + "b"))]
+    for case, limit, expected in (("dpo", None, 2), ("orpo", None, 2), ("dpo", 20, 1)):
+        splits = split(tiny_tokenizer_dir, style, rows, tmp_path / "pairs.json", case, limit)
+        assert len(splits.train) == 2 * expected
+        assert f", {3 - expected} dropped: chosen and rejected are equal" in splits.report, splits.report
+    assert len(split(tiny_tokenizer_dir, style, rows, tmp_path / "pairs.json", "kto").train) == 2 * 6
+    with pytest.raises(UserError, match="none of the 1 training records is left: in each, 'chosen' and 'rejected' are equal$"):
+        split(tiny_tokenizer_dir, style, rows[1:2], tmp_path / "pairs.json", "dpo")
+    with pytest.raises(UserError, match="'chosen' and 'rejected' are equal in 20 tokens$"):
+        split(tiny_tokenizer_dir, style, rows[2:], tmp_path / "pairs.json", "dpo", 20)
+
+
+@pytest.mark.parametrize("key", ["label", "correct"])
+def test_wrong_answers_that_are_imitated_are_counted(key: str, tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": answer, key: answer == "b"} for answer in "bcd"]
+    (tmp_path / "rated.json").write_text(json.dumps(rows))
+    data = JSON(json_path=tmp_path / "rated.json", val_split_fraction=0)
+    for name in ("next_token", "kto" if key == "label" else "critic"):
+        objective = objective_of(SimpleNamespace(objective=name))
+        report = data.splits(Tokenizer(tiny_tokenizer_dir), ChatTemplate(PLAIN), units=objective.units).report
+        assert ("2 answers marked as wrong but learned like the others" in report) is (name == "next_token"), report
+
+
+@pytest.mark.parametrize("case", ["dpo", "orpo", "kto"])
+def test_answers_of_several_replies_that_a_template_rewrites_are_compared_by_the_last(
+    case: str, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """As Qwen3's template drops the reasoning of earlier replies: the last reply has loss behind what the model reads then."""
+    style = ChatTemplate(PLAIN.replace("{{ m.content }}", "{{ m.content if not loop.last or m.role == 'user' else 'E' + m.content }}"))
+    answers = [[turn("assistant", "b"), turn("user", "c"), turn("assistant", last)] for last in "de"] + [[turn("assistant", "f")]]
+    row = {"prompt": [turn("user", "a")], "chosen": answers[0]}
+    splits = split(tiny_tokenizer_dir, style, [{**row, "rejected": answers[k]} for k in (1, 2)], tmp_path / "pairs.json", case)
+    tokenizer, found = Tokenizer(tiny_tokenizer_dir), []
+    for sample in splits.train[::2] if case == "kto" else splits.train:
+        first = sample.loss_mask.index(1)
+        found.append(tuple(tokenizer.decode(list(ids), False) for ids in (sample.input_ids[:first], sample.input_ids[first:])))
+    long, short = "<user>a</user><assistant>b</assistant><user>c</user><assistant>", "<user>a</user><assistant>"
+    expected = [(long, "Ed</assistant>"), (long, "Ee</assistant>"), (long, "Ed</assistant>"), (short, "Ef</assistant>")]
+    eos = tokenizer.decode([tokenizer.eos_id], False)
+    assert found == [(prompt, answer + eos) for prompt, answer in expected]
+    assert f"{4 if case == 'kto' else 2} comparisons of last replies alone, as the prompt style" in splits.report
 
 
 def test_the_formulas_are_those_of_torch_for_one_pair() -> None:
