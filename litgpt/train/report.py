@@ -95,10 +95,14 @@ def page_of(
 def next_steps(out_dir: Path, config: Config, chat: tuple[str, str], is_whole: bool = True) -> list[tuple[str, str]]:
     """Return commands for a finished run, `chat` first, each with what it does. `is_whole`: the final folder holds a model."""
     final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
+    page = (str(out_dir / PAGE), "curves, answers and settings, in a browser")
+    if config.heads:  # no other format can hold them
+        generate, rows = f"litgpt generate {final} --prompt 'A question'", [chat] if config.changes_text or not config.value_head else []
+        rows += [(f"{generate} --best_of 8 --by value", "the best of eight answers")] if config.value_head else []
+        rows += [(f"{generate} --speculate heads", "an answer that the heads draft")] if config.mtp_heads else []
+        return [*rows, page]
     rows = [chat]
-    if config.value_head and not config.changes_text:
-        rows = [(f"litgpt generate {final} --prompt 'A question' --best_of 8 --by value", "the best of eight answers")]
-    elif config.skip2lora_enabled or config.alora_enabled:
+    if config.skip2lora_enabled or config.alora_enabled:
         name, users = ("portable", "for transformers") if config.skip2lora_enabled else ("peft", "for transformers with PEFT, and vLLM")
         rows.append((f"litgpt convert_adapter {final} {stem}/{name}", users))
         if not config.skip2lora_enabled and has_gguf(config):
@@ -109,4 +113,4 @@ def next_steps(out_dir: Path, config: Config, chat: tuple[str, str], is_whole: b
             rows.append((f"litgpt convert_to_gguf {final} {stem}/model.gguf", "for llama.cpp and Ollama"))
     elif config.lora_r and config.is_mergeable:  # of a sharded model, which was not merged; a LLaMA-Adapter cannot be
         rows.append((f"litgpt merge_lora {final}", "a model of its own"))
-    return [*rows, (str(out_dir / PAGE), "curves, answers and settings, in a browser")]
+    return [*rows, page]

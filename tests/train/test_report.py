@@ -100,5 +100,25 @@ def test_the_next_steps_name_gguf_where_it_can_hold_the_model() -> None:
             commands = [command for command, _ in next_steps(Path("out"), Config(**fields, **settings), ("litgpt chat out", ""), whole)]
             assert any(gguf in command for command in commands) is has, commands
             assert commands[0] == "litgpt chat out" and len(commands) == 3 + has
-    critic = Config(**llama, value_head="linear")
-    assert [command.split()[:2] for command, _ in next_steps(Path("out"), critic, ("litgpt chat out", ""))[:-1]] == [["litgpt", "generate"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"value_head": "linear"}, ["best"]),
+        ({"value_head": "linear", "lora_r": 2, "lora_query": True}, ["chat", "best"]),
+        ({"mtp_heads": 1}, ["chat", "heads"]),
+        ({"mtp_heads": 1, "lora_r": 2, "skip2lora_enabled": True, "skip2lora_block_indices": "all"}, ["chat", "heads"]),
+        ({"mtp_heads": 1, "value_head": "mlp", "lora_r": 2, "lora_query": True, "alora_enabled": True}, ["chat", "best", "heads"]),
+    ],
+)
+def test_the_next_steps_of_heads_are_commands_that_use_them(settings: dict[str, Any], expected: list[str]) -> None:
+    """Exports are refused for a folder with heads."""
+    llama = family_configs.pair("llama")[1]
+    commands = {
+        "litgpt chat out": "chat",
+        "litgpt generate out/final --prompt 'A question' --best_of 8 --by value": "best",
+        "litgpt generate out/final --prompt 'A question' --speculate heads": "heads",
+    }
+    steps = next_steps(Path("out"), Config(**llama, **settings), ("litgpt chat out", ""), False)
+    assert [commands[command] for command, _ in steps[:-1]] == expected
