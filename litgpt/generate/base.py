@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 from litgpt.args import POSITIVE, SHARE, TEMPERATURE, TOP_K, Accelerator, Quantization, function_of, require_ranges, setting
 from litgpt.errors import UserError
-from litgpt.streams import show
+from litgpt.streams import safe, show
 from litgpt.text import counted
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ main = function_of(Generate, "checkpoint_dir", "prompt")
 
 
 def open_model(checkpoint_dir: Path, packed: bool = True, **how: Any) -> "LLM":
-    """Load a checkpoint, and print its name, dtype and device to standard error.
+    """Load a checkpoint, and print its folder, the model's name, dtype and device to standard error.
 
     `packed`: pack the model with `litgpt.packed`, after which it cannot be divided. `how`: arguments of `LLM.load`.
     """
@@ -205,7 +205,7 @@ def open_model(checkpoint_dir: Path, packed: bool = True, **how: Any) -> "LLM":
         pack(llm.model)
     dtype = str(llm.model.dtype).removeprefix("torch.")
     form = f"{dtype}, {how['quantize']}" if how.get("quantize") else dtype
-    print(f"{llm.config.name}, {form} on {llm.device}, loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    print(safe(f"{llm.folder}: {llm.config.name}, {form} on {llm.device}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)
     return llm
 
 

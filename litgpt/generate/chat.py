@@ -36,7 +36,7 @@ COMMANDS = {
 
 @dataclass
 class Chat(Drawing, Checkpoint):
-    """Talk to a model. An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer, /help lists commands."""
+    """Talk to a model. An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer or drops a message, /help lists commands."""
 
     multiline: bool = False
     """Accept messages of several lines; the line !submit sends the message."""
@@ -262,15 +262,21 @@ def _read(multiline: bool) -> str:
     """Return the next message; empty at the end of the input."""
     prompt = ">> Prompt: " if sys.stdin.isatty() else ""
     lines: list[str] = []
+    interrupted = False
     while True:
         try:
             line = as_utf8(input("" if lines else prompt))
         except (EOFError, KeyboardInterrupt) as end:
             if prompt:
                 print()
-            if isinstance(end, KeyboardInterrupt):
+            if isinstance(end, EOFError):
+                break
+            if interrupted or not prompt:
                 raise
-            break
+            _note("nothing was sent; Ctrl-C again ends")
+            interrupted, lines = True, []
+            continue
+        interrupted = False
         if "\ufffd" in line:
             _note("this line is not UTF-8 text: U+FFFD stands for what cannot be read")
         if not multiline or (not lines and line.strip().split(" ")[0] in COMMANDS):

@@ -34,7 +34,7 @@ def test_prompt_and_answer_on_stdout_figures_on_stderr(base: Path, capsys: pytes
     llm = LLM.load(base, precision="32-true", device="cpu")
     answer: Any = llm.generate("hello", max_new_tokens=20, temperature=0.0, return_as_token_ids=True)
     assert out == llm.tokenizer.decode([*llm.prompt_ids(llm.prompt_style.apply("hello")), *answer.tolist()]) + "\n"
-    assert re.search(r"^tiny, float32 on cpu, loaded in \d", err)
+    assert re.match(re.escape(str(base)) + r": tiny, float32 on cpu, loaded in \d", err)
     assert re.search(r"\n20 tokens in \d+\.\d\d s, \d+\.\d tokens/s, peak memory \d+\.\d\d GiB\n$", err)
 
 

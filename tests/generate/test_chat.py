@@ -205,19 +205,34 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     assert len(conversation.turns) == 4
 
 
-def test_ctrl_c_at_the_prompt_exits_130(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("is_terminal", "multiline", "lines", "asked"),
+    [
+        (True, False, ["hello", "C", "again", "C", "C", "late"], ["hello", "again"]),
+        (True, False, ["C", "C", "late"], []),
+        (True, True, ["dropped", "C", "one", "!submit", "C", "C", "late"], ["one"]),
+        (False, False, ["hello", "C", "late"], ["hello"]),
+    ],
+)
+def test_ctrl_c_at_the_prompt(
+    is_terminal: bool, multiline: bool, lines: list[str], asked: list[str], base: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, the first Ctrl-C drops the message and the second ends."""
     said_to(monkeypatch, base)
-    lines = iter(["hello", KeyboardInterrupt()])
+    keys = iter(lines)
 
-    def read(prompt: str) -> str:
-        line = next(lines)
-        if isinstance(line, KeyboardInterrupt):
-            raise line
-        return str(line)
+    def read(_: str) -> str:
+        if (line := next(keys)) == "C":
+            raise KeyboardInterrupt
+        return line
 
     monkeypatch.setattr("builtins.input", read)
-    code, out, err = chat("")
-    assert (code, out) == (130, "answer\n") and err.endswith("Interrupted.\n")
+    monkeypatch.setattr(sys, "stdin", type("Input", (io.StringIO,), {"isatty": lambda _: is_terminal})())
+    conversation = Conversation(llm, 8, GREEDY)
+    with pytest.raises(KeyboardInterrupt):
+        talk(conversation, multiline)
+    assert [turn["content"] for turn in conversation.turns if turn["role"] == "user"] == asked
+    assert list(keys) == ["late"]
 
 
 def test_ctrl_c_before_an_answer_keeps_the_conversation(
@@ -243,7 +258,7 @@ def test_ctrl_c_before_an_answer_keeps_the_conversation(
 
 @pytest.mark.slow
 def test_ctrl_c_on_a_terminal_exits_130(base: Path) -> None:
-    """A message is answered, Ctrl-C at the empty prompt ends the program."""
+    """A message is answered, Ctrl-C twice at the empty prompt ends the program."""
     leader, follower = pty.openpty()
     words = [sys.executable, "-m", "litgpt", "chat", str(base), "--max_new_tokens", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
@@ -271,18 +286,19 @@ def test_ctrl_c_on_a_terminal_exits_130(base: Path) -> None:
         wait_for(">> Prompt: ")
         os.write(leader, b"hello\n")
         wait_for(r">> Reply: .*4 tokens in.*>> Prompt: ")
-        for _ in range(10):  # one that comes just before readline waits is seen at the next key only
-            time.sleep(0.5)
-            process.send_signal(signal.SIGINT)
-            if select.select([leader], [], [], 5)[0]:
-                break
-        wait_for("\nInterrupted")  # on a line of its own
+        for pattern in ("nothing was sent.*>> Prompt: ", "\nInterrupted"):  # the latter on a line of its own
+            for _ in range(10):  # one that comes just before readline waits is seen at the next key only
+                time.sleep(0.5)
+                process.send_signal(signal.SIGINT)
+                if select.select([leader], [], [], 5)[0]:
+                    break
+            wait_for(pattern)
         assert process.wait(60) == 130
     finally:
         process.kill()
         process.wait()
         os.close(leader)
-    assert "Talk to tiny; an empty line ends, Ctrl-C stops an answer, /help lists commands." in seen and "Traceback" not in seen
+    assert f"{base}: tiny, " in seen and "Talk to tiny; an empty line ends, Ctrl-C stops an answer, /help lists commands." in seen and "Traceback" not in seen
 
 
 def test_commands(chat: Any, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
