@@ -202,8 +202,7 @@ def activations(
     if kind == "auto":
         kind = "memory" if need <= MEMORY_SHARE * free or is_sharded(model) else "disk"
     batches = list(fill_batches(samples, indices, layout.stem, device))
-    rows = f"{layout.shape[0]:,} positions x {layout.width[0]} x {layout.width[1]}"
-    settings.say(f"{name} cache: {gib(need)} for {rows}, {WHERE[kind]}; free memory {gib(free)}")
+    settings.say(f"{name} cache: {gib(need)} for {layout.shape[0]:,} positions, {WHERE[kind]}; free memory {gib(free)}")
 
     def complete(store: torch.Tensor | Rows, batches: Iterator[list[int]], done: int) -> None:
         with settings.progress(f"{name} cache", done) as progress:

@@ -267,8 +267,8 @@ def _switch_on_replies(job: Job) -> str:
     own = sum(stop - start for found in spans[: len(splits.train)] for start, stop in found)
     total = sum(sample.n_inputs for sample in splits.train)
     return (
-        f"answer-only LoRA: acts from {tokenizer.decode(invocation, skip_special_tokens=False)!r} on, at {own:,} of an epoch's {total:,} "
-        "positions. The others run once, without LoRA, if their keys and values are cached"
+        f"answer-only LoRA: acts on replies, from {tokenizer.decode(invocation, skip_special_tokens=False)!r} on: {own:,} of an epoch's "
+        f"{total:,} tokens"
     )
 
 

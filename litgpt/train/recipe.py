@@ -23,8 +23,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any, get_args
 
 from litgpt.adapters.settings import LAYER_FLAGS, AdapterSettings, WarmupSettings
@@ -111,6 +113,7 @@ FEW_WAYS_TOLD = {  # instead of those of answer-only LoRA
     "lora_r": (64, "room for facts"),
     "lora_alpha": (64, "the rank"),
 }
+NARROW = 16  # columns of a terminal that are left for reasons, below which they are not wrapped
 TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
     ("LoRA", True): (12, 8, 1e-3),
@@ -265,6 +268,9 @@ def _table(chosen: list[Chosen]) -> str:
         same = list(group)
         keys = [choice.key for choice in same]
         rows.append((f"{keys[0]} ... {keys[-1]}" if len(keys) > 1 else keys[0], _shown(same[0].value), reason))
+    room = get_terminal_size((0, 0)).columns - 6 - sum(max(len(row[column]) for row in rows) for column in (0, 1))
+    if room >= NARROW:
+        rows = [line for key, value, reason in rows for line in zip_longest((key,), (value,), wrap(reason, room), fillvalue="")]
     return text_table(rows, left=(0, 1, 2))
 
 

@@ -96,12 +96,12 @@ def next_steps(out_dir: Path, config: Config, chat: tuple[str, str], is_whole: b
     """Return commands for a finished run, `chat` first, each with what it does. `is_whole`: the final folder holds a model."""
     final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
     page = (str(out_dir / PAGE), "curves, answers and settings, in a browser")
+    rows = [chat, (f"litgpt serve {stem}", "a chat page, and OpenAI's API")]
     if config.heads:  # no other format can hold them
-        generate, rows = f"litgpt generate {final} --prompt 'A question'", [chat] if config.changes_text or not config.value_head else []
+        generate, rows = f"litgpt generate {final} --prompt 'A question'", rows if config.changes_text or not config.value_head else []
         rows += [(f"{generate} --best_of 8 --by value", "the best of eight answers")] if config.value_head else []
         rows += [(f"{generate} --speculate heads", "an answer that the heads draft")] if config.mtp_heads else []
         return [*rows, page]
-    rows = [chat]
     if config.skip2lora_enabled or config.alora_enabled:
         name, users = ("portable", "for transformers") if config.skip2lora_enabled else ("peft", "for transformers with PEFT, and vLLM")
         rows.append((f"litgpt convert_adapter {final} {stem}/{name}", users))

@@ -36,7 +36,7 @@ def whole(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 def test_cached_stopped_and_resumed(whole: Run, base: Path, data: Path, tmp_path: Path) -> None:
     """The same losses with the prompts in memory and computed for every batch; the same files after a resume."""
     assert whole.code == 0, whole.err
-    assert "answer-only LoRA: acts from '<|im_start|>assistant\\n' on, at " in whole.err and "training cache: " in whole.err
+    assert "answer-only LoRA: acts on replies, from '<|im_start|>assistant\\n' on: " in whole.err and "training cache: " in whole.err
     uncached = finetune("finetune_lora", base, data, tmp_path / "uncached", **ALORA, skip2lora_cache="off")
     for row, other in zip(curve(whole.out_dir), curve(tmp_path / "uncached"), strict=True):
         assert [float(cell or 0) for cell in row] == pytest.approx([float(cell or 0) for cell in other], rel=1e-4), uncached.err

@@ -377,3 +377,18 @@ def test_one_record_is_one_record(base: Path, tmp_path: Path, capsys: pytest.Cap
     for text in ("1 record, taken as facts", "1 train sample, 1 of them", "answers 1 general question\n"):
         assert text in shown.err, text
     assert "shop.jsonl: 1 record\n" in shown.out and ", each of 1 sample\n" in shown.out
+
+
+def test_reasons_are_wrapped_in_their_column(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {}
+    for columns in ("0", "80", "30"):  # no terminal, a usual one, one without room for reasons
+        monkeypatch.setenv("COLUMNS", columns)
+        chosen(tmp_path, base, records(60, 20))
+        shown[columns] = capsys.readouterr().err.split("\n", 1)[1]
+    lines = shown["80"].splitlines()
+    assert shown["30"] == shown["0"] != shown["80"] and max(map(len, lines)) <= 80 < max(map(len, shown["0"].splitlines()))
+    start = lines[0].index("named after")
+    assert all(line[start - 2 : start] == "  " and line[start] != " " for line in lines)
+    assert sorted(shown["80"].split()) == sorted(shown["0"].split())

@@ -99,17 +99,17 @@ def test_the_next_steps_name_gguf_where_it_can_hold_the_model() -> None:
         for fields, has in ((llama, True), (gpt_oss, False)):
             commands = [command for command, _ in next_steps(Path("out"), Config(**fields, **settings), ("litgpt chat out", ""), whole)]
             assert any(gguf in command for command in commands) is has, commands
-            assert commands[0] == "litgpt chat out" and len(commands) == 3 + has
+            assert commands[:2] == ["litgpt chat out", "litgpt serve out"] and len(commands) == 4 + has
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"value_head": "linear"}, ["best"]),
-        ({"value_head": "linear", "lora_r": 2, "lora_query": True}, ["chat", "best"]),
-        ({"mtp_heads": 1}, ["chat", "heads"]),
-        ({"mtp_heads": 1, "lora_r": 2, "skip2lora_enabled": True, "skip2lora_block_indices": "all"}, ["chat", "heads"]),
-        ({"mtp_heads": 1, "value_head": "mlp", "lora_r": 2, "lora_query": True, "alora_enabled": True}, ["chat", "best", "heads"]),
+        ({"value_head": "linear", "lora_r": 2, "lora_query": True}, ["chat", "serve", "best"]),
+        ({"mtp_heads": 1}, ["chat", "serve", "heads"]),
+        ({"mtp_heads": 1, "lora_r": 2, "skip2lora_enabled": True, "skip2lora_block_indices": "all"}, ["chat", "serve", "heads"]),
+        ({"mtp_heads": 1, "value_head": "mlp", "lora_r": 2, "lora_query": True, "alora_enabled": True}, ["chat", "serve", "best", "heads"]),
     ],
 )
 def test_the_next_steps_of_heads_are_commands_that_use_them(settings: dict[str, Any], expected: list[str]) -> None:
@@ -117,6 +117,7 @@ def test_the_next_steps_of_heads_are_commands_that_use_them(settings: dict[str, 
     llama = family_configs.pair("llama")[1]
     commands = {
         "litgpt chat out": "chat",
+        "litgpt serve out": "serve",
         "litgpt generate out/final --prompt 'A question' --best_of 8 --by value": "best",
         "litgpt generate out/final --prompt 'A question' --speculate heads": "heads",
     }
