@@ -189,8 +189,8 @@ class Console:
             columns = (TextColumn(title), BarColumn(), *numbers)
             try:
                 with Progress(*columns, TextColumn("{task.fields[note]}"), console=RichConsole(file=unescaped(sys.stderr))) as self._bar:
-                    task = self._bar.add_task(title, total=None, completed=begun, note="")
-                    yield lambda done, total, note="": self._bar.update(task, completed=done, total=total, note=note)
+                    task = self._bar.add_task(title, total=None, completed=begun, note="", visible=False)
+                    yield lambda done, total, note="": self._bar.update(task, completed=done, total=total, note=note, visible=True)
             finally:
                 self._bar = None
         else:

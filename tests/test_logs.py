@@ -282,6 +282,18 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch: pytest.MonkeyPatc
     assert text.endswith("after\n")
 
 
+def test_no_bar_is_shown_before_its_length_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console()
+    with console.progress("training") as progress:
+        console.say("a line")
+        assert "training" not in terminal.getvalue()
+        progress(0, 7)
+    assert "0/7" in terminal.getvalue() and "?" not in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue())
+
+
 def test_times_are_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar gives way to a note of a training step."""
     terminal = Terminal()

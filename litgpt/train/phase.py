@@ -47,6 +47,7 @@ class Phase:
             if state.pending is not None:
                 self._finish_step(state, state.pending, validate=True)
             elif self.eval.initial_validation and not state.losses:
+                self._progress(0, self.loop.total_steps, "validation before training")
                 self._log(state, self._validate(state))
             batches = self.loop.batches.after(state.step - phase.step)
             over = self.is_done(state) or (state.step > phase.step and self.loop.is_over(state))
