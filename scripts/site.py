@@ -55,7 +55,7 @@ def relinked(text: str, file: Path, files: Any) -> str:
         name = next((page for page, source in PAGES.items() if path == ROOT / source), None)
         if path.parent == ROOT / "benchmarks/results" and path.is_file() and path.suffix in (".md", ".png", ".txt"):
             name = f"results/{path.name}"
-        if path.parent == ROOT / "docs" and path.suffix == ".md":
+        if path.parent == ROOT / "docs" and path.suffix in (".md", ".ipynb"):
             name = path.name
         return f"{begin}{root}{name}{anchor})" if name else "](#)"
 

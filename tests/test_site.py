@@ -47,7 +47,8 @@ def test_reference(site: Any) -> None:
 
 
 def test_links_lead_to_pages_or_become_text(site: Any) -> None:
-    text = "[a](docs/own_data.md#x) [b](config_hub) [c](CHANGELOG.md) [d](benchmarks/results/peers.md) [e](https://a.b/c)"
+    text = "[a](docs/own_data.md#x) [n](docs/own_data.ipynb) [b](config_hub) [c](CHANGELOG.md) [d](benchmarks/results/peers.md) [e](https://a.b/c)"
     assert (
-        site.relinked(text, ROOT / "README.md", None) == "[a](own_data.md#x) b [c](CHANGELOG.md) [d](results/peers.md) [e](https://a.b/c)"
+        site.relinked(text, ROOT / "README.md", None)
+        == "[a](own_data.md#x) [n](own_data.ipynb) b [c](CHANGELOG.md) [d](results/peers.md) [e](https://a.b/c)"
     )
