@@ -58,8 +58,10 @@ class Rendered(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """The text before the first span; for running text its beginning, which a model continues."""
-        return self.text[: self.spans[0][0] or min(CONTINUED, len(self.text) // 2) or 1]
+        """The text before the first span; for running text its beginning, up to the end of a word, which a model continues."""
+        most = min(CONTINUED, len(self.text) // 2) or 1
+        words = re.match(r"(?s).+(?=\s)", self.text[: most + 1])
+        return self.text[: self.spans[0][0] or (words.end() if words else most)]
 
 
 @dataclass(init=False)  # LitGPT's own data modules call `super().__init__()` after their fields are set

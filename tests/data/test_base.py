@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from litgpt import prompts
 from litgpt.data import DataModule
-from litgpt.data.base import encode_divided, loss_weights, render
+from litgpt.data.base import Rendered, encode_divided, loss_weights, render
 from litgpt.data.records import read_record
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, PromptStyle
@@ -384,3 +384,19 @@ def test_the_report_names_the_weights(tokenizer: Tokenizer) -> None:
     records = [{**pair("Hi", "Hello"), "weight": weight} for weight in (0, 0.5, 1, 2)]
     report = Given(train=[*records, pair("Hi", "")], val=records).splits(tokenizer, prompts.Alpaca()).report
     assert "weights from 0.5 to 2" in report and "1 dropped: empty answer, 2 dropped: weight 0" in report
+
+
+@pytest.mark.parametrize(
+    ("text", "beginning"),
+    [
+        ("one two three four", "one two"),
+        ("one two\nthree four", "one two"),
+        ("anticonstitutionally", "anticonsti"),
+        ("a", "a"),
+        ("twelve chars " * 40, ("twelve chars " * 40)[:194]),
+    ],
+)
+def test_the_beginning_of_running_text_ends_with_a_word(text: str, beginning: str) -> None:
+    """Half of a text, or 200 characters. A part of a word would be other tokens than the word."""
+    assert Rendered(text, [(0, len(text))]).prompt == beginning
+    assert Rendered(text, [(1, len(text))]).prompt == text[:1]  # behind a question
