@@ -300,9 +300,10 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     is_open = {*given, *(given.get("grid") or ())}.isdisjoint(FEW_WAYS_TOLD)
     if method == "answer-only LoRA" and is_open and look.told_in_few_ways:
         settings = settings | FEW_WAYS_TOLD
+    alphas = {"lora_alpha": given.get("lora_r"), "skip2lora_alpha": 2 * (given.get("skip2lora_r") or 0)}
     for key, (value, reason) in settings.items():
         if not unfit.get(key):
-            value = given.get("lora_r") or value if key == "lora_alpha" else value
+            value = alphas.get(key) or value
             rows.append(Chosen(key, f"last:{math.ceil(BLOCKS[value] * layers)}" if layers and value in BLOCKS else value, reason))
     holds_two = look.is_single and (style is None or hasattr(style, "render"))
     is_told_often = look.is_facts and look.is_repeated and look.records <= FEW

@@ -155,6 +155,9 @@ def test_facts_told_in_few_ways_get_more_blocks_and_a_higher_rank(base: Path, tm
         assert given["alora_enabled"] and tuple(given[key] for key in keys) == expected
     assert tuple(chosen(tmp_path, base, records(60, 15))[key] for key in keys) == ("last:2", 16, 16)
     assert chosen(tmp_path, base, records(60, 20), "--lora_r", "0", "--skip2lora_r", "8")["lora_alpha"] == 16
+    warm = ("--skip2lora_enabled", "true", "--skip2lora_warmup_epochs", "1")
+    for words, alpha in (((), 64), (("--skip2lora_r", "12"), 24), (("--skip2lora_r", "12", "--skip2lora_alpha", "5"), 5)):
+        assert chosen(tmp_path, base, records(60, 20), *warm, *words)["skip2lora_alpha"] == alpha
     varied = chosen(tmp_path, base, records(60, 20), "--grid.lora_r", "[2, 4]", command="sweep")
     assert varied["lora_block_indices"] == "last:2" and varied["lora_alpha"] == 16
 
