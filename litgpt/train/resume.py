@@ -133,11 +133,11 @@ class Identity:
     def facts(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
 
-    def changes(self, before: dict[str, Any]) -> list[str]:
-        """Describe each difference from the `facts` of an earlier run."""
+    def changes(self, before: dict[str, Any], where: str = "before") -> list[str]:
+        """Describe each difference from the `facts` of another run: of an earlier one, or `where` else."""
         now = self.facts()
         changes = [
-            f"{key} was {before['settings'][key]!r} and is {value!r}"
+            f"{key} is {value!r}, {where} {before['settings'][key]!r}"
             for key, value in now["settings"].items()
             if key in before["settings"] and before["settings"][key] != value
         ]
@@ -145,7 +145,7 @@ class Identity:
             changes.append("the base model is another one (its weights or its config)")
         for key, name in (("train", "training"), ("val", "validation")):
             if now[key] != before[key]:
-                changes.append(f"the {name} data are different ({before[key][0]:,} samples then, {now[key][0]:,} now)")
+                changes.append(f"the {name} data are different ({now[key][0]:,} samples, {where} {before[key][0]:,})")
         return changes
 
 

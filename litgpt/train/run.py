@@ -46,6 +46,9 @@ from litgpt.train.report import PAGE, REPORT, as_json, figures, next_steps, page
 from litgpt.train.resume import IDENTITY, Identity, Saved, State, Stopwatch, compared_settings, environment, read
 from litgpt.train.settings import Run
 
+FIRST = "in the first process"
+SHARED = "All machines need the same command, base and data, and to resume a run a folder out_dir that they share"
+
 
 def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) -> dict[str, Any]:
     """Train as the settings say and return the figures of the report; with `dry_run` only say what training would do.
@@ -99,6 +102,12 @@ def require_same(folder: Path, identity: Identity, before: dict[str, Any]) -> No
         )
 
 
+def require_alike(identity: Identity, first: dict[str, Any], *others: str) -> None:
+    """Raise UserError if this process would not train what the first does, whose `Identity.facts` are given."""
+    if differences := [*identity.changes(first, FIRST), *others]:
+        raise UserError(f"this process would train something else: {'; '.join(differences)}. {SHARED}")
+
+
 def finished_report(out_dir: Path, keep_last: int | None = None, is_first: bool = True) -> dict[str, Any]:
     """Return the report of the finished run in this folder."""
     report = read_json(out_dir / "final" / REPORT)
@@ -120,6 +129,10 @@ class Session:
         self.identity = identity = identity_of(job)
         if saved is not None:
             require_same(saved.folder, identity, saved.facts["identity"])
+        step = saved.state.step if saved else 0
+        theirs, first = self.rank.broadcast((identity.facts(), step))
+        require_alike(identity, theirs, *[f"it continues after step {step}, {FIRST} {first}"] * (step != first))
+        self.rank.barrier()
         self.objective = job.objective
         self.sources: tuple[Batches, Activations, Activations, list[list[int]]] | None = None
         if self.objective.referred:

@@ -28,7 +28,7 @@ from litgpt.train.parallel import alone
 from litgpt.train.prepare import Job, choose_taps, prepare
 from litgpt.train.rehearsal import rehearsed, require_data
 from litgpt.train.resume import Saved, Stopwatch, environment
-from litgpt.train.run import finished_report, identity_of, run
+from litgpt.train.run import finished_report, identity_of, require_alike, run
 from litgpt.train.settings import Run
 from litgpt.train.trials import BEGUN, CSV, FAILED, FINISHED, JSON, LOCKS, STOPPED, WAITING, Table, Trial, expand, foreign_files
 
@@ -155,6 +155,7 @@ def _help(settings: Run, grid: Grid | None, samples: int | None, group: Group) -
         if not table.of(WAITING, BEGUN):
             return
         job = _prepare(candidates, settings.out_dir, table.facts, group)
+        require_alike(identity_of(replace(job, settings=settings), varying=trials[0].values), table.facts["identity"])
         table.facts = {}
         job.shared = _fill(job, _n_validated(candidates, job), group.place)
         try:

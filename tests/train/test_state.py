@@ -170,10 +170,10 @@ def base(tmp_path: Path) -> Path:
 def test_every_change_is_named(base: Path) -> None:
     before = json.loads(json.dumps(who(base).facts()))
     assert who(base).changes(before) == []
-    assert who(base, epochs=9, max_norm=1.0).changes(before) == ["train.epochs was 5 and is 9", "train.max_norm was None and is 1.0"]
+    assert who(base, epochs=9, max_norm=1.0).changes(before) == ["train.epochs is 9, before 5", "train.max_norm is 1.0, before None"]
     assert who(base, config={"n_layer": 3}).changes(before) == ["the base model is another one (its weights or its config)"]
     for change in range(6):
-        assert who(base, samples(change)).changes(before) == ["the training data are different (2 samples then, 2 now)"]
+        assert who(base, samples(change)).changes(before) == ["the training data are different (2 samples, before 2)"]
     assert who(base, samples(4)).train != who(base, samples(5)).train
     (base / "lit_model.pth").write_bytes(bytes(range(256)) * 9 + bytes(256))
     checkpoint.weights_file(base, now=True)

@@ -300,7 +300,7 @@ def test_a_stopped_sweep_goes_on(cache: str, base: Path, data: Path, tmp_path: P
 def test_a_sweep_of_other_settings_is_not_gone_on_with(base: Path, data: Path, tmp_path: Path) -> None:
     assert sweep(base, data, tmp_path, {"lora_r": [2]}, **SKIP).code == 0
     run = sweep(base, data, tmp_path, {"lora_r": [2]}, resume="auto", train__epochs=3, **SKIP)
-    assert run.code == 1 and "\n1 setting, 0 of them to be trained\n" in run.err and "another sweep: train.epochs was 2 and is 3" in run.err
+    assert run.code == 1 and "\n1 setting, 0 of them to be trained\n" in run.err and "another sweep: train.epochs is 3, before 2" in run.err
     wider = sweep(base, data, tmp_path, {"lora_r": [2, 4], "seed": [1337]}, resume="auto", **SKIP)
     assert wider.code == 0 and [row["setting"] for row in rows(tmp_path)] == ["lora_r=2,seed=1337", "lora_r=4,seed=1337"]
     assert "not in this grid" in wider.err
@@ -345,7 +345,7 @@ def test_results_of_an_earlier_sweep_are_not_taken_for_those_of_another(
     assert [row["steps"] for row in rows(tmp_path)] == ["6"] * 3
     wider = sweep(base, data, tmp_path, {"lora_r": [2, 4, 3, 5]}, resume="auto", **SKIP)
     assert wider.code == 1 and [row["status"] for row in rows(tmp_path)] == ["finished"] * 3 + ["failed"]
-    assert "lora_r=5/final belongs to another run: train.epochs was 1 and is 2" in wider.err
+    assert "lora_r=5/final belongs to another run: train.epochs is 2, before 1" in wider.err
 
 
 def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
