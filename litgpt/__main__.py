@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
@@ -22,6 +23,7 @@ from litgpt.errors import Stopped, UserError
 from litgpt.streams import guard, keep_secret, lost_output, safe
 
 LONGEST_ERROR = 2000  # characters of a message
+FIRST_SECONDS = 10.0  # in which the first process of a machine reports a mistake that all processes make
 TOKEN_KEY = re.compile(r"-*(?:\w+\.)*(?:(?:acc?ess?|hf|hub)[_-]?tok\w*|token)\+?(?:=(.*))?", re.IGNORECASE | re.DOTALL)  # however misspelt
 
 COMMANDS = {  # module:function or module:dataclass of this package, in a module that imports quickly, and the help
@@ -99,9 +101,10 @@ def main(argv: Optional[list[str]] = None) -> int:
             else:
                 work()
         except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
+            is_echo = bool(argv) and _is_echo(argv[0], error)
             for number in heeded:
                 signal.signal(number, signal.SIG_IGN)  # the command has ended: its message must not be lost
-            with redirect_stderr(io.StringIO()) if argv and _is_echo(argv[0], error) else nullcontext():
+            with redirect_stderr(io.StringIO()) if is_echo else nullcontext():
                 code = _report(error)
         except SystemExit as end:
             if end.code or not lost_output():
@@ -153,13 +156,20 @@ def _download(settings: dict[str, Any]) -> None:
 def _is_echo(name: str, error: BaseException) -> bool:
     """Return True if this process of torchrun or srun would only repeat its machine's first: the processes have not found each other yet.
 
-    For processes that the first has started itself this holds only for a signal, which a terminal sends to all.
+    For processes that the first has started itself this holds only for a signal, which a terminal sends to all. torchrun ends all
+    processes as soon as one has failed. This one waits, so that the first can say why; if the first does not fail, this one says it.
     """
-    is_own = "TORCHELASTIC_RUN_ID" in os.environ or ("LOCAL_RANK" in os.environ and isinstance(error, Stopped | KeyboardInterrupt))
+    by_torchrun, is_signal = "TORCHELASTIC_RUN_ID" in os.environ, isinstance(error, Stopped | KeyboardInterrupt)
+    is_own = by_torchrun or ("LOCAL_RANK" in os.environ and is_signal)
     local = os.environ.get("LOCAL_RANK" if is_own else "SLURM_LOCALID", "0")
     launch = sys.modules.get("litgpt.train.launch")
     joins = name in COMMANDS and COMMANDS[name][0].startswith(("finetune.", "pretrain:"))
-    return joins and local != "0" and not (launch and launch.Group.has_met)
+    if not joins or local == "0" or (launch and launch.Group.has_met):
+        return False
+    if by_torchrun and not is_signal:
+        time.sleep(FIRST_SECONDS)
+        return False
+    return True
 
 
 def _report(error: BaseException) -> int:

@@ -185,3 +185,20 @@ def test_no_thread_asks_the_store_while_python_ends() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ(), cwd=ROOT, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_torchrun_does_not_end_the_process_that_reports_a_mistake_of_all(late: int, tmp_path: Path) -> None:
+    """It ends all of them as soon as one has failed."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import os, sys, time\nfrom litgpt.__main__ import main\ntime.sleep(3 * (os.environ['LOCAL_RANK'] == '{late}'))\n"
+        "sys.exit(main(['finetune_lora', 'missing', '--bogus', '1']))\n"
+    )
+    command, kept = (
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)],
+        {**environ(), "PYTHONPATH": str(ROOT)},
+    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=kept, timeout=240)
+    assert done.returncode == 1 and done.stderr.count("Error: --bogus is not a known key") == 1, done.stderr
