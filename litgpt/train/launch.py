@@ -345,16 +345,27 @@ class Group:
         """The process that reports an error: the first that is alive."""
         return next(k for k, peer in enumerate(self.peers) if k == self.place.index or peer.state == "alive")
 
-    def leave(self) -> None:
-        """Leave the group, so that processes waiting for this one notice, and wait for the first process to report the error.
+    def disconnect(self) -> None:
+        """Shut down the connections to the other processes, so that those waiting for this one notice.
 
-        The connections to the other processes are shut down here: torch closes them only when nothing refers to its group any more, and a
-        sharded model does. The connection to the store stays open.
+        torch closes them only when nothing refers to its group any more, and a sharded model does. The connection to the store stays open.
         """
         for connection in psutil.Process().net_connections("tcp") if self.device.type == "cpu" else ():
             if connection.raddr and self.port not in (connection.laddr.port, connection.raddr.port):
                 with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as own:
                     own.shutdown(socket.SHUT_RDWR)
+
+    def dismiss(self) -> None:
+        """Let the other processes notice that this one ends, and why: the store may end with it."""
+        self.disconnect()
+        until = time.monotonic() + STORE_SECONDS
+        others = [k for k in range(self.place.size) if k != self.place.index]
+        while time.monotonic() < until and not all(self.peers[k].state != "alive" or self.told_by(k) for k in others):
+            time.sleep(POLL_SECONDS)
+
+    def leave(self) -> None:
+        """Leave the group, and wait for the first process to report the error."""
+        self.disconnect()
         until = time.monotonic() + END_SECONDS
         with suppress(SystemExit):  # torchrun sends SIGTERM when the first process has ended
             while self.speaker != self.place.index and time.monotonic() < until:

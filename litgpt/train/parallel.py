@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -170,6 +171,7 @@ def _of_another(group: Group, failures: list[Failure], saved: Callable[[], str])
     if not is_speaker:
         group.leave()
         return SystemExit(code)
+    group.dismiss()
     group.end_children()
     error = UserError(text if "is complete" in text else f"{text.rstrip('.')}. {saved()}".rstrip())
     error.exit_code = code
@@ -181,6 +183,8 @@ def _own(rank: Rank, group: Group, error: BaseException, saved: Callable[[], str
     is_shared = isinstance(error, NonFiniteError | Stopped)  # all processes raise it at once
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
     text = getattr(error, "message", "") or str(error)
+    if isinstance(error, SystemExit) and text == str(code):
+        text = f"ended by {signal.Signals(error.signum).name}" if isinstance(error, Stopped) else f"ended with exit code {code}"
     if not isinstance(error, UserError | SystemExit):
         traceback.print_exception(error)
         text = f"{type(error).__name__}: {text}"
@@ -188,8 +192,10 @@ def _own(rank: Rank, group: Group, error: BaseException, saved: Callable[[], str
     is_speaker = group.speaker == rank.index
     if not rank.is_first:
         group.leave()
-    elif not is_shared:
-        is_shared = len(group.failures(1.0, rank.size - 1)) == rank.size - 1
+    elif len(group.failures(1.0, rank.size - 1)) == rank.size - 1:
+        is_shared = True
+    else:
+        group.dismiss()
     group.end_children()
     if not is_speaker:
         return SystemExit(code)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from torch.testing import assert_close
 
 from litgpt.args import EvalArgs
 from litgpt.convert.litgpt import require_finite
-from litgpt.errors import UserError
-from litgpt.train.parallel import Rank
+from litgpt.errors import Stopped, UserError
+from litgpt.train.launch import Failure
+from litgpt.train.parallel import Rank, ends_together
 from tests.helpers.cases import quick
 from tests.helpers.training import by_hand, column, make_loop, make_model, make_samples, train_by_hand, trained
 
@@ -106,3 +109,13 @@ def test_a_number_that_is_not_finite_in_one_part_of_a_model_is_told_by_all_proce
 
     for message in in_processes(2, work):
         assert message.startswith("base/lit_model.pth: broken holds non-finite numbers")
+
+
+def test_a_process_that_a_signal_ends_before_its_first_step_names_the_signal() -> None:
+    told: list[Failure] = []
+    group: Any = SimpleNamespace(
+        ended=False, speaker=0, failures=lambda *_: [], tell=told.append, leave=lambda: None, end_children=lambda: None
+    )
+    with pytest.raises(SystemExit) as ended, ends_together(Rank(1, 2, group=group)):
+        raise Stopped(signal.SIGTERM)
+    assert ended.value.code == 143 and told == [Failure(1, 143, "ended by SIGTERM")]

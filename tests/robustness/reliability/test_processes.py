@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -160,3 +162,48 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step_and_the
     after = litgpt(two(bench, tmp_path / "out", **settings, resume=True))
     assert after.status == 0 and after.err.count("resumed from") == 1, after.err
     assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def by_hand(words: list[str], folders: list[Path]) -> list[Ended]:
+    """The processes of a run in these folders, each like one of srun's: the first has the store, and none is the child of another."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank, folder in enumerate(folders):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {**environ(), "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in place.items()}}
+        kept: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_signals}
+        processes.append(subprocess.Popen([sys.executable, FAULTY, *words], cwd=folder, env=variables, **kept))
+    return [end(process, 240) for process in processes]
+
+
+@pytest.mark.slow
+def test_the_first_process_reports_its_own_fault_and_the_others_do_not_repeat_it(bench: Bench, tmp_path: Path) -> None:
+    """Its store ends with it."""
+    words = ["bug", "0", *two(bench, tmp_path / "out", devices=1, **{"train.save_interval": 1})]
+    told = [line for ended in by_hand(words, [tmp_path, tmp_path]) for line in ended.err.splitlines() if line.startswith("Error: ")]
+    assert len(told) == 1 and told[0].startswith("Error: rank 0: KeyError: 'a bug'. Stopped: "), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data", "checkpoint"])
+def test_machines_with_other_files_do_not_train_together(what: str, bench: Bench, tmp_path: Path) -> None:
+    folders = [tmp_path / "0", tmp_path / "1"]
+    records = json.loads(bench.data.read_text())
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "sums.json").write_text(json.dumps(records[: len(records) - rank * (what == "data")]))
+    words = two(Bench(bench.base, Path("sums.json")), Path("out"), devices=1, resume="auto", **{"train.max_steps": 2})
+    difference = "the training data are different"
+    if what == "checkpoint":
+        difference = "it continues after step 0, in the first process 2"
+        assert [ended.status for ended in by_hand(["none", "0", *words], folders)] == [0, 0]
+        for path in [*(folders[0] / "out").glob("final"), *(folders[0] / "out").glob("report*")]:
+            path.rename(tmp_path / path.name)
+    first, second = by_hand(["none", "0", *words], folders)
+    assert (first.status, second.status) == (1, 1) and not (folders[1] / "out").exists()
+    assert first.err.count("Error: ") == 1 and f"Error: rank 1: this process would train something else: {difference}" in first.err, (
+        first.err
+    )
+    assert "Error: " not in second.err
