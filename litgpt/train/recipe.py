@@ -55,6 +55,7 @@ SHARED = 0.5  # facts: at most this many different answers a record
 HELD_OUT = 0.1  # share of the records of a style
 SHORT = 300  # characters of an answer that is learned word for word
 VALIDATIONS = 8
+SHOWN = 3  # questions that are answered at each
 MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
 
 BLOCKS = {"last quarter": 0.25, "last two fifths": 0.4}  # of the model's blocks
@@ -381,6 +382,6 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
         rows.append(Chosen("train.follow_ups", follow_ups, "of the questions, so that a second one in a chat is answered, too"))
     if look.is_facts and not (look.is_sweep and look.is_repeated) and not look.held_out:
         shown = min(look.records, MOST_REPEATED)
-        rows.append(Chosen("eval.evaluate_example", [0, shown // 2][: look.records], "questions to show"))
+        rows.append(Chosen("eval.evaluate_example", sorted({shown * i // SHOWN for i in range(SHOWN)}), "questions to show"))
         rows.append(Chosen("eval.target_loss", TARGET, "then the answers are repeated word for word"))
     return rows
