@@ -3,10 +3,10 @@
 Three kinds of data are trained in three ways:
 
     facts   few records with short answers, or many that share them: all are trained, none is held out, and training ends when the model
-            repeats the answers. By LoRA on the replies, behind cached prompts, in the last quarter of the blocks; with a higher rank in
-            more blocks if facts are told in two or three ways; very few records, very many, and facts that are told once by LoRA in every
-            block, on the prompts too, so that their answers are found by other words. Up to 200 records that tell facts several times
-            are trained as second questions, too
+            repeats the answers. By LoRA on the replies, behind cached prompts, in the last two fifths of the blocks, with a higher rank if
+            facts are told in two or three ways; very few records, very many, and facts that are told once by LoRA in every block, on the
+            prompts too, so that their answers are found by other words. Up to 200 records that tell facts several times are trained as
+            second questions, too
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -47,8 +47,8 @@ from litgpt.train.trials import without_repeats
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FOLLOW_UPS = 0.5  # of the questions about facts that are told several times; of others they cost recall
-FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA in a quarter of the blocks mixes up too many
-FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank in a quarter of the blocks mixes up facts
+FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA mixes up too many
+FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank mixes up facts
 SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
 SHARED = 0.5  # facts: at most this many different answers a record
@@ -58,7 +58,7 @@ VALIDATIONS = 8
 SHOWN = 3  # questions that are answered at each
 MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
 
-BLOCKS = {"last quarter": 0.25, "last two fifths": 0.4}  # of the model's blocks
+LATE = "last two fifths"  # of the model's blocks
 LINEAR = {f"lora_{name}": (True, "LoRA on every linear layer") for name in ("query", "key", "value", "projection", "mlp")}
 SKIP = {
     "skip2lora_enabled": (True, "the frozen blocks run once, so epochs after the first cost a fraction"),
@@ -74,7 +74,7 @@ METHODS: dict[str, dict[str, tuple[Any, str]]] = {
     "answer-only LoRA": {
         **LINEAR,
         "alora_enabled": (True, "prompts run once, and an epoch computes the replies alone"),
-        "lora_block_indices": ("last quarter", "the blocks before run once"),
+        "lora_block_indices": (LATE, "the blocks before run once"),
         **EXACT,
     },
     "Skip2-LoRA": {
@@ -109,11 +109,7 @@ LORA_KEYS = {  # settings that ask for LoRA, or go with nothing else
     "cpu_offload",
     *LAYER_FLAGS,
 }
-FEW_WAYS_TOLD = {  # instead of those of answer-only LoRA
-    "lora_block_indices": ("last two fifths", "facts are told in few ways"),
-    "lora_r": (64, "room for facts"),
-    "lora_alpha": (64, "the rank"),
-}
+FEW_WAYS_TOLD = {"lora_r": (64, "facts are told in few ways"), "lora_alpha": (64, "the rank")}  # instead of those of answer-only LoRA
 NARROW = 16  # columns of a terminal that are left for reasons, below which they are not wrapped
 TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
@@ -305,7 +301,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     for key, (value, reason) in settings.items():
         if not unfit.get(key):
             value = alphas.get(key) or value
-            rows.append(Chosen(key, f"last:{math.ceil(BLOCKS[value] * layers)}" if layers and value in BLOCKS else value, reason))
+            rows.append(Chosen(key, f"last:{math.ceil(0.4 * layers)}" if layers and value == LATE else value, reason))
     holds_two = look.is_single and (style is None or hasattr(style, "render"))
     is_told_often = look.is_facts and look.is_repeated and look.records <= FEW
     share = FOLLOW_UPS if is_told_often and holds_two and method in ("LoRA", "answer-only LoRA") else 0.0

@@ -143,13 +143,13 @@ def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(f"  {key} " in said for key in ("train.epochs", "optimizer.lr", "train.micro_batch_size", "data.val_split_fraction"))
 
 
-def test_facts_told_in_few_ways_get_more_blocks_and_a_higher_rank(base: Path, tmp_path: Path) -> None:
-    """Unless the user chooses a rank or blocks: alpha then follows the rank."""
+def test_facts_told_in_few_ways_get_a_higher_rank(base: Path, tmp_path: Path) -> None:
+    """Unless the user chooses one: alpha then follows it."""
     keys = ("lora_block_indices", "lora_r", "lora_alpha")
     for words, expected in (
         ([], ("last:2", 64, 64)),
         (["--lora_r", "4"], ("last:2", 4, 4)),
-        (["--lora_block_indices", "last:1"], ("last:1", 16, 16)),
+        (["--lora_block_indices", "last:1"], ("last:1", 64, 64)),
     ):
         given = chosen(tmp_path, base, records(60, 20), *words)
         assert given["alora_enabled"] and tuple(given[key] for key in keys) == expected
