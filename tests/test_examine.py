@@ -18,7 +18,6 @@ from litgpt.__main__ import main
 from litgpt.config import Config
 from litgpt.examine import histogram, normalised
 from litgpt.prompts import STYLES
-from litgpt.train.recipe import SCARCE
 from tests.helpers import tiny
 
 
@@ -245,12 +244,12 @@ def test_a_models_own_template(base: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_advice_is_for_the_model_and_its_style(base: Path, look: Any) -> None:
-    rows = [pair(f"Who is {i}?", "Me") for i in range(SCARCE)]
+    rows = [pair(f"Who is {i}?", "Me") for i in range(45)]
     out = look(rows, "--checkpoint_dir", base, "--prompt_style", "chatml")
     assert re.search(r"^ *alora_enabled +true ", out, re.MULTILINE) and re.search(
         r"^ *lora_query \.\.\. lora_mlp +true ", out, re.MULTILINE
     )
-    blocks = math.ceil(Config.from_checkpoint(base).n_layer / 4)
+    blocks = math.ceil(0.4 * Config.from_checkpoint(base).n_layer)
     assert re.search(rf"^ *lora_block_indices +last:{blocks} ", out, re.MULTILINE)
     for words in (["--prompt_style", "default"], ["--prompt_style", "chatml", "--mask_prompt", "false"]):  # where does a reply begin?
         assert "alora_enabled" not in look(rows, "--checkpoint_dir", base, *words)

@@ -4,9 +4,9 @@ Three kinds of data are trained in three ways:
 
     facts   few records with short answers, or many that share them: all are trained, none is held out, and training ends when the model
             repeats the answers. By LoRA on the replies, behind cached prompts, in the last two fifths of the blocks, with a higher rank if
-            facts are told in two or three ways; very few records, very many, and facts that are told once by LoRA in every block, on the
-            prompts too, so that their answers are found by other words. Up to 200 records that tell facts several times are trained as
-            second questions, too
+            facts are told in two or three ways; many facts, and those that are told once, by LoRA in every block, on the prompts too, so
+            that their answers are found by other words. Up to 200 records that tell facts several times are also trained as second
+            questions
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -49,7 +49,6 @@ REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FOLLOW_UPS = 0.5  # of the questions about facts that are told several times; of others they cost recall
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank mixes up facts
-SCARCE = 45  # records, below which answer-only LoRA learns the words of the questions rather than what they ask
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
 SHARED = 0.5  # facts: at most this many different answers a record
 HELD_OUT = 0.1  # share of the records of a style
@@ -337,7 +336,7 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
     if not given.keys().isdisjoint(LORA_KEYS):
         return "LoRA"
     if look.is_facts:
-        return "answer-only LoRA" if look.is_sweep or (look.is_repeated and SCARCE <= look.records <= FEW) else "LoRA"
+        return "answer-only LoRA" if look.is_sweep or (look.is_repeated and look.records <= FEW) else "LoRA"
     if look.is_sweep:
         return "Skip2-LoRA"
     return "LoRA" if look.compares or look.block or look.records < MANY else "warm-up"

@@ -45,7 +45,9 @@ def test_a_download_that_breaks_off_keeps_its_complete_files(hub: Hub, tmp_path:
 def test_its_progress_bar_is_drawn(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guarded stream writes control characters out: without its carriage returns, every step of a bar would follow the last one."""
     publish(hub, tmp_path / "hub", "my/data", {"a.jsonl": [{}]})
-    monkeypatch.setattr(sys.modules[are_progress_bars_disabled.__module__], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    bars = sys.modules[are_progress_bars_disabled.__module__]
+    monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(bars, "progress_bar_states", {})  # another library may have switched them off in this process
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", stream)

@@ -100,7 +100,7 @@ def test_a_finished_run_is_another_one_with_other_settings_or_data(base: Path, d
     other.write_text(json.dumps([{**record, "output": "something else"} for record in json.loads(data.read_text())]))
     run = finetune("finetune_lora", base, other, out_dir, resume="auto", optimizer__lr=0.5)
     assert run.code == 1 and "belongs to another run" in run.err
-    assert "optimizer was" in run.err and "training data are different" in run.err, run.err
+    assert "optimizer is" in run.err and "before" in run.err and "training data are different" in run.err, run.err
 
 
 @pytest.mark.slow

@@ -162,10 +162,8 @@ def test_facts_told_in_few_ways_get_a_higher_rank(base: Path, tmp_path: Path) ->
     assert varied["lora_block_indices"] == "last:2" and varied["lora_alpha"] == 16
 
 
-@pytest.mark.parametrize(
-    ("count", "is_answer_only"), [(recipe.SCARCE - 1, False), (recipe.SCARCE, True), (recipe.FEW, True), (recipe.FEW + 1, False)]
-)
-def test_few_facts_and_many_are_trained_in_every_block(base: Path, tmp_path: Path, count: int, is_answer_only: bool) -> None:
+@pytest.mark.parametrize(("count", "is_answer_only"), [(20, True), (recipe.FEW, True), (recipe.FEW + 1, False)])
+def test_many_facts_are_trained_in_every_block(base: Path, tmp_path: Path, count: int, is_answer_only: bool) -> None:
     given = chosen(tmp_path, base, records(count, 10))
     assert given["alora_enabled"] is is_answer_only and (given["lora_block_indices"] is None) is not is_answer_only
     assert given["lora_mlp"] and given["train"].replay == recipe.REPLAY
