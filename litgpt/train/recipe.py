@@ -5,7 +5,7 @@ Three kinds of data are trained in three ways:
     facts   few records with short answers, or many that share them: all are trained, none is held out, and training ends when the model
             repeats the answers. By LoRA on the replies, behind cached prompts, in the last two fifths of the blocks, with a higher rank if
             facts are told in two or three ways; many facts, and those that are told once, by LoRA in every block, on the prompts too, so
-            that their answers are found by other words. Up to 200 records that tell facts several times are also trained as second
+            that their answers are found by other words. Up to 1,000 records that tell facts several times are also trained as second
             questions
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
@@ -46,7 +46,8 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.trials import without_repeats
 
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
-FOLLOW_UPS = 0.5  # of the questions about facts that are told several times; of others they cost recall
+FOLLOW_UPS = (0.5, 0.2)  # of few questions, and of many, about facts that are told several times; of others they cost recall
+MOST_FOLLOWED = 1_000  # records; more were not measured
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank mixes up facts
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
@@ -302,8 +303,8 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
             value = alphas.get(key) or value
             rows.append(Chosen(key, f"last:{math.ceil(0.4 * layers)}" if layers and value == LATE else value, reason))
     holds_two = look.is_single and (style is None or hasattr(style, "render"))
-    is_told_often = look.is_facts and look.is_repeated and look.records <= FEW
-    share = FOLLOW_UPS if is_told_often and holds_two and method in ("LoRA", "answer-only LoRA") else 0.0
+    is_told_often = look.is_facts and look.is_repeated and look.records <= MOST_FOLLOWED
+    share = FOLLOW_UPS[look.records > FEW] if is_told_often and holds_two and method in ("LoRA", "answer-only LoRA") else 0.0
     return rows + _schedule(look, method, given, given.get("train", {}).get("follow_ups", share))
 
 
