@@ -34,7 +34,8 @@ def _compiled(eager: Callable[..., Any], when: Callable[..., bool]) -> Callable[
             return compiled(*args) if when(*args) else eager(*args)
         except RuntimeError as error:
             if type(error).__module__.startswith("torch._"):
-                raise UserError(f"compile: {first_line(error)}. Leave the option out") from None
+                cause = getattr(error, "inner_exception", error)
+                raise UserError(f"compile: {first_line(cause)}. Leave the option out") from None
             raise
 
     return run

@@ -68,13 +68,12 @@ def test_compiled_steps(adapters: dict[str, Any], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("/nonexistent",))
-    monkeypatch.setattr(config, "force_disable_caches", True)
     model = tiny.tiny()
     torch.compiler.reset()
     compile_steps(model)
-    with pytest.raises(UserError, match=r"compile: .*C\+\+ compiler.* Leave the option out"):
+    without = config.patch({"cpp.cxx": ("/nonexistent",), "force_disable_caches": True})
+    with without, pytest.raises(UserError, match=r"compile: .*C\+\+ compiler.* Leave the option out"):
         greedy(model, tiny.ids(1, 5)[0], 9)
