@@ -397,14 +397,12 @@ class ReplyReader:
             self.held = text.removeprefix(self.before if self.in_reasoning else self.alone)
         if self.in_reasoning:
             text, found, rest = self.held.partition(self.between)
-            cut = (
-                len(text)
-                if found
-                else next(n for n in range(max(0, len(text) - len(self.between)), len(text) + 1) if self.between.startswith(text[n:]))
-            )
-            reasoning, self.held = self._text(text[:cut]), rest if found else text[cut:]
-            if not found:
-                return reasoning, ""
+            if not found:  # its end may be the beginning of the mark
+                nearest = max(0, len(text) - len(self.between))
+                cut = next(n for n in range(nearest, len(text) + 1) if self.between.startswith(text[n:]))
+                self.held = text[cut:]
+                return self._text(text[:cut]), ""
+            reasoning, self.held = self._text(text), rest
             self.in_reasoning, self.in_content, self.space = False, True, None
         content, self.held = self._text(self.held), ""
         return reasoning, content
