@@ -379,7 +379,7 @@ class ReplyReader:
         self.before, self.between, self.alone = style.reply_marks if isinstance(style, ChatTemplate) else ("", "", "")
         self.has_marks = bool(self.between or self.alone)
         self.special = tokenizer.special_pattern
-        self.in_reasoning, self.in_content = False, not self.has_marks
+        self.part = "start" if self.has_marks else "content"
         self.held = ""  # may be the beginning of a mark
         self.space: str | None = None  # at the end of what was returned of a part; None: nothing was
 
@@ -387,15 +387,15 @@ class ReplyReader:
         """Return the reasoning and the content that are complete with the next piece."""
         self.held += piece
         reasoning = ""
-        if not (self.in_reasoning or self.in_content):
+        if self.part == "start":
             text = self.held.lstrip()
-            self.in_reasoning = bool(self.between) and text.startswith(self.before)
-            marks = [self.alone, self.before if self.between else ""]
-            if not self.in_reasoning and not is_last and any(mark != text and mark.startswith(text) for mark in marks):
+            if self.between and text.startswith(self.before):
+                self.part, self.held = "reasoning", text.removeprefix(self.before)
+            elif not is_last and any(mark != text and mark.startswith(text) for mark in (self.before, self.alone)):
                 return "", ""
-            self.in_content = not self.in_reasoning
-            self.held = text.removeprefix(self.before if self.in_reasoning else self.alone)
-        if self.in_reasoning:
+            else:
+                self.part, self.held = "content", text.removeprefix(self.alone)
+        if self.part == "reasoning":
             text, found, rest = self.held.partition(self.between)
             if not found:  # its end may be the beginning of the mark
                 nearest = max(0, len(text) - len(self.between))
@@ -403,7 +403,7 @@ class ReplyReader:
                 self.held = text[cut:]
                 return self._text(text[:cut]), ""
             reasoning, self.held = self._text(text), rest
-            self.in_reasoning, self.in_content, self.space = False, True, None
+            self.part, self.space = "content", None
         content, self.held = self._text(self.held), ""
         return reasoning, content
 

@@ -58,7 +58,7 @@ VALIDATIONS = 8
 SHOWN = 3  # questions that are answered at each
 MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
 
-LATE = "last two fifths"  # of the model's blocks
+LATE, LATE_SHARE = "last two fifths", 0.4  # of the model's blocks
 LINEAR = {f"lora_{name}": (True, "LoRA on every linear layer") for name in ("query", "key", "value", "projection", "mlp")}
 SKIP = {
     "skip2lora_enabled": (True, "the frozen blocks run once, so epochs after the first cost a fraction"),
@@ -301,10 +301,11 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     for key, (value, reason) in settings.items():
         if not unfit.get(key):
             value = alphas.get(key) or value
-            rows.append(Chosen(key, f"last:{math.ceil(0.4 * layers)}" if layers and value == LATE else value, reason))
+            rows.append(Chosen(key, f"last:{math.ceil(LATE_SHARE * layers)}" if layers and value == LATE else value, reason))
     holds_two = look.is_single and (style is None or hasattr(style, "render"))
     is_told_often = look.is_facts and look.is_repeated and look.records <= MOST_FOLLOWED
-    share = FOLLOW_UPS[look.records > FEW] if is_told_often and holds_two and method in ("LoRA", "answer-only LoRA") else 0.0
+    few, many = FOLLOW_UPS if is_told_often and holds_two and method in ("LoRA", "answer-only LoRA") else (0.0, 0.0)
+    share = few if look.records <= FEW else many
     return rows + _schedule(look, method, given, given.get("train", {}).get("follow_ups", share))
 
 

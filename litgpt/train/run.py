@@ -102,9 +102,12 @@ def require_same(folder: Path, identity: Identity, before: dict[str, Any]) -> No
         )
 
 
-def require_alike(identity: Identity, first: dict[str, Any], *others: str) -> None:
-    """Raise UserError if this process would not train what the first does, whose `Identity.facts` are given."""
-    if differences := [*identity.changes(first, FIRST), *others]:
+def require_alike(identity: Identity, first: dict[str, Any], step: int = 0, first_step: int = 0) -> None:
+    """Raise UserError if this process would not train what the first does, whose `Identity.facts` and step are given."""
+    differences = identity.changes(first, FIRST)
+    if step != first_step:
+        differences.append(f"it continues after step {step}, {FIRST} {first_step}")
+    if differences:
         raise UserError(f"this process would train something else: {'; '.join(differences)}. {SHARED}")
 
 
@@ -130,8 +133,8 @@ class Session:
         if saved is not None:
             require_same(saved.folder, identity, saved.facts["identity"])
         step = saved.state.step if saved else 0
-        theirs, first = self.rank.broadcast((identity.facts(), step))
-        require_alike(identity, theirs, *[f"it continues after step {step}, {FIRST} {first}"] * (step != first))
+        theirs, first_step = self.rank.broadcast((identity.facts(), step))
+        require_alike(identity, theirs, step, first_step)
         self.rank.barrier()
         self.objective = job.objective
         self.sources: tuple[Batches, Activations, Activations, list[list[int]]] | None = None
