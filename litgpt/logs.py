@@ -162,8 +162,8 @@ def remote_logger(out_dir: Path, name: str, log: LogArgs, hyperparameters: dict[
 class Console:
     """Messages and progress on standard error, if `active`: a bar with an ETA on a terminal, plain lines elsewhere."""
 
-    def __init__(self, active: bool = True) -> None:
-        self.active = active
+    def __init__(self, active: bool = True, verbose: bool = False) -> None:
+        self.active, self.verbose = active, verbose
         self.is_terminal = active and sys.stderr.isatty()
         self._bar: Any = None
 
@@ -175,6 +175,11 @@ class Console:
                 self._bar.console.print(text, markup=False, emoji=False, highlight=False)
             elif self.active:
                 print(text, file=sys.stderr, flush=True)
+
+    def detail(self, text: str) -> None:
+        """Print a line that explains the computation, if `verbose`."""
+        if self.verbose:
+            self.say(text)
 
     @contextmanager
     def progress(self, title: str, begun: int = 0) -> Iterator[Callable[..., None]]:

@@ -178,6 +178,7 @@ class CacheSettings:
     # opens a progress bar with a title, for a cache that already holds some number of samples
     progress: Callable[[str, int], AbstractContextManager[Progress]] = lambda title, begun: nullcontext(lambda done, total: None)
     agreed: Callable[[bool], bool] = bool  # returns whether a flag is set in any rank of a sharded model, which must all do the same
+    detail: Callable[[str], None] = lambda text: None  # takes lines that few want to read
 
 
 def activations(
@@ -202,7 +203,7 @@ def activations(
     if kind == "auto":
         kind = "memory" if need <= MEMORY_SHARE * free or is_sharded(model) else "disk"
     batches = list(fill_batches(samples, indices, layout.stem, device))
-    settings.say(f"{name} cache: {gib(need)} for {layout.shape[0]:,} positions, {WHERE[kind]}; free memory {gib(free)}")
+    settings.detail(f"{name} cache: {gib(need)} for {layout.shape[0]:,} positions, {WHERE[kind]}; free memory {gib(free)}")
 
     def complete(store: torch.Tensor | Rows, batches: Iterator[list[int]], done: int) -> None:
         with settings.progress(f"{name} cache", done) as progress:
@@ -258,7 +259,7 @@ def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSetting
         seconds.append((time.perf_counter() - start) / len(rows))
     chosen = cache if seconds[0] <= seconds[1] else recompute
     times = f"reading takes {1000 * seconds[0]:.2f} ms a sample, computing {1000 * seconds[1]:.2f} ms"
-    settings.say(f"{name} cache: {times}: activations are {'read' if chosen is cache else 'computed again for every batch'}")
+    settings.detail(f"{name} cache: {times}: activations are {'read' if chosen is cache else 'computed again for every batch'}")
     return chosen
 
 

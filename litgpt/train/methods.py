@@ -18,7 +18,7 @@ from litgpt.convert.merge import write_merged
 from litgpt.device import on_meta
 from litgpt.errors import UserError
 from litgpt.logs import Console
-from litgpt.lora import GPT, Config as LoRAConfig, LoRALayer, mark_only_lora_as_trainable, merge_lora_weights
+from litgpt.lora import GPT, Config as LoRAConfig, mark_only_lora_as_trainable, merge_lora_weights
 from litgpt.packed import unpack
 from litgpt.quantize import count, is_quantised, quantise
 from litgpt.sharding import assign, is_sharded, on_cpu
@@ -158,9 +158,6 @@ def describe(model: GPT, warmup: WarmupSettings) -> list[str]:
     config, total = model.config, count(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [f"parameters: {trained:,} trainable of {total:,} ({100 * trained / total:.3f} %)"]
-    adapters = [module for module in model.modules() if isinstance(module, LoRALayer) and module.r]
-    if adapters and not any(module.scaling for module in adapters):
-        lines.append("warning: nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0")
     if config.value_head:
         lines.append(f"value head, {config.value_head}: {count(model.value_head):,} parameters")
     if config.modules_to_save:

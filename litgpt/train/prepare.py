@@ -21,7 +21,7 @@ from litgpt.data.text_files import Text
 from litgpt.device import backbone_dtype, default_device, default_precision, process_rank, seed_everything
 from litgpt.errors import UserError
 from litgpt.logs import Console, require_logger
-from litgpt.lora import GPT, keep_taps
+from litgpt.lora import GPT, LoRALayer, keep_taps
 from litgpt.objectives.base import Objective
 from litgpt.objectives.named import objective_of
 from litgpt.objectives.reference import require_reference
@@ -95,14 +95,15 @@ class Job:
 
     def cache_settings(self, mode: str) -> CacheSettings:
         """Return where activations are kept; the console shows the progress of filling them."""
-        return CacheSettings(mode, self.cache_folder, self.cache_dtype, self.console.say, self.console.progress, self.rank.agreed)
+        console = self.console
+        return CacheSettings(mode, self.cache_folder, self.cache_dtype, console.say, console.progress, self.rank.agreed, console.detail)
 
     def say_what_is_trained(self) -> None:
         rank = self.rank
         share = f", {rank.size} processes, each with a {'part' if rank.sharded else 'copy'} of the model" if rank.size > 1 else ""
         self.console.say(f"{self.model.config.name}, {self.precision} on {rank.device}{share}")
         for line in describe(self.model, self.method.warmup):
-            self.console.say(line)
+            self.console.detail(line)
 
 
 def prepare(
@@ -134,6 +135,9 @@ def prepare(
         optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # raises for wrong settings
         if not optimizer.param_groups[0]["lr"]:
             job.console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
+        scalings = [module.scaling for module in job.model.modules() if isinstance(module, LoRALayer) and module.r]
+        if scalings and not any(scalings):
+            job.console.say("warning: nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0")
         if count := job.model.config.taps_to_choose:
             blocks = chosen_taps(point) if point else choose_taps(job, count)
             if blocks:
@@ -147,7 +151,8 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     """Return the run with its data and its model."""
     kept = saved.facts if saved else {}
     date = rank.broadcast(datetime.fromisoformat(kept["date"]) if "date" in kept else datetime.now())
-    console, dtype = Console(rank.is_first and process_rank() == 0), backbone_dtype(precision)
+    console = Console(rank.is_first and process_rank() == 0, settings.verbose or settings.dry_run)
+    dtype = backbone_dtype(precision)
     tokenizer = Tokenizer(base)
     contents = tokenizer_contents(base)
     assert settings.data is not None
@@ -206,7 +211,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
             f"{file} gives the token id {largest}, the model knows {model.config.V}: it belongs to another model, copy it again"
         )
     if model.config.alora_enabled:
-        console.say(_switch_on_replies(job))
+        console.detail(_switch_on_replies(job))
     model.activation_checkpointing = settings.train.activation_checkpointing
     model.neftune_alpha = settings.train.neftune_noise_alpha or 0.0
     return job

@@ -63,6 +63,8 @@ class Run:
     resume: Resume = setting(False, may_change=True)
     """Resume the run in out_dir. true: from its newest complete checkpoint; auto: the same, or start a new run if there is none; or the
     step-* folder to resume from."""
+    verbose: bool = setting(False, may_change=True)
+    """Also say what is trained, what runs frozen, and what caches need."""
     dry_run: bool = setting(False, may_change=True)
     """Check everything, show a sample with its loss mask, and estimate steps, memory and time. Writes nothing."""
 

@@ -103,7 +103,7 @@ def keep(
     """Activations of samples, and what was said on the way."""
     said = Heard()
     indices = list(range(len(samples))) if rows is None else rows
-    settings = CacheSettings(mode, folder, dtype, said.append, lambda title, begun: nullcontext(progress))
+    settings = CacheSettings(mode, folder, dtype, said.append, lambda title, begun: nullcontext(progress), detail=said.append)
     return activations(model, samples, indices, "training", settings, CPU), said
 
 

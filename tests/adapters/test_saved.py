@@ -174,7 +174,7 @@ def test_a_run_learns_is_resumed_merged_and_used(
     kind: str, chosen: list[str], request: pytest.FixtureRequest, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = request.getfixturevalue(kind)
-    words = ["--modules_to_save", json.dumps(["embed_tokens" if name == "wte" else name for name in chosen])]
+    words = ["--verbose", "true", "--modules_to_save", json.dumps(["embed_tokens" if name == "wte" else name for name in chosen])]
     run = runs.finetune("finetune_lora", base, data, tmp_path / "a" / "run", *words)
     assert run.code == 0, run.err
     losses = run.column("val_loss")

@@ -30,7 +30,7 @@ ALORA: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def whole(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An uninterrupted run. Do not write into its folder."""
-    return finetune("finetune_lora", base, data, tmp_path_factory.mktemp("runs") / "whole", **ALORA)
+    return finetune("finetune_lora", base, data, tmp_path_factory.mktemp("runs") / "whole", **ALORA, verbose=True)
 
 
 def test_cached_stopped_and_resumed(whole: Run, base: Path, data: Path, tmp_path: Path) -> None:
@@ -38,6 +38,7 @@ def test_cached_stopped_and_resumed(whole: Run, base: Path, data: Path, tmp_path
     assert whole.code == 0, whole.err
     assert "answer-only LoRA: acts on replies, from '<|im_start|>assistant\\n' on: " in whole.err and "training cache: " in whole.err
     uncached = finetune("finetune_lora", base, data, tmp_path / "uncached", **ALORA, skip2lora_cache="off")
+    assert "acts on replies" not in uncached.err and "cache:" not in uncached.err
     for row, other in zip(curve(whole.out_dir), curve(tmp_path / "uncached"), strict=True):
         assert [float(cell or 0) for cell in row] == pytest.approx([float(cell or 0) for cell in other], rel=1e-4), uncached.err
     shutil.copytree(whole.out_dir, tmp_path / "parts")

@@ -137,7 +137,7 @@ def test_the_report_counts_in_closed_form(method: str, trained: int, made: Calla
     assert (report["trainable_parameters"], report["total_parameters"]) == (trained, plain + trained)
     assert 0 < report["train_seconds"] < report["total_seconds"] and report["tokens_per_second"] > 0 and report["peak_memory_gb"] > 0.01
     for line in (
-        f"parameters: {trained:,} trainable of {plain + trained:,}",
+        f"{trained:,} of {plain + trained:,} (",
         f"{report['final_val_loss']:.4f}",
         "18 train and 2 validation",
     ):

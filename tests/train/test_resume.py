@@ -179,7 +179,7 @@ def test_the_cache_may_move_from_memory_to_the_disk(
     settings = {**SKIP, **QUIET}
     assert finetune("finetune_lora", base, data, tmp_path / "out", **settings, skip2lora_cache="memory").code == 143
     stop_at.clear()
-    run = finetune("finetune_lora", base, data, tmp_path / "out", **settings, skip2lora_cache="disk", resume=True)
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **settings, skip2lora_cache="disk", resume=True, verbose=True)
     assert run.code == 0 and "on disk" in run.err, run.err
     assert_same(run, whole("Skip2-LoRA, cache in memory"))
 
