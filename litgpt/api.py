@@ -6,11 +6,10 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, SupportsIndex, overload
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
@@ -176,23 +175,6 @@ class LLM(nn.Module):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
 
-    @overload
-    def generate(
-        self,
-        prompt: str | list[Message],
-        sys_prompt: str | None = ...,
-        max_new_tokens: int = ...,
-        temperature: float | None = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        return_as_token_ids: Literal[False] = ...,
-        stream: Literal[False] = ...,
-        **settings: Any,
-    ) -> str: ...
-
-    @overload
-    def generate(self, prompt: str | list[Message] | list[str] | list[list[Message]], *args: Any, **settings: Any) -> Any: ...
-
     @checked
     def generate(
         self,
@@ -207,7 +189,7 @@ class LLM(nn.Module):
         seed: SupportsIndex | None = None,
         stop: str | Sequence[str] | None = (),
         **more: Any,
-    ) -> str | torch.Tensor | Iterator[str] | Iterator[torch.Tensor] | list[Any]:
+    ) -> Any:
         """Return the answer to `prompt` in the checkpoint's prompt style, without the prompt.
 
         `prompt` is a question, or a conversation: a list of messages with `role` and `content`. A list of either is answered in one batch,
@@ -240,14 +222,15 @@ class LLM(nn.Module):
                 return (torch.tensor([token]) for token in tokens)
             return until_stop_text(self.tokenizer.decode_stream(tokens), stops)
         ids, last = [self.prompt_ids(text, max_new_tokens) for text in texts], self.prompt_style.stop_tokens(self.tokenizer)
-        generators, ended = (self.generator(seed) for _ in texts), partial(self._has, stops) if stops else None
-        generated = generate_batch(self.model, ids, max_new_tokens, Sampling(**sampling), last, generators, ended)
+
+        def ended(ids: list[int]) -> bool:
+            text = self.tokenizer.decode(ids).rstrip("\ufffd")  # an incomplete character
+            return any(stop in text for stop in stops)
+
+        generators = (self.generator(seed) for _ in texts)
+        generated = generate_batch(self.model, ids, max_new_tokens, Sampling(**sampling), last, generators, ended if stops else None)
         answers = [self._answer(answer, stops, return_as_token_ids) for answer in generated]
         return answers if is_list else answers[0]
-
-    def _has(self, stops: Sequence[str], ids: list[int]) -> bool:
-        text = self.tokenizer.decode(ids).rstrip("\ufffd")  # an incomplete character
-        return any(stop in text for stop in stops)
 
     def _answer(self, answer: list[int], stops: Sequence[str], as_ids: bool) -> str | torch.Tensor:
         """Return the answer as text before the first stop string, or as the ids that begin before it."""
@@ -279,12 +262,7 @@ class LLM(nn.Module):
 
     @checked
     def complete(
-        self,
-        text: str,
-        max_new_tokens: int,
-        *,
-        generator: torch.Generator | None = None,
-        **sampling: Any,
+        self, text: str, max_new_tokens: int, *, generator: torch.Generator | None = None, **sampling: Any
     ) -> Generator[int, None, None]:
         """Yield the ids that follow `text`, which is in the prompt style already, until a stop token of the style or the tokenizer.
 
@@ -367,8 +345,8 @@ class LLM(nn.Module):
         if generate_strategy is None and devices not in ("auto", 1):
             raise UserError(f'distribute: {devices!r} devices need a generate_strategy: "sequential" or "tensor_parallel"')
         device = find_device(accelerator)
-        precision = (precision or default_precision(device)).replace("-mixed", "-true")
-        dtype, home = backbone_dtype(precision), device if generate_strategy is None else torch.device("cpu")
+        precision = precision or default_precision(device)
+        dtype, home = inference_dtype(precision), device if generate_strategy is None else torch.device("cpu")
         homes = divide.places(device, devices) if generate_strategy == "sequential" else []
         rank = divide.processes(device, devices, precision, quantize) if generate_strategy == "tensor_parallel" else None
         model = checkpoint.load_model(self.folder, dtype, home, self.base, quantize)
@@ -400,25 +378,22 @@ class LLM(nn.Module):
     @checked
     def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str, dict[str, list[float]]]:
         """Return the answer of the last of `num_iterations` calls of `generate`, and a list of each figure over the calls."""
-        figures: dict[str, list[float]] = {}
-        text = ""
+        rows, text = list[dict[str, float]](), ""
         for _ in range(num_iterations):
             start, ids, first = time.perf_counter(), list[int](), 0.0
             for token in self.generate(**{**kwargs, "stream": True, "return_as_token_ids": True}):
                 first = first or time.perf_counter() - start
                 ids.append(token.item())
             total, text = time.perf_counter() - start, self.tokenizer.decode(ids)
-            on_gpu = peak_memory_gb(self.device) if self.device.type == "cuda" else 0.0
             row = {
                 "Seconds total": total,
                 "Seconds to first token": first,
                 "Tokens generated": len(ids),
                 "Inference speed in tokens/sec": len(ids) / total,
-                "Total GPU memory allocated in GB": on_gpu,
+                "Total GPU memory allocated in GB": peak_memory_gb(self.device) if self.device.type == "cuda" else 0.0,
             }
-            for name, value in row.items():
-                figures.setdefault(name, []).append(value)
-        return text, figures
+            rows.append(row)
+        return text, {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
 
 
 def require_known(sampling: Mapping[str, Any]) -> None:
