@@ -130,9 +130,9 @@ def adapter_costs(folder: Path, taps: int = 6, rank: int = 16) -> tuple[float, d
     from litgpt.generate.engine import Row
     from litgpt.generate.sampling import Sampling
     from litgpt.lora import Config, Skip2LoRA
-    from litgpt.serve.models import Head, load_models
+    from litgpt.serve.models import Head, Models
 
-    base = next(iter(load_models(folder, {}).values()))
+    base = next(iter(Models(folder, {}).values()))
     model: Any = base.llm.model
     settings = {"skip2lora_enabled": True, "lora_r": rank, "skip2lora_block_indices": f"last:{taps}"}
     shared, heads = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}, []

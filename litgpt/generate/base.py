@@ -203,10 +203,14 @@ def open_model(checkpoint_dir: Path, packed: bool = True, **how: Any) -> "LLM":
     llm = LLM.load(checkpoint_dir, **how)
     if packed:
         pack(llm.model)
-    dtype = str(llm.model.dtype).removeprefix("torch.")
-    form = f"{dtype}, {how['quantize']}" if how.get("quantize") else dtype
-    print(safe(f"{llm.folder}: {llm.config.name}, {form} on {llm.device}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)
+    say_loaded(f"{llm.folder}: {llm.config.name},", llm, how.get("quantize"), start)
     return llm
+
+
+def say_loaded(name: str, llm: "LLM", quantize: Optional[str], start: float) -> None:
+    """Print a model's name, dtype, device, and the seconds since `start`, to standard error."""
+    form = str(llm.model.dtype).removeprefix("torch.") + (f", {quantize}" if quantize else "")
+    print(safe(f"{name} {form} on {llm.device}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)
 
 
 class Metered:

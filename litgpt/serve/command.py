@@ -10,7 +10,8 @@ from typing import Any, Literal, Optional
 from litgpt.args import ABOVE_0, POSITIVE, Quantization, require_ranges, setting
 from litgpt.errors import UserError
 from litgpt.files import expand_path
-from litgpt.streams import keep_secret, safe
+from litgpt.generate.base import say_loaded
+from litgpt.streams import keep_secret
 
 API_KEY = "LIT_SERVER_API_KEY"  # environment variable, LitServe's
 
@@ -91,15 +92,18 @@ class Serve:
             message = f"serve needs the packages fastapi and uvicorn ({error.name} is missing): `pip install 'litgpt[serve]'`"
             raise UserError(message) from None
         from litgpt.generate.sampling import Sampling
+        from litgpt.serve.models import Models
         from litgpt.serve.scheduler import Scheduler
 
         given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         Sampling(**{**sampling, "top_k": self.top_k or None})  # an error is reported here
-        socket = listen(self.host, self.port)
+        socket, start = listen(self.host, self.port), time.perf_counter()
+        models = Models(self.checkpoint_dir, self.folders, quantize=self.quantize, precision=self.precision, device=self.accelerator)
+        say_loaded(f"{', '.join(models)}:", models.base.llm, self.quantize, start)
         scheduler = Scheduler(self.max_batch, self.max_queue)
         state = State(
-            models=self._load(),
+            models=models,
             scheduler=scheduler,
             sampling=sampling,
             max_new_tokens=self.max_new_tokens,
@@ -113,17 +117,6 @@ class Serve:
             run(make_app(state, self.host, self.api_path), socket, self.timeout)
         finally:
             scheduler.close()
-
-    def _load(self) -> Any:
-        """Load the models, and print their names, dtype and device to standard error."""
-        from litgpt.serve.models import load_models
-
-        start = time.perf_counter()
-        models = load_models(self.checkpoint_dir, self.folders, quantize=self.quantize, precision=self.precision, device=self.accelerator)
-        llm = models.base.llm
-        dtype = str(llm.model.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else "")
-        print(safe(f"{', '.join(models)}: {dtype} on {llm.device}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)
-        return models
 
 
 def named(adapters: list[str]) -> dict[str, Path]:

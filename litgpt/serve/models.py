@@ -82,15 +82,24 @@ class Served:
 
 
 class Models(dict[str, Served]):
-    """The models by name. A request without a name gets the first, which cannot be removed, nor can the base in `folder`.
+    """A checkpoint, and adapters over it, by name. A request without a name gets the first, which cannot be removed, nor can the base.
 
-    `how` are arguments of `LLM.load`: precision, device and quantize.
+    If `folder` holds an adapter its base is served too. `how` are arguments of `LLM.load`: precision, device and quantize. Raises UserError
+    for folders that cannot be loaded or do not belong together.
     """
 
-    def __init__(self, folder: Path, how: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path, adapters: dict[str, Path], **how: Any) -> None:
         super().__init__()
-        self.folder, self.how = folder, how
-        self.base = self._open_whole(folder)
+        opened = self.folder = open_checkpoint(folder)
+        if is_adapter := _is_over_a_base(opened):
+            self.folder, _ = checkpoint.adapter_settings(opened)
+        self.how = how
+        self.base = self._open_whole(self.folder)
+        if is_adapter:
+            self[own_name(opened)] = self.open(own_name(opened), opened)
+        self[self.base.name] = self.base
+        for name, path in adapters.items():
+            self[name] = self.open(name, open_checkpoint(path))
 
     def open(self, name: str, folder: Path) -> Served:
         """Load an adapter over the base, or a model of its own. It is neither converted nor registered. Raises UserError."""
@@ -122,23 +131,6 @@ class Models(dict[str, Served]):
         if name in (self.base.name, next(iter(self))):
             raise UserError(f"{name!r} is served as long as the server runs")
         del self[name]
-
-
-def load_models(folder: str | Path, adapters: dict[str, Path], **how: Any) -> Models:
-    """Load a checkpoint, and adapters over it by name; the first is the default. `how` are arguments of `LLM.load`.
-
-    If `folder` holds an adapter its base is served too. Raises UserError for folders that cannot be loaded or do not belong together.
-    """
-    opened = base_folder = open_checkpoint(folder)
-    if is_adapter := _is_over_a_base(opened):
-        base_folder, _ = checkpoint.adapter_settings(opened)
-    models = Models(base_folder, how)
-    if is_adapter:
-        models[own_name(opened)] = models.open(own_name(opened), opened)
-    models[models.base.name] = models.base
-    for own, path in adapters.items():
-        models[own] = models.open(own, open_checkpoint(path))
-    return models
 
 
 def _is_over_a_base(folder: Path) -> bool:

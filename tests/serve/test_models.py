@@ -12,7 +12,7 @@ from litgpt.api import LLM
 from litgpt.errors import UserError
 from litgpt.generate.engine import Row, generate
 from litgpt.generate.sampling import Sampling
-from litgpt.serve.models import SharedBatch, load_models, own_name
+from litgpt.serve.models import Models, SharedBatch, own_name
 from tests.helpers import tiny
 from tests.serve.conftest import Folders
 
@@ -25,7 +25,7 @@ def alone(folder: Path, prompt: list[int], new: int) -> list[int]:
 
 def test_every_answer_of_a_mixed_batch_is_its_models_own(folders: Folders) -> None:
     """Two requests for each name at once, of different lengths, joining at different steps."""
-    models = load_models(folders.base, folders.adapters, **HOW)
+    models = Models(folders.base, folders.adapters, **HOW)
     assert list(models) == ["tiny", *folders.adapters]
     rows = {}
     for i, name in enumerate([*models, *models]):
@@ -53,13 +53,13 @@ def test_a_request_converts_nothing(folders: Folders, tmp_path: Path, write_tiny
     tiny.hf_llama().save_pretrained(write_tiny_tokenizer(tmp_path / "hf"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"hf must be converted first.*`litgpt convert_to_litgpt "):
-        load_models(folders.base, {}, **HOW).open("hf", tmp_path / "hf")
+        Models(folders.base, {}, **HOW).open("hf", tmp_path / "hf")
     assert sorted(tmp_path.rglob("*")) == before
-    assert list(load_models(folders.base, {"hf": tmp_path / "hf"}, **HOW)) == ["tiny", "hf"]
+    assert list(Models(folders.base, {"hf": tmp_path / "hf"}, **HOW)) == ["tiny", "hf"]
 
 
 def test_who_shares_what(folders: Folders) -> None:
-    models = load_models(folders.base, folders.adapters, **HOW)
+    models = Models(folders.base, folders.adapters, **HOW)
     base = models["tiny"]
     assert {name for name, model in models.items() if model.batch is base.batch} == {"tiny", "skip", "other", "norm"}
     assert isinstance(base.batch, SharedBatch) and models["tail"].batch is not models["lora"].batch
@@ -71,7 +71,7 @@ def test_who_shares_what(folders: Folders) -> None:
 
 
 def test_quantised_base(folders: Folders) -> None:
-    models = load_models(folders.base, {name: folders.adapters[name] for name in ("skip", "lora")}, quantize="int8", **HOW)
+    models = Models(folders.base, {name: folders.adapters[name] for name in ("skip", "lora")}, quantize="int8", **HOW)
     for name, model in models.items():
         path = folders.adapters.get(name, folders.base)
         llm, prompt = LLM.load(path, quantize="int8", **HOW), tiny.ids(1, 7, 320)[0].tolist()  # type: ignore[arg-type]
@@ -83,21 +83,21 @@ def test_quantised_base(folders: Folders) -> None:
 
 
 def test_an_adapters_folder_brings_its_base(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = load_models(folders.adapters["skip"], {"more": folders.adapters["lora"]}, **HOW)
+    models = Models(folders.adapters["skip"], {"more": folders.adapters["lora"]}, **HOW)
     assert list(models) == ["skip", "tiny", "more"] and models["skip"].parent == "tiny"
     assert own_name(Path("out/mine/final")) == own_name(Path("out/mine/step-000100")) == own_name(Path("out/mine")) == "mine"
     monkeypatch.chdir(folders.adapters["skip"])
-    assert list(load_models(".", {}, **HOW)) == ["skip", "tiny"]
+    assert list(Models(".", {}, **HOW)) == ["skip", "tiny"]
     assert own_name(Path("final")) == "skip"
 
 
 def test_a_model_of_its_own_weights(folders: Folders) -> None:
-    models = load_models(folders.base, {"copy": folders.base}, **HOW)
+    models = Models(folders.base, {"copy": folders.base}, **HOW)
     assert models["copy"].batch is not models["tiny"].batch and models["copy"].parent is None
 
 
 def test_refusals(folders: Folders, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'tiny' is the name of a model that is served already"):
-        load_models(folders.base, {"tiny": folders.adapters["skip"]}, **HOW)
+        Models(folders.base, {"tiny": folders.adapters["skip"]}, **HOW)
     with pytest.raises(UserError, match="nowhere does not exist"):
-        load_models(folders.base, {"x": tmp_path / "nowhere"}, **HOW)
+        Models(folders.base, {"x": tmp_path / "nowhere"}, **HOW)

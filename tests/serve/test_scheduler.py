@@ -13,7 +13,7 @@ import torch
 
 from litgpt.generate.sampling import Sampling
 from litgpt.prompts import ChatTemplate
-from litgpt.serve.models import Served, load_models
+from litgpt.serve.models import Models, Served
 from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
 from tests.helpers import tiny
 from tests.serve.conftest import Folders
@@ -21,7 +21,7 @@ from tests.serve.conftest import Folders
 
 @pytest.fixture(scope="module")
 def model(folders: Folders) -> Served:
-    model = load_models(folders.base, {}, precision="32-true", device="cpu")["tiny"]
+    model = Models(folders.base, {}, precision="32-true", device="cpu")["tiny"]
     assert expected(model) != expected(model, 5)  # before the scheduler's thread uses the model
     return model
 
