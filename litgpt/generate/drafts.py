@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -52,8 +53,10 @@ def generate(
     drafter: Any
     if draft == "prompt_lookup":
         drafter = Lookup(target.config.V, next(target.parameters()).device, text)
+    elif draft == "heads":
+        drafter = partial(by_heads, large, sampling, generator)
     else:
-        drafter = Heads(large, sampling, generator) if draft == "heads" else Draft(draft, prompt, max_returned_tokens, sampling, generator)
+        drafter = partial(by_model, _Cached(draft, prompt, max_returned_tokens), sampling, generator)
     try:
         while len(tokens) < max_returned_tokens:
             drafted, q = drafter(tokens, min(k, max_returned_tokens - len(tokens) - 1))
@@ -70,41 +73,33 @@ def generate(
             draft.clear_kv_cache()
 
 
-class Draft:
-    """Drafts of a model."""
-
-    def __init__(self, model: GPT, prompt: Sequence[int], length: int, sampling: Sampling, generator: torch.Generator | None) -> None:
-        self.cached, self.sampling, self.generator = _Cached(model, prompt, length), sampling, generator
-
-    def __call__(self, tokens: list[int], most: int) -> tuple[list[int], list[torch.Tensor]]:
-        """Return up to `most` tokens that may follow, and the distributions (V,) that they were drawn from."""
-        drafted, q = list[int](), list[torch.Tensor]()
-        self.cached.computed = min(self.cached.computed, len(tokens) - 1)
-        for _ in range(most):
-            q.append(self.sampling.probabilities(self.cached.logits([*tokens, *drafted], 1))[0])
-            drafted.append(int(torch.multinomial(q[-1], 1, generator=self.generator)))
-        return drafted, q
+def by_model(
+    cached: _Cached, sampling: Sampling, generator: torch.Generator | None, tokens: list[int], most: int
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Return up to `most` tokens that a model draws, and the distributions (V,) that they were drawn from."""
+    drafted, q = list[int](), list[torch.Tensor]()
+    cached.computed = min(cached.computed, len(tokens) - 1)
+    for _ in range(most):
+        q.append(sampling.probabilities(cached.logits([*tokens, *drafted], 1))[0])
+        drafted.append(int(torch.multinomial(q[-1], 1, generator=generator)))
+    return drafted, q
 
 
-class Heads:
-    """Drafts of the target's own multi-token heads, behind the token that it drew last."""
-
-    def __init__(self, target: _Cached, sampling: Sampling, generator: torch.Generator | None) -> None:
-        self.target, self.sampling, self.generator = target, sampling, generator
-
-    @torch.inference_mode()
-    def __call__(self, tokens: list[int], most: int) -> tuple[list[int], list[torch.Tensor]]:
-        """Return up to `most` tokens that may follow, and the distributions (V,) that they were drawn from."""
-        model, states = self.target.model, self.target.states
-        heads = list(model.mtp_heads)[:most]
-        if states is None or not heads:
-            return [], []
-        h, taps = (part[len(tokens) - 2 - self.target.computed_from] for part in states)  # (d,), of which the last token was drawn; (S, d)
-        e = model.transformer["wte"](torch.tensor(tokens[-1], device=h.device))
-        if model.switch is not None:  # for LoRA on the output layer: drafts stand in the reply
-            model.switch.mask = None
-        q = self.sampling.probabilities(model.logits(torch.stack([head(h, e, taps) for head in heads])))
-        return torch.multinomial(q, 1, generator=self.generator)[:, 0].tolist(), list(q)
+@torch.inference_mode()
+def by_heads(
+    target: _Cached, sampling: Sampling, generator: torch.Generator | None, tokens: list[int], most: int
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Return up to `most` tokens that the target's multi-token heads draw behind its last token, and their distributions (V,)."""
+    model, states = target.model, target.states
+    heads = list(model.mtp_heads)[:most]
+    if states is None or not heads:
+        return [], []
+    h, taps = (part[len(tokens) - 2 - target.computed_from] for part in states)  # (d,), of which the last token was drawn; (S, d)
+    e = model.transformer["wte"](torch.tensor(tokens[-1], device=h.device))
+    if model.switch is not None:  # for LoRA on the output layer: drafts stand in the reply
+        model.switch.mask = None
+    q = sampling.probabilities(model.logits(torch.stack([head(h, e, taps) for head in heads])))
+    return torch.multinomial(q, 1, generator=generator)[:, 0].tolist(), list(q)
 
 
 class Lookup:
