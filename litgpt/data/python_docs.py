@@ -15,8 +15,9 @@ import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -152,26 +153,24 @@ def collect(packages: list[str], min_chars: int, max_chars: int) -> tuple[list[E
     An object with several names keeps the shortest; an answer that several objects share goes to the shortest name.
     """
     unreadable: list[str] = []
-    members: dict[int, Member] = {}  # by id of the object
-
-    def keep_shortest(found: Iterator[Member]) -> None:
-        for member in found:
-            known = members.get(id(member.object))
-            if known is None or member.order < known.order:
-                members[id(member.object)] = member
-
-    for package in sorted(set(packages)):
-        for name, module in _modules(package, unreadable):
-            keep_shortest(_members(name, module))
-    for member in sorted((member for member in members.values() if member.kind == "class"), key=lambda member: member.order):
-        keep_shortest(_methods(member.name, member.object))
+    modules = (named for package in sorted(set(packages)) for named in _modules(package, unreadable))
+    members = _shortest(member for name, module in modules for member in _members(name, module))
+    methods = [method for member in members if member.kind == "class" for method in _methods(member.name, member.object)]
     entries: dict[str, Entry] = {}  # by answer
-    for member in sorted(members.values(), key=lambda member: member.order):
+    for member in _shortest([*members, *methods]):
         answer = first_paragraph(member.doc, min_chars, max_chars)
         if answer and answer not in entries:
             shown = "" if member.kind == "class" else signature(member.caller, member.doc, member.takes_self)
             entries[answer] = Entry(member.name, member.kind, shown, answer)
     return sorted(entries.values()), sorted(set(unreadable))
+
+
+def _shortest(members: Iterable[Member]) -> list[Member]:
+    """Return each object under its shortest name, sorted by length."""
+    kept: dict[int, Member] = {}  # by id of the object
+    for member in sorted(members, key=attrgetter("order")):
+        kept.setdefault(id(member.object), member)
+    return list(kept.values())
 
 
 def _modules(name: str, unreadable: list[str], required: bool = True) -> Iterator[tuple[str, ModuleType]]:
