@@ -57,7 +57,7 @@ UPWARD: set[tuple[str, str]] = set()
 IN_CIRCLES: set[str] = set()  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
-LINES_TOO_MANY = 15_305
+LINES_TOO_MANY = 15_288
 WITHOUT_TESTS: set[str] = set()
 
 # Files and folders without test files of their names, and the tests that cover them.
@@ -68,7 +68,6 @@ COVERED_BY = {
     "sample": "tests/test_packing.py",
     "mlp": "tests/families/test_moe.py",
     "attention": "tests/test_model.py",
-    "generate.several": "tests/generate/test_divide.py",
     "families": "tests/families/test_architectures.py",  # all families by the same tests
 }
 

@@ -1,17 +1,20 @@
-"""`litgpt generate` and `generate_speculatively`: answer one prompt once or several times."""
+"""`litgpt generate` and the other commands of LitGPT that answer one prompt, once or several times."""
 
+import contextlib
 import importlib
+import io
 import random
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 from litgpt.args import POSITIVE, SHARE, TEMPERATURE, TOP_K, Accelerator, Quantization, function_of, require_ranges, setting
 from litgpt.errors import UserError
+from litgpt.files import require_file
 from litgpt.streams import safe, show
 from litgpt.text import counted
 
@@ -188,6 +191,96 @@ class Speculatively(Answers, Models):
         self.show(target, self.speculative_k, draft.model)
 
 
+@dataclass
+class Tuned(Answers, Checkpoint):
+    """Answer with a base model and the file that fine-tuning wrote, as LitGPT has it. `litgpt generate FOLDER` reads these files too."""
+
+    input: str = ""
+    """Additional input to the question, which some prompt styles have a place for."""
+    max_new_tokens: int = setting(100, POSITIVE)
+
+    def answer(self, key: str, **how: Any) -> None:
+        """Answer with the file that the setting `key` names; `how`: arguments of `LLM.load`."""
+        file: Path = getattr(self, key)
+        require_file(file, f"does not exist: name the file with the weights that fine-tuning wrote ({key})")
+        self.show(self.opened(file.parent, **how), with_prompt=False, input=self.input)
+
+
+@dataclass
+class Adapter(Tuned):
+    """Answer a prompt with a base model and a LLaMA-Adapter."""
+
+    adapter_path: Path = Path("out/finetune/adapter/final/lit_model.pth.adapter")
+    """The file with the adapter's weights, in the folder that fine-tuning wrote."""
+
+    def main(self) -> None:
+        self.answer("adapter_path", base=self.checkpoint_dir)
+
+
+@dataclass
+class AdapterV2(Adapter):
+    """Answer a prompt with a base model and a LLaMA-Adapter V2."""
+
+    adapter_path: Path = Path("out/finetune/adapter-v2/final/lit_model.pth.adapter_v2")
+
+
+@dataclass
+class Full(Tuned):
+    """Answer a prompt with the weights of finetune_full. The tokenizer is the base model's."""
+
+    finetuned_path: Path = Path("out/finetune/full/final/lit_model.pth")
+    """The file with the weights, in the folder that fine-tuning wrote."""
+
+    def main(self) -> None:
+        self.answer("finetuned_path", tokenizer_dir=self.checkpoint_dir)
+
+
+@dataclass
+class Several(Answers, Checkpoint):
+    """Answers by several devices."""
+
+    devices: Union[int, str] = "auto"
+    """Number of devices. auto: all GPUs, or the CPU."""
+
+
+@dataclass
+class Sequentially(Several):
+    """Answer a prompt with a model whose blocks are divided among GPUs."""
+
+    def main(self) -> None:
+        from litgpt.device import find_device
+        from litgpt.generate.divide import places, spread
+
+        devices = places(find_device(self.accelerator), self.devices)
+        llm = self.opened(self.checkpoint_dir, device="cpu")
+        spread(llm.model, devices)
+        self.show(llm)
+
+
+@dataclass
+class TensorParallel(Several):
+    """Answer a prompt with a model each of whose blocks is divided among processes, started by --devices or torchrun."""
+
+    def main(self) -> None:
+        from litgpt.device import default_precision, find_device
+        from litgpt.generate.divide import processes, shard
+        from litgpt.train.parallel import ends_together
+
+        device = find_device(self.accelerator)
+        precision = self.precision or default_precision(device)
+        rank = processes(device, self.devices, precision, self.quantize)
+        with ends_together(rank), contextlib.ExitStack() as streams:
+            if not rank.is_first:
+                streams.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                streams.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            llm = open_model(self.checkpoint_dir, packed=False, precision=precision, device="cpu")
+            shard(llm.model, rank.index, rank.size, rank.sum)
+            llm.model.to(rank.device)
+            if self.compile:
+                print("compile: the parts of a model are not compiled by generate_tp", file=sys.stderr)
+            self.show(llm)
+
+
 main = function_of(Generate, "checkpoint_dir", "prompt")
 
 
@@ -213,13 +306,13 @@ def say_loaded(name: str, llm: "LLM", quantize: Optional[str], start: float) -> 
     print(safe(f"{name} {form} on {llm.device}, loaded in {time.perf_counter() - start:.1f} s"), file=sys.stderr)
 
 
+@dataclass
 class Metered:
     """An iterator of ids that keeps and times them."""
 
-    def __init__(self, ids: Iterator[int]) -> None:
-        self.ids = ids
-        self.drawn: list[int] = []
-        self.seconds = 0.0
+    ids: Iterator[int]
+    drawn: list[int] = field(default_factory=list)
+    seconds: float = 0.0
 
     def __iter__(self) -> Iterator[int]:
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_heads_draft_what_they_predict_behind_the_last_token(reads_taps: bool) -
     """Head k's own definition, on the model's states: the drafts at the second pass, and that all of them are kept if they are right."""
     model, prompt = with_heads(mtp_taps=reads_taps), tiny.ids(1, 9)[0].tolist()
     cached = drafts._Cached(model, prompt, 60)
-    drafter = drafts.Heads(cached, Sampling(temperature=0.0), None)
+    drafter = partial(drafts.by_heads, cached, Sampling(temperature=0.0), None)
     assert drafter(prompt, 3) == ([], [])
     first = int(cached.logits(prompt, 1).argmax())
     drafted, q = drafter([*prompt, first], 3)
@@ -149,7 +150,7 @@ def test_the_distribution_with_heads_is_the_models() -> None:
     model = with_heads(vocab_size=V, padded_vocab_size=V, n_layer=1)
     cached, counts = drafts._Cached(model, prompt, 8), torch.zeros(V, V)
     cached.logits(prompt[:-1], 1)
-    drafter = drafts.Heads(cached, Sampling(), generator)
+    drafter = partial(drafts.by_heads, cached, Sampling(), generator)
     after = model(torch.tensor([[*prompt, b, 0] for b in range(V)])).softmax(-1)  # (b, T, V)
     first, second = after[0, 3], after[:, 4]
     for _ in range(N):
