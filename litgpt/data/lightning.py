@@ -6,6 +6,7 @@ in LitGPT's form through the data sets of its loaders.
 
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -20,11 +21,12 @@ from litgpt.sample import Sample
 Item = dict[str, Any]  # "input_ids" (T,) and "labels" (T,), int64, and "token_counts"
 
 
+@dataclass(eq=False, repr=False)
 class Samples(Dataset[Item]):
     """Samples as tensors; labels without loss are `ignore_index`."""
 
-    def __init__(self, samples: Sequence[Sample], ignore_index: int = -100) -> None:
-        self.samples, self.ignore_index = samples, ignore_index
+    samples: Sequence[Sample]
+    ignore_index: int = -100
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -36,6 +38,7 @@ class Samples(Dataset[Item]):
         return {"input_ids": ids, "labels": labels, "token_counts": {"raw": len(ids), "raw_plus_prompt_template": len(ids)}}
 
 
+@dataclass(eq=False, repr=False)
 class SFTDataset(Dataset[Item]):
     """Records as tensors, each encoded on access: the prompt, the answer, EOS.
 
@@ -47,19 +50,17 @@ class SFTDataset(Dataset[Item]):
         transform: Applied to each record first, for example to rename its keys.
     """
 
-    def __init__(
-        self,
-        data: Sequence[Any],
-        tokenizer: Any,
-        prompt_style: str | PromptStyle,
-        max_seq_length: int = -1,
-        mask_prompt: bool = True,
-        ignore_index: int = -100,
-        transform: Callable[[Any], Any] | None = None,
-    ) -> None:
-        self.data, self.tokenizer, self.max_seq_length = data, tokenizer, max_seq_length
-        self.prompt_style = prompt_style if isinstance(prompt_style, PromptStyle) else PromptStyle.from_name(prompt_style)
-        self.mask_prompt, self.ignore_index, self.transform = mask_prompt, ignore_index, transform
+    data: Sequence[Any]
+    tokenizer: Any
+    prompt_style: Any
+    max_seq_length: int = -1
+    mask_prompt: bool = True
+    ignore_index: int = -100
+    transform: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt_style, PromptStyle):
+            self.prompt_style = PromptStyle.from_name(self.prompt_style)
 
     def __len__(self) -> int:
         return len(self.data)

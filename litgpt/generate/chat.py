@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -76,30 +76,23 @@ def talk(conversation: "Conversation", multiline: bool) -> None:
             _note("stopped")
 
 
+@dataclass
 class Conversation:
-    """The turns so far. The oldest are dropped when they no longer fit the model's context.
+    """The turns so far. The oldest are dropped when they no longer fit the model's context."""
 
-    `folder` is the one that the model was loaded from, where its base is looked up.
-    """
+    llm: "LLM"
+    max_new_tokens: int
+    sampling: "Sampling"
+    sys_prompt: Optional[str] = None
+    folder: Optional[Path] = None  # that the model was loaded from, where its base is looked up
+    seed: int = 1234
+    turns: "list[Message]" = field(default_factory=list)
 
-    def __init__(
-        self,
-        llm: "LLM",
-        max_new_tokens: int,
-        sampling: "Sampling",
-        sys_prompt: Optional[str] = None,
-        folder: Optional[Path] = None,
-        seed: int = 1234,
-    ) -> None:
+    def __post_init__(self) -> None:
         from litgpt.generate.engine import Session
 
-        self.llm, self.folder = llm, folder
-        self.max_new_tokens = max_new_tokens
-        self.sampling, self.generator = sampling, llm.generator(seed)
-        self.sys_prompt = sys_prompt
-        self.turns: list[Message] = []
-        self.has_turns = hasattr(llm.prompt_style, "render")
-        self.session = Session(llm.model)
+        self.generator, self.session = self.llm.generator(self.seed), Session(self.llm.model)
+        self.has_turns = hasattr(self.llm.prompt_style, "render")
 
     @cached_property
     def base(self) -> Any:

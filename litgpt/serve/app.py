@@ -67,16 +67,18 @@ class Refusal(HTTPException):
         return JSONResponse(self.body, self.status_code, {"Retry-After": "1"} if self.status_code == 429 else headers)
 
 
+@dataclass
 class Answering:
     """The answers of one request while they are computed."""
 
-    def __init__(self, state: State, settings: Settings, model: Served) -> None:
-        self.state, self.settings, self.model = state, settings, model
-        self.jobs: list[Job] = []
-        self.prompt_tokens = 0
-        self.counts: dict[int, int] = {}
-        self.queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
+    state: State
+    settings: Settings
+    model: Served
+    jobs: list[Job] = field(default_factory=list)
+    prompt_tokens: int = 0
+    counts: dict[int, int] = field(default_factory=dict)  # tokens of each answer
+    queue: asyncio.Queue[tuple[int, Piece]] = field(default_factory=asyncio.Queue)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     def add(self, ids: list[int], max_new_tokens: int | None, n: int = 1, top: int | None = None, is_chat: bool = False) -> None:
         """Prepare n answers to the ids of a prompt."""
@@ -101,8 +103,7 @@ class Answering:
             seed = None if given.seed is None else (given.seed + index) % (LAST_SEED + 1)
             deadline = time.monotonic() + self.state.timeout
             new, send = max_new_tokens or min(DEFAULT_TOKENS, room), partial(self._send, index)
-            how: dict[str, Any] = {"seed": seed, "stops": given.stops, "top_logprobs": top, "is_chat": is_chat, "deadline": deadline}
-            self.jobs.append(Job(self.model, ids, new, sampling, send, **how))
+            self.jobs.append(Job(self.model, ids, new, sampling, send, seed, given.stops, top, is_chat, deadline))
 
     def _send(self, index: int, piece: Piece) -> None:
         with suppress(RuntimeError):  # the server has ended

@@ -33,32 +33,29 @@ class Piece:
     count: int = 0  # tokens of the answer so far
 
 
+@dataclass(eq=False)
 class Job:
     """One answer that a request waits for. `send` is called with each piece, by the scheduler's thread."""
 
-    def __init__(
-        self,
-        model: Served,
-        prompt: list[int],
-        max_new_tokens: int,
-        sampling: Sampling,
-        send: Callable[[Piece], None],
-        *,
-        seed: int | None = None,
-        stops: Iterable[str] = (),
-        top_logprobs: int | None = None,
-        is_chat: bool = False,
-        deadline: float = float("inf"),
-    ) -> None:
-        self.model, self.send, self.max_new_tokens = model, send, max_new_tokens
-        self.row = Row(list(prompt), sampling, model.llm.generator(seed), model.head)
-        self.top_logprobs, self.deadline = top_logprobs, deadline
-        style, tokenizer = model.llm.prompt_style, model.llm.tokenizer
-        self.ids = StopFilter(style.stop_tokens(tokenizer))
-        self.chars = StopFilter(stops)
-        reader = ReplyReader(style, tokenizer)
-        self.reader = reader if is_chat and reader.has_marks else None
-        self.decoder = StreamDecoder(tokenizer, skip_special_tokens=self.reader is None)
+    model: Served
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    send: Callable[[Piece], None]
+    seed: int | None = None
+    stops: Iterable[str] = ()
+    top_logprobs: int | None = None
+    is_chat: bool = False
+    deadline: float = float("inf")
+
+    def __post_init__(self) -> None:
+        llm = self.model.llm
+        self.row = Row(list(self.prompt), self.sampling, llm.generator(self.seed), self.model.head)
+        self.ids = StopFilter(llm.prompt_style.stop_tokens(llm.tokenizer))
+        self.chars = StopFilter(self.stops)
+        reader = ReplyReader(llm.prompt_style, llm.tokenizer)
+        self.reader = reader if self.is_chat and reader.has_marks else None
+        self.decoder = StreamDecoder(llm.tokenizer, skip_special_tokens=self.reader is None)
         self.tokens: list[dict[str, Any]] = []  # logprobs to be sent with the next piece
         self.length = 0  # characters of all tokens with logprobs
         self.cancelled = False
