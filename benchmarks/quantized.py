@@ -52,9 +52,10 @@ def measure(folder: Path, mode: str, rounds: int) -> dict[str, float]:
         one.zero_grad()
 
     def answer(one: Any) -> None:
-        from litgpt.generate.engine import generate
+        from litgpt.generate.engine import Session
+        from litgpt.generate.sampling import Sampling
 
-        list(generate(one, ids[0, :16], 16 + ANSWER, temperature=0.0))
+        list(Session(one).answer(ids[0, :16].tolist(), ANSWER, Sampling(temperature=0.0)))
 
     for name, work in (("forward", forward), ("step", step), ("answer", answer)):
         found[f"{name}_ms"], found[f"{name}_ratio"] = in_turns(work, model, reference, rounds)

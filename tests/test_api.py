@@ -26,7 +26,6 @@ from litgpt.convert.to_litgpt import convert_to_litgpt
 from litgpt.data import JSON
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora, setup
-from litgpt.generate import engine
 from litgpt.generate.base import Generate
 from litgpt.prompts import Alpaca, ChatTemplate, save_prompt_style
 from litgpt.tokenizer import Tokenizer
@@ -174,7 +173,7 @@ def test_a_conversation_is_rendered_as_transformers_does(base: Path) -> None:
     messages = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
     llm, reference = load(base), transformers.AutoTokenizer.from_pretrained(base)
     ids = torch.tensor(reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    expected = list(engine.generate(llm.model, ids, len(ids) + 12, temperature=0.0, stop_tokens=[[2]]))
+    expected = list(tiny.generate(llm.model, ids, len(ids) + 12, temperature=0.0, stop_tokens=[[2]]))
     answer = llm.generate(messages, max_new_tokens=12, temperature=0.0, return_as_token_ids=True)
     assert isinstance(answer, torch.Tensor) and answer.tolist() == expected
     text = llm.generate(messages, max_new_tokens=12, temperature=0.0)

@@ -304,23 +304,6 @@ class Session:
         return 0 if is_long(model.config, len(prompt)) != is_long(model.config, len(old)) else shared
 
 
-def generate(
-    model: GPT,
-    prompt: torch.Tensor,
-    max_returned_tokens: int,
-    *,
-    stop_tokens: Sequence[Sequence[int]] = (),
-    generator: torch.Generator | None = None,
-    **sampling: Any,
-) -> Generator[int, None, None]:
-    """Yield the ids that follow `prompt` (T,), until prompt and answer have `max_returned_tokens` tokens or a stop sequence appears.
-
-    The answer excludes the stop sequence. `sampling` are the settings of `Sampling`. `generator` makes the answer repeatable. Raises
-    UserError at the call for settings and lengths that do not fit.
-    """
-    return Session(model).answer(prompt.tolist(), max_returned_tokens - prompt.numel(), Sampling(**sampling), stop_tokens, generator)
-
-
 @torch.no_grad()
 def greedy(model: GPT, prompt: Sequence[int], most: int, stop_tokens: Sequence[Sequence[int]] = ()) -> list[int]:
     """Return the most probable ids that follow the prompt, at most `most`, from a sharded model, which all ranks run.
@@ -350,7 +333,7 @@ def generate_batch(
     generators: Iterator[torch.Generator | None] | None = None,
     ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Return the ids that follow each prompt, as `engine.generate` does for one, `MOST_ROWS` prompts at a time.
+    """Return the ids that follow each prompt, as `Session.answer` does for one, `MOST_ROWS` prompts at a time.
 
     `generators` has one for each prompt; `ended` returns whether an answer is complete, given its ids so far. Sums in another order may
     round differently from those of a single prompt.

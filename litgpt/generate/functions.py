@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from litgpt.generate import engine
-from litgpt.generate.sampling import StopFilter, sample
+from litgpt.generate.engine import Session
+from litgpt.generate.sampling import Sampling, StopFilter, sample
 from litgpt.model import GPT
 
 
@@ -30,7 +30,8 @@ def generate_fn(
     """Yield the prompt (T,) if it is included, then each id (1,) that follows, until there are `max_returned_tokens` with the prompt or a
     stop sequence appears, which is yielded if it is included.
     """
-    ids = engine.generate(model, prompt, max_returned_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    ids = Session(model).answer(prompt.tolist(), max_returned_tokens - prompt.numel(), sampling)
     if include_prompt:
         yield prompt
     stops = StopFilter(stop_tokens)
@@ -41,13 +42,7 @@ def generate_fn(
 
 
 def generate(
-    model: GPT,
-    prompt: torch.Tensor,
-    max_returned_tokens: int,
-    *,
-    eos_id: int | None = None,
-    include_prompt: bool = True,
-    **sampling: Any,
+    model: GPT, prompt: torch.Tensor, max_returned_tokens: int, *, eos_id: int | None = None, include_prompt: bool = True, **sampling: Any
 ) -> torch.Tensor:
     """Return the prompt (T,) and the ids that follow, `max_returned_tokens` at most, or up to and with `eos_id`; without the prompt if it
     is not included. `sampling`: temperature, top_k and top_p of `generate_fn`.

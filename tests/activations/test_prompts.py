@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations, fingerprint, plan, shared
 from litgpt.activations.prompts import replies
 from litgpt.errors import UserError
-from litgpt.generate.engine import Batch, Row, Session, generate, generate_batch
+from litgpt.generate.engine import Batch, Row, Session, generate_batch
 from litgpt.generate.sampling import Sampling
 from litgpt.lora import end_warmup, mark_only_lora_as_trainable, start_warmup
 from litgpt.loss import HeadLoss, loss_of
@@ -248,7 +248,7 @@ def test_conversations_and_batches_read_earlier_replies_without_lora() -> None:
     first = [20, 21, 22, *OPEN]
     reply = list(session.answer(first, 5, sampling))
     second = [*first, *reply, 30, 31, *OPEN]
-    fresh = list(generate(model, torch.tensor(second), len(second) + 5, temperature=0.0))
+    fresh = list(tiny.generate(model, torch.tensor(second), len(second) + 5, temperature=0.0))
     assert list(session.answer(second, 5, sampling)) == fresh
     assert generate_batch(model, [second, first], 5, sampling) == [fresh, reply]
     batch, row, got = Batch(model, chunk=3, keep_bytes=2**20), Row(second, sampling), list[int]()

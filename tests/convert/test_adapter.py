@@ -19,7 +19,6 @@ from litgpt.__main__ import main
 from litgpt.config import Config
 from litgpt.convert.adapter import convert_adapter
 from litgpt.errors import UserError
-from litgpt.generate.engine import generate
 from litgpt.integrations.transformers import load_skip2lora
 from litgpt.tokenizer import Tokenizer
 from tests.helpers import tiny
@@ -176,7 +175,7 @@ def test_the_real_model_on_transformers(smollm2_dir: Path, smollm2_hf: Any, tmp_
         "pad_token_id": 0,
     }
     plain = smollm2_hf.generate(prompt, **settings)[0, start:].tolist()
-    ours = list(generate(checkpoint.load_model(final, torch.float32), prompt[0], start + 16, temperature=0.0))
+    ours = list(tiny.generate(checkpoint.load_model(final, torch.float32), prompt[0], start + 16, temperature=0.0))
     with load_skip2lora(smollm2_hf, tmp_path / "portable"):
         assert smollm2_hf.generate(prompt, **settings)[0, start:].tolist() == ours
     assert ours != plain

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from litgpt.errors import UserError
-from litgpt.generate.engine import Batch, Row, generate, generate_batch, most_probable
+from litgpt.generate.engine import Batch, Row, generate_batch, most_probable
 from litgpt.generate.sampling import Sampling
 from litgpt.model import GPT
 from tests.helpers import tiny
@@ -21,7 +21,7 @@ PROMPTS = [tiny.ids(1, length, seed=i)[0].tolist() for i, length in enumerate(LE
 
 
 def single(model: GPT, prompt: list[int], new: int, **settings: Any) -> list[int]:
-    return list(generate(model, torch.tensor(prompt), len(prompt) + new, **{"temperature": 0.0, **settings}))
+    return list(tiny.generate(model, torch.tensor(prompt), len(prompt) + new, **{"temperature": 0.0, **settings}))
 
 
 @pytest.mark.parametrize("family", quick(FAMILIES, "phi3 longrope", "gemma2", "deepseek_v2", "gpt2"))

@@ -15,7 +15,6 @@ import torch
 from litgpt.__main__ import main
 from litgpt.errors import UserError
 from litgpt.generate.divide import shard, spread
-from litgpt.generate.engine import generate
 from tests.helpers import tiny
 from tests.helpers.cases import quick
 from tests.helpers.family_configs import ours
@@ -25,7 +24,7 @@ PROMPT = tiny.ids(1, 9)[0]
 
 
 def greedy(model: Any) -> list[int]:
-    return list(generate(model, PROMPT, 30, temperature=0.0))
+    return list(tiny.generate(model, PROMPT, 30, temperature=0.0))
 
 
 # Rotary, learned positions, parallel residual with biases, windows, experts; adapters of both kinds.

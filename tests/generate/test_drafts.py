@@ -24,7 +24,7 @@ from tests.helpers.runs import greedy_words
 @pytest.mark.parametrize("k", quick([1, 3, 7], 3))
 def test_greedy_text_is_the_targets_own(k: int) -> None:
     target, prompt = tiny.tiny(1), tiny.ids(1, 9)[0]
-    expected = list(engine.generate(target, prompt, 39, temperature=0.0))
+    expected = list(tiny.generate(target, prompt, 39, temperature=0.0))
     for draft, least in ((tiny.tiny(2, n_layer=1), 0.0), (tiny.tiny(1), 1.0)):
         kept: list[int] = []
         assert list(generate(draft, target, prompt.tolist(), 39, Sampling(temperature=0.0), k, kept=kept)) == expected
@@ -34,7 +34,7 @@ def test_greedy_text_is_the_targets_own(k: int) -> None:
 def test_sliding_windows_and_learned_positions() -> None:
     for family in ("mistral", "gpt2"):
         target, prompt = ours(family), tiny.ids(1, 9)[0]
-        expected = list(engine.generate(target, prompt, 24, temperature=0.0))
+        expected = list(tiny.generate(target, prompt, 24, temperature=0.0))
         assert list(generate(tiny.tiny(3), target, prompt.tolist(), 24, Sampling(temperature=0.0))) == expected, family
 
 
@@ -55,7 +55,7 @@ def test_looked_up_drafts(settings: dict[str, Any]) -> None:
         settings["alora_invocation_tokens"] = repetitive()[5:7]
     target = tiny.move_adapters(tiny.tiny(**settings))
     prompt = repetitive()
-    expected = list(engine.generate(target, torch.tensor(prompt), 60, temperature=0.0))
+    expected = list(tiny.generate(target, torch.tensor(prompt), 60, temperature=0.0))
     kept: list[int] = []
     assert list(generate("prompt_lookup", target, prompt, 60, Sampling(temperature=0.0), 10, kept=kept)) == expected
     assert kept and target.blocks[0].attn.kv_cache is None and (target.switch is None or target.switch.start is None)
@@ -120,7 +120,7 @@ HEADED = [
 def test_greedy_text_with_heads_is_the_models_own(settings: dict[str, Any]) -> None:
     target, kept = tiny.move_adapters(with_heads(**settings)), list[int]()
     prompt = tiny.ids(1, 9)[0]
-    expected = list(engine.generate(target, prompt, 60, temperature=0.0))
+    expected = list(tiny.generate(target, prompt, 60, temperature=0.0))
     assert list(generate("heads", target, prompt.tolist(), 60, Sampling(temperature=0.0), 3, kept=kept)) == expected
     assert min(kept) == 0 and target.blocks[0].attn.kv_cache is None
 

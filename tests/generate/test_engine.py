@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from litgpt.errors import UserError
-from litgpt.generate.engine import generate
 from tests.helpers import tiny
 from tests.helpers.cases import quick
 
 
 def greedy(model: Any, prompt: torch.Tensor, length: int, **settings: Any) -> list[int]:
-    return list(generate(model, prompt, length, temperature=0.0, **settings))
+    return list(tiny.generate(model, prompt, length, temperature=0.0, **settings))
 
 
 @pytest.mark.parametrize("family", quick(["llama", "mistral", "neox"], "mistral"))
@@ -56,7 +55,7 @@ def test_a_seed_repeats_the_draws() -> None:
     model, prompt = tiny.tiny(), tiny.ids(1, 5)[0]
 
     def run(seed: int) -> list[int]:
-        return list(generate(model, prompt, 40, top_k=20, generator=torch.Generator().manual_seed(seed)))
+        return list(tiny.generate(model, prompt, 40, top_k=20, generator=torch.Generator().manual_seed(seed)))
 
     assert run(1) == run(1) != run(2)
 
@@ -71,12 +70,12 @@ def test_repetition_penalty_of_transformers() -> None:
 
 def test_the_cache_goes() -> None:
     model = tiny.tiny()
-    ids = generate(model, tiny.ids(1, 9)[0], 15, temperature=0.0)
+    ids = tiny.generate(model, tiny.ids(1, 9)[0], 15, temperature=0.0)
     next(ids)
     assert model.blocks[0].attn.kv_cache is None  # the model is free between two tokens
     assert len(list(ids)) == 5
     assert model.blocks[0].attn.kv_cache is None
-    ids = generate(model, tiny.ids(1, 9)[0], 15, temperature=0.0)
+    ids = tiny.generate(model, tiny.ids(1, 9)[0], 15, temperature=0.0)
     next(ids)
     ids.close()
     assert model.blocks[-1].attn.kv_cache is None
@@ -85,7 +84,7 @@ def test_the_cache_goes() -> None:
 def test_prompt_computes_one_row_of_logits() -> None:
     model, seen = tiny.tiny(), []
     model.lm_head.register_forward_hook(lambda module, given, out: seen.append((tuple(out.shape), out.is_inference())))
-    for _ in generate(model, tiny.ids(1, 20)[0], 23, temperature=0.0):
+    for _ in tiny.generate(model, tiny.ids(1, 20)[0], 23, temperature=0.0):
         assert not torch.is_inference_mode_enabled()  # the caller's code is not drawn in
     assert seen == [((1, 101), True)] * 3
 
@@ -121,7 +120,7 @@ def test_mode_is_restored_and_training_goes_on() -> None:
 def test_what_is_refused_before_anything_runs(settings: dict[str, Any], words: list[str]) -> None:
     arguments: dict[str, Any] = {"prompt": tiny.ids(1, 9)[0], "length": 20, **settings}
     with pytest.raises(UserError) as caught:
-        generate(tiny.tiny(n_layer=1), arguments.pop("prompt"), arguments.pop("length"), **arguments)  # not even iterated
+        tiny.generate(tiny.tiny(n_layer=1), arguments.pop("prompt"), arguments.pop("length"), **arguments)  # not even iterated
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -130,13 +129,13 @@ def test_the_whole_context_can_be_used() -> None:
     assert len(greedy(model, tiny.ids(1, 9)[0], 64)) == 55
     model.max_seq_length = 32
     with pytest.raises(UserError, match="at most 32"):
-        generate(model, tiny.ids(1, 9)[0], 33)
+        tiny.generate(model, tiny.ids(1, 9)[0], 33)
 
 
 def test_answers_of_one_model_may_alternate() -> None:
     model, prompts = tiny.tiny(), (tiny.ids(1, 9)[0], tiny.ids(1, 6, seed=1)[0])
     alone = [greedy(model, prompt, 20) for prompt in prompts]
-    answers = [generate(model, prompt, 20, temperature=0.0) for prompt in prompts]
+    answers = [tiny.generate(model, prompt, 20, temperature=0.0) for prompt in prompts]
     first = [[next(answer) for answer in answers] for _ in range(5)]
     assert [list(ids) for ids in zip(*first, strict=True)] == [ids[:5] for ids in alone]
     assert [list(answer) for answer in answers] == [ids[5:] for ids in alone]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from litgpt.generate.engine import Session, generate
+from litgpt.generate.engine import Session
 from litgpt.generate.sampling import Sampling
 from tests.helpers import tiny
 from tests.helpers.cases import quick
@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def whole(model: Any, prompt: list[int], count: int) -> list[int]:
-    return list(generate(model, torch.tensor(prompt), len(prompt) + count, temperature=0.0))
+    return list(tiny.generate(model, torch.tensor(prompt), len(prompt) + count, temperature=0.0))
 
 
 @pytest.mark.parametrize("kind", quick(KINDS, "longrope", "window", "skip2lora"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from litgpt import checkpoint, config as base_config, lora, model
 from litgpt.adapters.base import adapter_parameters
 from litgpt.adapters.heads import Head
 from litgpt.convert.names import Stored, fit, hf_table, rows, slots
+from litgpt.generate.engine import Session
+from litgpt.generate.sampling import Sampling
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -156,6 +158,13 @@ def move_adapters(built: torch.nn.Module, seed: int = 3, size: float = 0.3) -> A
 def ids(B: int, T: int, V: int = 101, seed: int = 7) -> torch.Tensor:
     """Random token ids (B, T)."""
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(
+    model: Any, prompt: torch.Tensor, length: int, stop_tokens: Sequence[Sequence[int]] = (), generator: Any = None, **sampling: Any
+) -> Iterator[int]:
+    """Return an iterator of the ids that follow `prompt` (T,), until both have `length` tokens. The call raises for what does not fit."""
+    return Session(model).answer(prompt.tolist(), length - prompt.numel(), Sampling(**sampling), stop_tokens, generator)
 
 
 def put_bos_first(folder: Path, token: str = "<|endoftext|>", number: int = 0) -> Path:

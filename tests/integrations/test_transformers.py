@@ -15,7 +15,6 @@ from torch.testing import assert_close
 from litgpt import checkpoint
 from litgpt.convert import portable
 from litgpt.errors import UserError
-from litgpt.generate.engine import generate
 from litgpt.integrations.transformers import load_skip2lora
 from tests.helpers import family_configs as configs, tiny
 from tests.helpers.cases import quick
@@ -97,7 +96,7 @@ def test_greedy_text_with_a_cache(family: str, place: str, tmp_path: Path) -> No
     hf.generation_config.eos_token_id = None
     settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     plain = hf.generate(prompt, **settings)[0, 9:].tolist()
-    expected = list(generate(ours, prompt[0], 21, temperature=0.0))
+    expected = list(tiny.generate(ours, prompt[0], 21, temperature=0.0))
     with load_skip2lora(hf, tmp_path / "adapter"):
         assert hf.generate(prompt, **settings)[0, 9:].tolist() == expected
         padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), prompt[:, :9]], dim=1)

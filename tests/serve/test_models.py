@@ -10,7 +10,7 @@ import torch
 
 from litgpt.api import LLM
 from litgpt.errors import UserError
-from litgpt.generate.engine import Row, generate
+from litgpt.generate.engine import Row
 from litgpt.generate.sampling import Sampling
 from litgpt.serve.models import Models, SharedBatch, own_name
 from tests.helpers import tiny
@@ -20,7 +20,7 @@ HOW = {"precision": "32-true", "device": "cpu"}
 
 
 def alone(folder: Path, prompt: list[int], new: int) -> list[int]:
-    return list(generate(LLM.load(folder, **HOW).model, torch.tensor(prompt), len(prompt) + new, temperature=0.0))  # type: ignore[arg-type]
+    return list(tiny.generate(LLM.load(folder, **HOW).model, torch.tensor(prompt), len(prompt) + new, temperature=0.0))  # type: ignore[arg-type]
 
 
 def test_every_answer_of_a_mixed_batch_is_its_models_own(folders: Folders) -> None:
@@ -79,7 +79,7 @@ def test_quantised_base(folders: Folders) -> None:
         model.batch.add(row)
         row.draw(model.batch.step()[0][1])
         model.batch.remove(row)
-        assert row.tokens[7:] == list(generate(llm.model, torch.tensor(prompt), 8, temperature=0.0))
+        assert row.tokens[7:] == list(tiny.generate(llm.model, torch.tensor(prompt), 8, temperature=0.0))
 
 
 def test_an_adapters_folder_brings_its_base(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
