@@ -120,13 +120,12 @@ def _require_results(file: Path) -> None:
 def data_of_run(folder: Path) -> DataModule:
     """Return the data of the run that wrote the folder. Raises UserError if there was none."""
     named = checkpoint.read_hyperparameters(folder).get("data")
-    known = known_classes(DataModule)
-    kind = known.get(str(named.get("class_path")).rpartition(".")[2]) if isinstance(named, dict) else None
-    if not isinstance(named, dict) or kind is None:
+    named = named if isinstance(named, dict) else {}
+    kind = known_classes(DataModule).get(str(named.get("class_path")).rpartition(".")[2])
+    if kind is None:
         raise UserError(f"no data to evaluate {folder} on: give --data FILE, or --tasks NAMES (`litgpt evaluate list` prints them)")
-    arguments = named.get("init_args") or {}
     try:
-        return kind(**arguments)
+        return kind(**(named.get("init_args") or {}))
     except TypeError as error:
         raise UserError(f"{folder / 'hyperparameters.yaml'}: data: {error}. Give --data FILE") from None
 

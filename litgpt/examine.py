@@ -94,7 +94,10 @@ def kinds(records: Sequence[Record]) -> list[str]:
     for text, count in (
         ("with a system text", sum(one.messages[0]["role"] == "system" for one in records)),
         ("with a rejected answer as well", sum(one.rejected is not None for one in records)),
-        ("with an equal rejected answer: dropped by dpo and orpo", sum(_is_tie(one) for one in records)),
+        (
+            "with an equal rejected answer: dropped by dpo and orpo",
+            sum(one.rejected is not None and one.rejected.messages == one.messages for one in records),
+        ),
         ("marked as wrong: learned, except by the objectives kto, critic and verifiable", sum(one.is_wrong for one in records)),
         ("with tools", sum(one.tools is not None for one in records)),
         ("with a reply that is read, not learned", sum(_has_reply_to_read(one) for one in records)),
@@ -104,10 +107,6 @@ def kinds(records: Sequence[Record]) -> list[str]:
         if count:
             lines.append(f"  {count:,} {text}")
     return lines
-
-
-def _is_tie(record: Record) -> bool:
-    return record.rejected is not None and record.rejected.messages == record.messages
 
 
 def _has_reply_to_read(record: Record) -> bool:

@@ -30,12 +30,7 @@ PUBLIC = (  # the files of a model or an adapter; nothing else leaves the machin
 
 @checked
 def push(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    access_token: Optional[str] = None,
-    commit_message: str = "Upload with litgpt",
+    folder: Path, repo_id: str, *, private: bool = False, access_token: Optional[str] = None, commit_message: str = "Upload with litgpt"
 ) -> None:
     """Upload a model or an adapter to the Hugging Face hub, with its model card.
 

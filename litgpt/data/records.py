@@ -239,11 +239,10 @@ def _read_preference(entry: dict[str, Any]) -> Record:
 
 def _preference_of_openai(entry: dict[str, Any]) -> dict[str, Any]:
     """Return an entry in OpenAI's preference format with TRL's keys."""
-    given = _typed(entry.get("input"), "'input'", dict)
-    own = {key: value for key, value in entry.items() if key not in ("input", "preferred_output", "non_preferred_output")}
-    other = {key: value for key, value in given.items() if key != "messages"}
-    answers = {"chosen": entry["preferred_output"], "rejected": entry["non_preferred_output"]}
-    return {**own, **other, "prompt": given.get("messages"), **answers}
+    own = dict(entry)
+    asked = dict(_typed(own.pop("input", None), "'input'", dict))
+    renamed = {"prompt": asked.pop("messages", None), "chosen": own.pop("preferred_output"), "rejected": own.pop("non_preferred_output")}
+    return {**own, **asked, **renamed}
 
 
 def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str], Record]:

@@ -66,14 +66,10 @@ def talk(conversation: "Conversation", multiline: bool) -> None:
         try:
             if not conversation.take(message):
                 break
-        except (UserError, OSError) as error:
+        except (UserError, OSError, KeyboardInterrupt) as error:  # Ctrl-C while the prompt, or the model for /base, is prepared
             if not terminal:
                 raise
-            _note(str(error))
-        except KeyboardInterrupt:  # while the prompt, or the model for /base, is prepared
-            if not terminal:
-                raise
-            _note("stopped")
+            _note(str(error) or "stopped")
 
 
 @dataclass

@@ -80,11 +80,9 @@ class SampleAnswers(Drawing, Files, Checkpoint):
                     drawn = self.drawn(llm, questions, self.n, first)
                     cut += sum(len(ids) == self.max_new_tokens for ids in drawn)
                     answers = (read_reply(llm.tokenizer.decode(ids, False), llm.prompt_style, llm.tokenizer) for ids in drawn)
-                    for place in places:
-                        for _ in range(self.n):
-                            answer = next(answers)
-                            value = check(rows[place], answer["content"])
-                            lines.append(_line(records[place], answer, value, f"record {place + 1}"))
+                    for place, answer in zip((place for place in places for _ in range(self.n)), answers, strict=True):
+                        value = check(rows[place], answer["content"])
+                        lines.append(_line(records[place], answer, value, f"record {place + 1}"))
                     progress(self.n * places.stop, self.n * len(records))
             if cut:
                 console.say(f"{counted(cut, 'answer')} reached --max_new_tokens {self.max_new_tokens} and may be incomplete: raise it")
@@ -138,14 +136,13 @@ def summary(lines: Sequence[dict[str, Any]], n: int) -> str:
     scores = [float(line["correct"] if "correct" in line else line["reward"]) for line in lines]
     groups = [scores[i : i + n] for i in range(0, len(scores), n)]
     mean = sum(scores) / len(scores)
+    asked = f"{counted(len(groups), 'question')}, {counted(n, 'answer')} each"
     if any("reward" in line for line in lines):
         best = sum(max(group) for group in groups) / len(groups)
-        return f"{counted(len(groups), 'question')}, {counted(n, 'answer')} each: mean reward {mean:.4g}, of the best answers {best:.4g}"
+        return f"{asked}: mean reward {mean:.4g}, of the best answers {best:.4g}"
     some, every = sum(max(group) > 0 for group in groups), sum(min(group) > 0 for group in groups)
-    return (
-        f"{counted(len(groups), 'question')}, {counted(n, 'answer')} each: {100 * mean:.1f} % of the answers are correct; "
-        f"{counted(some, 'question')} with a correct answer, {every:,} with only correct ones"
-    )
+    correct = f"{counted(some, 'question')} with a correct answer, {every:,} with only correct ones"
+    return f"{asked}: {100 * mean:.1f} % of the answers are correct; {correct}"
 
 
 def _line(record: Record, answer: Message, value: Any, where: str) -> dict[str, Any]:

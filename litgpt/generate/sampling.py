@@ -100,8 +100,7 @@ class Sampling:
 
     def penalised(self, logits: torch.Tensor, tokens: Sequence[int], start: int) -> torch.Tensor:
         """Return the logits (V,) after the penalties, as they are without any."""
-        plain = self.repetition_penalty == 1 and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
-        if plain:
+        if self.repetition_penalty == 1 and not (self.presence_penalty or self.frequency_penalty or self.logit_bias):
             return logits
         scores = logits.float().clone()
         if self.repetition_penalty != 1:
