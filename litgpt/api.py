@@ -89,7 +89,7 @@ class LLM(nn.Module):
         self.sampling = {**SAMPLING, **(sampling or {})}  # the defaults of `generate`
         self.tokenizer = tokenizer
         self.prompt_style = prompt_style
-        self.folder = folder  # of the checkpoint or adapter; None: random weights
+        self.checkpoint_dir = folder  # of the checkpoint or adapter; None: random weights
         self.base = base  # an adapter's base, if not the one that its folder names
 
     @classmethod
@@ -154,10 +154,6 @@ class LLM(nn.Module):
     @property
     def preprocessor(self) -> Preprocessor:
         return Preprocessor(self.tokenizer, self.device)
-
-    @property
-    def checkpoint_dir(self) -> Path | None:
-        return self.folder
 
     def forward(
         self, input_ids: torch.Tensor, target_ids: torch.Tensor | None = None, loss_fn: Loss | None = None
@@ -288,7 +284,9 @@ class LLM(nn.Module):
         """Return the value at the end of each sequence of ids."""
         model = self.model
         if model.value_head is None:
-            raise UserError(f"{self.folder or self.config.name} has no value head: train one with `litgpt finetune --objective critic`")
+            raise UserError(
+                f"{self.checkpoint_dir or self.config.name} has no value head: train one with `litgpt finetune --objective critic`"
+            )
         values = []
         for ids in sequences:
             idx = torch.tensor([list(ids)], device=self.device)
@@ -320,8 +318,8 @@ class LLM(nn.Module):
                 raise UserError(f"trainer_ckpt: {trainer_ckpt} is not a file that a Trainer saved: {first_line(error)[:200]}") from None
             self.model.float()
             self.load_state_dict({name.removeprefix(first): value for name, value in state.items()})
-        elif self.folder is not None:
-            self.model, self.generate_strategy = checkpoint.load_model(self.folder, torch.float32, base=self.base), None
+        elif self.checkpoint_dir is not None:
+            self.model, self.generate_strategy = checkpoint.load_model(self.checkpoint_dir, torch.float32, base=self.base), None
         self.model.float().train().requires_grad_(True)
 
     @checked
@@ -340,7 +338,7 @@ class LLM(nn.Module):
         further device, unless torchrun has started them; each process gets every answer, and its environment variable RANK numbers it.
         `fixed_kv_cache_size` is the maximum number of tokens of prompt and answer together, whose keys and values are kept.
         """
-        if self.folder is None:
+        if self.checkpoint_dir is None:
             raise UserError("distribute: the model has random weights and is on its device already")
         if generate_strategy is None and devices not in ("auto", 1):
             raise UserError(f'distribute: {devices!r} devices need a generate_strategy: "sequential" or "tensor_parallel"')
@@ -349,7 +347,7 @@ class LLM(nn.Module):
         dtype, home = inference_dtype(precision), device if generate_strategy is None else torch.device("cpu")
         homes = divide.places(device, devices) if generate_strategy == "sequential" else []
         rank = divide.processes(device, devices, precision, quantize) if generate_strategy == "tensor_parallel" else None
-        model = checkpoint.load_model(self.folder, dtype, home, self.base, quantize)
+        model = checkpoint.load_model(self.checkpoint_dir, dtype, home, self.base, quantize)
         if isinstance(fixed_kv_cache_size, int):
             if not 1 <= fixed_kv_cache_size <= model.max_seq_length:
                 raise UserError(f"fixed_kv_cache_size is {fixed_kv_cache_size}: from 1 to {model.max_seq_length} tokens are possible")
@@ -367,7 +365,7 @@ class LLM(nn.Module):
         if adapter_parameters(self.model) or is_quantised(self.model) or self.generate_strategy == "tensor_parallel":
             raise UserError("save: only a whole model without adapters, and not quantised, can be saved: `litgpt merge_lora` merges LoRA")
         target = expand_path(out_dir)
-        if target.exists() and any(source and target.samefile(source) for source in (self.folder, self.tokenizer.folder)):
+        if target.exists() and any(source and target.samefile(source) for source in (self.checkpoint_dir, self.tokenizer.folder)):
             raise UserError(f"save: {target} is the folder that the model was read from: name another one")
         with new_folder(target, overwrite=read_manifest(target) is not None) as folder:
             checkpoint.save_weights(on_cpu(self.model.state_dict(keep_vars=True)), folder / checkpoint.WEIGHTS)

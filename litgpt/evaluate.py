@@ -90,7 +90,7 @@ def evaluate(
         raise UserError(f"max_new_tokens is {max_new_tokens}: {COUNT} is needed; 0 measures the loss alone")
     chosen = data or (data_of_run(open_checkpoint(checkpoint_dir)) if tasks is None else None)
     llm = open_model(checkpoint_dir, precision=PRECISIONS[dtype or "auto"], quantize=quantize, device=device)
-    folder = llm.folder or Path()
+    folder = llm.checkpoint_dir or Path()
     file = save_filepath or (out_dir or folder / "evaluate") / "results.json"
     _require_results(file)
     if chosen is None:
@@ -158,7 +158,7 @@ def on_records(
     console = Console()
     results: dict[str, Any] = {
         "model": llm.config.name,
-        "checkpoint_dir": str(llm.folder),
+        "checkpoint_dir": str(llm.checkpoint_dir),
         "data": data.source,
         "records": count,
         **_measured(llm, samples[:count], batch_size, console),
@@ -181,7 +181,7 @@ def _length(data: DataModule, llm: "LLM", is_own: bool) -> int:
 
     Blocks are shorter if a text would give fewer than two.
     """
-    trained = checkpoint.read_hyperparameters(llm.folder or Path()).get("train") if is_own or isinstance(data, Text) else None
+    trained = checkpoint.read_hyperparameters(llm.checkpoint_dir or Path()).get("train") if is_own or isinstance(data, Text) else None
     own, most = trained.get("max_seq_length") if isinstance(trained, dict) else None, llm.model.max_seq_length
     most = min(own, most) if isinstance(own, int) else most
     return min(most, data.block()) if isinstance(data, TextFiles) and data.tokens() < 2 * most else most
@@ -209,7 +209,7 @@ def _measured(llm: "LLM", samples: "list[Sample]", batch_size: int, console: "Co
                 values += last_values(model.value_head, hidden, batch)
             progress(start + len(batch), len(samples))
     if not math.isfinite(total):
-        raise NonFiniteError(f"the loss is {total}: `litgpt validate {llm.folder}` names non-finite weights")
+        raise NonFiniteError(f"the loss is {total}: `litgpt validate {llm.checkpoint_dir}` names non-finite weights")
     loss, rewards = total / weight, [sample.reward for sample in samples if sample.reward is not None]
     judged = {"rated": len(values), **quality(values, rewards)} if values else {}
     tokens = sum(sample.n_targets for sample in samples)

@@ -83,7 +83,8 @@ def examine(
 def kinds(records: Sequence[Record]) -> list[str]:
     """Return a line for each kind of record."""
     pairs, texts = ([one for one in records if getattr(one, name)] for name in ("pair", "is_text"))
-    turns = sorted(sum(message["role"] == "assistant" for message in one.messages) for one in records if not (one.pair or one.is_text))
+    replies = [sum(message["role"] == "assistant" for message in one.messages) for one in records]
+    turns = sorted(count for one, count in zip(records, replies, strict=True) if not (one.pair or one.is_text))
     lines = [f"  {counted(len(texts), 'text')}, learned as a whole"] if texts else []
     if pairs:
         inputs = sum(bool(one.input) for one in pairs)
@@ -100,17 +101,13 @@ def kinds(records: Sequence[Record]) -> list[str]:
         ),
         ("marked as wrong: learned, except by the objectives kto, critic and verifiable", sum(one.is_wrong for one in records)),
         ("with tools", sum(one.tools is not None for one in records)),
-        ("with a reply that is read, not learned", sum(_has_reply_to_read(one) for one in records)),
+        ("with a reply that is read, not learned", sum(count > len(one.replies) for one, count in zip(records, replies, strict=True))),
         ("with an empty answer: dropped", sum(any(one.learned) and not one.has_answer for one in records)),
         ("with the weight 0: dropped", sum(not any(one.learned) for one in records)),
     ):
         if count:
             lines.append(f"  {count:,} {text}")
     return lines
-
-
-def _has_reply_to_read(record: Record) -> bool:
-    return any(message["role"] == "assistant" and not learned for message, learned in zip(record.messages, record.learned, strict=True))
 
 
 def repetitions(train: Sequence[Record], val: Sequence[Record]) -> list[str]:

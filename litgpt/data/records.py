@@ -147,8 +147,11 @@ def read_record(entry: Any) -> Record:
         if len(named) < len(entry):
             raise UserError("two of its keys differ in capitals or spaces only: leave one of them out")
         entry = named
-    if "preferred_output" in entry and "non_preferred_output" in entry:
-        entry = _preference_of_openai(entry)
+    if "preferred_output" in entry and "non_preferred_output" in entry:  # OpenAI's keys, for TRL's
+        asked = dict(_typed(entry.get("input"), "'input'", dict))
+        renamed = {"prompt": asked.pop("messages", None), "chosen": entry["preferred_output"], "rejected": entry["non_preferred_output"]}
+        others = {key: value for key, value in entry.items() if key not in ("input", "preferred_output", "non_preferred_output")}
+        entry = others | asked | renamed
     answers = [entry.get(key) for key in ("chosen", "rejected")]
     if None not in answers and answers != ["", ""]:  # two empty cells of a table
         return _read_preference(entry)
@@ -235,14 +238,6 @@ def _read_preference(entry: dict[str, Any]) -> Record:
     chosen.unread += tuple(key for key in entry if key in skipped)
     chosen.rejected, chosen.label, rejected.label = rejected, True, False
     return chosen
-
-
-def _preference_of_openai(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry in OpenAI's preference format with TRL's keys."""
-    own = dict(entry)
-    asked = dict(_typed(own.pop("input", None), "'input'", dict))
-    renamed = {"prompt": asked.pop("messages", None), "chosen": own.pop("preferred_output"), "rejected": own.pop("non_preferred_output")}
-    return {**own, **asked, **renamed}
 
 
 def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str], Record]:

@@ -296,7 +296,7 @@ def open_model(checkpoint_dir: Path, packed: bool = True, **how: Any) -> "LLM":
     llm = LLM.load(checkpoint_dir, **how)
     if packed:
         pack(llm.model)
-    say_loaded(f"{llm.folder}: {llm.config.name},", llm, how.get("quantize"), start)
+    say_loaded(f"{llm.checkpoint_dir}: {llm.config.name},", llm, how.get("quantize"), start)
     return llm
 
 

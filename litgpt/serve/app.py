@@ -145,7 +145,11 @@ class Answering:
                 answers[index].tokens += piece.tokens
                 answers[index].reason = piece.reason
 
-        task, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(_gone(request))
+        async def leave() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        task, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(leave())
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -160,11 +164,6 @@ class Answering:
     def usage(self) -> dict[str, int]:
         count = sum(self.counts.values())
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": count, "total_tokens": self.prompt_tokens + count}
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 # --- The formats of responses ---
