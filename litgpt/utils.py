@@ -36,10 +36,10 @@ def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
 
 def reset_parameters(module: nn.Module) -> None:
     """Call `reset_parameters` of every module that has it."""
-    for part in module.modules():
-        reset: Any = getattr(part, "reset_parameters", None)
-        if callable(reset):
-            reset()
+    parts: Any = module.modules()
+    for part in parts:
+        if callable(getattr(part, "reset_parameters", None)):
+            part.reset_parameters()
 
 
 def check_valid_checkpoint_dir(
@@ -241,9 +241,7 @@ class CycleIterator:
     def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = iter(self.iterable)
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            self._iterator = iter(self.iterable)
-            self.epoch += 1
-            return next(self._iterator)
+        for item in self._iterator:
+            return item
+        self._iterator, self.epoch = iter(self.iterable), self.epoch + 1
+        return next(self._iterator)

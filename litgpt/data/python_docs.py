@@ -16,6 +16,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import ModuleType
@@ -195,7 +196,10 @@ def _members(prefix: str, module: ModuleType) -> Iterator[Member]:
     listed = getattr(module, "__all__", None)
     package = module.__name__.partition(".")[0].lstrip("_")
     # Names in `__all__` may be loaded on first use; others are looked up where that cannot start an import.
-    names = {str(name): _attribute(module, str(name)) for name in listed} if listed is not None else dict(vars(module))
+    names = dict(vars(module)) if listed is None else dict[str, Any]()
+    for name in map(str, listed or ()):
+        with suppress(Exception):  # a module that loads a name on first use may fail
+            names[name] = getattr(module, name)
     for name, member in sorted(names.items(), key=lambda item: item[0]):
         is_function = inspect.isroutine(member) or type(member).__name__ == "ufunc"
         if name.startswith("_") or not (inspect.isclass(member) or is_function):
@@ -204,13 +208,6 @@ def _members(prefix: str, module: ModuleType) -> Iterator[Member]:
         if listed is not None or str(home).partition(".")[0].lstrip("_") == package:
             full = name if prefix == "builtins" else f"{prefix}.{name}"
             yield Member(full, "class" if inspect.isclass(member) else "function", member, member)
-
-
-def _attribute(module: ModuleType, name: str) -> Any:
-    try:
-        return getattr(module, name, None)
-    except Exception:  # a module that loads a name on first use may fail
-        return None
 
 
 def _methods(class_name: str, cls: type) -> Iterator[Member]:
