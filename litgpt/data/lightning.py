@@ -117,18 +117,6 @@ class Face:
         return DataLoader(getattr(self, name), self.batch_size, collate_fn=collate, num_workers=self.num_workers, **options)
 
 
-def connect(data: Any, tokenizer: Any, batch_size: int, max_seq_length: int | None) -> None:
-    """Turn a data module into a LightningDataModule, in place."""
-    from lightning.pytorch import LightningDataModule
-
-    if not isinstance(data, Face):
-        kind = type(data)
-        data.__class__ = type(kind.__name__, (kind, Face, LightningDataModule), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-        LightningDataModule.__init__(data)
-    data.tokenizer, data.batch_size, data.max_seq_length = tokenizer, batch_size, max_seq_length or -1
-    data.train_dataset = data.test_dataset = data.val_dataset = None
-
-
 def loaded(data: Any, tokenizer: Any, max_seq_length: int | None) -> list[list[Sample]]:
     """Return the samples of both loaders of a data module of LitGPT's form, which has a prompt style and a split of its own."""
     data.connect(tokenizer=tokenizer, batch_size=1, max_seq_length=max_seq_length)

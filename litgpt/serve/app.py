@@ -5,6 +5,7 @@ import base64
 import hashlib
 import hmac
 import json
+import queue
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -26,7 +27,7 @@ from litgpt.errors import UserError
 from litgpt.generate.engine import check
 from litgpt.generate.sampling import Sampling
 from litgpt.serve.models import Models, Served
-from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
+from litgpt.serve.scheduler import Job, Piece, Scheduler
 from litgpt.serve.schemas import Adapter, AdapterFolder, Chat, Completion, Predict, Settings
 from litgpt.text import counted
 
@@ -115,7 +116,7 @@ class Answering:
             async with self.state.preparing:
                 await asyncio.to_thread(prepare)
             self.state.scheduler.submit(self.jobs)
-        except QueueFull:
+        except queue.Full:
             raise Refusal(429, "the server is busy and its queue is full: try again later", "queue_full") from None
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:

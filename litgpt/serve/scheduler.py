@@ -1,5 +1,6 @@
 """The thread that computes. Requests join the running batch between two steps, and leave it when they are complete or nobody waits."""
 
+import queue
 import sys
 import threading
 import time
@@ -16,10 +17,6 @@ from litgpt.generate.sampling import Sampling, StopFilter
 from litgpt.prompts import ReplyReader
 from litgpt.serve.models import Served
 from litgpt.tokenizer import StreamDecoder
-
-
-class QueueFull(Exception):
-    """No room for another request."""
 
 
 @dataclass
@@ -105,11 +102,11 @@ class Scheduler:
         self.thread.start()
 
     def submit(self, jobs: list[Job]) -> None:
-        """Queue jobs. Raises QueueFull if there is no room for all of them."""
+        """Queue jobs. Raises `queue.Full` if there is no room for all of them."""
         with self.changed:
             free = self.max_batch - len(self.running) + self.max_queue - len(self.waiting)
             if self.closed or len(jobs) > free:
-                raise QueueFull
+                raise queue.Full
             self.waiting.extend(jobs)
             self.changed.notify()
 

@@ -5,9 +5,12 @@ Types are strict: neither true nor "1" is a number.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+from litgpt.generate.sampling import Sampling
 
 MOST_STOPS = 16
 MOST_CHOICES = 16
@@ -61,8 +64,7 @@ class Settings(Body):
 
     def sampling(self) -> dict[str, Any]:
         """Return the settings of `engine.Sampling` that the request gives."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
-        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        values = {item.name: value for item in fields(Sampling) if (value := getattr(self, item.name)) is not None}
         return values | ({"top_k": max(0, values["top_k"])} if "top_k" in values else {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from litgpt.generate.sampling import Sampling
 from litgpt.prompts import ChatTemplate
 from litgpt.serve.models import Models, Served
-from litgpt.serve.scheduler import Job, Piece, QueueFull, Scheduler
+from litgpt.serve.scheduler import Job, Piece, Scheduler
 from tests.helpers import tiny
 from tests.serve.conftest import Folders
 
@@ -119,7 +120,7 @@ def test_reasoning_is_apart_in_a_chat(template: str, model: Served) -> None:
 def test_a_full_queue_refuses(model: Served, scheduler: Scheduler) -> None:
     running = [Waiting(model, 200) for _ in range(4)]
     scheduler.submit([waiting.job for waiting in running])
-    with pytest.raises(QueueFull):
+    with pytest.raises(queue.Full):
         scheduler.submit([Waiting(model).job])
     scheduler.cancel([waiting.job for waiting in running])
     until(lambda: not scheduler.running and not scheduler.waiting)
