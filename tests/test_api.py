@@ -149,7 +149,7 @@ def test_settings_of_the_wrong_kind(name: str, value: Any, base: Path) -> None:
 
 def test_a_folder_in_the_home_folder(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(base.parent))
-    assert LLM.load(f"~/{base.name}/", precision="32-true").folder == base
+    assert LLM.load(f"~/{base.name}/", precision="32-true").checkpoint_dir == base
     assert Tokenizer(f"~/{base.name}").folder == base and Config.from_checkpoint(f"~/{base.name}") == Config.from_checkpoint(base)
 
 
