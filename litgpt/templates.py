@@ -86,7 +86,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: self._bounded(name, function) for name, function in self.filters.items() if name in FILTERS}
         self.filters["tojson"] = self._bounded("tojson", _as_json)
         self.filters["sum"] = self._sum
-        self.filters |= {"_each": self.each, "_made": self.made, "_joined": self._joined, "_checked": self._checked, "_mark": self._mark}
+        self.filters |= {"_each": self.each, "_made": self.made, "_joined": self._joined, "_mark": self._mark}
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.globals["raise_exception"] = _fail
         self.globals["strftime_now"] = partial(_strftime, now)
@@ -132,10 +132,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.spend(size_of(parts))
         return self.concat(str(part) for part in parts)
 
-    def _checked(self, value: Any) -> Any:
-        self.spend(size_of(value) if isinstance(value, str) else 0)
-        return value
-
     def _sum(self, items: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
         if attribute is not None:
             items = (self.getitem(item, attribute) for item in items)
@@ -158,7 +154,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise SecurityError(f"the filter {name} is given a number beyond {MAX_WIDTH:,}")
             if name == "indent" and not isinstance(value, str):  # jinja2 appends to a list before it notices that it is not a text
                 raise SecurityError(f"the filter indent is given a {type(value).__name__}")
-            self.spend(_filtered_size(name, value, arguments))
+            self.spend(_result_size(name, value, arguments))
             result = function(*before, value, *rest, **kwargs)
             return self.each(result) if isinstance(result, Iterator) else self.made(result)
 
@@ -176,7 +172,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if method.__name__ not in allowed:
                 raise SecurityError(f"{type(owner).__name__}.{method.__name__} is not available")
             if isinstance(owner, str):
-                self.spend(_method_size(method.__name__, owner, args, kwargs))
+                value, arguments = (args[0], (owner,)) if method.__name__ == "join" and args else (owner, (*args, *kwargs.values()))
+                self.spend(_result_size(method.__name__, value, arguments))
         return self.made(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -196,7 +193,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 def _operated_size(operator: str, left: Any, right: Any) -> int:
     """Return the size of an operator's result. Raise SecurityError if it is too large to be computed."""
     if operator == "%" and isinstance(left, str):
-        return _formatted_size(left, left.count("%"), right)
+        return _formatted_size(left, right)
     numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
     if operator == "**":
         if not (numbers and abs(left) <= 1e6 and abs(right) <= 64):
@@ -209,14 +206,14 @@ def _operated_size(operator: str, left: Any, right: Any) -> int:
     return size_of(left) + size_of(right)
 
 
-def _formatted_size(pattern: str, fields: int, values: Any) -> int:
+def _formatted_size(pattern: str, values: Any) -> int:
     """Return the largest size of a formatted text. Raise SecurityError for a width of five digits, or one taken from a value (*)."""
     if re.search(r"\d{5}", pattern) or re.search(r"%[^a-zA-Z%]*\*", pattern):
         raise SecurityError("it formats with a huge width")
     nested = re.search(r"\{[^}]*\{", pattern)  # a width taken from a value
     if nested and any(isinstance(value, int) and abs(value) > MAX_WIDTH for value in _plain_values(values)):
         raise SecurityError("it formats with a huge width")
-    width = MAX_WIDTH if nested or re.search(r"\d", pattern) else 0
+    width, fields = MAX_WIDTH if nested or re.search(r"\d", pattern) else 0, pattern.count("%") + pattern.count("{")
     return len(pattern) + fields * (width + size_of(values))
 
 
@@ -226,27 +223,15 @@ def _plain_values(values: Any) -> list[Any]:
     return list(values) if isinstance(values, (list, tuple)) else [values]
 
 
-def _method_size(name: str, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return the largest size of the result of a string's method."""
-    if name in ("format", "format_map"):
-        values = [*args, *kwargs.values()]
-        return _formatted_size(text, text.count("{"), [*values, *(item for value in values for item in _plain_values(value))])
-    if name == "join" and args:
-        return size_of(args[0]) + len(text) * size_of(args[0])
-    if name == "replace" and len(args) > 1 and all(isinstance(arg, str) for arg in args[:2]):
-        return len(text) + text.count(args[0]) * len(args[1])
-    return len(text)
-
-
-def _filtered_size(name: str, value: Any, arguments: tuple[Any, ...]) -> int:
-    """Return the largest size of a filter's result."""
+def _result_size(name: str, value: Any, arguments: tuple[Any, ...]) -> int:
+    """Return the largest size of the result of a filter, or of a text's method of the same name. `value` is what `join` joins."""
     size, text = size_of(value), value if isinstance(value, str) else ""
     if name == "replace" and len(arguments) > 1:
         return size + str(value).count(str(arguments[0])) * len(str(arguments[1]))
     if name == "join":
         return size + (len(value) if hasattr(value, "__len__") else 0) * sum(len(one) for one in arguments if isinstance(one, str))
-    if name == "format":
-        return _formatted_size(text, text.count("%"), arguments)
+    if name in ("format", "format_map"):
+        return _formatted_size(text, [*arguments, *(item for argument in arguments for item in _plain_values(argument))])
     if name in ("indent", "tojson"):
         flat = [one for argument in arguments for one in _plain_values(argument)]  # of two separators too
         widths = [one if isinstance(one, int) else len(one) for one in flat if isinstance(one, (int, str))]
@@ -307,9 +292,9 @@ class _Counting(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        node.expr = _through("_checked", node.expr)
+        node.expr = _through("_made", node.expr)
         for operand in node.ops:
-            operand.expr = _through("_checked", operand.expr)
+            operand.expr = _through("_made", operand.expr)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
