@@ -47,20 +47,21 @@ class Tokenizer:
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
         self.folder = folder = expand_path(checkpoint_dir)
-        self._backend = _load_backend(folder)
-        self._steps = _growths(self._backend.normalizer)
-        self._longest_piece = _longest_piece(self._backend, folder / "tokenizer.json")
+        self.processor = _load_backend(folder)
+        """The tokenizer of the `tokenizers` package, under LitGPT's name."""
+        self._steps = _growths(self.processor.normalizer)
+        self._longest_piece = _longest_piece(self.processor, folder / "tokenizer.json")
         for part in ("decoder", "pre_tokenizer"):
-            if (growth := _grown(1, _growths(getattr(self._backend, part)))) > MOST_GROWTH:
+            if (growth := _grown(1, _growths(getattr(self.processor, part)))) > MOST_GROWTH:
                 raise UserError(f"{folder / 'tokenizer.json'}: its {part} makes a text {min(growth, 10**9):,} times as long: copy it again")
-        config = {} if (padding := self._backend.padding) is None else {"pad_token": padding["pad_token"]}
+        config = {} if (padding := self.processor.padding) is None else {"pad_token": padding["pad_token"]}
         config |= _merged(*(json_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")))
         self._config = {key: value for key, value in config.items() if value is not None}
         named = _named_tokens(self._config)
         self.special_tokens = {name: text for name, entry in named.items() if (text := _token_text(entry)) is not None}
-        self.cleans_up = bool(self._config.get("clean_up_tokenization_spaces")) and type(self._backend.model).__name__ != "BPE"
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = self._config.get("split_special_tokens") is True
+        self.cleans_up = bool(self._config.get("clean_up_tokenization_spaces")) and type(self.processor.model).__name__ != "BPE"
+        self.processor.no_padding()
+        self.processor.encode_special_tokens = self._config.get("split_special_tokens") is True
         self._add_tokens([*named.values()])
         generation = folder / "generation_config.json"
         if not os.path.lexists(generation):  # transformers derives it from the model's config
@@ -81,7 +82,7 @@ class Tokenizer:
         """Add the tokens that other files than tokenizer.json name, as transformers does: tokenizer_config.json, else added_tokens.json and
         special_tokens_map.json. Special tokens become ones that are recognised in a text; BOS and EOS have to be in the vocabulary."""
         extra = entries if isinstance(entries := self._config.get(EXTRA_TOKENS[0]), list) else []
-        present, listed = self._backend.get_added_tokens_decoder(), self._config.get("added_tokens_decoder")
+        present, listed = self.processor.get_added_tokens_decoder(), self._config.get("added_tokens_decoder")
         if listed is None:
             special = {text for name, text in self.special_tokens.items() if name in STANDARD_TOKENS} | set(map(_token_text, extra))
             legacy = json_if_there(self.folder / "added_tokens.json")
@@ -99,16 +100,16 @@ class Tokenizer:
                 new.append(_added_token({"content": text, "special": not _is_marked(entry), **(entry if isinstance(entry, dict) else {})}))
         for token in new:
             token.special |= token.content in self.special_tokens.values()
-        self._backend.add_tokens(new)
+        self.processor.add_tokens(new)
 
     def _first_ids(self) -> list[int]:
         self._require_bounded("a")
-        for step in _parts(self._backend.post_processor):
+        for step in _parts(self.processor.post_processor):
             names = [piece["SpecialToken"]["id"] for piece in step.get("single") or () if "SpecialToken" in piece]
             if (count := sum(len(step["special_tokens"][name]["ids"]) for name in names)) > MOST_FIRST:
                 raise UserError(f"tokenizer.json: its post_processor puts {count:,} tokens around a text: it is broken, copy it again")
         with _no_panics("tokenizer.json"):
-            encoding = self._backend.encode("a")
+            encoding = self.processor.encode("a")
         return [number for number, _ in takewhile(lambda pair: pair[1] is None, zip(encoding.ids, encoding.sequence_ids, strict=True))]
 
     def _ids_in(self, file: Path, key: str) -> list[int]:
@@ -117,7 +118,7 @@ class Tokenizer:
         values = [value for value in (entry if isinstance(entry, list) else [entry]) if value not in (None, -1)]
         for value in values:
             number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
-            if not number or self._backend.id_to_token(value) is None:
+            if not number or self.processor.id_to_token(value) is None:
                 raise UserError(f"{file}: {key} is {str(value)[:60]!r}, which is not an id of tokenizer.json: correct it")
         return values
 
@@ -135,35 +136,30 @@ class Tokenizer:
         return token_id
 
     @property
-    def processor(self) -> tokenizers.Tokenizer:
-        """The tokenizer of the `tokenizers` package, under LitGPT's name."""
-        return self._backend
-
-    @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        return self.processor.get_vocab_size(with_added_tokens=True)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token by its text in the vocabulary, or None."""
-        return self._backend.token_to_id(token)
+        return self.processor.token_to_id(token)
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
         """A pattern of the special tokens' texts."""
-        texts = [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+        texts = [token.content for token in self.processor.get_added_tokens_decoder().values() if token.special]
         return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     def add(self, tokens: list[str], special: bool) -> str:
         """Add tokens to the vocabulary. Return tokenizer.json with them."""
         from tokenizers import AddedToken
 
-        self._backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens])
+        self.processor.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens])
         return self.to_json()
 
     def to_json(self) -> str:
         """Return tokenizer.json with the tokens of all files."""
-        return str(self._backend.to_str(pretty=True))
+        return str(self.processor.to_str(pretty=True))
 
     def ids(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
         """Return token ids. Special tokens in the text are recognised.
@@ -189,11 +185,11 @@ class Tokenizer:
     def _normalised_size(self, text: str) -> int:
         """Return a bound on the text's normalised length, measured part by part where the bound of the steps is too high."""
         bound, growth, size = _grown(len(text), self._steps), _grown(1, self._steps), 0
-        if bound <= MOST_TEXT or growth > MOST_TEXT or self._backend.normalizer is None:
+        if bound <= MOST_TEXT or growth > MOST_TEXT or self.processor.normalizer is None:
             return bound
         part = MOST_TEXT // growth
         for start in range(0, len(text), part):
-            size += len(self._backend.normalizer.normalize_str(text[start : start + part]))
+            size += len(self.processor.normalizer.normalize_str(text[start : start + part]))
             if size > MOST_TEXT:
                 return bound
         return size
@@ -213,7 +209,7 @@ class Tokenizer:
         try:
             with _no_panics("tokenizer.json"):
                 self._require_bounded(text)
-                return self._backend.encode(text, add_special_tokens=False)
+                return self.processor.encode(text, add_special_tokens=False)
         except TypeError:  # the library takes UTF-8 only
             raise UserError(f"the text {text[:60]!r} holds half of a character, which UTF-8 cannot write: leave it out") from None
 
@@ -236,7 +232,7 @@ class Tokenizer:
         values = [ids] if isinstance(ids, int) else ids.tolist() if hasattr(ids, "tolist") else list(ids)
         values = [values] if isinstance(values, int) else values
         with _no_panics("tokenizer.json"):
-            text = self._backend.decode(values, skip_special_tokens=skip_special_tokens)
+            text = self.processor.decode(values, skip_special_tokens=skip_special_tokens)
         for spaced in CLEANED if self.cleans_up else ():
             text = text.replace(spaced, spaced.strip())
         return text

@@ -12,7 +12,7 @@ from litgpt.convert.resolve import open_checkpoint
 from litgpt.errors import UserError
 from litgpt.prompts import copy_prompt_style
 from litgpt.text import counted
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer import FLAGS, Tokenizer
 from litgpt.values import checked
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def add_tokens(checkpoint_dir: Path, output_dir: Path, tokens: list[str], *, spe
     contents["tokenizer.json"] = tokenizer.encode()
     stated = json.loads(contents.get("tokenizer_config.json", "{}"))
     if isinstance(listed := stated.get("added_tokens_decoder"), dict):
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": special}
-        listed |= {str(i): {"content": token, **flags} for token, i in ids.items()}
+        listed |= {str(i): {"content": token, **dict.fromkeys(FLAGS, False), "special": special} for token, i in ids.items()}
         contents["tokenizer_config.json"] = (json.dumps(stated, indent=2, ensure_ascii=False) + "\n").encode()
     config, last = Config.from_checkpoint(source), max(ids.values())
     config = replace(config, vocab_size=max(config.vocab_size, last + 1), padded_vocab_size=max(config.V, last + 1))

@@ -16,6 +16,7 @@ from litgpt.convert.gguf.pretokenizers import pre_tokenizer
 from litgpt.convert.gguf.reader import Source
 from litgpt.errors import UserError
 from litgpt.families import PRETOKENIZERS
+from litgpt.tokenizer import FLAGS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # values of tokenizer.ggml.token_type
 BLANK = "▁"  # a blank in SentencePiece
@@ -185,17 +186,10 @@ def _added(tokens: list[str], kinds: list[int], control: tuple[int, ...], strips
 
     `strips`: control tokens but PHI_3_PLAIN absorb the blanks behind them. Files do not state it; llama.cpp, too, knows it for Phi 3 only.
     """
+    flags = dict.fromkeys(FLAGS, False)
     return [
-        {
-            "id": number,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": strips and kind == CONTROL and token not in PHI_3_PLAIN,
-            "normalized": False,
-            "special": kind in control,
-        }
-        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        {**flags, "id": i, "content": token, "rstrip": strips and kind == CONTROL and token not in PHI_3_PLAIN, "special": kind in control}
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if token and kind in (*control, USER_DEFINED)
     ]
 
