@@ -9,9 +9,10 @@ bf16 weights are kept in oneDNN's blocks if the processor multiplies bf16. oneDN
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -56,34 +57,23 @@ class Packed:
         return weight if self.lost is None else weight.index_put_(*self.lost)
 
 
-class Half:
-    """fp32 weights in fp16, by FBGEMM."""
+class Layout(NamedTuple):
+    """W in a library's own layout."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.weight = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
-
-    def dense(self) -> torch.Tensor:
-        return torch.ops.quantized.linear_unpack_fp16(self.weight)[0]
+    times: Callable[[torch.Tensor], torch.Tensor]
+    """x W^T + b"""
+    dense: Callable[[], torch.Tensor]
+    """W"""
 
 
-class Blocks:
-    """bf16 weights, by oneDNN."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def dense(self) -> torch.Tensor:
-        return self.weight.to_dense()
-
-
-def _layout(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Half | Blocks:
-    return (Half if weight.dtype == torch.float32 else Blocks)(weight, bias)
+def _layout(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Layout:
+    """Lay fp32 weights out in fp16, for FBGEMM, or bf16 weights in blocks, for oneDNN."""
+    fbgemm, onednn = torch.ops.quantized, torch.ops.mkldnn
+    if weight.dtype == torch.float32:
+        half = fbgemm.linear_prepack_fp16(weight.contiguous(), bias)
+        return Layout(lambda x: fbgemm.linear_dynamic_fp16(x, half), lambda: fbgemm.linear_unpack_fp16(half)[0])
+    blocks = onednn._reorder_linear_weight(weight.contiguous())
+    return Layout(lambda x: onednn._linear_pointwise(x, blocks, bias, "none", [], ""), blocks.to_dense)
 
 
 def lost_in_fp16(weight: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
