@@ -183,17 +183,22 @@ def hf_weights(folder: Path) -> Path | None:
     return next((file for name in WEIGHT_FILES if os.path.lexists(file := folder / name)), None)
 
 
+def unmergeable(folder: Path, settings: Mapping[str, Any]) -> str:
+    """Return the kind of an adapter that the base's weights cannot take in; "" for LoRA."""
+    is_lora = adapter_file(folder).name == ADAPTER_WEIGHTS
+    return next((kind for key, kind in UNMERGEABLE.items() if settings.get(key)), "" if is_lora else "a LLaMA-Adapter")
+
+
 def adapter_hint(folder: Path) -> str:
     """Return advice, to end a message, on a folder that holds an adapter or other folders where a model is needed; else ""."""
-    if (file := adapter_file(folder)).is_file():
+    if adapter_file(folder).is_file():
         settings: dict[str, Any] = {}
         with suppress(UserError):
             settings = read_hyperparameters(folder)
-        kind = next((kind for key, kind in UNMERGEABLE.items() if settings.get(key)), None)
-        if file.name == ADAPTER_WEIGHTS and kind is None:
-            return f": it holds a LoRA adapter, {READ_AS_IT_IS}. `litgpt merge_lora {folder}` makes a checkpoint of it"
-        base = settings.get("checkpoint_dir")
-        return f": it holds {kind or 'a LLaMA-Adapter'}, {READ_AS_IT_IS} and which cannot be merged. To train, name its base ({base})"
+        if kind := unmergeable(folder, settings):
+            base = settings.get("checkpoint_dir")
+            return f": it holds {kind}, {READ_AS_IT_IS} and which cannot be merged. To train, name its base ({base})"
+        return f": it holds a LoRA adapter, {READ_AS_IT_IS}. `litgpt merge_lora {folder}` makes a checkpoint of it"
     if any((folder / name).is_file() for name in FOREIGN_ADAPTERS):
         command = f"litgpt convert_adapter {folder} OUTPUT_DIR --checkpoint_dir BASE"
         return f": it holds an adapter. `{command}` makes a folder that generate, chat and merge_lora read"

@@ -30,11 +30,8 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
     """
     folder = adapter_folder(checkpoint_dir)
     if not os.path.lexists(folder / checkpoint.ADAPTER_WEIGHTS):
-        if (other := checkpoint.adapter_file(folder)).is_file():
-            raise UserError(f"{other} is a LLaMA-Adapter, which cannot be merged: generate and chat read the folder as it is")
-        if hint := checkpoint.adapter_hint(folder):
-            raise UserError(f"{folder} holds no {checkpoint.ADAPTER_WEIGHTS}{hint}")
-        raise UserError(f"{folder} holds no adapter: {checkpoint.ADAPTER_WEIGHTS} is missing. Name a folder that `litgpt finetune` wrote")
+        hint = checkpoint.adapter_hint(folder) or ". Name a folder that `litgpt finetune` wrote"
+        raise UserError(f"{folder} holds no adapter: {checkpoint.ADAPTER_WEIGHTS} is missing{hint}")
     if (target := folder / checkpoint.WEIGHTS).exists():
         manifest = atomic.read_manifest(folder)  # LitGPT's folders have none
         is_whole = manifest is not None and checkpoint.WEIGHTS in manifest and not atomic.damages(folder, [checkpoint.WEIGHTS])

@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from litgpt import checkpoint
-from litgpt.adapters.settings import HEADS
 from litgpt.atomic import MANIFEST, locked, new_folder, remove_leftovers, write_text
-from litgpt.checkpoint import ADAPTER_WEIGHTS, HOME, HUB_NAME, TOKENIZER_FILES, WEIGHTS
+from litgpt.checkpoint import HOME, HUB_NAME, TOKENIZER_FILES, WEIGHTS
 from litgpt.config import Config
 from litgpt.convert.gguf import SPLIT, stem
 from litgpt.errors import UserError
@@ -62,21 +61,14 @@ def open_checkpoint(path: str | Path, convert: bool = True) -> Path:
 def open_full_model(path: str | Path, form: str) -> Path:
     """Return the folder of a full model, converted if needed. Raises UserError for an adapter, which cannot be converted into `form`."""
     folder = open_checkpoint(path)
-    if (file := checkpoint.adapter_file(folder)).is_file():
-        if file.name != ADAPTER_WEIGHTS:
-            raise UserError(f"{folder} holds a LLaMA-Adapter, which cannot be folded into the base's weights: {form} cannot hold it")
+    if checkpoint.adapter_file(folder).is_file():
         settings = checkpoint.read_adapter_settings(folder)[1]
-        if any(settings.get(key) for key in HEADS):
-            raise UserError(f"{folder} has a value head or multi-token heads, which {form} cannot hold: use the adapter folder as it is")
-        if settings.get("skip2lora_enabled"):
-            raise UserError(
-                f"{folder} holds a Skip2-LoRA adapter, which reads the outputs of earlier blocks and cannot be folded into {form}: "
-                f"`litgpt convert_adapter {folder} OUTPUT_DIR` makes a folder that litgpt.integrations.transformers loads"
-            )
+        alone = f"convert the adapter alone with `litgpt convert_adapter {folder} OUTPUT_DIR`"
+        if kind := checkpoint.unmergeable(folder, settings):
+            why = "reads the outputs of earlier blocks and " if settings.get("skip2lora_enabled") else ""
+            remedy = alone if why or settings.get("alora_enabled") else "use the adapter folder as it is"
+            raise UserError(f"{folder} holds {kind}, which {why}cannot be folded into {form}: {remedy}")
         if not (folder / WEIGHTS).is_file():
-            alone = f"convert the adapter alone with `litgpt convert_adapter {folder} OUTPUT_DIR`"
-            if settings.get("alora_enabled"):
-                raise UserError(f"{folder} holds answer-only LoRA, which cannot be merged into {form}: {alone}")
             raise UserError(f"{folder} holds a LoRA adapter and no merged weights: run `litgpt merge_lora {folder}` first, or {alone}")
     if not all((folder / name).is_file() for name in (WEIGHTS, CONFIG)):
         checkpoint.require_checkpoint(folder)

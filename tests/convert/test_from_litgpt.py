@@ -77,7 +77,11 @@ def test_a_lora_run_once_merged(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"value_head": "linear"}, "has a value head"), ({"mtp_heads": 2}, "multi-token heads"), ({"alora_enabled": True}, "convert_adapter")],
+    [
+        ({"value_head": "linear"}, "adapter with heads"),
+        ({"mtp_heads": 2}, "adapter with heads"),
+        ({"alora_enabled": True}, "convert_adapter"),
+    ],
 )
 def test_merging_is_not_advised_where_it_is_impossible(base: Path, tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
     settings = {"lora_r": 2, "lora_query": True, "alora_invocation_tokens": [5] if "alora_enabled" in settings else [], **settings}

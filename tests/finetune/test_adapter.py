@@ -77,7 +77,8 @@ def test_what_reads_it(trained: tuple[str, Run], base: Path, tmp_path: Path, cap
     data.write_text(json.dumps([{"instruction": "add 3 and 4", "output": "7"}]))
     assert main(["evaluate", str(run.final), "--data", str(data), "--out_dir", str(tmp_path), "--max_new_tokens", "4"]) == 0
     assert main(["merge_lora", str(run.final)]) == 1
-    assert "LLaMA-Adapter, which cannot be merged" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "LLaMA-Adapter, which generate" in error and "which cannot be merged" in error
     assert main(["convert_from_litgpt", str(run.final), str(tmp_path / "hf")]) == 1
     assert "LLaMA-Adapter" in capsys.readouterr().err
     assert main([other, str(base), "--adapter_path", str(tmp_path / "none.pth")]) == 1
