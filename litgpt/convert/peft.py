@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from litgpt import files
-from litgpt.adapters.patterns import PARTS, compact, matching, within_block, wrong
+from litgpt.adapters.patterns import PARTS, compact, matching, require_patterns, within_block
 from litgpt.adapters.pissa import as_lora
-from litgpt.adapters.settings import LAYER_FLAGS, MODULES
+from litgpt.adapters.settings import LAYER_FLAGS, MODULES, RANK
+from litgpt.args import Range
 from litgpt.atomic import write_bytes, write_text
 from litgpt.checkpoint import PEFT_ADAPTER, WEIGHTS as BASE_WEIGHTS, load_weights
 from litgpt.config import Config
@@ -382,22 +383,17 @@ def alpha_of(settings: Mapping[str, Any], name: str) -> Any:
 def _alphas(settings: Mapping[str, Any], layers: Mapping[str, Unit], problems: list[str]) -> dict[str, float]:
     """Return alpha of each layer, with rsLoRA's times sqrt(rank). Problems with the settings are added to `problems`."""
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = settings.get(key) or {}
-        if not isinstance(patterns, dict):
-            problems.append(f"{key} is {str(patterns)[:100]}: a mapping is needed")
-        elif odd := [f"{str(pattern)[:60]}: {problem}" for pattern in patterns if (problem := wrong(str(pattern)))]:
-            problems.append(f"{key} has {'; '.join(odd)}")
+        try:
+            require_patterns(key, settings.get(key) or {}, RANK if key == "rank_pattern" else Range())
+        except UserError as error:
+            problems.append(str(error))
     r, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
         problems.append(f"r is {r!r} and lora_alpha {alpha!r}: numbers are needed")
-    alphas: dict[str, float] = {}
-    for name, layer in layers.items() if not problems else ():
-        value = alpha_of(settings, name)
-        if not isinstance(value, int | float):
-            problems.append(f"alpha_pattern has {str(value)[:60]!r} for {name}: a number is needed")
-        else:
-            alphas[name] = value * (len(layer["lora_A"]) ** 0.5 if settings.get("use_rslora") else 1)
-    return alphas
+    if problems:
+        return {}
+    factors = {name: len(layer["lora_A"]) ** 0.5 if settings.get("use_rslora") else 1 for name, layer in layers.items()}
+    return {name: alpha_of(settings, name) * factor for name, factor in factors.items()}
 
 
 def _unstack(layer: Layer, stacked: Unit, r: int, plan: Layout) -> dict[str, Unit]:

@@ -307,9 +307,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a changed base": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     "a bias on B": ({"lora_bias": True}, "lora_bias is True"),
     "another task": ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
-    "a pattern": ({"alpha_pattern": {"(a+)+$": 6}}, r"alpha_pattern has \(a\+\)\+\$: it repeats a group"),
-    "no pattern": ({"alpha_pattern": {"(a": 6}}, r"alpha_pattern has \(a: it is not a regular expression"),
-    "a list": ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*: a mapping is needed"),
+    "a pattern": ({"alpha_pattern": {"(a+)+$": 6}}, r"alpha_pattern has '\(a\+\)\+\$': it repeats a group"),
+    "no pattern": ({"alpha_pattern": {"(a": 6}}, r"alpha_pattern has '\(a': it is not a regular expression"),
+    "a list": ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*: give names of layers with a value each"),
 }
 
 
