@@ -16,7 +16,7 @@ from litgpt.convert.gguf.config import TOLERANCE, has_offset, read_architecture,
 from litgpt.convert.gguf.reader import Reader, open_gguf
 from litgpt.convert.gguf.rope import FACTORS
 from litgpt.convert.gguf.tokenizer import write_tokenizer
-from litgpt.convert.names import Stored, fit, summary
+from litgpt.convert.names import Stored, fit
 from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
 
@@ -49,17 +49,13 @@ def require_readable(reader: Reader) -> None:
     """Raise UserError for tensor types without a dequantiser."""
     from gguf import GGML_QUANT_SIZES, dequantize
 
-    unsupported: dict[str, list[str]] = {}
     for kind in sorted({tensor.kind for tensor in reader.tensors.values()}):
         try:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
-            unsupported[kind.name] = [name for name, tensor in reader.tensors.items() if tensor.kind == kind]
-    if unsupported:
-        listed = "; ".join(f"{kind}: {summary(names)}" for kind, names in unsupported.items())
-        raise UserError(
-            f"{reader.path} has tensors of a type that cannot be read ({listed}): use a file with a common type such as Q8_0 or Q4_K"
-        )
+            raise UserError(
+                f"{reader.path} has tensors of the type {kind.name}, which cannot be read: use a file with a common type, Q8_0 or Q4_K"
+            ) from None
 
 
 def choose_config(reader: Reader, model_name: str | None) -> Config:
