@@ -65,7 +65,7 @@ def to_hf(config: Config, prefer: str | None = None) -> dict[str, Any]:
     """Return a config.json that `Config.from_hf` reads as the same model.
 
     Its architecture is `prefer` if that computes the model, else one of the named model's family, else the first that does. The caller
-    adds whether the head is tied, the dtype and the ids of special tokens. Raise ValueError with the nearest architecture's differences.
+    adds whether the head is tied, the dtype and the ids of special tokens. Raise UserError with the nearest architecture's differences.
     """
     home = families.home(config.name)
     preferred = [kind for kind in (prefer, config.name) if kind in families.HF]
@@ -81,7 +81,7 @@ def to_hf(config: Config, prefer: str | None = None) -> dict[str, Any]:
         problems[kind] = [f"{key} {actual!r} instead of {expected!r}" for key, (expected, actual) in different.items()]
     nearest = min(problems, key=lambda kind: len(problems[kind]), default=None)
     reason = f"; the nearest, {nearest}, has {', '.join(problems[nearest])}" if nearest else ""
-    raise ValueError(f"no architecture of transformers expresses this model{reason}")
+    raise UserError(f"no architecture of transformers expresses this model{reason}")
 
 
 def hf_settings(config: Config, source: Path) -> dict[str, Any]:
@@ -97,10 +97,7 @@ def hf_settings(config: Config, source: Path) -> dict[str, Any]:
             with suppress(UserError):
                 if "text_config" not in settings and not differences(Config.from_hf(settings), config, INPUT_AND_TRAINING):
                     return settings
-    try:
-        return to_hf(config, prefer=settings.get("model_type"))
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
+    return to_hf(config, prefer=settings.get("model_type"))
 
 
 class Content(NamedTuple):

@@ -62,11 +62,4 @@ def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> Non
         checkpoint_dir: Folder of the step, with lit_model.pth.
         output_dir: Folder to make.
     """
-    from litgpt.convert.litgpt import convert_own
-
-    folder = locate(checkpoint_dir)
-    if not (folder / WEIGHTS).is_file():
-        hint = adapter_hint(folder) or ": name a step's folder of a training run"
-        raise UserError(f"{folder} holds no {WEIGHTS}{hint}")
-    convert_own(folder, output_dir)
-    print(f"{output_dir} is ready as a checkpoint_dir")
+    convert_to_litgpt(locate(checkpoint_dir), output_dir)

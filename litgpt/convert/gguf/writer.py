@@ -64,10 +64,7 @@ def describe(source: Path, target: Path) -> tuple[Plan, dict[str, Group]]:
     except UserError:  # transformers has no such model
         model_type = ""
     tied = checkpoint.is_tied(checkpoint.load_weights(source / checkpoint.WEIGHTS), by_value=True)
-    try:
-        return choose(config, vocabulary(source, config.V), target, tied, model_type)
-    except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(f"{source}: {error}") from None
+    return choose(config, vocabulary(source, config.V), target, tied, model_type)
 
 
 def has_gguf(config: Config) -> bool:
@@ -75,7 +72,7 @@ def has_gguf(config: Config) -> bool:
     plain = Config(**config.base_dict())
     try:
         choose(plain, {"tokenizer.ggml.tokens": [""] * plain.vocab_size}, Path("model.gguf"), False, "")
-    except ValueError:
+    except UserError:
         return False
     return True
 
@@ -83,7 +80,7 @@ def has_gguf(config: Config) -> bool:
 def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, model_type: str) -> tuple[Plan, dict[str, Group]]:
     """Return the first architecture that computes what `config` computes, those of the hub's `model_type` first, and its tensors.
 
-    `words` is the tokenizer's metadata. Raises ValueError that states how the nearest architecture differs.
+    `words` is the tokenizer's metadata. Raises UserError that states how the nearest architecture differs.
     """
     ordered = sorted(families.GGUF, key=lambda name: name != model_type and model_type not in families.GGUF[name].hub)
     keys = shapes(config, config.name)
@@ -103,7 +100,7 @@ def choose(config: Config, words: Mapping[str, Any], target: Path, tied: bool, m
         if not problems[name]:
             return made, groups
     nearest = min(problems, key=lambda name: len(problems[name]))
-    raise ValueError(f"no architecture of GGUF expresses this model; the nearest, {nearest}, has {', '.join(problems[nearest])}")
+    raise UserError(f"no architecture of GGUF expresses this model; the nearest, {nearest}, has {', '.join(problems[nearest])}")
 
 
 def unwindowed(architecture: str, source: Path) -> int | None:
