@@ -244,12 +244,8 @@ def _explained(api: "HfApi", repo_id: str, folder: Path, tokenizer_only: bool) -
 
 def missing_files(folder: Path, tokenizer_only: bool) -> list[str]:
     """Return the names of the files that a checkpoint needs and the folder lacks."""
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if tokenizer_only:
-        return missing
-    weights = hf_weights(folder)
-    if weights is None:
-        missing.append("model.safetensors (or model.safetensors.index.json and the files that it names)")
-    elif weights.name.endswith(".index.json"):
-        missing += [name for name in _shards(weights) if not (folder / name).is_file()]
-    return missing
+    needed = ["config.json", "tokenizer.json"]
+    if not tokenizer_only:
+        weights, name = hf_weights(folder), "model.safetensors (or model.safetensors.index.json and the files that it names)"
+        needed += [name] if weights is None else _shards(weights) if weights.suffix == ".json" else []
+    return [name for name in needed if not (folder / name).is_file()]

@@ -108,15 +108,8 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
     `load` returns the weights of these names, mapped into memory. It is called for each group, so that no more of the file is held.
     `offload`: the rows of the groups, their gradients and their optimizer stay in the CPU's memory.
     """
+    from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        FSDPModule,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
 
     if device.type == "cpu":
         with suppress(AttributeError, OSError):  # glibc: gathered weights and activations that are freed go back to the system
@@ -136,19 +129,19 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
             parameter.data = parameter.data.to(device)
     how: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
+        "mp_policy": fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else fsdp.OffloadPolicy(),
         "ignored_params": copied,
     }
     apart, exact = [name for name, p in model.named_parameters() if p in copied], _exact(model, dtype)
     for layer in large if device.type != "cpu" else ():
-        fully_shard(layer, **how)
+        fsdp.fully_shard(layer, **how)
     for block in model.blocks:
-        fully_shard(block, **how)
-        register_fsdp_forward_method(block, "attend")
-    fully_shard(model, **how)
+        fsdp.fully_shard(block, **how)
+        fsdp.register_fsdp_forward_method(block, "attend")
+    fsdp.fully_shard(model, **how)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum: the loss is divided by the weight of all ranks' tokens
             module.set_force_sum_reduction_for_comms(True)
             if device.type == "cpu":
@@ -170,7 +163,7 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
     for module in model.modules():
         for expert in module.experts if isinstance(module, LLaMAMoE) else ():
             _note_tokens(expert)
-    register_fsdp_forward_method(model, "within")
+    fsdp.register_fsdp_forward_method(model, "within")
     _free_root(model)
 
 
