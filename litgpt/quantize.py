@@ -97,35 +97,22 @@ class Linear4bit(QuantisedLinear):
 
     def __init__(self, linear: nn.Linear, levels: str, double: bool) -> None:
         super().__init__(linear)
-        weight = linear.weight.detach()
-        self.levels, self.dtype = levels, weight.dtype
-        functional = bitsandbytes().functional
-        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=GROUP, quant_type=levels, compress_statistics=double)
+        functional, weight = bitsandbytes().functional, linear.weight.detach().contiguous()
+        packed, state = functional.quantize_4bit(weight, blocksize=GROUP, quant_type=levels, compress_statistics=double)
         stored = {"packed": packed, "scales": state.absmax, "code": state.code}
         if double:
-            inner = state.state2
-            self.inner_group = inner.blocksize
-            stored |= {"offset": state.offset.reshape(1), "inner_scales": inner.absmax, "inner_code": inner.code}
-        self.nested = double
+            stored |= {"offset": state.offset.reshape(1), "inner_scales": state.state2.absmax, "inner_code": state.state2.code}
         for name, value in stored.items():
             self.register_buffer(name, value)
+        self._state = state
 
     def state(self) -> Any:
-        """Return the state that bitsandbytes needs in addition to the packed weights."""
-        State, buffers = bitsandbytes().functional.QuantState, dict(self.named_buffers())
-        inner: dict[str, Any] = {}
-        if self.nested:
-            nested = State(absmax=buffers["inner_scales"], code=buffers["inner_code"], blocksize=self.inner_group, dtype=torch.float32)
-            inner = {"offset": buffers["offset"][0], "state2": nested}
-        return State(
-            absmax=buffers["scales"],
-            shape=torch.Size((self.out_features, self.in_features)),
-            code=buffers["code"],
-            blocksize=GROUP,
-            quant_type=self.levels,
-            dtype=self.dtype,
-            **inner,
-        )
+        """Return the state that bitsandbytes needs in addition to the packed weights, with the buffers as they are now."""
+        state, buffers = self._state, dict(self.named_buffers())
+        state.absmax, state.code = buffers["scales"], buffers["code"]
+        if state.nested:
+            state.offset, state.state2.absmax, state.state2.code = buffers["offset"][0], buffers["inner_scales"], buffers["inner_code"]
+        return state
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cuda and not torch.is_grad_enabled() and x.numel() == self.in_features:
