@@ -262,13 +262,13 @@ def remove_folder(path: Path) -> None:
 # --- Manifests ---
 
 
-def digest(file: Path, begun: Any = None) -> str:
-    """Return the sha256 of a file's content, or the digest of the hash `begun` continued with it."""
-    result = begun or hashlib.sha256()
+def digest(file: Path) -> str:
+    """Return the sha256 of a file's content."""
+    result = hashlib.sha256()
     with file.open("rb") as handle:
         while block := handle.read(2**22):
             result.update(block)
-    return str(result.hexdigest())
+    return result.hexdigest()
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 import difflib
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -194,8 +193,9 @@ def _hub_digest(file: "RepoSibling") -> str | None:
 
 
 def _digest(path: Path, file: "RepoSibling") -> str:
-    git = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    return digest(path, git if file.lfs is None else None)
+    from huggingface_hub.utils.sha import git_hash
+
+    return digest(path) if file.lfs is not None else git_hash(path.read_bytes())
 
 
 def choose_weights(repo_id: str, names: list[str]) -> str:
