@@ -16,7 +16,7 @@ from litgpt.archive import is_mappable
 from litgpt.atomic import new_folder, write_bytes
 from litgpt.config import Config
 from litgpt.convert.compare import INPUT_AND_TRAINING, differences, named_or_described
-from litgpt.convert.names import IMAGES, Stored, fit, hf_table, summary
+from litgpt.convert.names import IMAGES, Stored, fit, hf_table
 from litgpt.convert.write import write_pth
 from litgpt.errors import UserError
 from litgpt.files import kind_note, read_json, read_own, require_file
@@ -148,21 +148,11 @@ def open_weights(folder: Path) -> dict[str, Stored]:
         raise UserError(f"{folder} holds no weights: one of {', '.join(checkpoint.WEIGHT_FILES)} is needed")
     if not file.name.endswith(".index.json"):
         return reader.stored(file)
-    tensors: dict[str, Stored] = {}
-    problems = []
-    weight_map = read_index(file)
-    for shard in sorted(set(weight_map.values())):
-        content = reader.stored(folder / shard)
-        if missing := [tensor for tensor, name in weight_map.items() if name == shard and tensor not in content]:
-            problems.append(f"{shard} lacks {summary(missing)}")
-        tensors.update({tensor: stored for tensor, stored in content.items() if weight_map.get(tensor, shard) == shard})
-    if problems:
-        raise UserError(f"{folder} does not match its {file.name}: {'; '.join(problems)}. Download the model again")
-    return tensors
+    return {name: stored for shard in read_index(file) for name, stored in reader.stored(folder / shard).items()}
 
 
-def read_index(index: Path) -> dict[str, str]:
-    """Return the file name of each tensor, by a `.index.json`.
+def read_index(index: Path) -> list[str]:
+    """Return the names of the files that a `.index.json` lists.
 
     Raise UserError if a file is missing, or is not a plain file name inside the folder.
     """
@@ -175,7 +165,7 @@ def read_index(index: Path) -> dict[str, str]:
         raise UserError(f"{index} names {', '.join(map(repr, bad))}: only plain .{suffix} file names inside the folder are read")
     if missing := [name + kind_note(index.parent / name) for name in shards if not (index.parent / name).is_file()]:
         raise UserError(f"{index.parent} lacks {', '.join(missing)}, named in {index.name}: download the model again")
-    return {name.replace(checkpoint.COMPILED, ""): shard for name, shard in weight_map.items()}
+    return shards
 
 
 def _is_plain(name: str) -> bool:

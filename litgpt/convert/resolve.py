@@ -283,7 +283,7 @@ class Conversion:
         if weights is not None:
             files.append(weights)
             if weights.name.endswith(".index.json"):
-                files += sorted({self.source / name for name in read_index(weights).values()})
+                files += [self.source / name for name in read_index(weights)]
         return files
 
     def _record(self) -> dict[str, Any] | None:

@@ -415,16 +415,22 @@ def test_memory_maps_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert_equal(converted(tmp_path / "lit"), converted(tmp_path / "expected"))
 
 
-def test_shards_that_are_not_what_the_index_says(tmp_path: Path) -> None:
-    build().save_pretrained(tmp_path, max_shard_size="20KB")
-    index = tmp_path / "model.safetensors.index.json"
+def test_the_content_of_the_shards_counts_not_the_index(tmp_path: Path) -> None:
+    """As in transformers, which takes from the index only the names of the files."""
+    folder, model = tmp_path / "hf", build()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    first, last = sorted(set(content["weight_map"].values()))[:: len(set(content["weight_map"].values())) - 1]
-    moved = [name for name, file in content["weight_map"].items() if file == first]
-    content["weight_map"].update(dict.fromkeys(moved, last), **{"model.layers.7.ghost.weight": first})
+    shards = sorted(set(content["weight_map"].values()))
+    content["weight_map"].update(dict.fromkeys(content["weight_map"], shards[0]), **{f"ghost.{shard}": shard for shard in shards})
     index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"{first} lacks model.layers.7.ghost.weight; {last} lacks "):
-        convert_to_litgpt(tmp_path)
+    convert_to_litgpt(folder, tmp_path / "lit")
+    assert_same_logits(model, tmp_path / "lit")
+    tensors = load_file(folder / shards[-1])
+    name, _ = tensors.popitem()
+    save_file(tensors, folder / shards[-1])
+    with pytest.raises(UserError, match=f"missing: {name}"):
+        convert_to_litgpt(folder, tmp_path / "other")
 
 
 def test_whole_numbers_are_not_weights(tmp_path: Path) -> None:
