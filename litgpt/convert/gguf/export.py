@@ -46,9 +46,8 @@ def convert_to_gguf(
     require_place(target)
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists already: name another file, or add --overwrite to replace it")
-    by_program = dtype is not None and "_k" in dtype
-    program = shutil.which(QUANTIZER) if by_program else None
-    if by_program and program is None:
+    program = None  # that quantises
+    if dtype is not None and "_k" in dtype and (program := shutil.which(QUANTIZER)) is None:
         others = ", ".join(name.lower() for name in BLOCKS)
         raise UserError(
             f"dtype {dtype} needs llama.cpp's program {QUANTIZER} on the PATH: build or install llama.cpp, or choose one of {others}"
