@@ -28,8 +28,13 @@ from litgpt.errors import UserError
 from litgpt.text import first_line
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torchrun; the fields of `Place`
+SLURM_VARIABLES = [
+    f"SLURM_{name}" for name in ("PROCID", "LOCALID", "NODEID", "JOB_ID", "STEP_NUM_TASKS", "STEP_TASKS_PER_NODE", "STEP_NODELIST")
+]
+SLURM_OPTIONAL = ("SLURM_STEP_ID", "SLURM_STEP_NUM_NODES", "MASTER_PORT")
 POLL_SECONDS = 0.2
 START_SECONDS = 300.0  # in which all processes must have started
+TELL_SECONDS = 20.0  # after which a process says for which other it waits
 NOTICE_SECONDS = 10.0  # after which a process that has not noticed the end of another gets SIGTERM
 SIGNAL_SECONDS = 1.0  # in which a signal that has ended another process ends this one too
 STORE_SECONDS = 3.0
@@ -49,13 +54,34 @@ class Place:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Place | None:
-        """Return the place that a launcher's variables describe; None if this process was started alone."""
-        if all(name in environment for name in VARIABLES):
-            index, size, local_index, own_size, host, port = (environment[name] for name in VARIABLES)
-            return cls(int(index), int(size), int(local_index), int(own_size), host, int(port))
-        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-        if tasks == 1:
-            return None
+        """Return the place that a launcher's variables describe; None if this process was started alone.
+
+        Raises UserError if the variables name several processes, but do not say which of them this one is.
+        """
+        names, place = list(VARIABLES), None
+        try:
+            if all(name in environment for name in VARIABLES):
+                index, size, local_index, own_size, host, port = (environment[name] for name in VARIABLES)
+                place = cls(int(index), int(size), int(local_index), int(own_size), host, int(port))
+            elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+                names = SLURM_VARIABLES + [name for name in SLURM_OPTIONAL if name in environment]
+                place = cls._of_slurm(environment)
+            elif "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":  # some launchers set these two and no LOCAL_RANK
+                return None
+        except UserError:
+            raise
+        except (KeyError, ValueError, IndexError):
+            pass
+        if place and 0 <= place.index < place.size and 0 <= place.local_index < place.local_size <= place.size and place.port < 2**16:
+            return place
+        said = ", ".join(f"{name}={environment[name]}" if name in environment else f"no {name}" for name in names)
+        alone = ", or set LOCAL_RANK=0 and LOCAL_WORLD_SIZE=1 if each machine has one process" if names[0] == "RANK" else ""
+        raise UserError(
+            f"the environment does not say which of the run's processes this is: {said}. Start the run with torchrun or srun{alone}"
+        )
+
+    @classmethod
+    def _of_slurm(cls, environment: Mapping[str, str]) -> Place:
         machines, order = int(environment.get("SLURM_STEP_NUM_NODES", 1)), environment.get("SLURM_DISTRIBUTION", "block")
         if machines > 1 and not order.startswith("block"):
             raise UserError(
@@ -69,7 +95,8 @@ class Place:
         meeting = int(environment.get("MASTER_PORT", 12000 + step % 20000))
         counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"])  # such as 3(x2),1
         own = [int(count) for count, times in counts for _ in range(int(times or 1))][int(environment["SLURM_NODEID"])]
-        return cls(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), own, address, meeting)
+        index, size, local_index = (int(environment[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
+        return cls(index, size, local_index, own, address, meeting)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -144,6 +171,27 @@ class Failure:
     message: str
 
 
+def _wait(is_there: Callable[[], bool], what: str, limit: timedelta) -> None:
+    """Wait until `is_there()`, and say so if that takes long. Unlike the store's own waits, this one does not delay signals."""
+    began, is_told = time.monotonic(), False
+    while not is_there():
+        waited = time.monotonic() - began
+        if waited > limit.total_seconds():
+            raise dist.DistStoreError(f"{what} has not started")
+        if waited > TELL_SECONDS and not is_told:
+            print(f"waiting for {what} to start, up to {limit.total_seconds():.0f} s", file=sys.stderr, flush=True)
+            is_told = True
+        time.sleep(POLL_SECONDS)
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), STORE_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
 class Group:
     """The processes of a run: those started here, and how each learns why another ended."""
 
@@ -172,6 +220,8 @@ class Group:
         if self._parent is not None and not joined:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process stops the others
         try:
+            if not is_host:
+                _wait(lambda: _answers(place.address, place.port), f"the first process at {place.address}:{place.port}", start_limit)
             store = TCPStore(place.address, place.port, None, is_host, start_limit, wait_for_workers=False)
             self.port = store.port
             if not launched:
@@ -181,7 +231,7 @@ class Group:
             self.watcher.start()
             self.store = PrefixStore(f"litgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             self.store.set(f"peer/{place.index}", f"{os.getpid()} {socket.gethostname()}")
-            facts = [self._fact_of(k, time.monotonic() + start_limit.total_seconds()) for k in range(place.size if joined else 1)]
+            facts = [self._fact_of(k, start_limit) for k in range(place.size if joined else 1)]
             self.peers = [Peer(host, int(pid)) for pid, host in facts]
             is_cuda = self.device.type == "cuda"
             if joined:
@@ -208,12 +258,9 @@ class Group:
         if joined:
             Group.current = self
 
-    def _fact_of(self, index: int, until: float) -> list[str]:
-        """Wait until a process has started and return its id and host. Unlike the store's own wait, this does not delay signals."""
-        while not self.store.check([f"peer/{index}"]):
-            if time.monotonic() > until:
-                raise dist.DistStoreError(f"rank {index} has not started")
-            time.sleep(POLL_SECONDS)
+    def _fact_of(self, index: int, limit: timedelta) -> list[str]:
+        """Wait until a process has started and return its id and host."""
+        _wait(lambda: self.store.check([f"peer/{index}"]), f"rank {index}", limit)
         return self.store.get(f"peer/{index}").decode().split(" ", 1)
 
     def _launch(self, first: Place) -> None:

@@ -66,7 +66,7 @@ def test_sruns_variables(nodes: str, address: str) -> None:
 
 
 def test_srun_may_give_a_machine_more_tasks_than_another() -> None:
-    uneven = {**SLURM, "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_TASKS_PER_NODE": "3,2(x2),1"}
+    uneven = {**SLURM, "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_TASKS_PER_NODE": "3,2(x2),1"}
     sizes = [Place.of({**uneven, "SLURM_NODEID": str(node)}).local_size for node in range(4)]  # type: ignore[union-attr]
     assert sizes == [3, 2, 2, 1]
     with pytest.raises(UserError, match="SLURM distributes tasks 'cyclic:block': start srun with --distribution=block"):
@@ -79,9 +79,26 @@ def test_steps_of_srun_on_one_machine_need_no_name_of_it_and_each_has_its_port()
     assert places == [Place(5, 8, 1, 8, "127.0.0.1", port) for port in (22001, 22998)]
 
 
-@pytest.mark.parametrize("environment", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}])
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}],
+)
 def test_a_process_that_no_launcher_started_is_alone(environment: dict[str, str]) -> None:
     assert Place.of(environment) is None
+
+
+@pytest.mark.parametrize("kind", [TORCHRUN, SLURM], ids=["torchrun", "slurm"])
+def test_variables_that_do_not_describe_a_process_are_named(kind: dict[str, str]) -> None:
+    """Such processes must not train alone, each as if it were the only one: some launchers set RANK and WORLD_SIZE and no LOCAL_RANK."""
+    for name in kind.keys() - {"RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"}:
+        with pytest.raises(UserError, match=f"does not say which of the run's processes this is: .*no {name}"):
+            Place.of({key: value for key, value in kind.items() if key != name})
+    for name in kind.keys() - {"MASTER_ADDR", "SLURM_STEP_NODELIST"}:
+        with pytest.raises(UserError, match=f"does not say .*{name}=x"):
+            Place.of({**kind, name: "x"})
+    for name in kind.keys() & {"RANK", "LOCAL_RANK", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"}:
+        with pytest.raises(UserError, match=f"does not say .*{name}=99999"):
+            Place.of({**kind, name: "99999"})
 
 
 def test_the_settings_say_how_many_processes_there_are_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +191,24 @@ def test_a_signal_while_the_others_start_ends_the_run_at_once(tmp_path: Path) ->
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, env=kept, timeout=120)
     assert done.returncode == 143 and not done.stderr, done.stderr
     assert time.monotonic() - began < 25, "the process that sleeps is not waited for"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_says_for_which_other_it_waits_and_heeds_signals(index: int) -> None:
+    other = ["rank 1", "the first process at 127.0.0.1:%d"][index]
+    script = (
+        "import signal, sys\nfrom litgpt.train import launch\nlaunch.TELL_SECONDS = 0\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"launch.Group(launch.Place({index}, 2, 0, 1, '127.0.0.1', int(sys.argv[1])), 30)\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with subprocess.Popen([sys.executable, "-c", script, str(port)], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environ()) as process:
+        assert process.stderr is not None
+        said, began = process.stderr.readline(), time.monotonic()
+        process.terminate()
+        assert process.wait(60) == 143 and time.monotonic() - began < 20 and process.stderr.read() == ""
+    assert said == f"waiting for {other % port if index else other} to start, up to 300 s\n"
 
 
 def test_no_thread_asks_the_store_while_python_ends() -> None:
