@@ -62,7 +62,8 @@ def examine(
         raise UserError(f"record is {record}: {data.source} has records 1 to {len(train)}")
     validation = "" if val is None else f", and {len(val):,} for validation"
     lines = [f"{data.source}: {counted(len(train), 'record')}{validation}", *kinds(train), *repetitions(train, val or [])]
-    if unread := Counter(key for one in train for key in one.unread):
+    look = Look.at(train, val)
+    if unread := Counter(key for one in train for key in one.unread if not (look.is_labelled and key == "label")):
         lines.append(f"  keys not read: {', '.join(f'{key[:QUOTED]} ({count:,})' for key, count in unread.most_common(SHOWN_KEYS))}")
     if checkpoint_dir is None:
         lines += ["", *histogram([one.characters for one in train], "characters")]
@@ -75,7 +76,7 @@ def examine(
         print("\n".join([*lines, "", *in_tokens(train, encoder, limit)]))
         print(f"\nRecord {record} in the prompt style {style.name!r}; what is learned is {_green()}:")
         show_record(train[record - 1], style, tokenizer, mask_prompt)
-    settings = advice(data, Look.at(train, val), checkpoint_dir)
+    settings = advice(data, look, checkpoint_dir)
     command = shlex.join(["litgpt", "finetune", str(checkpoint_dir or "MODEL"), "--data", data.source])
     print(f"\n{command}, without other options:\n{settings}")
 

@@ -29,8 +29,9 @@ from litgpt.adapters.layers import LoRALayer as LoRALayer, LoRALinear as LoRALin
 from litgpt.adapters.patterns import PARTS, require_used
 from litgpt.adapters.pissa import OLoRA, PiSSA
 from litgpt.adapters.saved import fuse_saved, save_modules
-from litgpt.adapters.settings import AdapterSettings
+from litgpt.adapters.settings import DROPOUT, LAYER_RANK, AdapterSettings
 from litgpt.adapters.switch import Switch
+from litgpt.args import Range
 from litgpt.errors import UserError
 from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block as Block, CausalSelfAttention as CausalSelfAttention, Positions
@@ -377,11 +378,11 @@ def apply_lora(
 
     `targets` are names of layers, in full or the part after a dot (`q_proj`, `attn.c_attn`), "all-linear" (all but the output layer) or
     "square" (as many outputs as inputs). `nn.Linear`, transformers' Conv1D and quantised layers are accepted. Layers that have LoRA keep
-    it. Until it is trained, the model's output does not change. Raises UserError for a rank of 0, and for targets that fit no layer.
+    it. Until it is trained, the model's output does not change. Raises UserError for numbers out of range and targets that fit no layer.
     """
-    if r == 0:
-        raise UserError("r is 0, so nothing would be trained: give a rank of at least 1")
-    AdapterSettings(lora_r=r, lora_alpha=alpha, lora_dropout=dropout)  # type: ignore[arg-type]
+    for name, value, numbers in (("r", r, LAYER_RANK), ("alpha", alpha, Range()), ("dropout", dropout, DROPOUT)):
+        if not numbers.holds(value):
+            raise UserError(f"{name} is {value!r}: {numbers} is needed")
     layers = target_layers(model, targets)
     _attach(model, layers.values(), r, alpha, dropout, rslora)
     return list(layers)

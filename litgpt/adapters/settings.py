@@ -18,7 +18,7 @@ ValueHeadKind = Literal["linear", "mlp"]
 TapNorm = Literal["rms", "none"]
 MAX_RANK = 2**16
 MOST_HEADS = 16
-RANK, DROPOUT = Range(0, MAX_RANK, whole=True), Range(0, 1, below=True)
+RANK, LAYER_RANK, DROPOUT = Range(0, MAX_RANK, whole=True), Range(1, MAX_RANK, whole=True), Range(0, 1, below=True)
 MODULES = {  # names of the modules that can be saved, here and in transformers -> here
     **dict.fromkeys(("wte", "embed_tokens", "embed_in", "word_embeddings"), "wte"),
     **dict.fromkeys(("lm_head", "embed_out"), "lm_head"),
@@ -119,7 +119,7 @@ class AdapterSettings:
                 "nothing could be cached"
             )
         if self.lora_rank_pattern:
-            require_patterns("lora_rank_pattern", self.lora_rank_pattern, Range(1, MAX_RANK, whole=True))
+            require_patterns("lora_rank_pattern", self.lora_rank_pattern, LAYER_RANK)
         if self.lora_alpha_pattern:
             require_patterns("lora_alpha_pattern", self.lora_alpha_pattern, Range())
         self._require_modules()

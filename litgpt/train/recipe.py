@@ -139,6 +139,7 @@ class Look:
     has_validation: bool  # the data have validation records of their own
     answer_length: float = 0.0  # characters that are learned of a record, on average
     compares: bool = False  # records say which answers are better
+    is_labelled: bool = False  # records say whether their answer is a good one
     is_text: bool = False  # some are running text
     is_single: bool = False  # one question each
     block: int | None = None  # tokens of a sample of running text that is cut into blocks
@@ -153,6 +154,7 @@ class Look:
         answers = {record.reply.strip() for record in records}
         longest = max((each.characters for record in records for each in (record, record.rejected) if each is not None), default=0)
         length = sum(record.learned_characters for record in records) / max(1, len(records))
+        is_labelled = {record.label for record in records if record.rejected is None} == {True, False}
         return cls(
             len(records),
             len(answers),
@@ -160,7 +162,8 @@ class Look:
             is_pair=all(record.pair for record in records),
             has_validation=val is not None,
             answer_length=length,
-            compares=any(record.rejected is not None for record in records),
+            compares=is_labelled or any(record.rejected is not None for record in records),
+            is_labelled=is_labelled,
             is_text=any(record.is_text for record in records),
             is_single=all(record.is_single for record in records),
         )
@@ -280,7 +283,8 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     name = name_of(Path(data.source)).lstrip(".") or "data"
     rows = [Chosen("out_dir", Path("out/sweep" if look.is_sweep else "out/finetune") / name, "named after the data")]
     if look.compares:
-        rows.append(Chosen("objective", "dpo", "the records compare answers"))
+        what = ("kto", "the records label answers") if look.is_labelled else ("dpo", "the records compare answers")
+        rows.append(Chosen("objective", *what))
     elif look.is_pair:
         rows.append(Chosen("data.mask_prompt", True, "the answers are learned, not the questions"))
     if look.is_facts and look.is_sweep and look.is_repeated:

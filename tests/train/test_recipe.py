@@ -363,8 +363,15 @@ def test_pairs_of_answers_are_preferences(base: Path, tmp_path: Path, capsys: py
     assert "40 records, taken as answers to prefer" in capsys.readouterr().err
     assert chosen(tmp_path, base, rows, "--objective", "orpo", "--skip2lora_enabled", "true")["objective"] == "orpo"
     labelled = [{"prompt": f"question {i}", "completion": f"good {i}", "label": i % 2 == 0} for i in range(40)]
-    given = chosen(tmp_path, base, labelled, "--objective", "kto")
-    assert given["objective"] == "kto" and given["train"].replay == 0
+    for options in ([], ["--objective", "kto"]):
+        given = chosen(tmp_path, base, labelled, *options)
+        assert given["objective"] == "kto" and given["train"].replay == 0
+    assert "the records label answers" in capsys.readouterr().err
+    assert chosen(tmp_path, base, rows + labelled)["objective"] == "kto"  # which takes both forms
+    assert chosen(tmp_path, base, labelled[::2])["objective"] == "next_token"  # all answers are good ones
+    assert main(["data", str(tmp_path / "shop.jsonl")]) == 0 and "keys not read: label (20)" in capsys.readouterr().out
+    chosen(tmp_path, base, labelled)
+    assert main(["data", str(tmp_path / "shop.jsonl")]) == 0 and "not read" not in capsys.readouterr().out
 
 
 def test_one_record_is_one_record(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
