@@ -171,7 +171,7 @@ def read_record(entry: Any) -> Record:
         message = {"role": "assistant", "content": _check_text(entry["text"], "text")}
         used, record = ["text"], Record([message], [1.0], is_text=True)
     else:
-        raise UserError(_missing_keys(list(entry)))
+        raise UserError(_missing_keys(entry))
     if system := _optional_text(entry, "system"):
         if record.messages[0]["role"] != "system":
             record.messages.insert(0, {"role": "system", "content": system})
@@ -271,11 +271,13 @@ def known_key(name: str) -> str:
     return plain if plain in KEYS else name
 
 
-def _missing_keys(keys: list[str]) -> str:
+def _missing_keys(entry: dict[str, Any]) -> str:
     """Return a message that names the missing keys of the pair that fits best, and the keys that may be meant."""
-    answers = ("chosen", "rejected")
+    keys, answers = list(entry), ("chosen", "rejected")
     pair = answers if any(key in keys for key in answers) else max(PAIRS, key=lambda pair: sum(key in keys for key in pair))
     missing = [key for key in pair if key not in keys]
+    if not missing:
+        return f"{next(key for key in pair if entry[key] in (None, ''))!r} is empty: an answer is needed"
     shown = ", ".join(repr(key)[:60] for key in keys[:12]) + (", ..." if len(keys) > 12 else "")
     message = f"no key {' and no key '.join(map(repr, missing))}; it has {shown or 'no keys'}"
     if len(missing) == len(keys) == 2:

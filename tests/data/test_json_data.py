@@ -72,6 +72,8 @@ TURN = {"role": "user", "content": "Hi"}
             "record 2: no key 'output'; it has 'instruction', 'outptu' (is 'outptu' meant",
         ),
         ("a.json", [{"prompt": "x", "chosen": "y"}], "record 1: no key 'rejected'; it has 'prompt', 'chosen'"),
+        ("a.json", [{"prompt": "x", "chosen": "y", "rejected": None}], "record 1: 'rejected' is empty: an answer is needed"),
+        ("a.json", [{"prompt": "x", "chosen": "", "rejected": ""}], "record 1: 'chosen' is empty: an answer is needed"),
         ("a.json", [{}], "record 1: no key 'instruction' and no key 'output'; it has no keys"),
         (
             "a.json",
