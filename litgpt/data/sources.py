@@ -54,12 +54,12 @@ def name_of(path: Path) -> str:
 
 def read_records(path: Path) -> list[Record]:
     """Return the records of a file. Raise UserError with the file, the line or record, and the problem."""
-    return check_rows(_numbered(path), str(path))
+    return check_rows(numbered_rows(path), str(path))
 
 
 def read_rows(path: Path) -> list[Any]:
     """Return the rows of a file as plain values."""
-    return [row for _, row in _numbered(path)]
+    return [row for _, row in numbered_rows(path)]
 
 
 def check_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[Record]:
@@ -78,7 +78,7 @@ def check_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[Record]:
     return records
 
 
-def _numbered(path: Path) -> list[tuple[str, Any]]:
+def numbered_rows(path: Path) -> list[tuple[str, Any]]:
     """Return (place, row) of each row of a file."""
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:

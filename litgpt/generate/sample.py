@@ -12,8 +12,8 @@ from typing import Any, Union
 from litgpt.args import POSITIVE, setting
 from litgpt.atomic import new_file
 from litgpt.data.base import question_of
-from litgpt.data.records import Record, read_record
-from litgpt.data.sources import read_records, read_rows
+from litgpt.data.records import PAIRS, Record, read_record
+from litgpt.data.sources import check_rows, numbered_rows
 from litgpt.errors import UserError
 from litgpt.files import expand_path, require_file, require_place
 from litgpt.generate.base import Checkpoint, Drawing
@@ -30,7 +30,7 @@ class Files:
     """The options for input and output."""
 
     data: Path
-    """The file of questions: records as for `litgpt finetune`."""
+    """The file of questions: records as for `litgpt finetune`, which need no answers if a function of yours checks."""
     out: Path
     """The .jsonl file for the answers, one per line: prompt, answer, and `correct` or `reward`."""
 
@@ -62,7 +62,9 @@ class SampleAnswers(Drawing, Files, Checkpoint):
             raise UserError(f"data: {self.data} is not a file: name one with records, such as questions.jsonl")
         if self.out.exists() and self.out.samefile(self.data):
             raise UserError(f"out: {self.out} is the file of questions: name another file for the answers")
-        rows, records = read_rows(self.data), read_records(self.data)
+        numbered = numbered_rows(self.data)
+        rows = [row for _, row in numbered]
+        records = check_rows(numbered if self.check == EXACT else [(place, _with_answer(row)) for place, row in numbered], str(self.data))
         if texts := [place for place, record in enumerate(records, 1) if record.is_text]:
             raise UserError(f"data: {self.data}, record {texts[0]} is a text without a question: there is nothing to answer")
         if self.sys_prompt is not None:
@@ -158,6 +160,17 @@ def _line(record: Record, answer: Message, value: Any, where: str) -> dict[str, 
     system = before[0]["content"] if before[0]["role"] == "system" else ""
     texts = {"prompt": record.question, "input": record.input, "system": system, "answer": answer["content"]}
     return {**{key: text for key, text in texts.items() if text or key == "answer"}, **result}
+
+
+def _with_answer(row: Any) -> Any:
+    """Return a row that has a question alone with an empty answer."""
+    if not isinstance(row, dict) or not row.keys().isdisjoint(("chosen", "rejected", *(answer for _, answer in PAIRS))):
+        return row
+    turns = next((row[key] for key in ("messages", "prompt") if isinstance(row.get(key), list)), None)
+    if turns is None:
+        return {**row, **{answer: "" for question, answer in PAIRS if question in row}}
+    is_open = bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") in ("user", "tool")
+    return {**row, "messages": [*turns, {"role": "assistant", "content": ""}]} if is_open else row
 
 
 def _with_system(record: Record, text: str) -> Record:

@@ -83,6 +83,22 @@ def test_greedy_answers_are_the_models(base: Path, questions: Path) -> None:
     assert lines[0]["answer"] == llm.generate("add 2 and 3", max_new_tokens=6, temperature=0.0).strip()
 
 
+def test_questions_need_no_answers_for_a_check_of_ones_own(base: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Questions without answers, in every form, are asked like those with one; `exact` needs the record's own answer."""
+    words = ["--n", 2, "--check", f"{questions.with_name('checks.py')}:even"]
+    with_answers = sampled(base, questions, *words)
+    asked, greeted, chat = (
+        ROWS[0]["instruction"],
+        {key: value for key, value in ROWS[1].items() if key != "output"},
+        ROWS[2]["messages"][:-1],
+    )
+    for last in ({"messages": chat, "sum": 1}, {"prompt": chat, "sum": 1}):
+        questions.write_text("".join(json.dumps(row) + "\n" for row in ({"question": asked, "sum": 5}, greeted, last)))
+        assert sampled(base, questions, *words) == with_answers
+    assert main(["sample", str(base), "--data", str(questions), "--out", str(questions.with_name("no.jsonl"))]) == 1
+    assert "no key 'answer'; it has 'question', 'sum'" in capsys.readouterr().err
+
+
 def test_the_lines_are_records_with_the_same_questions(base: Path, questions: Path) -> None:
     lines = sampled(base, questions, "--n", 1)
     for row, line in zip(ROWS, lines, strict=True):
