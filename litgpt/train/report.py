@@ -79,6 +79,8 @@ def page_of(
     if best is not None and (after is None or best < after):
         kept = ": its checkpoint is in best/" if folder.is_dir() else ""
         losses.append(f"The lowest validation loss, {best:.3f}, was at step {figures['best_step']:,}{kept}.")
+    if (accuracy := figures.get("val_accuracy")) is not None:
+        losses.append(f"{accuracy:.1%} of the validation records are judged correctly.")
     share = 100 * figures["trainable_parameters"] / figures["total_parameters"]
     tiles = {
         "time": duration(figures["total_seconds"]),

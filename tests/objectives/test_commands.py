@@ -85,6 +85,7 @@ def test_a_run_learns_and_is_resumed_bit_for_bit(method: str, objective: str, ba
     assert again.code == 0, again.err
     assert curve(again) == curve(run)
     assert json.loads((run.out_dir / "report.json").read_text())["val_accuracy"] == float(curve(run)[-1][3])
+    assert f"{float(curve(run)[-1][3]):.1%} of the validation records are judged correctly" in (run.out_dir / "report.html").read_text()
 
 
 def test_the_reported_accuracy_and_loss_are_those_of_the_saved_model(base: Path, pairs: Path, tmp_path: Path) -> None:
