@@ -283,7 +283,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     name = name_of(Path(data.source)).lstrip(".") or "data"
     rows = [Chosen("out_dir", Path("out/sweep" if look.is_sweep else "out/finetune") / name, "named after the data")]
     if look.compares:
-        what = ("kto", "the records label answers") if look.is_labelled else ("dpo", "the records compare answers")
+        what = ("kto", "labels mark good and bad answers") if look.is_labelled else ("dpo", "the records compare answers")
         rows.append(Chosen("objective", *what))
     elif look.is_pair:
         rows.append(Chosen("data.mask_prompt", True, "the answers are learned, not the questions"))

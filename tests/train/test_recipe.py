@@ -366,7 +366,7 @@ def test_pairs_of_answers_are_preferences(base: Path, tmp_path: Path, capsys: py
     for options in ([], ["--objective", "kto"]):
         given = chosen(tmp_path, base, labelled, *options)
         assert given["objective"] == "kto" and given["train"].replay == 0
-    assert "the records label answers" in capsys.readouterr().err
+    assert "labels mark good and bad answers" in capsys.readouterr().err
     assert chosen(tmp_path, base, rows + labelled)["objective"] == "kto"  # which takes both forms
     assert chosen(tmp_path, base, labelled[::2])["objective"] == "next_token"  # all answers are good ones
     assert main(["data", str(tmp_path / "shop.jsonl")]) == 0 and "keys not read: label (20)" in capsys.readouterr().out
