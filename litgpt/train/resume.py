@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -114,39 +114,29 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-@dataclass(frozen=True)
-class Identity:
-    """The facts that must be equal for a resumed run to be the same run."""
+def identity(
+    settings: dict[str, Any], base: Path, config: dict[str, Any], train: Sequence[Sample], val: Sequence[Sample]
+) -> dict[str, Any]:
+    """Return what must be equal for a resumed run to be the same run: flat settings, and digests of base and data, as JSON gives them."""
+    config_digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    base_facts = {"config": config_digest, "weights": checkpoint.weights_file(base).sha256}
+    facts = {"settings": settings, **base_facts, "train": _samples_digest(train), "val": _samples_digest(val)}
+    return json.loads(json.dumps(facts))
 
-    settings: dict[str, Any]  # flat, without those that may change
-    config: str  # sha256 of the base's
-    weights: str  # sha256 of the base's
-    train: tuple[int, str]  # number of samples and digest
-    val: tuple[int, str]
 
-    @classmethod
-    def of(cls, settings: dict[str, Any], base: Path, config: dict[str, Any], train: Sequence[Sample], val: Sequence[Sample]) -> Identity:
-        """Return the identity of a run with these settings, and digests of base and data."""
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-        return cls(settings, digest, checkpoint.weights_file(base).sha256, _samples_digest(train), _samples_digest(val))
-
-    def facts(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
-
-    def changes(self, before: dict[str, Any], where: str = "before") -> list[str]:
-        """Describe each difference from the `facts` of another run: of an earlier one, or `where` else."""
-        now = self.facts()
-        changes = [
-            f"{key} is {value!r}, {where} {before['settings'][key]!r}"
-            for key, value in now["settings"].items()
-            if key in before["settings"] and before["settings"][key] != value
-        ]
-        if any(now[key] != before.get(key, now[key]) for key in ("config", "weights")):  # which earlier versions did not write
-            changes.append("the base model is another one (its weights or its config)")
-        for key, name in (("train", "training"), ("val", "validation")):
-            if now[key] != before[key]:
-                changes.append(f"the {name} data are different ({now[key][0]:,} samples, {where} {before[key][0]:,})")
-        return changes
+def changes(now: dict[str, Any], before: dict[str, Any], where: str = "before") -> list[str]:
+    """Describe each difference of an `identity` from another run's: an earlier one's, or one `where` else."""
+    different = [
+        f"{key} is {value!r}, {where} {before['settings'][key]!r}"
+        for key, value in now["settings"].items()
+        if key in before["settings"] and before["settings"][key] != value
+    ]
+    if any(now[key] != before.get(key, now[key]) for key in ("config", "weights")):  # which earlier versions did not write
+        different.append("the base model is another one (its weights or its config)")
+    for key, name in (("train", "training"), ("val", "validation")):
+        if now[key] != before[key]:
+            different.append(f"the {name} data are different ({now[key][0]:,} samples, {where} {before[key][0]:,})")
+    return different
 
 
 def compared_settings(hyperparameters: dict[str, Any], command: type) -> dict[str, Any]:
@@ -181,13 +171,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write(
-    folder: Path,
-    state: State,
-    optimizer: dict[str, Any] | None,
-    random: dict[str, torch.Tensor],
-    facts: dict[str, Any],
-) -> None:
+def write(folder: Path, state: State, optimizer: dict[str, Any] | None, random: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Write the training state into a checkpoint folder. Raises SafetensorError, OSError.
 
     `optimizer`: its state dict. `random`: generator states by "kind.rank".
@@ -297,16 +281,14 @@ class Saved:
     def restore_random(self, rank: int, device: torch.device) -> None:
         """Restore the random generators."""
         tensors = self._tensors()
-        setters: dict[str, Callable[[torch.Tensor], None]] = {"cpu": torch.set_rng_state}
-        if device.type == "cuda":
-            setters["cuda"] = lambda value: torch.cuda.set_rng_state(value, device)
-        for kind, give in setters.items():
-            if (saved := tensors.get(f"random.{kind}.{rank}")) is not None:
-                try:
-                    give(saved)
-                except (RuntimeError, TypeError) as error:
-                    reason = first_line(error)
-                    raise UserError(f"{self.folder / TENSORS} holds no state of a random generator: {reason}. {ELSEWHERE}") from None
+        try:
+            if (saved := tensors.get(f"random.cpu.{rank}")) is not None:
+                torch.set_rng_state(saved)
+            if device.type == "cuda" and (saved := tensors.get(f"random.cuda.{rank}")) is not None:
+                torch.cuda.set_rng_state(saved, device)
+        except (RuntimeError, TypeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{self.folder / TENSORS} holds no state of a random generator: {reason}. {ELSEWHERE}") from None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         try:

@@ -43,7 +43,7 @@ from litgpt.train.phase import Phase
 from litgpt.train.prepare import Job, prepare
 from litgpt.train.rehearsal import rehearse
 from litgpt.train.report import PAGE, REPORT, as_json, figures, next_steps, page_of, summary_rows
-from litgpt.train.resume import IDENTITY, Identity, Saved, State, Stopwatch, compared_settings, environment, read
+from litgpt.train.resume import IDENTITY, Saved, State, Stopwatch, changes, compared_settings, environment, identity, read
 from litgpt.train.settings import Run
 
 FIRST = "in the first process"
@@ -85,26 +85,26 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
                 return session.finish(phase)
 
 
-def identity_of(job: Job, varying: Collection[str] = ()) -> Identity:
+def identity_of(job: Job, varying: Collection[str] = ()) -> dict[str, Any]:
     """Return what a resumed run must have in common with this one; for a sweep, without the settings that vary between its trials."""
     resolved = {"precision": job.precision, "skip2lora_cache": job.method.cache.mode != "off"}
     settings = {**compared_settings(job.settings.hyperparameters(), type(job.settings)), **resolved}
     shared = {key: value for key, value in settings.items() if key not in varying}
-    return Identity.of(shared, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
+    return identity(shared, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
 
 
-def require_same(folder: Path, identity: Identity, before: dict[str, Any]) -> None:
+def require_same(folder: Path, now: dict[str, Any], before: dict[str, Any]) -> None:
     """Raise UserError, naming every difference, if another run wrote the folder."""
-    if changes := identity.changes(before):
+    if different := changes(now, before):
         raise UserError(
-            f"resume: {folder} belongs to another run: {'; '.join(changes)}. Resume with the settings of the run, or start anew "
+            f"resume: {folder} belongs to another run: {'; '.join(different)}. Resume with the settings of the run, or start anew "
             "in another --out_dir"
         )
 
 
-def require_alike(identity: Identity, first: dict[str, Any], step: int = 0, first_step: int = 0) -> None:
-    """Raise UserError if this process would not train what the first does, whose `Identity.facts` and step are given."""
-    differences = identity.changes(first, FIRST)
+def require_alike(own: dict[str, Any], first: dict[str, Any], step: int = 0, first_step: int = 0) -> None:
+    """Raise UserError if this process would not train what the first does, whose `identity` and step are given."""
+    differences = changes(own, first, FIRST)
     if step != first_step:
         differences.append(f"it continues after step {step}, {FIRST} {first_step}")
     if differences:
@@ -129,12 +129,12 @@ class Session:
         self.hyperparameters = job.settings.hyperparameters()
         self.state, self.cached = State(clock=clock), dict[str, bool]()
         self.loop: Loop | None = None  # None while its activations are computed
-        self.identity = identity = identity_of(job)
+        self.identity = identity_of(job)
         if saved is not None:
-            require_same(saved.folder, identity, saved.facts["identity"])
+            require_same(saved.folder, self.identity, saved.facts["identity"])
         step = saved.state.step if saved else 0
-        theirs, first_step = self.rank.broadcast((identity.facts(), step))
-        require_alike(identity, theirs, step, first_step)
+        theirs, first_step = self.rank.broadcast((self.identity, step))
+        require_alike(self.identity, theirs, step, first_step)
         self.rank.barrier()
         self.objective = job.objective
         self.sources: tuple[Batches, Activations, Activations, list[list[int]]] | None = None
@@ -152,7 +152,7 @@ class Session:
         self._require_space()
         out_dir.make(resumed=saved is not None)
         answers = [[example.question, example.answers] for example in job.examples]  # as they are when a checkpoint is written
-        facts: dict[str, Any] = {"identity": identity.facts(), **job.kept, "cached": self.cached, "answers": answers}
+        facts: dict[str, Any] = {"identity": self.identity, **job.kept, "cached": self.cached, "answers": answers}
         facts["environment"] = environment(self.rank.device)
         self.checkpoints = Checkpoints(path, self._contents, facts, self.settings.train.keep_last, self.rank, self.log)
         if saved is not None:
@@ -364,7 +364,7 @@ class Session:
 
             def finish(folder: Path) -> None:
                 state.consistent = False  # merging changes the weights
-                atomic.write_text(folder / IDENTITY, as_json({**self.job.kept, **self.identity.facts()}))
+                atomic.write_text(folder / IDENTITY, as_json({**self.job.kept, **self.identity}))
                 if self.job.method.finish(self.model, folder) and report["final_val_loss"] is not None and self.rank.size == 1:
                     report["merged_val_loss"] = replace(loop).validate(phase.val_activations, phase.val_batches, lambda: False)
                 about = page_of(self.model.config.name, report, read_metrics(out_dir), self.answers, self.hyperparameters, out_dir / "best")

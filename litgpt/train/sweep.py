@@ -22,12 +22,12 @@ from litgpt.optim import make_optimizer
 from litgpt.text import counted, gib, text_table
 from litgpt.train.interrupts import Interrupts
 from litgpt.train.launch import POLL_SECONDS, Group, Place, place_of
-from litgpt.train.methods import Method, ranges
+from litgpt.train.methods import ranges
 from litgpt.train.out_dir import OutDir
 from litgpt.train.parallel import alone
 from litgpt.train.prepare import Job, choose_taps, prepare
 from litgpt.train.rehearsal import rehearsed, require_data
-from litgpt.train.resume import Saved, Stopwatch, environment
+from litgpt.train.resume import Saved, Stopwatch, changes, environment
 from litgpt.train.run import finished_report, identity_of, require_alike, run
 from litgpt.train.settings import Run
 from litgpt.train.trials import BEGUN, CSV, FAILED, FINISHED, JSON, LOCKS, STOPPED, WAITING, Table, Trial, expand, foreign_files
@@ -40,26 +40,6 @@ class _Quiet(Console):
 
     def say(self, text: str) -> None:
         pass
-
-
-class Candidate:
-    """A trial that can be trained: its method and adapters, and the blocks that `auto` chose for it."""
-
-    def __init__(self, trial: Trial, settings: Run) -> None:
-        """Raises UserError if the settings do not fit the model."""
-        self.trial, self.settings = trial, settings
-        # LoRA merged into the weights would spoil them for the next trial, and fill the disk.
-        self.method: Method = replace(settings.method(), merges=False)
-        self.config: Config = self.method.config(settings.checkpoint_dir)
-        self.chosen: list[int] | None = None
-        make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])
-        if self.config.cut is None:
-            raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
-
-    @property
-    def taps(self) -> list[int]:
-        """The tapped blocks: every candidate block until `auto` has chosen."""
-        return self.chosen or list(self.config.taps)
 
 
 def sweep(settings: Run, grid: Grid | None, samples: int | None) -> None:
@@ -98,17 +78,12 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
         job = _prepare(candidates, out_dir, before or {})
         _introduce(job, table, waiting, place, before or {})
         identity = identity_of(replace(job, settings=settings), varying=trials[0].values)
-        if before is not None and (changes := identity.changes(before["identity"])):
-            raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(changes)}. Give another --out_dir")
+        if before is not None and (different := changes(identity, before["identity"])):
+            raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(different)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
-        facts = {
-            "settings": as_config(vars(settings)),
-            "identity": identity.facts(),
-            **job.kept,
-            "environment": environment(job.rank.device),
-        }
+        facts = {"settings": as_config(vars(settings)), "identity": identity, **job.kept, "environment": environment(job.rank.device)}
         table.facts = {**(before or {}), **facts, **spent}
-        if chosen := {candidate.trial.name: candidate.chosen for candidate in candidates if candidate.chosen is not None}:
+        if chosen := {trial.name: trial.chosen for trial in candidates if trial.chosen is not None}:
             table.facts["chosen"] = chosen
         if waiting:
             folder.make(resumed)
@@ -164,17 +139,17 @@ def _help(settings: Run, grid: Grid | None, samples: int | None, group: Group) -
             raise SystemExit(stop.code) from None  # the first process says so
 
 
-def _train_all(candidates: list[Candidate], job: Job, table: Table, where: str = "") -> None:
+def _train_all(candidates: list[Trial], job: Job, table: Table, where: str = "") -> None:
     """Train the trials that no other process is training, including those of killed processes, until none is left."""
-    while left := [each for each in candidates if each.trial.status in (WAITING, BEGUN)]:
-        if not any(_train_if_free(candidate, job, table, where) for candidate in left):
+    while left := [trial for trial in candidates if trial.status in (WAITING, BEGUN)]:
+        if not any(_train_if_free(trial, job, table, where) for trial in left):
             time.sleep(POLL_SECONDS)
         table.refresh()
 
 
-def _train_if_free(candidate: Candidate, job: Job, table: Table, where: str) -> bool:
+def _train_if_free(trial: Trial, job: Job, table: Table, where: str) -> bool:
     """Train a trial and note its result; return False if another process trains or has trained it. Raises Stopped, saying how to resume."""
-    trial, console = candidate.trial, Console()
+    console = Console()
     with table.locked(trial, wait=False) as is_own:
         if not is_own:
             return False
@@ -182,12 +157,12 @@ def _train_if_free(candidate: Candidate, job: Job, table: Table, where: str) -> 
         if trial.status not in (WAITING, BEGUN):
             return False
         if trial.status == BEGUN:
-            candidate.settings = replace(candidate.settings, resume="auto", overwrite=False)
+            trial.settings = replace(trial.settings, resume="auto", overwrite=False)
         table.note(trial, BEGUN)
         console.say(f"[{len(table.trials) - len(table.of(WAITING))}/{len(table.trials)}] {trial.name}{where}")
         start = f"  {trial.name}{where}: "
         try:
-            table.note(trial, FINISHED, figures=run(candidate.settings, candidate.method, lambda: _adapted(job, candidate)))
+            table.note(trial, FINISHED, figures=run(trial.settings, trial.method, lambda: _adapted(job, trial)))
             loss = table.loss(trial)
             result = "not validated" if loss is None else f"validation loss {loss:.4f}"
             console.say(f"{start}{result}, {trial.figures['total_seconds']:.1f} s")
@@ -201,7 +176,7 @@ def _train_if_free(candidate: Candidate, job: Job, table: Table, where: str) -> 
         return True
 
 
-def _rehearse(settings: Run, trials: list[Trial], candidates: list[Candidate]) -> None:
+def _rehearse(settings: Run, trials: list[Trial], candidates: list[Trial]) -> None:
     """Check everything and print the trials, their steps and the cache's bytes. Writes nothing."""
     OutDir(settings.out_dir, settings.resume, settings.overwrite, settings.checkpoint_dir).check()
     _earlier(settings)
@@ -210,11 +185,11 @@ def _rehearse(settings: Run, trials: list[Trial], candidates: list[Candidate]) -
     counts = {"train": len(job.splits.train), "val": _n_validated(candidates, job)}
     need = sum(plan(job.model, getattr(job.splits, name), range(count), job.cache_dtype).nbytes for name, count in counts.items())
     rows, total = [("setting", "parameters", "steps", "")], 0
-    for candidate in candidates:
-        loop = rehearsed(_adapted(job, candidate), candidate.settings.train)
+    for trial in candidates:
+        loop = rehearsed(_adapted(job, trial), trial.settings.train)
         total += loop.total_steps or 0
         steps = "" if loop.total_steps is None else f"{loop.total_steps:,}"
-        rows.append((candidate.trial.name, f"{sum(p.numel() for p in loop.trained):,}", steps, ""))
+        rows.append((trial.name, f"{sum(p.numel() for p in loop.trained):,}", steps, ""))
     rows += [(trial.name, "", "", f"cannot be trained: {trial.reason}") for trial in trials if trial.status == FAILED]
     print(f"{counted(len(trials), 'setting')}, {counted(total, 'step')} in all; {gib(need)} of activations, computed once")
     print(f"{text_table(rows, left=(0, -1))}\ndry run: nothing was written")
@@ -235,7 +210,7 @@ def _earlier(settings: Run) -> dict[str, Any] | None:
     return read_json(file)
 
 
-def _candidates(settings: Run, grid: Grid | None, samples: int | None) -> tuple[list[Trial], list[Candidate]]:
+def _candidates(settings: Run, grid: Grid | None, samples: int | None) -> tuple[list[Trial], list[Trial]]:
     """Return all trials, and those that can be trained; the others fail with a reason.
 
     Raises UserError if none can be trained, or if they do not share the frozen layers.
@@ -243,21 +218,20 @@ def _candidates(settings: Run, grid: Grid | None, samples: int | None) -> tuple[
     trials = expand(settings, grid, samples)
     base = settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
     require_checkpoint(base)
-    candidates = []
     for trial in trials:
-        if trial.settings is not None:
-            try:
-                candidates.append(Candidate(trial, replace(trial.settings, checkpoint_dir=base)))
-            except UserError as error:
-                trial.status, trial.reason = FAILED, str(error)
+        try:
+            if trial.status == WAITING:
+                _fit(trial, base)
+        except UserError as error:
+            trial.status, trial.reason = FAILED, str(error)
+    candidates = [trial for trial in trials if trial.status == WAITING]
     if not candidates:
         raise UserError(f"no setting of the grid can be trained. {trials[0].name}: {trials[0].reason}")
     first = candidates[0]
-    for candidate in candidates:
-        if candidate.config.cut != first.config.cut:
+    for trial in candidates:
+        if trial.config.cut != first.config.cut:
             raise UserError(
-                f"grid: {first.trial.name} trains from {_layer(first.config)} on, "
-                f"{candidate.trial.name} from {_layer(candidate.config)} on. "
+                f"grid: {first.name} trains from {_layer(first.config)} on, {trial.name} from {_layer(trial.config)} on. "
                 "The frozen layers before that run once for all settings, so they must be the same: run a sweep for each"
             )
     if not first.config.cut and not first.config.alora_enabled:
@@ -268,14 +242,24 @@ def _candidates(settings: Run, grid: Grid | None, samples: int | None) -> tuple[
     return trials, candidates
 
 
+def _fit(trial: Trial, base: Path) -> None:
+    """Make the method and the config of a trial. Raises UserError if the settings do not fit the model."""
+    trial.settings = settings = replace(trial.settings, checkpoint_dir=base)
+    trial.method = replace(settings.method(), merges=False)  # merged LoRA would spoil the next trial's weights, and fill the disk
+    trial.config = trial.method.config(base)
+    make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    if trial.config.cut is None:
+        raise UserError("nothing would be trained: set lora_query, lora_value, ... or skip2lora_enabled to true")
+
+
 def _layer(config: Config) -> str:
     cut = config.cut or 0
     return f"block {cut}" if cut < config.n_layer else "ln_f" if cut == config.n_layer else "lm_head"
 
 
-def _prepare(candidates: list[Candidate], out_dir: Path, before: dict[str, Any], group: Group | None = None) -> Job:
+def _prepare(candidates: list[Trial], out_dir: Path, before: dict[str, Any], group: Group | None = None) -> Job:
     """Read data and model once; the model has the taps of all trials. `before`: what sweep.json says, or {}."""
-    widest = next((candidate for candidate in candidates if candidate.config.taps), candidates[0])
+    widest = next((trial for trial in candidates if trial.config.taps), candidates[0])
     taps = _taps(candidates)
     changes: dict[str, Any] = {"skip2lora_block_indices": taps} if taps else {}
     settings = replace(widest.settings, out_dir=out_dir, **changes)
@@ -284,9 +268,9 @@ def _prepare(candidates: list[Candidate], out_dir: Path, before: dict[str, Any],
         rank = replace(rank, device=group.device)
     job = prepare(settings, settings.method(), settings.checkpoint_dir, saved=Saved(out_dir, before), rank=rank)
     if job.model.config.alora_enabled:
-        for candidate in candidates:
-            candidate.settings = replace(candidate.settings, alora_invocation_tokens=job.model.config.alora_invocation_tokens)  # type: ignore[call-arg]
-            candidate.method = replace(candidate.method, config=candidate.settings.method().config)
+        for trial in candidates:
+            trial.settings = replace(trial.settings, alora_invocation_tokens=job.model.config.alora_invocation_tokens)  # type: ignore[call-arg]
+            trial.method = replace(trial.method, config=trial.settings.method().config)
     known = before.get("chosen")
     _choose(candidates, job, known if isinstance(known, dict) else {})
     if taps:
@@ -294,25 +278,26 @@ def _prepare(candidates: list[Candidate], out_dir: Path, before: dict[str, Any],
     return job
 
 
-def _taps(candidates: list[Candidate]) -> list[int]:
-    return sorted({block for candidate in candidates for block in candidate.taps})
+def _taps(candidates: list[Trial]) -> list[int]:
+    """Return the tapped blocks: of a trial with `auto`, every candidate block until it has chosen."""
+    return sorted({block for trial in candidates for block in trial.chosen or trial.config.taps})
 
 
-def _choose(candidates: list[Candidate], job: Job, known: dict[str, Any]) -> None:
+def _choose(candidates: list[Trial], job: Job, known: dict[str, Any]) -> None:
     """Give each trial with `auto` the blocks that its own run would choose."""
     choices: dict[tuple[int, int, int], list[int]] = {}
-    for candidate in candidates:
-        if count := candidate.config.taps_to_choose:
-            blocks = known.get(candidate.trial.name)
-            if not isinstance(blocks, list) or len(blocks) != count or not all(block in candidate.config.taps for block in blocks):
-                key = count, candidate.settings.train.micro_batch_size, candidate.settings.seed
+    for trial in candidates:
+        if count := trial.config.taps_to_choose:
+            blocks = known.get(trial.name)
+            if not isinstance(blocks, list) or len(blocks) != count or not all(block in trial.config.taps for block in blocks):
+                key = count, trial.settings.train.micro_batch_size, trial.settings.seed
                 if key not in choices:
-                    choices[key] = choose_taps(replace(job, settings=candidate.settings), count)
+                    choices[key] = choose_taps(replace(job, settings=trial.settings), count)
                 blocks = choices[key]
-            candidate.chosen = blocks
+            trial.chosen = blocks
 
 
-def _n_validated(candidates: list[Candidate], job: Job) -> int:
+def _n_validated(candidates: list[Trial], job: Job) -> int:
     """Return the number of validation samples that the trials need. Warns if it is not the same for all."""
     batches, group = candidates[0].settings.eval.max_iters, job.objective.group
     most = len(job.splits.val) // group
@@ -334,14 +319,14 @@ def _fill(job: Job, validated: int, place: Place | None) -> dict[str, Activation
         return {name: filled(job.model, *part, name, settings, job.rank.device) for name, part in parts.items()}
 
 
-def _adapted(job: Job, candidate: Candidate) -> Job:
+def _adapted(job: Job, trial: Trial) -> Job:
     """Return the job that `prepare` would give for the trial: its adapters, drawn with its seed, on the shared model."""
-    seed_everything(candidate.settings.seed)
-    candidate.method.rebuild(job.model, job.base)
+    seed_everything(trial.settings.seed)
+    trial.method.rebuild(job.model, job.base)
     job.model.to(job.rank.device)
-    if candidate.chosen is not None:
-        keep_taps(job.model, candidate.chosen)
-    return replace(job, settings=candidate.settings, method=candidate.method, console=_Quiet(job.console.active), examples=[])
+    if trial.chosen is not None:
+        keep_taps(job.model, trial.chosen)
+    return replace(job, settings=trial.settings, method=trial.method, console=_Quiet(job.console.active), examples=[])
 
 
 def _introduce(job: Job, table: Table, waiting: int, place: Place | None, before: dict[str, Any]) -> None:

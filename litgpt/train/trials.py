@@ -50,10 +50,13 @@ class Trial:
 
     name: str  # of its folder in the sweep's out_dir
     values: dict[str, Any]  # of the grid's keys
-    settings: Run | None  # None if the values contradict each other
+    settings: Run  # the sweep's own if the values contradict each other
     status: str = WAITING
     reason: str = ""  # why it failed, or cannot be trained
     figures: dict[str, Any] = field(default_factory=dict)  # of its report.json
+    method: Any = None  # a `litgpt.train.methods.Method`
+    config: Any = None  # of its model
+    chosen: list[int] | None = None  # the blocks that `auto` chose
 
 
 def expand(settings: Run, grid: Grid | None, samples: int | None = None) -> list[Trial]:
@@ -143,7 +146,7 @@ def _trial(settings: Run, name: str, values: dict[str, Any]) -> Trial:
     try:
         return Trial(name, values, _with(settings, {**values, "out_dir": settings.out_dir / name}))
     except UserError as error:
-        return Trial(name, values, None, FAILED, str(error))
+        return Trial(name, values, settings, FAILED, str(error))
 
 
 def _with(settings: Run, values: dict[str, Any]) -> Run:

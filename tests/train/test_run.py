@@ -13,7 +13,7 @@ from litgpt.data import JSON
 from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora
 from litgpt.train.methods import adapters
-from litgpt.train.resume import Identity
+from litgpt.train.resume import identity
 from litgpt.train.run import finished_report, require_same, run
 from tests.helpers import runs as finetune_runs
 
@@ -43,9 +43,9 @@ def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys
 
 
 def test_every_difference_is_named(base: Path, data: Path) -> None:
-    identity = Identity.of({"seed": 1, "lora_r": 2}, base, {}, [], [])
-    before = Identity.of({"seed": 3, "lora_r": 4}, base, {}, [], []).facts()
-    require_same(base, identity, identity.facts())
+    own = identity({"seed": 1, "lora_r": 2}, base, {}, [], [])
+    before = identity({"seed": 3, "lora_r": 4}, base, {}, [], [])
+    require_same(base, own, own)
     with pytest.raises(UserError) as error:
-        require_same(base, identity, before)
+        require_same(base, own, before)
     assert all(part in str(error.value) for part in ("seed", "lora_r", "1", "2", "3", "4", "another --out_dir"))

@@ -20,7 +20,7 @@ from litgpt.errors import UserError
 from litgpt.finetune.lora import Lora
 from litgpt.optim import UNUSABLE, make_optimizer
 from litgpt.sample import Sample
-from litgpt.train.resume import Identity, PhaseStart, State, Stopwatch, compared_settings, read, write
+from litgpt.train.resume import PhaseStart, State, Stopwatch, changes, compared_settings, identity, read, write
 
 CPU = torch.device("cpu")
 IDENTITY = {"settings": {}, "train": [1, ""], "val": [1, ""]}
@@ -155,10 +155,10 @@ def samples(change: int | None = None) -> list[Sample]:
     return rows[::-1] if change == 3 else rows
 
 
-def who(base: Path, train: list[Sample] | None = None, config: dict[str, Any] | None = None, **settings: Any) -> Identity:
+def who(base: Path, train: list[Sample] | None = None, config: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     run = Lora(checkpoint_dir=base, out_dir=base, data=JSON(), lora_r=4, train=TrainArgs(**settings))
     compared = compared_settings(run.hyperparameters(), Lora)
-    return Identity.of({**compared, "precision": "32-true"}, base, config or {"n_layer": 2}, train or samples(), samples())
+    return identity({**compared, "precision": "32-true"}, base, config or {"n_layer": 2}, train or samples(), samples())
 
 
 @pytest.fixture
@@ -168,21 +168,21 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_every_change_is_named(base: Path) -> None:
-    before = json.loads(json.dumps(who(base).facts()))
-    assert who(base).changes(before) == []
-    assert who(base, epochs=9, max_norm=1.0).changes(before) == ["train.epochs is 9, before 5", "train.max_norm is 1.0, before None"]
-    assert who(base, config={"n_layer": 3}).changes(before) == ["the base model is another one (its weights or its config)"]
+    before = json.loads(json.dumps(who(base)))
+    assert changes(who(base), before) == []
+    assert changes(who(base, epochs=9, max_norm=1.0), before) == ["train.epochs is 9, before 5", "train.max_norm is 1.0, before None"]
+    assert changes(who(base, config={"n_layer": 3}), before) == ["the base model is another one (its weights or its config)"]
     for change in range(6):
-        assert who(base, samples(change)).changes(before) == ["the training data are different (2 samples, before 2)"]
-    assert who(base, samples(4)).train != who(base, samples(5)).train
+        assert changes(who(base, samples(change)), before) == ["the training data are different (2 samples, before 2)"]
+    assert who(base, samples(4))["train"] != who(base, samples(5))["train"]
     (base / "lit_model.pth").write_bytes(bytes(range(256)) * 9 + bytes(256))
     checkpoint.weights_file(base, now=True)
-    assert who(base).changes(before) == ["the base model is another one (its weights or its config)"]
+    assert changes(who(base), before) == ["the base model is another one (its weights or its config)"]
 
 
 def test_a_run_of_an_earlier_version_is_resumed(base: Path) -> None:
-    before = {key: value for key, value in who(base).facts().items() if key not in ("config", "weights")}
-    assert who(base).changes({**before, "base": "a digest of its own"}) == []
+    before = {key: value for key, value in who(base).items() if key not in ("config", "weights")}
+    assert changes(who(base), {**before, "base": "a digest of its own"}) == []
 
 
 def test_settings_that_may_change_are_not_compared() -> None:
