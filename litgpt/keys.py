@@ -127,7 +127,7 @@ class Keys:
             return root if rest in ("", "class_path") else f"{root}.{rest}"
         group, dot, name = written.rpartition(".")
         name = f"{group}{dot}{self.older.get(name, name)}"
-        return f"train.{name}" if short and name not in self.parameters and f"train.{name.removesuffix('+')}" in self.types else name
+        return f"train.{name}" if short and name not in self.parameters and f"train.{name}" in self.types else name
 
     def of_mapping(self, mapping: dict[Any, Any], file: str = "") -> list[Setting]:
         """Return the settings of a YAML mapping, one for each key that ends in a value."""
@@ -202,9 +202,8 @@ class Keys:
 
     def _put(self, setting: Setting, config: dict[str, Any]) -> None:
         """Convert a value and put it into `config`. Raises UsageError for an unknown key or a wrong value."""
-        key, appends = setting.key.removesuffix("+"), setting.key.endswith("+")
+        key, kind = setting.key, self._kind(setting, config)
         root, _, argument = key.partition(".")
-        kind = self._kind(setting, config)
         if setting.value == "" and Path in members_of(kind):
             raise UsageError(f"{setting.place} is empty: name a file or a folder, or leave it out")
         try:
@@ -219,9 +218,10 @@ class Keys:
             example = " to try, such as '[4, 8]'" if root in self.grids else ""
             _check_entries(setting, kind)
             raise UsageError(f"{setting.place}: {shown} is not {describe(kind)}{example}") from None
-        with as_usage():
-            for seed in _as_list(value) if key in SEEDS else ():
-                require_seed(seed, setting.place)
+        if key in SEEDS and value is not None:
+            with as_usage():
+                for seed in value if isinstance(value, list) else [value]:
+                    require_seed(seed, setting.place)
         if root in self.classes:
             below = config.setdefault(root, {"class_path": self.defaults[root]}).setdefault("init_args", {})
         else:
@@ -229,18 +229,14 @@ class Keys:
         name = argument or root
         if (mapping := self._mapping_above(key)) and mapping != root:
             name, entry = argument[: len(mapping) - len(root) - 1], argument[len(mapping) - len(root) :]
-            below[name] = {**(below.get(name) or {}), entry: value}
-        elif appends:
-            before = below.get(name, self.defaults.get(key))
-            below[name] = [*_as_list(before), *_as_list(value)]
-        else:
-            below[name] = value
+            value = {**(below.get(name) or {}), entry: value}
+        below[name] = value
 
     def _kind(self, setting: Setting, config: dict[str, Any]) -> Any:
         """Return the type of a setting's key. Raises UsageError if there is no such key."""
-        key = setting.key.removesuffix("+")
-        root, _, argument = key.partition(".")
+        key = setting.key
         kind: Any = None
+        root, _, argument = key.partition(".")
         if root in self.grids:
             if not argument:
                 raise UsageError(f"{setting.place} needs keys below it and a list of values for each, such as --{root}.lora_r '[4, 8]'")
@@ -258,11 +254,11 @@ class Keys:
             kind = known[argument]
         else:
             kind = self.types.get(key, Any if root in self.classes or self._mapping_above(key) else None)
-        if kind is None or (key != setting.key and not any(typing.get_origin(member) is list for member in members_of(kind))):
+        if kind is None:
             bare = [name.removeprefix("train.") for name in self.types if name.startswith("train.") and not setting.file]
             in_grid = [f"{grid}.{name}" for grid in self.grids for name in self.types]
             raise UsageError(
-                f"{setting.place} is not a known key{_nearest(setting.key, [*self.types, *self.groups, *self.classes, *bare, *in_grid])}"
+                f"{setting.place} is not a known key{_nearest(key, [*self.types, *self.groups, *self.classes, *bare, *in_grid])}"
             )
         return kind
 
@@ -316,10 +312,6 @@ def _reader_of(base: Any, value: Any) -> tuple[str, str] | None:
     if not isinstance(value, str) or value in NULLS or not hasattr(base, "reader_of") or value in known_classes(base):
         return None
     return base.reader_of(value)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def known_classes(base: type) -> dict[str, type]:

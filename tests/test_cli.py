@@ -171,14 +171,6 @@ def test_a_class_drops_the_arguments_of_another(config: str) -> None:
     }
 
 
-def test_values_are_appended_to_lists(tmp_path: Path) -> None:
-    (tmp_path / "f.yaml").write_text("checkpoint_dir: c\nlora_block_indices: [1]\n")
-    assert finetune(str(tmp_path / "f.yaml"), "--lora_block_indices+", "2")["lora_block_indices"] == [1, 2]
-    assert finetune("c", "--lora_block_indices+", "[2, 3]", "--lora_block_indices+=last:2")["lora_block_indices"] == [2, 3, "last:2"]
-    assert finetune("c", "--lora_block_indices", "all", "--lora_block_indices+", "2")["lora_block_indices"] == ["all", 2]
-    assert "--lora_r+ is not a known key" in error("c", "--lora_r+", "2")
-
-
 def test_entries_of_a_mapping() -> None:
     assert finetune("c", "--log.metadata", "{a: 1}", "--log.metadata.b", "[2]")["log"].metadata == {"a": 1, "b": [2]}
 
