@@ -37,7 +37,7 @@ from litgpt.train.settings import Run
 from litgpt.train.strategy import estimate_of
 
 MEASURED_STEPS = 2
-LONG_STEP = 20.0  # seconds; a longer step is not repeated, nor measured as a whole
+LONG_STEP = 20.0  # seconds; a longer step is not measured as a whole
 LONGEST_SAMPLE, LONGEST_PART = 4000, 1200  # characters shown of the sample, and of each stretch that is read or learned
 
 
@@ -101,25 +101,18 @@ def rehearsed(job: Job, train: TrainArgs) -> Loop:
 
 
 def _time(loop: Loop, batches: list[Batch] | None = None) -> tuple[float, list[Batch]]:
-    """Return the mean seconds per step, and the batches that were used. The first only warms up, unless it takes long.
+    """Return the mean seconds per step, and the batches that were used.
 
-    Of a step that would take long only the first micro-batch is measured.
+    A micro-batch goes before them, to warm up. Of a step that would take long only this one is measured.
     """
     if batches is None:
-        batches = list(islice(loop.batches.epoch(0), 1 + MEASURED_STEPS))
+        batches = list(islice(loop.batches.epoch(0), MEASURED_STEPS))
         first = batches[0].indices[: loop.micro_batch]
         part = loop.batches.batch(first, first, len(first))
         if loop.step(State(), part)["step_time"] * batches[0].tokens / part.tokens > LONG_STEP:
             batches = [part]
-    seconds, tokens, used = 0.0, 0, 0
-    for batch in batches:
-        elapsed = loop.step(State(), batch)["step_time"]
-        used += 1
-        if used > 1 or elapsed > LONG_STEP or len(batches) == 1:
-            seconds, tokens = seconds + elapsed, tokens + batch.tokens
-        if elapsed > LONG_STEP:
-            break
-    return seconds / tokens * loop.batches.tokens_per_epoch / loop.batches.per_epoch, batches[:used]
+    seconds, tokens = sum(loop.step(State(), batch)["step_time"] for batch in batches), sum(batch.tokens for batch in batches)
+    return seconds / tokens * loop.batches.tokens_per_epoch / loop.batches.per_epoch, batches
 
 
 def _costs(job: Job) -> dict[str, str]:

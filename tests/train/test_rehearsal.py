@@ -173,5 +173,5 @@ def test_the_measured_steps_are_real(base: Path, data: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(Loop, "step", step)
     assert finetune("finetune_lora", base, data, tmp_path / "out", dry_run=True, **SKIP2).code == 0
-    assert taken == [False] * 4 + [True] * 3  # the first one is a micro-batch
+    assert taken == [False] * 3 + [True] * 2  # the first one is a micro-batch
     assert torch.is_grad_enabled()
