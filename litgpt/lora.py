@@ -142,13 +142,7 @@ class Skip2LoRA(LoRALayer, Tap):
     skips_cut = True
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        norm_eps: float | None = None,
+        self, in_features: int, out_features: int, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0, norm_eps: float | None = None
     ) -> None:
         super().__init__(r, lora_alpha, lora_dropout)
         if r == 0:

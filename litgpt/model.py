@@ -25,26 +25,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from litgpt.attention import (
-    CausalSelfAttention as CausalSelfAttention,
-    KVCache as KVCache,
-    Positions as Positions,
-    RMSNorm as RMSNorm,
-    alibi,
-    norm,
-)
+from litgpt.attention import CausalSelfAttention, KVCache, Positions, RMSNorm, alibi, norm
 from litgpt.config import Config
 from litgpt.latent import MultiheadLatentAttention
-from litgpt.mlp import (
-    GemmaMLP as GemmaMLP,
-    GptNeoxMLP as GptNeoxMLP,
-    LLaMAMLP as LLaMAMLP,
-    LLaMAMoE as LLaMAMoE,
-    load_balance as load_balance,
-    mlp,
-)
+from litgpt.mlp import GemmaMLP, GptNeoxMLP, LLaMAMLP, LLaMAMoE, load_balance, mlp
 from litgpt.packing import Packing, noise_like, take
 from litgpt.rope import RotaryTable, is_long
+
+__all__ = ["GPT", "Block", "CausalSelfAttention", "GemmaMLP", "GptNeoxMLP", "KVCache", "LLaMAMLP", "LLaMAMoE", "Positions", "RMSNorm"]
+__all__ += ["evaluating", "finish_logits", "load_balance"]
 
 
 class GPT(nn.Module):
@@ -87,23 +76,17 @@ class GPT(nn.Module):
         return list(cast("nn.ModuleList", self.transformer["h"]))  # type: ignore[arg-type]
 
     def forward(
-        self,
-        idx: torch.Tensor,
-        input_pos: torch.Tensor | None = None,
-        input_pos_maxp1: int | None = None,
-        lm_head_chunk_size: int = 0,
+        self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, input_pos_maxp1: int | None = None, lm_head_chunk_size: int = 0
     ) -> Any:
         """Return logits (B, T, V) of token ids (B, T), or with `lm_head_chunk_size` a list of logits of that many positions each.
 
         With `input_pos` (T,) the key/value cache is used: keys and values are stored at those positions, and attention reaches all those
         before `input_pos_maxp1` (default: the largest position + 1). Raises ValueError if T exceeds `max_seq_length`.
         """
-        return self._forward_impl(idx, self.positions(idx, input_pos, input_pos_maxp1), lm_head_chunk_size)
-
-    def _forward_impl(self, idx: torch.Tensor, pos: Positions, chunk_size: int = 0) -> Any:
+        pos = self.positions(idx, input_pos, input_pos_maxp1)
         x, taps = self.prefix(idx, pos)  # (B, T, d), (B, T, S, d)
         x = self.tail(x, taps, pos)  # (B, T, d)
-        return [self.logits(part) for part in x.split(chunk_size, dim=1)] if chunk_size else self.logits(x)  # (B, T, V)
+        return [self.logits(part) for part in x.split(lm_head_chunk_size, dim=1)] if lm_head_chunk_size else self.logits(x)  # (B, T, V)
 
     def within(self, work: Callable[[], Any]) -> Any:
         """Return work(), which runs parts of the model. A sharded model gathers its weights for it (`litgpt.sharding`)."""

@@ -182,12 +182,7 @@ class CacheSettings:
 
 
 def activations(
-    model: GPT,
-    samples: Sequence[Sample],
-    indices: Sequence[int],
-    name: str,
-    settings: CacheSettings,
-    device: torch.device,
+    model: GPT, samples: Sequence[Sample], indices: Sequence[int], name: str, settings: CacheSettings, device: torch.device
 ) -> Activations:
     """Return a cache of the samples' activations, filled or reused from disk; `Recompute` if the settings or the machine rule one out.
 

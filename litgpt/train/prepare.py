@@ -63,7 +63,7 @@ class Job:
     examples: list[Example]  # the validation records to answer; none in a sweep
     cache_dtype: torch.dtype
     date: datetime  # the date that the chat template sees; a resumed run keeps it
-    general_answers: list[str] | None  # the base model's, which `train.replay` trains; a resumed run keeps them
+    general_answers: list[str] | None = None  # the base model's, which `train.replay` trains; a resumed run keeps them
     shared: dict[str, ActivationCache] | None = None  # filled caches that several runs share; None: the run makes its own
 
     @property
@@ -107,12 +107,7 @@ class Job:
 
 
 def prepare(
-    settings: Run,
-    method: Method,
-    base: Path,
-    point: Path | None = None,
-    saved: Saved | None = None,
-    rank: Rank | None = None,
+    settings: Run, method: Method, base: Path, point: Path | None = None, saved: Saved | None = None, rank: Rank | None = None
 ) -> Job:
     """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
 
@@ -186,23 +181,10 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     if getattr(settings, "compile", False) and not settings.dry_run:
         compile_training(model)
     model.max_seq_length = _max_seq_length(settings, model.config)
-    job = Job(
-        settings,
-        method,
-        base,
-        precision,
-        rank,
-        console,
-        tokenizer,
-        contents,
-        style,
-        splits,
-        model,
-        examples_of(settings.eval, settings.seed, splits.examples, style, tokenizer),
-        _cache_dtype(method.cache.dtype, dtype),
-        date,
-        kept.get("general_answers"),
-    )
+    examples = examples_of(settings.eval, settings.seed, splits.examples, style, tokenizer)
+    cache_dtype = _cache_dtype(method.cache.dtype, dtype)
+    job = Job(settings, method, base, precision, rank, console, tokenizer, contents, style, splits, model, examples, cache_dtype, date)
+    job.general_answers = kept.get("general_answers")
     _add_samples(job)
     largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))
     if largest >= model.config.V:
