@@ -79,8 +79,6 @@ OTHER_NAMES = {
 }
 
 
-HOW = "`litgpt finetune MODEL --data my.jsonl` chooses the other settings itself.\n`litgpt COMMAND --help` lists those of a command."
-
 # commands that download ORG/NAME
 TAKING_NAMES = ["finetune", "sweep", "generate", "sample", "chat", "serve", "evaluate", "validate", "pretrain"]
 
@@ -203,7 +201,8 @@ def load(name: str) -> Callable[..., Any]:
 def _table() -> str:
     width = max(map(len, COMMANDS))
     rows = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: litgpt COMMAND [--help] ...   litgpt --version", "", *rows, "", HOW])
+    how = "`litgpt finetune MODEL --data my.jsonl` chooses the other settings itself.\n`litgpt COMMAND --help` lists those of a command."
+    return "\n".join(["usage: litgpt COMMAND [--help] ...   litgpt --version", "", *rows, "", how])
 
 
 @contextmanager

@@ -87,10 +87,8 @@ def read_lora(file: Path | str) -> tuple[dict[str, Entry], dict[str, torch.Tenso
             return {name: Entry(int(e["r"]), float(e["alpha"]), float(e["dropout"])) for name, e in header["layers"].items()}, weights
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a readable file of save_lora (truncated?): {error}") from None
-    version = header.get("version")
-    raise UserError(
-        f"{path} " + ("is not a file of save_lora" if version is None else f"has the form {version!r}: this version reads {VERSION}")
-    )
+    form = f"has the form {header['version']!r}: this version reads {VERSION}" if "version" in header else "is not a file of save_lora"
+    raise UserError(f"{path} {form}")
 
 
 def require_fit(

@@ -118,10 +118,8 @@ class AdapterSettings:
                 "mtp_taps is for mtp_heads that are trained alone or with Skip2-LoRA: LoRA in the blocks changes their outputs, and "
                 "nothing could be cached"
             )
-        if self.lora_rank_pattern:
-            require_patterns("lora_rank_pattern", self.lora_rank_pattern, LAYER_RANK)
-        if self.lora_alpha_pattern:
-            require_patterns("lora_alpha_pattern", self.lora_alpha_pattern, Range())
+        require_patterns("lora_rank_pattern", self.lora_rank_pattern or {}, LAYER_RANK)
+        require_patterns("lora_alpha_pattern", self.lora_alpha_pattern or {}, Range())
         self._require_modules()
         if self.skip2lora_enabled and not (self.lora_r if self.skip2lora_r is None else self.skip2lora_r):
             raise UserError("skip2lora_enabled needs a rank: set lora_r (or skip2lora_r) to 1 or more")

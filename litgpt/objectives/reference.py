@@ -62,7 +62,7 @@ def require_reference(path: Path, base: Path, longest: int, convert: bool = True
     """
     try:
         folder = open_checkpoint(path, convert)
-        checkpoint.require_checkpoint(checkpoint.adapter_settings(folder)[0] if checkpoint.is_adapter_folder(folder) else folder)
+        checkpoint.require_checkpoint(_base_of(folder))
         room = Config.from_checkpoint(folder).block_size
     except UserError as error:
         raise UserError(f"rho1_reference: {error}") from None
@@ -78,16 +78,18 @@ def reference_model(path: Path, dtype: torch.dtype, device: torch.device, sharde
     folder = open_checkpoint(path)
     model = checkpoint.load_model(folder, dtype, device, sharded=sharded)
     files = [file for name in (checkpoint.WEIGHTS, *checkpoint.ADAPTERS) if (file := folder / name).is_file()]
-    if checkpoint.is_adapter_folder(folder):
-        files.append(checkpoint.adapter_settings(folder)[0] / checkpoint.WEIGHTS)
+    if (base := _base_of(folder)) != folder:
+        files.append(base / checkpoint.WEIGHTS)
     return model, [*map(digest, files), str(dtype)]
+
+
+def _base_of(folder: Path) -> Path:
+    return checkpoint.adapter_settings(folder)[0] if checkpoint.is_adapter_folder(folder) else folder
 
 
 def reference_size(path: Path) -> int:
     """Return the number of parameters of a checkpoint, or of an adapter folder's base."""
-    folder = open_checkpoint(path)
-    base = checkpoint.adapter_settings(folder)[0] if checkpoint.is_adapter_folder(folder) else folder
-    weights = checkpoint.load_weights(base / checkpoint.WEIGHTS).values()
+    weights = checkpoint.load_weights(_base_of(open_checkpoint(path)) / checkpoint.WEIGHTS).values()
     return sum({value.data_ptr(): value.numel() for value in weights}.values())
 
 

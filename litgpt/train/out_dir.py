@@ -42,11 +42,7 @@ class OutDir:
 
     def __enter__(self) -> OutDir:
         self.check()
-        try:
-            self._take()
-        except BaseException:
-            self.__exit__()
-            raise
+        self._take()
         return self
 
     def __exit__(self, *_: object) -> None:
