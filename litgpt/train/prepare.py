@@ -106,13 +106,10 @@ class Job:
             self.console.detail(line)
 
 
-def prepare(
-    settings: Run, method: Method, base: Path, point: Path | None = None, saved: Saved | None = None, rank: Rank | None = None
-) -> Job:
+def prepare(settings: Run, method: Method, base: Path, saved: Saved | None = None, rank: Rank | None = None) -> Job:
     """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
 
-    `point`: the checkpoint to resume, which names the blocks that were chosen for the run. `saved`: its training state. `rank`: this
-    process; by default the number of processes that the settings name is started here.
+    `saved`: the checkpoint to resume. `rank`: this process; by default the number of processes that the settings name is started here.
     """
     precision = settings.precision or default_precision(default_device())
     dtype = backbone_dtype(precision)
@@ -134,7 +131,7 @@ def prepare(
         if scalings and not any(scalings):
             job.console.say("warning: nothing is trained, as the adapters' alpha (lora_alpha, skip2lora_alpha) is 0")
         if count := job.model.config.taps_to_choose:
-            blocks = chosen_taps(point) if point else choose_taps(job, count)
+            blocks = chosen_taps(saved.folder) if saved else choose_taps(job, count)
             if blocks:
                 keep_taps(job.model, blocks)
     if rank.index:

@@ -69,13 +69,13 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
             final = settings.out_dir / "final"
             if (final / IDENTITY).is_file():  # an earlier version wrote none
                 before = Saved(final, read_json(final / IDENTITY))
-                ended = prepare(settings, method, base, final, before, alone(settings.precision))
+                ended = prepare(settings, method, base, before, alone(settings.precision))
                 require_same(final, identity_of(ended), before.facts)
             Console(is_first).say(f"{final} exists: this run is finished, nothing is left to do")
             return finished_report(settings.out_dir, settings.train.keep_last, is_first)
         point = out_dir.resume_point(Console(is_first).say)
         saved = read(point) if point else None
-        job = job_of() if job_of else prepare(settings, method, base, point, saved)
+        job = job_of() if job_of else prepare(settings, method, base, saved)
         with ends_together(job.rank):
             job.say_what_is_trained()
             session = Session(job, out_dir, interrupts, clock, saved)

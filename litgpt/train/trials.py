@@ -70,7 +70,12 @@ def expand(settings: Run, grid: Grid | None, samples: int | None = None) -> list
         raise UserError(
             "modules_to_save trains weights of the base, which the trials of a sweep share: run `litgpt finetune_lora` for each"
         )
-    grid = _allowed(grid, list(marked(type(settings), "varies")))
+    grid, varying = without_repeats(grid), list(marked(type(settings), "varies"))
+    if fixed := [key for key in grid if key not in varying and not key.startswith("optimizer.")]:
+        raise UserError(
+            f"grid: {', '.join(fixed)} cannot vary: the frozen layers' outputs are computed once, and every trial is trained from them. "
+            f"These may vary: {', '.join(varying)}, optimizer.*. For anything else, run a sweep for each value"
+        )
     total = math.prod(map(len, grid.values()))
     numbers: Sequence[int] = range(total)
     if samples is not None and samples < total:
@@ -103,17 +108,6 @@ def without_repeats(grid: Grid) -> Grid:
         if count > 1 or keys.count(key) > 1:
             raise UserError(f"grid.{key} {f'names {text}' if count > 1 else 'is given'} twice: leave one out")
     return dict(zip(keys, grid.values(), strict=True))
-
-
-def _allowed(grid: Grid, varying: list[str]) -> Grid:
-    """Return the grid of `without_repeats`. Raises UserError for keys that may not vary."""
-    grid = without_repeats(grid)
-    if fixed := [key for key in grid if key not in varying and not key.startswith("optimizer.")]:
-        raise UserError(
-            f"grid: {', '.join(fixed)} cannot vary: the frozen layers' outputs are computed once, and every trial is trained from them. "
-            f"These may vary: {', '.join(varying)}, optimizer.*. For anything else, run a sweep for each value"
-        )
-    return grid
 
 
 def _combination(grid: Grid, number: int) -> dict[str, Any]:
