@@ -43,7 +43,7 @@ from litgpt.loss import CHUNK_BYTES
 from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block, RMSNorm
 from litgpt.packed import behind_cut, is_supported, packed_bytes
-from litgpt.quantize import GROUP, frozen_linears
+from litgpt.quantize import FOUR_BITS, GROUP, frozen_linears
 
 NF4_BYTES = 0.5 + 4 / GROUP
 PROCESS = 0.45 * 2**30
@@ -76,8 +76,7 @@ def estimate(
     *,
     tied: bool = False,
     width: int = 2,
-    nf4: bool = False,
-    int8: bool = False,
+    quantize: str | None = None,
     checkpointing: bool = False,
     keys: int = 0,
     stem: int = 0,
@@ -96,8 +95,8 @@ def estimate(
     adapters, saved = sum(p.numel() for p in adapter_parameters(model).values()), config.modules_to_save or []
     base = sum(p.numel() for p in model.parameters()) - adapters - (tied and not saved) * config.V * config.n_embd
     adapters -= (tied and len(saved) == 2) * config.V * config.n_embd  # a tied pair is one parameter
-    quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if nf4 or int8 else 0
-    weights = width * (base - quantised) + (NF4_BYTES if nf4 else 1) * quantised
+    quantised = sum(linear.weight.numel() for _, _, linear in frozen_linears(model)) if quantize else 0
+    weights = width * (base - quantised) + (NF4_BYTES if quantize in FOUR_BITS else 1) * quantised
     if width == 4 and not full:
         behind = behind_cut(model)
         layers = [] if quantised else [linear for _, _, linear in frozen_linears(model)]

@@ -29,17 +29,16 @@ TEXTS = (
 )
 BATCH, LENGTH = 8, 512  # of the micro-batch that memory is estimated for
 CHUNK = 2**24  # values checked at a time
-TRAINING: tuple[tuple[str, dict[str, Any], dict[str, bool]], ...] = (
-    # name, settings of `litgpt.lora.Config`, arguments of `litgpt.memory.estimate`
-    ("all weights", {}, {}),
-    ("LoRA on q, v", {"lora_r": 8, "lora_query": True, "lora_value": True, "lora_dropout": 0.05}, {}),
+TRAINING: tuple[tuple[str, dict[str, Any], str | None], ...] = (  # name, settings of `litgpt.lora.Config`, quantisation
+    ("all weights", {}, None),
+    ("LoRA on q, v", {"lora_r": 8, "lora_query": True, "lora_value": True, "lora_dropout": 0.05}, None),
     (
         "LoRA on all layers",
         {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp")} | {"lora_r": 8, "lora_dropout": 0.05},
-        {},
+        None,
     ),
-    ("Skip2-LoRA", {"lora_r": 8, "skip2lora_enabled": True}, {}),
-    ("Skip2-LoRA, bnb.nf4", {"lora_r": 8, "skip2lora_enabled": True}, {"nf4": True}),
+    ("Skip2-LoRA", {"lora_r": 8, "skip2lora_enabled": True}, None),
+    ("Skip2-LoRA, bnb.nf4", {"lora_r": 8, "skip2lora_enabled": True}, "bnb.nf4"),
 )
 ESTIMATED = (
     "Estimated (litgpt/memory.py) for rank 8, with 0.45 GiB for Python and torch in the total. A cache in memory comes on top, and on "
@@ -264,9 +263,9 @@ def memory_table(base: Path, adapter_settings: dict[str, Any], adapter: Path | N
     tied = checkpoint.is_tied(stored)
     length = min(LENGTH, Config.from_checkpoint(base).block_size)
     rows = [["method", "trained", "weights", "training", "activations", "total"]]
-    for name, settings, arguments in (("this adapter", adapter_settings, {}),) if adapter else TRAINING:
+    for name, settings, quantize in (("this adapter", adapter_settings, None),) if adapter else TRAINING:
         config = checkpoint.adapted_config(adapter, base, settings) if adapter else LoRAConfig.from_checkpoint(base, **settings)
-        need = estimate(config, BATCH * length, tied=tied, keys=length, **arguments)
+        need = estimate(config, BATCH * length, tied=tied, keys=length, quantize=quantize)
         sizes = (need.weights, need.training, need.activations, need.total + PROCESS)
         rows.append([name, f"{need.trained:,}", *map(size, sizes)])
     return f"memory to fine-tune it in bf16-true, micro-batches of {BATCH} x {length} tokens\n{text_table(rows)}"

@@ -119,7 +119,7 @@ def test_weights_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("litgpt.memory.is_supported", lambda dtype: True)
     assert estimate(config("llama", **settings), 16).weights == 2 * numbers + 2 * 2 * 64 * 128  # the head, there and back
     monkeypatch.setattr("litgpt.memory.is_supported", lambda dtype: False)
-    quantised = estimate(config("llama", **settings), 16, nf4=True)
+    quantised = estimate(config("llama", **settings), 16, quantize="bnb.nf4")
     assert quantised.weights == 2 * (numbers - linear) + NF4_BYTES * linear
 
 

@@ -13,7 +13,7 @@ from litgpt.lora import Config as LoRAConfig
 from litgpt.memory import PROCESS, Memory, estimate
 from litgpt.objectives.named import objective_of
 from litgpt.objectives.reference import reference_size
-from litgpt.quantize import EIGHT_BITS, FOUR_BITS
+from litgpt.quantize import FOUR_BITS
 from litgpt.sample import Sample
 from litgpt.sharding import reduces_unused_gradients
 from litgpt.text import counted, gib
@@ -83,8 +83,7 @@ def estimate_of(
         tied=tied,
         width=dtype.itemsize,
         checkpointing=train.activation_checkpointing,
-        nf4=method.quantize in FOUR_BITS,
-        int8=method.quantize in EIGHT_BITS,
+        quantize=method.quantize,
         keys=max((sample.n_inputs for sample in samples), default=0),
         stem=stem,
     )
