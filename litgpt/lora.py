@@ -199,19 +199,10 @@ class GPT(base_model.GPT):
                 module.switch = self.switch
         self.value_head = ValueHead(config.n_embd, config.value_head) if config.value_head else None
         self.mtp_heads = nn.ModuleList(MultiTokenHead(config.n_embd, config.mtp_taps) for _ in range(config.mtp_heads))
+        d, eps = config.n_embd, config.norm_eps if config.skip2lora_norm == "rms" else None
+        how: Any = d, d, config.skip2lora_r, config.skip2lora_alpha, config.skip2lora_dropout, eps
         for index in config.taps:
-            if not config.skip2lora_enabled:
-                self.blocks[index].skip2lora = Tap()
-                continue
-            assert config.skip2lora_r is not None and config.skip2lora_alpha is not None and config.skip2lora_dropout is not None
-            self.blocks[index].skip2lora = Skip2LoRA(
-                config.n_embd,
-                config.n_embd,
-                config.skip2lora_r,
-                config.skip2lora_alpha,
-                config.skip2lora_dropout,
-                config.norm_eps if config.skip2lora_norm == "rms" else None,
-            )
+            self.blocks[index].skip2lora = Skip2LoRA(*how) if config.skip2lora_enabled else Tap()
 
     def sharing(self, config: Config) -> GPT:
         """Return a model with the adapters of `config` instead of these. It shares all other weights with this one."""
@@ -264,16 +255,8 @@ def attach_lora(block: Block, config: Config, name: str) -> None:
 
 def _adapted(linear: Any, config: Config, name: str, kind: type[LoRALinear] = LoRALinear, **settings: Any) -> LoRALinear:
     layer, (rank, alpha) = _with_variant(kind, config.lora_variant), config.size_of(name)  # type: ignore[arg-type]
-    return layer(
-        linear.in_features,
-        linear.out_features,
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=config.lora_dropout,
-        linear=linear,
-        rslora=config.lora_rslora,
-        **settings,
-    )
+    how = {"r": rank, "lora_alpha": alpha, "lora_dropout": config.lora_dropout, "rslora": config.lora_rslora, **settings}
+    return layer(linear.in_features, linear.out_features, linear=linear, **how)
 
 
 @cache

@@ -187,7 +187,7 @@ class _FrozenHead(torch.autograd.Function):
             else:
                 logits = packed.times(hidden[here])
             each = None if weights is None else weights[here]
-            losses = cross_entropy_(logits, targets[here], total.dtype, wanted, owner.divisor, owner.cap, each)
+            losses = cross_entropy_(logits, targets[here], wanted, owner.divisor, owner.cap, each)
             losses = torch.where(counted[here], losses, 0)
             if is_sum:
                 total += losses.sum()
@@ -209,15 +209,9 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def cross_entropy_(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    wide: torch.dtype,
-    gradient: bool,
-    divisor: float = 1.0,
-    cap: float | None = None,
-    weights: torch.Tensor | None = None,
+    logits: torch.Tensor, targets: torch.Tensor, gradient: bool, divisor: float, cap: float | None, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return sum_k -w_k log softmax(y)[target_k], (C,) in the `wide` dtype, for z = `logits` (C, V), targets (C, K) and weights (C, K).
+    """Return sum_k -w_k log softmax(y)[target_k], (C,) fp32 (fp64 for fp64), for z = `logits` (C, V), targets (C, K) and weights (C, K).
 
     One target has the weight 1 unless given. With `gradient` the gradient for z replaces z: sum_k w_k (softmax(y) - onehot(target_k))
     dy/dz, where dy/dz = (1 - (y / c)^2) / s.
@@ -226,6 +220,7 @@ def cross_entropy_(
     """
     C, V = logits.shape
     rows = C if logits.is_cuda else max(1, min(C, BLOCK_ELEMENTS // V))
+    wide = torch.promote_types(logits.dtype, torch.float32)
     plain = divisor == 1 and cap is None
     in_place = gradient and plain and logits.dtype == wide
     block = logits if in_place else torch.empty(rows, V, dtype=wide, device=logits.device)

@@ -159,12 +159,7 @@ def load_balance(logits: torch.Tensor, k: int) -> torch.Tensor:
     return p.size(-1) * (f * p.mean(0)).sum()
 
 
-MLPS: dict[str, Callable[[Config], nn.Module]] = {
-    "GptNeoxMLP": GptNeoxMLP,
-    "LLaMAMLP": LLaMAMLP,
-    "GemmaMLP": GemmaMLP,
-    "LLaMAMoE": LLaMAMoE,
-}
+MLPS: dict[str, Callable[[Config], nn.Module]] = {kind.__name__: kind for kind in (GptNeoxMLP, LLaMAMLP, GemmaMLP, LLaMAMoE)}
 
 
 def mlp(config: Config, block_idx: int) -> nn.Module:

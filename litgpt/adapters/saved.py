@@ -20,16 +20,12 @@ class Saved(Adapter):
 
 
 class SavedEmbedding(Saved, nn.Embedding):
-    """The embedding."""
-
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         """(...) -> (..., d), in the base's dtype"""
         return nn.Embedding.forward(self, idx).to(self.base_dtype)
 
 
 class SavedLinear(Saved, nn.Linear):
-    """The output layer."""
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., V)"""
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
