@@ -70,6 +70,12 @@ class Batches:
     def tokens_per_epoch(self) -> int:
         return sum(sample.n_inputs for sample in self.samples)
 
+    def cache_mode(self, mode: str, train: TrainArgs) -> str:
+        """Return the mode of the samples' cache: "auto" is "off" if no sample is needed twice, as far as is known beforehand."""
+        limits = ((train.epochs, 1), (train.max_steps, self.per_epoch), (train.max_tokens, self.tokens_per_epoch))
+        repeats = all(limit is None or limit > epoch for limit, epoch in limits)
+        return "off" if mode == "auto" and not repeats else mode
+
     def after(self, steps: int) -> Iterator[Batch]:
         """Yield the batches of one epoch after another, endlessly, skipping the first `steps`."""
         first, skipped = divmod(steps, self.per_epoch)

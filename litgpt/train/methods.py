@@ -13,7 +13,6 @@ from litgpt import checkpoint
 from litgpt.activations.choose import Choice
 from litgpt.adapters.base import adapter_parameters, adapter_state, renew_adapters
 from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
-from litgpt.args import TrainArgs
 from litgpt.convert.merge import write_merged
 from litgpt.device import on_meta
 from litgpt.errors import UserError
@@ -26,24 +25,6 @@ from litgpt.text import counted
 
 
 @dataclass(frozen=True)
-class CacheArgs:
-    """Where the frozen blocks' activations are kept: the `skip2lora_cache*` settings."""
-
-    mode: str = "auto"
-    folder: Path | None = None
-    dtype: str | None = None
-
-    def mode_for(self, train: TrainArgs, steps: int, tokens: int) -> str:
-        """Return the mode for the training samples: "auto" caches only activations that are needed more than once.
-
-        `steps`, `tokens`: those of an epoch. The number of steps within `train.max_time` is not known beforehand.
-        """
-        limits = ((train.epochs, 1), (train.max_steps, steps), (train.max_tokens, tokens))
-        repeats = all(limit is None or limit > epoch for limit, epoch in limits)
-        return "off" if self.mode == "auto" and not repeats else self.mode
-
-
-@dataclass(frozen=True)
 class Method:
     """A fine-tuning method. The rest of the package sees no other difference between methods."""
 
@@ -52,7 +33,9 @@ class Method:
     tie_embeddings: bool | None = None  # with `trains_base`: share one weight between embedding and head, or not; None: as the checkpoint
     merges: bool = False  # adapters are merged into the base at the end, if they can be
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
-    cache: CacheArgs = CacheArgs("off")
+    cache: str = "off"  # where the frozen blocks' activations are kept: the `skip2lora_cache*` settings
+    cache_dir: Path | None = None
+    cache_dtype: str | None = None
     quantize: str | None = None  # how frozen weights are stored
     lr_ratio_of: Callable[[str], float] = lambda name: 1.0  # returns the learning rate of a parameter as a multiple of the optimizer's
 
@@ -135,7 +118,9 @@ def adapters(settings: Any) -> Method:
         config=lambda folder: LoRAConfig.from_checkpoint(folder, **config),
         merges=True,
         warmup=settings,
-        cache=CacheArgs(settings.skip2lora_cache, settings.skip2lora_cache_dir, settings.skip2lora_cache_dtype),
+        cache=settings.skip2lora_cache,
+        cache_dir=settings.skip2lora_cache_dir,
+        cache_dtype=settings.skip2lora_cache_dtype,
         quantize=settings.quantize,
         lr_ratio_of=settings.lr_ratio_of,
     )

@@ -91,7 +91,7 @@ class Job:
     @property
     def cache_folder(self) -> Path:
         """The folder for caches on disk."""
-        return self.method.cache.folder or self.settings.out_dir.parent / "activation_cache"
+        return self.method.cache_dir or self.settings.out_dir.parent / "activation_cache"
 
     def cache_settings(self, mode: str) -> CacheSettings:
         """Return where activations are kept; the console shows the progress of filling them."""
@@ -113,7 +113,7 @@ def prepare(settings: Run, method: Method, base: Path, saved: Saved | None = Non
     """
     precision = settings.precision or default_precision(default_device())
     dtype = backbone_dtype(precision)
-    _cache_dtype(method.cache.dtype, dtype)
+    _cache_dtype(method.cache_dtype, dtype)
     require_shardable(settings, method, base)
     require_logger(settings.logger_name)
     if rank is None:
@@ -179,7 +179,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         compile_training(model)
     model.max_seq_length = _max_seq_length(settings, model.config)
     examples = examples_of(settings.eval, settings.seed, splits.examples, style, tokenizer)
-    cache_dtype = _cache_dtype(method.cache.dtype, dtype)
+    cache_dtype = _cache_dtype(method.cache_dtype, dtype)
     job = Job(settings, method, base, precision, rank, console, tokenizer, contents, style, splits, model, examples, cache_dtype, date)
     job.general_answers = kept.get("general_answers")
     _add_samples(job)

@@ -125,7 +125,7 @@ def _costs(job: Job) -> dict[str, str]:
     steps = f"{per_epoch:,} an epoch" if total is None else f"{total:,} ({epochs} of {per_epoch:,})"
     lines = {"steps": f"{steps}, each of {counted(train.global_batch_size, 'sample')}", "a step": f"about {plain:.2f} s"}
     seconds = None if total is None else total * plain
-    if job.method.cache.mode_for(train, per_epoch, loop.batches.tokens_per_epoch) != "off" and is_cacheable(model):
+    if loop.batches.cache_mode(job.method.cache, train) != "off" and is_cacheable(model):
         need = sum(plan(model, part, range(len(part)), job.cache_dtype).nbytes for part in (splits.train, splits.val))
         folder = job.cache_folder
         disk = shutil.disk_usage(nearest(folder)).free

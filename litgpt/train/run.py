@@ -35,7 +35,7 @@ from litgpt.text import counted, size as shown, text_table
 from litgpt.train.examples import answer
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explained, out_of_memory
 from litgpt.train.loop import Batches, Loop, samples_of
-from litgpt.train.methods import CacheArgs, Method
+from litgpt.train.methods import Method
 from litgpt.train.out_dir import RESUME, Checkpoints, OutDir, best_on_disk, conclude
 from litgpt.train.page import Answers
 from litgpt.train.parallel import alone, ends_together
@@ -87,7 +87,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
 
 def identity_of(job: Job, varying: Collection[str] = ()) -> dict[str, Any]:
     """Return what a resumed run must have in common with this one; for a sweep, without the settings that vary between its trials."""
-    resolved = {"precision": job.precision, "skip2lora_cache": job.method.cache.mode != "off"}
+    resolved = {"precision": job.precision, "skip2lora_cache": job.method.cache != "off"}
     settings = {**compared_settings(job.settings.hyperparameters(), type(job.settings)), **resolved}
     shared = {key: value for key, value in settings.items() if key not in varying}
     return identity(shared, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
@@ -163,7 +163,7 @@ class Session:
         """Give the samples their losses under the reference model: another model, or this one before training."""
         job, settings, other = self.job, self.settings, self.objective.reference
         is_warm = job.method.warmup.has_warmup  # a warm-up changes the frozen blocks' outputs
-        self.sources = self._sources(settings.train, settings.eval, CacheArgs("off") if is_warm else job.method.cache)
+        self.sources = self._sources(settings.train, settings.eval, "off" if is_warm else job.method.cache)
         batches, own, val, val_batches = self.sources
         model: GPT = self.model
         facts = [checkpoint.weights_file(job.base).sha256, job.precision, str(job.method.quantize), str(job.cache_dtype)]
@@ -229,9 +229,7 @@ class Session:
         if state.step < warmup or (state.step == warmup and state.pending is not None):
             start_warmup(self.model)
             train = replace(settings.train, max_steps=warmup, epochs=None, max_tokens=None, max_time=None)
-            yield self._phase(
-                "warm-up", train, replace(settings.eval, patience=None, target_loss=None), CacheArgs("off"), first.skip2lora_warmup_lr
-            )
+            yield self._phase("warm-up", train, replace(settings.eval, patience=None, target_loss=None), "off", first.skip2lora_warmup_lr)
         if warmup:
             end_warmup(self.model)
             self.loop = None
@@ -241,13 +239,11 @@ class Session:
                     self.checkpoints.rescue(state, None)
         yield self._phase("training", settings.train, settings.eval, self.job.method.cache)
 
-    def _sources(
-        self, train: TrainArgs, evaluation: EvalArgs, cache: CacheArgs
-    ) -> tuple[Batches, Activations, Activations, list[list[int]]]:
+    def _sources(self, train: TrainArgs, evaluation: EvalArgs, cache: str) -> tuple[Batches, Activations, Activations, list[list[int]]]:
         """Return batches and activations for training, activations and batches for validation; cached if they are needed more than once."""
         splits, rank, group, size = self.job.splits, self.rank, self.objective.group, train.micro_batch_size
         batches = self.job.batches(train)
-        mode = cache.mode_for(train, batches.per_epoch, batches.tokens_per_epoch)
+        mode = batches.cache_mode(cache, train)
         batches.by_owner = mode != "off" and is_cacheable(self.model)
         n_val = evaluation.validated(len(splits.val) // group, size)
         own_val = range(n_val)[rank.index :: rank.size]
@@ -256,10 +252,10 @@ class Session:
         val_indices = [i for batch in val_batches for i in batch] or list(range(group * rank.sharded))
         val_batches += [[]] * (math.ceil(n_val / rank.size / size) - len(val_batches)) * rank.sharded
         held = None if rank.sharded else shared(own, splits.val, val_indices)
-        val = held or self._activations(splits.val, val_indices, "validation", cache.mode)
+        val = held or self._activations(splits.val, val_indices, "validation", cache)
         return batches, own, val, val_batches
 
-    def _phase(self, title: str, train: TrainArgs, evaluation: EvalArgs, cache: CacheArgs, lr: float | None = None) -> Phase:
+    def _phase(self, title: str, train: TrainArgs, evaluation: EvalArgs, cache: str, lr: float | None = None) -> Phase:
         """Return a phase that trains the parameters that are trainable now.
 
         `lr`: the peak learning rate, if it is not the optimizer's own.
@@ -432,7 +428,7 @@ class Session:
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         """Return the error with figures and remedies. The memory of the failed step is freed first, to leave room for the checkpoint."""
-        train, cache = self.settings.train, self.job.method.cache.mode
+        train, cache = self.settings.train, self.job.method.cache
         longest = max(len(sample.input_ids) for sample in self.job.splits.train)
         remedies = [f"Batches have {counted(train.micro_batch_size, 'sample')} of up to {longest} tokens"]
         if train.micro_batch_size > 1:

@@ -50,7 +50,7 @@ def sweep(settings: Run, grid: Grid | None, samples: int | None) -> None:
     """
     use(settings.accelerator)
     place = place_of(settings.devices, settings.num_nodes)
-    if place and settings.method().cache.mode == "memory":
+    if place and settings.method().cache == "memory":
         raise UserError("skip2lora_cache is memory: several processes share a cache on disk. Leave it out, or give disk")
     settings.devices, settings.num_nodes = 1, 1  # of each trial
     if place is None or place.index == 0:
@@ -313,7 +313,7 @@ def _n_validated(candidates: list[Trial], job: Job) -> int:
 
 def _fill(job: Job, validated: int, place: Place | None) -> dict[str, ActivationCache]:
     """Return caches of all training samples and the first `validated` of the others. Several processes fill caches on disk."""
-    splits, settings = job.splits, job.cache_settings("disk" if place else job.method.cache.mode)
+    splits, settings = job.splits, job.cache_settings("disk" if place else job.method.cache)
     parts = {"training": (splits.train, len(splits.train)), "validation": (splits.val, validated)}
     with job.rank.autocast():
         return {name: filled(job.model, *part, name, settings, job.rank.device) for name, part in parts.items()}

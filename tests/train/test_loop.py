@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from litgpt.activations.cache import ActivationCache, CacheSettings, Recompute, activations
-from litgpt.args import EvalArgs
+from litgpt.args import EvalArgs, TrainArgs
 from litgpt.errors import NonFiniteError
 from litgpt.lora import Config, lora_filter, mark_only_lora_as_trainable
 from litgpt.sample import Sample
@@ -71,6 +71,24 @@ def test_an_epoch_shows_every_sample_once_and_any_number_of_processes_the_same_b
             assert by_owner or max(sizes) - min(sizes) <= 1
         for rank, one in enumerate(steps):
             assert {i for rows, *_ in one for i in rows} <= set(ranks[0].owned(rank))
+
+
+@pytest.mark.parametrize(
+    ("mode", "train", "expected"),
+    [
+        ("auto", TrainArgs(epochs=2), "auto"),
+        ("auto", TrainArgs(epochs=1), "off"),
+        ("auto", TrainArgs(epochs=None, max_steps=3), "off"),
+        ("auto", TrainArgs(epochs=None, max_steps=4), "auto"),
+        ("auto", TrainArgs(max_tokens=500), "off"),
+        ("auto", TrainArgs(max_tokens=501), "auto"),
+        ("disk", TrainArgs(epochs=1), "disk"),
+    ],
+)
+def test_auto_caches_only_what_is_needed_twice(mode: str, train: TrainArgs, expected: str) -> None:
+    """An epoch has 3 steps and 500 input tokens."""
+    samples = [Sample(array("i", [1] * length), bytearray([1] * length)) for length in (168, 168, 167)]
+    assert Batches(samples, 1, ALONE, seed=1).cache_mode(mode, train) == expected
 
 
 def test_the_order_depends_on_epoch_and_seed_alone() -> None:

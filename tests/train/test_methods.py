@@ -15,7 +15,7 @@ from litgpt.errors import UserError
 from litgpt.finetune.full import Full
 from litgpt.finetune.lora import Lora
 from litgpt.sharding import is_sharded
-from litgpt.train.methods import CacheArgs, Method, adapters, describe, full, ranges
+from litgpt.train.methods import Method, adapters, describe, full, ranges
 from tests.helpers import tiny
 
 SKIP: dict[str, Any] = {"skip2lora_enabled": True, "skip2lora_block_indices": [0, 2], "lora_query": False, "lora_value": False}
@@ -27,22 +27,6 @@ def lora(base: Path, **settings: Any) -> Method:
 
 def trained(model: torch.nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@pytest.mark.parametrize(
-    ("mode", "train", "expected"),
-    [
-        ("auto", TrainArgs(epochs=2), "auto"),
-        ("auto", TrainArgs(epochs=1), "off"),
-        ("auto", TrainArgs(epochs=None, max_steps=3), "off"),
-        ("auto", TrainArgs(epochs=None, max_steps=4), "auto"),
-        ("auto", TrainArgs(max_tokens=500), "off"),
-        ("auto", TrainArgs(max_tokens=501), "auto"),
-        ("disk", TrainArgs(epochs=1), "disk"),
-    ],
-)
-def test_auto_caches_only_what_is_needed_twice(mode: str, train: TrainArgs, expected: str) -> None:
-    assert CacheArgs(mode).mode_for(train, steps=3, tokens=500) == expected
 
 
 @pytest.mark.parametrize("settings", [{}, SKIP, {"lora_block_indices": "last:2", "lora_mlp": True}], ids=["LoRA", "Skip2-LoRA", "late"])
