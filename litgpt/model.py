@@ -32,8 +32,10 @@ from litgpt.mlp import GemmaMLP, GptNeoxMLP, LLaMAMLP, LLaMAMoE, load_balance, m
 from litgpt.packing import Packing, noise_like, take
 from litgpt.rope import RotaryTable, is_long
 
-__all__ = ["GPT", "Block", "CausalSelfAttention", "GemmaMLP", "GptNeoxMLP", "KVCache", "LLaMAMLP", "LLaMAMoE", "Positions", "RMSNorm"]
-__all__ += ["evaluating", "finish_logits", "load_balance"]
+__all__ = [
+    "GPT", "Block", "CausalSelfAttention", "GemmaMLP", "GptNeoxMLP", "KVCache", "LLaMAMLP", "LLaMAMoE", "Positions", "RMSNorm",
+    "evaluating", "finish_logits", "load_balance",
+]  # fmt: skip
 
 
 class GPT(nn.Module):
@@ -83,10 +85,12 @@ class GPT(nn.Module):
         With `input_pos` (T,) the key/value cache is used: keys and values are stored at those positions, and attention reaches all those
         before `input_pos_maxp1` (default: the largest position + 1). Raises ValueError if T exceeds `max_seq_length`.
         """
-        pos = self.positions(idx, input_pos, input_pos_maxp1)
+        return self._forward_impl(idx, self.positions(idx, input_pos, input_pos_maxp1), lm_head_chunk_size)
+
+    def _forward_impl(self, idx: torch.Tensor, pos: Positions, chunk_size: int = 0) -> Any:
         x, taps = self.prefix(idx, pos)  # (B, T, d), (B, T, S, d)
         x = self.tail(x, taps, pos)  # (B, T, d)
-        return [self.logits(part) for part in x.split(lm_head_chunk_size, dim=1)] if lm_head_chunk_size else self.logits(x)  # (B, T, V)
+        return [self.logits(part) for part in x.split(chunk_size, dim=1)] if chunk_size else self.logits(x)  # (B, T, V)
 
     def within(self, work: Callable[[], Any]) -> Any:
         """Return work(), which runs parts of the model. A sharded model gathers its weights for it (`litgpt.sharding`)."""
