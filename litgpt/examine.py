@@ -21,7 +21,7 @@ from litgpt.prompts import CHAT, STYLES, PromptStyle, misfit, resolve_prompt_sty
 from litgpt.streams import safe, unescaped
 from litgpt.text import counted
 from litgpt.tokenizer import Tokenizer
-from litgpt.train.recipe import Look, advice
+from litgpt.train.recipe import CONTINUES, Look, advice
 from litgpt.values import checked
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def examine(
         record: Number of the record to show.
     """
     if (DataModule.reader_of(str(file)) or ("",))[0] == "TextFiles":
-        raise UserError(f"{file} is running text, without records to look at: `litgpt finetune MODEL --data {file}` trains it in blocks")
+        command = f"`litgpt finetune MODEL --data {file}` trains it in blocks"
+        raise UserError(f"{file} is running text, without records to look at: {command}. {CONTINUES.rstrip('.')}")
     data = JSON(json_path=Path(file), mask_prompt=mask_prompt, prompt_style=prompt_style)
     train, val = data.records()
     if not 1 <= record <= len(train):

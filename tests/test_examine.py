@@ -183,7 +183,7 @@ def test_mistakes(tmp_path: Path, look: Any, capsys: pytest.CaptureFixture[str])
     for words, message in (
         ([tmp_path / "shop.jsonl", "--record", 2], "has records 1 to 1"),
         ([tmp_path / "nosuch.jsonl"], "does not exist"),
-        ([tmp_path / "book.md"], "book.md is running text, without records to look at"),
+        ([tmp_path / "book.md"], "For a model that answers questions about them, write questions and answers"),
         ([tmp_path / "shop.jsonl", "--checkpoint_dir", tmp_path / "none"], "does not exist"),
     ):
         assert main(["data", *map(str, words)]) == 1

@@ -8,6 +8,7 @@
 {"prompt", "instruction" or "question", "chosen", "rejected"}, each a text, or all lists of messages; without a list "prompt" the prompt is
     what both lists begin with, or the conversation that "chosen" and "rejected", one message each, continue (LLaMA-Factory)
 {"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}, lists of messages (OpenAI)
+{"mapping", "current_node", ...}: a conversation of ChatGPT's export, with the last version of each message
 
 The older names of "tools" and "tool_calls", "functions" and "function_call", are read too. A record's own keys may have capitals, and a
 number may stand for a text.
@@ -44,9 +45,11 @@ WEIGHTS, FLAGS = ("weight", "train"), ("training", "loss")  # of a turn; the fla
 TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content
 KEYS = {*ALONE, *(key for pair in PAIRS for key in pair), *CONVERSATIONS, "system", "history", "context", "tools", "functions", "text"}
 KEYS |= {"chosen", "rejected", "weight", "token_weights", "label", "reward", "correct"}  # of a record
+TURNS = '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
 MOST_WEIGHT = 1_000_000
 MOST_NUMBER = 10**20  # below which a number may stand for a text
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+REFERENCE = re.compile('\ue200(?:entity\ue202\\["[^"]*", *"([^"]*)")?[^\ue201]*\ue201')  # ChatGPT's link to a source, or a name with one
 
 
 @dataclass(slots=True)
@@ -141,11 +144,13 @@ def has_text(message: Message, unwritten: Collection[str] = ()) -> bool:
 def read_record(entry: Any) -> Record:
     """Return an entry of a data file as a conversation. Raise UserError if it has no known form, or a value of the wrong kind."""
     if not isinstance(entry, dict):
-        raise UserError(f"{kind_of(entry)}, an object with keys is needed")
+        raise UserError(f"{kind_of(entry)}, an object with keys is needed, such as {TURNS}")
     if not entry.keys() <= KEYS:
         named = {known_key(key): value for key, value in entry.items()}
         if len(named) < len(entry):
-            raise UserError("two of its keys differ in capitals or spaces only: leave one of them out")
+            name = next(name for name in named if sum(known_key(key) == name for key in entry) > 1)
+            same = " and ".join(repr(key)[:60] for key in entry if known_key(key) == name)
+            raise UserError(f"its keys {same} differ in capitals or spaces only: leave one of them out")
         entry = named
     if "preferred_output" in entry and "non_preferred_output" in entry:  # OpenAI's keys, for TRL's
         asked = dict(_typed(entry.get("input"), "'input'", dict))
@@ -170,6 +175,8 @@ def read_record(entry: Any) -> Record:
             raise UserError(f"it has {unfit[0]!r} and 'text', which is learned as it is: write all of it in 'text'")
         message = {"role": "assistant", "content": _check_text(entry["text"], "text")}
         used, record = ["text"], Record([message], [1.0], is_text=True)
+    elif isinstance(entry.get("mapping"), dict):
+        used, record = list(entry), _read_turns({"messages": _messages_of_chatgpt(entry)}, "messages")
     else:
         raise UserError(_missing_keys(entry))
     if system := _optional_text(entry, "system"):
@@ -240,6 +247,44 @@ def _read_preference(entry: dict[str, Any]) -> Record:
     return chosen
 
 
+def _messages_of_chatgpt(entry: dict[str, Any]) -> list[Message]:
+    """Return the messages that lead to the current node of ChatGPT's tree, up to a picture or a file, which the replies to it need.
+
+    Calls of tools, their results and the model's notes are left out, and what one side says in several messages becomes one. A
+    conversation without a reply gets an empty one, so that it is dropped and counted.
+    """
+    nodes, path = {name: _object(node) for name, node in entry["mapping"].items()}, list[dict[str, Any]]()
+    name = str(entry.get("current_node"))
+    name = name if name in nodes else next(reversed(nodes), "")
+    while (node := nodes.pop(name, None)) is not None:  # each once, whatever the file says
+        path.append(_object(node.get("message")))
+        name = str(node.get("parent"))
+    messages: list[Message] = []
+    for message in reversed(path):
+        content, role = _object(message.get("content")), _object(message.get("author")).get("role")
+        parts = listed if isinstance(listed := content.get("parts"), list) else []
+        shown = any("image" in str(_object(part).get("content_type")) for part in parts)
+        if role == "user" and (shown or _object(message.get("metadata")).get("attachments")):
+            break
+        texts = [part if isinstance(part, str) else _object(part).get("text") for part in parts]
+        text = REFERENCE.sub(r"\1", "\n".join(text for text in texts if isinstance(text, str))).strip()
+        is_said = content.get("content_type") in ("text", "multimodal_text") and message.get("recipient", "all") == "all"
+        if not (text and is_said and role in ("user", "assistant", *(() if messages else ("system",)))):
+            continue
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{text}"
+        else:
+            messages.append({"role": role, "content": text})
+    if messages and messages[-1]["role"] == "user":  # without a reply
+        messages.pop()
+    return messages if any(message["role"] == "assistant" for message in messages) else [{"role": "assistant", "content": ""}]
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Return an object; an empty one for any other value."""
+    return value if isinstance(value, dict) else {}
+
+
 def _read_pair(entry: dict[str, Any], pair: tuple[str, str]) -> tuple[list[str], Record]:
     """Return the keys that were read, and the record of a question and an answer."""
     question, answer = pair
@@ -280,13 +325,15 @@ def _missing_keys(entry: dict[str, Any]) -> str:
         return f"{next(key for key in pair if entry[key] in (None, ''))!r} is empty: an answer is needed"
     shown = ", ".join(repr(key)[:60] for key in keys[:12]) + (", ..." if len(keys) > 12 else "")
     message = f"no key {' and no key '.join(map(repr, missing))}; it has {shown or 'no keys'}"
+    if {"role", "content"} <= {*keys} or {"from", "value"} <= {*keys}:
+        return f"it is one turn, a record is a whole conversation: {TURNS}"
     if len(missing) == len(keys) == 2:
         return f"{message}: call the question {pair[0]!r} and its answer {pair[1]!r}"
     for key in [*CONVERSATIONS] if len(missing) == 2 else missing:
         near = difflib.get_close_matches(key, [name for name in keys if name not in pair], n=1)
         if near:
             message += f" (is {near[0]!r} meant to be {key!r}?)"
-    return message
+    return message if len(missing) < 2 else f'{message}; a conversation is {{"messages": [...]}}'
 
 
 def _read_turns(entry: dict[str, Any], key: str, replies: bool = True) -> Record:

@@ -161,9 +161,9 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
             )
         start = reader.line_num + 1
         for cells in reader:
-            if cells and len(cells) != len(names):
+            if any(cells) and len(cells) != len(names):
                 raise UserError(f"{path}, line {start}: {len(cells)} cells, the first line names {len(names)} columns")
-            if cells:
+            if any(cells):
                 rows.append((f"line {start}", {name: cell for name, cell in zip(names, cells, strict=True) if name}))
             start = reader.line_num + 1
     except csv.Error as error:

@@ -75,11 +75,15 @@ class Text(DataModule):
                     f"{self.source}: the {name} text is shorter than a block of {max_seq_length + 1:,} tokens (all of it: {count:,}): "
                     "add text, or lower train.max_seq_length"
                 )
-        report = f"{len(train):,} train and {len(val):,} validation blocks of {max_seq_length + 1:,} tokens"
+        report = f"{len(train):,} train and {len(val):,} validation blocks of {max_seq_length + 1:,} tokens{self.held_out_file()}"
         if is_repeated:
             report = f"{counted(len(train), 'train block')} of {max_seq_length + 1:,} tokens, {len(val):,} of them validated again"
         start = {"role": "assistant", "content": tokenizer.decode(list(val[0].input_ids))}
         return Splits(train, val, report, [Record([start], [1.0], is_text=True)])
+
+    def held_out_file(self) -> str:
+        """Return the end of the report: the file of the training texts that is held out, if there is one."""
+        return ""
 
     def _blocks(self, tokenizer: Tokenizer, texts: Iterable[str], length: int) -> tuple[list[Sample], int]:
         """Return the blocks, and the number of tokens before they were cut."""
@@ -130,6 +134,10 @@ class TextFiles(Text):
         if val is None and len(train) > 1 and self.val_split_fraction is None:
             val, train = train[:1], train[1:]
         return train, val
+
+    def held_out_file(self) -> str:
+        val = self.files()[1] if self.val_data_path is None else None
+        return f"; {val[0].name} is held out for validation" if val else ""
 
     def tokens(self) -> int:
         """Estimate the number of training tokens from the sizes of the files."""

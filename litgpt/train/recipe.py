@@ -110,6 +110,7 @@ LORA_KEYS = {  # settings that ask for LoRA, or go with nothing else
     *LAYER_FLAGS,
 }
 FEW_WAYS_TOLD = {"lora_r": (64, "facts are told in few ways"), "lora_alpha": (64, "the rank")}  # instead of those of answer-only LoRA
+CONTINUES = "Running text teaches to continue such texts. For a model that answers questions about them, write questions and answers."
 NARROW = 16  # columns of a terminal that are left for reasons, below which they are not wrapped
 TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
@@ -250,7 +251,7 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
     rows = choices(look, module, given, base)
     chosen = [choice for choice in rows if choice.key not in varied and _put(given, choice.key, choice.value)]
     console.say(f"{module.source}: {look}. Settings that you did not give:")
-    console.say(_table(chosen))
+    console.say(_table(chosen) + _hint(look))
     return given
 
 
@@ -258,8 +259,18 @@ def advice(data: DataModule, look: Look, base: Path | None) -> str:
     """Return what the data are taken as, and the settings that would be chosen for them, and for the checkpoint if it is known."""
     given: dict[str, Any] = {"data": {"init_args": {} if data.mask_prompt else {"mask_prompt": False}}}
     base = None if base is None else open_checkpoint(base)
-    hint = "\nPhrase the question for each fact in two or three ways: the model then recalls it better." if look.told_once else ""
-    return f"{look}\n{_table([choice for choice in choices(look, data, given, base) if _put(given, choice.key, choice.value)])}{hint}"
+    return (
+        f"{look}\n{_table([choice for choice in choices(look, data, given, base) if _put(given, choice.key, choice.value)])}{_hint(look)}"
+    )
+
+
+def _hint(look: Look) -> str:
+    """Return a line about other data that would teach more, if there are such."""
+    if look.told_once:
+        return "\nPhrase the question for each fact in two or three ways: the model then recalls it better."
+    if look.block:
+        return f"\n{CONTINUES}"
+    return ""
 
 
 def _table(chosen: list[Chosen]) -> str:

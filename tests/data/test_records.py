@@ -518,3 +518,67 @@ def test_answers_under_other_keys_do_not_replace_the_preferred_ones(tokenizer: T
 def test_preferences_that_cannot_be_read(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_record(entry)
+
+
+def chatgpt(*messages: Any, **keys: Any) -> dict[str, Any]:
+    """A conversation of ChatGPT's export: the root without a message, and each message (role, parts, other keys) below the one before."""
+    mapping: dict[str, Any] = {"n0": {"id": "n0", "message": None, "parent": None, "children": ["n1"]}}
+    for n, (role, parts, *more) in enumerate(messages, 1):
+        content = {"content_type": "text", "parts": parts}
+        message = {"author": {"role": role, "name": None}, "content": content, "recipient": "all", "metadata": {}}
+        mapping[f"n{n}"] = {"id": f"n{n}", "message": message | dict(*more), "parent": f"n{n - 1}", "children": [f"n{n + 1}"]}
+    return {"title": "Talk", "create_time": 1.5, "mapping": mapping, "current_node": f"n{len(messages)}", "is_archived": False, **keys}
+
+
+ASKED, REPLIED = ("user", ["q"]), ("assistant", ["a"])
+PICTURE = {"content_type": "multimodal_text", "parts": [{"content_type": "image_asset_pointer", "width": 2}, "What is this?"]}
+SPOKEN = {"content_type": "multimodal_text", "parts": [{"content_type": "audio_transcription", "text": "q"}, {"content_type": "audio"}]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "turns"),
+    [
+        ([("system", [""]), ASKED, REPLIED], [Q, A]),
+        (
+            [("system", ["s"]), ASKED, REPLIED, ("system", ["later"]), ("user", ["r"]), ("assistant", ["b"])],
+            [system("s"), Q, A, user("r"), reply("b")],
+        ),
+        ([ASKED, ("assistant", ["f()"], {"recipient": "python"}), ("tool", ["3"]), REPLIED], [Q, A]),
+        ([ASKED, ("assistant", None, {"content": {"content_type": "thoughts", "thoughts": [{"content": "x"}]}}), REPLIED], [Q, A]),
+        ([("user", None, {"content": {"content_type": "user_editable_context", "user_profile": "x"}}), ASKED, REPLIED], [Q, A]),
+        ([ASKED, ("assistant", ["Let me see."]), ("tool", ["3"]), ("assistant", ["", "a"])], [Q, reply("Let me see.\n\na")]),
+        ([ASKED, REPLIED, ("user", None, {"content": PICTURE}), ("assistant", ["A cat."])], [Q, A]),
+        ([ASKED, REPLIED, ("user", ["Sum it up"], {"metadata": {"attachments": [{"name": "a.pdf"}]}}), ("assistant", ["b"])], [Q, A]),
+        ([("user", None, {"content": SPOKEN}), REPLIED], [Q, A]),
+        ([ASKED, REPLIED, ("user", ["unanswered"])], [Q, A]),
+        (
+            [ASKED, ("assistant", ['By \ue200entity\ue202["people","Ann Lee",0]\ue201 \ue200cite\ue202turn0search1\ue201'])],
+            [Q, reply("By Ann Lee")],
+        ),
+        ([ASKED], [reply("")]),
+        ([("user", None, {"content": PICTURE}), ("assistant", ["A cat."])], [reply("")]),
+        ([], [reply("")]),
+    ],
+)
+def test_conversations_of_chatgpt(messages: list[Any], turns: list[dict[str, Any]]) -> None:
+    record = read_record(chatgpt(*messages))
+    assert record.messages == turns and record.unread == ()
+    assert record.learned == [float(turn["role"] == "assistant") for turn in turns] and record.has_answer is (turns != [reply("")])
+
+
+def test_the_current_branch_of_a_conversation_of_chatgpt() -> None:
+    entry = chatgpt(ASKED, ("assistant", ["first"]), REPLIED)
+    entry["mapping"]["n3"]["parent"] = "n1"  # a reply that was asked for again
+    assert read_record(entry).messages == [Q, A]
+    assert read_record({**entry, "current_node": "n2"}).messages == [Q, reply("first")]
+    for lost in (None, "gone", [1]):
+        assert read_record({**entry, "current_node": lost}).messages == [Q, A]
+    entry["mapping"]["n1"]["parent"] = "n3"  # a circle
+    assert read_record(entry).messages == [Q, A]
+
+
+@pytest.mark.parametrize(
+    "node", [None, 3, {"message": "x"}, {"message": {"content": [], "author": "x"}}, {"message": {"content": {"parts": [{}, 1]}}}]
+)
+def test_broken_nodes_of_chatgpt_are_left_out(node: Any) -> None:
+    assert read_record(chatgpt(ASKED, REPLIED) | {"mapping": {"x": node}}).messages == [reply("")]

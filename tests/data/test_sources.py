@@ -95,6 +95,11 @@ def test_columns_without_a_name_are_not_read(tmp_path: Path) -> None:
     assert (record.question, record.reply, record.unread) == ("Hi", "Hello", ())
 
 
+def test_empty_rows_of_a_spreadsheet_are_no_records(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("No;instruction;output;\n1;Hi;Hello;\n;;;\n2;Who?;;\n;;\n")
+    assert [(record.question, record.reply) for record in read_records(tmp_path / "a.csv")] == [("Hi", "Hello"), ("Who?", "")]
+
+
 @pytest.mark.parametrize("head", ["instruction;output", '"instruction";"output"', "instruction\toutput", "instruction,output"])
 def test_tables_of_spreadsheets_that_write_other_marks(head: str, tmp_path: Path) -> None:
     """Where the comma is the decimal mark, spreadsheets write semicolons, others tabs; with commas in the first line these are text."""

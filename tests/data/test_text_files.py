@@ -47,6 +47,9 @@ def test_blocks_run_over_documents(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(text)
     train, val = split(TextFiles(train_data_path=tmp_path), 4)
     assert train == ["\1abcd", "ef\1gh", "ij\1kl"] and val == ["\1vali", "date "]  # the rest of each is shorter than a block
+    for val_path, end in ((None, "; a.txt is held out for validation"), (tmp_path / "a.txt", "")):
+        splits = TextFiles(train_data_path=tmp_path, val_data_path=val_path).splits(Letters(1), None, 4)  # type: ignore[arg-type]
+        assert splits.report.partition(" validation blocks of 5 tokens")[2] == end
     assert split(TextFiles(train_data_path=tmp_path), 4, None)[0] == ["abcde", "f\2ghi", "j\2klm"]
 
 

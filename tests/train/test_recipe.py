@@ -231,7 +231,9 @@ def test_running_text(size: int, words: str, block: int, base: Path, tmp_path: P
     given = parse("litgpt finetune", load("finetune"), [str(base), "--data", str(tmp_path / "book.md"), *words.split()])
     assert isinstance(given["data"], TextFiles) and given["data"].val_split_fraction == 0.1 and given["out_dir"].name == "book"
     assert given["train"].max_seq_length == block and given["lora_mlp"] and not given["skip2lora_enabled"]
-    assert f"{size // 7 * 7 // 4 // block:,} blocks of {block} tokens, about, taken as texts to continue" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"{size // 7 * 7 // 4 // block:,} blocks of {block} tokens, about, taken as texts to continue" in err
+    assert recipe.CONTINUES in err
 
 
 def test_a_run_on_running_text(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
