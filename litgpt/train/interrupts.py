@@ -18,6 +18,7 @@ import torch
 from litgpt.device import process_rank
 from litgpt.errors import OutOfMemory, Stopped
 from litgpt.logs import peak_memory_gb
+from litgpt.text import size
 
 SAME_SECONDS = 0.1  # `timeout`, `uv run` and others send a signal to a process and to its group: it arrives twice
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -92,7 +93,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(error: BaseException, where: str, device: torch.device, remedies: list[str]) -> OutOfMemory:
     """Return the error with figures and remedies."""
     asked = re.search(r"allocate (\d+) bytes", str(error))
-    wanted = f" for {int(asked[1]) / 2**30:.2f} GiB more" if asked else ""
+    wanted = f" for {size(int(asked[1]))} more" if asked else ""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:

@@ -54,6 +54,20 @@ def test_a_run_is_replaced_and_the_users_files_stay(tmp_path: Path) -> None:
     assert sorted(p.relative_to(out_dir).as_posix() for p in out_dir.rglob("*") if p.is_file()) == sorted([*mine, "kept"])
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path: Path) -> None:
+    out_dir = tmp_path / "out"
+    fill(out_dir)
+    (out_dir / "report.json").unlink()
+    for name in ("final", "best", "step-000002"):
+        with pytest.raises(UserError, match="holds an earlier run"):
+            OutDir(out_dir, False, False, tmp_path / "base").check()
+        shutil.rmtree(out_dir / name)
+    assert (out_dir / METRICS).is_file()
+    with OutDir(out_dir, False, False, tmp_path / "base") as folder:
+        folder.make(resumed=False)
+        assert not (out_dir / METRICS).exists()
+
+
 def test_a_run_is_replaced_after_a_process_was_killed_in_its_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out_dir = tmp_path / "out"
     fill(out_dir)
