@@ -32,3 +32,8 @@ class Stopped(SystemExit):
     def __init__(self, signum: int, message: str = "") -> None:
         super().__init__(128 + signum)
         self.signum, self.message = signum, message
+
+
+def missing_package(what: str, package: str | None, extra: str) -> UserError:
+    """Return the error of a feature whose package is not installed; `extra` is what installs it with litgpt."""
+    return UserError(f'{what} needs a package that is not installed ({package}): pip install "litgpt[{extra}]"')

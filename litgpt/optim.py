@@ -13,6 +13,7 @@ import torch
 from litgpt.args import is_number, require_allowed_class
 from litgpt.errors import UserError
 from litgpt.packing import sent
+from litgpt.quantize import bitsandbytes
 
 SHORTENED = {torch.bfloat16: 16, torch.float16: 13}  # dtype -> number of fraction bits that it lacks compared to fp32
 ROUNDED = 1 << 18  # numbers that are rounded at a time, which fit a CPU's cache
@@ -92,6 +93,8 @@ def make_optimizer(spec: str | dict[str, Any], parameters: Iterable[torch.nn.Par
         path = f"torch.optim.{path}"
     require_allowed_class(path, "optimizer")
     module, _, name = path.rpartition(".")
+    if module.startswith("bitsandbytes."):
+        bitsandbytes("optimizer", "AdamW")
     try:
         optimizer = getattr(importlib.import_module(module), name, None)
     except ImportError as error:

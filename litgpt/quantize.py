@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litgpt.errors import UserError
+from litgpt.errors import UserError, missing_package
 from litgpt.fused import multiply
 from litgpt.model import GPT
 
@@ -166,8 +166,8 @@ def count(model: nn.Module) -> int:
     return quantised + sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in stored)
 
 
-def bitsandbytes() -> Any:
-    """Return the library. Raises UserError if it is missing or does not support this machine.
+def bitsandbytes(setting: str = "quantize", other: str = "int8") -> Any:
+    """Return the library. Raises UserError if it is missing or does not support this machine; `other` is a value that does without.
 
     On some CPUs its import uses the package `kernels` to fetch compiled code from a hub, which is prevented here.
     """
@@ -179,8 +179,10 @@ def bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = "is not installed: `pip install bitsandbytes`" if isinstance(error, ModuleNotFoundError) else f"cannot be used: {error}"
-        raise UserError(f"quantize: the package bitsandbytes {reason}. --quantize int8 does without") from None
+        reason = f"{setting}: the package bitsandbytes cannot be used: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            reason = str(missing_package(setting, error.name, "quantize"))
+        raise UserError(f"{reason}. --{setting} {other} does without") from None
     finally:
         logging.disable(disabled)
         sys.modules.pop("kernels", None)

@@ -1,6 +1,7 @@
 """The command line: how words become arguments, what a mistake looks like, what it may import, and how a process ends."""
 
 import http.server
+import importlib.metadata
 import json
 import os
 import re
@@ -648,6 +649,38 @@ def test_the_access_token_is_never_shown(capsys: pytest.CaptureFixture[str], tmp
 
 
 # How a process ends
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "extra"),
+    [
+        (["serve", "base"], "uvicorn", "serve"),
+        (["serve", "base"], "fastapi", "serve"),
+        (["evaluate", "base", "--tasks", "hellaswag"], "lm_eval", "eval"),
+        (["data", "rows.parquet"], "pyarrow", "data"),
+        (["data", "org/name"], "datasets", "data"),
+        (["generate", "base", "--prompt", "hi", "--quantize", "bnb.nf4"], "bitsandbytes", "quantize"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    words: list[str],
+    package: str,
+    extra: str,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] == package or name in ("litgpt.serve.app", "litgpt.integrations.harness")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    Path("rows.parquet").touch()
+    assert main([str(base) if word == "base" else word for word in words]) == 1
+    assert f'needs a package that is not installed ({package}): pip install "litgpt[{extra}]"' in capsys.readouterr().err
+    assert extra in (importlib.metadata.metadata("litgpt").get_all("Provides-Extra") or [])
 
 
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from litgpt import LLM, lora, quantize
 from litgpt.__main__ import main
 from litgpt.activations.cache import fingerprint, plan
 from litgpt.errors import UserError
+from litgpt.optim import make_optimizer
 from litgpt.quantize import Int8Linear, Linear4bit, QuantisedLinear, count, quantise
 from litgpt.sample import Sample
 from tests.helpers import tiny
@@ -216,7 +217,11 @@ def test_wrong_modes(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"), [(None, "is not installed: `pip install"), ("raise OSError('no library')", "cannot be used: no library")]
+    ("fault", "reason"),
+    [
+        (None, r'not installed \(bitsandbytes\): pip install "litgpt\[quantize\]"'),
+        ("raise OSError('no library')", "cannot be used: no library"),
+    ],
 )
 def test_without_bitsandbytes(fault: str | None, reason: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
@@ -226,8 +231,10 @@ def test_without_bitsandbytes(fault: str | None, reason: str, base: Path, tmp_pa
     else:
         (tmp_path / "bitsandbytes.py").write_text(fault)
         monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=f"^quantize.*{reason}.*int8"):
         LLM.load(base, quantize="bnb.nf4")
+    with pytest.raises(UserError, match=f"^optimizer.*{reason}.*AdamW"):
+        make_optimizer("bitsandbytes.optim.AdamW8bit", [torch.nn.Parameter(torch.zeros(1))])
 
 
 def test_its_import_fetches_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.data.records import KEYS, Record, kind_of, known_key, read_record
-from litgpt.errors import UserError
+from litgpt.errors import UserError, missing_package
 from litgpt.files import MISSING, decode_text, parse_json, read_bytes
 from litgpt.streams import drawing
 from litgpt.text import counted, first_line
@@ -37,7 +37,6 @@ OTHER_FORMATS = {
     b"PAR1": "parquet",
 }
 SHOWN = 3  # problems in an error message
-INSTALL = 'pip install "litgpt[data]"'
 
 
 def suffix_of(path: Path) -> str:
@@ -239,7 +238,7 @@ def import_library(name: str, what: object) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{what}: reading it needs {name.partition('.')[0]}: {INSTALL}") from None
+        raise missing_package(f"{what}: reading it", name.partition(".")[0], "data") from None
 
 
 def is_dataset(path: Path) -> bool:

@@ -11,21 +11,20 @@ from typing import Any
 import torch
 
 from litgpt.api import LLM
-from litgpt.errors import UserError
+from litgpt.errors import UserError, missing_package
 from litgpt.files import read_yaml
 from litgpt.generate.engine import Session
 from litgpt.generate.sampling import Sampling, until_stop_text
 from litgpt.streams import drawing
 
-INSTALL = 'the tasks need the LM Evaluation Harness: pip install "litgpt[eval]"; --data FILE needs nothing'
 MOST_NEW_TOKENS = 256  # of an answer, if the task does not say how many
 
 try:
     from lm_eval import evaluator, utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager as TaskManager
-except ImportError:
-    raise UserError(INSTALL) from None
+except ImportError as error:
+    raise missing_package("evaluate --tasks", error.name, "eval") from None
 
 Scored = tuple[float, bool]  # log-likelihood of a continuation, and whether it is the most probable one
 

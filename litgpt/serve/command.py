@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from litgpt.args import ABOVE_0, POSITIVE, Quantization, require_ranges, setting
-from litgpt.errors import UserError
+from litgpt.errors import UserError, missing_package
 from litgpt.files import expand_path
 from litgpt.generate.base import say_loaded
 from litgpt.streams import keep_secret
@@ -89,8 +89,7 @@ class Serve:
 
             from litgpt.serve.app import State, make_app
         except ImportError as error:
-            message = f"serve needs the packages fastapi and uvicorn ({error.name} is missing): `pip install 'litgpt[serve]'`"
-            raise UserError(message) from None
+            raise missing_package("serve", error.name, "serve") from None
         from litgpt.generate.sampling import Sampling
         from litgpt.serve.models import Models
         from litgpt.serve.scheduler import Scheduler

@@ -116,6 +116,7 @@ def prepare(settings: Run, method: Method, base: Path, saved: Saved | None = Non
     _cache_dtype(method.cache_dtype, dtype)
     require_shardable(settings, method, base)
     require_logger(settings.logger_name)
+    optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # raises for wrong settings
     if rank is None:
         place, batch_size = place_of(settings.devices, settings.num_nodes), settings.train.global_batch_size
         if place and batch_size % place.size:  # before other processes are started
@@ -124,7 +125,6 @@ def prepare(settings: Run, method: Method, base: Path, saved: Saved | None = Non
     with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
         seed_everything(settings.seed)
         job = _read(settings, method, base, precision, rank, saved)
-        optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # raises for wrong settings
         if not optimizer.param_groups[0]["lr"]:
             job.console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
         scalings = [module.scaling for module in job.model.modules() if isinstance(module, LoRALayer) and module.r]

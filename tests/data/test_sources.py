@@ -212,7 +212,7 @@ def test_datasets(where: str, parts: tuple[str, ...] | None, tmp_path: Path, mon
 
 def test_datasets_is_optional_and_its_errors_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r'org/name is not a local file or folder.* needs datasets: pip install "litgpt\[data\]"'):
+    with pytest.raises(UserError, match=r'org/name is not a local file or folder.* needs .*\(datasets\): pip install "litgpt\[data\]"'):
         JSON(json_path=Path("org/name")).records()
     stand_in = ModuleType("datasets")
     monkeypatch.setitem(sys.modules, "datasets", stand_in)

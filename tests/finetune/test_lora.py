@@ -480,6 +480,12 @@ def test_a_logger_that_is_not_installed(overwrite: bool, base: Path, data: Path,
     assert finetune_runs.files(tmp_path) == before
 
 
+def test_a_wrong_optimizer_is_told_before_the_model_is_read(base: Path, data: Path, tmp_path: Path) -> None:
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, optimizer="AdanW")
+    assert_one_line(run, 1, "do you mean AdamW?")
+    assert "parameters" not in run.err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", quick(["finetune", "finetune_lora"], "finetune"))
 def test_alpaca_is_the_default(command: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in LitGPT; a line says so before it is downloaded."""
