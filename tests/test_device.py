@@ -54,6 +54,13 @@ def test_the_default_is_bf16_where_the_processor_multiplies_it(
     assert default_precision(CPU) == expected
 
 
+@pytest.mark.parametrize(("able", "expected"), [(True, "bf16-true"), (False, "32-true")])
+def test_torch_2_10_has_no_table_of_what_the_processor_does(able: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    assert default_precision(CPU) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_numbers_that_are_not_finite_are_found_wherever_they_are(dtype: torch.dtype) -> None:
     values = torch.randn(7, 33).to(dtype)
