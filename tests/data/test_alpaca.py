@@ -59,7 +59,7 @@ def test_another_address(hub: Hub, tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow(filled: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="needs pyarrow: pip install"):
+    with pytest.raises(UserError, match=r'not installed \(pyarrow\): pip install "litgpt\[data\]"'):
         Alpaca2k(download_dir=tmp_path / "new").prepare_data()
     assert not (tmp_path / "new" / Alpaca2k.file_name).exists()
 

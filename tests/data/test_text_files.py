@@ -161,5 +161,5 @@ def test_open_web_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, val = split(OpenWebText(data_path=tmp_path), 7)
     assert len(val) == 1 and train[0] == "\1page 0\1"
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="needs datasets: pip install"):
+    with pytest.raises(UserError, match=r'not installed \(datasets\): pip install "litgpt\[data\]"'):
         split(OpenWebText(data_path=tmp_path), 7)
