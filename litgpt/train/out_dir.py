@@ -136,7 +136,7 @@ class OutDir:
                 return folder
         why = f"; incomplete: {', '.join(skipped)}" if skipped else ""
         if self.resume is True:
-            raise UserError(f"resume: out_dir {self.path} holds no checkpoint to resume{why}. Leave --resume out to start anew")
+            raise UserError(f"resume: out_dir {self.path} holds no checkpoint to resume{why}. To start anew, give --overwrite true instead")
         if skipped or (self.path / "final").exists():
             ways = "give another --out_dir, or --overwrite true instead to replace it"
             raise UserError(f"resume: out_dir {self.path} holds a run, but no checkpoint to resume{why}: {ways}")

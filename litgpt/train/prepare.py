@@ -101,7 +101,8 @@ class Job:
     def say_what_is_trained(self) -> None:
         rank = self.rank
         share = f", {rank.size} processes, each with a {'part' if rank.sharded else 'copy'} of the model" if rank.size > 1 else ""
-        self.console.say(f"{self.model.config.name}, {self.precision} on {rank.device}{share}")
+        form = ", ".join(filter(None, (self.precision, self.method.quantize)))
+        self.console.say(f"{self.model.config.name}, {form} on {rank.device}{share}")
         for line in describe(self.model, self.method.warmup):
             self.console.detail(line)
 

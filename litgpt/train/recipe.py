@@ -385,7 +385,9 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
         Chosen("eval.interval", max(1, steps // VALIDATIONS), f"{VALIDATIONS} times a run"),
     ]
     if not look.is_sweep:
-        rows.append(Chosen("eval.max_new_tokens", 24 if look.is_facts else 64, "to see what it answers"))
+        rows.append(
+            Chosen("eval.max_new_tokens", 24 if look.is_facts and look.answer_length <= 24 * TOKEN else 64, "to see what it answers")
+        )
     if train.get("lr_warmup_steps") is None and (epochs or train.get("max_steps") or train.get("max_tokens")):
         rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
     if not (look.compares or look.is_text):

@@ -90,5 +90,5 @@ def test_rehearsal_and_quantised(command: str, base: Path, data: Path, tmp_path:
     run = finetune(command, base, data, tmp_path / "dry", dry_run=True)
     assert run.code == 0 and not run.out_dir.exists(), run.err
     run = finetune(command, base, data, tmp_path / "out", quantize="int8", max_steps=2)
-    assert run.code == 0, run.err
+    assert run.code == 0 and ", 32-true, int8 on cpu\n" in run.err, run.err
     assert main(["evaluate", str(run.final), "--quantize", "int8", "--max_new_tokens", "0"]) == 0

@@ -130,7 +130,8 @@ def test_long_answers_and_conversations_are_a_style(base: Path, tmp_path: Path, 
         assert given["data"].val_split_fraction == recipe.HELD_OUT and given["train"].epochs == 2
         assert "a style to learn (for facts to repeat give --data.val_split_fraction 0)" in capsys.readouterr().err
     repeated = [{"instruction": f"{i}", "output": f"{i % 4} " + "word " * 80} for i in range(60)]
-    assert chosen(tmp_path, base, repeated)["alora_enabled"]
+    given = chosen(tmp_path, base, repeated)
+    assert given["alora_enabled"] and given["eval"].max_new_tokens > chosen(tmp_path, base, records(60, 4))["eval"].max_new_tokens
 
 
 def test_facts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -394,7 +394,10 @@ def test_auto_starts_anew_where_nothing_is(whole: Callable[[str], Run], base: Pa
     """Also on the logs of a run that was killed before its first checkpoint."""
     out_dir = tmp_path / "out"
     refused = finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume=True)
-    assert refused.code == 1 and f"resume: out_dir {out_dir} holds no checkpoint to resume. Leave --resume out" in refused.err
+    assert (
+        refused.code == 1
+        and f"resume: out_dir {out_dir} holds no checkpoint to resume. To start anew, give --overwrite true" in refused.err
+    )
     assert not out_dir.exists()
     for folder in ("logs/version_0", "best"):
         shutil.copytree(whole("LoRA").out_dir / folder, out_dir / folder)
