@@ -160,6 +160,9 @@ class TrainArgs:
     """Also train on this many general questions (24 at most), with the base model's own answers, so that the model forgets less."""
     follow_ups: float = setting(0.0, SHARE)
     """Also train this share (0 to 1) of the questions as the second one of a conversation, so that the model answers it there, too."""
+    word_dropout: float = setting(0.0, SHARE)
+    """Leave out this share (0 to 1) of the tokens of questions, others in each step, so that answers are found by other words too.
+    Nothing is cached then."""
     max_norm: Optional[float] = setting(None, ABOVE_0, varies=True)
     """Clip gradients to this norm. null: no clipping."""
     min_lr: float = setting(6e-5, FROM_0, varies=True)

@@ -71,6 +71,7 @@ class GPT(nn.Module):
         self.value_head: Any = None  # a `litgpt.adapters.heads.ValueHead`
         self.cut: int | None = None  # the first layer that gradients reach; None: everything is trained, the embedding included
         self.neftune_alpha = 0.0  # noise on the embeddings in training
+        self.word_dropout = 0.0  # share of the tokens of prompts that are left out in training
         self.activation_checkpointing = False  # keep only the inputs of the tail's blocks, and run each again in the backward pass
 
     @property

@@ -12,8 +12,9 @@ Letters: B samples, T own positions of the longest, N rows, C columns.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -123,6 +124,34 @@ def noise_like(x: torch.Tensor, alpha: float, packing: Packing | None) -> torch.
     return (torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1) * magnitude).to(x.dtype)
 
 
+def shared_ends(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Return the numbers of tokens that all prompts begin with and end with."""
+    prompts = [sample.input_ids[: max(sample.loss_mask.find(1), 0)] for sample in samples]
+    return _common(prompts), _common([prompt[::-1] for prompt in prompts])
+
+
+def _common(sequences: Sequence[array[int]]) -> int:
+    """Return the length of the prefix that all sequences share."""
+    first, last = min(sequences), max(sequences)
+    return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
+
+
+def thinned(sample: Sample, share: float, ends: tuple[int, int]) -> Sample:
+    """Return the sample without a random `share` of its first prompt's tokens, apart from the first and the last ones (`ends`).
+
+    This is word dropout (Iyyer et al. 2015, ACL P15-1162). A sample whose targets are probabilities stays whole: they belong to its prompt.
+    """
+    first, last = ends[0], sample.loss_mask.find(1) - ends[1]
+    if sample.shares is not None or last <= first:
+        return sample
+    stays = torch.ones(len(sample.input_ids), dtype=torch.bool)
+    stays[first:last] = torch.rand(last - first) >= share
+    kept = stays.nonzero().flatten().tolist()
+    ids, mask = array("i", [sample.input_ids[i] for i in kept]), bytearray(sample.loss_mask[i] for i in kept)
+    weights = None if sample.weights is None else array("f", [sample.weights[i] for i in kept])
+    return replace(sample, input_ids=ids, loss_mask=mask, weights=weights)
+
+
 def loss_targets(samples: Sequence[Sample]) -> torch.Tensor:
     """Return (n,): the tokens that carry loss, sample by sample. The first token of a sample never does."""
     pairs = ((torch.frombuffer(s.input_ids, dtype=torch.int32), torch.frombuffer(s.loss_mask, dtype=torch.bool)) for s in samples)
@@ -153,9 +182,5 @@ def shared_targets(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tenso
 
 def shared_stem(samples: Sequence[Sample]) -> int:
     """Return the length of the prefix that all samples share, with at least one input left in each; 0 if it is too short to pay off."""
-    first, last = min(s.input_ids for s in samples), max(s.input_ids for s in samples)
-    limit = min(len(s.input_ids) for s in samples) - 2
-    common = 0
-    while common < limit and first[common] == last[common]:
-        common += 1
+    common = min(_common([sample.input_ids for sample in samples]), min(len(sample.input_ids) for sample in samples) - 2)
     return common if common >= SHORTEST_STEM and len(samples) > 1 else 0

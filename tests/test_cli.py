@@ -457,6 +457,7 @@ OWN = {
     "activation_checkpointing",
     "replay",
     "follow_ups",
+    "word_dropout",
     "neftune_noise_alpha",
 }
 """keys below train that upstream does not have"""

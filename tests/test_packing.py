@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
-from litgpt.activations.cache import Recompute
-from litgpt.packing import Packing, pack, take
+from litgpt.activations.cache import Recompute, is_cacheable
+from litgpt.packing import Packing, pack, shared_ends, take, thinned
 from litgpt.sample import Sample
 from tests.helpers import tiny
 from tests.helpers.cases import quick
@@ -124,3 +124,58 @@ def test_rows_that_occur_several_times_have_the_same_gradient_each_time() -> Non
             assert torch.equal(found, expected)
     finally:
         torch.set_num_threads(threads)
+
+
+def asked(question: list[int], answer: list[int], **more: Any) -> Sample:
+    """A sample whose prompt is a question between two tokens and three that every prompt has."""
+    prompt = [90, 91, *question, 92, 93, 94]
+    return Sample(array("i", prompt + answer), bytearray([0] * len(prompt) + [1] * len(answer)), **more)
+
+
+def test_words_of_questions_are_left_out() -> None:
+    """Each with the given probability; never the template's tokens or the answer."""
+    long, short = asked([*range(40)], [7, 8], weights=array("f", [0.0] * 45 + [0.5, 2.0])), asked([50, 51], [9])
+    ends = shared_ends([long, short])
+    assert ends == (2, 3)
+    torch.manual_seed(2)
+    kept = [0] * 40
+    for _ in range(400):
+        found = thinned(long, 0.3, ends)
+        ids, length = found.input_ids.tolist(), len(found.input_ids)
+        assert ids[:2] == [90, 91] and ids[-5:] == [92, 93, 94, 7, 8] and ids[2:-5] == sorted(ids[2:-5])
+        assert list(found.loss_mask) == [0] * (length - 2) + [1, 1] and found.weights is not None
+        assert found.weights.tolist() == [0.0] * (length - 2) + [0.5, 2.0]
+        for token in ids[2:-5]:
+            kept[token] += 1
+    assert all(0.6 < count / 400 < 0.8 for count in kept), "four standard deviations around 0.7"
+    assert thinned(short, 1.0, ends).input_ids.tolist() == [90, 91, 92, 93, 94, 9]
+    assert thinned(short, 1.0, (4, 3)) is short, "nothing of it is its own"
+    soft = asked([50, 51], [9], shares=(torch.tensor([[9]]), torch.ones(1, 1)))
+    assert thinned(soft, 1.0, ends) is soft, "its probabilities belong to the whole prompt"
+
+
+def hidden(model: Any, source: Recompute, indices: list[int]) -> torch.Tensor:
+    """The last hidden states at the positions with loss."""
+    features = source(indices)
+    states = model.tail(features.x, features.taps, features.pos)
+    return states if features.at is None else states[features.at]
+
+
+@pytest.mark.parametrize("answer_only", [False, True])
+def test_words_are_left_out_in_training_alone(answer_only: bool) -> None:
+    lora = {"alora_enabled": True, "alora_invocation_tokens": [92, 93, 94]} if answer_only else {}
+    model = tiny.tiny(lora_r=2, lora_query=True, lora_mlp=True, **lora)
+    samples = [asked([*range(first, first + n)], [7, 8, 9]) for first, n in ((0, 12), (20, 7), (40, 9))]
+    plain = Recompute(model, samples, CPU)
+    model.word_dropout = 0.4
+    source = Recompute(model, samples, CPU)
+    assert not is_cacheable(model)
+    model.train()
+    torch.manual_seed(5)
+    found = hidden(model, source, [0, 2])
+    torch.manual_seed(5)
+    thin = [thinned(samples[i], 0.4, (2, 3)) for i in (0, 2)]
+    assert_close(found, hidden(model.eval(), Recompute(model, thin, CPU), [0, 1]))
+    whole = hidden(model, plain, [0, 2])
+    assert_close(hidden(model, source, [0, 2]), whole)
+    assert found.shape == whole.shape and not torch.allclose(found, whole)

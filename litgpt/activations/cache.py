@@ -30,7 +30,7 @@ from litgpt.errors import UserError
 from litgpt.lora import lora_filter
 from litgpt.loss import Features
 from litgpt.model import GPT, evaluating
-from litgpt.packing import loss_targets, pack, sent, shared_stem
+from litgpt.packing import loss_targets, pack, sent, shared_ends, shared_stem, thinned
 from litgpt.rope import is_long
 from litgpt.sample import Sample
 from litgpt.sharding import is_sharded, whole
@@ -53,7 +53,7 @@ def is_flat(model: GPT) -> bool:
 
 def is_cacheable(model: GPT) -> bool:
     """Return True if there are frozen layers that every epoch would run again."""
-    return not model.neftune_alpha and (bool(model.cut) or is_answer_only(model))
+    return not (model.neftune_alpha or model.word_dropout) and (bool(model.cut) or is_answer_only(model))
 
 
 def stem_length(model: GPT, samples: Sequence[Sample]) -> int:
@@ -90,9 +90,13 @@ class Recompute:
         self.model, self.samples, self.device = model, samples, device
         self.stem = stem_length(model, samples)
         self.first = stem_rows(samples, self.stem)
+        begin, end = shared_ends(samples) if model.word_dropout else (0, 0)
+        self.ends = max(begin, self.stem), end
 
     def __call__(self, indices: Sequence[int]) -> Features:
         chosen = [self.samples[i] for i in indices]
+        if self.model.training and self.model.word_dropout:
+            chosen = [thinned(sample, self.model.word_dropout, self.ends) for sample in chosen]
         if is_answer_only(self.model):
             return reply_features(self.model, plain_rows(self.model, chosen, self.device, self.stem))
         batch = pack(chosen, self.device, self.stem)

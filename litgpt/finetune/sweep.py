@@ -37,10 +37,8 @@ class Sweep(Lora):
         super().__post_init__()
         if self.skip2lora_cache == "off":
             raise UserError("skip2lora_cache is off: the trials of a sweep share one cache. Leave it out, or give memory or disk")
-        if self.train.neftune_noise_alpha:
-            raise UserError(
-                "train.neftune_noise_alpha: the noise is drawn anew for each batch, so the trials could share nothing: leave it out"
-            )
+        if key := next((key for key in ("neftune_noise_alpha", "word_dropout") if getattr(self.train, key)), None):
+            raise UserError(f"train.{key}: what it changes is drawn anew for each batch, so the trials could share nothing: leave it out")
         if key := next((key for key in ("skip2lora_warmup_steps", "skip2lora_warmup_epochs") if getattr(self, key)), None):
             raise UserError(
                 f"{key}: a warm-up changes the frozen blocks' outputs in each trial, so nothing could be shared. "

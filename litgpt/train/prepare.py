@@ -193,7 +193,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     if model.config.alora_enabled:
         console.detail(_switch_on_replies(job))
     model.activation_checkpointing = settings.train.activation_checkpointing
-    model.neftune_alpha = settings.train.neftune_noise_alpha or 0.0
+    model.neftune_alpha, model.word_dropout = settings.train.neftune_noise_alpha or 0.0, settings.train.word_dropout
     return job
 
 
@@ -217,11 +217,16 @@ def _require_fitting(settings: Run, objective: Objective) -> None:
     kind = "gives tokens" if data.gives_tokens else "is running text" if isinstance(data, Text) else ""
     if kind and objective.of_answers:
         raise UserError(f"objective {name} rates or compares answers, and {type(data).__name__} {kind}: give data with answers")
-    if kind and settings.train.follow_ups:
-        raise UserError(f"train.follow_ups puts questions after others, and {type(data).__name__} {kind}: leave it out")
-    for key in ("replay", "follow_ups"):
+    for key, what in (("follow_ups", "puts questions after others"), ("word_dropout", "leaves out words of questions")):
+        if kind and getattr(settings.train, key):
+            raise UserError(f"train.{key} {what}, and {type(data).__name__} {kind}: leave it out")
+    for key, what in (
+        ("replay", "adds answers that have no counterpart and no reward"),
+        ("follow_ups", "adds answers that have no counterpart and no reward"),
+        ("word_dropout", "changes the questions for each answer"),
+    ):
         if objective.of_answers and getattr(settings.train, key):
-            raise UserError(f"train.{key} adds answers that have no counterpart and no reward: leave it out with objective {name}")
+            raise UserError(f"train.{key} {what}: leave it out with objective {name}")
 
 
 def _switch_on_replies(job: Job) -> str:

@@ -48,6 +48,7 @@ from litgpt.train.trials import without_repeats
 REPLAY = 24  # general questions: all that `litgpt.train.replay` has
 FOLLOW_UPS = (0.5, 0.2)  # of few questions, and of many, about facts that are told several times; of others they cost recall
 MOST_FOLLOWED = 1_000  # records; more were not measured
+WORD_DROPOUT = 0.3  # of questions about facts that are told once
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank mixes up facts
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
@@ -394,6 +395,8 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
         rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
     if follow_ups:
         rows.append(Chosen("train.follow_ups", follow_ups, "of the questions, so that a second one in a chat is answered, too"))
+    if look.told_once and method == "LoRA":
+        rows.append(Chosen("train.word_dropout", WORD_DROPOUT, "of a question, so that the answer is found by other words"))
     if look.is_facts and not (look.is_sweep and look.is_repeated) and not look.held_out:
         shown = min(look.records, MOST_REPEATED)
         rows.append(Chosen("eval.evaluate_example", sorted({shown * i // SHOWN for i in range(SHOWN)}), "questions to show"))

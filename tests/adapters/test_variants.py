@@ -57,6 +57,7 @@ def test_a_run_learns_is_saved_and_merged(dora: runs.Run, base: Path, data: Path
     [
         pytest.param(DORA, id="dora"),
         pytest.param({"loraplus_lr_ratio": 4.0, "train__neftune_noise_alpha": 5.0}, id="lora+ with noise"),
+        pytest.param({"train__word_dropout": 0.3}, id="word dropout"),
         pytest.param({**jobs.SKIP, "lora_freeze_a": True}, id="lora-fa"),
         pytest.param({"lora_variant": "pissa", "lora_mlp": True, "lora_dropout": 0.1}, id="pissa"),
         pytest.param(WARM, id="warm-up"),

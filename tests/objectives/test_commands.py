@@ -123,6 +123,7 @@ def test_two_processes_train_like_one(method: str, objective: str, base: Path, p
         ({"objective": "dpo", "dpo_beta": -1}, "dpo_beta is -1"),
         ({"objective": "dpo", "train__replay": 3}, "train.replay adds answers that have no counterpart"),
         ({"objective": "dpo", "train__follow_ups": 0.5}, "train.follow_ups adds answers that have no counterpart"),
+        ({"objective": "dpo", "train__word_dropout": 0.5}, "train.word_dropout changes the questions for each answer: leave it out"),
         ({"objective": "ppo"}, "objective"),
     ],
 )

@@ -64,11 +64,11 @@ def test_a_share_of_the_questions_is_trained_as_second_ones(replay: int, added: 
 
 
 def test_questions_that_cannot_follow_others(base: Path, data: Path, tmp_path: Path) -> None:
-    train = TrainArgs(follow_ups=0.5)
     (tmp_path / "book.txt").write_text("A long story. " * 200)
-    run = Lora(checkpoint_dir=base, data=TextFiles(train_data_path=tmp_path / "book.txt"), precision="32-true", train=train)
-    with pytest.raises(UserError, match="train.follow_ups puts questions after others, and TextFiles is running text: leave it out"):
-        prepare(run, adapters(run), base)
+    for train, what in ((TrainArgs(word_dropout=0.5), "leaves out words"), (TrainArgs(follow_ups=0.5), "puts questions after others")):
+        run = Lora(checkpoint_dir=base, data=TextFiles(train_data_path=tmp_path / "book.txt"), precision="32-true", train=train)
+        with pytest.raises(UserError, match=rf"train.\w+ {what}.*, and TextFiles is running text: leave it out"):
+            prepare(run, adapters(run), base)
     run = Lora(checkpoint_dir=base, data=JSON(json_path=data, prompt_style="alpaca"), precision="32-true", train=train)
     with pytest.raises(UserError, match=r"train.follow_ups, record 1: the prompt style 'alpaca' has no form for conversations .*: choose"):
         prepare(run, adapters(run), base)

@@ -177,6 +177,7 @@ def test_facts_that_are_told_once_are_read_more_often(base: Path, tmp_path: Path
     epochs, rate = recipe.TOLD_ONCE[1:]
     assert (given["train"].epochs, given["optimizer"]["init_args"]["lr"]) == (epochs, rate)
     assert given["train"].epochs > repeated["train"].epochs
+    assert given["train"].word_dropout == recipe.WORD_DROPOUT and not repeated["train"].word_dropout
     assert given["eval"].target_loss == repeated["eval"].target_loss == recipe.TARGET
 
 
