@@ -1,6 +1,7 @@
 """`litgpt convert_from_litgpt`: convert a checkpoint folder into one that transformers loads."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # keys of config.json that no longer hold, or name files that are not copied
 NOT_KEPT = ("torch_dtype", "_name_or_path", "auto_map", "quantization_config")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @checked
@@ -38,6 +40,7 @@ def convert_from_litgpt(
         dtype: The number format of the weights. Default: each weight's own.
         max_shard_size: The largest weight file, such as 500MB or 5GB. A larger model is written as several files and their index.
     """
+    largest = parse_size(max_shard_size)
     import torch
 
     from litgpt.convert.card import write_card
@@ -50,10 +53,18 @@ def convert_from_litgpt(
         checkpoint.copy_tokenizer_files(source, folder)
         _complete_tokenizer(source, folder, settings)
         atomic.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-        write_sharded(tensors, folder, max_shard_size)
+        write_sharded(tensors, folder, largest)
         write_card(folder, source, "model", target.name)
     size = sum(pending.nbytes for pending in tensors.values())
     print(f"Converted {source} to {target} ({settings['model_type']}, {size / 1e9:.2f} GB).")
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 5GB, 500MB or 2000000. Raises UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(text), re.IGNORECASE)
+    if match is None or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
+        raise UserError(f"max_shard_size is {text!r}: a size such as 5GB or 500MB is needed")
+    return size
 
 
 def model_to_hf(source: Path, dtype: "Optional[torch.dtype]" = None) -> "tuple[dict[str, Any], dict[str, Pending]]":

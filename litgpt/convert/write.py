@@ -120,15 +120,13 @@ def write_safetensors(tensors: Mapping[str, Pending], path: Path) -> None:
             del tensor  # before the next one is loaded
 
 
-def write_sharded(tensors: Mapping[str, Pending], folder: Path, largest: int | str) -> None:
-    """Write model.safetensors, or parts of at most `largest` bytes ("5GB") and their index, as transformers names them."""
-    from huggingface_hub import split_state_dict_into_shards_factory as split_into_shards
+def write_sharded(tensors: Mapping[str, Pending], folder: Path, largest: int) -> None:
+    """Write model.safetensors, or parts of at most `largest` bytes and their index, as transformers names them."""
+    from huggingface_hub import split_state_dict_into_shards_factory
 
-    names = "model{suffix}.safetensors"
-    try:
-        split = split_into_shards(dict(tensors), get_storage_size=lambda one: one.nbytes, filename_pattern=names, max_shard_size=largest)
-    except (ValueError, OverflowError):
-        raise UserError(f"max_shard_size is {largest!r}: a size such as 5GB or 500MB is needed") from None
+    split = split_state_dict_into_shards_factory(
+        dict(tensors), get_storage_size=lambda pending: pending.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=largest
+    )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
