@@ -107,8 +107,10 @@ def default_precision(device: torch.device) -> str:
     elif device.type == "mps":
         native = torch.backends.mps.is_macos_or_newer(14, 0)
     else:
-        older = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}  # torch 2.10 knows no more
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else older
+        if hasattr(torch.cpu, "get_capabilities"):
+            capabilities = torch.cpu.get_capabilities()
+        else:  # torch 2.10
+            capabilities = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
         native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16-true" if native else "16-true" if device.type in ("xpu", "mps") else "32-true"
 

@@ -244,8 +244,10 @@ def _explained(api: "HfApi", repo_id: str, folder: Path, tokenizer_only: bool) -
 
 def missing_files(folder: Path, tokenizer_only: bool) -> list[str]:
     """Return the names of the files that a checkpoint needs and the folder lacks."""
-    needed = ["config.json", "tokenizer.json"]
-    if not tokenizer_only:
-        weights, name = hf_weights(folder), "model.safetensors (or model.safetensors.index.json and the files that it names)"
-        needed += [name] if weights is None else _shards(weights) if weights.suffix == ".json" else []
-    return [name for name in needed if not (folder / name).is_file()]
+    needed, weights = ["config.json", "tokenizer.json"], None if tokenizer_only else hf_weights(folder)
+    if weights is not None and weights.name.endswith(".index.json"):
+        needed += _shards(weights)
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if weights is None and not tokenizer_only:
+        missing.append("model.safetensors (or model.safetensors.index.json and the files that it names)")
+    return missing

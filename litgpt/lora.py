@@ -200,9 +200,9 @@ class GPT(base_model.GPT):
         self.value_head = ValueHead(config.n_embd, config.value_head) if config.value_head else None
         self.mtp_heads = nn.ModuleList(MultiTokenHead(config.n_embd, config.mtp_taps) for _ in range(config.mtp_heads))
         d, eps = config.n_embd, config.norm_eps if config.skip2lora_norm == "rms" else None
-        settings: Any = config.skip2lora_r, config.skip2lora_alpha, config.skip2lora_dropout, eps  # `__post_init__` sets what is None
+        how: dict[str, Any] = {"r": config.skip2lora_r, "lora_alpha": config.skip2lora_alpha, "lora_dropout": config.skip2lora_dropout}
         for index in config.taps:
-            self.blocks[index].skip2lora = Skip2LoRA(d, d, *settings) if config.skip2lora_enabled else Tap()
+            self.blocks[index].skip2lora = Skip2LoRA(d, d, **how, norm_eps=eps) if config.skip2lora_enabled else Tap()
 
     def sharing(self, config: Config) -> GPT:
         """Return a model with the adapters of `config` instead of these. It shares all other weights with this one."""

@@ -241,7 +241,9 @@ class CycleIterator:
     def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = iter(self.iterable)
-        for item in self._iterator:
-            return item
-        self._iterator, self.epoch = iter(self.iterable), self.epoch + 1
-        return next(self._iterator)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self._iterator = iter(self.iterable)
+            self.epoch += 1
+            return next(self._iterator)

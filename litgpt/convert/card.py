@@ -4,7 +4,7 @@ import math
 import re
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from litgpt import __version__, args, atomic, data as data_modules, files
 from litgpt.checkpoint import read_hyperparameters
@@ -19,9 +19,18 @@ from litgpt.text import markdown_table
 
 Kind = Literal["lora", "skip2lora", "model"]
 
-# title, library, tags, and how to load it
-WORDS: dict[Kind, tuple[str, str, list[str], str]] = {
-    "lora": (
+
+class Words(NamedTuple):
+    """The parts of a card that differ between kinds of export."""
+
+    title: str
+    library: str
+    tags: list[str]
+    loading: str
+
+
+WORDS: dict[Kind, Words] = {
+    "lora": Words(
         "a LoRA adapter in PEFT's format",
         "peft",
         ["litgpt", "lora"],
@@ -32,7 +41,7 @@ base = "{base}"
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "{folder}")""",
     ),
-    "skip2lora": (
+    "skip2lora": Words(
         "a Skip2-LoRA adapter",
         "litgpt",
         ["litgpt", "lora", "skip2-lora"],
@@ -44,7 +53,7 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base)
 adapter = load_skip2lora(model, "{folder}")  # model.generate(...) uses it now; adapter.remove() takes it off""",
     ),
-    "model": (
+    "model": Words(
         "a causal language model",
         "transformers",
         ["litgpt"],
@@ -66,17 +75,17 @@ def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) 
     """
     if (folder / "README.md").exists():
         return
-    settings, (title, library, tags, loading) = read_hyperparameters(source), WORDS[kind]
+    settings, words = read_hyperparameters(source), WORDS[kind]
     trained, start = settings.get("train") is not None, _start(settings)
     base, dataset = base_name(source, settings), _data_class(settings.get("data") or {})
     front: dict[str, Any] = {"base_model": base} if (trained and start) or kind != "model" else {}
     front |= {key: value for key, value in _base_card(settings).items() if key in ("license", "language")}
-    front |= {"library_name": library, "pipeline_tag": "text-generation"}
+    front |= {"library_name": words.library, "pipeline_tag": "text-generation"}
     if trained and (hub_name := getattr(dataset, "repo_id", None)):
         front["datasets"] = [hub_name]
-    front["tags"] = tags
+    front["tags"] = words.tags
     origin = "tuned from " if trained and start else "trained from scratch in the shape of " if trained else ""
-    title += f" for {base}" if kind != "model" else f", {origin}{base}"
+    title = f"{words.title} for {base}" if kind != "model" else f"{words.title}, {origin}{base}"
     blocks = [f"# {title[0].upper()}{title[1:]}"]
     if trained:
         blocks += ["## Data", _describe_data(settings.get("data") or {})]
@@ -84,7 +93,7 @@ def write_card(folder: Path, source: Path, kind: Kind, name: str | None = None) 
         if losses := _losses(source):
             blocks += ["## Result", losses]
         blocks += ["## Command", f"With litgpt {__version__}:", f"```sh\n{command(settings)}\n```"]
-    blocks += ["## Use", f"```python\n{loading.format(base=base, folder=name or folder.name)}\n```"]
+    blocks += ["## Use", f"```python\n{words.loading.format(base=base, folder=name or folder.name)}\n```"]
     if has_prompt_style(source) and kind != "model":
         blocks.append("The prompts had the form that prompt_style.yaml names.")
     atomic.write_text(folder / "README.md", f"---\n{files.dump_yaml(front)}---\n\n" + "\n\n".join(blocks) + "\n")

@@ -30,8 +30,9 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Optional[Path] =
     """
     folder = adapter_folder(checkpoint_dir)
     if not os.path.lexists(folder / checkpoint.ADAPTER_WEIGHTS):
-        hint = checkpoint.adapter_hint(folder) or ". Name a folder that `litgpt finetune` wrote"
-        raise UserError(f"{folder} holds no adapter: {checkpoint.ADAPTER_WEIGHTS} is missing{hint}")
+        if hint := checkpoint.adapter_hint(folder):
+            raise UserError(f"{folder} holds no {checkpoint.ADAPTER_WEIGHTS}{hint}")
+        raise UserError(f"{folder} holds no adapter: {checkpoint.ADAPTER_WEIGHTS} is missing. Name a folder that `litgpt finetune` wrote")
     if (target := folder / checkpoint.WEIGHTS).exists():
         manifest = atomic.read_manifest(folder)  # LitGPT's folders have none
         is_whole = manifest is not None and checkpoint.WEIGHTS in manifest and not atomic.damages(folder, [checkpoint.WEIGHTS])

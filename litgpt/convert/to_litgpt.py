@@ -62,4 +62,8 @@ def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> Non
         checkpoint_dir: Folder of the step, with lit_model.pth.
         output_dir: Folder to make.
     """
-    convert_to_litgpt(locate(checkpoint_dir), output_dir)
+    folder = locate(checkpoint_dir)
+    if not (folder / WEIGHTS).is_file():
+        hint = adapter_hint(folder) or ": name a step's folder of a training run"
+        raise UserError(f"{folder} holds no {WEIGHTS}{hint}")
+    convert_to_litgpt(folder / WEIGHTS, output_dir)

@@ -104,7 +104,8 @@ class Answering:
             seed = None if given.seed is None else (given.seed + index) % (LAST_SEED + 1)
             deadline = time.monotonic() + self.state.timeout
             new, send = max_new_tokens or min(DEFAULT_TOKENS, room), partial(self._send, index)
-            self.jobs.append(Job(self.model, ids, new, sampling, send, seed, given.stops, top, is_chat, deadline))
+            how: dict[str, Any] = {"seed": seed, "stops": given.stops, "top_logprobs": top, "is_chat": is_chat, "deadline": deadline}
+            self.jobs.append(Job(self.model, ids, new, sampling, send, **how))
 
     def _send(self, index: int, piece: Piece) -> None:
         with suppress(RuntimeError):  # the server has ended

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Job:
     max_new_tokens: int
     sampling: Sampling
     send: Callable[[Piece], None]
+    _: KW_ONLY
     seed: int | None = None
     stops: Iterable[str] = ()
     top_logprobs: int | None = None

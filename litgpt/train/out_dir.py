@@ -68,8 +68,8 @@ class OutDir:
         results, foreign = earlier(path)
         if misplaced := foreign if self.overwrite else _misplaced_logs(path):
             self._refuse(misplaced)
-        begun = all(result.is_relative_to(path / LOGS) for result in results)  # a run that ended before its first checkpoint
-        if (foreign or not begun) and refuse_earlier and self.resume is False and not self.overwrite:
+        only_logs = all(result.is_relative_to(path / LOGS) for result in results)  # of a run that ended before its first checkpoint
+        if (foreign or not only_logs) and refuse_earlier and self.resume is False and not self.overwrite:
             names = ", ".join(dict.fromkeys(result.relative_to(path).parts[0] for result in sorted(results + foreign)))
             ways = "give another --out_dir, --resume true to continue it, or --overwrite true to replace it"
             raise UserError(f"out_dir {path} holds an earlier run ({names}): {ways}")

@@ -111,7 +111,9 @@ LORA_KEYS = {  # settings that ask for LoRA, or go with nothing else
     *LAYER_FLAGS,
 }
 FEW_WAYS_TOLD = {"lora_r": (64, "facts are told in few ways"), "lora_alpha": (64, "the rank")}  # instead of those of answer-only LoRA
-CONTINUES = "Running text teaches to continue such texts. For a model that answers questions about them, write questions and answers."
+CONTINUES = (
+    "Running text teaches a model to continue such texts. For a model that answers questions about them, write questions and answers."
+)
 NARROW = 16  # columns of a terminal that are left for reasons, below which they are not wrapped
 TARGET = 0.005  # loss per token of an answer that is repeated word for word
 SCHEDULES = {  # (method, is_facts) -> epochs of few records and of many, learning rate
@@ -260,9 +262,8 @@ def advice(data: DataModule, look: Look, base: Path | None) -> str:
     """Return what the data are taken as, and the settings that would be chosen for them, and for the checkpoint if it is known."""
     given: dict[str, Any] = {"data": {"init_args": {} if data.mask_prompt else {"mask_prompt": False}}}
     base = None if base is None else open_checkpoint(base)
-    return (
-        f"{look}\n{_table([choice for choice in choices(look, data, given, base) if _put(given, choice.key, choice.value)])}{_hint(look)}"
-    )
+    chosen = [choice for choice in choices(look, data, given, base) if _put(given, choice.key, choice.value)]
+    return f"{look}\n{_table(chosen)}{_hint(look)}"
 
 
 def _hint(look: Look) -> str:
@@ -294,9 +295,10 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
         marks_replies = given["data"].get("init_args", {}).get("mask_prompt", True) and bool(reply_header(style).strip())
     name = name_of(Path(data.source)).lstrip(".") or "data"
     rows = [Chosen("out_dir", Path("out/sweep" if look.is_sweep else "out/finetune") / name, "named after the data")]
-    if look.compares:
-        what = ("kto", "labels mark good and bad answers") if look.is_labelled else ("dpo", "the records compare answers")
-        rows.append(Chosen("objective", *what))
+    if look.is_labelled:
+        rows.append(Chosen("objective", "kto", "labels mark good and bad answers"))
+    elif look.compares:
+        rows.append(Chosen("objective", "dpo", "the records compare answers"))
     elif look.is_pair:
         rows.append(Chosen("data.mask_prompt", True, "the answers are learned, not the questions"))
     if look.is_facts and look.is_sweep and look.is_repeated:
@@ -386,9 +388,8 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
         Chosen("eval.interval", max(1, steps // VALIDATIONS), f"{VALIDATIONS} times a run"),
     ]
     if not look.is_sweep:
-        rows.append(
-            Chosen("eval.max_new_tokens", 24 if look.is_facts and look.answer_length <= 24 * TOKEN else 64, "to see what it answers")
-        )
+        is_short = look.is_facts and look.answer_length <= 24 * TOKEN
+        rows.append(Chosen("eval.max_new_tokens", 24 if is_short else 64, "to see what it answers"))
     if train.get("lr_warmup_steps") is None and (epochs or train.get("max_steps") or train.get("max_tokens")):
         rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
     if not (look.compares or look.is_text):

@@ -101,9 +101,9 @@ def rehearsed(job: Job, train: TrainArgs) -> Loop:
 
 
 def _time(loop: Loop, batches: list[Batch] | None = None) -> tuple[float, list[Batch]]:
-    """Return the mean seconds per step, and the batches that were used.
+    """Return the mean seconds per step, and the batches that were measured; by default the first ones, after a micro-batch to warm up.
 
-    A micro-batch goes before them, to warm up. Of a step that would take long only this one is measured.
+    Of a step that would take long, only the micro-batch is measured.
     """
     if batches is None:
         batches = list(islice(loop.batches.epoch(0), MEASURED_STEPS))

@@ -261,8 +261,8 @@ def _prepare(candidates: list[Trial], out_dir: Path, before: dict[str, Any], gro
     """Read data and model once; the model has the taps of all trials. `before`: what sweep.json says, or {}."""
     widest = next((trial for trial in candidates if trial.config.taps), candidates[0])
     taps = _taps(candidates)
-    changes: dict[str, Any] = {"skip2lora_block_indices": taps} if taps else {}
-    settings = replace(widest.settings, out_dir=out_dir, **changes)
+    tapped: dict[str, Any] = {"skip2lora_block_indices": taps} if taps else {}
+    settings = replace(widest.settings, out_dir=out_dir, **tapped)
     rank = alone(settings.precision)
     if group is not None:
         rank = replace(rank, device=group.device)

@@ -56,4 +56,6 @@ def test_a_pretrained_step_in_litgpts_envelope(
     load_model(tmp_path / "new", torch.float32)
     assert main(["convert_pretrained_checkpoint", str(base), str(tmp_path / "new")]) == 1
     assert "exists already" in capsys.readouterr().err
-    assert main(["convert_pretrained_checkpoint", str(tmp_path), str(tmp_path / "x")]) == 1
+    (tmp_path / "empty").mkdir()
+    assert main(["convert_pretrained_checkpoint", str(tmp_path / "empty"), str(tmp_path / "x")]) == 1
+    assert "holds no lit_model.pth: name a step's folder of a training run" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_what_reads_it(trained: tuple[str, Run], base: Path, tmp_path: Path, cap
     assert main(["evaluate", str(run.final), "--data", str(data), "--out_dir", str(tmp_path), "--max_new_tokens", "4"]) == 0
     assert main(["merge_lora", str(run.final)]) == 1
     error = capsys.readouterr().err
-    assert "LLaMA-Adapter, which generate" in error and "which cannot be merged" in error
+    assert "holds no lit_model.pth.lora: it holds a LLaMA-Adapter, which generate" in error and "which cannot be merged" in error
     assert main(["convert_from_litgpt", str(run.final), str(tmp_path / "hf")]) == 1
     assert "LLaMA-Adapter" in capsys.readouterr().err
     assert main([other, str(base), "--adapter_path", str(tmp_path / "none.pth")]) == 1

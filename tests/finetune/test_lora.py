@@ -8,6 +8,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -481,9 +482,11 @@ def test_a_logger_that_is_not_installed(overwrite: bool, base: Path, data: Path,
 
 
 def test_a_wrong_optimizer_is_told_before_the_model_is_read(base: Path, data: Path, tmp_path: Path) -> None:
-    run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, optimizer="AdanW")
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base/tokenizer.json").write_text("{")  # which reading the model would find
+    run = finetune("finetune_lora", tmp_path / "base", data, tmp_path / "out", **SKIP, optimizer="AdanW")
     assert_one_line(run, 1, "do you mean AdamW?")
-    assert "parameters" not in run.err and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", quick(["finetune", "finetune_lora"], "finetune"))
