@@ -146,8 +146,8 @@ def long_data(folder: Path, base: Path, samples: int) -> Path:
 
 
 def watched(words: list[str]) -> dict[str, Any]:
-    """Run `litgpt WORDS` in a separate process. Return the bytes held after loading the model and at the peak, or "error"."""
-    command = [sys.executable, "-m", "litgpt", *words]
+    """Run a training command in a separate process. Return the bytes held after loading the model and at the peak, or "error"."""
+    command = [sys.executable, "-m", "litgpt", *words, "--verbose", "true"]  # which tells when the model is loaded
     said: list[str] = []
     found = {"loaded": 0, "peak": 0, "own": 0}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=child_environment()) as child:

@@ -186,6 +186,7 @@ def command(setting: Setting, study: Study) -> list[str]:
     keys = {
         "out_dir": str(study.folder / setting.name),
         "overwrite": True,
+        "verbose": True,  # for `fills`
         "lora_dropout": 0,
         "precision": study.precision,
         **setting.keys,
