@@ -42,7 +42,11 @@ class OutDir:
 
     def __enter__(self) -> OutDir:
         self.check()
-        self._take()
+        try:
+            self._take()
+        except BaseException:  # a lock that stays would refuse the next run of this process
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -42,6 +42,15 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
         folder.check()
 
 
+def test_a_lock_does_not_outlive_a_failure_to_enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later run of the same process, as in a notebook, is not refused."""
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(atomic, "remove_leftovers", lambda folder: (_ for _ in ()).throw(PermissionError))
+        OutDir(tmp_path, False, False, tmp_path / "base").__enter__()
+    with OutDir(tmp_path, False, False, tmp_path / "base"):
+        pass
+
+
 def test_a_run_is_replaced_and_the_users_files_stay(tmp_path: Path) -> None:
     out_dir = tmp_path / "out"
     fill(out_dir)
