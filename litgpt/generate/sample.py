@@ -64,7 +64,12 @@ class SampleAnswers(Drawing, Files, Checkpoint):
             raise UserError(f"out: {self.out} is the file of questions: name another file for the answers")
         numbered = numbered_rows(self.data)
         rows = [row for _, row in numbered]
-        records = check_rows(numbered if self.check == EXACT else [(place, _with_answer(row)) for place, row in numbered], str(self.data))
+        records = check_rows([(place, _with_answer(row)) for place, row in numbered], str(self.data))
+        if self.check == EXACT:
+            try:
+                records = check_rows(numbered, str(self.data))
+            except UserError as error:
+                raise UserError(f"{error}. {EXACT} needs answers to compare with: without them, name --check FILE.py:FUNCTION") from None
         if texts := [place for place, record in enumerate(records, 1) if record.is_text]:
             raise UserError(f"data: {self.data}, record {texts[0]} is a text without a question: there is nothing to answer")
         if self.sys_prompt is not None:

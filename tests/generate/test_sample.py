@@ -96,7 +96,9 @@ def test_questions_need_no_answers_for_a_check_of_ones_own(base: Path, questions
         questions.write_text("".join(json.dumps(row) + "\n" for row in ({"question": asked, "sum": 5}, greeted, last)))
         assert sampled(base, questions, *words) == with_answers
     assert main(["sample", str(base), "--data", str(questions), "--out", str(questions.with_name("no.jsonl"))]) == 1
-    assert "no key 'answer'; it has 'question', 'sum'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "no key 'answer'; it has 'question', 'sum'" in message
+    assert "without them, name --check FILE.py:FUNCTION" in message
 
 
 def test_the_lines_are_records_with_the_same_questions(base: Path, questions: Path) -> None:
