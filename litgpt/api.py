@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, SupportsIndex
+from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 import torch
 from torch import nn
@@ -170,6 +170,23 @@ class LLM(nn.Module):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | list[Message],
+        sys_prompt: str | None = ...,
+        max_new_tokens: int = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        return_as_token_ids: Literal[False] = ...,
+        stream: Literal[False] = ...,
+        **settings: Any,
+    ) -> str: ...
+
+    @overload
+    def generate(self, prompt: str | list[Message] | list[str] | list[list[Message]], *args: Any, **settings: Any) -> Any: ...
 
     @checked
     def generate(
