@@ -396,7 +396,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
         rows.append(Chosen("train.replay", REPLAY, "general questions, so that less is forgotten"))
     if follow_ups:
         rows.append(Chosen("train.follow_ups", follow_ups, "of the questions, so that a second one in a chat is answered, too"))
-    if look.told_once and method == "LoRA":
+    if look.told_once and method == "LoRA" and not look.is_sweep:
         rows.append(Chosen("train.word_dropout", WORD_DROPOUT, "of a question, so that the answer is found by other words"))
     if look.is_facts and not (look.is_sweep and look.is_repeated) and not look.held_out:
         shown = min(look.records, MOST_REPEATED)
