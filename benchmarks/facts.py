@@ -4,6 +4,7 @@
     codes     a table of part codes: three phrasings
     glossary  invented terms: two phrasings
 
+The sets "codes-once" and so on have the first phrasing of each fact alone.
 No model has read these facts, so a right answer was learned. The same (set, number of records, seed) gives the same records.
 """
 
@@ -38,9 +39,9 @@ class Facts:
 def make(name: str, size: int, seed: int = 0) -> Facts:
     """Return the set `name` with `size` records, a multiple of its number of phrasings."""
     generator, phrasings = SETS[name]
-    draw = random.Random(f"{name} {seed}")
+    draw = random.Random(f"{name.removesuffix(ONCE)} {seed}")
     facts = list(itertools.islice(generator(draw), size // phrasings))
-    records = [{"instruction": text, "output": answer} for trained, answer, _ in facts for text in trained]
+    records = [{"instruction": text, "output": answer} for trained, answer, _ in facts for text in trained[:phrasings]]
     draw.shuffle(records)
     return Facts(records, [question for _, _, question in facts], [answer for _, answer, _ in facts])
 
@@ -238,7 +239,9 @@ def _glossary(draw: random.Random) -> list[Fact]:
     return list(facts.values())
 
 
+ONCE = "-once"
 SETS: dict[str, tuple[Callable[[random.Random], list[Fact]], int]] = {"faq": (_faq, 5), "codes": (_codes, 3), "glossary": (_glossary, 2)}
+SETS |= {f"{name}{ONCE}": (generator, 1) for name, (generator, _) in SETS.items()}
 
 GENERAL = [  # questions that need no tuning: a tuned model should still answer those that its base answers right
     Question("What is the capital of France?", ("Paris",)),

@@ -1,6 +1,6 @@
 """Facts of one's own: what a tuned model repeats when it is asked in other words, what it forgets, and how long that takes.
 
-    python -m benchmarks.own_data CHECKPOINT_DIR [--sets faq codes glossary] [--sizes 60] [--seeds 0 1 2] [--settings default ...]
+    python -m benchmarks.own_data CHECKPOINT_DIR [--sets faq codes-once ...] [--sizes 60] [--seeds 0 1 2] [--settings default ...]
 
 Each setting is a `litgpt finetune MODEL --data FILE ...` in a process of its own on the invented facts of `benchmarks.facts`; seconds are
 those of the whole process. Recall is the share of facts in the greedy answers to questions in words that were not trained on, alone and as
@@ -32,6 +32,7 @@ SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data
     "to the last epoch": ["--eval.interval", "1000000", "--eval.initial_validation", "false", "--eval.max_new_tokens", "0"],
     "without general questions": ["--train.replay", "0"],
     "without second questions": ["--train.follow_ups", "0"],
+    "without word dropout": ["--train.word_dropout", "0"],
     "Skip2-LoRA, 12 epochs": ["--skip2lora_enabled", "true", "--epochs", "12"],
     "warm-up of 3 epochs, 5 cached": [
         *("--skip2lora_enabled", "true", "--skip2lora_warmup_epochs", "3", "--skip2lora_warmup_lr", "2e-3", *LINEAR),
@@ -145,7 +146,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint_dir", type=Path)
-    parser.add_argument("--sets", nargs="+", choices=list(facts.SETS), default=list(facts.SETS))
+    parser.add_argument("--sets", nargs="+", choices=list(facts.SETS), default=["faq", "codes", "glossary"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[60])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, *PEFT], default=[*SETTINGS, *PEFT])
