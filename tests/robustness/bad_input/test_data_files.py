@@ -141,7 +141,12 @@ ROWS = [
     Case("an empty record", record({}), "data.json, record 3: no key", "'instruction'"),
     Case("no answer", record({"instruction": "a"}), "record 3: no key 'output'", "it has 'instruction'"),
     Case("a misspelt key", record({"instruction": "a", "outptu": "b"}), "no key 'output'", "is 'outptu' meant to be 'output'?"),
-    Case("a key in capitals too", record({"instruction": "a", "output": "b", "Output": "c"}), "record 3: two of its keys", "in capitals"),
+    Case(
+        "a key in capitals too",
+        record({"instruction": "a", "output": "b", "Output": "c"}),
+        "record 3: its keys 'output' and 'Output' differ",
+        "in capitals",
+    ),
     Case("keys of no pair", record({"content": "all in one"}), "record 3: no key 'instruction'", "it has 'content'"),
     Case("NaN as the answer", data('[{"instruction": "a", "output": NaN}]'), "record 1: 'output' is a number", "a text is needed"),
     Case("infinity as the question", data('[{"instruction": -Infinity, "output": "b"}]'), "'instruction' is a number", "a text is needed"),
