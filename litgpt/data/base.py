@@ -102,18 +102,11 @@ class DataModule(ABC):  # noqa: B024 - the base class of classes that settings n
         """Name of this data in messages."""
         return str(getattr(self, self.path_key)) if self.path_key else type(self).__name__
 
-    def connect(self: Any, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
+    def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
         """Turn this into a LightningDataModule with loaders of padded batches (`litgpt.data.lightning`), as LitGPT's data modules are."""
-        from lightning.pytorch import LightningDataModule
+        from litgpt.data.lightning import connect
 
-        from litgpt.data.lightning import Face
-
-        kind = type(self)
-        if not issubclass(kind, Face):
-            self.__class__ = type(kind.__name__, (kind, Face, LightningDataModule), {"__module__": kind.__module__})
-            LightningDataModule.__init__(self)
-        self.tokenizer, self.batch_size, self.max_seq_length = tokenizer, batch_size, max_seq_length or -1
-        self.train_dataset = self.test_dataset = self.val_dataset = None
+        connect(self, tokenizer, batch_size, max_seq_length)
 
     def prepare_data(self) -> None:  # noqa: B027 - most sources need nothing
         """Download missing files. Call it from one process only."""

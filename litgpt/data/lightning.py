@@ -7,7 +7,7 @@ in LitGPT's form through the data sets of its loaders.
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -115,6 +115,25 @@ class Face:
             self.setup()
         collate = get_sft_collate_fn(self.max_seq_length, ignore_index=self.ignore_index)
         return DataLoader(getattr(self, name), self.batch_size, collate_fn=collate, num_workers=self.num_workers, **options)
+
+
+@cache
+def with_face(kind: Any) -> type:
+    """Return a subclass of a data module's class that is a LightningDataModule."""
+    from lightning.pytorch import LightningDataModule
+
+    return type(kind.__name__, (kind, Face, LightningDataModule), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def connect(data: Any, tokenizer: Any, batch_size: int, max_seq_length: int | None) -> None:
+    """Turn a data module into a LightningDataModule, in place."""
+    from lightning.pytorch import LightningDataModule
+
+    if not isinstance(data, Face):
+        data.__class__ = with_face(data.__class__)
+        LightningDataModule.__init__(data)
+    data.tokenizer, data.batch_size, data.max_seq_length = tokenizer, batch_size, max_seq_length or -1
+    data.train_dataset = data.test_dataset = data.val_dataset = None
 
 
 def loaded(data: Any, tokenizer: Any, max_seq_length: int | None) -> list[list[Sample]]:

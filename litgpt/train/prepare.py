@@ -220,11 +220,8 @@ def _require_fitting(settings: Run, objective: Objective) -> None:
     for key, what in (("follow_ups", "puts questions after others"), ("word_dropout", "leaves out words of questions")):
         if kind and getattr(settings.train, key):
             raise UserError(f"train.{key} {what}, and {type(data).__name__} {kind}: leave it out")
-    for key, what in (
-        ("replay", "adds answers that have no counterpart and no reward"),
-        ("follow_ups", "adds answers that have no counterpart and no reward"),
-        ("word_dropout", "changes the questions for each answer"),
-    ):
+    adds = "adds answers that have no counterpart and no reward"
+    for key, what in (("replay", adds), ("follow_ups", adds), ("word_dropout", "changes the questions for each answer")):
         if objective.of_answers and getattr(settings.train, key):
             raise UserError(f"train.{key} {what}: leave it out with objective {name}")
 

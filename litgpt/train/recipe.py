@@ -56,6 +56,7 @@ SHARED = 0.5  # facts: at most this many different answers a record
 HELD_OUT = 0.1  # share of the records of a style
 SHORT = 300  # characters of an answer that is learned word for word
 VALIDATIONS = 8
+SHORT_ANSWER = 24  # tokens of an answer that is shown: those of `replay.ANSWER_TOKENS`, which are generated in the same batches
 SHOWN = 3  # questions that are answered at each
 MICRO_CHARS = 2048 * TOKEN  # in a micro-batch
 
@@ -388,8 +389,8 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
         Chosen("eval.interval", max(1, steps // VALIDATIONS), f"{VALIDATIONS} times a run"),
     ]
     if not look.is_sweep:
-        is_short = look.is_facts and look.answer_length <= 24 * TOKEN
-        rows.append(Chosen("eval.max_new_tokens", 24 if is_short else 64, "to see what it answers"))
+        is_short = look.is_facts and look.answer_length <= SHORT_ANSWER * TOKEN
+        rows.append(Chosen("eval.max_new_tokens", SHORT_ANSWER if is_short else 64, "to see what it answers"))
     if train.get("lr_warmup_steps") is None and (epochs or train.get("max_steps") or train.get("max_tokens")):
         rows.append(Chosen("train.lr_warmup_fraction", 0.1, "of the steps"))
     if not (look.compares or look.is_text):

@@ -64,6 +64,7 @@ def test_trainer(base: Path, tmp_path: Path) -> None:
             return torch.optim.AdamW(self.parameters(), lr=0.01)
 
     model, data = Model(), connected(base, tmp_path)
+    assert type(data) is type(connected(base, tmp_path)), "one class for all data of a kind"
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(max_epochs=2, accelerator="cpu", num_sanity_val_steps=0, default_root_dir=tmp_path, **off).fit(model, data)
     assert len(model.losses) == 2 * (5 + 1) and sum(model.losses[-3:]) < sum(model.losses[:3])
