@@ -1,12 +1,13 @@
 """Training steps over the matrix products that they cannot do without, and the torch operators that they run.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.lora_step [--model NAME] [--precision 32-true] [--rounds 7]
+    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.lora_step [--model NAME] [--precision 32-true] [--rounds 7] [--longer 120]
 
 LoRA on all linear layers, a packed micro-batch: its frozen layers' products, forward and gradient for the input, and the head's. The bare
-forward pass: the same products, forward alone. The cached Skip2-LoRA step: the head's two products. Step and products alternate in one
+forward pass: the same products, forward alone. Answer-only LoRA from its cache: LoRA's products for the replies' rows alone. The cached
+Skip2-LoRA step: the head's two products. Step and products alternate in one
 process, on one thread; times are CPU seconds, so that other work on the machine counts less. Weights are random.
 
-N rows of the packed micro-batch, n of them with loss.
+N rows of the packed micro-batch, n of them with loss. --longer adds tokens to each sample's prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.runs import environment
 from benchmarks.step import Settings, build, frozen_products, head_products
-from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations
+from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, is_flat
 from litgpt.lora import GPT
 from litgpt.loss import HeadLoss, loss_of
 from litgpt.optim import make_optimizer
@@ -42,25 +43,28 @@ t transpose slice as_strided view expand unsqueeze split narrow reshape to detac
 unflatten unbind squeeze permute matmul linear _to_copy view_as item _local_scalar_dense empty empty_like empty_strided new_empty resize_
 new_zeros zeros zeros_like contiguous result_type resolve_conj resolve_neg
 """
+INVOCATION = [1, 2, 3]  # opens each reply
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], bool]] = {  # name -> adapters, True if the cache is used
     "LoRA step": ({**LORA, "lora_dropout": 0.05}, False),
     "LoRA step, no dropout": (LORA, False),
+    "answer-only LoRA step": ({**LORA, "lora_dropout": 0.05, "alora_enabled": True, "alora_invocation_tokens": INVOCATION}, True),
     "cached step, all taps": ({**SKIP, "skip2lora_block_indices": "all"}, True),
     "cached step, 6 taps": ({**SKIP, "skip2lora_block_indices": "last:6"}, True),
 }
 
 
-def samples(vocab_size: int) -> list[Sample]:
+def samples(vocab_size: int, longer: int = 0) -> list[Sample]:
     """Return samples that share a stem, of the lengths above, with loss at the last share of their own tokens."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (STEM + sum(OWN) + len(OWN),), generator=generator).tolist()
+    ids = torch.randint(vocab_size, (STEM + sum(OWN) + (1 + longer) * len(OWN),), generator=generator).tolist()
     stem, rest = ids[:STEM], ids[STEM:]
     result = []
     for length in OWN:
+        answer, length = round(ANSWERS * length), length + longer
         own, rest = rest[: length + 1], rest[length + 1 :]
-        answer = round(ANSWERS * length)
         mask = bytearray(STEM + length + 1 - answer) + bytearray(b"\1") * answer
-        result.append(Sample(array("i", stem + own), mask))
+        prompt = (stem + own)[: mask.index(1) - len(INVOCATION)]
+        result.append(Sample(array("i", prompt + INVOCATION + (stem + own)[mask.index(1) :]), mask))
     return result
 
 
@@ -148,26 +152,28 @@ def compare(run: Callable[[], None], products: Callable[[], None], rounds: int) 
     return [f"{1000 * step:.0f}", f"{1000 * least:.0f}", f"{step / least:.2f}x", f"{sum(counts.values()):,}", f"{computing:,}", *sizes]
 
 
-def measure(settings: Settings, rounds: int) -> list[list[str]]:
+def measure(settings: Settings, rounds: int, longer: int) -> list[list[str]]:
     """Return the rows of the table."""
-    rows = []
+    rows, every = [], STEM + sum(OWN) + longer * len(OWN)
     for name, (adapter, cached) in CONFIGURATIONS.items():
         model = build(settings, adapter)
-        device, data = torch.device(settings.device), samples(model.config.vocab_size)
+        device, data = torch.device(settings.device), samples(model.config.vocab_size, longer)
         recompute = Recompute(model, data, device)
         loss_rows = sum(sample.n_targets for sample in data)
         head = head_products(model, replace(settings, batch_size=1, seq_length=loss_rows, loss_share=1.0))
+        source: Activations = recompute
         if cached:
-            keep = CacheSettings("memory", Path(), model.dtype)
-            source: Activations = activations(model, data, range(len(data)), "", keep, device)
+            source = activations(model, data, range(len(data)), "", CacheSettings("memory", Path(), model.dtype), device)
+        if is_flat(model):
             rows.append([name, *compare(training_step(model, source), head, rounds)])
             continue
-        blocks = block_products(model, STEM + sum(OWN), True)
-        rows.append([name, *compare(training_step(model, recompute), lambda blocks=blocks, head=head: (blocks(), head()), rounds)])
+        learned = loss_rows + (len(INVOCATION) - 1) * len(data) if cached else every
+        blocks = block_products(model, learned, True)
+        rows.append([name, *compare(training_step(model, source), lambda blocks=blocks, head=head: (blocks(), head()), rounds)])
         if adapter is LORA:
             plain = build(settings, {})
             source = Recompute(plain, data, device)
-            forward = block_products(plain, STEM + sum(OWN), False)
+            forward = block_products(plain, every, False)
             rows.append(["bare forward", *compare(bare_forward(plain, source), forward, rounds)])
     return rows
 
@@ -177,9 +183,10 @@ def main() -> None:
     parser.add_argument("--model", default="SmolLM2-135M")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--longer", type=int, default=0)
     args = parser.parse_args()
     settings = Settings(args.model, len(OWN), max(OWN), 1.0, 1, 0, args.precision, "cpu", 8)
-    table = measure(settings, args.rounds)
+    table = measure(settings, args.rounds, args.longer)
     machine = environment()
     print(f"{machine['date']}, {machine['processor']}, torch {machine['torch']}, {args.precision}, {args.model}\n")
     print(

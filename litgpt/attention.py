@@ -12,14 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.config import Config
-from litgpt.fused import rms_norm
+from litgpt.fused import attention, rms_norm
 from litgpt.packing import Packing
 from litgpt.rope import rotate
 
-# In bf16 on a CPU. Up to SHORT keys, `plain_attention` with a mask takes 0.4 to 0.8 times as long as torch's fused attention and keeps as
-# much for the backward pass. Up to FP32_ATTENTION keys, fused attention is trained in fp32, whose backward pass is 1.1 to 6 times as fast.
-# A single position is computed in fp32 for any number of keys.
-SHORT, FP32_ATTENTION = 128, 256
+FEW = 2**21  # multiplications of queries and keys for which torch's attention takes no longer than `litgpt.fused.attention`
 
 
 @dataclass(frozen=True)
@@ -166,29 +163,28 @@ class CausalSelfAttention(nn.Module):
         mask = pos.mask
         if self.windowed and pos.window_mask is not None:
             mask = pos.window_mask
+        B, H, T, _ = q.shape
         bf16_on_cpu = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-        short = bf16_on_cpu and q.size(2) > 1 and k.size(2) <= SHORT and mask is not None and mask.dtype == torch.bool
-        if self.softcap is not None or self.config.attention_sinks or short:
+        if self.softcap is not None or self.config.attention_sinks:
             sinks = self.sinks if self.config.attention_sinks else None
-            y = plain_attention(q, k, v, mask, self.scale, self.softcap, sinks)
+            return _rows(plain_attention(q, k, v, mask, self.scale, self.softcap, sinks))
+        has_alibi = mask is not None and mask.is_floating_point()
+        is_long = T > 1 and q.numel() * k.size(2) > FEW
+        if bf16_on_cpu and not torch.compiler.is_compiling() and is_long and not has_alibi:
+            return attention(q, k, v, torch.ones(T, k.size(2), dtype=torch.bool).tril() if mask is None else mask, self.scale).flatten(2)
+        how: dict[str, Any] = {"scale": self.scale}
+        if mask is None and T > 1:  # torch.compile needs the branch: its sizes are symbolic
+            how["is_causal"] = True
+        if T == 1 and k.size(1) != H and not has_alibi:
+            q = q.reshape(B, k.size(1), -1, q.size(3))  # the heads of a group as positions of one head, for a single product
+        how["enable_gqa"] = q.size(1) != k.size(1)
+        if bf16_on_cpu and (q.size(2) == 1 or q.requires_grad):  # in fp32 they take less time
+            mask = mask.float() if mask is not None and has_alibi else mask
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **how).to(q.dtype)
         else:
-            B, H, T, _ = q.shape
-            how: dict[str, Any] = {"scale": self.scale}
-            if mask is None and T > 1:  # torch.compile needs the branch: its sizes are symbolic
-                how["is_causal"] = True
-            if T == 1 and k.size(1) != H and (mask is None or not mask.is_floating_point()):
-                q = q.reshape(B, k.size(1), -1, q.size(3))  # the heads of a group as positions of one head, for a single product
-            how["enable_gqa"] = q.size(1) != k.size(1)
-            in_training = q.requires_grad and k.size(2) <= FP32_ATTENTION
-            if bf16_on_cpu and (q.size(2) == 1 or in_training):
-                if mask is not None and mask.is_floating_point():
-                    mask = mask.float()
-                with torch.autocast("cpu", enabled=False):
-                    y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **how).to(q.dtype)
-            else:
-                y = F.scaled_dot_product_attention(q, k, v, mask, **how)
-            y = y.reshape(B, H, T, -1)
-        return _rows(y)
+            y = F.scaled_dot_product_attention(q, k, v, mask, **how)
+        return _rows(y.reshape(B, H, T, -1))
 
 
 def _rows(heads: torch.Tensor) -> torch.Tensor:

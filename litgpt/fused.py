@@ -4,6 +4,8 @@ All are differentiable once. Letters in shapes: N rows, n inputs, r rank, m as i
 """
 
 import math
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -111,6 +113,85 @@ class _Gated(torch.autograd.Function):
 
 def _activate(x: torch.Tensor, approximate: str | None) -> torch.Tensor:
     return F.silu(x) if approximate is None else F.gelu(x, approximate=approximate)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return softmax(mask(scale q k^T)) v for q (B, H, T, h), k and v (B, G, K, h), true in the mask, (T, K) or (B, 1, T, K), where
+    attention is allowed: (B, T, H, h). Scores and probabilities are rounded to q's dtype for the products; the softmax is in fp32.
+    """
+    return _Attention.apply(q, k, v, mask, scale)
+
+
+class _Attention(torch.autograd.Function):
+    """y = P v,  P = softmax(S),  S = scale q k^T       dv = P^T dy       dS = P (dP - sum(P dP)),  dP = dy v^T       dq = scale dS k
+
+    and dk = scale dS^T q, with P computed again. A processor computes a few scores at a time, `SCORES` bytes for a thread, which stay in
+    its cache: queries of some samples, or some queries of one sample with the keys that any of them may attend to.
+    """
+
+    SCORES = 2**21
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        y = q.new_empty(q.size(0), q.size(2), q.size(1), v.size(3))
+        for b, t, j, excluded in _parts(q, k, mask):
+            queries, keys, values = _products(k.size(1), q[b, :, t], k[b, :, j], v[b, :, j])
+            p = _probabilities(queries, keys, excluded, scale).to(q.dtype)
+            y[b, t] = (p @ values).view(-1, *q[b, :, t].shape[1:3], v.size(3)).transpose(1, 2)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v, mask = ctx.saved_tensors
+        dq, parts = torch.empty_like(q), list(_parts(q, k, mask))
+        sums = torch.float32 if len(parts) > q.size(0) else q.dtype  # several parts of a sample are added up
+        dk, dv = (torch.zeros_like(each, dtype=sums) for each in (k, v))
+        for b, t, j, excluded in parts:
+            queries, keys, values, dy = _products(k.size(1), q[b, :, t], k[b, :, j], v[b, :, j], grad[b, t].transpose(1, 2))
+            p = _probabilities(queries, keys, excluded, ctx.scale)
+            ds = torch.ops.aten._softmax_backward_data((dy @ values.mT).float(), p, -1, torch.float32).to(q.dtype)
+            dq[b, :, t] = (ds @ keys).mul_(ctx.scale).view(q[b, :, t].shape)
+            dk[b, :, j] += (ds.mT @ queries).mul_(ctx.scale).view(k[b, :, j].shape)
+            dv[b, :, j] += (p.to(q.dtype).mT @ dy).view(v[b, :, j].shape)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _products(groups: int, *heads: torch.Tensor) -> list[torch.Tensor]:
+    """Return (B, H, T, h) with the heads of a group one below the other, as matrices of one product: (B G, H/G T, h)."""
+    return [each.reshape(each.size(0) * groups, -1, each.size(3)) for each in heads]
+
+
+def _parts(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[slice, slice, slice, torch.Tensor]]:
+    """Yield samples, queries and keys whose scores fit into the cache, and what is added to them: 0, or -inf where the mask is false."""
+    (B, H, T, _), K = q.shape, k.size(2)
+    mask = mask[None, None] if mask.dim() == 2 else mask  # (1 or B, 1, T, K)
+    room = _Attention.SCORES * torch.get_num_threads() // (4 * H * K)  # queries
+    if room >= T:
+        excluded, n = _excluded(mask), room // T
+        for first in range(0, B, n):
+            b = slice(first, first + n)
+            yield b, slice(T), slice(K), excluded[b] if len(excluded) > 1 else excluded
+        return
+    step = max(16, room)
+    for i, start in product(range(B), range(0, T, step)):
+        t, here = slice(start, start + step), mask[i : i + 1] if len(mask) > 1 else mask
+        seen = here[:, :, t].flatten(0, -2).any(0).nonzero()
+        j = slice(int(seen[0]), int(seen[-1]) + 1)
+        yield slice(i, i + 1), t, j, _excluded(here[:, :, t, j])
+
+
+def _excluded(mask: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, excluded: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return softmax(scale q k^T + excluded) in fp32, (B G, H/G T, K), for `_products` and (1 or B, 1, T, K)."""
+    (groups, rows, _), (T, K) = q.shape, excluded.shape[2:]
+    scores = (q @ k.mT).float().view(len(excluded), groups // len(excluded), rows // T, T, K)
+    return torch.add(excluded[:, None], scores, alpha=scale, out=scores).softmax(-1).view(groups, rows, K)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

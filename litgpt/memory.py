@@ -11,8 +11,7 @@ V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
     activations   n (L' + 1) A + f F + C            with checkpointing n (L' w d + A) + f F + C
       A  tensors that autograd keeps of a block for a token:
            w 3 (H + G) h + 4 H             qkv, the rotated q and k, attention's output and log-sums
-           H K s                           scores of K keys, s = 6, or 4 in fp32, 4 more with a cap, where attention is `plain_attention`:
-                                           with a cap or sinks, and of short samples behind a stem in bf16 on a CPU
+           H K s                           scores of K keys, s = 6, or 4 in fp32, 4 more with a cap, with a cap or sinks
            w d                             for each norm
            w 2 m                           of a gated MLP, w m without a gate; for each of a mixture's experts in use, and w d
            w i                             inputs of the layers that learn, i wide, once for layers with one input; with dropout p of
@@ -37,7 +36,6 @@ from torch import nn
 from litgpt import lora
 from litgpt.activations.cache import is_flat
 from litgpt.adapters.base import Wrapper, adapter_parameters
-from litgpt.attention import SHORT
 from litgpt.device import default_device, on_meta
 from litgpt.loss import CHUNK_BYTES
 from litgpt.mlp import LLaMAMoE
@@ -79,13 +77,12 @@ def estimate(
     quantize: str | None = None,
     checkpointing: bool = False,
     keys: int = 0,
-    stem: int = 0,
 ) -> Memory:
     """Return the memory to train the adapters of `config`, or all weights if it has none, on a micro-batch of `tokens` tokens.
 
     The stem counts once (`litgpt.packing`). `loss_tokens`: those of the tokens that carry loss (default: all). `tied`: the head and the
     embedding are one tensor. `width`: bytes of a parameter, 2 for bf16. `checkpointing`: `train.activation_checkpointing`.
-    `keys`: tokens of the longest sample, of which `stem` are shared.
+    `keys`: tokens of the longest sample.
     """
     full = config.cut is None and not config.modules_to_save
     with on_meta():
@@ -110,8 +107,7 @@ def estimate(
     crossed = model.blocks[model.cut or 0 :]
     n, d = tokens, config.n_embd
     tail_rows = loss_tokens if is_flat(model) and loss_tokens is not None else n
-    short = stem and width == 2 and keys <= SHORT and default_device().type == "cpu"
-    if not (short or config.attention_logit_softcapping is not None or config.attention_sinks):
+    if not (config.attention_logit_softcapping is not None or config.attention_sinks):
         keys = 0
     blocks = [kept_by_block(block, width, keys) for block in (*crossed, model.blocks[-1])]
     kept = len(crossed) * width * d + max(blocks) if checkpointing else sum(blocks)

@@ -94,15 +94,6 @@ def test_plain_attention_keeps_its_scores(settings: dict[str, Any]) -> None:
     assert (many.activations - few.activations) / 128 == pytest.approx(four - two, rel=0.15)
 
 
-def test_short_samples_behind_a_stem_keep_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two samples of 64 tokens, 16 of them in common; with longer ones attention is torch's."""
-    monkeypatch.setattr("litgpt.memory.default_device", lambda: torch.device("cpu"))
-    two, four = (saved(config("llama", n, **METHODS["lora"]), torch.bfloat16, False, stem=16) for n in (2, 4))
-    few, many = (estimate(config("llama", n, **METHODS["lora"]), 112, keys=64, stem=16) for n in (2, 4))
-    assert (many.activations - few.activations) / 112 == pytest.approx(four - two, rel=0.15)
-    assert estimate(config("llama"), 512, keys=129, stem=16) == estimate(config("llama"), 512, keys=129)
-
-
 def test_weights_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = METHODS["lora"]
     numbers = sum(p.numel() for p in lora.GPT(config("llama")).parameters())

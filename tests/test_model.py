@@ -11,8 +11,9 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config
 
-from litgpt.attention import CausalSelfAttention, KVCache, Positions, plain_attention
+from litgpt.attention import FEW, CausalSelfAttention, KVCache, Positions, plain_attention
 from litgpt.config import Config
+from litgpt.fused import attention
 from litgpt.lora import GPT as LoRAGPT, Config as LoRAConfig, lora_filter
 from litgpt.model import GPT
 from tests.helpers import tiny
@@ -295,8 +296,12 @@ def test_capped_attention_is_torchs_where_the_cap_is_far_away() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize("kind", ["everything", "places", "rows", "by head"])
-def test_attention_of_the_last_places(dtype: torch.dtype, groups: int, T: int, kind: str) -> None:
+@pytest.mark.parametrize("few", [FEW, 0])
+def test_attention_of_the_last_places(
+    dtype: torch.dtype, groups: int, T: int, kind: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One place, as in decoding, and several: the softmax written out in fp64 and its gradients, for masks of all forms."""
+    monkeypatch.setattr("litgpt.attention.FEW", few)
     B, H, K, h = 3, 6, 11, 8
     generator = torch.Generator().manual_seed(0)
     config = Config(block_size=16, vocab_size=8, n_layer=1, n_head=H, n_embd=H * h, n_query_groups=groups)
@@ -362,31 +367,42 @@ def test_smollm2_against_transformers(smollm2_dir: Path) -> None:
     assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("T", [40, 10])
+@pytest.mark.parametrize("kind", ["causal", "window", "rows"])
+@pytest.mark.parametrize("scores", [2**20, 20_000, 2_000, 1], ids=["at once", "by sample", "by query", "few queries"])
+def test_bf16_attention_in_parts(scores: int, kind: str, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fits into the cache: the output and the gradients are those of float64 to bf16's precision."""
+    monkeypatch.setattr("litgpt.fused._Attention.SCORES", scores // torch.get_num_threads())
+    B, H, G, K, h = 3, 4, 2, 45, 8
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, heads, n, h, generator=generator).bfloat16() for heads, n in ((H, T), (G, K), (G, K)))
+    places = torch.arange(K - T, K)[:, None] - torch.arange(K)
+    mask = (places >= 0) & (places < (9 if kind == "window" else K))
+    if kind == "rows":  # the first keys are another number for each sample
+        mask = (mask & (torch.arange(K) >= torch.tensor([0, 3, 5])[:, None, None]))[:, None]
+    weight, found = torch.randn(B, T, H, h, generator=generator), []
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs = [each.to(dtype).requires_grad_() for each in (q, k, v)]
+        attend = attention if dtype == torch.bfloat16 else lambda *args: plain_attention(*args).transpose(1, 2)
+        y = attend(*inputs, mask, 0.3)
+        (y * weight).sum().backward()
+        found.append([y.detach(), *(each.grad for each in inputs)])
+    for want, got in zip(*found, strict=True):
+        assert got.dtype == torch.bfloat16 and got.shape == want.shape
+        assert (got - want).norm() < 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("few", [FEW, 0])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("limit", [8, 7])
-def test_short_bf16_attention_is_trained_in_fp32(precision: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where gradients are wanted, up to the limit; gradients are those of fp32 to bf16's precision, on both sides of it."""
+def test_bf16_gradients_are_those_of_fp32(precision: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To bf16's precision, with and without autocast, with torch's attention and with this package's."""
+    monkeypatch.setattr("litgpt.attention.FEW", few)
     reference = tiny.move_adapters(tiny.tiny(lora_r=4, lora_query=True, lora_value=True))
     model = copy.deepcopy(reference) if precision == "bf16-mixed" else copy.deepcopy(reference).bfloat16()
-    idx, seen = tiny.ids(2, 8), []
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = original(q, *args, **kwargs)
-        seen.append(y.dtype)
-        return y
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr("litgpt.attention.FP32_ATTENTION", limit)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
-    with autocast:
+    idx = tiny.ids(2, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         logits = model(idx)
     logits.float().square().mean().backward()
-    assert set(seen) == {torch.float32 if limit == 8 else torch.bfloat16}
-    seen.clear()
-    with autocast, torch.no_grad():
-        model(idx)
-    assert set(seen) == {torch.bfloat16}
     reference(idx).square().mean().backward()
     for (name, got), want in zip(model.named_parameters(), reference.parameters(), strict=True):
         if lora_filter(name):

@@ -85,7 +85,6 @@ def estimate_of(
         checkpointing=train.activation_checkpointing,
         quantize=method.quantize,
         keys=max((sample.n_inputs for sample in samples), default=0),
-        stem=stem,
     )
     reference = 0 if objective.reference is None else dtype.itemsize * reference_size(objective.reference)
     return estimated._replace(reference=reference), tokens
