@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.config import Config
+from litgpt.device import cpu_capabilities
 from litgpt.fused import attention, rms_norm
 from litgpt.packing import Packing
 from litgpt.rope import rotate
 
-FEW = 2**21  # multiplications of queries and keys for which torch's attention takes no longer than `litgpt.fused.attention`
+# Multiplications of queries and keys up to which torch's attention takes no longer than `litgpt.fused.attention`. On processors without
+# AVX512-BF16 it takes a tenth to nine tenths of the time.
+FEW = 2**21
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,8 @@ class CausalSelfAttention(nn.Module):
             sinks = self.sinks if self.config.attention_sinks else None
             return _rows(plain_attention(q, k, v, mask, self.scale, self.softcap, sinks))
         has_alibi = mask is not None and mask.is_floating_point()
-        is_long = T > 1 and q.numel() * k.size(2) > FEW
-        if bf16_on_cpu and not torch.compiler.is_compiling() and is_long and not has_alibi:
+        is_long = T > 1 and q.numel() * k.size(2) > FEW and not has_alibi
+        if bf16_on_cpu and not torch.compiler.is_compiling() and is_long and cpu_capabilities().get("avx512_bf16"):
             return attention(q, k, v, torch.ones(T, k.size(2), dtype=torch.bool).tril() if mask is None else mask, self.scale).flatten(2)
         how: dict[str, Any] = {"scale": self.scale}
         if mask is None and T > 1:  # torch.compile needs the branch: its sizes are symbolic

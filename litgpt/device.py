@@ -95,6 +95,13 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
     return found
 
 
+def cpu_capabilities() -> dict[str, Any]:
+    """Return the processor's instruction sets by torch's names."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}  # torch 2.10
+
+
 def default_precision(device: torch.device) -> str:
     """Return bf16-true if the device multiplies bf16 matrices natively (Ampere and later, macOS 14, AVX512-BF16, AMX).
 
@@ -107,11 +114,7 @@ def default_precision(device: torch.device) -> str:
     elif device.type == "mps":
         native = torch.backends.mps.is_macos_or_newer(14, 0)
     else:
-        if hasattr(torch.cpu, "get_capabilities"):
-            capabilities = torch.cpu.get_capabilities()
-        else:  # torch 2.10
-            capabilities = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        native = any(cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16-true" if native else "16-true" if device.type in ("xpu", "mps") else "32-true"
 
 
