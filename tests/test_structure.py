@@ -30,14 +30,14 @@ values
 args adapters.patterns adapters.settings objectives.settings
 families
 config
-fused
+fused device
 rope packing mlp attention latent model
 vocabulary sharding
 adapters lora
 adapter
 adapter_v2
 loss
-quantize device optim logs tokenizer
+quantize optim logs tokenizer
 packed
 compiled
 activations
