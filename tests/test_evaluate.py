@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 
 import litgpt.evaluate as module
 from litgpt.__main__ import main
@@ -232,6 +233,6 @@ def test_rouge_l(pair: tuple[str, str], score: float) -> None:
 
 
 def test_rouge_l_against_rouge_score() -> None:
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"])
     for expected, answer in PAIRS:
         assert rouge_l(expected, answer) == pytest.approx(scorer.score(expected, answer)["rougeL"].fmeasure)

@@ -12,10 +12,11 @@ import torch
 
 from litgpt.api import LLM
 from litgpt.errors import UserError, missing_package
-from litgpt.files import read_yaml
+from litgpt.files import parse_yaml, read_text
 from litgpt.generate.engine import Session
 from litgpt.generate.sampling import Sampling, until_stop_text
 from litgpt.streams import drawing
+from litgpt.text import first_line
 
 MOST_NEW_TOKENS = 256  # of an answer, if the task does not say how many
 
@@ -114,10 +115,10 @@ def run_tasks(
         os.environ.setdefault("HF_TOKEN", access_token)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    folders = sorted({str(Path(name).parent) for name in names if name.endswith((".yaml", ".yml"))})
-    manager = TaskManager(include_path=folders or None)
-    wanted = [_name_in(Path(name)) if name.endswith((".yaml", ".yml")) else name for name in names]
-    if unknown := [name for name in wanted if name not in manager.all_tasks]:
+    manager, files = TaskManager(), {name: Path(name).absolute() for name in names if name.endswith((".yaml", ".yml"))}
+    for name in files:
+        _require_task(name)
+    if unknown := [name for name in names if name not in files and name not in manager.all_tasks]:
         raise UserError(f"the harness has no task {', '.join(unknown)}: `litgpt evaluate list` prints those it has")
     seeds = {"random_seed": seed, "numpy_random_seed": seed, "torch_random_seed": seed}
     share = int(limit) if limit is not None and limit >= 1 else limit
@@ -125,17 +126,20 @@ def run_tasks(
     if llm.model.switch is not None:
         invocation = llm.tokenizer.decode(llm.model.switch.invocation, skip_special_tokens=False)
         print(f"answer-only LoRA acts behind {invocation!r}: choices of questions without it get the base model's scores", file=sys.stderr)
-    with drawing():
-        results = evaluator.simple_evaluate(
-            model=model, tasks=wanted, num_fewshot=num_fewshot, batch_size=batch_size, limit=share, task_manager=manager, **seeds
-        )
+    wanted = [str(files.get(name, name)) for name in names]
+    try:
+        with drawing():
+            results = evaluator.simple_evaluate(
+                model=model, tasks=wanted, num_fewshot=num_fewshot, batch_size=batch_size, limit=share, task_manager=manager, **seeds
+            )
+    except ConnectionError as error:
+        raise UserError(f"the data of a task cannot be downloaded: {first_line(error)}") from None
     table = utils.make_table(results) + (f"\n{utils.make_table(results, 'groups')}" if results.get("groups") else "")
     return results, table
 
 
-def _name_in(file: Path) -> str:
-    """Return the name of the task in a task's file."""
-    content = read_yaml(file)
+def _require_task(file: str) -> None:
+    """Raise UserError if a file is not that of a task. The harness itself imports the functions that it names."""
+    content = parse_yaml(read_text(file).replace("!function ", ""), file)
     if not isinstance(content, dict) or not isinstance(content.get("task"), str):
         raise UserError(f"{file} names no task: a line `task: NAME` is needed")
-    return str(content["task"])

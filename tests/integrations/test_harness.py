@@ -1,4 +1,4 @@
-"""The LM Evaluation Harness on our models, against its own Hugging Face model on the exported ones. Runs where lm_eval is installed."""
+"""The LM Evaluation Harness on our models, against its own Hugging Face model on the exported ones."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from litgpt.__main__ import main
 from litgpt.errors import UserError
 from tests.helpers import tiny
 
-lm_eval = pytest.importorskip("lm_eval")
-
 CHOICE = """
 task: tiny_choice
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "Question: {{question}} Answer:"
+doc_to_text: !function functions.question
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
 metric_list: [{metric: acc}, {metric: acc_norm}]
@@ -62,6 +60,7 @@ def tasks(tmp_path: Path) -> list[Path]:
     ]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "functions.py").write_text("def question(row):\n    return f\"Question: {row['question']} Answer:\"\n")
     files = []
     for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("until", UNTIL)):
         (tmp_path / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
@@ -89,7 +88,8 @@ def test_as_through_hugging_face(
     words = ["--tasks", names, "--out_dir", str(tmp_path / "out"), "--batch_size", "3", "--dtype", "float32", "--limit", "10"]
     assert main(["evaluate", str(folder), *words, "--num_fewshot", "1"]) == 0
     ours = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    assert r"\r" not in capsys.readouterr().err  # progress bars
+    shown = capsys.readouterr()
+    assert r"\r" not in shown.err and "|   Tasks    |" in shown.out  # progress bars, and the table's headings
 
     whole = base
     if kind == "lora":
@@ -125,9 +125,24 @@ def test_answer_only_lora_says_where_it_acts(base: Path, tasks: list[Path], tmp_
     assert scores[0] == scores[1]
 
 
-def test_unknown_tasks(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(base), "--tasks", "no_such_task"]) == 1
-    assert "no task no_such_task" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("no_such_task", "no task no_such_task"),
+        ("missing.yaml", "missing.yaml does not exist"),
+        ("other.yaml", "names no task: a line `task: NAME` is needed"),
+        ("hellaswag", "the data of a task cannot be downloaded: Couldn't reach"),
+    ],
+)
+def test_tasks_that_cannot_run(task: str, message: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Task files elsewhere in the working folder, as in a virtual environment, are not read."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.yaml").write_text("dataset_path: json\n")
+    (tmp_path / "hellaswag.yml").write_text("task: hellaswag\ndataset_path: another\n")
+    assert main(["evaluate", str(base), "--tasks", task]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_continuation_that_no_context_holds_is_refused(base: Path) -> None:
