@@ -1,11 +1,11 @@
 """A style of one's own: the loss on records that were held out, what is forgotten, and how long that takes.
 
-    python -m benchmarks.styles CHECKPOINT_DIR [--sets docstrings wordnet] [--sizes 300 1000] [--seeds 0 1 2] [--settings default ...]
+    python -m benchmarks.styles CHECKPOINT_DIR [--sets docstrings wordnet code] [--sizes 300 1000] [--seeds 0 1 2] [--settings default ...]
 
-Each setting is a `litgpt finetune MODEL --data FILE ...` in a process of its own on records of `litgpt.data.PythonDocs` or
-`benchmarks.wordnet`; seconds are those of the whole process. The folder that it wrote is measured by `litgpt evaluate` on 200 other
-records, and by the general questions of `benchmarks.own_data`. OUT/results.json is written after each run, and a run that it has is not
-repeated; OUT/styles.md is the table of means.
+Each setting is a `litgpt finetune MODEL --data FILE ...` in a process of its own on records of `litgpt.data.PythonDocs`,
+`benchmarks.wordnet` or `benchmarks.code_summaries`; seconds are those of the whole process. The folder that it wrote is measured by
+`litgpt evaluate` on 200 other records, and by the general questions of `benchmarks.own_data`. OUT/results.json is written after each
+run, and a run that it has is not repeated; OUT/styles.md is the table of means.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import wordnet
+from benchmarks import code_summaries, wordnet
 from benchmarks.process import error_line, in_worker, run_litgpt
 from benchmarks.runs import measure_missing, read_json, results_in, write_jsonl
 from litgpt.data import PythonDocs
 from litgpt.text import markdown_table
 
+SETS = ["docstrings", "wordnet", "code"]
 HELD_OUT = 200
 LORA = ["--skip2lora_enabled", "false"]
+ALONE = [*LORA, "--lora_block_indices", "all", "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0.05", "--train.replay", "0"]
 SKIP2 = ["--skip2lora_enabled", "true", "--skip2lora_block_indices"]
 SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data FILE`
     "default": [],
@@ -47,6 +49,12 @@ SETTINGS: dict[str, list[str]] = {  # words behind `litgpt finetune MODEL --data
         for epochs in (2, 3, 4)
         for rate in ("5e-4", "1e-3", "2e-3")
     },
+    **{
+        f"{method} alone, {epochs} epochs at {rate}": [*words, *ALONE, "--epochs", str(epochs), "--optimizer.lr", rate]
+        for method, words in (("LoRA", ["--alora_enabled", "false"]), ("answer-only LoRA", ["--alora_enabled", "true"]))
+        for epochs in (2, 4)
+        for rate in ("5e-4", "1e-3", "2e-3")
+    },
 }
 
 
@@ -55,6 +63,8 @@ def draw(name: str, size: int, seed: int, folder: Path) -> tuple[Path, Path]:
     if name == "docstrings":
         records = list(PythonDocs().records()[0])
         random.Random(seed).shuffle(records)
+    elif name == "code":
+        records = code_summaries.records(seed)
     else:
         records = [json.loads(line) for line in wordnet.prepare(folder, size + HELD_OUT, seed).read_text(encoding="utf-8").splitlines()]
     files = folder / f"{name}-{size}-{seed}.jsonl", folder / f"{name}-{size}-{seed}-held-out.jsonl"
@@ -103,7 +113,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint_dir", type=Path)
-    parser.add_argument("--sets", nargs="+", choices=["docstrings", "wordnet"], default=["docstrings", "wordnet"])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--sizes", nargs="+", type=int, default=[300, 1000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import styles
+from benchmarks import code_summaries, styles
 from litgpt.data import PythonDocs
 
 
@@ -29,3 +29,14 @@ def test_the_table_has_means_over_seeds() -> None:
     }
     lines = styles.table({"bases": {"wordnet 300 0": base, "wordnet 300 1": {**base, "loss": 5.0}}, "runs": runs}).splitlines()
     assert lines[2:] == ["| wordnet, 300 records | default | 4.500 | 2.500 | 3 of 4 | 15 | 2 |"]
+
+
+def test_functions_and_their_summaries(tmp_path: Path) -> None:
+    """Those of the right length with a docstring, which is not in the code."""
+    body = "".join(f"    value_{i} = {i} * argument\n" for i in range(12))
+    long = f'def long(argument):\n    """Return the last multiple of the argument.\n\n    More.\n    """\n{body}    return value_11\n'
+    file = tmp_path / "module.py"
+    file.write_text(f'{long}\n\ndef short(x):\n    """Return the same value as x."""\n    return x\n\n\ndef bare(argument):\n{body}')
+    ((code, answer),) = code_summaries.functions(file)
+    assert answer == "Return the last multiple of the argument."
+    assert code.startswith("def long(argument):\n    value_0") and code.endswith("return value_11") and "multiple" not in code
