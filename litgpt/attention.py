@@ -174,7 +174,7 @@ class CausalSelfAttention(nn.Module):
         has_alibi = mask is not None and mask.is_floating_point()
         is_long = T > 1 and q.numel() * k.size(2) > FEW and not has_alibi
         if bf16_on_cpu and not torch.compiler.is_compiling() and is_long and cpu_capabilities().get("avx512_bf16"):
-            return attention(q, k, v, torch.ones(T, k.size(2), dtype=torch.bool).tril() if mask is None else mask, self.scale).flatten(2)
+            return attention(q, k, v, mask, self.scale).flatten(2)
         how: dict[str, Any] = {"scale": self.scale}
         if mask is None and T > 1:  # torch.compile needs the branch: its sizes are symbolic
             how["is_causal"] = True

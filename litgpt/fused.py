@@ -115,9 +115,11 @@ def _activate(x: torch.Tensor, approximate: str | None) -> torch.Tensor:
     return F.silu(x) if approximate is None else F.gelu(x, approximate=approximate)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return softmax(mask(scale q k^T)) v for q (B, H, T, h), k and v (B, G, K, h), true in the mask, (T, K) or (B, 1, T, K), where
-    attention is allowed: (B, T, H, h). Scores and probabilities are rounded to q's dtype for the products; the softmax is in fp32.
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """Return softmax(mask(scale q k^T)) v for q (B, H, T, h), k and v (B, G, K, h): (B, T, H, h).
+
+    The mask, (T, K) or (B, 1, T, K), is true where attention is allowed; None: causal over T = K. Scores and probabilities are rounded to
+    q's dtype for the products; the softmax is in fp32.
     """
     return _Attention.apply(q, k, v, mask, scale)
 
@@ -132,7 +134,7 @@ class _Attention(torch.autograd.Function):
     SCORES = 2**21
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale = scale
         y = q.new_empty(q.size(0), q.size(2), q.size(1), v.size(3))
@@ -146,10 +148,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, mask = ctx.saved_tensors
-        dq, parts = torch.empty_like(q), list(_parts(q, k, mask))
-        sums = torch.float32 if len(parts) > q.size(0) else q.dtype  # several parts of a sample are added up
-        dk, dv = (torch.zeros_like(each, dtype=sums) for each in (k, v))
-        for b, t, j, excluded in parts:
+        sums = torch.float32 if _room(q, k) < q.size(2) else q.dtype  # several parts of a sample are added up
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=sums), torch.zeros_like(v, dtype=sums)
+        for b, t, j, excluded in _parts(q, k, mask):
             queries, keys, values, dy = _products(k.size(1), q[b, :, t], k[b, :, j], v[b, :, j], grad[b, t].transpose(1, 2))
             p = _probabilities(queries, keys, excluded, ctx.scale)
             ds = torch.ops.aten._softmax_backward_data((dy @ values.mT).float(), p, -1, torch.float32).to(q.dtype)
@@ -164,27 +165,38 @@ def _products(groups: int, *heads: torch.Tensor) -> list[torch.Tensor]:
     return [each.reshape(each.size(0) * groups, -1, each.size(3)) for each in heads]
 
 
-def _parts(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[slice, slice, slice, torch.Tensor]]:
+def _room(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Return how many positions' scores fit into the cache."""
+    return _Attention.SCORES * torch.get_num_threads() // (4 * q.size(1) * k.size(2))
+
+
+def _parts(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple[slice, slice, slice, torch.Tensor]]:
     """Yield samples, queries and keys whose scores fit into the cache, and what is added to them: 0, or -inf where the mask is false."""
-    (B, H, T, _), K = q.shape, k.size(2)
-    mask = mask[None, None] if mask.dim() == 2 else mask  # (1 or B, 1, T, K)
-    room = _Attention.SCORES * torch.get_num_threads() // (4 * H * K)  # queries
+    (B, _, T, _), K, room = q.shape, k.size(2), _room(q, k)
     if room >= T:
-        excluded, n = _excluded(mask), room // T
+        excluded, n = _excluded(_causal(0, T) if mask is None else mask), room // T
         for first in range(0, B, n):
             b = slice(first, first + n)
             yield b, slice(T), slice(K), excluded[b] if len(excluded) > 1 else excluded
         return
     step = max(16, room)
     for i, start in product(range(B), range(0, T, step)):
-        t, here = slice(start, start + step), mask[i : i + 1] if len(mask) > 1 else mask
-        seen = here[:, :, t].flatten(0, -2).any(0).nonzero()
+        t = slice(start, min(start + step, T))
+        rows = _causal(start, t.stop) if mask is None else mask[t] if mask.dim() == 2 else mask[i, 0, t]  # (T', K or t.stop)
+        seen = rows.any(0).nonzero()
         j = slice(int(seen[0]), int(seen[-1]) + 1)
-        yield slice(i, i + 1), t, j, _excluded(here[:, :, t, j])
+        yield slice(i, i + 1), t, j, _excluded(rows[:, j])
+
+
+def _causal(start: int, stop: int) -> torch.Tensor:
+    """Return the mask of the positions [start, stop), (stop - start, stop)."""
+    return torch.ones(stop - start, stop, dtype=torch.bool).tril(start)
 
 
 def _excluded(mask: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    """(T, K) or (B, 1, T, K) -> (1 or B, 1, T, K)"""
+    excluded = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    return excluded if mask.dim() == 4 else excluded[None, None]
 
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor, excluded: torch.Tensor, scale: float) -> torch.Tensor:
