@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+KEYS = 256  # keys of a part are a multiple: oneDNN prepares a product for each shape, and keeps it
+
 
 def draw(x: torch.Tensor, p: float) -> torch.Tensor:
     """Draw a dropout with probability p: on a CPU the places that become 0, elsewhere a mask that is true where x stays.
@@ -174,7 +176,7 @@ def _parts(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Itera
     """Yield samples, queries and keys whose scores fit into the cache, and what is added to them: 0, or -inf where the mask is false."""
     (B, _, T, _), K, room = q.shape, k.size(2), _room(q, k)
     if room >= T:
-        excluded, n = _excluded(_causal(0, T) if mask is None else mask), room // T
+        excluded, n = _excluded(_causal(slice(T), K) if mask is None else mask), room // T
         for first in range(0, B, n):
             b = slice(first, first + n)
             yield b, slice(T), slice(K), excluded[b] if len(excluded) > 1 else excluded
@@ -182,15 +184,16 @@ def _parts(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Itera
     step = max(16, room)
     for i, start in product(range(B), range(0, T, step)):
         t = slice(start, min(start + step, T))
-        rows = _causal(start, t.stop) if mask is None else mask[t] if mask.dim() == 2 else mask[i, 0, t]  # (T', K or t.stop)
+        rows = _causal(t, K) if mask is None else mask[t] if mask.dim() == 2 else mask[i, 0, t]  # (T', K)
         seen = rows.any(0).nonzero()
-        j = slice(int(seen[0]), int(seen[-1]) + 1)
+        j = slice(int(seen[0]) // KEYS * KEYS, int(seen[-1]) // KEYS * KEYS + KEYS)
         yield slice(i, i + 1), t, j, _excluded(rows[:, j])
 
 
-def _causal(start: int, stop: int) -> torch.Tensor:
-    """Return the mask of the positions [start, stop), (stop - start, stop)."""
-    return torch.ones(stop - start, stop, dtype=torch.bool).tril(start)
+def _causal(t: slice, K: int) -> torch.Tensor:
+    """Return the mask of the positions t, (T', K)."""
+    start = t.start or 0
+    return torch.ones(t.stop - start, K, dtype=torch.bool).tril(start)
 
 
 def _excluded(mask: torch.Tensor) -> torch.Tensor:

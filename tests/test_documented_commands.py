@@ -44,7 +44,7 @@ SHORTER = (
 )
 REFUSED = {  # part of a line -> part of the message
     "--resume out/x/step-000400": "step-000400",
-    "--tasks hellaswag": "the data of a task cannot be downloaded",
+    "--tasks hellaswag": "the data of a task cannot be loaded",
 }
 CHECK = "def is_right(record, answer):\n    return len(answer) % 2 == 0\n"
 

@@ -132,8 +132,8 @@ def run_tasks(
             results = evaluator.simple_evaluate(
                 model=model, tasks=wanted, num_fewshot=num_fewshot, batch_size=batch_size, limit=share, task_manager=manager, **seeds
             )
-    except ConnectionError as error:
-        raise UserError(f"the data of a task cannot be downloaded: {first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"the data of a task cannot be loaded: {first_line(error)}") from None
     table = utils.make_table(results) + (f"\n{utils.make_table(results, 'groups')}" if results.get("groups") else "")
     return results, table
 

@@ -131,7 +131,7 @@ def test_answer_only_lora_says_where_it_acts(base: Path, tasks: list[Path], tmp_
         ("no_such_task", "no task no_such_task"),
         ("missing.yaml", "missing.yaml does not exist"),
         ("other.yaml", "names no task: a line `task: NAME` is needed"),
-        ("hellaswag", "the data of a task cannot be downloaded: Couldn't reach"),
+        ("hellaswag", "the data of a task cannot be loaded: Couldn't reach"),
     ],
 )
 def test_tasks_that_cannot_run(task: str, message: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
