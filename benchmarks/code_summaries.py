@@ -11,8 +11,9 @@ import ast
 import random
 import sysconfig
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from litgpt.data.docstrings import first_paragraph
 
@@ -23,8 +24,7 @@ NOT_READ = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "
 
 def records(seed: int) -> list[dict[str, str]]:
     """Return a record for each function, one for each answer, in the seed's order."""
-    torch = find_spec("torch")
-    roots = [Path(sysconfig.get_path("stdlib")), *map(Path, (torch and torch.submodule_search_locations) or ())]
+    roots = Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parent
     files = sorted(file for root in roots for file in root.rglob("*.py") if not NOT_READ & set(file.relative_to(root).parts))
     found = {answer: code for file in files for code, answer in functions(file)}
     asked = "What does this Python function do?\n\n```python\n{}\n```"

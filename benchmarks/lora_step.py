@@ -4,8 +4,8 @@
 
 LoRA on all linear layers, a packed micro-batch: its frozen layers' products, forward and gradient for the input, and the head's. The bare
 forward pass: the same products, forward alone. Answer-only LoRA from its cache: LoRA's products for the replies' rows alone. The cached
-Skip2-LoRA step: the head's two products. Step and products alternate in one
-process, on one thread; times are CPU seconds, so that other work on the machine counts less. Weights are random.
+Skip2-LoRA step: the head's two products. Step and products alternate in one process, on one thread; times are CPU seconds, so that other
+work on the machine counts less. Weights are random.
 
 N rows of the packed micro-batch, n of them with loss. --longer adds tokens to each sample's prompt.
 """
@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.runs import environment
 from benchmarks.step import Settings, build, frozen_products, head_products
 from litgpt.activations.cache import Activations, CacheSettings, Recompute, activations, is_flat
+from litgpt.activations.prompts import replies
 from litgpt.lora import GPT
 from litgpt.loss import HeadLoss, loss_of
 from litgpt.optim import make_optimizer
@@ -158,16 +159,15 @@ def measure(settings: Settings, rounds: int, longer: int) -> list[list[str]]:
     for name, (adapter, cached) in CONFIGURATIONS.items():
         model = build(settings, adapter)
         device, data = torch.device(settings.device), samples(model.config.vocab_size, longer)
-        recompute = Recompute(model, data, device)
+        source: Activations = Recompute(model, data, device)
         loss_rows = sum(sample.n_targets for sample in data)
         head = head_products(model, replace(settings, batch_size=1, seq_length=loss_rows, loss_share=1.0))
-        source: Activations = recompute
         if cached:
             source = activations(model, data, range(len(data)), "", CacheSettings("memory", Path(), model.dtype), device)
         if is_flat(model):
             rows.append([name, *compare(training_step(model, source), head, rounds)])
             continue
-        learned = loss_rows + (len(INVOCATION) - 1) * len(data) if cached else every
+        learned = sum(stop - start for sample in data for start, stop in replies(sample, INVOCATION)) if cached else every
         blocks = block_products(model, learned, True)
         rows.append([name, *compare(training_step(model, source), lambda blocks=blocks, head=head: (blocks(), head()), rounds)])
         if adapter is LORA:

@@ -13,7 +13,7 @@ from torch import nn
 
 from litgpt.config import Config
 from litgpt.device import cpu_capabilities
-from litgpt.fused import attention, rms_norm
+from litgpt.fused import attention, exclusion, rms_norm
 from litgpt.packing import Packing
 from litgpt.rope import rotate
 
@@ -167,10 +167,10 @@ class CausalSelfAttention(nn.Module):
         if self.windowed and pos.window_mask is not None:
             mask = pos.window_mask
         B, H, T, _ = q.shape
-        bf16_on_cpu = q.dtype == torch.bfloat16 and q.device.type == "cpu"
         if self.softcap is not None or self.config.attention_sinks:
             sinks = self.sinks if self.config.attention_sinks else None
             return _rows(plain_attention(q, k, v, mask, self.scale, self.softcap, sinks))
+        bf16_on_cpu = q.dtype == torch.bfloat16 and q.device.type == "cpu"
         has_alibi = mask is not None and mask.is_floating_point()
         is_long = T > 1 and q.numel() * k.size(2) > FEW and not has_alibi
         if bf16_on_cpu and not torch.compiler.is_compiling() and is_long and cpu_capabilities().get("avx512_bf16"):
@@ -215,8 +215,7 @@ def plain_attention(
     if cap is not None:
         scores = torch.tanh(scores) * cap
     if mask is not None:
-        excluded = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-        scores = scores + (excluded if mask.dim() == 2 else excluded[:, None])
+        scores = scores + exclusion(mask, scores.dtype)[:, None]
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(scores.dtype).view(k.size(1), -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
     p = scores.softmax(-1).to(q.dtype)[..., : k.size(2)]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+SCORES = 2**21  # bytes of a thread's scores of attention, which stay in the processor's cache
 KEYS = 256  # keys of a part are a multiple: oneDNN prepares a product for each shape, and keeps it
 
 
@@ -133,8 +134,6 @@ class _Attention(torch.autograd.Function):
     its cache: queries of some samples, or some queries of one sample with the keys that any of them may attend to.
     """
 
-    SCORES = 2**21
-
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, mask)
@@ -169,17 +168,18 @@ def _products(groups: int, *heads: torch.Tensor) -> list[torch.Tensor]:
 
 def _room(q: torch.Tensor, k: torch.Tensor) -> int:
     """Return how many positions' scores fit into the cache."""
-    return _Attention.SCORES * torch.get_num_threads() // (4 * q.size(1) * k.size(2))
+    return SCORES * torch.get_num_threads() // (4 * q.size(1) * k.size(2))
 
 
 def _parts(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple[slice, slice, slice, torch.Tensor]]:
     """Yield samples, queries and keys whose scores fit into the cache, and what is added to them: 0, or -inf where the mask is false."""
     (B, _, T, _), K, room = q.shape, k.size(2), _room(q, k)
     if room >= T:
-        excluded, n = _excluded(_causal(slice(T), K) if mask is None else mask), room // T
+        every, n = slice(0, T), room // T
+        excluded = exclusion(_causal(every, K) if mask is None else mask, torch.float32)
         for first in range(0, B, n):
             b = slice(first, first + n)
-            yield b, slice(T), slice(K), excluded[b] if len(excluded) > 1 else excluded
+            yield b, every, slice(K), excluded[b] if len(excluded) > 1 else excluded
         return
     step = max(16, room)
     for i, start in product(range(B), range(0, T, step)):
@@ -187,19 +187,18 @@ def _parts(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Itera
         rows = _causal(t, K) if mask is None else mask[t] if mask.dim() == 2 else mask[i, 0, t]  # (T', K)
         seen = rows.any(0).nonzero()
         j = slice(int(seen[0]) // KEYS * KEYS, int(seen[-1]) // KEYS * KEYS + KEYS)
-        yield slice(i, i + 1), t, j, _excluded(rows[:, j])
+        yield slice(i, i + 1), t, j, exclusion(rows[:, j], torch.float32)
 
 
 def _causal(t: slice, K: int) -> torch.Tensor:
     """Return the mask of the positions t, (T', K)."""
-    start = t.start or 0
-    return torch.ones(t.stop - start, K, dtype=torch.bool).tril(start)
+    return torch.ones(t.stop - t.start, K, dtype=torch.bool).tril(t.start)
 
 
-def _excluded(mask: torch.Tensor) -> torch.Tensor:
-    """(T, K) or (B, 1, T, K) -> (1 or B, 1, T, K)"""
-    excluded = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-    return excluded if mask.dim() == 4 else excluded[None, None]
+def exclusion(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return 0 where a mask (T, K) or (B, 1, T, K) is true, -inf elsewhere: (1 or B, 1, T, K)."""
+    added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return added if mask.dim() == 4 else added[None, None]
 
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor, excluded: torch.Tensor, scale: float) -> torch.Tensor:

@@ -372,7 +372,7 @@ def test_smollm2_against_transformers(smollm2_dir: Path) -> None:
 @pytest.mark.parametrize("scores", [2**20, 20_000, 2_000, 1], ids=["at once", "by sample", "by query", "few queries"])
 def test_bf16_attention_in_parts(scores: int, kind: str, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever fits into the cache: the output and the gradients are those of float64 to bf16's precision."""
-    monkeypatch.setattr("litgpt.fused._Attention.SCORES", scores // torch.get_num_threads())
+    monkeypatch.setattr("litgpt.fused.SCORES", scores // torch.get_num_threads())
     monkeypatch.setattr("litgpt.fused.KEYS", 4)
     B, H, G, K, h = 3, 4, 2, T if kind == "no mask" else 45, 8
     generator = torch.Generator().manual_seed(0)

@@ -115,9 +115,10 @@ def run_tasks(
         os.environ.setdefault("HF_TOKEN", access_token)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    manager, files = TaskManager(), {name: Path(name).absolute() for name in names if name.endswith((".yaml", ".yml"))}
+    files = {name: Path(name).absolute() for name in names if name.endswith((".yaml", ".yml"))}
     for name in files:
         _require_task(name)
+    manager = TaskManager()
     if unknown := [name for name in names if name not in files and name not in manager.all_tasks]:
         raise UserError(f"the harness has no task {', '.join(unknown)}: `litgpt evaluate list` prints those it has")
     seeds = {"random_seed": seed, "numpy_random_seed": seed, "torch_random_seed": seed}
