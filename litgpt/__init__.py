@@ -34,6 +34,10 @@ def _is_idle() -> bool:
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000" if _is_idle() else "1000")
 
+# oneDNN keeps the code of the last 1,024 products that it compiled, one for each shape, and batches of text take ever new shapes. In 120
+# steps of LoRA on a model of 135M parameters that was 0.4 of 1.9 GiB. A step has fewer than 64 shapes, so it is as fast with 128.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 importlib.import_module("litgpt.aliases")
 
 _HOME = {

@@ -24,6 +24,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def one_line(text: str, most: int) -> str:
+    """Return text as one line of at most `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
+
+
 def text_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """Return a plain-text table, indented by two spaces. Columns in `left` (negative counts from the end) are left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

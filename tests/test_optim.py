@@ -272,6 +272,13 @@ def test_waiting_threads_do_not_spin_for_long_beside_another_program() -> None:
     assert count(GOMP_SPINCOUNT="7") == "7" and count(OMP_WAIT_POLICY="active") == "None"
 
 
+def test_few_compiled_products_are_kept_unless_the_user_says_how_many() -> None:
+    name, code = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "import os, litgpt; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    plain = {key: value for key, value in os.environ.items() if key != name}
+    for given, kept in (({}, "128"), ({name: "1024"}, "1024")):
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**plain, **given}).stdout.strip() == kept
+
+
 @pytest.mark.parametrize(("running", "idle"), [([1], True), ([3, 2, 2, 1], True), ([2] * 10, False)])
 def test_a_program_that_ends_at_once_leaves_the_machine_idle(running: list[int], idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter(running)

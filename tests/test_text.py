@@ -2,12 +2,17 @@ import math
 
 import pytest
 
-from litgpt.text import counted, duration, gib, markdown_table, printable, size, sparkline, text_table
+from litgpt.text import counted, duration, gib, markdown_table, one_line, printable, size, sparkline, text_table
 
 
 def test_printable_escapes_what_a_terminal_obeys() -> None:
     assert printable("a\x1b[31mb\x07\r\u202e") == "a\\x1b[31mb\\x07\\r\\u202e"
     assert printable("née\n\tΩ 你好") == "née\n\tΩ 你好"
+
+
+def test_one_line_of_a_long_text() -> None:
+    assert one_line("What is it?\n\n  def f():\n    pass", 40) == "What is it? def f(): pass"
+    assert one_line("12345678", 8) == "12345678" and one_line("你" * 9, 8) == "你你你你 ..."
 
 
 def test_a_table_aligns_its_columns() -> None:

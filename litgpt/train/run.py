@@ -31,7 +31,7 @@ from litgpt.prompts import save_prompt_style
 from litgpt.quantize import count
 from litgpt.sample import Sample
 from litgpt.sharding import part_of
-from litgpt.text import counted, size as shown, text_table
+from litgpt.text import counted, one_line, size as shown, text_table
 from litgpt.train.examples import answer
 from litgpt.train.interrupts import Interrupts, is_out_of_memory, memory_explained, out_of_memory
 from litgpt.train.loop import Batches, Loop, samples_of
@@ -47,6 +47,7 @@ from litgpt.train.resume import IDENTITY, Saved, State, Stopwatch, changes, comp
 from litgpt.train.settings import Run
 
 FIRST = "in the first process"
+QUESTION = 100  # characters of a question on the screen; the report has all of it
 SHARED = "All machines need the same command, base and data, and to resume a run a folder out_dir that they share"
 
 
@@ -324,7 +325,7 @@ class Session:
                 is_cut = len(ids) >= most + (ids is not example.base)  # the base's answers have no token more
                 text = job.tokenizer.decode(ids[:most]).strip() + " ..." * is_cut
                 example.answers.append((self.state.step, text))
-                self.console.say(f"  asked: {example.question}\n  answered: {text}")
+                self.console.say(f"  asked: {one_line(example.question, QUESTION)}\n  answered: {text}")
 
     @property
     def answers(self) -> Answers:
@@ -379,7 +380,7 @@ class Session:
         say(f"\nfinished: {out_dir / 'final'}\n{text_table(list(summary_rows(report, out_dir / 'best').items()), left=(0, 1))}")
         for question, answers in self.answers:
             before = f"\n  before:  {answers[0][1]}" if len(answers) > 1 else ""
-            say(f"\n  {question}{before}\n  now:     {answers[-1][1]}")
+            say(f"\n  {one_line(question, QUESTION)}{before}\n  now:     {answers[-1][1]}")
         is_whole = (out_dir / "final" / checkpoint.WEIGHTS).is_file()
         steps = next_steps(out_dir, self.model.config, self.settings.chat_with(out_dir), is_whole)
         say(f"\nnext:\n{text_table(steps, left=(0, 1))}")
