@@ -4,8 +4,8 @@ n tokens in a micro-batch, l of them with loss, w bytes of a backbone parameter,
 V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
 
     weights       w N                      with bnb.nf4 the blocks' linear layers take 4.5 bits a parameter, with int8 8; frozen fp32
-                                           layers are in fp16, once or twice, and the head besides; the head in bf16 twice more on a
-                                           processor that multiplies it (`litgpt.packed`)
+                                           layers are in fp16, once or twice, and the head besides; the head in bf16 twice more, or once
+                                           if it is large, on a processor that multiplies it (`litgpt.packed`)
     training      12 N for all weights     the gradient and AdamW's two moments, fp32; 16 N with fp32 copies of bf16 weights
                   16 P for adapters        themselves, gradient and moments, fp32
     activations   n (L' + 1) A + f F + C            with checkpointing n (L' w d + A) + f F + C
@@ -40,7 +40,7 @@ from litgpt.device import default_device, on_meta
 from litgpt.loss import CHUNK_BYTES
 from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block, RMSNorm
-from litgpt.packed import behind_cut, is_supported, packed_bytes
+from litgpt.packed import LARGE, behind_cut, is_supported, packed_bytes
 from litgpt.quantize import FOUR_BITS, GROUP, frozen_linears
 
 NF4_BYTES = 0.5 + 4 / GROUP
@@ -100,7 +100,8 @@ def estimate(
         weights += sum(packed_bytes(linear, id(linear) in behind) - 4 * linear.weight.numel() for linear in layers)
         weights += packed_bytes(model.head, backward=True) if "lm_head" not in saved else 0
     elif width == 2 and not full and "lm_head" not in saved and is_supported(torch.bfloat16) and default_device().type == "cpu":
-        weights += 2 * width * model.head.weight.numel()
+        size = model.head.weight.numel()
+        weights += (1 if size > LARGE else 2) * width * size
     in_blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     outside = base + adapters - in_blocks if full or saved else 0
     gathered = width * outside + weights * in_blocks // max(1, base * config.n_layer)

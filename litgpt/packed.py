@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -23,16 +24,17 @@ from litgpt.quantize import QuantisedLinear, frozen_linears
 
 PRECISION = 2.0**-24  # of fp32
 BLOCK = 512  # inputs per block; FBGEMM allocates whole blocks
+LARGE = 2**27  # numbers in a bf16 output layer, above which training packs it for the gradient alone: a copy takes 256 MiB
 
 
 class Packed:
     """W (out, in) in another layout: x W^T for x (..., in), and with gradients dx = dy W. Copies of a model share it."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, backward: bool = False) -> None:
-        """Raise ValueError if fp16 is too coarse for an fp32 weight. `backward`: gradients will be needed."""
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, backward: bool = False, forward: bool = True) -> None:
+        """Raise ValueError if fp16 is too coarse for an fp32 weight. `backward`: with gradients. Without `forward`, x W^T is plain."""
         weight = weight.detach()
         self.lost = lost_in_fp16(weight) if weight.dtype == torch.float32 else None
-        self.blocks = _layout(weight, bias)
+        self.blocks = _layout(weight, bias) if forward else Layout(lambda x: F.linear(x, weight, bias), lambda: weight)
         self.transposed = _layout(weight.t()) if backward else None
 
     def __deepcopy__(self, memo: Any) -> Packed:
@@ -136,7 +138,8 @@ def pack(model: GPT, backward: bool = False) -> None:
     """Pack the frozen linear layers of the blocks and the output layer, in place, where it pays. Adapters stay.
 
     `backward`: also for training. Layers that gradients reach are prepared for them; those in bf16 stay plain, because a second layout
-    would double their memory to save a few percent of time, and so do layers with DoRA, which reads W.
+    would double their memory to save a few percent of time, and so do layers with DoRA, which reads W. A large output layer in bf16 is
+    packed for its gradient alone, which gains most.
     """
     head, device = model.head, next(model.parameters()).device
     if device.type != "cpu" or not is_supported(model.dtype):
@@ -154,7 +157,7 @@ def pack(model: GPT, backward: bool = False) -> None:
 
     places = [(parent, name) for parent, name, linear in frozen_linears(model) if type(linear) is nn.Linear]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        of_head = pool.submit(_packed, head, False)
+        of_head = pool.submit(_packed, head, False, not (backward and is_large(head)))
         transposed = pool.submit(_layout, head.weight.detach().t()) if backward and _is_frozen(head) else None  # the largest: by itself
         list(pool.map(replace, places))
     if type(head) is nn.Linear and (packed := of_head.result()) is not None:
@@ -209,14 +212,18 @@ def unpack(model: GPT) -> None:
         del head.packed
 
 
-def _packed(linear: Any, backward: bool) -> Packed | None:
+def is_large(head: Any) -> bool:
+    return bool(head.weight.dtype == torch.bfloat16 and head.weight.numel() > LARGE)
+
+
+def _packed(linear: Any, backward: bool, forward: bool = True) -> Packed | None:
     """Return the packed weight of a layer. None if the layer is trained, or its weight cannot be packed."""
     if isinstance(packed := getattr(linear, "packed", None), Packed):
         return packed
     if not _is_frozen(linear):
         return None
     try:
-        return Packed(linear.weight, linear.bias, backward)
+        return Packed(linear.weight, linear.bias, backward, forward)
     except ValueError:
         return None
 

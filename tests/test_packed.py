@@ -157,6 +157,25 @@ def test_bf16_layers_that_learn_stay_plain() -> None:
     assert isinstance(model.blocks[0].mlp.proj, PackedLinear) and type(model.blocks[1].mlp.proj.linear) is nn.Linear
 
 
+@pytest.mark.skipif(not is_supported(torch.bfloat16), reason="no bf16 here")
+def test_a_large_output_layer_is_packed_for_its_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, blocks = list[tuple[int, ...]](), packing._layout
+    monkeypatch.setattr(packing, "_layout", lambda weight, bias=None: (shapes.append(tuple(weight.shape)), blocks(weight, bias))[1])
+    model, plain = (rounded(tiny.tiny()).bfloat16() for _ in range(2))
+    shape, results = tuple(model.head.weight.shape), []
+    monkeypatch.setattr(packing, "LARGE", model.head.weight.numel() - 1)
+    pack(model, backward=True)
+    assert shape not in shapes and shape[::-1] in shapes
+    for each in (model, plain):
+        hidden = torch.randn(7, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_(True)
+        loss = HeadLoss.of(each)(hidden, IDX.flatten()[:7])
+        loss.backward()
+        results.append((loss.detach(), hidden.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=0.02, atol=1e-4)
+    unpack(model)
+    assert torch.equal(model.head.weight, plain.head.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes_stay_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)

@@ -365,7 +365,9 @@ def test_examples_with_the_same_question_keep_their_answers_apart(base: Path, tm
     page = (run.out_dir / "report.html").read_text()
     shown = re.findall(r"<div class=answer><b>Sum up.\n(text \d+)</b>", page)
     assert len(shown) == 3 and shown[0] == shown[2] != shown[1]
-    assert f"  asked: Sum up. {shown[0]}\n" in run.err and f"\n  Sum up. {shown[0]}\n  now: " in run.err, "a question is one line on the screen"
+    assert f"  asked: Sum up. {shown[0]}\n" in run.err and f"\n  Sum up. {shown[0]}\n  now: " in run.err, (
+        "a question is one line on the screen"
+    )
     assert page.count("<dt>after 1 step<") == 3 and "<dt>before" not in page and "before:" not in run.err
 
 
