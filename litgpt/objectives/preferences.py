@@ -3,10 +3,11 @@
 log p is the sum of an answer's log-probabilities, n its number of tokens, r = log p - log p of the base model. In a pair, c is the chosen
 and d the rejected answer; s is the logistic function, z the logit of the preference:
 
-    DPO    -(1 - e) log s(z) - e log s(-z),  z = beta (r_c - r_d)        with length normalisation r / n in place of r
+    DPO    -(1 - e) log s(z) - e log s(-z) - a log p_c / n_c,  z = beta (r_c - r_d)     with length normalisation r / n in place of r
     ORPO   -log p_c / n_c - lambda log s(z),  z = logit p_c - logit p_d,  logit of the mean probability exp(log p / n) of a token
     KTO    v (1 - s(z)),  z = beta (r - z_0) for a good answer, beta (z_0 - r) for a bad one
 
+DPO's a is 0 in its paper. With a > 0 (arXiv 2404.19733) the preferred answers stay probable, which z alone does not ask for.
 KTO's z_0 >= 0 is the mean of r over the global batch's prompts with the answers of other prompts, without gradient. A record's weight
 multiplies the loss of its units; a batch's loss is the weighted mean over its units.
 """
@@ -81,11 +82,11 @@ def log_probabilities(view: View, indices: Sequence[int], losses: torch.Tensor) 
     return -torch.stack([part.sum() for part in losses.split(counts)]), torch.tensor(counts, device=losses.device)
 
 
-def log_ratios(view: View, indices: Sequence[int], losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return r of each sample and its number of tokens, (samples,) each."""
+def log_ratios(view: View, indices: Sequence[int], losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return r of each sample, its log p and its number of tokens, (samples,) each."""
     logps, counts = log_probabilities(view, indices, losses)
     base = torch.tensor([-sum(sample.reference or ()) for sample in view.samples(indices)])
-    return logps - base.to(logps), counts
+    return logps - base.to(logps), logps, counts
 
 
 class DPO(Preferences):
@@ -94,12 +95,13 @@ class DPO(Preferences):
     referred = PARTS
 
     def of(self, view: View, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        r, n = log_ratios(view, indices, view.losses(indices))
+        r, logps, n = log_ratios(view, indices, view.losses(indices))
         if self.settings.dpo_length_normalised:
             r = r / n
         z = self.settings.dpo_beta * (r[::2] - r[1::2])
         e = self.settings.dpo_label_smoothing
-        return -(1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z), z
+        mean = (logps / n)[::2]
+        return -(1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z) - self.settings.dpo_nll_weight * mean, z
 
 
 class ORPO(Preferences):
@@ -151,7 +153,7 @@ class KTO(Preferences):
 
     def of(self, view: View, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         own = indices[::2]
-        r, _ = log_ratios(view, own, view.losses(own))
+        r, _, _ = log_ratios(view, own, view.losses(own))
         good = torch.tensor([sample.label for sample in view.samples(own)], device=r.device)
         z = self.settings.kto_beta * torch.where(good, r - self.z_0, self.z_0 - r)
         v = torch.where(good, self.settings.kto_desirable_weight, self.settings.kto_undesirable_weight)

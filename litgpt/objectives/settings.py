@@ -33,6 +33,8 @@ class ObjectiveSettings:
     """The share of pairs, below 0.5, that DPO assumes to be labelled the wrong way round."""
     dpo_length_normalised: bool = setting(False, varies=True)
     """Divide DPO's log-ratio of each answer by its number of tokens. dpo_beta should then be higher by about that factor."""
+    dpo_nll_weight: float = setting(0.0, FROM_0, varies=True)
+    """The weight of the preferred answer's loss per token, beside DPO's. With 0, pairs that are easy to tell apart soon break the model."""
     orpo_lambda: float = setting(0.1, FROM_0, varies=True)
     """The weight of ORPO's odds ratio relative to the loss of the preferred answer."""
     kto_beta: float = setting(0.1, ABOVE_0, varies=True)

@@ -309,6 +309,8 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     elif not look.has_validation:
         rows.append(Chosen("data.val_split_fraction", HELD_OUT, "a tenth shows when to stop"))
     method = _method_of(look, given)
+    if given.get("objective", "dpo" if look.compares and not look.is_labelled else None) == "dpo":
+        rows.append(Chosen("dpo_nll_weight", 0.2, "the preferred answers stay probable"))
     if given.get("objective") == "verifiable":
         rows.append(Chosen("lr_ratios", {"value_head": 10.0}, "a head begins with nothing"))
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}

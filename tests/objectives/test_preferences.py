@@ -51,6 +51,7 @@ def dpo(p: list[Any], q: list[Any], n: list[int], s: Any) -> torch.Tensor:
         sizes = (n[c], n[d]) if s.dpo_length_normalised else (1, 1)
         z = s.dpo_beta * ((p[c] - q[c]) / sizes[0] - (p[d] - q[d]) / sizes[1])
         total = total - w * ((1 - s.dpo_label_smoothing) * torch.sigmoid(z).log() + s.dpo_label_smoothing * torch.sigmoid(-z).log())
+        total = total - w * s.dpo_nll_weight * p[c] / n[c]
     return total / sum(WEIGHTS)
 
 
@@ -76,6 +77,7 @@ def kto(p: list[Any], q: list[Any], n: list[int], s: Any) -> torch.Tensor:
 CASES: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
     "dpo": (dpo, {"dpo_beta": 0.3}),
     "dpo smoothed": (dpo, {"dpo_beta": 0.3, "dpo_label_smoothing": 0.2}),
+    "dpo with the answers' loss": (dpo, {"dpo_beta": 0.3, "dpo_nll_weight": 0.7}),
     "dpo by length": (dpo, {"dpo_beta": 2.0, "dpo_length_normalised": True}),
     "orpo": (orpo, {"orpo_lambda": 0.7}),
     "kto": (kto, {"kto_beta": 0.2, "kto_undesirable_weight": 0.5}),

@@ -363,13 +363,14 @@ def test_pairs_of_answers_are_preferences(base: Path, tmp_path: Path, capsys: py
     given = chosen(tmp_path, base, rows)
     assert given["objective"] == "dpo" and given["lora_mlp"] and not given["alora_enabled"] and not given["skip2lora_enabled"]
     assert given["train"].replay == 0 and given["eval"].target_loss is None and given["data"].val_split_fraction == 0.1
-    assert given["train"].epochs == 2 and given["optimizer"]["init_args"]["lr"] == 2e-4
+    assert given["train"].epochs == 2 and given["optimizer"]["init_args"]["lr"] == 2e-4 and given["dpo_nll_weight"] == 0.2
+    assert chosen(tmp_path, base, rows, "--objective", "dpo", "--dpo_nll_weight", "0")["dpo_nll_weight"] == 0
     assert "40 records, taken as answers to prefer" in capsys.readouterr().err
     assert chosen(tmp_path, base, rows, "--objective", "orpo", "--skip2lora_enabled", "true")["objective"] == "orpo"
     labelled = [{"prompt": f"question {i}", "completion": f"good {i}", "label": i % 2 == 0} for i in range(40)]
     for options in ([], ["--objective", "kto"]):
         given = chosen(tmp_path, base, labelled, *options)
-        assert given["objective"] == "kto" and given["train"].replay == 0
+        assert given["objective"] == "kto" and given["train"].replay == 0 and given["dpo_nll_weight"] == 0
     assert "labels mark good and bad answers" in capsys.readouterr().err
     assert chosen(tmp_path, base, rows + labelled)["objective"] == "kto"  # which takes both forms
     assert chosen(tmp_path, base, labelled[::2])["objective"] == "next_token"  # all answers are good ones
