@@ -153,7 +153,7 @@ class KTO(Preferences):
 
     def of(self, view: View, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         own = indices[::2]
-        r, _, _ = log_ratios(view, own, view.losses(own))
+        r = log_ratios(view, own, view.losses(own))[0]
         good = torch.tensor([sample.label for sample in view.samples(own)], device=r.device)
         z = self.settings.kto_beta * torch.where(good, r - self.z_0, self.z_0 - r)
         v = torch.where(good, self.settings.kto_desirable_weight, self.settings.kto_undesirable_weight)

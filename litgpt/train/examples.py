@@ -30,6 +30,7 @@ class Example:
     question: str  # as it is shown
     prompt: list[int]
     text: list[int]  # the prompt and the record's reply
+    is_text: bool = False  # running text that is continued
     base: list[int] | None = None  # the base model's answer, if it was generated in a batch with others
     answers: list[tuple[int, str]] = field(default_factory=list)  # (step, answer), in the order of the steps
 
@@ -51,7 +52,7 @@ def examples_of(evaluation: EvalArgs, seed: int, records: Sequence[Record], styl
         asked = record.messages[first - 1]["content"] if first else ""
         question = f"{record.question}\n{record.input}".rstrip("\n") if record.pair else str(asked or rendered.prompt)
         prompt, text = (tokenizer.ids(part, bos=None if record.is_text else style.bos) for part in (rendered.prompt, rendered.text))
-        examples.append(Example(question, prompt, text))
+        examples.append(Example(question, prompt, text, record.is_text))
     return examples
 
 

@@ -325,7 +325,8 @@ class Session:
                 is_cut = len(ids) >= most + (ids is not example.base)  # the base's answers have no token more
                 text = job.tokenizer.decode(ids[:most]).strip() + " ..." * is_cut
                 example.answers.append((self.state.step, text))
-                self.console.say(f"  asked: {one_line(example.question, QUESTION)}\n  answered: {text}")
+                given, made = ("text", "continued") if example.is_text else ("asked", "answered")
+                self.console.say(f"  {given}: {one_line(example.question, QUESTION)}\n  {made}: {text}")
 
     @property
     def answers(self) -> Answers:

@@ -242,7 +242,8 @@ def test_a_run_on_running_text(base: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "book.txt").write_text("hello there, numbers and llamas. " * 300)
     words = ["--epochs", "1", "--eval.max_new_tokens", "2", "--out_dir", str(tmp_path / "out")]
     assert main(["finetune", str(base), "--data", str(tmp_path / "book.txt"), *words]) == 0
-    assert "asked: " in capsys.readouterr().err and (tmp_path / "out/best").is_dir()
+    err = capsys.readouterr().err
+    assert "\n  text: " in err and "  continued: " in err and "asked: " not in err and (tmp_path / "out/best").is_dir()
 
 
 def test_what_is_given_stays(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
