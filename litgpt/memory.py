@@ -40,7 +40,7 @@ from litgpt.device import default_device, on_meta
 from litgpt.loss import CHUNK_BYTES
 from litgpt.mlp import LLaMAMoE
 from litgpt.model import Block, RMSNorm
-from litgpt.packed import LARGE, behind_cut, is_supported, packed_bytes
+from litgpt.packed import behind_cut, is_large, is_supported, packed_bytes
 from litgpt.quantize import FOUR_BITS, GROUP, frozen_linears
 
 NF4_BYTES = 0.5 + 4 / GROUP
@@ -100,8 +100,7 @@ def estimate(
         weights += sum(packed_bytes(linear, id(linear) in behind) - 4 * linear.weight.numel() for linear in layers)
         weights += packed_bytes(model.head, backward=True) if "lm_head" not in saved else 0
     elif width == 2 and not full and "lm_head" not in saved and is_supported(torch.bfloat16) and default_device().type == "cpu":
-        size = model.head.weight.numel()
-        weights += (1 if size > LARGE else 2) * width * size
+        weights += (1 if is_large(model.head) else 2) * width * model.head.weight.numel()
     in_blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     outside = base + adapters - in_blocks if full or saved else 0
     gathered = width * outside + weights * in_blocks // max(1, base * config.n_layer)

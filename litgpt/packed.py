@@ -157,7 +157,7 @@ def pack(model: GPT, backward: bool = False) -> None:
 
     places = [(parent, name) for parent, name, linear in frozen_linears(model) if type(linear) is nn.Linear]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        of_head = pool.submit(_packed, head, False, not (backward and is_large(head)))
+        of_head = pool.submit(_packed, head, False, not (backward and model.dtype == torch.bfloat16 and is_large(head)))
         transposed = pool.submit(_layout, head.weight.detach().t()) if backward and _is_frozen(head) else None  # the largest: by itself
         list(pool.map(replace, places))
     if type(head) is nn.Linear and (packed := of_head.result()) is not None:
@@ -213,7 +213,8 @@ def unpack(model: GPT) -> None:
 
 
 def is_large(head: Any) -> bool:
-    return bool(head.weight.dtype == torch.bfloat16 and head.weight.numel() > LARGE)
+    """Return True for an output layer of which training in bf16 keeps one packed copy, not two."""
+    return bool(head.weight.numel() > LARGE)
 
 
 def _packed(linear: Any, backward: bool, forward: bool = True) -> Packed | None:

@@ -109,7 +109,7 @@ def test_weights_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert estimate(config("llama", **settings), 16, width=4).weights == 4 * (numbers - linear) + packed + 2 * 512 * (64 + 128)
     monkeypatch.setattr("litgpt.memory.is_supported", lambda dtype: True)
     assert estimate(config("llama", **settings), 16).weights == 2 * numbers + 2 * 2 * 64 * 128  # the head, there and back
-    monkeypatch.setattr("litgpt.memory.LARGE", 64 * 128 - 1)
+    monkeypatch.setattr("litgpt.packed.LARGE", 64 * 128 - 1)
     assert estimate(config("llama", **settings), 16).weights == 2 * numbers + 2 * 64 * 128  # back alone
     monkeypatch.setattr("litgpt.memory.is_supported", lambda dtype: False)
     quantised = estimate(config("llama", **settings), 16, quantize="bnb.nf4")

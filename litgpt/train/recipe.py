@@ -296,6 +296,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
         marks_replies = given["data"].get("init_args", {}).get("mask_prompt", True) and bool(reply_header(style).strip())
     name = name_of(Path(data.source)).lstrip(".") or "data"
     rows = [Chosen("out_dir", Path("out/sweep" if look.is_sweep else "out/finetune") / name, "named after the data")]
+    objective = given.get("objective", "kto" if look.is_labelled else "dpo" if look.compares else None)
     if look.is_labelled:
         rows.append(Chosen("objective", "kto", "labels mark good and bad answers"))
     elif look.compares:
@@ -309,9 +310,9 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     elif not look.has_validation:
         rows.append(Chosen("data.val_split_fraction", HELD_OUT, "a tenth shows when to stop"))
     method = _method_of(look, given)
-    if given.get("objective", "dpo" if look.compares and not look.is_labelled else None) == "dpo":
+    if objective == "dpo":
         rows.append(Chosen("dpo_nll_weight", 0.2, "the preferred answers stay probable"))
-    if given.get("objective") == "verifiable":
+    if objective == "verifiable":
         rows.append(Chosen("lr_ratios", {"value_head": 10.0}, "a head begins with nothing"))
     unfit = {"alora_enabled": not marks_replies, "skip2lora_warmup_epochs": "skip2lora_warmup_steps" in given}
     settings = METHODS[method]

@@ -47,8 +47,8 @@ from litgpt.train.resume import IDENTITY, Saved, State, Stopwatch, changes, comp
 from litgpt.train.settings import Run
 
 FIRST = "in the first process"
-QUESTION = 100  # characters of a question on the screen; the report has all of it
 SHARED = "All machines need the same command, base and data, and to resume a run a folder out_dir that they share"
+QUESTION = 100  # characters of a question on the screen; the report has all of it
 
 
 def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) -> dict[str, Any]:
