@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from litgpt import __version__, checkpoint
-from litgpt.args import marked
+from litgpt.args import as_config, defaults, marked
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
 from litgpt.files import read_json
@@ -124,13 +124,14 @@ def identity(
     return json.loads(json.dumps(facts))
 
 
-def changes(now: dict[str, Any], before: dict[str, Any], where: str = "before") -> list[str]:
-    """Describe each difference of an `identity` from another run's: an earlier one's, or one `where` else."""
-    different = [
-        f"{key} is {value!r}, {where} {before['settings'][key]!r}"
-        for key, value in now["settings"].items()
-        if key in before["settings"] and before["settings"][key] != value
-    ]
+def changes(now: dict[str, Any], before: dict[str, Any], command: type | None = None, where: str = "before") -> list[str]:
+    """Describe each difference of an `identity` from another run's: an earlier one's, or one `where` else.
+
+    A setting of `command` that the version of the earlier run did not have counts as its default.
+    """
+    unknown = compared_settings(as_config(defaults(command)), command) if command else {}
+    earlier = {**now["settings"], **unknown, **before["settings"]}
+    different = [f"{key} is {value!r}, {where} {earlier[key]!r}" for key, value in now["settings"].items() if earlier[key] != value]
     if any(now[key] != before.get(key, now[key]) for key in ("config", "weights")):  # which earlier versions did not write
         different.append("the base model is another one (its weights or its config)")
     for key, name in (("train", "training"), ("val", "validation")):

@@ -71,7 +71,7 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
             if (final / IDENTITY).is_file():  # an earlier version wrote none
                 before = Saved(final, read_json(final / IDENTITY))
                 ended = prepare(settings, method, base, before, alone(settings.precision))
-                require_same(final, identity_of(ended), before.facts)
+                require_same(final, identity_of(ended), before.facts, type(settings))
             Console(is_first).say(f"{final} exists: this run is finished, nothing is left to do")
             return finished_report(settings.out_dir, settings.train.keep_last, is_first)
         point = out_dir.resume_point(Console(is_first).say)
@@ -94,9 +94,9 @@ def identity_of(job: Job, varying: Collection[str] = ()) -> dict[str, Any]:
     return identity(shared, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
 
 
-def require_same(folder: Path, now: dict[str, Any], before: dict[str, Any]) -> None:
+def require_same(folder: Path, now: dict[str, Any], before: dict[str, Any], command: type) -> None:
     """Raise UserError, naming every difference, if another run wrote the folder."""
-    if different := changes(now, before):
+    if different := changes(now, before, command):
         raise UserError(
             f"resume: {folder} belongs to another run: {'; '.join(different)}. Resume with the settings of the run, or start anew "
             "in another --out_dir"
@@ -105,7 +105,7 @@ def require_same(folder: Path, now: dict[str, Any], before: dict[str, Any]) -> N
 
 def require_alike(own: dict[str, Any], first: dict[str, Any], step: int = 0, first_step: int = 0) -> None:
     """Raise UserError if this process would not train what the first does, whose `identity` and step are given."""
-    differences = changes(own, first, FIRST)
+    differences = changes(own, first, where=FIRST)
     if step != first_step:
         differences.append(f"it continues after step {step}, {FIRST} {first_step}")
     if differences:
@@ -132,7 +132,7 @@ class Session:
         self.loop: Loop | None = None  # None while its activations are computed
         self.identity = identity_of(job)
         if saved is not None:
-            require_same(saved.folder, self.identity, saved.facts["identity"])
+            require_same(saved.folder, self.identity, saved.facts["identity"], type(self.settings))
         step = saved.state.step if saved else 0
         theirs, first_step = self.rank.broadcast((self.identity, step))
         require_alike(self.identity, theirs, step, first_step)

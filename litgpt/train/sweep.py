@@ -78,7 +78,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
         job = _prepare(candidates, out_dir, before or {})
         _introduce(job, table, waiting, place, before or {})
         identity = identity_of(replace(job, settings=settings), varying=trials[0].values)
-        if before is not None and (different := changes(identity, before["identity"])):
+        if before is not None and (different := changes(identity, before["identity"], type(settings))):
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(different)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
         facts = {"settings": as_config(vars(settings)), "identity": identity, **job.kept, "environment": environment(job.rank.device)}

@@ -185,6 +185,13 @@ def test_a_run_of_an_earlier_version_is_resumed(base: Path) -> None:
     assert changes(who(base), {**before, "base": "a digest of its own"}) == []
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_counts_as_its_default(base: Path) -> None:
+    before = who(base)
+    before["settings"] = {key: value for key, value in before["settings"].items() if key not in ("train.word_dropout", "precision")}
+    assert changes(who(base), before, Lora) == []
+    assert changes(who(base, word_dropout=0.3), before, Lora) == ["train.word_dropout is 0.3, before 0.0"]
+
+
 def test_settings_that_may_change_are_not_compared() -> None:
     names = set(marked(Lora, "may_change"))
     assert {"out_dir", "data", "precision", "skip2lora_cache", "train.save_interval", "train.max_time", "eval.patience"} <= names
