@@ -1,4 +1,4 @@
-"""Peak memory of each rank, with a copy of the model for each (ddp) and a part (fsdp): real runs of `litgpt finetune_lora`.
+"""Peak memory of each rank, with a copy of the model for each (ddp) and a part (fsdp): real runs of `litgpt finetune_lora` and `_full`.
 
     python -m benchmarks.sharding CHECKPOINT --name SmolLM2-360M --processes 4
 
@@ -28,8 +28,9 @@ from benchmarks.process import environment
 from litgpt.text import text_table
 
 METHODS = {
-    "LoRA, activations checkpointed": ["--train.activation_checkpointing", "true"],
-    "Skip2-LoRA, not cached": ["--skip2lora_enabled", "true", "--skip2lora_cache", "off"],
+    "LoRA, activations checkpointed": ["finetune_lora", "--train.activation_checkpointing", "true"],
+    "Skip2-LoRA, not cached": ["finetune_lora", "--skip2lora_enabled", "true", "--skip2lora_cache", "off"],
+    "all weights, activations checkpointed": ["finetune_full", "--train.activation_checkpointing", "true"],
 }
 SMALL = {"n_layer": 2, "n_embd": 16, "n_head": 1, "n_query_groups": 1, "head_size": 16, "intermediate_size": 16}
 SETTINGS = ["--train.max_steps", "3", "--train.micro_batch_size", "1", "--eval.max_new_tokens", "0", "--eval.final_validation", "false"]
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--name", help="sizes of this model in place of the checkpoint's")
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -132,16 +134,14 @@ def main() -> None:
         small = write_random(given.checkpoint, Path(folder) / "small", given.name, given.precision, **SMALL)
         describe(model, given.precision)
         rows: list[tuple[str, ...]] = [("method", "processes", "strategy", "the program's", "MiB of each rank above it")]
-        for name, words in METHODS.items():
+        for name in given.methods:
+            command, *words = METHODS[name]
             for processes in given.processes:
                 for strategy in ("ddp",) if processes == 1 else given.strategies:
                     common = ["--data", "JSON", "--data.json_path", str(data), "--data.val_split_fraction", "0.1", "--strategy", strategy]
                     size = ["--train.global_batch_size", str(processes), "--precision", given.precision]
                     peaks = [
-                        [
-                            rank["peak"] >> 20
-                            for rank in measured(["finetune_lora", str(base), *common, *SETTINGS, *size, *words], processes)
-                        ]
+                        [rank["peak"] >> 20 for rank in measured([command, str(base), *common, *SETTINGS, *size, *words], processes)]
                         for base in (small, model)
                     ]
                     above = ", ".join(f"{peak - program}" for program, peak in zip(*peaks, strict=True))

@@ -102,7 +102,7 @@ def estimate(
     elif width == 2 and not full and "lm_head" not in saved and is_supported(torch.bfloat16) and default_device().type == "cpu":
         weights += (1 if is_large(model.head) else 2) * width * model.head.weight.numel()
     in_blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
-    outside = base + adapters - in_blocks if full or saved else 0
+    outside = base + adapters - in_blocks if saved or (full and model.head.bias is not None) else 0  # else spread (`litgpt.vocabulary`)
     gathered = width * outside + weights * in_blocks // max(1, base * config.n_layer)
     crossed = model.blocks[model.cut or 0 :]
     n, d = tokens, config.n_embd

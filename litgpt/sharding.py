@@ -1,18 +1,19 @@
 """Sharded models: each rank holds a part of every parameter, and a block's parameters are gathered while it runs (FSDP2, arXiv 2304.11277).
 
 Each block is a group that includes its adapters. A large frozen layer in it is gathered separately, so that less is gathered at once; on
-a CPU, which does not prefetch, it is gathered for each of its products (`SpreadLinear`). The trained parts of embedding, final norm and
-head are the last group. A frozen embedding and head are spread (`litgpt.vocabulary`); their other frozen parts, and Skip2-LoRA's adapters,
-which are read outside of their blocks, are copied to every rank. The optimizer sees the rank's rows of a parameter as an ordinary tensor
-(`part_of`), so its update must be elementwise.
+a CPU, which does not prefetch, it is gathered for each of its products (`SpreadLinear`). An embedding and a head without adapters are
+spread (`litgpt.vocabulary`). Their other trained parts and those of the final norm are the last group; frozen ones, and Skip2-LoRA's
+adapters, which are read outside of their blocks, are copied to every rank. The optimizer sees the rank's rows of a parameter as an
+ordinary tensor (`part_of`), so its update must be elementwise.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -50,9 +51,9 @@ def assign(parameter: nn.Parameter, value: torch.Tensor) -> None:
     part_of(parameter).copy_(rows_of(value, parameter))
 
 
-def gathered(optimizer: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """Return an optimizer's state dict with the tensors of all ranks, on the CPU. `parameters` are those that it updates, in its order."""
-    return {**optimizer, "state": _of_each(optimizer["state"], parameters, lambda value, like: whole(_sharded(value, like)).cpu())}
+def gathered(state: dict[int, dict[str, Any]], parameters: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:
+    """Return an optimizer's state for the parameters that it updates, in its order, with rows of a rank as tensors to be gathered."""
+    return _of_each(state, parameters, _sharded)
 
 
 def scattered(state: dict[int, dict[str, Any]], parameters: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:
@@ -81,11 +82,49 @@ def _sharded(value: torch.Tensor, like: Any) -> torch.Tensor:
     return DTensor.from_local(value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
+def loads(parameters: Mapping[str, torch.Tensor]) -> dict[tuple[str, ...], Callable[[], torch.Tensor]]:
+    """Return functions that load parameters and buffers on the CPU, by the names of one tensor. All ranks must call each (`all_called`)."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    return {tuple(same): partial(_load, parameters[same[0]]) for same in names.values()}
+
+
+def _load(parameter: torch.Tensor) -> torch.Tensor:
+    return whole(parameter.detach()).cpu()
+
+
 def on_cpu(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return parameters and buffers as tensors on the CPU, those of several names once. All ranks of a sharded model must call this."""
-    unique = {id(parameter): parameter for parameter in parameters.values()}
-    values = {key: whole(parameter.detach()).cpu() for key, parameter in unique.items()}
-    return {name: values[id(parameter)] for name, parameter in parameters.items()}
+    values = {names: load() for names, load in loads(parameters).items()}
+    return {name: value for names, value in values.items() for name in names}
+
+
+Key = TypeVar("Key")
+
+
+@contextmanager
+def all_called(loads: Mapping[Key, Callable[[], torch.Tensor]]) -> Iterator[Mapping[Key, Callable[[], torch.Tensor]]]:
+    """Yield functions that gather tensors, to be called in their order, and call at the end those that were not.
+
+    So a rank that writes nothing, or can write no more, takes part in each gathering. A tensor is freed before the next is gathered.
+    """
+    left = dict(loads)
+
+    def call(key: Key) -> torch.Tensor:
+        load = left.pop(key)
+        try:
+            return load()
+        except BaseException:
+            left.clear()  # another rank is lost
+            raise
+
+    try:
+        yield {key: partial(call, key) for key in loads}
+    finally:
+        for key in loads:
+            if key in left:
+                call(key)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -117,7 +156,7 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     spread(model, mesh)
     copied = {p for block in model.blocks if block.skip2lora is not None for p in block.skip2lora.parameters()}
-    copied |= {p for p in _outside(model) if not p.requires_grad}
+    copied |= {p for p in _outside(model) if not p.requires_grad or hasattr(p, "device_mesh")}
     reads_weights = getattr(model.config, "lora_variant", "") == "dora"
     large = [layer for block in model.blocks for layer in _large_layers(block, dtype)] if not reads_weights else []
     for layer in large if device.type == "cpu" else ():
@@ -133,7 +172,8 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
         "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else fsdp.OffloadPolicy(),
         "ignored_params": copied,
     }
-    apart, exact = [name for name, p in model.named_parameters() if p in copied], _exact(model, dtype)
+    apart = [name for name, p in model.named_parameters() if p in copied and not (p.requires_grad and hasattr(p, "device_mesh"))]
+    exact = _exact(model, dtype)
     for layer in large if device.type != "cpu" else ():
         fsdp.fully_shard(layer, **how)
     for block in model.blocks:

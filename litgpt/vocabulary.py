@@ -1,10 +1,12 @@
-"""A frozen embedding and output layer whose rows are spread over all ranks. No rank holds all of them at any time.
+"""An embedding and output layer whose rows are spread over all ranks. No rank holds all of them, or of their gradients, at any time.
 
-    wte(ids)     each id is sent to the rank that has its row, and the row is sent back
+    wte(ids)     each id is sent to the rank that has its row, and the row is sent back; in the backward pass its gradient to the rank
     lm_head      y_v = W_v h: W is gathered a piece at a time, some rows of every rank's. A loss reads all pieces for log sum exp y_v,
-                 and with gradients once more for dh = w sum_v (softmax(y)_v - [v = target]) dy/dz W_v
+                 and the backward pass once more for dz_v = w (softmax(y)_v - [v = target]) dy/dz, dh = sum_v dz_v W_v, and
+                 dW_v = dz_v h, which are summed into the rank that has the row
 
-All ranks must call them equally often, with any number of tokens. Letters in shapes: as in `litgpt.model`, and P rows of a piece.
+All ranks must call them, and their backward pass, equally often, with any number of tokens. Letters in shapes: as in `litgpt.model`, and
+P rows of a piece.
 """
 
 from collections.abc import Iterator
@@ -22,15 +24,17 @@ IGNORED = -100  # a target without loss, as in `torch.nn.functional.cross_entrop
 
 
 def spread(model: GPT, mesh: Any) -> None:
-    """Spread a meta-device model's embedding and output layer over a mesh, if they are frozen and have no adapter."""
+    """Spread a meta-device model's embedding and output layer over a mesh, if they have no adapter and no trained bias."""
     tied, embedding, head = model.is_tied, model.transformer["wte"], model.lm_head
     is_plain = {nn.Embedding: SpreadEmbedding, nn.Linear: SpreadHead}
-    chosen: list[Any] = [module for module in (embedding, head) if type(module) in is_plain and not module.weight.requires_grad]
+    chosen: list[Any] = [module for module in (embedding, head) if type(module) in is_plain]
+    if getattr(head, "bias", None) is not None and head.bias.requires_grad:
+        chosen.remove(head)
     if mesh.size() == 1 or not chosen or (tied and len(chosen) == 1):  # the other needs all of a tied weight
         return
     for module in chosen:
         module.__class__ = is_plain[type(module)]
-        module.weight = nn.Parameter(of_mesh(module.weight, mesh), requires_grad=False)
+        module.weight = nn.Parameter(of_mesh(module.weight, mesh), requires_grad=module.weight.requires_grad)
     if tied:
         model.tie_head()
 
@@ -73,16 +77,33 @@ class SpreadEmbedding(nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(...) -> (..., d)"""
-        mesh, local = self.weight.device_mesh, self.weight.to_local()
-        size = -(-self.num_embeddings // mesh.size())  # rows of a rank
+        return _Lookup.apply(self.weight, ids)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Any, ids: torch.Tensor) -> torch.Tensor:
+        mesh, local = weight.device_mesh, weight.to_local()
+        size = -(-len(weight) // mesh.size())  # rows of a rank
         owners = ids.flatten() // size
         order = owners.argsort(stable=True)
         asked = owners.bincount(minlength=mesh.size())
         wanted = _exchange(asked, [1] * mesh.size(), [1] * mesh.size(), mesh)
         here, there = asked.tolist(), wanted.tolist()
-        rows = _exchange(ids.flatten()[order], here, there, mesh) - size * mesh.get_local_rank()
-        found = _exchange(local[rows.to(local.device)].to(ids.device), there, here, mesh)  # (N, d)
+        rows = (_exchange(ids.flatten()[order], here, there, mesh) - size * mesh.get_local_rank()).to(local.device)
+        found = _exchange(local[rows].to(ids.device), there, here, mesh)  # (N, d)
+        ctx.weight, ctx.sizes = weight, (here, there)
+        ctx.save_for_backward(order, rows)
         return torch.empty_like(found).index_copy_(0, order, found).unflatten(0, ids.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, None]:
+        order, rows = ctx.saved_tensors
+        here, there = ctx.sizes
+        sent = _exchange(grad.flatten(0, -2)[order], here, there, ctx.weight.device_mesh)
+        own = ctx.weight.to_local()
+        total = torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32))
+        return _as_gradient(total.index_add_(0, rows, sent.to(total)), ctx.weight), None
 
 
 def _exchange(values: torch.Tensor, sizes: list[int], received: list[int], mesh: Any) -> torch.Tensor:
@@ -128,49 +149,88 @@ class SpreadHead(nn.Linear):
             y[..., indices] = F.linear(x, rows, bias)
         return y
 
+    def reduce(self, gradient: torch.Tensor, indices: torch.Tensor, own: torch.Tensor) -> None:
+        """Add up the gradients (P, d) of a piece of all ranks, each row in `own`, this rank's rows, of the rank that has it."""
+        mesh, size = self.weight.device_mesh, -(-self.out_features // self.weight.device_mesh.size())
+        start = int(indices[0])  # of the first rank's rows
+        step = int((indices < size).sum())
+        rows = gradient.new_zeros(mesh.size() * step, gradient.size(1))
+        rows[indices // size * step + indices % size - start] = gradient
+        group, parts, part = mesh.get_group(), rows.split(step), own[start : start + step]
+        for work in [torch.distributed.reduce(rows, group=group, group_dst=rank, async_op=True) for rank, rows in enumerate(parts)]:
+            work.wait()
+        part += parts[mesh.get_local_rank()][: len(part)].to(part)
+
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, divisor: float, cap: float | None) -> Any:
         """Return -w log softmax(y)[target] of `litgpt.loss.HeadLoss`, (N,), for targets and weights (N,) or (N, K)."""
-        return _Losses.apply(hidden, targets, weights, self, divisor, cap)
+        return _Losses.apply(hidden, self.weight, targets, weights, self, divisor, cap)
+
+
+def _as_gradient(own: torch.Tensor, weight: Any) -> Any:
+    """Return the gradient of a weight, of which this rank has these rows."""
+    from torch.distributed.tensor import DTensor
+
+    own = own.to(weight.to_local())
+    return DTensor.from_local(own, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, head: SpreadHead, divisor: float, cap: Any
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: Any,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        head: SpreadHead,
+        divisor: float,
+        cap: float | None,
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = (targets != IGNORED).to(wide) if weights is None else torch.where(targets == IGNORED, 0, weights).to(wide)
         targets, weights = as_columns(targets), as_columns(weights)
         norm = torch.full((len(targets), 1), -torch.inf, dtype=wide, device=hidden.device)  # log sum exp y
         chosen = torch.zeros_like(weights)
+        for indices, rows, bias in head.pieces(hidden):
+            for here, y, at in _blocks(hidden, targets, indices, rows, bias, head.out_features, divisor, cap):
+                norm[here] = torch.logaddexp(norm[here], y.logsumexp(-1, keepdim=True))
+                chosen[here] += torch.where(at < 0, 0, y.gather(1, at.clamp(min=0)))
+        ctx.head, ctx.divisor, ctx.cap = head, divisor, cap
+        ctx.save_for_backward(hidden, targets, weights, norm)
+        return ((norm - chosen) * weights).sum(1)
 
-        def blocks() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-            """Yield rows of `hidden`, their logits y for a piece, the targets' places (rows, K) in it or -1, and the piece."""
-            for indices, rows, bias in head.pieces(hidden):
-                place = torch.full((head.out_features,), -1, device=indices.device)  # (V,): of each token in the piece
-                place.index_copy_(0, indices, torch.arange(len(indices), device=indices.device))
-                step = max(1, BLOCK_BYTES // (len(indices) * wide.itemsize))
-                for start in range(0, len(targets), step):
-                    here = slice(start, start + step)
-                    y = finish_logits(F.linear(hidden[here], rows, bias).to(wide), divisor, cap)  # (rows of a block, P)
-                    yield here, y, place[targets[here].clamp(min=0)], rows
-
-        for here, y, at, _ in blocks():
-            norm[here] = torch.logaddexp(norm[here], y.logsumexp(-1, keepdim=True))
-            chosen[here] += torch.where(at < 0, 0, y.gather(1, at.clamp(min=0)))
-        if hidden.requires_grad:
-            gradient = torch.zeros_like(hidden, dtype=wide)
-            for here, y, at, rows in blocks():
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        head, cap, (hidden, targets, weights, norm) = ctx.head, ctx.cap, ctx.saved_tensors
+        weights = weights * grad[:, None]
+        gradient = torch.zeros_like(hidden, dtype=norm.dtype)
+        of_rows = torch.zeros_like(head.weight.to_local(), dtype=norm.dtype, device=hidden.device) if ctx.needs_input_grad[1] else None
+        for indices, rows, bias in head.pieces(hidden):
+            of_piece = torch.zeros_like(rows, dtype=norm.dtype)
+            for here, y, at in _blocks(hidden, targets, indices, rows, bias, head.out_features, ctx.divisor, cap):
                 each = weights[here]
                 p = (y - norm[here]).exp_().mul_(each.sum(1, keepdim=True))
                 p.scatter_add_(1, at.clamp(min=0), torch.where(at < 0, 0, -each))
                 if cap is not None:
                     p.mul_(1 - (y / cap).square_())
-                gradient[here] += p.div_(divisor).to(rows.dtype) @ rows
-            ctx.save_for_backward(gradient.to(hidden.dtype))
-        return ((norm - chosen) * weights).sum(1)
+                dz = p.div_(ctx.divisor).to(rows.dtype)
+                gradient[here] += dz @ rows
+                if of_rows is not None:
+                    of_piece += dz.t() @ hidden[here]
+            if of_rows is not None:
+                head.reduce(of_piece, indices, of_rows)
+        return gradient.to(hidden.dtype), None if of_rows is None else _as_gradient(of_rows, head.weight), *(None,) * 5
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype)[:, None], None, None, None, None, None
+
+def _blocks(
+    hidden: torch.Tensor, targets: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, bias: Any, V: int, divisor: float, cap: Any
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield rows of `hidden`, their logits y for a piece, and the targets' places (rows, K) in it or -1."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    place = torch.full((V,), -1, device=indices.device)  # of each token in the piece
+    place.index_copy_(0, indices, torch.arange(len(indices), device=indices.device))
+    step = max(1, BLOCK_BYTES // (len(indices) * wide.itemsize))
+    for start in range(0, len(targets), step):
+        here = slice(start, start + step)
+        y = finish_logits(F.linear(hidden[here], rows, bias).to(wide), divisor, cap)  # (rows of a block, P)
+        yield here, y, place[targets[here].clamp(min=0)]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt import sharding
-from litgpt.sharding import SpreadLinear, assign, gathered, is_sharded, part_of, rows_of, scattered, whole
+from litgpt.sharding import SpreadLinear, all_called, assign, gathered, is_sharded, part_of, rows_of, scattered, whole
 
 
 class Mesh:
@@ -62,10 +62,29 @@ def test_nothing_changes_for_a_model_of_one_process() -> None:
     parameter, value = nn.Parameter(torch.ones(3)), torch.arange(3.0)
     assert part_of(parameter) is parameter and whole(parameter) is parameter and rows_of(value, parameter) is value
     assert not is_sharded(nn.Linear(2, 2))
-    state = {"state": {0: {"exp_avg": value}}, "param_groups": []}
+    state = {0: {"exp_avg": value}}
     assert gathered(state, [parameter]) == state
     assign(parameter, value)
     assert torch.equal(parameter, value)
+
+
+def test_every_tensor_is_gathered_once_and_in_order() -> None:
+    called: list[str] = []
+    loads = {name: lambda name=name: called.append(name) or torch.zeros(1) for name in "abcd"}
+    with all_called(loads):  # by a rank that writes nothing
+        pass
+    with pytest.raises(OSError), all_called(loads) as plan:  # by one whose disk is full
+        plan["a"](), plan["b"]()
+        raise OSError
+    assert "".join(called) == "abcdabcd"
+
+
+def test_nothing_is_gathered_after_another_rank_is_lost() -> None:
+    def lost() -> torch.Tensor:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError), all_called({"a": lost, "b": lambda: pytest.fail("gathered")}) as plan:
+        plan["a"]()
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -17,7 +17,7 @@ from zipfile import ZIP64_LIMIT, ZipFile, ZipInfo
 
 import torch
 
-from litgpt.convert.names import Plan
+from litgpt.convert.names import Load
 from litgpt.errors import UserError
 
 PTH_ALIGNMENT, HEADER_ALIGNMENT = 64, 8  # bytes: of a record of a `.pth` file, and of the header's length in a safetensors file
@@ -56,7 +56,7 @@ class _Pickler(pickle.Pickler):
         return tuple(value) if isinstance(value, _Storage) else None
 
 
-def write_pth(plan: Plan, file: Path | IO[bytes]) -> None:
+def write_pth(plan: Mapping[tuple[str, ...], Load], file: Path | IO[bytes]) -> None:
     """Load the plan's tensors one after the other and write them to a new file that `torch.load` reads like one of `torch.save`.
 
     Layout: an uncompressed zip with a record `data/<number>` for each tensor's bytes and the pickled state dict in `data.pkl`
@@ -100,7 +100,7 @@ def write_safetensors(tensors: Mapping[str, Pending], path: Path) -> None:
     Layout: the header's length (8 bytes), the header (JSON: dtype, shape and place of each tensor), the bytes
     (github.com/huggingface/safetensors#format). Wide numbers come first, which aligns all of them.
     """
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -14,13 +14,14 @@ from litgpt.activations.choose import Choice
 from litgpt.adapters.base import adapter_parameters, adapter_state, renew_adapters
 from litgpt.adapters.settings import LAYER_FLAGS, WarmupSettings, model_settings
 from litgpt.convert.merge import write_merged
+from litgpt.convert.write import write_pth
 from litgpt.device import on_meta
 from litgpt.errors import UserError
 from litgpt.logs import Console
 from litgpt.lora import GPT, Config as LoRAConfig, mark_only_lora_as_trainable, merge_lora_weights
 from litgpt.packed import unpack
 from litgpt.quantize import count, is_quantised, quantise
-from litgpt.sharding import assign, is_sharded, on_cpu
+from litgpt.sharding import all_called, assign, is_sharded, loads, on_cpu
 from litgpt.text import counted
 
 
@@ -62,10 +63,16 @@ class Method:
             model.load_state_dict(adapter_parameters(plain), strict=False, assign=True)
         self.prepare(model)
 
-    def save(self, model: GPT) -> Callable[[Path], None]:
-        """Gather the trained weights of all ranks and return a function that writes them into a folder, under LitGPT's names."""
-        state: Any = on_cpu(model.state_dict(keep_vars=True)) if self.trains_base else {"model": adapter_state(model)}
-        return lambda folder: checkpoint.save_weights(state, folder / self._file(model))
+    def save(self, model: GPT, folder: Path | None) -> None:
+        """Gather the trained weights of all ranks, which must all call this, and write them into a folder if one is given."""
+        if not self.trains_base:
+            state: Any = {"model": adapter_state(model)}
+            if folder is not None:
+                checkpoint.save_weights(state, folder / self._file(model))
+            return
+        with all_called(loads(model.state_dict(keep_vars=True))) as plan:
+            if folder is not None:
+                write_pth(plan, folder / self._file(model))
 
     def load(self, model: GPT, folder: Path) -> None:
         """Load the trained weights that `save` wrote to a folder into the model."""

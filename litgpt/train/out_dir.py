@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-
-from safetensors import SafetensorError
 
 from litgpt import atomic
 from litgpt.errors import UserError
@@ -169,8 +166,8 @@ class Checkpoints:
     """Writes the checkpoints of a run, from the first process. Each folder appears complete or not at all."""
 
     out_dir: Path
-    contents: Callable[[], Callable[[Path], None]]
-    """gathers the weights of all ranks; the result writes them, settings and tokenizer into a folder"""
+    contents: Callable[[Path | None], None]
+    """gathers the weights of all ranks, and writes them, settings and tokenizer into a folder if one is given"""
     facts: dict[str, Any]  # of the training state: identity and environment
     keep_last: int | None
     rank: Rank
@@ -184,11 +181,10 @@ class Checkpoints:
         folder = self.out_dir / f"step-{state.step:06d}"
         states = {name: self.rank.gather(value) for name, value in (state.random or random_states(self.rank.device)).items()}
         random = {f"{name}.{rank}": value.cpu() for name, all_ranks in states.items() for rank, value in enumerate(all_ranks)}
-        write, optimizer = self.contents(), None if loop is None else gathered(loop.optimizer.state_dict(), loop.weights)
+        optimizer = {} if loop is None else gathered(loop.optimizer.state_dict()["state"], loop.weights)
         with self._folder(folder) as temporary:
-            if temporary is not None:
-                write(temporary)
-                training_state.write(temporary, state, optimizer, random, {**self.facts, "kept": kept})
+            facts = {**self.facts, "kept": kept}
+            self._gather(temporary, self.contents, lambda place: training_state.write(place, state, optimizer, random, facts))
         self.newest, state.saved = folder, True
         self.unproven.append(folder)
         return folder
@@ -215,13 +211,23 @@ class Checkpoints:
 
     def folder(self, name: str, measured: dict[str, Any], finish: Callable[[Path], None] | None = None) -> None:
         """Write `best` or `final` with the figures `measured`; `finish` adds files and figures."""
-        write = self.contents()
         with self._folder(self.out_dir / name) as temporary:
+            self._gather(temporary, self.contents)
             if temporary is not None:
-                write(temporary)
                 if finish is not None:
                     finish(temporary)
                 atomic.write_text(temporary / REPORT, as_json(measured))
+
+    def _gather(self, folder: Path | None, *writers: Callable[[Path | None], None]) -> None:
+        """Call functions that gather tensors of all ranks and write them. One that fails to write keeps no rank from the others."""
+        failure = None
+        for write in writers if folder is not None or self.rank.sharded else ():
+            try:
+                write(None if failure else folder)
+            except (OSError, UserError) as error:
+                failure = error
+        if failure is not None:
+            raise failure
 
     @contextmanager
     def _folder(self, folder: Path) -> Iterator[Path | None]:
@@ -236,14 +242,12 @@ class Checkpoints:
                 self.log.flush()
                 with atomic.new_folder(folder, overwrite=True) as temporary:
                     yield temporary
-        except (OSError, SafetensorError, UserError) as error:
+        except (OSError, UserError) as error:
             self.rank.barrier()
             if isinstance(error, UserError):
                 raise
             remedy = f". {self.newest} is complete: make room, and {RESUME}" if self.newest else ""
-            inner = re.search(r"I/O error: (.+?) \(os error", str(error))  # safetensors' wording
-            reason = inner[1] if inner else getattr(error, "strerror", None) or error
-            raise UserError(f"{folder} cannot be written: {reason}{remedy}") from None
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}{remedy}") from None
         else:
             self.rank.barrier()
 

@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from litgpt import __version__, checkpoint
 from litgpt.args import as_config, defaults, marked
 from litgpt.atomic import write_text
+from litgpt.convert.write import Pending, write_safetensors
 from litgpt.errors import UserError
 from litgpt.files import read_json
 from litgpt.logs import COLUMNS
 from litgpt.sample import Sample
-from litgpt.sharding import scattered
+from litgpt.sharding import all_called, loads, scattered
 from litgpt.text import first_line
 
 FORMAT = 1
@@ -172,15 +173,22 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, state: State, optimizer: dict[str, Any] | None, random: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    """Write the training state into a checkpoint folder. Raises SafetensorError, OSError.
+def write(
+    folder: Path | None, state: State, optimizer: dict[int, dict[str, Any]], random: dict[str, torch.Tensor], facts: dict[str, Any]
+) -> None:
+    """Write the training state into a checkpoint folder; without one, only take part in gathering the optimizer's tensors.
 
-    `optimizer`: its state dict. `random`: generator states by "kind.rank".
+    `optimizer`: its state, tensors of all ranks included. `random`: generator states by "kind.rank". Raises OSError.
     """
     tensors: dict[str, torch.Tensor] = {}
-    packed = _pack(optimizer["state"] if optimizer else {}, tensors)
+    packed = _pack(optimizer, tensors)
     tensors.update({f"random.{name}": value for name, value in random.items()})
-    save_file(tensors, folder / TENSORS)
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # as they are written
+    with all_called({name: load for names, load in loads(ordered).items() for name in names}) as plan:
+        if folder is None:
+            return
+        pending = {name: Pending(tuple(tensor.shape), tensor.dtype, plan[name]) for name, tensor in ordered.items()}
+        write_safetensors(pending, folder / TENSORS)
     content = {"format": FORMAT, **facts, "progress": state.facts(), "optimizer": packed}
     write_text(folder / FACTS, json.dumps(content) + "\n")
 
@@ -189,7 +197,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """Return a nested value as JSON, with its tensors moved to `tensors` and replaced by their names."""
     if isinstance(value, torch.Tensor):
         name = f"optimizer.{len(tensors)}"
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, _pack(item, tensors)] for key, item in value.items()]}

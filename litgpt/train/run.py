@@ -155,7 +155,7 @@ class Session:
         answers = [[example.question, example.answers] for example in job.examples]  # as they are when a checkpoint is written
         facts: dict[str, Any] = {"identity": self.identity, **job.kept, "cached": self.cached, "answers": answers}
         facts["environment"] = environment(self.rank.device)
-        self.checkpoints = Checkpoints(path, self._contents, facts, self.settings.train.keep_last, self.rank, self.log)
+        self.checkpoints = Checkpoints(path, self._write_contents, facts, self.settings.train.keep_last, self.rank, self.log)
         if saved is not None:
             self.checkpoints.newest = saved.folder
             self.checkpoints.unproven.append(saved.folder)
@@ -333,21 +333,17 @@ class Session:
         """The examples that were answered, and their answers."""
         return [(example.question, example.answers) for example in self.job.examples if example.answers]
 
-    def _contents(self) -> Callable[[Path], None]:
-        """Return a function that writes the contents of every checkpoint into a folder."""
-        save = self.job.method.save(self.model) if self.rank.is_first or self.rank.sharded else None
-
-        def write(folder: Path) -> None:
-            assert save is not None
-            save(folder)
-            checkpoint.save_config(self.model.config, folder, self.job.chosen)
-            atomic.write_text(folder / "hyperparameters.yaml", dump_yaml(readable_by_litgpt(self.hyperparameters)))
-            if checkpoint.is_adapter_folder(folder):
-                checkpoint.save_base(self.job.base, folder)
-            checkpoint.write_tokenizer(self.job.tokenizer_contents, folder)
-            save_prompt_style(self.job.style, folder)
-
-        return write
+    def _write_contents(self, folder: Path | None) -> None:
+        """Write the contents of every checkpoint into a folder; without one, only take part in gathering the weights."""
+        self.job.method.save(self.model, folder)
+        if folder is None:
+            return
+        checkpoint.save_config(self.model.config, folder, self.job.chosen)
+        atomic.write_text(folder / "hyperparameters.yaml", dump_yaml(readable_by_litgpt(self.hyperparameters)))
+        if checkpoint.is_adapter_folder(folder):
+            checkpoint.save_base(self.job.base, folder)
+        checkpoint.write_tokenizer(self.job.tokenizer_contents, folder)
+        save_prompt_style(self.job.style, folder)
 
     def finish(self, phase: Phase) -> dict[str, Any]:
         """Write the final folder after the last phase and return the report. Adapters are small: they are saved before they are merged."""

@@ -152,7 +152,7 @@ def saved(folder: Path) -> tuple[Any, Any]:
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    write(folder, State(step=1), optimizer.state_dict(), {"cpu.0": torch.get_rng_state()}, FACTS)
+    write(folder, State(step=1), optimizer.state_dict()["state"], {"cpu.0": torch.get_rng_state()}, FACTS)
     return parameters, optimizer
 
 

@@ -38,7 +38,7 @@ def test_adapters_are_trained_saved_and_loaded_and_nothing_else(settings: dict[s
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    method.save(model)(tmp_path)
+    method.save(model, tmp_path)
     method.load(other, tmp_path)
     ours, theirs = model.state_dict(), other.state_dict()
     assert {name for name in ours if torch.equal(ours[name], theirs[name])} == names
@@ -56,7 +56,7 @@ def test_a_sharded_mixture_is_saved_with_the_corrections_of_its_routers(tmp_path
         correction.copy_(torch.arange(8) + number / 4)
     model.reshard = None  # FSDP's mark
     assert is_sharded(model) and len(corrections) == model.config.n_layer
-    whole().save(model)(tmp_path)
+    whole().save(model, tmp_path)
     saved = torch.load(tmp_path / "lit_model.pth", weights_only=True)
     assert all(saved[name].tolist() == [i + number / 4 for i in range(8)] for number, name in enumerate(corrections))
 
@@ -68,7 +68,7 @@ def test_full_trains_and_saves_every_weight(base: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    method.save(model)(tmp_path)
+    method.save(model, tmp_path)
     method.load(other, tmp_path)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 

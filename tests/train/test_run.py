@@ -45,7 +45,7 @@ def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys
 def test_every_difference_is_named(base: Path, data: Path) -> None:
     own = identity({"seed": 1, "lora_r": 2}, base, {}, [], [])
     before = identity({"seed": 3, "lora_r": 4}, base, {}, [], [])
-    require_same(base, own, own)
+    require_same(base, own, own, Lora)
     with pytest.raises(UserError) as error:
-        require_same(base, own, before)
+        require_same(base, own, before, Lora)
     assert all(part in str(error.value) for part in ("seed", "lora_r", "1", "2", "3", "4", "another --out_dir"))

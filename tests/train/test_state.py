@@ -62,7 +62,7 @@ def test_an_optimizer_goes_on_bit_for_bit(name: str, dtype: torch.dtype, tmp_pat
     optimizer = make_optimizer(spec, params)
     for _ in range(3):
         step(params, optimizer)
-    write(tmp_path, State(step=3), optimizer.state_dict(), random_states(), FACTS)
+    write(tmp_path, State(step=3), optimizer.state_dict()["state"], random_states(), FACTS)
     values = [p.detach().clone() for p in params]
     for _ in range(3):
         step(params, optimizer)
@@ -84,7 +84,7 @@ def test_nothing_in_it_can_run_code(tmp_path: Path) -> None:
     params = parameters(torch.float32)
     optimizer = make_optimizer("AdamW", params)
     step(params, optimizer)
-    write(tmp_path, State(), optimizer.state_dict(), random_states(), FACTS)
+    write(tmp_path, State(), optimizer.state_dict()["state"], random_states(), FACTS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["training_state.json", "training_state.safetensors"]
     tensors = safetensors.torch.load_file(tmp_path / "training_state.safetensors")
     assert len(tensors) == 2 * 3 + 1 and torch.equal(tensors["random.cpu.0"], torch.get_rng_state())
@@ -96,14 +96,14 @@ def test_an_optimizer_that_keeps_other_objects_is_refused_by_name(tmp_path: Path
     optimizer = make_optimizer("SGD", params)
     optimizer.state[params[0]] = {"odd": object()}
     with pytest.raises(UserError, match="optimizer: its state holds a object, which cannot be saved"):
-        write(tmp_path, State(), optimizer.state_dict(), {}, FACTS)
+        write(tmp_path, State(), optimizer.state_dict()["state"], {}, FACTS)
 
 
 def test_how_far_a_run_is_comes_back_with_its_clocks_running(tmp_path: Path) -> None:
     state = State(step=7, tokens=99, seconds=1.25, losses=[(0, 3.5), (4, math.nan)], best=(4, 2.5), skipped=2)
     state.clock, state.phase = Stopwatch(earlier=100.0), PhaseStart(3, 40, Stopwatch(earlier=50.0))
     state.pending = {"train_loss": 0.1, "learning_rate": 1e-3}
-    write(tmp_path, state, None, {}, FACTS)
+    write(tmp_path, state, {}, {}, FACTS)
     back = read(tmp_path).state
     assert (back.step, back.tokens, back.seconds, back.best, back.skipped, back.pending) == (7, 99, 1.25, (4, 2.5), 2, state.pending)
     assert back.losses[0] == (0, 3.5) and math.isnan(back.losses[1][1])
@@ -121,7 +121,7 @@ def test_a_state_that_cannot_be_read(content: str, tmp_path: Path) -> None:
 
 def test_a_state_that_is_not_as_it_was_written(tmp_path: Path) -> None:
     """Each fact that is missing; tensors that are none."""
-    write(tmp_path, State(), None, random_states(), FACTS)
+    write(tmp_path, State(), {}, random_states(), FACTS)
     whole = json.loads((tmp_path / "training_state.json").read_text())
     for key in ("identity", "environment", "cached", "progress", "optimizer"):
         (tmp_path / "training_state.json").write_text(json.dumps({name: value for name, value in whole.items() if name != key}))

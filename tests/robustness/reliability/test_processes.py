@@ -145,6 +145,22 @@ def test_a_fault_in_one_of_four_processes_is_told_once_and_soon(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("share", [0.5, 1.5], ids=["of the weights", "of the optimizer's state"])
+def test_a_sharded_models_file_that_cannot_be_written_ends_all_processes(share: float, bench: Bench, tmp_path: Path) -> None:
+    """Each of its tensors is gathered as it is written: the process that writes none waits for no tensor in vain."""
+    size = int((bench.base / "lit_model.pth").stat().st_size * share)
+    settings = {"devices": 2, "strategy": "fsdp", "train.save_interval": 1}
+    words = [str(size), sys.executable, "-m", "litgpt", *bench.argv(tmp_path / "out", "finetune_full", **settings)]
+    limited = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    began, ended = time.monotonic(), end(start([limited, *words], "-c"))
+    assert time.monotonic() - began < 60 and ended.status == 1, ended.err
+    (told,) = [line for line in ended.err.splitlines() if line.startswith("Error: ")]
+    assert re.search("out/step-000001 cannot be written: File too large", told) and not list((tmp_path / "out").glob("step*")), told
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step_and_the_run_goes_on(
     number: signal.Signals, bench: Bench, tmp_path: Path
