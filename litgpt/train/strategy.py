@@ -13,7 +13,7 @@ from litgpt.lora import Config as LoRAConfig
 from litgpt.memory import PROCESS, Memory, estimate
 from litgpt.objectives.named import objective_of
 from litgpt.objectives.reference import reference_size
-from litgpt.quantize import FOUR_BITS
+from litgpt.quantize import EIGHT_BITS, FOUR_BITS
 from litgpt.sample import Sample
 from litgpt.sharding import reduces_unused_gradients
 from litgpt.text import counted, gib
@@ -33,6 +33,7 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
     found = {
         f"optimizer {name}": name in OF_WHOLE_TENSORS or "8bit" in name,
         f"quantize {quantize} (int8 works)": quantize in FOUR_BITS,
+        f"quantize {quantize} and torch {torch.__version__} (2.12 works)": quantize in EIGHT_BITS and torch.__version__ < "2.12",
         f"trained experts of a mixture and torch {torch.__version__}": trains_experts and not reduces_unused_gradients(),
     }
     return [what for what, is_so in found.items() if is_so]

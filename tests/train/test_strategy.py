@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from safetensors import safe_open
+from torch.torch_version import TorchVersion
 
 from litgpt.__main__ import main
 from litgpt.errors import UserError
@@ -352,6 +353,15 @@ def test_what_does_not_work_with_a_sharded_model_is_refused(kind: type[Run], val
         settings.strategy = "fsdp"
     with pytest.raises(UserError, match=f"strategy fsdp does not work with {what}.*: leave it out, or give --strategy ddp"):
         strategy.require_shardable(settings, settings.method(), base)
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [("2.10.0", True), ("2.11.0+cu130", True), ("2.12.0", False), ("2.13.0+cpu", False)])
+def test_8_bits_are_refused_with_a_torch_that_cannot_shard_integers(
+    version: str, is_refused: bool, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    settings = settings_of(Lora, base, data, quantize="int8")
+    assert strategy.obstacles(settings, settings.method(), base) == [f"quantize int8 and torch {version} (2.12 works)"] * is_refused
 
 
 class Memory:
