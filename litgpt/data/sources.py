@@ -148,7 +148,7 @@ def _read_table(text: str, path: Path, delimiter: str) -> list[tuple[str, Any]]:
     if delimiter == "," and "," not in names_line:
         delimiter = next((mark for mark in ";\t" if mark in names_line), ",")
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, strict=True)  # a line break in a cell is one character
     rows: list[tuple[str, Any]] = []
     start = 1  # the line in which the row begins: a cell may hold line breaks
     try:

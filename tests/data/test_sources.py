@@ -106,10 +106,10 @@ def test_tables_of_spreadsheets_that_write_other_marks(head: str, tmp_path: Path
     mark = next(mark for mark in ";\t," if mark in head)
     for end in ("\n", "\r\n", "\r"):  # the last is a Macintosh's
         reply = "a;b" if mark == "," else "a, b"
-        rows = f'{head}\n"1{mark} 2"{mark}{reply}\n'
+        rows = f'{head}\n"1{mark} 2"{mark}"{reply}\nc"\n'
         (tmp_path / "a.csv").write_text(rows, newline=end)
         [record] = read_records(tmp_path / "a.csv")
-        assert (record.question, record.reply) == (f"1{mark} 2", reply)
+        assert (record.question, record.reply) == (f"1{mark} 2", f"{reply}\nc")
 
 
 @pytest.mark.parametrize(
