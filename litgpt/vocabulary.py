@@ -189,27 +189,30 @@ class _Losses(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = (targets != IGNORED).to(wide) if weights is None else torch.where(targets == IGNORED, 0, weights).to(wide)
         targets, weights = as_columns(targets), as_columns(weights)
-        norm = torch.full((len(targets), 1), -torch.inf, dtype=wide, device=hidden.device)  # log sum exp y
+        top = torch.full((len(targets), 1), -torch.inf, dtype=wide, device=hidden.device)  # max y
+        total = torch.zeros_like(top)  # sum exp(y - top)
         chosen = torch.zeros_like(weights)
         for indices, rows, bias in head.pieces(hidden):
             for here, y, at in _blocks(hidden, targets, indices, rows, bias, head.out_features, divisor, cap):
-                norm[here] = torch.logaddexp(norm[here], y.logsumexp(-1, keepdim=True))
+                highest = torch.maximum(top[here], y.amax(-1, keepdim=True))
+                total[here] = total[here] * (top[here] - highest).exp_() + (y - highest).exp_().sum(-1, keepdim=True)
+                top[here] = highest
                 chosen[here] += torch.where(at < 0, 0, y.gather(1, at.clamp(min=0)))
         ctx.head, ctx.divisor, ctx.cap = head, divisor, cap
-        ctx.save_for_backward(hidden, targets, weights, norm)
-        return ((norm - chosen) * weights).sum(1)
+        ctx.save_for_backward(hidden, targets, weights, top, total)
+        return ((top - chosen + total.log()) * weights).sum(1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        head, cap, (hidden, targets, weights, norm) = ctx.head, ctx.cap, ctx.saved_tensors
+        head, cap, (hidden, targets, weights, top, total) = ctx.head, ctx.cap, ctx.saved_tensors
         weights = weights * grad[:, None]
-        gradient = torch.zeros_like(hidden, dtype=norm.dtype)
-        of_rows = torch.zeros_like(head.weight.to_local(), dtype=norm.dtype, device=hidden.device) if ctx.needs_input_grad[1] else None
+        gradient = torch.zeros_like(hidden, dtype=top.dtype)
+        of_rows = torch.zeros_like(head.weight.to_local(), dtype=top.dtype, device=hidden.device) if ctx.needs_input_grad[1] else None
         for indices, rows, bias in head.pieces(hidden):
-            of_piece = torch.zeros_like(rows, dtype=norm.dtype)
+            of_piece = torch.zeros_like(rows, dtype=top.dtype)
             for here, y, at in _blocks(hidden, targets, indices, rows, bias, head.out_features, ctx.divisor, cap):
                 each = weights[here]
-                p = (y - norm[here]).exp_().mul_(each.sum(1, keepdim=True))
+                p = (y - top[here]).exp_().mul_(each.sum(1, keepdim=True) / total[here])
                 p.scatter_add_(1, at.clamp(min=0), torch.where(at < 0, 0, -each))
                 if cap is not None:
                     p.mul_(1 - (y / cap).square_())
