@@ -108,9 +108,9 @@ class HeadLoss:
     The weights w (N,) are 1 unless given, and 0 where the target is `IGNORED`. A position may have several targets, with weights of
     their own: both are (N, K) then, and none is `IGNORED`.
 
-    For a frozen linear head the forward pass computes the gradient for h, dh = (w (softmax(y) - onehot) dy/dz) W, chunk by chunk, and
-    none for W. Memory is C x V logits for any N. A head that is trained or has an adapter goes through autograd, and the backward pass
-    computes each chunk's logits again.
+    For a linear head the forward pass computes dz = w (softmax(y) - onehot) dy/dz and the gradients dh = dz W and, unless it is frozen,
+    dW = dz^T h, chunk by chunk. Memory is C x V logits for any N. A head that has an adapter or a trained bias, or is trained by more
+    than the sum, goes through autograd, and the backward pass computes each chunk's logits again.
     """
 
     def __init__(self, head: nn.Module, divisor: float = 1.0, cap: float | None = None) -> None:
@@ -134,8 +134,9 @@ class HeadLoss:
         if isinstance(head, SpreadHead):
             losses = head.losses(hidden.to(dtype), targets, weights, self.divisor, self.cap)
             return losses.sum() if is_sum else losses
-        if isinstance(head, nn.Linear) and not head.weight.requires_grad:
-            return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, weights, self, is_sum)
+        trains_bias = getattr(head, "bias", None) is not None and head.bias.requires_grad
+        if isinstance(head, nn.Linear) and not trains_bias and (is_sum or not head.weight.requires_grad):
+            return _LinearHead.apply(hidden.to(dtype), head.weight, head.bias, targets, weights, self, is_sum)
         width: Any = head.out_features
         rows = max(1, CHUNK_BYTES // (width * hidden.element_size()))
         each = torch.ones_like(targets) if weights is None else weights
@@ -162,15 +163,19 @@ class HeadLoss:
         return getattr(self.head, "packed", None) if like.dtype == self.head.weight.dtype else None
 
 
-class _FrozenHead(torch.autograd.Function):
+class _LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, weights: Any, owner: HeadLoss, is_sum: bool
     ) -> torch.Tensor:
-        N, V = hidden.size(0), weight.size(0)
+        N, V, own = hidden.size(0), weight.size(0), weight
+        weight = weight.to(hidden.dtype)
         rows = max(1, min(N, CHUNK_BYTES // (V * hidden.element_size())))
-        wanted = hidden.requires_grad
-        gradient = torch.empty_like(hidden) if wanted else hidden
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        wanted = of_hidden or of_weight
+        gradient = torch.empty_like(hidden) if of_hidden else None
+        kind = torch.float32 if own.dtype == torch.float16 else own.dtype  # the sum of many positions may exceed fp16
+        of_rows = torch.zeros_like(own, dtype=kind) if of_weight else None
         targets, weights = as_columns(targets), None if weights is None else as_columns(weights)
         counted = targets[:, 0] != IGNORED
         targets = targets.clamp(min=0)
@@ -193,19 +198,29 @@ class _FrozenHead(torch.autograd.Function):
                 total += losses.sum()
             else:
                 total[here] = losses
-            if wanted and packed is None:
+            if gradient is not None and packed is None:
                 torch.mm(logits, weight, out=gradient[here])  # (C, d)
-            elif wanted:
+            elif gradient is not None:
                 gradient[here] = packed.back(logits)
-        if wanted:
+            inputs = hidden[here].masked_fill(~counted[here, None], 0) if of_rows is not None else hidden
+            if of_rows is not None and kind == logits.dtype:
+                of_rows.addmm_(logits.t(), inputs)
+            elif of_rows is not None:
+                of_rows += logits.t() @ inputs
+        if gradient is not None:
             gradient.masked_fill_(~counted[:, None], 0)
         ctx.save_for_backward(gradient)
+        ctx.of_weight, ctx.dtype = of_rows, own.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype).expand(len(gradient))[:, None], None, None, None, None, None, None
+        (of_hidden,), of_weight = ctx.saved_tensors, None
+        if of_hidden is not None:
+            of_hidden = of_hidden * grad.to(of_hidden.dtype).expand(len(of_hidden))[:, None]
+        if ctx.needs_input_grad[1]:
+            of_weight, ctx.of_weight = ctx.of_weight.mul_(grad).to(ctx.dtype), None  # it becomes the weight's gradient without a copy
+        return of_hidden, of_weight, None, None, None, None, None
 
 
 def cross_entropy_(

@@ -18,14 +18,14 @@ V as in `litgpt.model`, S taps, L' blocks that gradients cross. Bytes:
                                            adapters 8 p i more, at least i, for each
       F  w 2 d + (2 w + 4) S d             the hidden state and its gradient; the taps, at f = l positions with the cut at ln_f or
                                            lm_head, else at f = n
-      C  a chunk of logits                 4 of them where the head learns (`litgpt.loss`)
+      C  a chunk of logits                 4 of them where the head has an adapter; w V d more where it learns whole (`litgpt.loss`)
 
     reference     w R                      R parameters of Rho-1's reference model, which is freed before training: the larger of it and of
                                            training with activations counts
 
 L' + 1 instead of L' accounts for the temporaries of a running block. Activation checkpointing keeps only the blocks' inputs, and A for the
 one block that runs again. `PROCESS` is added for Python and torch. Each of p processes with a sharded model has (weights + training) / p,
-its activations, and the parameters gathered at once: a block, and embedding and head if they are trained.
+its activations, and the parameters gathered at once: a block, and embedding and head if they are saved with an adapter.
 """
 
 from typing import Any, NamedTuple
@@ -112,7 +112,9 @@ def estimate(
     blocks = [kept_by_block(block, width, keys) for block in (*crossed, model.blocks[-1])]
     kept = len(crossed) * width * d + max(blocks) if checkpointing else sum(blocks)
     head = d * (2 * width + (2 * width + 4) * len(config.taps))
-    chunks = CHUNK_BYTES * (4 if full or "lm_head" in saved or (config.lora_r and config.lora_head) else 1)
+    chunks = CHUNK_BYTES * (4 if config.lora_r and config.lora_head else 1)
+    if full or "lm_head" in saved:  # a micro-batch's gradient of the output layer, beside the sum
+        chunks += (width if full else 4) * model.head.weight.numel()
     training = (16 if width < 4 else 12) * base if full else 16 * adapters
     return Memory(base if full else adapters, int(weights), training, int(n * kept + tail_rows * head + chunks), int(gathered))
 

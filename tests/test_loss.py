@@ -253,6 +253,46 @@ def test_a_trained_head_gets_the_gradients_of_plain_autograd(monkeypatch: pytest
     assert_close(gradients(loss / 17, hidden, *trained), gradients(expected / 17, hidden, *trained), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize(("divisor", "cap"), [(1.0, None), (2.0, 1.5)])
+def test_a_trained_head_without_bias_gets_the_gradients_of_plain_autograd(
+    monkeypatch: pytest.MonkeyPatch, divisor: float, cap: float | None, rows: int, several: bool
+) -> None:
+    """Weighted targets, one of them ignored or some positions with several; the second of two losses adds to the first one's gradient."""
+    hidden, head, targets = problem(dtype=torch.float64)
+    head.requires_grad_(True)
+    set_rows(monkeypatch, rows, 2, itemsize=8)
+    weights = torch.rand(N, dtype=torch.float64)
+    targets[4] = loss_module.IGNORED
+    if several:
+        targets, weights = torch.stack((targets.clamp(min=0), targets.flip(0).clamp(min=0)), 1), torch.rand(N, 2, dtype=torch.float64)
+    logits = head(hidden) / divisor
+    each = (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+    columns = loss_module.as_columns(targets)
+    counted = loss_module.as_columns(weights) * (columns != loss_module.IGNORED)
+    expected = -(each.gather(1, columns.clamp(min=0)) * counted).sum()
+    wanted = gradients(expected * 0.37, hidden, head.weight)
+    for times in (1, 2):
+        loss = HeadLoss(head, divisor, cap)(hidden, targets, weights)
+        assert_close(loss, expected)
+        (loss * 0.37).backward()
+        assert_close([hidden.grad, head.weight.grad], [times * gradient for gradient in wanted])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_trained_head_in_bf16(mixed: bool) -> None:
+    """Against fp32 on the same numbers; under autocast the weight and its gradient are fp32."""
+    hidden, head, targets = problem(n=50, d=16, v=33, dtype=torch.bfloat16)
+    wide, exact = hidden.detach().float().requires_grad_(), _float(head).requires_grad_(True)
+    wanted = gradients(reference(wide, exact, targets), wide, exact.weight)
+    head = exact if mixed else head.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        found = gradients(HeadLoss(head)(hidden, targets), hidden, head.weight)
+    assert found[1].dtype == head.weight.dtype
+    assert all((one.float() - other).norm() < 2e-2 * other.norm() for one, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("rows", quick([1, 3, 100], 3))
 def test_a_trained_heads_gradient_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     hidden, head, targets = problem(dtype=torch.float64, bias=True)
