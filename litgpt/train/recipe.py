@@ -5,8 +5,8 @@ Three kinds of data are trained in three ways:
     facts   few records with short answers, or many that share them: all are trained, none is held out, and training ends when the model
             repeats the answers. By LoRA on the replies, behind cached prompts, in the last two fifths of the blocks, with a higher rank if
             facts are told in two or three ways; many facts, and those that are told once, by LoRA in every block, on the prompts too, so
-            that their answers are found by other words. Up to 1,000 records that tell facts several times are also trained as second
-            questions
+            that their answers are found by other words; those told once without some words of the questions, unless the answers are
+            made of these words. Up to 1,000 records that tell facts several times are also trained as second questions
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -21,6 +21,8 @@ be resumed by the same command.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby, zip_longest
@@ -52,6 +54,7 @@ WORD_DROPOUT = 0.3  # of questions about facts that are told once
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank mixes up facts
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
+COPIED = 0.8  # share of an answer's words that are its question's, from which it is found there; invented facts have at most 0.4
 SHARED = 0.5  # facts: at most this many different answers a record
 HELD_OUT = 0.1  # share of the records of a style
 SHORT = 300  # characters of an answer that is learned word for word
@@ -147,6 +150,7 @@ class Look:
     is_labelled: bool = False  # records say whether their answer is a good one
     is_text: bool = False  # some are running text
     is_single: bool = False  # one question each
+    copies: bool = False  # the answers are made of their questions' words: something to do with a text, not facts
     block: int | None = None  # tokens of a sample of running text that is cut into blocks
     is_sweep: bool = False  # the settings are those of a sweep's trials
     held_out: float | None = None  # the share for validation that the user names: 0 if all records shall be known
@@ -171,6 +175,7 @@ class Look:
             is_labelled=is_labelled,
             is_text=any(record.is_text for record in records),
             is_single=all(record.is_single for record in records),
+            copies=copied_share(records[:FEW]) >= COPIED,
         )
 
     @classmethod
@@ -187,7 +192,7 @@ class Look:
 
     @property
     def told_once(self) -> bool:
-        return self.is_facts and not self.is_repeated
+        return self.is_facts and not (self.is_repeated or self.copies)
 
     @property
     def told_in_few_ways(self) -> bool:
@@ -202,10 +207,11 @@ class Look:
     def __str__(self) -> str:
         noun = "texts" if self.is_text else "answers"
         answers = f", {self.answers:,} different {noun}" if self.answers < self.records else ""
-        kind = "texts to continue" if self.is_text else "facts to repeat" if self.is_facts else "a style to learn"
+        facts = "answers to find in their questions" if self.copies and not self.is_repeated else "facts to repeat"
+        kind = "texts to continue" if self.is_text else facts if self.is_facts else "a style to learn"
         kind = "answers to prefer or to rate" if self.compares else kind
         if self.held_out is None and replace(self, held_out=0.0).is_facts != replace(self, held_out=HELD_OUT).is_facts:
-            other, share = ("a style to learn", HELD_OUT) if self.is_facts else ("facts to repeat", 0)
+            other, share = ("a style to learn", HELD_OUT) if self.is_facts else (facts, 0)
             kind += f" (for {other} give --data.val_split_fraction {share})"
         unit = "" if self.block is None else f" of {self.block} tokens, about"
         return f"{counted(self.records, 'record' if self.block is None else 'block')}{unit}{answers}, taken as {kind}"
@@ -218,6 +224,19 @@ class Chosen:
     key: str
     value: Any
     reason: str
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def copied_share(records: Sequence[Record]) -> float:
+    """Return the mean share of an answer's words that its question has as well, apart from those of most answers (the keys of JSON)."""
+    sides = [(words(str(record.turns[-2]["content"])), words(record.reply)) for record in records if record.is_single]
+    counts = Counter(word for _, answer in sides for word in answer)
+    sides = [(question, {word for word in answer if 2 * counts[word] <= len(sides)}) for question, answer in sides]
+    shares = [len(question & answer) / len(answer) for question, answer in sides if answer]
+    return sum(shares) / max(1, len(shares))
 
 
 def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:

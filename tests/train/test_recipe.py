@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.facts import make
 from litgpt.__main__ import load, main
 from litgpt.cli import parse
 from litgpt.data import JSON, TextFiles
@@ -20,7 +22,7 @@ from tests.helpers.runs import write_data
 
 
 def records(count: int, answers: int) -> list[dict[str, str]]:
-    return [{"instruction": f"question {i}", "output": f"answer {i % answers}"} for i in range(count)]
+    return [{"instruction": f"question {i}", "output": f"answer n{i % answers}"} for i in range(count)]
 
 
 def chosen(tmp_path: Path, base: Path, rows: list[dict[str, str]], *words: str, command: str = "finetune") -> dict[str, Any]:
@@ -407,3 +409,17 @@ def test_reasons_are_wrapped_in_their_column(
     start = lines[0].index("named after")
     assert all(line[start - 2 : start] == "  " and line[start] != " " for line in lines)
     assert sorted(shown["80"].split()) == sorted(shown["0"].split())
+
+
+@pytest.mark.parametrize("name", ["codes-once", "glossary-once", "faq-once"])
+def test_answers_that_are_found_in_their_questions_are_no_facts_told_once(name: str, base: Path, tmp_path: Path) -> None:
+    """A question without some of its words does not hold such an answer, so a model that is trained on it learns to invent."""
+    names, cities = ["Ada", "Bo", "Cy", "Di", "Ed"], ["Oslo", "Lima", "Riga", "Turin"]
+    pairs = [(name, city, count) for count, (name, city) in enumerate(product(names, cities))]
+    extracts = [
+        {"instruction": f"{name} from {city} needs {count} chairs.", "output": json.dumps({"name": name, "city": city, "chairs": count})}
+        for name, city, count in pairs
+    ]
+    given = chosen(tmp_path, base, extracts)
+    assert not given["train"].word_dropout and given["train"].epochs < recipe.TOLD_ONCE[0]
+    assert chosen(tmp_path, base, make(name, 20).records)["train"].word_dropout == recipe.WORD_DROPOUT
