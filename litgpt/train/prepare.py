@@ -243,10 +243,11 @@ def _switch_on_replies(job: Job) -> str:
             while invocation and invocation != before[len(before) - len(invocation) :]:
                 invocation = invocation[1:]
         if not invocation:
-            raise UserError(
-                f"alora_enabled: nothing opens a reply in every sample with the prompt style {style.name or type(style).__name__!r}. "
-                "Set data.mask_prompt true and use a style that marks replies, such as chatml, or give alora_invocation_tokens"
-            )
+            is_masked = getattr(settings.data, "mask_prompt", True)
+            marks = "Use a style that marks replies, such as chatml, or give alora_invocation_tokens"
+            remedy = marks if is_masked else "Set data.mask_prompt true: replies begin where loss does"
+            named = style.name or type(style).__name__
+            raise UserError(f"alora_enabled: nothing opens a reply in every sample with the prompt style {named!r}. {remedy}")
     settings.alora_invocation_tokens = model.config.alora_invocation_tokens = invocation  # type: ignore[attr-defined]
     if model.switch is not None:
         model.switch.invocation = invocation
