@@ -209,7 +209,7 @@ class _Losses(torch.autograd.Function):
         gradient = torch.zeros_like(hidden, dtype=top.dtype)
         of_rows = torch.zeros_like(head.weight.to_local(), dtype=top.dtype, device=hidden.device) if ctx.needs_input_grad[1] else None
         for indices, rows, bias in head.pieces(hidden):
-            of_piece = torch.zeros_like(rows, dtype=top.dtype)
+            of_piece = torch.zeros_like(rows, dtype=top.dtype) if of_rows is not None else None
             for here, y, at in _blocks(hidden, targets, indices, rows, bias, head.out_features, ctx.divisor, cap):
                 each = weights[here]
                 p = (y - top[here]).exp_().mul_(each.sum(1, keepdim=True) / total[here])
@@ -218,9 +218,9 @@ class _Losses(torch.autograd.Function):
                     p.mul_(1 - (y / cap).square_())
                 dz = p.div_(ctx.divisor).to(rows.dtype)
                 gradient[here] += dz @ rows
-                if of_rows is not None:
+                if of_piece is not None:
                     of_piece += dz.t() @ hidden[here]
-            if of_rows is not None:
+            if of_piece is not None:
                 head.reduce(of_piece, indices, of_rows)
         return gradient.to(hidden.dtype), None if of_rows is None else _as_gradient(of_rows, head.weight), *(None,) * 5
 

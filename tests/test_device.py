@@ -50,7 +50,7 @@ def test_an_unknown_precision_is_refused_with_the_known_ones(name: str) -> None:
 def test_the_default_is_bf16_where_the_processor_multiplies_it(
     able: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)  # missing in torch 2.10
     assert default_precision(CPU) == expected
 
 
