@@ -179,6 +179,7 @@ class _LinearHead(torch.autograd.Function):
         targets, weights = as_columns(targets), None if weights is None else as_columns(weights)
         counted = targets[:, 0] != IGNORED
         targets = targets.clamp(min=0)
+        inputs = hidden.masked_fill(~counted[:, None], 0) if of_weight else hidden
         total = torch.zeros(() if is_sum else (N,), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         packed = owner.packed(hidden)
         buffer = owner.buffer(rows, hidden, V) if packed is None else hidden
@@ -202,11 +203,10 @@ class _LinearHead(torch.autograd.Function):
                 torch.mm(logits, weight, out=gradient[here])  # (C, d)
             elif gradient is not None:
                 gradient[here] = packed.back(logits)
-            inputs = hidden[here].masked_fill(~counted[here, None], 0) if of_rows is not None else hidden
             if of_rows is not None and kind == logits.dtype:
-                of_rows.addmm_(logits.t(), inputs)
+                of_rows.addmm_(logits.t(), inputs[here])
             elif of_rows is not None:
-                of_rows += logits.t() @ inputs
+                of_rows += logits.t() @ inputs[here]
         if gradient is not None:
             gradient.masked_fill_(~counted[:, None], 0)
         ctx.save_for_backward(gradient)

@@ -20,7 +20,7 @@ from torch import nn
 
 from litgpt.fused import multiply
 from litgpt.mlp import LLaMAMoE
-from litgpt.vocabulary import gather, of_mesh, own_chunk, spread
+from litgpt.vocabulary import as_sharded, gather, of_mesh, own_chunk, spread
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
@@ -75,11 +75,7 @@ def _of_each(state: dict[int, dict[str, Any]], parameters: Sequence[nn.Parameter
 
 def _sharded(value: torch.Tensor, like: Any) -> torch.Tensor:
     """Return the whole tensor whose rows `value` this rank has."""
-    if not hasattr(like, "device_mesh"):
-        return value
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return as_sharded(value, like) if hasattr(like, "device_mesh") else value
 
 
 def loads(parameters: Mapping[str, torch.Tensor]) -> dict[tuple[str, ...], Callable[[], torch.Tensor]]:
@@ -122,9 +118,8 @@ def all_called(loads: Mapping[Key, Callable[[], torch.Tensor]]) -> Iterator[Mapp
     try:
         yield {key: partial(call, key) for key in loads}
     finally:
-        for key in loads:
-            if key in left:
-                call(key)
+        while left:
+            call(next(iter(left)))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -156,7 +151,7 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     spread(model, mesh)
     copied = {p for block in model.blocks if block.skip2lora is not None for p in block.skip2lora.parameters()}
-    copied |= {p for p in _outside(model) if not p.requires_grad or hasattr(p, "device_mesh")}
+    copied |= {p for p in _outside(model) if not p.requires_grad}
     reads_weights = getattr(model.config, "lora_variant", "") == "dora"
     large = [layer for block in model.blocks for layer in _large_layers(block, dtype)] if not reads_weights else []
     for layer in large if device.type == "cpu" else ():
@@ -170,10 +165,9 @@ def shard(model: GPT, device: torch.device, load: Load, dtype: torch.dtype, offl
         "mesh": mesh,
         "mp_policy": fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32),
         "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else fsdp.OffloadPolicy(),
-        "ignored_params": copied,
+        "ignored_params": copied | {p for p in _outside(model) if hasattr(p, "device_mesh")},  # spread, trained or not
     }
-    apart = [name for name, p in model.named_parameters() if p in copied and not (p.requires_grad and hasattr(p, "device_mesh"))]
-    exact = _exact(model, dtype)
+    apart, exact = [name for name, p in model.named_parameters() if p in copied], _exact(model, dtype)
     for layer in large if device.type != "cpu" else ():
         fsdp.fully_shard(layer, **how)
     for block in model.blocks:

@@ -58,6 +58,13 @@ def of_mesh(weight: torch.Tensor, mesh: Any) -> torch.Tensor:
     return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride())
 
 
+def as_sharded(own: torch.Tensor, like: Any) -> Any:
+    """Return the whole tensor of a sharded parameter's shape, of which this rank has these rows."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def gather(out: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool = False) -> Any:
     """Fill `out` with the tensors of all ranks, each as long as `own`. gloo's own gathering holds a copy of `out`."""
     if out.device.type != "cpu":
@@ -103,7 +110,7 @@ class _Lookup(torch.autograd.Function):
         sent = _exchange(grad.flatten(0, -2)[order], here, there, ctx.weight.device_mesh)
         own = ctx.weight.to_local()
         total = torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32))
-        return _as_gradient(total.index_add_(0, rows, sent.to(total)), ctx.weight), None
+        return as_sharded(total.index_add_(0, rows, sent.to(total)).to(own), ctx.weight), None
 
 
 def _exchange(values: torch.Tensor, sizes: list[int], received: list[int], mesh: Any) -> torch.Tensor:
@@ -118,10 +125,10 @@ class SpreadHead(nn.Linear):
 
     weight: Any
 
-    def pieces(self, like: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Yield the indices (P,), rows (P, d) and biases (P,) of one piece after the other, in the dtype and on the device of a tensor.
+    def pieces(self, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Yield one piece after the other: which rows of each rank it has, and their indices (P,), weights (P, d) and biases (P,).
 
-        The rows are overwritten by the next piece's.
+        They have the dtype and the device of `like`, and increasing indices. The weights are overwritten by the next piece's.
         """
         mesh, local = self.weight.device_mesh, self.weight.to_local()
         ranks, V, d = mesh.size(), self.out_features, self.in_features
@@ -139,39 +146,28 @@ class SpreadHead(nn.Linear):
             indices = indices.flatten()
             if stop + size * (ranks - 1) > V:
                 rows, indices = rows[indices < V], indices[indices < V]
-            yield indices, rows, None if self.bias is None else self.bias[indices].to(like)
+            yield slice(start, stop), indices, rows, None if self.bias is None else self.bias[indices].to(like)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., V), without gradients"""
         y = x.new_empty(*x.shape[:-1], self.out_features)
-        for indices, rows, bias in self.pieces(x):
+        for _, indices, rows, bias in self.pieces(x):
             y[..., indices] = F.linear(x, rows, bias)
         return y
 
-    def reduce(self, gradient: torch.Tensor, indices: torch.Tensor, own: torch.Tensor) -> None:
-        """Add up the gradients (P, d) of a piece of all ranks, each row in `own`, this rank's rows, of the rank that has it."""
-        mesh, size = self.weight.device_mesh, -(-self.out_features // self.weight.device_mesh.size())
-        start = int(indices[0])  # of the first rank's rows
-        step = int((indices < size).sum())
-        rows = gradient.new_zeros(mesh.size() * step, gradient.size(1))
-        rows[indices // size * step + indices % size - start] = gradient
-        group, parts, part = mesh.get_group(), rows.split(step), own[start : start + step]
+    def reduce(self, gradient: torch.Tensor, here: slice, own: torch.Tensor) -> None:
+        """Add all ranks' gradients (P, d) of the piece that has the rows `here` of each rank to `own`, the gradient of this rank's rows."""
+        mesh, step = self.weight.device_mesh, here.stop - here.start
+        group, part = mesh.get_group(), own[here]
+        parts = F.pad(gradient, (0, 0, 0, mesh.size() * step - len(gradient))).split(step)  # the last ranks may have fewer rows
         for work in [torch.distributed.reduce(rows, group=group, group_dst=rank, async_op=True) for rank, rows in enumerate(parts)]:
             work.wait()
-        part += parts[mesh.get_local_rank()][: len(part)].to(part)
+        part += parts[mesh.get_local_rank()][: len(part)]
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, divisor: float, cap: float | None) -> Any:
         """Return -w log softmax(y)[target] of `litgpt.loss.HeadLoss`, (N,), for targets and weights (N,) or (N, K)."""
         return _Losses.apply(hidden, self.weight, targets, weights, self, divisor, cap)
-
-
-def _as_gradient(own: torch.Tensor, weight: Any) -> Any:
-    """Return the gradient of a weight, of which this rank has these rows."""
-    from torch.distributed.tensor import DTensor
-
-    own = own.to(weight.to_local())
-    return DTensor.from_local(own, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 class _Losses(torch.autograd.Function):
@@ -192,7 +188,7 @@ class _Losses(torch.autograd.Function):
         top = torch.full((len(targets), 1), -torch.inf, dtype=wide, device=hidden.device)  # max y
         total = torch.zeros_like(top)  # sum exp(y - top)
         chosen = torch.zeros_like(weights)
-        for indices, rows, bias in head.pieces(hidden):
+        for _, indices, rows, bias in head.pieces(hidden):
             for here, y, at in _blocks(hidden, targets, indices, rows, bias, head.out_features, divisor, cap):
                 highest = torch.maximum(top[here], y.amax(-1, keepdim=True))
                 total[here] = total[here] * (top[here] - highest).exp_() + (y - highest).exp_().sum(-1, keepdim=True)
@@ -207,8 +203,9 @@ class _Losses(torch.autograd.Function):
         head, cap, (hidden, targets, weights, top, total) = ctx.head, ctx.cap, ctx.saved_tensors
         weights = weights * grad[:, None]
         gradient = torch.zeros_like(hidden, dtype=top.dtype)
-        of_rows = torch.zeros_like(head.weight.to_local(), dtype=top.dtype, device=hidden.device) if ctx.needs_input_grad[1] else None
-        for indices, rows, bias in head.pieces(hidden):
+        local = head.weight.to_local()
+        of_rows = torch.zeros_like(local, dtype=top.dtype, device=hidden.device) if ctx.needs_input_grad[1] else None
+        for part, indices, rows, bias in head.pieces(hidden):
             of_piece = torch.zeros_like(rows, dtype=top.dtype) if of_rows is not None else None
             for here, y, at in _blocks(hidden, targets, indices, rows, bias, head.out_features, ctx.divisor, cap):
                 each = weights[here]
@@ -221,8 +218,8 @@ class _Losses(torch.autograd.Function):
                 if of_piece is not None:
                     of_piece += dz.t() @ hidden[here]
             if of_piece is not None:
-                head.reduce(of_piece, indices, of_rows)
-        return gradient.to(hidden.dtype), None if of_rows is None else _as_gradient(of_rows, head.weight), *(None,) * 5
+                head.reduce(of_piece, part, of_rows)
+        return gradient.to(hidden.dtype), None if of_rows is None else as_sharded(of_rows.to(local), head.weight), *(None,) * 5
 
 
 def _blocks(
