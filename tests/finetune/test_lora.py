@@ -380,6 +380,14 @@ def test_an_answer_that_is_cut_is_marked(base: Path, data: Path, tmp_path: Path,
         assert run.code == 0 and f"answered: {text}\n" in run.err and f"now:     {text}\n" in run.err, run.err
 
 
+def test_an_answer_is_not_cut_within_a_character(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = Tokenizer(base).encode("a東b").tolist()
+    most = next(most for most in range(1, len(ids)) if "\ufffd" in Tokenizer(base).decode(ids[:most]))
+    monkeypatch.setattr("litgpt.train.run.answer", lambda model, example, most, *given: ids[:most])
+    run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, eval__max_new_tokens=most, train__max_steps=1)
+    assert run.code == 0 and "answered: a ...\n" in run.err, run.err
+
+
 def test_no_answers_are_made_where_none_are_wanted(base: Path, data: Path, tmp_path: Path) -> None:
     run = finetune("finetune_lora", base, data, tmp_path / "out", **SKIP, eval__max_new_tokens=0, train__max_steps=1)
     assert run.code == 0 and "asked" not in run.err
