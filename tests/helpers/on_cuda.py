@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import litgpt
+
+PACKAGE = f"{Path(litgpt.__file__).parent}/"
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 COPIES = {torch.ops.aten.copy_.default}  # from one device to the other
 INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
@@ -46,9 +50,9 @@ _now = Device()
 def place() -> str:
     """Return the file of this package that is running."""
     frame: Any = sys._getframe(1)
-    while frame and "/litgpt/" not in frame.f_code.co_filename:
+    while frame and not frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
-    return frame.f_code.co_filename.rpartition("/litgpt/")[2] if frame else "tests"
+    return frame.f_code.co_filename.removeprefix(PACKAGE) if frame else "tests"
 
 
 class OnCuda(torch.Tensor):
