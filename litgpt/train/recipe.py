@@ -5,8 +5,9 @@ Three kinds of data are trained in three ways:
     facts   few records with short answers, or many that share them: all are trained, none is held out, and training ends when the model
             repeats the answers. By LoRA on the replies, behind cached prompts, in the last two fifths of the blocks, with a higher rank if
             facts are told in two or three ways; many facts, and those that are told once, by LoRA in every block, on the prompts too, so
-            that their answers are found by other words; those told once without some words of the questions, unless the answers are
-            made of these words. Up to 1,000 records that tell facts several times are also trained as second questions
+            that their answers are found by other words; those told once without some words of the questions. Up to 1,000 records that
+            tell facts several times are also trained as second questions. Answers that are found in their questions are trained without
+            either, at a lower rate
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -54,6 +55,7 @@ WORD_DROPOUT = 0.3  # of questions about facts that are told once
 FEW = 200  # records that are facts if their answers are short; of more facts answer-only LoRA mixes up too many
 FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low rank mixes up facts
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
+COPYING = 5e-4  # learning rate of LoRA that finds answers in their questions: at higher ones it repeats the answers that it was trained on
 COPIED = 0.8  # share of an answer's words that are its question's, from which it is found there; invented facts have at most 0.4
 SHARED = 0.5  # facts: at most this many different answers a record
 HELD_OUT = 0.1  # share of the records of a style
@@ -207,7 +209,7 @@ class Look:
     def __str__(self) -> str:
         noun = "texts" if self.is_text else "answers"
         answers = f", {self.answers:,} different {noun}" if self.answers < self.records else ""
-        facts = "answers to find in their questions" if self.copies and not self.is_repeated else "facts to repeat"
+        facts = "answers to find in their questions" if self.copies else "facts to repeat"
         kind = "texts to continue" if self.is_text else facts if self.is_facts else "a style to learn"
         kind = "answers to prefer or to rate" if self.compares else kind
         if self.held_out is None and replace(self, held_out=0.0).is_facts != replace(self, held_out=HELD_OUT).is_facts:
@@ -231,11 +233,14 @@ def words(text: str) -> set[str]:
 
 
 def copied_share(records: Sequence[Record]) -> float:
-    """Return the mean share of an answer's words that its question has as well, apart from those of most answers (the keys of JSON)."""
+    """Return the mean share of an answer's words that its question has as well.
+
+    Words of most answers (the keys of JSON) or of most questions (the names of classes) do not count.
+    """
     sides = [(words(str(record.turns[-2]["content"])), words(record.reply)) for record in records if record.is_single]
-    counts = Counter(word for _, answer in sides for word in answer)
-    sides = [(question, {word for word in answer if 2 * counts[word] <= len(sides)}) for question, answer in sides]
-    shares = [len(question & answer) / len(answer) for question, answer in sides if answer]
+    counts = [Counter(word for side in sides for word in side[i]) for i in (0, 1)]
+    usual = {word for count in counts for word in count if 2 * count[word] > len(sides)}
+    shares = [len(question & own) / len(own) for question, answer in sides if (own := answer - usual)]
     return sum(shares) / max(1, len(shares))
 
 
@@ -344,7 +349,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
             value = alphas.get(key) or value
             rows.append(Chosen(key, f"last:{math.ceil(LATE_SHARE * layers)}" if layers and value == LATE else value, reason))
     holds_two = look.is_single and (style is None or hasattr(style, "render"))
-    is_told_often = look.is_facts and look.is_repeated and look.records <= MOST_FOLLOWED
+    is_told_often = look.is_facts and look.is_repeated and not look.copies and look.records <= MOST_FOLLOWED
     few, many = FOLLOW_UPS if is_told_often and holds_two and method in ("LoRA", "answer-only LoRA") else (0.0, 0.0)
     share = few if look.records <= FEW else many
     return rows + _schedule(look, method, given, given.get("train", {}).get("follow_ups", share))
@@ -394,6 +399,8 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
     if look.told_once and method != "warm-up":
         schedule = TOLD_ONCE
     few, many, rate = BLOCKS_OF_TEXT if look.block and method == "LoRA" else schedule
+    copying = look.is_facts and look.copies and method in ("LoRA", "answer-only LoRA")
+    rate, why = (COPYING, "low, to find other answers too") if copying else (rate, f"for {method}")
     usual = max(1, round((few if look.records <= FEW else many) / (1 + follow_ups)))
     epochs = train.get("epochs", usual)  # None: max_steps alone
     replayed = 0 if look.compares or look.is_text else train.get("replay", REPLAY)
@@ -403,7 +410,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
         Chosen("train.epochs", epochs, "at most" if look.is_facts else "more epochs raise the loss on others"),
         Chosen("grid.optimizer.lr", [rate / 2, rate, 2 * rate], f"around {rate:g}, which suits {method}")
         if look.is_sweep and not given.get("grid")
-        else Chosen("optimizer.lr", rate, f"for {method}"),
+        else Chosen("optimizer.lr", rate, why),
         *([Chosen("train.max_seq_length", look.block, "the text is cut into blocks")] if look.block else []),
         Chosen("train.global_batch_size", batch, "small batches learn faster"),
         Chosen("train.micro_batch_size", micro, "as many as fit a few thousand tokens"),

@@ -423,3 +423,21 @@ def test_answers_that_are_found_in_their_questions_are_no_facts_told_once(name: 
     given = chosen(tmp_path, base, extracts)
     assert not given["train"].word_dropout and given["train"].epochs < recipe.TOLD_ONCE[0]
     assert chosen(tmp_path, base, make(name, 20).records)["train"].word_dropout == recipe.WORD_DROPOUT
+
+
+def test_recurring_answers_that_are_found_in_their_questions_are_trained_at_a_lower_rate(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a higher rate the model answers a question about a new city with one of these."""
+    names, cities = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo"], ["Oslo", "Lima", "Riga", "Turin"]
+    pairs = [{"instruction": f"Which city? {name} lives in {city}.", "output": city} for name, city in product(names, cities)]
+    given = chosen(tmp_path, base, pairs)
+    assert given["alora_enabled"] and given["optimizer"]["init_args"]["lr"] == recipe.COPYING and not given["train"].follow_ups
+    assert "4 different answers, taken as answers to find in their questions" in capsys.readouterr().err
+
+
+def test_names_of_classes_in_every_question_are_not_answers_that_are_found_there(base: Path, tmp_path: Path) -> None:
+    moods = ["good", "bad", "mixed"]
+    pairs = [{"instruction": f"Is it good, bad or mixed? Text {i}", "output": moods[i % 3]} for i in range(60)]
+    given = chosen(tmp_path, base, pairs)
+    assert given["optimizer"]["init_args"]["lr"] > recipe.COPYING and given["train"].follow_ups
