@@ -297,6 +297,8 @@ def _hint(look: Look) -> str:
         return "\nPhrase the question for each fact in two or three ways: the model then recalls it better."
     if look.block:
         return f"\n{CONTINUES}"
+    if look.is_text:
+        return "\nThe model learns to continue these texts. To learn answers, such as a text's class, name the keys question and answer."
     return ""
 
 

@@ -223,9 +223,10 @@ def test_a_style(base: Path, tmp_path: Path, count: int, is_cached: bool) -> Non
     assert given["train"].replay == recipe.REPLAY and given["eval"].target_loss is None
 
 
-def test_texts(base: Path, tmp_path: Path) -> None:
+def test_texts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Few texts are no facts: they are continued, and a tenth of them says when to stop."""
-    given = chosen(tmp_path, base, [{"text": f"text {i}"} for i in range(20)])
+    given = chosen(tmp_path, base, [{"text": f"text {i}", "label": i % 3} for i in range(20)])
+    assert "To learn answers, such as a text's class, name the keys question and answer." in capsys.readouterr().err
     assert given["data"].val_split_fraction == 0.1 and not given["data"].mask_prompt and given["train"].replay == 0
 
 
