@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from torch.testing import assert_close
 
 from litgpt import lora, model as base_model
@@ -219,6 +221,16 @@ def test_fresh_values() -> None:
     assert 0.95 * bound < layer.lora_A.abs().max() <= bound
     assert abs(layer.lora_A.std() / bound - 3**-0.5) < 0.03
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    torch.manual_seed(1)
+    layer.reset_parameters()
+    torch.manual_seed(1)
+    assert torch.equal(layer.lora_A, torch.nn.init.kaiming_uniform_(torch.empty(30, 400), a=math.sqrt(5)))
+
+
+def test_fresh_values_where_lightning_skips_those_of_a_base() -> None:
+    with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True):
+        layer = LoRALinear(400, 50, r=30)
+    assert layer.lora_B.abs().max() == 0 and 0.95 * 400**-0.5 < layer.lora_A.abs().max() <= 400**-0.5
 
 
 @pytest.mark.parametrize("quantized", [False, True])

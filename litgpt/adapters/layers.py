@@ -57,9 +57,14 @@ class LoRALayer(Adapter):
         self.lora_B = nn.Parameter(torch.empty(b, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform as `nn.Linear` has it, B zero: the adapter adds nothing until it is trained."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        """A uniform up to 1 / sqrt(in) as `nn.Linear` has it, B zero: the adapter adds nothing until it is trained.
+
+        Without torch.nn.init, which Lightning's `init_module(empty_init=True)` skips: no checkpoint of a base has an adapter's values.
+        """
+        if not self.lora_A.is_meta:
+            bound = 1 / math.sqrt(self.lora_A.size(1))
+            self.lora_A.data.uniform_(-bound, bound)
+            self.lora_B.data.zero_()
 
 
 class LoRALinear(LoRALayer, Wrapper):

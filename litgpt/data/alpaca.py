@@ -9,7 +9,7 @@ from litgpt.errors import UserError
 DEFAULT = "No data given: Alpaca, 52,000 instructions with answers, as in LitGPT. Your own: --data FILE"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Alpaca(Downloaded):
     """52,000 instruction / input / output records in the cleaned version, downloaded once."""
 
@@ -38,7 +38,7 @@ class Alpaca(Downloaded):
         return f"{HUB}yahma/alpaca-cleaned/resolve/main/alpaca_data_cleaned.json"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Alpaca2k(Alpaca):
     """2,000 instruction / input / output records, downloaded once."""
 
@@ -53,7 +53,7 @@ class Alpaca2k(Alpaca):
         return f"{HUB}{self.repo_id}/resolve/main/alpaca_2000.parquet"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AlpacaGPT4(Alpaca):
     """52,000 instruction / input / output records with the answers of GPT-4, downloaded once."""
 
@@ -64,7 +64,7 @@ class AlpacaGPT4(Alpaca):
     file_name: str = "alpacagpt4_data_cleaned_archive.json"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Dolly(Alpaca):
     """15,000 instruction / context / response records written by people, downloaded once."""
 

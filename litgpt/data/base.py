@@ -64,7 +64,7 @@ class Rendered(NamedTuple):
         return self.text[: self.spans[0][0] or (words.end() if words else most)]
 
 
-@dataclass(init=False)  # LitGPT's own data modules call `super().__init__()` after their fields are set
+@dataclass(init=False, kw_only=True)  # LitGPT's own data modules call `super().__init__()` after their fields are set
 class DataModule(ABC):  # noqa: B024 - the base class of classes that settings name
     """A source of records. Subclasses provide `records`; splitting, prompt styles, tokens and masks are the same for all."""
 

@@ -24,7 +24,7 @@ MOST_DOWNLOAD = 2**32  # bytes
 DOWNLOAD_SECONDS = 3600
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Downloaded(DataModule):
     """Records of files that are downloaded once."""
 

@@ -8,14 +8,14 @@ from litgpt.data.downloads import HUB, Downloaded
 from litgpt.errors import UserError
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Parts(Downloaded):
     """A training and a validation part, each with files of its own."""
 
     val_split_fraction: float | None = field(default=None, init=False, repr=False)  # the data set has a validation part
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Deita(_Parts):
     """10,000 conversations, chosen for their complexity and quality, downloaded once."""
 
@@ -34,7 +34,7 @@ class Deita(_Parts):
         return pairs(texts, self.include_multiturn_conversations)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FLAN(_Parts):
     """Questions of 66 data sets, each in ten wordings, with short answers; downloaded once."""
 
@@ -58,7 +58,7 @@ class FLAN(_Parts):
         return {file: f"{self.url}/train/{file}" for file in train}, {file: f"{self.url}/test/{file}" for file in val}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LongForm(_Parts):
     """24,000 texts with the instructions that they answer; downloaded once."""
 
@@ -73,7 +73,7 @@ class LongForm(_Parts):
         return {"train.json": f"{self.url}/train.json"}, {"val.json": f"{self.url}/val.json"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LIMA(Downloaded):
     """1,000 questions with carefully chosen answers, and 30 conversations. The hub requires you to accept the terms first."""
 

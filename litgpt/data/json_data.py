@@ -1,6 +1,6 @@
 """A user's own data: a file, a folder with a training and a validation file, or a data set of the Hugging Face hub."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from litgpt.errors import UserError
 from litgpt.files import expand_path
 
 
-@dataclass
+@dataclass(kw_only=True)
 class JSON(DataModule):
     """Records of a .json (a list), .jsonl, .ndjson (one per line), .csv, .tsv, .parquet or .arrow file, of a folder with a train and a val
     file, or of a data set that the `datasets` library reads: a folder, or ORG/NAME on the hub. Text files may end in .gz.
@@ -20,7 +20,7 @@ class JSON(DataModule):
     a record or of a turn; a turn with `weight` 0 or `train` false is read, not learned.
     """
 
-    json_path: Path | None = None
+    json_path: Path | None = field(default=None, kw_only=False)
     """The file, the folder with a train and a val file, or the data set."""
     val_split_fraction: float | None = None
     """Share of the samples held out for validation. Default: 0.05. Leave it unset for a folder, which has a validation file."""

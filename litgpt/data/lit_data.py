@@ -6,7 +6,7 @@ A folder has index.json and its chunks: the number n of items, n + 1 offsets (ui
 import re
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,13 +48,13 @@ def chunks(folder: Path) -> "Iterator[np.ndarray]":
             raise UserError(f"{folder}: the chunk {str(entry)[:100]} cannot be read ({error}): optimize the data again") from None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LitData(Text):
     """Tokens in LitData's files: blocks of T + 1 tokens of each chunk, in memory, five bytes per token."""
 
-    data_path: Path = Path("data")
+    data_path: Path = field(default=Path("data"), kw_only=False)
     """The folder with index.json."""
-    split_names: list[str] | None = None
+    split_names: list[str] | None = field(default=None, kw_only=False)
     """Names of the folders in data_path for training and validation. Default: the last blocks of data_path are for validation."""
     val_split_fraction: float | None = None
     """Share of the blocks held out for validation if split_names is not set. Default: 0.05."""
@@ -90,7 +90,7 @@ class LitData(Text):
         return blocks, count
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TinyLlama(LitData):
     """SlimPajama and StarCoder's data in the shares that TinyLlama was trained on (arXiv 2401.02385), prepared with LitData."""
 
@@ -117,7 +117,7 @@ class TinyLlama(LitData):
         return web[: round(total * (1 - self.share))] + code[: round(total * self.share)], web_tokens + code_tokens
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MicroLlama(TinyLlama):
     """SlimPajama alone, prepared with LitData."""
 

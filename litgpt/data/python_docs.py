@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     answer: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PythonDocs(DataModule):
     """Docstrings of installed packages as questions and answers: several thousand from the standard library, numpy and torch."""
 

@@ -6,7 +6,7 @@ import tarfile
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ BLOCKS = 512, 128  # tokens of a block; the second if the first would give fewer
 FEWEST = 20
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Text(DataModule):
     """Texts, joined and cut into blocks of T + 1 tokens, where the model reads T tokens at a time; the remainder is dropped.
 
@@ -109,13 +109,13 @@ def pieces(text: str) -> Iterator[str]:
     yield text
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TextFiles(Text):
     """The .txt files of a folder, or its .md files if it has none."""
 
-    train_data_path: Path | None = None
+    train_data_path: Path | None = field(default=None, kw_only=False)
     """The folder, or a single file."""
-    val_data_path: Path | None = None
+    val_data_path: Path | None = field(default=None, kw_only=False)
     """Another folder or file for validation. Default: the first file of the folder, or the last blocks of a single one."""
     val_split_fraction: float | None = None
     """Share of the blocks held out for validation. Default: 0.05 of a single file. With 0 all blocks are trained on, and some of them also
@@ -166,11 +166,11 @@ def read_any(file: Path) -> str:
     return read_text(file, "was removed while it was read", None)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TinyStories(Text):
     """Two million short stories in the words of small children, downloaded once (arXiv 2305.07759)."""
 
-    data_path: Path = Path("data/tinystories")
+    data_path: Path = field(default=Path("data/tinystories"), kw_only=False)
     """Folder for the downloaded files, JSON lists of stories. The first is for validation."""
 
     path_key: ClassVar[str] = "data_path"
@@ -210,11 +210,11 @@ def stories(files: Iterable[Path]) -> Iterator[str]:
             yield row["story"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OpenWebText(Text):
     """Eight million web pages, read by the `datasets` library. All tokens are held in memory; the whole set does not fit."""
 
-    data_path: Path = Path("data/openwebtext")
+    data_path: Path = field(default=Path("data/openwebtext"), kw_only=False)
     """Folder of the library's files, or a data set saved there with a column `text`."""
     val_split_fraction: float | None = 0.0005
     """Share of the blocks held out for validation."""

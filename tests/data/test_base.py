@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from litgpt import prompts
-from litgpt.data import DataModule
+from litgpt.data import JSON, Alpaca, DataModule, Deita, LitData, OpenWebText, TextFiles, TinyLlama, TinyStories
 from litgpt.data.base import Rendered, encode_divided, loss_weights, render
 from litgpt.data.records import read_record
 from litgpt.errors import UserError
@@ -400,3 +400,15 @@ def test_the_beginning_of_running_text_ends_with_a_word(text: str, beginning: st
     """Half of a text, or 200 characters. A part of a word would be other tokens than the word."""
     assert Rendered(text, [(0, len(text))]).prompt == beginning
     assert Rendered(text, [(1, len(text))]).prompt == text[:1]  # behind a question
+
+
+def test_paths_come_first_and_the_rest_has_names() -> None:
+    """As LitGPT orders them: `JSON("my.json")` is not `mask_prompt="my.json"`."""
+    assert (JSON(Path("a.json")).json_path, JSON(Path("a.json")).mask_prompt) == (Path("a.json"), False)
+    texts, tokens = TextFiles(Path("a"), Path("b")), LitData(Path("a"), ["train", "val"])
+    assert (texts.train_data_path, texts.val_data_path) == (Path("a"), Path("b"))
+    assert (tokens.data_path, tokens.split_names) == (Path("a"), ["train", "val"])
+    assert all(kind(Path("a")).data_path == Path("a") for kind in (TinyLlama, TinyStories, OpenWebText))
+    for kind in (Alpaca, Deita):
+        with pytest.raises(TypeError, match="positional"):
+            kind(True)
