@@ -298,7 +298,7 @@ def _hint(look: Look) -> str:
     if look.block:
         return f"\n{CONTINUES}"
     if look.is_text:
-        return "\nThe model learns to continue these texts. To learn answers, such as a text's class, name the keys question and answer."
+        return "\nRecords with a text alone are continued. To learn answers, such as a text's class, name the keys question and answer."
     return ""
 
 

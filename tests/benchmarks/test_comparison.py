@@ -50,7 +50,12 @@ def words(tmp_path_factory: pytest.TempPathFactory, write_tiny_tokenizer: Callab
 def compared(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """The folder and exit code of a comparison of four runs, one of which fails."""
     out_dir = tmp_path_factory.mktemp("compared") / "out"
-    names = ["lora_baseline", f"broken={HUB / 'smollm2-135m' / 'lora.yaml'} --lora_r -1", "skip2lora_4blocks", "skip2lora_6blocks"]
+    names = [
+        "lora_baseline",
+        f"broken={shlex.quote(str(HUB / 'smollm2-135m' / 'lora.yaml'))} --lora_r -1",
+        "skip2lora_4blocks",
+        "skip2lora_6blocks",
+    ]
     before, comparison.run_litgpt = comparison.run_litgpt, in_this_process
     code = comparison.main([*words, "--out_dir", str(out_dir), "--max_steps", "4", "--access_token", "hf_secret", "--runs", *names])
     comparison.run_litgpt = before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -179,7 +180,7 @@ def test_our_own_peers_get_the_settings_of_the_others(peer: who.Peer, tmp_path: 
 
 
 def test_a_preset_keeps_its_epochs_and_loses_its_data(tmp_path: Path) -> None:
-    (peer,) = who.choose([], [f"mine={who.SKIP2LORA}"])
+    (peer,) = who.choose([], [f"mine={shlex.quote(str(who.SKIP2LORA))}"])
     values = parse("litgpt finetune", Lora, who.own_words(peer, JOB, tmp_path, tmp_path / "x", epochs=99))
     assert (values["train"].epochs, values["train"].lr_warmup_steps) == (4, 20)
     assert values["data"].json_path == tmp_path / "data"
