@@ -118,8 +118,9 @@ def _work_of(argv: list[str]) -> int | Callable[[], Any]:
         print(_table(), file=sys.stderr)
         return 2
     name, *words = argv
-    if words and f"{name}_{words[0]}" in COMMANDS and not os.path.exists(words[0]):  # `finetune full`, as in early versions of LitGPT
-        name, words = f"{name}_{words[0]}", words[1:]
+    if words and not os.path.exists(words[0]):  # `finetune full` and `generate base`, as in early versions of LitGPT
+        joined = "generate" if [name, words[0]] == ["generate", "base"] else f"{name}_{words[0]}"
+        name, words = (joined, words[1:]) if joined in COMMANDS else (name, words)
     if name in ("-h", "--help", "help"):
         if words and words[0] in COMMANDS:
             return _work_of([words[0], "--help"])

@@ -105,12 +105,15 @@ class Pretrain(WholeRun):
         from litgpt.lora import Config
 
         named = self.model_config or {}
-        if self.model_name is not None and "name" not in named:
-            named = {"name": Config.from_name(self.model_name).name, **named}
+        config = None if self.model_name is None or "name" in named else Config.from_name(self.model_name)
+        if config:
+            named = {"name": config.name, **named}
         if not named:  # the run opens it
             return checkpoint_dir
         folder = require_checkpoint(open_checkpoint(checkpoint_dir, convert=not self.dry_run))
         own = Config.from_checkpoint(folder)
+        if config and {**config.base_dict(), "name": own.name, "hf_config": own.hf_config} == own.base_dict():
+            named["name"] = own.name  # the same architecture, as of a base model and its instruct model
         for key, value in named.items():
             if value != getattr(own, key, None):
                 raise UserError(

@@ -85,11 +85,11 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("words", ["finetune full", "convert from_litgpt", "generate adapter_v2", "merge lora"])
+@pytest.mark.parametrize("words", ["finetune full", "convert from_litgpt", "generate adapter_v2", "merge lora", "generate base"])
 def test_a_command_in_two_words(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As in early versions of LitGPT."""
     with pytest.raises(SystemExit):
-        main([words.replace(" ", "_"), "--help"])
+        main([words.replace(" ", "_").removesuffix("_base"), "--help"])
     expected = capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*words.split(), "--help"])

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,15 @@ def test_another_model_than_the_one_to_start_from(run: Run, text: Path, tmp_path
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
     one = {"train__max_steps": 1, "train__lr_warmup_steps": 1, "model_config__n_layer": 2}
     assert pretrain(text, tmp_path / "same", "--initial_checkpoint_dir", str(run.final), **one).code == 0
+
+
+def test_another_name_for_the_model_to_start_from(run: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `pretrain Llama-3.2-1B --initial_checkpoint_dir meta-llama/Llama-3.2-1B-Instruct` of LitGPT."""
+    base = replace(Config.from_checkpoint(run.final), name="base", hf_config={"org": "a", "name": "base"})
+    monkeypatch.setattr(Config, "from_name", lambda name, **changes: replace(base, **changes))
+    one = {"train__max_steps": 1, "train__lr_warmup_steps": 1, "model_name": "base"}
+    done = pretrain(text, tmp_path / "same", "--initial_checkpoint_dir", str(run.final), **one)
+    assert done.code == 0 and Config.from_checkpoint(done.final).name == "Llama-tiny"
 
 
 def test_names_and_mistakes(text: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
