@@ -124,8 +124,10 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
         hint = ". Each record must be one line"
     elif line is not None and stripped.endswith("},"):
         hint = ". Remove the commas between the lines"
-    elif re.match(r"[\[{\s]+[“”„]", stripped):
-        hint = ': " is needed, not “ or ”'
+    elif wrong := re.match(r"[\[{\s]+([“”„'])", stripped):
+        hint = f': " is needed, not {wrong[1]}'
+    elif re.search(r",\s*[\]}]$", stripped):
+        hint = ". Remove the comma before the last bracket"
     return parse_json(text, str(path), line, hint, unique=True)
 
 

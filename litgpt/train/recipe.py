@@ -57,6 +57,7 @@ FEW_WAYS = 4  # questions for each fact, below which answer-only LoRA of a low r
 MANY = 500  # records of a style, from which cached epochs behind one of LoRA reach in less time what a second epoch of LoRA does
 COPYING = 5e-4  # learning rate of LoRA that finds answers in their questions: at higher ones it repeats the answers that it was trained on
 COPIED = 0.8  # share of an answer's words that are its question's, from which it is found there; invented facts have at most 0.4
+UNSPACED = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese and Japanese characters
 SHARED = 0.5  # facts: at most this many different answers a record
 HELD_OUT = 0.1  # share of the records of a style
 SHORT = 300  # characters of an answer that is learned word for word
@@ -229,7 +230,8 @@ class Chosen:
 
 
 def words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
+    """Return the words of a text, and the characters of Chinese and Japanese, which have no blanks between words."""
+    return set(re.findall(f"[{UNSPACED}]|[^\\W{UNSPACED}]+", text.lower()))
 
 
 def copied_share(records: Sequence[Record]) -> float:

@@ -426,6 +426,23 @@ def test_answers_that_are_found_in_their_questions_are_no_facts_told_once(name: 
     assert chosen(tmp_path, base, make(name, 20).records)["train"].word_dropout == recipe.WORD_DROPOUT
 
 
+@pytest.mark.parametrize(
+    ("question", "names"),
+    [
+        ("次の文から人の名前を抜き出してください。昨日、{}さんから手紙をもらった。", ["佐藤一郎", "高橋花子", "ナオミ", "渡辺すみれ"]),
+        ("请找出句子里的人名：昨天{}来开会了。", ["王伟", "李秀娜", "张敏", "刘洋"]),
+        ("이름을 찾으세요: 어제 {} 씨가 왔습니다.", ["김민수", "이영희", "박철수", "최지우"]),
+    ],
+)
+def test_words_without_blanks_between_them_are_found_in_questions(base: Path, tmp_path: Path, question: str, names: list[str]) -> None:
+    given = chosen(tmp_path, base, [{"question": question.format(name), "answer": name} for name in names])
+    assert not given["train"].word_dropout and given["train"].epochs < recipe.TOLD_ONCE[0]
+    facts = [
+        {"question": f"{thing}を管理するのは誰ですか。", "answer": f"{name}です。"} for thing, name in zip("門橋塔井", names, strict=True)
+    ]
+    assert chosen(tmp_path, base, facts)["train"].word_dropout == recipe.WORD_DROPOUT
+
+
 def test_recurring_answers_that_are_found_in_their_questions_are_trained_at_a_lower_rate(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
