@@ -57,6 +57,8 @@ class Pretrain(WholeRun):
     """Random seed, also of the initial weights."""
 
     def __post_init__(self) -> None:
+        if base_dict := getattr(self.model_config, "base_dict", None):  # a `Config`, in Python
+            self.model_config = base_dict()
         if self.model_name != "list":
             super().__post_init__()
             if self.initial_checkpoint_dir is None:

@@ -17,9 +17,11 @@ import yaml
 
 from litgpt import families
 from litgpt.__main__ import main
+from litgpt.args import EvalArgs, TrainArgs
 from litgpt.cli import parse
+from litgpt.data import TextFiles
 from litgpt.lora import Config
-from litgpt.pretrain import Pretrain, fresh
+from litgpt.pretrain import Pretrain, fresh, setup
 from tests.helpers import runs, tiny
 from tests.helpers.runs import Run, load
 
@@ -267,6 +269,14 @@ def test_another_name_for_the_model_to_start_from(run: Run, text: Path, tmp_path
     one = {"train__max_steps": 1, "train__lr_warmup_steps": 1, "model_name": "base"}
     done = pretrain(text, tmp_path / "same", "--initial_checkpoint_dir", str(run.final), **one)
     assert done.code == 0 and Config.from_checkpoint(done.final).name == "Llama-tiny"
+
+
+def test_a_config_in_python(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """LitGPT's `setup` takes a `Config`."""
+    shape = Config(block_size=16, n_layer=1, n_embd=16, n_head=2, padded_vocab_size=512)
+    train = TrainArgs(max_steps=1, global_batch_size=1, micro_batch_size=1, lr_warmup_steps=1)
+    setup("mine", shape, tmp_path / "out", tokenizer_dir=tokenizer, data=TextFiles(text), train=train, eval=EvalArgs(max_iters=1))
+    assert Config.from_checkpoint(tmp_path / "out" / "final").base_dict() == shape.base_dict()
 
 
 def test_names_and_mistakes(text: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -268,7 +268,7 @@ class Session:
         self.loop = None
         batches, own, val, val_batches = self.sources or self._sources(train, evaluation, cache)
         self.loop = Loop(self.model, optimizer, train, batches, own, self.rank, self.objective, self.console.say)
-        if (most := self.loop.total_steps) and self.loop.warmup > most / 2:
+        if (most := self.loop.total_steps) and self.loop.warmup > max(1, most / 2):
             wanted = f"give --train.lr_warmup_steps {max(1, most // 10)}, or more epochs"
             self.console.say(f"the learning rate rises for {self.loop.warmup} of the {title}'s {counted(most, 'step')}: {wanted}")
         self._restore(self.loop)

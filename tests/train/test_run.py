@@ -37,13 +37,15 @@ def test_the_report_is_returned_and_written_and_a_finished_run_changes_nothing(b
         train(base, data, out_dir, resume=True, seed=5)
 
 
-@pytest.mark.parametrize(("warmup", "is_told"), [(100, True), (2, True), (1, False), (0, False)])
+@pytest.mark.parametrize(("warmup", "steps", "is_told"), [(100, 2, True), (2, 2, True), (1, 2, False), (0, 2, False), (1, 1, False)])
 def test_a_run_that_is_over_in_its_warm_up_is_told(
-    warmup: int, is_told: bool, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    warmup: int, steps: int, is_told: bool, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_args = TrainArgs(micro_batch_size=2, global_batch_size=6, max_steps=2, epochs=None, lr_warmup_steps=warmup, save_interval=None)
+    train_args = TrainArgs(
+        micro_batch_size=2, global_batch_size=6, max_steps=steps, epochs=None, lr_warmup_steps=warmup, save_interval=None
+    )
     train(base, data, tmp_path / "out", train=train_args)
-    told = "the learning rate rises for 2 of the training's 2 steps: give --train.lr_warmup_steps 1, or more epochs"
+    told = f"the learning rate rises for {steps} of the training's {steps} step"
     assert (told in capsys.readouterr().err) == is_told
 
 
