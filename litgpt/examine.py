@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional, cast
 from litgpt.checkpoint import HOME, require_tokenizer
 from litgpt.config import Config
 from litgpt.convert.resolve import open_checkpoint
-from litgpt.data.base import SHOWN_KEYS, DataModule, Encoder, Rewritten, render
+from litgpt.data.base import CUT_AWAY, SHOWN_KEYS, DataModule, Encoder, Rewritten, render
 from litgpt.data.json_data import JSON
 from litgpt.data.records import Record, read_record
 from litgpt.errors import UserError
@@ -194,7 +194,8 @@ def in_tokens(records: Sequence[Record], encoder: Encoder, limit: int) -> list[s
     lost = sum(not any(any(sample.loss_mask[:limit]) for sample in samples[i]) for i in cut)
     if cut:
         known = "" if len(lengths) == len(records) or len(cut) < LONGEST // 2 else "at least "
-        lines.append(f"  {known}{counted(len(cut), 'record')} longer than {limit:,} tokens: cut, and {lost:,} of them have no answer left")
+        dropped = f", and {lost:,} of them dropped: {CUT_AWAY}" if lost else ""
+        lines.append(f"  {known}{counted(len(cut), 'record')} longer than {limit:,} tokens: cut{dropped}")
     encoder.ignored.pop("not read", None)  # counted for all records already
     return lines + [f"  {remark}" for remark in (*encoder.remarks(), misfit(encoder.style, encoder.tokenizer)) if remark]
 

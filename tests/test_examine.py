@@ -126,7 +126,7 @@ def test_lengths_in_tokens_and_cut_records(look: Any, base: Path) -> None:
     lengths = [n + 2 + 1 for n in (10, 20, 30, 200, 300)]  # with EOS
     assert "half have up to 33, nine of ten up to 303, the longest 303\n" in out
     assert f"  {sum(lengths):,} tokens, {100 * 15 / sum(lengths):.0f} % of them learned\n" in out
-    assert "  2 records longer than 100 tokens: cut, and 2 of them have no answer left\n" in out
+    assert "  2 records longer than 100 tokens: cut, and 2 of them dropped: no answer token left\n" in out
     assert "tokens: cut" not in look(rows[:3], "--checkpoint_dir", base)
 
 

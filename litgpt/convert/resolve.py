@@ -63,7 +63,8 @@ def open_full_model(path: str | Path, form: str) -> Path:
     folder = open_checkpoint(path)
     if checkpoint.adapter_file(folder).is_file():
         settings = checkpoint.read_adapter_settings(folder)[1]
-        alone = f"convert the adapter alone with `litgpt convert_adapter {folder} OUTPUT_DIR`"
+        to = " --to gguf" if "GGUF" in form and not settings.get("skip2lora_enabled") else ""
+        alone = f"convert the adapter alone with `litgpt convert_adapter {folder} OUTPUT_DIR{to}`"
         if kind := checkpoint.unmergeable(folder, settings):
             why = "reads the outputs of earlier blocks and " if settings.get("skip2lora_enabled") else ""
             remedy = alone if why or settings.get("alora_enabled") else "use the adapter folder as it is"

@@ -15,6 +15,7 @@ from litgpt import checkpoint, families as catalog
 from litgpt.__main__ import main
 from litgpt.config import Config
 from litgpt.convert.from_litgpt import convert_from_litgpt, hf_slots, parse_size
+from litgpt.convert.gguf.export import convert_to_gguf
 from litgpt.convert.hf import to_hf
 from litgpt.convert.merge import merge_lora
 from litgpt.convert.names import shapes, stored_form
@@ -89,6 +90,8 @@ def test_merging_is_not_advised_where_it_is_impossible(base: Path, tmp_path: Pat
     with pytest.raises(UserError, match=reason) as refused:
         convert_from_litgpt(folder, tmp_path / "hf")
     assert "merge_lora" not in str(refused.value)
+    with pytest.raises(UserError, match="OUTPUT_DIR --to gguf`" if "alora_enabled" in settings else reason):
+        convert_to_gguf(folder, tmp_path / "model.gguf")
 
 
 def test_skip2lora_is_refused(base: Path, tmp_path: Path) -> None:
