@@ -148,6 +148,8 @@ class Look:
     longest: int  # characters of the longest record
     is_pair: bool  # questions and answers, not conversations
     has_validation: bool  # the data have validation records of their own
+    questions: int = 0  # different ones
+    contradicted: int = 0  # questions with several answers
     answer_length: float = 0.0  # characters that are learned of a record, on average
     compares: bool = False  # records say which answers are better
     is_labelled: bool = False  # records say whether their answer is a good one
@@ -163,7 +165,8 @@ class Look:
         """Look at what a data module's `records` returns. Records without an answer are dropped, as in training."""
         read = [entry if isinstance(entry, Record) else read_record(entry) for entry in train]
         records = [record for record in read if record.has_answer]
-        answers = {record.reply.strip() for record in records}
+        asked = {(*(str(turn["content"]) for turn in record.turns[:-1]), record.reply.strip()) for record in records}
+        answers, questions = {pair[-1] for pair in asked}, Counter(pair[:-1] for pair in asked)
         longest = max((each.characters for record in records for each in (record, record.rejected) if each is not None), default=0)
         length = sum(record.learned_characters for record in records) / max(1, len(records))
         is_labelled = {record.label for record in records if record.rejected is None} == {True, False}
@@ -173,6 +176,8 @@ class Look:
             longest,
             is_pair=all(record.pair for record in records),
             has_validation=val is not None,
+            questions=len(questions),
+            contradicted=sum(count > 1 for count in questions.values()),
             answer_length=length,
             compares=is_labelled or any(record.rejected is not None for record in records),
             is_labelled=is_labelled,
@@ -191,7 +196,7 @@ class Look:
     @property
     def is_repeated(self) -> bool:
         """Return True if the same answers are given to several questions."""
-        return self.answers <= SHARED * self.records
+        return self.answers <= SHARED * self.questions
 
     @property
     def told_once(self) -> bool:
@@ -200,7 +205,7 @@ class Look:
     @property
     def told_in_few_ways(self) -> bool:
         """Return True for facts with two or three questions each."""
-        return self.is_facts and self.is_repeated and self.records < FEW_WAYS * self.answers
+        return self.is_facts and self.is_repeated and self.questions < FEW_WAYS * self.answers
 
     @property
     def is_facts(self) -> bool:
@@ -294,7 +299,10 @@ def advice(data: DataModule, look: Look, base: Path | None) -> str:
 
 
 def _hint(look: Look) -> str:
-    """Return a line about other data that would teach more, if there are such."""
+    """Return a line about data that would teach more, or about answers that cannot all be learned."""
+    if look.is_facts and look.contradicted:
+        several = f"{counted(look.contradicted, 'question')} with several answers"
+        return f"\n{several}, of which the model can repeat only one: `litgpt data` shows them."
     if look.told_once:
         return "\nPhrase the question for each fact in two or three ways: the model then recalls it better."
     if look.block:

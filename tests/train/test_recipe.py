@@ -426,6 +426,16 @@ def test_answers_that_are_found_in_their_questions_are_no_facts_told_once(name: 
     assert chosen(tmp_path, base, make(name, 20).records)["train"].word_dropout == recipe.WORD_DROPOUT
 
 
+def test_repeated_records_are_no_other_wordings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    once, twice = make("codes-once", 20).records, make("glossary", 20).records
+    assert chosen(tmp_path, base, once * 2)["train"].word_dropout == recipe.WORD_DROPOUT
+    assert chosen(tmp_path, base, twice * 2)["lora_r"] == chosen(tmp_path, base, twice)["lora_r"] == 64
+    assert "several answers" not in capsys.readouterr().err
+    (question, answer), other = twice[0].keys(), "something else"
+    chosen(tmp_path, base, [*twice, {question: twice[0][question], answer: other}])
+    assert "\n1 question with several answers, of which the model can repeat only one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("question", "names"),
     [
