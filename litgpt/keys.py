@@ -250,7 +250,9 @@ class Keys:
                 raise UsageError(f"{setting.place} needs --{root} with one of {', '.join(known_classes(base))}")
             known = _init_types(cls)
             if argument not in known:
-                raise UsageError(f"{setting.place}: {cls.__name__} has no {argument!r}{_nearest(argument, known)}")
+                elsewhere = next((name for name in (f"train.{argument}", argument) if name in self.types), "")
+                meant = f" (did you mean {elsewhere}?)" if elsewhere else _nearest(argument, known)
+                raise UsageError(f"{setting.place}: {cls.__name__} has no {argument!r}{meant}")
             kind = known[argument]
         else:
             kind = self.types.get(key, Any if root in self.classes or self._mapping_above(key) else None)

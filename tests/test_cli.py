@@ -500,6 +500,7 @@ def test_upstream_yaml(name: str, tmp_path: Path) -> None:
         (["c", "--data", "litgpt.errors.UserError"], ["there is no 'litgpt.errors.UserError'"]),
         (["c", "--data.json_path", "x"], ["--data.json_path needs --data with one of Alpaca"]),
         (["c", "--data", "JSON", "--data.jsn_path", "x"], ["JSON has no 'jsn_path' (did you mean json_path?)"]),
+        (["c", "--data", "JSON", "--data.max_seq_length", "9"], ["JSON has no 'max_seq_length' (did you mean train.max_seq_length?)"]),
         (["c", "--data", "JSON", "--data.seed", "x"], ["--data.seed: 'x' is not an integer"]),
         (["c", "--data", "5"], ["there is no '5'"]),
         (["c", "--train", "5"], ["--train needs keys below it"]),

@@ -184,7 +184,9 @@ class DataModule(ABC):  # noqa: B024 - the base class of classes that settings n
         if fraction == 0:
             return records, []
         if len(records) < 2:
-            raise UserError(f"{self.source} holds one record: at least two are needed, one of them for validation")
+            raise UserError(
+                f"{self.source} holds one record: at least two are needed, one of them for validation, or data.val_split_fraction 0"
+            )
         order = list(range(len(records)))
         random.Random(self.seed).shuffle(order)
         held_out = min(max(round(fraction * len(records)), 1), len(records) - 1)
