@@ -48,7 +48,7 @@ def method(base: Path, blocks: Any, rank: int) -> Method:
 
 
 def cached(model: Any, splits: Splits, console: Console) -> dict[str, ActivationCache]:
-    options = CacheSettings("memory", Path(), model.dtype, console.say, console.progress)
+    options = CacheSettings("memory", Path(), model.dtype, console)
     both = {"training": splits.train, "validation": splits.val}
     return {name: filled(model, samples, len(samples), name, options, CPU) for name, samples in both.items()}
 

@@ -13,7 +13,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def measure(row: Row, name: str, weights: dict[str, torch.Tensor], length: int, 
     """Return loss, tokens a second and peak memory of the steps of a row."""
     rank = Rank.start(row.precision, 1, 1, 600.0, shards=True) if row.sharded else Rank(device=device, mixed=MIXED.get(row.precision))
     if row.sharded:
-        rank = Rank(0, 1, rank.device, rank.sum, rank.barrier, rank.mixed, rank.group, sharded=True)
+        rank = replace(rank, sharded=True)
     torch.manual_seed(0)
     model = build(row, name, weights, rank)
     samples = random_samples(model.config, BATCH, length)

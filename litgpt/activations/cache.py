@@ -15,8 +15,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from litgpt.activations import prompts
 from litgpt.activations.prompts import is_answer_only, plain_rows, reply_features
 from litgpt.activations.store import Layout, Rows, open_store
 from litgpt.errors import UserError
+from litgpt.logs import Console
 from litgpt.lora import lora_filter
 from litgpt.loss import Features
 from litgpt.model import GPT, evaluating
@@ -43,7 +44,6 @@ STEM_SHARE = 8  # a batch of the filling pass, which computes the stem once, has
 TRIED_BATCHES, TRIED_SAMPLES = 3, 8  # to compare the speeds of reading and computing
 
 WHERE = {"memory": "in memory", "disk": "on disk"}
-Progress = Callable[[int, int], None]
 
 
 def is_flat(model: GPT) -> bool:
@@ -178,11 +178,8 @@ class CacheSettings:
     mode: str  # auto, memory, disk or off
     folder: Path  # for caches on disk, each in a folder of its own
     dtype: torch.dtype
-    say: Callable[[str], None] = lambda text: None
-    # opens a progress bar with a title, for a cache that already holds some number of samples
-    progress: Callable[[str, int], AbstractContextManager[Progress]] = lambda title, begun: nullcontext(lambda done, total: None)
+    console: Console = field(default_factory=lambda: Console(active=False))
     agreed: Callable[[bool], bool] = bool  # returns whether a flag is set in any rank of a sharded model, which must all do the same
-    detail: Callable[[str], None] = lambda text: None  # takes lines that few want to read
 
 
 def activations(
@@ -202,10 +199,10 @@ def activations(
     if kind == "auto":
         kind = "memory" if need <= MEMORY_SHARE * free or is_sharded(model) else "disk"
     batches = list(fill_batches(samples, indices, layout.stem, device))
-    settings.detail(f"{name} cache: {gib(need)} for {layout.shape[0]:,} positions, {WHERE[kind]}; free memory {gib(free)}")
+    settings.console.detail(f"{name} cache: {gib(need)} for {layout.shape[0]:,} positions, {WHERE[kind]}; free memory {gib(free)}")
 
     def complete(store: torch.Tensor | Rows, batches: Iterator[list[int]], done: int) -> None:
-        with settings.progress(f"{name} cache", done) as progress:
+        with settings.console.progress(f"{name} cache", done) as progress:
             for batch in fill(source, layout, store, batches, settings.agreed):
                 done = done + len(batch) if isinstance(store, torch.Tensor) else len(store.written(indices))  # others may fill the file too
                 progress(done, len(indices))
@@ -216,7 +213,7 @@ def activations(
             with suppress(RuntimeError, MemoryError):
                 memory = torch.empty(layout.shape, dtype=layout.dtype)
         if settings.agreed(memory is None):
-            settings.say(f"{name} cache: not enough memory, activations are computed again for every batch")
+            settings.console.say(f"{name} cache: not enough memory, activations are computed again for every batch")
             return source
         assert memory is not None
         complete(memory, iter(batches), 0)
@@ -224,10 +221,10 @@ def activations(
     layout = plan(model, samples, range(len(samples)), settings.dtype)
     folder = settings.folder / fingerprint(model, samples, layout, device)[:32]
     try:
-        store = open_store(folder, layout, batches, complete, lambda text: settings.say(f"{name} cache: {text}"), settings.agreed)
+        store = open_store(folder, layout, batches, complete, lambda text: settings.console.say(f"{name} cache: {text}"), settings.agreed)
     except OSError as error:
         reason = error.strerror or error
-        settings.say(f"{name} cache: {settings.folder} cannot hold it ({reason}), activations are computed again for every batch")
+        settings.console.say(f"{name} cache: {settings.folder} cannot hold it ({reason}), activations are computed again for every batch")
         return source
     cache = ActivationCache(store, layout, source, indices)
     if settings.mode != "auto":
@@ -258,7 +255,7 @@ def _faster(cache: ActivationCache, recompute: Recompute, settings: CacheSetting
         seconds.append((time.perf_counter() - start) / len(rows))
     chosen = cache if seconds[0] <= seconds[1] else recompute
     times = f"reading takes {1000 * seconds[0]:.2f} ms a sample, computing {1000 * seconds[1]:.2f} ms"
-    settings.detail(f"{name} cache: {times}: activations are {'read' if chosen is cache else 'computed again for every batch'}")
+    settings.console.detail(f"{name} cache: {times}: activations are {'read' if chosen is cache else 'computed again for every batch'}")
     return chosen
 
 

@@ -36,7 +36,7 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
     batches = list(fill_batches(samples, wanted, 0, device))
 
     def fill(store: Rows | torch.Tensor, batches: Iterator[list[int]], done: int) -> None:
-        with torch.no_grad(), evaluating(view.model), settings.progress(f"{name} reference", done) as show:
+        with torch.no_grad(), evaluating(view.model), settings.console.progress(f"{name} reference", done) as show:
             for batch, losses in view.passes(batches, agreed):
                 for i, own in zip(batch, losses.float().cpu().split([samples[i].n_targets for i in batch]), strict=True):
                     store[layout.slices[i]] = own[:, None, None]
@@ -46,9 +46,9 @@ def refer(view: View, indices: Sequence[int], model: Sequence[str], name: str, s
     store: Rows | torch.Tensor
     folder = settings.folder / _key(model, samples)[:32]
     try:
-        store = open_store(folder, layout, batches, fill, lambda text: settings.say(f"{name} reference: {text}"), agreed)
+        store = open_store(folder, layout, batches, fill, lambda text: settings.console.say(f"{name} reference: {text}"), agreed)
     except OSError as error:
-        settings.say(f"{name} reference: {settings.folder} cannot hold it ({error.strerror or error}), it is kept in memory")
+        settings.console.say(f"{name} reference: {settings.folder} cannot hold it ({error.strerror or error}), it is kept in memory")
         store = torch.empty(layout.shape)
         fill(store, iter(batches), 0)
     for i in wanted:

@@ -20,7 +20,7 @@ from litgpt.train.page import MARK
 from litgpt.train.parallel import Rank
 from litgpt.train.report import PAGE, REPORT, as_json
 from litgpt.train.resume import FACTS, TENSORS, State, random_states
-from litgpt.train.settings import Resume
+from litgpt.train.settings import Run
 
 RESUME = "the same command with --resume true continues from it"
 LOGS, LOG_FILES = METRICS.parent, (METRICS.name, f"events.out.tfevents.*{EVENTS_SUFFIX}")
@@ -29,11 +29,12 @@ LOGS, LOG_FILES = METRICS.parent, (METRICS.name, f"events.out.tfevents.*{EVENTS_
 class OutDir:
     """`out_dir`, locked against other runs for the duration of the block. Only the first process (`active`) locks it and writes there.
 
-    Raises UserError if the run cannot be written there, if `base` would be overwritten, or if another run is using the folder.
+    Raises UserError if the run cannot be written there, if its base would be overwritten, or if another run is using the folder.
     """
 
-    def __init__(self, path: Path, resume: Resume, overwrite: bool, base: Path, active: bool = True) -> None:
-        self.path, self.resume, self.overwrite, self.base, self.active = path, resume, overwrite, base, active
+    def __init__(self, settings: Run, active: bool = True) -> None:
+        self.path, self.resume, self.overwrite, self.active = settings.out_dir, settings.resume, settings.overwrite, active
+        self.base = settings.checkpoint_dir
         self._lock: int | None = None
         self._made = False
 

@@ -32,10 +32,10 @@ table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: 
 """
 
 
-def page(title: str, summary: Mapping[str, str], tiles: Mapping[str, str], curves: Mapping[str, Points], best: int | None,
+def page(title: str, summary: str, tiles: Mapping[str, str], curves: Mapping[str, Points], best: int | None,
          answers: Answers, settings: Mapping[str, str]) -> str:  # fmt: skip
     """Return the page. `curves` maps "training" and "validation" to (step, loss); `best`: the step to mark."""
-    parts = [f"<h1>{_safe(title)}</h1>", *(f"<p class=soft>{_safe(line)}</p>" for line in summary.values())]
+    parts = [f"<h1>{_safe(title)}</h1>", f"<p class=soft>{_safe(summary)}</p>"]
     parts.append(
         f"<div class=tiles>{''.join(f'<div class=tile>{_safe(name)}<b>{_safe(value)}</b></div>' for name, value in tiles.items())}</div>"
     )

@@ -29,7 +29,6 @@ class Rank:
     size: int = 1
     device: torch.device = torch.device("cpu")
     sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
-    barrier: Callable[[], None] = lambda: None
     mixed: torch.dtype | None = None  # autocast to this dtype
     group: Group | None = None  # the joined processes; None for one
     sharded: bool = False  # each process holds a part of the model, and all run it at the same time
@@ -51,11 +50,16 @@ class Rank:
             torch.distributed.all_reduce(tensor)
             return tensor
 
-        return cls(place.index, place.size, group.device, add, torch.distributed.barrier, mixed, group)
+        return cls(place.index, place.size, group.device, add, mixed, group)
 
     @property
     def is_first(self) -> bool:
         return self.index == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.group is not None:
+            torch.distributed.barrier()
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.mixed) if self.mixed else nullcontext()

@@ -51,7 +51,6 @@ class Job:
 
     settings: Run
     method: Method
-    base: Path  # the base model's folder
     precision: str
     rank: Rank
     console: Console
@@ -95,8 +94,7 @@ class Job:
 
     def cache_settings(self, mode: str) -> CacheSettings:
         """Return where activations are kept; the console shows the progress of filling them."""
-        console = self.console
-        return CacheSettings(mode, self.cache_folder, self.cache_dtype, console.say, console.progress, self.rank.agreed, console.detail)
+        return CacheSettings(mode, self.cache_folder, self.cache_dtype, self.console, self.rank.agreed)
 
     def say_what_is_trained(self) -> None:
         rank = self.rank
@@ -107,7 +105,7 @@ class Job:
             self.console.detail(line)
 
 
-def prepare(settings: Run, method: Method, base: Path, saved: Saved | None = None, rank: Rank | None = None) -> Job:
+def prepare(settings: Run, method: Method, saved: Saved | None = None, rank: Rank | None = None) -> Job:
     """Read data and model and check every setting. Writes nothing. Raises UserError if a setting, file or checkpoint is wrong.
 
     `saved`: the checkpoint to resume. `rank`: this process; by default the number of processes that the settings name is started here.
@@ -115,7 +113,7 @@ def prepare(settings: Run, method: Method, base: Path, saved: Saved | None = Non
     precision = settings.precision or default_precision(default_device())
     dtype = backbone_dtype(precision)
     _cache_dtype(method.cache_dtype, dtype)
-    require_shardable(settings, method, base)
+    require_shardable(settings, method)
     require_logger(settings.logger_name)
     optimizer = make_optimizer(settings.optimizer, [torch.nn.Parameter(torch.zeros(1))])  # raises for wrong settings
     if rank is None:
@@ -125,7 +123,7 @@ def prepare(settings: Run, method: Method, base: Path, saved: Saved | None = Non
         rank = Rank.start(precision, settings.devices, settings.num_nodes, settings.timeout, settings.wants_shards)
     with ends_together(rank), memory_explained(rank.device, "while data and model were read"):
         seed_everything(settings.seed)
-        job = _read(settings, method, base, precision, rank, saved)
+        job = _read(settings, method, precision, rank, saved)
         if not optimizer.param_groups[0]["lr"]:
             job.console.say("warning: nothing is trained, as the optimizer's learning rate (lr) is 0")
         scalings = [module.scaling for module in job.model.modules() if isinstance(module, LoRALayer) and module.r]
@@ -140,9 +138,9 @@ def prepare(settings: Run, method: Method, base: Path, saved: Saved | None = Non
     return job
 
 
-def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank, saved: Saved | None) -> Job:
+def _read(settings: Run, method: Method, precision: str, rank: Rank, saved: Saved | None) -> Job:
     """Return the run with its data and its model."""
-    kept = saved.facts if saved else {}
+    base, kept = settings.checkpoint_dir, saved.facts if saved else {}
     date = rank.broadcast(datetime.fromisoformat(kept["date"]) if "date" in kept else datetime.now())
     console = Console(rank.is_first and process_rank() == 0, settings.verbose or settings.dry_run)
     dtype = backbone_dtype(precision)
@@ -166,7 +164,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
         require_reference(objective.reference, base, max(len(sample.input_ids) for sample in splits.train), convert=not settings.dry_run)
     console.say(f"data: {splits.report}")
     if rank.group is not None:
-        is_sharded, why = choose(settings, method, base, rank, splits.train, dtype)
+        is_sharded, why = choose(settings, method, rank, splits.train, dtype)
         rank = replace(rank, sharded=is_sharded)
         console.say(why)
     model = method.build(base, dtype, rank.device if rank.sharded else None, settings.cpu_offload)
@@ -181,7 +179,7 @@ def _read(settings: Run, method: Method, base: Path, precision: str, rank: Rank,
     model.max_seq_length = _max_seq_length(settings, model.config)
     examples = examples_of(settings.eval, settings.seed, splits.examples, style, tokenizer)
     cache_dtype = _cache_dtype(method.cache_dtype, dtype)
-    job = Job(settings, method, base, precision, rank, console, tokenizer, contents, style, splits, model, examples, cache_dtype, date)
+    job = Job(settings, method, precision, rank, console, tokenizer, contents, style, splits, model, examples, cache_dtype, date)
     job.general_answers = kept.get("general_answers")
     _add_samples(job)
     largest = max(max(sample.input_ids) for sample in (*splits.train, *splits.val))

@@ -41,14 +41,14 @@ LONG_STEP = 20.0  # seconds; a longer step is not measured as a whole
 LONGEST_SAMPLE, LONGEST_PART = 4000, 1200  # characters shown of the sample, and of each stretch that is read or learned
 
 
-def rehearse(settings: Run, method: Method, base: Path) -> None:
+def rehearse(settings: Run, method: Method) -> None:
     """Check the settings as a run would, then print a sample, the steps, and the memory, disk and time they need.
 
     One device is used, whatever `devices` says. Raises UserError as the run would.
     """
-    OutDir(settings.out_dir, settings.resume, settings.overwrite, base).check(refuse_earlier=False)
+    OutDir(settings).check(refuse_earlier=False)
     require_data(settings)
-    job = prepare(settings, method, base, rank=alone(settings.precision))
+    job = prepare(settings, method, rank=alone(settings.precision))
     job.say_what_is_trained()
     show_sample(job.splits.train[0], job.tokenizer)
     model, lines = job.model, {}

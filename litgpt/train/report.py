@@ -91,7 +91,7 @@ def page_of(
     }
     curves = {"training": curve_of(metrics.get("train_loss", ())), "validation": curve_of(metrics.get("val_loss", ()))}
     shown = {key: Path(value).name if key.endswith(("_dir", "_path", "_reference")) else value for key, value in flat(settings).items()}
-    return page(f"{model}, tuned", {"losses": " ".join(losses)}, tiles, curves, figures["best_step"], answers, shown)
+    return page(f"{model}, tuned", " ".join(losses), tiles, curves, figures["best_step"], answers, shown)
 
 
 def next_steps(out_dir: Path, config: Config, chat: tuple[str, str], is_whole: bool = True) -> list[tuple[str, str]]:

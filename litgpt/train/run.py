@@ -59,24 +59,23 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
     """
     use(settings.accelerator)
     clock, is_first = Stopwatch(), job_of is not None or process_rank() == 0
-    base = settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
-    checkpoint.require_checkpoint(base)
+    settings.checkpoint_dir = open_checkpoint(settings.checkpoint_dir, convert=not settings.dry_run).resolve()
+    checkpoint.require_checkpoint(settings.checkpoint_dir)
     if settings.dry_run:
         if is_first:
-            rehearse(settings, method, base)
+            rehearse(settings, method)
         return {}
-    with Interrupts() as interrupts, OutDir(settings.out_dir, settings.resume, settings.overwrite, base, is_first) as out_dir:
+    with Interrupts() as interrupts, OutDir(settings, is_first) as out_dir:
         if out_dir.is_finished:
             final = settings.out_dir / "final"
-            if (final / IDENTITY).is_file():  # an earlier version wrote none
-                before = Saved(final, read_json(final / IDENTITY))
-                ended = prepare(settings, method, base, before, alone(settings.precision))
-                require_same(final, identity_of(ended), before.facts, type(settings))
+            before = Saved(final, read_json(final / IDENTITY))
+            ended = prepare(settings, method, before, alone(settings.precision))
+            require_same(final, identity_of(ended), before.facts, type(settings))
             Console(is_first).say(f"{final} exists: this run is finished, nothing is left to do")
             return finished_report(settings.out_dir, settings.train.keep_last, is_first)
         point = out_dir.resume_point(Console(is_first).say)
         saved = read(point) if point else None
-        job = job_of() if job_of else prepare(settings, method, base, saved)
+        job = job_of() if job_of else prepare(settings, method, saved)
         with ends_together(job.rank):
             job.say_what_is_trained()
             session = Session(job, out_dir, interrupts, clock, saved)
@@ -91,7 +90,7 @@ def identity_of(job: Job, varying: Collection[str] = ()) -> dict[str, Any]:
     resolved = {"precision": job.precision, "skip2lora_cache": job.method.cache != "off"}
     settings = {**compared_settings(job.settings.hyperparameters(), type(job.settings)), **resolved}
     shared = {key: value for key, value in settings.items() if key not in varying}
-    return identity(shared, job.base, job.model.config.base_dict(), job.splits.train, job.splits.val)
+    return identity(shared, job.settings.checkpoint_dir, job.model.config.base_dict(), job.splits.train, job.splits.val)
 
 
 def require_same(folder: Path, now: dict[str, Any], before: dict[str, Any], command: type) -> None:
@@ -112,7 +111,7 @@ def require_alike(own: dict[str, Any], first: dict[str, Any], step: int = 0, fir
         raise UserError(f"this process would train something else: {'; '.join(differences)}. {SHARED}")
 
 
-def finished_report(out_dir: Path, keep_last: int | None = None, is_first: bool = True) -> dict[str, Any]:
+def finished_report(out_dir: Path, keep_last: int | None, is_first: bool = True) -> dict[str, Any]:
     """Return the report of the finished run in this folder."""
     report = read_json(out_dir / "final" / REPORT)
     if is_first and not (out_dir / REPORT).is_file():  # it was killed between the two
@@ -167,7 +166,7 @@ class Session:
         self.sources = self._sources(settings.train, settings.eval, "off" if is_warm else job.method.cache)
         batches, own, val, val_batches = self.sources
         model: GPT = self.model
-        facts = [checkpoint.weights_file(job.base).sha256, job.precision, str(job.method.quantize), str(job.cache_dtype)]
+        facts = [checkpoint.weights_file(settings.checkpoint_dir).sha256, job.precision, str(job.method.quantize), str(job.cache_dtype)]
         if other is not None:
             model, facts = reference_model(other, self.model.dtype, self.rank.device, self.rank.sharded)
             own = Recompute(model, job.splits.train, self.rank.device)
@@ -345,7 +344,7 @@ class Session:
         checkpoint.save_config(self.model.config, folder, self.job.chosen)
         atomic.write_text(folder / "hyperparameters.yaml", dump_yaml(readable_by_litgpt(self.hyperparameters)))
         if checkpoint.is_adapter_folder(folder):
-            checkpoint.save_base(self.job.base, folder)
+            checkpoint.save_base(self.settings.checkpoint_dir, folder)
         checkpoint.write_tokenizer(self.job.tokenizer_contents, folder)
         save_prompt_style(self.job.style, folder)
 

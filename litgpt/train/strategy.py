@@ -1,7 +1,6 @@
 """How the processes of a run share the model: a copy for each (ddp), or a part (fsdp)."""
 
 import heapq
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,11 +23,11 @@ from litgpt.train.settings import Run
 OF_WHOLE_TENSORS = ("Adafactor", "Muon")  # optimizers whose update of an element depends on others in its tensor
 
 
-def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
+def obstacles(settings: Run, method: Method) -> list[str]:
     """Return the settings that do not work with a sharded model."""
     optimizer: Any = settings.optimizer
     name = str(optimizer if isinstance(optimizer, str) else optimizer.get("class_path", "")).rpartition(".")[2]
-    config, quantize = method.config(base), method.quantize
+    config, quantize = method.config(settings.checkpoint_dir), method.quantize
     trains_experts = config.n_expert > 0 and (config.cut is None or config.lora_mlp)
     found = {
         f"optimizer {name}": name in OF_WHOLE_TENSORS or "8bit" in name,
@@ -39,21 +38,22 @@ def obstacles(settings: Run, method: Method, base: Path) -> list[str]:
     return [what for what, is_so in found.items() if is_so]
 
 
-def require_shardable(settings: Run, method: Method, base: Path) -> None:
+def require_shardable(settings: Run, method: Method) -> None:
     """Raise UserError for `strategy` fsdp with settings that do not work with it, and for `cpu_offload` without it."""
     if settings.cpu_offload and settings.strategy == "ddp":
         raise UserError("cpu_offload keeps parts of a sharded model, and strategy ddp has none: give --strategy fsdp, or leave it out")
-    if settings.wants_shards and (found := obstacles(settings, method, base)):
+    if settings.wants_shards and (found := obstacles(settings, method)):
         raise UserError(f"strategy fsdp does not work with {', '.join(found)}: leave it out, or give --strategy ddp")
 
 
-def choose(settings: Run, method: Method, base: Path, rank: Rank, samples: list[Sample], dtype: torch.dtype) -> tuple[bool, str]:
+def choose(settings: Run, method: Method, rank: Rank, samples: list[Sample], dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether the model is to be sharded, and a line that says why; the first process decides."""
     if settings.wants_shards or settings.strategy == "ddp" or rank.size == 1:
         is_fsdp = settings.wants_shards
         if is_fsdp and (units := len(samples) // objective_of(settings).group) < rank.size:
             raise UserError(f"strategy fsdp: {rank.size} processes have only {counted(units, 'training sample')}: use fewer processes")
         return is_fsdp, f"strategy {'fsdp' if is_fsdp else settings.strategy}, as given{' (cpu_offload)' if settings.cpu_offload else ''}"
+    base = settings.checkpoint_dir
     tied = checkpoint.is_tied(checkpoint.load_weights(base / checkpoint.WEIGHTS))
     need = estimate_of(settings, method, method.config(base), samples, dtype, tied)[0].total
     if rank.device.type == "cuda":
@@ -61,7 +61,7 @@ def choose(settings: Run, method: Method, base: Path, rank: Rank, samples: list[
     else:
         assert rank.group is not None
         room = int(psutil.virtual_memory().available / rank.group.place.local_size - PROCESS)
-    found = obstacles(settings, method, base) if need > room else []
+    found = obstacles(settings, method) if need > room else []
     is_fsdp = need > room and not found
     why = f"a copy of the model with gradients and optimizer takes about {gib(need)}, and each process has {gib(room)}"
     but = f"; fsdp does not work with {', '.join(found)}" if found else ""

@@ -67,22 +67,22 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
         _rehearse(settings, trials, candidates)
         return
     resumed = settings.resume is not False
-    with Interrupts(), OutDir(out_dir, settings.resume, settings.overwrite, settings.checkpoint_dir) as folder:
+    with Interrupts(), OutDir(settings) as folder:
         before = _earlier(settings)
-        begun = {row["setting"] for row in (before or {}).get("runs", ()) if row["status"] in (BEGUN, FINISHED)}
+        begun = {row["setting"] for row in before.get("runs", ()) if row["status"] in (BEGUN, FINISHED)}
         for trial in trials:
             if trial.status == WAITING and trial.name in begun and not atomic.damages(out_dir / trial.name / "final"):
                 trial.status, trial.figures = FINISHED, finished_report(out_dir / trial.name, settings.train.keep_last)
         table = Table(out_dir, trials, candidates[0].settings.train.keep_best)
         waiting = len(table.of(WAITING))
-        job = _prepare(candidates, out_dir, before or {})
-        _introduce(job, table, waiting, place, before or {})
+        job = _prepare(candidates, out_dir, before)
+        _introduce(job, table, waiting, place, before)
         identity = identity_of(replace(job, settings=settings), varying=trials[0].values)
-        if before is not None and (different := changes(identity, before["identity"], type(settings))):
+        if before and (different := changes(identity, before["identity"], type(settings))):
             raise UserError(f"resume: out_dir {out_dir} holds another sweep: {'; '.join(different)}. Give another --out_dir")
         spent = {"load_seconds": clock.seconds}
         facts = {"settings": as_config(vars(settings)), "identity": identity, **job.kept, "environment": environment(job.rank.device)}
-        table.facts = {**(before or {}), **facts, **spent}
+        table.facts = {**before, **facts, **spent}
         if chosen := {trial.name: trial.chosen for trial in candidates if trial.chosen is not None}:
             table.facts["chosen"] = chosen
         if waiting:
@@ -92,7 +92,7 @@ def _lead(settings: Run, grid: Grid | None, samples: int | None, place: Place | 
             table.save()
             try:
                 group = Group(place, settings.timeout, joined=False) if place else None
-                job.shared = _fill(job, _n_validated(candidates, job), place)
+                job.shared = _fill(job, candidates, place)
                 spent["cache_seconds"] = clock.seconds - spent["load_seconds"]
                 size = sum(cache.layout.nbytes for cache in job.shared.values())
                 table.facts |= {"cache": {"blocks": job.shared["training"].blocks, "bytes": size}, **spent}
@@ -117,7 +117,7 @@ def _remove_earlier(settings: Run, trials: list[Trial]) -> None:
     """Remove earlier results of the trials, which a resumed sweep would take for its own."""
     for path in (settings.out_dir / trial.name for trial in trials):
         if path.is_dir():
-            with OutDir(path, False, True, settings.checkpoint_dir) as earlier:
+            with OutDir(replace(settings, out_dir=path, resume=False, overwrite=True)) as earlier:
                 earlier.make(resumed=False)
 
 
@@ -132,7 +132,7 @@ def _help(settings: Run, grid: Grid | None, samples: int | None, group: Group) -
         job = _prepare(candidates, settings.out_dir, table.facts, group)
         require_alike(identity_of(replace(job, settings=settings), varying=trials[0].values), table.facts["identity"])
         table.facts = {}
-        job.shared = _fill(job, _n_validated(candidates, job), group.place)
+        job.shared = _fill(job, candidates, group.place)
         try:
             _train_all(candidates, job, table, f" on rank {group.place.index}")
         except Stopped as stop:
@@ -178,7 +178,7 @@ def _train_if_free(trial: Trial, job: Job, table: Table, where: str) -> bool:
 
 def _rehearse(settings: Run, trials: list[Trial], candidates: list[Trial]) -> None:
     """Check everything and print the trials, their steps and the cache's bytes. Writes nothing."""
-    OutDir(settings.out_dir, settings.resume, settings.overwrite, settings.checkpoint_dir).check()
+    OutDir(settings).check()
     _earlier(settings)
     require_data(settings)
     job = _prepare(candidates, settings.out_dir, {})
@@ -195,15 +195,15 @@ def _rehearse(settings: Run, trials: list[Trial], candidates: list[Trial]) -> No
     print(f"{text_table(rows, left=(0, -1))}\ndry run: nothing was written")
 
 
-def _earlier(settings: Run) -> dict[str, Any] | None:
-    """Return the state of the sweep to resume, or None. Raises UserError if out_dir holds a sweep that is not to be resumed or replaced."""
+def _earlier(settings: Run) -> dict[str, Any]:
+    """Return the state of the sweep to resume, or {}. Raises UserError if out_dir holds a sweep that is not to be resumed or replaced."""
     file = settings.out_dir / JSON
     if foreign := foreign_files(settings.out_dir):
         raise UserError(
             f"out_dir {settings.out_dir} holds files named like a sweep's that no sweep wrote ({', '.join(foreign)}): move them away"
         )
     if settings.overwrite or not file.is_file():
-        return None
+        return {}
     if settings.resume is False:
         ways = "give another --out_dir, --resume auto to continue it, or --overwrite true to replace it"
         raise UserError(f"out_dir {file.parent} holds an earlier sweep ({file.name}): {ways}")
@@ -266,7 +266,7 @@ def _prepare(candidates: list[Trial], out_dir: Path, before: dict[str, Any], gro
     rank = alone(settings.precision)
     if group is not None:
         rank = replace(rank, device=group.device)
-    job = prepare(settings, settings.method(), settings.checkpoint_dir, saved=Saved(out_dir, before), rank=rank)
+    job = prepare(settings, settings.method(), Saved(out_dir, before), rank)
     if job.model.config.alora_enabled:
         for trial in candidates:
             trial.settings = replace(trial.settings, alora_invocation_tokens=job.model.config.alora_invocation_tokens)  # type: ignore[call-arg]
@@ -311,10 +311,10 @@ def _n_validated(candidates: list[Trial], job: Job) -> int:
     return max(counts) * group
 
 
-def _fill(job: Job, validated: int, place: Place | None) -> dict[str, ActivationCache]:
-    """Return caches of all training samples and the first `validated` of the others. Several processes fill caches on disk."""
+def _fill(job: Job, candidates: list[Trial], place: Place | None) -> dict[str, ActivationCache]:
+    """Return caches of all training samples and the validation samples that the trials need. Several processes fill caches on disk."""
     splits, settings = job.splits, job.cache_settings("disk" if place else job.method.cache)
-    parts = {"training": (splits.train, len(splits.train)), "validation": (splits.val, validated)}
+    parts = {"training": (splits.train, len(splits.train)), "validation": (splits.val, _n_validated(candidates, job))}
     with job.rank.autocast():
         return {name: filled(job.model, *part, name, settings, job.rank.device) for name, part in parts.items()}
 
@@ -322,7 +322,7 @@ def _fill(job: Job, validated: int, place: Place | None) -> dict[str, Activation
 def _adapted(job: Job, trial: Trial) -> Job:
     """Return the job that `prepare` would give for the trial: its adapters, drawn with its seed, on the shared model."""
     seed_everything(trial.settings.seed)
-    trial.method.rebuild(job.model, job.base)
+    trial.method.rebuild(job.model, trial.settings.checkpoint_dir)
     job.model.to(job.rank.device)
     if trial.chosen is not None:
         keep_taps(job.model, trial.chosen)

@@ -13,7 +13,6 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +34,7 @@ from litgpt.packing import SHORTEST_STEM, pack, shared_stem
 from litgpt.sample import Sample
 from tests.helpers import tiny
 from tests.helpers.cases import first, quick
+from tests.helpers.training import Heard
 
 CPU = torch.device("cpu")
 MEMORY = CacheSettings("memory", Path(), torch.float32)
@@ -84,13 +84,6 @@ def make_model(cut: str = "lm_head", **settings: Any) -> Any:
     return model
 
 
-class Heard(list[str]):
-    """What was said."""
-
-    def __contains__(self, part: object) -> bool:
-        return any(str(part) in line for line in self)
-
-
 def keep(
     model: Any,
     samples: list[Sample],
@@ -101,10 +94,9 @@ def keep(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Any, Heard]:
     """Activations of samples, and what was said on the way."""
-    said = Heard()
+    said = Heard(progress)
     indices = list(range(len(samples))) if rows is None else rows
-    settings = CacheSettings(mode, folder, dtype, said.append, lambda title, begun: nullcontext(progress), detail=said.append)
-    return activations(model, samples, indices, "training", settings, CPU), said
+    return activations(model, samples, indices, "training", CacheSettings(mode, folder, dtype, said), CPU), said
 
 
 def values(cache: ActivationCache) -> torch.Tensor:
@@ -196,12 +188,12 @@ def test_the_same_for_other_architectures(cut: str, shape: dict[str, Any], monke
 def test_the_size_of_the_filling_batches_changes_nothing(stem: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(activation_cache.FILL_TOKENS, "cpu", tokens)
     monkeypatch.setattr(activation_cache, "STEM_SHARE", 0)
-    model, samples, calls = make_model("block"), make_samples(stem=stem), []
-    cache, _ = keep(model, samples, progress=lambda done, total: calls.append((done, total)))
+    model, samples = make_model("block"), make_samples(stem=stem)
+    cache, said = keep(model, samples)
     rows = list(range(len(samples)))
     assert_same(outcome(model, cache, rows), outcome(model, Recompute(model, samples, CPU), rows))
-    assert calls[-1] == (7, 7) and [done for done, _ in calls] == sorted({done for done, _ in calls})
-    assert len(calls) == {1: 7, 10_000: 1}.get(tokens, len(calls))
+    assert said.shown[-1] == (7, 7) and [done for done, _ in said.shown] == sorted({done for done, _ in said.shown})
+    assert len(said.shown) == {1: 7, 10_000: 1}.get(tokens, len(said.shown))
 
 
 @pytest.mark.parametrize("cached", quick([True, False], True))
@@ -808,10 +800,9 @@ def test_a_filling_that_was_broken_off_is_gone_on_with(
     model, samples = make_model(cut), make_samples(stem=8)
     begun = broken_off(model, samples, tmp_path, monkeypatch, error)
     calls = count_prefix_calls(model)
-    shown: list[tuple[int, int]] = []
-    cache, said = keep(model, samples, tmp_path, "disk", progress=lambda done, total: shown.append((done, total)))
+    cache, said = keep(model, samples, tmp_path, "disk")
     assert f"{begun} has 3 of 7 samples" in said
-    assert shown == [(4, 7), (5, 7), (6, 7), (7, 7)] and len(calls) == 4
+    assert said.shown == [(4, 7), (5, 7), (6, 7), (7, 7)] and len(calls) == 4
     assert torch.equal(values(cache), values(keep(model, samples)[0]))
     assert list(tmp_path.iterdir()) == [begun]
     assert "is reused" in keep(model, samples, tmp_path, "disk")[1]
@@ -833,9 +824,8 @@ def test_damaged_samples_of_a_filling_are_computed_again(
 ) -> None:
     model, samples = make_model(), make_samples()
     damage(broken_off(model, samples, tmp_path, monkeypatch))
-    counts: list[int] = []
-    cache, said = keep(model, samples, tmp_path, "disk", progress=lambda done, total: counts.append(done))
-    assert counts == list(shown) and ("damaged" in said) == (damage is not no_index)
+    cache, said = keep(model, samples, tmp_path, "disk")
+    assert [done for done, _ in said.shown] == list(shown) and ("damaged" in said) == (damage is not no_index)
     assert torch.equal(values(cache), values(keep(model, samples)[0]))
 
 

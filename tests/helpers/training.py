@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,30 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 CUTS = [name for name in METHODS if name not in ("LoRA", "full")]
+
+
+class Heard(Console):
+    """Keeps what was said and shown; `in` looks for a part of a line."""
+
+    def __init__(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        super().__init__(active=False, verbose=True)
+        self.lines: list[str] = []
+        self.shown: list[tuple[int, int]] = []
+        self.on_progress = progress
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    @contextmanager
+    def progress(self, title: str, begun: int = 0) -> Iterator[Callable[..., None]]:
+        def show(done: int, total: int, note: str = "") -> None:
+            self.shown.append((done, total))
+            self.on_progress(done, total)
+
+        yield show
+
+    def __contains__(self, part: str) -> bool:
+        return any(part in line for line in self.lines)
 
 
 def make_samples(count: int, seed: int = 0) -> list[Sample]:

@@ -13,7 +13,7 @@ from litgpt.loss import HeadLoss
 from litgpt.objectives.base import View
 from litgpt.objectives.reference import refer
 from litgpt.sample import Sample
-from tests.helpers.training import CLOSE, CPU, by_hand, make_model, make_samples
+from tests.helpers.training import CLOSE, CPU, Heard, by_hand, make_model, make_samples
 
 
 class Counting(Recompute):
@@ -29,11 +29,11 @@ class Counting(Recompute):
 
 
 def referred(folder: Path, model: Any, name: str = "m", rows: range = range(1, 9, 2)) -> tuple[Counting, list[str]]:
-    said: list[str] = []
+    said = Heard()
     source = Counting(model, make_samples(9))
-    settings = CacheSettings("disk", folder, torch.float32, said.append)
+    settings = CacheSettings("disk", folder, torch.float32, said)
     refer(View(model, source, HeadLoss.of(model), 2), rows, [name], "training", settings, CPU)
-    return source, said
+    return source, said.lines
 
 
 def test_losses_are_those_of_the_model_in_eval_mode_and_kept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,15 +30,19 @@ def fill(out_dir: Path) -> None:
     logger.close()
 
 
+def settings(out_dir: Path, resume: Any = False, overwrite: bool = False) -> Any:
+    return SimpleNamespace(out_dir=out_dir, resume=resume, overwrite=overwrite, checkpoint_dir=out_dir.parent / "base")
+
+
 def replace(out_dir: Path) -> None:
-    with OutDir(out_dir, resume=False, overwrite=True, base=out_dir.parent / "base") as folder:
+    with OutDir(settings(out_dir, overwrite=True)) as folder:
         folder.make(resumed=False)
         (out_dir / "kept").touch()
 
 
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     """TensorBoard and safetensors cannot write there."""
-    folder = OutDir(tmp_path / os.fsdecode(b"d\xe9"), False, False, tmp_path / "base")
+    folder = OutDir(settings(tmp_path / os.fsdecode(b"d\xe9")))
     with pytest.raises(UserError, match="its name is not UTF-8, .*: rename it, or set PYTHONUTF8=1"):
         folder.check()
 
@@ -46,8 +51,8 @@ def test_a_lock_does_not_outlive_a_failure_to_enter(tmp_path: Path, monkeypatch:
     """A later run of the same process, as in a notebook, is not refused."""
     with monkeypatch.context() as patch, pytest.raises(PermissionError):
         patch.setattr(atomic, "remove_leftovers", lambda folder: (_ for _ in ()).throw(PermissionError))
-        OutDir(tmp_path, False, False, tmp_path / "base").__enter__()
-    with OutDir(tmp_path, False, False, tmp_path / "base"):
+        OutDir(settings(tmp_path)).__enter__()
+    with OutDir(settings(tmp_path)):
         pass
 
 
@@ -69,10 +74,10 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path: Pa
     (out_dir / "report.json").unlink()
     for name in ("final", "best", "step-000002"):
         with pytest.raises(UserError, match="holds an earlier run"):
-            OutDir(out_dir, False, False, tmp_path / "base").check()
+            OutDir(settings(out_dir)).check()
         shutil.rmtree(out_dir / name)
     assert (out_dir / METRICS).is_file()
-    with OutDir(out_dir, False, False, tmp_path / "base") as folder:
+    with OutDir(settings(out_dir)) as folder:
         folder.make(resumed=False)
         assert not (out_dir / METRICS).exists()
 
@@ -110,7 +115,7 @@ def test_files_under_the_names_of_results_are_refused_by_name(name: str, tmp_pat
         replace(out_dir)
     assert (out_dir / name).exists() and (out_dir / "final").is_dir()
     with pytest.raises(UserError, match="holds an earlier run"):
-        OutDir(out_dir, resume=False, overwrite=False, base=tmp_path / "base").check()
+        OutDir(settings(out_dir)).check()
 
 
 def test_a_folder_without_a_manifest_is_not_a_result(tmp_path: Path) -> None:
@@ -130,7 +135,7 @@ def test_leftovers_are_told_by_their_mark(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     for name in (".thesis.litgpt-12.tmp", ".thesis.litgpt-chapters.tmp.old", ".final.litgpt-0123abcd.tmp"):
         (tmp_path / name).mkdir()
-    with OutDir(tmp_path, resume=False, overwrite=False, base=tmp_path / "base"):
+    with OutDir(settings(tmp_path)):
         left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".draft.tmp", ".thesis.litgpt-12.tmp", ".thesis.litgpt-chapters.tmp.old"]
 
@@ -144,7 +149,7 @@ def test_the_logs_are_not_led_elsewhere(resume: Any, kind: str, place: str, tmp_
     planted.parent.mkdir(parents=True)
     planted.symlink_to(tmp_path / "elsewhere") if kind == "link" else planted.touch()
     with pytest.raises(UserError, match=f"no run wrote \\({place}\\): move them away"):
-        OutDir(tmp_path / "out", resume=resume, overwrite=False, base=tmp_path / "base").check()
+        OutDir(settings(tmp_path / "out", resume=resume)).check()
 
 
 def test_what_the_user_puts_into_a_checkpoint_stays(tmp_path: Path) -> None:

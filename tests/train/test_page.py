@@ -16,7 +16,7 @@ CURVES = {"training": [(1, 4.0), (2, 3.0), (4, 1.0)], "validation": [(0, 5.0), (
 
 def test_the_page_is_one_file_and_escapes_what_is_not_ours() -> None:
     evil = "<script>alert(1)</script>\x1b[2J\x07\x9b31m\u202e"
-    text = page(evil, {"a": evil}, {evil: evil}, CURVES, 4, [(evil, [(0, evil), (4, "ok")])], {"key": evil})
+    text = page(evil, evil, {evil: evil}, CURVES, 4, [(evil, [(0, evil), (4, "ok")])], {"key": evil})
     assert "<script>" not in text and text.count(r"&lt;script&gt;alert(1)&lt;/script&gt;\x1b[2J\x07\x9b31m\u202e") >= 6
     assert not set(text) & set("\x1b\x07\x9b\u202e")
     assert not re.findall(r"""(?:src|href)=|url\(|@import|https?://""", text)
@@ -25,7 +25,7 @@ def test_the_page_is_one_file_and_escapes_what_is_not_ours() -> None:
 
 def test_answers_before_and_after() -> None:
     text = page(
-        "t", {}, {}, {"training": [], "validation": []}, None, [("q", [(0, "old"), (2, "mid"), (4, "new")]), ("r", [(1, "one")])], {}
+        "t", "", {}, {"training": [], "validation": []}, None, [("q", [(0, "old"), (2, "mid"), (4, "new")]), ("r", [(1, "one")])], {}
     )
     assert "<dt>before<dd>old" in text and "<dt>after 4 steps<dd class=after>new" in text and "mid" not in text
     assert "<dt>after 1 step<dd class=after>one" in text

@@ -20,7 +20,7 @@ from tests.helpers import runs as finetune_runs
 def prepared(base: Path, data: Path, **settings: Any) -> Job:
     values = {"precision": "32-true", "train": TrainArgs(micro_batch_size=2, global_batch_size=6), "eval": EvalArgs(), **settings}
     run = Lora(checkpoint_dir=base, data=JSON(json_path=data, val_split_fraction=0.1), **values)
-    return prepare(run, adapters(run), base)
+    return prepare(run, adapters(run))
 
 
 def test_a_job_has_what_was_read_and_nothing_is_written(base: Path, data: Path, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_questions_that_cannot_follow_others(base: Path, data: Path, tmp_path: P
     for train, what in ((TrainArgs(word_dropout=0.5), "leaves out words"), (TrainArgs(follow_ups=0.5), "puts questions after others")):
         run = Lora(checkpoint_dir=base, data=TextFiles(train_data_path=tmp_path / "book.txt"), precision="32-true", train=train)
         with pytest.raises(UserError, match=rf"train.\w+ {what}.*, and TextFiles is running text: leave it out"):
-            prepare(run, adapters(run), base)
+            prepare(run, adapters(run))
     run = Lora(checkpoint_dir=base, data=JSON(json_path=data, prompt_style="alpaca"), precision="32-true", train=train)
     with pytest.raises(UserError, match=r"train.follow_ups, record 1: the prompt style 'alpaca' has no form for conversations .*: choose"):
-        prepare(run, adapters(run), base)
+        prepare(run, adapters(run))

@@ -32,7 +32,7 @@ def test_the_report_is_returned_and_written_and_a_finished_run_changes_nothing(b
     before = finetune_runs.files(out_dir)
     assert train(base, data, out_dir, resume=True) == report and finetune_runs.files(out_dir) == before
     (out_dir / "report.json").unlink()  # as if killed between the two
-    assert finished_report(out_dir) == report and finetune_runs.files(out_dir) == before
+    assert finished_report(out_dir, None) == report and finetune_runs.files(out_dir) == before
     with pytest.raises(UserError, match=r"resume: .*final belongs to another run: .*seed is 5, and was 1337|resume: .*seed"):
         train(base, data, out_dir, resume=True, seed=5)
 

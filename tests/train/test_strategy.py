@@ -349,10 +349,10 @@ def settings_of(kind: type[Run], base: Path, data: Path, **values: Any) -> Any:
 def test_what_does_not_work_with_a_sharded_model_is_refused(kind: type[Run], values: Any, what: str, base: Path, data: Path) -> None:
     settings = settings_of(kind, base, data, **values)
     if not settings.cpu_offload:
-        strategy.require_shardable(settings, settings.method(), base)
+        strategy.require_shardable(settings, settings.method())
         settings.strategy = "fsdp"
     with pytest.raises(UserError, match=f"strategy fsdp does not work with {what}.*: leave it out, or give --strategy ddp"):
-        strategy.require_shardable(settings, settings.method(), base)
+        strategy.require_shardable(settings, settings.method())
 
 
 @pytest.mark.parametrize(("version", "is_refused"), [("2.10.0", True), ("2.11.0+cu130", True), ("2.12.0", False), ("2.13.0+cpu", False)])
@@ -361,7 +361,7 @@ def test_8_bits_are_refused_with_a_torch_that_cannot_shard_integers(
 ) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     settings = settings_of(Lora, base, data, quantize="int8")
-    assert strategy.obstacles(settings, settings.method(), base) == [f"quantize int8 and torch {version} (2.12 works)"] * is_refused
+    assert strategy.obstacles(settings, settings.method()) == [f"quantize int8 and torch {version} (2.12 works)"] * is_refused
 
 
 class Memory:
@@ -386,11 +386,11 @@ def test_auto_shards_a_model_of_which_a_copy_does_not_fit(
     rank: Any = OneOfTwo(0, 2, group=Joined())  # type: ignore[arg-type]
     samples: list[Sample] = make_samples(8)
     settings = settings_of(Full, base, data)
-    chosen, why = strategy.choose(settings, settings.method(), base, rank, samples, torch.float32)
+    chosen, why = strategy.choose(settings, settings.method(), rank, samples, torch.float32)
     assert chosen == is_sharded
     assert why.startswith(f"strategy {'fsdp' if is_sharded else 'ddp'}: a copy of the model with gradients and optimizer takes about 0.")
     settings = settings_of(Lora, base, data, quantize="bnb.nf4")
-    chosen, why = strategy.choose(settings, settings.method(), base, rank, samples, torch.float32)
+    chosen, why = strategy.choose(settings, settings.method(), rank, samples, torch.float32)
     assert not chosen and ("fsdp does not work with quantize bnb.nf4" in why) == is_sharded
 
 
@@ -417,16 +417,16 @@ def test_the_reference_of_rho1_counts_until_it_is_freed(base: Path, data: Path, 
 
 def test_cpu_offload_takes_fsdp_and_is_refused_with_ddp(base: Path, data: Path) -> None:
     settings = settings_of(Full, base, data, cpu_offload=True)
-    chosen = strategy.choose(settings, settings.method(), base, Rank(), make_samples(8), torch.float32)
+    chosen = strategy.choose(settings, settings.method(), Rank(), make_samples(8), torch.float32)
     assert chosen == (True, "strategy fsdp, as given (cpu_offload)")
     settings.strategy = "ddp"
     with pytest.raises(UserError, match=r"cpu_offload keeps parts of a sharded model, and strategy ddp has none: give --strategy fsdp"):
-        strategy.require_shardable(settings, settings.method(), base)
+        strategy.require_shardable(settings, settings.method())
 
 
 def test_one_process_is_not_sharded_and_more_processes_than_samples_are_refused(base: Path, data: Path) -> None:
     settings = settings_of(Full, base, data)
-    assert not strategy.choose(settings, settings.method(), base, Rank(), make_samples(1), torch.float32)[0]
+    assert not strategy.choose(settings, settings.method(), Rank(), make_samples(1), torch.float32)[0]
     settings.strategy = "fsdp"
     with pytest.raises(UserError, match="2 processes have only 1 training sample:"):
-        strategy.choose(settings, settings.method(), base, Rank(0, 2), make_samples(1), torch.float32)
+        strategy.choose(settings, settings.method(), Rank(0, 2), make_samples(1), torch.float32)
