@@ -68,9 +68,10 @@ def run(settings: Run, method: Method, job_of: Callable[[], Job] | None = None) 
     with Interrupts() as interrupts, OutDir(settings, is_first) as out_dir:
         if out_dir.is_finished:
             final = settings.out_dir / "final"
-            before = Saved(final, read_json(final / IDENTITY))
-            ended = prepare(settings, method, before, alone(settings.precision))
-            require_same(final, identity_of(ended), before.facts, type(settings))
+            if (final / IDENTITY).is_file():  # an earlier version wrote none
+                before = Saved(final, read_json(final / IDENTITY))
+                ended = prepare(settings, method, before, alone(settings.precision))
+                require_same(final, identity_of(ended), before.facts, type(settings))
             Console(is_first).say(f"{final} exists: this run is finished, nothing is left to do")
             return finished_report(settings.out_dir, settings.train.keep_last, is_first)
         point = out_dir.resume_point(Console(is_first).say)

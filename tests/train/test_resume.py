@@ -18,7 +18,7 @@ import yaml
 
 from litgpt import atomic, checkpoint
 from litgpt.train.loop import Batch, Loop
-from litgpt.train.resume import State
+from litgpt.train.resume import IDENTITY, State
 from tests.helpers import runs as finetune_runs
 from tests.helpers.cases import quick
 from tests.helpers.runs import Run, finetune
@@ -207,6 +207,9 @@ def test_a_finished_run_says_so_and_changes_nothing(whole: Callable[[str], Run],
     (out_dir / "report.json").unlink()
     assert finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], resume="auto").code == 0
     assert finetune_runs.files(out_dir) == before
+    (out_dir / "final" / IDENTITY).unlink()  # as an earlier version left it
+    atomic.write_manifest(out_dir / "final")
+    assert "this run is finished" in finetune("finetune_lora", base, data, out_dir, **METHODS["LoRA"][1], **QUIET, resume="auto").err
 
 
 def test_tensorboard_and_the_times_go_on(whole: Callable[[str], Run], base: Path, data: Path, tmp_path: Path, stop_at: list[int]) -> None:
