@@ -478,6 +478,8 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
     if not isinstance(values, dict) or not (base or isinstance(values.get("checkpoint_dir"), str)):
         raise UserError(f"{file} must hold the adapter's settings and its base's checkpoint_dir, but does not")
     base = Path(base or values["checkpoint_dir"])
+    if not base.is_dir() and (HOME / base).is_dir():
+        base = HOME / base  # LitGPT writes the model's name as the command had it
     if adapter_file(folder).name != ADAPTER_WEIGHTS:
         return base, {key: values[key] for key in PROMPT_SETTINGS if key in values}
     try:

@@ -425,6 +425,17 @@ def test_broken_hyperparameters(text: str | None, tmp_path: Path) -> None:
             checkpoint.adapter_settings(tmp_path, base)
 
 
+def test_a_base_that_is_named_as_litgpts_command_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`litgpt finetune_lora org/model` of LitGPT 0.5.13 writes `checkpoint_dir: org/model` for checkpoints/org/model."""
+    (tmp_path / "hyperparameters.yaml").write_text("checkpoint_dir: org/model\nlora_r: 2\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="names org/model as the adapter's base"):
+        checkpoint.adapter_settings(".")
+    for place in ("checkpoints/org/model", "org/model"):
+        Path(place).mkdir(parents=True)
+        assert checkpoint.adapter_settings(".") == (Path(place), {"lora_r": 2})
+
+
 def test_settings_and_adapter_must_agree(tmp_path: Path, write_tiny_tokenizer: WriteTokenizer) -> None:
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer)
     model = build({"lora_r": 3, "lora_query": True})

@@ -42,8 +42,8 @@ def figures(state: State, steps_per_epoch: int, trainable: int, total: int, peak
     }
 
 
-def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
-    """Return the rows of the summary. `best`: the folder of the checkpoint with the lowest validation loss, if it was kept."""
+def summary_rows(figures: dict[str, Any], best: Path, target: float | None = None) -> dict[str, str]:
+    """Return the rows of the summary. `best`: the checkpoint with the lowest validation loss; `target`: `eval.target_loss`."""
     accuracy = figures.get("val_accuracy")
 
     def loss(value: float | None) -> str:
@@ -62,6 +62,9 @@ def summary_rows(figures: dict[str, Any], best: Path) -> dict[str, str]:
         "speed": f"{figures['tokens_per_second']:,.0f} tokens/s in training steps",
         "peak memory": f"{figures['peak_memory_gb']:.2f} GiB",
     }
+    if target is not None and (figures["final_val_loss"] or 0) > target:
+        longer = f"--train.epochs {math.ceil(2 * figures['epochs'])}"
+        rows["eval.target_loss"] = f"{target:g} was not reached: more epochs may teach the answers that are missing ({longer})"
     if figures["skipped_steps"]:
         rows["skipped steps"] = f"{figures['skipped_steps']:,} with a non-finite loss or gradient"
     if figures["best_step"] is not None and best.is_dir():

@@ -378,7 +378,8 @@ class Session:
     def _conclude(self, report: dict[str, Any]) -> None:
         """Print the results and the next steps."""
         out_dir, say = self.settings.out_dir, self.console.say
-        say(f"\nfinished: {out_dir / 'final'}\n{text_table(list(summary_rows(report, out_dir / 'best').items()), left=(0, 1))}")
+        rows = summary_rows(report, out_dir / "best", self.settings.eval.target_loss)
+        say(f"\nfinished: {out_dir / 'final'}\n{text_table(list(rows.items()), left=(0, 1))}")
         for question, answers in self.answers:
             before = f"\n  before:  {answers[0][1]}" if len(answers) > 1 else ""
             say(f"\n  {one_line(question, QUESTION)}{before}\n  now:     {answers[-1][1]}")

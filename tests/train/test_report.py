@@ -86,6 +86,8 @@ def test_the_summary(tmp_path: Path) -> None:
     assert summary_rows({**report, "epochs": 1.0}, tmp_path)["steps"] == "6 (1 epoch)"
     assert rows["best checkpoint"] == f"{tmp_path}: step 4, validation loss 1.5000"
     assert "skipped steps" not in rows and "merged into the base" not in rows
+    assert "eval.target_loss" not in {**rows, **summary_rows(report, tmp_path, 2.0)}
+    assert summary_rows(report, tmp_path, 0.5)["eval.target_loss"].endswith("that are missing (--train.epochs 3)")
     more = summary_rows({**report, "skipped_steps": 2, "merged_val_loss": 2.5, "initial_val_loss": None}, tmp_path / "none")
     assert more["skipped steps"].startswith("2 ") and more["merged into the base"].startswith("2.5000")
     assert more["validation loss before"] == "not measured" and "best checkpoint" not in more
