@@ -295,7 +295,11 @@ def test_without_a_validation_share_training_samples_are_validated(tokenizer: To
     ("settings", "length", "message"),
     [
         ({"train": []}, None, "Given holds no records"),
-        ({"train": [pair("a", "b")]}, None, "one of them for validation, or data.val_split_fraction 0"),
+        (
+            {"train": [pair("a", "b")]},
+            None,
+            "holds one record: at least two are needed, one of them for validation, or data.val_split_fraction 0",
+        ),
         ({"train": [pair("a", "b")] * 9, "val_split_fraction": 1.5}, None, "data.val_split_fraction is 1.5"),
         ({"train": [pair("a", "b")] * 9, "val_split_fraction": -0.1}, None, "data.val_split_fraction is -0.1"),
         ({"train": [pair("a", "b")], "val": []}, None, "the validation set is empty"),

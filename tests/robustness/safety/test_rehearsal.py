@@ -121,7 +121,7 @@ def test_a_long_prompt_does_not_hide_the_answer(place: Place) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [["finetune_lora"], ["finetune_full"], ["finetune_lora", *SKIP]], ids=["LoRA", "full", "Skip2-LoRA"])
 def test_the_estimate_of_memory(way: list[str], tmp_path: Path, write_tiny_tokenizer: Callable[[Path], Path]) -> None:
-    """With the cache, between 0.6 and 1.5 times what a process of its own holds at most; the model's figures are above the program's."""
+    """With the cache, between 0.65 and 1.5 times what a process of its own holds at most; the model's figures are above the program's."""
     sizes = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_query_groups": 12, "intermediate_size": 2048, "block_size": 512}
     base = tiny.write_base(tmp_path / "base", write_tiny_tokenizer, **sizes)
     (tmp_path / "data.jsonl").write_text('{"instruction": "%s", "output": "yes, it was"}\n' % ("was it " * 60) * 32)
@@ -136,4 +136,4 @@ def test_the_estimate_of_memory(way: list[str], tmp_path: Path, write_tiny_token
         for pattern in (r"memory +about ([\d.]+) GiB", r"activation cache +([\d.]+) GiB", r"here +([\d.]+) GiB")
     ]
     estimated, cache, measured = (float(found[1]) if found else 0.0 for found in figures)
-    assert 0.6 < (estimated + cache) / measured < 1.5, done.stdout
+    assert 0.65 < (estimated + cache) / measured < 1.5, done.stdout
