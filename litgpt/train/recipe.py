@@ -287,6 +287,9 @@ def complete(given: dict[str, Any], is_sweep: bool = False) -> dict[str, Any]:
     chosen = [choice for choice in rows if choice.key not in varied and _put(given, choice.key, choice.value)]
     console.say(f"{module.source}: {look}. Settings that you did not give:")
     console.say(_table(chosen) + _hint(look))
+    if look.is_facts and look.contradicted:
+        several = f"{counted(look.contradicted, 'question')} with several answers"
+        console.say(f"{several}, of which the model can repeat only one: `litgpt data` shows them.")
     return given
 
 
@@ -299,10 +302,7 @@ def advice(data: DataModule, look: Look, base: Path | None) -> str:
 
 
 def _hint(look: Look) -> str:
-    """Return a line about data that would teach more, or about answers that cannot all be learned."""
-    if look.is_facts and look.contradicted:
-        several = f"{counted(look.contradicted, 'question')} with several answers"
-        return f"\n{several}, of which the model can repeat only one: `litgpt data` shows them."
+    """Return a line about other data that would teach more, if there are such."""
     if look.told_once:
         return "\nPhrase the question for each fact in two or three ways: the model then recalls it better."
     if look.block:
