@@ -234,6 +234,13 @@ def require_tokenizer(folder: Path) -> Path:
     return folder if has_tokenizer(folder) else require_checkpoint(folder)
 
 
+def extend_checkpoint_dir(checkpoint_dir: str | Path) -> Path:
+    """Return `checkpoints/DIR` if that exists and DIR does not, else the path itself. LitGPT's function."""
+    path = Path(checkpoint_dir)
+    extended = HOME / path
+    return extended if not path.exists() and not path.is_absolute() and extended.is_dir() else path
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Return True if the folder holds a tokenizer."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -477,9 +484,7 @@ def read_adapter_settings(folder: str | Path, base: str | Path | None = None) ->
     values = read_yaml(file, "is missing: an adapter folder holds it")
     if not isinstance(values, dict) or not (base or isinstance(values.get("checkpoint_dir"), str)):
         raise UserError(f"{file} must hold the adapter's settings and its base's checkpoint_dir, but does not")
-    base = Path(base or values["checkpoint_dir"])
-    if not base.is_dir() and (HOME / base).is_dir():
-        base = HOME / base  # LitGPT writes the model's name as the command had it
+    base = extend_checkpoint_dir(base or values["checkpoint_dir"])  # LitGPT writes the model's name as the command had it
     if adapter_file(folder).name != ADAPTER_WEIGHTS:
         return base, {key: values[key] for key in PROMPT_SETTINGS if key in values}
     try:

@@ -15,7 +15,7 @@ from torch import nn
 
 from litgpt import checkpoint
 from litgpt.args import LogArgs
-from litgpt.checkpoint import HOME, save_config as save_config
+from litgpt.checkpoint import extend_checkpoint_dir as extend_checkpoint_dir, save_config as save_config
 from litgpt.convert.resolve import open_checkpoint
 from litgpt.device import default_device, default_precision
 from litgpt.download import fetch_named
@@ -99,13 +99,6 @@ def validate_checkpoint(checkpoint_path: Path, model: nn.Module, verbose: bool =
     if verbose:
         print(result.summary(), file=sys.stderr)
     return result
-
-
-def extend_checkpoint_dir(checkpoint_dir: Path) -> Path:
-    """Return `checkpoints/DIR` if that exists and DIR does not, else the path itself."""
-    path = Path(checkpoint_dir)
-    extended = HOME / path
-    return extended if not path.exists() and not path.is_absolute() and extended.is_dir() else path
 
 
 def auto_download_checkpoint(model_name: str | Path, access_token: str | None = None, ignore_tokenizer_files: bool = False) -> Path:

@@ -327,7 +327,7 @@ class Session:
             if ids is not None:
                 is_cut = len(ids) >= most + (ids is not example.base)  # the base's answers have no token more
                 text = job.tokenizer.decode(ids[:most]).strip()
-                text = f"{text.rstrip(chr(0xFFFD))} ..." if is_cut else text  # without half a character
+                text = text.rstrip("\ufffd") + " ..." if is_cut else text  # without half a character
                 example.answers.append((self.state.step, text))
                 given, made = ("text", "continued") if example.is_text else ("asked", "answered")
                 self.console.say(f"  {given}: {one_line(example.question, QUESTION)}\n  {made}: {text}")
