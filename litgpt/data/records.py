@@ -2,6 +2,7 @@
 
 {"instruction", "input" or "context", "output" or "response", "system", "history", "tools"}
 {"prompt", "completion", "response" or "answer"}, {"question", "answer"}, {"input", "output"}     each a text, or both lists of messages
+{"text", "label"}: a text and its class, which is the answer
 {"text"}: running text, or a conversation with the marks of its template; all of it is learned unchanged
 {"messages": [{"role", "content", "weight" or "train" ..., "tool_calls", "reasoning_content", ...}], "system", "tools"}
 {"conversations": [{"from", "value", ...}], "system", "tools"}
@@ -34,7 +35,8 @@ Message = dict[str, Any]  # as chat templates read it: "role", "content" and per
 
 # keys of question and answer; the first pair that a record has counts
 PAIRS: tuple[tuple[str, str], ...] = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-PAIRS += (("instruction", "response"), ("prompt", "answer"))
+CLASS = ("text", "label")
+PAIRS += (("instruction", "response"), ("prompt", "answer"), CLASS)
 ALONE = ("input", "output")  # the question, if no other key holds one
 # key of a conversation -> keys of a turn's role and text
 CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
@@ -169,6 +171,8 @@ def read_record(entry: Any) -> Record:
     if form is not None:
         used, record = [form], _read_turns(entry, form)
     elif pair is not None:
+        if pair == CLASS and isinstance(entry["label"], bool):
+            entry = {**entry, "label": str(entry["label"]).lower()}
         used, record = _read_pair(entry, pair)
     elif "text" in entry:
         if unfit := [key for key in ("system", "tools", "functions") if entry.get(key)]:
@@ -201,7 +205,7 @@ def read_record(entry: Any) -> Record:
     empty = [key for key in ("chosen", "rejected", *CONVERSATIONS) if entry.get(key) == ""]
     unread = [key for key, value in entry.items() if value is not None and key not in read and key not in empty]
     record.unread += tuple(unread)
-    record.label = _flag(entry.get("label"))
+    record.label = _flag(entry.get("label")) if "label" not in used else None
     if (correct := _flag(entry.get("correct"))) is not None:
         record.reward = float(correct)
     else:

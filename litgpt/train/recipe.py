@@ -59,6 +59,7 @@ COPYING = 5e-4  # learning rate of LoRA that finds answers in their questions: a
 COPIED = 0.8  # share of an answer's words that are its question's, from which it is found there; invented facts have at most 0.4
 UNSPACED = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese and Japanese characters
 SHARED = 0.5  # facts: at most this many different answers a record
+CLASSES = 20  # questions for each answer, from which many records are texts and their classes, not facts
 HELD_OUT = 0.1  # share of the records of a style
 SHORT = 300  # characters of an answer that is learned word for word
 VALIDATIONS = 8
@@ -208,18 +209,30 @@ class Look:
         return self.is_facts and self.is_repeated and self.questions < FEW_WAYS * self.answers
 
     @property
+    def has_classes(self) -> bool:
+        """Return True for many texts and a few classes."""
+        return self.records > FEW and self.questions >= CLASSES * self.answers and not (self.compares or self.is_text)
+
+    @property
     def is_facts(self) -> bool:
         spares_none = (self.records <= FEW and self.answer_length <= SHORT) if self.held_out is None else self.held_out == 0
-        return (spares_none or self.is_repeated) and not (self.has_validation or self.compares or self.is_text)
+        is_told = spares_none or (self.is_repeated and not self.has_classes)
+        return is_told and not (self.has_validation or self.compares or self.is_text)
+
+    @property
+    def is_style(self) -> bool:
+        """Return True for answers of their own, and for texts that are records."""
+        return not (self.is_facts or self.has_classes or self.block)
 
     def __str__(self) -> str:
         noun = "texts" if self.is_text else "answers"
         answers = f", {self.answers:,} different {noun}" if self.answers < self.records else ""
         facts = "answers to find in their questions" if self.copies else "facts to repeat"
-        kind = "texts to continue" if self.is_text else facts if self.is_facts else "a style to learn"
+        style = "texts and their classes" if self.has_classes else "a style to learn"
+        kind = "texts to continue" if self.is_text else facts if self.is_facts else style
         kind = "answers to prefer or to rate" if self.compares else kind
         if self.held_out is None and replace(self, held_out=0.0).is_facts != replace(self, held_out=HELD_OUT).is_facts:
-            other, share = ("a style to learn", HELD_OUT) if self.is_facts else (facts, 0)
+            other, share = (style, HELD_OUT) if self.is_facts else (facts, 0)
             kind += f" (for {other} give --data.val_split_fraction {share})"
         unit = "" if self.block is None else f" of {self.block} tokens, about"
         return f"{counted(self.records, 'record' if self.block is None else 'block')}{unit}{answers}, taken as {kind}"
@@ -308,7 +321,7 @@ def _hint(look: Look) -> str:
     if look.block:
         return f"\n{CONTINUES}"
     if look.is_text:
-        return "\nRecords with a text alone are continued. To learn answers, such as a text's class, name the keys question and answer."
+        return "\nRecords with a text alone are continued. To learn answers, name the keys question and answer; of classes, text and label."
     return ""
 
 
@@ -361,7 +374,7 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
             value = alphas.get(key) or value
             rows.append(Chosen(key, f"last:{math.ceil(LATE_SHARE * layers)}" if layers and value == LATE else value, reason))
     holds_two = look.is_single and (style is None or hasattr(style, "render"))
-    is_told_often = look.is_facts and look.is_repeated and not look.copies and look.records <= MOST_FOLLOWED
+    is_told_often = (look.is_facts or look.has_classes) and look.is_repeated and not look.copies and look.records <= MOST_FOLLOWED
     few, many = FOLLOW_UPS if is_told_often and holds_two and method in ("LoRA", "answer-only LoRA") else (0.0, 0.0)
     share = few if look.records <= FEW else many
     return rows + _schedule(look, method, given, given.get("train", {}).get("follow_ups", share))
@@ -399,13 +412,13 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
         return "answer-only LoRA" if look.is_sweep or (look.is_repeated and look.records <= FEW) else "LoRA"
     if look.is_sweep:
         return "Skip2-LoRA"
-    return "LoRA" if look.compares or look.block or look.records < MANY else "warm-up"
+    return "LoRA" if look.compares or look.block or look.has_classes or look.records < MANY else "warm-up"
 
 
 def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float) -> list[Chosen]:
     """Return the settings of the steps and of validation. An epoch with second questions is longer, so there are fewer."""
     train = given.get("train", {})
-    batch = train.get("global_batch_size") or math.lcm(4 if look.is_facts or look.block else 8, train.get("micro_batch_size") or 1)
+    batch = train.get("global_batch_size") or math.lcm(8 if look.is_style else 4, train.get("micro_batch_size") or 1)
     micro = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * look.longest <= MICRO_CHARS))
     schedule = CRITIC if method == "critic" else PREFERENCES if look.compares else SCHEDULES[method, look.is_facts]
     if look.told_once and method != "warm-up":

@@ -63,6 +63,16 @@ def test_wordnet_keeps_the_first_sense_and_its_definition(tmp_path: Path) -> Non
     ]
 
 
+def test_wordnet_has_classes() -> None:
+    """Each definition once, with the kind of its noun; not one of two kinds, or of a kind without a label."""
+    others = [NOUNS[1].replace(" 05 ", " 13 "), *(f"0000{n}00 {n:02} n 01 it 0 000 | a thing of kind number {n}" for n in (3, 6, 18, 20))]
+    records = wordnet.classes({"data.noun": [*NOUNS, *others]}, 6, 0)
+    expected = {"a furry friend (loyal; warm) of man": "animal", "a second meaning of the same word": "animal"}
+    expected |= {f"a thing of kind number {n}": label for n, label in ((6, "artifact"), (18, "person"), (20, "plant"))}
+    drawn = {record["text"]: record["label"] for record in records}
+    assert len(records) == 4 and drawn.items() < expected.items() and "animal" in drawn.values()  # one of each kind
+
+
 def test_wordnet_draws_by_the_seed_alone(tmp_path: Path) -> None:
     package(tmp_path, FILES)
     records = wordnet.entries(FILES)

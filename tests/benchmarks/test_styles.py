@@ -26,9 +26,14 @@ def test_the_table_has_means_over_seeds() -> None:
         "wordnet 300 0 default": {"loss": 3.0, "general": [True, False, True], "seconds": 10.0},
         "wordnet 300 1 default": {"loss": 2.0, "general": [True, True, True], "seconds": 20.0},
         "wordnet 300 0 as a style": {"error": "failed"},
+        "classes 300 0 default": {"loss": 0.5, "exact_match": 0.875, "general": [True, False, True], "seconds": 10.0},
     }
-    lines = styles.table({"bases": {"wordnet 300 0": base, "wordnet 300 1": {**base, "loss": 5.0}}, "runs": runs}).splitlines()
-    assert lines[2:] == ["| wordnet, 300 records | default | 4.500 | 2.500 | 3 of 4 | 15 | 2 |"]
+    bases = {"wordnet 300 0": base, "wordnet 300 1": {**base, "loss": 5.0}, "classes 300 0": base}
+    lines = styles.table({"bases": bases, "runs": runs}).splitlines()
+    assert lines[2:] == [
+        "| wordnet, 300 records | default | 4.500 | 2.500 |  | 3 of 4 | 15 | 2 |",
+        "| classes, 300 records | default | 4.000 | 0.500 | 87.5 % | 1 of 2 | 10 | 1 |",
+    ]
 
 
 def test_functions_and_their_summaries(tmp_path: Path) -> None:

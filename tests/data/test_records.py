@@ -264,6 +264,14 @@ def test_flags_and_numbers_of_a_table_are_texts(keys: dict[str, str], label: boo
     assert (record.label, record.reward) == (label, reward)
 
 
+@pytest.mark.parametrize(("label", "answer"), [("spam", "spam"), (3, "3"), (0.5, "0.5"), (False, "false"), ("True", "True")])
+def test_a_text_and_its_class(label: Any, answer: str) -> None:
+    """A class is an answer, also if it is true or false: it does not say whether an answer is a good one."""
+    record = read_record({"text": "Win a prize!", "Label": label, "id": 7})
+    assert [message["content"] for message in record.messages] == ["Win a prize!", answer] and record.learned == [0.0, 1.0]
+    assert record.is_single and not record.is_text and record.label is None and record.unread == ("id",)
+
+
 def test_last_turn_only(tokenizer: Tokenizer) -> None:
     entry = {"messages": [Q, reply("c"), user("b"), A]}
     sample = Given(last_turn_only=True, entries=[entry]).splits(tokenizer, prompts.ChatML()).train[0]

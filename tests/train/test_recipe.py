@@ -225,9 +225,20 @@ def test_a_style(base: Path, tmp_path: Path, count: int, is_cached: bool) -> Non
 
 def test_texts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Few texts are no facts: they are continued, and a tenth of them says when to stop."""
-    given = chosen(tmp_path, base, [{"text": f"text {i}", "label": i % 3} for i in range(20)])
-    assert "To learn answers, such as a text's class, name the keys question and answer." in capsys.readouterr().err
+    given = chosen(tmp_path, base, [{"text": f"text {i}", "number": i % 3} for i in range(20)])
+    assert "To learn answers, name the keys question and answer; of classes, text and label." in capsys.readouterr().err
     assert given["data"].val_split_fraction == 0.1 and not given["data"].mask_prompt and given["train"].replay == 0
+
+
+@pytest.mark.parametrize(("count", "classes", "are_classes"), [(200, 3, False), (201, 3, True), (600, 30, True), (600, 31, False)])
+def test_classes(count: int, classes: int, are_classes: bool, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of many texts some show what it judges right among texts that it was not trained on."""
+    given = chosen(tmp_path, base, [{"text": f"text {i}", "label": i % classes} for i in range(count)])
+    assert (
+        "taken as texts and their classes (for facts to repeat give --data.val_split_fraction 0)" in capsys.readouterr().err
+    ) is are_classes
+    assert given["data"].val_split_fraction == (0.1 if are_classes else 0.0) and given["data"].mask_prompt
+    assert given["eval"].target_loss == (None if are_classes else 0.005) and given["train"].follow_ups == (0.5 if count == 200 else 0.2)
 
 
 @pytest.mark.parametrize(("size", "words", "block"), [(50_000, "", 512), (5_000, "", 128), (50_000, "--train.max_seq_length 64", 64)])
