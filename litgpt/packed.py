@@ -5,13 +5,20 @@ weights in fp16, with sums in fp32, and is no slower than MKL for many rows. The
 for the tiniest; others are packed only if rounding them to fp16 changes them by less than fp32's own precision.
 
 bf16 weights are kept in oneDNN's blocks if the processor multiplies bf16. oneDNN would make the blocks of a plain weight for each product.
+
+Weights in 8 bits are kept in oneDNN's blocks too, and x is written as a sum of two integers of 8 bits with a scale for each row:
+
+    x = t (a + b / 254)      a, b from -127 to 127, t = max |x| / 127        y = t (a q^T + b q^T / 254) s
+
+Products and sums of integers are exact, so y has an error of 3e-5, as x has 15 bits, and q is read once for both. Nothing is dequantised:
+that takes up to four times as long for 1 to 64 rows, and as long for more. Small layers are no faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +27,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from litgpt.model import GPT
-from litgpt.quantize import QuantisedLinear, frozen_linears
+from litgpt.quantize import Int8Linear, QuantisedLinear, frozen_linears
 
 PRECISION = 2.0**-24  # of fp32
 BLOCK = 512  # inputs per block; FBGEMM allocates whole blocks
+INTEGER = 127  # the largest of 8 bits
+FINE = 254  # b's step is this fraction of a's
+LARGE8 = 2**22  # numbers in a layer of 8 bits, from which packing pays
+ROWS = 512  # of x that are multiplied at once by 8 bits: their sums are fp32
 LARGE = 2**27  # numbers in a bf16 output layer, above which training packs it for the gradient alone: a copy takes 256 MiB
 
 
@@ -57,6 +68,62 @@ class Packed:
         """Return W in its own dtype, bit for bit."""
         weight = self.blocks.dense()
         return weight if self.lost is None else weight.index_put_(*self.lost)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return what a state dict has of the layer, by name."""
+        return {"weight": self.dense()}
+
+
+class Packed8(Packed):
+    """W of an `Int8Linear`, W_ij = q_ij s_i."""
+
+    def __init__(self, layer: Int8Linear) -> None:
+        self.lost, self.scales, self.bias = None, layer.scales, layer.bias
+        self.q = _blocks8(layer.quantised)
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        return _product8(x, self.q, self.scales, 0.0 if self.bias is None else self.bias)
+
+    def back(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad @ self.dense().to(grad.dtype)
+
+    def dense(self) -> torch.Tensor:
+        return self.q.to_dense().t() * self.scales[:, None]
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {"quantised": self.q.to_dense().t(), "scales": self.scales}
+
+
+def _blocks8(q: torch.Tensor) -> torch.Tensor:
+    """Lay integers (out, in) out for oneDNN. The result has the shape (in, out)."""
+    return torch.ops.onednn.qlinear_prepack(q.contiguous(), None)
+
+
+def _product8(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """Return x q^T s + b, (..., in) -> (..., out), for the blocks of q (out, in) and s (out,)."""
+    rows, zeros = x.reshape(-1, x.size(-1)), torch.zeros(len(scales), dtype=torch.int64)
+    y = x.new_empty(len(rows), len(scales))
+    for part, out in zip(rows.split(ROWS), y.split(ROWS), strict=True):
+        part = part.float()
+        t = part.abs().amax(1, keepdim=True).clamp_(min=1e-30) / INTEGER
+        value = part / t
+        a = value.round()
+        both = torch.cat([a, value.sub_(a).mul_(FINE).round_()]).add_(INTEGER + 1).to(torch.uint8)  # without a sign
+        high, low = torch.ops.onednn.qlinear_pointwise(
+            both, 1.0, INTEGER + 1, q, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        ).chunk(2)
+        out.copy_(high.add_(low, alpha=1 / FINE).mul_(t).add_(bias))
+    return y.unflatten(0, x.shape[:-1])
+
+
+@cache
+def multiplies_8_bits() -> bool:
+    """Return True if this processor adds products of 8 bits in 32 (VNNI, AMX); others saturate at 16."""
+    try:
+        ones = torch.ones(64)
+        return bool((_product8(ones[None], _blocks8(torch.full((64, 64), INTEGER, dtype=torch.int8)), ones) == 64 * INTEGER).all())
+    except (AttributeError, RuntimeError):  # a build without oneDNN
+        return False
 
 
 class Layout(NamedTuple):
@@ -110,7 +177,7 @@ class _Product(torch.autograd.Function):
 class PackedLinear(QuantisedLinear):
     """y = x W^T + b, with W only in packed form. In a state dict it is plain."""
 
-    def __init__(self, linear: nn.Linear, packed: Packed) -> None:
+    def __init__(self, linear: nn.Linear | Int8Linear, packed: Packed) -> None:
         super().__init__(linear)
         self.packed = packed
 
@@ -122,7 +189,7 @@ class PackedLinear(QuantisedLinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.packed.dense()
+        destination.update({prefix + name: value for name, value in self.packed.stored().items()})
 
 
 class PackedHead(nn.Linear):
@@ -137,9 +204,9 @@ class PackedHead(nn.Linear):
 def pack(model: GPT, backward: bool = False) -> None:
     """Pack the frozen linear layers of the blocks and the output layer, in place, where it pays. Adapters stay.
 
-    `backward`: also for training. Layers that gradients reach are prepared for them; those in bf16 stay plain, because a second layout
-    would double their memory to save a few percent of time, and so do layers with DoRA, which reads W. A large output layer in bf16 is
-    packed for its gradient alone, which gains most.
+    Large layers in 8 bits are packed for inference alone. `backward`: also for training. Layers that gradients reach are prepared for them;
+    those in bf16 stay plain, because a second layout would double their memory to save a few percent of time, and so do layers with DoRA,
+    which reads W. A large output layer in bf16 is packed for its gradient alone, which gains most.
     """
     head, device = model.head, next(model.parameters()).device
     if device.type != "cpu" or not is_supported(model.dtype):
@@ -152,10 +219,15 @@ def pack(model: GPT, backward: bool = False) -> None:
         learns = backward and id(linear) in behind
         if learns and (model.dtype == torch.bfloat16 or hasattr(parent, "lora_magnitude")):
             return
-        if (packed := _packed(linear, learns)) is not None:
+        packed = Packed8(linear) if isinstance(linear, Int8Linear) else _packed(linear, learns)
+        if packed is not None:
             setattr(parent, name, PackedLinear(linear, packed).train(linear.training))
 
     places = [(parent, name) for parent, name, linear in frozen_linears(model) if type(linear) is nn.Linear]
+    if not backward and multiplies_8_bits():
+        children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+        eights = [(parent, name, child) for parent, name, child in children if isinstance(child, Int8Linear)]
+        places += [(parent, name) for parent, name, layer in eights if layer.in_features * layer.out_features >= LARGE8]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         of_head = pool.submit(_packed, head, False, not (backward and model.dtype == torch.bfloat16 and is_large(head)))
         transposed = pool.submit(_layout, head.weight.detach().t()) if backward and _is_frozen(head) else None  # the largest: by itself
@@ -194,17 +266,19 @@ def compilable(model: GPT) -> None:
 
 
 def unpack(model: GPT) -> None:
-    """Give the layers that `pack` packed their plain weights again, in place."""
+    """Give the layers that `pack` packed their plain weights again, in place, except those in 8 bits."""
 
     def restore(place: tuple[nn.Module, str, PackedLinear]) -> None:
         parent, name, layer = place
         with torch.device("meta"):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        linear.weight, linear.bias = nn.Parameter(layer.packed.dense(), requires_grad=False), layer.bias
+        linear.weight = nn.Parameter(layer.packed.dense(), requires_grad=False)
+        linear.register_parameter("bias", layer.bias)
         setattr(parent, name, linear.train(layer.training))
 
     modules = list(model.modules())
-    places = [(parent, name, layer) for parent in modules for name, layer in parent.named_children() if isinstance(layer, PackedLinear)]
+    layers = [(parent, name, layer) for parent in modules for name, layer in parent.named_children() if isinstance(layer, PackedLinear)]
+    places = [place for place in layers if not isinstance(place[-1].packed, Packed8)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(restore, places))
     if isinstance(head := model.head, PackedHead):

@@ -7,7 +7,8 @@ W (out, in) is stored as small integers with scales. A pass over x computes W' i
     bnb.nf4, bnb.fp4      16 levels (normal-float of QLoRA, arXiv 2305.14314, or float), a scale for 64 neighbours: 4.5 bits a parameter
     bnb.nf4-dq, -fp4-dq   the scales in 8 bits too ("double quantisation"): 4.13 bits
     bnb.int8, -training   W'_ij = q_ij s_i, q_i = round(127 W_i / max |W_i|), s_i = max |W_i| / 127, row by row as in LLM.int8()
-    int8                  the same (arXiv 2208.07339); x is bf16 where it has few rows; bitsandbytes quantises it too
+    int8                  the same (arXiv 2208.07339); x is bf16 where it has few rows, and has 15 bits if the layer is packed for inference
+                          (`litgpt.packed`); bitsandbytes quantises it too
 
 The linear layers of the blocks are quantised. The embedding, the head (in many models the same tensor; bitsandbytes skips it too), norms
 and routers stay in the compute dtype. bitsandbytes is needed for 4 bits only, on the CPU and on CUDA.
@@ -35,7 +36,11 @@ FEW_ROWS = 4  # of x, up to which a CPU multiplies faster with 8-bit weights tha
 class QuantisedLinear(nn.Module):
     """y = x W'^T + b. A subclass stores W in buffers, which move and are digested with the model, and computes W' from them."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: "nn.Linear | QuantisedLinear") -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias

@@ -13,7 +13,8 @@ from litgpt import packed as packing
 from litgpt.activations.cache import fingerprint, plan
 from litgpt.lora import GPT, mark_only_lora_as_trainable
 from litgpt.loss import HeadLoss
-from litgpt.packed import Packed, PackedHead, PackedLinear, is_supported, pack, unpack
+from litgpt.packed import ROWS, Packed, Packed8, PackedHead, PackedLinear, is_supported, multiplies_8_bits, pack, unpack
+from litgpt.quantize import Int8Linear, is_quantised, quantise
 from tests.helpers import tiny
 from tests.helpers.cases import quick
 from tests.helpers.family_configs import FAMILIES, ours
@@ -182,3 +183,47 @@ def test_other_dtypes_stay_as_they_are(dtype: torch.dtype, monkeypatch: pytest.M
     model = tiny.tiny().to(dtype)
     pack(model)
     assert not any(isinstance(module, PackedHead | PackedLinear) for module in model.modules())
+
+
+@pytest.mark.skipif(not multiplies_8_bits(), reason="no exact products of 8 bits here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_8_bits_have_15_bits_of_x(dtype: torch.dtype, bias: bool) -> None:
+    """Rows of very different sizes, outliers in a row, rows of zeros, and more rows than are multiplied at once."""
+    layer = Int8Linear(nn.Linear(72, 40, bias, dtype=dtype).requires_grad_(False))
+    both = PackedLinear(layer, Packed8(layer))
+    for rows in (0, 1, 5, ROWS + 3):
+        x = (torch.randn(2, rows, 72) * 10 ** torch.empty(2, rows, 1).uniform_(-6, 6)).to(dtype)
+        x[:, :1, 7] *= 50
+        x[1, 2:3] = 0
+        exact = x.double() @ (layer.quantised.double() * layer.scales.double()[:, None]).t()
+        exact += 0 if layer.bias is None else layer.bias.double()
+        error = (both(x).double() - exact).abs() / exact.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        assert both(x).dtype == dtype and (not rows or error.max() < (5e-4 if dtype == torch.float32 else 5e-3))
+    assert not both(torch.full((1, 72), float("nan"), dtype=dtype)).isfinite().any()
+    x = torch.randn(3, 72, dtype=dtype, requires_grad=True)
+    (found,), (expected,) = (torch.autograd.grad(each(x).square().sum(), x) for each in (both, layer))
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-1 if dtype == torch.bfloat16 else 1e-2)
+    assert torch.equal(both.dense(dtype), layer.dense(torch.float32).to(dtype))
+    assert all(torch.equal(value, layer.state_dict()[name]) for name, value in both.state_dict().items())
+
+
+@pytest.mark.skipif(not multiplies_8_bits(), reason="no exact products of 8 bits here")
+def test_a_model_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large layers are packed, if the processor can and no gradients are needed. They stay quantised."""
+    plain = ours("llama")
+    quantise(plain, "int8")
+    every = sum(isinstance(module, Int8Linear) for module in plain.modules())
+    for able, backward, large, count in (
+        (True, False, 1, 0),
+        (True, True, 1, every),
+        (False, False, 1, every),
+        (True, False, 2**22, every),
+    ):
+        monkeypatch.setattr(packing, "multiplies_8_bits", lambda able=able: able)
+        monkeypatch.setattr(packing, "LARGE8", large)
+        pack(model := copy.deepcopy(plain), backward)
+        assert sum(isinstance(module, Int8Linear) for module in model.modules()) == count
+        torch.testing.assert_close(model(IDX), plain(IDX), rtol=1e-3, atol=1e-3)
+        unpack(model)
+        assert is_quantised(model) and model.state_dict().keys() == plain.state_dict().keys()
