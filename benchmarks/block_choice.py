@@ -60,7 +60,7 @@ def tuned(base: Path, blocks: list[int], given: argparse.Namespace, splits: Spli
     val = list(range(len(splits.val)))
     rank = Rank()
     spec = {"class_path": "torch.optim.AdamW", "init_args": {"lr": given.lr}}
-    size = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "lr_warmup_steps": WARMUP}
+    size: dict[str, Any] = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "lr_warmup_steps": WARMUP}
     loop = Loop(
         model=model,
         optimizer=make_optimizer(spec, [p for p in model.parameters() if p.requires_grad]),

@@ -59,10 +59,10 @@ def make(folder: Path, gib: float) -> int:
     from transformers import LlamaConfig
 
     d, m, groups, vocabulary = 2048, 5632, 512, 32000
-    block = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (groups, d), "self_attn.v_proj": (groups, d), "self_attn.o_proj": (d, d)}
-    block |= {"mlp.gate_proj": (m, d), "mlp.up_proj": (m, d), "mlp.down_proj": (d, m), "input_layernorm": (d,)}
+    block: dict[str, tuple[int, ...]] = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (groups, d), "self_attn.v_proj": (groups, d)}
+    block |= {"self_attn.o_proj": (d, d), "mlp.gate_proj": (m, d), "mlp.up_proj": (m, d), "mlp.down_proj": (d, m), "input_layernorm": (d,)}
     block["post_attention_layernorm"] = (d,)
-    ends = {"model.embed_tokens": (vocabulary, d), "model.norm": (d,), "lm_head": (vocabulary, d)}
+    ends: dict[str, tuple[int, ...]] = {"model.embed_tokens": (vocabulary, d), "model.norm": (d,), "lm_head": (vocabulary, d)}
     blocks = round((gib * 2**29 - 2 * vocabulary * d) / sum(torch.Size(shape).numel() for shape in block.values()))
     shapes = {"model.embed_tokens": ends.pop("model.embed_tokens")}
     shapes |= {f"model.layers.{i}.{name}": shape for i in range(blocks) for name, shape in block.items()} | ends
@@ -72,7 +72,7 @@ def make(folder: Path, gib: float) -> int:
     folder.mkdir()
     config.save_pretrained(folder)
     names = list(shapes)
-    weight_map, total = {}, 0
+    weight_map, total = dict[str, str](), 0
     for number in range(SHARDS):
         file = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors"
         part = names[number * len(names) // SHARDS : (number + 1) * len(names) // SHARDS]
@@ -91,7 +91,7 @@ def as_bin(source: Path, folder: Path) -> None:
 
     folder.mkdir()
     shutil.copyfile(source / "config.json", folder / "config.json")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file in sorted(source.glob("*.safetensors")):
         tensors = load_file(file)
         name = f"pytorch_{file.stem}.bin"

@@ -17,6 +17,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,11 @@ def block_products(model: GPT, rows: int, backward: bool) -> Callable[[], None]:
     return frozen_products(layers, rows, model.dtype, backward)
 
 
+def run_both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()
+
+
 def seconds(run: Callable[[], None]) -> float:
     start = time.process_time()
     run()
@@ -169,7 +175,7 @@ def measure(settings: Settings, rounds: int, longer: int) -> list[list[str]]:
             continue
         learned = sum(stop - start for sample in data for start, stop in replies(sample, INVOCATION)) if cached else every
         blocks = block_products(model, learned, True)
-        rows.append([name, *compare(training_step(model, source), lambda blocks=blocks, head=head: (blocks(), head()), rounds)])
+        rows.append([name, *compare(training_step(model, source), partial(run_both, blocks, head), rounds)])
         if adapter is LORA:
             plain = build(settings, {})
             source = Recompute(plain, data, device)

@@ -24,22 +24,28 @@ from benchmarks.process import ROOT
 
 MODES = ("bf16", "int8", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq")
 BATCH, LENGTH, ANSWER = 8, 128, 32
-LORA = {"lora_r": 8, "lora_query": True, "lora_value": True}
+LORA: dict[str, Any] = {"lora_r": 8, "lora_query": True, "lora_value": True}
 
 
 def measure(folder: Path, mode: str, rounds: int) -> dict[str, float]:
     """Return bytes, and ratios of times to bf16's."""
     import torch
 
+    from litgpt.data import JSON
+    from litgpt.finetune.lora import Lora
     from litgpt.loss import HeadLoss
+    from litgpt.packed import pack
     from litgpt.train.methods import adapters
 
-    quantize = None if mode == "bf16" else mode
-    model = adapters(LORA, quantize).build(folder, torch.bfloat16)
+    def build(quantize: Any = None) -> Any:
+        return adapters(Lora(checkpoint_dir=folder, data=JSON(), quantize=quantize, **LORA)).build(folder, torch.bfloat16)
+
+    model, reference = build(None if mode == "bf16" else mode), build()
     ids = torch.randint(0, model.config.vocab_size, (BATCH, LENGTH))
     storages = {value.untyped_storage().data_ptr(): value.nbytes for value in (*model.parameters(), *model.buffers())}
     found = {"weights_mb": sum(storages.values()) / 1e6}
-    reference = adapters(LORA).build(folder, torch.bfloat16)
+    for one in (model, reference):
+        pack(one, backward=True)
     loss = HeadLoss(model.lm_head)
 
     def forward(one: Any) -> None:

@@ -42,7 +42,7 @@ WAYS = (
 
 
 def rows(name: str) -> list[tuple[str, ...]]:
-    table = []
+    table: list[tuple[str, ...]] = []
     for way in WAYS:
         with on_meta():
             model = Config.from_name(name, **way.config).make_model()

@@ -134,7 +134,7 @@ def adapter_costs(folder: Path, taps: int = 6, rank: int = 16) -> tuple[float, d
 
     base = next(iter(Models(folder, {}).values()))
     model: Any = base.llm.model
-    settings = {"skip2lora_enabled": True, "lora_r": rank, "skip2lora_block_indices": f"last:{taps}"}
+    settings: dict[str, Any] = {"skip2lora_enabled": True, "lora_r": rank, "skip2lora_block_indices": f"last:{taps}"}
     shared, heads = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}, []
     for _ in range(max(ADAPTERS)):
         adapted = copy.deepcopy(model, shared)

@@ -55,7 +55,7 @@ def worker(words: list[str], out: Path) -> None:
             peak[0] = max(peak[0], process.memory_info().rss)
             time.sleep(0.005)
 
-    Method.build = watched  # type: ignore[method-assign]
+    Method.build = watched  # type: ignore[method-assign, assignment]
     code = main(words)
     over.set()
     out.with_suffix(f".{os.environ.get('RANK', 0)}").write_text(

@@ -250,6 +250,7 @@ def fill_cache(model: GPT, samples: list[Sample], settings: Settings) -> tuple[A
         bare.append(1000 * (clock(settings.device) - middle) / len(samples))
     if not isinstance(cache, ActivationCache):
         raise UserError("there is not enough memory for the activation cache: lower --batch_size or --seq_length")
+    assert isinstance(cache.store, torch.Tensor)
     size = cache.store.nbytes / len(samples) / 1024
     return cache, {"fill_ms": summary(filled[1:]), "bare_forward_ms": summary(bare[1:]), "cache_kib_per_sample": size}
 

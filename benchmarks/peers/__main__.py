@@ -32,6 +32,7 @@ from benchmarks.peers.job import Job, prepare, require_same
 from benchmarks.peers.measure import measure
 from benchmarks.peers.who import PEERS, Peer, choose
 from benchmarks.process import ROOT
+from benchmarks.report import Sections
 from benchmarks.runs import read_json
 from litgpt.atomic import write_text
 from litgpt.errors import UserError
@@ -127,7 +128,7 @@ def attempt(peer: Peer, job: Job, out: Path, measured_epochs: int | None, conten
         print(f"  {told}, validation loss {last['val_loss']:.4f} ({time.monotonic() - began:,.0f} s with evaluating)", flush=True)
 
 
-def save(content: dict[str, Any], out: Path) -> report.Sections:
+def save(content: dict[str, Any], out: Path) -> Sections:
     """Write results, tables and picture, the peers in their usual order. Return the tables."""
     order = [peer.name for peer in PEERS]
     content["records"] = dict(sorted(content["records"].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))

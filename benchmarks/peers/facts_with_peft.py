@@ -49,9 +49,9 @@ def answer(model: Any, tokenizer: Any, question: str, tokens: int) -> str:
 def main(run: dict[str, Any]) -> None:
     set_seed(run["seed"])
     tokenizer = AutoTokenizer.from_pretrained(run["checkpoint"])
-    model = AutoModelForCausalLM.from_pretrained(run["checkpoint"], dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(run["checkpoint"], dtype=torch.float32)
     settings = LoraConfig(r=run["r"], lora_alpha=run["r"], target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, settings)
+    model = get_peft_model(base, settings)
     Trainer(model, arguments_of(run, save_strategy="no"), collate, samples(tokenizer, run["data"])).train()
     seconds = time.perf_counter() - began
     model.eval()

@@ -74,7 +74,7 @@ def main(run: dict[str, Any]) -> None:
     set_seed(run["seed"])
     train, _, order = read(run["tokens"])
     model = AutoModelForCausalLM.from_pretrained(run["checkpoint"], dtype=DTYPES[run["precision"]])
-    layers = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}[run["layers"]]
+    layers: Any = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}[run["layers"]]
     settings = LoraConfig(r=run["r"], lora_alpha=run["alpha"], lora_dropout=run["dropout"], target_modules=layers, task_type="CAUSAL_LM")
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": run["save_interval"], "save_only_model": True}
     arguments = arguments_of(run, max_grad_norm=0, **saving)

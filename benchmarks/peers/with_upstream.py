@@ -29,7 +29,8 @@ class StoredSamples(DataModule):
 
     def __init__(self, tokens: str, batch: int) -> None:
         super().__init__()
-        self.batch, self.prompt_style = batch, Default()
+        self.batch = batch
+        self.prompt_style: Any = Default()
         self.train_dataset, self.test_dataset, self.order = read(tokens)
 
     def connect(self, *args: Any, **kwargs: Any) -> None:
