@@ -1,6 +1,6 @@
 """The settings of `litgpt finetune MODEL --data FILE`, and of `litgpt sweep`, that were not given: they follow from the data and the model.
 
-Three kinds of data are trained in three ways:
+Four kinds of data are trained in four ways:
 
     facts   few records with short answers, or many that share them: all are trained, none is held out, and training ends when the model
             repeats the answers. By LoRA on the replies, behind cached prompts, in the last two fifths of the blocks, with a higher rank if
@@ -8,6 +8,8 @@ Three kinds of data are trained in three ways:
             that their answers are found by other words; those told once without some words of the questions. Up to 1,000 records that
             tell facts several times are also trained as second questions. Answers that are found in their questions are trained without
             either, at a lower rate
+    classes more than 200 texts, and a few answers that they share: LoRA in every block for two epochs, in small batches, with a tenth held
+            out, so that `litgpt evaluate` can count the right answers
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -357,7 +359,8 @@ def choices(look: Look, data: DataModule, given: dict[str, Any], base: Path | No
     elif look.is_facts:
         rows.append(Chosen("data.val_split_fraction", 0.0, "no record can be spared"))
     elif not look.has_validation:
-        rows.append(Chosen("data.val_split_fraction", HELD_OUT, "a tenth shows when to stop"))
+        why = "a tenth shows how many it judges right" if look.has_classes else "a tenth shows when to stop"
+        rows.append(Chosen("data.val_split_fraction", HELD_OUT, why))
     method = _method_of(look, given)
     if objective == "dpo":
         rows.append(Chosen("dpo_nll_weight", 0.2, "the preferred answers stay probable"))
@@ -440,7 +443,9 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
         Chosen("train.global_batch_size", batch, "small batches learn faster"),
         Chosen("train.micro_batch_size", micro, "as many as fit a few thousand tokens"),
         Chosen("eval.initial_validation", True, "the loss before training"),
-        Chosen("eval.interval", max(1, steps // VALIDATIONS), f"{VALIDATIONS} times a run"),
+        Chosen("eval.interval", steps, "at the end: before, a few texts judge by chance")
+        if look.has_classes and not look.is_facts
+        else Chosen("eval.interval", max(1, steps // VALIDATIONS), f"{VALIDATIONS} times a run"),
     ]
     if not look.is_sweep:
         is_short = look.is_facts and look.answer_length <= SHORT_ANSWER * TOKEN

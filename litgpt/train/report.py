@@ -97,11 +97,17 @@ def page_of(
     return page(f"{model}, tuned", " ".join(losses), tiles, curves, figures["best_step"], answers, shown)
 
 
-def next_steps(out_dir: Path, config: Config, chat: tuple[str, str], is_whole: bool = True) -> list[tuple[str, str]]:
-    """Return commands for a finished run, `chat` first, each with what it does. `is_whole`: the final folder holds a model."""
+def next_steps(
+    out_dir: Path, config: Config, chat: tuple[str, str], is_whole: bool = True, has_held_out: bool = False
+) -> list[tuple[str, str]]:
+    """Return commands for a finished run, `chat` first, each with what it does.
+
+    `is_whole`: the final folder holds a model. `has_held_out`: some questions and answers were not trained.
+    """
     final, stem = shlex.quote(str(out_dir / "final")), shlex.quote(str(out_dir))
     page = (str(out_dir / PAGE), "curves, answers and settings, in a browser")
     rows = [chat, (f"litgpt serve {stem}", "a chat page, and OpenAI's API")]
+    rows += [(f"litgpt evaluate {stem}", "its answers to the records that were held out")] * has_held_out
     if config.heads:  # no other format can hold them
         generate, rows = f"litgpt generate {final} --prompt 'A question'", rows if config.changes_text or not config.value_head else []
         rows += [(f"{generate} --best_of 8 --by value", "the best of eight answers")] if config.value_head else []

@@ -384,7 +384,9 @@ class Session:
             before = f"\n  before:  {answers[0][1]}" if len(answers) > 1 else ""
             say(f"\n  {one_line(question, QUESTION)}{before}\n  now:     {answers[-1][1]}")
         is_whole = (out_dir / "final" / checkpoint.WEIGHTS).is_file()
-        steps = next_steps(out_dir, self.model.config, self.settings.chat_with(out_dir), is_whole)
+        data = self.settings.data
+        has_held_out = data is not None and data.mask_prompt and data.held_out_share() > 0
+        steps = next_steps(out_dir, self.model.config, self.settings.chat_with(out_dir), is_whole, has_held_out)
         say(f"\nnext:\n{text_table(steps, left=(0, 1))}")
 
     @contextmanager

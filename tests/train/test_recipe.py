@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -238,6 +240,8 @@ def test_classes(count: int, classes: int, are_classes: bool, base: Path, tmp_pa
         "taken as texts and their classes (for facts to repeat give --data.val_split_fraction 0)" in capsys.readouterr().err
     ) is are_classes
     assert given["data"].val_split_fraction == (0.1 if are_classes else 0.0) and given["data"].mask_prompt
+    steps = given["train"].epochs * math.ceil((count * (1 + given["train"].follow_ups) + recipe.REPLAY) / 4)
+    assert given["eval"].interval == (steps if are_classes else steps // 8)  # the loss of 20 texts was the lowest half-way, by chance
     assert given["eval"].target_loss == (None if are_classes else 0.005) and given["train"].follow_ups == (0.5 if count == 200 else 0.2)
 
 
@@ -298,13 +302,24 @@ def test_a_config_file_and_finetune_lora_keep_their_meaning(base: Path, tmp_path
     assert parse("x", load("finetune_lora"), [str(base), "--data", "JSON", *words])["train"].epochs == 5
 
 
+def test_classes_that_were_held_out_are_judged(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command that the run ends with."""
+    file, out = tmp_path / "mail.csv", tmp_path / "out"
+    file.write_text("text,label\n" + "".join(f"hello {i},{'llama' if i % 2 else 'there'}\n" for i in range(210)))
+    words = ["--max_steps", "2", "--train.replay", "0", "--eval.max_new_tokens", "0", "--out_dir", str(out)]
+    assert main(["finetune", str(base), "--data", str(file), *words]) == 0
+    assert f"\n  litgpt evaluate {out} " in capsys.readouterr().err
+    assert main(["evaluate", str(out), "--max_new_tokens", "2"]) == 0
+    assert re.search(r"records +21\n", found := capsys.readouterr().out) and "exact match" in found
+
+
 def test_a_run_as_a_user_starts_it(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It leaves a YAML file that runs the same again, and a page."""
     data, out = write_data(tmp_path / "data.json", 8), tmp_path / "out"
     words = ["--epochs", "1", "--eval.max_new_tokens", "2", "--train.replay", "2"]
     assert main(["finetune", str(base), "--data", str(data), "--out_dir", str(out), *words]) == 0
     said = capsys.readouterr().err
-    assert "before:" in said and "now:" in said and f"litgpt chat {out} --temperature 0 " in said
+    assert "before:" in said and "now:" in said and f"litgpt chat {out} --temperature 0 " in said and "litgpt evaluate" not in said
     page = (out / "report.html").read_text()
     assert "<svg" in page and "add 0 and 1" in page and str(tmp_path) not in page
     again = ["finetune", "--config", str(out / "final/hyperparameters.yaml"), "--out_dir", str(tmp_path / "again")]
