@@ -8,8 +8,8 @@ Four kinds of data are trained in four ways:
             that their answers are found by other words; those told once without some words of the questions. Up to 1,000 records that
             tell facts several times are also trained as second questions. Answers that are found in their questions are trained without
             either, at a lower rate
-    classes more than 200 texts, and a few answers that they share: LoRA in every block for two epochs, in small batches, with a tenth held
-            out, so that `litgpt evaluate` can count the right answers
+    classes 500 and more texts, and a few answers that they share: LoRA in every block for two epochs, in small batches, with a tenth held
+            out, so that `litgpt evaluate` can count the right answers; fewer are trained like few facts
     pairs   records that say which answer is better than another: DPO, by LoRA
     style   many records with answers of their own, and running text: a tenth is held out, and the checkpoint with the lowest loss on it
             is kept; by LoRA in every block, and of very many records by cached epochs behind one of LoRA
@@ -61,7 +61,7 @@ COPYING = 5e-4  # learning rate of LoRA that finds answers in their questions: a
 COPIED = 0.8  # share of an answer's words that are its question's, from which it is found there; invented facts have at most 0.4
 UNSPACED = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese and Japanese characters
 SHARED = 0.5  # facts: at most this many different answers a record
-CLASSES = 20  # questions for each answer, from which many records are texts and their classes, not facts
+CLASSES = 20  # questions for each answer, from which records are texts and their classes
 HELD_OUT = 0.1  # share of the records of a style
 SHORT = 300  # characters of an answer that is learned word for word
 VALIDATIONS = 8
@@ -212,8 +212,12 @@ class Look:
 
     @property
     def has_classes(self) -> bool:
-        """Return True for many texts and a few classes."""
-        return self.records > FEW and self.questions >= CLASSES * self.answers and not (self.compares or self.is_text)
+        """Return True for many texts and their classes; fewer are facts."""
+        return self.records >= MANY and self.shares_few_answers and not (self.compares or self.is_text)
+
+    @property
+    def shares_few_answers(self) -> bool:
+        return self.questions >= CLASSES * self.answers
 
     @property
     def is_facts(self) -> bool:
@@ -412,7 +416,8 @@ def _method_of(look: Look, given: dict[str, Any]) -> str:
     if not given.keys().isdisjoint(LORA_KEYS):
         return "LoRA"
     if look.is_facts:
-        return "answer-only LoRA" if look.is_sweep or (look.is_repeated and look.records <= FEW) else "LoRA"
+        is_small = look.records <= FEW or (look.shares_few_answers and look.records < MANY and not look.copies)
+        return "answer-only LoRA" if look.is_sweep or (look.is_repeated and is_small) else "LoRA"
     if look.is_sweep:
         return "Skip2-LoRA"
     return "LoRA" if look.compares or look.block or look.has_classes or look.records < MANY else "warm-up"

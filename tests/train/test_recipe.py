@@ -169,7 +169,7 @@ def test_facts_told_in_few_ways_get_a_higher_rank(base: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("count", "is_answer_only"), [(20, True), (recipe.FEW, True), (recipe.FEW + 1, False)])
 def test_many_facts_are_trained_in_every_block(base: Path, tmp_path: Path, count: int, is_answer_only: bool) -> None:
-    given = chosen(tmp_path, base, records(count, 10))
+    given = chosen(tmp_path, base, records(count, max(10, count // 10)))
     assert given["alora_enabled"] is is_answer_only and (given["lora_block_indices"] is None) is not is_answer_only
     assert given["lora_mlp"] and given["train"].replay == recipe.REPLAY
 
@@ -232,7 +232,7 @@ def test_texts(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert given["data"].val_split_fraction == 0.1 and not given["data"].mask_prompt and given["train"].replay == 0
 
 
-@pytest.mark.parametrize(("count", "classes", "are_classes"), [(200, 3, False), (201, 3, True), (600, 30, True), (600, 31, False)])
+@pytest.mark.parametrize(("count", "classes", "are_classes"), [(499, 3, False), (500, 3, True), (600, 30, True), (600, 31, False)])
 def test_classes(count: int, classes: int, are_classes: bool, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of many texts some show what it judges right among texts that it was not trained on."""
     given = chosen(tmp_path, base, [{"text": f"text {i}", "label": i % classes} for i in range(count)])
@@ -242,7 +242,8 @@ def test_classes(count: int, classes: int, are_classes: bool, base: Path, tmp_pa
     assert given["data"].val_split_fraction == (0.1 if are_classes else 0.0) and given["data"].mask_prompt
     steps = given["train"].epochs * math.ceil((count * (1 + given["train"].follow_ups) + recipe.REPLAY) / 4)
     assert given["eval"].interval == (steps if are_classes else steps // 8)  # the loss of 20 texts was the lowest half-way, by chance
-    assert given["eval"].target_loss == (None if are_classes else 0.005) and given["train"].follow_ups == (0.5 if count == 200 else 0.2)
+    assert given["eval"].target_loss == (None if are_classes else 0.005) and given["train"].follow_ups == 0.2
+    assert given["alora_enabled"] is (count == 499)
 
 
 @pytest.mark.parametrize(("size", "words", "block"), [(50_000, "", 512), (5_000, "", 128), (50_000, "--train.max_seq_length 64", 64)])
@@ -305,12 +306,12 @@ def test_a_config_file_and_finetune_lora_keep_their_meaning(base: Path, tmp_path
 def test_classes_that_were_held_out_are_judged(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command that the run ends with."""
     file, out = tmp_path / "mail.csv", tmp_path / "out"
-    file.write_text("text,label\n" + "".join(f"hello {i},{'llama' if i % 2 else 'there'}\n" for i in range(210)))
+    file.write_text("text,label\n" + "".join(f"hello {i},{'llama' if i % 2 else 'there'}\n" for i in range(500)))
     words = ["--max_steps", "2", "--train.replay", "0", "--eval.max_new_tokens", "0", "--out_dir", str(out)]
     assert main(["finetune", str(base), "--data", str(file), *words]) == 0
     assert f"\n  litgpt evaluate {out} " in capsys.readouterr().err
     assert main(["evaluate", str(out), "--max_new_tokens", "2"]) == 0
-    assert re.search(r"records +21\n", found := capsys.readouterr().out) and "exact match" in found
+    assert re.search(r"records +50\n", found := capsys.readouterr().out) and "exact match" in found
 
 
 def test_a_run_as_a_user_starts_it(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
