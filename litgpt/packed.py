@@ -10,14 +10,17 @@ Weights in 8 bits are kept in oneDNN's blocks too, and x is written as a sum of 
 
     x = t (a + b / 254)      a, b from -127 to 127, t = max |x| / 127        y = t (a q^T + b q^T / 254) s
 
-Products and sums of integers are exact, so y has an error of 3e-5, as x has 15 bits, and q is read once for both. Nothing is dequantised:
-that takes up to four times as long for 1 to 64 rows, and as long for more. Small layers are no faster.
+Products and sums of integers are exact, so y has an error of 3e-5, as x has 15 bits, and q is read once for both. To compute W first takes
+up to four times as long for 1 to 64 rows, and as long for more. Small layers gain nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -219,15 +222,15 @@ def pack(model: GPT, backward: bool = False) -> None:
         learns = backward and id(linear) in behind
         if learns and (model.dtype == torch.bfloat16 or hasattr(parent, "lora_magnitude")):
             return
-        packed = Packed8(linear) if isinstance(linear, Int8Linear) else _packed(linear, learns)
-        if packed is not None:
+        if (packed := _packed(linear, learns)) is not None:
             setattr(parent, name, PackedLinear(linear, packed).train(linear.training))
 
     places = [(parent, name) for parent, name, linear in frozen_linears(model) if type(linear) is nn.Linear]
     if not backward and multiplies_8_bits():
-        children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-        eights = [(parent, name, child) for parent, name, child in children if isinstance(child, Int8Linear)]
-        places += [(parent, name) for parent, name, layer in eights if layer.in_features * layer.out_features >= LARGE8]
+        large = [(parent, name) for parent in model.modules() for name, child in parent.named_children() if is_large8(child)]
+        for place in large:
+            setattr(*place, packed8(getattr(*place)))
+            trim()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         of_head = pool.submit(_packed, head, False, not (backward and model.dtype == torch.bfloat16 and is_large(head)))
         transposed = pool.submit(_layout, head.weight.detach().t()) if backward and _is_frozen(head) else None  # the largest: by itself
@@ -284,6 +287,23 @@ def unpack(model: GPT) -> None:
     if isinstance(head := model.head, PackedHead):
         head.__class__ = nn.Linear  # type: ignore[assignment]
         del head.packed
+
+
+def packed8(layer: Int8Linear) -> PackedLinear:
+    """Return a layer of 8 bits in packed form."""
+    return PackedLinear(layer, Packed8(layer)).train(layer.training)
+
+
+def trim() -> None:
+    """Return freed memory to the system. glibc keeps it, and aligned blocks of the same size do not fit in."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_large8(layer: nn.Module) -> bool:
+    """Return True for a layer of 8 bits that is packed."""
+    return isinstance(layer, Int8Linear) and layer.in_features * layer.out_features >= LARGE8
 
 
 def is_large(head: Any) -> bool:
