@@ -35,9 +35,8 @@ Message = dict[str, Any]  # as chat templates read it: "role", "content" and per
 
 # keys of question and answer; the first pair that a record has counts
 PAIRS: tuple[tuple[str, str], ...] = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-CLASS = ("text", "label")
-PAIRS += (("instruction", "response"), ("prompt", "answer"), CLASS)
-ALONE = ("input", "output")  # the question, if no other key holds one
+PAIRS += (("instruction", "response"), ("prompt", "answer"))
+ALONE, CLASS = ("input", "output"), ("text", "label")  # read if no other key holds a question
 # key of a conversation -> keys of a turn's role and text
 CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -163,7 +162,7 @@ def read_record(entry: Any) -> Record:
     if None not in answers and answers != ["", ""]:  # two empty cells of a table
         return _read_preference(entry)
     filled = [key for key, value in entry.items() if value not in (None, "")]
-    tried = ((filled, PAIRS), (entry, (*PAIRS, ALONE)))
+    tried = ((filled, PAIRS), (entry, (*PAIRS, ALONE, CLASS)))
     pair = next((pair for keys, pairs in tried for pair in pairs if all(key in keys for key in pair)), None)
     form = next((key for key in CONVERSATIONS if key in filled), None)
     if form is None and pair is None:

@@ -272,6 +272,18 @@ def test_a_text_and_its_class(label: Any, answer: str) -> None:
     assert record.is_single and not record.is_text and record.label is None and record.unread == ("id",)
 
 
+def test_a_text_and_its_class_are_read_where_nothing_else_is() -> None:
+    """A question and its answer come first, and a text beside two answers is no prompt."""
+    rest = {"text": "whole", "label": "spam"}
+    for keys in (("question", "answer"), ("input", "output")):
+        record = read_record({**dict(zip(keys, "qa", strict=True)), **rest})
+        assert [message["content"] for message in record.messages] == ["q", "a"] and set(record.unread) == {"text", "label"}
+    turns = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}] for answer in "ab"]
+    assert "text" in read_record({"text": "whole", "chosen": turns[0], "rejected": turns[1]}).unread
+    with pytest.raises(UserError, match="no 'prompt'"):
+        read_record({"text": "whole", "chosen": "a", "rejected": "b"})
+
+
 def test_last_turn_only(tokenizer: Tokenizer) -> None:
     entry = {"messages": [Q, reply("c"), user("b"), A]}
     sample = Given(last_turn_only=True, entries=[entry]).splits(tokenizer, prompts.ChatML()).train[0]
