@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import skip_init
 
 from litgpt.model import GPT
 from litgpt.quantize import Int8Linear, QuantisedLinear, frozen_linears
@@ -81,50 +82,48 @@ class Packed8(Packed):
     """W of an `Int8Linear`, W_ij = q_ij s_i."""
 
     def __init__(self, layer: Int8Linear) -> None:
-        self.lost, self.scales, self.bias = None, layer.scales, layer.bias
-        self.q = _blocks8(layer.quantised)
+        self.scales, self.bias = layer.scales, 0.0 if layer.bias is None else layer.bias
+        self.zeros = torch.zeros(len(layer.scales), dtype=torch.int64)
+        self.blocks8 = torch.ops.onednn.qlinear_prepack(layer.quantised.contiguous(), None)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
-        return _product8(x, self.q, self.scales, 0.0 if self.bias is None else self.bias)
+        rows = x.reshape(-1, x.size(-1))
+        y = x.new_empty(len(rows), len(self.scales))
+        for part, out in zip(rows.split(ROWS), y.split(ROWS), strict=True):
+            part = part.float()
+            t = part.abs().amax(1, keepdim=True).clamp_(min=1e-30) / INTEGER
+            value = part / t
+            a = value.round()
+            both = torch.cat([a, value.sub_(a).mul_(FINE).round_()]).add_(INTEGER + 1).to(torch.uint8)  # without a sign
+            high, low = torch.ops.onednn.qlinear_pointwise(
+                both, 1.0, INTEGER + 1, self.blocks8, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            ).chunk(2)
+            out.copy_(high.add_(low, alpha=1 / FINE).mul_(t).add_(self.bias))
+        return y.unflatten(0, x.shape[:-1])
 
     def back(self, grad: torch.Tensor) -> torch.Tensor:
         return grad @ self.dense().to(grad.dtype)
 
+    @property
+    def q(self) -> torch.Tensor:
+        """(out, in)"""
+        return self.blocks8.to_dense().t()
+
     def dense(self) -> torch.Tensor:
-        return self.q.to_dense().t() * self.scales[:, None]
+        return self.q * self.scales[:, None]
 
     def stored(self) -> dict[str, torch.Tensor]:
-        return {"quantised": self.q.to_dense().t(), "scales": self.scales}
-
-
-def _blocks8(q: torch.Tensor) -> torch.Tensor:
-    """Lay integers (out, in) out for oneDNN. The result has the shape (in, out)."""
-    return torch.ops.onednn.qlinear_prepack(q.contiguous(), None)
-
-
-def _product8(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """Return x q^T s + b, (..., in) -> (..., out), for the blocks of q (out, in) and s (out,)."""
-    rows, zeros = x.reshape(-1, x.size(-1)), torch.zeros(len(scales), dtype=torch.int64)
-    y = x.new_empty(len(rows), len(scales))
-    for part, out in zip(rows.split(ROWS), y.split(ROWS), strict=True):
-        part = part.float()
-        t = part.abs().amax(1, keepdim=True).clamp_(min=1e-30) / INTEGER
-        value = part / t
-        a = value.round()
-        both = torch.cat([a, value.sub_(a).mul_(FINE).round_()]).add_(INTEGER + 1).to(torch.uint8)  # without a sign
-        high, low = torch.ops.onednn.qlinear_pointwise(
-            both, 1.0, INTEGER + 1, q, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        ).chunk(2)
-        out.copy_(high.add_(low, alpha=1 / FINE).mul_(t).add_(bias))
-    return y.unflatten(0, x.shape[:-1])
+        return {"quantised": self.q, "scales": self.scales}
 
 
 @cache
 def multiplies_8_bits() -> bool:
     """Return True if this processor adds products of 8 bits in 32 (VNNI, AMX); others saturate at 16."""
+    layer = Int8Linear(skip_init(nn.Linear, 64, 64, bias=False))
+    layer.quantised.fill_(INTEGER)
+    layer.scales.fill_(1.0)
     try:
-        ones = torch.ones(64)
-        return bool((_product8(ones[None], _blocks8(torch.full((64, 64), INTEGER, dtype=torch.int8)), ones) == 64 * INTEGER).all())
+        return bool((Packed8(layer).times(torch.ones(1, 64)) == 64 * INTEGER).all())
     except (AttributeError, RuntimeError):  # a build without oneDNN
         return False
 

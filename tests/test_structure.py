@@ -63,7 +63,7 @@ UPWARD: set[tuple[str, str]] = set()
 IN_CIRCLES: set[str] = set()  # files and folders
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
-LINES_TOO_MANY = 15_657
+LINES_TOO_MANY = 15_656
 WITHOUT_TESTS: set[str] = set()
 
 # Files and folders without test files of their names, and the tests that cover them.

@@ -213,7 +213,8 @@ class Look:
     @property
     def has_classes(self) -> bool:
         """Return True for many texts and their classes; fewer are facts."""
-        return self.records >= MANY and self.shares_few_answers and not (self.compares or self.is_text)
+        is_kind = self.shares_few_answers and not (self.compares or self.is_text)
+        return self.records >= MANY and is_kind and self.held_out != 0
 
     @property
     def shares_few_answers(self) -> bool:
@@ -449,7 +450,7 @@ def _schedule(look: Look, method: str, given: dict[str, Any], follow_ups: float)
         Chosen("train.micro_batch_size", micro, "as many as fit a few thousand tokens"),
         Chosen("eval.initial_validation", True, "the loss before training"),
         Chosen("eval.interval", steps, "at the end: before, a few texts judge by chance")
-        if look.has_classes and not look.is_facts
+        if look.has_classes
         else Chosen("eval.interval", max(1, steps // VALIDATIONS), f"{VALIDATIONS} times a run"),
     ]
     if not look.is_sweep:
